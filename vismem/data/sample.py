@@ -1,0 +1,99 @@
+"""The one sample type: a visual question, its images and what is known about its answer."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class Capability(StrEnum):
+    """The three groups of visual tasks that the paper reports (its Table 1)."""
+
+    UNDERSTANDING = "understanding"
+    REASONING = "reasoning"
+    GENERATION = "generation"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One visual question. `images` are encoded files (PNG or JPEG bytes), in the order of the prompt."""
+
+    id: str
+    images: tuple[bytes, ...]
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    rationale: str = ""
+    task: str = "vqa"
+    capability: Capability = Capability.UNDERSTANDING
+    source: str = ""
+    scene: str = ""  # JSON: the generator's own truth about each image; empty for real data
+
+    def scene_truth(self) -> Any:
+        """The generator's truth, parsed; None where there is none."""
+        return json.loads(self.scene) if self.scene else None
+
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.binary())),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("rationale", pa.string()),
+        ("task", pa.string()),
+        ("capability", pa.string()),
+        ("source", pa.string()),
+        ("scene", pa.string()),
+    ]
+)
+
+
+def write_shards(samples: Iterable[Sample], folder: Path, rows_per_shard: int = 4096) -> int:
+    """Write samples as `part-00000.parquet`, ... (schema `SCHEMA`) into `folder`; return the number of rows.
+
+    An empty iterable writes one shard with no rows, so that the split exists and can be judged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    written = part = 0
+
+    def flush() -> None:
+        nonlocal rows, part
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        pq.write_table(table, folder / f"part-{part:05d}.parquet", compression="zstd")
+        part, rows = part + 1, []
+
+    for sample in samples:
+        rows.append({name: getattr(sample, name) for name in SCHEMA.names})
+        written += 1
+        if len(rows) == rows_per_shard:
+            flush()
+    if rows or part == 0:
+        flush()
+    return written
+
+
+def iterate_samples(folder: Path) -> Iterator[Sample]:
+    """Yield the samples of one split's folder in order. FileNotFoundError if it holds no shard."""
+    shards = sorted(folder.glob("part-*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
+    for shard in shards:
+        for batch in pq.ParquetFile(shard).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                row["images"] = tuple(row["images"] or ())
+                row["choices"] = tuple(row["choices"] or ())
+                row["capability"] = Capability(row["capability"])
+                yield Sample(**row)
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """All samples of one split's folder, in order."""
+    return list(iterate_samples(folder))

@@ -1,0 +1,68 @@
+"""The steps, in order: the only list of them. The CLI, dvc.yaml and the Kubeflow components call what stands here."""
+
+import importlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vismem.config import Config
+from vismem.errors import UserError
+
+StepFunction = Callable[[Config, Mapping[str, Path], Path], str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: a function `(config, inputs, out) -> line` from folders and typed parameters to one folder.
+
+    `inputs` are the steps whose folders it reads, `sections` the parameter sections that it depends on.
+    """
+
+    name: str
+    target: str  # "module:function", imported only when the step runs
+    inputs: tuple[str, ...]
+    sections: tuple[str, ...]
+
+    def load(self) -> StepFunction:
+        """Import and return the step's function."""
+        module, function = self.target.split(":")
+        loaded: StepFunction = getattr(importlib.import_module(module), function)
+        return loaded
+
+
+STEPS: tuple[Step, ...] = (
+    Step("prepare", "vismem.data.prepare:prepare", (), ("seed", "prepare")),
+    Step("validate", "vismem.validation.validate:validate", ("prepare",), ("validate",)),
+    Step("base", "vismem.training.base:base", ("validate",), ("seed", "base")),
+    Step("stage1", "vismem.training.stage1:stage1", ("base", "validate"), ("seed", "memory", "invocation", "stage1")),
+    Step("stage2", "vismem.training.stage2:stage2", ("base", "stage1", "validate"), ("seed", "stage2")),
+    Step("evaluate", "vismem.evaluation.evaluate:evaluate", ("base", "stage2", "validate"), ("seed", "evaluate")),
+    Step("export", "vismem.export.export:export", ("base", "stage2", "validate", "evaluate"), ("export",)),
+    Step("register", "vismem.registry.register:register", ("export", "evaluate", "validate"), ("gate", "registry")),
+    Step("promote", "vismem.registry.release:promote", ("register",), ("registry",)),
+    Step("deploy", "vismem.serving.deploy:deploy", ("export", "promote", "validate"), ("deploy",)),
+)
+
+BY_NAME: dict[str, Step] = {step.name: step for step in STEPS}
+
+
+def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> str:
+    """Run one step and return its line. Output appears at `artifacts/NAME` only when the step has succeeded.
+
+    `inputs` maps a step's name to its folder, where that is not `artifacts/NAME` (Kubeflow passes such paths).
+    Long steps keep checkpoints in `artifacts/NAME.partial`, from which the next run resumes.
+    """
+    step = BY_NAME[name]
+    folders = {needed: (inputs or {}).get(needed, artifacts / needed) for needed in step.inputs}
+    for needed, folder in folders.items():
+        if not folder.is_dir():
+            raise UserError(f"{name} needs the output of '{needed}', and {folder} is not there: run `vismem {needed}`")
+    out = artifacts / name
+    partial = artifacts / f"{name}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    line = step.load()(config, folders, partial)
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return line

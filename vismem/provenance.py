@@ -1,0 +1,113 @@
+"""Where an artifact came from: git commit, versions, parameters, data hash, and a sha256 manifest of its files."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vismem.config import Config
+
+MANIFEST = "manifest.json"
+PACKAGES = (
+    "vismem", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "onnx",
+    "onnxscript", "onnxruntime", "pyarrow",
+)  # fmt: skip
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of one file's bytes, read in chunks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path, pattern: str = "**/*") -> str:
+    """Hex sha256 over the relative names and hashes of the files below `folder` that match, in sorted order."""
+    digest = hashlib.sha256()
+    for name, value in file_hashes(folder, pattern).items():
+        digest.update(f"{name}\0{value}\n".encode())
+    return digest.hexdigest()
+
+
+def file_hashes(folder: Path, pattern: str = "**/*") -> dict[str, str]:
+    """`{relative POSIX path: sha256}` of the files below `folder` that match, sorted; the manifest itself left out."""
+    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: sha256_file(path) for name, path in names.items() if name != MANIFEST}
+
+
+def write_manifest(folder: Path) -> Path:
+    """Write `manifest.json` (`{"files": {relative path: sha256}}`) over everything in `folder`; return its path."""
+    path = folder / MANIFEST
+    path.write_text(json.dumps({"files": file_hashes(folder)}, indent=2) + "\n")
+    return path
+
+
+def verify_manifest(folder: Path) -> list[str]:
+    """Problems of `folder` against its `manifest.json`, one line each; empty when every file is as it was written."""
+    path = folder / MANIFEST
+    try:
+        expected: dict[str, str] = json.loads(path.read_text())["files"]
+    except FileNotFoundError:
+        return [f"{path} is missing"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{path} is damaged: it is not a JSON object with 'files'"]
+    found = file_hashes(folder)
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    changed = [f"{name} has changed" for name, value in expected.items() if found.get(name, value) != value]
+    unknown = [f"{name} is not in the manifest" for name in found if name not in expected]
+    return missing + changed + unknown
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any]:
+    """`{"commit": str | None, "dirty": bool | None}` of the checkout that holds `folder` (default: here).
+
+    Images without git pass the commit they were built from in VISMEM_GIT_COMMIT.
+    """
+    if commit := os.environ.get("VISMEM_GIT_COMMIT"):
+        return {"commit": commit, "dirty": False}
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return {"commit": None, "dirty": None}
+    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": bool(status)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that an artifact's numbers depend on, where they are installed."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def lineage(config: Config, data: Path | None = None, inputs: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """Everything needed to say where an artifact came from, as JSON values.
+
+    `data`: the folder of clean shards, hashed into `data_sha256`; `inputs`: the folders of the steps that it was made
+    from, each hashed. Without a folder its hash is None, so that a reader sees that it is not known.
+    """
+    return {
+        "git": git_state(),
+        "data_sha256": sha256_folder(data, "**/*.parquet") if data else None,
+        "inputs_sha256": {name: sha256_folder(folder) for name, folder in (inputs or {}).items()},
+        "seed": config.seed,
+        "params": config.model_dump(mode="json", by_alias=True),
+        "versions": versions(),
+    }
+
+
+def _git(folder: Path | None, *arguments: str) -> str | None:
+    """Output of a git command, or None where there is no git or no checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,1 @@
+"""Comparing decoding policies on the same questions: answers, statistics, arms, the report."""

@@ -64,6 +64,7 @@ class NlvrSource(Section):
     kind: Literal["nlvr"]
     path: Path = Field(description="a folder of the repository (train/, dev/), or a .parquet file")
     split: Literal["pretrain", "train", "validation", "test"]
+    directories: tuple[int, ...] = Field((), description="numbered image directories read; empty means all [NLVR README]")
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 

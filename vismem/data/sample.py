@@ -67,7 +67,8 @@ def write_shards(samples: Iterable[Sample], folder: Path, rows_per_shard: int = 
     def flush() -> None:
         nonlocal rows, part
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        pq.write_table(table, folder / f"part-{part:05d}.parquet", compression="zstd")
+        shard = folder / f"part-{part:05d}.parquet"
+        pq.write_table(table, shard, compression="zstd", row_group_size=256)  # so that reading it needs little memory
         part, rows = part + 1, []
 
     for sample in samples:

@@ -1,0 +1,79 @@
+"""What identifies data: the hash of an image's pixels, of a sample, and of a whole data set.
+
+Pixels rather than files are hashed, so that the same picture saved twice still counts as one when splits are compared.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+SPLITS = ("test", "validation", "train", "pretrain")  # in order of precedence: the test split stays whole
+FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What one encoded image turned out to be. `fault` says why it could not be read; None where it could."""
+
+    sha256: bytes  # 32 bytes: of the RGB pixels; of the file where it does not decode
+    width: int = 0  # pixels; 0 where not even the header could be read
+    height: int = 0
+    fault: str | None = None
+
+
+def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
+    """Decode an encoded image and return its facts; never raises on bad bytes.
+
+    An image with a side above `max_side` is not decoded (it may be a bomb): its facts are the header's.
+    """
+    width = height = 0
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if max_side is not None and max(width, height) > max_side:
+                return ImageFacts(hashlib.sha256(data).digest(), width, height)
+            pixels = image.convert("RGB").tobytes()
+    except Exception as error:  # a hostile file can raise anything in a decoder, and it is the row that is at fault
+        fault = str(error).split("<")[0].strip() or type(error).__name__
+        return ImageFacts(hashlib.sha256(data).digest(), width, height, fault if data else "no bytes")
+    return ImageFacts(hashlib.sha256(b"%dx%d:" % (width, height) + pixels).digest(), width, height)
+
+
+class ImageCache:
+    """`examine_image` that remembers the facts (not the pixels) of images seen before: many questions share one."""
+
+    def __init__(self, max_side: int | None = None):
+        self._max_side = max_side
+        self._facts: dict[bytes, ImageFacts] = {}
+
+    def __call__(self, data: bytes) -> ImageFacts:
+        """The facts of an encoded image."""
+        key = hashlib.sha256(data).digest()
+        facts = self._facts.get(key)
+        if facts is None:
+            facts = self._facts[key] = examine_image(data, self._max_side)
+        return facts
+
+
+def sample_sha256(row: Mapping[str, Any]) -> bytes:
+    """32 bytes that identify a sample, given as a mapping of its fields; images enter as their files' hashes."""
+    plain = {name: row[name] for name in FIELDS}
+    plain["images"] = [hashlib.sha256(data or b"").hexdigest() for data in plain["images"] or ()]
+    plain["choices"] = list(plain["choices"] or ())
+    return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")).digest()
+
+
+def data_sha256(splits: Mapping[str, Iterable[bytes]]) -> str:
+    """Hex hash of a data set from its samples' hashes, split by split, in order."""
+    whole = hashlib.sha256()
+    for split in SPLITS:
+        inner = hashlib.sha256()
+        for digest in splits.get(split, ()):
+            inner.update(digest)
+        whole.update(split.encode() + inner.digest())
+    return whole.hexdigest()

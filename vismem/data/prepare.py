@@ -1,0 +1,150 @@
+"""The step `prepare`: the sources named in the parameters become Parquet shards a split, and `stats.json`."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from vismem.config import Config, EasyVqaSource, JsonlSource, NlvrSource, Source
+from vismem.data.fingerprint import FIELDS, SPLITS, ImageCache, data_sha256, sample_sha256
+from vismem.data.sample import Sample, write_shards
+
+TOP_ANSWERS = 20
+
+
+def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    """Write `out/<split>/part-*.parquet` for the four splits and `out/stats.json`; return one line of what was made.
+
+    Deterministic from `config.seed`. No image (by its pixels) is in two splits: a row whose image an earlier split of
+    test, validation, train, pretrain already has is dropped and counted in `stats.json`.
+    Raises UserError where a source cannot be read.
+    """
+    splits = {split: _SplitStats() for split in SPLITS}
+    images = _ImageOwners()
+    with ExitStack() as stack:
+        progress = stack.enter_context(
+            Progress(
+                SpinnerColumn(),
+                TextColumn("prepare {task.description}: {task.completed} rows"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+        )
+        for split, stats in splits.items():
+            shutil.rmtree(out / split, ignore_errors=True)  # of a killed run
+            bar = progress.add_task(split, total=None)
+            rows = _kept(_read_all(config, split), split, stats, images)
+            counted = _advance(rows, progress, bar)
+            write_shards(counted, out / split, config.prepare.rows_per_shard)
+    whole = data_sha256({split: stats.digests for split, stats in splits.items()})
+    summary = {"data_sha256": whole, "seed": config.seed, "splits": {s: stats.summary() for s, stats in splits.items()}}
+    (out / "stats.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    dropped = sum(sum(stats.dropped.values()) for stats in splits.values())
+    sizes = ", ".join(f"{stats.rows} {split}" for split, stats in splits.items())
+    tail = f"; {dropped} rows dropped, their image is in another split" if dropped else ""
+    return f"prepared {sizes} rows{tail}; data {whole[:12]}"
+
+
+def read_source(source: Source, split: str, seed: int) -> Iterator[Sample]:
+    """The samples that one source has for one split, in a fixed order."""
+    # Readers are imported when used: a source that is not named need not be installed.
+    if isinstance(source, JsonlSource):
+        from vismem.data.readers import jsonl
+
+        return jsonl.read(source, split, seed)
+    if isinstance(source, NlvrSource):
+        from vismem.data.readers import nlvr
+
+        return nlvr.read(source, split, seed)
+    if isinstance(source, EasyVqaSource):
+        from vismem.data.readers import easy_vqa
+
+        return easy_vqa.read(source, split, seed)
+    from vismem.data import scenes
+
+    return scenes.generate(source, split, seed)
+
+
+@dataclass
+class _SplitStats:
+    """What is counted of one split while it streams by."""
+
+    rows: int = 0
+    images: set[bytes] = field(default_factory=set)
+    tasks: Counter[str] = field(default_factory=Counter)
+    capabilities: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)  # by the split that has the image
+    digests: list[bytes] = field(default_factory=list)
+
+    def add(self, sample: Sample, hashes: list[bytes]) -> None:
+        self.rows += 1
+        self.images.update(hashes)
+        self.tasks[sample.task] += 1
+        self.capabilities[sample.capability.value] += 1
+        self.sources[sample.source] += 1
+        self.answers[sample.answer] += 1
+        self.digests.append(sample_sha256({name: getattr(sample, name) for name in FIELDS}))
+
+    def summary(self) -> dict[str, Any]:
+        """The plain figures of `stats.json`, in a stable order."""
+        top = sorted(self.answers.items(), key=lambda item: (-item[1], item[0]))[:TOP_ANSWERS]
+        return {
+            "rows": self.rows,
+            "images": len(self.images),
+            "tasks": dict(sorted(self.tasks.items())),
+            "capabilities": dict(sorted(self.capabilities.items())),
+            "sources": dict(sorted(self.sources.items())),
+            "answers": dict(top),
+            "distinct_answers": len(self.answers),
+            "dropped": dict(sorted(self.dropped.items())),
+        }
+
+
+class _ImageOwners:
+    """Which split each image belongs to: the first, in order of precedence, that shows it."""
+
+    def __init__(self) -> None:
+        self._facts = ImageCache()
+        self._owner: dict[bytes, str] = {}
+
+    def claim(self, sample: Sample, split: str) -> tuple[list[bytes], str | None]:
+        """The hashes of a sample's images, and the other split that has one of them already (None: it is ours).
+
+        Images that do not decode are nobody's: their rows go on to `validate`, which quarantines them.
+        """
+        hashes = [facts.sha256 for data in sample.images if (facts := self._facts(data)).fault is None]
+        other = next((owner for h in hashes if (owner := self._owner.get(h, split)) != split), None)
+        if other is None:
+            self._owner.update(dict.fromkeys(hashes, split))
+        return hashes, other
+
+
+def _read_all(config: Config, split: str) -> Iterator[Sample]:
+    for source in config.prepare.sources:
+        yield from read_source(source, split, config.seed)
+
+
+def _kept(rows: Iterator[Sample], split: str, stats: _SplitStats, images: _ImageOwners) -> Iterator[Sample]:
+    for sample in rows:
+        hashes, other = images.claim(sample, split)
+        if other is None:
+            stats.add(sample, hashes)
+            yield sample
+        else:
+            stats.dropped[other] += 1
+
+
+def _advance(rows: Iterator[Sample], progress: Progress, bar: Any) -> Iterator[Sample]:
+    for sample in rows:
+        progress.advance(bar)
+        yield sample

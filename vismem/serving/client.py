@@ -1,0 +1,190 @@
+"""Asks a served model over gRPC, piece by piece (`vismem infer`)."""
+
+import queue
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vismem.config import Config
+from vismem.errors import UserError
+
+MARKS = {"short": "⟨short⟩", "long": "⟨long⟩"}  # where a memory was invoked
+
+
+@dataclass(frozen=True)
+class Token:
+    """One piece of an answer. `event` is token, short, long (a memory was invoked here) or end."""
+
+    text: str
+    event: str
+
+    @property
+    def marked(self) -> str:
+        """The text to show where invocations should be seen."""
+        return MARKS.get(self.event, self.text if self.event == "token" else "")
+
+
+def plain(tokens: Iterable[Token]) -> str:
+    """The answer's text."""
+    return "".join(token.text for token in tokens if token.event == "token").strip()
+
+
+def marked(tokens: Iterable[Token]) -> str:
+    """The answer's text with ⟨short⟩ and ⟨long⟩ where memories were invoked."""
+    return "".join(token.marked for token in tokens).strip()
+
+
+def infer(
+    url: str,
+    model: str,
+    images: Sequence[Path | bytes],
+    prompt: str,
+    *,
+    stream: bool = True,
+    max_new_tokens: int = 48,
+    temperature: float = 0.0,
+    seed: int = 0,
+    memory: bool = True,
+    timeout: float = 60.0,
+) -> Iterator[Token]:
+    """Yield the pieces of one answer from the Triton server at `url` ("host:port", gRPC).
+
+    `images` are files or encoded bytes. With `stream` each piece comes when it is decoded, else all at the end.
+    `timeout` is the longest wait in seconds for the next piece: it also catches a server whose model has died.
+    Closing the iterator early cancels the answer on the server. Raises UserError for a missing image file, where no
+    server listens, for an unknown model, for a request that the server refuses, and when the time is up.
+    """
+    import tritonclient.grpc as triton
+
+    inputs = _inputs(
+        IMAGE=np.array([_read_image(image) for image in images], dtype=object),
+        PROMPT=np.array([prompt.encode()], dtype=object),
+        MAX_NEW_TOKENS=np.array([max_new_tokens], dtype=np.int32),
+        TEMPERATURE=np.array([temperature], dtype=np.float32),
+        SEED=np.array([seed], dtype=np.int64),
+        MEMORY=np.array([memory]),
+        STREAM=np.array([stream]),
+    )
+    replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+    client = triton.InferenceServerClient(url)
+    try:
+        _check_server(client, url, model)
+        client.start_stream(callback=lambda result, error: replies.put((result, error)))
+        client.async_stream_infer(model, inputs, enable_empty_final_response=True)
+        while True:
+            try:
+                result, error = replies.get(timeout=timeout)
+            except queue.Empty:
+                raise UserError(
+                    f"model '{model}' at {url} sent nothing for {timeout:g} s: it may be busy or dead; "
+                    "try again, or restart `vismem serve`"
+                ) from None
+            if error is not None:
+                hint = "; restart `vismem serve`" if "is not healthy" in error.message() else ""  # its process has died
+                raise UserError(f"model '{model}' at {url}: {error.message()}{hint}")
+            texts, events = result.as_numpy("TEXT"), result.as_numpy("EVENT")
+            if texts is not None:
+                for text, event in zip(texts, events, strict=True):
+                    yield Token(text.decode(), event.decode())
+            final = result.get_response().parameters.get("triton_final_response")
+            if final is not None and final.bool_param:
+                return
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+
+
+def main_infer(
+    config: Config,
+    images: Sequence[Path],
+    prompt: str,
+    *,
+    stream: bool = False,
+    memory: bool = True,
+    max_new_tokens: int = 48,
+    url: str | None = None,
+    model: str | None = None,
+    write: Callable[[str], None] | None = None,
+) -> None:
+    """`vismem infer --image F [--image F ...] --prompt S [--stream] [--no-memory] [--max-new-tokens N] [--url U] ...`.
+
+    Writes the answer with its memory invocations marked, and a line's end; with `stream` piece by piece. The server is
+    the one on this machine at deploy.grpc_port unless `url` names another; the model is the released one or, where
+    only a refused challenger is served, that. Raises UserError (the CLI exits with 1).
+    """
+    write = write or partial(print, end="", flush=True)
+    url = url or f"127.0.0.1:{config.deploy.grpc_port}"
+    for image in images:
+        _read_image(image)
+    model = model or find_model(url, config.deploy.model_name)
+    tokens = infer(url, model, images, prompt, stream=stream, memory=memory, max_new_tokens=max_new_tokens)
+    if stream:
+        for token in tokens:
+            write(token.marked)
+        write("\n")
+    else:
+        write(marked(tokens) + "\n")
+
+
+def find_model(url: str, name: str) -> str:
+    """`name` if the server at `url` serves it, else its challenger if that is served, else UserError."""
+    import tritonclient.grpc as triton
+
+    client = triton.InferenceServerClient(url)
+    try:
+        for candidate in (name, challenger_name(name)):
+            if _ready(client, url, candidate):
+                return candidate
+    finally:
+        client.close()
+    raise UserError(f"the server at {url} serves neither '{name}' nor '{challenger_name(name)}': name one with --model")
+
+
+def challenger_name(name: str) -> str:
+    """The name under which a version is served that the gate refused."""
+    return f"{name}_challenger"
+
+
+def _inputs(**arrays: np.ndarray[Any, Any]) -> list[Any]:
+    import tritonclient.grpc as triton
+    from tritonclient.utils import np_to_triton_dtype
+
+    made = []
+    for name, array in arrays.items():
+        entry = triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        entry.set_data_from_numpy(array)
+        made.append(entry)
+    return made
+
+
+def _read_image(image: Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the image {image}: {error.strerror}") from None
+
+
+def _check_server(client: Any, url: str, model: str) -> None:
+    if not _ready(client, url, model):
+        raise UserError(f"the server at {url} has no model '{model}' ready: see the log of `vismem serve`")
+
+
+def _ready(client: Any, url: str, model: str) -> bool:
+    from tritonclient.utils import InferenceServerException
+
+    try:
+        ready: bool = client.is_model_ready(model, client_timeout=10)
+    except InferenceServerException as error:
+        if "UNAVAILABLE" in str(error.status()) or "DEADLINE" in str(error.status()):
+            raise UserError(
+                f"no model server answers at {url}: start one with `vismem serve` in another terminal, "
+                "or name another with --url"
+            ) from None
+        raise UserError(f"the server at {url}: {error.message()}") from None
+    return ready

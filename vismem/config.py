@@ -229,6 +229,9 @@ class GateConfig(Section):
     max_capability_drop: float = Field(2.0, ge=0, description="largest loss of any one capability, points")
     max_time_overhead: float = Field(1.0, ge=0, description="largest seconds-a-sample overhead over vanilla; 0.44 = +44 %")
     champion_margin: float = Field(0.0, description="points by which the present champion must be exceeded")
+    other_data: Literal["pass", "refuse"] = Field(
+        "pass", description="the champion rule where the champion was scored on other test data, so no scores compare"
+    )
 
 
 class RegistryConfig(Section):
@@ -237,6 +240,10 @@ class RegistryConfig(Section):
     tracking_uri: str = Field("sqlite:///mlflow.db", description="tracking and registry store")
     experiment: str = Field("vismem", description="experiment name")
     model_name: str = Field("vismem", description="registered model name")
+    artifact_location: str | None = Field(
+        None, description="where a new experiment's files go; null: mlartifacts/ beside a SQLite store, else the server's"
+    )
+    ui_port: int = Field(5000, ge=0, le=65535, description="port of `vismem ui`; 0: any free one")
 
 
 class DeployConfig(Section):

@@ -1,0 +1,1 @@
+"""MLflow: runs, registered versions, the release gate and the champion. Only this package imports mlflow."""

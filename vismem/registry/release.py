@@ -1,0 +1,162 @@
+"""The champion pointer: the step `promote`, rollback, and listings of the registered versions.
+
+An MLflow alias is last-writer-wins and has no history, so every move is written down first, as a tag of its own on the
+registered model (`champion_history.TIME`: JSON with version, previous, action). Nothing rewrites such a tag.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vismem.config import Config
+from vismem.errors import UserError
+from vismem.registry.tracking import Store, Version, aliased, get_version, open_store, tracking_uri, versions
+
+CHAMPION = "champion"
+HISTORY = "champion_history."
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of the champion alias."""
+
+    time: str  # UTC, ISO 8601
+    action: str  # "promote" or "rollback"
+    version: str
+    previous: str | None
+
+
+def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    """Make the registered version champion if its verdict passed; writes `release.json` into `out`.
+
+    A refusal is a result with its reasons. UserError where the store does not hold the version that was registered.
+    """
+    register = inputs["register"]
+    record = json.loads((register / "version.json").read_text())
+    verdict = json.loads((register / "verdict.json").read_text())
+    store = open_store(config.registry)
+    number = str(record["version"])
+    version = get_version(store, number) if record["name"] == store.model else None
+    if version is None or version.tags.get("manifest_sha256") != record["manifest_sha256"]:
+        raise UserError(
+            f"{store.uri} does not hold {record['name']} version {number} as {register / 'version.json'} describes it: "
+            "the store has changed since; run `vismem register` again"
+        )
+    passed = bool(verdict["passed"])
+    before = aliased(store, CHAMPION)
+    if passed and (before is None or before.version != number):
+        _move(store, "promote", number, before.version if before else None)
+    reasons = [rule["reason"] for rule in verdict["rules"] if passed or not rule["passed"]]
+    release = {
+        "promoted": passed,
+        "name": store.model,
+        "version": number,
+        "model_id": version.model_id,
+        "previous": before.version if before and before.version != number else None,
+        "reasons": reasons,
+    }
+    (out / "release.json").write_text(json.dumps(release, indent=2) + "\n")
+    if passed:
+        return f"{store.model} version {number} is champion"
+    kept = f"version {before.version} stays champion" if before else "there is no champion yet"
+    return f"{store.model} version {number} is refused, {kept}: {'; '.join(reasons)}"
+
+
+def rollback(config: Config) -> str:
+    """Give the champion alias back to the version before the present one; return a line that says so.
+
+    Repeated calls go further back along the promotions. Where the champion's version was deleted (which drops the
+    alias), the last champion that still exists returns. UserError where there is none.
+    """
+    store = open_store(config.registry)
+    present = aliased(store, CHAMPION)
+    moves = history(store)
+    candidates = [move.version for move in reversed(moves)] if present is None else _before(moves, present.version)
+    for number in candidates:
+        if get_version(store, number) is not None:
+            _move(store, "rollback", number, present.version if present else None)
+            was = f"version {present.version}" if present else "a deleted version"
+            return f"{store.model} version {number} is champion again, instead of {was}"
+    raise UserError(
+        f"there is no earlier champion of '{store.model}' in {store.uri} to go back to; `vismem models list` shows all"
+    )
+
+
+def current_champion(config: Config) -> Version | None:
+    """The present champion, or None."""
+    return aliased(open_store(config.registry), CHAMPION)
+
+
+def history(store: Store) -> list[Move]:
+    """All moves of the champion alias, oldest first."""
+    tags = store.client.get_registered_model(store.model).tags if versions(store) else {}
+    return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY)]
+
+
+def models(config: Config) -> list[dict[str, str]]:
+    """One row a version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
+    store = open_store(config.registry)
+    named: dict[str, list[str]] = {}
+    for alias in (CHAMPION, "challenger"):
+        if (version := aliased(store, alias)) is not None:
+            named.setdefault(version.version, []).append(alias)
+    return [
+        {
+            "version": item.version,
+            "aliases": ", ".join(named.get(item.version, [])),
+            "verdict": item.tags.get("verdict", ""),
+            "score": item.tags.get("score", ""),
+            "gain": item.tags.get("gain", ""),
+            "n": item.tags.get("n", ""),
+            "created": datetime.fromtimestamp(item.created, UTC).strftime("%Y-%m-%d %H:%M"),
+            "git_commit": item.tags.get("git_commit", "")[:10],
+        }
+        for item in versions(store)
+    ]
+
+
+def show(config: Config, which: str) -> dict[str, Any]:
+    """All that is known of a version, given by number or alias. UserError where there is none of that name."""
+    store = open_store(config.registry)
+    version = get_version(store, which) if which.isdecimal() else aliased(store, which)
+    if version is None:
+        known = ", ".join(item.version for item in versions(store)) or "none"
+        raise UserError(f"no version or alias '{which}' of '{store.model}' in {store.uri}; versions: {known}")
+    moves = [asdict(move) for move in history(store) if version.version in (move.version, move.previous)]
+    return {"name": store.model, **asdict(version), "history": moves}
+
+
+def page(config: Config, address: str) -> str:
+    """The model's page in an MLflow server at `address`, such as http://127.0.0.1:5000."""
+    return f"{address.rstrip('/')}/#/models/{config.registry.model_name}"
+
+
+def store_uri(config: Config) -> str:
+    """Where the store is; see `tracking.tracking_uri`."""
+    return tracking_uri(config.registry)
+
+
+def _before(moves: list[Move], version: str) -> list[str]:
+    """The champions before `version` along the promotions, nearest first; each version at most once."""
+    chain: list[str] = []
+    seen, here = {version}, version
+    while True:
+        previous = next((m.previous for m in reversed(moves) if m.action == "promote" and m.version == here), None)
+        if previous is None or previous in seen:
+            return chain
+        chain.append(previous)
+        seen.add(previous)
+        here = previous
+
+
+def _move(store: Store, action: str, version: str, previous: str | None) -> None:
+    """Write the move down, then make it: a crash in between leaves a line too many, never a move that no line shows."""
+    now = datetime.fromtimestamp(time.time(), UTC)
+    move = Move(now.isoformat(), action, version, previous)
+    key = f"{HISTORY}{now.strftime('%Y%m%dT%H%M%S.%fZ')}"
+    store.client.set_registered_model_tag(store.model, key, json.dumps(asdict(move)))
+    store.client.set_registered_model_alias(store.model, CHAMPION, version)

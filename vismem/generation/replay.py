@@ -1,0 +1,290 @@
+"""Going through recorded answers again, with gradient: the memories are formed anew at the recorded places.
+
+The answers are cut behind every invoke token. Chunk by chunk all rows are passed through the language model on one
+growing cache; between two chunks the next memories are formed from the hidden states just seen, so the gradient of a
+later token reaches the former that made an earlier latent (paper Sec. 3.4).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from vismem.data.sample import Sample
+from vismem.generation.prompts import VisualStates, encode, last_of, visual_states
+from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
+from vismem.models.backbones.base import PatchStream, Prompt
+from vismem.models.memory import causal_mask
+from vismem.models.tokens import KINDS
+from vismem.models.vismem import State, VisMemModel
+
+
+@dataclass
+class Scores:
+    """Per-token results of R answers, right-padded to T tokens of `Rollout.token_ids`."""
+
+    logprobs: Tensor  # (R, T) of the recorded tokens, under the temperature and the bars of the sampling
+    text_logprobs: Tensor  # (R, T) the same without the invoke tokens in the vocabulary, for the KL term
+    entropy: Tensor  # (R, T) nats
+    mask: Tensor  # (R, T) bool: sampled tokens, the loss mask
+    text_mask: Tensor  # (R, T) bool: sampled tokens other than invoke tokens
+    latents: list[Tensor]  # the memories formed, (rows, N, d) each, in the order of chunks and kinds
+
+
+@dataclass
+class Context:
+    """Read prompts: S samples, with their cache, ready to be repeated for each answer."""
+
+    prompt: Prompt
+    visual: VisualStates
+    last: Tensor  # (S, d)
+    cache: DynamicCache
+    patches: PatchStream | None = None
+
+
+def read_prompts(model: VisMemModel, samples: Sequence[Sample]) -> Context:
+    """Run the prompts through the vision encoder and the language model once."""
+    prompt = encode(model.backbone, samples)
+    cache = DynamicCache()
+    hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), cache)
+    return Context(prompt, visual_states(prompt, hidden), last_of(hidden, prompt.mask), cache)
+
+
+def without_memory(rollout: Rollout) -> Rollout:
+    """The same answer with every invocation left out: what the reference policy of stage I reads."""
+    keep: list[bool] = []
+    inside = False
+    starts = {invocation.position for invocation in rollout.invocations}
+    for position, token in enumerate(rollout.token_ids):
+        inside = inside or position in starts
+        keep.append(not inside)
+        closing = token != LATENT and position > 0 and rollout.token_ids[position - 1] == LATENT
+        inside = inside and not closing
+
+    def kept(values: Sequence[object]) -> tuple[object, ...]:
+        return tuple(value for value, k in zip(values, keep, strict=True) if k)
+
+    return Rollout(
+        rollout.sample_id,
+        kept(rollout.token_ids),  # type: ignore[arg-type]
+        kept(rollout.loss_mask),  # type: ignore[arg-type]
+        kept(rollout.logprobs),  # type: ignore[arg-type]
+        (),
+        rollout.text,
+        rollout.text,
+        rollout.finished,
+        rollout.answer_length,
+    )
+
+
+def decisions_of(model: VisMemModel, rollout: Rollout) -> tuple[tuple[int, MemoryKind], ...]:
+    """The invocations as (decision, kind), which `invocation.Replay` takes."""
+    inserted, found = 0, []
+    for invocation in rollout.invocations:
+        found.append((invocation.position - inserted, invocation.kind))
+        inserted += model.length_of(invocation.kind) + 1
+    return tuple(found)
+
+
+def score(
+    model: VisMemModel,
+    context: Context,
+    rollouts: Sequence[Rollout],
+    sample: Tensor,
+    *,
+    sampled_kinds: tuple[MemoryKind, ...] = (),
+    limit: int | None = None,
+    temperature: float = 1.0,
+) -> Scores:
+    """Score recorded answers; `sample` (R,) says which of the context's prompts each answer belongs to.
+
+    `sampled_kinds` and `limit` are those of the policy that sampled: they decide which invoke tokens were barred.
+    """
+    limit = model.invocation_config.max_per_answer if limit is None else limit
+    return _Pass(model, context, rollouts, sample).scores(sampled_kinds, limit, temperature)
+
+
+@dataclass
+class _Chunk:
+    """A piece of R answers, right-padded: after a memory it begins with its latents and end token."""
+
+    start: list[int]  # first index in token_ids
+    stop: list[int]
+    opening: list[Invocation | None]  # the invocation whose latents begin it
+
+
+class _Pass:
+    def __init__(self, model: VisMemModel, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> None:
+        self.model, self.context, self.rollouts, self.sample = model, context, rollouts, sample
+        self.device = sample.device
+        self.longest = max(len(rollout.token_ids) for rollout in rollouts)
+        self.latents: list[Tensor] = []
+
+    def hidden(self) -> Tensor:
+        """(R, T, d): the hidden state from which each token of the answer was predicted."""
+        context, sample, backbone = self.context, self.sample, self.model.backbone
+        cache = DynamicCache()
+        for layer, held in enumerate(context.cache.layers):
+            cache.update(held.keys[sample], held.values[sample], layer)
+        keys = context.prompt.mask[sample]
+        embeds = context.prompt.embeds[sample]
+        positions = context.prompt.positions[:, sample]
+        following = context.prompt.next_position()[sample]
+        place = torch.zeros(len(sample), self.longest + 1, dtype=torch.long, device=self.device)  # in `seen`
+        seen = [context.last[sample][:, None]]
+        for chunk in self._chunks():
+            lengths = torch.tensor([b - a for a, b in zip(chunk.start, chunk.stop, strict=True)], device=self.device)
+            width = int(lengths.max())
+            piece = self._embed(chunk, width, keys, embeds, positions, seen, place)
+            offset = torch.arange(width, device=self.device)
+            real = offset < lengths[:, None]
+            at = (following[:, None] + offset).expand(3, -1, -1)
+            keys = torch.cat([keys, real], dim=1)
+            mask = causal_mask(keys)[:, :, -width:]
+            hidden = backbone.language(piece, at, mask, cache)
+            before = sum(part.shape[1] for part in seen)
+            start = torch.tensor(chunk.start, device=self.device)
+            row, column = real.nonzero(as_tuple=True)
+            place[row, start[row] + column + 1] = before + column
+            seen.append(hidden)
+            embeds, positions = torch.cat([embeds, piece], dim=1), torch.cat([positions, at], dim=2)
+            following = following + lengths
+        states = torch.cat(seen, dim=1)
+        return states.gather(1, place[:, :-1, None].expand(-1, -1, states.shape[-1]))
+
+    def _chunks(self) -> list[_Chunk]:
+        count = 1 + max(len(rollout.invocations) for rollout in self.rollouts)
+        chunks = []
+        for index in range(count):
+            start, stop, opening = [], [], []
+            for rollout in self.rollouts:
+                bounds = [0, *(i.position + 1 for i in rollout.invocations), len(rollout.token_ids)]
+                end = len(bounds) - 1
+                start.append(bounds[min(index, end)])
+                stop.append(bounds[min(index + 1, end)])
+                opening.append(rollout.invocations[index - 1] if 0 < index < end else None)
+            chunks.append(_Chunk(start, stop, opening))
+        return chunks
+
+    def _embed(
+        self,
+        chunk: _Chunk,
+        width: int,
+        keys: Tensor,
+        embeds: Tensor,
+        positions: Tensor,
+        seen: list[Tensor],
+        place: Tensor,
+    ) -> Tensor:
+        """(R, width, d) embeddings of one chunk; memories that open it are formed here."""
+        ids = torch.zeros(len(self.rollouts), width, dtype=torch.long)
+        for row, (a, b) in enumerate(zip(chunk.start, chunk.stop, strict=True)):
+            ids[row, : b - a] = torch.tensor(self.rollouts[row].token_ids[a:b])
+        ids = ids.to(self.device)
+        piece = self.model.embed(ids.clamp_min(0))
+        for kind in KINDS:
+            rows = [row for row, opening in enumerate(chunk.opening) if opening is not None and opening.kind is kind]
+            if not rows:
+                continue
+            memory = self._form(kind, rows, chunk, keys, embeds, positions, seen, place)
+            self.latents.append(memory)
+            full = torch.zeros_like(piece).index_copy(
+                0,
+                torch.tensor(rows, device=self.device),
+                torch.nn.functional.pad(memory, (0, 0, 0, width - memory.shape[1])),
+            )
+            chosen = torch.zeros(len(self.rollouts), 1, dtype=torch.bool, device=self.device)
+            chosen[rows] = True
+            piece = torch.where(((ids == LATENT) & chosen)[..., None], full, piece)
+        return piece
+
+    def _form(
+        self,
+        kind: MemoryKind,
+        rows: list[int],
+        chunk: _Chunk,
+        keys: Tensor,
+        embeds: Tensor,
+        positions: Tensor,
+        seen: list[Tensor],
+        place: Tensor,
+    ) -> Tensor:
+        index = torch.tensor(rows, device=self.device)
+        sample = self.sample[index]
+        segments = [self._segment(row, chunk) for row in rows]
+        longest = max(b - a for a, b in segments)
+        first = torch.tensor([a for a, _ in segments], device=self.device)[:, None]
+        length = torch.tensor([b - a for a, b in segments], device=self.device)[:, None]
+        offset = torch.arange(longest, device=self.device)
+        states = torch.cat(seen, dim=1)[index]
+        where = place[index].gather(1, (first + offset + 1).clamp_max(self.longest))
+        segment = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
+        if kind is MemoryKind.SHORT and self.context.patches is None:
+            self.context.patches = self.model.short_stream(self.context.prompt.vision)
+        visual = self.context.visual
+        return self.model.form(
+            kind,
+            State(
+                sample=sample,
+                cognitive=torch.cat([visual.hidden[sample], segment], dim=1),
+                cognitive_mask=torch.cat([visual.mask[sample], offset < length], dim=1),
+                stream=embeds[index],
+                positions=positions[:, index],
+                stream_mask=keys[index],
+                patches=self.context.patches,
+            ),
+        )
+
+    def _segment(self, row: int, chunk: _Chunk) -> tuple[int, int]:
+        """First and last+1 index of the current segment, up to and including the invoke token."""
+        opening = chunk.opening[row]
+        assert opening is not None
+        earlier = [i for i in self.rollouts[row].invocations if i.position < opening.position]
+        start = earlier[-1].position + self.model.length_of(earlier[-1].kind) + 2 if earlier else 0
+        return start, opening.position + 1
+
+    def scores(self, sampled_kinds: tuple[MemoryKind, ...], limit: int, temperature: float) -> Scores:
+        hidden = self.hidden()
+        rows, length = hidden.shape[:2]
+        ids = torch.full((rows, length), LATENT)
+        mask = torch.zeros(rows, length, dtype=torch.bool)
+        full = torch.zeros(rows, length, dtype=torch.bool)
+        for row, rollout in enumerate(self.rollouts):
+            ids[row, : len(rollout.token_ids)] = torch.tensor(rollout.token_ids)
+            mask[row, : len(rollout.token_ids)] = torch.tensor(rollout.loss_mask)
+            if len(rollout.invocations) >= limit > 0:
+                full[row, rollout.invocations[limit - 1].position + 1 :] = True
+        ids, mask, full = ids.to(self.device), mask.to(self.device), full.to(self.device)
+        columns = self.model.column_of(ids)[mask]
+        logits = self.model.logits(hidden[mask]) / temperature
+        text = columns < self.model.vocabulary
+        vocabulary = self.model.vocabulary
+        for index, kind in enumerate(KINDS):
+            barred = full[mask] if kind in sampled_kinds and limit > 0 else torch.ones_like(full[mask])
+            logits = torch.cat(
+                [
+                    logits[:, : vocabulary + index],
+                    logits[:, vocabulary + index, None].masked_fill(barred[:, None], -torch.inf),
+                    logits[:, vocabulary + index + 1 :],
+                ],
+                dim=1,
+            )
+        logprobs = logits.log_softmax(-1)
+        plain = logits[:, :vocabulary].log_softmax(-1)
+        safe = torch.where(logprobs.isinf(), torch.zeros_like(logprobs), logprobs)
+        entropy = -(safe * logprobs.exp()).sum(-1)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(rows, length).masked_scatter(mask, values)
+
+        text_columns = torch.where(text, columns, torch.zeros_like(columns))[:, None]
+        return Scores(
+            logprobs=spread(logprobs.gather(1, columns[:, None])[:, 0]),
+            text_logprobs=spread(plain.gather(1, text_columns)[:, 0]),
+            entropy=spread(entropy.detach()),
+            mask=mask,
+            text_mask=torch.zeros_like(mask).masked_scatter(mask, text),
+            latents=self.latents,
+        )

@@ -1,0 +1,122 @@
+"""What VisMem asks of a vision-language model family: the one interface behind which families differ."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismem.models.lora import LoraTarget
+
+
+@dataclass
+class VisionInput:
+    """The patches of S samples, right-padded to P tokens, in merge order (g consecutive patches make one token)."""
+
+    patches: Tensor  # (S, P, patch values), flattened pixels
+    positions: Tensor  # (S, P, 2) height and width of each patch in its image
+    image: Tensor  # (S, P) which attention segment (image or frame) of the sample; -1 on padding
+    window: Tensor  # (S, P) which attention window of the sample; -1 on padding
+
+    @property
+    def mask(self) -> Tensor:
+        """(S, P) True on patches, False on padding."""
+        return self.image >= 0
+
+
+@dataclass
+class PatchStream:
+    """The patches inside the vision encoder: their embeddings, and keys and values of every block."""
+
+    start: Tensor  # (S, P, w) patch embeddings, before the first block
+    keys_values: list[tuple[Tensor, Tensor]]  # a block: (S, heads, P, head width) each
+    hidden: Tensor  # (S, P, w) after the last block
+    vision: VisionInput
+
+
+@dataclass
+class Prompt:
+    """S prompts ready for the language model, right-padded to L."""
+
+    embeds: Tensor  # (S, L, d), image features in their places
+    positions: Tensor  # (3, S, L)
+    mask: Tensor  # (S, L) bool
+    visual: Tensor  # (S, L) bool, True at image tokens
+    vision: VisionInput
+
+    def next_position(self) -> Tensor:
+        """(S,) the position of the first answer token: the largest of the prompt, plus one."""
+        largest: Tensor = self.positions.masked_fill(~self.mask, -1).amax(dim=(0, 2))
+        return largest + 1
+
+
+class Backbone(ABC):
+    """A VLM of one family, frozen. `model` is the Hugging Face model, `processor` its processor."""
+
+    family: str
+    model: Any
+    processor: Any
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """d, width of the language model."""
+
+    @property
+    @abstractmethod
+    def vision_width(self) -> int:
+        """w, width of the vision encoder."""
+
+    @property
+    @abstractmethod
+    def merge(self) -> int:
+        """g, patch tokens that the projector merges into one."""
+
+    @abstractmethod
+    def prompt(self, texts: list[str], images: list[list[Any]]) -> Prompt:
+        """Encode chat-formatted texts with their PIL images; runs the vision encoder once."""
+
+    @abstractmethod
+    def patch_stream(self, vision: VisionInput) -> PatchStream:
+        """Run the patches through the vision encoder (with whatever adapter is active)."""
+
+    @abstractmethod
+    def memory_stream(self, tokens: Tensor, positions: Tensor | None, stream: PatchStream, sample: Tensor) -> Tensor:
+        """Run extra tokens (R, T, w) beside the patches of samples `sample` (R,): they read patches, never reversely.
+
+        `positions` (R, T, 2) are their rotary positions, negative for the identity. Returns (R, T, w).
+        """
+
+    @abstractmethod
+    def project(self, hidden: Tensor) -> Tensor:
+        """The family's own projector: (R, g * N, w) to (R, N, d)."""
+
+    @abstractmethod
+    def language(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        """Last hidden states (R, L, d) of embeddings (R, L, d); positions (3, R, L); mask (R, 1, L, keys) bool."""
+
+    @abstractmethod
+    def vision_targets(self) -> list[LoraTarget]:
+        """The q and v projections of the vision encoder."""
+
+    @abstractmethod
+    def language_targets(self) -> list[LoraTarget]:
+        """The q_proj and v_proj of the language model."""
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input embedding matrix."""
+        layer: nn.Embedding = self.model.get_input_embeddings()
+        return layer
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head."""
+        layer: nn.Linear = self.model.get_output_embeddings()
+        return layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device

@@ -1,0 +1,66 @@
+"""Low-rank adapters that are switched on only while a memory is formed (paper Sec. 3.3).
+
+They hang on forward hooks, so the base keeps its modules, names and weights. Vision encoders that fuse q, k and v in
+one linear layer (Qwen2.5-VL) are adapted on slices of that layer's output, which no general LoRA library offers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """A linear module by its full path, and the output columns to adapt."""
+
+    name: str
+    module: nn.Linear
+    start: int
+    stop: int
+
+
+class Lora(nn.Module):
+    """`y[..., start:stop] += (alpha / r) * B(A(dropout(x)))` on every target, inside `with lora.active():`.
+
+    B starts at zero, so a fresh adapter changes nothing.
+    """
+
+    def __init__(self, targets: list[LoraTarget], rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.ParameterDict()
+        self.up = nn.ParameterDict()
+        self.targets = targets
+        self.enabled = False
+        for target in targets:
+            key = f"{target.name}.{target.start}".replace(".", "_")
+            down = torch.empty(rank, target.module.in_features)
+            nn.init.kaiming_uniform_(down, a=5**0.5)
+            self.down[key] = nn.Parameter(down)
+            self.up[key] = nn.Parameter(torch.zeros(target.stop - target.start, rank))
+            target.module.register_forward_hook(self._hook(key, target))
+
+    def _hook(self, key: str, target: LoraTarget) -> Any:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self.enabled:
+                return None
+            dtype = self.down[key].dtype
+            delta = self.scale * (self.dropout(inputs[0].to(dtype)) @ self.down[key].T @ self.up[key].T)
+            right = output.shape[-1] - target.stop
+            return output + nn.functional.pad(delta, (target.start, right)).to(output.dtype)
+
+        return add
+
+    @contextmanager
+    def active(self, on: bool = True) -> Iterator[None]:
+        """Switch the adapters on (or off) within the block, and back after it."""
+        before, self.enabled = self.enabled, on
+        try:
+            yield
+        finally:
+            self.enabled = before

@@ -1,0 +1,164 @@
+"""Query builder, short-term and long-term memory former (paper Sec. 3.3, Eq. 5-6 and 9-11)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from vismem.config import MemoryConfig
+from vismem.models.backbones.base import Backbone, PatchStream
+from vismem.models.lora import Lora
+
+
+class BuilderLayer(nn.Module):
+    """One pre-norm transformer layer: self-attention and feed-forward, each with a residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """`hidden` (R, T, d), `mask` (R, 1, T, T) True where a token may be read."""
+        rows, length, width = hidden.shape
+        fused = self.qkv(self.norm1(hidden)).view(rows, length, 3, self.heads, width // self.heads)
+        query, key, value = fused.transpose(1, 3).unbind(2)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        hidden = hidden + self.out(attended.transpose(1, 2).reshape(rows, length, width))
+        result: Tensor = hidden + self.down(nn.functional.gelu(self.up(self.norm2(hidden))))
+        return result
+
+
+class QueryBuilder(nn.Module):
+    """B, shared by both memories: Q = B([H, Q_init])[-K:] (Eq. 5). Queries read H and each other; H reads only H."""
+
+    def __init__(self, width: int, config: MemoryConfig) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(config.queries, width) * config.init_std)
+        self.layers = nn.ModuleList(BuilderLayer(width, config.builder_heads) for _ in range(config.builder_layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, state: Tensor, mask: Tensor) -> Tensor:
+        """Cognitive state H (R, T, d) with `mask` (R, T) True on real entries; returns Q (R, K, d)."""
+        rows, length, _ = state.shape
+        count = self.start.shape[0]
+        hidden = torch.cat([state.to(self.start.dtype), self.start.expand(rows, -1, -1)], dim=1)
+        keys = torch.cat([mask, mask.new_ones(rows, count)], dim=1)
+        readable = keys[:, None, None, :].repeat(1, 1, length + count, 1)
+        readable[:, :, :length, length:] = False  # H never reads the queries
+        readable = readable | torch.eye(length + count, dtype=torch.bool, device=mask.device)  # padding reads itself
+        for layer in self.layers:
+            hidden = layer(hidden, readable)
+        queries: Tensor = self.norm(hidden[:, length:])
+        return queries
+
+
+class ShortFormer(nn.Module):
+    """F_s: a LoRA adapter over the frozen vision encoder, then the VLM's own projector (Eq. 9-10).
+
+    M_init has g * N_s vectors, since the projector merges g into one. With start 'patches' they are added to pooled
+    patch embeddings of the row's images, at those patches' mean positions; so an untrained short memory is a coarse
+    second look. With 'random' they stand alone, at the identity position, as the paper writes.
+    """
+
+    def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
+        super().__init__()
+        self.length, self.merge, self.patches = config.short_length, backbone.merge, config.short_start == "patches"
+        width = backbone.vision_width
+        self.query = nn.Linear(backbone.width, width)
+        nn.init.normal_(self.query.weight, std=config.init_std)
+        nn.init.zeros_(self.query.bias)
+        start = torch.randn(self.merge * config.short_length, width) * config.init_std
+        self.start = nn.Parameter(torch.zeros_like(start) if self.patches else start)
+        self.lora = Lora(backbone.vision_targets(), config.lora_rank, config.lora_alpha, config.lora_dropout)
+
+    def forward(self, backbone: Backbone, queries: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
+        """Queries (R, K, d), the samples' patch stream made with this adapter, rows' samples (R,): (R, N_s, d)."""
+        rows, count, _ = queries.shape
+        memory = self.start.expand(rows, -1, -1)
+        positions = torch.full((rows, count + memory.shape[1], 2), -1.0, device=queries.device)
+        if self.patches:
+            pooled, places = self._pool(stream)
+            memory = memory + pooled[sample].to(memory.dtype)
+            positions[:, count:] = places[sample]
+        tokens = torch.cat([self.query(queries), memory], dim=1)
+        with self.lora.active():
+            hidden = backbone.memory_stream(tokens, positions, stream, sample)
+        return backbone.project(hidden[:, count:])
+
+    def _pool(self, stream: PatchStream) -> tuple[Tensor, Tensor]:
+        """Mean patch embedding (S, g * N_s, w) and position (S, g * N_s, 2): merged tokens shared out evenly."""
+        samples, length, width = stream.start.shape
+        tokens = length // self.merge
+        counts = (stream.vision.mask.sum(1) // self.merge)[:, None]  # (S, 1) merged tokens of each sample
+        token = torch.arange(tokens, device=counts.device)[None]
+        slot = torch.arange(self.length, device=counts.device)
+        shared = (token * self.length // counts.clamp_min(1))[:, None, :] == slot[None, :, None]
+        copied = (slot[None, :, None] * counts[:, :, None] // self.length) == token[:, None, :]
+        weight = torch.where((counts >= self.length)[:, :, None], shared, copied)  # (S, N_s, tokens)
+        weight = (weight & (token < counts)[:, None, :]).to(stream.start.dtype)
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1.0)
+        groups = stream.start.view(samples, tokens, self.merge * width)
+        pooled = (weight @ groups).view(samples, self.length * self.merge, width)
+        places = stream.vision.positions.to(weight.dtype).view(samples, tokens, self.merge * 2)
+        return pooled, (weight @ places).view(samples, self.length * self.merge, 2)
+
+
+class LongFormer(nn.Module):
+    """F_l: a LoRA adapter over the frozen language model, M = F_l([X, Q, M_init])[-N_l:] (Eq. 11).
+
+    Hidden states have another scale than embeddings: a learned projection (identity at the start) and a learned scale
+    (the ratio of the two at the start) bring the memory into the embedding space.
+    """
+
+    def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
+        super().__init__()
+        width = backbone.width
+        self.length = config.long_length
+        with torch.no_grad():
+            scale = backbone.embedding.weight.float().pow(2).mean().sqrt()
+        self.start = nn.Parameter(torch.randn(config.long_length, width) * scale.cpu())
+        self.query = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.query.weight)
+        nn.init.eye_(self.output.weight)
+        self.query_scale = nn.Parameter(scale.cpu().clone())
+        self.output_scale = nn.Parameter(scale.cpu().clone())
+        self.lora = Lora(backbone.language_targets(), config.lora_rank, config.lora_alpha, config.lora_dropout)
+
+    def forward(self, backbone: Backbone, queries: Tensor, stream: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Queries (R, K, d); the row's own embeddings X (R, T, d), right-padded, `positions` (3, R, T), `mask` (R, T).
+
+        Returns (R, N_l, d).
+        """
+        rows, length, _ = stream.shape
+        memory = self.start.expand(rows, -1, -1)
+        added = torch.cat([self.query(queries) * self.query_scale, memory], dim=1)
+        extra = added.shape[1]
+        after = positions.masked_fill(~mask, -1).amax(dim=(0, 2)) + 1
+        tail = after[:, None] + torch.arange(extra, device=after.device)
+        keys = torch.cat([mask, mask.new_ones(rows, extra)], dim=1)
+        with self.lora.active():
+            hidden = backbone.language(
+                torch.cat([stream, added.to(stream.dtype)], dim=1),
+                torch.cat([positions, tail.expand(3, -1, -1)], dim=2),
+                causal_mask(keys),
+            )
+        last = hidden[:, -self.length :].to(self.output.weight.dtype)
+        result: Tensor = self.output(_unit_rms(last)) * self.output_scale
+        return result
+
+
+def causal_mask(keys: Tensor) -> Tensor:
+    """(R, T) real entries to a causal (R, 1, T, T) mask; every entry may read itself, so that no row is empty."""
+    length = keys.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
+    return (keys[:, None, None, :] & causal) | torch.eye(length, dtype=torch.bool, device=keys.device)
+
+
+def _unit_rms(hidden: Tensor) -> Tensor:
+    return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)

@@ -1,0 +1,28 @@
+"""The four special tokens that invoke and end a memory, and the delimiter set (paper Sec. 3.2, Eq. 3)."""
+
+from typing import Any
+
+from vismem.generation.types import MemoryKind
+
+INVOKE = {MemoryKind.SHORT: "<m_I^s>", MemoryKind.LONG: "<m_I^l>"}
+END = {MemoryKind.SHORT: "<m_E^s>", MemoryKind.LONG: "<m_E^l>"}
+MEMORY_TOKENS = (INVOKE[MemoryKind.SHORT], INVOKE[MemoryKind.LONG], END[MemoryKind.SHORT], END[MemoryKind.LONG])
+KINDS = (MemoryKind.SHORT, MemoryKind.LONG)  # the order of the invoke rows, and of the end rows
+
+
+def add_memory_tokens(tokenizer: Any) -> tuple[int, int, int, int]:
+    """Register `MEMORY_TOKENS` as indivisible special tokens; return their ids in that order. Safe to repeat."""
+    tokenizer.add_tokens(list(MEMORY_TOKENS), special_tokens=True)
+    short, long, short_end, long_end = tokenizer.convert_tokens_to_ids(list(MEMORY_TOKENS))
+    return short, long, short_end, long_end
+
+
+def delimiter_ids(tokenizer: Any, delimiters: tuple[str, ...]) -> tuple[int, ...]:
+    """Ids of all ordinary tokens whose text ends with one of `delimiters`; first the token of `delimiters[0]` itself."""
+    special = set(tokenizer.all_special_ids)
+    ids = [i for i in range(len(tokenizer)) if i not in special]
+    texts = tokenizer.batch_decode([[i] for i in ids])
+    found = [
+        (text != delimiters[0], i) for i, text in zip(ids, texts, strict=True) if text.rstrip(" ").endswith(delimiters)
+    ]
+    return tuple(i for _, i in sorted(found))

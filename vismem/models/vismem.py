@@ -1,0 +1,222 @@
+"""A frozen VLM with latent vision memory: form memories, embed and score the grown vocabulary, save and load."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vismem.config import InvocationConfig, MemoryConfig
+from vismem.errors import UserError
+from vismem.generation.types import MemoryKind
+from vismem.models.backbones import backbone_of
+from vismem.models.backbones.base import Backbone, PatchStream
+from vismem.models.lora import Lora
+from vismem.models.memory import LongFormer, QueryBuilder, ShortFormer
+from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
+
+FORMAT = 1
+
+
+@dataclass
+class State:
+    """What R rows know when they invoke a memory: everything that formation reads."""
+
+    sample: Tensor  # (R,) index of each row's prompt
+    cognitive: Tensor  # (R, T, d) H: visual hidden states, then those of the current segment, right-padded
+    cognitive_mask: Tensor  # (R, T)
+    stream: Tensor  # (R, X, d) the row's embeddings so far, right-padded (long-term memory)
+    positions: Tensor  # (3, R, X)
+    stream_mask: Tensor  # (R, X)
+    patches: PatchStream | None  # of all prompts, made by `short_stream` (short-term memory)
+
+
+class TokenRows(nn.Module):
+    """The four new rows of the embedding matrix and of the output head (Eq. 3), in the order of MEMORY_TOKENS."""
+
+    def __init__(self, embedding: Tensor, head: Tensor) -> None:
+        super().__init__()
+        self.invoke = nn.Parameter(embedding[:2].clone())
+        self.end = nn.Parameter(embedding[2:].clone())
+        self.head = nn.Parameter(head[:2].clone())  # end tokens are never sampled: they need no head
+        self.bias = nn.Parameter(torch.zeros(2))
+
+
+class VisMemModel(nn.Module):
+    """The base stays outside the module's parameters: `parameters()` and `state_dict()` are what VisMem adds."""
+
+    def __init__(self, backbone: Backbone, memory: MemoryConfig, invocation: InvocationConfig, seed: int = 0) -> None:
+        super().__init__()
+        self._backbone = [backbone]  # a list, so that the base is no submodule
+        self.memory_config, self.invocation_config = memory, invocation
+        backbone.model.requires_grad_(False).eval()
+        tokenizer = backbone.processor.tokenizer
+        self.memory_ids = add_memory_tokens(tokenizer)
+        self.invoke_ids = {kind: self.memory_ids[i] for i, kind in enumerate(KINDS)}
+        self.end_ids = {kind: self.memory_ids[2 + i] for i, kind in enumerate(KINDS)}
+        self.delimiter_ids = delimiter_ids(tokenizer, invocation.delimiters)
+        self.stop_ids = _stop_ids(backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.tokens = TokenRows(*self._start_rows())
+            self.builder = QueryBuilder(backbone.width, memory)
+            self.short = ShortFormer(backbone, memory)
+            self.long = LongFormer(backbone, memory)
+            self.policy_lora = Lora(
+                backbone.language_targets(), memory.lora_rank, memory.lora_alpha, memory.lora_dropout
+            )
+        self.to(backbone.device)
+        self.eval()
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen base."""
+        return self._backbone[0]
+
+    def _start_rows(self) -> tuple[Tensor, Tensor]:
+        """A delimiter's rows plus a small perturbation (paper Sec. 3.2)."""
+        delimiter = torch.tensor(self.delimiter_ids[:1] * 4)
+        rows = []
+        for matrix in (self.backbone.embedding.weight, self.backbone.head.weight):
+            row = matrix.detach().float().cpu()[delimiter]
+            noise = torch.randn_like(row) * row.pow(2).mean().sqrt()
+            rows.append(row + self.invocation_config.perturbation * noise)
+        return rows[0], rows[1]
+
+    # --- vocabulary ---
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (..., d) of token ids (...), the four new ones included."""
+        table = self.backbone.embedding
+        rows = torch.cat([self.tokens.invoke, self.tokens.end]).to(table.weight.dtype)
+        embeds = table(ids.clamp_max(table.num_embeddings - 1))
+        for row, token in zip(rows, self.memory_ids, strict=True):
+            embeds = torch.where((ids == token)[..., None], row, embeds)
+        return embeds
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V + 2) in float32: the base's vocabulary, with the memory tokens barred, then the two invokes.
+
+        The invoke tokens' scores stand in the two last columns whatever their ids (see `token_of`).
+        """
+        base = self.backbone.head(hidden).float()
+        barred = [token for token in self.memory_ids if token < base.shape[-1]]
+        if barred:
+            base = base.index_fill(-1, torch.tensor(barred, device=base.device), -torch.inf)
+        invoke = hidden.float() @ self.tokens.head.T + self.tokens.bias
+        return torch.cat([base, invoke], dim=-1)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, columns of the base's head: column V is the short invoke, V + 1 the long one."""
+        return int(self.backbone.head.out_features)
+
+    def column_of(self, ids: Tensor) -> Tensor:
+        """Columns of `logits` for token ids."""
+        columns = ids
+        for i, kind in enumerate(KINDS):
+            columns = torch.where(ids == self.invoke_ids[kind], self.vocabulary + i, columns)
+        return columns
+
+    def token_of(self, columns: Tensor) -> Tensor:
+        """Token ids for columns of `logits`."""
+        ids = columns
+        for i, kind in enumerate(KINDS):
+            ids = torch.where(columns == self.vocabulary + i, self.invoke_ids[kind], ids)
+        return ids
+
+    # --- formation ---
+
+    def length_of(self, kind: MemoryKind) -> int:
+        """N_s or N_l."""
+        return self.memory_config.short_length if kind is MemoryKind.SHORT else self.memory_config.long_length
+
+    def short_stream(self, vision: Any) -> PatchStream:
+        """The prompts' patches inside the short former: computed once, read by every short memory."""
+        with self.short.lora.active():
+            return self.backbone.patch_stream(vision)
+
+    def form(self, kind: MemoryKind, state: State) -> Tensor:
+        """Form one memory a row: (R, N_kind, d), differentiable (Eq. 5 and 9-11)."""
+        queries = self.builder(state.cognitive, state.cognitive_mask)
+        with self.policy_lora.active(False):
+            if kind is MemoryKind.SHORT:
+                assert state.patches is not None
+                memory = self.short(self.backbone, queries, state.patches, state.sample)
+            else:
+                memory = self.long(self.backbone, queries, state.stream, state.positions, state.stream_mask)
+        return memory.to(self.backbone.embedding.weight.dtype)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The reference policy: the same weights, the policy's adapter off."""
+        with self.policy_lora.active(False):
+            yield
+
+    # --- files ---
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what VisMem adds: `vismem.json`, `memory.safetensors`, `policy.safetensors` and the processor."""
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "format": FORMAT,
+            "family": self.backbone.family,
+            "memory": self.memory_config.model_dump(mode="json"),
+            "invocation": self.invocation_config.model_dump(mode="json"),
+            "memory_ids": self.memory_ids,
+            "policy_lora": self.policy_lora.enabled,
+        }
+        (folder / "vismem.json").write_text(json.dumps(settings, indent=2) + "\n")
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        policy = {name: value for name, value in weights.items() if _is_policy(name)}
+        save_file({name: value for name, value in weights.items() if name not in policy}, folder / "memory.safetensors")
+        save_file(policy, folder / "policy.safetensors")
+        self.backbone.processor.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> "VisMemModel":
+        """Load a base and lay what `save_pretrained` wrote over it."""
+        file = Path(folder) / "vismem.json"
+        if not file.is_file():
+            raise UserError(f"{folder} holds no vismem.json: give a folder that stage1, stage2 or export wrote")
+        settings = json.loads(file.read_text())
+        backbone = load_base(base, dtype)
+        if backbone.family != settings["family"]:
+            raise UserError(f"{folder} was trained on {settings['family']}, but {base} is {backbone.family}")
+        model = cls(backbone, MemoryConfig(**settings["memory"]), InvocationConfig(**settings["invocation"]))
+        if model.memory_ids != tuple(settings["memory_ids"]):
+            raise UserError(f"{base} has another tokenizer than the one that {folder} was trained with")
+        model.load_state_dict(
+            load_file(Path(folder) / "memory.safetensors") | load_file(Path(folder) / "policy.safetensors")
+        )
+        model.policy_lora.enabled = settings["policy_lora"]
+        return model
+
+
+def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
+    """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
+        processor = AutoProcessor.from_pretrained(str(base))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error
+    return backbone_of(model, processor)
+
+
+def _is_policy(name: str) -> bool:
+    return name.startswith(("tokens.", "policy_lora."))
+
+
+def _stop_ids(backbone: Backbone) -> tuple[int, ...]:
+    stop = backbone.model.generation_config.eos_token_id
+    if stop is None:
+        stop = backbone.processor.tokenizer.eos_token_id
+    return tuple(stop) if isinstance(stop, list) else (stop,)

@@ -1,0 +1,168 @@
+"""The facts that rules judge: one light row a sample, streamed from the shards; images are looked at and let go."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vismem.data.fingerprint import SPLITS, ImageCache, ImageFacts, sample_sha256
+from vismem.data.sample import SCHEMA
+
+TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
+BATCH = 64  # rows of images in memory at once, a thread
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a split. `fault` says what is wrong with its schema; None where nothing is."""
+
+    split: str
+    path: Path
+    rows: int
+    fault: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What people see: `train/part-00000`."""
+        return f"{self.split}/{self.path.stem}"
+
+
+def find_shards(folder: Path) -> list[Shard]:
+    """The shards of every split below `folder`, in order of the splits' precedence, with their schemas checked."""
+    return [_open_shard(split, path) for split in SPLITS for path in sorted((folder / split).glob("part-*.parquet"))]
+
+
+def collect_facts(shards: Sequence[Shard], max_side: int, advance: Callable[[int], None]) -> pd.DataFrame:
+    """One row of facts for each sample of faultless shards, in the shards' order (a row's number is its index).
+
+    `advance` is called with the number of rows done, from several threads. Columns: split, shard (index into
+    `shards`), position (row in the shard), id, id_chars, null_fault (names of null columns), duplicate_of (place of the
+    first row with the id), images (how many), image_fault, least_side, largest_side (pixels), image_hashes, leak (the
+    split of higher precedence that shows one of the images), question_chars, answer, answer_chars, answer_listed (among
+    the choices), task, capability, sha256. What does not apply or is not known is missing.
+    """
+    # Decoding and hashing release the interpreter lock, so threads do for large images, and cost nothing for small.
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        numbered = enumerate(shards)
+        parts = list(pool.map(lambda item: _table(_shard_facts(item[1], item[0], max_side, advance)), numbered))
+    table = pd.concat([_table(()), *parts], ignore_index=True)
+    table["duplicate_of"] = pd.Series(_duplicates(table, shards), dtype=object)
+    table["leak"] = pd.Series(_leaks(table), dtype=object)
+    return table
+
+
+def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Some rows of a shard by their position, reading only the row groups that hold them."""
+    wanted, found, start = set(positions), {}, 0
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        end = start + file.metadata.row_group(group).num_rows
+        here = sorted(position for position in wanted if start <= position < end)
+        if here:
+            rows = file.read_row_group(group).take([position - start for position in here]).to_pylist()
+            found.update(zip(here, rows, strict=True))
+        start = end
+    return found
+
+
+_COLUMNS = {
+    "split": "object",
+    "shard": "int64",
+    "position": "int64",
+    "id": "object",
+    "id_chars": "int64",
+    "null_fault": "object",
+    "images": "int64",
+    "image_fault": "object",
+    "least_side": "float64",
+    "largest_side": "float64",
+    "image_hashes": "object",
+    "question_chars": "int64",
+    "answer": "object",
+    "answer_chars": "int64",
+    "answer_listed": "object",
+    "task": "object",
+    "capability": "object",
+    "sha256": "object",
+}
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=list(_COLUMNS), dtype=object).astype(_COLUMNS)
+
+
+def _open_shard(split: str, path: Path) -> Shard:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        return Shard(split, path, 0, f"not a readable Parquet file ({error})")
+    faults = []
+    for field in SCHEMA:
+        if field.name not in file.schema_arrow.names:
+            faults.append(f"no column '{field.name}'")
+        elif (kind := file.schema_arrow.field(field.name).type) != field.type:
+            faults.append(f"column '{field.name}' is {kind}, not {field.type}")
+    faults += [f"unknown column '{name}'" for name in file.schema_arrow.names if name not in SCHEMA.names]
+    return Shard(split, path, file.metadata.num_rows, "; ".join(faults) or None)
+
+
+def _shard_facts(shard: Shard, number: int, max_side: int, advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    examine = ImageCache(max_side)
+    position = 0
+    for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=BATCH, use_threads=False):
+        for row in batch.to_pylist():
+            yield {"split": shard.split, "shard": number, "position": position} | _row_facts(row, examine)
+            position += 1
+        advance(batch.num_rows)
+
+
+def _row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -> dict[str, Any]:
+    images = [examine(data or b"") for data in row["images"] or ()]
+    sides = [side for facts in images if facts.width for side in (facts.width, facts.height)]
+    faults = [f"image {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
+    nulls = [f"'{name}'" for name in TEXT_COLUMNS if row[name] is None]
+    answer = row["answer"] or ""
+    return {
+        "id": row["id"] or "",
+        "id_chars": len((row["id"] or "").strip()),
+        "null_fault": ", ".join(nulls) or None,
+        "images": len(images),
+        "image_fault": "; ".join(faults) or None,
+        "least_side": min(sides, default=None),
+        "largest_side": max(sides, default=None),
+        "image_hashes": tuple(facts.sha256 for facts in images if facts.fault is None),
+        "question_chars": len((row["question"] or "").strip()),
+        "answer": answer,
+        "answer_chars": len(answer.strip()),
+        "answer_listed": answer in row["choices"] if row["choices"] else None,
+        "task": row["task"] or "",
+        "capability": row["capability"] or "",
+        "sha256": sample_sha256(row),
+    }
+
+
+def _duplicates(table: pd.DataFrame, shards: Sequence[Shard]) -> list[str | None]:
+    first: dict[str, str] = {}
+    found: list[str | None] = []
+    for shard, position, name in zip(table["shard"], table["position"], table["id"], strict=True):
+        found.append(first.get(name))
+        if name and name not in first:
+            first[name] = f"{shards[shard].name} row {position}"
+    return found
+
+
+def _leaks(table: pd.DataFrame) -> list[str | None]:
+    owner: dict[bytes, str] = {}
+    for split, hashes in zip(table["split"], table["image_hashes"], strict=True):  # in order of precedence
+        for digest in hashes:
+            owner.setdefault(digest, split)
+    return [
+        next((owner[digest] for digest in hashes if owner[digest] != split), None)
+        for split, hashes in zip(table["split"], table["image_hashes"], strict=True)
+    ]

@@ -1,0 +1,137 @@
+"""`report.html` of the step `validate`: one self-contained page that reads offline."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from jinja2 import Environment
+from PIL import Image
+
+from vismem.config import ValidateConfig
+from vismem.data.fingerprint import SPLITS, data_sha256, examine_image
+from vismem.validation.facts import read_rows
+
+if TYPE_CHECKING:
+    from vismem.validation.validate import Findings
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+THUMBNAIL = 168  # pixels, longest side
+SAMPLES_A_TASK = 2
+TASKS_SHOWN = 24
+QUARANTINED_SHOWN = 50
+ANSWERS_SHOWN = 8
+
+
+def render(findings: "Findings", settings: ValidateConfig) -> str:
+    """The page as text. Images in it are thumbnails of a few samples a task and of the first quarantined rows."""
+    rows = findings.rows
+    clean = rows.drop(index=list(findings.reasons))
+    shown = list(findings.reasons)[:QUARANTINED_SHOWN]
+    bad = _load(findings, rows.loc[shown])
+    broken = [v for v in findings.verdicts if not v.success]
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
+    return page.render(
+        errors=findings.errors,
+        warnings=[v.rule.name for v in broken if v.rule.severity == "warning"],
+        verdicts=[
+            {
+                "rule": v.rule,
+                "success": v.success,
+                "judged": v.judged,
+                "observed": v.observed,
+                "message": findings.messages[v.rule.name],
+            }
+            for v in findings.verdicts
+        ],
+        total=len(rows),
+        clean=len(clean),
+        quarantined=len(findings.reasons),
+        images=len({digest for hashes in clean["image_hashes"] for digest in hashes}),
+        answers=clean["answer"].nunique(),
+        data_sha256=data_sha256({s: clean.loc[clean["split"] == s, "sha256"] for s in SPLITS}),
+        splits=[_split(split, findings, rows, clean) for split in reversed(SPLITS)],
+        tasks=_tasks(findings),
+        samples=_samples(findings, clean),
+        bad=[bad[index] | {"reason": findings.reasons[index]} for index in shown],
+        settings=settings,
+    )
+
+
+def _split(split: str, findings: "Findings", rows: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
+    ours = clean[clean["split"] == split]
+    facts = findings.splits.set_index("split").loc[split]
+    counts = Counter(ours["answer"])
+    top = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:ANSWERS_SHOWN]
+    known = ours["least_side"].notna().any()
+    return {
+        "name": split,
+        "rows": int((rows["split"] == split).sum()),
+        "clean": len(ours),
+        "images": len({digest for hashes in ours["image_hashes"] for digest in hashes}),
+        "sides": f"{ours['least_side'].min():.0f} to {ours['largest_side'].max():.0f} px" if known else "",
+        "question_chars": f"{ours['question_chars'].median():.0f}" if len(ours) else "",
+        "answers": [{"text": text, "count": count, "share": count / len(ours)} for text, count in top],
+        "distinct_answers": len(counts),
+        "drift": None if pd.isna(facts["task_drift"]) else float(facts["task_drift"]),
+    }
+
+
+def _tasks(findings: "Findings") -> list[dict[str, Any]]:
+    """The task mix as a table: one row a task, with its share of each split and of the profile."""
+    names = sorted({task for mix in (*findings.task_mix.values(), findings.profile) for task in mix})
+    highest = max((share for mix in findings.task_mix.values() for share in mix.values()), default=1.0)
+    return [
+        {
+            "name": name,
+            "shares": [findings.task_mix[split].get(name, 0.0) for split in reversed(SPLITS)],
+            "profile": findings.profile.get(name, 0.0),
+            "highest": highest,
+        }
+        for name in names
+    ]
+
+
+def _samples(findings: "Findings", clean: pd.DataFrame) -> list[dict[str, Any]]:
+    """A few good rows a task, from the train split where it has the task."""
+    ordered = clean.assign(rank=clean["split"].map(("train", "validation", "test", "pretrain").index))
+    ordered = ordered.sort_values(["rank", "shard", "position"], kind="stable")
+    chosen = ordered.groupby("task", sort=True).head(SAMPLES_A_TASK)
+    names = sorted(chosen["task"].unique())[:TASKS_SHOWN]
+    loaded = _load(findings, chosen)
+    return [{"task": name, "rows": [loaded[index] for index in chosen.index[chosen["task"] == name]]} for name in names]
+
+
+def _load(findings: "Findings", chosen: pd.DataFrame) -> dict[int, dict[str, Any]]:
+    """Read some rows of the shards again, with thumbnails in the place of images; keys are the index of `chosen`."""
+    loaded: dict[int, dict[str, Any]] = {}
+    for number, ours in chosen.groupby("shard"):
+        shard = findings.shards[int(number)]
+        rows = read_rows(shard.path, ours["position"])
+        for index, position in ours["position"].items():
+            loaded[int(index)] = _shown(rows[position]) | {
+                "split": shard.split,
+                "place": f"{shard.name} row {position}",
+            }
+    return loaded
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(row) | {"thumbnails": [_thumbnail(data or b"") for data in (row["images"] or ())[:4]]}
+
+
+def _thumbnail(data: bytes) -> str | None:
+    """A data URI of a small PNG; None for an image that does not decode."""
+    if examine_image(data, max_side=10_000).fault is not None:
+        return None
+    with Image.open(io.BytesIO(data)) as image:
+        if max(image.size) > 10_000:
+            return None
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,238 @@
+"""The step `validate`: judge the prepared shards, set bad rows apart with the reason, stop the pipeline on an error."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import Progress
+
+from vismem.config import Config, ValidateConfig
+from vismem.data.fingerprint import SPLITS, data_sha256
+from vismem.data.sample import SCHEMA, write_shards
+from vismem.errors import UserError
+from vismem.validation.expectations import Judge, Rule, Severity, Verdict, rules
+from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
+
+QUARANTINE_SCHEMA = pa.schema([*SCHEMA, ("reason", pa.string()), ("split", pa.string())])
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is known after judging; the report is drawn from it."""
+
+    shards: list[Shard]
+    rows: pd.DataFrame  # one row of facts a sample, see `collect_facts`
+    splits: pd.DataFrame  # one row a split, of its good rows
+    reasons: dict[int, str]  # why a row (index of `rows`) is bad
+    verdicts: list[Verdict]
+    messages: dict[str, str]  # of each rule
+    task_mix: dict[str, dict[str, float]]  # split -> task -> share of its good rows
+    profile: dict[str, float]  # task -> share, that drift is measured against
+
+    @property
+    def errors(self) -> list[str]:
+        """The broken rules that stop the pipeline."""
+        broken = [v.rule.name for v in self.verdicts if not v.success and v.rule.severity is Severity.ERROR]
+        return [f"{name}: {self.messages[name]}" for name in broken]
+
+
+def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    """Judge the shards of `inputs["prepare"]` and sort their rows into `out/data/<split>` and `out/quarantine`.
+
+    Also writes `validation.json`, `task_profile.json` (the train split's task mix) and `report.html`. Raises UserError with the list of broken rules of severity error; `out` then holds the report and the verdicts, and
+    no data.
+    """
+    for name in ("data", "quarantine"):
+        shutil.rmtree(out / name, ignore_errors=True)  # of a killed or failed run
+    settings = config.validate_
+    profile = _read_profile(settings.task_profile) if settings.task_profile else None
+    findings = examine(settings, inputs["prepare"], profile)
+    (out / "validation.json").write_text(json.dumps(_verdict_file(findings), indent=2, ensure_ascii=False) + "\n")
+    (out / "task_profile.json").write_text(json.dumps(findings.task_mix["train"], indent=2, ensure_ascii=False) + "\n")
+    from vismem.validation.report import render
+
+    (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
+    if findings.errors:
+        listed = "".join(f"\n  - {line}" for line in findings.errors)
+        raise UserError(f"the data breaks {len(findings.errors)} rule(s):{listed}\nThe report is {out / 'report.html'}")
+    _write_clean(findings, out)
+    clean = len(findings.rows) - len(findings.reasons)
+    warnings = [v.rule.name for v in findings.verdicts if not v.success and v.rule.severity is Severity.WARNING]
+    tail = f"; warnings: {', '.join(warnings)}" if warnings else ""
+    return f"validated {len(findings.rows)} rows: {clean} clean, {len(findings.reasons)} in quarantine{tail}"
+
+
+def examine(settings: ValidateConfig, folder: Path, profile: Mapping[str, float] | None = None) -> Findings:
+    """Judge the shards below `folder` by every rule; nothing is written. `profile` stands in for the train split's."""
+    shards = find_shards(folder)
+    good = [shard for shard in shards if shard.fault is None]
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
+        bar = progress.add_task("validate rows", total=sum(shard.rows for shard in good))
+        rows = collect_facts(good, settings.max_pixels, lambda done: progress.advance(bar, done))
+    judge, every = Judge(), rules(settings)
+    shard_table = pd.DataFrame({"shard": [s.name for s in shards], "fault": [s.fault for s in shards]}, dtype=object)
+    verdicts = judge.judge("shards", shard_table, every) + judge.judge("rows", rows, every)
+    reasons = _reasons(verdicts, rows)
+    clean = rows.drop(index=list(reasons))
+    task_mix = {split: _shares(clean.loc[clean["split"] == split, "task"]) for split in SPLITS}
+    against = dict(profile) if profile is not None else task_mix["train"]
+    splits = _split_table(clean, settings, task_mix, against)
+    share = len(reasons) / len(rows) if len(rows) else 0.0
+    total = pd.DataFrame([{"rows": len(rows), "quarantined": len(reasons), "quarantined_share": share}])
+    verdicts += judge.judge("splits", splits, every) + judge.judge("total", total, every)
+    tables = {"shards": shard_table, "rows": rows, "splits": splits, "total": total}
+    order = {rule.name: number for number, rule in enumerate(every)}
+    verdicts.sort(key=lambda verdict: order[verdict.rule.name])
+    messages = {v.rule.name: _message(v, tables[v.rule.table], good) for v in verdicts}
+    return Findings(good, rows, splits, reasons, verdicts, messages, task_mix, against)
+
+
+def _reasons(verdicts: Sequence[Verdict], rows: pd.DataFrame) -> dict[int, str]:
+    """Why each bad row is bad: the quarantining rules that it breaks."""
+    found: dict[int, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.rule.severity is Severity.QUARANTINE:
+            for index in verdict.rows:
+                found.setdefault(index, []).append(f"{verdict.rule.name}: {_said(verdict.rule, rows.loc[index])}")
+    return {index: "; ".join(found[index]) for index in sorted(found)}
+
+
+def _said(rule: Rule, row: pd.Series) -> str:
+    return rule.broken.format(**row.to_dict())
+
+
+def _message(verdict: Verdict, table: pd.DataFrame, shards: Sequence[Shard]) -> str:
+    """What is said of a rule: that it holds, or how many rows break it and the first of them."""
+    rule = verdict.rule
+    if verdict.success:
+        return rule.holds
+    if rule.table != "rows":
+        return "; ".join(_said(rule, table.loc[index]) for index in verdict.rows)
+    rows = table.loc[list(verdict.rows)]
+    first = rows.iloc[0]
+    where = f"{shards[first['shard']].name} row {first['position']} (id '{first['id']}')"
+    counts = ", ".join(f"{count} of {split}" for split, count in rows["split"].value_counts(sort=False).items())
+    return f"{counts}; first {where}: {_said(rule, first)}"
+
+
+def _split_table(
+    clean: pd.DataFrame,
+    settings: ValidateConfig,
+    task_mix: Mapping[str, Mapping[str, float]],
+    profile: Mapping[str, float],
+) -> pd.DataFrame:
+    table = []
+    for split in SPLITS:
+        answers = Counter(clean.loc[clean["split"] == split, "answer"])
+        rows = answers.total()
+        label, count = min(answers.items(), key=lambda item: (-item[1], item[0]), default=("", 0))
+        table.append(
+            {
+                "split": split,
+                "rows": rows,
+                "required_rows": float(rows) if split in settings.required_splits else None,
+                "label": label,
+                "label_share": count / rows if rows else None,
+                "task_drift": total_variation(task_mix[split], profile) if rows and profile else None,
+            }
+        )
+    kinds = {"required_rows": "float64", "label_share": "float64", "task_drift": "float64"}
+    return pd.DataFrame(table).astype(kinds)
+
+
+def total_variation(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Half the summed absolute difference of two mixes: 0 for the same, 1 for mixes without a common task."""
+    return sum(abs(one.get(task, 0.0) - other.get(task, 0.0)) for task in sorted({*one, *other})) / 2
+
+
+def _shares(tasks: pd.Series) -> dict[str, float]:
+    counts = Counter(tasks)
+    return {task: counts[task] / counts.total() for task in sorted(counts)}
+
+
+def _read_profile(path: Path) -> dict[str, float]:
+    try:
+        profile = json.loads(path.read_text())
+    except OSError:
+        raise UserError(
+            f"no task profile {path}: check validate.task_profile (an earlier task_profile.json), or set it to null"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"the task profile {path} is not JSON: {error}") from None
+    if not isinstance(profile, dict) or not all(isinstance(share, int | float) for share in profile.values()):
+        raise UserError(f'the task profile {path} must map task names to shares, such as {{"counting": 0.25}}')
+    return profile
+
+
+def _verdict_file(findings: Findings) -> dict[str, Any]:
+    bad = findings.rows.loc[list(findings.reasons), "split"].value_counts()
+    total = findings.rows["split"].value_counts()
+    counts = {split: (int(total.get(split, 0)), int(bad.get(split, 0))) for split in SPLITS}
+    clean = findings.rows.drop(index=list(findings.reasons))
+    return {
+        "success": not findings.errors,
+        "rows": {
+            "total": len(findings.rows),
+            "clean": len(clean),
+            "quarantined": len(findings.reasons),
+            "splits": {s: {"total": t, "clean": t - b, "quarantined": b} for s, (t, b) in counts.items()},
+        },
+        "data_sha256": data_sha256({split: clean.loc[clean["split"] == split, "sha256"] for split in SPLITS}),
+        "rules": [
+            {
+                "name": verdict.rule.name,
+                "severity": verdict.rule.severity.value,
+                "success": verdict.success,
+                "observed": verdict.observed,
+                "message": findings.messages[verdict.rule.name],
+            }
+            for verdict in findings.verdicts
+        ],
+        "task_mix": findings.task_mix,
+    }
+
+
+def _write_clean(findings: Findings, out: Path) -> None:
+    """Write the good rows as shards with the names they had, and the bad ones, with their reasons, apart."""
+    for split in SPLITS:
+        (out / "data" / split).mkdir(parents=True, exist_ok=True)
+    (out / "quarantine").mkdir(parents=True, exist_ok=True)
+    bad_rows = findings.rows.loc[list(findings.reasons)]
+    with pq.ParquetWriter(out / "quarantine" / "part-00000.parquet", QUARANTINE_SCHEMA, compression="zstd") as apart:
+        for number, shard in enumerate(findings.shards):
+            here = bad_rows.loc[bad_rows["shard"] == number, "position"]
+            reasons = {int(position): findings.reasons[index] for index, position in here.items()}
+            target = out / "data" / shard.split / shard.path.name
+            if reasons:
+                _sort_out(shard, reasons, target, apart)
+            else:
+                shutil.copyfile(shard.path, target)
+    for split in SPLITS:
+        if not any((out / "data" / split).iterdir()):
+            write_shards((), out / "data" / split)  # a split that is not required, and not there
+
+
+def _sort_out(shard: Shard, reasons: Mapping[int, str], target: Path, apart: pq.ParquetWriter) -> None:
+    with pq.ParquetWriter(target, SCHEMA, compression="zstd") as good:
+        start = 0
+        for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=4 * BATCH):
+            here = [position for position in range(start, start + batch.num_rows) if position in reasons]
+            # Columns by name: a shard may hold them in another order.
+            rows = pa.Table.from_batches([batch]).select(SCHEMA.names)
+            kept = [n for n in range(batch.num_rows) if start + n not in reasons]
+            good.write_table(rows.take(pa.array(kept, pa.int64())))
+            if here:
+                bad = rows.take([position - start for position in here])
+                bad = bad.append_column("reason", pa.array([reasons[position] for position in here]))
+                apart.write_table(bad.append_column("split", pa.array([shard.split] * len(here))))
+            start += batch.num_rows

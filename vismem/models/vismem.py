@@ -18,6 +18,7 @@ from vismem.models.backbones import backbone_of
 from vismem.models.backbones.base import Backbone, PatchStream
 from vismem.models.lora import Lora
 from vismem.models.memory import LongFormer, QueryBuilder, ShortFormer
+from vismem.models.processor import VisionProcessor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 1
@@ -200,11 +201,11 @@ class VisMemModel(nn.Module):
 
 def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
     """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
-        processor = AutoProcessor.from_pretrained(str(base))
+        processor = VisionProcessor.from_pretrained(base)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error

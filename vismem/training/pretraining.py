@@ -1,0 +1,230 @@
+"""The two phases in which the embedded base learns: first to see, then to speak of what it sees.
+
+Phase "vision": the vision tower and the projector learn what is in each cell of generated scenes; the projector's
+output is then brought to the scale of word embeddings and frozen. Phase "language": on the cached image features the
+language model learns the pretrain split; in a share of the batches the images appear again inside the answer.
+"""
+
+import io
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from vismem.config import BaseConfig
+from vismem.data.sample import Sample
+from vismem.data.scenes import COLOURS, SHAPES, SIZES
+from vismem.errors import UserError
+from vismem.models.backbones.base import VisionInput
+from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
+from vismem.training.embedded import EMBEDDING_STD
+from vismem.training.sequences import IGNORED, Batch, Encoder, Picture, Record, collate
+
+CHECKPOINT_EVERY = 100
+VISION_BATCH = 64
+LABELS: dict[str, tuple[str | int, ...]] = {
+    "colour": ("", *COLOURS),
+    "shape": ("", *SHAPES),
+    "size": ("", *SIZES),
+    "row": (0, 1, 2),
+    "column": (0, 1, 2),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How one phase is run. `folder` keeps its checkpoint, from which a killed run goes on as if never killed."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    folder: Path
+
+
+def run_phase(phase: Phase, module: nn.Module, loss_at: Callable[[int], Tensor]) -> list[dict[str, Any]]:
+    """Minimise `loss_at(step)` over the module's parameters; return the loss curve.
+
+    AdamW, 5 % warm-up, cosine to a twentieth. `loss_at` must depend on the step and the weights only.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warm = max(1, phase.steps // 20)
+    scale = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, total_iters=warm),
+            torch.optim.lr_scheduler.CosineAnnealingLR(
+                optimizer, max(1, phase.steps - warm), eta_min=phase.learning_rate / 20
+            ),
+        ],
+        milestones=[warm],
+    )
+    file = phase.folder / f"{phase.name}.checkpoint"
+    curve: list[dict[str, Any]] = []
+    start = 0
+    if file.is_file():
+        saved = torch.load(file, weights_only=True)
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scale.load_state_dict(saved["schedule"])
+        start, curve = saved["step"], saved["curve"]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(f"base: {phase.name}", total=phase.steps, completed=start)
+        for step in range(start, phase.steps):
+            loss = loss_at(step)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            scale.step()
+            if step % 10 == 0 or step == phase.steps - 1:
+                curve.append({"phase": phase.name, "step": step, "loss": round(float(loss.detach()), 5)})
+            progress.update(bar, advance=1, description=f"base: {phase.name}, loss {curve[-1]['loss']:.3f}")
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step == phase.steps - 1:
+                state = {
+                    "module": module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": scale.state_dict(),
+                    "step": step + 1,
+                    "curve": curve,
+                }
+                torch.save(state, file.with_suffix(".new"))
+                os.replace(file.with_suffix(".new"), file)
+    return curve
+
+
+# --- vision ----------------------------------------------------------------------------------------------------------
+
+
+def train_vision(
+    backbone: Qwen25VLBackbone, encoder: Encoder, samples: Sequence[Sample], config: BaseConfig, seed: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Train the vision tower on per-cell labels of the samples' scenes; return the loss curve.
+
+    UserError where no sample knows its scene, since a tower this small does not learn to see from answers alone.
+    """
+    scenes = [scene for sample in samples for scene in sample.scene_truth() or [None] * len(sample.images)]
+    known = [
+        index
+        for index, scene in enumerate(scenes)
+        if scene is not None and encoder.pictures[index].height == encoder.pictures[index].width
+    ]
+    known = [index for index in known if encoder.pictures[index].height == encoder.pictures[known[0]].height]
+    if not known:
+        raise UserError(
+            "base.model 'embedded' learns to see from generated scenes, and the pretrain split has none: "
+            "give prepare.sources a 'scenes' source with pretrain > 0, or name a model in base.model"
+        )
+    width = backbone.width
+    torch.manual_seed(seed)
+    heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in LABELS.items()})
+    module = nn.ModuleDict({"visual": backbone.visual, "heads": heads})
+
+    def loss_at(step: int) -> Tensor:
+        rng = random.Random(f"{seed}/vision/{step}")
+        chosen = [rng.choice(known) for _ in range(VISION_BATCH)]
+        features = _features(backbone, encoder, chosen)
+        labels = torch.stack([cell_labels(scenes[index], encoder.pictures[index]) for index in chosen])
+        losses = [
+            nn.functional.cross_entropy(heads[name](features).flatten(0, 1), labels[..., kind].flatten())
+            for kind, name in enumerate(LABELS)
+        ]
+        return torch.stack(losses).sum()
+
+    curve = run_phase(Phase("vision", config.vision_steps, config.learning_rate, folder), module, loss_at)
+    _rescale(backbone, _features(backbone, encoder, known[:512]))
+    return curve
+
+
+def cell_labels(scene: dict[str, Any], picture: Picture) -> Tensor:
+    """(tokens, 5) indices into LABELS of the cell in which each visual token lies."""
+    at = {(thing["row"], thing["column"]): thing for thing in scene["objects"]}
+    rows = []
+    for index in range(picture.height * picture.width):
+        row, column = index // picture.width * 3 // picture.height, index % picture.width * 3 // picture.width
+        thing = {"colour": "", "shape": "", "size": "", **at.get((row, column), {}), "row": row, "column": column}
+        rows.append([values.index(thing[name]) for name, values in LABELS.items()])
+    return torch.tensor(rows)
+
+
+@torch.no_grad()
+def image_features(backbone: Qwen25VLBackbone, encoder: Encoder) -> Tensor:
+    """The feature table (rows, d) of all of the encoder's images, equal sizes batched."""
+    table = torch.zeros(encoder.rows, backbone.width)
+    sizes = sorted({(picture.height, picture.width) for picture in encoder.pictures})
+    for size in sizes:
+        alike = [index for index, picture in enumerate(encoder.pictures) if (picture.height, picture.width) == size]
+        for at in range(0, len(alike), 256):
+            chosen = alike[at : at + 256]
+            for index, features in zip(chosen, _features(backbone, encoder, chosen), strict=True):
+                start = encoder.pictures[index].start
+                table[start : start + len(features)] = features
+    return table
+
+
+def _features(backbone: Qwen25VLBackbone, encoder: Encoder, chosen: Sequence[int]) -> Tensor:
+    """(images, tokens, d) features of images of one size."""
+    images = [Image.open(io.BytesIO(encoder.images[index])).convert("RGB") for index in chosen]
+    encoded = encoder.processor.image_processor(images=images, return_tensors="pt")
+    patches = encoded["pixel_values"].view(len(images), -1, encoded["pixel_values"].shape[-1])
+    one = backbone._vision_input(patches[0], encoded["image_grid_thw"][:1], [1])
+    rows = len(images)
+    vision = VisionInput(
+        patches, one.positions.expand(rows, -1, -1), one.image.expand(rows, -1), one.window.expand(rows, -1)
+    )
+    return backbone.project(backbone.patch_stream(vision).hidden)
+
+
+@torch.no_grad()
+def _rescale(backbone: Qwen25VLBackbone, features: Tensor) -> None:
+    """Centre the projector's output and give it the standard deviation of the word embeddings."""
+    last = backbone.visual.merger.mlp[-1]
+    flat = features.flatten(0, 1)
+    mean, scale = flat.mean(0), EMBEDDING_STD / (flat - flat.mean(0)).std()
+    last.weight.mul_(scale)
+    last.bias.sub_(mean).mul_(scale)
+
+
+# --- language --------------------------------------------------------------------------------------------------------
+
+
+def train_language(
+    backbone: Qwen25VLBackbone,
+    encoder: Encoder,
+    records: Sequence[Record],
+    config: BaseConfig,
+    seed: int,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Train embeddings, language model and head on the records; the vision tower stays as it is. Returns the curve."""
+    table = image_features(backbone, encoder)
+    model, settings = backbone.model, backbone.model.config
+    block = (settings.vision_start_token_id, settings.image_token_id, settings.vision_end_token_id)
+    module = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
+
+    def loss_at(step: int) -> Tensor:
+        rng = random.Random(f"{seed}/language/{step}")
+        chosen = [rng.choice(records) for _ in range(config.batch_size)]
+        interleaved = rng if rng.random() < config.interleave else None
+        return answer_loss(backbone, collate(chosen, block, settings.text_config.pad_token_id, interleaved), table)
+
+    return run_phase(Phase("language", config.steps, config.learning_rate, folder), module, loss_at)
+
+
+def answer_loss(backbone: Qwen25VLBackbone, batch: Batch, table: Tensor) -> Tensor:
+    """Mean cross-entropy of the answers' tokens."""
+    words = backbone.embedding(batch.ids)
+    embeds = torch.where((batch.features >= 0)[..., None], table[batch.features.clamp(min=0)], words)
+    hidden = backbone.model.model.language_model(
+        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
+    learnt = batch.labels != IGNORED
+    loss: Tensor = nn.functional.cross_entropy(backbone.head(hidden[learnt]), batch.labels[learnt])
+    return loss

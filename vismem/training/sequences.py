@@ -1,0 +1,154 @@
+"""Training sequences of the embedded base: prompt and answer as token ids, with cached image features in their places.
+
+The images may appear a second time, as an image block after a delimiter inside the answer, as in the interleaved
+documents that real vision-language models were trained on.
+"""
+
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from vismem.data.collate import prompt_messages, target_text
+from vismem.data.sample import Sample
+
+DELIMITERS = (",", ".", ";", ":")
+IGNORED = -100  # the label of what is not learnt
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where an image's features begin in the feature table, and its height and width in visual tokens."""
+
+    start: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question, encoded. `breaks` are the places in `target` at which an image block may stand."""
+
+    prompt: tuple[int, ...]  # one <|image_pad|> an image, not yet widened
+    target: tuple[int, ...]  # ends with <|im_end|>
+    pictures: tuple[Picture, ...]
+    breaks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R sequences, right-padded to L."""
+
+    ids: Tensor  # (R, L)
+    features: Tensor  # (R, L) row of the feature table; -1 where a token stands
+    positions: Tensor  # (3, R, L) temporal, height, width
+    mask: Tensor  # (R, L) 1 on tokens, 0 on padding
+    labels: Tensor  # (R, L) the token that follows, where it belongs to the answer; else IGNORED
+
+
+class Encoder:
+    """Turns samples into records and gives every image its rows of the feature table, in the order of arrival."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.images: list[bytes] = []  # encoded files, in the order of `pictures`
+        self.pictures: list[Picture] = []
+        self.rows = 0
+        tokenizer = processor.tokenizer
+        self.delimiters = {tokenizer.convert_tokens_to_ids(mark) for mark in DELIMITERS}
+        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def encode(self, sample: Sample) -> Record:
+        """The record of one sample."""
+        pictures = tuple(self._picture(image) for image in sample.images)
+        tokenizer = self.processor.tokenizer
+        text = self.processor.apply_chat_template(prompt_messages(sample), tokenize=False, add_generation_prompt=True)
+        target = [*tokenizer(target_text(sample))["input_ids"], self.end]
+        breaks = [index + 1 for index, token in enumerate(target) if token in self.delimiters]
+        return Record(tuple(tokenizer(text)["input_ids"]), tuple(target), pictures, (0, *breaks))
+
+    def _picture(self, encoded: bytes) -> Picture:
+        processor = self.processor.image_processor
+        with Image.open(io.BytesIO(encoded)) as image:
+            cell = processor.patch_size * processor.merge_size
+            height, width = smart_resize(
+                image.height,
+                image.width,
+                factor=cell,
+                min_pixels=processor.size["shortest_edge"],
+                max_pixels=processor.size["longest_edge"],
+            )
+        picture = Picture(self.rows, height // cell, width // cell)
+        self.images.append(encoded)
+        self.pictures.append(picture)
+        self.rows += picture.height * picture.width
+        return picture
+
+
+class _Row:
+    """One sequence in the making."""
+
+    def __init__(self, block: tuple[int, int, int]) -> None:
+        self.block = block  # ids of <|vision_start|>, <|image_pad|>, <|vision_end|>
+        self.ids: list[int] = []
+        self.features: list[int] = []
+        self.positions: list[tuple[int, int, int]] = []
+        self.answer: list[bool] = []  # whether the token is to be learnt
+        self.next = 0
+
+    def token(self, token: int, learn: bool = False) -> None:
+        self.ids.append(token)
+        self.features.append(-1)
+        self.positions.append((self.next,) * 3)
+        self.answer.append(learn)
+        self.next += 1
+
+    def picture(self, picture: Picture) -> None:
+        for index in range(picture.height * picture.width):
+            row, column = divmod(index, picture.width)
+            self.ids.append(self.block[1])
+            self.features.append(picture.start + index)
+            self.positions.append((self.next, self.next + row, self.next + column))
+            self.answer.append(False)
+        self.next += max(picture.height, picture.width)
+
+
+def collate(records: Sequence[Record], block: tuple[int, int, int], padding: int, rng: random.Random | None) -> Batch:
+    """Lay records out as one batch; with `rng`, each shows its images once more after one of its delimiters."""
+    rows = []
+    for record in records:
+        row = _Row(block)
+        left = list(record.pictures)
+        for token in record.prompt:
+            if token == block[1]:
+                row.picture(left.pop(0))
+            else:
+                row.token(token)
+        again = rng.choice(record.breaks) if rng is not None and record.pictures else -1
+        for index, token in enumerate(record.target):
+            if index == again:
+                for picture in record.pictures:
+                    row.token(block[0])
+                    row.picture(picture)
+                    row.token(block[2])
+            row.token(token, learn=True)
+        rows.append(row)
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    ids, features = torch.full(shape, padding), torch.full(shape, -1)
+    labels, mask = torch.full(shape, IGNORED), torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(3, *shape, dtype=torch.long)
+    for number, row in enumerate(rows):
+        length = len(row.ids)
+        ids[number, :length] = torch.tensor(row.ids)
+        features[number, :length] = torch.tensor(row.features)
+        positions[:, number, :length] = torch.tensor(row.positions).T
+        mask[number, :length] = 1
+        following = [token if learn else IGNORED for token, learn in zip(row.ids, row.answer, strict=True)]
+        labels[number, : length - 1] = torch.tensor(following[1:])
+    return Batch(ids, features, positions, mask, labels)

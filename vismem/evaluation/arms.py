@@ -1,0 +1,72 @@
+"""The arms of a comparison: a name, what it means, and the invocation policy that decodes it (paper Tables 3 and 9).
+
+A new arm is one more entry in `ARMS`.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vismem.errors import UserError
+from vismem.generation.invocation import InvocationPolicy, Learned, Off, Only, Random
+from vismem.generation.types import MemoryKind
+
+VANILLA = "vanilla"
+VISMEM = "vismem"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of decoding. `policy` says when memory is invoked; `base` leaves the trained policy's adapter off too."""
+
+    name: str
+    label: str  # as reports show it
+    description: str
+    policy: InvocationPolicy
+    base: bool = False
+
+
+def _random(percent: int, label: str) -> Arm:
+    chance = "every delimiter" if percent == 100 else f"each delimiter with probability {percent / 100:g}"
+    description = f"a memory, short or long with equal chance, at {chance}"
+    return Arm(f"random_{percent}", label, description, Random(probability=percent / 100))
+
+
+def _only(kind: MemoryKind) -> Arm:
+    description = f"the trained policy, in which only {kind.value}-term memory can be invoked"
+    return Arm(f"{kind.value}_only", f"{kind.value} only", description, Only(kind=kind))
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm(VANILLA, "vanilla", "the base model, no memory", Off(limit=0), base=True),
+        Arm(VISMEM, "VisMem", "memory where the trained policy asks for it", Learned()),
+        _random(25, "random 25 %"),
+        _random(50, "random 50 %"),
+        _random(75, "random 75 %"),
+        _random(100, "every delimiter"),
+        _only(MemoryKind.SHORT),
+        _only(MemoryKind.LONG),
+    )
+}
+
+
+def resolve_arms(names: Sequence[str]) -> list[Arm]:
+    """The arms by name, in order. UserError for an unknown or repeated name, or where vanilla is missing."""
+    for name in names:
+        if name not in ARMS:
+            close = difflib.get_close_matches(name, ARMS, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"evaluate.arms: unknown arm '{name}' (did you mean '{close}'?); there are {', '.join(ARMS)}"
+            )
+        if list(names).count(name) > 1:
+            raise UserError(f"evaluate.arms: '{name}' is named twice; name every arm once")
+    if VANILLA not in names:
+        raise UserError(f"evaluate.arms: '{VANILLA}' is missing; every other arm is compared with it, so add it")
+    return [ARMS[name] for name in names]
+
+
+def label(name: str) -> str:
+    """An arm's name as reports show it; an unknown one (from an older file) stays as it is."""
+    return ARMS[name].label if name in ARMS else name

@@ -1,0 +1,145 @@
+"""The step `evaluate`: every arm answers the same test questions; tables, metrics, plots and a report come out."""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vismem.config import Config
+from vismem.data.sample import Sample, iterate_samples
+from vismem.errors import UserError
+from vismem.evaluation import plots, report
+from vismem.evaluation.arms import Arm, resolve_arms
+from vismem.evaluation.metrics import summarise
+from vismem.evaluation.predictions import Prediction, predict, write_predictions
+from vismem.evaluation.summary import headline
+from vismem.generation.engine import generate
+from vismem.generation.types import Rollout
+from vismem.models.vismem import VisMemModel
+from vismem.provenance import git_state, sha256_file, sha256_folder, versions
+
+WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
+
+
+def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    """Write `predictions/<arm>.parquet`, `metrics.json`, `plots/` and `report.html`; return the result in a sentence.
+
+    UserError for an unknown arm, a test split without rows, or a model that cannot be loaded.
+    """
+    arms = resolve_arms(config.evaluate.arms)
+    folder = inputs["validate"] / "data" / "test"
+    samples = pick(folder, config.evaluate.limit, config.seed)
+    model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"], config.base.dtype)
+    decoded = decode(model, arms, samples, config)
+    predictions = {
+        name: [predict(sample, rollout) for sample, rollout in zip(samples, run.rollouts, strict=True)]
+        for name, run in decoded.items()
+    }
+    seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
+    metrics = summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap)
+    sources = {
+        "base model": config.base.model,
+        "memory (sha256)": sha256_file(inputs["stage2"] / "memory.safetensors"),
+        "test data (sha256)": sha256_folder(folder, "*.parquet"),
+        "device": str(model.backbone.device),
+    }
+    write(config, out, predictions, metrics, {sample.id: sample.images for sample in samples}, sources)
+    return headline(metrics)
+
+
+def pick(folder: Path, limit: int | None, seed: int) -> list[Sample]:
+    """The split's samples in order; with `limit`, that many drawn at random (a head could be all of one task)."""
+    try:
+        count = sum(pq.ParquetFile(shard).metadata.num_rows for shard in sorted(folder.glob("part-*.parquet")))
+        if count == 0:
+            raise UserError(f"the test split in {folder} has no rows: nothing to evaluate; check `prepare.sources`")
+        chosen = (
+            set(range(count)) if limit is None else set(random.Random(seed).sample(range(count), min(limit, count)))
+        )
+        return [sample for place, sample in enumerate(iterate_samples(folder)) if place in chosen]
+    except (OSError, ValueError) as error:  # a damaged shard, a wrong column
+        raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
+
+
+@dataclass
+class Run:
+    """One arm's answers so far, in the order of the samples, and the seconds spent decoding them."""
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def decode(model: VisMemModel, arms: Sequence[Arm], samples: Sequence[Sample], config: Config) -> dict[str, Run]:
+    """Answer `samples` greedily with every arm. Only decoding is timed.
+
+    The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike.
+    """
+    runs = {arm.name: Run() for arm in arms}
+    for arm in arms:
+        _answer(model, arm, samples[:WARM_UP], config)
+    size = config.evaluate.batch_size
+    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+    columns = (TextColumn("evaluate {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(samples) * len(arms))
+        for turn, batch in enumerate(batches):
+            shift = turn % len(arms)
+            for arm in [*arms[shift:], *arms[:shift]]:
+                progress.update(bar, description=arm.label)
+                started = time.perf_counter()
+                rollouts = _answer(model, arm, batch, config)
+                runs[arm.name].seconds += time.perf_counter() - started
+                runs[arm.name].rollouts += rollouts
+                progress.advance(bar, len(batch))
+    return runs
+
+
+def write(
+    config: Config,
+    out: Path,
+    predictions: Mapping[str, Sequence[Prediction]],
+    metrics: Mapping[str, Any],
+    pictures: Mapping[str, Sequence[bytes]],
+    sources: Mapping[str, str],
+) -> None:
+    """Write all files of the step into `out`; leftovers of a killed run go."""
+    for name in ("predictions", "plots"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for arm, answers in predictions.items():
+        write_predictions(answers, out / "predictions" / f"{arm}.parquet")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    images = plots.write_plots(metrics, predictions, out / "plots")
+    git = git_state()
+    provenance = {
+        **sources,
+        "test questions": str(metrics["n"]),
+        "seed": str(metrics["seed"]),
+        "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    page = report.render(
+        metrics,
+        predictions,
+        images,
+        pictures,
+        provenance,
+        resamples=config.evaluate.bootstrap,
+        batch_size=config.evaluate.batch_size,
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
+
+
+def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
+    with model.reference() if arm.base else nullcontext():
+        return generate(
+            model, samples, arm.policy, max_new_tokens=config.evaluate.max_new_tokens, temperature=0.0, seed=config.seed
+        )

@@ -41,6 +41,11 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}; run `vismem export` again"
         )
     metrics, validation = _read(evaluate / "metrics.json"), _read(validate / "validation.json")
+    if missing := {"vanilla", "vismem"} - set(metrics["arms"]):
+        raise UserError(
+            f"{evaluate / 'metrics.json'} has no arm {' or '.join(sorted(missing))}, which the gate compares: "
+            "name both in evaluate.arms and run `vismem evaluate` again"
+        )
     parity, lineage = _read(bundle / "parity.json"), _read(bundle / "lineage.json")
     test_sha256 = sha256_folder(validate / "data" / "test", "*.parquet")
     tags = version_tags(bundle, lineage, metrics, test_sha256)

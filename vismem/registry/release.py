@@ -130,11 +130,6 @@ def show(config: Config, which: str) -> dict[str, Any]:
     return {"name": store.model, **asdict(version), "history": moves}
 
 
-def page(config: Config, address: str) -> str:
-    """The model's page in an MLflow server at `address`, such as http://127.0.0.1:5000."""
-    return f"{address.rstrip('/')}/#/models/{config.registry.model_name}"
-
-
 def store_uri(config: Config) -> str:
     """Where the store is; see `tracking.tracking_uri`."""
     return tracking_uri(config.registry)

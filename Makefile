@@ -1,0 +1,54 @@
+# The two commands of the README, and those beside them. `make` alone lists all.
+PYTHON ?= python3
+SERVING_PYTHON ?= $(PYTHON)
+PIP_FLAGS ?=
+
+export OMP_WAIT_POLICY = passive
+PIP = -m pip --disable-pip-version-check install $(PIP_FLAGS)
+VISMEM = .venv/bin/vismem
+INSTALLED = .venv/.installed
+SERVING = .venv-serving/.installed
+
+.PHONY: help setup serving demo smoke test lint ui serve
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(INSTALLED) $(SERVING)  ## make both Python environments
+
+serving: $(SERVING)  ## make the environment that Triton runs in
+
+demo: setup  ## the whole job: from visual questions to a released model that answers over Triton
+	$(VISMEM) repro
+	$(VISMEM) summary
+
+smoke: setup  ## the same at toy size, in runs/smoke/
+	$(VISMEM) repro --profile smoke
+	$(VISMEM) summary --profile smoke
+
+test: setup  ## all tests
+	.venv/bin/python -m pytest
+
+lint: $(INSTALLED)  ## style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+ui: $(INSTALLED)  ## open MLflow and print the model's page
+	$(VISMEM) ui
+
+serve: setup  ## serve the deployed model until Ctrl-C
+	$(VISMEM) serve
+
+# torch first and pinned: so pip takes one build of it, and everything else is resolved around that
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) torch==2.13.0
+	.venv/bin/python $(PIP) -e '.[pipeline,export,dev]'
+	touch $@
+
+# apart, because Triton's Python backend needs numpy < 2; without torch
+$(SERVING): deploy/triton/requirements.txt
+	$(SERVING_PYTHON) -m venv .venv-serving
+	.venv-serving/bin/python $(PIP) -r deploy/triton/requirements.txt
+	touch $@

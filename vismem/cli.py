@@ -1,0 +1,196 @@
+"""The command line: `vismem STEP` for each step, and what people do around them. It only translates.
+
+Heavy parts load late. What the person at the keyboard can mend ends as one line on stderr, with status 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vismem.config import Config, load_config
+from vismem.errors import UserError
+from vismem.params_file import render_params
+from vismem.steps import STEPS, run_step
+from vismem.workspace import make_workspace, repro
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "repro":
+        parser.error(f"unknown arguments: {' '.join(rest)}; `vismem {arguments.command} --help` shows the known ones")
+    arguments.rest = rest
+    try:
+        status: int = arguments.run(arguments)
+    except UserError as error:
+        print(f"vismem {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"vismem {arguments.command}: stopped", file=sys.stderr)
+        return 130
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; the steps' commands are made from `vismem.steps.STEPS`."""
+    parser = argparse.ArgumentParser(prog="vismem", description="Latent vision memory for vision-language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = _common_options()
+
+    for step in STEPS:
+        reads = ", ".join(step.inputs) or "the sources that the parameters name"
+        command = commands.add_parser(step.name, parents=[common], help=f"step: reads {reads}")
+        command.set_defaults(run=_run_step)
+
+    command = commands.add_parser(
+        "repro", parents=[common], help="run the whole pipeline with DVC; more arguments go to it"
+    )
+    command.set_defaults(run=_run_repro)
+
+    command = commands.add_parser(
+        "summary", parents=[common], help="scores, verdict and an example answer of the last run"
+    )
+    command.set_defaults(run=_run_summary)
+
+    command = commands.add_parser("infer", parents=[common], help="ask the served model about images")
+    command.add_argument("--image", type=Path, action="append", required=True, help="image file; may be repeated")
+    command.add_argument("--prompt", required=True, help="the question")
+    command.add_argument("--stream", action="store_true", help="print the answer while it is decoded")
+    command.add_argument("--no-memory", action="store_true", help="answer without latent memory")
+    command.add_argument("--max-new-tokens", type=int, default=48, help="longest answer in tokens")
+    command.add_argument("--url", help="gRPC host:port; default: this machine at deploy.grpc_port")
+    command.add_argument("--model", help="served model's name; default: the released one, else the challenger")
+    command.set_defaults(run=_run_infer)
+
+    command = commands.add_parser("serve", parents=[common], help="serve the deployed model with Triton until Ctrl-C")
+    command.add_argument("--repository", type=Path, help="model repository; default: artifacts/deploy/model_repository")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    command.add_argument(
+        "--port", "--grpc-port", type=int, help="gRPC port; default: deploy.grpc_port, 0: any free one"
+    )
+    command.add_argument("--http-port", type=int, help="HTTP port; default: deploy.http_port")
+    command.add_argument("--metrics-port", type=int, help="Prometheus port; default: deploy.metrics_port")
+    command.set_defaults(run=_run_serve)
+
+    command = commands.add_parser("models", parents=[common], help="registered versions: list, show, rollback")
+    command.add_argument("action", choices=("list", "show", "rollback"), nargs="?", default="list")
+    command.add_argument("which", nargs="?", default="champion", help="show: a version's number or alias")
+    command.set_defaults(run=_run_models)
+
+    command = commands.add_parser("ui", parents=[common], help="open MLflow on the store and print the model's page")
+    command.add_argument("--port", type=int, help="default: registry.ui_port; 0: any free one")
+    command.set_defaults(run=_run_ui)
+
+    command = commands.add_parser("params", parents=[common], help="print the parameters in force, each explained")
+    command.add_argument("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
+    command.set_defaults(run=_run_params)
+    return parser
+
+
+def _common_options() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)"
+    )
+    common.add_argument("--profile", help="a profile of deploy/profiles/; it works in runs/PROFILE/")
+    common.add_argument("--artifacts", type=Path, help="folder of the steps' outputs (default: artifacts)")
+    return common
+
+
+def _enter(arguments: argparse.Namespace) -> tuple[Config, Path]:
+    """The parameters and the artifacts' folder; with a profile, also change to its workspace."""
+    artifacts = arguments.artifacts.absolute() if arguments.artifacts else Path("artifacts")
+    if arguments.profile is None:
+        return load_config(arguments.params), artifacts
+    os.chdir(make_workspace(arguments.params, arguments.profile))
+    return load_config(Path("params.yaml")), artifacts
+
+
+def _run_step(arguments: argparse.Namespace) -> int:
+    config, artifacts = _enter(arguments)
+    print(f"{arguments.command}: {run_step(arguments.command, config, artifacts)}")
+    return 0
+
+
+def _run_repro(arguments: argparse.Namespace) -> int:
+    if arguments.artifacts is not None:
+        raise UserError("--artifacts does not go with repro: dvc.yaml says where its outputs are")
+    return repro(arguments.params, arguments.profile, arguments.rest)
+
+
+def _run_summary(arguments: argparse.Namespace) -> int:
+    from vismem.summary import print_summary
+
+    config, artifacts = _enter(arguments)
+    print_summary(config, artifacts)
+    return 0
+
+
+def _run_infer(arguments: argparse.Namespace) -> int:
+    images = [image.absolute() for image in arguments.image]
+    config, _ = _enter(arguments)
+    from vismem.serving.client import main_infer
+
+    main_infer(
+        config,
+        images,
+        arguments.prompt,
+        stream=arguments.stream,
+        memory=not arguments.no_memory,
+        max_new_tokens=arguments.max_new_tokens,
+        url=arguments.url,
+        model=arguments.model,
+    )
+    return 0
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    named = arguments.repository.absolute() if arguments.repository else None
+    config, artifacts = _enter(arguments)
+    from vismem.serving.server import serve
+
+    serve(
+        config,
+        named or artifacts / "deploy" / "model_repository",
+        host=arguments.host,
+        grpc_port=arguments.port,
+        http_port=arguments.http_port,
+        metrics_port=arguments.metrics_port,
+    )
+    return 0
+
+
+def _run_models(arguments: argparse.Namespace) -> int:
+    config, _ = _enter(arguments)
+    from vismem.registry import release
+
+    if arguments.action == "show":
+        print(json.dumps(release.show(config, arguments.which), indent=2, ensure_ascii=False))
+    elif arguments.action == "rollback":
+        print(release.rollback(config))
+    else:
+        from vismem.summary import print_models
+
+        print_models(release.models(config), config.registry.model_name, release.store_uri(config))
+    return 0
+
+
+def _run_ui(arguments: argparse.Namespace) -> int:
+    config, _ = _enter(arguments)
+    from vismem.registry.ui import serve_ui
+
+    return serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
+
+
+def _run_params(arguments: argparse.Namespace) -> int:
+    config = Config() if arguments.defaults else load_config(arguments.params, arguments.profile)
+    print(render_params(config), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What a run came to, for the terminal: scores, the gate's verdict, one served answer, and where the reports are."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vismem.config import Config
+from vismem.errors import UserError
+
+REPORTS = (
+    ("the data", "validate/report.html"),
+    ("the scores", "evaluate/report.html"),
+    ("the model card", "export/README.md"),
+)
+
+
+def print_summary(config: Config, artifacts: Path, console: Console | None = None) -> None:
+    """Print the last run's result from its artifacts. UserError where a step's output is missing."""
+    from vismem.evaluation.summary import headline, score_table
+
+    console = console or make_console()
+    metrics, verdict = _read(artifacts, "evaluate", "metrics.json"), _read(artifacts, "register", "verdict.json")
+    release, smoke = _read(artifacts, "promote", "release.json"), _read(artifacts, "deploy", "smoke.json")
+    console.print()
+    console.print(score_table(metrics))
+    console.print(headline(metrics), highlight=False)
+    console.print()
+    for line in verdict_lines(verdict, release):
+        console.print(line, highlight=False)
+    console.print()
+    for line in example_lines(smoke):
+        console.print(line, highlight=False)
+    console.print()
+    for what, name in REPORTS:
+        if (artifacts / name).is_file():
+            console.print(f"{what + ':':<16}{escape(str(artifacts / name))}", highlight=False, soft_wrap=True)
+    console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `vismem ui` opens it", highlight=False)
+
+
+def verdict_lines(verdict: Mapping[str, Any], release: Mapping[str, Any]) -> list[str]:
+    """The gate's verdict: one line of outcome, then one a rule with its reason. Rich markup."""
+    name = f"{release['name']} version {release['version']}"
+    head = (
+        f"[bold green]RELEASED[/]: the gate passed {name}; it is the champion"
+        if release["promoted"]
+        else f"[bold red]NOT RELEASED[/]: the gate refused {name}"
+    )
+    marks = {True: "[green]✓[/]", False: "[red]✗[/]"}
+    return [head, *(f"  {marks[rule['passed']]} {escape(rule['reason'])}" for rule in verdict["rules"])]
+
+
+def example_lines(smoke: Mapping[str, Any]) -> list[str]:
+    """One answer as it came over gRPC, its memory invocations marked. Rich markup."""
+    under = "" if smoke["promoted"] else ", for trying out: it is not released"
+    return [
+        f"An answer of the served model [bold]{escape(smoke['model'])}[/] (version {smoke['version']}{under}):",
+        f"  question   {escape(smoke['question'])}",
+        f"  answer     {escape(smoke['answer_marked'])}",
+        f"  reference  {escape(smoke['reference'])}",
+    ]
+
+
+def print_models(rows: Sequence[Mapping[str, str]], name: str, store: str, console: Console | None = None) -> None:
+    """The registered versions as a table, newest first."""
+    console = console or make_console()
+    if not rows:
+        console.print(f"no version of '{name}' in {store} yet: run `vismem register`", highlight=False)
+        return
+    table = Table(title=f"{name} in {store}", title_justify="left")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(escape(value) for value in row.values()))
+    console.print(table)
+
+
+def make_console() -> Console:
+    """A console on stdout; where that is no terminal, wide enough that lines are not cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _read(artifacts: Path, step: str, name: str) -> dict[str, Any]:
+    path = artifacts / step / name
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is not there: run `vismem {step}`, or the whole pipeline with `vismem repro`"
+        ) from None
+    return values

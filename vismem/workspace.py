@@ -1,0 +1,95 @@
+"""Where a run happens: the project's root, or `runs/PROFILE/`, which DVC and the CLI share when a profile is named.
+
+A profile's workspace holds its resolved `params.yaml`, a copy of `dvc.yaml`, links to what the stages depend on, and its
+own `dvc.lock`, `artifacts/` and MLflow store; the DVC cache is the root's. The root's own artifacts stay as they are.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from vismem.config import Config, JsonlSource, NlvrSource, Section, load_params, parse_config
+from vismem.errors import UserError
+from vismem.params_file import render_params
+
+RUNS = "runs"
+LINKED = ("vismem", "deploy", "data")  # the folders that stages depend on; dvc.yaml is the same in every workspace
+DVC_CONFIG = """[core]
+    analytics = false
+    no_scm = true
+[cache]
+    dir = ../../../.dvc/cache
+"""
+
+
+def make_workspace(params: Path, profile: str) -> Path:
+    """Write or refresh the workspace of a profile beside the parameter file; return its folder.
+
+    Files are touched only where their content changes. UserError as from `load_config`.
+    """
+    root = params.resolve().parent
+    values = load_params(params, profile)
+    config = parse_config(values, f"{params} with profile '{profile}'")
+    folder = root / RUNS / profile
+    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+    for name in LINKED:
+        link = folder / name
+        if (root / name).is_dir() and not link.is_symlink():
+            link.symlink_to(Path("..") / ".." / name)
+    _write(folder / "params.yaml", render_params(rebase(config, root, folder)))
+    _write(folder / ".dvc" / "config", DVC_CONFIG)
+    for name in ("dvc.yaml", ".dvcignore"):
+        if (root / name).is_file():
+            _write(folder / name, (root / name).read_text())
+    return folder
+
+
+def rebase(config: Config, root: Path, folder: Path) -> Config:
+    """The same parameters with every relative path, meant from `root`, written as seen from `folder`."""
+    sources = tuple(
+        source.model_copy(update={"path": _rebase(source.path, root, folder)})
+        if isinstance(source, JsonlSource | NlvrSource)
+        else source
+        for source in config.prepare.sources
+    )
+    changed: dict[str, Section] = {"prepare": config.prepare.model_copy(update={"sources": sources})}
+    if config.validate_.task_profile is not None:
+        task_profile = _rebase(config.validate_.task_profile, root, folder)
+        changed["validate_"] = config.validate_.model_copy(update={"task_profile": task_profile})
+    if (root / config.base.model).is_dir():  # a path, not a hub id
+        model = _rebase(Path(config.base.model), root, folder).as_posix()
+        changed["base"] = config.base.model_copy(update={"model": model})
+    return config.model_copy(update=changed)
+
+
+def repro(params: Path, profile: str | None, arguments: Sequence[str]) -> int:
+    """Run `dvc repro ARGUMENTS` in the root or in the profile's workspace; return its exit status."""
+    if find_spec("dvc") is None:
+        raise UserError("DVC is not installed here: pip install 'vismem[pipeline]', or run the steps one by one")
+    parse_config(load_params(params, profile), str(params))  # before DVC, whose message would be longer and less plain
+    folder = params.resolve().parent if profile is None else make_workspace(params, profile)
+    if not (folder / "dvc.yaml").is_file():
+        raise UserError(
+            f"no dvc.yaml in {params.resolve().parent}: run in the project's root, or name it with --params"
+        )
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+    command = [sys.executable, "-m", "dvc", "repro", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+
+
+def _rebase(path: Path, root: Path, folder: Path) -> Path:
+    """A path below a linked folder reads the same from both; any other relative one is written anew."""
+    if path.is_absolute() or path.parts[0] in LINKED:
+        return path
+    return Path(os.path.relpath(root / path, folder))
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)

@@ -5,6 +5,7 @@
 
 import io
 import json
+import locale
 import shutil
 import sys
 import threading
@@ -19,6 +20,7 @@ import triton_python_backend_utils as pb_utils
 from PIL import Image
 
 sys.dont_write_bytecode = True  # the repository stays as it was written
+locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
 MAX_IMAGES = 64
 MAX_PIXELS = 64_000_000  # an image larger than this is refused before it is decoded
@@ -135,7 +137,8 @@ def decode_image(data: bytes, which: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise RequestError(f"{which} has {image.width}x{image.height} pixels: more than {MAX_PIXELS}")
-        return image.convert("RGB")
+        image.load()
+        return image
     except RequestError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

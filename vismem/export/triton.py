@@ -3,8 +3,6 @@
 The repository names no path outside itself, so that it can be renamed, synced to a bucket or mounted elsewhere.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import vismem
 from vismem.errors import UserError
+from vismem.provenance import verify_manifest
 
 PACKAGE = Path(vismem.__file__).parent
 MODEL_SOURCE = PACKAGE.parent / "deploy" / "triton" / "model.py"
@@ -58,7 +57,7 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
         raise UserError(f"model version {version}: Triton takes whole numbers from 1")
     if not MODEL_SOURCE.is_file():
         raise UserError(f"{MODEL_SOURCE} is missing: run from a checkout of the repository (pip install -e .)")
-    check_manifest(bundle)
+    check_bundle(bundle)
     folder = repository / name / str(version)
     if folder.exists():
         shutil.rmtree(folder)
@@ -73,19 +72,12 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     return repository / name
 
 
-def check_manifest(bundle: Path) -> None:
-    """Compare every file that `manifest.json` names with its sha256. UserError names what is missing or differs."""
-    manifest = bundle / "manifest.json"
-    if not manifest.is_file():
-        raise UserError(f"{bundle} is no exported bundle (no manifest.json): run `vismem export`")
-    for relative, digest in sorted(json.loads(manifest.read_text())["files"].items()):
-        file = bundle / relative
-        if not file.is_file():
-            raise UserError(f"{file} is missing, although {manifest} names it: run `vismem export` again")
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != digest:
-            raise UserError(f"{file} is damaged (its sha256 is not the manifest's): run `vismem export` again")
+def check_bundle(bundle: Path) -> None:
+    """UserError with every problem if the files of `bundle` are not those that its manifest names."""
+    if problems := verify_manifest(bundle):
+        raise UserError(
+            f"{bundle} is not the bundle that was exported: {'; '.join(problems)}; run `vismem export` again"
+        )
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -43,12 +44,14 @@ class TritonServer:
         metrics_port: int = 0,
         host: str = "127.0.0.1",
         ready_timeout: float = 180.0,
+        exit_timeout: int = 5,
     ) -> None:
         self.repository = repository
         self.log = log
         self.host = host
         self.ports = dict(zip(PORTS, (grpc_port, http_port, metrics_port), strict=True))
-        self.ready_timeout = ready_timeout
+        self.ready_timeout = ready_timeout  # seconds
+        self.exit_timeout = exit_timeout  # seconds that running answers get to end in
         self.secret = secrets.token_hex(16)  # header `vismem-admin` of the restricted protocols
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: Path | None = None
@@ -120,7 +123,7 @@ class TritonServer:
         if self._process is not None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(15)
+                self._process.wait(self.exit_timeout + 10)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -155,7 +158,7 @@ class TritonServer:
             "model-repository": self.repository,
             "backend-directory": backends,
             "model-control-mode": "none",
-            "exit-timeout-secs": 5,
+            "exit-timeout-secs": self.exit_timeout,
             "grpc-restricted-protocol": f"{RESTRICTED}:vismem-admin={self.secret}",
             "http-restricted-api": f"{RESTRICTED}:vismem-admin={self.secret}",
         }
@@ -173,7 +176,7 @@ class TritonServer:
         try:
             while time.monotonic() < deadline:
                 if self.process.poll() is not None:
-                    raise UserError(f"tritonserver ended while starting: {self._last_errors()}; its log is {self.log}")
+                    raise UserError(f"tritonserver ended while starting: {self._last_error()}; its log is {self.log}")
                 try:
                     if client.is_server_ready(client_timeout=5):
                         return
@@ -183,13 +186,17 @@ class TritonServer:
         finally:
             client.close()
         raise UserError(
-            f"tritonserver was not ready after {self.ready_timeout:g} s: {self._last_errors()}; its log is {self.log}"
+            f"tritonserver was not ready after {self.ready_timeout:g} s: {self._last_error()}; its log is {self.log}"
         )
 
-    def _last_errors(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
-        wrong = [line for line in lines if line.startswith("E") or "error" in line.lower()]
-        return (wrong or lines or ["no output"])[-1].strip()[-400:]
+    def _last_error(self) -> str:
+        """The line of the log that says most about what went wrong."""
+        lines = self.log.read_text(errors="replace").splitlines() or ["it wrote nothing"]
+        loading = [line for line in lines if "failed to load '" in line]
+        others = [line for line in lines if re.match(r"E\d{4} |error: ", line)]
+        line = (loading[:1] or others[-1:] or lines[-1:])[0]
+        message = re.sub(r"^[EIW]\d{4} .*?\] ", "", line).strip('"')
+        return message.split(r"\n\nAt:")[0][-400:]  # a Python error without its stack
 
 
 def serve(
@@ -228,7 +235,7 @@ def serve(
             write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url}, HTTP port {server.ports['http']}, ")
             write(f"metrics port {server.ports['metrics']}; log {log}; stop with Ctrl-C")
             status = server.process.wait()
-            raise UserError(f"tritonserver ended with status {status}: {server._last_errors()}; its log is {log}")
+            raise UserError(f"tritonserver ended with status {status}: {server._last_error()}; its log is {log}")
     except KeyboardInterrupt:
         write("stopped")
     finally:

@@ -1,0 +1,141 @@
+"""The Triton model repository that `vismem deploy` writes: layout, configuration, and what it refuses."""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vismem.errors import UserError
+from vismem.export.triton import MODEL_SOURCE, RUNTIME, write_model_repository
+from vismem.provenance import write_manifest
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "export"
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "onnx" / "weights.bin").write_bytes(b"weights")
+    (folder / "README.md").write_text("# card")
+    write_manifest(folder)
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_repository_holds_configuration_model_runtime_and_bundle(bundle: Path, tmp_path: Path) -> None:
+    folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 3)
+    assert folder == tmp_path / "repository" / "vismem"
+    runtime = {f"3/vismem/serving/runtime/{file}" for file in files(RUNTIME) if "__pycache__" not in file}
+    packages = {"3/vismem/__init__.py", "3/vismem/serving/__init__.py"}
+    packed = {f"3/bundle/{file}" for file in files(bundle)}
+    assert files(folder) == {"config.pbtxt", "3/model.py"} | runtime | packages | packed
+    assert (folder / "3" / "model.py").read_bytes() == MODEL_SOURCE.read_bytes()
+    assert (folder / "3" / "bundle" / "onnx" / "weights.bin").read_bytes() == b"weights"
+
+
+def test_the_bundle_takes_no_second_place_on_the_same_disk(bundle: Path, tmp_path: Path) -> None:
+    folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
+    served = folder / "1" / "bundle" / "onnx" / "weights.bin"
+    assert served.samefile(bundle / "onnx" / "weights.bin")
+    assert not served.is_symlink()
+
+
+def test_no_file_of_the_repository_names_the_place_where_it_was_written(bundle: Path, tmp_path: Path) -> None:
+    folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
+    place = str(tmp_path).encode()
+    assert [path for path in folder.rglob("*") if path.is_file() and place in path.read_bytes()] == []
+
+
+def test_the_configuration_is_a_decoupled_python_model_without_response_cache(bundle: Path, tmp_path: Path) -> None:
+    import tritonclient.grpc.model_config_pb2 as schema
+    from google.protobuf import text_format
+
+    folder = write_model_repository(bundle, tmp_path / "repository", "vismem_challenger", 1)
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+    assert (config.name, config.backend) == ("vismem_challenger", "python")
+    assert config.model_transaction_policy.decoupled
+    assert config.HasField("response_cache")
+    assert not config.response_cache.enable
+    inputs = {
+        entry.name: (schema.DataType.Name(entry.data_type), list(entry.dims), entry.optional) for entry in config.input
+    }
+    assert inputs == {
+        "IMAGE": ("TYPE_STRING", [-1], False),
+        "PROMPT": ("TYPE_STRING", [1], False),
+        "MAX_NEW_TOKENS": ("TYPE_INT32", [1], True),
+        "TEMPERATURE": ("TYPE_FP32", [1], True),
+        "SEED": ("TYPE_INT64", [1], True),
+        "MEMORY": ("TYPE_BOOL", [1], True),
+        "STREAM": ("TYPE_BOOL", [1], True),
+    }
+    outputs = {entry.name: (schema.DataType.Name(entry.data_type), list(entry.dims)) for entry in config.output}
+    assert outputs == {"TEXT": ("TYPE_STRING", [-1]), "EVENT": ("TYPE_STRING", [-1])}
+
+
+def test_a_second_version_stands_beside_the_first_and_a_repeated_one_replaces_itself(
+    bundle: Path, tmp_path: Path
+) -> None:
+    for version in (1, 2, 2):
+        folder = write_model_repository(bundle, tmp_path / "repository", "vismem", version)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "config.pbtxt"]
+
+
+def test_a_changed_weight_file_is_refused_by_name_before_anything_is_written(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "onnx" / "weights.bin").write_bytes(b"weighty")
+    with pytest.raises(UserError, match=r"onnx/weights.bin has changed; run `vismem export`"):
+        write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"manifest.json is missing.*run `vismem export`"):
+        write_model_repository(tmp_path, tmp_path / "repository", "vismem", 1)
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "two words"])
+def test_a_name_that_triton_would_not_take_is_refused(name: str, bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(f"deploy.model_name '{name}'")):
+        write_model_repository(bundle, tmp_path / "repository", name, 1)
+
+
+def test_a_version_below_one_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model version 0"):
+        write_model_repository(bundle, tmp_path / "repository", "vismem", 0)
+
+
+def test_the_served_files_import_only_what_the_serving_environment_holds() -> None:
+    held = {
+        "numpy",
+        "onnxruntime",
+        "transformers",
+        "tokenizers",
+        "jinja2",
+        "PIL",
+        "triton_python_backend_utils",
+        "vismem",
+    }
+    required = (MODEL_SOURCE.parent / "requirements.txt").read_text()
+    assert "torch" not in re.findall(r"^[\w-]+", required, re.MULTILINE)
+    for source in [MODEL_SOURCE, *RUNTIME.rglob("*.py")]:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                top = name.partition(".")[0]
+                assert top in held or top in sys.stdlib_module_names, f"{source} imports {name}"
+                assert top != "vismem" or name.startswith("vismem.serving.runtime"), f"{source} imports {name}"
+
+
+def test_the_manifest_of_the_bundle_still_holds_in_the_repository(bundle: Path, tmp_path: Path) -> None:
+    folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
+    listed = json.loads((folder / "1" / "bundle" / "manifest.json").read_text())["files"]
+    assert set(listed) == files(folder / "1" / "bundle") - {"manifest.json"}

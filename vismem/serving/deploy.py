@@ -1,0 +1,121 @@
+"""Step deploy: the released version as a Triton model repository, smoke-tested over gRPC on a real tritonserver."""
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vismem.config import Config
+from vismem.data.sample import Sample, iterate_samples
+from vismem.errors import UserError
+from vismem.export.triton import write_model_repository
+from vismem.serving.client import Token, challenger_name, infer, marked, plain
+from vismem.serving.server import TritonServer
+
+SMOKE_ITEMS = 8
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One smoke-test item: its pieces and its times in milliseconds."""
+
+    sample: Sample
+    tokens: tuple[Token, ...]
+    first_token_ms: float
+    answer_ms: float
+
+    @property
+    def invoked(self) -> bool:
+        """Whether a memory was invoked."""
+        return any(token.event in ("short", "long") for token in self.tokens)
+
+
+def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    """Write `model_repository/`, `smoke.json` and `tritonserver.log` into `out`; return the step's line.
+
+    Reads export (the bundle), promote (`release.json`) and validate (test questions). A version that the gate refused
+    is deployed as NAME_challenger, for trying out. Raises UserError if the server does not start or a check fails.
+    """
+    release = json.loads((inputs["promote"] / "release.json").read_text())
+    promoted, version = bool(release["promoted"]), int(release["version"])
+    model = config.deploy.model_name if promoted else challenger_name(config.deploy.model_name)
+    repository = out / "model_repository"
+    shutil.rmtree(repository, ignore_errors=True)
+    write_model_repository(inputs["export"], repository, model, version)
+    samples = list(islice(iterate_samples(inputs["validate"] / "data" / "test"), SMOKE_ITEMS))
+    if not samples:
+        raise UserError(f"{inputs['validate']}/data/test has no row to smoke-test the server with")
+    with TritonServer(repository, log=out / "tritonserver.log") as server:
+        smoke = smoke_test(server.grpc_url, model, samples)
+    smoke = {"model": model, "version": version, "promoted": promoted, **smoke}
+    (out / "smoke.json").write_text(json.dumps(smoke, indent=2, ensure_ascii=False) + "\n")
+    tested = f"{len(samples)} questions answered over gRPC, {smoke['latency_ms']['answer_p50']:.0f} ms at the median"
+    if promoted:
+        return f"deployed {model} version {version}: {tested}"
+    reasons = "; ".join(release.get("reasons", ())) or "no reason given"
+    return f"NOT released, the gate refused version {version} ({reasons}): deployed as {model} for trying out; {tested}"
+
+
+def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Ask the served model real questions and one that it must refuse; return the figures and one example.
+
+    Checks that no answer is empty, that streaming and collected answers agree, and that a broken image is refused
+    while the server answers on. UserError names the first check that fails.
+    """
+    answered = [_ask(url, model, sample) for sample in samples]
+    for item in answered:
+        if not plain(item.tokens):
+            raise UserError(f"smoke test: {model} gave an empty answer to '{item.sample.question}' ({item.sample.id})")
+    first = answered[0]
+    collected = tuple(infer(url, model, first.sample.images, first.sample.question, stream=False))
+    if collected != first.tokens:
+        raise UserError(
+            f"smoke test: streamed and collected answers of {model} differ for {first.sample.id}: "
+            f"'{marked(first.tokens)}' against '{marked(collected)}'"
+        )
+    _check_refusal(url, model)
+    if tuple(infer(url, model, first.sample.images, first.sample.question)) != first.tokens:
+        raise UserError(f"smoke test: {model} answers {first.sample.id} differently after a refused request")
+    example = next((item for item in answered if item.invoked), first)  # one that shows memory, where there is one
+    return {
+        "question": example.sample.question,
+        "answer_marked": marked(example.tokens),
+        "answer": plain(example.tokens),
+        "reference": example.sample.answer,
+        "latency_ms": {
+            "first_token_p50": round(statistics.median(item.first_token_ms for item in answered), 2),
+            "answer_p50": round(statistics.median(item.answer_ms for item in answered), 2),
+            "answer_max": round(max(item.answer_ms for item in answered), 2),
+        },
+        "items": len(answered),
+        "items_with_memory": sum(item.invoked for item in answered),
+    }
+
+
+def _ask(url: str, model: str, sample: Sample) -> Answered:
+    started = time.perf_counter()
+    arrivals: list[float] = []
+    tokens: list[Token] = []
+    for token in infer(url, model, sample.images, sample.question):
+        arrivals.append((time.perf_counter() - started) * 1000)
+        tokens.append(token)
+    if not tokens:
+        raise UserError(f"smoke test: {model} sent no answer to {sample.id}")
+    return Answered(sample, tuple(tokens), arrivals[0], arrivals[-1])
+
+
+def _check_refusal(url: str, model: str) -> None:
+    try:
+        answer = plain(infer(url, model, [b"no image"], "What is this?"))
+    except UserError as error:
+        if "does not decode" in str(error):
+            return
+        raise UserError(
+            f"smoke test: a broken image should be refused as one that does not decode, but: {error}"
+        ) from None
+    raise UserError(f"smoke test: {model} answered '{answer}' to a broken image instead of refusing it")

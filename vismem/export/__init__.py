@@ -1,0 +1,1 @@
+"""Export: ONNX graphs and their parity, the bundle, the Triton model repository."""

@@ -1,0 +1,242 @@
+"""A VisMemModel on Qwen2.5-VL as pure functions of tensors, for ONNX: decoder, vision encoder, short former, builder.
+
+They share the base's parameters; the adapters are a switch at run time (paper Sec. 3.3, Eq. 5-6 and 9-11).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismem.models.lora import Lora
+from vismem.models.memory import LongFormer, QueryBuilder
+from vismem.models.vismem import VisMemModel
+
+MASKED = -1e9  # finite: a row that sees nothing must not become NaN
+
+
+class LowRank(nn.Module):
+    """(alpha / r) * B A x, what an adapter adds to a linear layer."""
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float) -> None:
+        """`down` is A (r, in), `up` is B (out, r)."""
+        super().__init__()
+        self.down, self.up = nn.Parameter(down.detach()), nn.Parameter(up.detach() * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+
+
+def adapters_of(lora: Lora, part: int) -> nn.ModuleList:
+    """The adapter of each layer for its query (part 0) or value (part 1); targets stand in that order in a layer."""
+    adapters = []
+    for target in lora.targets[part::2]:
+        key = f"{target.name}.{target.start}".replace(".", "_")
+        adapters.append(LowRank(lora.down[key], lora.up[key], lora.scale))
+    return nn.ModuleList(adapters)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on the last axis; `cos` and `sin` broadcast against `x`."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+class Decoder(nn.Module):
+    """The language model over embeddings, with past keys and values: prefill, decoding and long former (Eq. 11)."""
+
+    frequencies: Tensor
+    axes: Tensor
+
+    def __init__(self, model: VisMemModel) -> None:
+        """The policy's own adapter is in it only where stage II trained one."""
+        super().__init__()
+        language = model.backbone.model.model.language_model
+        config, rotary = language.config, language.rotary_emb
+        self.layers, self.norm, self.lm_head = language.layers, language.norm, model.backbone.head
+        self.query, self.value = adapters_of(model.long.lora, 0), adapters_of(model.long.lora, 1)
+        self.has_policy = model.policy_lora.enabled
+        if self.has_policy:
+            self.policy_query, self.policy_value = (adapters_of(model.policy_lora, part) for part in (0, 1))
+        self.tokens, self.long = model.tokens, model.long
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.hidden_size // self.heads
+        self.rope_scale = float(rotary.attention_scaling)
+        self.register_buffer("frequencies", rotary.inv_freq.clone().float())
+        axes = [axis % 3 for axis, width in enumerate(rotary.mrope_section) for _ in range(width)]
+        self.register_buffer("axes", nn.functional.one_hot(torch.tensor(axes), 3).float())  # (head_dim / 2, 3)
+
+    def forward(
+        self, embeddings: Tensor, mask: Tensor, positions: Tensor, adapter: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """One pass over new embeddings.
+
+        embeddings (B, S, d); mask (B, T) 1.0 where past and new tokens are real; positions (3, B, S) float;
+        adapter (B,) 1.0 where the long former's LoRA is on (the policy's is off there); past: key and value of each
+        layer in turn (B, kv_heads, T - S, head_dim). Returns logits of the last position (B, V + 2), the two invokes
+        last; hidden states after the final norm (B, S, d); the long memory that the last N_l of them make
+        (B, <= N_l, d); and the new past.
+        """
+        length = embeddings.shape[1]
+        angles = torch.einsum("abs,fa->bsf", positions, self.axes) * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, S, head_dim)
+        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+        total = mask.shape[1]
+        place = torch.arange(total, device=mask.device)
+        seen = (place[None] <= place[total - length :, None])[None] & (mask[:, None] > 0)
+        bias = torch.where(seen, 0.0, MASKED)[:, None, None]  # (B, 1, 1, S, T)
+        x, present = embeddings, []
+        for number, layer in enumerate(self.layers):
+            y = layer.input_layernorm(x)
+            query, key, value = self._project(number, y, adapter[:, None, None])
+            key = torch.cat((past[2 * number], rotate(key, cos, sin)), dim=2)
+            value = torch.cat((past[2 * number + 1], value), dim=2)
+            present += [key, value]
+            x = x + layer.self_attn.o_proj(self._attend(rotate(query, cos, sin), key, value, bias))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        hidden = self.norm(x)
+        last = hidden[:, -1]
+        invoke = nn.functional.linear(last, self.tokens.head, self.tokens.bias)
+        logits = torch.cat((self.lm_head(last), invoke), dim=-1)
+        return logits, hidden, long_memory(self.long, hidden), present
+
+    def _project(self, number: int, y: Tensor, switch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value (B, heads, S, head_dim) of a layer, before rotation."""
+        attention = self.layers[number].self_attn
+        added_query, added_value = switch * self.query[number](y), switch * self.value[number](y)
+        if self.has_policy:
+            added_query = added_query + (1 - switch) * self.policy_query[number](y)
+            added_value = added_value + (1 - switch) * self.policy_value[number](y)
+        query, key, value = attention.q_proj(y) + added_query, attention.k_proj(y), attention.v_proj(y) + added_value
+        return self._split(query, self.heads), self._split(key, self.kv_heads), self._split(value, self.kv_heads)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Grouped attention without copies of the keys: (B, S, heads * head_dim)."""
+        batch, _, length, width = query.shape
+        grouped = query.reshape(batch, self.kv_heads, -1, length, width) * width**-0.5
+        weights = torch.softmax(grouped @ key[:, :, None].transpose(-1, -2) + bias, dim=-1)
+        mixed = (weights @ value[:, :, None]).reshape(batch, self.heads, length, width)
+        return mixed.transpose(1, 2).reshape(batch, length, -1)
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.reshape(x.shape[0], x.shape[1], heads, self.head_dim).transpose(1, 2)
+
+
+def long_memory(former: LongFormer, hidden: Tensor) -> Tensor:
+    """The output projection and scale of the long former on the last N_l hidden states."""
+    last = hidden[:, -former.length :]
+    unit = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6)
+    memory: Tensor = former.output(unit) * former.output_scale
+    return memory
+
+
+class VisionTower(nn.Module):
+    """The vision encoder's blocks as functions of tokens; base of the two vision graphs.
+
+    Attention is dense with a mask, so patches need no window permutation.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, model: VisMemModel) -> None:
+        super().__init__()
+        visual = model.backbone.model.model.visual
+        self.patch_embed, self.blocks, self.merger = visual.patch_embed, visual.blocks, visual.merger
+        self.full = sorted(visual.fullatt_block_indexes)
+        self.query, self.value = adapters_of(model.short.lora, 0), adapters_of(model.short.lora, 1)
+        self.heads, self.width = visual.config.num_heads, visual.config.hidden_size
+        self.register_buffer("frequencies", visual.rotary_pos_emb.inv_freq.clone().float())
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, head width) of positions (T, 2) float: row and column; (0, 0) rotates by nothing."""
+        angles = (positions[:, :, None] * self.frequencies).reshape(positions.shape[0], -1)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    def project_in(self, number: int, x: Tensor, rotary: tuple[Tensor, Tensor], adapter: Tensor) -> Sequence[Tensor]:
+        """Query, key and value (heads, T, head width) of block `number`."""
+        block: Any = self.blocks[number]
+        y = block.norm1(x)
+        query, key, value = block.attn.qkv(y).split(self.width, dim=-1)
+        query = query + adapter * self.query[number](y)
+        value = value + adapter * self.value[number](y)
+        query, key, value = (part.reshape(-1, self.heads, self.width // self.heads) for part in (query, key, value))
+        query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+        return rotate(query, *rotary), rotate(key, *rotary), value
+
+    def attend(self, number: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """The rest of block `number`: attention under an additive bias, projection, feed-forward."""
+        block: Any = self.blocks[number]
+        scores = query @ key.transpose(-1, -2) * block.attn.scaling
+        weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+        x = x + block.attn.proj((weights @ value).transpose(0, 1).reshape(-1, self.width))
+        result: Tensor = x + block.mlp(block.norm2(x))
+        return result
+
+
+class VisionEncoder(VisionTower):
+    """Patches to image features, and the stream that the short former reads."""
+
+    def forward(
+        self, pixels: Tensor, positions: Tensor, windows: Tensor, images: Tensor, adapter: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """All patches of one request.
+
+        pixels (P, values); positions (P, 2) float; windows, images (P,): numbers of each patch's window and image;
+        adapter (1,): 1.0 for the short former's stream. Returns features (P / g, d), patch embeddings (P, w), and key
+        and value (heads, P, head width) of each full-attention block in turn.
+        """
+        weight = self.patch_embed.proj.weight  # the convolution's stride is its kernel, so it is a product
+        start = x = nn.functional.linear(pixels, weight.reshape(self.width, -1))
+        same_window = torch.where(windows[:, None] == windows[None], 0.0, MASKED)
+        same_image = torch.where(images[:, None] == images[None], 0.0, MASKED)
+        rotary = self.rotary(positions)
+        stream: list[Tensor] = []
+        for number in range(len(self.blocks)):
+            query, key, value = self.project_in(number, x, rotary, adapter)
+            if number in self.full:
+                stream += [key, value]
+            x = self.attend(number, x, query, key, value, same_image if number in self.full else same_window)
+        return self.merger(x), start, stream
+
+
+class ShortMemory(VisionTower):
+    """F_s and the projector (Eq. 9-10): queries and memory tokens beside the patches' stream."""
+
+    def __init__(self, model: VisMemModel) -> None:
+        super().__init__(model)
+        self.project, self.start = model.short.query, model.short.start
+
+    def forward(self, queries: Tensor, pooled: Tensor, positions: Tensor, stream: list[Tensor]) -> Tensor:
+        """One memory (N_s, d).
+
+        queries (K, d); pooled (g * N_s, w): what is added to M_init, pooled patch embeddings or zeros; positions
+        (K + g * N_s, 2) float, (0, 0) for the identity; stream: as VisionEncoder gives it with its adapter on.
+        """
+        x = torch.cat((self.project(queries), self.start + pooled))
+        rotary, adapter = self.rotary(positions), torch.ones(1)
+        for number in range(len(self.blocks)):
+            query, key, value = self.project_in(number, x, rotary, adapter)
+            if number in self.full:
+                place = 2 * self.full.index(number)
+                key = torch.cat((stream[place], key), dim=1)
+                value = torch.cat((stream[place + 1], value), dim=1)
+            x = self.attend(number, x, query, key, value, None)
+        memory: Tensor = self.merger(x[-self.start.shape[0] :])
+        return memory
+
+
+class Builder(nn.Module):
+    """B (Eq. 5): the cognitive state to queries, and to the tokens that the long former appends to its sequence."""
+
+    def __init__(self, model: VisMemModel) -> None:
+        super().__init__()
+        self.builder: QueryBuilder = model.builder
+        self.long: LongFormer = model.long
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """H (T, d) of one row: Q (K, d), and [Q, M_init] as the language model reads them (K + N_l, d)."""
+        queries: Tensor = self.builder(state[None], torch.ones_like(state[None, :, 0], dtype=torch.bool))[0]
+        return queries, torch.cat((self.long.query(queries) * self.long.query_scale, self.long.start))

@@ -1,0 +1,253 @@
+"""Writes a VisMemModel as four ONNX graphs over one weight file, and `runtime.json`, all that the runtime must know.
+
+Tensors are told apart by content: each lies once in `weights.bin`, however many graphs use it.
+"""
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir
+import torch
+from numpy.typing import NDArray
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import nn
+
+from vismem.data.collate import prompt_messages
+from vismem.data.sample import Sample
+from vismem.errors import UserError
+from vismem.export.graphs import Builder, Decoder, ShortMemory, VisionEncoder
+from vismem.generation.types import MemoryKind
+from vismem.models.processor import IMAGE_TOKEN
+from vismem.models.vismem import VisMemModel
+from vismem.provenance import sha256_file
+
+FORMAT = 1
+WEIGHTS = "weights.bin"
+SETTINGS = "runtime.json"
+INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them
+ALIGNMENT = 64
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph to write: a module, example arguments, which axes vary, and the names of what goes in and out."""
+
+    name: str
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    varying: tuple[Any, ...]
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
+@dataclass
+class WeightFile:
+    """Appends tensors to one file; the same content is written once."""
+
+    file: BinaryIO
+    places: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def add(self, array: NDArray[Any]) -> int:
+        """The offset at which the array's bytes lie."""
+        data = np.ascontiguousarray(array).tobytes()
+        key = (hashlib.sha256(data).hexdigest(), len(data))
+        if key not in self.places:
+            self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
+            self.places[key] = self.file.tell()
+            self.file.write(data)
+        return self.places[key]
+
+
+def write_graphs(model: VisMemModel, folder: Path, opset: int) -> None:
+    """Write `vision.onnx`, `short.onnx`, `builder.onnx`, `decoder.onnx`, `weights.bin` and `runtime.json`.
+
+    `model` must be in float32 on the CPU. Raises UserError for a family without graphs or a chat template that does
+    not put images before the question.
+    """
+    if model.backbone.family != "qwen2_5_vl":
+        raise UserError(f"export writes graphs for qwen2_5_vl only, not for {model.backbone.family}")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = runtime_settings(model)
+    with (folder / WEIGHTS).open("wb") as file, torch.no_grad():
+        weights = WeightFile(file)
+        rows = torch.cat([model.tokens.invoke, model.tokens.end])
+        for name, tensor in (("embedding", model.backbone.embedding.weight), ("memory_rows", rows)):
+            array = tensor.detach().numpy()
+            settings["tensors"][name] = {"offset": weights.add(array), "shape": list(array.shape)}
+        for graph in graphs_of(model):
+            onnx_ir.save(_exported(graph, weights, opset), folder / f"{graph.name}.onnx")
+    files = (WEIGHTS, *(f"{name}.onnx" for name in settings["graphs"]))
+    settings["sha256"] = {name: sha256_file(folder / name) for name in files}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def graphs_of(model: VisMemModel) -> list[Graph]:
+    """The four graphs with example arguments; every axis that varies between requests is dynamic."""
+    decoder, vision = Decoder(model), VisionEncoder(model)
+    width, count, tokens = model.backbone.width, model.memory_config.queries, model.short.start.shape[0]
+    past = [torch.randn(2, decoder.kv_heads, 3, decoder.head_dim) for _ in range(2 * len(decoder.layers))]
+    past_names = [f"{part}_{layer}" for layer in range(len(decoder.layers)) for part in ("key", "value")]
+    patches = 4 * model.backbone.merge
+    stream = [torch.randn(vision.heads, patches, vision.width // vision.heads) for _ in range(2 * len(vision.full))]
+    stream_names = [f"stream_{part}_{block}" for block in vision.full for part in ("key", "value")]
+    pixels = torch.randn(patches, vision.patch_embed.proj.weight[0].numel())
+    numbers = torch.arange(patches) // model.backbone.merge
+    rows, both = {0: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}
+    return [
+        Graph(
+            "vision",
+            vision,
+            (pixels, torch.rand(patches, 2), numbers, numbers.clone(), torch.ones(1)),  # one object would be one input
+            (rows, rows, rows, rows, None),
+            ("pixels", "positions", "windows", "images", "adapter"),
+            ("features", "start", *stream_names),
+        ),
+        Graph(
+            "short",
+            ShortMemory(model),
+            (torch.randn(count, width), torch.randn(tokens, vision.width), torch.rand(count + tokens, 2), stream),
+            (None, None, None, [{1: DYNAMIC}] * len(stream)),
+            ("queries", "pooled", "positions", *stream_names),
+            ("memory",),
+        ),
+        Graph("builder", Builder(model), (torch.randn(7, width),), (rows,), ("state",), ("queries", "long_tokens")),
+        Graph(
+            "decoder",
+            decoder,
+            (torch.randn(2, 5, width), torch.ones(2, 8), torch.rand(3, 2, 5), torch.zeros(2), past),
+            (both, both, {1: DYNAMIC, 2: DYNAMIC}, rows, [{0: DYNAMIC, 2: DYNAMIC}] * len(past)),
+            ("embeddings", "mask", "positions", "adapter", *(f"past_{name}" for name in past_names)),
+            ("logits", "hidden", "memory", *(f"present_{name}" for name in past_names)),
+        ),
+    ]
+
+
+def runtime_settings(model: VisMemModel) -> dict[str, Any]:
+    """All numbers that decoding needs beside the graphs, as JSON values."""
+    backbone, processor = model.backbone, model.backbone.processor
+    language, visual = backbone.model.model.language_model, backbone.model.model.visual
+    images, config = processor.image_processor, language.config
+    return {
+        "format": FORMAT,
+        "family": backbone.family,
+        "weights": WEIGHTS,
+        "graphs": ["vision", "short", "builder", "decoder"],
+        "tensors": {},
+        "width": backbone.width,
+        "decoder": {
+            "layers": config.num_hidden_layers,
+            "kv_heads": config.num_key_value_heads,
+            "head_width": config.hidden_size // config.num_attention_heads,
+            "max_positions": config.max_position_embeddings,
+        },
+        "memory": {
+            "queries": model.memory_config.queries,
+            "short_length": model.length_of(MemoryKind.SHORT),
+            "long_length": model.length_of(MemoryKind.LONG),
+            "merge": backbone.merge,
+            "pool_patches": model.short.patches,
+            "max_per_answer": model.invocation_config.max_per_answer,
+        },
+        "tokens": {
+            "image": backbone.model.config.image_token_id,
+            "stop": list(model.stop_ids),
+            "invoke": [model.invoke_ids[kind] for kind in MemoryKind],
+            "end": [model.end_ids[kind] for kind in MemoryKind],
+        },
+        "prompt": prompt_parts(processor),
+        "image": {
+            "do_resize": images.do_resize,
+            "do_rescale": images.do_rescale,
+            "do_normalize": images.do_normalize,
+            "resample": int(images.resample),
+            "rescale_factor": images.rescale_factor,
+            "mean": list(images.image_mean),
+            "std": list(images.image_std),
+            "min_pixels": images.size["shortest_edge"],
+            "max_pixels": images.size["longest_edge"],
+            "patch_size": images.patch_size,
+            "temporal_patch_size": images.temporal_patch_size,
+            "merge_size": images.merge_size,
+            "window_size": visual.window_size,
+        },
+    }
+
+
+def prompt_parts(processor: Any) -> dict[str, str]:
+    """The chat template taken apart: `before`, `image` (once an image), the question, `after`.
+
+    Raises UserError where the template of one, two or three images is not made of those parts.
+    """
+
+    def render(images: int, question: str) -> str:
+        sample = Sample(id="", images=(b"",) * images, question=question, answer="")
+        text: str = processor.apply_chat_template(prompt_messages(sample), tokenize=False, add_generation_prompt=True)
+        return text
+
+    mark = "\u241fquestion\u241f"
+    before, after = render(0, mark).split(mark)
+    image = render(1, mark).removeprefix(before).removesuffix(mark + after)
+    parts = {"before": before, "image": image, "after": after}
+    for count in range(4):
+        if render(count, mark) != before + image * count + mark + after:
+            raise UserError(f"the base's chat template does not put {count} images right before the question")
+    if IMAGE_TOKEN not in image:
+        raise UserError(f"the base's chat template has no {IMAGE_TOKEN} for an image")
+    return parts | {"image_token": IMAGE_TOKEN}
+
+
+def _exported(graph: Graph, weights: WeightFile, opset: int) -> onnx_ir.Model:
+    """The graph with its large tensors in the weight file and nothing of this machine in its metadata."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logging.getLogger("torch.onnx").level
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(
+                graph.module.eval(),
+                graph.arguments,
+                dynamo=True,
+                dynamic_shapes=graph.varying,
+                opset_version=opset,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                external_data=False,
+                verbose=False,
+            )
+        finally:
+            logging.getLogger("torch.onnx").setLevel(level)
+    assert program is not None
+    model = program.model
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes >= INLINE_BYTES:
+            value.const_value = onnx_ir.ExternalTensor(
+                WEIGHTS,
+                weights.add(tensor.numpy()),
+                tensor.nbytes,
+                tensor.dtype,
+                shape=onnx_ir.Shape(tensor.numpy().shape),
+                name=value.name or "",
+            )
+    return _anonymous(model)
+
+
+def _anonymous(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Strip what the exporter leaves behind: stack traces and build paths."""
+    ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    model.doc_string = None
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    for value in (*values, *(output for node in model.graph for output in node.outputs)):
+        value.metadata_props.clear()
+        value.doc_string = None
+    return model

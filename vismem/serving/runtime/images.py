@@ -1,0 +1,126 @@
+"""Images to patches, with numpy and Pillow only: bit for bit what transformers' Qwen2VLImageProcessorPil gives.
+
+Also where each patch stands: its row and column for the rotary position, its image and its attention window.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .errors import RequestError
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The patches of one request's images, image after image, the merger's 2x2 blocks together."""
+
+    values: Floats  # (P, channels * temporal * patch * patch)
+    positions: Integers  # (P, 2): row and column within the image
+    image_ids: Integers  # (P,)
+    window_ids: Integers  # (P,): unique over all images
+    grids: tuple[tuple[int, int], ...]  # patches (rows, columns) of each image
+
+
+def cut_patches(images: Sequence[Image.Image], settings: Mapping[str, Any]) -> Patches:
+    """Resize, normalise and cut `images`. `settings` is the "image" section of runtime.json.
+
+    Raises RequestError for an image that is more than 200 times as long as it is wide.
+    """
+    values, grids = [], []
+    for number, image in enumerate(images):
+        pixels = _normalised(_resized(_rgb(image), settings, number), settings)
+        flat, grid = _flat_patches(pixels, settings)
+        values.append(flat)
+        grids.append(grid)
+    places = [_places(grid, settings) for grid in grids]
+    window_ids, first = [], 0
+    for _, windows in places:
+        window_ids.append(windows + first)
+        first += int(windows.max()) + 1
+    width = 3 * settings["temporal_patch_size"] * settings["patch_size"] ** 2
+    return Patches(
+        values=np.concatenate([np.zeros((0, width), np.float32), *values]),
+        positions=np.concatenate([np.zeros((0, 2), np.int64), *(positions for positions, _ in places)]),
+        image_ids=np.repeat(np.arange(len(grids)), [rows * columns for rows, columns in grids]).astype(np.int64),
+        window_ids=np.concatenate([np.zeros(0, np.int64), *window_ids]),
+        grids=tuple(grids),
+    )
+
+
+def target_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Height and width that are multiples of `factor`, keep the aspect ratio and have `least` to `most` pixels."""
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > most:
+        shrink = math.sqrt((height * width) / most)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < least:
+        grow = math.sqrt(least / (height * width))
+        rows, columns = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return rows, columns
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB, with transparency laid on white."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _resized(image: Image.Image, settings: Mapping[str, Any], number: int) -> Image.Image:
+    if not settings["do_resize"]:
+        return image
+    width, height = image.size
+    if max(width, height) > 200 * min(width, height):
+        raise RequestError(f"image {number + 1} is {width}x{height}: one side is over 200 times the other; crop it")
+    factor = settings["patch_size"] * settings["merge_size"]
+    rows, columns = target_size(height, width, factor, settings["min_pixels"], settings["max_pixels"])
+    return image.resize((columns, rows), resample=settings["resample"])
+
+
+def _normalised(image: Image.Image, settings: Mapping[str, Any]) -> Floats:
+    """(3, height, width); rescaled in double precision and normalised in single, as transformers does."""
+    pixels = np.moveaxis(np.array(image), -1, 0).astype(np.float64)
+    if settings["do_rescale"]:
+        pixels = pixels * settings["rescale_factor"]
+    scaled = pixels.astype(np.float32)
+    if settings["do_normalize"]:
+        mean, std = (np.array(settings[name], np.float32)[:, None, None] for name in ("mean", "std"))
+        scaled = (scaled - mean) / std
+    return scaled
+
+
+def _flat_patches(pixels: Floats, settings: Mapping[str, Any]) -> tuple[Floats, tuple[int, int]]:
+    """(rows * columns, channels * temporal * patch * patch) in the order of the merger's blocks, and the grid."""
+    patch, merge, frames = settings["patch_size"], settings["merge_size"], settings["temporal_patch_size"]
+    channels, height, width = pixels.shape
+    rows, columns = height // patch, width // patch
+    blocks = pixels.reshape(channels, rows // merge, merge, patch, columns // merge, merge, patch)
+    blocks = np.transpose(blocks, (1, 4, 2, 5, 0, 3, 6))[:, :, :, :, :, None]
+    blocks = np.broadcast_to(blocks, (*blocks.shape[:5], frames, *blocks.shape[6:]))
+    return np.ascontiguousarray(blocks.reshape(rows * columns, -1)), (rows, columns)
+
+
+def _places(grid: tuple[int, int], settings: Mapping[str, Any]) -> tuple[Integers, Integers]:
+    """Row and column (P, 2) and window number (P,) of each patch of one image."""
+    merge = settings["merge_size"]
+    side = settings["window_size"] // merge // settings["patch_size"] * merge  # patches along a window's side
+    row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    positions = np.stack([_by_block(row, merge), _by_block(column, merge)], axis=1).astype(np.int64)
+    across = -(-grid[1] // side)
+    return positions, positions[:, 0] // side * across + positions[:, 1] // side
+
+
+def _by_block(grid: NDArray[Any], merge: int) -> NDArray[Any]:
+    rows, columns = grid.shape
+    return grid.reshape(rows // merge, merge, columns // merge, merge).transpose(0, 2, 1, 3).reshape(-1)

@@ -1,0 +1,85 @@
+"""A question and its images to token ids and three-axis positions; token ids back to text, piece by piece."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from .errors import RequestError
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt, image tokens repeated once a merged patch."""
+
+    ids: Integers  # (L,)
+    positions: Integers  # (3, L): time, height, width
+    visual: NDArray[np.bool_]  # (L,) True at image tokens
+
+    @property
+    def next_position(self) -> int:
+        """Position of the answer's first token on all three axes."""
+        return int(self.positions.max()) + 1
+
+
+def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], question: str, grids: Sequence[tuple[int, int]]) -> Prompt:
+    """The chat prompt of `question` after images of `grids` patches. `settings` is runtime.json.
+
+    Raises RequestError if the question holds the image token itself.
+    """
+    parts, merge = settings["prompt"], settings["image"]["merge_size"]
+    if parts["image_token"] in question:
+        raise RequestError(f"the prompt must not contain {parts['image_token']}: images are sent apart from it")
+    counts = [rows // merge * (columns // merge) for rows, columns in grids]
+    images = "".join(parts["image"].replace(parts["image_token"], parts["image_token"] * n) for n in counts)
+    text = parts["before"] + images + question + parts["after"]
+    ids = np.array(tokenizer.encode(text).ids, np.int64)
+    visual = ids == settings["tokens"]["image"]
+    return Prompt(ids, _positions(visual, [(rows // merge, columns // merge) for rows, columns in grids]), visual)
+
+
+def _positions(visual: NDArray[np.bool_], grids: Sequence[tuple[int, int]]) -> Integers:
+    """Text counts up on all axes; an image stands at one time, its rows and columns count from there."""
+    positions = np.zeros((3, len(visual)), np.int64)
+    place = following = 0
+    for rows, columns in grids:
+        start = place + int(np.argmax(visual[place:]))
+        positions[:, place:start] = following + np.arange(start - place)
+        following += start - place
+        place = start + rows * columns
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        positions[:, start:place] = following + np.stack([np.zeros_like(row), row, column])
+        following += max(rows, columns)
+    positions[:, place:] = following + np.arange(len(visual) - place)
+    return positions
+
+
+class TextStream:
+    """Turns token ids into text as they come; a character of several tokens comes out whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.before = self.done = 0  # ids[before:done] are the last ones given out, kept as context
+
+    def add(self, token: int) -> str:
+        """The text that became certain with this token; may be empty. Special tokens give none."""
+        self.ids.append(token)
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        """What was held back, if an answer ends within a character."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        known = self.tokenizer.decode(self.ids[self.before : self.done], skip_special_tokens=True)
+        text: str = self.tokenizer.decode(self.ids[self.before :], skip_special_tokens=True)
+        if (text.endswith("\ufffd") and not final) or len(text) <= len(known):
+            return ""
+        self.before, self.done = self.done, len(self.ids)
+        return text[len(known) :]

@@ -1,0 +1,234 @@
+"""Decodes answers with latent memory from an exported bundle: the serving twin of generation/engine.py.
+
+Invocation is the model's own choice (paper Sec. 3.2); formation runs in the vision, builder and decoder graphs
+(Sec. 3.3).
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .bundle import Bundle
+from .errors import RequestError
+from .images import Patches, cut_patches
+from .prompt import Prompt, TextStream, tokenise
+
+Floats = NDArray[np.float32]
+Kind = Literal["short", "long"]
+KINDS: tuple[Kind, Kind] = ("short", "long")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One piece of an answer. An "end" chunk comes last; `text` may be empty."""
+
+    text: str
+    event: Literal["token", "short", "long", "end"]
+    token: int | None = None  # the id behind it: a word, or an invoke token
+    memory: Floats | None = None  # (N, d) the vectors that a "short" or "long" event inserted
+
+
+class Runtime:
+    """A bundle, ready to answer. One object may serve several threads at once."""
+
+    def __init__(self, bundle: Path | str, threads: int = 1) -> None:
+        """Open `bundle` with `threads` threads an answer. Raises BundleError if it is missing or damaged."""
+        self.bundle = Bundle(Path(bundle), threads)
+
+    def generate(
+        self,
+        images: Sequence[Image.Image],
+        prompt: str,
+        *,
+        max_new_tokens: int = 48,
+        temperature: float = 0.0,
+        seed: int = 0,
+        memory: bool = True,
+        force: Mapping[int, Kind] | None = None,
+    ) -> Iterator[Chunk]:
+        """Yield the answer's chunks; closing the iterator ends the work at once.
+
+        `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` False bars the model from
+        invoking; `force` maps a decision's number (from 0) to a memory to insert there instead of sampling, for tests
+        and parity. Raises RequestError for an unusable request, before the first chunk.
+        """
+        if not images:
+            raise RequestError("no image: send at least one with the question")
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+        answer = Answer(self.bundle, images, prompt, max_new_tokens)
+        return answer.run(max_new_tokens, Sampler(temperature, seed), memory, force or {})
+
+
+class Sampler:
+    """Greedy, or draws by inverse transform, the same as the training engine's for a sample without an id."""
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self.temperature = temperature
+        self.random = np.random.default_rng((seed, zlib.crc32(b"#0"), zlib.crc32(b"sample")))
+
+    def __call__(self, logits: Floats) -> int:
+        """The chosen column of (V,) scores; barred ones are -inf."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits / np.float32(self.temperature)
+        cumulative = np.exp((scaled - scaled.max()).astype(np.float64)).cumsum()
+        place = np.searchsorted(cumulative, self.random.random() * cumulative[-1], side="right")
+        return min(int(place), len(logits) - 1)
+
+
+class Answer:
+    """One answer in the making: everything fed so far, with its embeddings, hidden states, positions, keys, values."""
+
+    def __init__(self, bundle: Bundle, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> None:
+        self.bundle, settings = bundle, bundle.settings
+        self.settings, self.memory_settings, self.tokens = settings, settings["memory"], settings["tokens"]
+        self.patches: Patches = cut_patches(images, settings["image"])
+        self.prompt: Prompt = tokenise(bundle.tokenizer, settings, question, self.patches.grids)
+        self.limit = int(self.memory_settings["max_per_answer"])
+        longest = max(self.memory_settings[f"{kind}_length"] for kind in KINDS)
+        room = max_new_tokens + self.limit * (longest + 2)
+        if self.prompt.next_position + room > settings["decoder"]["max_positions"]:
+            raise RequestError(
+                f"the question, its images and {max_new_tokens} tokens need {self.prompt.next_position + room} "
+                f"positions, the model has {settings['decoder']['max_positions']}: send less, or ask for less"
+            )
+        capacity = len(self.prompt.ids) + room
+        self.embeddings: Floats = np.zeros((capacity, settings["width"]), np.float32)
+        self.hidden: Floats = np.zeros((capacity, settings["width"]), np.float32)
+        self.positions: Floats = np.zeros((3, capacity), np.float32)
+        self.used = 0
+        self.short_stream: dict[str, Any] | None = None
+        decoder = settings["decoder"]
+        self.nothing: Floats = np.zeros((1, decoder["kv_heads"], 0, decoder["head_width"]), np.float32)
+        self.past = dict.fromkeys((name for name in bundle.decoder.inputs if name.startswith("past_")), self.nothing)
+
+    def run(self, max_new_tokens: int, sampler: Sampler, memory: bool, force: Mapping[int, Kind]) -> Iterator[Chunk]:
+        """Prefill, then decide, feed and form until the answer stops."""
+        logits = self._prefill()
+        segment, text = self.used, TextStream(self.bundle.tokenizer)
+        vocabulary = logits.shape[0] - 2
+        words = invoked = decision = 0
+        while True:
+            logits[[t for t in (*self.tokens["invoke"], *self.tokens["end"]) if t < vocabulary]] = -np.inf
+            if not memory or invoked >= self.limit:
+                logits[vocabulary:] = -np.inf
+            column = sampler(logits)
+            if decision in force and invoked < self.limit:
+                column = vocabulary + KINDS.index(force[decision])
+            decision += 1
+            if column >= vocabulary:
+                index, invoked = column - vocabulary, invoked + 1
+                self._feed(self._embed([self.tokens["invoke"][index]]))
+                vectors = self._form(KINDS[index], segment)
+                logits = self._feed(np.concatenate([vectors, self._embed([self.tokens["end"][index]])]))
+                segment = self.used
+                yield Chunk("", KINDS[index], self.tokens["invoke"][index], vectors)
+                continue
+            words += 1
+            stopped = column in self.tokens["stop"]
+            yield Chunk(text.add(column), "token", column)
+            if stopped or words >= max_new_tokens:
+                break
+            logits = self._feed(self._embed([column]))
+        yield Chunk(text.finish(), "end")
+
+    # --- the language model ---
+
+    def _prefill(self) -> Floats:
+        embeddings = self._embed(self.prompt.ids)
+        embeddings[self.prompt.visual] = self._see(0.0)["features"]
+        return self._feed(embeddings, self.prompt.positions)
+
+    def _embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Floats:
+        """(n, d); the four memory tokens have rows of their own."""
+        table, own = self.bundle.embedding, [*self.tokens["invoke"], *self.tokens["end"]]
+        rows: Floats = np.array(table[np.minimum(ids, len(table) - 1)], np.float32)
+        for place, token in enumerate(own):
+            rows[np.asarray(ids) == token] = self.bundle.memory_rows[place]
+        return rows
+
+    def _feed(self, embeddings: Floats, positions: NDArray[Any] | None = None) -> Floats:
+        """Append (n, d) to the stream; returns the scores (V + 2,) after the last of them."""
+        count = len(embeddings)
+        here = slice(self.used, self.used + count)
+        if positions is None:
+            following = self.positions[:, : self.used].max() + 1
+            positions = np.broadcast_to(following + np.arange(count), (3, count))
+        self.embeddings[here], self.positions[:, here] = embeddings, positions
+        self.used += count
+        out = self.bundle.decoder(
+            embeddings=self.embeddings[None, here],
+            mask=np.ones((1, self.used), np.float32),
+            positions=np.ascontiguousarray(self.positions[:, None, here]),
+            adapter=np.zeros(1, np.float32),
+            **self.past,
+        )
+        self.past = {f"past_{name[8:]}": value for name, value in out.items() if name.startswith("present_")}
+        self.hidden[here] = out["hidden"][0]
+        scores: Floats = out["logits"][0]
+        return scores
+
+    # --- memories ---
+
+    def _form(self, kind: Kind, segment: int) -> Floats:
+        """(N, d): from the visual hidden states and those of the answer since position `segment` (Eq. 5, 9-11)."""
+        visual = self.hidden[: len(self.prompt.ids)][self.prompt.visual]
+        built = self.bundle.builder(state=np.concatenate([visual, self.hidden[segment : self.used]]))
+        memory: Floats = self._short(built["queries"]) if kind == "short" else self._long(built["long_tokens"])
+        return memory
+
+    def _long(self, tokens: Floats) -> Floats:
+        """The whole stream and the tokens through the language model, its LoRA on."""
+        sequence = np.concatenate([self.embeddings[: self.used], tokens])
+        following = self.positions[:, : self.used].max() + 1 + np.arange(len(tokens), dtype=np.float32)
+        tail = np.broadcast_to(following, (3, len(tokens)))
+        out = self.bundle.decoder(
+            embeddings=sequence[None],
+            mask=np.ones((1, len(sequence)), np.float32),
+            positions=np.concatenate([self.positions[:, : self.used], tail], axis=1)[:, None],
+            adapter=np.ones(1, np.float32),
+            **dict.fromkeys(self.past, self.nothing),
+        )
+        memory: Floats = out["memory"][0]
+        return memory
+
+    def _short(self, queries: Floats) -> Floats:
+        """Queries and memory tokens beside the patches in the vision encoder, its LoRA on."""
+        if self.short_stream is None:  # the patches with the adapter on: once an answer
+            self.short_stream = self._see(1.0)
+            self.short_stream["pooled"], places = self._pool(self.short_stream["start"])
+            identity = np.zeros((self.memory_settings["queries"], 2), np.float32)
+            self.short_stream["positions"] = np.concatenate([identity, places])
+        memory: Floats = self.bundle.short(queries=queries, **self.short_stream)["memory"]
+        return memory
+
+    def _see(self, adapter: float) -> dict[str, Any]:
+        patches = self.patches
+        return self.bundle.vision(
+            pixels=patches.values,
+            positions=patches.positions.astype(np.float32),
+            windows=patches.window_ids,
+            images=patches.image_ids,
+            adapter=np.array([adapter], np.float32),
+        )
+
+    def _pool(self, start: Floats) -> tuple[Floats, Floats]:
+        """Mean patch embedding and position for each memory token: merged tokens shared out evenly, or copied."""
+        slots, merge = self.memory_settings["short_length"], self.memory_settings["merge"]
+        if not self.memory_settings["pool_patches"]:
+            return np.zeros((slots * merge, start.shape[1]), np.float32), np.zeros((slots * merge, 2), np.float32)
+        count = len(start) // merge
+        token, slot = np.arange(count)[None], np.arange(slots)[:, None]
+        share = token * slots // count == slot if count >= slots else slot * count // slots == token
+        weight = share.astype(np.float32)
+        weight /= weight.sum(1, keepdims=True)
+        pooled = weight @ start.reshape(count, -1)
+        places = weight @ self.patches.positions.astype(np.float32).reshape(count, -1)
+        return pooled.reshape(slots * merge, -1), places.reshape(slots * merge, 2)

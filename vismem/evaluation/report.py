@@ -15,7 +15,7 @@ from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline, p_value
 
-EXAMPLES = 3  # at most, of wins and of losses
+EXAMPLES = 4  # at most, of wins and of losses
 _CHIPS = {"&lt;m_I^s&gt;": ("short", "short memory"), "&lt;m_I^l&gt;": ("long", "long memory")}
 
 

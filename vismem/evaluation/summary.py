@@ -19,7 +19,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     before, after = metrics["arms"][VANILLA][OVERALL], metrics["arms"][VISMEM][OVERALL]
     figures = (
         f"VisMem answers {after:.1f} % of {metrics['n']} test questions correctly, vanilla {before:.1f} %: "
-        f"{change(gain)} ({p_value(gain['p'])})."
+        f"{change(gain)}."
     )
     low, high = gain["ci95"]
     if gain["p"] >= SIGNIFICANT or low <= 0 <= high:
@@ -28,9 +28,9 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 
 def change(difference: Mapping[str, Any]) -> str:
-    """A paired difference with its interval, as `+5.3 points (95 % interval +2.1 to +8.4)`."""
+    """A paired difference, as `+5.3 points (95 % interval +2.1 to +8.4, p = 0.012)`."""
     low, high = difference["ci95"]
-    return f"{difference['delta']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+    return f"{difference['delta']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {p_value(difference['p'])})"
 
 
 def p_value(p: float) -> str:
@@ -44,9 +44,9 @@ def score_table(metrics: Mapping[str, Any]) -> Table:
     KeyError where `metrics` has no VisMem arm.
     """
     table = Table(title=f"Scores on {metrics['n']} test questions (%, with 95 % intervals)", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("n", "vanilla", "VisMem", "gain (points)", "p"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in (*(name for name in CAPABILITIES if name in metrics["counts"]), OVERALL):
         gain = metrics["gain"][name]
         low, high = gain["ci95"]
@@ -60,7 +60,7 @@ def score_table(metrics: Mapping[str, Any]) -> Table:
             str(metrics["counts"].get(name, metrics["n"])),
             _with_interval(metrics, VANILLA, name),
             _with_interval(metrics, VISMEM, name),
-            f"[{colour}]{gain['delta']:+.1f}  ({low:+.1f} to {high:+.1f})[/]",
+            f"[{colour}]{gain['delta']:+.1f}[/]\n[dim]{low:+.1f} to {high:+.1f}[/]",
             p_value(gain["p"]).removeprefix("p ").removeprefix("= "),
             style=style,
         )
@@ -78,4 +78,4 @@ def score_table(metrics: Mapping[str, Any]) -> Table:
 
 def _with_interval(metrics: Mapping[str, Any], arm: str, name: str) -> str:
     low, high = metrics["intervals"][arm][name]
-    return f"{metrics['arms'][arm][name]:.1f}  ({low:.1f}-{high:.1f})"
+    return f"{metrics['arms'][arm][name]:.1f}\n[dim]{low:.1f}-{high:.1f}[/]"

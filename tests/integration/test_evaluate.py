@@ -1,0 +1,126 @@
+"""The step `evaluate` on a tiny random model: all files, the same metrics from the same seed, arms that differ."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from vismem.config import Config, EvaluateConfig
+from vismem.data.sample import Sample, write_shards
+from vismem.errors import UserError
+from vismem.evaluation.arms import ARMS, VANILLA, VISMEM
+from vismem.evaluation.evaluate import decode, evaluate
+from vismem.evaluation.predictions import read_predictions
+from vismem.generation.engine import generate
+from vismem.generation.invocation import Off
+from vismem.models.vismem import VisMemModel
+
+EAGER = 3.0  # offset of the invoke tokens' scores: the random model then invokes now and then
+CONFIG = Config(
+    seed=3,
+    evaluate=EvaluateConfig(arms=tuple(ARMS), limit=9, batch_size=4, max_new_tokens=10, bootstrap=100),
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("artifacts")
+    model = tiny.vismem(tiny_base)
+    with torch.no_grad():
+        model.tokens.bias += EAGER
+    model.save_pretrained(root / "stage2")
+    write_shards(tiny.samples(), root / "validate" / "data" / "test")
+    return {"base": tiny_base, "stage2": root / "stage2", "validate": root / "validate"}
+
+
+@pytest.fixture(scope="module")
+def result(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate")
+    assert "9 test questions" in evaluate(CONFIG, inputs, out)
+    return out
+
+
+def test_every_arm_answers_the_same_questions(result: Path) -> None:
+    answers = {arm: read_predictions(result / "predictions" / f"{arm}.parquet") for arm in ARMS}
+    ids = [answer.id for answer in answers[VANILLA]]
+    assert len(ids) == 9
+    assert all([answer.id for answer in rows] == ids for rows in answers.values())
+    kinds = {arm: {e.kind for answer in rows for e in answer.invocations} for arm, rows in answers.items()}
+    assert kinds[VANILLA] == set()
+    assert kinds["short_only"] <= {"short"}
+    assert kinds["long_only"] <= {"long"}
+    assert kinds["random_100"] == {"short", "long"}
+    assert kinds[VISMEM]
+    forced = {arm: {e.forced for answer in rows for e in answer.invocations} for arm, rows in answers.items()}
+    assert forced["random_100"] == {True}
+    assert forced[VISMEM] == {False}
+    for rows in answers.values():
+        for answer in rows:
+            assert all(0 <= event.relative_position <= 1 for event in answer.invocations)
+            assert ("<m_I^" in answer.marked_text) == bool(answer.invocations)
+
+
+def test_the_metrics_hold_what_the_gate_and_the_report_read(result: Path) -> None:
+    metrics = json.loads((result / "metrics.json").read_text())
+    assert (metrics["n"], metrics["seed"], list(metrics["arms"])) == (9, 3, list(ARMS))
+    assert all(figures["seconds_per_sample"] > 0 for figures in metrics["arms"].values())
+    assert set(metrics["gain"]["overall"]) == {"delta", "ci95", "p"}
+    assert (result / "report.html").stat().st_size > 10_000
+
+
+def test_the_same_seed_gives_the_same_metrics_but_for_seconds(
+    result: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    evaluate(CONFIG, inputs, tmp_path)
+    first, again = (_without_seconds(folder / "metrics.json") for folder in (result, tmp_path))
+    assert first == again
+    assert read_predictions(result / "predictions" / "random_50.parquet") == read_predictions(
+        tmp_path / "predictions" / "random_50.parquet"
+    )
+
+
+def test_batches_do_not_change_an_answer(inputs: dict[str, Path]) -> None:
+    model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
+    arms = [ARMS[VANILLA], ARMS[VISMEM], ARMS["random_50"]]
+    samples = tiny.samples()[:5]
+    alone = CONFIG.model_copy(update={"evaluate": CONFIG.evaluate.model_copy(update={"batch_size": 1})})
+    many, one = decode(model, arms, samples, CONFIG), decode(model, arms, samples, alone)
+    for arm in arms:
+        assert [r.token_ids for r in many[arm.name].rollouts] == [r.token_ids for r in one[arm.name].rollouts]
+
+
+def test_vanilla_is_the_base_even_where_the_policy_has_an_adapter(inputs: dict[str, Path]) -> None:
+    samples = tiny.samples()[:3]
+    plain = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
+    adapted = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
+    adapted.policy_lora.enabled = True
+    with torch.no_grad():
+        for name, parameter in adapted.policy_lora.named_parameters():
+            if "up." in name:
+                parameter.normal_(std=0.5)
+    wanted = _texts(generate(plain, samples, Off(), max_new_tokens=10))
+    assert _texts(generate(adapted, samples, Off(), max_new_tokens=10)) != wanted
+    assert _texts(decode(adapted, [ARMS[VANILLA]], samples, CONFIG)[VANILLA].rollouts) == wanted
+    assert adapted.policy_lora.enabled
+
+
+def test_a_fault_leaves_no_output(inputs: dict[str, Path], tmp_path: Path) -> None:
+    no_rows = tmp_path / "validate"
+    write_shards(list[Sample](), no_rows / "data" / "test")
+    with pytest.raises(UserError, match="no rows"):
+        evaluate(CONFIG, {**inputs, "validate": no_rows}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _texts(rollouts: list) -> list[str]:
+    return [rollout.text for rollout in rollouts]
+
+
+def _without_seconds(path: Path) -> dict:
+    metrics = json.loads(path.read_text())
+    del metrics["overhead"]
+    for figures in metrics["arms"].values():
+        del figures["seconds_per_sample"]
+    return metrics

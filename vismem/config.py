@@ -91,7 +91,9 @@ class ValidateConfig(Section):
     max_quarantined: float = Field(0.05, ge=0, le=1, description="share of bad rows above which the step fails")
     max_task_drift: float = Field(0.1, ge=0, le=1, description="total variation distance of the task mix (warning)")
     task_profile: Path | None = Field(None, description="stored task mix, JSON {task: share}; null: the train split's")
-    required_splits: tuple[str, ...] = Field(("train", "validation", "test"), description="splits that must have rows")
+    required_splits: tuple[Literal["pretrain", "train", "validation", "test"], ...] = Field(
+        ("train", "validation", "test"), description="splits that must have rows"
+    )
 
 
 # --- the models ------------------------------------------------------------------------------------------------------

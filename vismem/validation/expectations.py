@@ -70,7 +70,8 @@ def rules(config: ValidateConfig) -> tuple[Rule, ...]:
         Rule("no_leakage", error, "rows", "leak", NULL, {},
              "no image of one split is in another", "shows an image that is also in {leak}"),
         Rule("quarantined_share", error, "total", "quarantined_share", BETWEEN, {"max_value": bad},
-             f"at most {bad:.1%} of the rows are bad", "{quarantined} of {rows} rows are bad: {quarantined_share:.1%}"),
+             f"at most {bad:.1%} of the rows are bad",
+             "{quarantined:.0f} of {rows:.0f} rows are bad: {quarantined_share:.1%}"),
         Rule("fields_filled", apart, "rows", "null_fault", NULL, {}, "no text field is null", "{null_fault} is null"),
         Rule("ids_filled", apart, "rows", "id_chars", BETWEEN, {"min_value": 1}, "every row has an id", "empty id"),
         Rule("ids_unique", apart, "rows", "duplicate_of", NULL, {},
@@ -105,11 +106,16 @@ class Judge:
     def __init__(self) -> None:
         os.environ["GX_ANALYTICS_ENABLED"] = "False"
         import great_expectations as gx
-        from great_expectations.data_context.types.base import ProgressBarsConfig
+        from great_expectations.data_context.types import base
 
+        # Its own default config makes a temporary folder for Data Docs (which load scripts from the net) and leaves it.
+        config = base.DataContextConfig(
+            store_backend_defaults=base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+            progress_bars=base.ProgressBarsConfig(globally=False),
+            analytics_enabled=False,
+        )
         self._gx = gx
-        self._context = gx.get_context(mode="ephemeral")
-        self._context.variables.progress_bars = ProgressBarsConfig(globally=False)
+        self._context = gx.get_context(mode="ephemeral", project_config=config)
         self._source = self._context.data_sources.add_pandas("facts")
 
     def judge(self, table: str, facts: pd.DataFrame, rules: Sequence[Rule]) -> list[Verdict]:
@@ -119,13 +125,9 @@ class Judge:
             return [Verdict(rule, True, 0) for rule in ours]
         gx = self._gx
         batch = self._source.add_dataframe_asset(table).add_batch_definition_whole_dataframe("all")
-        suite = self._context.suites.add(gx.ExpectationSuite(name=table))
-        for rule in ours:
-            make = getattr(gx.expectations, rule.expectation)
-            severity = "critical" if rule.severity is Severity.ERROR else "warning"
-            suite.add_expectation(
-                make(column=rule.column, severity=severity, meta={"rule": rule.name}, **rule.arguments)
-            )
+        suite = self._context.suites.add(
+            gx.ExpectationSuite(name=table, expectations=[self._expectation(rule) for rule in ours])
+        )
         definition = self._context.validation_definitions.add(
             gx.ValidationDefinition(name=table, data=batch, suite=suite)
         )
@@ -134,6 +136,11 @@ class Judge:
         found = definition.run(batch_parameters={"dataframe": facts[columns]}, result_format="COMPLETE")
         results = {result.expectation_config.meta["rule"]: result for result in found.results}
         return [_verdict(rule, results[rule.name], facts) for rule in ours]
+
+    def _expectation(self, rule: Rule) -> Any:
+        make = getattr(self._gx.expectations, rule.expectation)
+        severity = "critical" if rule.severity is Severity.ERROR else "warning"
+        return make(column=rule.column, severity=severity, meta={"rule": rule.name}, **rule.arguments)
 
 
 def _verdict(rule: Rule, result: Any, facts: pd.DataFrame) -> Verdict:

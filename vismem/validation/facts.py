@@ -59,7 +59,8 @@ def collect_facts(shards: Sequence[Shard], max_side: int, advance: Callable[[int
 
 def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Some rows of a shard by their position, reading only the row groups that hold them."""
-    wanted, found, start = set(positions), {}, 0
+    wanted, start = set(positions), 0
+    found: dict[int, dict[str, Any]] = {}
     file = pq.ParquetFile(path)
     for group in range(file.num_row_groups):
         end = start + file.metadata.row_group(group).num_rows

@@ -48,7 +48,8 @@ class Findings:
 def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Judge the shards of `inputs["prepare"]` and sort their rows into `out/data/<split>` and `out/quarantine`.
 
-    Also writes `validation.json`, `task_profile.json` (the train split's task mix) and `report.html`. Raises UserError with the list of broken rules of severity error; `out` then holds the report and the verdicts, and
+    Also writes `validation.json`, `task_profile.json` (the train split's task mix) and `report.html`.
+    Raises UserError with the list of broken rules of severity error; `out` then holds the report and the verdicts, and
     no data.
     """
     for name in ("data", "quarantine"):

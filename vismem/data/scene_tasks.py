@@ -111,7 +111,7 @@ def change(rng: random.Random, world: World) -> Puzzle | None:
     forms = (
         "what place changed?",
         "which place changed from the first to the second picture?",
-        "in which place is the second picture not the same?",
+        "the second picture changed in which place?",
         "from the first picture to the second, which place changed?",
     )
     steps = [f"{a.place} {a.name}, {b.name}" for a, b in zip(first[: index + 1], second, strict=False)]
@@ -122,8 +122,9 @@ def compare(rng: random.Random, world: World) -> Puzzle:
     """How many more objects of one colour or shape than of another."""
     kind = rng.choice(("colour", "shape"))
     more, fewer = rng.sample(_values(kind), 2)
-    difference, less = rng.randint(0, 3), rng.randint(0, 2)
-    less = max(min(less, (world.most - difference) // 2), 0 if difference else 1)
+    difference = rng.randint(0, 3)
+    least = 0 if difference else 1
+    less = rng.randint(least, max(least, min(2, 4 - difference, (world.most - difference) // 2)))
     counts = (less + difference, less)
     number = max(world.number(rng), sum(counts))
     pairs = [_pair(rng, world, **_only(kind, more)) for _ in range(counts[0])]
@@ -193,7 +194,7 @@ def odd(rng: random.Random, world: World) -> Puzzle | None:
     forms = (
         "which shape is the odd one out?",
         "what is the odd one out?",
-        "which one is not the same kind?",
+        "in the picture, which is odd?",
         "in this picture, which is the odd one out?",
     )
     rationale = f"{_names(layout)}; all {common} but one."
@@ -215,7 +216,7 @@ def pattern(rng: random.Random, world: World) -> Puzzle | None:
     forms = (
         "which shape completes the pattern at the {}?",
         "what completes the pattern at the {}?",
-        "what is not there at the {} of the pattern?",
+        "in the pattern, what is at the {}?",
         "at the {}, which shape completes the pattern?",
     )
     rationale = f"{ROWS[hole // 3]} row: {_names(row)}; {COLUMNS[hole % 3]} column: {_names(column)}."
@@ -249,7 +250,7 @@ def describe_scene(rng: random.Random, world: World) -> Puzzle:
     layout = _random_layout(rng, world, most=world.most - 1)
     forms = (
         "describe the picture.",
-        "describe all shapes in the picture.",
+        "describe all shapes in this picture.",
         "describe what you see in this picture.",
         "what are all the shapes in this picture?",
     )

@@ -36,7 +36,9 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         return _resolve(config, out)
     data = inputs["validate"] / "data"
     if not (data / "pretrain").is_dir():
-        raise UserError(f"base.model 'embedded' trains on {data / 'pretrain'}, which is not there: run `vismem prepare`")
+        raise UserError(
+            f"base.model 'embedded' trains on {data / 'pretrain'}, which is not there: run `vismem prepare`"
+        )
     pretrain, validation = read_samples(data / "pretrain"), read_samples(data / "validation")
     torch.manual_seed(config.seed)
     processor = build_processor(text for s in pretrain for text in (s.question, target_text(s)))

@@ -40,6 +40,11 @@ class Record:
     pictures: tuple[Picture, ...]
     breaks: tuple[int, ...]
 
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence, images shown once."""
+        return len(self.prompt) + len(self.target) + sum(p.height * p.width - 1 for p in self.pictures)
+
 
 @dataclass(frozen=True)
 class Batch:

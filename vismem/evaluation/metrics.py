@@ -23,7 +23,12 @@ Masks = dict[str, "np.ndarray[tuple[int], np.dtype[np.bool_]]"]
 
 
 def summarise(predictions: Arms, seconds: Mapping[str, float], *, seed: int, resamples: int) -> dict[str, Any]:
-    """The content of `metrics.json` (README of the schema: docs/operations.md).
+    """The content of `metrics.json`.
+
+    n, seed, counts {capability: n}; arms {arm: {overall, <capability>..., seconds_per_sample}}, intervals likewise;
+    gain {group: {delta, ci95, p}}, VisMem minus vanilla in points; ablations {arm: the same for that arm};
+    overhead {arm: seconds over vanilla's, minus 1}; tasks {task: {capability, n, arms}}; yes_no {n, arms, gain};
+    unparsed, unfinished {arm: percent}; invocation {overall, tasks}, of VisMem, and invocation_by_arm: `memory_use`.
 
     `predictions`: arm -> its answers, the same items in the same order for every arm, vanilla among them.
     `seconds`: arm -> seconds a sample. A capability without items is left out. ValueError where items differ.

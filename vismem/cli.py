@@ -1,6 +1,7 @@
 """The command line: `vismem STEP` for each step, and what people do around them. It only translates.
 
-Heavy parts load late. What the person at the keyboard can mend ends as one line on stderr, with status 1.
+Heavy parts load late. What the person at the keyboard can mend ends as one line on stderr, with status 1
+(VISMEM_DEBUG=1 shows where it came from).
 """
 
 import argparse
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.rest = rest
     try:
         status: int = arguments.run(arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a missing file, no permission, a full disk
+        if os.environ.get("VISMEM_DEBUG"):
+            raise
         print(f"vismem {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

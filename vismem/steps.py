@@ -62,7 +62,10 @@ def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pa
     partial = artifacts / f"{name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     line = step.load()(config, folders, partial)
+    old = artifacts / f"{name}.old"
+    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
-        shutil.rmtree(out)
+        out.rename(old)  # two renames rather than a deletion: killed in between, nothing is lost
     partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
     return line

@@ -1,6 +1,6 @@
 """Where a run happens: the project's root, or `runs/PROFILE/`, which DVC and the CLI share when a profile is named.
 
-A profile's workspace holds its resolved `params.yaml`, a copy of `dvc.yaml`, links to what the stages depend on, and its
+A profile's workspace holds its resolved `params.yaml`, a copy of `dvc.yaml`, links to what stages depend on, and its
 own `dvc.lock`, `artifacts/` and MLflow store; the DVC cache is the root's. The root's own artifacts stay as they are.
 """
 

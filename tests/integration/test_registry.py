@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vismem.cli import main
 from vismem.config import Config, parse_config
 from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
@@ -222,6 +223,21 @@ def test_the_listing_and_a_version_s_page_name_aliases_and_history(project: Proj
     assert [move["action"] for move in release.show(project.config, "1")["history"]] == ["promote"]
     with pytest.raises(UserError, match="no version or alias '7'"):
         release.show(project.config, "7")
+
+
+def test_the_command_line_lists_shows_and_rolls_back(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    params = project.artifacts.parent / "params.yaml"
+    params.write_text(json.dumps({"registry": {"tracking_uri": project.config.registry.tracking_uri}}))
+    assert main(["models", "rollback", "--params", str(params)]) == 1
+    assert "no earlier champion of 'vismem'" in capsys.readouterr().err
+    project.release(b"one", score=66.0)
+    project.release(b"two", score=68.0)
+    assert main(["models", "--params", str(params)]) == 0
+    assert "champion, challenger" in capsys.readouterr().out
+    assert main(["models", "rollback", "--params", str(params)]) == 0
+    assert "version 1 is champion again" in capsys.readouterr().out
+    assert main(["models", "show", "--params", str(params)]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == "1"
 
 
 def test_the_environment_s_store_wins_over_the_parameter(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

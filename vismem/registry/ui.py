@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.registry.tracking import open_store
+from vismem.registry.tracking import open_store, tracking_uri
 
 HOST = "127.0.0.1"
 
@@ -18,11 +18,12 @@ def serve_ui(config: Config, port: int, write: Callable[[str], None] = print) ->
 
     UserError where the port is in use or the server cannot start.
     """
-    store = open_store(config.registry)
-    if store.uri.startswith(("http://", "https://")):
-        write(f"the model's page: {model_page(config, store.uri)}")
+    uri = tracking_uri(config.registry)
+    if uri.startswith(("http://", "https://")):
+        write(f"the model's page: {model_page(config, uri)}")
         return 0
     port = free_port(port)
+    store = open_store(config.registry)
     write(f"the model's page: {model_page(config, f'http://{HOST}:{port}')}")
     write(f"MLflow on {store.uri} starts in some seconds; stop with Ctrl-C")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri, "--host", HOST]

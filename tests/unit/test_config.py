@@ -1,0 +1,140 @@
+"""Parameters: what is written in params.yaml, what a profile does to it, and what a mistake is told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vismem.config import Config, JsonlSource, ScenesSource, load_config, merge, parse_config
+from vismem.errors import UserError
+from vismem.params_file import render_params
+
+ROOT = Path(__file__).parents[2]
+PROFILES = sorted(path.stem for path in (ROOT / "deploy" / "profiles").glob("*.yaml"))
+
+
+def test_params_yaml_holds_the_defaults_as_the_command_prints_them() -> None:
+    text = (ROOT / "params.yaml").read_text()
+    assert yaml.safe_load(text) == Config().model_dump(mode="json", by_alias=True)
+    assert text == render_params(Config()), "run `vismem params --defaults > params.yaml`"
+
+
+def test_every_parameter_is_described() -> None:
+    def undescribed(section: Any, place: str) -> list[str]:
+        found = []
+        for name, field in type(section).model_fields.items():
+            value = getattr(section, name)
+            if hasattr(value, "model_fields"):
+                found += undescribed(value, f"{place}.{name}")
+            elif not field.description and name not in ("kind", "split", "sources"):
+                found.append(f"{place}.{name}")
+        return found
+
+    assert undescribed(Config(), "") == []
+
+
+def test_what_is_rendered_reads_back_unchanged() -> None:
+    config = parse_config(
+        {
+            "seed": 7,
+            "prepare": {
+                "sources": [{"kind": "jsonl", "path": "a b/c: d.jsonl", "split": "test"}, {"kind": "easy_vqa"}]
+            },
+            "invocation": {"delimiters": ["\n", "#", "é", "'"]},
+            "validate": {"task_profile": "mix.json"},
+            "stage1": {"learning_rate": 1e-7},
+        }
+    )
+    assert parse_config(yaml.safe_load(render_params(config))) == config
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_is_valid(profile: str) -> None:
+    assert load_config(ROOT / "params.yaml", profile) != load_config(ROOT / "params.yaml")
+
+
+def test_there_is_a_toy_profile_and_one_with_the_paper_s_settings() -> None:
+    assert {"smoke", "qwen2_5_vl_7b"} <= set(PROFILES)
+    paper = load_config(ROOT / "params.yaml", "qwen2_5_vl_7b")
+    assert (paper.memory.queries, paper.memory.short_length, paper.memory.long_length) == (8, 8, 16)
+    assert (paper.memory.lora_rank, paper.memory.lora_alpha, paper.memory.lora_dropout) == (16, 32, 0.1)
+    for stage, rate, warmup, beta, target in (
+        (paper.stage1, 5e-5, 0.2, 0.015, 0.03),
+        (paper.stage2, 1e-5, 0.1, 0.030, 0.05),
+    ):
+        assert (stage.batch_size, stage.group_size, stage.epochs, stage.steps, stage.updates) == (8, 16, 2, 0, 1)
+        assert (stage.learning_rate, stage.warmup_ratio) == (rate, warmup)
+        assert (stage.kl_coefficient, stage.target_kl) == (beta, target)
+        assert (stage.clip_low, stage.clip_high) == (0.2, 0.2)
+    assert (paper.stage1.warm_start.steps, paper.stage2.penalty) == (0, 0.3)
+
+
+def test_a_profile_overlays_key_by_key_and_replaces_lists_whole(tmp_path: Path) -> None:
+    (tmp_path / "deploy" / "profiles").mkdir(parents=True)
+    (tmp_path / "params.yaml").write_text("seed: 3\nmemory: {queries: 4, lora_rank: 2}\nevaluate: {arms: [a, b, c]}\n")
+    (tmp_path / "deploy" / "profiles" / "tiny.yaml").write_text("memory: {queries: 1}\nevaluate: {arms: [a]}\n")
+    config = load_config(tmp_path / "params.yaml", "tiny")
+    assert (config.seed, config.memory.queries, config.memory.lora_rank) == (3, 1, 2)
+    assert config.evaluate.arms == ("a",)
+
+
+def test_merge_changes_neither_side() -> None:
+    below, above = {"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}, "d": None}
+    assert merge(below, above) == {"a": {"b": 1, "c": [3]}, "d": None}
+    assert (below, above) == ({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}, "d": None})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stage1": {"learning_rat": 1.0}}, "unknown key 'stage1.learning_rat' (did you mean 'learning_rate'?)"),
+        ({"stage3": {}}, "unknown key 'stage3' (did you mean 'stage"),
+        ({"evalute": {}}, "unknown key 'evalute' (did you mean 'evaluate'?)"),
+        ({"stage1": {"warm_start": {"step": 3}}}, "unknown key 'stage1.warm_start.step' (did you mean 'steps'?)"),
+        ({"prepare": {"sources": [{"kind": "scenes", "trian": 3}]}}, "(did you mean 'train'?)"),
+        ({"zzz": 1}, "unknown key 'zzz'"),
+        ({"seed": "many"}, "'seed': Input should be a valid integer"),
+        ({"memory": {"queries": 0}}, "'memory.queries': Input should be greater than or equal to 1 (got 0)"),
+        ({"memory": 3}, "'memory': "),
+        ({"base": {"dtype": "float8"}}, "'base.dtype': Input should be 'float32' or 'bfloat16' (got 'float8')"),
+        ({"prepare": {"sources": [{"kind": "csv"}]}}, "'csv'"),
+        ({"prepare": {"sources": [{"kind": "jsonl", "split": "test"}]}}, "'prepare.sources.0.path': Field required"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_the_nearest_right_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_config(values, "mine.yaml")
+    assert str(error.value).startswith("mine.yaml: ")
+    assert message in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(UserError, match=r"'seed'.*'gate\.min_gian'"):
+        parse_config({"seed": -1, "gate": {"min_gian": 1}})
+
+
+def test_an_unknown_profile_names_the_nearest_and_all() -> None:
+    with pytest.raises(UserError, match=r"unknown profile 'smok' \(did you mean 'smoke'\?\).*qwen2_5_vl_7b, smoke"):
+        load_config(ROOT / "params.yaml", "smok")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no parameter file"), ("a: [1", "is not valid YAML"), ("- 1\n- 2\n", "must hold a mapping")],
+)
+def test_a_file_that_is_no_parameter_file_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "params.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+def test_sources_keep_their_kinds() -> None:
+    given = [{"kind": "scenes", "train": 5}, {"kind": "jsonl", "path": "x.jsonl", "split": "test", "limit": 2}]
+    config = parse_config({"prepare": {"sources": given}})
+    assert config.prepare.sources == (
+        ScenesSource(train=5),
+        JsonlSource(kind="jsonl", path="x.jsonl", split="test", limit=2),
+    )

@@ -1,0 +1,181 @@
+"""Running a step: what appears, what stays, what a kill leaves; and the pipeline file against the list of steps."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vismem import steps
+from vismem.config import Config
+from vismem.errors import UserError
+from vismem.steps import STEPS, Step, run_step
+
+ROOT = Path(__file__).parents[2]
+CONTRACT = ("vismem/__init__.py", "vismem/config.py", "vismem/errors.py", "vismem/steps.py", "vismem/provenance.py")
+
+# --- steps for these tests, loaded by name as the real ones are -------------------------------------------------------
+
+
+def first(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    (out / "file.txt").write_text(str(config.seed))
+    return "made a file"
+
+
+def failing(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    (out / "half.txt").write_text("half")
+    raise UserError("no luck")
+
+
+def killed(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    (out / "checkpoint").write_text((inputs["first"] / "file.txt").read_text())
+    os.kill(os.getpid(), signal.SIGKILL)
+    return "never"
+
+
+def resuming(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    return f"resumed from {(out / 'checkpoint').read_text()}"
+
+
+@pytest.fixture
+def tiny_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("failing", "killed", "resuming")
+    made = [Step("first", f"{__name__}:first", (), ())]
+    made += [Step(name, f"{__name__}:{name}", ("first",), ()) for name in names]
+    monkeypatch.setattr(steps, "BY_NAME", {step.name: step for step in made})
+
+
+def replace(name: str, function: str) -> None:
+    steps.BY_NAME[name] = Step(name, f"{__name__}:{function}", ("first",), ())
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_a_step_s_output_appears_whole_and_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "stale.txt").write_text("old")
+    assert run_step("first", Config(seed=5), tmp_path) == "made a file"
+    assert tree(tmp_path) == {"first/file.txt": "5"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first"]
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_a_failing_step_keeps_its_old_output(tmp_path: Path) -> None:
+    run_step("first", Config(), tmp_path)
+    (tmp_path / "failing").mkdir()
+    (tmp_path / "failing" / "good.txt").write_text("good")
+    with pytest.raises(UserError, match="no luck"):
+        run_step("failing", Config(), tmp_path)
+    assert tree(tmp_path / "failing") == {"good.txt": "good"}
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_a_killed_step_leaves_no_output_and_the_next_run_finds_its_checkpoint(tmp_path: Path) -> None:
+    run_step("first", Config(seed=9), tmp_path)
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_steps as t; from pathlib import Path\n"
+        "t.steps.BY_NAME = {'killed': t.Step('killed', 'test_steps:killed', ('first',), ())}\n"
+        "t.run_step('killed', t.Config(), Path(sys.argv[2]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert tree(tmp_path / "killed.partial") == {"checkpoint": "9"}
+    replace("killed", "resuming")
+    assert run_step("killed", Config(), tmp_path) == "resumed from 9"
+    assert tree(tmp_path) == {"first/file.txt": "9", "killed/checkpoint": "9"}
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_a_step_whose_input_is_missing_names_the_step_to_run_and_makes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs the output of 'first'.*run `vismem first`"):
+        run_step("failing", Config(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_inputs_may_lie_elsewhere(tmp_path: Path) -> None:
+    run_step("first", Config(seed=4), tmp_path / "there")
+    replace("failing", "copying")
+    inputs = {"first": tmp_path / "there" / "first"}
+    assert run_step("failing", Config(), tmp_path / "here", inputs) == "copied 4"
+
+
+def copying(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    return f"copied {(inputs['first'] / 'file.txt').read_text()}"
+
+
+# --- the list of steps and dvc.yaml -----------------------------------------------------------------------------------
+
+
+def pipeline() -> dict[str, Any]:
+    stages: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    return stages
+
+
+def test_every_step_reads_only_steps_before_it_and_sections_that_exist() -> None:
+    sections = set(Config().model_dump(by_alias=True))
+    for index, step in enumerate(STEPS):
+        assert set(step.inputs) <= {earlier.name for earlier in STEPS[:index]}
+        assert set(step.sections) <= sections
+
+
+def test_dvc_yaml_has_one_stage_a_step_in_order_with_its_inputs_and_sections() -> None:
+    stages = pipeline()
+    assert list(stages) == [step.name for step in STEPS]
+    for step in STEPS:
+        stage = stages[step.name]
+        assert stage["cmd"] == f"vismem {step.name}"
+        assert [dep for dep in stage["deps"] if dep.startswith("artifacts/")] == [f"artifacts/{n}" for n in step.inputs]
+        assert stage["params"] == list(step.sections)
+        assert stage["outs"] == [{f"artifacts/{step.name}": {"persist": True}}]
+
+
+def test_dvc_yaml_names_code_that_exists() -> None:
+    named = {dep for stage in pipeline().values() for dep in stage["deps"] if not dep.startswith("artifacts/")}
+    assert [dep for dep in sorted(named) if not (ROOT / dep).exists()] == []
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_a_stage_depends_on_all_the_code_that_its_step_imports(step: Step) -> None:
+    module = step.target.split(":")[0].replace(".", "/") + ".py"
+    named = [dep for dep in pipeline()[step.name]["deps"] if dep.startswith("vismem")]
+    patterns = [dep if dep.endswith(".py") else f"{dep}/*" for dep in named]
+    used = imported(module) - set(CONTRACT)
+    missing = sorted(path for path in used if not any(fnmatch(path, pattern) for pattern in patterns))
+    assert missing == [], f"{step.name} imports these, and dvc.yaml's deps do not cover them"
+
+
+def imported(path: str) -> set[str]:
+    """The module and all modules of vismem that it imports, at the top or in functions, and theirs in turn."""
+    seen: set[str] = set()
+    waiting = [path]
+    while waiting:
+        here = waiting.pop()
+        if here in seen or here in CONTRACT:
+            continue
+        seen.add(here)
+        for node in ast.walk(ast.parse((ROOT / here).read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vismem"):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names if alias.name.startswith("vismem")]
+            for name in names:
+                file = ROOT / (name.replace(".", "/") + ".py")
+                package = ROOT / name.replace(".", "/") / "__init__.py"
+                waiting += [found.relative_to(ROOT).as_posix() for found in (file, package) if found.is_file()]
+    return seen

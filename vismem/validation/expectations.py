@@ -50,8 +50,11 @@ class Verdict:
     @property
     def observed(self) -> str:
         """What was seen, in few words."""
-        seen = f"{self.rule.column} {self.span[0]:.4g} to {self.span[1]:.4g}, " if self.span else ""
-        return f"{seen}{len(self.rows)} of {self.judged} {self.rule.table} break it"
+        least, most = self.span or (0.0, 0.0)
+        value = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
+        seen = [f"{self.rule.column} {value}"] if self.span else []
+        counted = [f"{len(self.rows):,} of {self.judged:,} {self.rule.table} break it"] if self.judged != 1 else []
+        return ", ".join(seen + counted) or "nothing to judge"
 
 
 NULL, BETWEEN, IN_SET = "ExpectColumnValuesToBeNull", "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"

@@ -1,0 +1,121 @@
+"""`vismem repro` with real DVC on a pipeline of one cheap stage: in the root, and in a profile's workspace."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vismem.cli import main
+from vismem.config import parse_config
+from vismem.workspace import make_workspace, rebase
+
+PIPELINE = """
+stages:
+  prepare:
+    cmd: mkdir -p artifacts/prepare && grep seed params.yaml > artifacts/prepare/seed.txt && echo ran >> ran.log
+    deps: [data, vismem/data]
+    params: [seed]
+    outs:
+      - artifacts/prepare: {persist: true}
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder with DVC, code, data and one profile."""
+    for folder in ("vismem/data/__pycache__", "data", "deploy/profiles", ".dvc"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "vismem" / "data" / "code.py").write_text("1")
+    (tmp_path / "data" / "mine.jsonl").write_text("{}")
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    (tmp_path / "deploy" / "profiles" / "toy.yaml").write_text("seed: 3\n")
+    (tmp_path / "dvc.yaml").write_text(PIPELINE)
+    (tmp_path / ".dvcignore").write_text("__pycache__/\n")
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "global"))
+    return tmp_path
+
+
+def repro(*more: str) -> None:
+    here = os.getcwd()
+    assert main(["repro", *more]) == 0
+    assert os.getcwd() == here
+
+
+def runs(folder: Path) -> int:
+    log = folder / "ran.log"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_a_profile_has_its_own_run_and_leaves_the_root_s_alone(root: Path) -> None:
+    repro("--quiet")
+    toy = root / "runs" / "toy"
+    repro("--profile", "toy", "--quiet")
+    assert (root / "artifacts" / "prepare" / "seed.txt").read_text().startswith("seed: 0")
+    assert (toy / "artifacts" / "prepare" / "seed.txt").read_text().startswith("seed: 3")
+    assert (root / "dvc.lock").read_text() != (toy / "dvc.lock").read_text()
+    assert (toy / "dvc.yaml").read_text() == PIPELINE
+    assert (root / ".dvc" / "cache").is_dir()
+    assert not (toy / ".dvc" / "cache").exists(), "the cache is shared"
+
+
+def test_a_profile_s_run_is_repeated_for_a_changed_code_or_data_file_and_for_nothing_else(root: Path) -> None:
+    toy = root / "runs" / "toy"
+    repro("--profile", "toy", "--quiet")
+    (root / "vismem" / "data" / "__pycache__" / "code.pyc").write_text("bytes")
+    (root / "deploy" / "profiles" / "toy.yaml").write_text("seed: 3\nexport: {parity_items: 3}\n")
+    repro("--profile", "toy", "--quiet")
+    assert runs(toy) == 1
+    (root / "vismem" / "data" / "code.py").write_text("2")
+    repro("--profile", "toy", "--quiet")
+    (root / "data" / "mine.jsonl").write_text("{}\n")
+    repro("--profile", "toy", "--quiet")
+    assert (runs(toy), runs(root)) == (3, 0)
+
+
+def test_a_failing_stage_gives_a_status_and_keeps_the_last_good_output(root: Path) -> None:
+    repro("--quiet")
+    (root / "dvc.yaml").write_text(PIPELINE.replace("mkdir -p", "false && mkdir -p"))
+    assert main(["repro", "--quiet"]) != 0
+    assert (root / "artifacts" / "prepare" / "seed.txt").read_text().startswith("seed: 0")
+
+
+def test_paths_in_parameters_name_the_same_files_from_the_workspace(root: Path) -> None:
+    (root / "models" / "base").mkdir(parents=True)
+    (root / "mix.json").write_text("{}")
+    (root / "elsewhere.jsonl").write_text("{}")
+    config = parse_config(
+        {
+            "prepare": {
+                "sources": [
+                    {"kind": "jsonl", "path": "data/mine.jsonl", "split": "train"},
+                    {"kind": "jsonl", "path": "elsewhere.jsonl", "split": "test"},
+                    {"kind": "nlvr", "path": str(root / "elsewhere.jsonl"), "split": "test"},
+                    {"kind": "scenes"},
+                ]
+            },
+            "validate": {"task_profile": "mix.json"},
+            "base": {"model": "models/base"},
+        }
+    )
+    toy = make_workspace(root / "params.yaml", "toy")
+    moved = rebase(config, root, toy)
+    paths = [source.path for source in moved.prepare.sources[:3]]  # type: ignore[union-attr]
+    assert paths[0] == Path("data/mine.jsonl"), "linked into the workspace, so that DVC sees it change"
+    for path, target in zip(paths, ("data/mine.jsonl", "elsewhere.jsonl", "elsewhere.jsonl"), strict=True):
+        assert (toy / path).samefile(root / target)
+    assert moved.validate_.task_profile is not None
+    assert (toy / moved.validate_.task_profile).samefile(root / "mix.json")
+    assert (toy / moved.base.model).samefile(root / "models" / "base")
+    assert rebase(parse_config({"base": {"model": "org/name"}}), root, toy).base.model == "org/name"
+
+
+def test_making_a_workspace_again_touches_no_file_that_did_not_change(root: Path) -> None:
+    toy = make_workspace(root / "params.yaml", "toy")
+    before = {path: path.stat().st_mtime_ns for path in toy.rglob("*") if path.is_file()}
+    assert make_workspace(root / "params.yaml", "toy") == toy
+    assert {path: path.stat().st_mtime_ns for path in toy.rglob("*") if path.is_file()} == before
+    assert yaml.safe_load((toy / "params.yaml").read_text())["seed"] == 3

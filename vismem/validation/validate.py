@@ -103,8 +103,9 @@ def _reasons(verdicts: Sequence[Verdict], rows: pd.DataFrame) -> dict[int, str]:
     found: dict[int, list[str]] = {}
     for verdict in verdicts:
         if verdict.rule.severity is Severity.QUARANTINE:
-            for index in verdict.rows:
-                found.setdefault(index, []).append(f"{verdict.rule.name}: {_said(verdict.rule, rows.loc[index])}")
+            facts = rows.loc[list(verdict.rows)].to_dict("records")
+            for index, row in zip(verdict.rows, facts, strict=True):
+                found.setdefault(index, []).append(f"{verdict.rule.name}: {verdict.rule.broken.format(**row)}")
     return {index: "; ".join(found[index]) for index in sorted(found)}
 
 

@@ -36,7 +36,7 @@ def cut_patches(images: Sequence[Image.Image], settings: Mapping[str, Any]) -> P
     """
     values, grids = [], []
     for number, image in enumerate(images):
-        pixels = _normalised(_resized(_rgb(image), settings, number), settings)
+        pixels = _normalised(_resized(image.convert("RGB"), settings, number), settings)
         flat, grid = _flat_patches(pixels, settings)
         values.append(flat)
         grids.append(grid)
@@ -66,15 +66,6 @@ def target_size(height: int, width: int, factor: int, least: int, most: int) -> 
         grow = math.sqrt(least / (height * width))
         rows, columns = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
     return rows, columns
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """RGB, with transparency laid on white."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _resized(image: Image.Image, settings: Mapping[str, Any], number: int) -> Image.Image:

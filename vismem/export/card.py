@@ -1,0 +1,99 @@
+"""The model card: what a bundle is, how good, from what, its limits and how to run it, as Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from vismem.config import Config, GrpoConfig
+from vismem.evaluation.metrics import CAPABILITIES, OVERALL
+from vismem.evaluation.summary import headline
+from vismem.models.vismem import VisMemModel
+
+
+def model_card(
+    config: Config,
+    model: VisMemModel,
+    metrics: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+) -> str:
+    """The card's text. `metrics`, `parity` and `lineage` are the JSON of evaluate, parity and provenance.
+
+    Raises jinja2.UndefinedError where one of them lacks a figure that the card shows.
+    """
+    embedded = config.base.model == "embedded"
+    hub = not embedded and config.base.model.count("/") == 1 and not config.base.model.startswith((".", "/"))
+    arms, gains, intervals = metrics["arms"], metrics["gain"], metrics["intervals"]
+    groups = [name for name in (*CAPABILITIES, OVERALL) if name in next(iter(arms.values()))]
+
+    def score(arm: str, group: str) -> str:
+        low, high = intervals[arm][group]
+        return f"{arms[arm][group]:.1f} ({low:.1f} to {high:.1f})"
+
+    def gain(group: str) -> str:
+        low, high = gains[group]["ci95"]
+        return f"{gains[group]['delta']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+    environment = Environment(loader=PackageLoader("vismem.export", "."), undefined=StrictUndefined, autoescape=False)
+    template = environment.get_template("card.md.j2")
+    own = {name: value.numel() for name, value in model.named_parameters()}
+    policy = sum(n for name, n in own.items() if name.startswith("tokens.") or _is_trained_policy(model, name))
+    memory = sum(n for name, n in own.items() if not name.startswith(("tokens.", "policy_lora.")))
+    return template.render(
+        name=config.registry.model_name,
+        licence="apache-2.0" if embedded else "other",
+        base_licence="Apache-2.0 (trained by this project)" if embedded else "as published by their authors",
+        base="a tiny Qwen2.5-VL, built and trained by the step `base`" if embedded else _shown(config.base.model, hub),
+        hub_base=config.base.model if hub else "",
+        embedded=embedded,
+        memory=model.memory_config,
+        invocation=model.invocation_config,
+        policy_lora=model.policy_lora.enabled,
+        parameters={
+            "base": _count(model.backbone.model.num_parameters()),
+            "memory": _count(memory),
+            "policy": _count(policy),
+        },
+        sources=[_source(source) for source in config.prepare.sources],
+        stages=(_stage(config.stage1), _stage(config.stage2)),
+        max_positions=model.backbone.model.config.text_config.max_position_embeddings,
+        headline=headline(metrics),
+        groups=groups,
+        score=score,
+        gain=gain,
+        metrics=metrics,
+        parity=parity,
+        lineage=lineage,
+    )
+
+
+def _is_trained_policy(model: VisMemModel, name: str) -> bool:
+    return model.policy_lora.enabled and name.startswith("policy_lora.")
+
+
+def _shown(base: str, hub: bool) -> str:
+    """A hub id as it stands; of a path only its last part, which tells nothing of the machine."""
+    return base if hub else base.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _source(source: Any) -> str:
+    path = getattr(source, "path", None)
+    return f"{source.kind} ({path.name})" if path else str(source.kind)
+
+
+def _stage(stage: GrpoConfig) -> str:
+    length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs} passes"
+    warm = getattr(stage, "warm_start", None)
+    start = f"{warm.steps} supervised steps, then " if warm is not None and warm.steps else ""
+    return (
+        f"{start}GRPO, {length} of {stage.batch_size} prompts with {stage.group_size} rollouts each, "
+        f"learning rate {stage.learning_rate:g}, KL coefficient {stage.kl_coefficient:g}"
+    )
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,140 @@
+"""Does the runtime say what torch says? Greedy tokens must be equal, memories within a tolerance."""
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vismem.data.sample import Sample
+from vismem.generation.engine import generate
+from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
+from vismem.generation.types import LATENT, MemoryKind
+from vismem.models.vismem import State, VisMemModel
+from vismem.serving.runtime import RequestError, Runtime
+
+Memories = list[NDArray[np.float32]]
+SHOWN = 5  # differences spelled out
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One answer: token ids with LATENT where a memory vector stands, the memories, and the seconds it took."""
+
+    tokens: tuple[int, ...]
+    memories: Memories
+    seconds: float
+
+
+def check_parity(
+    model: VisMemModel, runtime: Runtime, samples: Sequence[Sample], *, max_new_tokens: int, tolerance: float
+) -> dict[str, Any]:
+    """Decode every sample twice in both engines; return the content of `parity.json`.
+
+    Once the model invokes as it likes, once both memories are forced at the answer's start, so that formation is
+    compared even where the policy never invokes. `greedy_equal` counts samples whose two answers are equal token for
+    token; `max_memory_difference` is the largest absolute difference of any number in any memory. A difference is
+    reported, never raised.
+    """
+    equal, memories, worst = 0, 0, 0.0
+    differences: list[str] = []
+    seconds = {"torch": 0.0, "runtime": 0.0}
+    for place, sample in enumerate(samples):
+        same = True
+        for forced in ({}, _both_kinds(place)):
+            reference = decode_torch(model, sample, forced, max_new_tokens)
+            try:
+                decoded = decode_runtime(model, runtime, sample, forced, max_new_tokens)
+            except RequestError as error:
+                differences.append(f"{sample.id}: the runtime refuses it: {error}")
+                same = False
+                continue
+            seconds = {"torch": seconds["torch"] + reference.seconds, "runtime": seconds["runtime"] + decoded.seconds}
+            if decoded.tokens != reference.tokens:
+                same = False
+                differences.append(f"{sample.id}: {first_difference(reference.tokens, decoded.tokens)}")
+            for ours, theirs in zip(decoded.memories, reference.memories, strict=False):
+                memories += 1
+                worst = max(worst, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
+        equal += same
+    return {
+        "passed": bool(samples) and equal == len(samples) and worst <= tolerance,
+        "items": len(samples),
+        "greedy_equal": equal,
+        "memories": memories,
+        "max_memory_difference": worst,
+        "tolerance": tolerance,
+        "differences": differences[:SHOWN],
+        "seconds": seconds,
+    }
+
+
+def decode_torch(model: VisMemModel, sample: Sample, forced: dict[int, MemoryKind], max_new_tokens: int) -> Decoding:
+    """The training engine's greedy answer, a batch of one."""
+    key = row_key(sample.id, 0)
+    policy: InvocationPolicy = Replay(recorded={key: list(forced.items())}) if forced else Learned()
+    with recorded_memories(model) as memories:
+        start = time.perf_counter()
+        rollout = generate(model, [sample], policy, max_new_tokens=max_new_tokens)[0]
+        return Decoding(rollout.token_ids, memories, time.perf_counter() - start)
+
+
+def decode_runtime(
+    model: VisMemModel, runtime: Runtime, sample: Sample, forced: dict[int, MemoryKind], max_new_tokens: int
+) -> Decoding:
+    """The runtime's greedy answer, in the training engine's notation."""
+    images = [Image.open(io.BytesIO(data)) for data in sample.images]
+    tokens: list[int] = []
+    memories: Memories = []
+    start = time.perf_counter()
+    chunks = runtime.generate(
+        images,
+        sample.question,
+        max_new_tokens=max_new_tokens,
+        memory=not forced,
+        force={decision: kind.value for decision, kind in forced.items()},
+    )
+    for chunk in chunks:
+        if chunk.token is not None:
+            tokens.append(chunk.token)
+        if chunk.memory is not None:
+            memories.append(chunk.memory)
+            tokens += [LATENT] * len(chunk.memory) + [model.end_ids[MemoryKind(chunk.event)]]
+    return Decoding(tuple(tokens), memories, time.perf_counter() - start)
+
+
+@contextmanager
+def recorded_memories(model: VisMemModel) -> Iterator[Memories]:
+    """Within the block, every memory that `model` forms for its first row is kept."""
+    kept: Memories = []
+    original = model.form
+
+    def form(kind: MemoryKind, state: State) -> Any:
+        memory = original(kind, state)
+        kept.append(memory[0].float().cpu().numpy())
+        return memory
+
+    model.form = form  # type: ignore[method-assign]
+    try:
+        yield kept
+    finally:
+        del model.form
+
+
+def first_difference(reference: Sequence[int], found: Sequence[int]) -> str:
+    """Where two token sequences part, in words."""
+    pairs = zip(reference, found, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(found)))
+    ours, theirs = (str(ids[place]) if place < len(ids) else "the end" for ids in (found, reference))
+    return f"token {place} is {ours}, torch gives {theirs}"
+
+
+def _both_kinds(place: int) -> dict[int, MemoryKind]:
+    """Both memories at the answer's start, the order changing from item to item."""
+    kinds = (MemoryKind.SHORT, MemoryKind.LONG)
+    return {decision: kinds[(decision + place) % 2] for decision in range(2)}

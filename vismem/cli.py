@@ -115,7 +115,8 @@ def _enter(arguments: argparse.Namespace) -> tuple[Config, Path]:
 
 def _run_step(arguments: argparse.Namespace) -> int:
     config, artifacts = _enter(arguments)
-    print(f"{arguments.command}: {run_step(arguments.command, config, artifacts)}")
+    line = run_step(arguments.command, config, artifacts)
+    print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
     return 0
 
 

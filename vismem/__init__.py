@@ -1,0 +1,1 @@
+"""VisMem: latent vision memory for vision-language models (arXiv 2511.11007)."""

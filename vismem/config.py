@@ -64,10 +64,18 @@ class NlvrSource(Section):
     kind: Literal["nlvr"]
     path: Path = Field(description="a folder of the repository (train/, dev/), or a .parquet file")
     split: Literal["pretrain", "train", "validation", "test"]
-    directories: tuple[int, ...] = Field((), description="numbered image directories read; empty means all [NLVR README]")
+    directories: tuple[int, ...] = Field(
+        (), description="numbered image directories read; empty means all [NLVR README]"
+    )
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
+SOURCES: dict[str, type[Section]] = {
+    "scenes": ScenesSource,
+    "easy_vqa": EasyVqaSource,
+    "jsonl": JsonlSource,
+    "nlvr": NlvrSource,
+}
 Source = Annotated[ScenesSource | EasyVqaSource | JsonlSource | NlvrSource, Field(discriminator="kind")]
 
 
@@ -138,9 +146,6 @@ class InvocationConfig(Section):
 
     delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
     max_per_answer: int = Field(3, ge=0, description="invocations an answer at most [ours]")
-    start_bias: float = Field(
-        -2.0, description="logit offset of an invoke row against the delimiter it starts as, before stage II [ours]"
-    )
     perturbation: float = Field(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 
 
@@ -185,6 +190,7 @@ class Stage1Config(GrpoConfig):
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
     at_start: bool = Field(True, description="the answer's first position counts as a delimiter [ours]")
     anywhere_after: float = Field(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
+    anywhere_share: float = Field(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
     warm_start: WarmStartConfig = WarmStartConfig()
 
 
@@ -195,6 +201,12 @@ class Stage2Config(GrpoConfig):
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.030, ge=0, description="beta [paper]")
     target_kl: float = Field(0.05, ge=0, description="per token; more KL than this ends a batch's updates")
+    start_probability: float = Field(
+        0.4,
+        gt=0,
+        lt=0.9,
+        description="chance of an invocation at the start and after delimiters, before training [ours]",
+    )
     penalty: float = Field(0.3, ge=0, description="alpha, intensity of p_type + p_neg [paper Eq. 15]")
     end_rate: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
     policy_lora: bool = Field(False, description="also train LoRA on the policy's q_proj and v_proj [ours]")
@@ -229,7 +241,9 @@ class GateConfig(Section):
     min_gain: float = Field(1.0, description="least overall gain over vanilla, points")
     min_gain_low: float = Field(0.0, description="least lower end of the gain's 95 % interval, points")
     max_capability_drop: float = Field(2.0, ge=0, description="largest loss of any one capability, points")
-    max_time_overhead: float = Field(1.0, ge=0, description="largest seconds-a-sample overhead over vanilla; 0.44 = +44 %")
+    max_time_overhead: float = Field(
+        1.0, ge=0, description="largest seconds-a-sample overhead over vanilla; 0.44 = +44 %"
+    )
     champion_margin: float = Field(0.0, description="points by which the present champion must be exceeded")
     other_data: Literal["pass", "refuse"] = Field(
         "pass", description="the champion rule where the champion was scored on other test data, so no scores compare"
@@ -243,7 +257,8 @@ class RegistryConfig(Section):
     experiment: str = Field("vismem", description="experiment name")
     model_name: str = Field("vismem", description="registered model name")
     artifact_location: str | None = Field(
-        None, description="where a new experiment's files go; null: mlartifacts/ beside a SQLite store, else the server's"
+        None,
+        description="where a new experiment's files go; null: mlartifacts/ beside a SQLite store, else the server's",
     )
     ui_port: int = Field(5000, ge=0, le=65535, description="port of `vismem ui`; 0: any free one")
 
@@ -333,7 +348,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _explain(fault: Any, values: dict[str, Any]) -> str:
-    place = [str(part) for part in fault["loc"] if part not in ("scenes", "easy_vqa", "jsonl", "nlvr")]
+    place = [str(part) for part in fault["loc"] if part not in SOURCES]
     where = ".".join(place)
     if fault["type"] != "extra_forbidden":
         return f"'{where}': {fault['msg']} (got {fault['input']!r})"
@@ -347,8 +362,8 @@ def _keys_at(place: list[Any]) -> list[str]:
         if section is Config or (isinstance(section, type) and issubclass(section, Section)):
             fields = {(field.alias or name): field for name, field in section.model_fields.items()}
             section = fields[part].annotation if part in fields else None
-        elif part in (kinds := {"scenes": ScenesSource, "easy_vqa": EasyVqaSource, "jsonl": JsonlSource, "nlvr": NlvrSource}):
-            section = kinds[part]
+        elif part in SOURCES:
+            section = SOURCES[part]
     if isinstance(section, type) and issubclass(section, Section):
         return [field.alias or name for name, field in section.model_fields.items()]
     return []

@@ -1,0 +1,1 @@
+"""Decoding with memory: rollouts, invocation policies, and scoring answers again with gradient."""

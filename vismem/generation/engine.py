@@ -15,6 +15,7 @@ from vismem.generation.cache import RowCache
 from vismem.generation.invocation import NONE, InvocationPolicy, StepView, draws, row_key
 from vismem.generation.prompts import encode, last_of, visual_states
 from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
+from vismem.models.backbones.base import PatchStream
 from vismem.models.memory import causal_mask
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import State, VisMemModel
@@ -105,7 +106,8 @@ class _Decoder:
         self.cache.place(slots, longest)
         hidden = self.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), self.cache)
         self.visual = visual_states(prompt, hidden)
-        self.prompt, self.patches = prompt, None
+        self.prompt = prompt
+        self.patches: PatchStream | None = None
         last = last_of(hidden, prompt.mask)
 
         rows = len(self.rows)
@@ -198,10 +200,8 @@ class _Decoder:
             count,
         )
         over = (count >= self.limit) | np.array([record.finished for record in records])
-        full = torch.from_numpy(over).to(logits.device)
-        for index, kind in enumerate(KINDS):
-            barred = full if kind in self.policy.sampled else torch.ones_like(full)
-            logits[:, self.model.vocabulary + index].masked_fill_(barred, -torch.inf)
+        barred = ~self.policy.allowed(view) | over[:, None]
+        logits[:, self.model.vocabulary :].masked_fill_(torch.from_numpy(barred).to(logits.device), -torch.inf)
         if self.temperature == 0:
             logprobs = logits.log_softmax(-1)
             columns = logprobs.argmax(-1)

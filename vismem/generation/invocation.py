@@ -47,6 +47,11 @@ class InvocationPolicy:
         """Kinds whose invoke token the model itself may emit."""
         return ()
 
+    def allowed(self, view: StepView) -> NDArray[np.bool_]:
+        """(R, 2) where a short, where a long invoke token may be sampled."""
+        kinds = np.array([MemoryKind.SHORT in self.sampled, MemoryKind.LONG in self.sampled])
+        return np.tile(kinds, (len(view.keys), 1))
+
     def force(self, view: StepView, seed: int) -> Choices:
         """Kinds forced before the next token, NONE where the model goes on by itself."""
         return np.full(len(view.keys), NONE, dtype=np.int64)
@@ -55,6 +60,8 @@ class InvocationPolicy:
 @dataclass(frozen=True)
 class Off(InvocationPolicy):
     """No memory: the vanilla arm."""
+
+    limit: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,17 @@ class Random(InvocationPolicy):
 
 @dataclass(frozen=True)
 class Replay(InvocationPolicy):
-    """Memories at recorded decisions of each row: as they were, or every kind swapped (tau_rev of Eq. 14)."""
+    """Memories at recorded decisions of each row: as they were, or every kind swapped (tau_rev of Eq. 14).
+
+    Up to the first of them the model samples as `Learned` does, so the same draws give the same answer until there.
+    """
 
     recorded: Mapping[str, Sequence[tuple[int, MemoryKind]]] | None = None
     swap: bool = False
+
+    def allowed(self, view: StepView) -> NDArray[np.bool_]:
+        """See InvocationPolicy."""
+        return np.tile((view.invocations == 0)[:, None], (1, 2))
 
     def force(self, view: StepView, seed: int) -> Choices:
         """See InvocationPolicy."""

@@ -106,6 +106,11 @@ def score(
     return _Pass(model, context, rollouts, sample).scores(sampled_kinds, limit, temperature)
 
 
+def answer_states(model: VisMemModel, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> Tensor:
+    """(R, T, d): the hidden state from which each token of the recorded answers was predicted."""
+    return _Pass(model, context, rollouts, sample).hidden()
+
+
 @dataclass
 class _Chunk:
     """A piece of R answers, right-padded: after a memory it begins with its latents and end token."""

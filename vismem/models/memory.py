@@ -135,7 +135,7 @@ class LongFormer(nn.Module):
 
         Returns (R, N_l, d).
         """
-        rows, length, _ = stream.shape
+        rows = len(stream)
         memory = self.start.expand(rows, -1, -1)
         added = torch.cat([self.query(queries) * self.query_scale, memory], dim=1)
         extra = added.shape[1]

@@ -18,7 +18,7 @@ def add_memory_tokens(tokenizer: Any) -> tuple[int, int, int, int]:
 
 
 def delimiter_ids(tokenizer: Any, delimiters: tuple[str, ...]) -> tuple[int, ...]:
-    """Ids of all ordinary tokens whose text ends with one of `delimiters`; first the token of `delimiters[0]` itself."""
+    """Ids of the ordinary tokens whose text ends with a delimiter; the token that is `delimiters[0]` comes first."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(len(tokenizer)) if i not in special]
     texts = tokenizer.batch_decode([[i] for i in ids])

@@ -95,21 +95,21 @@ class VisMemModel(nn.Module):
         """Embeddings (..., d) of token ids (...), the four new ones included."""
         table = self.backbone.embedding
         rows = torch.cat([self.tokens.invoke, self.tokens.end]).to(table.weight.dtype)
-        embeds = table(ids.clamp_max(table.num_embeddings - 1))
+        embeds: Tensor = table(ids.clamp_max(table.num_embeddings - 1))
         for row, token in zip(rows, self.memory_ids, strict=True):
             embeds = torch.where((ids == token)[..., None], row, embeds)
         return embeds
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores (..., V + 2) in float32: the base's vocabulary, with the memory tokens barred, then the two invokes.
+        """Scores (..., V + 2): the base's vocabulary, with the memory tokens barred, then the two invokes.
 
         The invoke tokens' scores stand in the two last columns whatever their ids (see `token_of`).
         """
-        base = self.backbone.head(hidden).float()
+        base = self.backbone.head(hidden).to(self.tokens.head.dtype)
         barred = [token for token in self.memory_ids if token < base.shape[-1]]
         if barred:
             base = base.index_fill(-1, torch.tensor(barred, device=base.device), -torch.inf)
-        invoke = hidden.float() @ self.tokens.head.T + self.tokens.bias
+        invoke = hidden.to(self.tokens.head.dtype) @ self.tokens.head.T + self.tokens.bias
         return torch.cat([base, invoke], dim=-1)
 
     @property
@@ -151,7 +151,8 @@ class VisMemModel(nn.Module):
                 memory = self.short(self.backbone, queries, state.patches, state.sample)
             else:
                 memory = self.long(self.backbone, queries, state.stream, state.positions, state.stream_mask)
-        return memory.to(self.backbone.embedding.weight.dtype)
+        result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
+        return result
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""The base, the two stages, and the loop they share."""

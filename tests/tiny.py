@@ -1,0 +1,51 @@
+"""Tiny real models with random weights, and scenes to ask them about."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from vismem.config import BaseConfig, InvocationConfig, MemoryConfig, ScenesSource
+from vismem.data.collate import target_text
+from vismem.data.sample import Sample, write_shards
+from vismem.data.scenes import generate
+from vismem.models.vismem import VisMemModel, load_base
+from vismem.training.embedded import build_model, build_processor
+
+BASE = BaseConfig(hidden_size=32, layers=2, heads=2, vision_width=32, vision_layers=2)
+MEMORY = MemoryConfig(queries=4, short_length=4, long_length=6, builder_layers=1, builder_heads=2, lora_rank=4)
+
+
+@lru_cache
+def samples(count: int = 12) -> tuple[Sample, ...]:
+    """A few scene questions, multi-image ones among them."""
+    source = ScenesSource(train=count, validation=0, test=0, pretrain=0)
+    return tuple(generate(source, "train", seed=0))
+
+
+def save_base(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny random Qwen2.5-VL in Hugging Face format."""
+    processor = build_processor([s.question for s in samples()] + [target_text(s) for s in samples()])
+    model = build_model(BASE, processor, seed)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def vismem(base: Path, memory: MemoryConfig = MEMORY, limit: int = 3, seed: int = 0) -> VisMemModel:
+    """VisMem on that base. Its adapters are moved off zero, so that an adapter left on would show."""
+    model = VisMemModel(load_base(base), memory, InvocationConfig(max_per_answer=limit), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".up." in name and not name.startswith("policy_lora"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def save_data(folder: Path, count: int = 12) -> Path:
+    """Write a validated data set of scenes as the step `validate` leaves it: `folder/data/SPLIT`."""
+    source = ScenesSource(train=count, validation=count, test=count, pretrain=count)
+    for split in ("pretrain", "train", "validation", "test"):
+        write_shards(generate(source, split, seed=0), folder / "data" / split)
+    return folder

@@ -1,0 +1,68 @@
+"""Group relative policy optimisation as pure functions (paper Sec. 3.4, Eq. 7-8 and 12-15)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+
+
+def group_advantages(rewards: Tensor, normalise_by_std: bool = True) -> Tensor:
+    """A = (S - mean) / (std + eps) within each group; `rewards` (B, G), returns (B, G). Without std: S - mean."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if not normalise_by_std:
+        return centred
+    return centred / (rewards.std(dim=1, keepdim=True, correction=0) + EPSILON)
+
+
+def type_penalty(rewards: Tensor, swapped: Tensor) -> Tensor:
+    """p_type = max(0, S(tau_rev) - S(tau)), elementwise (Eq. 14): punishes the wrong kind of memory."""
+    return (swapped - rewards).clamp_min(0.0)
+
+
+def negative_penalty(rewards: Tensor) -> Tensor:
+    """p_neg = max(0, mean(S) - S(tau)), mean over the group (Eq. 14); `rewards` (B, G).
+
+    It falls on every trajectory below its group's mean, whether it invoked or not: falling on invoking ones only, it
+    would be a tax on invoking as such.
+    """
+    return (rewards.mean(dim=1, keepdim=True) - rewards).clamp_min(0.0)
+
+
+@dataclass(frozen=True)
+class PolicyTerm:
+    """The clipped objective of some rollouts, and what to report of it."""
+
+    loss: Tensor  # sum over rollouts of the token mean, negated: divide by the number of rollouts of the whole batch
+    clipped: Tensor  # sampled tokens whose ratio was clipped
+    tokens: Tensor  # sampled tokens
+
+
+def policy_term(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
+) -> PolicyTerm:
+    """min(rho * A, clip(rho, 1 - low, 1 + high) * A), mean over each rollout's tokens, summed over rollouts (Eq. 8).
+
+    `logprobs`, `old`, `mask` (R, T); `advantages` (R,). Summed rather than averaged over rollouts, so that
+    micro-batches add up to the whole batch whatever their sizes.
+    """
+    ratio = torch.where(mask, logprobs - old, torch.zeros_like(old)).exp()
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(ratio * advantages[:, None], bounded * advantages[:, None])
+    return PolicyTerm(
+        loss=-rollout_means(gain, mask).sum(),
+        clipped=((ratio != bounded) & mask).sum(),
+        tokens=mask.sum(),
+    )
+
+
+def kl_term(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """k3 estimate of KL(pi || pi_ref) a token: exp(ref - pi) - (ref - pi) - 1, elementwise, never negative."""
+    difference = reference - logprobs
+    return difference.exp() - difference - 1
+
+
+def rollout_means(values: Tensor, mask: Tensor) -> Tensor:
+    """(R,) mean of each row of `values` (R, T) where `mask` is set; 0 for a row with nothing set."""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)

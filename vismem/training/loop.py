@@ -1,0 +1,182 @@
+"""The one training loop: what is trained and how a batch is made and scored comes in as an objective.
+
+Everything random is drawn from the seed and the step, and checkpoints hold parameters and optimiser state, so a run
+that was killed and resumed equals one that was not.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Metrics = dict[str, float]
+
+
+class Objective(Protocol):
+    """One kind of training: how to collect a batch, and how to put its gradient into the parameters."""
+
+    def collect(self, step: int) -> Any:
+        """Make the batch of a step (for GRPO: sample rollouts and score them)."""
+
+    def backward(self, batch: Any) -> Metrics:
+        """Add the batch's gradient to `.grad` of the trained parameters and return what to log."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how fast."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    updates: int = 1
+    target_kl: float = 0.0  # ends a batch's updates once its `update_kl` metric exceeds it; 0: never
+    checkpoint_every: int = 50
+
+
+def rate_at(step: int, settings: LoopSettings) -> float:
+    """The learning rate's factor: linear warm-up, then cosine to zero."""
+    warmup = max(1, round(settings.warmup_ratio * settings.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+
+def train(
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    settings: LoopSettings,
+    out: Path,
+    identity: Any,
+    accelerator: Accelerator,
+    rates: Mapping[str, float] | None = None,
+) -> list[Metrics]:
+    """Optimise `parameters`; returns one dict a step, also written to `out/NAME.jsonl`.
+
+    `rates` are learning rates of single parameters relative to the others. `identity` (anything JSON) says what is
+    being trained on what: a checkpoint in `out` is resumed only if it was made with the same.
+    """
+    named = dict(parameters)
+    groups = [{"params": [p], "rate": (rates or {}).get(name, 1.0)} for name, p in named.items()]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint", identity)
+    history = checkpoint.load(named, optimizer)
+    console = Console(quiet=not accelerator.is_main_process, stderr=True)
+    if history:
+        console.print(f"{settings.name}: resumed at step {len(history)}")
+    with _progress(settings, console, len(history)) as advance:
+        for step in range(len(history), settings.steps):
+            batch = objective.collect(step)
+            for _ in range(settings.updates):
+                optimizer.zero_grad(set_to_none=True)
+                metrics = objective.backward(batch)
+                if 0 < settings.target_kl < metrics.get("update_kl", 0.0):
+                    break
+                _share_gradients(named, accelerator)
+                metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm))
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * group["rate"] * rate_at(step, settings)
+                optimizer.step()
+            history.append({"step": step, **metrics})
+            advance(metrics)
+            if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
+                checkpoint.save(named, optimizer, history)
+    if accelerator.is_main_process:
+        checkpoint.save(named, optimizer, history)
+        lines = (json.dumps({k: round(v, 6) for k, v in row.items()}) for row in history)
+        (out / f"{settings.name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return history
+
+
+def _share_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
+    """Add up the processes' gradients. Objectives divide by the whole batch, so the sum is its gradient."""
+    for parameter in parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if accelerator.num_processes > 1:
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
+
+
+class _Checkpoint:
+    """Parameters, AdamW's state and the history so far, in one safetensors file that is replaced in one move."""
+
+    def __init__(self, file: Path, identity: Any) -> None:
+        self.file = file
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def load(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Metrics]:
+        if not self.file.is_file():
+            return []
+        with safe_open(self.file, framework="pt") as held:
+            notes = held.metadata()
+            if notes["identity"] != self.identity:
+                return []
+            for name, parameter in parameters.items():
+                with torch.no_grad():
+                    parameter.copy_(held.get_tensor(f"parameter/{name}"))
+                if f"step/{name}" in held.keys():  # noqa: SIM118 - a file, not a dict
+                    state = {key: held.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                    optimizer.state[parameter] = {
+                        key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                    }
+        history: list[Metrics] = json.loads(notes["history"])
+        return history
+
+    def save(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, history: list[Metrics]
+    ) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+        fresh = self.file.with_suffix(".new")
+        save_file(tensors, fresh, metadata={"identity": self.identity, "history": json.dumps(history)})
+        fresh.replace(self.file)
+
+
+class _progress:  # noqa: N801 - a context manager used as a function
+    """A bar with the latest figures."""
+
+    SHOWN = ("loss", "reward", "kl", "accuracy")
+
+    def __init__(self, settings: LoopSettings, console: Console, done: int) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"), console=console,
+        )  # fmt: skip
+        self.task = self.bar.add_task(settings.name, total=settings.steps, completed=done, figures="")
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+
+        def advance(metrics: Metrics) -> None:
+            figures = " ".join(f"{key} {metrics[key]:.3f}" for key in self.SHOWN if key in metrics)
+            self.bar.update(self.task, advance=1, figures=figures)
+
+        return advance
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:
+    """The indices of one step's batch: every pass over `count` items is shuffled anew; a short rest is left out."""
+    size = min(size, count)
+    epoch, place = divmod(step, count // size)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+    return order[place * size : (place + 1) * size]

@@ -1,0 +1,158 @@
+"""Rollouts and their gradient: what stage I, stage II and baselines have in common (paper Sec. 3.4)."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vismem.config import GrpoConfig
+from vismem.data.sample import Sample
+from vismem.generation.engine import generate
+from vismem.generation.invocation import InvocationPolicy
+from vismem.generation.replay import Scores, read_prompts, score, without_memory
+from vismem.generation.types import MemoryKind, Rollout
+from vismem.models.vismem import VisMemModel
+from vismem.training.grpo import group_advantages, kl_term, policy_term, rollout_means
+from vismem.training.loop import Metrics, batch_at
+from vismem.training.rewards import rewards_of
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """One process's share of a step: prompts, their groups of rollouts, and what they earned."""
+
+    samples: tuple[Sample, ...]
+    rollouts: tuple[Rollout, ...]  # grouped by sample
+    advantages: Tensor  # (R,)
+    policy: InvocationPolicy
+    metrics: Metrics
+
+
+class GrpoObjective:
+    """See loop.Objective. Subclasses say how answers are decoded and what is taken off their score."""
+
+    def __init__(
+        self, model: VisMemModel, samples: Sequence[Sample], config: GrpoConfig, seed: int, accelerator: Accelerator
+    ) -> None:
+        self.model, self.samples, self.config, self.seed = model, samples, config, seed
+        self.accelerator = accelerator
+        self.prompts_need_gradient = False  # does what is trained change how prompts are read?
+
+    # --- what a stage decides ---
+
+    def policy(self, step: int) -> InvocationPolicy:
+        """Who decides about memories in this step's rollouts."""
+        raise NotImplementedError
+
+    def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
+        """The rewards (B, G) less the stage's penalties."""
+        return rewards
+
+    def reference(self, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor) -> Tensor:
+        """(tokens,) log-probabilities of the rollouts' words under the reference policy, row after row."""
+        raise NotImplementedError
+
+    # --- loop.Objective ---
+
+    def collect(self, step: int) -> RolloutBatch:
+        """Sample a group of answers for each prompt of the step, and score them."""
+        chosen = batch_at(step, len(self.samples), self.config.batch_size, self.seed)
+        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        batch = tuple(self.samples[i] for i in mine)
+        policy = self.policy(step)
+        rollouts = generate(
+            self.model,
+            batch,
+            policy,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            seed=self.seed * 1_000_003 + step,
+            group_size=self.config.group_size,
+        )
+        rewards = rewards_of(batch, rollouts)
+        shaped = self.shaped(rewards, batch, rollouts, step)
+        advantages = group_advantages(shaped, self.config.normalise_by_std).flatten()
+        metrics = {"reward": float(rewards.mean()), **rollout_figures(rollouts)}
+        metrics["penalty"] = float((rewards - shaped).mean())
+        metrics["zero_variance_groups"] = float((shaped.std(dim=1, correction=0) == 0).float().mean())
+        return RolloutBatch(batch, tuple(rollouts), advantages, policy, metrics)
+
+    def backward(self, batch: RolloutBatch) -> Metrics:
+        """Add the gradient of the clipped objective and the KL term, micro-batch by micro-batch."""
+        group = self.config.group_size
+        prompts = max(1, self.config.micro_batch // group)
+        total = len(batch.rollouts) * self.accelerator.num_processes
+        sums = dict.fromkeys(("loss", "kl", "update_kl", "clip_fraction", "entropy"), 0.0)
+        tokens = 0
+        for first in range(0, len(batch.samples), prompts):
+            samples = batch.samples[first : first + prompts]
+            rollouts = batch.rollouts[first * group : (first + len(samples)) * group]
+            advantages = batch.advantages[first * group : (first + len(samples)) * group].to(self.accelerator.device)
+            sample = torch.arange(len(samples), device=self.accelerator.device).repeat_interleave(group)
+            scores = self.score(samples, rollouts, sample, batch.policy)
+            old = padded([r.logprobs for r in rollouts], scores.logprobs)
+            term = policy_term(
+                scores.logprobs, old, advantages, scores.mask, self.config.clip_low, self.config.clip_high
+            )
+            with torch.no_grad():
+                reference = self.reference(samples, rollouts, sample)
+            words = torch.zeros_like(scores.text_logprobs).masked_scatter(scores.text_mask, reference)
+            kl = kl_term(scores.text_logprobs, words)
+            loss = term.loss + self.config.kl_coefficient * rollout_means(kl, scores.text_mask).sum()
+            if loss.requires_grad:  # not where no row of the micro-batch invoked
+                self.accelerator.backward(loss / total)
+            tokens += int(term.tokens)
+            sums["loss"] += float(loss.detach()) / len(batch.rollouts)
+            sums["kl"] += float((kl.detach() * scores.text_mask).sum())
+            sums["update_kl"] += float((kl_term(scores.logprobs.detach(), old) * scores.mask).sum())
+            sums["clip_fraction"] += float(term.clipped)
+            sums["entropy"] += float((scores.entropy * scores.mask).sum())
+        averaged = {key: value if key == "loss" else value / max(1, tokens) for key, value in sums.items()}
+        return {**batch.metrics, **averaged}
+
+    def score(
+        self, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor, policy: InvocationPolicy
+    ) -> Scores:
+        """Go through the rollouts again, memories formed anew with gradient."""
+        with nullcontext() if self.prompts_need_gradient else torch.no_grad():
+            context = read_prompts(self.model, samples)
+        return score(
+            self.model,
+            context,
+            rollouts,
+            sample,
+            sampled_kinds=policy.sampled,
+            limit=policy.limit,
+            temperature=self.config.temperature,
+        )
+
+
+def words_without_memory(
+    model: VisMemModel, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor, temperature: float
+) -> Tensor:
+    """(tokens,) log-probabilities of the answers' words with every memory left out, row after row."""
+    bare = [without_memory(rollout) for rollout in rollouts]
+    scores = score(model, read_prompts(model, samples), bare, sample, temperature=temperature)
+    return scores.text_logprobs[scores.text_mask]
+
+
+def padded(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """Rows of numbers as a tensor of the shape and type of `like`, right-padded with zeros."""
+    values = torch.zeros(like.shape, dtype=like.dtype)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = torch.tensor(row, dtype=like.dtype)
+    return values.to(like.device)
+
+
+def rollout_figures(rollouts: Sequence[Rollout]) -> Metrics:
+    """Invocations an answer by kind, answer length in tokens, and the share of answers that ended by themselves."""
+    count = len(rollouts)
+    kinds = [i.kind for r in rollouts for i in r.invocations]
+    return {
+        **{f"invocations_{kind.value}": kinds.count(kind) / count for kind in MemoryKind},
+        "answer_length": sum(r.answer_length for r in rollouts) / count,
+        "finished": sum(r.finished for r in rollouts) / count,
+    }

@@ -64,17 +64,17 @@ def verify_manifest(folder: Path) -> list[str]:
 
 
 def git_state(folder: Path | None = None) -> dict[str, Any]:
-    """`{"commit": str | None, "dirty": bool | None}` of the checkout that holds `folder` (default: here).
+    """`{"commit": str | None, "dirty": bool | None}` of the checkout that holds `folder`.
 
-    Images without git pass the commit they were built from in VISMEM_GIT_COMMIT.
+    Without a folder: the checkout that this code runs from, else the one we stand in. Images without git pass the
+    commit they were built from in VISMEM_GIT_COMMIT.
     """
     if commit := os.environ.get("VISMEM_GIT_COMMIT"):
         return {"commit": commit, "dirty": False}
-    commit = _git(folder, "rev-parse", "HEAD")
-    if not commit:
-        return {"commit": None, "dirty": None}
-    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": bool(status)}
+    for place in (folder,) if folder else (Path(__file__).parent, Path()):
+        if commit := _git(place, "rev-parse", "HEAD"):
+            return {"commit": commit, "dirty": bool(_git(place, "status", "--porcelain", "--untracked-files=no"))}
+    return {"commit": None, "dirty": None}
 
 
 def versions() -> dict[str, str]:
@@ -104,7 +104,7 @@ def lineage(config: Config, data: Path | None = None, inputs: Mapping[str, Path]
     }
 
 
-def _git(folder: Path | None, *arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     """Output of a git command, or None where there is no git or no checkout."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30)

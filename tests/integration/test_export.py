@@ -36,6 +36,7 @@ from vismem.serving.runtime import BundleError, RequestError, Runtime
 from vismem.serving.runtime.bundle import Graph
 from vismem.serving.runtime.images import cut_patches
 from vismem.serving.runtime.prompt import TextStream, tokenise
+from vismem.serving.runtime.runtime import Answer
 
 TOKENS = 16
 
@@ -175,7 +176,7 @@ def test_left_padding_and_other_rows_adapters_change_nothing(model, bundle):
     assert np.abs(on["hidden"] - alone["hidden"]).max() > 1e-3  # the switch does switch
 
 
-def test_grouped_keys_give_hugging_faces_hidden_states(tiny_base, model):
+def test_grouped_keys_give_hugging_faces_hidden_states(model):
     text = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -188,13 +189,11 @@ def test_grouped_keys_give_hugging_faces_hidden_states(tiny_base, model):
     decoder.head_dim, decoder.frequencies = 8, language.rotary_emb.inv_freq
     decoder.axes = torch.eye(3)[[0, 0, 1, 2]]
     decoder.lm_head = grouped.lm_head
-    for part in (decoder.query, decoder.value):
-        part.forward = None
     embeddings, positions = torch.randn(1, 6, 32), torch.randint(0, 9, (3, 1, 6))
     nothing = [torch.zeros(1, 2, 0, 8)] * 4
+    decoder.query = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))  # switched off below
+    decoder.value = torch.nn.ModuleList(torch.nn.Linear(32, 16) for _ in range(2))
     with torch.no_grad():
-        no_adapters = torch.nn.ModuleList([torch.nn.Identity() for _ in range(2)])
-        decoder.query, decoder.value = no_adapters, torch.nn.ModuleList([torch.nn.Linear(32, 16) for _ in range(2)])
         expected = language(
             inputs_embeds=embeddings, attention_mask=torch.ones(1, 6), position_ids=positions
         ).last_hidden_state
@@ -408,8 +407,6 @@ def test_the_visual_states_in_the_runtime_are_those_of_one_torch_pass(model, run
     prompt = encode(model.backbone, [sample])
     with torch.no_grad():
         hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
-    from vismem.serving.runtime.runtime import Answer
-
     answer = Answer(runtime.bundle, pictures(sample), sample.question, 4)
     answer._prefill()
     np.testing.assert_allclose(answer.hidden[: answer.used], hidden[0].numpy(), atol=1e-5)

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from vismem import provenance
 from vismem.config import Config
 from vismem.provenance import (
     git_state,
@@ -80,6 +82,13 @@ def test_git_state_gives_the_commit_and_whether_tracked_files_changed(tmp_path, 
     assert git_state(tmp_path)["dirty"] is True
     monkeypatch.setenv("VISMEM_GIT_COMMIT", "abc")
     assert git_state(tmp_path) == {"commit": "abc", "dirty": False}
+
+
+def test_the_commit_is_that_of_the_code_wherever_we_stand(tmp_path, monkeypatch):
+    monkeypatch.delenv("VISMEM_GIT_COMMIT", raising=False)
+    here = git_state(Path(provenance.__file__).parent)
+    monkeypatch.chdir(tmp_path)
+    assert git_state() == here
 
 
 def test_lineage_is_json_and_holds_parameters_versions_and_the_datas_hash(folder):

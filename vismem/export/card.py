@@ -35,7 +35,8 @@ def model_card(
         low, high = gains[group]["ci95"]
         return f"{gains[group]['delta']:+.1f} ({low:+.1f} to {high:+.1f})"
 
-    environment = Environment(loader=PackageLoader("vismem.export", "."), undefined=StrictUndefined, autoescape=False)
+    loader = PackageLoader("vismem.export", ".")
+    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     template = environment.get_template("card.md.j2")
     own = {name: value.numel() for name, value in model.named_parameters()}
     policy = sum(n for name, n in own.items() if name.startswith("tokens.") or _is_trained_policy(model, name))

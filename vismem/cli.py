@@ -129,8 +129,9 @@ def _run_repro(arguments: argparse.Namespace) -> int:
 def _run_summary(arguments: argparse.Namespace) -> int:
     from vismem.summary import print_summary
 
+    here = Path.cwd()
     config, artifacts = _enter(arguments)
-    print_summary(config, artifacts)
+    print_summary(config, Path(os.path.relpath(artifacts.absolute(), here)), here, arguments.profile)
     return 0
 
 

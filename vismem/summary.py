@@ -19,13 +19,28 @@ REPORTS = (
 )
 
 
-def print_summary(config: Config, artifacts: Path, console: Console | None = None) -> None:
-    """Print the last run's result from its artifacts. UserError where a step's output is missing."""
+def print_summary(
+    config: Config,
+    artifacts: Path,
+    here: Path | None = None,
+    profile: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the last run's result from its artifacts. UserError where a step's output is missing.
+
+    `artifacts` is shown as given and meant from `here`, which may not be the working folder of a profile's run.
+    """
     from vismem.evaluation.summary import headline, score_table
 
     console = console or make_console()
-    metrics, verdict = _read(artifacts, "evaluate", "metrics.json"), _read(artifacts, "register", "verdict.json")
-    release, smoke = _read(artifacts, "promote", "release.json"), _read(artifacts, "deploy", "smoke.json")
+    here = here or Path.cwd()
+    results = {
+        "evaluate": "metrics.json",
+        "register": "verdict.json",
+        "promote": "release.json",
+        "deploy": "smoke.json",
+    }
+    metrics, verdict, release, smoke = (_read(here, artifacts / step / name) for step, name in results.items())
     console.print()
     console.print(score_table(metrics))
     console.print(headline(metrics), highlight=False)
@@ -37,9 +52,10 @@ def print_summary(config: Config, artifacts: Path, console: Console | None = Non
         console.print(line, highlight=False)
     console.print()
     for what, name in REPORTS:
-        if (artifacts / name).is_file():
+        if (here / artifacts / name).is_file():
             console.print(f"{what + ':':<16}{escape(str(artifacts / name))}", highlight=False, soft_wrap=True)
-    console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `vismem ui` opens it", highlight=False)
+    ui = f"vismem ui --profile {profile}" if profile else "make ui"
+    console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `{ui}` opens it", highlight=False)
 
 
 def verdict_lines(verdict: Mapping[str, Any], release: Mapping[str, Any]) -> list[str]:
@@ -85,11 +101,11 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
-def _read(artifacts: Path, step: str, name: str) -> dict[str, Any]:
-    path = artifacts / step / name
+def _read(here: Path, path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads((here / path).read_text())
     except FileNotFoundError:
+        step = path.parent.name
         raise UserError(
             f"{path} is not there: run `vismem {step}`, or the whole pipeline with `vismem repro`"
         ) from None

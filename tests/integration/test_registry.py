@@ -1,6 +1,8 @@
 """Register, gate, promote and roll back against a real MLflow store on SQLite, with a bundle of a few tiny files."""
 
 import json
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from vismem.provenance import write_manifest
 from vismem.registry import release
 from vismem.registry.register import register
 from vismem.registry.tracking import Store, aliased, open_store, versions
+from vismem.registry.ui import mlflow_server, model_page
 
 
 class Project:
@@ -255,3 +258,16 @@ def test_a_store_that_does_not_answer_is_one_plain_error(project: Project) -> No
     nowhere = project.config.registry.model_copy(update={"tracking_uri": str(project.artifacts / "mlruns")})
     with pytest.raises(UserError, match=r"registry\.tracking_uri"):
         open_store(nowhere)
+
+
+def test_the_ui_answers_on_its_page_and_is_gone_afterwards(project: Project) -> None:
+    project.build(b"one")
+    project.run("register")
+    with mlflow_server(project.config, 0) as (address, server):
+        assert model_page(project.config, address) == f"{address}/#/models/vismem"
+        url = f"{address}/api/2.0/mlflow/registered-models/get?name=vismem"
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            assert json.load(reply)["registered_model"]["latest_versions"][0]["version"] == "1"
+    assert server.poll() is not None
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(url, timeout=5)

@@ -75,9 +75,11 @@ def version_tags(
     bundle: Path, lineage: Mapping[str, Any], metrics: Mapping[str, Any], test_sha256: str
 ) -> dict[str, str]:
     """What a version says about itself: where it came from, and the score by which it is compared later."""
+    git = lineage.get("git") or {}
     params = json.dumps(lineage.get("params"), sort_keys=True).encode()
     return {
-        "git_commit": str((lineage.get("git") or {}).get("commit") or "unknown"),
+        "git_commit": str(git.get("commit") or "unknown"),
+        "git_dirty": str(git.get("dirty", "unknown")).lower(),
         "data_sha256": str(lineage.get("data_sha256") or "unknown"),
         "params_sha256": hashlib.sha256(params).hexdigest(),
         "manifest_sha256": sha256_file(bundle / MANIFEST),
@@ -100,7 +102,7 @@ def _new_version(
         for name in ("report.html", "validation.json"):
             _log_path(store, run_id, inputs["validate"] / name, "validate")
         model_id = log_model_folder(store, run_id, inputs["export"], {"base": config.base.model})
-        numbers = {name: metrics[name] for name in ("n", "arms", "gain", "invocation") if name in metrics}
+        numbers = {name: metrics[name] for name in ("n", "arms", "gain", "overhead") if name in metrics}
         log_metrics(store, run_id, model_id, numbers)
         return create_version(store, run_id, model_id, tags)
 

@@ -112,7 +112,7 @@ def models(config: Config) -> list[dict[str, str]]:
             "score": item.tags.get("score", ""),
             "gain": item.tags.get("gain", ""),
             "n": item.tags.get("n", ""),
-            "created": datetime.fromtimestamp(item.created, UTC).strftime("%Y-%m-%d %H:%M"),
+            "created": datetime.fromtimestamp(item.created, UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "git_commit": item.tags.get("git_commit", "")[:10],
         }
         for item in versions(store)

@@ -32,6 +32,7 @@ from vismem.generation.types import LATENT, MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import verify_manifest
+from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.runtime import BundleError, RequestError, Runtime
 from vismem.serving.runtime.bundle import Graph
 from vismem.serving.runtime.images import cut_patches
@@ -201,6 +202,32 @@ def test_grouped_keys_give_hugging_faces_hidden_states(model):
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_policys_own_adapter_is_on_while_decoding_and_off_while_forming(tiny_base):
+    trained = tiny.vismem(tiny_base)
+    trained.policy_lora.enabled = True
+    with torch.no_grad():
+        for up in trained.policy_lora.up.values():
+            up.normal_(0, 0.3)
+    prompt = encode(trained.backbone, tiny.samples()[:1])
+    shape = trained.backbone.model.config.text_config
+    empty = torch.zeros(1, shape.num_key_value_heads, 0, shape.hidden_size // shape.num_attention_heads)
+    nothing = [empty] * (2 * shape.num_hidden_layers)
+
+    def expected():
+        return trained.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
+
+    with torch.no_grad():
+        decoding = expected()
+        with trained.policy_lora.active(False), trained.long.lora.active():
+            forming = expected()
+        for adapter, hidden in ((0.0, decoding), (1.0, forming)):
+            found = Decoder(trained)(
+                prompt.embeds, prompt.mask.float(), prompt.positions.float(), torch.tensor([adapter]), nothing
+            )[1]
+            torch.testing.assert_close(found, hidden, atol=1e-5, rtol=1e-5)
+    assert (decoding - forming).abs().max() > 1e-2
+
+
 # --- the runtime's own preprocessing ---
 
 
@@ -324,16 +351,10 @@ def test_a_damaged_or_missing_file_is_refused(bundle, tmp_path):
         Runtime(tmp_path)
 
 
-def test_the_runtime_works_alone_where_torch_transformers_and_vismem_cannot_be_imported(bundle, runtime, tmp_path):
-    sample = tiny.samples()[0]
-    shutil.copytree(Path(runtime_package.__file__).parent, tmp_path / "alone")
-    for number, data in enumerate(sample.images):
-        (tmp_path / f"{number}.png").write_bytes(data)
-    program = """
-import sys
+ALONE = """
+import pathlib, sys
 for name in ("torch", "transformers", "vismem"):
     sys.modules[name] = None
-import pathlib
 from PIL import Image
 from alone import Runtime
 folder, bundle, question = sys.argv[1:]
@@ -341,7 +362,17 @@ images = [Image.open(file) for file in sorted(pathlib.Path(folder).glob("*.png")
 answer = Runtime(bundle).generate(images, question, max_new_tokens=8, force={2: "short"})
 print([chunk.token for chunk in answer])
 """
-    command = [sys.executable, "-c", program, str(tmp_path), str(bundle), sample.question]
+
+
+@pytest.mark.parametrize("python", [Path(sys.executable), DEFAULT_PYTHON], ids=["ours", "serving, numpy 1"])
+def test_the_runtime_works_where_torch_transformers_and_vismem_cannot_be_imported(python, bundle, runtime, tmp_path):
+    if not python.is_file():
+        pytest.skip("no serving environment: `make serving`")
+    sample = tiny.samples()[0]
+    shutil.copytree(Path(runtime_package.__file__).parent, tmp_path / "alone")
+    for number, data in enumerate(sample.images):
+        (tmp_path / f"{number}.png").write_bytes(data)
+    command = [str(python), "-c", ALONE, str(tmp_path), str(bundle), sample.question]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     here = runtime.generate(pictures(sample), sample.question, max_new_tokens=8, force={2: "short"})

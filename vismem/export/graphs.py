@@ -38,6 +38,11 @@ def adapters_of(lora: Lora, part: int) -> nn.ModuleList:
     return nn.ModuleList(adapters)
 
 
+def bare(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer without its hooks, on which the live model's adapters hang."""
+    return nn.functional.linear(x, layer.weight, layer.bias)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the last axis; `cos` and `sin` broadcast against `x`."""
     half = x.shape[-1] // 2
@@ -109,7 +114,8 @@ class Decoder(nn.Module):
         if self.has_policy:
             added_query = added_query + (1 - switch) * self.policy_query[number](y)
             added_value = added_value + (1 - switch) * self.policy_value[number](y)
-        query, key, value = attention.q_proj(y) + added_query, attention.k_proj(y), attention.v_proj(y) + added_value
+        query, value = bare(attention.q_proj, y) + added_query, bare(attention.v_proj, y) + added_value
+        key = attention.k_proj(y)
         return self._split(query, self.heads), self._split(key, self.kv_heads), self._split(value, self.kv_heads)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -159,7 +165,7 @@ class VisionTower(nn.Module):
         """Query, key and value (heads, T, head width) of block `number`."""
         block: Any = self.blocks[number]
         y = block.norm1(x)
-        query, key, value = block.attn.qkv(y).split(self.width, dim=-1)
+        query, key, value = bare(block.attn.qkv, y).split(self.width, dim=-1)
         query = query + adapter * self.query[number](y)
         value = value + adapter * self.value[number](y)
         query, key, value = (part.reshape(-1, self.heads, self.width // self.heads) for part in (query, key, value))

@@ -92,14 +92,16 @@ def lineage(config: Config, data: Path | None = None, inputs: Mapping[str, Path]
     """Everything needed to say where an artifact came from, as JSON values.
 
     `data`: the folder of clean shards, hashed into `data_sha256`; `inputs`: the folders of the steps that it was made
-    from, each hashed. Without a folder its hash is None, so that a reader sees that it is not known.
+    from, each hashed. Without a folder its hash is None, so that a reader sees that it is not known. The parameters of
+    what happens to an artifact later (gate, registry, deploy) are left out.
     """
+    params = config.model_dump(mode="json", by_alias=True, exclude={"gate", "registry", "deploy"})
     return {
         "git": git_state(),
         "data_sha256": sha256_folder(data, "**/*.parquet") if data else None,
         "inputs_sha256": {name: sha256_folder(folder) for name, folder in (inputs or {}).items()},
         "seed": config.seed,
-        "params": config.model_dump(mode="json", by_alias=True),
+        "params": params,
         "versions": versions(),
     }
 

@@ -95,6 +95,7 @@ def test_lineage_is_json_and_holds_parameters_versions_and_the_datas_hash(folder
     (folder / "part-00000.parquet").write_bytes(b"rows")
     found = json.loads(json.dumps(lineage(Config(seed=7), folder, {"base": folder / "inner"})))
     assert found["params"]["seed"] == found["seed"] == 7
+    assert "gate" not in found["params"]
     assert found["params"]["validate"]["min_pixels"] == Config().validate_.min_pixels
     assert found["data_sha256"] == sha256_folder(folder, "**/*.parquet")
     assert found["inputs_sha256"] == {"base": sha256_folder(folder / "inner")}

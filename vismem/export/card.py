@@ -42,7 +42,7 @@ def model_card(
     policy = sum(n for name, n in own.items() if name.startswith("tokens.") or _is_trained_policy(model, name))
     memory = sum(n for name, n in own.items() if not name.startswith(("tokens.", "policy_lora.")))
     return template.render(
-        name=config.registry.model_name,
+        base_name="the embedded base" if embedded else _shown(config.base.model, hub),
         licence="apache-2.0" if embedded else "other",
         base_licence="Apache-2.0 (trained by this project)" if embedded else "as published by their authors",
         base="a tiny Qwen2.5-VL, built and trained by the step `base`" if embedded else _shown(config.base.model, hub),

@@ -165,7 +165,7 @@ class VisionTower(nn.Module):
         """Query, key and value (heads, T, head width) of block `number`."""
         block: Any = self.blocks[number]
         y = block.norm1(x)
-        query, key, value = bare(block.attn.qkv, y).split(self.width, dim=-1)
+        query, key, value = bare(block.attn.qkv, y).chunk(3, dim=-1)
         query = query + adapter * self.query[number](y)
         value = value + adapter * self.value[number](y)
         query, key, value = (part.reshape(-1, self.heads, self.width // self.heads) for part in (query, key, value))

@@ -173,6 +173,18 @@ def test_a_refused_challenger_leaves_the_champion_and_says_why(project: Project)
     assert version.tags["verdict.gain"].startswith("broken: the overall gain over vanilla is +0.50")
 
 
+def test_a_verdict_that_another_champion_has_overtaken_promotes_nobody(project: Project) -> None:
+    project.build(b"one", score=66.0)
+    project.run("register")
+    late = {name: (project.artifacts / "register" / name).read_text() for name in ("version.json", "verdict.json")}
+    assert project.release(b"two", score=70.0)["promoted"]
+    for name, text in late.items():
+        (project.artifacts / "register" / name).write_text(text)
+    overtaken = project.run("promote")
+    assert (overtaken["promoted"], project.champion()) == (False, "2")
+    assert "meanwhile version 2 has become champion" in overtaken["reasons"][0]
+
+
 def test_promoting_the_champion_again_changes_nothing(project: Project) -> None:
     project.release(b"one", score=66.0)
     again = project.release(b"one", score=66.0)
@@ -271,3 +283,14 @@ def test_the_ui_answers_on_its_page_and_is_gone_afterwards(project: Project) -> 
     assert server.poll() is not None
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_what_mlflow_refuses_in_the_midst_is_one_plain_error_and_a_failed_run(project: Project) -> None:
+    project.build(b"one")
+    registry = project.config.registry.model_copy(update={"model_name": "no/slash"})
+    project.config = project.config.model_copy(update={"registry": registry})
+    with pytest.raises(UserError, match=r"MLflow: .*no/slash"):
+        project.run("register")
+    client = project.store.client
+    (run,) = client.search_runs([client.get_experiment_by_name("vismem").experiment_id])
+    assert run.info.status == "FAILED"

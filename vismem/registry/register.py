@@ -20,6 +20,7 @@ from vismem.registry.tracking import (
     log_model_folder,
     log_params,
     open_store,
+    plain_faults,
     tracked_run,
     versions,
 )
@@ -27,6 +28,7 @@ from vismem.registry.tracking import (
 CHALLENGER, CHAMPION = "challenger", "champion"
 
 
+@plain_faults
 def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Register the bundle `inputs["export"]` and judge it; writes `version.json` and `verdict.json` into `out`.
 
@@ -63,6 +65,7 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "run_id": version.run_id,
         "model_id": version.model_id,
         "manifest_sha256": tags["manifest_sha256"],
+        "judged_against": champion.version if champion else None,
     }
     _write(out / "version.json", record)
     _publish_verdict(store, version, verdict, metrics, out)

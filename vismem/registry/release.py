@@ -14,7 +14,16 @@ from typing import Any
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.registry.tracking import Store, Version, aliased, get_version, open_store, tracking_uri, versions
+from vismem.registry.tracking import (
+    Store,
+    Version,
+    aliased,
+    get_version,
+    open_store,
+    plain_faults,
+    tracking_uri,
+    versions,
+)
 
 CHAMPION = "champion"
 HISTORY = "champion_history."
@@ -30,10 +39,12 @@ class Move:
     previous: str | None
 
 
+@plain_faults
 def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Make the registered version champion if its verdict passed; writes `release.json` into `out`.
 
-    A refusal is a result with its reasons. UserError where the store does not hold the version that was registered.
+    A refusal is a result with its reasons; so is a verdict that another champion has overtaken. UserError where the
+    store does not hold the version that was registered.
     """
     register = inputs["register"]
     record = json.loads((register / "version.json").read_text())
@@ -46,11 +57,17 @@ def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             f"{store.uri} does not hold {record['name']} version {number} as {register / 'version.json'} describes it: "
             "the store has changed since; run `vismem register` again"
         )
-    passed = bool(verdict["passed"])
     before = aliased(store, CHAMPION)
+    passed = bool(verdict["passed"])
+    reasons = [str(rule["reason"]) for rule in verdict["rules"] if passed or not rule["passed"]]
+    if passed and before is not None and before.version not in (number, record["judged_against"]):
+        passed = False
+        reasons = [
+            f"it was judged against {_named(record['judged_against'])}, and meanwhile version {before.version} has "
+            "become champion: run `vismem register` again"
+        ]
     if passed and (before is None or before.version != number):
         _move(store, "promote", number, before.version if before else None)
-    reasons = [rule["reason"] for rule in verdict["rules"] if passed or not rule["passed"]]
     release = {
         "promoted": passed,
         "name": store.model,
@@ -66,6 +83,7 @@ def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     return f"{store.model} version {number} is refused, {kept}: {'; '.join(reasons)}"
 
 
+@plain_faults
 def rollback(config: Config) -> str:
     """Give the champion alias back to the version before the present one; return a line that says so.
 
@@ -86,6 +104,7 @@ def rollback(config: Config) -> str:
     )
 
 
+@plain_faults
 def current_champion(config: Config) -> Version | None:
     """The present champion, or None."""
     return aliased(open_store(config.registry), CHAMPION)
@@ -97,6 +116,7 @@ def history(store: Store) -> list[Move]:
     return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY)]
 
 
+@plain_faults
 def models(config: Config) -> list[dict[str, str]]:
     """One row a version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
     store = open_store(config.registry)
@@ -119,6 +139,7 @@ def models(config: Config) -> list[dict[str, str]]:
     ]
 
 
+@plain_faults
 def show(config: Config, which: str) -> dict[str, Any]:
     """All that is known of a version, given by number or alias. UserError where there is none of that name."""
     store = open_store(config.registry)
@@ -133,6 +154,10 @@ def show(config: Config, which: str) -> dict[str, Any]:
 def store_uri(config: Config) -> str:
     """Where the store is; see `tracking.tracking_uri`."""
     return tracking_uri(config.registry)
+
+
+def _named(version: str | None) -> str:
+    return f"version {version}" if version else "no champion"
 
 
 def _before(moves: list[Move], version: str) -> list[str]:

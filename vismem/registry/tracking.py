@@ -6,11 +6,12 @@ MLflow gives a version's number as int on SQLite and as str over REST; here it i
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
@@ -23,6 +24,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+P = ParamSpec("P")
+R = TypeVar("R")
 SQLITE = "sqlite:///"
 TAGS_PER_REQUEST = 100  # MLflow's limit, for parameters too
 LONGEST_PARAM = 6000
@@ -56,6 +59,21 @@ class Store:
 def tracking_uri(config: RegistryConfig) -> str:
     """The store's address: the environment's MLFLOW_TRACKING_URI if set, else the parameter."""
     return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking_uri
+
+
+def plain_faults(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn what MLflow says in the midst of `function` (a server gone, a name refused) into a one-line UserError."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow: {_first_line(error)}; what was done so far stays, and can be done again"
+            ) from error
+
+    return wrapped
 
 
 def open_store(config: RegistryConfig) -> Store:
@@ -221,15 +239,14 @@ def _version(item: Any) -> Version:
     )
 
 
-def _or_none(look: Any) -> Version | None:
+def _or_none(look: Callable[[], Version]) -> Version | None:
     try:
-        version: Version = look()
+        return look()
     except MlflowException as error:
         # a missing alias is INVALID_PARAMETER_VALUE, a missing model or version RESOURCE_DOES_NOT_EXIST
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    return version
 
 
 def _metric_name(key: str) -> str:

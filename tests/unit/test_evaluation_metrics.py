@@ -198,6 +198,7 @@ def test_the_step_writes_a_page_that_needs_no_network(
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
         "metrics.json",
+        "scores.json",
         "report.html",
         *(f"predictions/{arm}.parquet" for arm in predictions),
         *(f"plots/{name}" for name in ("scores.png", "tasks.png", "invocation.png")),

@@ -21,7 +21,7 @@ from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, resolve_arms
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict, write_predictions
-from vismem.evaluation.summary import headline
+from vismem.evaluation.summary import headline, headline_figures
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel
@@ -31,7 +31,7 @@ WARM_UP = 8  # items that every arm answers once, untimed, before the first time
 
 
 def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
-    """Write `predictions/<arm>.parquet`, `metrics.json`, `plots/` and `report.html`; return the result in a sentence.
+    """Write `predictions/<arm>.parquet`, `metrics.json`, `scores.json`, `plots/`, `report.html`; return the result in a sentence.
 
     UserError for an unknown arm, a test split without rows, or a model that cannot be loaded.
     """
@@ -117,6 +117,7 @@ def write(
     for arm, answers in predictions.items():
         write_predictions(answers, out / "predictions" / f"{arm}.parquet")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    (out / "scores.json").write_text(json.dumps(headline_figures(metrics), indent=2) + "\n")
     images = plots.write_plots(metrics, predictions, out / "plots")
     git = git_state()
     provenance = {

@@ -27,6 +27,15 @@ def headline(metrics: Mapping[str, Any]) -> str:
     return f"VisMem {'is better' if gain['delta'] > 0 else 'is worse'} on these questions. {figures}"
 
 
+def headline_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The few figures that fit one line of `dvc metrics show`: each arm's overall score, and the gain over vanilla."""
+    figures: dict[str, Any] = {name: arm[OVERALL] for name, arm in metrics["arms"].items()}
+    if VISMEM in metrics["arms"]:
+        gain = metrics["gain"][OVERALL]
+        figures["gain"] = {"points": gain["delta"], "low": gain["ci95"][0], "high": gain["ci95"][1]}
+    return figures
+
+
 def change(difference: Mapping[str, Any]) -> str:
     """A paired difference, as `+5.3 points (95 % interval +2.1 to +8.4, p = 0.012)`."""
     low, high = difference["ci95"]

@@ -39,7 +39,7 @@ output [
 ]
 instance_group [ {{ kind: KIND_CPU, count: 1 }} ]
 parameters {{ key: "threads", value {{ string_value: "1" }} }}  # of onnxruntime, an answer
-parameters {{ key: "workers", value {{ string_value: "1" }} }}  # answers at a time; further requests queue
+parameters {{ key: "workers", value {{ string_value: "2" }} }}  # answers at a time; further requests queue
 version_policy {{ latest {{ num_versions: 1 }} }}
 """
 

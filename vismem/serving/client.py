@@ -71,6 +71,7 @@ def infer(
     )
     replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     client = triton.InferenceServerClient(url)
+    answered = False
     try:
         _check_server(client, url, model)
         client.start_stream(callback=lambda result, error: replies.put((result, error)))
@@ -84,17 +85,21 @@ def infer(
                     "try again, or restart `vismem serve`"
                 ) from None
             if error is not None:
+                answered = True
                 hint = "; restart `vismem serve`" if "is not healthy" in error.message() else ""  # its process has died
                 raise UserError(f"model '{model}' at {url}: {error.message()}{hint}")
             texts, events = result.as_numpy("TEXT"), result.as_numpy("EVENT")
             if texts is not None:
                 for text, event in zip(texts, events, strict=True):
+                    answered = answered or event == b"end"
                     yield Token(text.decode(), event.decode())
             final = result.get_response().parameters.get("triton_final_response")
             if final is not None and final.bool_param:
+                answered = True
                 return
     finally:
-        client.stop_stream(cancel_requests=True)
+        # A stream cancelled just as its last response goes out can keep the model from ever being unloaded.
+        client.stop_stream(cancel_requests=not answered)
         client.close()
 
 

@@ -1,0 +1,101 @@
+"""A real exported bundle, deployed and served: what Triton answers is what the runtime answers in this process."""
+
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from vismem.config import parse_config
+from vismem.data.sample import Sample, iterate_samples
+from vismem.export.onnx import write_graphs
+from vismem.provenance import write_manifest
+from vismem.serving.client import Token, infer, marked, plain
+from vismem.serving.deploy import deploy
+from vismem.serving.runtime import Runtime
+from vismem.serving.server import TritonServer
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What deploy reads: the bundle of a random model that invokes now and then, a refusal, test questions."""
+    root = tmp_path_factory.mktemp("steps")
+    model = tiny.vismem(tiny_base)
+    with torch.no_grad():
+        model.tokens.head.mul_(3)
+    bundle = root / "export"
+    model.save_pretrained(bundle / "vismem")
+    model.backbone.processor.save_pretrained(bundle / "processor")
+    write_graphs(model, bundle / "onnx", 18)
+    write_manifest(bundle)
+    (root / "promote").mkdir()
+    release = {"promoted": False, "name": "vismem", "version": 2, "reasons": ["random weights"]}
+    (root / "promote" / "release.json").write_text(json.dumps(release))
+    return {"export": bundle, "promote": root / "promote", "validate": tiny_data}
+
+
+@pytest.fixture(scope="module")
+def deployed(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifacts") / "deploy.partial"
+    out.mkdir()
+    deploy(parse_config({}), inputs, out)
+    return out.rename(out.with_name("deploy"))
+
+
+@pytest.fixture(scope="module")
+def server(deployed: Path) -> Iterator[TritonServer]:
+    with TritonServer(deployed / "model_repository", log=deployed.parent / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def runtime(inputs: dict[str, Path]) -> Runtime:
+    return Runtime(inputs["export"])
+
+
+def in_process(runtime: Runtime, sample: Sample, **options: object) -> tuple[Token, ...]:
+    images = [Image.open(io.BytesIO(data)) for data in sample.images]
+    return tuple(Token(chunk.text, chunk.event) for chunk in runtime.generate(images, sample.question, **options))  # type: ignore[arg-type]
+
+
+def served(server: TritonServer, sample: Sample, **options: object) -> tuple[Token, ...]:
+    return tuple(infer(server.grpc_url, "vismem_challenger", sample.images, sample.question, **options))  # type: ignore[arg-type]
+
+
+def test_the_smoke_tests_example_is_the_runtimes_own_answer(deployed: Path, runtime: Runtime, tiny_data: Path) -> None:
+    smoke = json.loads((deployed / "smoke.json").read_text())
+    assert (smoke["model"], smoke["version"], smoke["promoted"]) == ("vismem_challenger", 2, False)
+    assert smoke["items_with_memory"] > 0
+    sample = next(s for s in iterate_samples(tiny_data / "data" / "test") if s.question == smoke["question"])
+    tokens = in_process(runtime, sample)
+    assert (smoke["answer"], smoke["answer_marked"]) == (plain(tokens), marked(tokens))
+
+
+def test_concurrent_answers_are_each_the_runtimes_own(server: TritonServer, runtime: Runtime) -> None:
+    samples = tiny.samples()[:6]
+    expected = [in_process(runtime, sample, max_new_tokens=TOKENS) for sample in samples]
+    assert any(token.event in ("short", "long") for tokens in expected for token in tokens)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda sample: served(server, sample, max_new_tokens=TOKENS), samples))
+    assert found == expected
+
+
+def test_sampling_and_memory_options_reach_the_runtime(server: TritonServer, runtime: Runtime) -> None:
+    sample = tiny.samples()[0]
+    for options in ({"temperature": 1.0, "seed": 5}, {"temperature": 1.0, "seed": 6}, {"memory": False}):
+        expected = in_process(runtime, sample, max_new_tokens=TOKENS, **options)
+        assert served(server, sample, max_new_tokens=TOKENS, **options) == expected, options
+
+
+def test_an_image_with_transparency_is_seen_as_in_training(server: TritonServer, runtime: Runtime) -> None:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((84, 84)).convert("LA").save(file, "PNG")
+    sample = Sample(id="la", images=(file.getvalue(),), question=tiny.samples()[0].question, answer="")
+    assert served(server, sample, max_new_tokens=TOKENS) == in_process(runtime, sample, max_new_tokens=TOKENS)

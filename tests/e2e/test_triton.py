@@ -311,7 +311,7 @@ def test_serve_runs_in_the_foreground_until_it_is_told_to_stop(tmp_path: Path) -
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("serving vismem_challenger on gRPC 127.0.0.1:")
-        url = line.split()[4].rstrip(",")
+        url = line.split()[4]
         (tmp_path / "a.png").write_bytes(IMAGE)
         written: list[str] = []
         main_infer(parse_config({}), [tmp_path / "a.png"], "hi", url=url, max_new_tokens=1, write=written.append)

@@ -232,8 +232,9 @@ def serve(
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with server:
-            write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url}, HTTP port {server.ports['http']}, ")
-            write(f"metrics port {server.ports['metrics']}; log {log}; stop with Ctrl-C")
+            ports = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
+            write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({ports})")
+            write(f"log: {log}; stop with Ctrl-C")
             status = server.process.wait()
             raise UserError(f"tritonserver ended with status {status}: {server._last_error()}; its log is {log}")
     except KeyboardInterrupt:

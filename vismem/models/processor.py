@@ -1,6 +1,7 @@
-"""Image processor, tokenizer and chat template of a Qwen2.5-VL, without its video processor.
+"""Chat texts and images to model inputs: `load_processor` for every family, `VisionProcessor` for Qwen2.5-VL.
 
-Hugging Face's own `Qwen2_5_VLProcessor` does the same and needs torchvision for videos; the files are shared, so
+`VisionProcessor` is image processor, tokenizer and chat template, without the video processor. Hugging Face's own
+`Qwen2_5_VLProcessor` does the same and needs torchvision for videos; the files are shared, so
 `AutoProcessor.from_pretrained` opens them where torchvision is installed.
 """
 
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature
 
 IMAGE_TOKEN = "<|image_pad|>"
 
@@ -61,3 +62,10 @@ class VisionProcessor:
     def from_pretrained(cls, name: Path | str) -> "VisionProcessor":
         """Load from a hub id or a folder."""
         return cls(AutoImageProcessor.from_pretrained(str(name)), AutoTokenizer.from_pretrained(str(name)))
+
+
+def load_processor(name: Path | str, family: str) -> Any:
+    """The processor of a model of that family, from a hub id or a folder."""
+    if family == "qwen2_5_vl":
+        return VisionProcessor.from_pretrained(name)
+    return AutoProcessor.from_pretrained(str(name))

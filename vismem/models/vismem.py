@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
 from vismem.generation.types import MemoryKind
-from vismem.models.backbones import backbone_of
+from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream
 from vismem.models.lora import Lora
 from vismem.models.memory import LongFormer, QueryBuilder, ShortFormer
-from vismem.models.processor import VisionProcessor
+from vismem.models.processor import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 1
@@ -202,11 +202,13 @@ class VisMemModel(nn.Module):
 
 def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
     """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
+        family = AutoConfig.from_pretrained(str(base)).model_type
+        check_family(family)
         model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
-        processor = VisionProcessor.from_pretrained(base)
+        processor = load_processor(base, family)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error

@@ -15,14 +15,14 @@ from vismem.config import Config
 from vismem.data.collate import answer_part, prompt_messages, target_text
 from vismem.data.sample import Sample, read_samples
 from vismem.errors import UserError
+from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
-from vismem.models.processor import VisionProcessor
+from vismem.models.processor import load_processor
 from vismem.training.embedded import build_model, build_processor
 from vismem.training.pretraining import train_language, train_vision
 from vismem.training.sequences import Encoder
 
 EMBEDDED = "embedded"
-FAMILIES = ("qwen2_5_vl",)
 CHECKED = 208  # validation questions answered for metrics.json
 LONGEST = 48  # tokens of an answer there
 
@@ -103,7 +103,7 @@ def _resolve(config: Config, out: Path) -> str:
         )
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, config.base.dtype))
     model.save_pretrained(out)
-    VisionProcessor.from_pretrained(name).save_pretrained(out)
+    load_processor(name, settings.model_type).save_pretrained(out)
     (out / "metrics.json").write_text(json.dumps({"model": name, "parameters": model.num_parameters()}))
     (out / "loss.json").write_text("[]")
     return f"base: {name}, {model.num_parameters() / 1e9:.2f}B parameters, copied"

@@ -4,14 +4,24 @@ from typing import Any
 
 from vismem.errors import UserError
 from vismem.models.backbones.base import Backbone
+from vismem.models.backbones.internvl import InternVLBackbone
+from vismem.models.backbones.llava_onevision import LlavaOnevisionBackbone
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 
-FAMILIES: dict[str, type[Backbone]] = {"qwen2_5_vl": Qwen25VLBackbone}
+FAMILIES: dict[str, type[Backbone]] = {
+    "internvl": InternVLBackbone,
+    "llava_onevision": LlavaOnevisionBackbone,
+    "qwen2_5_vl": Qwen25VLBackbone,
+}
+
+
+def check_family(family: str) -> None:
+    """UserError for a model type that no file here supports."""
+    if family not in FAMILIES:
+        raise UserError(f"model family '{family}' is not supported; supported: {', '.join(FAMILIES)}")
 
 
 def backbone_of(model: Any, processor: Any) -> Backbone:
     """The backbone for a loaded Hugging Face model. UserError for a family that is not supported."""
-    family = model.config.model_type
-    if family not in FAMILIES:
-        raise UserError(f"model family '{family}' is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[family](model, processor)  # type: ignore[call-arg]
+    check_family(model.config.model_type)
+    return FAMILIES[model.config.model_type](model, processor)  # type: ignore[call-arg]

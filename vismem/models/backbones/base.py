@@ -15,8 +15,8 @@ class VisionInput:
     """The patches of S samples, right-padded to P tokens, in merge order (g consecutive patches make one token)."""
 
     patches: Tensor  # (S, P, patch values), flattened pixels
-    positions: Tensor  # (S, P, 2) height and width of each patch in its image
-    image: Tensor  # (S, P) which attention segment (image or frame) of the sample; -1 on padding
+    positions: Tensor  # (S, P, 2) height and width of each patch in its image (or tile)
+    image: Tensor  # (S, P) which attention segment (image, frame or tile) of the sample; -1 on padding
     window: Tensor  # (S, P) which attention window of the sample; -1 on padding
 
     @property
@@ -30,8 +30,8 @@ class PatchStream:
     """The patches inside the vision encoder: their embeddings, and keys and values of every block."""
 
     start: Tensor  # (S, P, w) patch embeddings, before the first block
-    keys_values: list[tuple[Tensor, Tensor]]  # a block: (S, heads, P, head width) each
-    hidden: Tensor  # (S, P, w) after the last block
+    keys_values: list[tuple[Tensor, Tensor]]  # a block: (S, heads, P, head width) each; class tokens may come on top
+    hidden: Tensor  # (S, P, w) as the projector takes it
     vision: VisionInput
 
 
@@ -85,7 +85,8 @@ class Backbone(ABC):
     def memory_stream(self, tokens: Tensor, positions: Tensor | None, stream: PatchStream, sample: Tensor) -> Tensor:
         """Run extra tokens (R, T, w) beside the patches of samples `sample` (R,): they read patches, never reversely.
 
-        `positions` (R, T, 2) are their rotary positions, negative for the identity. Returns (R, T, w).
+        `positions` (R, T, 2) are their rotary positions, negative for the identity; encoders without ignore them.
+        Returns (R, T, w), as the projector takes it.
         """
 
     @abstractmethod
@@ -100,9 +101,20 @@ class Backbone(ABC):
     def vision_targets(self) -> list[LoraTarget]:
         """The q and v projections of the vision encoder."""
 
-    @abstractmethod
     def language_targets(self) -> list[LoraTarget]:
         """The q_proj and v_proj of the language model."""
+        return [
+            LoraTarget(f"layers.{i}.self_attn.{name}", linear, 0, linear.out_features)
+            for i, layer in enumerate(self.model.model.language_model.layers)
+            for name, linear in (("q_proj", layer.self_attn.q_proj), ("v_proj", layer.self_attn.v_proj))
+        ]
+
+    def without_patches(self, vision: VisionInput, heads: int, blocks: int, states: int = 1) -> PatchStream:
+        """The stream of samples none of which has an image."""
+        samples, weight = len(vision.image), self.embedding.weight
+        start = weight.new_zeros(samples, 0, self.vision_width)
+        none = weight.new_zeros(samples, heads, 0, self.vision_width // heads)
+        return PatchStream(start, [(none, none)] * blocks, start.repeat(1, 1, states), vision)
 
     @property
     def embedding(self) -> nn.Embedding:

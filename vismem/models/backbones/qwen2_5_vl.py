@@ -103,6 +103,8 @@ class Qwen25VLBackbone(Backbone):
 
     def patch_stream(self, vision: VisionInput) -> PatchStream:
         samples, length = vision.image.shape
+        if not length:
+            return self.without_patches(vision, int(self.settings.num_heads), len(self.visual.blocks))
         start = self.visual.patch_embed(vision.patches.reshape(samples * length, -1)).view(samples, length, -1)
         rotary = self._rotary(vision.positions)
         same_image = vision.image[:, None, :, None] == vision.image[:, None, None, :]
@@ -184,11 +186,4 @@ class Qwen25VLBackbone(Backbone):
             LoraTarget(f"blocks.{i}.attn.qkv", block.attn.qkv, start, start + width)
             for i, block in enumerate(self.visual.blocks)
             for start in (0, 2 * width)
-        ]
-
-    def language_targets(self) -> list[LoraTarget]:
-        return [
-            LoraTarget(f"layers.{i}.self_attn.{name}", linear, 0, linear.out_features)
-            for i, layer in enumerate(self.model.model.language_model.layers)
-            for name, linear in (("q_proj", layer.self_attn.q_proj), ("v_proj", layer.self_attn.v_proj))
         ]

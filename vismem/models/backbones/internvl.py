@@ -1,0 +1,69 @@
+"""InternVL 3 and 3.5: tiles with a class token, pixel shuffle of 2x2 patches into the projector."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismem.errors import UserError
+from vismem.models.backbones.tiles import TiledBackbone
+from vismem.models.lora import LoraTarget
+
+
+class InternVLBackbone(TiledBackbone):
+    """See Backbone. Merge order is the pixel shuffle's: s x s neighbours, row by row, are one token's channels."""
+
+    family = "internvl"
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        config = model.config
+        if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
+            raise UserError(
+                "an InternVL needs vision_feature_layer to be one number and vision_feature_select_strategy 'default', "
+                f"but this one has {config.vision_feature_layer} and '{config.vision_feature_select_strategy}'"
+            )
+        super().__init__(model, processor)
+        self.blocks = self.tower.encoder.layer
+        self.heads = int(self.settings.num_attention_heads)
+        self.side = int(1 / config.downsample_ratio)
+
+    def _tiles(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
+        tokens = (encoded["input_ids"] == self.model.config.image_token_id).sum(1)
+        return encoded["pixel_values"], (tokens // self.processor.image_seq_length).tolist()
+
+    def _features(self, hidden: Tensor, encoded: Any) -> Tensor:
+        return self.project(hidden).flatten(0, 1)
+
+    def _embed(self, patches: Tensor) -> Tensor:
+        embeddings = self.tower.embeddings
+        convolution = embeddings.patch_embeddings.projection
+        embedded = nn.functional.linear(patches, convolution.weight.flatten(1), convolution.bias)
+        tiles, count, _ = patches.shape
+        hidden = torch.cat([embeddings.cls_token.expand(tiles, -1, -1), embedded], dim=1)
+        if embeddings.position_embeddings is not None:
+            size = round(count**0.5) * self._patch_size
+            positions = embeddings.interpolate_pos_encoding(hidden, size, size)
+            hidden = hidden + torch.cat([positions[:, :1], positions[:, 1:][:, self._order(count)]], dim=1)
+        return hidden
+
+    def _qkv(self, block: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention, normed = block.attention, block.layernorm_before(hidden)
+        query, key = attention.q_norm(attention.q_proj(normed)), attention.k_norm(attention.k_proj(normed))
+        return query, key, attention.v_proj(normed)
+
+    def _rest(self, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + block.lambda_1 * block.attention.projection_layer(attended)
+        result: Tensor = hidden + block.lambda_2 * block.mlp(block.layernorm_after(hidden))
+        return result
+
+    def _select(self, states: list[Tensor]) -> Tensor:
+        last = self.model.config.vision_feature_layer == -1
+        result: Tensor = self.tower.layernorm(states[-1]) if last else super()._select(states)
+        return result
+
+    def vision_targets(self) -> list[LoraTarget]:
+        return [
+            LoraTarget(f"layer.{i}.attention.{name}", linear, 0, linear.out_features)
+            for i, block in enumerate(self.blocks[: self.depth])
+            for name, linear in (("q_proj", block.attention.q_proj), ("v_proj", block.attention.v_proj))
+        ]

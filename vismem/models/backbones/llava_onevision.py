@@ -1,0 +1,78 @@
+"""LLaVA-OneVision: SigLIP tiles of any-resolution images, a plain MLP as the projector, packed with line ends."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+from vismem.errors import UserError
+from vismem.models.backbones.tiles import TiledBackbone
+from vismem.models.lora import LoraTarget
+
+
+class LlavaOnevisionBackbone(TiledBackbone):
+    """See Backbone. A sample's only image is cut into tiles; several images are one tile each, as in its training."""
+
+    family = "llava_onevision"
+    side = 1
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        if model.config.vision_config.model_type != "siglip_vision_model":
+            raise UserError(
+                "a LLaVA-OneVision needs a SigLIP vision encoder (siglip_vision_model), "
+                f"but this one has '{model.config.vision_config.model_type}'"
+            )
+        super().__init__(model, processor)
+        self.blocks = self.tower.encoder.layers
+        self.heads = int(self.settings.num_attention_heads)
+
+    def _tile_counts(self, encoded: Any) -> list[int]:
+        """Tiles of each image; the processor cuts only an image that is alone in its sample."""
+        alone = [count == 1 for count in encoded["batch_num_images"].tolist() for _ in range(count)]
+        pinpoints, size = self.model.config.image_grid_pinpoints, self.settings.image_size
+        return [
+            image_size_to_num_patches(shape, pinpoints, size) if cut else 1
+            for shape, cut in zip(encoded["image_sizes"].tolist(), alone, strict=True)
+        ]
+
+    def _tiles(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
+        counts = self._tile_counts(encoded)
+        pixels = torch.cat([image[:count] for image, count in zip(encoded["pixel_values"], counts, strict=True)])
+        each = iter(counts)
+        return pixels, [sum(next(each) for _ in row) for row in images]
+
+    def _features(self, hidden: Tensor, encoded: Any) -> Tensor:
+        projected: Tensor = self.project(hidden)
+        if self.model.config.vision_feature_select_strategy == "default":
+            projected = projected[:, 1:]
+        packed, _ = self.model.model.pack_image_features(
+            torch.split(projected, self._tile_counts(encoded)),
+            encoded["image_sizes"],
+            image_newline=self.model.model.image_newline,
+            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+        )
+        return torch.cat(packed)
+
+    def _embed(self, patches: Tensor) -> Tensor:
+        embeddings = self.tower.embeddings
+        convolution = embeddings.patch_embedding
+        embedded = nn.functional.linear(patches, convolution.weight.flatten(1), convolution.bias)
+        hidden: Tensor = embedded + embeddings.position_embedding.weight
+        return hidden
+
+    def _qkv(self, block: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention, normed = block.self_attn, block.layer_norm1(hidden)
+        return attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+
+    def _rest(self, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + block.self_attn.out_proj(attended)
+        result: Tensor = hidden + block.mlp(block.layer_norm2(hidden))
+        return result
+
+    def vision_targets(self) -> list[LoraTarget]:
+        return [
+            LoraTarget(f"layers.{i}.self_attn.{name}", linear, 0, linear.out_features)
+            for i, block in enumerate(self.blocks[: self.depth])
+            for name, linear in (("q_proj", block.self_attn.q_proj), ("v_proj", block.self_attn.v_proj))
+        ]

@@ -121,6 +121,9 @@ class BaseConfig(Section):
     steps: int = Field(900, description="embedded: steps that train the language model")
     batch_size: int = Field(48, description="embedded: questions a step")
     learning_rate: float = Field(2e-3, description="embedded: peak rate of AdamW")
+    matrix_learning_rate: float = Field(
+        0.02, description="embedded: peak rate of Muon on the language model's matrices"
+    )
     interleave: float = Field(0.5, ge=0, le=1, description="embedded: share of batches that show the images again")
 
 
@@ -145,6 +148,7 @@ class InvocationConfig(Section):
     """When memory may be invoked (paper Sec. 3.2, Eq. 3-4)."""
 
     delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
+    token_start: str = Field("\n", description="delimiter whose embedding the four new rows start as [ours]")
     max_per_answer: int = Field(3, ge=0, description="invocations an answer at most [ours]")
     perturbation: float = Field(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 

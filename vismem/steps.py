@@ -1,6 +1,8 @@
 """The steps, in order: the only list of them. The CLI, dvc.yaml and the Kubeflow components call what stands here."""
 
+import hashlib
 import importlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.errors import UserError
+from vismem.provenance import sha256_folder
 
 StepFunction = Callable[[Config, Mapping[str, Path], Path], str]
 
@@ -51,7 +54,8 @@ def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pa
     """Run one step and return its line. Output appears at `artifacts/NAME` only when the step has succeeded.
 
     `inputs` maps a step's name to its folder, where that is not `artifacts/NAME` (Kubeflow passes such paths).
-    Long steps keep checkpoints in `artifacts/NAME.partial`, from which the next run resumes.
+    Long steps keep checkpoints in `artifacts/NAME.partial`, from which the next run resumes if it has the same
+    parameters and inputs.
     """
     step = BY_NAME[name]
     folders = {needed: (inputs or {}).get(needed, artifacts / needed) for needed in step.inputs}
@@ -60,12 +64,26 @@ def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pa
             raise UserError(f"{name} needs the output of '{needed}', and {folder} is not there: run `vismem {needed}`")
     out = artifacts / name
     partial = artifacts / f"{name}.partial"
+    identity = _identity(step, config, folders)
+    note = artifacts / f"{name}.partial.id"
+    if partial.is_dir() and not (note.is_file() and note.read_text() == identity):
+        shutil.rmtree(partial)  # what a killed run left behind was made from other inputs or parameters
     partial.mkdir(parents=True, exist_ok=True)
+    note.write_text(identity)
     line = step.load()(config, folders, partial)
     old = artifacts / f"{name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)  # two renames rather than a deletion: killed in between, nothing is lost
     partial.rename(out)
+    note.unlink()
     shutil.rmtree(old, ignore_errors=True)
     return line
+
+
+def _identity(step: Step, config: Config, folders: Mapping[str, Path]) -> str:
+    """What a step's output is made of: its parameters and the content of its inputs, as one hash."""
+    values = config.model_dump(mode="json", by_alias=True)
+    parts = [{section: values[section] for section in step.sections}]
+    parts += [{needed: sha256_folder(folder)} for needed, folder in sorted(folders.items())]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

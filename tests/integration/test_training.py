@@ -66,7 +66,7 @@ def test_stage1_leaves_every_weight_of_the_base_bit_identical(tiny_base: Path, t
     before = {name: value.clone() for name, value in model.backbone.model.state_dict().items()}
     objective = Formation(model, read_samples(tiny_data / "data/train"), STAGE1, 0, Accelerator(cpu=True))
     settings = loop.LoopSettings("t", 2, 1e-2, 0.1)
-    loop.train(objective, trainable(model, FORMATION), settings, tiny_data, None, Accelerator(cpu=True))
+    loop.train(objective, trainable(model, FORMATION), settings, tiny_data, Accelerator(cpu=True))
     after = model.backbone.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

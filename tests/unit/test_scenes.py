@@ -113,9 +113,9 @@ def test_counts_are_those_of_the_scene(samples: list[Sample]) -> None:
     singular = {f"{shape}{'es' if shape == 'cross' else 's'}": shape for shape in SHAPES}
     for sample in of_task(samples, "count"):
         wanted = {singular.get(word, word) for word in words(sample)}
-        wanted &= {*COLOURS, *SHAPES, "small", "large"}
+        wanted &= {*COLOURS, *SHAPES}
         assert len(wanted) == 1
-        hits = [t for t in objects(sample) if wanted & {t["colour"], t["shape"], t["size"]}]
+        hits = [t for t in objects(sample) if wanted & {t["colour"], t["shape"]}]
         assert sample.answer == str(len(hits))
 
 
@@ -132,7 +132,7 @@ def test_places_and_contents_agree_with_the_scene(samples: list[Sample]) -> None
         hits = [t["cell"] for t in objects(sample) if name(t) in sample.question]
         assert hits == [sample.answer]
     for sample in of_task(samples, "retrieve"):
-        hits = [f"{t['size']} {name(t)}" for t in objects(sample) if t["cell"] in sample.question]
+        hits = [name(t) for t in objects(sample) if t["cell"] in sample.question]
         assert hits == [sample.answer]
 
 
@@ -204,7 +204,7 @@ def test_descriptions_list_the_scene_in_order(samples: list[Sample]) -> None:
         names = ("top", "middle", "bottom") if axis == "row" else ("left", "center", "right")
         index = next(i for i, n in enumerate(names) if f"{n} {axis}" in sample.question)
         along = "column" if axis == "row" else "row"
-        at = {t[along]: f"{t['size']} {name(t)}" for t in objects(sample) if t[axis] == index}
+        at = {t[along]: name(t) for t in objects(sample) if t[axis] == index}
         assert sample.answer == ", ".join(at.get(place, "empty") for place in range(3))
 
 

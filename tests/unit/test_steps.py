@@ -100,6 +100,18 @@ def test_a_killed_step_leaves_no_output_and_the_next_run_finds_its_checkpoint(tm
 
 
 @pytest.mark.usefixtures("tiny_steps")
+def test_a_checkpoint_made_from_other_inputs_is_thrown_away(tmp_path: Path) -> None:
+    run_step("first", Config(seed=9), tmp_path)
+    with pytest.raises(UserError, match="no luck"):
+        run_step("failing", Config(), tmp_path)
+    (tmp_path / "failing.partial" / "checkpoint").write_text("9")
+    run_step("first", Config(seed=1), tmp_path)
+    with pytest.raises(UserError, match="no luck"):
+        run_step("failing", Config(), tmp_path)
+    assert not (tmp_path / "failing.partial" / "checkpoint").exists()
+
+
+@pytest.mark.usefixtures("tiny_steps")
 def test_a_step_whose_input_is_missing_names_the_step_to_run_and_makes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs the output of 'first'.*run `vismem first`"):
         run_step("failing", Config(), tmp_path)

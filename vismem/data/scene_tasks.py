@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterable
 
 from vismem.data.sample import Capability
-from vismem.data.scenes import CELLS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Layout, Puzzle, Thing, World
+from vismem.data.scenes import CELLS, COLOURS, COLUMNS, ROWS, SHAPES, Layout, Puzzle, Thing, World
 
 Builder = Callable[[random.Random, World], Puzzle | None]
 Pair = tuple[str, str]
@@ -25,18 +25,14 @@ def plural(noun: str) -> str:
 
 
 def count(rng: random.Random, world: World) -> Puzzle:
-    """How many objects of one colour, shape or size."""
-    kind = rng.choice(("colour", "shape", "size"))
+    """How many objects of one colour or shape."""
+    kind = rng.choice(("colour", "shape"))
     value = rng.choice(_values(kind))
     wanted = rng.randint(0, 4)
     number = world.number(rng, least=max(wanted, 1))
     pairs = [_pair(rng, world, **_only(kind, value)) for _ in range(wanted)]
     pairs += [_pair(rng, world, **_without(kind, value)) for _ in range(number - wanted)]
-    sizes = [rng.choice(tuple(SIZES)) for _ in pairs]
-    if kind == "size":
-        sizes = [value] * wanted + [size for size in SIZES if size != value] * (number - wanted)
-    layout = _place(rng, pairs, sizes)
-    found = [thing for thing in layout if getattr(thing, kind) == value]
+    layout = _place(rng, pairs)
     what = plural(value) if kind == "shape" else f"{value} shapes"
     forms = (
         "how many {} are there?",
@@ -44,8 +40,7 @@ def count(rng: random.Random, world: World) -> Puzzle:
         "in this picture, how many {} are there?",
         "count the {} in this picture.",
     )
-    seen = "; ".join(f"{thing.name} at {thing.place}" for thing in found) or "none"
-    return Puzzle((layout,), world.form(rng, forms).format(what), str(wanted), f"{seen}.", NUMBERS)
+    return Puzzle((layout,), world.form(rng, forms).format(what), str(wanted), f"{_names(layout)}.", NUMBERS)
 
 
 def ground(rng: random.Random, world: World) -> Puzzle | None:
@@ -67,7 +62,7 @@ def ground(rng: random.Random, world: World) -> Puzzle | None:
 
 
 def retrieve(rng: random.Random, world: World) -> Puzzle:
-    """Size, colour and shape of what stands in a named cell; the rationale reads the cell's row."""
+    """Colour and shape of what stands in a named cell; the rationale reads the cell's row."""
     layout = _random_layout(rng, world)
     target = rng.choice(layout)
     row = ROWS[target.cell // 3]
@@ -77,8 +72,8 @@ def retrieve(rng: random.Random, world: World) -> Puzzle:
         "which shape is at the {}?",
         "at the {}, what do you see?",
     )
-    line = ", ".join(_full(thing) for thing in _line(layout, range(target.cell // 3 * 3, target.cell // 3 * 3 + 3)))
-    return Puzzle((layout,), world.form(rng, forms).format(target.place), _full(target), f"{row} row: {line}.")
+    line = ", ".join(_or_empty(thing) for thing in _line(layout, range(target.cell // 3 * 3, target.cell // 3 * 3 + 3)))
+    return Puzzle((layout,), world.form(rng, forms).format(target.place), target.name, f"{row} row: {line}.")
 
 
 def match(rng: random.Random, world: World) -> Puzzle:
@@ -104,7 +99,7 @@ def change(rng: random.Random, world: World) -> Puzzle | None:
     old = first[index]
     keep = _only("colour", old.colour) if rng.random() < 0.5 else _only("shape", old.shape)
     colour, shape = _pair(rng, world, **keep)
-    new = Thing(old.cell, colour, shape, old.size)
+    new = Thing(old.cell, colour, shape)
     if new == old:
         return None
     second = (*first[:index], new, *first[index + 1 :])
@@ -130,12 +125,8 @@ def compare(rng: random.Random, world: World) -> Puzzle:
     pairs = [_pair(rng, world, **_only(kind, more)) for _ in range(counts[0])]
     pairs += [_pair(rng, world, **_only(kind, fewer)) for _ in range(counts[1])]
     pairs += [_pair(rng, world, **_without(kind, more, fewer)) for _ in range(number - sum(counts))]
-    layout = _place(rng, pairs, [rng.choice(tuple(SIZES)) for _ in pairs])
-    other = "shape" if kind == "colour" else "colour"
-    parts = []
-    for value, total in zip((more, fewer), counts, strict=True):
-        seen = ", ".join(getattr(thing, other) for thing in layout if getattr(thing, kind) == value) or "none"
-        parts.append(f"{value}: {seen}, {total}")
+    layout = _place(rng, pairs)
+    totals = "; ".join(f"{value}: {total}" for value, total in zip((more, fewer), counts, strict=True))
     names = [plural(value) if kind == "shape" else f"{value} shapes" for value in (more, fewer)]
     forms = (
         "how many more {} than {} are there?",
@@ -144,7 +135,7 @@ def compare(rng: random.Random, world: World) -> Puzzle:
         "count how many more {} than {} there are.",
     )
     return Puzzle(
-        (layout,), world.form(rng, forms).format(*names), str(difference), "; ".join(parts) + ".", NUMBERS[:4]
+        (layout,), world.form(rng, forms).format(*names), str(difference), f"{_names(layout)}; {totals}.", NUMBERS[:4]
     )
 
 
@@ -161,7 +152,7 @@ def chain(rng: random.Random, world: World) -> Puzzle | None:
         cells.append(cell)
     number = world.number(rng, least=length + 1)
     rest = rng.sample([cell for cell in range(9) if cell not in cells], number - length - 1)
-    layout = tuple(sorted(Thing(cell, *_pair(rng, world), rng.choice(tuple(SIZES))) for cell in cells + rest))
+    layout = tuple(sorted(Thing(cell, *_pair(rng, world)) for cell in cells + rest))
     by_cell = {thing.cell: thing for thing in layout}
     walk = [by_cell[cell] for cell in cells]
     if _times(layout, walk[0]) > 1:
@@ -224,7 +215,7 @@ def pattern(rng: random.Random, world: World) -> Puzzle | None:
 
 
 def describe_line(rng: random.Random, world: World) -> Puzzle | None:
-    """An ordered description of one row or column, sizes included; empty cells are called empty."""
+    """An ordered description of one row or column; empty cells are called empty."""
     layout = _random_layout(rng, world)
     index = rng.randrange(3)
     if rng.random() < 0.5:
@@ -241,7 +232,7 @@ def describe_line(rng: random.Random, world: World) -> Puzzle | None:
         "describe what is in the {}.",
         "in the {}, what do you see?",
     )
-    answer = ", ".join(_full(thing) for thing in things)
+    answer = ", ".join(_or_empty(thing) for thing in things)
     return Puzzle((layout,), world.form(rng, forms).format(line), answer, f"{line}: {number} of 3.")
 
 
@@ -268,7 +259,6 @@ def exists(rng: random.Random, world: World) -> Puzzle:
         crossed = {(colour, shape) for colour, _ in there for _, shape in there} & world.pairs
         options = there if wanted else crossed - there
     colour, shape = rng.choice(sorted(options))
-    seen = ", ".join(thing.shape for thing in layout if thing.colour == colour)
     forms = (
         "is there a {}?",
         "do you see a {}?",
@@ -276,7 +266,7 @@ def exists(rng: random.Random, world: World) -> Puzzle:
         "is a {} in the picture?",
     )
     question = world.form(rng, forms).format(f"{colour} {shape}")
-    return Puzzle((layout,), question, "yes" if wanted else "no", f"{colour}: {seen}.", ("yes", "no"))
+    return Puzzle((layout,), question, "yes" if wanted else "no", f"{_names(layout)}.", ("yes", "no"))
 
 
 def presuppose(rng: random.Random, world: World) -> Puzzle:
@@ -293,8 +283,7 @@ def presuppose(rng: random.Random, world: World) -> Puzzle:
         "in this picture, what colour is the {}?",
     )
     answer = found[0].colour if found else "none"
-    rationale = f"shapes: {', '.join(thing.shape for thing in layout)}."
-    return Puzzle((layout,), world.form(rng, forms).format(shape), answer, rationale, (*COLOURS, "none"))
+    return Puzzle((layout,), world.form(rng, forms).format(shape), answer, f"{_names(layout)}.", (*COLOURS, "none"))
 
 
 BUILDERS: dict[str, Builder] = {
@@ -323,15 +312,15 @@ TASKS: dict[str, Capability] = {
 
 
 def _values(kind: str) -> tuple[str, ...]:
-    return {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}[kind]
+    return {"colour": tuple(COLOURS), "shape": SHAPES}[kind]
 
 
 def _only(kind: str, value: str) -> dict[str, tuple[str, ...]]:
-    return {} if kind == "size" else {f"{kind}s": (value,)}
+    return {f"{kind}s": (value,)}
 
 
 def _without(kind: str, *values: str) -> dict[str, tuple[str, ...]]:
-    return {} if kind == "size" else {f"{kind}s": tuple(value for value in _values(kind) if value not in values)}
+    return {f"{kind}s": tuple(value for value in _values(kind) if value not in values)}
 
 
 def _pair(
@@ -342,11 +331,10 @@ def _pair(
     return pair
 
 
-def _place(rng: random.Random, pairs: list[Pair], sizes: list[str] | None = None) -> Layout:
+def _place(rng: random.Random, pairs: list[Pair]) -> Layout:
     """Put the pairs into random cells."""
     cells = rng.sample(range(9), len(pairs))
-    chosen = sizes or [rng.choice(tuple(SIZES)) for _ in pairs]
-    return tuple(sorted(Thing(cell, *pair, size) for cell, pair, size in zip(cells, pairs, chosen, strict=True)))
+    return tuple(sorted(Thing(cell, *pair) for cell, pair in zip(cells, pairs, strict=True)))
 
 
 def _random_layout(rng: random.Random, world: World, most: int = 9) -> Layout:
@@ -369,8 +357,8 @@ def _names(things: Iterable[Thing]) -> str:
     return ", ".join(thing.name for thing in things)
 
 
-def _full(thing: Thing | None) -> str:
-    return f"{thing.size} {thing.name}" if thing else "empty"
+def _or_empty(thing: Thing | None) -> str:
+    return thing.name if thing else "empty"
 
 
 def _line(layout: Layout, cells: range) -> list[Thing | None]:

@@ -24,12 +24,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (45, 85, 220),
     "yellow": (240, 205, 40),
     "purple": (135, 50, 175),
-    "orange": (245, 130, 25),
-    "pink": (245, 150, 195),
     "black": (30, 30, 30),
 }
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-SIZES = {"small": 0.25, "large": 0.40}  # radius as a share of the cell
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+RADIUS = 0.38  # of a shape, as a share of its cell
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 CELLS = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 SPLITS = ("pretrain", "train", "validation", "test")
@@ -40,8 +38,8 @@ HELD_OUT = (
     ("green", "circle"),
     ("purple", "square"),
     ("red", "triangle"),
-    ("black", "diamond"),
-    ("yellow", "star"),
+    ("black", "star"),
+    ("yellow", "circle"),
     ("blue", "cross"),
 )
 TEST_ONLY = HELD_OUT[-2:]
@@ -54,7 +52,6 @@ class Thing:
     cell: int
     colour: str
     shape: str
-    size: str = "large"
 
     @property
     def place(self) -> str:
@@ -91,7 +88,7 @@ class World:
 
     def owns(self, layout: Layout) -> bool:
         """Whether this split may show the layout; exactly one split may."""
-        text = "|".join(f"{t.cell},{t.colour},{t.shape},{t.size}" for t in layout)
+        text = "|".join(f"{t.cell},{t.colour},{t.shape}" for t in layout)
         return SPLITS[hashlib.sha256(text.encode()).digest()[0] % len(SPLITS)] == self.split
 
     def form(self, rng: random.Random, forms: tuple[str, ...]) -> str:
@@ -159,7 +156,7 @@ def generate(source: ScenesSource, split: str, seed: int) -> Iterator[Sample]:
 
 
 def truth(layouts: tuple[Layout, ...]) -> str:
-    """The layouts as JSON: for each image {"objects": [{"cell", "row", "column", "colour", "shape", "size"}, ...]}."""
+    """The layouts as JSON: for each image {"objects": [{"cell", "row", "column", "colour", "shape"}, ...]}."""
 
     def fields(thing: Thing) -> dict[str, str | int]:
         row, column = divmod(thing.cell, 3)
@@ -169,7 +166,6 @@ def truth(layouts: tuple[Layout, ...]) -> str:
             "column": column,
             "colour": thing.colour,
             "shape": thing.shape,
-            "size": thing.size,
         }
 
     return json.dumps([{"objects": [fields(thing) for thing in layout]} for layout in layouts])
@@ -186,7 +182,7 @@ def draw(layout: Layout, image_size: int, rng: random.Random) -> bytes:
         x = cell * (column + 0.5 + rng.uniform(-0.07, 0.07))
         y = cell * (row + 0.5 + rng.uniform(-0.07, 0.07))
         red, green, blue = (max(0, min(255, level + rng.randint(-12, 12))) for level in COLOURS[thing.colour])
-        _draw_shape(canvas, thing.shape, x, y, cell * SIZES[thing.size], (red, green, blue))
+        _draw_shape(canvas, thing.shape, x, y, cell * RADIUS * rng.uniform(0.9, 1.1), (red, green, blue))
     buffer = io.BytesIO()
     image.resize((image_size, image_size), Image.Resampling.BOX).save(buffer, "PNG")
     return buffer.getvalue()

@@ -18,11 +18,8 @@ def add_memory_tokens(tokenizer: Any) -> tuple[int, int, int, int]:
 
 
 def delimiter_ids(tokenizer: Any, delimiters: tuple[str, ...]) -> tuple[int, ...]:
-    """Ids of the ordinary tokens whose text ends with a delimiter; the token that is `delimiters[0]` comes first."""
+    """Ids of all ordinary tokens whose text ends with one of `delimiters`."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(len(tokenizer)) if i not in special]
     texts = tokenizer.batch_decode([[i] for i in ids])
-    found = [
-        (text != delimiters[0], i) for i, text in zip(ids, texts, strict=True) if text.rstrip(" ").endswith(delimiters)
-    ]
-    return tuple(i for _, i in sorted(found))
+    return tuple(i for i, text in zip(ids, texts, strict=True) if text.rstrip(" ").endswith(delimiters))

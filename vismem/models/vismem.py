@@ -81,7 +81,11 @@ class VisMemModel(nn.Module):
 
     def _start_rows(self) -> tuple[Tensor, Tensor]:
         """A delimiter's rows plus a small perturbation (paper Sec. 3.2)."""
-        delimiter = torch.tensor(self.delimiter_ids[:1] * 4)
+        tokenizer, start = self.backbone.processor.tokenizer, self.invocation_config.token_start
+        ids = tokenizer(start, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(f"invocation.token_start {start!r} must be one token of {self.backbone.family}, not {ids}")
+        delimiter = torch.tensor(ids * 4)
         rows = []
         for matrix in (self.backbone.embedding.weight, self.backbone.head.weight):
             row = matrix.detach().float().cpu()[delimiter]

@@ -133,6 +133,7 @@ def build_model(config: BaseConfig, processor: VisionProcessor, seed: int) -> Qw
         pad_token_id=ids["<|endoftext|>"],
     )
     initialise(model, seed)
+    share_words(model, processor)
     return model
 
 
@@ -155,3 +156,17 @@ def initialise(model: Qwen2_5_VLForConditionalGeneration, seed: int) -> None:
                     module.bias.zero_()
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0, EMBEDDING_STD, generator=generator)
+
+
+@torch.no_grad()
+def share_words(model: Qwen2_5_VLForConditionalGeneration, processor: VisionProcessor) -> None:
+    """A word starts the same with and without a space before it, and the head starts as half the embeddings.
+
+    With this, what the vision tower learns to say of a cell (see `pretraining`) can be copied out from the first step.
+    """
+    words = processor.tokenizer.get_vocab()
+    embeddings = model.get_input_embeddings().weight
+    for word, spaced in words.items():
+        if word.startswith("Ġ") and word[1:] in words:
+            embeddings[words[word[1:]]] = embeddings[spaced]
+    model.lm_head.weight.copy_(0.5 * embeddings)

@@ -4,7 +4,6 @@ Everything random is drawn from the seed and the step, and checkpoints hold para
 that was killed and resumed equals one that was not.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -61,19 +60,17 @@ def train(
     parameters: Mapping[str, nn.Parameter],
     settings: LoopSettings,
     out: Path,
-    identity: Any,
     accelerator: Accelerator,
     rates: Mapping[str, float] | None = None,
 ) -> list[Metrics]:
     """Optimise `parameters`; returns one dict a step, also written to `out/NAME.jsonl`.
 
-    `rates` are learning rates of single parameters relative to the others. `identity` (anything JSON) says what is
-    being trained on what: a checkpoint in `out` is resumed only if it was made with the same.
+    `rates` are learning rates of single parameters relative to the others. A checkpoint in `out` is resumed.
     """
     named = dict(parameters)
     groups = [{"params": [p], "rate": (rates or {}).get(name, 1.0)} for name, p in named.items()]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint", identity)
+    checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint")
     history = checkpoint.load(named, optimizer)
     console = Console(quiet=not accelerator.is_main_process, stderr=True)
     if history:
@@ -114,17 +111,14 @@ def _share_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Accele
 class _Checkpoint:
     """Parameters, AdamW's state and the history so far, in one safetensors file that is replaced in one move."""
 
-    def __init__(self, file: Path, identity: Any) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
-        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
     def load(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Metrics]:
         if not self.file.is_file():
             return []
         with safe_open(self.file, framework="pt") as held:
             notes = held.metadata()
-            if notes["identity"] != self.identity:
-                return []
             for name, parameter in parameters.items():
                 with torch.no_grad():
                     parameter.copy_(held.get_tensor(f"parameter/{name}"))
@@ -145,7 +139,7 @@ class _Checkpoint:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
         fresh = self.file.with_suffix(".new")
-        save_file(tensors, fresh, metadata={"identity": self.identity, "history": json.dumps(history)})
+        save_file(tensors, fresh, metadata={"history": json.dumps(history)})
         fresh.replace(self.file)
 
 

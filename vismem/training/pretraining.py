@@ -1,11 +1,13 @@
 """The two phases in which the embedded base learns: first to see, then to speak of what it sees.
 
-Phase "vision": the vision tower and the projector learn what is in each cell of generated scenes; the projector's
-output is then brought to the scale of word embeddings and frozen. Phase "language": on the cached image features the
+Phase "vision": the vision tower and the projector learn to put each cell of generated scenes near the (untrained)
+embeddings of the words for its colour, shape, row and column; the projector's output is then brought to the scale of
+word embeddings and frozen. Phase "language": on the cached image features the
 language model learns the pretrain split; in a share of the batches the images appear again inside the answer.
 """
 
 import io
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -15,12 +17,13 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from vismem.config import BaseConfig
 from vismem.data.sample import Sample
-from vismem.data.scenes import COLOURS, SHAPES, SIZES
+from vismem.data.scenes import COLOURS, COLUMNS, ROWS, SHAPES
 from vismem.errors import UserError
 from vismem.models.backbones.base import VisionInput
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
@@ -30,12 +33,11 @@ from vismem.training.sequences import IGNORED, Batch, Encoder, Picture, Record, 
 CHECKPOINT_EVERY = 100
 VISION_BATCH = 64  # images a step
 CHUNK = 16  # questions of similar length in one forward pass; changes the speed, not the gradient
-LABELS: dict[str, tuple[str | int, ...]] = {
-    "colour": ("", *COLOURS),
-    "shape": ("", *SHAPES),
-    "size": ("", *SIZES),
-    "row": (0, 1, 2),
-    "column": (0, 1, 2),
+WORDS: dict[str, tuple[str, ...]] = {  # what is said of a cell, kind by kind
+    "colour": ("empty", *COLOURS),
+    "shape": ("empty", *SHAPES),
+    "row": ROWS,
+    "column": COLUMNS,
 }
 
 
@@ -47,52 +49,50 @@ class Phase:
     steps: int
     learning_rate: float
     folder: Path
+    matrix_rate: float = 0.0  # Muon's rate on the layers' matrices; 0: AdamW on everything
+
+    def factor(self, step: int) -> float:
+        """The rates' factor: 5 % warm-up, then cosine to a twentieth."""
+        warm = max(1, self.steps // 20)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
 def run_phase(phase: Phase, module: nn.Module, backward_at: Callable[[int], float]) -> list[dict[str, Any]]:
-    """Train the module's parameters and return the loss curve: AdamW, 5 % warm-up, cosine to a twentieth.
+    """Train the module's parameters and return the loss curve.
 
     `backward_at(step)` adds the gradients of one step and returns its loss; both must depend on the step and the
     weights only.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warm = max(1, phase.steps // 20)
-    scale = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, total_iters=warm),
-            torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimizer, max(1, phase.steps - warm), eta_min=phase.learning_rate / 20
-            ),
-        ],
-        milestones=[warm],
-    )
+    optimizers = _optimizers(phase, module)
     file = phase.folder / f"{phase.name}.checkpoint"
     curve: list[dict[str, Any]] = []
     start = 0
     if file.is_file():
         saved = torch.load(file, weights_only=True)
         module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scale.load_state_dict(saved["schedule"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         start, curve = saved["step"], saved["curve"]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(f"base: {phase.name}", total=phase.steps, completed=start)
         for step in range(start, phase.steps):
-            optimizer.zero_grad()
+            module.zero_grad()
             loss = backward_at(step)
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            scale.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * phase.factor(step)
+                optimizer.step()
             if step % 10 == 0 or step == phase.steps - 1:
                 curve.append({"phase": phase.name, "step": step, "loss": round(loss, 5)})
             progress.update(bar, advance=1, description=f"base: {phase.name}, loss {curve[-1]['loss']:.3f}")
             if (step + 1) % CHECKPOINT_EVERY == 0 or step == phase.steps - 1:
                 state = {
                     "module": module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": scale.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": step + 1,
                     "curve": curve,
                 }
@@ -101,13 +101,33 @@ def run_phase(phase: Phase, module: nn.Module, backward_at: Callable[[int], floa
     return curve
 
 
+def _optimizers(phase: Phase, module: nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW; with a matrix rate, Muon on the layers' matrices, which halves the steps that the language model needs."""
+    matrices = {
+        name
+        for name, weight in module.named_parameters()
+        if phase.matrix_rate and weight.ndim == 2 and "layers" in name
+    }
+    rest = [weight for name, weight in module.named_parameters() if name not in matrices]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    ]
+    if matrices:
+        chosen = [weight for name, weight in module.named_parameters() if name in matrices]
+        made.append(torch.optim.Muon(chosen, lr=phase.matrix_rate, weight_decay=0.0, momentum=0.95))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return made
+
+
 # --- vision ----------------------------------------------------------------------------------------------------------
 
 
 def train_vision(
     backbone: Qwen25VLBackbone, encoder: Encoder, samples: Sequence[Sample], config: BaseConfig, seed: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """Train the vision tower on per-cell labels of the samples' scenes; return the loss curve.
+    """Train the vision tower to name the cells of the samples' scenes; return the loss curve.
 
     UserError where no sample knows its scene, since a tower this small does not learn to see from answers alone.
     """
@@ -123,10 +143,7 @@ def train_vision(
             "base.model 'embedded' learns to see from generated scenes, and the pretrain split has none: "
             "give prepare.sources a 'scenes' source with pretrain > 0, or name a model in base.model"
         )
-    width = backbone.width
-    torch.manual_seed(seed)
-    heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in LABELS.items()})
-    module = nn.ModuleDict({"visual": backbone.visual, "heads": heads})
+    words = [torch.stack([_embedding_of(backbone, word) for word in kind]) for kind in WORDS.values()]
 
     def backward_at(step: int) -> float:
         rng = random.Random(f"{seed}/vision/{step}")
@@ -134,26 +151,33 @@ def train_vision(
         features = _features(backbone, encoder, chosen)
         labels = torch.stack([cell_labels(scenes[index], encoder.pictures[index]) for index in chosen])
         losses = [
-            nn.functional.cross_entropy(heads[name](features).flatten(0, 1), labels[..., kind].flatten())
-            for kind, name in enumerate(LABELS)
+            nn.functional.cross_entropy((features @ kind.T).flatten(0, 1), labels[..., index].flatten())
+            for index, kind in enumerate(words)
         ]
         loss = torch.stack(losses).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    curve = run_phase(Phase("vision", config.vision_steps, config.learning_rate, folder), module, backward_at)
+    curve = run_phase(Phase("vision", config.vision_steps, config.learning_rate, folder), backbone.visual, backward_at)
     _rescale(backbone, _features(backbone, encoder, known[:512]))
     return curve
 
 
+def _embedding_of(backbone: Qwen25VLBackbone, word: str) -> Tensor:
+    """(d,) the word's embedding; the mean, where it is several tokens."""
+    ids = backbone.processor.tokenizer(f" {word}")["input_ids"]
+    return backbone.embedding.weight.detach()[ids].mean(0)
+
+
 def cell_labels(scene: dict[str, Any], picture: Picture) -> Tensor:
-    """(tokens, 5) indices into LABELS of the cell in which each visual token lies."""
+    """(tokens, 4) indices into WORDS of the cell in which each visual token lies."""
     at = {(thing["row"], thing["column"]): thing for thing in scene["objects"]}
     rows = []
     for index in range(picture.height * picture.width):
         row, column = index // picture.width * 3 // picture.height, index % picture.width * 3 // picture.width
-        thing = {"colour": "", "shape": "", "size": "", **at.get((row, column), {}), "row": row, "column": column}
-        rows.append([values.index(thing[name]) for name, values in LABELS.items()])
+        here = {"row": ROWS[row], "column": COLUMNS[column]}
+        thing = {"colour": "empty", "shape": "empty", **at.get((row, column), {}), **here}
+        rows.append([values.index(thing[name]) for name, values in WORDS.items()])
     return torch.tensor(rows)
 
 
@@ -210,6 +234,7 @@ def train_language(
     table = image_features(backbone, encoder)
     model, settings = backbone.model, backbone.model.config
     block = (settings.vision_start_token_id, settings.image_token_id, settings.vision_end_token_id)
+    line = backbone.processor.tokenizer("\n")["input_ids"][0]
     module = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
 
     def backward_at(step: int) -> float:
@@ -220,13 +245,14 @@ def train_language(
         again = rng if rng.random() < config.interleave else None
         total = 0.0
         for at in range(0, len(chosen), CHUNK):
-            batch = collate(chosen[at : at + CHUNK], block, settings.text_config.pad_token_id, again)
+            batch = collate(chosen[at : at + CHUNK], block, settings.text_config.pad_token_id, again, line)
             loss = answer_loss(backbone, batch, table) / learnt
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
 
-    return run_phase(Phase("language", config.steps, config.learning_rate, folder), module, backward_at)
+    phase = Phase("language", config.steps, config.learning_rate, folder, config.matrix_learning_rate)
+    return run_phase(phase, module, backward_at)
 
 
 def answer_loss(backbone: Qwen25VLBackbone, batch: Batch, table: Tensor) -> Tensor:

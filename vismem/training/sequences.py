@@ -19,6 +19,7 @@ from vismem.data.collate import prompt_messages, target_text
 from vismem.data.sample import Sample
 
 DELIMITERS = (",", ".", ";", ":")
+STRIPS = 0.6  # share of the images shown again that are strips
 IGNORED = -100  # the label of what is not learnt
 
 
@@ -123,9 +124,29 @@ class _Row:
             self.answer.append(False)
         self.next += max(picture.height, picture.width)
 
+    def strip(self, pictures: Sequence[Picture], line: int, rng: random.Random) -> None:
+        """At least half of the pictures' tokens, one position each, between two line breaks."""
+        places = [picture.start + index for picture in pictures for index in range(picture.height * picture.width)]
+        kept = sorted(rng.sample(places, rng.randint((len(places) + 1) // 2, len(places))))
+        self.token(line)
+        for place in kept:
+            self.token(self.block[1])
+            self.features[-1] = place
+        self.token(line)
 
-def collate(records: Sequence[Record], block: tuple[int, int, int], padding: int, rng: random.Random | None) -> Batch:
-    """Lay records out as one batch; with `rng`, each shows its images once more after one of its delimiters."""
+
+def collate(
+    records: Sequence[Record],
+    block: tuple[int, int, int],
+    padding: int,
+    rng: random.Random | None,
+    line: int | None = None,
+) -> Batch:
+    """Lay records out as one batch; with `rng`, each shows its images once more after one of its delimiters.
+
+    With `line`, the id of the line break, it shows them after up to three delimiters, each time either as an image
+    block or as a strip: some of its tokens, in reading order, on a line of their own.
+    """
     rows = []
     for record in records:
         row = _Row(block)
@@ -135,9 +156,12 @@ def collate(records: Sequence[Record], block: tuple[int, int, int], padding: int
                 row.picture(left.pop(0))
             else:
                 row.token(token)
-        again = rng.choice(record.breaks) if rng is not None and record.pictures else -1
+        times = 1 if line is None or rng is None else rng.randint(1, min(3, len(record.breaks)))
+        again = rng.sample(record.breaks, times) if rng is not None and record.pictures else []
         for index, token in enumerate(record.target):
-            if index == again:
+            if index in again and line is not None and rng is not None and rng.random() < STRIPS:
+                row.strip(record.pictures, line, rng)
+            elif index in again:
                 for picture in record.pictures:
                     row.token(block[0])
                     row.picture(picture)

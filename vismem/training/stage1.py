@@ -53,7 +53,6 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     data = inputs["validate"] / "data"
     samples, validation = training_samples(data / "train"), read_samples(data / "validation")
     trained = trainable(model, FORMATION)
-    identity = [config.seed, *(s.model_dump(mode="json") for s in (config.memory, config.invocation, config.stage1))]
 
     warm = config.stage1.warm_start
     train(
@@ -61,7 +60,6 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         trained,
         LoopSettings("warm_start", warm.steps, warm.learning_rate, 0.05),
         out,
-        identity,
         accelerator,
     )
     history = train(
@@ -69,7 +67,6 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         trained,
         loop_settings("stage1", config.stage1, len(samples)),
         out,
-        identity,
         accelerator,
     )
     arms: dict[str, InvocationPolicy] = {

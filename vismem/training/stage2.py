@@ -93,7 +93,6 @@ def stage2(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         trained,
         loop_settings("stage2", settings, len(samples)),
         out,
-        [config.seed, settings.model_dump(mode="json")],
         accelerator,
         rates={"tokens.end": settings.end_rate},
     )

@@ -32,10 +32,10 @@ class ScenesSource(Section):
     train: int = Field(4000, ge=0, description="questions in the train split [ours]")
     validation: int = Field(400, ge=0, description="questions in the validation split [ours]")
     test: int = Field(800, ge=0, description="questions in the test split [ours]")
-    pretrain: int = Field(12000, ge=0, description="questions that only the embedded base is trained on [ours]")
+    pretrain: int = Field(24000, ge=0, description="questions that only the embedded base is trained on [ours]")
     image_size: int = Field(84, ge=56, description="pixels, both sides; a multiple of 28 [ours]")
     min_objects: int = Field(3, ge=1, description="least objects in a scene; pretrain scenes [ours]")
-    max_objects: int = Field(6, ge=1, description="most objects in a scene; pretrain scenes [ours]")
+    max_objects: int = Field(5, ge=1, description="most objects in a scene; pretrain scenes [ours]")
     extra_objects: int = Field(2, ge=0, description="additional objects at most in train/validation/test scenes [ours]")
     tasks: tuple[str, ...] = Field((), description="task names to draw from; empty means all")
 
@@ -112,18 +112,16 @@ class BaseConfig(Section):
 
     model: str = Field("embedded", description="hub id or path for from_pretrained; 'embedded' builds and trains one")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights' type")
-    hidden_size: int = Field(128, description="embedded: width d of the language model")
-    layers: int = Field(4, description="embedded: language model layers")
+    hidden_size: int = Field(96, description="embedded: width d of the language model")
+    layers: int = Field(3, description="embedded: language model layers")
     heads: int = Field(4, description="embedded: attention heads")
     vision_width: int = Field(96, description="embedded: width of the vision encoder")
     vision_layers: int = Field(3, description="embedded: layers of the vision encoder")
-    vision_steps: int = Field(600, description="embedded: steps that train the vision tower on per-cell labels")
-    steps: int = Field(900, description="embedded: steps that train the language model")
+    vision_steps: int = Field(250, description="embedded: steps that train the vision tower on the cells of scenes")
+    steps: int = Field(1500, description="embedded: steps that train the language model")
     batch_size: int = Field(48, description="embedded: questions a step")
-    learning_rate: float = Field(2e-3, description="embedded: peak rate of AdamW")
-    matrix_learning_rate: float = Field(
-        0.02, description="embedded: peak rate of Muon on the language model's matrices"
-    )
+    learning_rate: float = Field(4e-3, description="embedded: peak rate of AdamW")
+    matrix_learning_rate: float = Field(0.01, description="embedded: peak rate of Muon on the towers' matrices")
     interleave: float = Field(0.5, ge=0, le=1, description="embedded: share of batches that show the images again")
 
 

@@ -221,7 +221,7 @@ def test_a_base_without_vision_or_that_is_missing_is_refused(tmp_path: Path) -> 
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     text_only.save_pretrained(tmp_path / "llama")
-    with pytest.raises(UserError, match="has no vision; supported: .*qwen2_5_vl"):
+    with pytest.raises(UserError, match=r"has no vision; supported: .*qwen2_5_vl"):
         base(Config.model_validate({"base": {"model": str(tmp_path / "llama")}}), {}, tmp_path / "out")
     with pytest.raises(UserError, match="no model that can be loaded"):
         base(Config.model_validate({"base": {"model": str(tmp_path / "nowhere")}}), {}, tmp_path / "out")

@@ -27,18 +27,20 @@ def save_base(folder: Path, seed: int = 0) -> Path:
     """Write a tiny random Qwen2.5-VL in Hugging Face format."""
     processor = build_processor([s.question for s in samples()] + [target_text(s) for s in samples()])
     model = build_model(BASE, processor, seed)
+    with torch.no_grad():  # a head that starts from the embeddings would only repeat the last word
+        model.lm_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
 def vismem(base: Path, memory: MemoryConfig = MEMORY, limit: int = 3, seed: int = 0) -> VisMemModel:
-    """VisMem on that base. Its adapters are moved off zero, so that an adapter left on would show."""
+    """VisMem on that base. What starts at zero is moved off it, so that an adapter left on would show."""
     model = VisMemModel(load_base(base), memory, InvocationConfig(max_per_answer=limit), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".up." in name and not name.startswith("policy_lora"):
+            if (".up." in name and not name.startswith("policy_lora")) or name == "long.output.weight":
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
 

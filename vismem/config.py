@@ -139,6 +139,9 @@ class MemoryConfig(Section):
     short_start: Literal["patches", "random"] = Field(
         "patches", description="start of the short M_init: pooled patches of the image, or random [measured]"
     )
+    long_start: Literal["patches", "random"] = Field(
+        "patches", description="start of the long M_init: pooled image tokens of the row, or random [measured]"
+    )
     init_std: float = Field(0.02, gt=0, description="standard deviation of random starts [ours]")
 
 
@@ -160,6 +163,7 @@ class WarmStartConfig(Section):
     steps: int = Field(0, ge=0, description="steps; 0 leaves it out, as the paper does")
     batch_size: int = Field(32, ge=1, description="questions a step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate")
+    at_start: float = Field(0.6, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
 
 
 class GrpoConfig(Section):

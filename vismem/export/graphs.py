@@ -131,7 +131,7 @@ class Decoder(nn.Module):
 
 
 def long_memory(former: LongFormer, hidden: Tensor) -> Tensor:
-    """The output projection and scale of the long former on the last N_l hidden states."""
+    """The output projection and scale of the long former on the last N_l hidden states, without what they stand on."""
     last = hidden[:, -former.length :]
     unit = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6)
     memory: Tensor = former.output(unit) * former.output_scale

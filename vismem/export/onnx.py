@@ -154,6 +154,7 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
             "long_length": model.length_of(MemoryKind.LONG),
             "merge": backbone.merge,
             "pool_patches": model.short.patches,
+            "pool_images": model.long.patches,
             "max_per_answer": model.invocation_config.max_per_answer,
         },
         "tokens": {

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vismem.data.sample import Sample
 from vismem.generation.cache import RowCache
@@ -170,6 +171,7 @@ class _Decoder:
             stream=self.stream[rows, :stream_length],
             positions=self.positions[:, rows, :stream_length],
             stream_mask=torch.arange(stream_length, device=rows.device) < used[:, None],
+            stream_visual=pad(self.prompt.visual[sample], (0, stream_length - self.prompt.visual.shape[1])),
             patches=self.patches,
         )
 

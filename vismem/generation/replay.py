@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from vismem.data.sample import Sample
@@ -198,7 +199,7 @@ class _Pass:
             full = torch.zeros_like(piece).index_copy(
                 0,
                 torch.tensor(rows, device=self.device),
-                torch.nn.functional.pad(memory, (0, 0, 0, width - memory.shape[1])),
+                pad(memory, (0, 0, 0, width - memory.shape[1])),
             )
             chosen = torch.zeros(len(self.rollouts), 1, dtype=torch.bool, device=self.device)
             chosen[rows] = True
@@ -238,6 +239,9 @@ class _Pass:
                 stream=embeds[index],
                 positions=positions[:, index],
                 stream_mask=keys[index],
+                stream_visual=pad(
+                    self.context.prompt.visual[sample], (0, keys.shape[1] - self.context.prompt.visual.shape[1])
+                ),
                 patches=self.context.patches,
             ),
         )

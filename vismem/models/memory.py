@@ -94,14 +94,7 @@ class ShortFormer(nn.Module):
         """Mean patch embedding (S, g * N_s, w) and position (S, g * N_s, 2): merged tokens shared out evenly."""
         samples, length, width = stream.start.shape
         tokens = length // self.merge
-        counts = (stream.vision.mask.sum(1) // self.merge)[:, None]  # (S, 1) merged tokens of each sample
-        token = torch.arange(tokens, device=counts.device)[None]
-        slot = torch.arange(self.length, device=counts.device)
-        shared = (token * self.length // counts.clamp_min(1))[:, None, :] == slot[None, :, None]
-        copied = (slot[None, :, None] * counts[:, :, None] // self.length) == token[:, None, :]
-        weight = torch.where((counts >= self.length)[:, :, None], shared, copied)  # (S, N_s, tokens)
-        weight = (weight & (token < counts)[:, None, :]).to(stream.start.dtype)
-        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1.0)
+        weight = pooling(stream.vision.mask[:, :: self.merge], self.length).to(stream.start.dtype)
         groups = stream.start.view(samples, tokens, self.merge * width)
         pooled = (weight @ groups).view(samples, self.length * self.merge, width)
         places = stream.vision.positions.to(weight.dtype).view(samples, tokens, self.merge * 2)
@@ -111,32 +104,39 @@ class ShortFormer(nn.Module):
 class LongFormer(nn.Module):
     """F_l: a LoRA adapter over the frozen language model, M = F_l([X, Q, M_init])[-N_l:] (Eq. 11).
 
-    Hidden states have another scale than embeddings: a learned projection (identity at the start) and a learned scale
-    (the ratio of the two at the start) bring the memory into the embedding space.
+    Hidden states have another scale than embeddings: a learned projection and a learned scale (the ratio of the two at
+    the start) bring the memory into the embedding space. With start 'patches', M_init stands on pooled image tokens of
+    the row and the projection, zero at the start, adds to them; with 'random' M_init is random and the projection is
+    the identity.
     """
 
     def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
         super().__init__()
         width = backbone.width
-        self.length = config.long_length
+        self.length, self.patches = config.long_length, config.long_start == "patches"
         with torch.no_grad():
             scale = backbone.embedding.weight.float().pow(2).mean().sqrt()
-        self.start = nn.Parameter(torch.randn(config.long_length, width) * scale.cpu())
+        start = torch.randn(config.long_length, width) * scale.cpu()
+        self.start = nn.Parameter(torch.zeros_like(start) if self.patches else start)
         self.query = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.query.weight)
-        nn.init.eye_(self.output.weight)
+        nn.init.zeros_(self.output.weight) if self.patches else nn.init.eye_(self.output.weight)
         self.query_scale = nn.Parameter(scale.cpu().clone())
         self.output_scale = nn.Parameter(scale.cpu().clone())
         self.lora = Lora(backbone.language_targets(), config.lora_rank, config.lora_alpha, config.lora_dropout)
 
-    def forward(self, backbone: Backbone, queries: Tensor, stream: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, backbone: Backbone, queries: Tensor, stream: Tensor, positions: Tensor, mask: Tensor, visual: Tensor
+    ) -> Tensor:
         """Queries (R, K, d); the row's own embeddings X (R, T, d), right-padded, `positions` (3, R, T), `mask` (R, T).
 
-        Returns (R, N_l, d).
+        `visual` (R, T) is True at the prompt's image tokens. Returns (R, N_l, d).
         """
         rows = len(stream)
         memory = self.start.expand(rows, -1, -1)
+        if self.patches:
+            memory = memory + pooling(visual, self.length).to(stream.dtype) @ stream
         added = torch.cat([self.query(queries) * self.query_scale, memory], dim=1)
         extra = added.shape[1]
         after = positions.masked_fill(~mask, -1).amax(dim=(0, 2)) + 1
@@ -150,7 +150,21 @@ class LongFormer(nn.Module):
             )
         last = hidden[:, -self.length :].to(self.output.weight.dtype)
         result: Tensor = self.output(_unit_rms(last)) * self.output_scale
-        return result
+        return result + memory if self.patches else result
+
+
+def pooling(visual: Tensor, slots: int) -> Tensor:
+    """(R, slots, T) weights that share the marked tokens of (R, T) out evenly to slots, in order.
+
+    A slot is the mean of its tokens; where there are fewer tokens than slots, tokens are repeated.
+    """
+    counts = visual.sum(1)[:, None, None]
+    rank = (visual.cumsum(1) - 1)[:, None, :]  # of each marked token among them
+    slot = torch.arange(slots, device=visual.device)[None, :, None]
+    shared = (rank * slots // counts.clamp_min(1)) == slot
+    copied = (slot * counts // slots) == rank
+    weight = torch.where(counts >= slots, shared, copied) & visual[:, None, :]
+    return weight / weight.sum(-1, keepdim=True).clamp_min(1)
 
 
 def causal_mask(keys: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class State:
     stream: Tensor  # (R, X, d) the row's embeddings so far, right-padded (long-term memory)
     positions: Tensor  # (3, R, X)
     stream_mask: Tensor  # (R, X)
+    stream_visual: Tensor  # (R, X) True at the prompt's image tokens
     patches: PatchStream | None  # of all prompts, made by `short_stream` (short-term memory)
 
 
@@ -154,7 +155,9 @@ class VisMemModel(nn.Module):
                 assert state.patches is not None
                 memory = self.short(self.backbone, queries, state.patches, state.sample)
             else:
-                memory = self.long(self.backbone, queries, state.stream, state.positions, state.stream_mask)
+                memory = self.long(
+                    self.backbone, queries, state.stream, state.positions, state.stream_mask, state.stream_visual
+                )
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
         return result
 

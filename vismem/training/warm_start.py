@@ -1,4 +1,4 @@
-"""Supervised start of stage I, an option of ours: reference answers are scored through memories at random places."""
+"""Supervised start of stage I, an option of ours: reference answers are scored through one memory each."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from vismem.training.loop import Metrics, batch_at
 
 
 class WarmStart:
-    """See loop.Objective: cross-entropy of the reference answers, memories inserted as stage I will insert them."""
+    """See loop.Objective: cross-entropy of the reference answers, one memory inserted as stage I will insert them."""
 
     def __init__(
         self, model: VisMemModel, samples: Sequence[Sample], config: Stage1Config, seed: int, accelerator: Accelerator
@@ -48,27 +48,23 @@ class WarmStart:
 
 
 def reference_rollout(model: VisMemModel, sample: Sample, config: Stage1Config, seed: int) -> Rollout:
-    """The reference answer of one sample as a rollout with at least one memory, at random delimiters."""
+    """The reference answer of one sample as a rollout with one memory: at its start, or after a random delimiter."""
     tokenizer = model.backbone.processor.tokenizer
     text = target_text(sample)
     words = [*tokenizer(text, add_special_tokens=False)["input_ids"], model.stop_ids[0]]
-    limit = model.invocation_config.max_per_answer
-    places = [i for i, before in enumerate(words[:-1]) if before in set(model.delimiter_ids)]
-    places = [*([0] if config.at_start else []), *(i + 1 for i in places)] or [0]
-    coins = draws(seed, row_key(sample.id, 0), "warm start", 2 * len(places) + 1)
-    chosen = [p for p, coin in zip(places, coins, strict=False) if coin < config.invoke_probability]
-    chosen = (chosen or [places[int(coins[-1] * len(places))]])[:limit]
+    breaks = [i + 1 for i, before in enumerate(words[:-1]) if before in set(model.delimiter_ids)]
+    early, place, kind = draws(seed, row_key(sample.id, 0), "warm start", 3)
+    at = 0 if early < config.warm_start.at_start or not breaks else breaks[int(place * len(breaks))]
+    chosen = MemoryKind.SHORT if kind < 0.5 else MemoryKind.LONG
     tokens: list[int] = []
     loss: list[bool] = []
-    invocations: list[Invocation] = []
     for index, word in enumerate(words):
-        if index in chosen:
-            kind = MemoryKind.SHORT if coins[len(places) + places.index(index)] < 0.5 else MemoryKind.LONG
-            invocations.append(Invocation(len(tokens), kind, forced=True))
-            inserted = [model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind]]
+        if index == at:
+            invocation = Invocation(len(tokens), chosen, forced=True)
+            inserted = [model.invoke_ids[chosen], *[LATENT] * model.length_of(chosen), model.end_ids[chosen]]
             tokens += inserted
             loss += [False] * len(inserted)
         tokens.append(word)
         loss.append(True)
     zeros = (0.0,) * len(tokens)
-    return Rollout(sample.id, tuple(tokens), tuple(loss), zeros, tuple(invocations), text, text, True, len(words))
+    return Rollout(sample.id, tuple(tokens), tuple(loss), zeros, (invocation,), text, text, True, len(words))

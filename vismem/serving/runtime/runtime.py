@@ -186,6 +186,10 @@ class Answer:
 
     def _long(self, tokens: Floats) -> Floats:
         """The whole stream and the tokens through the language model, its LoRA on."""
+        length = self.memory_settings["long_length"]
+        if self.memory_settings["pool_images"]:  # M_init stands on pooled image tokens, and so does the memory
+            seen = self.embeddings[: len(self.prompt.ids)][self.prompt.visual]
+            tokens[-length:] += shares(length, len(seen)) @ seen
         sequence = np.concatenate([self.embeddings[: self.used], tokens])
         following = self.positions[:, : self.used].max() + 1 + np.arange(len(tokens), dtype=np.float32)
         tail = np.broadcast_to(following, (3, len(tokens)))
@@ -197,7 +201,7 @@ class Answer:
             **dict.fromkeys(self.past, self.nothing),
         )
         memory: Floats = out["memory"][0]
-        return memory
+        return memory + tokens[-length:] if self.memory_settings["pool_images"] else memory
 
     def _short(self, queries: Floats) -> Floats:
         """Queries and memory tokens beside the patches in the vision encoder, its LoRA on."""
@@ -225,10 +229,16 @@ class Answer:
         if not self.memory_settings["pool_patches"]:
             return np.zeros((slots * merge, start.shape[1]), np.float32), np.zeros((slots * merge, 2), np.float32)
         count = len(start) // merge
-        token, slot = np.arange(count)[None], np.arange(slots)[:, None]
-        share = token * slots // count == slot if count >= slots else slot * count // slots == token
-        weight = share.astype(np.float32)
-        weight /= weight.sum(1, keepdims=True)
+        weight = shares(slots, count)
         pooled = weight @ start.reshape(count, -1)
         places = weight @ self.patches.positions.astype(np.float32).reshape(count, -1)
         return pooled.reshape(slots * merge, -1), places.reshape(slots * merge, 2)
+
+
+def shares(slots: int, count: int) -> Floats:
+    """(slots, count) weights that share `count` tokens out evenly to slots, in order: means, or copies if too few."""
+    token, slot = np.arange(count)[None], np.arange(slots)[:, None]
+    share = token * slots // count == slot if count >= slots else slot * count // slots == token
+    weight: Floats = share.astype(np.float32)
+    weight /= weight.sum(1, keepdims=True)
+    return weight

@@ -208,10 +208,10 @@ class Stage2Config(GrpoConfig):
     kl_coefficient: float = Field(0.030, ge=0, description="beta [paper]")
     target_kl: float = Field(0.05, ge=0, description="per token; more KL than this ends a batch's updates")
     start_probability: float = Field(
-        0.4,
-        gt=0,
-        lt=0.9,
-        description="chance of an invocation at the start and after delimiters, before training [ours]",
+        0.7, gt=0, lt=1, description="chance of a memory at the answer's start, before training [ours]"
+    )
+    delimiter_probability: float = Field(
+        0.05, gt=0, lt=1, description="chance of a memory after a delimiter, before training [ours]"
     )
     penalty: float = Field(0.3, ge=0, description="alpha, intensity of p_type + p_neg [paper Eq. 15]")
     end_rate: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")

@@ -31,7 +31,7 @@ WARM_UP = 8  # items that every arm answers once, untimed, before the first time
 
 
 def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
-    """Write predictions an arm, `metrics.json`, `scores.json`, `plots/`, `report.html`; return the result in a sentence.
+    """Write predictions, `metrics.json`, `scores.json`, `plots/` and `report.html`; return the result in a sentence.
 
     UserError for an unknown arm, a test split without rows, or a model that cannot be loaded.
     """

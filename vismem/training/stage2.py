@@ -1,7 +1,7 @@
 """The step `stage2`: memory invocation. Formation is frozen; the new tokens' rows learn when to invoke which.
 
 Paper Sec. 3.4, Eq. 13-15. Where the first invocations come from is a choice of ours: the invoke tokens' rows in the
-head are fitted so that each kind has a chosen chance after delimiters and at the answer's start, and hardly any
+head are fitted so that memory has a chosen chance at the answer's start and another after delimiters, and hardly any
 elsewhere; from there GRPO moves them.
 """
 
@@ -30,7 +30,7 @@ from vismem.training.stage1 import describe, finish, loop_settings, trainable, t
 INVOCATION = ("tokens.",)
 POLICY_LORA = ("policy_lora.",)
 FITTED = 64  # train questions whose answers the head's rows are fitted on
-ELSEWHERE = 0.002  # chance of each kind between delimiters, at the start
+ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
 
 
 class Invocation(GrpoObjective):
@@ -104,13 +104,14 @@ def stage2(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 def fit_invocation(model: VisMemModel, samples: Sequence[Sample], config: Stage2Config, seed: int) -> None:
     """Set the head's invoke rows so that memory starts with a chosen chance (logistic regression of that chance).
 
-    `config.start_probability` holds at the answer's start and after delimiters; the two kinds share it equally.
+    `config.start_probability` holds at the answer's start, `config.delimiter_probability` after delimiters; the two
+    kinds share them equally.
     """
     states, wanted = _decisions(model, samples, config, seed)
     others = model.backbone.head(states).double().logsumexp(-1)
     features, target = states.double(), torch.tensor(wanted, dtype=torch.double, device=states.device)
-    opening = target > target.min()
-    weight = torch.where(opening, 0.5 / opening.sum(), 0.5 / (~opening).sum())  # both sorts of place count the same
+    _, sort, counts = torch.unique(target, return_inverse=True, return_counts=True)
+    weight = 1 / counts[sort] / len(counts)  # every sort of place counts the same
     row = torch.zeros(features.shape[1], dtype=torch.double, device=states.device, requires_grad=True)
     bias = others.mean().detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([row, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -147,6 +148,7 @@ def _decisions(
                 if token == LATENT or token in model.end_ids.values():
                     continue
                 states.append(hidden[row, index])
-                opening = before is None or before in model.delimiter_ids
-                wanted.append(config.start_probability if opening else 2 * ELSEWHERE)
+                delimiter = before in model.delimiter_ids
+                between = config.delimiter_probability if delimiter else ELSEWHERE
+                wanted.append(config.start_probability if before is None else between)
     return torch.stack(states), wanted

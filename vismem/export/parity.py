@@ -135,6 +135,6 @@ def first_difference(reference: Sequence[int], found: Sequence[int]) -> str:
 
 
 def _both_kinds(place: int) -> dict[int, MemoryKind]:
-    """Both memories at the answer's start, the order changing from item to item."""
+    """One memory at the answer's start and the other after its first word, the order changing from item to item."""
     kinds = (MemoryKind.SHORT, MemoryKind.LONG)
-    return {decision: kinds[(decision + place) % 2] for decision in range(2)}
+    return {decision: kinds[(decision // 2 + place) % 2] for decision in (0, 2)}

@@ -55,6 +55,7 @@ class _Row:
         self.decisions = 0
         self.answer_length = 0
         self.after_delimiter = False
+        self.remembering = False  # a memory was inserted, and no word has followed it yet
         self.finished = False
 
     def add(self, token: int, loss: bool, logprob: float) -> None:
@@ -201,7 +202,7 @@ class _Decoder:
             np.array([record.after_delimiter for record in records]),
             count,
         )
-        over = (count >= self.limit) | np.array([record.finished for record in records])
+        over = (count >= self.limit) | np.array([record.finished or record.remembering for record in records])
         barred = ~self.policy.allowed(view) | over[:, None]
         logits[:, self.model.vocabulary :].masked_fill_(torch.from_numpy(barred).to(logits.device), -torch.inf)
         if self.temperature == 0:
@@ -236,6 +237,7 @@ class _Decoder:
                 record.finished = stopped or record.answer_length >= self.max_new_tokens
             record.decisions += 1
             record.after_delimiter = token in self.delimiters
+            record.remembering = token in kinds
 
     def _rollout(self, index: int, row: _Row) -> Rollout:
         tokenizer = self.backbone.processor.tokenizer

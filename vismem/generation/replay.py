@@ -263,6 +263,8 @@ class _Pass:
         for row, rollout in enumerate(self.rollouts):
             ids[row, : len(rollout.token_ids)] = torch.tensor(rollout.token_ids)
             mask[row, : len(rollout.token_ids)] = torch.tensor(rollout.loss_mask)
+            for invocation in rollout.invocations:  # a word comes first after every memory
+                full[row, invocation.position + self.model.length_of(invocation.kind) + 2 :][:1] = True
             if len(rollout.invocations) >= limit > 0:
                 full[row, rollout.invocations[limit - 1].position + 1 :] = True
         ids, mask, full = ids.to(self.device), mask.to(self.device), full.to(self.device)

@@ -115,12 +115,13 @@ class Answer:
         segment, text = self.used, TextStream(self.bundle.tokenizer)
         vocabulary = logits.shape[0] - 2
         words = invoked = decision = 0
+        remembering = False  # a memory was inserted, and no word has followed it yet
         while True:
             logits[[t for t in (*self.tokens["invoke"], *self.tokens["end"]) if t < vocabulary]] = -np.inf
-            if not memory or invoked >= self.limit:
+            if not memory or remembering or invoked >= self.limit:
                 logits[vocabulary:] = -np.inf
             column = sampler(logits)
-            if decision in force and invoked < self.limit:
+            if decision in force and not remembering and invoked < self.limit:
                 column = vocabulary + KINDS.index(force[decision])
             decision += 1
             if column >= vocabulary:
@@ -128,10 +129,10 @@ class Answer:
                 self._feed(self._embed([self.tokens["invoke"][index]]))
                 vectors = self._form(KINDS[index], segment)
                 logits = self._feed(np.concatenate([vectors, self._embed([self.tokens["end"][index]])]))
-                segment = self.used
+                segment, remembering = self.used, True
                 yield Chunk("", KINDS[index], self.tokens["invoke"][index], vectors)
                 continue
-            words += 1
+            words, remembering = words + 1, False
             stopped = column in self.tokens["stop"]
             yield Chunk(text.add(column), "token", column)
             if stopped or words >= max_new_tokens:

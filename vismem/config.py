@@ -29,9 +29,9 @@ class ScenesSource(Section):
     """Generated scenes of coloured shapes with questions asked from the scene's own truth."""
 
     kind: Literal["scenes"] = "scenes"
-    train: int = Field(4000, ge=0, description="questions in the train split [ours]")
+    train: int = Field(8000, ge=0, description="questions in the train split [ours]")
     validation: int = Field(400, ge=0, description="questions in the validation split [ours]")
-    test: int = Field(800, ge=0, description="questions in the test split [ours]")
+    test: int = Field(1200, ge=0, description="questions in the test split [ours]")
     pretrain: int = Field(24000, ge=0, description="questions that only the embedded base is trained on [ours]")
     image_size: int = Field(84, ge=56, description="pixels, both sides; a multiple of 28 [ours]")
     min_objects: int = Field(3, ge=1, description="least objects in a scene; pretrain scenes [ours]")
@@ -150,7 +150,7 @@ class InvocationConfig(Section):
 
     delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
     token_start: str = Field("\n", description="delimiter whose embedding the four new rows start as [ours]")
-    max_per_answer: int = Field(3, ge=0, description="invocations an answer at most [ours]")
+    max_per_answer: int = Field(2, ge=0, description="invocations an answer at most [ours]")
     perturbation: float = Field(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 
 
@@ -160,10 +160,10 @@ class InvocationConfig(Section):
 class WarmStartConfig(Section):
     """Optional supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
 
-    steps: int = Field(0, ge=0, description="steps; 0 leaves it out, as the paper does")
+    steps: int = Field(900, ge=0, description="steps; 0 leaves it out, as the paper does")
     batch_size: int = Field(32, ge=1, description="questions a step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate")
-    at_start: float = Field(0.6, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
+    at_start: float = Field(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
 
 
 class GrpoConfig(Section):
@@ -185,7 +185,7 @@ class GrpoConfig(Section):
     target_kl: float = Field(0.03, ge=0, description="per token; more KL than this ends a batch's updates; 0: never")
     normalise_by_std: bool = Field(True, description="divide advantages by the group's standard deviation [paper]")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of rollouts [ours]")
-    max_new_tokens: int = Field(48, ge=1, description="longest answer in tokens, latents not counted")
+    max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens, latents not counted")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     sample_every: int = Field(20, ge=1, description="steps between logged samples")
 
@@ -193,6 +193,8 @@ class GrpoConfig(Section):
 class Stage1Config(GrpoConfig):
     """Stage I, formation: trains the query builder and both formers; memory is invoked at random."""
 
+    steps: int = Field(30, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate; at this size far above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
     at_start: bool = Field(True, description="the answer's first position counts as a delimiter [ours]")
     anywhere_after: float = Field(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
@@ -203,15 +205,17 @@ class Stage1Config(GrpoConfig):
 class Stage2Config(GrpoConfig):
     """Stage II, invocation: trains the new tokens' rows, optionally LoRA on the policy."""
 
-    learning_rate: float = Field(1e-5, gt=0, description="peak rate [paper]")
+    steps: int = Field(70, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    group_size: int = Field(8, ge=2, description="G, rollouts a prompt [paper: 16]")
+    learning_rate: float = Field(2e-2, gt=0, description="peak rate; only rows are trained [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.030, ge=0, description="beta [paper]")
     target_kl: float = Field(0.05, ge=0, description="per token; more KL than this ends a batch's updates")
     start_probability: float = Field(
-        0.7, gt=0, lt=1, description="chance of a memory at the answer's start, before training [ours]"
+        0.9, gt=0, lt=1, description="chance of a memory at the answer's start, before training [ours]"
     )
     delimiter_probability: float = Field(
-        0.05, gt=0, lt=1, description="chance of a memory after a delimiter, before training [ours]"
+        0.01, gt=0, lt=1, description="chance of a memory after a delimiter, before training [ours]"
     )
     penalty: float = Field(0.3, ge=0, description="alpha, intensity of p_type + p_neg [paper Eq. 15]")
     end_rate: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
@@ -229,7 +233,7 @@ class EvaluateConfig(Section):
     )
     limit: int | None = Field(None, ge=1, description="test items at most; null means all")
     batch_size: int = Field(64, ge=1, description="rows decoded together")
-    max_new_tokens: int = Field(48, ge=1, description="longest answer in tokens")
+    max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens")
     bootstrap: int = Field(2000, ge=100, description="bootstrap resamples of the items")
 
 

@@ -4,7 +4,7 @@ SERVING_PYTHON ?= $(PYTHON)
 PIP_FLAGS ?=
 
 export OMP_WAIT_POLICY = passive
-PIP = -m pip --disable-pip-version-check install $(PIP_FLAGS)
+PIP = -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 VISMEM = .venv/bin/vismem
 INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed

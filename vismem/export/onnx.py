@@ -24,7 +24,6 @@ from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.export.graphs import Builder, Decoder, ShortMemory, VisionEncoder
 from vismem.generation.types import MemoryKind
-from vismem.models.processor import IMAGE_TOKEN
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_file
 
@@ -200,9 +199,9 @@ def prompt_parts(processor: Any) -> dict[str, str]:
     for count in range(4):
         if render(count, mark) != before + image * count + mark + after:
             raise UserError(f"the base's chat template does not put {count} images right before the question")
-    if IMAGE_TOKEN not in image:
-        raise UserError(f"the base's chat template has no {IMAGE_TOKEN} for an image")
-    return parts | {"image_token": IMAGE_TOKEN}
+    if processor.image_token not in image:
+        raise UserError(f"the base's chat template has no {processor.image_token} for an image")
+    return parts | {"image_token": processor.image_token}
 
 
 def _exported(graph: Graph, weights: WeightFile, opset: int) -> onnx_ir.Model:

@@ -18,7 +18,6 @@ from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream
 from vismem.models.lora import Lora
 from vismem.models.memory import LongFormer, QueryBuilder, ShortFormer
-from vismem.models.processor import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 1
@@ -209,13 +208,12 @@ class VisMemModel(nn.Module):
 
 def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
     """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     try:
-        family = AutoConfig.from_pretrained(str(base)).model_type
-        check_family(family)
+        check_family(AutoConfig.from_pretrained(str(base)).model_type)
         model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
-        processor = load_processor(base, family)
+        processor = AutoProcessor.from_pretrained(str(base))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vismem.config import Config
 from vismem.data.collate import answer_part, prompt_messages, target_text
@@ -17,7 +17,6 @@ from vismem.data.sample import Sample, read_samples
 from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
-from vismem.models.processor import load_processor
 from vismem.training.embedded import build_model, build_processor
 from vismem.training.pretraining import train_language, train_vision
 from vismem.training.sequences import Encoder
@@ -103,7 +102,7 @@ def _resolve(config: Config, out: Path) -> str:
         )
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, config.base.dtype))
     model.save_pretrained(out)
-    load_processor(name, settings.model_type).save_pretrained(out)
+    AutoProcessor.from_pretrained(name).save_pretrained(out)
     (out / "metrics.json").write_text(json.dumps({"model": name, "parameters": model.num_parameters()}))
     (out / "loss.json").write_text("[]")
     return f"base: {name}, {model.num_parameters() / 1e9:.2f}B parameters, copied"

@@ -14,13 +14,13 @@ from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vismem.config import BaseConfig
-from vismem.models.processor import VisionProcessor
 
 CELL = 28  # pixels a side of what becomes one visual token: 14-pixel patches, merged 2x2
 LEAST_PIXELS, MOST_PIXELS = (3 * CELL) ** 2, (6 * CELL) ** 2  # smaller and larger images are resized
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor(texts: Iterable[str]) -> VisionProcessor:
+def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
     """A Qwen2.5-VL processor whose byte-level BPE was trained on `texts`.
 
     Qwen's own splitting rule keeps punctuation apart from words, so every delimiter is a token of its own.
@@ -82,12 +82,11 @@ def build_processor(texts: Iterable[str]) -> VisionProcessor:
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
         padding_side="left",
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
     images = Qwen2VLImageProcessorPil(min_pixels=LEAST_PIXELS, max_pixels=MOST_PIXELS)
-    return VisionProcessor(images, tokenizer)
+    return Qwen2_5_VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def build_model(config: BaseConfig, processor: VisionProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(config: BaseConfig, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """An untrained model of the configured size that fits the processor's vocabulary."""
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     axis = config.hidden_size // config.heads // 2  # rotary frequencies a head, shared out to three axes
@@ -159,7 +158,7 @@ def initialise(model: Qwen2_5_VLForConditionalGeneration, seed: int) -> None:
 
 
 @torch.no_grad()
-def share_words(model: Qwen2_5_VLForConditionalGeneration, processor: VisionProcessor) -> None:
+def share_words(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
     """A word starts the same with and without a space before it, and the head starts as half the embeddings.
 
     With this, what the vision tower learns to say of a cell (see `pretraining`) can be copied out from the first step.

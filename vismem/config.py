@@ -252,7 +252,7 @@ class GateConfig(Section):
     min_gain_low: float = Field(0.0, description="least lower end of the gain's 95 % interval, points")
     max_capability_drop: float = Field(2.0, ge=0, description="largest loss of any one capability, points")
     max_time_overhead: float = Field(
-        1.5, ge=0, description="largest overhead in seconds a sample over vanilla, 0.44 = +44 %; short answers need more"
+        1.5, ge=0, description="largest overhead in seconds a sample over vanilla; 0.44 = +44 %, the most in the paper"
     )
     champion_margin: float = Field(0.0, description="points by which the present champion must be exceeded")
     other_data: Literal["pass", "refuse"] = Field(

@@ -187,7 +187,7 @@ class GrpoConfig(Section):
     temperature: float = Field(1.0, gt=0, description="sampling temperature of rollouts [ours]")
     max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens, latents not counted")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
-    sample_every: int = Field(20, ge=1, description="steps between logged samples")
+    sample_every: int = Field(10, ge=1, description="steps between logged groups of answers")
 
 
 class Stage1Config(GrpoConfig):

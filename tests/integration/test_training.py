@@ -72,6 +72,13 @@ def test_stage1_leaves_every_weight_of_the_base_bit_identical(tiny_base: Path, t
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_a_stage_keeps_a_group_of_answers_every_few_steps(name: str, stages: dict[str, Path]) -> None:
+    lines = (stages[name] / "samples" / "000000.jsonl").read_text().splitlines()
+    assert len(lines) == GRPO["group_size"]
+    assert json.loads(lines[0]).keys() == {"question", "reference", "answer", "reward"}
+
+
 def test_stage2_changes_only_the_new_tokens_rows(stages: dict[str, Path]) -> None:
     formation, after = weights(stages["stage1"]), weights(stages["stage2"])
     assert all(torch.equal(formation[name], after[name]) for name in formation)

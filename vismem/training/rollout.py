@@ -1,8 +1,10 @@
 """Rollouts and their gradient: what stage I, stage II and baselines have in common (paper Sec. 3.4)."""
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -32,11 +34,21 @@ class RolloutBatch:
 
 
 class GrpoObjective:
-    """See loop.Objective. Subclasses say how answers are decoded and what is taken off their score."""
+    """See loop.Objective. Subclasses say how answers are decoded and what is taken off their score.
+
+    With `out`, one group of answers goes to `out/samples/STEP.jsonl` every `config.sample_every` steps.
+    """
 
     def __init__(
-        self, model: VisMemModel, samples: Sequence[Sample], config: GrpoConfig, seed: int, accelerator: Accelerator
+        self,
+        model: VisMemModel,
+        samples: Sequence[Sample],
+        config: GrpoConfig,
+        seed: int,
+        accelerator: Accelerator,
+        out: Path | None = None,
     ) -> None:
+        self.out = out
         self.model, self.samples, self.config, self.seed = model, samples, config, seed
         self.accelerator = accelerator
         self.prompts_need_gradient = False  # does what is trained change how prompts are read?
@@ -78,6 +90,8 @@ class GrpoObjective:
         metrics = {"reward": float(rewards.mean()), **rollout_figures(rollouts)}
         metrics["penalty"] = float((rewards - shaped).mean())
         metrics["zero_variance_groups"] = float((shaped.std(dim=1, correction=0) == 0).float().mean())
+        if self.out and step % self.config.sample_every == 0 and self.accelerator.is_main_process:
+            _write_group(self.out / "samples" / f"{step:06d}.jsonl", batch[0], rollouts[: rewards.shape[1]], rewards[0])
         return RolloutBatch(batch, tuple(rollouts), advantages, policy, metrics)
 
     def backward(self, batch: RolloutBatch) -> Metrics:
@@ -128,6 +142,14 @@ class GrpoObjective:
             limit=policy.limit,
             temperature=self.config.temperature,
         )
+
+
+def _write_group(file: Path, sample: Sample, rollouts: Sequence[Rollout], rewards: Tensor) -> None:
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w") as lines:
+        for rollout, reward in zip(rollouts, rewards.tolist(), strict=True):
+            line = {"question": sample.question, "reference": sample.answer, "answer": rollout.marked_text}
+            lines.write(json.dumps({**line, "reward": reward}, ensure_ascii=False) + "\n")
 
 
 def words_without_memory(

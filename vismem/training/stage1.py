@@ -63,7 +63,7 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         accelerator,
     )
     history = train(
-        Formation(model, samples, config.stage1, config.seed, accelerator),
+        Formation(model, samples, config.stage1, config.seed, accelerator, out),
         trained,
         loop_settings("stage1", config.stage1, len(samples)),
         out,

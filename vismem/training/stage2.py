@@ -86,7 +86,7 @@ def stage2(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     fit_invocation(model, samples[:FITTED], settings, config.seed)
     model.policy_lora.enabled = settings.policy_lora
     trained = trainable(model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
-    objective = Invocation(model, samples, settings, config.seed, accelerator)
+    objective = Invocation(model, samples, settings, config.seed, accelerator, out)
     objective.prompts_need_gradient = settings.policy_lora
     history = train(
         objective,

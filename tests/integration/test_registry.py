@@ -45,6 +45,8 @@ class Project:
         (self.steps["evaluate"] / "plots" / "scores.png").write_bytes(b"png")
         (self.steps["evaluate"] / "report.html").write_text("<p>scores</p>")
         bundle = self.steps["export"]
+        (bundle / "training").mkdir(parents=True, exist_ok=True)
+        (bundle / "training" / "stage1.csv").write_text("step,reward,kl\n0,0.25,\n1,0.5,0.01\n")
         _write(bundle / "parity.json", {"passed": True, "items": 4, "greedy_equal": 4, "max_memory_difference": 1e-6})
         _write(bundle / "lineage.json", {"git": {"commit": "c0ffee"}, "data_sha256": "da7a", "params": {"seed": 0}})
         (bundle / "vismem").mkdir(exist_ok=True)
@@ -114,6 +116,8 @@ def test_a_registered_bundle_is_a_challenger_with_run_files_lineage_and_verdict(
     assert run.info.status == "FINISHED"
     assert run.data.metrics["gain/overall/delta"] == 6.0
     assert run.data.metrics["arms/vanilla/overall"] == 60.0
+    curve = store.client.get_metric_history(made["run_id"], "stage1/reward")
+    assert [(point.step, point.value) for point in curve] == [(0, 0.25), (1, 0.5)]
     assert run.data.params["gate.min_gain"] == str(project.config.gate.min_gain)
     files = {item.path for folder in ("", "evaluate", "validate") for item in _list(store, made["run_id"], folder)}
     assert {"verdict.json", "evaluate/report.html", "evaluate/plots", "validate/report.html"} <= files

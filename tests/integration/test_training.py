@@ -108,7 +108,7 @@ def test_a_killed_and_resumed_stage_equals_an_unbroken_one(
     for file in ("memory.safetensors", "policy.safetensors"):
         expected, resumed = weights(stages[name], file), weights(tmp_path, file)
         assert all(torch.equal(expected[key], resumed[key]) for key in expected)
-    assert (tmp_path / f"{name}.jsonl").read_text() == (stages[name] / f"{name}.jsonl").read_text()
+    assert (tmp_path / f"{name}.csv").read_text() == (stages[name] / f"{name}.csv").read_text()
 
 
 def test_metrics_of_the_same_seed_are_the_same(stages: dict[str, Path], tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])  # float32, whatever it was trained in
     model.save_pretrained(out / "vismem")
     model.backbone.processor.save_pretrained(out / "processor")
+    (out / "training").mkdir()
+    for curve in inputs["stage2"].glob("*.csv"):
+        shutil.copy(curve, out / "training")
     write_graphs(model, out / "onnx", config.export.opset)
     parity = check_parity(
         model,

@@ -16,6 +16,7 @@ from vismem.registry.tracking import (
     Version,
     aliased,
     create_version,
+    log_curve,
     log_metrics,
     log_model_folder,
     log_params,
@@ -107,6 +108,8 @@ def _new_version(
         model_id = log_model_folder(store, run_id, inputs["export"], {"base": config.base.model})
         numbers = {name: metrics[name] for name in ("n", "arms", "gain", "overhead") if name in metrics}
         log_metrics(store, run_id, model_id, numbers)
+        for curve in sorted((inputs["export"] / "training").glob("*.csv")):
+            log_curve(store, run_id, curve)
         return create_version(store, run_id, model_id, tags)
 
 

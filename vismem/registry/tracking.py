@@ -3,6 +3,7 @@
 MLflow gives a version's number as int on SQLite and as str over REST; here it is always str.
 """
 
+import csv
 import logging
 import os
 import time
@@ -27,6 +28,7 @@ from mlflow.exceptions import MlflowException
 P = ParamSpec("P")
 R = TypeVar("R")
 SQLITE = "sqlite:///"
+METRICS_PER_REQUEST = 500
 TAGS_PER_REQUEST = 100  # MLflow's limit, for parameters too
 LONGEST_PARAM = 6000
 
@@ -138,8 +140,22 @@ def log_metrics(store: Store, run_id: str, model_id: str, values: Mapping[str, A
         Metric(_metric_name(key), float(value), now, 0, model_id=model_id, run_id=run_id)
         for key, value in numbers.items()
     ]
-    for start in range(0, len(metrics), 500):
-        store.client.log_batch(run_id, metrics=metrics[start : start + 500])
+    for start in range(0, len(metrics), METRICS_PER_REQUEST):
+        store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
+
+
+def log_curve(store: Store, run_id: str, file: Path) -> None:
+    """Log a stage's curve (CSV with a column `step`) as `stage1/reward` and so on, one value a step."""
+    now = int(time.time() * 1000)
+    with file.open(newline="") as lines:
+        metrics = [
+            Metric(_metric_name(f"{file.stem}/{name}"), float(value), now, int(row["step"]), run_id=run_id)
+            for row in csv.DictReader(lines)
+            for name, value in row.items()
+            if name != "step" and value
+        ]
+    for start in range(0, len(metrics), METRICS_PER_REQUEST):
+        store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
 
 
 def log_model_folder(store: Store, run_id: str, folder: Path, params: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ Everything random is drawn from the seed and the step, and checkpoints hold para
 that was killed and resumed equals one that was not.
 """
 
+import csv
 import json
 import math
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ def train(
     accelerator: Accelerator,
     rates: Mapping[str, float] | None = None,
 ) -> list[Metrics]:
-    """Optimise `parameters`; returns one dict a step, also written to `out/NAME.jsonl`.
+    """Optimise `parameters`; returns one dict a step, also written to `out/NAME.csv`.
 
     `rates` are learning rates of single parameters relative to the others. A checkpoint in `out` is resumed.
     """
@@ -94,9 +95,17 @@ def train(
                 checkpoint.save(named, optimizer, history)
     if accelerator.is_main_process:
         checkpoint.save(named, optimizer, history)
-        lines = (json.dumps({k: round(v, 6) for k, v in row.items()}) for row in history)
-        (out / f"{settings.name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        _write_curve(out / f"{settings.name}.csv", history)
     return history
+
+
+def _write_curve(file: Path, history: list[Metrics]) -> None:
+    """One line a step; a figure that a step does not have stays empty."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+    with file.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, names)
+        writer.writeheader()
+        writer.writerows({name: round(value, 6) for name, value in row.items()} for row in history)
 
 
 def _share_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:

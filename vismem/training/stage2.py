@@ -6,6 +6,7 @@ elsewhere; from there GRPO moves them.
 """
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class Invocation(GrpoObjective):
 
 
 def stage2(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
-    """Train when to invoke which memory; writes the complete model, logs and metrics to `out`."""
+    """Train when to invoke which memory; writes the complete model, both stages' curves and metrics to `out`."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(config.seed)
     settings = config.stage2
@@ -97,6 +98,8 @@ def stage2(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         rates={"tokens.end": settings.end_rate},
     )
     arms = {"vanilla": Off(), "vismem": Learned(), "random_50": Random(probability=0.5)}
+    for curve in inputs["stage1"].glob("*.csv"):
+        shutil.copy(curve, out)
     metrics = finish(model, validation, arms, settings, config.seed, history, out, accelerator)
     return f"stage2: {len(history)} GRPO steps; validation {describe(metrics)}"
 

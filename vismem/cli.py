@@ -7,6 +7,7 @@ Heavy parts load late. What the person at the keyboard can mend ends as one line
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,6 +189,7 @@ def _run_ui(arguments: argparse.Namespace) -> int:
     config, _ = _enter(arguments)
     from vismem.registry.ui import serve_ui
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server goes with us
     return serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
 
 

@@ -127,6 +127,12 @@ class _Pass:
         self.device = sample.device
         self.longest = max(len(rollout.token_ids) for rollout in rollouts)
         self.latents: list[Tensor] = []
+        # what has been read so far, right-padded: the prompt, then chunk after chunk
+        self.keys = context.prompt.mask[sample]
+        self.embeds = context.prompt.embeds[sample]
+        self.positions = context.prompt.positions[:, sample]
+        self.seen = [context.last[sample][:, None]]  # hidden states
+        self.place = torch.zeros(len(sample), self.longest + 1, dtype=torch.long, device=self.device)  # in `seen`
 
     def hidden(self) -> Tensor:
         """(R, T, d): the hidden state from which each token of the answer was predicted."""
@@ -134,31 +140,27 @@ class _Pass:
         cache = DynamicCache()
         for layer, held in enumerate(context.cache.layers):
             cache.update(held.keys[sample], held.values[sample], layer)
-        keys = context.prompt.mask[sample]
-        embeds = context.prompt.embeds[sample]
-        positions = context.prompt.positions[:, sample]
         following = context.prompt.next_position()[sample]
-        place = torch.zeros(len(sample), self.longest + 1, dtype=torch.long, device=self.device)  # in `seen`
-        seen = [context.last[sample][:, None]]
         for chunk in self._chunks():
             lengths = torch.tensor([b - a for a, b in zip(chunk.start, chunk.stop, strict=True)], device=self.device)
             width = int(lengths.max())
-            piece = self._embed(chunk, width, keys, embeds, positions, seen, place)
+            piece = self._embed(chunk, width)
             offset = torch.arange(width, device=self.device)
             real = offset < lengths[:, None]
             at = (following[:, None] + offset).expand(3, -1, -1)
-            keys = torch.cat([keys, real], dim=1)
-            mask = causal_mask(keys)[:, :, -width:]
+            self.keys = torch.cat([self.keys, real], dim=1)
+            mask = causal_mask(self.keys)[:, :, -width:]
             hidden = backbone.language(piece, at, mask, cache)
-            before = sum(part.shape[1] for part in seen)
+            before = sum(part.shape[1] for part in self.seen)
             start = torch.tensor(chunk.start, device=self.device)
             row, column = real.nonzero(as_tuple=True)
-            place[row, start[row] + column + 1] = before + column
-            seen.append(hidden)
-            embeds, positions = torch.cat([embeds, piece], dim=1), torch.cat([positions, at], dim=2)
+            self.place[row, start[row] + column + 1] = before + column
+            self.seen.append(hidden)
+            self.embeds = torch.cat([self.embeds, piece], dim=1)
+            self.positions = torch.cat([self.positions, at], dim=2)
             following = following + lengths
-        states = torch.cat(seen, dim=1)
-        return states.gather(1, place[:, :-1, None].expand(-1, -1, states.shape[-1]))
+        states = torch.cat(self.seen, dim=1)
+        return states.gather(1, self.place[:, :-1, None].expand(-1, -1, states.shape[-1]))
 
     def _chunks(self) -> list[_Chunk]:
         count = 1 + max(len(rollout.invocations) for rollout in self.rollouts)
@@ -174,16 +176,7 @@ class _Pass:
             chunks.append(_Chunk(start, stop, opening))
         return chunks
 
-    def _embed(
-        self,
-        chunk: _Chunk,
-        width: int,
-        keys: Tensor,
-        embeds: Tensor,
-        positions: Tensor,
-        seen: list[Tensor],
-        place: Tensor,
-    ) -> Tensor:
+    def _embed(self, chunk: _Chunk, width: int) -> Tensor:
         """(R, width, d) embeddings of one chunk; memories that open it are formed here."""
         ids = torch.zeros(len(self.rollouts), width, dtype=torch.long)
         for row, (a, b) in enumerate(zip(chunk.start, chunk.stop, strict=True)):
@@ -194,7 +187,7 @@ class _Pass:
             rows = [row for row, opening in enumerate(chunk.opening) if opening is not None and opening.kind is kind]
             if not rows:
                 continue
-            memory = self._form(kind, rows, chunk, keys, embeds, positions, seen, place)
+            memory = self._form(kind, rows, chunk)
             self.latents.append(memory)
             full = torch.zeros_like(piece).index_copy(
                 0,
@@ -206,17 +199,7 @@ class _Pass:
             piece = torch.where(((ids == LATENT) & chosen)[..., None], full, piece)
         return piece
 
-    def _form(
-        self,
-        kind: MemoryKind,
-        rows: list[int],
-        chunk: _Chunk,
-        keys: Tensor,
-        embeds: Tensor,
-        positions: Tensor,
-        seen: list[Tensor],
-        place: Tensor,
-    ) -> Tensor:
+    def _form(self, kind: MemoryKind, rows: list[int], chunk: _Chunk) -> Tensor:
         index = torch.tensor(rows, device=self.device)
         sample = self.sample[index]
         segments = [self._segment(row, chunk) for row in rows]
@@ -224,8 +207,8 @@ class _Pass:
         first = torch.tensor([a for a, _ in segments], device=self.device)[:, None]
         length = torch.tensor([b - a for a, b in segments], device=self.device)[:, None]
         offset = torch.arange(longest, device=self.device)
-        states = torch.cat(seen, dim=1)[index]
-        where = place[index].gather(1, (first + offset + 1).clamp_max(self.longest))
+        states = torch.cat(self.seen, dim=1)[index]
+        where = self.place[index].gather(1, (first + offset + 1).clamp_max(self.longest))
         segment = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
         if kind is MemoryKind.SHORT and self.context.patches is None:
             self.context.patches = self.model.short_stream(self.context.prompt.vision)
@@ -236,11 +219,11 @@ class _Pass:
                 sample=sample,
                 cognitive=torch.cat([visual.hidden[sample], segment], dim=1),
                 cognitive_mask=torch.cat([visual.mask[sample], offset < length], dim=1),
-                stream=embeds[index],
-                positions=positions[:, index],
-                stream_mask=keys[index],
+                stream=self.embeds[index],
+                positions=self.positions[:, index],
+                stream_mask=self.keys[index],
                 stream_visual=pad(
-                    self.context.prompt.visual[sample], (0, keys.shape[1] - self.context.prompt.visual.shape[1])
+                    self.context.prompt.visual[sample], (0, self.keys.shape[1] - self.context.prompt.visual.shape[1])
                 ),
                 patches=self.context.patches,
             ),

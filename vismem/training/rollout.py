@@ -14,7 +14,7 @@ from vismem.config import GrpoConfig
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy
-from vismem.generation.replay import Scores, read_prompts, score, without_memory
+from vismem.generation.replay import Context, read_prompts, score
 from vismem.generation.types import MemoryKind, Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import group_advantages, kl_term, policy_term, rollout_means
@@ -63,8 +63,13 @@ class GrpoObjective:
         """The rewards (B, G) less the stage's penalties."""
         return rewards
 
-    def reference(self, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor) -> Tensor:
-        """(tokens,) log-probabilities of the rollouts' words under the reference policy, row after row."""
+    def reference(
+        self, context: Context, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor
+    ) -> Tensor:
+        """(tokens,) log-probabilities of the rollouts' words under the reference policy, row after row.
+
+        `context` are the samples' prompts as the policy being trained reads them.
+        """
         raise NotImplementedError
 
     # --- loop.Objective ---
@@ -106,13 +111,23 @@ class GrpoObjective:
             rollouts = batch.rollouts[first * group : (first + len(samples)) * group]
             advantages = batch.advantages[first * group : (first + len(samples)) * group].to(self.accelerator.device)
             sample = torch.arange(len(samples), device=self.accelerator.device).repeat_interleave(group)
-            scores = self.score(samples, rollouts, sample, batch.policy)
+            with nullcontext() if self.prompts_need_gradient else torch.no_grad():
+                context = read_prompts(self.model, samples)
+            scores = score(
+                self.model,
+                context,
+                rollouts,
+                sample,
+                sampled_kinds=batch.policy.sampled,
+                limit=batch.policy.limit,
+                temperature=self.config.temperature,
+            )
             old = padded([r.logprobs for r in rollouts], scores.logprobs)
             term = policy_term(
                 scores.logprobs, old, advantages, scores.mask, self.config.clip_low, self.config.clip_high
             )
             with torch.no_grad():
-                reference = self.reference(samples, rollouts, sample)
+                reference = self.reference(context, samples, rollouts, sample)
             words = torch.zeros_like(scores.text_logprobs).masked_scatter(scores.text_mask, reference)
             kl = kl_term(scores.text_logprobs, words)
             loss = term.loss + self.config.kl_coefficient * rollout_means(kl, scores.text_mask).sum()
@@ -127,22 +142,6 @@ class GrpoObjective:
         averaged = {key: value if key == "loss" else value / max(1, tokens) for key, value in sums.items()}
         return {**batch.metrics, **averaged}
 
-    def score(
-        self, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor, policy: InvocationPolicy
-    ) -> Scores:
-        """Go through the rollouts again, memories formed anew with gradient."""
-        with nullcontext() if self.prompts_need_gradient else torch.no_grad():
-            context = read_prompts(self.model, samples)
-        return score(
-            self.model,
-            context,
-            rollouts,
-            sample,
-            sampled_kinds=policy.sampled,
-            limit=policy.limit,
-            temperature=self.config.temperature,
-        )
-
 
 def _write_group(file: Path, sample: Sample, rollouts: Sequence[Rollout], rewards: Tensor) -> None:
     file.parent.mkdir(exist_ok=True)
@@ -150,15 +149,6 @@ def _write_group(file: Path, sample: Sample, rollouts: Sequence[Rollout], reward
         for rollout, reward in zip(rollouts, rewards.tolist(), strict=True):
             line = {"question": sample.question, "reference": sample.answer, "answer": rollout.marked_text}
             lines.write(json.dumps({**line, "reward": reward}, ensure_ascii=False) + "\n")
-
-
-def words_without_memory(
-    model: VisMemModel, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor, temperature: float
-) -> Tensor:
-    """(tokens,) log-probabilities of the answers' words with every memory left out, row after row."""
-    bare = [without_memory(rollout) for rollout in rollouts]
-    scores = score(model, read_prompts(model, samples), bare, sample, temperature=temperature)
-    return scores.text_logprobs[scores.text_mask]
 
 
 def padded(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from vismem.errors import UserError
 from vismem.evaluation.answers import score as score_answer
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Off, Random
+from vismem.generation.replay import Context, score, without_memory
 from vismem.generation.types import MemoryKind, Rollout
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.loop import LoopSettings, Metrics, train
-from vismem.training.rollout import GrpoObjective, rollout_figures, words_without_memory
+from vismem.training.rollout import GrpoObjective, rollout_figures
 from vismem.training.warm_start import WarmStart
 
 FORMATION = ("builder.", "short.", "long.")  # the parameters that hold the memory
@@ -38,9 +39,13 @@ class Formation(GrpoObjective):
             anywhere=self.config.anywhere_share if anywhere else 0.0,
         )
 
-    def reference(self, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor) -> Tensor:
-        """See GrpoObjective."""
-        return words_without_memory(self.model, samples, rollouts, sample, self.config.temperature)
+    def reference(
+        self, context: Context, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor
+    ) -> Tensor:
+        """See GrpoObjective; the policy is frozen, so its reading of the prompts serves here too."""
+        bare = [without_memory(rollout) for rollout in rollouts]
+        scores = score(self.model, context, bare, sample, temperature=self.config.temperature)
+        return scores.text_logprobs[scores.text_mask]
 
 
 def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:

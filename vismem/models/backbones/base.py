@@ -59,14 +59,14 @@ class Backbone(ABC):
     processor: Any
 
     @property
-    @abstractmethod
     def width(self) -> int:
         """d, width of the language model."""
+        return int(self.model.config.text_config.hidden_size)
 
     @property
-    @abstractmethod
     def vision_width(self) -> int:
         """w, width of the vision encoder."""
+        return int(self.model.config.vision_config.hidden_size)
 
     @property
     @abstractmethod

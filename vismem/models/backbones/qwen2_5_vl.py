@@ -25,14 +25,6 @@ class Qwen25VLBackbone(Backbone):
         self._layout = lru_cache(maxsize=256)(self._layout_of)
 
     @property
-    def width(self) -> int:
-        return int(self.model.config.text_config.hidden_size)
-
-    @property
-    def vision_width(self) -> int:
-        return int(self.settings.hidden_size)
-
-    @property
     def merge(self) -> int:
         return int(self.settings.spatial_merge_size) ** 2
 

@@ -37,14 +37,6 @@ class TiledBackbone(Backbone):
             raise UserError(f"a {self.family} whose language model uses sliding-window attention is not supported")
 
     @property
-    def width(self) -> int:
-        return int(self.model.config.text_config.hidden_size)
-
-    @property
-    def vision_width(self) -> int:
-        return int(self.settings.hidden_size)
-
-    @property
     def merge(self) -> int:
         return self.side**2
 

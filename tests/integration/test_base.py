@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 from vismem.config import Config, ScenesSource
 from vismem.data.collate import prompt_messages, target_text
 from vismem.data.sample import Sample, read_samples, write_shards
-from vismem.data.scene_tasks import TASKS
 from vismem.data.scenes import generate
+from vismem.data.tasks import TASKS
 from vismem.errors import UserError
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.training import pretraining

@@ -9,8 +9,8 @@ from PIL import Image
 
 from vismem.config import ScenesSource
 from vismem.data.sample import Capability, Sample
-from vismem.data.scene_tasks import BUILDERS, TASKS
 from vismem.data.scenes import COLOURS, HELD_OUT, SHAPES, SPLITS, TEST_ONLY, generate
+from vismem.data.tasks import BUILDERS, TASKS
 from vismem.errors import UserError
 
 SOURCE = ScenesSource(pretrain=780, train=780, validation=390, test=390)

@@ -1,7 +1,7 @@
 """Generated scenes: coloured shapes on a 3x3 grid, drawn with Pillow, with questions asked from the scene's own truth.
 
 The layout (what stands in which cell) decides by its hash to which split an image may belong, so that no image of one
-split can appear in another. The questions themselves are in `scene_tasks`.
+split can appear in another. The questions themselves are in `tasks`.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ def generate(source: ScenesSource, split: str, seed: int) -> Iterator[Sample]:
 
     A sample depends on `seed`, `split` and its index only. UserError for an unknown task.
     """
-    from vismem.data.scene_tasks import BUILDERS, TASKS
+    from vismem.data.tasks import BUILDERS, TASKS
 
     unknown = [name for name in source.tasks if name not in BUILDERS]
     if unknown:

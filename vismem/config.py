@@ -38,6 +38,7 @@ class ScenesSource(Section):
     max_objects: int = Field(5, ge=1, description="most objects in a scene; pretrain scenes [ours]")
     extra_objects: int = Field(2, ge=0, description="additional objects at most in train/validation/test scenes [ours]")
     tasks: tuple[str, ...] = Field((), description="task names to draw from; empty means all")
+    train_tasks: tuple[str, ...] = Field((), description="tasks of the train split only; empty means as `tasks`")
 
 
 class EasyVqaSource(Section):
@@ -282,6 +283,25 @@ class DeployConfig(Section):
     metrics_port: int = Field(8002, ge=0, le=65535, description="Prometheus port")
 
 
+class StudyConfig(Section):
+    """`vismem study`: the method against its baselines and ablations, repeated with several seeds."""
+
+    seeds: int = Field(3, ge=1, description="repetitions, with the seeds `seed`, `seed` + 1 and so on")
+    arms: tuple[str, ...] = Field(
+        (
+            "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_75", "random_100",
+            "relook", "noise", "shuffled", "swapped",
+            "sft_lora", "sft_lora_matched", "grpo_lora", "grpo_lora_matched", "full",
+        ),
+        description="arms that answer the test split; those named like a baseline are also trained",
+    )  # fmt: skip
+    transfer_seeds: int = Field(3, ge=0, description="repetitions that also train on half of the tasks; 0: none")
+    transfer_arms: tuple[str, ...] = Field(
+        ("vanilla", "vismem", "sft_lora", "grpo_lora"), description="arms of that; vanilla is VisMem with memory off"
+    )
+    jobs: int = Field(2, ge=1, description="steps that run at a time, one thread each")
+
+
 class Config(Section):
     """All parameters."""
 
@@ -298,6 +318,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
     deploy: DeployConfig = DeployConfig()
+    study: StudyConfig = StudyConfig()
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 

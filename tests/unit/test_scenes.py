@@ -80,6 +80,16 @@ def test_every_split_holds_all_tasks_in_equal_shares(splits: dict[str, list[Samp
     assert len(TASKS) >= 9
 
 
+def test_the_train_split_may_hold_some_of_the_tasks_and_the_others_stay_as_they_were() -> None:
+    source = ScenesSource(train=8, validation=26, test=26, pretrain=26)
+    half = source.model_copy(update={"train_tasks": ("count", "chain")})
+    assert Counter(sample.task for sample in generate(half, "train", 0)) == {"count": 4, "chain": 4}
+    for split in ("pretrain", "validation", "test"):
+        assert list(generate(half, split, 0)) == list(generate(source, split, 0))
+    with pytest.raises(UserError, match="unknown task 'juggle'"):
+        next(iter(generate(ScenesSource(test=1, train_tasks=("juggle",)), "test", 0)))
+
+
 def test_images_have_the_configured_size_and_as_many_as_the_truth_lists(samples: list[Sample]) -> None:
     for sample in samples[::10]:
         assert len(sample.images) == len(sample.scene_truth())

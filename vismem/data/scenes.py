@@ -124,16 +124,16 @@ def world_of(source: ScenesSource, split: str) -> World:
 
 
 def generate(source: ScenesSource, split: str, seed: int) -> Iterator[Sample]:
-    """Yield the split's questions, as many as `source` says, tasks in equal shares; the same for the same seed.
+    """Yield the split's questions, as many as `source` says, its tasks in equal shares; the same for the same seed.
 
     A sample depends on `seed`, `split` and its index only. UserError for an unknown task.
     """
     from vismem.data.tasks import BUILDERS, TASKS
 
-    unknown = [name for name in source.tasks if name not in BUILDERS]
+    unknown = [name for name in source.tasks + source.train_tasks if name not in BUILDERS]
     if unknown:
         raise UserError(f"prepare.sources scenes: unknown task '{unknown[0]}'; there are: {', '.join(BUILDERS)}")
-    names = source.tasks or tuple(BUILDERS)
+    names = (source.train_tasks if split == "train" else ()) or source.tasks or tuple(BUILDERS)
     world = world_of(source, split)
     for index in range(int(getattr(source, split))):
         rng = random.Random(f"{seed}/{split}/{index}")

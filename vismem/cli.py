@@ -48,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     for step in STEPS:
         reads = ", ".join(step.inputs) or "the sources that the parameters name"
         command = commands.add_parser(step.name, parents=[common], help=f"step: reads {reads}")
+        command.add_argument(
+            "--if-needed", action="store_true", help="keep an output that such a run made of the same things"
+        )
         command.set_defaults(run=_run_step)
 
     command = commands.add_parser(
@@ -116,7 +119,7 @@ def _enter(arguments: argparse.Namespace) -> tuple[Config, Path]:
 
 def _run_step(arguments: argparse.Namespace) -> int:
     config, artifacts = _enter(arguments)
-    line = run_step(arguments.command, config, artifacts)
+    line = run_step(arguments.command, config, artifacts, if_needed=arguments.if_needed)
     print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
     return 0
 

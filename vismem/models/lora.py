@@ -23,6 +23,16 @@ class LoraTarget:
     stop: int
 
 
+@dataclass(frozen=True)
+class LoraSettings:
+    """The policy's adapter: its size, and whether it stands on every linear layer or on q_proj and v_proj only."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    every_linear: bool = False
+
+
 class Lora(nn.Module):
     """`y[..., start:stop] += (alpha / r) * B(A(dropout(x)))` on every target, inside `with lora.active():`.
 
@@ -37,13 +47,19 @@ class Lora(nn.Module):
         self.up = nn.ParameterDict()
         self.targets = targets
         self.enabled = False
+        self.handles = []
         for target in targets:
             key = f"{target.name}.{target.start}".replace(".", "_")
             down = torch.empty(rank, target.module.in_features)
             nn.init.kaiming_uniform_(down, a=5**0.5)
             self.down[key] = nn.Parameter(down)
             self.up[key] = nn.Parameter(torch.zeros(target.stop - target.start, rank))
-            target.module.register_forward_hook(self._hook(key, target))
+            self.handles.append(target.module.register_forward_hook(self._hook(key, target)))
+
+    def remove(self) -> None:
+        """Take the adapter off the base for good."""
+        for hook in self.handles:
+            hook.remove()
 
     def _hook(self, key: str, target: LoraTarget) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from vismem.errors import UserError
 from vismem.generation.types import MemoryKind
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream
-from vismem.models.lora import Lora
+from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import LongFormer, QueryBuilder, ShortFormer
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
@@ -71,6 +71,7 @@ class VisMemModel(nn.Module):
             self.policy_lora = Lora(
                 backbone.language_targets(), memory.lora_rank, memory.lora_alpha, memory.lora_dropout
             )
+            self.policy_settings = LoraSettings(memory.lora_rank, memory.lora_alpha, memory.lora_dropout)
         self.to(backbone.device)
         self.eval()
 
@@ -166,6 +167,14 @@ class VisMemModel(nn.Module):
         with self.policy_lora.active(False):
             yield
 
+    def set_policy_lora(self, settings: LoraSettings) -> None:
+        """Give the policy another adapter, fresh and off."""
+        self.policy_lora.remove()
+        targets = self.backbone.language_targets(settings.every_linear)
+        self.policy_lora = Lora(targets, settings.rank, settings.alpha, settings.dropout).to(self.backbone.device)
+        self.policy_lora.eval()
+        self.policy_settings = settings
+
     # --- files ---
 
     def save_pretrained(self, folder: Path) -> None:
@@ -178,6 +187,7 @@ class VisMemModel(nn.Module):
             "invocation": self.invocation_config.model_dump(mode="json"),
             "memory_ids": self.memory_ids,
             "policy_lora": self.policy_lora.enabled,
+            "policy_settings": asdict(self.policy_settings),
         }
         (folder / "vismem.json").write_text(json.dumps(settings, indent=2) + "\n")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
@@ -199,6 +209,9 @@ class VisMemModel(nn.Module):
         model = cls(backbone, MemoryConfig(**settings["memory"]), InvocationConfig(**settings["invocation"]))
         if model.memory_ids != tuple(settings["memory_ids"]):
             raise UserError(f"{base} has another tokenizer than the one that {folder} was trained with")
+        policy = LoraSettings(**settings.get("policy_settings", asdict(model.policy_settings)))
+        if policy != model.policy_settings:
+            model.set_policy_lora(policy)
         model.load_state_dict(
             load_file(Path(folder) / "memory.safetensors") | load_file(Path(folder) / "policy.safetensors")
         )

@@ -7,6 +7,7 @@ that was killed and resumed equals one that was not.
 import csv
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Metrics = dict[str, float]
+SECONDS = "seconds"  # of a step, in the history; left out of the curve, which is the same from the same seed
 
 
 class Objective(Protocol):
@@ -78,6 +80,7 @@ def train(
         console.print(f"{settings.name}: resumed at step {len(history)}")
     with _progress(settings, console, len(history)) as advance:
         for step in range(len(history), settings.steps):
+            started = time.perf_counter()
             batch = objective.collect(step)
             for _ in range(settings.updates):
                 optimizer.zero_grad(set_to_none=True)
@@ -89,7 +92,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * group["rate"] * rate_at(step, settings)
                 optimizer.step()
-            history.append({"step": step, **metrics})
+            history.append({"step": step, **metrics, SECONDS: time.perf_counter() - started})
             advance(metrics)
             if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
                 checkpoint.save(named, optimizer, history)
@@ -101,9 +104,9 @@ def train(
 
 def _write_curve(file: Path, history: list[Metrics]) -> None:
     """One line a step; a figure that a step does not have stays empty."""
-    names = list(dict.fromkeys(name for row in history for name in row))
+    names = [name for name in dict.fromkeys(name for row in history for name in row) if name != SECONDS]
     with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, names)
+        writer = csv.DictWriter(lines, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows({name: round(value, 6) for name, value in row.items()} for row in history)
 

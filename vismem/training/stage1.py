@@ -1,7 +1,8 @@
 """The step `stage1`: memory formation. The policy is frozen; query builder and both formers are trained (Sec. 3.4)."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,9 @@ from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.replay import Context, score, without_memory
 from vismem.generation.types import MemoryKind, Rollout
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training.loop import LoopSettings, Metrics, train
+from vismem.training.loop import SECONDS, LoopSettings, Metrics, train
 from vismem.training.rollout import GrpoObjective, rollout_figures
-from vismem.training.warm_start import WarmStart
+from vismem.training.supervised import Supervised, answer_with_memory
 
 FORMATION = ("builder.", "short.", "long.")  # the parameters that hold the memory
 CHECKED = 256  # validation questions answered for metrics.json
@@ -60,8 +61,16 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     trained = trainable(model, FORMATION)
 
     warm = config.stage1.warm_start
-    train(
-        WarmStart(model, samples, config.stage1, config.seed, accelerator),
+    warm_history = train(
+        Supervised(
+            model,
+            samples,
+            partial(answer_with_memory, at_start=warm.at_start),
+            config.seed,
+            accelerator,
+            batch_size=warm.batch_size,
+            micro_batch=config.stage1.micro_batch,
+        ),
         trained,
         LoopSettings("warm_start", warm.steps, warm.learning_rate, 0.05),
         out,
@@ -79,7 +88,8 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "short": Random(probability=0.5, kinds=(MemoryKind.SHORT,)),
         "long": Random(probability=0.5, kinds=(MemoryKind.LONG,)),
     }
-    metrics = finish(model, validation, arms, config.stage1, config.seed, history, out, accelerator)
+    spent = cost(trained, len(samples), (warm_history, warm.batch_size, 0), phase(history, config.stage1))
+    metrics = finish(model, validation, arms, config.stage1, config.seed, history, out, accelerator, spent)
     return f"stage1: {len(history)} GRPO steps; validation {describe(metrics)}"
 
 
@@ -114,6 +124,26 @@ def loop_settings(name: str, config: GrpoConfig, samples: int) -> LoopSettings:
     return LoopSettings(name, steps_of(config, samples), **{n: getattr(config, n) for n in names})
 
 
+Phase = tuple[Sequence[Metrics], int, int]  # history, questions a step, rollouts a question (0: supervised)
+
+
+def phase(history: Sequence[Metrics], config: GrpoConfig) -> Phase:
+    """What `cost` has to know of a run of GRPO."""
+    return history, config.batch_size, config.group_size
+
+
+def cost(trained: Mapping[str, torch.nn.Parameter], samples: int, *phases: Phase) -> dict[str, float]:
+    """What training took: parameters, questions and sampled rollouts seen, wall seconds; resumed runs included."""
+    questions = [len(history) * min(batch, samples) for history, batch, _ in phases]
+    groups = [group for _, _, group in phases]
+    return {
+        "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "train_samples": sum(questions),
+        "train_rollouts": sum(count * group for count, group in zip(questions, groups, strict=True)),
+        "train_seconds": round(sum(row[SECONDS] for history, _, _ in phases for row in history), 1),
+    }
+
+
 def finish(
     model: VisMemModel,
     validation: Sequence[Sample],
@@ -123,8 +153,13 @@ def finish(
     history: Sequence[Metrics],
     out: Path,
     accelerator: Accelerator,
+    spent: Mapping[str, float],
+    save: Callable[[Path], None] | None = None,
 ) -> dict[str, Metrics]:
-    """Answer some validation questions in each arm, and write the model, `metrics.json` and `samples.jsonl`."""
+    """Answer some validation questions in each arm, and write the model, `metrics.json` and `samples.jsonl`.
+
+    `spent` (see `cost`) goes into the metrics; `save` writes the model, where `save_pretrained` would not.
+    """
     checked = list(validation[:CHECKED])
     metrics: dict[str, Metrics] = {}
     lines = []
@@ -142,10 +177,10 @@ def finish(
                  "answer": rollout.marked_text, "score": hit}
             )  # fmt: skip
     if accelerator.is_main_process:
-        model.save_pretrained(out)
+        (save or model.save_pretrained)(out)
         (out / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        last = {key: value for key, value in history[-1].items()} if history else {}
-        summary = {"validation": metrics, "n": len(checked), "last_step": last}
+        last = {key: value for key, value in history[-1].items() if key != SECONDS} if history else {}
+        summary = {"validation": metrics, "n": len(checked), "last_step": last, **spent}
         (out / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
         for leftover in out.glob("*.checkpoint"):
             leftover.unlink()

@@ -26,7 +26,7 @@ from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.loop import train
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
-from vismem.training.stage1 import describe, finish, loop_settings, trainable, training_samples
+from vismem.training.stage1 import cost, describe, finish, loop_settings, phase, trainable, training_samples
 
 INVOCATION = ("tokens.",)
 POLICY_LORA = ("policy_lora.",)
@@ -102,7 +102,8 @@ def stage2(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     arms = {"vanilla": Off(), "vismem": Learned(), "random_50": Random(probability=0.5)}
     for curve in inputs["stage1"].glob("*.csv"):
         shutil.copy(curve, out)
-    metrics = finish(model, validation, arms, settings, config.seed, history, out, accelerator)
+    spent = cost(trained, len(samples), phase(history, settings))
+    metrics = finish(model, validation, arms, settings, config.seed, history, out, accelerator, spent)
     return f"stage2: {len(history)} GRPO steps; validation {describe(metrics)}"
 
 

@@ -10,13 +10,21 @@ from torch import Tensor, nn
 from vismem.models.lora import LoraTarget
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A decoded video: PIL images of one size."""
+
+    frames: list[Any]
+    fps: float  # frames a second of the video
+
+
 @dataclass
 class VisionInput:
     """The patches of S samples, right-padded to P tokens, in merge order (g consecutive patches make one token)."""
 
     patches: Tensor  # (S, P, patch values), flattened pixels
     positions: Tensor  # (S, P, 2) height and width of each patch in its image (or tile)
-    image: Tensor  # (S, P) which attention segment (image, frame or tile) of the sample; -1 on padding
+    image: Tensor  # (S, P) which attention segment (image, temporal patch of a video, tile) of the sample; -1 on padding
     window: Tensor  # (S, P) which attention window of the sample; -1 on padding
 
     @property
@@ -42,7 +50,7 @@ class Prompt:
     embeds: Tensor  # (S, L, d), image features in their places
     positions: Tensor  # (3, S, L)
     mask: Tensor  # (S, L) bool
-    visual: Tensor  # (S, L) bool, True at image tokens
+    visual: Tensor  # (S, L) bool, True at image and video tokens
     vision: VisionInput
 
     def next_position(self) -> Tensor:
@@ -55,6 +63,7 @@ class Backbone(ABC):
     """A VLM of one family, frozen. `model` is the Hugging Face model, `processor` its processor."""
 
     family: str
+    takes_video = False
     model: Any
     processor: Any
 
@@ -74,8 +83,11 @@ class Backbone(ABC):
         """g, patch tokens that the projector merges into one."""
 
     @abstractmethod
-    def prompt(self, texts: list[str], images: list[list[Any]]) -> Prompt:
-        """Encode chat-formatted texts with their PIL images; runs the vision encoder once."""
+    def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
+        """Encode chat-formatted texts with their PIL images and videos; runs the vision encoder once.
+
+        In a text, images stand before videos. A family that takes no video is given none.
+        """
 
     @abstractmethod
     def patch_stream(self, vision: VisionInput) -> PatchStream:
@@ -101,12 +113,13 @@ class Backbone(ABC):
     def vision_targets(self) -> list[LoraTarget]:
         """The q and v projections of the vision encoder."""
 
-    def language_targets(self) -> list[LoraTarget]:
-        """The q_proj and v_proj of the language model."""
+    def language_targets(self, every_linear: bool = False) -> list[LoraTarget]:
+        """The q_proj and v_proj of the language model, or all linear layers of its blocks."""
         return [
-            LoraTarget(f"layers.{i}.self_attn.{name}", linear, 0, linear.out_features)
+            LoraTarget(f"layers.{i}.{name}", linear, 0, linear.out_features)
             for i, layer in enumerate(self.model.model.language_model.layers)
-            for name, linear in (("q_proj", layer.self_attn.q_proj), ("v_proj", layer.self_attn.v_proj))
+            for name, linear in layer.named_modules()
+            if isinstance(linear, nn.Linear) and (every_linear or name.endswith((".q_proj", ".v_proj")))
         ]
 
     def without_patches(self, vision: VisionInput, heads: int, blocks: int, states: int = 1) -> PatchStream:

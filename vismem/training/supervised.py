@@ -1,0 +1,106 @@
+"""Supervised training: cross-entropy of reference answers, with one memory in them or with none.
+
+With a memory it is the warm start of stage I, an option of ours; with none it is supervised fine-tuning, a baseline.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+
+from vismem.data.collate import target_text
+from vismem.data.sample import Sample
+from vismem.generation.invocation import draws, row_key
+from vismem.generation.replay import read_prompts, score
+from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
+from vismem.models.vismem import VisMemModel
+from vismem.training.grpo import rollout_means
+from vismem.training.loop import Metrics, batch_at
+
+Written = Callable[[VisMemModel, Sample, int], Rollout]  # a sample's reference answer, with a seed for its memory
+
+
+class Supervised:
+    """See loop.Objective: the mean cross-entropy of a batch of answers as `written` puts them down.
+
+    A micro-batch changes memory, not the result (but for the draws of dropout).
+    """
+
+    def __init__(
+        self,
+        model: VisMemModel,
+        samples: Sequence[Sample],
+        written: Written,
+        seed: int,
+        accelerator: Accelerator,
+        *,
+        batch_size: int,
+        micro_batch: int,
+    ) -> None:
+        self.model, self.samples, self.written, self.seed = model, samples, written, seed
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.accelerator = accelerator
+        self.prompts_need_gradient = False  # does what is trained change how prompts are read?
+
+    def collect(self, step: int) -> tuple[tuple[Sample, ...], list[Rollout]]:
+        """Reference answers."""
+        chosen = batch_at(step, len(self.samples), self.batch_size, self.seed)
+        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        batch = tuple(self.samples[i] for i in mine)
+        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout
+        return batch, [self.written(self.model, sample, self.seed + step) for sample in batch]
+
+    def backward(self, batch: tuple[tuple[Sample, ...], list[Rollout]]) -> Metrics:
+        """Add the gradient of the mean cross-entropy, micro-batch by micro-batch."""
+        every_sample, every_rollout = batch
+        mean = 0.0
+        self.model.train()
+        for first in range(0, len(every_sample), self.micro_batch):
+            samples = every_sample[first : first + self.micro_batch]
+            rollouts = every_rollout[first : first + self.micro_batch]
+            with nullcontext() if self.prompts_need_gradient else torch.no_grad():
+                context = read_prompts(self.model, samples)
+            sample = torch.arange(len(samples), device=self.accelerator.device)
+            scores = score(self.model, context, rollouts, sample)
+            loss = -rollout_means(scores.text_logprobs, scores.text_mask).sum() / len(every_sample)
+            self.accelerator.backward(loss / self.accelerator.num_processes)
+            mean += float(loss.detach())
+        self.model.eval()
+        return {"loss": mean}
+
+
+def plain_answer(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
+    """The reference answer of one sample as a rollout without memory."""
+    text = target_text(sample)
+    words = (*model.backbone.processor.tokenizer(text, add_special_tokens=False)["input_ids"], model.stop_ids[0])
+    return Rollout(
+        sample_id=sample.id,
+        token_ids=words,
+        loss_mask=(True,) * len(words),
+        logprobs=(0.0,) * len(words),
+        invocations=(),
+        text=text,
+        marked_text=text,
+        finished=True,
+        answer_length=len(words),
+    )
+
+
+def answer_with_memory(model: VisMemModel, sample: Sample, seed: int, at_start: float) -> Rollout:
+    """The same with one memory: with chance `at_start` at its start, else after a random delimiter."""
+    plain = plain_answer(model, sample)
+    words = plain.token_ids
+    breaks = [i + 1 for i, before in enumerate(words[:-1]) if before in set(model.delimiter_ids)]
+    early, place, coin = draws(seed, row_key(sample.id, 0), "warm start", 3)
+    at = 0 if early < at_start or not breaks else breaks[int(place * len(breaks))]
+    kind = MemoryKind.SHORT if coin < 0.5 else MemoryKind.LONG
+    memory = (model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind])
+    return replace(
+        plain,
+        token_ids=words[:at] + memory + words[at:],
+        loss_mask=(True,) * at + (False,) * len(memory) + (True,) * (len(words) - at),
+        logprobs=(0.0,) * (len(words) + len(memory)),
+        invocations=(Invocation(at, kind, forced=True),),
+    )

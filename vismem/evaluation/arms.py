@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vismem.errors import UserError
-from vismem.generation.invocation import InvocationPolicy, Learned, Off, Only, Random
+from vismem.generation.invocation import (
+    UNLIMITED,
+    InvocationPolicy,
+    Learned,
+    Noise,
+    Off,
+    Only,
+    Random,
+    Relook,
+    Shuffled,
+    Swapped,
+)
 from vismem.generation.types import MemoryKind
 
 VANILLA = "vanilla"
@@ -27,9 +38,9 @@ class Arm:
 
 
 def _random(percent: int, label: str) -> Arm:
-    chance = "every delimiter" if percent == 100 else f"each delimiter with probability {percent / 100:g}"
-    description = f"a memory, short or long with equal chance, at {chance}"
-    return Arm(f"random_{percent}", label, description, Random(probability=percent / 100))
+    chance = "" if percent == 100 else f" with probability {percent / 100:g}"
+    description = f"a memory, short or long with equal chance, at the start and every delimiter{chance}; no limit"
+    return Arm(f"random_{percent}", label, description, Random(limit=UNLIMITED, probability=percent / 100))
 
 
 def _only(kind: MemoryKind) -> Arm:
@@ -48,6 +59,10 @@ ARMS: dict[str, Arm] = {
         _random(100, "every delimiter"),
         _only(MemoryKind.SHORT),
         _only(MemoryKind.LONG),
+        Arm("swapped", "swapped", "the trained policy asks; each memory formed is of the other kind", Swapped()),
+        Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", Noise()),
+        Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", Shuffled()),
+        Arm("relook", "relook", "the base model, no memory, its images shown once more", Relook(), base=True),
     )
 }
 

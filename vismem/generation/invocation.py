@@ -1,18 +1,27 @@
-"""Invocation policies: who decides, at every position of an answer, whether a memory is formed, and of which kind.
+"""Invocation policies: who decides, at every position of an answer, whether a memory is formed, and what stands there.
 
-The engine knows no arms: vanilla, ablations and training curricula (paper Table 3 and 9, Sec. 3.4) are policies.
+The engine knows no arms: vanilla, ablations, controls and training curricula (paper Table 3 and 9, Sec. 3.4) are
+policies. First those that differ in when memories come, then the controls, which put something else in their place.
 """
 
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from vismem.data.sample import Sample
+from vismem.errors import UserError
+from vismem.generation.prompts import shown_again
 from vismem.generation.types import MemoryKind
+from vismem.models.backbones.base import Backbone, Prompt
 
 NONE = -1
+UNLIMITED = sys.maxsize  # as a policy's limit: memories wherever it asks for them
 Choices = NDArray[np.int64]  # a row: NONE, 0 (short) or 1 (long)
 
 
@@ -33,14 +42,20 @@ def row_key(sample_id: str, member: int) -> str:
 
 def draws(seed: int, key: str, stream: str, count: int) -> NDArray[np.float64]:
     """`count` uniform draws that depend only on the seed, the row and the stream's name."""
-    return np.random.default_rng((seed, zlib.crc32(key.encode()), zlib.crc32(stream.encode()))).random(count)
+    return _generator(seed, key, stream).random(count)
+
+
+def _generator(seed: int, key: str, stream: str) -> np.random.Generator:
+    return np.random.default_rng((seed, zlib.crc32(key.encode()), zlib.crc32(stream.encode())))
 
 
 @dataclass(frozen=True)
 class InvocationPolicy:
-    """Base class: which invoke tokens may be sampled, and which invocations are forced."""
+    """Base class: which invoke tokens may be sampled, which invocations are forced, and what is inserted for them."""
 
     limit: int | None = None  # memories an answer; None: the model's max_per_answer
+
+    # --- when a memory comes ---
 
     @property
     def sampled(self) -> tuple[MemoryKind, ...]:
@@ -55,6 +70,24 @@ class InvocationPolicy:
     def force(self, view: StepView, seed: int) -> Choices:
         """Kinds forced before the next token, NONE where the model goes on by itself."""
         return np.full(len(view.keys), NONE, dtype=np.int64)
+
+    # --- what stands in the stream ---
+
+    def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:
+        """The prompts as the answers are decoded behind them; what is added at a row's end counts as latents."""
+        return prompt
+
+    def invoked(self, sampled: MemoryKind) -> MemoryKind:
+        """The kind that is invoked where the model emitted the invoke token of `sampled`."""
+        return sampled
+
+    def donors(self, samples: Sequence[Sample]) -> list[int] | None:
+        """For each sample of a call, the one whose memory its answers are given; None: each forms its own."""
+        return None
+
+    def latents(self, memory: Tensor, view: StepView, seed: int) -> Tensor:
+        """What is inserted in R rows where `memory` (R, N, d) was formed: the same shape."""
+        return memory
 
 
 @dataclass(frozen=True)
@@ -88,7 +121,8 @@ class Only(InvocationPolicy):
 class Random(InvocationPolicy):
     """A memory with chance `probability` at each delimiter, short or long with equal chance (paper Table 9).
 
-    `anywhere` is the chance, at every other position, relative to `probability` (the stage I curriculum).
+    At 1 it comes at every delimiter, up to the limit. `anywhere` is the chance, at every other position, relative to
+    `probability` (the stage I curriculum).
     """
 
     probability: float = 0.5
@@ -132,6 +166,68 @@ class Replay(InvocationPolicy):
                 if decision == view.decision[row]:
                     choice[row] = _index(kind.other if self.swap else kind)
         return choice
+
+
+@dataclass(frozen=True)
+class Swapped(Learned):
+    """Control: the model decides where, and each memory is of the other kind than it asked for."""
+
+    def invoked(self, sampled: MemoryKind) -> MemoryKind:
+        """See InvocationPolicy."""
+        return sampled.other
+
+
+@dataclass(frozen=True)
+class Noise(Learned):
+    """Control: Gaussian noise of exactly the mean and standard deviation, over N and d, of the memory formed there."""
+
+    def latents(self, memory: Tensor, view: StepView, seed: int) -> Tensor:
+        """See InvocationPolicy; a row's draws depend on its key and its decision alone."""
+        shape = memory.shape[1:]
+        drawn = [
+            _generator(seed, key, f"noise {at}").standard_normal(shape)
+            for key, at in zip(view.keys, view.decision.tolist(), strict=True)
+        ]
+        noise = torch.from_numpy(np.stack(drawn)).to(memory.device, torch.float32)
+        scale = memory.float().std((1, 2), keepdim=True) / noise.std((1, 2), keepdim=True)
+        centred = noise - noise.mean((1, 2), keepdim=True)
+        return (memory.float().mean((1, 2), keepdim=True) + scale * centred).to(memory.dtype)
+
+
+@dataclass(frozen=True)
+class Shuffled(Learned):
+    """Control: another sample's memory of the same kind, as that sample forms it at its own answer's start.
+
+    The donor is the next sample of the `generate` call, cyclically, that shows something else. So, unlike all other
+    policies, this one depends on the batch by nature: its answers repeat only where the call's samples do.
+    """
+
+    def donors(self, samples: Sequence[Sample]) -> list[int]:
+        """See InvocationPolicy. UserError where no other sample shows something else."""
+        shown = [sample.images for sample in samples]
+        count, found = len(samples), []
+        for own in range(count):
+            others = (other % count for other in range(own + 1, own + count))
+            donor = next((other for other in others if shown[other] != shown[own]), None)
+            if donor is None:
+                raise UserError(
+                    f"shuffled memories need a donor: none of the {count} samples decoded together shows other images "
+                    f"than '{samples[own].id}'; decode it together with others (evaluate.batch_size, evaluate.limit)"
+                )
+            found.append(donor)
+        return found
+
+
+@dataclass(frozen=True)
+class Relook(Off):
+    """Control: no memory, but the prompt's images once more at the answer's start. It is what a memory must beat.
+
+    The image tokens are there already, so all that it costs is reading them again.
+    """
+
+    def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:
+        """See InvocationPolicy."""
+        return shown_again(prompt, backbone.image_markers)
 
 
 def _index(kind: MemoryKind) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample
@@ -40,3 +42,30 @@ def visual_states(prompt: Prompt, hidden: Tensor) -> VisualStates:
 def last_of(hidden: Tensor, mask: Tensor) -> Tensor:
     """(S, d) the hidden state of each row's last real token in right-padded (S, L, d)."""
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+
+
+def shown_again(prompt: Prompt, markers: int) -> Prompt:
+    """The prompts, each followed by its images and videos once more, markers and what stands between them included.
+
+    Embeddings are the prompt's own, positions too, moved behind it as one block. `markers` tokens open an image, and as
+    many close it. In `visual` only the first look counts. Prompts without any stay as they are.
+    """
+    following = prompt.next_position()
+    embeds, positions = [], []
+    for row, length in enumerate(prompt.mask.sum(1).tolist()):
+        seen = prompt.visual[row].nonzero()[:, 0].tolist()
+        block = slice(seen[0] - markers, seen[-1] + 1 + markers) if seen else slice(0, 0)
+        again = prompt.positions[:, row, block]
+        embeds.append(torch.cat([prompt.embeds[row, :length], prompt.embeds[row, block]]))
+        moved = again - again[:, :1] + following[row]
+        positions.append(torch.cat([prompt.positions[:, row, :length], moved], dim=1).T)
+    lengths = torch.tensor([len(row) for row in embeds], device=prompt.mask.device)
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    visual = pad(prompt.visual, (0, mask.shape[1] - prompt.visual.shape[1]))
+    return Prompt(
+        pad_sequence(embeds, batch_first=True),
+        pad_sequence(positions, batch_first=True).permute(2, 0, 1),
+        mask,
+        visual,
+        prompt.vision,
+    )

@@ -24,7 +24,7 @@ class VisionInput:
 
     patches: Tensor  # (S, P, patch values), flattened pixels
     positions: Tensor  # (S, P, 2) height and width of each patch in its image (or tile)
-    image: Tensor  # (S, P) which attention segment (image, temporal patch of a video, tile) of the sample; -1 on padding
+    image: Tensor  # (S, P) which attention segment (image, time of a video, tile) of the sample; -1 on padding
     window: Tensor  # (S, P) which attention window of the sample; -1 on padding
 
     @property
@@ -64,6 +64,7 @@ class Backbone(ABC):
 
     family: str
     takes_video = False
+    image_markers = 1  # tokens that open an image in a prompt, and as many that close it
     model: Any
     processor: Any
 

@@ -15,6 +15,7 @@ class LlavaOnevisionBackbone(TiledBackbone):
     """See Backbone. A sample's only image is cut into tiles; several images are one tile each, as in its training."""
 
     family = "llava_onevision"
+    image_markers = 0
     side = 1
 
     def __init__(self, model: Any, processor: Any) -> None:

@@ -1,0 +1,100 @@
+"""The streams of R answers that are being decoded: embeddings, hidden states and positions, and their cache.
+
+Every row owns its slots: what is appended to some rows leaves the others as they are.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vismem.generation.cache import RowCache
+from vismem.generation.prompts import last_of, visual_states
+from vismem.generation.types import MemoryKind
+from vismem.models.backbones.base import PatchStream, Prompt
+from vismem.models.memory import causal_mask
+from vismem.models.vismem import State, VisMemModel
+
+
+class Streams:
+    """`group_size` rows a prompt, grouped by prompt. `room`: slots for what will be appended to the longest prompt.
+
+    With `remember`, what memories are formed from is kept, and `state` gives it.
+    """
+
+    def __init__(self, model: VisMemModel, prompt: Prompt, group_size: int, room: int, remember: bool) -> None:
+        self.model, self.backbone, self.prompt, self.remember = model, model.backbone, prompt, remember
+        longest, device = prompt.embeds.shape[1], prompt.mask.device
+        self.cache = RowCache(longest + room)
+        self.cache.place(torch.arange(longest, device=device).expand(len(prompt.embeds), -1), longest)
+        hidden = self.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), self.cache)
+        self.visual = visual_states(prompt, hidden)
+        self.patches: PatchStream | None = None
+
+        self.sample = torch.arange(len(prompt.embeds), device=device).repeat_interleave(group_size)  # each row's prompt
+        self.last = last_of(hidden, prompt.mask)[self.sample]  # (R, d) the hidden state that the next token follows
+        self.used = prompt.mask.sum(1)[self.sample]  # (R,) slots
+        self.next = prompt.next_position()[self.sample]
+        self.segment = self.used.clone()  # (R,) slot at which the current segment of the answer starts
+        if group_size > 1:
+            self.cache.select(self.sample)
+        if remember:  # only memories read the stream again
+            shape = (len(self.sample), self.cache.capacity, hidden.shape[-1])
+            self.embeds, self.hidden = prompt.embeds.new_zeros(shape), hidden.new_zeros(shape)
+            self.positions = prompt.positions.new_zeros(3, *shape[:2])
+            self.embeds[:, :longest] = prompt.embeds[self.sample]
+            self.positions[:, :, :longest] = prompt.positions[:, self.sample]
+
+    def append(self, embeds: Tensor, rows: Tensor | None = None) -> None:
+        """Append (R, T, d) embeddings to all rows, or to `rows` (R,) of them."""
+        index = torch.arange(len(self.sample), device=embeds.device) if rows is None else rows
+        offsets = torch.arange(embeds.shape[1], device=embeds.device)
+        slots = self.used[index][:, None] + offsets
+        positions = (self.next[index][:, None] + offsets).expand(3, -1, -1)
+        limit = int(slots.max()) + 1
+        self.cache.place(slots, limit, rows)
+        mask = torch.arange(limit, device=embeds.device) <= slots[:, None, :, None]
+        hidden = self.backbone.language(embeds, positions, mask, self.cache)
+        if self.remember:
+            self.embeds[index[:, None], slots] = embeds
+            self.hidden[index[:, None], slots] = hidden
+            self.positions[:, index[:, None], slots] = positions
+        self.used[index] += embeds.shape[1]
+        self.next[index] += embeds.shape[1]
+        if rows is None:
+            self.last = hidden[:, -1]
+        else:
+            self.last[rows] = hidden[:, -1]
+
+    def insert(self, memory: Tensor, end: int, rows: Tensor) -> None:
+        """Append memories (R, N, d) and the token `end` to `rows` (R,): a new segment starts behind them."""
+        ends = torch.full((len(rows), 1), end, device=memory.device)
+        self.append(torch.cat([memory, self.model.embed(ends)], dim=1), rows)
+        self.segment[rows] = self.used[rows]
+
+    def state(self, kind: MemoryKind, rows: Tensor) -> State:
+        """What a memory of `kind` is formed from in `rows` (R,), whose last token is its invoke token."""
+        sample, used, start = self.sample[rows], self.used[rows], self.segment[rows]
+        longest = int((used - start).max())
+        slots = start[:, None] + torch.arange(longest, device=rows.device)
+        segment = self.hidden[rows[:, None], slots.clamp_max(self.cache.capacity - 1)]
+        length = int(used.max())
+        if kind is MemoryKind.SHORT and self.patches is None:
+            self.patches = self.model.short_stream(self.prompt.vision)
+        return State(
+            sample=sample,
+            cognitive=torch.cat([self.visual.hidden[sample], segment], dim=1),
+            cognitive_mask=torch.cat([self.visual.mask[sample], slots < used[:, None]], dim=1),
+            stream=self.embeds[rows, :length],
+            positions=self.positions[:, rows, :length],
+            stream_mask=torch.arange(length, device=rows.device) < used[:, None],
+            stream_visual=pad(self.prompt.visual[sample], (0, length - self.prompt.visual.shape[1])),
+            patches=self.patches,
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with `rows` (R,) only."""
+        self.cache.select(rows)
+        for name in ("sample", "used", "next", "segment", "last"):
+            setattr(self, name, getattr(self, name)[rows])
+        if self.remember:
+            self.embeds, self.hidden, self.positions = self.embeds[rows], self.hidden[rows], self.positions[:, rows]

@@ -15,7 +15,7 @@ from pathlib import Path
 from vismem.config import Config, load_config
 from vismem.errors import UserError
 from vismem.params_file import render_params
-from vismem.steps import STEPS, run_step
+from vismem.steps import BASELINES, STEPS, run_step
 from vismem.workspace import make_workspace, repro
 
 
@@ -40,14 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; the steps' commands are made from `vismem.steps.STEPS`."""
+    """The parser; the steps' commands are made from `vismem.steps`."""
     parser = argparse.ArgumentParser(prog="vismem", description="Latent vision memory for vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = _common_options()
 
-    for step in STEPS:
+    for step in STEPS + BASELINES:
+        kind = "baseline, no step of the pipeline" if step in BASELINES else "step"
         reads = ", ".join(step.inputs) or "the sources that the parameters name"
-        command = commands.add_parser(step.name, parents=[common], help=f"step: reads {reads}")
+        command = commands.add_parser(step.name, parents=[common], help=f"{kind}: reads {reads}")
         command.add_argument(
             "--if-needed", action="store_true", help="keep an output that such a run made of the same things"
         )
@@ -62,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
         "summary", parents=[common], help="scores, verdict and an example answer of the last run"
     )
     command.set_defaults(run=_run_summary)
+
+    command = commands.add_parser(
+        "study", parents=[common], help="train and test every arm with several seeds; goes on where it was cut"
+    )
+    command.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file that gets a copy of the report")
+    command.set_defaults(run=_run_study)
 
     command = commands.add_parser("infer", parents=[common], help="ask the served model about images")
     command.add_argument("--image", type=Path, action="append", required=True, help="image file; may be repeated")
@@ -136,6 +143,18 @@ def _run_summary(arguments: argparse.Namespace) -> int:
     here = Path.cwd()
     config, artifacts = _enter(arguments)
     print_summary(config, Path(os.path.relpath(artifacts.absolute(), here)), here, arguments.profile)
+    return 0
+
+
+def _run_study(arguments: argparse.Namespace) -> int:
+    write = arguments.write.absolute() if arguments.write else None
+    named = arguments.artifacts.absolute() if arguments.artifacts else None
+    config, _ = _enter(arguments)
+    from vismem.study import FOLDER, study
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its steps go with us
+    command = " ".join(["vismem study", *(["--profile", arguments.profile] if arguments.profile else [])])
+    print(study(config, named or FOLDER, command, write))
     return 0
 
 

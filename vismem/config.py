@@ -111,19 +111,26 @@ class ValidateConfig(Section):
 class BaseConfig(Section):
     """The vision-language model that goes in."""
 
-    model: str = Field("embedded", description="hub id or path for from_pretrained; 'embedded' builds and trains one")
+    model: str = Field(
+        "embedded",
+        description="hub id or path for from_pretrained; 'embedded' builds and trains a tiny one, 'small' one around "
+        "SmolLM2-135M",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights' type")
     hidden_size: int = Field(96, description="embedded: width d of the language model")
     layers: int = Field(3, description="embedded: language model layers")
     heads: int = Field(4, description="embedded: attention heads")
-    vision_width: int = Field(96, description="embedded: width of the vision encoder")
-    vision_layers: int = Field(3, description="embedded: layers of the vision encoder")
-    vision_steps: int = Field(250, description="embedded: steps that train the vision tower on the cells of scenes")
-    steps: int = Field(1500, description="embedded: steps that train the language model")
-    batch_size: int = Field(48, description="embedded: questions a step")
-    learning_rate: float = Field(4e-3, description="embedded: peak rate of AdamW")
-    matrix_learning_rate: float = Field(0.01, description="embedded: peak rate of Muon on the towers' matrices")
-    interleave: float = Field(0.5, ge=0, le=1, description="embedded: share of batches that show the images again")
+    vision_width: int = Field(96, description="embedded, small: width of the vision encoder; a multiple of 32")
+    vision_layers: int = Field(3, description="embedded, small: layers of the vision encoder")
+    vision_steps: int = Field(250, description="embedded, small: steps that train the vision tower on scenes")
+    steps: int = Field(1500, description="embedded, small: steps that train the language model")
+    batch_size: int = Field(48, description="embedded, small: questions a step")
+    learning_rate: float = Field(4e-3, description="embedded, small: peak rate of AdamW")
+    matrix_learning_rate: float = Field(0.01, description="embedded, small: peak rate of Muon on the towers' matrices")
+    language_rate: float = Field(2e-4, gt=0, description="small: peak rate of AdamW on the language model")
+    interleave: float = Field(
+        0.5, ge=0, le=1, description="embedded, small: share of batches that show the images again"
+    )
 
 
 class MemoryConfig(Section):
@@ -223,6 +230,29 @@ class Stage2Config(GrpoConfig):
     policy_lora: bool = Field(False, description="also train LoRA on the policy's q_proj and v_proj [ours]")
 
 
+class SupervisedConfig(Section):
+    """Supervised fine-tuning on the reference answers, from which VisMem's warm start also learns."""
+
+    steps: int = Field(900, ge=1, description="steps")
+    batch_size: int = Field(32, ge=1, description="questions a step")
+    micro_batch: int = Field(64, ge=1, description="questions in one backward pass; changes memory, not the result")
+    learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
+    full_learning_rate: float = Field(3e-4, gt=0, description="peak rate of full fine-tuning")
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+
+
+class BaselinesConfig(Section):
+    """What VisMem is compared with: fine-tuning of the same base on the same data, `vismem sft_lora` and so on [ours]."""
+
+    rank: int = Field(16, ge=1, description="r of sft_lora and grpo_lora, on q_proj and v_proj [paper App.]")
+    alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.]")
+    supervised: SupervisedConfig = SupervisedConfig()
+    grpo: GrpoConfig = GrpoConfig(steps=150, learning_rate=1e-3)
+
+
 # --- evaluation, gate, release ---------------------------------------------------------------------------------------
 
 
@@ -313,6 +343,7 @@ class Config(Section):
     invocation: InvocationConfig = InvocationConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
+    baselines: BaselinesConfig = BaselinesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     gate: GateConfig = GateConfig()

@@ -1,4 +1,7 @@
-"""The steps, in order: the only list of them. The CLI, dvc.yaml and the Kubeflow components call what stands here."""
+"""The steps, in order: the only list of them. The CLI, dvc.yaml and the Kubeflow components call what stands here.
+
+`STEPS` are the pipeline. `BASELINES` are no part of it: they train what the method is compared with.
+"""
 
 import hashlib
 import importlib
@@ -19,13 +22,15 @@ StepFunction = Callable[[Config, Mapping[str, Path], Path], str]
 class Step:
     """One step: a function `(config, inputs, out) -> line` from folders and typed parameters to one folder.
 
-    `inputs` are the steps whose folders it reads, `sections` the parameter sections that it depends on.
+    `inputs` are the steps whose folders it reads, `sections` the parameter sections that it depends on. Folders of
+    the steps in `optional` are handed over where they exist.
     """
 
     name: str
     target: str  # "module:function", imported only when the step runs
     inputs: tuple[str, ...]
     sections: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
     def load(self) -> StepFunction:
         """Import and return the step's function."""
@@ -34,20 +39,36 @@ class Step:
         return loaded
 
 
+BASELINES: tuple[Step, ...] = tuple(
+    Step(
+        name,
+        f"vismem.training.baselines:{name}",
+        ("base", "validate"),
+        ("seed", "memory", "invocation", "baselines"),  # the first two say how much VisMem trains
+    )
+    for name in ("sft_lora", "sft_lora_matched", "grpo_lora", "grpo_lora_matched", "full")
+)
+
 STEPS: tuple[Step, ...] = (
     Step("prepare", "vismem.data.prepare:prepare", (), ("seed", "prepare")),
     Step("validate", "vismem.validation.validate:validate", ("prepare",), ("validate",)),
     Step("base", "vismem.training.base:base", ("validate",), ("seed", "base")),
     Step("stage1", "vismem.training.stage1:stage1", ("base", "validate"), ("seed", "memory", "invocation", "stage1")),
     Step("stage2", "vismem.training.stage2:stage2", ("base", "stage1", "validate"), ("seed", "stage2")),
-    Step("evaluate", "vismem.evaluation.evaluate:evaluate", ("base", "stage2", "validate"), ("seed", "evaluate")),
+    Step(
+        "evaluate",
+        "vismem.evaluation.evaluate:evaluate",
+        ("base", "stage2", "validate"),
+        ("seed", "evaluate"),
+        optional=tuple(step.name for step in BASELINES),
+    ),
     Step("export", "vismem.export.export:export", ("base", "stage2", "validate", "evaluate"), ("export",)),
     Step("register", "vismem.registry.register:register", ("export", "evaluate", "validate"), ("gate", "registry")),
     Step("promote", "vismem.registry.release:promote", ("register",), ("registry",)),
     Step("deploy", "vismem.serving.deploy:deploy", ("export", "promote", "validate"), ("deploy",)),
 )
 
-BY_NAME: dict[str, Step] = {step.name: step for step in STEPS}
+BY_NAME: dict[str, Step] = {step.name: step for step in STEPS + BASELINES}
 
 
 def run_step(
@@ -103,7 +124,8 @@ def is_done(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pat
 
 
 def _folders(step: Step, artifacts: Path, inputs: Mapping[str, Path] | None) -> dict[str, Path]:
-    return {needed: (inputs or {}).get(needed, artifacts / needed) for needed in step.inputs}
+    folders = {needed: (inputs or {}).get(needed, artifacts / needed) for needed in step.inputs + step.optional}
+    return {name: folder for name, folder in folders.items() if name in step.inputs or folder.is_dir()}
 
 
 def _mark(identity: str, output: Path) -> str:

@@ -17,10 +17,11 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.models.vismem import VisMemModel
 
+OWN = tuple(name for name, arm in ARMS.items() if arm.model == VISMEM)  # the arms of the trained model
 EAGER = 3.0  # offset of the invoke tokens' scores: the random model then invokes now and then
 CONFIG = Config(
     seed=3,
-    evaluate=EvaluateConfig(arms=tuple(ARMS), limit=9, batch_size=4, max_new_tokens=10, bootstrap=100),
+    evaluate=EvaluateConfig(arms=OWN, limit=9, batch_size=4, max_new_tokens=10, bootstrap=100),
 )
 
 
@@ -43,7 +44,7 @@ def result(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_every_arm_answers_the_same_questions(result: Path) -> None:
-    answers = {arm: read_predictions(result / "predictions" / f"{arm}.parquet") for arm in ARMS}
+    answers = {arm: read_predictions(result / "predictions" / f"{arm}.parquet") for arm in OWN}
     ids = [answer.id for answer in answers[VANILLA]]
     assert len(ids) == 9
     assert all([answer.id for answer in rows] == ids for rows in answers.values())
@@ -64,7 +65,7 @@ def test_every_arm_answers_the_same_questions(result: Path) -> None:
 
 def test_the_metrics_hold_what_the_gate_and_the_report_read(result: Path) -> None:
     metrics = json.loads((result / "metrics.json").read_text())
-    assert (metrics["n"], metrics["seed"], list(metrics["arms"])) == (9, 3, list(ARMS))
+    assert (metrics["n"], metrics["seed"], list(metrics["arms"])) == (9, 3, list(OWN))
     assert all(figures["seconds_per_sample"] > 0 for figures in metrics["arms"].values())
     assert set(metrics["gain"]["overall"]) == {"delta", "ci95", "p"}
     assert (result / "report.html").stat().st_size > 10_000
@@ -86,7 +87,7 @@ def test_batches_do_not_change_an_answer(inputs: dict[str, Path]) -> None:
     arms = [ARMS[VANILLA], ARMS[VISMEM], ARMS["random_50"]]
     samples = tiny.samples()[:5]
     alone = CONFIG.model_copy(update={"evaluate": CONFIG.evaluate.model_copy(update={"batch_size": 1})})
-    many, one = decode(model, arms, samples, CONFIG), decode(model, arms, samples, alone)
+    many, one = (decode({VISMEM: model}, arms, samples, config) for config in (CONFIG, alone))
     for arm in arms:
         assert [r.token_ids for r in many[arm.name].rollouts] == [r.token_ids for r in one[arm.name].rollouts]
 
@@ -102,7 +103,7 @@ def test_vanilla_is_the_base_even_where_the_policy_has_an_adapter(inputs: dict[s
                 parameter.normal_(std=0.5)
     wanted = _texts(generate(plain, samples, Off(), max_new_tokens=10))
     assert _texts(generate(adapted, samples, Off(), max_new_tokens=10)) != wanted
-    assert _texts(decode(adapted, [ARMS[VANILLA]], samples, CONFIG)[VANILLA].rollouts) == wanted
+    assert _texts(decode({VISMEM: adapted}, [ARMS[VANILLA]], samples, CONFIG)[VANILLA].rollouts) == wanted
     assert adapted.policy_lora.enabled
 
 

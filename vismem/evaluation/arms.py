@@ -28,13 +28,17 @@ VISMEM = "vismem"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of decoding. `policy` says when memory is invoked; `base` leaves the trained policy's adapter off too."""
+    """One way of decoding. `policy` says when memory is invoked; `base` leaves the trained policy's adapter off too.
+
+    `model` is what is decoded: "vismem", or the baseline of that name in `vismem.steps.BASELINES`.
+    """
 
     name: str
     label: str  # as reports show it
     description: str
     policy: InvocationPolicy
     base: bool = False
+    model: str = VISMEM
 
 
 def _random(percent: int, label: str) -> Arm:
@@ -46,6 +50,10 @@ def _random(percent: int, label: str) -> Arm:
 def _only(kind: MemoryKind) -> Arm:
     description = f"the trained policy, in which only {kind.value}-term memory can be invoked"
     return Arm(f"{kind.value}_only", f"{kind.value} only", description, Only(kind=kind))
+
+
+def _baseline(name: str, label: str, description: str) -> Arm:
+    return Arm(name, label, description, Off(), model=name)
 
 
 ARMS: dict[str, Arm] = {
@@ -63,6 +71,11 @@ ARMS: dict[str, Arm] = {
         Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", Noise()),
         Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", Shuffled()),
         Arm("relook", "relook", "the base model, no memory, its images shown once more", Relook(), base=True),
+        _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
+        _baseline("sft_lora_matched", "SFT-LoRA, matched", "the same with as many parameters as VisMem's formation"),
+        _baseline("grpo_lora", "GRPO-LoRA", "a LoRA of the base, trained by GRPO"),
+        _baseline("grpo_lora_matched", "GRPO-LoRA, matched", "the same with as many parameters as VisMem's formation"),
+        _baseline("full", "full fine-tuning", "the base's language model, trained on the reference answers"),
     )
 }
 

@@ -1,6 +1,8 @@
 """The step `evaluate`: every arm answers the same test questions; tables, metrics, plots and a report come out."""
 
+import itertools
 import json
+import math
 import random
 import shutil
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -18,13 +21,13 @@ from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
-from vismem.evaluation.arms import Arm, resolve_arms
+from vismem.evaluation.arms import ARMS, VISMEM, Arm, resolve_arms
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
-from vismem.models.vismem import VisMemModel
+from vismem.models.vismem import VisMemModel, load_base
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
@@ -33,13 +36,14 @@ WARM_UP = 8  # items that every arm answers once, untimed, before the first time
 def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Write predictions, `metrics.json`, `scores.json`, `plots/` and `report.html`; return the result in a sentence.
 
-    UserError for an unknown arm, a test split without rows, or a model that cannot be loaded.
+    `inputs` holds the folder of every baseline that an arm decodes. UserError for an unknown arm, an arm whose model is
+    not there, a test split without rows, or a model that cannot be loaded.
     """
     arms = resolve_arms(config.evaluate.arms)
     folder = inputs["validate"] / "data" / "test"
     samples = pick(folder, config.evaluate.limit, config.seed)
-    model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"], config.base.dtype)
-    decoded = decode(model, arms, samples, config)
+    models = load_models(arms, inputs, config)
+    decoded = decode(models, arms, samples, config)
     predictions = {
         name: [predict(sample, rollout) for sample, rollout in zip(samples, run.rollouts, strict=True)]
         for name, run in decoded.items()
@@ -49,8 +53,13 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     sources = {
         "base model": config.base.model,
         "memory (sha256)": sha256_file(inputs["stage2"] / "memory.safetensors"),
+        **{
+            f"{ARMS[name].label} (sha256)": sha256_folder(inputs[name], "*.safetensors")
+            for name in models
+            if name != VISMEM
+        },
         "test data (sha256)": sha256_folder(folder, "*.parquet"),
-        "device": str(model.backbone.device),
+        "device": str(next(iter(models.values())).backbone.device),
     }
     write(config, out, predictions, metrics, {sample.id: sample.images for sample in samples}, sources)
     return headline(metrics)
@@ -70,6 +79,31 @@ def pick(folder: Path, limit: int | None, seed: int) -> list[Sample]:
         raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
 
 
+def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config) -> dict[str, VisMemModel]:
+    """The models that the arms decode, by `Arm.model`; each holds a base of its own in memory.
+
+    A baseline's folder lays an adapter over the base, or (full fine-tuning) is a base itself.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models: dict[str, VisMemModel] = {}
+    for arm in arms:
+        if arm.model in models:
+            continue
+        folder = inputs.get("stage2" if arm.model == VISMEM else arm.model)
+        if folder is None or not folder.is_dir():
+            raise UserError(
+                f"evaluate.arms: '{arm.name}' decodes the model of '{arm.model}', which is not there: "
+                f"run `vismem {arm.model}` first, or leave the arm out"
+            )
+        if (folder / "vismem.json").is_file():
+            model = VisMemModel.from_pretrained(folder, inputs["base"], config.base.dtype)
+        else:
+            model = VisMemModel(load_base(folder, config.base.dtype), config.memory, config.invocation)
+        model.backbone.model.to(device)
+        models[arm.model] = model.to(device)
+    return models
+
+
 @dataclass
 class Run:
     """One arm's answers so far, in the order of the samples, and the seconds spent decoding them."""
@@ -78,16 +112,19 @@ class Run:
     seconds: float = 0.0
 
 
-def decode(model: VisMemModel, arms: Sequence[Arm], samples: Sequence[Sample], config: Config) -> dict[str, Run]:
-    """Answer `samples` greedily with every arm. Only decoding is timed.
+def decode(
+    models: Mapping[str, VisMemModel], arms: Sequence[Arm], samples: Sequence[Sample], config: Config
+) -> dict[str, Run]:
+    """Answer `samples` greedily with every arm, each by its model of `models`. Only decoding is timed.
 
     The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike.
     """
     runs = {arm.name: Run() for arm in arms}
     for arm in arms:
-        _answer(model, arm, samples[:WARM_UP], config)
-    size = config.evaluate.batch_size
-    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        _answer(models[arm.model], arm, samples[:WARM_UP], config)
+    count = math.ceil(len(samples) / config.evaluate.batch_size)
+    ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
+    batches = [samples[start:end] for start, end in itertools.pairwise(ends)]
     columns = (TextColumn("evaluate {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=len(samples) * len(arms))
@@ -96,7 +133,7 @@ def decode(model: VisMemModel, arms: Sequence[Arm], samples: Sequence[Sample], c
             for arm in [*arms[shift:], *arms[:shift]]:
                 progress.update(bar, description=arm.label)
                 started = time.perf_counter()
-                rollouts = _answer(model, arm, batch, config)
+                rollouts = _answer(models[arm.model], arm, batch, config)
                 runs[arm.name].seconds += time.perf_counter() - started
                 runs[arm.name].rollouts += rollouts
                 progress.advance(bar, len(batch))

@@ -68,9 +68,14 @@ class GrpoObjective:
     ) -> Tensor:
         """(tokens,) log-probabilities of the rollouts' words under the reference policy, row after row.
 
-        `context` are the samples' prompts as the policy being trained reads them.
+        `context` are the samples' prompts as the policy being trained reads them. By default the reference is the same
+        stream, memories in their places, with the policy's adapter off.
         """
-        raise NotImplementedError
+        with self.model.reference():
+            if self.prompts_need_gradient:  # the policy's adapter read those of the context
+                context = read_prompts(self.model, samples)
+            scores = score(self.model, context, rollouts, sample, temperature=self.config.temperature)
+        return scores.text_logprobs[scores.text_mask]
 
     # --- loop.Objective ---
 

@@ -19,7 +19,7 @@ from vismem.config import Config, Stage2Config
 from vismem.data.sample import Sample, read_samples
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
-from vismem.generation.replay import Context, answer_states, decisions_of, read_prompts, score
+from vismem.generation.replay import answer_states, decisions_of, read_prompts
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import negative_penalty, type_penalty
@@ -64,16 +64,6 @@ class Invocation(GrpoObjective):
             invoked = torch.tensor([bool(r.invocations) for r in rollouts]).view_as(rewards)
             swapped = torch.where(invoked, rewards_of(batch, reversed_rollouts), rewards)
         return rewards - self.config.penalty * (type_penalty(rewards, swapped) + negative_penalty(rewards))
-
-    def reference(
-        self, context: Context, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor
-    ) -> Tensor:
-        """The words of the same streams, memories in their places, with the policy's adapter off."""
-        with self.model.reference():
-            if self.prompts_need_gradient:  # the policy's adapter read those of the context
-                context = read_prompts(self.model, samples)
-            scores = score(self.model, context, rollouts, sample, temperature=self.config.temperature)
-        return scores.text_logprobs[scores.text_mask]
 
 
 def stage2(config: Config, inputs: Mapping[str, Path], out: Path) -> str:

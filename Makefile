@@ -9,7 +9,7 @@ VISMEM = .venv/bin/vismem
 INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed
 
-.PHONY: help setup serving demo smoke test lint ui serve
+.PHONY: help setup serving demo smoke study test lint ui serve
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo: setup  ## the whole job: from visual questions to a released model that an
 smoke: setup  ## the same at toy size, in runs/smoke/
 	$(VISMEM) repro --profile smoke
 	$(VISMEM) summary --profile smoke
+
+study: $(INSTALLED)  ## the evidence: every arm with three seeds, about 75 minutes on 2 cores; goes on where it was cut
+	$(VISMEM) study --write docs/results/embedded.md
 
 test: setup  ## all tests
 	.venv/bin/python -m pytest

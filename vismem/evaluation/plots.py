@@ -99,6 +99,26 @@ def invocation_plot(metrics: Mapping[str, Any], answers: Sequence[Prediction]) -
     return _png(figure)
 
 
+def gain_plot(arms: Mapping[str, Any]) -> bytes:
+    """Every arm's gain over vanilla in a study, with the pooled 95 % interval; the small dots are single seeds.
+
+    `arms` as `study_figures.summarise_arms` gives them.
+    """
+    names = [arm for arm in list(arms)[::-1] if arm != VANILLA]
+    figure, axes = _figure(7.2, 0.8 + 0.26 * len(names))
+    for y, arm in enumerate(names):
+        colour = BLUE if arm == VISMEM else GREY
+        gain, by_seed = arms[arm]["gain"], arms[arm]["gain_by_seed"].values()
+        axes.hlines(y, *gain["ci95"], color=colour, linewidth=2)
+        axes.scatter([seed["delta"] for seed in by_seed], [y] * len(by_seed), s=10, color="#000000", zorder=4)
+        axes.scatter(gain["delta"], y, s=52, color=colour, zorder=3)
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_yticks(range(len(names)), [label(arm) for arm in names])
+    axes.set_xlabel("points over vanilla")
+    axes.grid(axis="x", color="#EEEEEE")
+    return _png(figure)
+
+
 def position_counts(answers: Sequence[Prediction], kind: MemoryKind) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     """(BINS,) number of invocations of one kind in each tenth of the answer; position 1.0 falls in the last."""
     places = [e.relative_position for answer in answers for e in answer.invocations if e.kind == kind.value]

@@ -1,0 +1,158 @@
+"""Running jobs: their order, what a second run skips, what a failure says, and what a kill leaves."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vismem.errors import UserError
+from vismem.jobs import Job, busy_seconds, read_records, run_jobs
+
+QUIET = Console(file=io.StringIO())
+
+
+def shell(folder: Path, name: str, script: str = "", *needs: str, timed: bool = False) -> Job:
+    """A job that notes its start and end in `folder/trace`, and is done when its file is there."""
+    command = f"echo '+{name}' >> trace; {script or 'sleep 0.05'} && touch {name} && echo '-{name}' >> trace"
+    done: Callable[[], bool] = (folder / name).is_file
+    return Job(name, ("sh", "-c", f"cd '{folder}' && {command}"), needs, timed, done)
+
+
+def trace(folder: Path) -> list[str]:
+    return (folder / "trace").read_text().split()
+
+
+def test_a_job_starts_when_what_it_needs_is_done(tmp_path: Path) -> None:
+    jobs = [shell(tmp_path, "c", "", "a", "b"), shell(tmp_path, "b", "", "a"), shell(tmp_path, "a")]
+    run_jobs(jobs, tmp_path, 2, QUIET)
+    assert trace(tmp_path) == ["+a", "-a", "+b", "-b", "+c", "-c"]
+
+
+def test_at_most_so_many_jobs_run_at_once(tmp_path: Path) -> None:
+    def most(at_once: int) -> int:
+        folder = tmp_path / str(at_once)
+        folder.mkdir()
+        run_jobs([shell(folder, name, "sleep 0.3") for name in "abc"], folder, at_once, QUIET)
+        counts, running = [], 0
+        for line in trace(folder):
+            running += 1 if line.startswith("+") else -1
+            counts.append(running)
+        return max(counts)
+
+    assert [most(1), most(2)] == [1, 2]
+
+
+def test_timed_jobs_wait_until_no_other_is_left(tmp_path: Path) -> None:
+    jobs = [
+        shell(tmp_path, "timed", "", "a", timed=True),
+        shell(tmp_path, "a"),
+        shell(tmp_path, "b", "sleep 0.3"),
+        shell(tmp_path, "c", "", "b"),
+    ]
+    run_jobs(jobs, tmp_path, 2, QUIET)
+    assert trace(tmp_path)[-2:] == ["+timed", "-timed"]
+
+
+def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
+    jobs = [shell(tmp_path, "a"), shell(tmp_path, "b", "", "a")]
+    run_jobs(jobs, tmp_path, 1, QUIET)
+    (tmp_path / "b").unlink()
+    run_jobs(jobs, tmp_path, 1, QUIET)
+    assert trace(tmp_path) == ["+a", "-a", "+b", "-b", "+b", "-b"]
+
+
+def test_whether_a_job_is_done_is_asked_after_what_it_needs(tmp_path: Path) -> None:
+    def fresh() -> bool:  # as a step whose input was made anew
+        return (tmp_path / "b").is_file() and (tmp_path / "b").stat().st_mtime > (tmp_path / "a").stat().st_mtime
+
+    b = shell(tmp_path, "b", "", "a")
+    jobs = [shell(tmp_path, "a"), Job(b.name, b.command, b.needs, is_done=fresh)]
+    run_jobs(jobs, tmp_path, 1, QUIET)
+    (tmp_path / "a").unlink()
+    run_jobs(jobs, tmp_path, 1, QUIET)
+    assert trace(tmp_path) == ["+a", "-a", "+b", "-b"] * 2
+
+
+def test_a_failing_job_stops_the_others_and_says_why_and_where_its_log_is(tmp_path: Path) -> None:
+    jobs = [
+        shell(tmp_path, "first"),
+        shell(tmp_path, "bad", "{ echo working; echo 'no luck today'; exit 3; }", "first"),
+        shell(tmp_path, "long", "exec sleep 60", "first"),
+        shell(tmp_path, "never", "", "bad"),
+    ]
+    console = Console(file=io.StringIO())
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"bad ended with status 3: no luck today \(log: .*bad\.log\)"):
+        run_jobs(jobs, tmp_path, 2, console)
+    assert time.monotonic() - started < 30, "the long job was stopped"
+    assert "working" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert (tmp_path / "first").is_file()
+    assert not (tmp_path / "never").exists()
+    assert (tmp_path / "logs" / "bad.log").read_text() == "working\nno luck today\n"
+    again = [Job("bad", ("touch", str(tmp_path / "bad")), ("first",)), *jobs[:1], *jobs[3:]]
+    run_jobs(again, tmp_path, 2, QUIET)
+    assert trace(tmp_path).count("+first") == 1
+
+
+def test_a_killed_job_is_told_by_its_signal(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was killed by signal 9"):
+        run_jobs([Job("a", ("sh", "-c", "kill -9 $$"))], tmp_path, 1, QUIET)
+
+
+def test_a_job_that_needs_what_none_makes_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a need what no job makes"):
+        run_jobs([shell(tmp_path, "a", "", "b")], tmp_path, 1, QUIET)
+
+
+def test_steps_get_one_thread_each(tmp_path: Path) -> None:
+    run_jobs([Job("a", ("sh", "-c", "echo $OMP_NUM_THREADS $OMP_WAIT_POLICY"))], tmp_path, 1, QUIET)
+    assert (tmp_path / "logs" / "a.log").read_text() == "1 passive\n"
+
+
+def test_a_second_run_is_kept_away_while_a_step_of_a_killed_one_works(tmp_path: Path) -> None:
+    program = (
+        "import sys, io; from pathlib import Path; from rich.console import Console; from vismem.jobs import *\n"
+        "run_jobs([Job('a', ('sh', '-c', 'echo $$; exec sleep 60'))], Path(sys.argv[1]), 1, Console(quiet=True))"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    log = tmp_path / "logs" / "a.log"
+    until = time.monotonic() + 60
+    while not (log.is_file() and log.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    runner.kill()
+    runner.wait()
+    step = int(log.read_text())
+    try:
+        with pytest.raises(UserError, match="is in use: another run works there, or a step of one that was killed"):
+            run_jobs([shell(tmp_path, "b")], tmp_path, 1, QUIET)
+    finally:
+        subprocess.run(["kill", f"-{signal.SIGKILL}", str(step)], check=True)
+    for _ in range(100):  # the kernel takes a moment
+        try:
+            run_jobs([shell(tmp_path, "b")], tmp_path, 1, QUIET)
+            break
+        except UserError:
+            time.sleep(0.05)
+    assert trace(tmp_path) == ["+b", "-b"]
+
+
+def test_records_keep_the_last_run_of_each_job_and_survive_a_cut_line(tmp_path: Path) -> None:
+    rows = [
+        {"job": "a", "started": 0, "seconds": 1, "commit": "x"},
+        {"job": "a", "started": 5, "seconds": 2, "commit": "y"},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"job": "b", "sta')
+    assert read_records(tmp_path) == {"a": {"started": 5, "seconds": 2, "commit": "y"}}
+
+
+def test_busy_seconds_count_overlaps_once_and_pauses_never() -> None:
+    spans = [(100, 10), (105, 10), (106, 2), (1000, 5)]
+    assert busy_seconds([{"started": start, "seconds": seconds} for start, seconds in spans]) == 20
+    assert busy_seconds([]) == 0

@@ -198,23 +198,24 @@ class Noise(Learned):
 class Shuffled(Learned):
     """Control: another sample's memory of the same kind, as that sample forms it at its own answer's start.
 
-    The donor is the next sample of the `generate` call, cyclically, that shows something else. So, unlike all other
-    policies, this one depends on the batch by nature: its answers repeat only where the call's samples do.
+    The donor is the next sample of the `generate` call, cyclically, that shows other images; where all show the same,
+    the next one. So, unlike all other policies, this one depends on the batch by nature: its answers are the same only
+    beside the same samples.
     """
 
     def donors(self, samples: Sequence[Sample]) -> list[int]:
-        """See InvocationPolicy. UserError where no other sample shows something else."""
-        shown = [sample.images for sample in samples]
-        count, found = len(samples), []
+        """See InvocationPolicy. UserError for a call with one sample."""
+        count = len(samples)
+        if count < 2:
+            raise UserError(
+                "shuffled memories come from another sample of the same call, and there is only one: "
+                "decode at least two together (evaluate.batch_size, evaluate.limit)"
+            )
+        found = []
         for own in range(count):
-            others = (other % count for other in range(own + 1, own + count))
-            donor = next((other for other in others if shown[other] != shown[own]), None)
-            if donor is None:
-                raise UserError(
-                    f"shuffled memories need a donor: none of the {count} samples decoded together shows other images "
-                    f"than '{samples[own].id}'; decode it together with others (evaluate.batch_size, evaluate.limit)"
-                )
-            found.append(donor)
+            others = [other % count for other in range(own + 1, own + count)]
+            different = (other for other in others if samples[other].images != samples[own].images)
+            found.append(next(different, others[0]))
         return found
 
 

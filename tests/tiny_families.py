@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, of Hugging Face's own classes, and questions about odd-sized images."""
+"""Tiny random models of every supported family, of Hugging Face's own classes; questions about odd-sized pictures."""
 
 import dataclasses
 import io
@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
 import torch
 from PIL import Image
@@ -21,8 +22,9 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from vismem.data.sample import Sample
+from vismem.data.sample import Sample, Video
 from vismem.training.embedded import build_processor
 
 # `internvl_qk`: as InternVL 3.5 with the large encoder. `llava_llama`: a Llama that reads two layers of the encoder.
@@ -46,6 +48,65 @@ def samples() -> tuple[Sample, ...]:
     assert {len(s.images) for s in chosen} == {1, 2}
     resized = [dataclasses.replace(s, images=_resized(s.images, i)) for i, s in enumerate(chosen)]
     return (*resized, dataclasses.replace(chosen[0], id="blind", images=()))
+
+
+@lru_cache
+def video_samples() -> tuple[Sample, ...]:
+    """Questions about a video, about an image and a video with an odd number of frames, and about two videos."""
+    one = next(s for s in samples() if len(s.images) == 1)
+    return (
+        dataclasses.replace(one, id="video", images=(), videos=(video(4, (84, 84), 2.0),)),
+        dataclasses.replace(one, id="mixed", videos=(video(5, (100, 60), 1.5),)),
+        dataclasses.replace(one, id="two", images=(), videos=(video(3, (56, 56), 7.0), video(2, (50, 90), 0.4))),
+    )
+
+
+def video(frames: int, size: tuple[int, int], fps: float) -> Video:
+    """Frames of noise, no two alike."""
+    rng, files = np.random.default_rng(frames), []
+    for _ in range(frames):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(file, "PNG")
+        files.append(file.getvalue())
+    return Video(tuple(files), fps)
+
+
+def video_inputs(processor: Any, text: str, pictures: list[Any], videos: tuple[Video, ...]) -> dict[str, torch.Tensor]:
+    """What Hugging Face's Qwen takes for a prompt with videos, by hand: its own video processor needs torchvision.
+
+    Pixels as its `patchify` lays them out: time, then 2x2 neighbours, then colour, the two frames, rows and columns.
+    """
+    images = processor.image_processor
+    seen = images(images=pictures, return_tensors="pt") if pictures else {}
+    pixels, grids = [], []
+    for clip in videos:
+        frames = [Image.open(io.BytesIO(data)) for data in clip.frames]
+        frames += frames[-1:] * (len(frames) % 2)
+        edges = images.size["shortest_edge"], images.size["longest_edge"]
+        height, width = smart_resize(frames[0].height, frames[0].width, 28, *edges)
+        values = np.stack([np.asarray(f.resize((width, height), Image.Resampling.BICUBIC)) / 255 for f in frames])
+        values = (values - images.image_mean) / images.image_std
+        grid = (len(frames) // 2, height // PATCH, width // PATCH)
+        cut = torch.tensor(values, dtype=torch.float32).permute(0, 3, 1, 2)
+        cut = cut.reshape(grid[0], 2, 3, grid[1] // 2, 2, PATCH, grid[2] // 2, 2, PATCH)
+        pixels.append(cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid[0] * grid[1] * grid[2], -1))
+        grids.append(grid)
+    for mark, shapes in (("<|image_pad|>", seen.get("image_grid_thw", ())), ("<|video_pad|>", torch.tensor(grids))):
+        before, *after = text.split(mark)
+        tokens = [mark * (int(shape.prod()) // 4) for shape in shapes]
+        text = before + "".join(token + rest for token, rest in zip(tokens, after, strict=True))
+    encoded = processor.tokenizer([text], return_tensors="pt")
+    kinds = [
+        [{processor.image_token_id: 1, processor.video_token_id: 2}.get(t, 0) for t in encoded["input_ids"][0].tolist()]
+    ]
+    return {
+        **encoded,
+        **seen,
+        "mm_token_type_ids": torch.tensor(kinds),
+        "pixel_values_videos": torch.cat(pixels),
+        "video_grid_thw": torch.tensor(grids),
+        "second_per_grid_ts": torch.tensor([2 / clip.fps for clip in videos]),
+    }
 
 
 def _resized(images: tuple[bytes, ...], start: int) -> tuple[bytes, ...]:
@@ -163,7 +224,7 @@ def _randomise(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
-        if name.endswith(("cls_token", "position_embeddings", "position_embedding.weight")):
+        if name.endswith(("cls_token", "image_newline", "position_embeddings", "position_embedding.weight")):
             weight.copy_(0.5 * noise)
         elif name.endswith("embed_tokens.weight"):
             weight.copy_(0.1 * noise)

@@ -46,34 +46,55 @@ def _inputs(backbone: Backbone, sample: Sample) -> Any:
     images: Any = families.pictures(sample)
     if isinstance(backbone, TiledBackbone):
         images = [images]
+    if sample.videos:
+        return families.video_inputs(backbone.processor, text, images, sample.videos)
     return backbone.processor(text=[text], images=images if sample.images else None, return_tensors="pt")
 
 
 def _their_features(backbone: Backbone, sample: Sample) -> Tensor:
-    inputs = {k: v for k, v in _inputs(backbone, sample).items() if k not in ("input_ids", "attention_mask")}
-    inputs.pop("mm_token_type_ids", None)
-    with torch.no_grad():
-        found = backbone.model.get_image_features(**inputs).pooler_output
-    features = torch.cat(tuple(found)) if isinstance(found, tuple | list) else found
-    return features.reshape(-1, features.shape[-1])
+    every = _inputs(backbone, sample)
+    features: list[Tensor] = []
+    for kind, names in PIXELS.items():
+        inputs = {name: every[name] for name in names if name in every}
+        if inputs:
+            with torch.no_grad():
+                found = getattr(backbone.model, f"get_{kind}_features")(**inputs).pooler_output
+            features += found if isinstance(found, tuple | list) else [found]
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
 
 
-SEEING = [s for s in families.samples() if s.images]
+PIXELS = {
+    "image": ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
 
 
-def test_image_features_equal_hugging_face(model: VisMemModel) -> None:
-    prompt = encode(model.backbone, SEEING)
-    for row, sample in enumerate(SEEING):
+@pytest.fixture(scope="module")
+def asked(model: VisMemModel) -> tuple[Sample, ...]:
+    """The questions that the family can be asked."""
+    return families.samples() + (families.video_samples() if model.backbone.takes_video else ())
+
+
+@pytest.fixture(scope="module")
+def seeing(asked: tuple[Sample, ...]) -> list[Sample]:
+    return [s for s in asked if s.images or s.videos]
+
+
+def test_image_and_video_features_equal_hugging_face(model: VisMemModel, seeing: list[Sample]) -> None:
+    prompt = encode(model.backbone, seeing)
+    for row, sample in enumerate(seeing):
         expected = _their_features(model.backbone, sample)
         torch.testing.assert_close(prompt.embeds[row][prompt.visual[row]], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_patches_in_merge_order_go_through_the_projector_as_in_hugging_face(model: VisMemModel) -> None:
+def test_patches_in_merge_order_go_through_the_projector_as_in_hugging_face(
+    model: VisMemModel, seeing: list[Sample]
+) -> None:
     """So a memory's g vectors are merged exactly as g patches are."""
-    backbone, prompt = model.backbone, encode(model.backbone, SEEING)
+    backbone, prompt = model.backbone, encode(model.backbone, seeing)
     stream = backbone.patch_stream(prompt.vision)
     projected = backbone.project(stream.hidden)
-    for row, sample in enumerate(SEEING):
+    for row, sample in enumerate(seeing):
         ours = projected[row][prompt.vision.mask[row, :: backbone.merge]]
         theirs = _their_features(backbone, sample)
         if backbone.family == "llava_onevision":  # packing drops padding and adds line ends: the base view comes first
@@ -81,14 +102,16 @@ def test_patches_in_merge_order_go_through_the_projector_as_in_hugging_face(mode
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_an_appended_memory_reads_all_patches_and_leaves_them_as_they_are(model: VisMemModel) -> None:
+def test_an_appended_memory_reads_all_patches_and_leaves_them_as_they_are(
+    model: VisMemModel, seeing: list[Sample]
+) -> None:
     """Against one dense pass over patches and memory together, with a mask."""
-    backbone, prompt = model.backbone, encode(model.backbone, SEEING)
+    backbone, prompt = model.backbone, encode(model.backbone, seeing)
     stream = backbone.patch_stream(prompt.vision)
     length = 2 * backbone.merge
-    tokens = torch.randn(len(SEEING), length, backbone.vision_width, generator=torch.Generator().manual_seed(1))
-    memory = backbone.memory_stream(tokens, None, stream, torch.arange(len(SEEING)))
-    for row in range(len(SEEING)):
+    tokens = torch.randn(len(seeing), length, backbone.vision_width, generator=torch.Generator().manual_seed(1))
+    memory = backbone.memory_stream(tokens, None, stream, torch.arange(len(seeing)))
+    for row in range(len(seeing)):
         real = prompt.vision.mask[row]
         alone = VisionInput(
             prompt.vision.patches[row : row + 1, real],
@@ -146,7 +169,7 @@ def _mask(group: Tensor, memory: int, read: bool) -> Tensor:
 
 
 def test_as_many_memory_tokens_as_image_tokens_start_as_the_patches_themselves(base: Path) -> None:
-    sample = SEEING[0]
+    sample = families.samples()[0]
     backbone = load_base(base)
     tokens = encode(backbone, [sample]).vision.mask.shape[1] // backbone.merge
     model = tiny.vismem(base, tiny.MEMORY.model_copy(update={"short_length": tokens}))
@@ -155,20 +178,22 @@ def test_as_many_memory_tokens_as_image_tokens_start_as_the_patches_themselves(b
     torch.testing.assert_close(pooled, stream.start)
 
 
-def test_with_invocation_off_the_text_equals_hugging_face_generate(model: VisMemModel) -> None:
-    rollouts = generate(model, families.samples(), Off(), max_new_tokens=12)
+def test_with_invocation_off_the_text_equals_hugging_face_generate(
+    model: VisMemModel, asked: tuple[Sample, ...]
+) -> None:
+    rollouts = generate(model, asked, Off(), max_new_tokens=12)
     assert len({r.token_ids for r in rollouts}) > len(rollouts) / 2
-    for sample, rollout in zip(families.samples(), rollouts, strict=True):
+    for sample, rollout in zip(asked, rollouts, strict=True):
         inputs = _inputs(model.backbone, sample)
         output = model.backbone.model.generate(**inputs, max_new_tokens=12, do_sample=False)
         expected = output[0, inputs["input_ids"].shape[1] :].tolist()
         assert list(rollout.token_ids) == expected[: len(rollout.token_ids)]
 
 
-def test_a_row_with_memories_is_the_same_alone_and_among_others(model: VisMemModel) -> None:
-    together = generate(model, families.samples(), RANDOM, max_new_tokens=8, temperature=1.0, seed=3)
+def test_a_row_with_memories_is_the_same_alone_and_among_others(model: VisMemModel, asked: tuple[Sample, ...]) -> None:
+    together = generate(model, asked, RANDOM, max_new_tokens=8, temperature=1.0, seed=3)
     assert {i.kind for r in together for i in r.invocations} == set(MemoryKind)
-    for sample, expected in zip(families.samples(), together, strict=True):
+    for sample, expected in zip(asked, together, strict=True):
         alone = generate(model, [sample], RANDOM, max_new_tokens=8, temperature=1.0, seed=3)[0]
         assert alone.token_ids == expected.token_ids
         assert alone.invocations == expected.invocations
@@ -176,11 +201,11 @@ def test_a_row_with_memories_is_the_same_alone_and_among_others(model: VisMemMod
 
 
 def test_replay_scores_what_decoding_scored_and_the_gradient_reaches_every_part_of_both_formers(
-    model: VisMemModel,
+    model: VisMemModel, asked: tuple[Sample, ...]
 ) -> None:
-    rollouts = generate(model, families.samples(), RANDOM, max_new_tokens=8, temperature=1.0, seed=5)
+    rollouts = generate(model, asked, RANDOM, max_new_tokens=8, temperature=1.0, seed=5)
     assert {i.kind for r in rollouts for i in r.invocations} == set(MemoryKind)
-    scores = score(model, read_prompts(model, families.samples()), rollouts, torch.arange(len(rollouts)))
+    scores = score(model, read_prompts(model, asked), rollouts, torch.arange(len(rollouts)))
     for row, rollout in enumerate(rollouts):
         for index, (sampled, expected) in enumerate(zip(rollout.loss_mask, rollout.logprobs, strict=True)):
             if sampled:
@@ -194,18 +219,22 @@ def test_replay_scores_what_decoding_scored_and_the_gradient_reaches_every_part_
     assert all(weight.grad is None for weight in model.backbone.model.parameters())
 
 
-def test_a_saved_model_answers_as_before(model: VisMemModel, base: Path, tmp_path: Path) -> None:
+def test_a_saved_model_answers_as_before(
+    model: VisMemModel, asked: tuple[Sample, ...], base: Path, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path / "model")
     again = VisMemModel.from_pretrained(tmp_path / "model", base)
-    first = generate(model, families.samples(), RANDOM, max_new_tokens=8)
-    second = generate(again, families.samples(), RANDOM, max_new_tokens=8)
+    first = generate(model, asked, RANDOM, max_new_tokens=8)
+    second = generate(again, asked, RANDOM, max_new_tokens=8)
     assert [dataclasses.asdict(r) for r in first] == [dataclasses.asdict(r) for r in second]
 
 
-def test_the_step_base_copies_a_model_with_its_processor(model: VisMemModel, base: Path, tmp_path: Path) -> None:
+def test_the_step_base_copies_a_model_with_its_processor(
+    model: VisMemModel, seeing: list[Sample], base: Path, tmp_path: Path
+) -> None:
     copy_base(Config.model_validate({"base": {"model": str(base), "dtype": "float32"}}), {}, tmp_path)
-    first = generate(model, SEEING, Off(), max_new_tokens=4)
-    assert generate(tiny.vismem(tmp_path), SEEING, Off(), max_new_tokens=4) == first
+    first = generate(model, seeing, Off(), max_new_tokens=4)
+    assert generate(tiny.vismem(tmp_path), seeing, Off(), max_new_tokens=4) == first
 
 
 def test_a_checkpoint_with_a_video_processor_loads(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_stats_count_what_was_written(tmp_path: Path) -> None:
     assert train["rows"] == len(rows) == 23
     assert train["sources"] == {"easy_vqa": 20, "jsonl:train.jsonl": 3}
     assert sum(train["tasks"].values()) == sum(train["capabilities"].values()) == 23
-    digests = [sample_sha256({name: getattr(sample, name) for name in SCHEMA.names}) for sample in rows]
+    digests = [sample_sha256(sample.as_row()) for sample in rows]
     assert stats["data_sha256"] == data_sha256({"train": digests})
 
 
@@ -127,7 +127,8 @@ def test_a_source_that_cannot_be_read_ends_with_one_message(tmp_path: Path) -> N
 
 def test_a_data_sets_hash_depends_on_every_field_and_on_the_split() -> None:
     row = {name: "" for name in SCHEMA.names} | {"images": [b"a"], "choices": ["x"]}
-    changed = [sample_sha256(row | {name: [b"b"] if name == "images" else ["y"]}) for name in SCHEMA.names]
+    other = {"images": [b"b"], "videos": [{"frames": [b"b"], "fps": 2.0}]}
+    changed = [sample_sha256(row | {name: other.get(name, ["y"])}) for name in SCHEMA.names]
     assert len({sample_sha256(row), *changed}) == 1 + len(SCHEMA.names)
     assert data_sha256({"train": [sample_sha256(row)]}) != data_sha256({"test": [sample_sha256(row)]})
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vismem.config import EasyVqaSource, JsonlSource, NlvrSource
 from vismem.data.readers import easy_vqa, jsonl, nlvr
-from vismem.data.sample import Capability, Sample
+from vismem.data.sample import Capability, Sample, Video
 from vismem.errors import UserError
 
 NLVR = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "nlvr"
@@ -80,6 +80,20 @@ def test_a_jsonl_file_is_read_only_for_its_split_and_up_to_its_limit(folder: Pat
     assert list(jsonl.read(source, "test", 0)) == []
 
 
+def test_a_video_is_a_folder_or_a_list_of_frames_with_their_rate(folder: Path) -> None:
+    (folder / "clip").mkdir()
+    for name, color in (("0010.png", "green"), ("0002.png", "red"), (".hidden", "white")):
+        (folder / "clip" / name).write_bytes(png(color))
+    videos = [{"frames": "clip", "fps": 2}, {"frames": ["red.png", "more/blue.png", "red.png"], "fps": 0.5}]
+    line = {"id": "a", "prompt": "What happens?", "answer": "it turns", "videos": videos}
+    alone, mixed = jsonl.read(write_lines(folder, line, line | {"image": "red.png"}), "train", 0)
+    assert alone.videos == (
+        Video((png("red"), png("green")), 2.0),
+        Video((png("red"), png("blue"), png("red")), 0.5),
+    )
+    assert (alone.images, mixed.images, mixed.videos) == ((), (png("red"),), alone.videos)
+
+
 def test_a_broken_image_is_read_as_it_is(folder: Path) -> None:
     (folder / "red.png").write_bytes(b"not an image")
     assert next(jsonl.read(write_lines(folder, row()), "train", 0)).images == (b"not an image",)
@@ -97,6 +111,10 @@ def test_a_broken_image_is_read_as_it_is(folder: Path) -> None:
         (row(images=["red.png"]), r"line 2: has both"),
         (row(answer=["red"]), r"line 2: 'answer' must be a string, got \[\"red\"\]"),
         (row(choices="red"), r"line 2: 'choices' must be a list of strings"),
+        (row(videos="clip.mp4"), r"line 2: 'videos' must be a list of objects"),
+        (row(videos=[{"frames": "more"}]), r"line 2: a video is .*\"fps\".*got \{\"frames\": \"more\"\}"),
+        (row(videos=[{"frames": ["gone.png"], "fps": 1}]), r"line 2: no image file .*gone\.png"),
+        (row(videos=[{"frames": "red.png", "fps": 2}]), r"line 2: no folder .*red\.png .*ffmpeg .* fps=2 red/%05d\.png"),
         (row(capability="seeing"), r"line 2: capability \"seeing\" is not one of understanding, reasoning, generation"),
     ],
 )

@@ -8,8 +8,9 @@ ANSWER_MARK = "answer:"
 
 
 def prompt_messages(sample: Sample) -> list[dict[str, Any]]:
-    """One user turn for `processor.apply_chat_template`: a placeholder for each image, then the question."""
+    """One user turn for `processor.apply_chat_template`: placeholders of its images, of its videos, the question."""
     content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
+    content += [{"type": "video"} for _ in sample.videos]
     return [{"role": "user", "content": [*content, {"type": "text", "text": sample.question}]}]
 
 

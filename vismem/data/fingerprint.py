@@ -6,7 +6,7 @@ Pixels rather than files are hashed, so that the same picture saved twice still 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,29 @@ class ImageCache:
         return facts
 
 
+def seen_sha256(images: Sequence[ImageFacts], videos: Sequence[Sequence[ImageFacts]]) -> list[bytes]:
+    """By what a sample's pictures are known in other splits: an image by its pixels, a video by all of its frames'.
+
+    (Not by any one frame: many videos begin with a black one.) What does not decode is left out.
+    """
+    whole = [frames for frames in videos if frames and all(facts.fault is None for facts in frames)]
+    hashes = [facts.sha256 for facts in images if facts.fault is None]
+    return hashes + [hashlib.sha256(b"".join(facts.sha256 for facts in frames)).digest() for frames in whole]
+
+
 def sample_sha256(row: Mapping[str, Any]) -> bytes:
-    """32 bytes that identify a sample, given as a mapping of its fields; images enter as their files' hashes."""
+    """32 bytes that identify a sample, given as a row; images and frames enter as their files' hashes."""
     plain = {name: row[name] for name in FIELDS}
-    plain["images"] = [hashlib.sha256(data or b"").hexdigest() for data in plain["images"] or ()]
+    plain["images"] = _file_hashes(plain["images"])
     plain["choices"] = list(plain["choices"] or ())
+    videos = [{"frames": _file_hashes(video["frames"]), "fps": video["fps"]} for video in row["videos"] or ()]
+    if videos:  # a sample without keeps the hash that it had before samples could have any
+        plain["videos"] = videos
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")).digest()
+
+
+def _file_hashes(files: Iterable[bytes | None] | None) -> list[str]:
+    return [hashlib.sha256(data or b"").hexdigest() for data in files or ()]
 
 
 def data_sha256(splits: Mapping[str, Iterable[bytes]]) -> str:

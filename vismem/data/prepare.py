@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vismem.config import Config, EasyVqaSource, JsonlSource, NlvrSource, Source
-from vismem.data.fingerprint import FIELDS, SPLITS, ImageCache, data_sha256, sample_sha256
+from vismem.data.fingerprint import SPLITS, ImageCache, data_sha256, sample_sha256, seen_sha256
 from vismem.data.sample import Sample, write_shards
 
 TOP_ANSWERS = 20
@@ -93,7 +93,7 @@ class _SplitStats:
         self.capabilities[sample.capability.value] += 1
         self.sources[sample.source] += 1
         self.answers[sample.answer] += 1
-        self.digests.append(sample_sha256({name: getattr(sample, name) for name in FIELDS}))
+        self.digests.append(sample_sha256(sample.as_row()))
 
     def summary(self) -> dict[str, Any]:
         """The plain figures of `stats.json`, in a stable order."""
@@ -118,11 +118,12 @@ class _ImageOwners:
         self._owner: dict[bytes, str] = {}
 
     def claim(self, sample: Sample, split: str) -> tuple[list[bytes], str | None]:
-        """The hashes of a sample's images, and the other split that has one of them already (None: it is ours).
+        """The hashes of a sample's images and videos, and the other split that has one already (None: it is ours).
 
         Images that do not decode are nobody's: their rows go on to `validate`, which quarantines them.
         """
-        hashes = [facts.sha256 for data in sample.images if (facts := self._facts(data)).fault is None]
+        videos = [[self._facts(data) for data in video.frames] for video in sample.videos]
+        hashes = seen_sha256([self._facts(data) for data in sample.images], videos)
         other = next((owner for h in hashes if (owner := self._owner.get(h, split)) != split), None)
         if other is None:
             self._owner.update(dict.fromkeys(hashes, split))

@@ -1,8 +1,8 @@
-"""The one sample type: a visual question, its images and what is known about its answer."""
+"""The one sample type: a visual question, its images and videos and what is known about its answer."""
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,16 @@ class Capability(StrEnum):
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video as the frames that the model is to see, encoded files of one size (PNG or JPEG bytes) in order."""
+
+    frames: tuple[bytes, ...]
+    fps: float  # of these frames a second of the video
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One visual question. `images` are encoded files (PNG or JPEG bytes), in the order of the prompt."""
+    """One visual question. `images` are encoded files (PNG or JPEG bytes), in the order of the prompt; then videos."""
 
     id: str
     images: tuple[bytes, ...]
@@ -33,10 +41,15 @@ class Sample:
     capability: Capability = Capability.UNDERSTANDING
     source: str = ""
     scene: str = ""  # JSON: the generator's own truth about each image; empty for real data
+    videos: tuple[Video, ...] = ()
 
     def scene_truth(self) -> Any:
         """The generator's truth, parsed; None where there is none."""
         return json.loads(self.scene) if self.scene else None
+
+    def as_row(self) -> dict[str, Any]:
+        """The sample as a row of `SCHEMA`."""
+        return {name: getattr(self, name) for name in SCHEMA.names} | {"videos": [asdict(v) for v in self.videos]}
 
 
 SCHEMA = pa.schema(
@@ -51,6 +64,7 @@ SCHEMA = pa.schema(
         ("capability", pa.string()),
         ("source", pa.string()),
         ("scene", pa.string()),
+        ("videos", pa.list_(pa.struct([("frames", pa.list_(pa.binary())), ("fps", pa.float64())]))),
     ]
 )
 
@@ -72,7 +86,7 @@ def write_shards(samples: Iterable[Sample], folder: Path, rows_per_shard: int = 
         part, rows = part + 1, []
 
     for sample in samples:
-        rows.append({name: getattr(sample, name) for name in SCHEMA.names})
+        rows.append(sample.as_row())
         written += 1
         if len(rows) == rows_per_shard:
             flush()
@@ -90,6 +104,8 @@ def iterate_samples(folder: Path) -> Iterator[Sample]:
         for batch in pq.ParquetFile(shard).iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 row["images"] = tuple(row["images"] or ())
+                videos = row.get("videos") or ()  # shards of earlier versions have no such column
+                row["videos"] = tuple(Video(tuple(video["frames"] or ()), video["fps"]) for video in videos)
                 row["choices"] = tuple(row["choices"] or ())
                 row["capability"] = Capability(row["capability"])
                 yield Sample(**row)

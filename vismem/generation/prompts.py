@@ -11,28 +11,56 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vismem.data.collate import prompt_messages
-from vismem.data.sample import Sample
-from vismem.models.backbones.base import Backbone, Prompt
+from vismem.data.sample import Sample, Video
+from vismem.errors import UserError
+from vismem.models.backbones import FAMILIES
+from vismem.models.backbones.base import Backbone, Clip, Prompt
 
 
 @dataclass
 class VisualStates:
-    """The last hidden states at the image tokens of S prompts, packed to the left: v_1..v_y of H."""
+    """The last hidden states at the image and video tokens of S prompts, packed to the left: v_1..v_y of H."""
 
     hidden: Tensor  # (S, V, d)
     mask: Tensor  # (S, V)
 
 
 def encode(backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
-    """The chat-formatted prompts of the samples, with their images."""
+    """The chat-formatted prompts of the samples, with their images and videos.
+
+    UserError for a video where the family takes none, or whose frames are of different sizes.
+    """
+    for sample in samples:
+        if sample.videos and not backbone.takes_video:
+            known = ", ".join(name for name, family in FAMILIES.items() if family.takes_video)
+            raise UserError(
+                f"sample '{sample.id}' has a video, which a base of family '{backbone.family}' does not take here; "
+                f"families that do: {known}"
+            )
     template = backbone.processor.apply_chat_template
     texts = [template(prompt_messages(s), tokenize=False, add_generation_prompt=True) for s in samples]
-    images = [[Image.open(io.BytesIO(data)).convert("RGB") for data in sample.images] for sample in samples]
-    return backbone.prompt(texts, images)
+    images = [[_decode(data) for data in sample.images] for sample in samples]
+    videos = [[_clip(video, sample) for video in sample.videos] for sample in samples]
+    return backbone.prompt(texts, images, videos)
+
+
+def _decode(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _clip(video: Video, sample: Sample) -> Clip:
+    frames = [_decode(data) for data in video.frames]
+    sizes = {frame.size for frame in frames}
+    if len(sizes) != 1 or not video.fps > 0:
+        raise UserError(
+            f"sample '{sample.id}' has a video of {len(frames)} frames in {len(sizes)} sizes at {video.fps} frames per "
+            "second: at least one frame, one size and a positive rate are needed"
+        )
+    return Clip(frames, video.fps)
 
 
 def visual_states(prompt: Prompt, hidden: Tensor) -> VisualStates:
-    """Pick the image tokens' hidden states out of the prompts' (S, L, d)."""
+    """Pick the image and video tokens' hidden states out of the prompts' (S, L, d)."""
     order = prompt.visual.int().argsort(dim=1, descending=True, stable=True)
     longest = int(prompt.visual.sum(1).max())
     mask = prompt.visual.gather(1, order)[:, :longest]

@@ -1,5 +1,6 @@
 """The facts that rules judge: one light row a sample, streamed from the shards; images are looked at and let go."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vismem.data.fingerprint import SPLITS, ImageCache, ImageFacts, sample_sha256
+from vismem.data.fingerprint import SPLITS, ImageCache, ImageFacts, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
@@ -43,9 +44,10 @@ def collect_facts(shards: Sequence[Shard], max_side: int, advance: Callable[[int
 
     `advance` is called with the number of rows done, from several threads. Columns: split, shard (index into
     `shards`), position (row in the shard), id, id_chars, null_fault (names of null columns), duplicate_of (place of the
-    first row with the id), images (how many), image_fault, least_side, largest_side (pixels), image_hashes, leak (the
-    split of higher precedence that shows one of the images), question_chars, answer, answer_chars, answer_listed (among
-    the choices), task, capability, sha256. What does not apply or is not known is missing.
+    first row with the id), images (how many, videos among them), image_fault, least_side, largest_side (pixels),
+    image_hashes, leak (the split of higher precedence that shows one of the images or videos), question_chars, answer,
+    answer_chars, answer_listed (among the choices), task, capability, sha256. What does not apply or is not known is
+    missing.
     """
     # Decoding and hashing release the interpreter lock, so threads do for large images, and cost nothing for small.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -125,19 +127,23 @@ def _shard_facts(shard: Shard, number: int, max_side: int, advance: Callable[[in
 
 def _row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -> dict[str, Any]:
     images = [examine(data or b"") for data in row["images"] or ()]
-    sides = [side for facts in images if facts.width for side in (facts.width, facts.height)]
+    videos = [[examine(data or b"") for data in video["frames"] or ()] for video in row["videos"] or ()]
+    every = [*images, *(facts for frames in videos for facts in frames)]
+    sides = [side for facts in every if facts.width for side in (facts.width, facts.height)]
     faults = [f"image {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
+    for n, (video, frames) in enumerate(zip(row["videos"] or (), videos, strict=True), start=1):
+        faults += [f"video {n} of {len(videos)}: {fault}" for fault in _video_faults(video["fps"], frames)]
     nulls = [f"'{name}'" for name in TEXT_COLUMNS if row[name] is None]
     answer = row["answer"] or ""
     return {
         "id": row["id"] or "",
         "id_chars": len((row["id"] or "").strip()),
         "null_fault": ", ".join(nulls) or None,
-        "images": len(images),
+        "images": len(images) + len(videos),
         "image_fault": "; ".join(faults) or None,
         "least_side": min(sides, default=None),
         "largest_side": max(sides, default=None),
-        "image_hashes": tuple(facts.sha256 for facts in images if facts.fault is None),
+        "image_hashes": tuple(seen_sha256(images, videos)),
         "question_chars": len((row["question"] or "").strip()),
         "answer": answer,
         "answer_chars": len(answer.strip()),
@@ -146,6 +152,16 @@ def _row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -
         "capability": row["capability"] or "",
         "sha256": sample_sha256(row),
     }
+
+
+def _video_faults(fps: float | None, frames: Sequence[ImageFacts]) -> Iterator[str]:
+    if not frames:
+        yield "no frames"
+    if not fps or not 0 < fps < math.inf:
+        yield f"{fps} frames per second"
+    yield from (f"frame {n} of {len(frames)}: {facts.fault}" for n, facts in enumerate(frames, start=1) if facts.fault)
+    if len({(facts.width, facts.height) for facts in frames if facts.fault is None}) > 1:
+        yield "frames of different sizes"
 
 
 def _duplicates(table: pd.DataFrame, shards: Sequence[Shard]) -> list[str | None]:

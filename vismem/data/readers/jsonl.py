@@ -1,7 +1,10 @@
 """Your own questions as JSON lines: one object a line, images as paths beside the file.
 
-Needed: `id`, `image` or `images`, `prompt`, `answer`. Optional: `choices`, `rationale`, `task`, `capability`.
-Other keys are ignored. Image bytes are taken as they are: whether they decode is for `validate` to judge.
+Needed: `id`, `image` or `images` or `videos`, `prompt`, `answer`. Optional: `choices`, `rationale`, `task`,
+`capability`. Other keys are ignored. Bytes are taken as they are: whether they decode is for `validate` to judge.
+
+A video is `{"frames": FOLDER or [FILE, ...], "fps": NUMBER}`: frames that were cut out of it before, a folder's files
+in the order of their names. Video files (MP4 and the like) are not decoded here.
 """
 
 import json
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import JsonlSource
-from vismem.data.sample import Capability, Sample
+from vismem.data.sample import Capability, Sample, Video
 from vismem.errors import UserError
 
 NEEDED = ("id", "prompt", "answer")
@@ -46,11 +49,11 @@ def _sample(line: bytes, path: Path, where: str) -> Sample:
         raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno}): one object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: an object {{...}} is needed, not a {type(row).__name__}")
-    missing = [key for key in NEEDED if key not in row] + ([] if "image" in row or "images" in row else ["image"])
+    missing = [key for key in NEEDED if key not in row] + ([] if {"image", "images", "videos"} & set(row) else ["image"])
     if missing:
         raise UserError(
             f"{where}: no {_names(missing)}; the line has {_names(row) or 'no keys'}. "
-            f"Needed: id, image (or images), prompt, answer"
+            f"Needed: id, image (or images or videos), prompt, answer"
         )
     return Sample(
         id=_text(row, "id", where),
@@ -62,6 +65,7 @@ def _sample(line: bytes, path: Path, where: str) -> Sample:
         task=_text(row, "task", where) or "vqa",
         capability=_capability(row, where),
         source=f"jsonl:{path.name}",
+        videos=tuple(_video(value, path.parent, where) for value in _objects(row, "videos", where)),
     )
 
 
@@ -69,7 +73,25 @@ def _image_names(row: dict[str, Any], where: str) -> list[str]:
     if "image" in row and "images" in row:
         raise UserError(f"{where}: has both 'image' and 'images': keep one")
     key = "image" if "image" in row else "images"
-    return [row[key]] if isinstance(row[key], str) else _strings(row, key, where)
+    return [row[key]] if isinstance(row.get(key), str) else _strings(row, key, where)
+
+
+def _video(value: dict[str, Any], folder: Path, where: str) -> Video:
+    names, fps = value.get("frames"), value.get("fps")
+    if not isinstance(names, str | list) or isinstance(fps, bool) or not isinstance(fps, int | float):
+        raise UserError(
+            f'{where}: a video is {{"frames": a folder or a list of files, "fps": their number a second}}, '
+            f"got {json.dumps(value)[:60]}"
+        )
+    if isinstance(names, list):
+        return Video(tuple(_image(folder / name, where) for name in _strings(value, "frames", where)), float(fps))
+    if not (folder / names).is_dir():
+        raise UserError(
+            f"{where}: no folder {folder / names} of a video's frames; a video file must be cut into frames first, "
+            f"for instance with: ffmpeg -i clip.mp4 -vf fps={fps:g} {Path(names).stem}/%05d.png"
+        )
+    files = sorted(file for file in (folder / names).iterdir() if not file.name.startswith("."))
+    return Video(tuple(_image(file, where) for file in files), float(fps))
 
 
 def _image(path: Path, where: str) -> bytes:
@@ -91,6 +113,13 @@ def _strings(row: dict[str, Any], key: str, where: str) -> list[str]:
     values = row.get(key) or []
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise UserError(f"{where}: '{key}' must be a list of strings, got {json.dumps(values)[:60]}")
+    return values
+
+
+def _objects(row: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    values = row.get(key) or []
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise UserError(f"{where}: '{key}' must be a list of objects {{...}}, got {json.dumps(values)[:60]}")
     return values
 
 

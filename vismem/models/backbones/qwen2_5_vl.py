@@ -1,6 +1,7 @@
 """Qwen2.5-VL: windowed vision encoder with fused qkv, 2x2 merger, three-axis rotary positions."""
 
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -8,14 +9,18 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
+from vismem.errors import UserError
+from vismem.models.backbones.base import Backbone, Clip, PatchStream, Prompt, VisionInput
 from vismem.models.lora import LoraTarget
+
+Pixels = tuple[Tensor, tuple[int, int, int]]  # an image's or video's patches (t * h * w, values), and t, h and w
 
 
 class Qwen25VLBackbone(Backbone):
     """See Backbone. The vision encoder runs as dense masked attention over equal-length rows, batched over images."""
 
     family = "qwen2_5_vl"
+    takes_video = True
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
@@ -30,27 +35,77 @@ class Qwen25VLBackbone(Backbone):
 
     # --- the prompt ---
 
-    def prompt(self, texts: list[str], images: list[list[Any]]) -> Prompt:
-        flat = [image for row in images for image in row]
-        encoded = self.processor(
-            text=texts, images=flat or None, padding=True, padding_side="right", return_tensors="pt"
-        ).to(self.device)
-        mask = encoded["attention_mask"].bool()
-        embeds = self.embedding(encoded["input_ids"])
-        grid = encoded.get("image_grid_thw")
-        visual = encoded["input_ids"] == self.model.config.image_token_id
-        positions, _ = self.model.model.get_rope_index(
-            encoded["input_ids"], encoded["mm_token_type_ids"], image_grid_thw=grid, attention_mask=mask.long()
+    def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
+        # As the processor does it, but for videos, which it takes only where torchvision is installed.
+        processor, settings = self.processor, self.model.config
+        each = iter(self._pixels([image for row in images for image in row]))
+        pictures = [list(islice(each, len(row))) for row in images]
+        clips = [[self._clip(clip) for clip in row] for row in videos]
+        placed, _ = processor.get_text_with_replacements(
+            list(texts),
+            images_replacements=self._places(processor.image_token, texts, pictures),
+            videos_replacements=self._places(processor.video_token, texts, clips),
         )
-        vision = self._vision_input(encoded.get("pixel_values"), grid, [len(row) for row in images])
-        if flat:
+        encoded = processor.tokenizer(placed, padding=True, padding_side="right", return_tensors="pt").to(self.device)
+        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+        seconds = [self._frames / clip.fps for row in videos for clip in row]
+        positions, _ = self.model.model.get_rope_index(
+            ids,
+            torch.tensor(processor.create_mm_token_type_ids(ids.tolist()), device=self.device),
+            image_grid_thw=_grids(pictures),
+            video_grid_thw=_grids(clips),
+            second_per_grid_ts=torch.tensor(seconds) if seconds else None,
+            attention_mask=mask.long(),
+        )
+        embeds = self.embedding(ids)
+        visual = (ids == settings.image_token_id) | (ids == settings.video_token_id)
+        vision = self._vision_input([[*seen, *watched] for seen, watched in zip(pictures, clips, strict=True)])
+        if vision.image.shape[1]:
             stream = self.patch_stream(vision)
             features = self.project(stream.hidden)[vision.mask[:, :: self.merge]]
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
         return Prompt(embeds, positions, mask, visual & mask, vision)
 
+    @property
+    def _frames(self) -> int:
+        """Frames that make one temporal patch."""
+        return int(self.settings.temporal_patch_size)
+
+    def _pixels(self, images: list[Any]) -> list[Pixels]:
+        """Each image's patches."""
+        if not images:
+            return []
+        encoded = self.processor.image_processor(images=images, return_tensors="pt").to(self.device)
+        grids = encoded["image_grid_thw"].tolist()
+        patches = encoded["pixel_values"].split([t * h * w for t, h, w in grids])
+        return [(cut, (t, h, w)) for cut, (t, h, w) in zip(patches, grids, strict=True)]
+
+    def _clip(self, clip: Clip) -> Pixels:
+        """A video's patches, of several frames each; its last frame is repeated until they are full.
+
+        In an image's patches the image stands once for every frame of a temporal patch: of each frame one is kept.
+        """
+        frames = [*clip.frames, *clip.frames[-1:] * (-len(clip.frames) % self._frames)]
+        cut = self._pixels(frames)
+        _, height, width = cut[0][1]
+        area, channels, values = height * width, int(self.settings.in_channels), int(self.settings.patch_size) ** 2
+        frame = torch.stack([patches for patches, _ in cut]).view(-1, area, channels, self._frames, values)[:, :, :, 0]
+        time = len(frames) // self._frames
+        joined = frame.view(time, self._frames, area, channels, values).permute(0, 2, 3, 1, 4)
+        return joined.reshape(time * area, -1), (time, height, width)
+
+    def _places(self, token: str, texts: list[str], rows: list[list[Pixels]]) -> list[str]:
+        """What stands for each image (or each video) in the texts: its token, once for every merged patch."""
+        for text, row in zip(texts, rows, strict=True):
+            if text.count(token) != len(row):
+                raise UserError(
+                    f"a prompt has {text.count(token)} x {token} for {len(row)} of them: the base's chat template must "
+                    f"place each once, and a question must not hold that token. The prompt begins: {text[:200]!r}"
+                )
+        return [token * (len(patches) // self.merge) for row in rows for patches, _ in row]
+
     def _layout_of(self, t: int, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions (P, 2), frame (P,) and window (P,) of one image's patches in merge order."""
+        """Positions (P, 2), frame (P,) and window (P,) of one image's (or video's) patches in merge order."""
         grid = torch.tensor([[t, h, w]])
         positions = get_vision_position_ids(grid, self.settings.spatial_merge_size)
         order, bounds = get_vision_window_index(
@@ -62,33 +117,28 @@ class Qwen25VLBackbone(Backbone):
         frame = torch.arange(t).repeat_interleave(h * w)
         return positions, frame, window.repeat_interleave(self.merge)
 
-    def _vision_input(self, pixels: Tensor | None, grid: Tensor | None, counts: list[int]) -> VisionInput:
-        """Pack the processor's flat patches by sample, right-padded."""
-        rows, device = len(counts), self.device
-        if pixels is None or grid is None:
-            empty = torch.zeros(rows, 0, dtype=torch.long, device=device)
-            return VisionInput(torch.zeros(rows, 0, 1, device=device), empty[..., None].expand(-1, -1, 2), empty, empty)
-        lengths = grid.prod(-1).tolist()
-        total = [sum(lengths[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(rows)]
-        longest = max(total)
+    def _vision_input(self, rows: list[list[Pixels]]) -> VisionInput:
+        """Pack the patches of each sample's images and videos, right-padded."""
+        samples, device = len(rows), self.device
+        longest = max(sum(len(patches) for patches, _ in row) for row in rows)
+        values = next((patches.shape[-1] for row in rows for patches, _ in row), 1)
         vision = VisionInput(
-            pixels.new_zeros(rows, longest, pixels.shape[-1]),
-            torch.zeros(rows, longest, 2, dtype=torch.long, device=device),
-            torch.full((rows, longest), -1, device=device),
-            torch.full((rows, longest), -1, device=device),
+            torch.zeros(samples, longest, values, device=device),
+            torch.zeros(samples, longest, 2, dtype=torch.long, device=device),
+            torch.full((samples, longest), -1, device=device),
+            torch.full((samples, longest), -1, device=device),
         )
-        taken = image = 0
-        for row, count in enumerate(counts):
+        for number, row in enumerate(rows):
             place = frames = windows = 0
-            for _ in range(count):
-                positions, frame, window = self._layout(*grid[image].tolist())
-                here = slice(place, place + lengths[image])
-                vision.patches[row, here] = pixels[taken : taken + lengths[image]]
-                vision.positions[row, here] = positions.to(device)
-                vision.image[row, here] = frame.to(device) + frames
-                vision.window[row, here] = window.to(device) + windows
+            for patches, grid in row:
+                positions, frame, window = self._layout(*grid)
+                here = slice(place, place + len(patches))
+                vision.patches[number, here] = patches
+                vision.positions[number, here] = positions.to(device)
+                vision.image[number, here] = frame.to(device) + frames
+                vision.window[number, here] = window.to(device) + windows
                 frames, windows = frames + int(frame[-1]) + 1, windows + int(window.max()) + 1
-                place, taken, image = here.stop, taken + lengths[image], image + 1
+                place = here.stop
         return vision
 
     # --- the vision encoder ---
@@ -179,3 +229,9 @@ class Qwen25VLBackbone(Backbone):
             for i, block in enumerate(self.visual.blocks)
             for start in (0, 2 * width)
         ]
+
+
+def _grids(rows: list[list[Pixels]]) -> Tensor | None:
+    """(n, 3) time, height and width of each; None where there are none."""
+    grids = [grid for row in rows for _, grid in row]
+    return torch.tensor(grids) if grids else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vismem.errors import UserError
-from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
+from vismem.models.backbones.base import Backbone, Clip, PatchStream, Prompt, VisionInput
 from vismem.models.lora import LoraTarget
 
 
@@ -71,7 +71,7 @@ class TiledBackbone(Backbone):
 
     # --- the prompt ---
 
-    def prompt(self, texts: list[str], images: list[list[Any]]) -> Prompt:
+    def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
         encoded = self.processor(
             text=texts,
             images=images if any(images) else None,

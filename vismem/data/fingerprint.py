@@ -38,7 +38,7 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
             if max_side is not None and max(width, height) > max_side:
                 return ImageFacts(hashlib.sha256(data).digest(), width, height)
             pixels = image.convert("RGB").tobytes()
-    except Exception as error:  # a hostile file can raise anything in a decoder, and it is the row that is at fault
+    except Exception as error:  # noqa: BLE001 - a hostile file can raise anything in a decoder: the row is at fault
         fault = str(error).split("<")[0].strip() or type(error).__name__
         return ImageFacts(hashlib.sha256(data).digest(), width, height, fault if data else "no bytes")
     return ImageFacts(hashlib.sha256(b"%dx%d:" % (width, height) + pixels).digest(), width, height)

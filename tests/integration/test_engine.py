@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from vismem.data.collate import prompt_messages
 from vismem.generation.engine import generate
-from vismem.generation.invocation import Learned, Off, Only, Random, Replay, row_key
+from vismem.generation.invocation import UNLIMITED, InvocationPolicy, Learned, Off, Only, Random, Replay, row_key
 from vismem.generation.replay import decisions_of, read_prompts, score, without_memory
 from vismem.generation.types import LATENT, MemoryKind
 from vismem.models.memory import causal_mask
@@ -130,6 +130,33 @@ def test_a_memory_is_followed_by_its_own_end_token_and_ends_are_never_sampled(ea
         assert len(rollout.invocations) <= 3
         followers = {rollout.token_ids[end + 1] for end in ends if end + 1 < len(rollout.token_ids)}
         assert not followers & set(eager.memory_ids), "a word comes first after every memory"
+
+
+def test_every_delimiter_gets_a_memory_where_nothing_limits_them(
+    eager: VisMemModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "delimiter_ids", tuple(range(0, eager.vocabulary, 3)))
+    policy = Random(limit=UNLIMITED, probability=1.0)
+    rollouts = generate(eager, tiny.samples(), policy, max_new_tokens=12, temperature=1.0)
+    assert max(len(r.invocations) for r in rollouts) > eager.invocation_config.max_per_answer
+    for rollout in rollouts:
+        last = len(rollout.token_ids) - 1
+        due = [0, *(i + 1 for i, t in enumerate(rollout.token_ids) if t in eager.delimiter_ids and i < last)]
+        assert [i.position for i in rollout.invocations] == due
+
+
+EVERYWHERE = Random(probability=1.0, anywhere=1.0)
+
+
+@pytest.mark.parametrize("policy", [EVERYWHERE, Learned(), Only(kind=MemoryKind.SHORT), Only(kind=MemoryKind.LONG)])
+def test_an_answer_gets_no_more_memories_than_the_limit(eager: VisMemModel, policy: InvocationPolicy) -> None:
+    for limit, most in ((None, eager.invocation_config.max_per_answer), (1, 1), (0, 0)):
+        chosen = dataclasses.replace(policy, limit=limit)
+        rollouts = generate(eager, tiny.samples(), chosen, max_new_tokens=12, temperature=1.0)
+        found = max(len(r.invocations) for r in rollouts)
+        assert found == most if policy == EVERYWHERE else min(most, 1) <= found <= most
+        if isinstance(policy, Only):
+            assert all(i.kind is policy.kind for r in rollouts for i in r.invocations)
 
 
 def test_swapping_keeps_the_answer_up_to_the_first_invocation(eager: VisMemModel) -> None:

@@ -198,7 +198,7 @@ class Noise(Learned):
 class Shuffled(Learned):
     """Control: another sample's memory of the same kind, as that sample forms it at its own answer's start.
 
-    The donor is the next sample of the `generate` call, cyclically, that shows other images; where all show the same,
+    The donor is the next sample of the `generate` call, cyclically, that shows something else; where all show the same,
     the next one. So, unlike all other policies, this one depends on the batch by nature: its answers are the same only
     beside the same samples.
     """
@@ -211,19 +211,19 @@ class Shuffled(Learned):
                 "shuffled memories come from another sample of the same call, and there is only one: "
                 "decode at least two together (evaluate.batch_size, evaluate.limit)"
             )
+        shown = [(sample.images, sample.videos) for sample in samples]
         found = []
         for own in range(count):
             others = [other % count for other in range(own + 1, own + count)]
-            different = (other for other in others if samples[other].images != samples[own].images)
-            found.append(next(different, others[0]))
+            found.append(next((other for other in others if shown[other] != shown[own]), others[0]))
         return found
 
 
 @dataclass(frozen=True)
 class Relook(Off):
-    """Control: no memory, but the prompt's images once more at the answer's start. It is what a memory must beat.
+    """Control: no memory, but the prompt's images and videos once more at the answer's start.
 
-    The image tokens are there already, so all that it costs is reading them again.
+    The costly alternative that memory must be measured against: their tokens, encoded already, are all read again.
     """
 
     def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:

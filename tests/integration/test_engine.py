@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from vismem.data.collate import prompt_messages
+from vismem.generation import replay
 from vismem.generation.engine import generate
 from vismem.generation.invocation import UNLIMITED, InvocationPolicy, Learned, Off, Only, Random, Replay, row_key
 from vismem.generation.replay import decisions_of, read_prompts, score, without_memory
@@ -74,6 +75,42 @@ def test_replay_scores_what_decoding_scored(eager: VisMemModel, policy: object, 
             assert bool(scores.mask[row, index]) == sampled
             if sampled:
                 assert float(scores.logprobs[row, index]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_do_not_depend_on_how_many_logits_are_held(
+    eager: VisMemModel, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = tiny.vismem(tiny_base, seed=1), []
+    model.tokens.load_state_dict(eager.tokens.state_dict())
+    rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=16, temperature=0.7, seed=5)
+    for logits in (replay.MOST_LOGITS, 7 * model.vocabulary):
+        monkeypatch.setattr(replay, "MOST_LOGITS", logits)
+        model.zero_grad()
+        context, sample = read_prompts(model, tiny.samples()), torch.arange(len(rollouts))
+        scores = score(model, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
+        (scores.logprobs.sum() + 2 * scores.text_logprobs.sum()).backward()
+        found.append((scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (whole, gradients), (pieces, again) = found
+    for name in ("logprobs", "text_logprobs", "entropy"):
+        assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-5), name
+    assert gradients.keys() == again.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, again[name], atol=1e-4, rtol=1e-3), name
+
+
+def test_entropy_and_word_scores_are_those_of_the_distributions(eager: VisMemModel) -> None:
+    rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=8, temperature=0.7, seed=5)
+    context, sample = read_prompts(eager, tiny.samples()), torch.arange(len(rollouts))
+    scores = score(eager, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
+    first = eager.logits(context.last) / 0.7
+    expected = torch.distributions.Categorical(logits=first).entropy()
+    assert torch.allclose(scores.entropy[:, 0], expected, atol=1e-4)
+    words = first[:, : eager.vocabulary].log_softmax(-1)
+    for row, rollout in enumerate(rollouts):
+        token = rollout.token_ids[0]
+        assert bool(scores.text_mask[row, 0]) == (token not in eager.memory_ids)
+        if scores.text_mask[row, 0]:
+            assert float(scores.text_logprobs[row, 0]) == pytest.approx(float(words[row, token]), abs=1e-4)
 
 
 def test_cached_decoding_equals_one_full_pass_over_the_same_embeddings(eager: VisMemModel) -> None:

@@ -110,12 +110,15 @@ class VisMemModel(nn.Module):
 
         The invoke tokens' scores stand in the two last columns whatever their ids (see `token_of`).
         """
+        return torch.cat(self.logit_parts(hidden), dim=-1)
+
+    def logit_parts(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts of `logits`: (..., V) and (..., 2)."""
         base = self.backbone.head(hidden).to(self.tokens.head.dtype)
         barred = [token for token in self.memory_ids if token < base.shape[-1]]
         if barred:
-            base = base.index_fill(-1, torch.tensor(barred, device=base.device), -torch.inf)
-        invoke = hidden.to(self.tokens.head.dtype) @ self.tokens.head.T + self.tokens.bias
-        return torch.cat([base, invoke], dim=-1)
+            base = base.index_fill_(-1, torch.tensor(barred, device=base.device), -torch.inf)
+        return base, hidden.to(self.tokens.head.dtype) @ self.tokens.head.T + self.tokens.bias
 
     @property
     def vocabulary(self) -> int:

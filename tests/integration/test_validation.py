@@ -15,7 +15,7 @@ from PIL import Image
 
 from vismem.config import Config, EasyVqaSource, JsonlSource, NlvrSource, PrepareConfig, ValidateConfig
 from vismem.data.prepare import prepare
-from vismem.data.sample import SCHEMA, Sample, read_samples, write_shards
+from vismem.data.sample import SCHEMA, Sample, Video, read_samples, write_shards
 from vismem.errors import UserError
 from vismem.validation.validate import total_variation, validate
 
@@ -151,6 +151,24 @@ def test_a_row_that_breaks_a_rule_goes_to_quarantine_with_the_reason_and_the_res
     assert read_samples(tmp_path / "validate" / "data" / "test") == read_samples(source / "test")
 
 
+def test_a_row_may_have_a_video_whose_frames_are_images_of_one_size_at_a_rate(tmp_path: Path) -> None:
+    frames = (encoded(1100), encoded(1101))
+    videos = {
+        "good": Video(frames, 0.5),
+        "video 1 of 1: no frames": Video((), 2.0),
+        "video 1 of 1: 0.0 frames per second": Video(frames, 0.0),
+        "video 1 of 1: nan frames per second": Video(frames, float("nan")),
+        "video 1 of 1: frame 3 of 3: no bytes": Video((*frames, b""), 2.0),
+        "video 1 of 1: frames of different sizes": Video((*frames, encoded(1102, (40, 32))), 2.0),
+    }
+    clips = enumerate(videos.values())
+    rows = [dataclasses.replace(good("train", n), images=(), videos=(video,)) for n, video in clips]
+    shards(tmp_path, train=rows)
+    run(tmp_path, max_quarantined=0.9)
+    assert [row["reason"].removeprefix("images_decode: ") for row in quarantined(tmp_path)] == [*videos][1:]
+    assert read_samples(tmp_path / "validate" / "data" / "train") == rows[:1]
+
+
 def test_a_row_that_breaks_two_rules_is_quarantined_once_with_both_reasons(tmp_path: Path) -> None:
     bad = dataclasses.replace(good("train", 1), question="", images=(b"",))
     shards(tmp_path, train=[good("train", 0), bad])
@@ -242,6 +260,17 @@ def test_an_image_of_the_test_split_in_train_stops_the_pipeline_even_in_another_
     shards(tmp_path, train=[leaked, good("train", 1)])
     found = stopped(tmp_path, r"no_leakage: 1 of train; first train/part-00000 row 0 \(id 'train-0'\)")
     assert broken_rules(found) == ["no_leakage"]
+
+
+def test_a_video_of_the_test_split_in_train_stops_the_pipeline_a_shared_frame_does_not(tmp_path: Path) -> None:
+    black, own, other = encoded(0), encoded(1100), encoded(3100)
+    test = dataclasses.replace(good("test", 0), images=(), videos=(Video((black, other), 2.0),))
+    train = dataclasses.replace(good("train", 0), images=(), videos=(Video((black, own), 2.0),))
+    shards(tmp_path, train=[train, good("train", 1)], test=[test, good("test", 1)])
+    assert run(tmp_path)["success"] is True
+    leaked = dataclasses.replace(train, videos=test.videos)
+    shards(tmp_path, train=[leaked, good("train", 1)], test=[test, good("test", 1)])
+    assert broken_rules(stopped(tmp_path, "no_leakage: 1 of train")) == ["no_leakage"]
 
 
 def test_a_failed_run_leaves_no_data_of_an_earlier_one(tmp_path: Path) -> None:

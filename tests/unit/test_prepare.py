@@ -100,6 +100,21 @@ def test_the_same_picture_in_another_file_format_is_still_the_same_picture(tmp_p
     assert read_samples(tmp_path / "train") == []
 
 
+def test_a_video_in_two_splits_stays_in_the_first_and_one_that_shares_a_frame_stays_too(tmp_path: Path) -> None:
+    black, red, blue = (encoded(color) for color in ((0, 0, 0), (9, 0, 0), (0, 0, 9)))
+    for name, data in (("black.png", black), ("red.png", red), ("blue.png", blue)):
+        (tmp_path / name).write_bytes(data)
+    sources = []
+    for split, frames in (("train", ["red.png", "blue.png"]), ("test", ["red.png"])):
+        videos = [{"frames": ["black.png", frame], "fps": 1} for frame in frames]
+        lines = [{"id": str(n), "prompt": "?", "answer": "x", "videos": [video]} for n, video in enumerate(videos)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        sources.append(JsonlSource(kind="jsonl", path=tmp_path / f"{split}.jsonl", split=split))
+    prepare(config(*sources), {}, tmp_path)
+    assert [sample.videos[0].frames for sample in read_samples(tmp_path / "train")] == [(black, blue)]
+    assert [sample.videos[0].frames for sample in read_samples(tmp_path / "test")] == [(black, red)]
+
+
 def test_rows_with_broken_images_pass_on_to_validate_even_where_two_splits_hold_the_same_bytes(tmp_path: Path) -> None:
     sources = [jsonl(tmp_path / "in", split, {"a.png": b"broken"}) for split in ("train", "test")]
     prepare(config(*sources), {}, tmp_path)

@@ -61,7 +61,8 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "test data (sha256)": sha256_folder(folder, "*.parquet"),
         "device": str(next(iter(models.values())).backbone.device),
     }
-    write(config, out, predictions, metrics, {sample.id: sample.images for sample in samples}, sources)
+    pictures = {s.id: (*s.images, *(video.frames[0] for video in s.videos)) for s in samples}
+    write(config, out, predictions, metrics, pictures, sources)
     return headline(metrics)
 
 

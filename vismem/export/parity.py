@@ -87,7 +87,9 @@ def decode_torch(model: VisMemModel, sample: Sample, forced: dict[int, MemoryKin
 def decode_runtime(
     model: VisMemModel, runtime: Runtime, sample: Sample, forced: dict[int, MemoryKind], max_new_tokens: int
 ) -> Decoding:
-    """The runtime's greedy answer, in the training engine's notation."""
+    """The runtime's greedy answer, in the training engine's notation. RequestError for a video: it takes none."""
+    if sample.videos:
+        raise RequestError("an exported bundle answers questions about images only, and this one has a video")
     images = [Image.open(io.BytesIO(data)) for data in sample.images]
     tokens: list[int] = []
     memories: Memories = []

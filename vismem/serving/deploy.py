@@ -47,9 +47,10 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     repository = out / "model_repository"
     shutil.rmtree(repository, ignore_errors=True)
     write_model_repository(inputs["export"], repository, model, version)
-    samples = list(islice(iterate_samples(inputs["validate"] / "data" / "test"), SMOKE_ITEMS))
+    rows = iterate_samples(inputs["validate"] / "data" / "test")
+    samples = list(islice((sample for sample in rows if not sample.videos), SMOKE_ITEMS))  # the bundle takes images
     if not samples:
-        raise UserError(f"{inputs['validate']}/data/test has no row to smoke-test the server with")
+        raise UserError(f"{inputs['validate']}/data/test has no row without a video to smoke-test the server with")
     with TritonServer(repository, log=out / "tritonserver.log") as server:
         smoke = smoke_test(server.grpc_url, model, samples)
     smoke = {"model": model, "version": version, "promoted": promoted, **smoke}

@@ -145,17 +145,22 @@ def initialise(model: Qwen2_5_VLForConditionalGeneration, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for tower in (model.model.visual, model.model.language_model, model.lm_head):
-        depth = len(getattr(tower, "blocks", getattr(tower, "layers", ())))
-        for name, module in tower.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv3d):
-                std = 1 / math.sqrt(module.weight[0].numel())
-                if name.endswith(("o_proj", "down_proj", "attn.proj")):
-                    std /= math.sqrt(2 * depth)
-                module.weight.normal_(0, std, generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0, EMBEDDING_STD, generator=generator)
+        scale_to_fan_in(tower, len(getattr(tower, "blocks", getattr(tower, "layers", ()))), generator)
+
+
+@torch.no_grad()
+def scale_to_fan_in(tower: nn.Module, depth: int, generator: torch.Generator) -> None:
+    """Draw a tower of `depth` layers anew, as `initialise` says."""
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            std = 1 / math.sqrt(module.weight[0].numel())
+            if name.endswith(("o_proj", "down_proj", "attn.proj", "out_proj", "fc2")):
+                std /= math.sqrt(2 * depth)
+            module.weight.normal_(0, std, generator=generator)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(0, EMBEDDING_STD, generator=generator)
 
 
 @torch.no_grad()

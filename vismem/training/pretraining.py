@@ -25,13 +25,14 @@ from vismem.config import BaseConfig
 from vismem.data.sample import Sample
 from vismem.data.scenes import COLOURS, COLUMNS, ROWS, SHAPES
 from vismem.errors import UserError
-from vismem.models.backbones.base import VisionInput
+from vismem.models.backbones.base import Backbone
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.training.embedded import EMBEDDING_STD
 from vismem.training.sequences import IGNORED, Batch, Encoder, Picture, Record, collate
 
 CHECKPOINT_EVERY = 100
 VISION_BATCH = 64  # images a step
+NO_MATRICES = ("embed_tokens.weight", "head.weight", "position_embedding.weight")  # tables: AdamW, not Muon
 CHUNK = 16  # questions of similar length in one forward pass; changes the speed, not the gradient
 WORDS: dict[str, tuple[str, ...]] = {  # what is said of a cell, kind by kind
     "colour": ("empty", *COLOURS),
@@ -106,7 +107,7 @@ def _optimizers(phase: Phase, module: nn.Module) -> list[torch.optim.Optimizer]:
     matrices = {
         name
         for name, weight in module.named_parameters()
-        if phase.matrix_rate and weight.ndim == 2 and not name.endswith(("embed_tokens.weight", "head.weight"))
+        if phase.matrix_rate and weight.ndim == 2 and not name.endswith(NO_MATRICES)
     }
     rest = [weight for name, weight in module.named_parameters() if name not in matrices]
     made: list[torch.optim.Optimizer] = [
@@ -147,15 +148,14 @@ def train_vision(
             "base.model 'embedded' learns to see from generated scenes, and the pretrain split has none: "
             "give prepare.sources a 'scenes' source with pretrain > 0, or name a model in base.model"
         )
-    words = [torch.stack([_embedding_of(backbone, word) for word in kind]) for kind in WORDS.values()]
+    words = cell_words(backbone)
 
     def backward_at(step: int) -> float:
         rng = random.Random(f"{seed}/vision/{step}")
         chosen = [rng.choice(known) for _ in range(VISION_BATCH)]
         features = _features(backbone, encoder, chosen)
         labels = torch.stack([cell_labels(scenes[index], encoder.pictures[index]) for index in chosen])
-        wanted = torch.stack([kind[labels[..., index]] for index, kind in enumerate(words)]).sum(0) / len(words) ** 0.5
-        loss = nn.functional.mse_loss(features, wanted) / EMBEDDING_STD**2
+        loss = nn.functional.mse_loss(features, cell_targets(words, labels)) / EMBEDDING_STD**2
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
@@ -163,9 +163,20 @@ def train_vision(
     return run_phase(phase, backbone.visual, backward_at)
 
 
-def _embedding_of(backbone: Qwen25VLBackbone, word: str) -> Tensor:
+def cell_words(backbone: Backbone) -> list[Tensor]:
+    """For each kind of WORDS the embeddings (values, d) of its words."""
+    return [torch.stack([_embedding_of(backbone, word) for word in kind]) for kind in WORDS.values()]
+
+
+def cell_targets(words: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """(..., d) what a visual token is to be, of its cell's labels (..., kinds)."""
+    summed: Tensor = torch.stack([kind[labels[..., index]] for index, kind in enumerate(words)]).sum(0)
+    return summed / math.sqrt(len(words))
+
+
+def _embedding_of(backbone: Backbone, word: str) -> Tensor:
     """(d,) the embedding of the word inside a sentence; where it is several tokens, their sum at the same scale."""
-    ids = backbone.processor.tokenizer(f" {word}")["input_ids"]
+    ids = backbone.processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
     rows: Tensor = backbone.embedding.weight.detach()[ids]
     summed: Tensor = rows.sum(0) / len(ids) ** 0.5
     return summed
@@ -201,13 +212,7 @@ def image_features(backbone: Qwen25VLBackbone, encoder: Encoder) -> Tensor:
 def _features(backbone: Qwen25VLBackbone, encoder: Encoder, chosen: Sequence[int]) -> Tensor:
     """(images, tokens, d) features of images of one size."""
     images = [Image.open(io.BytesIO(encoder.images[index])).convert("RGB") for index in chosen]
-    encoded = encoder.processor.image_processor(images=images, return_tensors="pt")
-    patches = encoded["pixel_values"].view(len(images), -1, encoded["pixel_values"].shape[-1])
-    one = backbone._vision_input(patches[0], encoded["image_grid_thw"][:1], [1])
-    rows = len(images)
-    vision = VisionInput(
-        patches, one.positions.expand(rows, -1, -1), one.image.expand(rows, -1), one.window.expand(rows, -1)
-    )
+    vision = backbone._vision_input([[pixels] for pixels in backbone._pixels(images)])
     return backbone.project(backbone.patch_stream(vision).hidden)
 
 

@@ -182,6 +182,9 @@ class GrpoConfig(Section):
     batch_size: int = Field(8, ge=1, description="prompts a step [paper]")
     group_size: int = Field(16, ge=2, description="G, rollouts a prompt [paper]")
     micro_batch: int = Field(64, ge=1, description="rollouts in one backward pass; changes memory, not the result")
+    gradient_checkpointing: bool = Field(
+        False, description="keep few activations and compute them again in the backward pass; same result, slower"
+    )
     updates: int = Field(1, ge=1, description="optimiser steps on one batch of rollouts [paper: 1]")
     learning_rate: float = Field(5e-5, gt=0, description="peak rate of AdamW, cosine decay [paper]")
     warmup_ratio: float = Field(0.2, ge=0, le=1, description="share of the steps that warm up [paper]")
@@ -237,6 +240,9 @@ class SupervisedConfig(Section):
     batch_size: int = Field(32, ge=1, description="questions a step")
     micro_batch: int = Field(64, ge=1, description="questions in one backward pass; changes memory, not the result")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
+    gradient_checkpointing: bool = Field(
+        False, description="keep few activations and compute them again in the backward pass; same result, slower"
+    )
     full_learning_rate: float = Field(3e-4, gt=0, description="peak rate of full fine-tuning")
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_families
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from vismem.config import Config, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.generation.engine import generate
-from vismem.generation.invocation import Learned
+from vismem.generation.invocation import Learned, Random
+from vismem.generation.replay import read_prompts, score
 from vismem.models.vismem import VisMemModel
 from vismem.training import loop
 from vismem.training.rollout import GrpoObjective
@@ -119,11 +121,14 @@ def test_metrics_of_the_same_seed_are_the_same(stages: dict[str, Path], tmp_path
     assert first == again
 
 
-@pytest.mark.parametrize("kind", [Formation, Invocation])
-def test_eight_micro_batches_of_one_equal_one_of_eight(kind: type, tiny_base: Path, tiny_data: Path) -> None:
+@pytest.mark.parametrize(("kind", "micro_batch"), [(Formation, 4), (Formation, 3), (Invocation, 4)])
+def test_eight_micro_batches_of_one_equal_one_of_eight(
+    kind: type, micro_batch: int, tiny_base: Path, tiny_data: Path
+) -> None:
+    """Of one prompt's group each; or of three of the four answers to a prompt and then the fourth."""
     samples = read_samples(tiny_data / "data/train")
     gradients = []
-    for micro in (4, 64):
+    for micro in (micro_batch, 64):
         model = tiny.vismem(tiny_base)
         config = (STAGE1 if kind is Formation else STAGE2).model_copy(update={"batch_size": 8, "micro_batch": micro})
         parameters = trainable(model, FORMATION if kind is Formation else ("tokens.",))
@@ -134,6 +139,54 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(kind: type, tiny_base: Pa
     assert gradients[0]
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("variant", tiny_families.VARIANTS[:4])
+def test_gradient_checkpointing_leaves_every_gradient_of_formation(
+    variant: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The adapters are on while a memory is formed, and off again when the backward pass runs the layers once more."""
+    _compare_checkpointing(tiny_families.save_base(tmp_path, variant), tiny_data, Formation, STAGE1, FORMATION)
+
+
+def test_gradient_checkpointing_leaves_every_gradient_of_invocation(tiny_base: Path, tiny_data: Path) -> None:
+    config = STAGE2.model_copy(update={"policy_lora": True})
+    _compare_checkpointing(tiny_base, tiny_data, Invocation, config, ("tokens.", "policy_lora."))
+
+
+def _compare_checkpointing(base: Path, data: Path, kind: type, config: Stage1Config, trained: tuple[str, ...]) -> None:
+    samples, found = read_samples(data / "data/train"), []
+    for on in (False, True):
+        model = tiny.vismem(base)
+        with torch.no_grad():
+            model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(0)))
+        parameters = trainable(model, trained)
+        model.policy_lora.enabled = "policy_lora." in trained
+        settings = config.model_copy(update={"gradient_checkpointing": on})
+        objective = kind(model, samples, settings, 0, Accelerator(cpu=True))
+        objective.prompts_need_gradient = model.policy_lora.enabled
+        batch = objective.collect(0)
+        assert any(r.invocations for r in batch.rollouts)
+        objective.backward(batch)
+        found.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
+        assert "forward" not in vars(model.backbone.model.model.language_model.layers[0])
+    assert found[0].keys() == found[1].keys()
+    assert any(".lora." in name or "policy_lora." in name for name in found[0])
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-6, rtol=1e-4), name
+
+
+def test_gradient_checkpointing_keeps_fewer_activations(tiny_base: Path) -> None:
+    model, samples = tiny.vismem(tiny_base), tiny.samples()[:2]
+    rollouts = generate(model, samples, Random(probability=0.5, anywhere=0.5), max_new_tokens=10, temperature=1.0)
+    held = []
+    for on in (False, True):
+        numbers: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, n=numbers: n.append(x.numel()) or x, lambda x: x)
+        with model.checkpointed(on), hooks:
+            score(model, read_prompts(model, samples), rollouts, torch.arange(2))
+        held.append(sum(numbers))
+    assert held[1] < held[0] / 2
 
 
 def test_the_first_update_has_ratio_one(tiny_base: Path, tiny_data: Path) -> None:

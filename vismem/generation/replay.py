@@ -48,9 +48,9 @@ class Context:
     patches: PatchStream | None = None
 
 
-def read_prompts(model: VisMemModel, samples: Sequence[Sample]) -> Context:
-    """Run the prompts through the vision encoder and the language model once."""
-    prompt = encode(model.backbone, samples)
+def read_prompts(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None = None) -> Context:
+    """Run the prompts through the vision encoder (unless `prompt` holds them encoded) and the language model once."""
+    prompt = prompt or encode(model.backbone, samples)
     cache = DynamicCache()
     hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), cache)
     return Context(prompt, visual_states(prompt, hidden), last_of(hidden, prompt.mask), cache)

@@ -1,7 +1,7 @@
 """A frozen VLM with latent vision memory: form memories, embed and score the grown vocabulary, save and load."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
 from vismem.generation.types import MemoryKind
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream
+from vismem.models.checkpointing import checkpointed
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import LongFormer, QueryBuilder, ShortFormer
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
@@ -72,6 +74,7 @@ class VisMemModel(nn.Module):
                 backbone.language_targets(), memory.lora_rank, memory.lora_alpha, memory.lora_dropout
             )
             self.policy_settings = LoraSettings(memory.lora_rank, memory.lora_alpha, memory.lora_dropout)
+        self.recompute = False  # see `checkpointed`
         self.to(backbone.device)
         self.eval()
 
@@ -147,22 +150,43 @@ class VisMemModel(nn.Module):
 
     def short_stream(self, vision: Any) -> PatchStream:
         """The prompts' patches inside the short former: computed once, read by every short memory."""
-        with self.short.lora.active():
-            return self.backbone.patch_stream(vision)
+
+        def read() -> PatchStream:
+            with self.short.lora.active():
+                return self.backbone.patch_stream(vision)
+
+        stream: PatchStream = self._run(read)
+        return stream
 
     def form(self, kind: MemoryKind, state: State) -> Tensor:
         """Form one memory a row: (R, N_kind, d), differentiable (Eq. 5 and 9-11)."""
-        queries = self.builder(state.cognitive, state.cognitive_mask)
+        queries = self._run(self.builder, state.cognitive, state.cognitive_mask)
         with self.policy_lora.active(False):
             if kind is MemoryKind.SHORT:
                 assert state.patches is not None
-                memory = self.short(self.backbone, queries, state.patches, state.sample)
+                memory = self._run(self.short, self.backbone, queries, state.patches, state.sample)
             else:
                 memory = self.long(
                     self.backbone, queries, state.stream, state.positions, state.stream_mask, state.stream_visual
                 )
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
         return result
+
+    @contextmanager
+    def checkpointed(self, on: bool = True) -> Iterator[None]:
+        """Within the block, what is run keeps few activations: the backward pass computes them anew (where `on`)."""
+        before, self.recompute = self.recompute, on
+        layers = self.backbone.model.model.language_model.layers if on and not before else ()
+        try:
+            with checkpointed(layers, (self.long.lora, self.policy_lora)):
+                yield
+        finally:
+            self.recompute = before
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

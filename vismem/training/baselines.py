@@ -152,6 +152,7 @@ class _Run:
             batch_size=settings.batch_size,
             micro_batch=settings.micro_batch,
         )
+            gradient_checkpointing=settings.gradient_checkpointing,
         objective.prompts_need_gradient = True
         loop = LoopSettings(
             self.name,

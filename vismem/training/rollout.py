@@ -1,9 +1,10 @@
 """Rollouts and their gradient: what stage I, stage II and baselines have in common (paper Sec. 3.4)."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ class GrpoObjective:
         """
         with self.model.reference():
             if self.prompts_need_gradient:  # the policy's adapter read those of the context
-                context = read_prompts(self.model, samples)
+                context = read_prompts(self.model, samples, context.prompt)
             scores = score(self.model, context, rollouts, sample, temperature=self.config.temperature)
         return scores.text_logprobs[scores.text_mask]
 
@@ -106,46 +107,60 @@ class GrpoObjective:
 
     def backward(self, batch: RolloutBatch) -> Metrics:
         """Add the gradient of the clipped objective and the KL term, micro-batch by micro-batch."""
-        group = self.config.group_size
-        prompts = max(1, self.config.micro_batch // group)
-        total = len(batch.rollouts) * self.accelerator.num_processes
-        sums = dict.fromkeys(("loss", "kl", "update_kl", "clip_fraction", "entropy"), 0.0)
-        tokens = 0
-        for first in range(0, len(batch.samples), prompts):
-            samples = batch.samples[first : first + prompts]
-            rollouts = batch.rollouts[first * group : (first + len(samples)) * group]
-            advantages = batch.advantages[first * group : (first + len(samples)) * group].to(self.accelerator.device)
-            sample = torch.arange(len(samples), device=self.accelerator.device).repeat_interleave(group)
-            with nullcontext() if self.prompts_need_gradient else torch.no_grad():
-                context = read_prompts(self.model, samples)
-            scores = score(
-                self.model,
-                context,
-                rollouts,
-                sample,
-                sampled_kinds=batch.policy.sampled,
-                limit=batch.policy.limit,
-                temperature=self.config.temperature,
-            )
-            old = padded([r.logprobs for r in rollouts], scores.logprobs)
-            term = policy_term(
-                scores.logprobs, old, advantages, scores.mask, self.config.clip_low, self.config.clip_high
-            )
-            with torch.no_grad():
-                reference = self.reference(context, samples, rollouts, sample)
-            words = torch.zeros_like(scores.text_logprobs).masked_scatter(scores.text_mask, reference)
-            kl = kl_term(scores.text_logprobs, words)
-            loss = term.loss + self.config.kl_coefficient * rollout_means(kl, scores.text_mask).sum()
-            if loss.requires_grad:  # not where no row of the micro-batch invoked
-                self.accelerator.backward(loss / total)
-            tokens += int(term.tokens)
-            sums["loss"] += float(loss.detach()) / len(batch.rollouts)
-            sums["kl"] += float((kl.detach() * scores.text_mask).sum())
-            sums["update_kl"] += float((kl_term(scores.logprobs.detach(), old) * scores.mask).sum())
-            sums["clip_fraction"] += float(term.clipped)
-            sums["entropy"] += float((scores.entropy * scores.mask).sum())
-        averaged = {key: value if key == "loss" else value / max(1, tokens) for key, value in sums.items()}
-        return {**batch.metrics, **averaged}
+        config = self.config
+        prompts = max(1, config.micro_batch // config.group_size)
+        rows = min(config.micro_batch, config.group_size) if prompts == 1 else prompts * config.group_size
+        sums: Metrics = defaultdict(float)
+        with self.model.checkpointed(config.gradient_checkpointing):
+            for first in range(0, len(batch.samples), prompts):
+                samples = batch.samples[first : first + prompts]
+                context: Context | None = None
+                end = (first + len(samples)) * config.group_size
+                for start in range(first * config.group_size, end, rows):
+                    if context is None or self.prompts_need_gradient:
+                        with nullcontext() if self.prompts_need_gradient else torch.no_grad():
+                            context = read_prompts(self.model, samples)
+                    context = replace(context, patches=None)  # the short former reads the images with gradient
+                    added = self._micro_batch(batch, samples, context, first, slice(start, min(start + rows, end)))
+                    for name, value in added.items():
+                        sums[name] += value
+        tokens = sums.pop("tokens")
+        loss = sums.pop("loss") / len(batch.rollouts)
+        return {**batch.metrics, "loss": loss, **{name: value / max(1, tokens) for name, value in sums.items()}}
+
+    def _micro_batch(
+        self, batch: RolloutBatch, samples: Sequence[Sample], context: Context, first: int, rows: slice
+    ) -> Metrics:
+        """Add the gradient of some rollouts, and return sums to log. `samples` are the prompts from number `first`."""
+        config, device = self.config, self.accelerator.device
+        rollouts, advantages = batch.rollouts[rows], batch.advantages[rows].to(device)
+        sample = torch.arange(rows.start, rows.stop, device=device) // config.group_size - first
+        scores = score(
+            self.model,
+            context,
+            rollouts,
+            sample,
+            sampled_kinds=batch.policy.sampled,
+            limit=batch.policy.limit,
+            temperature=config.temperature,
+        )
+        old = padded([r.logprobs for r in rollouts], scores.logprobs)
+        term = policy_term(scores.logprobs, old, advantages, scores.mask, config.clip_low, config.clip_high)
+        with torch.no_grad():
+            reference = self.reference(context, samples, rollouts, sample)
+        words = torch.zeros_like(scores.text_logprobs).masked_scatter(scores.text_mask, reference)
+        kl = kl_term(scores.text_logprobs, words)
+        loss = term.loss + config.kl_coefficient * rollout_means(kl, scores.text_mask).sum()
+        if loss.requires_grad:  # not where no row of the micro-batch invoked
+            self.accelerator.backward(loss / len(batch.rollouts) / self.accelerator.num_processes)
+        return {
+            "loss": float(loss.detach()),
+            "tokens": float(term.tokens),
+            "kl": float((kl.detach() * scores.text_mask).sum()),
+            "update_kl": float((kl_term(scores.logprobs.detach(), old) * scores.mask).sum()),
+            "clip_fraction": float(term.clipped),
+            "entropy": float((scores.entropy * scores.mask).sum()),
+        }
 
 
 def _write_group(file: Path, sample: Sample, rollouts: Sequence[Rollout], rewards: Tensor) -> None:

@@ -70,6 +70,7 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             accelerator,
             batch_size=warm.batch_size,
             micro_batch=config.stage1.micro_batch,
+            gradient_checkpointing=config.stage1.gradient_checkpointing,
         ),
         trained,
         LoopSettings("warm_start", warm.steps, warm.learning_rate, 0.05),

@@ -38,9 +38,11 @@ class Supervised:
         *,
         batch_size: int,
         micro_batch: int,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.model, self.samples, self.written, self.seed = model, samples, written, seed
         self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.gradient_checkpointing = gradient_checkpointing
         self.accelerator = accelerator
         self.prompts_need_gradient = False  # does what is trained change how prompts are read?
 
@@ -57,16 +59,17 @@ class Supervised:
         every_sample, every_rollout = batch
         mean = 0.0
         self.model.train()
-        for first in range(0, len(every_sample), self.micro_batch):
-            samples = every_sample[first : first + self.micro_batch]
-            rollouts = every_rollout[first : first + self.micro_batch]
-            with nullcontext() if self.prompts_need_gradient else torch.no_grad():
-                context = read_prompts(self.model, samples)
-            sample = torch.arange(len(samples), device=self.accelerator.device)
-            scores = score(self.model, context, rollouts, sample)
-            loss = -rollout_means(scores.text_logprobs, scores.text_mask).sum() / len(every_sample)
-            self.accelerator.backward(loss / self.accelerator.num_processes)
-            mean += float(loss.detach())
+        with self.model.checkpointed(self.gradient_checkpointing):
+            for first in range(0, len(every_sample), self.micro_batch):
+                samples = every_sample[first : first + self.micro_batch]
+                rollouts = every_rollout[first : first + self.micro_batch]
+                with nullcontext() if self.prompts_need_gradient else torch.no_grad():
+                    context = read_prompts(self.model, samples)
+                sample = torch.arange(len(samples), device=self.accelerator.device)
+                scores = score(self.model, context, rollouts, sample)
+                loss = -rollout_means(scores.text_logprobs, scores.text_mask).sum() / len(every_sample)
+                self.accelerator.backward(loss / self.accelerator.num_processes)
+                mean += float(loss.detach())
         self.model.eval()
         return {"loss": mean}
 

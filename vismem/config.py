@@ -239,10 +239,10 @@ class SupervisedConfig(Section):
     steps: int = Field(900, ge=1, description="steps")
     batch_size: int = Field(32, ge=1, description="questions a step")
     micro_batch: int = Field(64, ge=1, description="questions in one backward pass; changes memory, not the result")
-    learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
     gradient_checkpointing: bool = Field(
         False, description="keep few activations and compute them again in the backward pass; same result, slower"
     )
+    learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
     full_learning_rate: float = Field(3e-4, gt=0, description="peak rate of full fine-tuning")
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")

@@ -151,8 +151,8 @@ class _Run:
             self.accelerator,
             batch_size=settings.batch_size,
             micro_batch=settings.micro_batch,
-        )
             gradient_checkpointing=settings.gradient_checkpointing,
+        )
         objective.prompts_need_gradient = True
         loop = LoopSettings(
             self.name,

@@ -150,11 +150,15 @@ def _run_study(arguments: argparse.Namespace) -> int:
     write = arguments.write.absolute() if arguments.write else None
     named = arguments.artifacts.absolute() if arguments.artifacts else None
     config, _ = _enter(arguments)
-    from vismem.study import FOLDER, study
+    from vismem.study import study
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its steps go with us
+    folder = named or Path("study" if arguments.profile else "runs/study")
     command = " ".join(["vismem study", *(["--profile", arguments.profile] if arguments.profile else [])])
-    print(study(config, named or FOLDER, command, write))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its steps go with us
+    try:
+        print(study(config, folder, command, write))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -18,7 +18,6 @@ from vismem.jobs import Job, run_jobs
 from vismem.params_file import render_params
 from vismem.steps import BASELINES, BY_NAME, is_done
 
-FOLDER = Path("runs") / "study"
 PARAMS = "params.yaml"
 TRAINED = ("prepare", "validate", "base", "stage1", "stage2")
 

@@ -113,6 +113,7 @@ def gain_plot(arms: Mapping[str, Any]) -> bytes:
         axes.scatter([seed["delta"] for seed in by_seed], [y] * len(by_seed), s=10, color="#000000", zorder=4)
         axes.scatter(gain["delta"], y, s=52, color=colour, zorder=3)
     axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_yticks(range(len(names)), [label(arm) for arm in names])
     axes.set_xlabel("points over vanilla")
     axes.grid(axis="x", color="#EEEEEE")

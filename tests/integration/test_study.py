@@ -1,0 +1,98 @@
+"""`vismem study` with the real steps at toy size: killed and gone on with, run again, stopped by a fault."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vismem.cli import main
+
+TOY = {
+    "prepare": {"sources": [{"kind": "scenes", "pretrain": 52, "train": 26, "validation": 13, "test": 26}]},
+    "base": {
+        "hidden_size": 32, "layers": 1, "heads": 2, "vision_width": 32, "vision_layers": 1,
+        "vision_steps": 2, "steps": 2, "batch_size": 4,
+    },
+    "memory": {"queries": 2, "short_length": 2, "long_length": 2, "builder_layers": 1, "lora_rank": 2},
+    "stage1": {"steps": 1, "batch_size": 2, "group_size": 2, "max_new_tokens": 4, "warm_start": {"steps": 1}},
+    "stage2": {"steps": 1, "batch_size": 2, "group_size": 2, "max_new_tokens": 4},
+    "baselines": {"supervised": {"steps": 1, "batch_size": 2}},
+    "evaluate": {"max_new_tokens": 4, "bootstrap": 100},
+    "study": {"seeds": 1, "transfer_seeds": 0, "arms": ["vanilla", "vismem", "shuffled", "sft_lora"]},
+}  # fmt: skip
+STEPS = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "evaluate")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(TOY))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def finished(folder: Path) -> list[str]:
+    file = folder / "jobs.jsonl"
+    return [json.loads(line)["job"] for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def contents(folder: Path) -> dict[str, float]:
+    return {str(p): p.stat().st_mtime_ns for step in STEPS for p in (folder / step).rglob("*") if p.is_file()}
+
+
+def test_a_killed_study_goes_on_where_it_was_and_a_finished_one_has_nothing_to_do(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, seed = project / "runs" / "study", project / "runs" / "study" / "seed-0"
+    killed = subprocess.Popen([sys.executable, "-m", "vismem.cli", "study"], start_new_session=True)
+    while killed.poll() is None and not (seed / "base.partial").is_dir():
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)  # the study and the step that it runs, as when a machine goes down
+    assert killed.wait() == -signal.SIGKILL
+    assert finished(folder) == ["seed-0/prepare", "seed-0/validate"]
+    assert not (seed / "base").exists()
+
+    assert main(["study", "--write", "docs/result.md"]) == 0
+    assert sorted(finished(folder)) == sorted(f"seed-0/{step}" for step in STEPS), "each ran to its end once"
+    report = json.loads((folder / "report.json").read_text())
+    metrics = json.loads((seed / "evaluate" / "metrics.json").read_text())
+    assert report["items"] == {"0": 26}
+    assert {arm: row["mean"] for arm, row in report["arms"].items()} == {
+        arm: row["overall"] for arm, row in metrics["arms"].items()
+    }
+    assert report["arms"]["vismem"]["gain"] == metrics["gain"]["overall"]
+    assert report["training"]["vismem"]["train_seconds"] > 0
+    assert report["training"]["sft_lora"]["trainable_parameters"] > 0
+    assert (project / "docs" / "result.md").read_text() == (folder / "report.md").read_text().replace(
+        "study.png", "result.png"
+    )
+    assert (project / "docs" / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert "runs/" not in (folder / "report.md").read_text(), "no paths in what is published"
+
+    before = contents(seed)
+    assert main(["study"]) == 0
+    (project / "params.yaml").write_text(
+        yaml.safe_dump({**TOY, "prepare": {"sources": [{"kind": "jsonl", "path": "gone.jsonl", "split": "train"}]}})
+    )
+    capsys.readouterr()
+    assert main(["study"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "vismem study: seed-0/prepare ended with status 1: vismem prepare:" in said
+    assert "gone.jsonl" in said
+    assert "log: runs/study/logs/seed-0.prepare.log" in said
+    (project / "params.yaml").write_text(yaml.safe_dump(TOY))
+    assert main(["study"]) == 0
+    assert contents(seed) == before, "a fault costs nothing that was finished"
+    assert len(finished(folder)) == len(STEPS)
+
+
+def test_an_unknown_arm_is_named_before_anything_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "params.yaml").write_text("study: {arms: [vanilla, vismen]}\n")
+    assert main(["study"]) == 1
+    assert "study: evaluate.arms: unknown arm 'vismen' (did you mean 'vismem'?)" in capsys.readouterr().err
+    assert not (project / "runs").exists()

@@ -236,7 +236,8 @@ class Stage2Config(GrpoConfig):
 class SupervisedConfig(Section):
     """Supervised fine-tuning on the reference answers, from which VisMem's warm start also learns."""
 
-    steps: int = Field(900, ge=1, description="steps")
+    steps: int = Field(900, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    epochs: int = Field(2, ge=1, description="passes over the train split, where steps is 0")
     batch_size: int = Field(32, ge=1, description="questions a step")
     micro_batch: int = Field(64, ge=1, description="questions in one backward pass; changes memory, not the result")
     gradient_checkpointing: bool = Field(
@@ -250,7 +251,7 @@ class SupervisedConfig(Section):
 
 
 class BaselinesConfig(Section):
-    """What VisMem is compared with: fine-tuning of the same base on the same data, `vismem sft_lora` and so on [ours]."""
+    """What VisMem is compared with: the same base fine-tuned on the same data, `vismem sft_lora` and so on [ours]."""
 
     rank: int = Field(16, ge=1, description="r of sft_lora and grpo_lora, on q_proj and v_proj [paper App.]")
     alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")

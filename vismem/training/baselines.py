@@ -29,6 +29,7 @@ from vismem.training.stage1 import (
     finish,
     loop_settings,
     phase,
+    steps_of,
     trainable,
     training_samples,
 )
@@ -156,7 +157,7 @@ class _Run:
         objective.prompts_need_gradient = True
         loop = LoopSettings(
             self.name,
-            settings.steps,
+            steps_of(settings, len(self.samples)),
             rate,
             settings.warmup_ratio,
             weight_decay=settings.weight_decay,

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vismem.config import Config, GrpoConfig, Stage1Config
+from vismem.config import Config, GrpoConfig, Stage1Config, SupervisedConfig
 from vismem.data.sample import Sample, read_samples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score as score_answer
@@ -112,7 +112,7 @@ def trainable(model: VisMemModel, prefixes: tuple[str, ...]) -> dict[str, torch.
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def steps_of(config: GrpoConfig, samples: int) -> int:
+def steps_of(config: GrpoConfig | SupervisedConfig, samples: int) -> int:
     """Optimiser batches of a stage: `steps`, or `epochs` passes over the samples."""
     return config.steps or config.epochs * max(1, samples // config.batch_size)
 

@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+
+from vismem.training.optimizers import optimizers
 
 Metrics = dict[str, float]
 SECONDS = "seconds"  # of a step, in the history; left out of the curve, which is the same from the same seed
@@ -43,6 +45,7 @@ class LoopSettings:
     steps: int
     learning_rate: float
     warmup_ratio: float
+    matrix_learning_rate: float = 0.0  # Muon's peak rate on the matrices; 0: AdamW on everything
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     updates: int = 1
@@ -71,10 +74,12 @@ def train(
     `rates` are learning rates of single parameters relative to the others. A checkpoint in `out` is resumed.
     """
     named = dict(parameters)
-    groups = [{"params": [p], "rate": (rates or {}).get(name, 1.0)} for name, p in named.items()]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    used = optimizers(named, settings.learning_rate, settings.matrix_learning_rate, weight_decay=settings.weight_decay)
+    groups = [group for optimizer in used for group in optimizer.param_groups]
+    for group in groups:
+        group["peak"] *= (rates or {}).get(group["name"], 1.0)
     checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint")
-    history = checkpoint.load(named, optimizer)
+    history = checkpoint.load(named, used)
     console = Console(quiet=not accelerator.is_main_process, stderr=True)
     if history:
         console.print(f"{settings.name}: resumed at step {len(history)}")
@@ -83,21 +88,23 @@ def train(
             started = time.perf_counter()
             batch = objective.collect(step)
             for _ in range(settings.updates):
-                optimizer.zero_grad(set_to_none=True)
+                for parameter in named.values():
+                    parameter.grad = None
                 metrics = objective.backward(batch)
                 if 0 < settings.target_kl < metrics.get("update_kl", 0.0):
                     break
                 _share_gradients(named, accelerator)
                 metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm))
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * group["rate"] * rate_at(step, settings)
-                optimizer.step()
+                for group in groups:
+                    group["lr"] = group["peak"] * rate_at(step, settings)
+                for optimizer in used:
+                    optimizer.step()
             history.append({"step": step, **metrics, SECONDS: time.perf_counter() - started})
             advance(metrics)
             if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
-                checkpoint.save(named, optimizer, history)
+                checkpoint.save(named, used, history)
     if accelerator.is_main_process:
-        checkpoint.save(named, optimizer, history)
+        checkpoint.save(named, used, history)
         _write_curve(out / f"{settings.name}.csv", history)
     return history
 
@@ -121,12 +128,13 @@ def _share_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Accele
 
 
 class _Checkpoint:
-    """Parameters, AdamW's state and the history so far, in one safetensors file that is replaced in one move."""
+    """Parameters, the optimisers' state and the history so far, in one safetensors file, replaced in one move."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def load(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Metrics]:
+    def load(self, parameters: Mapping[str, nn.Parameter], used: Sequence[torch.optim.Optimizer]) -> list[Metrics]:
+        """Restore what `save` wrote; returns the history, empty where there is no file."""
         if not self.file.is_file():
             return []
         with safe_open(self.file, framework="pt") as held:
@@ -134,24 +142,33 @@ class _Checkpoint:
             for name, parameter in parameters.items():
                 with torch.no_grad():
                     parameter.copy_(held.get_tensor(f"parameter/{name}"))
-                if f"step/{name}" in held.keys():  # noqa: SIM118 - a file, not a dict
-                    state = {key: held.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            for optimizer in used:
+                for group in optimizer.param_groups:
+                    (parameter,), ending = group["params"], f"/{group['name']}"
+                    keys = [k.removesuffix(ending) for k in held.keys() if k.endswith(ending)]  # noqa: SIM118 - a file
                     optimizer.state[parameter] = {
-                        key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                        key: held.get_tensor(f"{key}{ending}").to("cpu" if key == "step" else parameter.device)
+                        for key in keys
+                        if key != "parameter"
                     }
         history: list[Metrics] = json.loads(notes["history"])
         return history
 
     def save(
-        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, history: list[Metrics]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        used: Sequence[torch.optim.Optimizer],
+        history: list[Metrics],
     ) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
-            tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+        """Write everything that `load` restores."""
+        tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+        for optimizer in used:
+            for group in optimizer.param_groups:
+                for key, value in optimizer.state[group["params"][0]].items():
+                    tensors[f"{key}/{group['name']}"] = value.detach()
         fresh = self.file.with_suffix(".new")
-        save_file(tensors, fresh, metadata={"history": json.dumps(history)})
+        held = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(held, fresh, metadata={"history": json.dumps(history)})
         fresh.replace(self.file)
 
 

@@ -28,11 +28,11 @@ from vismem.errors import UserError
 from vismem.models.backbones.base import Backbone
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.training.embedded import EMBEDDING_STD
+from vismem.training.optimizers import optimizers
 from vismem.training.sequences import IGNORED, Batch, Encoder, Picture, Record, collate
 
 CHECKPOINT_EVERY = 100
 VISION_BATCH = 64  # images a step
-NO_MATRICES = ("embed_tokens.weight", "head.weight", "position_embedding.weight")  # tables: AdamW, not Muon
 CHUNK = 16  # questions of similar length in one forward pass; changes the speed, not the gradient
 WORDS: dict[str, tuple[str, ...]] = {  # what is said of a cell, kind by kind
     "colour": ("empty", *COLOURS),
@@ -66,14 +66,16 @@ def run_phase(phase: Phase, module: nn.Module, backward_at: Callable[[int], floa
     `backward_at(step)` adds the gradients of one step and returns its loss; both must depend on the step and the
     weights only.
     """
-    optimizers = _optimizers(phase, module)
+    used = optimizers(
+        dict(module.named_parameters()), phase.learning_rate, phase.matrix_rate, weight_decay=0.01, betas=(0.9, 0.98)
+    )
     file = phase.folder / f"{phase.name}.checkpoint"
     curve: list[dict[str, Any]] = []
     start = 0
     if file.is_file():
         saved = torch.load(file, weights_only=True)
         module.load_state_dict(saved["module"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        for optimizer, state in zip(used, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         start, curve = saved["step"], saved["curve"]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -83,7 +85,7 @@ def run_phase(phase: Phase, module: nn.Module, backward_at: Callable[[int], floa
             module.zero_grad()
             loss = backward_at(step)
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            for optimizer in optimizers:
+            for optimizer in used:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * phase.factor(step)
                 optimizer.step()
@@ -93,33 +95,13 @@ def run_phase(phase: Phase, module: nn.Module, backward_at: Callable[[int], floa
             if (step + 1) % CHECKPOINT_EVERY == 0 or step == phase.steps - 1:
                 state = {
                     "module": module.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "optimizers": [optimizer.state_dict() for optimizer in used],
                     "step": step + 1,
                     "curve": curve,
                 }
                 torch.save(state, file.with_suffix(".new"))
                 os.replace(file.with_suffix(".new"), file)
     return curve
-
-
-def _optimizers(phase: Phase, module: nn.Module) -> list[torch.optim.Optimizer]:
-    """AdamW; with a matrix rate, Muon on the matrices of the layers and the vision tower: a third fewer steps."""
-    matrices = {
-        name
-        for name, weight in module.named_parameters()
-        if phase.matrix_rate and weight.ndim == 2 and not name.endswith(NO_MATRICES)
-    }
-    rest = [weight for name, weight in module.named_parameters() if name not in matrices]
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    ]
-    if matrices:
-        chosen = [weight for name, weight in module.named_parameters() if name in matrices]
-        made.append(torch.optim.Muon(chosen, lr=phase.matrix_rate, weight_decay=0.0, momentum=0.95))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return made
 
 
 # --- vision ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class ScenesSource(Section):
     """Generated scenes of coloured shapes with questions asked from the scene's own truth."""
 
     kind: Literal["scenes"] = "scenes"
-    train: int = Field(8000, ge=0, description="questions in the train split [ours]")
+    train: int = Field(24000, ge=0, description="questions in the train split [ours]")
     validation: int = Field(400, ge=0, description="questions in the validation split [ours]")
     test: int = Field(1200, ge=0, description="questions in the test split [ours]")
     pretrain: int = Field(24000, ge=0, description="questions that only the embedded base is trained on [ours]")
@@ -143,7 +143,9 @@ class MemoryConfig(Section):
     builder_heads: int = Field(4, ge=1, description="attention heads of the query builder [ours]")
     lora_rank: int = Field(16, ge=1, description="r [paper App.]")
     lora_alpha: float = Field(32, gt=0, description="alpha, the scale is alpha / r [paper App.]")
-    lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapters' input [paper App.]")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.: 0.1]"
+    )
     short_start: Literal["patches", "random"] = Field(
         "patches", description="start of the short M_init: pooled patches of the image, or random [measured]"
     )
@@ -168,9 +170,12 @@ class InvocationConfig(Section):
 class WarmStartConfig(Section):
     """Optional supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
 
-    steps: int = Field(900, ge=0, description="steps; 0 leaves it out, as the paper does")
+    steps: int = Field(1600, ge=0, description="steps; 0 leaves it out, as the paper does")
     batch_size: int = Field(32, ge=1, description="questions a step")
-    learning_rate: float = Field(3e-3, gt=0, description="peak rate")
+    learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
+    matrix_learning_rate: float = Field(
+        0.007, ge=0, description="peak rate of Muon on the matrices; 0: AdamW on everything"
+    )
     at_start: float = Field(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
 
 
@@ -204,8 +209,8 @@ class GrpoConfig(Section):
 class Stage1Config(GrpoConfig):
     """Stage I, formation: trains the query builder and both formers; memory is invoked at random."""
 
-    steps: int = Field(30, ge=0, description="steps; 0 means `epochs` passes over the train split")
-    learning_rate: float = Field(1e-3, gt=0, description="peak rate; at this size far above the paper's [paper: 5e-5]")
+    steps: int = Field(20, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
     at_start: bool = Field(True, description="the answer's first position counts as a delimiter [ours]")
     anywhere_after: float = Field(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
@@ -255,7 +260,9 @@ class BaselinesConfig(Section):
 
     rank: int = Field(16, ge=1, description="r of sft_lora and grpo_lora, on q_proj and v_proj [paper App.]")
     alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.]")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.: 0.1]"
+    )
     supervised: SupervisedConfig = SupervisedConfig()
     grpo: GrpoConfig = GrpoConfig(steps=150, learning_rate=1e-3)
 

@@ -125,13 +125,17 @@ class _Row:
         self.next += max(picture.height, picture.width)
 
     def strip(self, pictures: Sequence[Picture], line: int, rng: random.Random) -> None:
-        """At least half of the pictures' tokens, one position each, between two line breaks."""
+        """At least half of the pictures' tokens, some up to twice, one position each, between two line breaks.
+
+        So a memory that starts from image tokens, more or fewer than there are, is nothing new to the base.
+        """
         places = [picture.start + index for picture in pictures for index in range(picture.height * picture.width)]
-        kept = sorted(rng.sample(places, rng.randint((len(places) + 1) // 2, len(places))))
+        slots = rng.randint((len(places) + 1) // 2, 2 * len(places))
+        kept = sorted(rng.sample(places, min(slots, len(places))))
         self.token(line)
-        for place in kept:
+        for slot in range(slots):
             self.token(self.block[1])
-            self.features[-1] = place
+            self.features[-1] = kept[slot * len(kept) // slots]
         self.token(line)
 
 

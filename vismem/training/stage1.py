@@ -73,7 +73,7 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             gradient_checkpointing=config.stage1.gradient_checkpointing,
         ),
         trained,
-        LoopSettings("warm_start", warm.steps, warm.learning_rate, 0.05),
+        LoopSettings("warm_start", warm.steps, warm.learning_rate, 0.05, warm.matrix_learning_rate),
         out,
         accelerator,
     )

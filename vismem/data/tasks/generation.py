@@ -3,7 +3,7 @@
 import random
 
 from vismem.data.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Puzzle, Thing, World
-from vismem.data.tasks.layouts import Builder, Pair, line_of, name_or_empty, names_of, random_layout
+from vismem.data.tasks.layouts import Builder, Pair, line_of, name_or_empty, names_of, random_layout, tally
 
 
 def describe_line(rng: random.Random, world: World) -> Puzzle | None:
@@ -58,7 +58,8 @@ def exists(rng: random.Random, world: World) -> Puzzle:
         "is a {} in the picture?",
     )
     question = world.form(rng, forms).format(f"{colour} {shape}")
-    return Puzzle((layout,), question, "yes" if wanted else "no", f"{names_of(layout)}.", ("yes", "no"))
+    rationale = f"{colour}: {names_of(thing for thing in layout if thing.colour == colour)}."
+    return Puzzle((layout,), question, "yes" if wanted else "no", rationale, ("yes", "no"))
 
 
 def presuppose(rng: random.Random, world: World) -> Puzzle:
@@ -75,7 +76,8 @@ def presuppose(rng: random.Random, world: World) -> Puzzle:
         "in this picture, what colour is the {}?",
     )
     answer = found[0].colour if found else "none"
-    return Puzzle((layout,), world.form(rng, forms).format(shape), answer, f"{names_of(layout)}.", (*COLOURS, "none"))
+    rationale = f"{tally(shape, 'shape', layout)}."
+    return Puzzle((layout,), world.form(rng, forms).format(shape), answer, rationale, (*COLOURS, "none"))
 
 
 BUILDERS: dict[str, Builder] = {

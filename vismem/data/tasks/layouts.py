@@ -70,3 +70,9 @@ def line_of(layout: Layout, cells: range) -> list[Thing | None]:
     """What stands in each of the cells; None for an empty one."""
     by_cell = {thing.cell: thing for thing in layout}
     return [by_cell.get(cell) for cell in cells]
+
+
+def tally(value: str, kind: str, layout: Layout) -> str:
+    """The objects of one colour or shape, counted aloud: "red: 1 red circle, 2 red star", or "red: none"."""
+    found = [thing for thing in layout if value == getattr(thing, kind)]
+    return f"{value}: " + (", ".join(f"{number} {thing.name}" for number, thing in enumerate(found, 1)) or "none")

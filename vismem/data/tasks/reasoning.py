@@ -11,6 +11,7 @@ from vismem.data.tasks.layouts import (
     only,
     place,
     plural,
+    tally,
     times,
     values_of,
     without,
@@ -33,7 +34,7 @@ def compare(rng: random.Random, world: World) -> Puzzle:
     pairs += [draw_pair(rng, world, **only(kind, fewer)) for _ in range(counts[1])]
     pairs += [draw_pair(rng, world, **without(kind, more, fewer)) for _ in range(number - sum(counts))]
     layout = place(rng, pairs)
-    totals = "; ".join(f"{value}: {total}" for value, total in zip((more, fewer), counts, strict=True))
+    rationale = "; ".join(tally(value, kind, layout) for value in (more, fewer)) + "."
     names = [plural(value) if kind == "shape" else f"{value} shapes" for value in (more, fewer)]
     forms = (
         "how many more {} than {} are there?",
@@ -41,9 +42,7 @@ def compare(rng: random.Random, world: World) -> Puzzle:
         "in this picture, how many more {} than {} are there?",
         "count how many more {} than {} there are.",
     )
-    return Puzzle(
-        (layout,), world.form(rng, forms).format(*names), str(difference), f"{names_of(layout)}; {totals}.", NUMBERS[:4]
-    )
+    return Puzzle((layout,), world.form(rng, forms).format(*names), str(difference), rationale, NUMBERS[:4])
 
 
 def chain(rng: random.Random, world: World) -> Puzzle | None:

@@ -14,6 +14,7 @@ from vismem.data.tasks.layouts import (
     place,
     plural,
     random_layout,
+    tally,
     times,
     values_of,
     without,
@@ -36,7 +37,8 @@ def count(rng: random.Random, world: World) -> Puzzle:
         "in this picture, how many {} are there?",
         "count the {} in this picture.",
     )
-    return Puzzle((layout,), world.form(rng, forms).format(what), str(wanted), f"{names_of(layout)}.", NUMBERS)
+    rationale = f"{tally(value, kind, layout)}."
+    return Puzzle((layout,), world.form(rng, forms).format(what), str(wanted), rationale, NUMBERS)
 
 
 def ground(rng: random.Random, world: World) -> Puzzle | None:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -59,3 +61,51 @@ def test_the_grpo_benchmark_reports_both_of_our_sides(
         assert {"sampling", "replay, forward", "reference", "backward"} <= found["parts"][name].keys()
     assert found["parts"][grpo_step.OURS].get("forming", 0) == 0
     assert found["parts"][grpo_step.STAGE1]["forming"] > 0
+
+
+def test_the_gpu_benchmark_runs_at_toy_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    out = tmp_path / "found.json"
+    toy = [
+        "--size",
+        "tiny",
+        "--prompts",
+        "1",
+        "--group",
+        "3",
+        "--tokens",
+        "6",
+        "--memories",
+        "2",
+        "--side",
+        "84",
+        "--batches",
+        "1",
+        "2",
+        "--steps",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *size, *steps, "--json", str(out)])
+    gpu.main()
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert "| stage I | 3 |" in printed
+    assert "| stage II | 3 |" in printed
+    assert [d["batch"] for d in found["decoding"]] == [1, 2]
+    for stage in found["training"]:
+        assert stage["flops"] > 0
+        assert stage["tokens"] == 3 * 6
+        assert stage["settings"]["gradient_checkpointing"], "as the 7B profile has it"
+    assert found["training"][0]["parts"]["backward"] > 0
+    assert found["training"][0]["trained"] > found["training"][1]["trained"]
+
+
+def test_the_real_configuration_is_the_7b_model() -> None:
+    """Built on the meta device: the number of parameters is Qwen2.5-VL-7B's."""
+    import gpu
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig(**gpu.SEVEN_B, tie_word_embeddings=False))
+    assert sum(p.numel() for p in model.parameters()) == 8_292_166_656

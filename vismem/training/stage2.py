@@ -104,7 +104,7 @@ def fit_invocation(model: VisMemModel, samples: Sequence[Sample], config: Stage2
     kinds share them equally.
     """
     states, wanted = _decisions(model, samples, config, seed)
-    others = model.backbone.head(states).double().logsumexp(-1)
+    others = torch.cat([model.backbone.head(part).double().logsumexp(-1) for part in torch.split(states, 512)])
     features, target = states.double(), torch.tensor(wanted, dtype=torch.double, device=states.device)
     _, sort, counts = torch.unique(target, return_inverse=True, return_counts=True)
     weight = 1 / counts[sort] / len(counts)  # every sort of place counts the same

@@ -26,7 +26,7 @@ smoke: setup  ## the same at toy size, in runs/smoke/
 	$(VISMEM) repro --profile smoke
 	$(VISMEM) summary --profile smoke
 
-study: $(INSTALLED)  ## the evidence: every arm with three seeds, about 75 minutes on 2 cores; goes on where it was cut
+study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; goes on where it was cut
 	$(VISMEM) study --write docs/results/embedded.md
 
 test: setup  ## all tests

@@ -182,7 +182,10 @@ def figures() -> dict:
         "seeds": [0, 1], "items": {0: 4, 1: 4}, **summary, "bar": bar(summary["arms"]), "yes_no_tasks": [],
         "claims": {"order": judge(ORDER, TWO, **OPTIONS), "content": [], "baselines": []},
         "training": {
-            "vismem": {"train_seconds": 40.0, "train_samples": 1200.0, "trainable_parameters": None, "validation": {}}
+            "vismem": {
+                "train_seconds": 40.0, "train_samples": 1200.0, "train_rollouts": 0.0, "trainable_parameters": None,
+                "validation": {},
+            }
         },
         "transfer": moved,
     }  # fmt: skip
@@ -203,7 +206,7 @@ def test_the_page_shows_the_figures_where_they_belong() -> None:
     assert row(page, "VisMem")[:4] == ["VisMem", "75.0 ± 0.0", "75.0", "75.0"]
     assert row(page, "VisMem")[4].startswith("+37.5 (")
     costs = page[page.index("## What it costs") :]
-    assert row(costs, "VisMem") == ["VisMem", "", "1,200", "40", "30.0", "+100%"]
+    assert row(costs, "VisMem") == ["VisMem", "", "1,200", "0", "40", "30.0", "+100%"]
     moved = page[page.index("## Transfer") :]
     assert row(moved, "VisMem")[1:3] == ["100.0", "+50.0 (+0.0 to +100.0)"]
     assert row(page, "base") == ["base", "2", "15"]

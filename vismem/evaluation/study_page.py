@@ -13,6 +13,12 @@ from vismem.steps import BASELINES
 
 Figures = Mapping[str, Any]
 
+COSTS = {
+    "trainable_parameters": "parameters trained",
+    "train_samples": "questions trained on",
+    "train_rollouts": "answers sampled",
+    "train_seconds": "training seconds",
+}  # of a training step's metrics.json
 PAPER_OVERHEAD = 0.438  # the most that the paper reports, over vanilla's seconds a sample
 MEMORYLESS = (VANILLA, *(step.name for step in BASELINES))
 SHOWN_BY_TASK = (VANILLA, VISMEM, "short_only", "long_only", "sft_lora", "grpo_lora", "full")
@@ -139,18 +145,16 @@ def _costs(figures: Figures) -> Iterable[str]:
         rows.append(
             [
                 label(arm),
-                _number(cost.get("trainable_parameters")),
-                _number(cost.get("train_samples")),
-                _number(cost.get("train_seconds")),
+                *(_number(cost.get(name)) for name in COSTS),
                 f"{1000 * row['seconds']:.1f}",
                 overhead,
             ]
         )
-    header = ["arm", "parameters trained", "training samples", "training seconds", "ms a sample", "over vanilla"]
+    header = ["arm", *COSTS.values(), "ms a sample", "over vanilla"]
     yield table(header, rows)
     yield (
-        "Means over seeds. Training is counted behind the common base; arms without figures there use VisMem's "
-        "weights, or none. Training ran on one thread, "
+        "Means over seeds. Training is counted behind the common base, every pass over a question anew; arms without "
+        "figures there use VisMem's weights, or none. Training ran on one thread, "
         f"up to {figures['at_once']} steps at a time. Decoding was timed when no training ran, one thread each, the "
         "arms of a seed in turn batch by batch in one process, beside at most the evaluation of another seed: ratios "
         "between arms are safe, and milliseconds are this machine's."

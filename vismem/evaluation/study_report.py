@@ -22,14 +22,13 @@ from vismem.evaluation.study_figures import (
     transfer,
     yes_no_tasks,
 )  # fmt: skip
-from vismem.evaluation.study_page import headline, render
+from vismem.evaluation.study_page import COSTS, headline, render
 from vismem.jobs import busy_seconds, read_records
 from vismem.provenance import versions
 from vismem.steps import BASELINES
 from vismem.study import on_half, plan, seeds, transfer_seeds
 
 PLOT = "study.png"
-COSTS = ("train_seconds", "train_samples", "trainable_parameters")
 
 
 def write_report(config: Config, folder: Path, command: str, write: Path | None = None) -> str:

@@ -81,6 +81,15 @@ def test_a_stage_keeps_a_group_of_answers_every_few_steps(name: str, stages: dic
     assert json.loads(lines[0]).keys() == {"question", "reference", "answer", "reward"}
 
 
+@pytest.mark.parametrize(("name", "samples", "rollouts"), [("stage1", 3 * 4 + 4 * 2, 4 * 2 * 4), ("stage2", 8, 32)])
+def test_a_stage_says_what_its_training_took(name: str, samples: int, rollouts: int, stages: dict[str, Path]) -> None:
+    figures = json.loads((stages[name] / "metrics.json").read_text())
+    assert (figures["train_samples"], figures["train_rollouts"]) == (samples, rollouts)
+    held = weights(stages[name], "memory.safetensors" if name == "stage1" else "policy.safetensors")
+    trained = {n: w for n, w in held.items() if not n.startswith("policy_lora.")}
+    assert figures["trainable_parameters"] == sum(w.numel() for w in trained.values())
+
+
 def test_stage2_changes_only_the_new_tokens_rows(stages: dict[str, Path]) -> None:
     formation, after = weights(stages["stage1"]), weights(stages["stage2"])
     assert all(torch.equal(formation[name], after[name]) for name in formation)

@@ -123,7 +123,8 @@ def test_noise_has_the_memorys_mean_and_spread_and_is_drawn_row_by_row() -> None
     unit = ((noise - noise.mean((1, 2), keepdim=True)) / noise.std((1, 2), keepdim=True)).flatten()
     assert float(unit.pow(4).mean()) == pytest.approx(3, abs=0.6), "Gaussian"
     assert float(torch.corrcoef(torch.stack([noise.flatten(), memory.flatten()]))[0, 1]) == pytest.approx(0, abs=0.15)
-    torch.testing.assert_close(Noise().latents(memory[:1], view(1), seed=0), noise[:1])
+    last = StepView(view(3).keys[2:], np.array([3]), np.array([True]), np.array([0]))
+    torch.testing.assert_close(Noise().latents(memory[2:], last, seed=0), noise[2:])
     for seed, at in ((1, view(3)), (0, view(3, decision=4))):
         assert not torch.allclose(Noise().latents(memory, at, seed), noise)
     assert Noise().latents(memory.bfloat16(), view(3), seed=0).dtype == torch.bfloat16

@@ -117,7 +117,7 @@ def _next(waiting: Sequence[Job], running: dict[str, _Running], done: set[str]) 
     for job in waiting:
         if set(job.needs) <= done and not (job.timed and untimed):
             return job
-    if not running:
+    if waiting and not running:
         raise ValueError(f"no job can start: {', '.join(job.name for job in waiting)} need what no job makes")
     return None
 

@@ -65,6 +65,7 @@ def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
     run_jobs(jobs, tmp_path, 1, QUIET)
     (tmp_path / "b").unlink()
     run_jobs(jobs, tmp_path, 1, QUIET)
+    run_jobs(jobs, tmp_path, 1, QUIET)
     assert trace(tmp_path) == ["+a", "-a", "+b", "-b", "+b", "-b"]
 
 

@@ -1,0 +1,95 @@
+"""The profiles: each reads and lists only what differs from the defaults; 7B models get the paper's numbers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vismem.config import SOURCES, Config, load_config
+from vismem.evaluation.arms import resolve_arms
+from vismem.models.backbones import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+FILES = {path.stem: path for path in sorted((ROOT / "deploy" / "profiles").glob("*.yaml"))}
+PAPER = {
+    "internvl3_5_8b": ("OpenGVLab/InternVL3_5-8B-HF", "internvl"),
+    "llava_onevision_7b": ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision"),
+    "qwen2_5_vl_7b": ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl"),
+}
+
+
+def repeated(profile: dict[str, Any], defaults: dict[str, Any], place: str = "") -> Iterator[str]:
+    """The keys of a profile whose value is the default's; sources are compared with their kind's defaults."""
+    for key, value in profile.items():
+        here = f"{place}{key}"
+        if here == "prepare.sources":
+            for source in value:
+                fields = SOURCES[source["kind"]].model_fields
+                plain = {name: fields[name].default for name in source if name != "kind"}
+                yield from repeated({name: source[name] for name in plain}, plain, f"{here}.{source['kind']}.")
+        elif isinstance(value, dict):
+            yield from repeated(value, defaults[key], f"{here}.")
+        elif value == defaults[key]:
+            yield here
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_profile_reads_and_lists_only_what_differs_from_the_defaults(name: str) -> None:
+    config = load_config(ROOT / "params.yaml", name)  # unknown keys are errors
+    assert config != load_config(ROOT / "params.yaml")
+    resolve_arms(config.evaluate.arms)
+    resolve_arms(config.study.arms)
+    profile = yaml.safe_load(FILES[name].read_text())
+    assert list(repeated(profile, Config().model_dump(mode="json", by_alias=True))) == []
+
+
+def test_a_value_that_repeats_the_default_is_noticed() -> None:
+    defaults = Config().model_dump(mode="json", by_alias=True)
+    profile = {
+        "seed": 1,
+        "memory": {"queries": 8, "lora_rank": 4},
+        "stage1": {"warm_start": {"at_start": 1.0}},
+        "prepare": {"sources": [{"kind": "scenes", "image_size": 84, "train": 5}]},
+    }
+    found = ["memory.queries", "stage1.warm_start.at_start", "prepare.sources.scenes.image_size"]
+    assert list(repeated(profile, defaults)) == found
+
+
+def test_there_is_a_profile_for_every_family_a_toy_one_and_one_for_a_single_gpu() -> None:
+    assert set(FILES) >= {"smoke", "small", *PAPER}
+    assert {family for _, family in PAPER.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_profiles_of_large_models_hold_the_paper_s_numbers(name: str) -> None:
+    config = load_config(ROOT / "params.yaml", name)
+    assert (config.base.model, config.base.dtype) == (PAPER[name][0], "bfloat16")
+    memory = config.memory
+    assert (memory.queries, memory.short_length, memory.long_length) == (8, 8, 16)
+    assert (memory.lora_rank, memory.lora_alpha, memory.lora_dropout) == (16, 32, 0.1)
+    for stage, rate, warmup, beta, target in (
+        (config.stage1, 5e-5, 0.2, 0.015, 0.03),
+        (config.stage2, 1e-5, 0.1, 0.030, 0.05),
+    ):
+        assert (stage.batch_size, stage.group_size, stage.epochs, stage.steps, stage.updates) == (8, 16, 2, 0, 1)
+        assert (stage.learning_rate, stage.warmup_ratio) == (rate, warmup)
+        assert (stage.kl_coefficient, stage.target_kl) == (beta, target)
+        assert (stage.clip_low, stage.clip_high, stage.normalise_by_std) == (0.2, 0.2, True)
+    assert (config.stage1.warm_start.steps, config.stage2.penalty) == (0, 0.3)
+
+
+def test_the_profiles_of_large_models_differ_in_names_only() -> None:
+    def nameless(name: str) -> str:
+        values = load_config(ROOT / "params.yaml", name).model_dump_json().replace(PAPER[name][0], "MODEL")
+        return values.replace(name, "NAME")
+
+    assert len({nameless(name) for name in PAPER}) == 1
+
+
+def test_the_small_profile_decodes_every_arm_that_needs_no_training_of_its_own() -> None:
+    config = load_config(ROOT / "params.yaml", "small")
+    assert config.base.model == "small"
+    untrained = [arm.name for arm in resolve_arms(config.study.arms) if arm.model == "vismem"]
+    assert sorted(config.evaluate.arms) == sorted(untrained)

@@ -69,25 +69,8 @@ def test_the_gpu_benchmark_runs_at_toy_size(
     import gpu
 
     out = tmp_path / "found.json"
-    toy = [
-        "--size",
-        "tiny",
-        "--prompts",
-        "1",
-        "--group",
-        "3",
-        "--tokens",
-        "6",
-        "--memories",
-        "2",
-        "--side",
-        "84",
-        "--batches",
-        "1",
-        "2",
-        "--steps",
-        "1",
-    ]
+    size = ["--size", "tiny", "--side", "84", "--memories", "2", "--batches", "1", "2"]
+    steps = ["--prompts", "1", "--group", "3", "--tokens", "6", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *size, *steps, "--json", str(out)])
     gpu.main()
     printed, found = capsys.readouterr().out, json.loads(out.read_text())

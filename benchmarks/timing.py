@@ -92,6 +92,7 @@ def step_parts() -> Parts:
         parts.wrap(objective, "reference", "reference", whole=True)
     parts.wrap(VisMemModel, "form", "forming")
     parts.wrap(VisMemModel, "short_stream", "forming")
+    parts.wrap(VisMemModel, "long_prompts", "forming")
     parts.wrap(Accelerator, "backward", "backward")
     return parts
 

@@ -16,7 +16,7 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import UNLIMITED, InvocationPolicy, Learned, Off, Only, Random, Replay, row_key
 from vismem.generation.replay import decisions_of, read_prompts, score, without_memory
 from vismem.generation.types import LATENT, MemoryKind
-from vismem.models.memory import causal_mask
+from vismem.models.memory import PromptRead, causal_mask
 from vismem.models.vismem import VisMemModel
 
 
@@ -111,6 +111,19 @@ def test_entropy_and_word_scores_are_those_of_the_distributions(eager: VisMemMod
         assert bool(scores.text_mask[row, 0]) == (token not in eager.memory_ids)
         if scores.text_mask[row, 0]:
             assert float(scores.text_logprobs[row, 0]) == pytest.approx(float(words[row, token]), abs=1e-4)
+
+
+def test_a_long_memory_is_the_same_whether_the_prompts_were_read_before(eager: VisMemModel) -> None:
+    """Prompts of several lengths: what all have of them is read once, the rest with each memory."""
+    policy = Random(probability=1.0, anywhere=0.5, kinds=(MemoryKind.LONG,))
+    rollouts = generate(eager, tiny.samples(), policy, max_new_tokens=10, temperature=1.0, seed=5, group_size=2)
+    context, sample = read_prompts(eager, tiny.samples()), torch.arange(len(rollouts)) // 2
+    assert len(set(context.prompt.mask.sum(1).tolist())) > 1
+    found = []
+    for read in (eager.long_prompts(context.prompt), PromptRead(0, [])):  # the latter reads nothing beforehand
+        scores = score(eager, dataclasses.replace(context, read=read), rollouts, sample)
+        found.append(torch.cat([memory.flatten() for memory in scores.latents]))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
 def test_cached_decoding_equals_one_full_pass_over_the_same_embeddings(eager: VisMemModel) -> None:

@@ -18,7 +18,7 @@ from vismem.data.sample import Sample
 from vismem.generation.prompts import VisualStates, encode, last_of, visual_states
 from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
 from vismem.models.backbones.base import PatchStream, Prompt
-from vismem.models.memory import causal_mask
+from vismem.models.memory import PromptRead, causal_mask
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import State, VisMemModel
 
@@ -45,7 +45,8 @@ class Context:
     visual: VisualStates
     last: Tensor  # (S, d)
     cache: DynamicCache
-    patches: PatchStream | None = None
+    patches: PatchStream | None = None  # as the short former reads them
+    read: PromptRead | None = None  # as the long former does
 
 
 def read_prompts(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None = None) -> Context:
@@ -152,7 +153,7 @@ class _Pass:
             real = offset < lengths[:, None]
             at = (following[:, None] + offset).expand(3, -1, -1)
             self.keys = torch.cat([self.keys, real], dim=1)
-            mask = causal_mask(self.keys)[:, :, -width:]
+            mask = causal_mask(self.keys, width)
             hidden = backbone.language(piece, at, mask, cache)
             before = sum(part.shape[1] for part in self.seen)
             start = torch.tensor(chunk.start, device=self.device)
@@ -215,6 +216,8 @@ class _Pass:
         segment = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
         if kind is MemoryKind.SHORT and self.context.patches is None:
             self.context.patches = self.model.short_stream(self.context.prompt.vision)
+        if kind is MemoryKind.LONG and self.context.read is None:
+            self.context.read = self.model.long_prompts(self.context.prompt)
         visual = self.context.visual
         return self.model.form(
             kind,
@@ -229,6 +232,7 @@ class _Pass:
                     self.context.prompt.visual[sample], (0, self.keys.shape[1] - self.context.prompt.visual.shape[1])
                 ),
                 patches=self.context.patches,
+                read=self.context.read,
             ),
         )
 
@@ -311,4 +315,6 @@ def _token_scores(
 def _surprise(logits: Tensor, total: Tensor) -> Tensor:
     """(n,) what columns (n, columns) add to the entropy, nats."""
     logprobs = logits - total[:, None]
-    return -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logits.dtype).min)).sum(-1)
+    share = logprobs.exp()
+    summed: Tensor = torch.linalg.vecdot(share, logprobs.clamp_min_(torch.finfo(logits.dtype).min))
+    return -summed

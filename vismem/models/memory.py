@@ -1,11 +1,14 @@
 """Query builder, short-term and long-term memory former (paper Sec. 3.3, Eq. 5-6 and 9-11)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
 
 from vismem.config import MemoryConfig
-from vismem.models.backbones.base import Backbone, PatchStream
+from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.lora import Lora
 
 
@@ -101,6 +104,14 @@ class ShortFormer(nn.Module):
         return pooled, (weight @ places).view(samples, self.length * self.merge, 2)
 
 
+@dataclass
+class PromptRead:
+    """How S prompts begin, inside the long former: read once for every long memory of all their answers."""
+
+    length: int  # tokens of each prompt that were read
+    keys_values: list[tuple[Tensor, Tensor]]  # a layer: (S, heads, length, head width) each
+
+
 class LongFormer(nn.Module):
     """F_l: a LoRA adapter over the frozen language model, M = F_l([X, Q, M_init])[-N_l:] (Eq. 11).
 
@@ -126,12 +137,30 @@ class LongFormer(nn.Module):
         self.output_scale = nn.Parameter(scale.cpu().clone())
         self.lora = Lora(backbone.language_targets(), config.lora_rank, config.lora_alpha, config.lora_dropout)
 
+    def read(self, backbone: Backbone, prompt: Prompt) -> PromptRead:
+        """Read what all prompts have, their first tokens, with this adapter."""
+        length = int(prompt.mask.sum(1).min())
+        cache = DynamicCache()
+        with self.lora.active():
+            backbone.language(
+                prompt.embeds[:, :length], prompt.positions[:, :, :length], causal_mask(prompt.mask[:, :length]), cache
+            )
+        return PromptRead(length, [(layer.keys, layer.values) for layer in cache.layers])
+
     def forward(
-        self, backbone: Backbone, queries: Tensor, stream: Tensor, positions: Tensor, mask: Tensor, visual: Tensor
+        self,
+        backbone: Backbone,
+        queries: Tensor,
+        stream: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        visual: Tensor,
+        known: tuple[PromptRead, Tensor] | None = None,
     ) -> Tensor:
         """Queries (R, K, d); the row's own embeddings X (R, T, d), right-padded, `positions` (3, R, T), `mask` (R, T).
 
-        `visual` (R, T) is True at the prompt's image tokens. Returns (R, N_l, d).
+        `visual` (R, T) is True at the prompt's image tokens. `known`: how the prompts begin, as `read` gave it, and the
+        rows' prompts (R,). Returns (R, N_l, d).
         """
         rows = len(stream)
         memory = self.start.expand(rows, -1, -1)
@@ -142,11 +171,17 @@ class LongFormer(nn.Module):
         after = positions.masked_fill(~mask, -1).amax(dim=(0, 2)) + 1
         tail = after[:, None] + torch.arange(extra, device=after.device)
         keys = torch.cat([mask, mask.new_ones(rows, extra)], dim=1)
+        cache, start = None, 0
+        if known is not None:
+            cache, start = DynamicCache(), known[0].length
+            for index, (key, value) in enumerate(known[0].keys_values):
+                cache.update(key[known[1]], value[known[1]], index)
         with self.lora.active():
             hidden = backbone.language(
-                torch.cat([stream, added.to(stream.dtype)], dim=1),
-                torch.cat([positions, tail.expand(3, -1, -1)], dim=2),
-                causal_mask(keys),
+                torch.cat([stream[:, start:], added.to(stream.dtype)], dim=1),
+                torch.cat([positions, tail.expand(3, -1, -1)], dim=2)[:, :, start:],
+                causal_mask(keys, keys.shape[1] - start),
+                cache,
             )
         last = hidden[:, -self.length :].to(self.output.weight.dtype)
         result: Tensor = self.output(_unit_rms(last)) * self.output_scale
@@ -167,11 +202,14 @@ def pooling(visual: Tensor, slots: int) -> Tensor:
     return weight / weight.sum(-1, keepdim=True).clamp_min(1)
 
 
-def causal_mask(keys: Tensor) -> Tensor:
-    """(R, T) real entries to a causal (R, 1, T, T) mask; every entry may read itself, so that no row is empty."""
-    length = keys.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
-    return (keys[:, None, None, :] & causal) | torch.eye(length, dtype=torch.bool, device=keys.device)
+def causal_mask(keys: Tensor, queries: int | None = None) -> Tensor:
+    """(R, T) real entries to the causal (R, 1, T, T) mask, or to its last `queries` rows.
+
+    Every entry may read itself, so that no row is empty.
+    """
+    key = torch.arange(keys.shape[1], device=keys.device)
+    query = key[keys.shape[1] - queries if queries else 0 :, None]
+    return (keys[:, None, None, :] & (key <= query)) | (key == query)
 
 
 def _unit_rms(hidden: Tensor) -> Tensor:

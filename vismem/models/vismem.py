@@ -16,10 +16,10 @@ from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
 from vismem.generation.types import MemoryKind
 from vismem.models.backbones import backbone_of, check_family
-from vismem.models.backbones.base import Backbone, PatchStream
+from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.checkpointing import checkpointed
 from vismem.models.lora import Lora, LoraSettings
-from vismem.models.memory import LongFormer, QueryBuilder, ShortFormer
+from vismem.models.memory import LongFormer, PromptRead, QueryBuilder, ShortFormer
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 1
@@ -37,6 +37,7 @@ class State:
     stream_mask: Tensor  # (R, X)
     stream_visual: Tensor  # (R, X) True at the prompt's image tokens
     patches: PatchStream | None  # of all prompts, made by `short_stream` (short-term memory)
+    read: PromptRead | None = None  # how all prompts begin, made by `long_prompts`: saves time (long-term memory)
 
 
 class TokenRows(nn.Module):
@@ -158,6 +159,11 @@ class VisMemModel(nn.Module):
         stream: PatchStream = self._run(read)
         return stream
 
+    def long_prompts(self, prompt: Prompt) -> PromptRead:
+        """How the prompts begin, inside the long former: computed once, read by every long memory."""
+        with self.policy_lora.active(False):
+            return self.long.read(self.backbone, prompt)
+
     def form(self, kind: MemoryKind, state: State) -> Tensor:
         """Form one memory a row: (R, N_kind, d), differentiable (Eq. 5 and 9-11)."""
         queries = self._run(self.builder, state.cognitive, state.cognitive_mask)
@@ -166,8 +172,9 @@ class VisMemModel(nn.Module):
                 assert state.patches is not None
                 memory = self._run(self.short, self.backbone, queries, state.patches, state.sample)
             else:
+                known = None if state.read is None else (state.read, state.sample)
                 memory = self.long(
-                    self.backbone, queries, state.stream, state.positions, state.stream_mask, state.stream_visual
+                    self.backbone, queries, state.stream, state.positions, state.stream_mask, state.stream_visual, known
                 )
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
         return result

@@ -120,7 +120,7 @@ class GrpoObjective:
                     if context is None or self.prompts_need_gradient:
                         with nullcontext() if self.prompts_need_gradient else torch.no_grad():
                             context = read_prompts(self.model, samples)
-                    context = replace(context, patches=None)  # the short former reads the images with gradient
+                    context = replace(context, patches=None, read=None)  # the formers read them with gradient
                     added = self._micro_batch(batch, samples, context, first, slice(start, min(start + rows, end)))
                     for name, value in added.items():
                         sums[name] += value

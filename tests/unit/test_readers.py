@@ -114,7 +114,7 @@ def test_a_broken_image_is_read_as_it_is(folder: Path) -> None:
         (row(videos="clip.mp4"), r"line 2: 'videos' must be a list of objects"),
         (row(videos=[{"frames": "more"}]), r"line 2: a video is .*\"fps\".*got \{\"frames\": \"more\"\}"),
         (row(videos=[{"frames": ["gone.png"], "fps": 1}]), r"line 2: no image file .*gone\.png"),
-        (row(videos=[{"frames": "red.png", "fps": 2}]), r"line 2: no folder .*red\.png .*ffmpeg .* fps=2 red/%05d\.png"),
+        (row(videos=[{"frames": "red.png", "fps": 2}]), r"line 2: no folder .*red\.png .*fps=2 red/%05d\.png"),
         (row(capability="seeing"), r"line 2: capability \"seeing\" is not one of understanding, reasoning, generation"),
     ],
 )

@@ -15,12 +15,13 @@ class RowCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._rows: Tensor | None = None
-        self._slots = torch.empty(0)
+        self._index = self._slots = torch.empty(0)
         self._limit = 0
 
     def place(self, slots: Tensor, limit: int, rows: Tensor | None = None) -> None:
         """The next pass writes rows `rows` (R,) (all, if None) at `slots` (R, T) and reads the first `limit` slots."""
         self._slots, self._limit, self._rows = slots, limit, rows
+        self._index = (torch.arange(len(slots), device=slots.device) if rows is None else rows)[:, None]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write (R, heads, T, head width) and return the first `limit` slots of the same rows."""
@@ -30,9 +31,8 @@ class RowCache:
             self.values.append(value.new_zeros(shape))
         keys, values = self.keys[layer], self.values[layer]
         rows = self._rows
-        index = (torch.arange(keys.shape[0], device=key.device) if rows is None else rows)[:, None]
-        keys[index, :, self._slots] = key.transpose(1, 2)
-        values[index, :, self._slots] = value.transpose(1, 2)
+        keys[self._index, :, self._slots] = key.transpose(1, 2)
+        values[self._index, :, self._slots] = value.transpose(1, 2)
         if rows is None:
             return keys[:, :, : self._limit], values[:, :, : self._limit]
         return keys[rows, :, : self._limit], values[rows, :, : self._limit]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vismem.data.sample import Sample
@@ -43,8 +44,9 @@ def generate(
 class _Row:
     """The record of one row's answer."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, uniform: NDArray[np.float64]) -> None:
         self.key = key
+        self.uniform = uniform  # draws for sampling, one a decision
         self.tokens: list[int] = []
         self.loss: list[bool] = []
         self.logprobs: list[float] = []
@@ -82,9 +84,11 @@ class _Decoder:
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         limit = model.invocation_config.max_per_answer if policy.limit is None else policy.limit
         self.limit = min(limit, max_new_tokens)  # a word follows every memory
-        self.rows = [_Row(row_key(s.id, member)) for s in samples for member in range(group_size)]
-        self.uniform = np.stack([draws(seed, row.key, "sample", max_new_tokens + self.limit) for row in self.rows])
+        keys = [row_key(s.id, member) for s in samples for member in range(group_size)]
+        self.rows = [_Row(key, draws(seed, key, "sample", max_new_tokens + self.limit)) for key in keys]
+        self.active = self.rows  # still decoded, in the streams' order
         self.delimiters, self.stops = set(model.delimiter_ids), set(model.stop_ids)
+        self.new_tokens = set(model.memory_ids)
         donors = policy.donors(samples)
         self.donors = None if donors is None else torch.tensor(donors, device=self.backbone.device)
         self.donated: dict[MemoryKind, Tensor] = {}
@@ -94,17 +98,20 @@ class _Decoder:
 
     def run(self) -> list[Rollout]:
         self._open()
-        while not all(row.finished for row in self.rows):
-            self._drop_finished()
+        while True:
             columns, logprobs, forced = self._choose(self.model.logits(self.streams.last))
-            tokens = self.model.token_of(columns)
-            self._record(tokens.tolist(), logprobs.tolist(), forced)
-            self.streams.append(self.model.embed(tokens)[:, None])
-            for index, kind in enumerate(KINDS):
-                rows = (columns == self.model.vocabulary + index).nonzero()[:, 0]
-                if len(rows):
-                    self._insert(kind, rows)
-        return [self._rollout(index, row) for index, row in enumerate(self.rows)]
+            ids = self.model.token_of(columns)
+            self._record(ids.tolist(), logprobs.tolist(), forced)
+            ids = self._drop_finished(ids)
+            if not self.active:
+                return [self._rollout(index, row) for index, row in enumerate(self.rows)]
+            tokens = ids.tolist()
+            embed = self.backbone.embedding if self.new_tokens.isdisjoint(tokens) else self.model.embed
+            self.streams.append(embed(ids)[:, None])
+            for kind in KINDS:
+                rows = [index for index, token in enumerate(tokens) if token == self.model.invoke_ids[kind]]
+                if rows:
+                    self._insert(kind, torch.tensor(rows, device=ids.device))
 
     # --- the streams ---
 
@@ -117,7 +124,6 @@ class _Decoder:
             row.insert([LATENT] * added[index // self.group_size])
         room = self.max_new_tokens + self.limit * (max(self.model.length_of(kind) for kind in KINDS) + 2)
         self.streams = Streams(self.model, opened, self.group_size, room, remember=self.limit > 0)
-        self.active = torch.arange(len(self.rows), device=self.backbone.device)
 
     def _insert(self, kind: MemoryKind, rows: Tensor) -> None:
         """Insert a memory and its end token behind the invoke token of each of `rows`."""
@@ -125,7 +131,7 @@ class _Decoder:
             memory = self.model.form(kind, self.streams.state(kind, rows))
         else:
             memory = self._donated(kind)[self.donors[self.streams.sample[rows]]]
-        records = [self.rows[row] for row in self.active[rows].tolist()]
+        records = [self.active[row] for row in rows.tolist()]
         memory = self.policy.latents(memory, _view(records), self.seed)
         end = self.model.end_ids[kind]
         self.streams.insert(memory, end, rows)
@@ -143,45 +149,49 @@ class _Decoder:
             self.donated[kind] = self.model.form(kind, state)
         return self.donated[kind]
 
-    def _drop_finished(self) -> None:
-        """Take finished rows out of the batch once they are half of it."""
-        going = [i for i, row in enumerate(self.active.tolist()) if not self.rows[row].finished]
-        if len(going) <= len(self.active) // 2:
-            keep = torch.tensor(going, device=self.active.device)
-            self.active = self.active[keep]
+    def _drop_finished(self, ids: Tensor) -> Tensor:
+        """Take finished rows out of the batch once they are half of it; returns the tokens of those that go on."""
+        going = [index for index, record in enumerate(self.active) if not record.finished]
+        if len(going) > len(self.active) // 2:
+            return ids
+        keep = torch.tensor(going, dtype=torch.long, device=ids.device)
+        self.active = [self.active[index] for index in going]
+        if going:
             self.streams.keep(keep)
+        return ids[keep]
 
     # --- decisions ---
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
         """The next column of every active row, its log-probability, and whether the policy forced it."""
-        records = [self.rows[row] for row in self.active.tolist()]
-        view = _view(records)
-        over = (view.invocations >= self.limit) | np.array(
-            [record.finished or record.remembering for record in records]
-        )
-        barred = ~self.policy.allowed(view) | over[:, None]
-        logits[:, self.model.vocabulary :].masked_fill_(torch.from_numpy(barred).to(logits.device), -torch.inf)
+        forced, invokes = None, logits[:, self.model.vocabulary :]
+        if self.limit:
+            view = _view(self.active)
+            over = (view.invocations >= self.limit) | np.array([r.finished or r.remembering for r in self.active])
+            barred = ~self.policy.allowed(view) | over[:, None]
+            invokes.masked_fill_(torch.from_numpy(barred).to(logits.device), -torch.inf)
+            forced = self.policy.force(view, self.seed)
+            forced[over] = NONE
+        else:
+            invokes.fill_(-torch.inf)
         if self.temperature == 0:
             logprobs = logits.log_softmax(-1)
             columns = logprobs.argmax(-1)
         else:
             logprobs = (logits / self.temperature).log_softmax(-1)
-            uniform = torch.from_numpy(self.uniform[self.active.cpu().numpy(), view.decision]).to(logits.device)
+            uniform = [record.uniform[record.decisions] for record in self.active]
             cumulative = logprobs.double().exp().cumsum(-1)
-            scaled = (uniform * cumulative[:, -1])[:, None]
+            scaled = (torch.tensor(uniform, dtype=torch.double, device=logits.device) * cumulative[:, -1])[:, None]
             columns = torch.searchsorted(cumulative, scaled, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-        forced = self.policy.force(view, self.seed)
-        forced[over] = NONE
-        target = torch.from_numpy(forced).to(columns.device)
-        columns = torch.where(target == NONE, self.standing[columns], self.model.vocabulary + target)
+        if forced is not None:
+            target = torch.from_numpy(forced).to(columns.device)
+            columns = torch.where(target == NONE, self.standing[columns], self.model.vocabulary + target)
         chosen = logprobs.gather(1, columns[:, None])[:, 0]
-        return columns, chosen, (forced != NONE).tolist()
+        return columns, chosen, [False] * len(columns) if forced is None else (forced != NONE).tolist()
 
     def _record(self, tokens: list[int], logprobs: list[float], forced: list[bool]) -> None:
         kinds = {token: kind for kind, token in self.model.invoke_ids.items()}
-        for row, token, logprob, force in zip(self.active.tolist(), tokens, logprobs, forced, strict=True):
-            record = self.rows[row]
+        for record, token, logprob, force in zip(self.active, tokens, logprobs, forced, strict=True):
             if record.finished:
                 continue
             if token in kinds:

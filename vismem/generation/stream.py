@@ -46,18 +46,19 @@ class Streams:
 
     def append(self, embeds: Tensor, rows: Tensor | None = None) -> None:
         """Append (R, T, d) embeddings to all rows, or to `rows` (R,) of them."""
-        index = torch.arange(len(self.sample), device=embeds.device) if rows is None else rows
+        index = slice(None) if rows is None else rows
         offsets = torch.arange(embeds.shape[1], device=embeds.device)
-        slots = self.used[index][:, None] + offsets
-        positions = (self.next[index][:, None] + offsets).expand(3, -1, -1)
+        slots = self.used[index, None] + offsets
+        positions = (self.next[index, None] + offsets).expand(3, -1, -1)
         limit = int(slots.max()) + 1
         self.cache.place(slots, limit, rows)
         mask = torch.arange(limit, device=embeds.device) <= slots[:, None, :, None]
-        hidden = self.backbone.language(embeds, positions, mask, self.cache)
+        read = self.backbone.step if embeds.shape[1] == 1 else self.backbone.language
+        hidden = read(embeds, positions, mask, self.cache)
         if self.remember:
-            self.embeds[index[:, None], slots] = embeds
-            self.hidden[index[:, None], slots] = hidden
-            self.positions[:, index[:, None], slots] = positions
+            place = (torch.arange(len(slots), device=slots.device) if rows is None else rows)[:, None], slots
+            self.embeds[place], self.hidden[place] = embeds, hidden
+            self.positions[:, *place] = positions
         self.used[index] += embeds.shape[1]
         self.next[index] += embeds.shape[1]
         if rows is None:

@@ -160,7 +160,7 @@ class InvocationConfig(Section):
 
     delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
     token_start: str = Field("\n", description="delimiter whose embedding the four new rows start as [ours]")
-    max_per_answer: int = Field(2, ge=0, description="invocations an answer at most [ours]")
+    max_per_answer: int = Field(1, ge=0, description="invocations an answer at most [measured]")
     perturbation: float = Field(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 
 
@@ -228,7 +228,7 @@ class Stage2Config(GrpoConfig):
     kl_coefficient: float = Field(0.030, ge=0, description="beta [paper]")
     target_kl: float = Field(0.05, ge=0, description="per token; more KL than this ends a batch's updates")
     start_probability: float = Field(
-        0.9, gt=0, lt=1, description="chance of a memory at the answer's start, before training [ours]"
+        0.95, gt=0, lt=1, description="chance of a memory at the answer's start, before training [ours]"
     )
     delimiter_probability: float = Field(
         0.01, gt=0, lt=1, description="chance of a memory after a delimiter, before training [ours]"
@@ -241,7 +241,7 @@ class Stage2Config(GrpoConfig):
 class SupervisedConfig(Section):
     """Supervised fine-tuning on the reference answers, from which VisMem's warm start also learns."""
 
-    steps: int = Field(900, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    steps: int = Field(1600, ge=0, description="steps; 0 means `epochs` passes over the train split")
     epochs: int = Field(2, ge=1, description="passes over the train split, where steps is 0")
     batch_size: int = Field(32, ge=1, description="questions a step")
     micro_batch: int = Field(64, ge=1, description="questions in one backward pass; changes memory, not the result")
@@ -249,7 +249,7 @@ class SupervisedConfig(Section):
         False, description="keep few activations and compute them again in the backward pass; same result, slower"
     )
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
-    full_learning_rate: float = Field(3e-4, gt=0, description="peak rate of full fine-tuning")
+    full_learning_rate: float = Field(1e-3, gt=0, description="peak rate of full fine-tuning")
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
@@ -339,9 +339,9 @@ class StudyConfig(Section):
         ),
         description="arms that answer the test split; those named like a baseline are also trained",
     )  # fmt: skip
-    transfer_seeds: int = Field(3, ge=0, description="repetitions that also train on half of the tasks; 0: none")
+    transfer_seeds: int = Field(1, ge=0, description="repetitions that also train on half of the tasks; 0: none")
     transfer_arms: tuple[str, ...] = Field(
-        ("vanilla", "vismem", "sft_lora", "grpo_lora"), description="arms of that; vanilla is VisMem with memory off"
+        ("vanilla", "vismem", "sft_lora"), description="arms of that; vanilla is VisMem with memory off"
     )
     jobs: int = Field(2, ge=1, description="steps that run at a time, one thread each")
 

@@ -86,8 +86,8 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     )
     arms: dict[str, InvocationPolicy] = {
         "vanilla": Off(),
-        "short": Random(probability=0.5, kinds=(MemoryKind.SHORT,)),
-        "long": Random(probability=0.5, kinds=(MemoryKind.LONG,)),
+        "short": Random(probability=1.0, kinds=(MemoryKind.SHORT,), limit=1),  # at the answer's start
+        "long": Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1),
     }
     spent = cost(trained, len(samples), (warm_history, warm.batch_size, 0), phase(history, config.stage1))
     metrics = finish(model, validation, arms, config.stage1, config.seed, history, out, accelerator, spent)

@@ -30,7 +30,7 @@ from vismem.training.stage1 import cost, describe, finish, loop_settings, phase,
 
 INVOCATION = ("tokens.",)
 POLICY_LORA = ("policy_lora.",)
-FITTED = 64  # train questions whose answers the head's rows are fitted on
+FITTED = 256  # train questions whose answers the head's rows are fitted on
 ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
 
 

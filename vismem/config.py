@@ -209,7 +209,7 @@ class GrpoConfig(Section):
 class Stage1Config(GrpoConfig):
     """Stage I, formation: trains the query builder and both formers; memory is invoked at random."""
 
-    steps: int = Field(20, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    steps: int = Field(40, ge=0, description="steps; 0 means `epochs` passes over the train split")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
     at_start: bool = Field(True, description="the answer's first position counts as a delimiter [ours]")
@@ -221,7 +221,7 @@ class Stage1Config(GrpoConfig):
 class Stage2Config(GrpoConfig):
     """Stage II, invocation: trains the new tokens' rows, optionally LoRA on the policy."""
 
-    steps: int = Field(70, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    steps: int = Field(120, ge=0, description="steps; 0 means `epochs` passes over the train split")
     group_size: int = Field(8, ge=2, description="G, rollouts a prompt [paper: 16]")
     learning_rate: float = Field(2e-2, gt=0, description="peak rate; only rows are trained [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
@@ -264,7 +264,7 @@ class BaselinesConfig(Section):
         0.0, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.: 0.1]"
     )
     supervised: SupervisedConfig = SupervisedConfig()
-    grpo: GrpoConfig = GrpoConfig(steps=150, learning_rate=1e-3)
+    grpo: GrpoConfig = GrpoConfig(steps=250, learning_rate=1e-3)
 
 
 # --- evaluation, gate, release ---------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class StudyConfig(Section):
         (
             "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_75", "random_100",
             "relook", "noise", "shuffled", "swapped",
-            "sft_lora", "sft_lora_matched", "grpo_lora", "grpo_lora_matched", "full",
+            "sft_lora", "grpo_lora", "grpo_lora_matched",
         ),
         description="arms that answer the test split; those named like a baseline are also trained",
     )  # fmt: skip

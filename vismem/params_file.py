@@ -1,4 +1,4 @@
-"""Writes parameters as a `params.yaml` in which every key carries its description from `vismem/config.py`."""
+"""Writes parameters as a `params.yaml` in which every key carries its description from `vismem/config/`."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from vismem.config import Config, Section
 WIDTH = 120
 HEADER = (
     "# All parameters of VisMem. A profile in deploy/profiles/ overlays them: `vismem repro --profile NAME`.\n"
-    "# Types and bounds: vismem/config.py. Written by `vismem params`; the values are yours to change.\n"
+    "# Types and bounds: vismem/config/. Written by `vismem params`; the values are yours to change.\n"
 )
 
 

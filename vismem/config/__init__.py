@@ -1,0 +1,79 @@
+"""Typed parameters: one frozen section a step, read from `params.yaml`, overlaid by a profile.
+
+Every default below is also written out in `params.yaml` (a test compares the two). Sources in brackets:
+[paper] arXiv 2511.11007 with its section; [ours] a choice the paper leaves open; [measured] see docs/results.
+"""
+
+from vismem.config.data import (
+    SOURCES,
+    EasyVqaSource,
+    JsonlSource,
+    NlvrSource,
+    PrepareConfig,
+    ScenesSource,
+    Source,
+    ValidateConfig,
+)
+from vismem.config.models import (
+    BaseConfig,
+    InvocationConfig,
+    MemoryConfig,
+)
+from vismem.config.release import (
+    DeployConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GateConfig,
+    RegistryConfig,
+    StudyConfig,
+)
+from vismem.config.root import (
+    PROFILE_FOLDER,
+    Config,
+    load_config,
+    load_params,
+    merge,
+    parse_config,
+)
+from vismem.config.section import Section
+from vismem.config.training import (
+    BaselinesConfig,
+    GrpoConfig,
+    Stage1Config,
+    Stage2Config,
+    SupervisedConfig,
+    WarmStartConfig,
+)
+
+__all__ = [
+    "PROFILE_FOLDER",
+    "SOURCES",
+    "BaseConfig",
+    "BaselinesConfig",
+    "Config",
+    "DeployConfig",
+    "EasyVqaSource",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GateConfig",
+    "GrpoConfig",
+    "InvocationConfig",
+    "JsonlSource",
+    "MemoryConfig",
+    "NlvrSource",
+    "PrepareConfig",
+    "RegistryConfig",
+    "ScenesSource",
+    "Section",
+    "Source",
+    "Stage1Config",
+    "Stage2Config",
+    "StudyConfig",
+    "SupervisedConfig",
+    "ValidateConfig",
+    "WarmStartConfig",
+    "load_config",
+    "load_params",
+    "merge",
+    "parse_config",
+]

@@ -1,0 +1,85 @@
+"""Where the questions come from, and what the data must satisfy."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vismem.config.section import Section
+
+
+class ScenesSource(Section):
+    """Generated scenes of coloured shapes with questions asked from the scene's own truth."""
+
+    kind: Literal["scenes"] = "scenes"
+    train: int = Field(24000, ge=0, description="questions in the train split [ours]")
+    validation: int = Field(400, ge=0, description="questions in the validation split [ours]")
+    test: int = Field(1200, ge=0, description="questions in the test split [ours]")
+    pretrain: int = Field(24000, ge=0, description="questions that only the embedded base is trained on [ours]")
+    image_size: int = Field(84, ge=56, description="pixels, both sides; a multiple of 28 [ours]")
+    min_objects: int = Field(3, ge=1, description="least objects in a scene; pretrain scenes [ours]")
+    max_objects: int = Field(5, ge=1, description="most objects in a scene; pretrain scenes [ours]")
+    extra_objects: int = Field(2, ge=0, description="additional objects at most in train/validation/test scenes [ours]")
+    tasks: tuple[str, ...] = Field((), description="task names to draw from; empty means all")
+    train_tasks: tuple[str, ...] = Field((), description="tasks of the train split only; empty means as `tasks`")
+
+
+class EasyVqaSource(Section):
+    """easy-VQA from its PyPI wheel (MIT): 64x64 images of one shape, 13 answers."""
+
+    kind: Literal["easy_vqa"] = "easy_vqa"
+    train: int = Field(400, ge=0, description="questions taken for train")
+    validation: int = Field(50, ge=0, description="questions taken for validation, from the wheel's train images")
+    test: int = Field(0, ge=0, description="questions taken for test")
+
+
+class JsonlSource(Section):
+    """Your own questions: JSON lines with `id`, `image` or `images` (paths beside the file), `prompt`, `answer`."""
+
+    kind: Literal["jsonl"]
+    path: Path = Field(description="the .jsonl file")
+    split: Literal["pretrain", "train", "validation", "test"]
+    limit: int | None = Field(None, ge=1, description="rows at most; null means all")
+
+
+class NlvrSource(Section):
+    """NLVR v1.0 (CC-BY-4.0): its repository's layout (a folder with a .json) or one Parquet file."""
+
+    kind: Literal["nlvr"]
+    path: Path = Field(description="a folder of the repository (train/, dev/), or a .parquet file")
+    split: Literal["pretrain", "train", "validation", "test"]
+    directories: tuple[int, ...] = Field(
+        (), description="numbered image directories read; empty means all [NLVR README]"
+    )
+    limit: int | None = Field(None, ge=1, description="rows at most; null means all")
+
+
+SOURCES: dict[str, type[Section]] = {
+    "scenes": ScenesSource,
+    "easy_vqa": EasyVqaSource,
+    "jsonl": JsonlSource,
+    "nlvr": NlvrSource,
+}
+Source = Annotated[ScenesSource | EasyVqaSource | JsonlSource | NlvrSource, Field(discriminator="kind")]
+
+
+class PrepareConfig(Section):
+    """Where the questions come from."""
+
+    sources: tuple[Source, ...] = (ScenesSource(),)
+    rows_per_shard: int = Field(4096, ge=1, description="rows a Parquet shard")
+
+
+class ValidateConfig(Section):
+    """What the data must satisfy. A broken rule of severity error stops the pipeline."""
+
+    min_pixels: int = Field(28, ge=1, description="least image side in pixels")
+    max_pixels: int = Field(4096, ge=1, description="largest image side in pixels")
+    max_question_chars: int = Field(4000, ge=1, description="longest question in characters")
+    max_label_share: float = Field(0.6, gt=0, le=1, description="largest share of one answer within a split (warning)")
+    max_quarantined: float = Field(0.05, ge=0, le=1, description="share of bad rows above which the step fails")
+    max_task_drift: float = Field(0.1, ge=0, le=1, description="total variation distance of the task mix (warning)")
+    task_profile: Path | None = Field(None, description="stored task mix, JSON {task: share}; null: the train split's")
+    required_splits: tuple[Literal["pretrain", "train", "validation", "test"], ...] = Field(
+        ("train", "validation", "test"), description="splits that must have rows"
+    )

@@ -1,0 +1,83 @@
+"""Evaluation, export, gate, registry and serving, and the study."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from vismem.config.section import Section
+
+
+class EvaluateConfig(Section):
+    """Which arms answer the test split, and how their scores are compared."""
+
+    arms: tuple[str, ...] = Field(
+        ("vanilla", "vismem", "random_50", "short_only", "long_only"), description="decoding policies compared"
+    )
+    limit: int | None = Field(None, ge=1, description="test items at most; null means all")
+    batch_size: int = Field(64, ge=1, description="rows decoded together")
+    max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens")
+    bootstrap: int = Field(2000, ge=100, description="bootstrap resamples of the items")
+
+
+class ExportConfig(Section):
+    """The ONNX graphs and their parity with torch."""
+
+    opset: int = Field(18, description="ONNX opset")
+    parity_items: int = Field(16, ge=1, description="test items decoded by both engines; greedy tokens must be equal")
+    tolerance: float = Field(1e-4, gt=0, description="largest absolute difference of a memory vector")
+
+
+class GateConfig(Section):
+    """What a challenger must show to become champion. Scores are in percentage points."""
+
+    min_gain: float = Field(1.0, description="least overall gain over vanilla, points")
+    min_gain_low: float = Field(0.0, description="least lower end of the gain's 95 % interval, points")
+    max_capability_drop: float = Field(2.0, ge=0, description="largest loss of any one capability, points")
+    max_time_overhead: float = Field(
+        1.5, ge=0, description="largest overhead in seconds a sample over vanilla; 0.44 = +44 %, the most in the paper"
+    )
+    champion_margin: float = Field(0.0, description="points by which the present champion must be exceeded")
+    other_data: Literal["pass", "refuse"] = Field(
+        "pass", description="the champion rule where the champion was scored on other test data, so no scores compare"
+    )
+
+
+class RegistryConfig(Section):
+    """MLflow. The environment's MLFLOW_TRACKING_URI wins over `tracking_uri`."""
+
+    tracking_uri: str = Field("sqlite:///mlflow.db", description="tracking and registry store")
+    experiment: str = Field("vismem", description="experiment name")
+    model_name: str = Field("vismem", description="registered model name")
+    artifact_location: str | None = Field(
+        None,
+        description="where a new experiment's files go; null: mlartifacts/ beside a SQLite store, else the server's",
+    )
+    ui_port: int = Field(5000, ge=0, le=65535, description="port of `vismem ui`; 0: any free one")
+
+
+class DeployConfig(Section):
+    """Triton."""
+
+    model_name: str = Field("vismem", description="the served model's name; a refused one is NAME_challenger")
+    grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC port of `vismem serve`; 0: any free one")
+    http_port: int = Field(8000, ge=0, le=65535, description="HTTP port")
+    metrics_port: int = Field(8002, ge=0, le=65535, description="Prometheus port")
+
+
+class StudyConfig(Section):
+    """`vismem study`: the method against its baselines and ablations, repeated with several seeds."""
+
+    seeds: int = Field(3, ge=1, description="repetitions, with the seeds `seed`, `seed` + 1 and so on")
+    arms: tuple[str, ...] = Field(
+        (
+            "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_75", "random_100",
+            "relook", "noise", "shuffled", "swapped",
+            "sft_lora", "grpo_lora", "grpo_lora_matched",
+        ),
+        description="arms that answer the test split; those named like a baseline are also trained",
+    )  # fmt: skip
+    transfer_seeds: int = Field(1, ge=0, description="repetitions that also train on half of the tasks; 0: none")
+    transfer_arms: tuple[str, ...] = Field(
+        ("vanilla", "vismem", "sft_lora"), description="arms of that; vanilla is VisMem with memory off"
+    )
+    jobs: int = Field(2, ge=1, description="steps that run at a time, one thread each")

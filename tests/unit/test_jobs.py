@@ -154,6 +154,6 @@ def test_records_keep_the_last_run_of_each_job_and_survive_a_cut_line(tmp_path: 
 
 
 def test_busy_seconds_count_overlaps_once_and_pauses_never() -> None:
-    spans = [(100, 10), (105, 10), (106, 2), (1000, 5)]
-    assert busy_seconds([{"started": start, "seconds": seconds} for start, seconds in spans]) == 20
+    spans = [(100, 10), (105, 10), (106, 2), (109, 8), (1000, 5)]
+    assert busy_seconds([{"started": start, "seconds": seconds} for start, seconds in spans]) == 22
     assert busy_seconds([]) == 0

@@ -101,13 +101,13 @@ def test_a_pooled_interval_is_that_of_paired_differences() -> None:
 
 def test_a_claim_holds_in_the_seeds_whose_interval_is_above_0_and_missing_arms_leave_it_out() -> None:
     for_it = evaluation(0, {"vanilla": "0" * 20, "vismem": "1" * 20})
-    unclear = evaluation(1, {"vanilla": "01" * 10, "vismem": "10" * 10})
+    unclear = evaluation(1, {"vanilla": "01" * 10, "vismem": "10" * 9 + "11"})
     against_it = evaluation(2, {"vanilla": "1" * 20, "vismem": "0" * 20})
     (judged,) = judge(ORDER, [for_it, unclear, against_it], **OPTIONS)
     assert judged["text"] == "VisMem is above vanilla"
     assert (judged["holds"], judged["reversed"]) == (1, 1)
-    assert judged["pooled"]["delta"] == 0.0
-    assert [row["delta"] for row in judged["seeds"].values()] == [100.0, 0.0, -100.0]
+    assert judged["pooled"]["delta"] == pytest.approx(5 / 3)
+    assert [row["delta"] for row in judged["seeds"].values()] == [100.0, 5.0, -100.0]
 
 
 def test_the_bar_asks_for_eight_points_and_an_interval_above_0_in_every_seed() -> None:
@@ -269,6 +269,8 @@ def test_every_repetition_has_its_parameters_written_out(tmp_path: Path) -> None
 
 def test_both_halves_of_the_tasks_have_all_capabilities() -> None:
     half = set(trained_half())
-    for tasks in (half, set(TASKS) - half):
-        assert {TASKS[task] for task in tasks} == set(Capability)
+    for capability in Capability:
+        inside = [task in half for task in TASKS if TASKS[task] == capability]
+        assert inside.count(False) > 0
+        assert inside.count(True) - inside.count(False) in (0, 1)
     assert trained_half(("count", "chain", "exists")) == ("count", "chain", "exists")

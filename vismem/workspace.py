@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from vismem.config import Config, JsonlSource, NlvrSource, Section, load_params, parse_config
+from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource, Section, load_params, parse_config
 from vismem.errors import UserError
 from vismem.params_file import render_params
 
@@ -51,7 +51,7 @@ def rebase(config: Config, root: Path, folder: Path) -> Config:
     """The same parameters with every relative path, meant from `root`, written as seen from `folder`."""
     sources = tuple(
         source.model_copy(update={"path": _rebase(source.path, root, folder)})
-        if isinstance(source, JsonlSource | NlvrSource)
+        if isinstance(source, JsonlSource | NlvrSource | LmuDataSource) and source.path is not None
         else source
         for source in config.prepare.sources
     )

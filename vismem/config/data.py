@@ -54,13 +54,24 @@ class NlvrSource(Section):
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
+class LmuDataSource(Section):
+    """A benchmark as VLMEvalKit keeps it on disk: `$LMUData/NAME.tsv`."""
+
+    kind: Literal["lmudata"]
+    name: str = Field(description="the file's name without .tsv, such as MMStar, BLINK, MUIRBench or MMMU_DEV_VAL")
+    path: Path | None = Field(None, description="the folder of .tsv files; null: the environment's LMUData")
+    split: Literal["pretrain", "train", "validation", "test"]
+    limit: int | None = Field(None, ge=1, description="rows at most; null means all")
+
+
 SOURCES: dict[str, type[Section]] = {
     "scenes": ScenesSource,
     "easy_vqa": EasyVqaSource,
     "jsonl": JsonlSource,
     "nlvr": NlvrSource,
+    "lmudata": LmuDataSource,
 }
-Source = Annotated[ScenesSource | EasyVqaSource | JsonlSource | NlvrSource, Field(discriminator="kind")]
+Source = Annotated[ScenesSource | EasyVqaSource | JsonlSource | NlvrSource | LmuDataSource, Field(discriminator="kind")]
 
 
 class PrepareConfig(Section):

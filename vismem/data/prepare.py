@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from vismem.config import Config, EasyVqaSource, JsonlSource, NlvrSource, Source
+from vismem.config import Config, EasyVqaSource, JsonlSource, LmuDataSource, NlvrSource, Source
 from vismem.data.fingerprint import SPLITS, ImageCache, data_sha256, sample_sha256, seen_sha256
 from vismem.data.sample import Sample, write_shards
 
@@ -64,6 +64,10 @@ def read_source(source: Source, split: str, seed: int) -> Iterator[Sample]:
         from vismem.data.readers import nlvr
 
         return nlvr.read(source, split, seed)
+    if isinstance(source, LmuDataSource):
+        from vismem.data.readers import lmudata
+
+        return lmudata.read(source, split, seed)
     if isinstance(source, EasyVqaSource):
         from vismem.data.readers import easy_vqa
 

@@ -49,7 +49,9 @@ def _sample(line: bytes, path: Path, where: str) -> Sample:
         raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno}): one object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: an object {{...}} is needed, not a {type(row).__name__}")
-    missing = [key for key in NEEDED if key not in row] + ([] if {"image", "images", "videos"} & set(row) else ["image"])
+    missing = [key for key in NEEDED if key not in row] + (
+        [] if {"image", "images", "videos"} & set(row) else ["image"]
+    )
     if missing:
         raise UserError(
             f"{where}: no {_names(missing)}; the line has {_names(row) or 'no keys'}. "

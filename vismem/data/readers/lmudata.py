@@ -1,0 +1,121 @@
+"""Benchmark files as VLMEvalKit keeps them on disk (`$LMUData/NAME.tsv`): the paper's suites for large models.
+
+Tab-separated, a question a row. `image` is base64, a list of base64, or the index of the row that has the image;
+`image_path` names files beside. Columns A to Z are the options, which stand under their letters in the question.
+"""
+
+import ast
+import base64
+import csv
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from string import ascii_uppercase
+
+from vismem.config import LmuDataSource
+from vismem.data.sample import Capability, Sample
+from vismem.errors import UserError
+
+VARIABLE = "LMUData"  # of the environment, VLMEvalKit's own
+LONGEST_INDEX = 64  # characters; a longer `image` is an image
+
+# Benchmarks of the paper's Table 1 with such a file, and the capability it counts them to.
+CAPABILITIES = {
+    "MMStar": Capability.UNDERSTANDING,
+    "MMT-Bench_VAL": Capability.UNDERSTANDING,
+    "BLINK": Capability.UNDERSTANDING,
+    "MUIRBench": Capability.UNDERSTANDING,
+    "MMMU_DEV_VAL": Capability.REASONING,
+    "LogicVista": Capability.REASONING,
+    "MathVista_MINI": Capability.REASONING,
+    "HallusionBench": Capability.GENERATION,
+}
+JUDGED = ("MMVet",)  # scored by a judge model, which is not here
+
+Row = Mapping[str, str]
+
+
+def read(source: LmuDataSource, split: str, seed: int) -> Iterator[Sample]:
+    """Yield the answered questions in order if `split` is the source's; at most `source.limit`.
+
+    UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column and an
+    image that cannot be read. HallusionBench counts single answers (aAcc).
+    """
+    if split != source.split:
+        return
+    if source.name in JUDGED:
+        raise UserError(f"prepare.sources lmudata: {source.name} is scored by a judge model, which is not here")
+    path = _file(source)
+    named = {held for row in _rows(path) if (held := _held(row)) and len(held) <= LONGEST_INDEX}
+    shared = {row["index"]: _images(row, source, path, {}) for row in _rows(path) if row["index"] in named}
+    answered = (_sample(row, source, path, shared) for row in _rows(path) if row["answer"].strip())
+    yield from islice(answered, source.limit)
+
+
+def _file(source: LmuDataSource) -> Path:
+    folder = source.path or Path(os.environ.get(VARIABLE, ""))
+    if not (source.path or os.environ.get(VARIABLE)) or not folder.is_dir():
+        raise UserError(
+            f"prepare.sources lmudata {source.name}: no folder {folder}: give `path`, or set {VARIABLE}, to the folder "
+            "that holds the .tsv files"
+        )
+    for path in (folder / f"{source.name}.tsv", folder / f"{source.name}_local.tsv"):
+        if path.is_file():
+            return path
+    there = ", ".join(sorted(file.stem for file in folder.glob("*.tsv"))) or "no .tsv file"
+    raise UserError(f"no {folder / source.name}.tsv: download it with VLMEvalKit; {folder} has {there}")
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # images are fields
+    with path.open(newline="", encoding="utf-8") as lines:
+        table = csv.DictReader(lines, delimiter="\t", restval="")
+        missing = [name for name in ("index", "question", "answer") if name not in (table.fieldnames or ())]
+        if missing:
+            raise UserError(f"{path}: no column {', '.join(missing)}; it has {', '.join(table.fieldnames or ())}")
+        yield from table
+
+
+def _sample(row: Row, source: LmuDataSource, path: Path, shared: Mapping[str, tuple[bytes, ...]]) -> Sample:
+    options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
+    parts = [row.get("hint", ""), row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
+    return Sample(
+        id=f"{source.name}-{row['index']}",
+        images=_images(row, source, path, shared),
+        question="\n".join(part for part in parts if part),
+        answer=row["answer"].strip(),
+        choices=tuple(options.values()),
+        task=row.get("category") or source.name,
+        capability=CAPABILITIES.get(source.name, Capability.UNDERSTANDING),
+        source=source.name,
+    )
+
+
+def _images(row: Row, source: LmuDataSource, path: Path, shared: Mapping[str, tuple[bytes, ...]]) -> tuple[bytes, ...]:
+    held, where = _held(row), f"{path}, row {row['index']}"
+    try:
+        if held and len(held) <= LONGEST_INDEX:
+            return shared[held]
+        if held:
+            return tuple(base64.b64decode(image, validate=True) for image in _listed(held))
+        files = [path.parent / "images" / source.name / name for name in _listed(row.get("image_path", "").strip())]
+        return tuple(file.read_bytes() for file in files)
+    except KeyError:
+        raise UserError(f"{where}: `image` names row {held}, which is not there or has no image itself") from None
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{where}: `image` is neither base64 nor a list of it: {error}") from None
+    except OSError as error:
+        raise UserError(f"{where}: {error.filename}: {error.strerror}; put the images where VLMEvalKit does") from None
+
+
+def _held(row: Row) -> str:
+    return row.get("image", "").strip()
+
+
+def _listed(text: str) -> list[str]:
+    """One entry, or those of a list literal."""
+    if text.startswith("["):
+        return [str(entry) for entry in ast.literal_eval(text)]
+    return [text] if text else []

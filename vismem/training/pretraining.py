@@ -101,6 +101,7 @@ def run_phase(phase: Phase, module: nn.Module, backward_at: Callable[[int], floa
                 }
                 torch.save(state, file.with_suffix(".new"))
                 os.replace(file.with_suffix(".new"), file)
+    module.zero_grad()
     return curve
 
 

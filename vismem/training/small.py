@@ -56,8 +56,7 @@ def build_small(
     language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     rows = language.get_input_embeddings().weight.data
     rows[words:] = rows[:words].mean(0)  # no word: the image features stand in its place
-    text = language.config.to_dict()
-    del text["quantization_config"]  # of the file; the weights are unpacked
+    del language.config.quantization_config  # of the file; the weights are unpacked
     settings = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=config.vision_width,
@@ -68,7 +67,7 @@ def build_small(
             patch_size=PATCH,
             vision_use_head=False,
         ),
-        text_config=text,
+        text_config={**language.config.to_dict(), "num_hidden_layers": 0},  # none of its own
         image_token_index=tokenizer.image_token_id,
         video_token_index=tokenizer.video_token_id,
         image_grid_pinpoints=GRID,
@@ -78,7 +77,7 @@ def build_small(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaOnevisionForConditionalGeneration(settings)
-    model.model.language_model = language.model
+    model.model.language_model, model.config.text_config = language.model, language.config
     model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
     scale_to_fan_in(model.model.vision_tower, config.vision_layers, generator)

@@ -41,7 +41,8 @@ GRPO: dict[str, Any] = {
 STAGE1 = Stage1Config(steps=3, warm_start=WarmStartConfig(steps=3, batch_size=4), **GRPO)
 STAGE2 = Stage2Config(steps=3, policy_lora=True, **GRPO)
 TINY_BASE = tiny.BASE.model_copy(update={"vision_steps": 3, "steps": 3, "batch_size": 4})
-CONFIG = Config(base=TINY_BASE, memory=tiny.MEMORY, stage1=STAGE1, stage2=STAGE2)
+MEMORY = tiny.MEMORY.model_copy(update={"lora_dropout": 0.1})  # so that a draw that is not the step's own would show
+CONFIG = Config(base=TINY_BASE, memory=MEMORY, stage1=STAGE1, stage2=STAGE2)
 STEPS: dict[str, Callable[..., str]] = {"base": base_step, "stage1": stage1, "stage2": stage2}
 RANDOM = Random(probability=0.7, anywhere=0.3)
 

@@ -50,6 +50,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     }
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap)
+    metrics["stage2_sha256"] = sha256_folder(inputs["stage2"])  # whose scores these are: `register` asks
     sources = {
         "base model": config.base.model,
         "memory (sha256)": sha256_file(inputs["stage2"] / "memory.safetensors"),

@@ -50,6 +50,11 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             "name both in evaluate.arms and run `vismem evaluate` again"
         )
     parity, lineage = _read(bundle / "parity.json"), _read(bundle / "lineage.json")
+    if metrics.get("stage2_sha256") != lineage.get("inputs_sha256", {}).get("stage2"):
+        raise UserError(
+            f"{evaluate / 'metrics.json'} holds the scores of another model than the bundle {bundle}: "
+            "run `vismem evaluate`, then `vismem export`, and register again"
+        )
     test_sha256 = sha256_folder(validate / "data" / "test", "*.parquet")
     tags = version_tags(bundle, lineage, metrics, test_sha256)
 

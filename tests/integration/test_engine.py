@@ -126,6 +126,16 @@ def test_a_long_memory_is_the_same_whether_the_prompts_were_read_before(eager: V
     assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
+def test_scores_do_not_depend_on_which_answers_go_together(eager: VisMemModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=16, temperature=1.0, seed=5)
+    sample, found = torch.arange(len(rollouts)), []
+    for rows in (replay.ROWS_TOGETHER, 3):
+        monkeypatch.setattr(replay, "ROWS_TOGETHER", rows)
+        found.append(score(eager, read_prompts(eager, tiny.samples()), rollouts, sample))
+    for name in ("logprobs", "text_logprobs", "entropy", "mask", "text_mask"):
+        assert torch.allclose(getattr(found[0], name).double(), getattr(found[1], name).double(), atol=1e-5), name
+
+
 def test_cached_decoding_equals_one_full_pass_over_the_same_embeddings(eager: VisMemModel) -> None:
     sample = tiny.samples()[0]
     rollout = generate(eager, [sample], RANDOM, max_new_tokens=16, temperature=1.0, seed=7)[0]

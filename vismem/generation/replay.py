@@ -23,6 +23,7 @@ from vismem.models.tokens import KINDS
 from vismem.models.vismem import State, VisMemModel
 
 MOST_LOGITS = 2**26  # logits held at a time while tokens are scored
+ROWS_TOGETHER = 32  # answers that go through the model at a time
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Scores:
     entropy: Tensor  # (R, T) nats
     mask: Tensor  # (R, T) bool: sampled tokens, the loss mask
     text_mask: Tensor  # (R, T) bool: sampled tokens other than invoke tokens
-    latents: list[Tensor]  # the memories formed, (rows, N, d) each, in the order of chunks and kinds
+    latents: list[Tensor]  # the memories formed, (rows, N, d) each; of one answer in the order of its invocations
 
 
 @dataclass
@@ -108,7 +109,30 @@ def score(
     `sampled_kinds` and `limit` are those of the policy that sampled: they decide which invoke tokens were barred.
     """
     limit = model.invocation_config.max_per_answer if limit is None else limit
-    return _Pass(model, context, rollouts, sample).scores(sampled_kinds, limit, temperature)
+    parts, order = [], sorted(range(len(rollouts)), key=lambda row: _cuts(rollouts[row]))
+    for start in range(0, len(order), ROWS_TOGETHER):
+        rows = order[start : start + ROWS_TOGETHER]
+        part = _Pass(model, context, [rollouts[row] for row in rows], sample[rows])
+        parts.append(part.scores(sampled_kinds, limit, temperature))
+    longest = max(part.mask.shape[1] for part in parts)
+    back = torch.tensor(order, device=sample.device).argsort()
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([pad(getattr(p, name), (0, longest - p.mask.shape[1])) for p in parts])[back]
+
+    return Scores(
+        logprobs=whole("logprobs"),
+        text_logprobs=whole("text_logprobs"),
+        entropy=whole("entropy"),
+        mask=whole("mask"),
+        text_mask=whole("text_mask"),
+        latents=[memory for part in parts for memory in part.latents],
+    )
+
+
+def _cuts(rollout: Rollout) -> list[int]:
+    """Where the answer is cut: rows cut at like places go through the model together, so that little is padded."""
+    return [*(invocation.position for invocation in rollout.invocations), len(rollout.token_ids)]
 
 
 def answer_states(model: VisMemModel, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> Tensor:

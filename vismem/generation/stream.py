@@ -11,7 +11,7 @@ from vismem.generation.cache import RowCache
 from vismem.generation.prompts import last_of, visual_states
 from vismem.generation.types import MemoryKind
 from vismem.models.backbones.base import PatchStream, Prompt
-from vismem.models.memory import causal_mask
+from vismem.models.memory import PromptRead, causal_mask
 from vismem.models.vismem import State, VisMemModel
 
 
@@ -28,7 +28,8 @@ class Streams:
         self.cache.place(torch.arange(longest, device=device).expand(len(prompt.embeds), -1), longest)
         hidden = self.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), self.cache)
         self.visual = visual_states(prompt, hidden)
-        self.patches: PatchStream | None = None
+        self.patches: PatchStream | None = None  # the prompts, as the short former reads them
+        self.read: PromptRead | None = None  # and as the long former does
 
         self.sample = torch.arange(len(prompt.embeds), device=device).repeat_interleave(group_size)  # each row's prompt
         self.last = last_of(hidden, prompt.mask)[self.sample]  # (R, d) the hidden state that the next token follows
@@ -81,6 +82,8 @@ class Streams:
         length = int(used.max())
         if kind is MemoryKind.SHORT and self.patches is None:
             self.patches = self.model.short_stream(self.prompt.vision)
+        if kind is MemoryKind.LONG and self.read is None:
+            self.read = self.model.long_prompts(self.prompt)
         return State(
             sample=sample,
             cognitive=torch.cat([self.visual.hidden[sample], segment], dim=1),
@@ -90,6 +93,7 @@ class Streams:
             stream_mask=torch.arange(length, device=rows.device) < used[:, None],
             stream_visual=pad(self.prompt.visual[sample], (0, length - self.prompt.visual.shape[1])),
             patches=self.patches,
+            read=self.read,
         )
 
     def keep(self, rows: Tensor) -> None:

@@ -1,0 +1,53 @@
+"""Decoding one token at a time, without the layers' overhead, is what Hugging Face's own language model does."""
+
+from pathlib import Path
+
+import pytest
+import tiny_families as families
+import torch
+
+from vismem.generation.cache import RowCache
+from vismem.models.backbones.decoder import TokenDecoder
+from vismem.models.lora import Lora
+from vismem.models.memory import causal_mask
+from vismem.models.vismem import load_base
+
+ROWS, READ, LENGTHS = 3, 7, (7, 4, 6)
+
+
+@pytest.mark.parametrize("variant", families.VARIANTS)
+@torch.no_grad()
+def test_a_token_alone_gets_the_hidden_state_of_the_whole_model(variant: str, tmp_path: Path) -> None:
+    backbone = load_base(families.save_base(tmp_path, variant))
+    language = backbone.model.model.language_model
+    assert TokenDecoder.known(language), "or this test compares the model with itself"
+    adapter = Lora(backbone.language_targets(), rank=2, alpha=4, dropout=0.0)
+    for up in adapter.up.values():
+        up.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    embeds = torch.randn(ROWS, READ + 1, backbone.width, generator=torch.Generator().manual_seed(0))
+    read = torch.arange(READ) < torch.tensor(LENGTHS)[:, None]
+    slots = torch.tensor(LENGTHS)[:, None]
+    mask = torch.arange(READ + 1) <= slots[:, None, :, None]
+
+    def after(step: object) -> torch.Tensor:
+        cache = RowCache(READ + 2)
+        cache.place(torch.arange(READ).expand(ROWS, -1), READ)
+        positions = torch.arange(READ).expand(3, ROWS, -1)
+        backbone.language(embeds[:, :READ], positions, causal_mask(read), cache)
+        cache.place(slots, READ + 1)
+        return step(embeds[:, READ:], slots.expand(3, ROWS, 1), mask, cache)  # type: ignore[operator, no-any-return]
+
+    plain = after(backbone.language)
+    torch.testing.assert_close(after(backbone.step), plain, atol=1e-5, rtol=1e-5)
+    with adapter.active():
+        adapted = after(backbone.language)
+        assert not torch.allclose(adapted, plain, atol=1e-3)
+        torch.testing.assert_close(after(backbone.step), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_unknown_decoder_is_left_to_hugging_face(tmp_path: Path) -> None:
+    backbone = load_base(families.save_base(tmp_path, "internvl"))
+    language = backbone.model.model.language_model
+    language.config._attn_implementation = "eager"
+    assert not TokenDecoder.known(language)
+    assert backbone._step == backbone.language

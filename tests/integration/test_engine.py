@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from vismem.data.collate import prompt_messages
-from vismem.generation import replay
+from vismem.generation import replay, token_scores
 from vismem.generation.engine import generate
 from vismem.generation.invocation import UNLIMITED, InvocationPolicy, Learned, Off, Only, Random, Replay, row_key
 from vismem.generation.replay import decisions_of, read_prompts, score, without_memory
@@ -83,8 +83,8 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(
     model, found = tiny.vismem(tiny_base, seed=1), []
     model.tokens.load_state_dict(eager.tokens.state_dict())
     rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=16, temperature=0.7, seed=5)
-    for logits in (replay.MOST_LOGITS, 7 * model.vocabulary):
-        monkeypatch.setattr(replay, "MOST_LOGITS", logits)
+    for logits in (token_scores.MOST_LOGITS, 7 * model.vocabulary):
+        monkeypatch.setattr(token_scores, "MOST_LOGITS", logits)
         model.zero_grad()
         context, sample = read_prompts(model, tiny.samples()), torch.arange(len(rollouts))
         scores = score(model, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from vismem.data.sample import Sample
 from vismem.generation.prompts import VisualStates, encode, last_of, visual_states
+from vismem.generation.token_scores import token_scores
 from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
 from vismem.models.backbones.base import PatchStream, Prompt
 from vismem.models.memory import PromptRead, causal_mask
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import State, VisMemModel
 
-MOST_LOGITS = 2**26  # logits held at a time while tokens are scored
 ROWS_TOGETHER = 32  # answers that go through the model at a time
 
 
@@ -285,7 +284,7 @@ class _Pass:
         columns = self.model.column_of(ids)[mask]
         may_invoke = torch.tensor([kind in sampled_kinds and limit > 0 for kind in KINDS], device=self.device)
         barred = full[mask][:, None] | ~may_invoke
-        chosen, plain, entropy = _token_scores(self.model, hidden[mask], columns, barred, temperature)
+        chosen, plain, entropy = token_scores(self.model, hidden[mask], columns, barred, temperature)
         text = columns < self.model.vocabulary
 
         def spread(values: Tensor) -> Tensor:
@@ -299,46 +298,3 @@ class _Pass:
             text_mask=torch.zeros_like(mask).masked_scatter(mask, text),
             latents=self.latents,
         )
-
-
-def _token_scores(
-    model: VisMemModel, hidden: Tensor, columns: Tensor, barred: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For n tokens, each (n,): log-probability, the same among words only (0 for an invoke token), and entropy.
-
-    `hidden` (n, d), `columns` (n,), `barred` (n, 2) which invoke tokens may not follow. Many tokens of a large
-    vocabulary go through the head piece by piece, and again in the backward pass, so that their logits are never held.
-    """
-
-    def piece(hidden: Tensor, columns: Tensor, barred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        words, invoke = model.logit_parts(hidden)
-        if temperature != 1:
-            words, invoke = words / temperature, invoke / temperature
-        invoke = invoke.masked_fill(barred, -torch.inf)
-        words_total = words.logsumexp(-1)
-        total = torch.cat([words_total[:, None], invoke], dim=1).logsumexp(-1)
-        is_word = columns < model.vocabulary
-        at_word = words.gather(1, torch.where(is_word, columns, 0)[:, None])[:, 0]
-        at_invoke = invoke.gather(1, torch.where(is_word, 0, columns - model.vocabulary)[:, None])[:, 0]
-        with torch.no_grad():
-            shares = [_surprise(words, total), _surprise(invoke, total)]
-        chosen = torch.where(is_word, at_word, at_invoke) - total
-        return chosen, torch.where(is_word, at_word - words_total, 0), shares[0] + shares[1]
-
-    size = max(1, MOST_LOGITS // model.vocabulary)
-    if len(hidden) <= size:
-        return piece(hidden, columns, barred)
-    pieces = [
-        checkpoint(piece, *parts, use_reentrant=False)
-        for parts in zip(*(torch.split(values, size) for values in (hidden, columns, barred)), strict=True)
-    ]
-    chosen, plain, entropy = (torch.cat(values) for values in zip(*pieces, strict=True))
-    return chosen, plain, entropy
-
-
-def _surprise(logits: Tensor, total: Tensor) -> Tensor:
-    """(n,) what columns (n, columns) add to the entropy, nats."""
-    logprobs = logits - total[:, None]
-    share = logprobs.exp()
-    summed: Tensor = torch.linalg.vecdot(share, logprobs.clamp_min_(torch.finfo(logits.dtype).min))
-    return -summed

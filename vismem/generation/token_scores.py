@@ -1,0 +1,52 @@
+"""Log-probabilities and entropy of recorded tokens, without ever holding the logits of many tokens."""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vismem.models.vismem import VisMemModel
+
+MOST_LOGITS = 2**26  # held at a time
+
+
+def token_scores(
+    model: VisMemModel, hidden: Tensor, columns: Tensor, barred: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For n tokens, each (n,): log-probability, the same among words only (0 for an invoke token), and entropy.
+
+    `hidden` (n, d), `columns` (n,), `barred` (n, 2) which invoke tokens may not follow. Many tokens of a large
+    vocabulary go through the head piece by piece, and again in the backward pass, so that their logits are never held.
+    """
+
+    def piece(hidden: Tensor, columns: Tensor, barred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        words, invoke = model.logit_parts(hidden)
+        if temperature != 1:
+            words, invoke = words / temperature, invoke / temperature
+        invoke = invoke.masked_fill(barred, -torch.inf)
+        words_total = words.logsumexp(-1)
+        total = torch.cat([words_total[:, None], invoke], dim=1).logsumexp(-1)
+        is_word = columns < model.vocabulary
+        at_word = words.gather(1, torch.where(is_word, columns, 0)[:, None])[:, 0]
+        at_invoke = invoke.gather(1, torch.where(is_word, 0, columns - model.vocabulary)[:, None])[:, 0]
+        with torch.no_grad():
+            shares = [_surprise(words, total), _surprise(invoke, total)]
+        chosen = torch.where(is_word, at_word, at_invoke) - total
+        return chosen, torch.where(is_word, at_word - words_total, 0), shares[0] + shares[1]
+
+    size = max(1, MOST_LOGITS // model.vocabulary)
+    if len(hidden) <= size:
+        return piece(hidden, columns, barred)
+    pieces = [
+        checkpoint(piece, *parts, use_reentrant=False)
+        for parts in zip(*(torch.split(values, size) for values in (hidden, columns, barred)), strict=True)
+    ]
+    chosen, plain, entropy = (torch.cat(values) for values in zip(*pieces, strict=True))
+    return chosen, plain, entropy
+
+
+def _surprise(logits: Tensor, total: Tensor) -> Tensor:
+    """(n,) what columns (n, columns) add to the entropy, nats."""
+    logprobs = logits - total[:, None]
+    share = logprobs.exp()
+    summed: Tensor = torch.linalg.vecdot(share, logprobs.clamp_min_(torch.finfo(logits.dtype).min))
+    return -summed

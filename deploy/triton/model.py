@@ -66,7 +66,7 @@ class TritonPythonModel:
                 sender.send(response)
         except ValueError as error:  # RequestError, or an input that the runtime refuses
             self._fail(sender, str(error), pb_utils.TritonError.INVALID_ARG)
-        except Exception as error:  # the server's boundary: the reason is logged, and other requests live on
+        except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests live on
             pb_utils.Logger.log_error(traceback.format_exc())
             self._fail(sender, f"the model failed: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
         finally:

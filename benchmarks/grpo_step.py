@@ -78,7 +78,7 @@ def our_step(
     base: Path, samples: Sequence[Sample], args: argparse.Namespace, kind: str
 ) -> Callable[[], dict[str, float]]:
     """One step of ours: sample, score, update. Returns a function that takes a step and returns its metrics."""
-    model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig())
+    model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig(max_per_answer=args.memories))
     accelerator = Accelerator(cpu=True)
     shape = {"batch_size": args.prompts, "group_size": args.group, "max_new_tokens": args.tokens,
              "micro_batch": args.prompts * args.group}  # fmt: skip
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=56, help="longest answer")
+    parser.add_argument("--memories", type=int, default=2, help="memories an answer at most, in stage I")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one that is not")
     parser.add_argument("--no-peak", action="store_true", help="leave out peak memory")
     parser.add_argument("--json", type=Path)

@@ -36,7 +36,7 @@ def run(
     """
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -66,5 +66,6 @@ def run(
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q_proj|v_proj)"),
             callbacks=[Clock()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         return float(trainer.state.log_history[-1]["completions/mean_length"])

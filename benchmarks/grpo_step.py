@@ -185,17 +185,18 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
 def report(found: dict[str, Any]) -> str:
     """Markdown: sides, and where our time goes."""
     seconds, parts = found["seconds"], found["parts"]
-    to = TRL if TRL in seconds else OURS
+    compared = [name for name in (TRL, OURS) if name in seconds]
     rows = []
     for name, values in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(values, seconds[to], strict=True))
-        off = statistics.median(a / b for a, b in zip(values, seconds[OURS], strict=True))
+        ratios = [statistics.median(a / b for a, b in zip(values, seconds[to], strict=True)) for to in compared]
+        peak_mib = found["peak_mib"].get(name)
         rows.append(
-            [name, f"{statistics.median(values):.2f}", f"{ratio:.2f}", f"{off:.2f}", f"{found['tokens'][name]:.1f}",
-             f"{found['memories'].get(name, 0):.2f}", f"{found['peak_mib'].get(name, float('nan')):.0f}"]
+            [name, f"{statistics.median(values):.2f}", *(f"{ratio:.2f}" for ratio in ratios),
+             f"{found['tokens'][name]:.1f}", f"{found['memories'].get(name, 0):.2f}",
+             "-" if peak_mib is None else f"{peak_mib:.0f}"]
         )  # fmt: skip
-    header = ["side", "s a step", f"times {to}", f"times {OURS}", "tokens an answer", "memories an answer", "peak MiB"]
-    sides = table(header, rows)
+    times = [f"times {name}" for name in compared]
+    sides = table(["side", "s a step", *times, "tokens an answer", "memories an answer", "peak MiB"], rows)
     names = sorted({k for values in parts.values() for k in values}, key=lambda k: -parts[STAGE1].get(k, 0.0))
     shares = [[key, *(_share(values, key) for values in parts.values())] for key in names]
     return f"{sides}\n\n{table(['where the time goes', *parts], shares)}"

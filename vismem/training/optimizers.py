@@ -1,6 +1,7 @@
 """The optimisers of every training here: AdamW, and where a rate for matrices is given, Muon on the matrices."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,21 +22,17 @@ def optimizers(
 
     Every parameter has a group of its own, with its name under "name" and its peak rate under "peak".
     """
-    matrices = {
-        name for name, weight in parameters.items() if matrix_learning_rate and weight.ndim == 2 if not _is_table(name)
-    }
-    rest = [{"params": [weight], "name": name} for name, weight in parameters.items() if name not in matrices]
-    chosen = [{"params": [weight], "name": name} for name, weight in parameters.items() if name in matrices]
+    rest: list[dict[str, Any]] = []
+    matrices: list[dict[str, Any]] = []
+    for name, weight in parameters.items():
+        is_matrix = matrix_learning_rate > 0 and weight.ndim == 2 and not name.endswith(TABLES)
+        (matrices if is_matrix else rest).append({"params": [weight], "name": name})
     made: list[torch.optim.Optimizer] = []
     if rest:
         made.append(torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
-    if chosen:
-        made.append(torch.optim.Muon(chosen, lr=matrix_learning_rate, weight_decay=0.0, momentum=0.95))
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.0, momentum=0.95))
     for optimizer in made:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return made
-
-
-def _is_table(name: str) -> bool:
-    return name.endswith(TABLES)

@@ -95,7 +95,8 @@ def answer_with_memory(model: VisMemModel, sample: Sample, seed: int, at_start: 
     """The same with one memory: with chance `at_start` at its start, else after a random delimiter."""
     plain = plain_answer(model, sample)
     words = plain.token_ids
-    breaks = [i + 1 for i, before in enumerate(words[:-1]) if before in set(model.delimiter_ids)]
+    delimiters = set(model.delimiter_ids)
+    breaks = [i + 1 for i, before in enumerate(words[:-1]) if before in delimiters]
     early, place, coin = draws(seed, row_key(sample.id, 0), "warm start", 3)
     at = 0 if early < at_start or not breaks else breaks[int(place * len(breaks))]
     kind = MemoryKind.SHORT if coin < 0.5 else MemoryKind.LONG

@@ -49,7 +49,8 @@ def read(source: LmuDataSource, split: str, seed: int) -> Iterator[Sample]:
         raise UserError(f"prepare.sources lmudata: {source.name} is scored by a judge model, which is not here")
     path = _file(source)
     named = {held for row in _rows(path) if (held := _held(row)) and len(held) <= LONGEST_INDEX}
-    shared = {row["index"]: _images(row, source, path, {}) for row in _rows(path) if row["index"] in named}
+    rows = _rows(path) if named else ()  # a file may be gigabytes
+    shared = {row["index"]: _images(row, source, path, {}) for row in rows if row["index"] in named}
     answered = (_sample(row, source, path, shared) for row in _rows(path) if row["answer"].strip())
     yield from islice(answered, source.limit)
 

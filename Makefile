@@ -47,7 +47,7 @@ serve: setup  ## serve the deployed model until Ctrl-C
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) torch==2.13.0
-	.venv/bin/python $(PIP) -e '.[pipeline,export,dev]'
+	.venv/bin/python $(PIP) -e '.[pipeline,export,kubeflow,stack,dev]'
 	touch $@
 
 # apart, because Triton's Python backend needs numpy < 2; without torch

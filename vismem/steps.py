@@ -72,13 +72,20 @@ BY_NAME: dict[str, Step] = {step.name: step for step in STEPS + BASELINES}
 
 
 def run_step(
-    name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None, *, if_needed: bool = False
+    name: str,
+    config: Config,
+    artifacts: Path,
+    inputs: Mapping[str, Path] | None = None,
+    *,
+    if_needed: bool = False,
+    body: StepFunction | None = None,
 ) -> str:
     """Run one step and return its line. Output appears at `artifacts/NAME` only when the step has succeeded.
 
     `inputs` maps a step's name to its folder, where that is not `artifacts/NAME` (Kubeflow passes such paths).
     Long steps keep checkpoints in `artifacts/NAME.partial`, from which the next run resumes if it has the same
     parameters and inputs. With `if_needed` nothing is done where `is_done`, and a note for that is left.
+    `body` runs in place of the step's function: it has that run elsewhere (`vismem.launch`).
     """
     if if_needed and is_done(name, config, artifacts, inputs):
         return f"{name}: kept, made before from the same parameters and inputs"
@@ -95,7 +102,7 @@ def run_step(
         shutil.rmtree(partial)  # what a killed run left behind was made from other inputs or parameters
     partial.mkdir(parents=True, exist_ok=True)
     note.write_text(identity)
-    line = step.load()(config, folders, partial)
+    line = (body or step.load())(config, folders, partial)
     done, mark = artifacts / f"{name}.done", _mark(identity, partial) if if_needed else ""
     done.unlink(missing_ok=True)  # before the output that it speaks of goes
     old = artifacts / f"{name}.old"

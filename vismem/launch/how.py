@@ -1,0 +1,49 @@
+"""Where a step of training runs, and with what."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vismem.errors import UserError
+
+BACKENDS = ("process", "accelerate", "trainer")
+
+
+@dataclass(frozen=True)
+class How:
+    """How many processes a step is shared among. What follows `num_nodes` matters to `trainer` on a cluster only.
+
+    `process`: this one. `accelerate`: `num_processes` of this machine. `trainer`: `num_processes` on each of
+    `num_nodes` nodes through Kubeflow Trainer; without an `image`, on this machine through its local back end.
+    UserError for a combination that cannot be.
+    """
+
+    backend: str = "process"
+    num_processes: int = 1  # of a node: as many as it has GPUs
+    num_nodes: int = 1
+    image: str = ""  # holds this library; empty: no cluster
+    namespace: str = "vismem"
+    runtime: str = "vismem-torch"  # the (Cluster)TrainingRuntime
+    shared: Path = Path("/mnt/shared")  # where a volume that all nodes see is mounted, here and there
+    claim: str = "vismem-shared"  # the PersistentVolumeClaim of that volume, ReadWriteMany
+    resources: Mapping[str, str | int] = field(default_factory=dict)  # of one node: {"nvidia.com/gpu": 8, "memory": ..}
+    secrets: tuple[str, ...] = ()  # each key becomes an environment variable; one that is missing is no error
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[Mapping[str, Any], ...] = ()  # as Kubernetes writes them
+    hours: float = 72.0  # after which a job is given up
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UserError(f"backend '{self.backend}' is not known: choose one of {', '.join(BACKENDS)}")
+        if self.num_processes < 1 or self.num_nodes < 1:
+            raise UserError(f"{self.num_nodes} nodes of {self.num_processes} processes are too few: 1 at least")
+        if self.backend == "process" and self.world_size > 1:
+            raise UserError(f"backend 'process' is one process, and {self.world_size} were asked for: use 'accelerate'")
+        if self.num_nodes > 1 and not (self.backend == "trainer" and self.image):
+            raise UserError(f"{self.num_nodes} nodes need backend 'trainer' and an image")
+
+    @property
+    def world_size(self) -> int:
+        """All processes."""
+        return self.num_processes * self.num_nodes

@@ -23,7 +23,7 @@ from vismem.generation.prompts import encode
 from vismem.models.backbones.base import VisionInput
 from vismem.models.backbones.tiles import TiledBackbone
 from vismem.training.pretraining import CHUNK, VISION_BATCH, Phase, cell_labels, cell_targets, cell_words, run_phase
-from vismem.training.sequences import DELIMITERS, IGNORED, STRIPS, Picture
+from vismem.training.sequences import DELIMITERS, IGNORED, STRIPS, Picture, strip
 
 # --- vision ----------------------------------------------------------------------------------------------------------
 
@@ -128,8 +128,8 @@ def lay_out(
 ) -> Sequences:
     """Prompts with answers behind them; with `rng`, each shows its images again after up to three delimiters.
 
-    It shows them as they stand in the prompt, or as a strip: at least half of their tokens on a line of their own, one
-    position each, as latents will stand.
+    It shows them as they stand in the prompt, or as a strip: some of their tokens on a line, one position each,
+    as latents will stand.
     """
     prompt = encode(backbone, samples)
     tokenizer = backbone.processor.tokenizer
@@ -173,10 +173,9 @@ class _Row:
             self._add(place, 0, (time + shift, row + shift, column + shift), False)
 
     def strip(self, rng: random.Random) -> None:
-        """At least half of the images' tokens between two line breaks."""
-        kept = rng.sample(self.visual, rng.randint((len(self.visual) + 1) // 2, len(self.visual)))
+        """Some of the images' tokens (see `sequences.strip`) between two line breaks."""
         self.token(self.line)
-        for place in sorted(kept):
+        for place in strip(self.visual, rng):
             self._add(place, 0, (self.next,) * 3, False)
         self.token(self.line)
 

@@ -97,6 +97,16 @@ class Encoder:
         return picture
 
 
+def strip(places: Sequence[int], rng: random.Random) -> list[int]:
+    """The image tokens of a strip, in order: at least half of `places`; where it is longer than those, some repeat.
+
+    So a memory that starts from image tokens, more or fewer than there are, is nothing new to the base.
+    """
+    slots = rng.randint((len(places) + 1) // 2, 2 * len(places))
+    kept = sorted(rng.sample(places, min(slots, len(places))))
+    return [kept[slot * len(kept) // slots] for slot in range(slots)]
+
+
 class _Row:
     """One sequence in the making."""
 
@@ -125,17 +135,12 @@ class _Row:
         self.next += max(picture.height, picture.width)
 
     def strip(self, pictures: Sequence[Picture], line: int, rng: random.Random) -> None:
-        """At least half of the pictures' tokens, some up to twice, one position each, between two line breaks.
-
-        So a memory that starts from image tokens, more or fewer than there are, is nothing new to the base.
-        """
+        """Some of the pictures' tokens (see `strip`), one position each, between two line breaks."""
         places = [picture.start + index for picture in pictures for index in range(picture.height * picture.width)]
-        slots = rng.randint((len(places) + 1) // 2, 2 * len(places))
-        kept = sorted(rng.sample(places, min(slots, len(places))))
         self.token(line)
-        for slot in range(slots):
+        for place in strip(places, rng):
             self.token(self.block[1])
-            self.features[-1] = kept[slot * len(kept) // slots]
+            self.features[-1] = place
         self.token(line)
 
 

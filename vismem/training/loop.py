@@ -15,12 +15,14 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from vismem.errors import UserError
 from vismem.training.optimizers import optimizers
 
 Metrics = dict[str, float]
@@ -80,6 +82,7 @@ def train(
         group["peak"] *= (rates or {}).get(group["name"], 1.0)
     checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint")
     history = checkpoint.load(named, used)
+    _start_alike(named, len(history), checkpoint.file, accelerator)
     console = Console(quiet=not accelerator.is_main_process, stderr=True)
     if history:
         console.print(f"{settings.name}: resumed at step {len(history)}")
@@ -116,6 +119,53 @@ def _write_curve(file: Path, history: list[Metrics]) -> None:
         writer = csv.DictWriter(lines, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows({name: round(value, 6) for name, value in row.items()} for row in history)
+
+
+def share(chosen: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """This process's part of a batch. UserError as from `check_shares`."""
+    check_shares(len(chosen), accelerator)
+    return list(chosen[accelerator.process_index :: accelerator.num_processes])
+
+
+def check_shares(batch_size: int, accelerator: Accelerator) -> None:
+    """UserError where a batch has no equal parts; of equal parts the means' mean is the batch's mean."""
+    processes = accelerator.num_processes
+    if batch_size % processes:
+        raise UserError(
+            f"a batch of {batch_size} questions cannot be shared equally among {processes} processes: make batch_size "
+            f"a multiple of {processes}, or launch as many processes as divide {batch_size}"
+        )
+
+
+def summed(values: Metrics, accelerator: Accelerator) -> Metrics:
+    """The sums of the processes' figures, the same in all of them; every process names the same figures."""
+    if accelerator.num_processes == 1:
+        return dict(values)
+    names = sorted(values)
+    mine = torch.tensor([values[name] for name in names], dtype=torch.double, device=accelerator.device)
+    sums = dict(zip(names, accelerator.reduce(mine, reduction="sum").tolist(), strict=True))
+    return {name: sums[name] for name in values}
+
+
+def averaged(values: Metrics, accelerator: Accelerator) -> Metrics:
+    """The means of the processes' figures, which are means over equal parts of a batch."""
+    return {name: value / accelerator.num_processes for name, value in summed(values, accelerator).items()}
+
+
+def _start_alike(parameters: Mapping[str, nn.Parameter], step: int, file: Path, accelerator: Accelerator) -> None:
+    """Give all processes the main one's parameters, once each has read the same checkpoint. UserError if one has not.
+
+    Sums of floats may differ between devices; processes that began apart by that little would stay apart.
+    """
+    if accelerator.num_processes == 1:
+        return
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes do not see the same {file}: they would go on at steps {steps}: put it where all can read"
+        )
+    for parameter in parameters.values():
+        broadcast(parameter.data, from_process=0)
 
 
 def _share_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:

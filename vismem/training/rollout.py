@@ -19,7 +19,7 @@ from vismem.generation.replay import Context, read_prompts, score
 from vismem.generation.types import MemoryKind, Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import group_advantages, kl_term, policy_term, rollout_means
-from vismem.training.loop import Metrics, batch_at
+from vismem.training.loop import Metrics, averaged, batch_at, share, summed
 from vismem.training.rewards import rewards_of
 
 
@@ -83,8 +83,7 @@ class GrpoObjective:
     def collect(self, step: int) -> RolloutBatch:
         """Sample a group of answers for each prompt of the step, and score them."""
         chosen = batch_at(step, len(self.samples), self.config.batch_size, self.seed)
-        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
-        batch = tuple(self.samples[i] for i in mine)
+        batch = tuple(self.samples[i] for i in share(chosen, self.accelerator))
         policy = self.policy(step)
         rollouts = generate(
             self.model,
@@ -103,7 +102,7 @@ class GrpoObjective:
         metrics["zero_variance_groups"] = float((shaped.std(dim=1, correction=0) == 0).float().mean())
         if self.out and step % self.config.sample_every == 0 and self.accelerator.is_main_process:
             _write_group(self.out / "samples" / f"{step:06d}.jsonl", batch[0], rollouts[: rewards.shape[1]], rewards[0])
-        return RolloutBatch(batch, tuple(rollouts), advantages, policy, metrics)
+        return RolloutBatch(batch, tuple(rollouts), advantages, policy, averaged(metrics, self.accelerator))
 
     def backward(self, batch: RolloutBatch) -> Metrics:
         """Add the gradient of the clipped objective and the KL term, micro-batch by micro-batch."""
@@ -124,8 +123,9 @@ class GrpoObjective:
                     added = self._micro_batch(batch, samples, context, first, slice(start, min(start + rows, end)))
                     for name, value in added.items():
                         sums[name] += value
+        sums = summed(sums, self.accelerator)
         tokens = sums.pop("tokens")
-        loss = sums.pop("loss") / len(batch.rollouts)
+        loss = sums.pop("loss") / len(batch.rollouts) / self.accelerator.num_processes
         return {**batch.metrics, "loss": loss, **{name: value / max(1, tokens) for name, value in sums.items()}}
 
     def _micro_batch(

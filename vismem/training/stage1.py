@@ -18,7 +18,7 @@ from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.replay import Context, score, without_memory
 from vismem.generation.types import MemoryKind, Rollout
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training.loop import SECONDS, LoopSettings, Metrics, train
+from vismem.training.loop import SECONDS, LoopSettings, Metrics, check_shares, train
 from vismem.training.rollout import GrpoObjective, rollout_figures
 from vismem.training.supervised import Supervised, answer_with_memory
 
@@ -60,6 +60,7 @@ def stage1(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     samples, validation = training_samples(data / "train"), read_samples(data / "validation")
     trained = trainable(model, FORMATION)
 
+    check_shares(min(config.stage1.batch_size, len(samples)), accelerator)  # before the warm start, not after it
     warm = config.stage1.warm_start
     warm_history = train(
         Supervised(

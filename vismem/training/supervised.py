@@ -17,7 +17,7 @@ from vismem.generation.replay import read_prompts, score
 from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import rollout_means
-from vismem.training.loop import Metrics, batch_at
+from vismem.training.loop import Metrics, averaged, batch_at, share
 
 Written = Callable[[VisMemModel, Sample, int], Rollout]  # a sample's reference answer, with a seed for its memory
 
@@ -49,8 +49,7 @@ class Supervised:
     def collect(self, step: int) -> tuple[tuple[Sample, ...], list[Rollout]]:
         """Reference answers."""
         chosen = batch_at(step, len(self.samples), self.batch_size, self.seed)
-        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
-        batch = tuple(self.samples[i] for i in mine)
+        batch = tuple(self.samples[i] for i in share(chosen, self.accelerator))
         torch.manual_seed(self.seed * 1_000_003 + step)  # dropout
         return batch, [self.written(self.model, sample, self.seed + step) for sample in batch]
 
@@ -71,7 +70,7 @@ class Supervised:
                 self.accelerator.backward(loss / self.accelerator.num_processes)
                 mean += float(loss.detach())
         self.model.eval()
-        return {"loss": mean}
+        return averaged({"loss": mean}, self.accelerator)
 
 
 def plain_answer(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:

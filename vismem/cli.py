@@ -18,6 +18,8 @@ from vismem.params_file import render_params
 from vismem.steps import BASELINES, STEPS, run_step
 from vismem.workspace import make_workspace, repro
 
+STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status."""
@@ -70,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file that gets a copy of the report")
     command.set_defaults(run=_run_study)
 
+    command = commands.add_parser(
+        "preflight", parents=[common], help="look whether a run can reach its end: secrets, buckets, registry, GPUs"
+    )
+    command.set_defaults(run=_run_preflight)
+
     command = commands.add_parser("infer", parents=[common], help="ask the served model about images")
     command.add_argument("--image", type=Path, action="append", required=True, help="image file; may be repeated")
     command.add_argument("--prompt", required=True, help="the question")
@@ -98,6 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("ui", parents=[common], help="open MLflow on the store and print the model's page")
     command.add_argument("--port", type=int, help="default: registry.ui_port; 0: any free one")
     command.set_defaults(run=_run_ui)
+
+    command = commands.add_parser("stack", help="run PostgreSQL, an S3 server and MLflow on both until Ctrl-C")
+    command.add_argument(
+        "--data", type=Path, default=Path("runs/stack"), help="folder of all that they keep (default: %(default)s)"
+    )
+    for name, port in STACK_PORTS.items():
+        command.add_argument(f"--{name}-port", type=int, default=port, help="0: any free one (default: %(default)s)")
+    command.set_defaults(run=_run_stack)
 
     command = commands.add_parser("params", parents=[common], help="print the parameters in force, each explained")
     command.add_argument("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
@@ -162,6 +177,17 @@ def _run_study(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_preflight(arguments: argparse.Namespace) -> int:
+    config, artifacts = _enter(arguments)
+    from vismem.preflight import checks, require, run_checks
+
+    findings = run_checks(checks(config, artifacts))
+    for finding in findings:
+        print(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.seen}")
+    require(findings)
+    return 0
+
+
 def _run_infer(arguments: argparse.Namespace) -> int:
     images = [image.absolute() for image in arguments.image]
     config, _ = _enter(arguments)
@@ -217,6 +243,13 @@ def _run_ui(arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server goes with us
     return serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
+
+
+def _run_stack(arguments: argparse.Namespace) -> int:
+    from vismem.stack import serve_stack
+
+    serve_stack(arguments.data, {name: getattr(arguments, f"{name}_port") for name in STACK_PORTS})
+    return 0
 
 
 def _run_params(arguments: argparse.Namespace) -> int:

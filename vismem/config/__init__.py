@@ -20,6 +20,7 @@ from vismem.config.models import (
     InvocationConfig,
     MemoryConfig,
 )
+from vismem.config.preflight import PreflightConfig
 from vismem.config.release import (
     DeployConfig,
     EvaluateConfig,
@@ -63,6 +64,7 @@ __all__ = [
     "LmuDataSource",
     "MemoryConfig",
     "NlvrSource",
+    "PreflightConfig",
     "PrepareConfig",
     "RegistryConfig",
     "ScenesSource",

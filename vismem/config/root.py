@@ -17,6 +17,7 @@ from vismem.config.models import (
     InvocationConfig,
     MemoryConfig,
 )
+from vismem.config.preflight import PreflightConfig
 from vismem.config.release import (
     DeployConfig,
     EvaluateConfig,
@@ -40,6 +41,7 @@ class Config(Section):
     """All parameters."""
 
     seed: int = Field(0, ge=0, description="seed of every random choice")
+    preflight: PreflightConfig = PreflightConfig()
     prepare: PrepareConfig = PrepareConfig()
     validate_: ValidateConfig = Field(ValidateConfig(), alias="validate")
     base: BaseConfig = BaseConfig()

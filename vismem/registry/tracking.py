@@ -6,7 +6,9 @@ MLflow gives a version's number as int on SQLite and as str over REST; here it i
 import csv
 import logging
 import os
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,6 +97,30 @@ def open_store(config: RegistryConfig) -> Store:
             "check registry.tracking_uri or MLFLOW_TRACKING_URI"
         ) from None
     return Store(client, uri, config)
+
+
+def ping(config: RegistryConfig) -> str:
+    """Open the store, and put and delete a small file where its experiment's files go; return what answered.
+
+    UserError within seconds where something does not.
+    """
+    with _impatient():
+        store = open_store(config)
+        try:
+            experiment = store.client.get_experiment(experiment_id(store))
+            files = get_artifact_repository(experiment.artifact_location, store.uri, store.uri)
+            with tempfile.TemporaryDirectory() as folder:
+                probe = Path(folder) / f"vismem-preflight-{uuid.uuid4().hex}"
+                probe.write_text(probe.name)
+                files.log_artifact(str(probe))
+            files.delete_artifacts(probe.name)
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001  the client library of whatever store the files are in
+            raise UserError(
+                f"the MLflow store {store.uri} answers, but takes no files ({_first_line(error)})"
+            ) from None
+    return f"{store.uri} answers and takes files at {experiment.artifact_location}"
 
 
 def experiment_id(store: Store) -> str:
@@ -242,6 +269,22 @@ def _as_default(uri: str) -> Iterator[None]:
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # set_tracking_uri writes it, and open_store lets it win
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Requests to MLflow fail within seconds, for a moment; else a server that hangs is given two minutes a try."""
+    short = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    before = {name: os.environ.get(name) for name in short}
+    os.environ.update(short)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _version(item: Any) -> Version:

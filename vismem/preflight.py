@@ -1,0 +1,243 @@
+"""Looks, before GPU time is spent, whether a run can reach its end: secrets, buckets, registry, base model, machine.
+
+Every check runs, whatever the others say, and none waits longer than seconds for a service that does not answer.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vismem.config import Config, RegistryConfig
+from vismem.errors import UserError
+
+CONNECT_SECONDS, ANSWER_SECONDS = 3, 5  # a dead endpoint costs this, not the clients' own minute of retries
+GB = 1e9
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check saw, and what to do where it is not as it must be."""
+
+    name: str
+    ok: bool
+    seen: str
+    remedy: str = ""
+
+
+Check = Callable[[], Finding]
+
+
+def preflight(config: Config, artifacts: Path, report: Path | None = None) -> list[Finding]:
+    """Run all checks for a run whose outputs go to `artifacts`; write them to `report` as Markdown.
+
+    UserError that names every failed check with what to do.
+    """
+    findings = run_checks(checks(config, artifacts))
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(markdown(findings))
+    require(findings)
+    return findings
+
+
+def checks(config: Config, artifacts: Path) -> list[Check]:
+    """The checks that the parameters ask for; nothing is looked at yet."""
+    wanted = config.preflight
+    return [
+        *(partial(check_variable, name) for name in wanted.environment),
+        *(partial(check_bucket, bucket) for bucket in wanted.buckets),
+        partial(check_registry, config.registry),
+        partial(check_base, config.base.model),
+        partial(check_gpus, wanted.gpus),
+        partial(check_disk, artifacts, wanted.free_disk_gb),
+        partial(check_shared_memory, wanted.shared_memory_gb),
+    ]
+
+
+def run_checks(todo: Sequence[Check]) -> list[Finding]:
+    """The findings of all checks, in order. A check says no by its finding; it does not raise."""
+    return [check() for check in todo]
+
+
+def require(findings: Sequence[Finding]) -> None:
+    """UserError that lists all failed checks, where there is one."""
+    failed = [finding for finding in findings if not finding.ok]
+    if failed:
+        reasons = "; ".join(f"({i}) {f.name}: {f.seen}: {f.remedy}" for i, f in enumerate(failed, start=1))
+        raise UserError(f"{len(failed)} of {len(findings)} checks failed: {reasons}")
+
+
+def markdown(findings: Sequence[Finding]) -> str:
+    """The findings as a table for Kubeflow's page of a run."""
+    rows = [
+        " | ".join(_cell(text) for text in (f.name, "ok" if f.ok else "**failed**", f.seen, "" if f.ok else f.remedy))
+        for f in findings
+    ]
+    failed = sum(not finding.ok for finding in findings)
+    verdict = f"**{failed} of {len(findings)} checks failed**" if failed else f"All {len(findings)} checks passed"
+    head = ["# Preflight", "", f"{verdict}.", "", "| check | result | seen | what to do |", "|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {row} |" for row in rows), ""])
+
+
+def check_variable(name: str) -> Finding:
+    """Whether an environment variable is set; its value is never shown."""
+    what, value = f"variable {name}", os.environ.get(name, "")
+    where = f"set {name}, on a cluster as a key of the secret that the pipeline's parameters name"
+    if not value.strip():
+        return Finding(what, False, "not set" if name not in os.environ else "empty", where)
+    if value != value.strip():
+        seen = "set, with white space around its value"
+        return Finding(what, False, seen, "make the secret again without the line break that `echo` adds: `printf %s`")
+    return Finding(what, True, "set")
+
+
+def check_bucket(bucket: str) -> Finding:
+    """Whether an S3 bucket (or BUCKET/PREFIX) can be written, read and deleted from, with a small object.
+
+    Endpoint and credentials are boto3's: AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY.
+    """
+    import boto3
+    from botocore.config import Config as ClientConfig
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    what, (name, _, prefix) = f"bucket {bucket}", bucket.removeprefix("s3://").partition("/")
+    key = "/".join(part for part in (prefix.strip("/"), f"vismem-preflight-{uuid.uuid4().hex}") if part)
+    probe = key.encode()
+    doing = "find"
+    try:
+        client = boto3.client(
+            "s3",
+            config=ClientConfig(
+                connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS, retries={"total_max_attempts": 1}
+            ),
+        )
+        endpoint = client.meta.endpoint_url
+        client.head_bucket(Bucket=name)
+        doing = "write to"
+        client.put_object(Bucket=name, Key=key, Body=probe)
+        doing = "read from"
+        same = client.get_object(Bucket=name, Key=key)["Body"].read() == probe
+        doing = "delete from"
+        client.delete_object(Bucket=name, Key=key)
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        reason = {403: "not allowed (403)", 404: "not there (404)"}.get(status, str(error))
+        remedies = {
+            403: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do there",
+            404: f"make the bucket (`aws s3 mb s3://{name}`), or correct preflight.buckets",
+        }
+        return Finding(what, False, f"could not {doing} it at {endpoint}: {reason}", remedies.get(status, _CHECK_S3))
+    except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no address
+        return Finding(what, False, f"could not {doing} it: {_one_line(error)}", _CHECK_S3)
+    seen = "written, read and deleted from" if same else "another object came back than was written"
+    return Finding(what, same, f"{seen} at {endpoint}", _CHECK_S3)
+
+
+def check_registry(config: RegistryConfig) -> Finding:
+    """Whether MLflow answers and takes files."""
+    from vismem.registry.tracking import ping
+
+    try:
+        return Finding("registry", True, ping(config))
+    except (UserError, OSError) as error:  # OSError: no folder for a SQLite file
+        return Finding("registry", False, str(error), "start the MLflow server, or correct its address or credentials")
+
+
+def check_base(model: str) -> Finding:
+    """Whether `base.model` can be had: built here, a folder, or a hub id whose settings can be read or are cached."""
+    what = f"base model {model}"
+    try:
+        return Finding(what, True, _see_base(model))
+    except (UserError, OSError, ValueError) as error:
+        remedy = "set base.model to a folder or a hub id; on a machine without the hub, fill its cache (HF_HOME) first"
+        return Finding(what, False, _one_line(error), remedy)
+
+
+def check_gpus(wanted: int) -> Finding:
+    """Whether at least `wanted` CUDA devices are there and compute."""
+    if wanted == 0:
+        return Finding("GPUs", True, "none asked for")
+    import torch
+
+    if torch.version.cuda is None:
+        seen = f"torch {torch.__version__} is built without CUDA"
+        return Finding("GPUs", False, seen, "use an image or an environment with a CUDA build of torch")
+    try:
+        names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+        for device in range(len(names)):
+            torch.ones(1, device=f"cuda:{device}").sum().item()
+    except RuntimeError as error:
+        return Finding("GPUs", False, _one_line(error), "check the driver: does `nvidia-smi` work on this machine?")
+    seen = f"{len(names)}: {', '.join(names)}" if names else "none"
+    return Finding("GPUs", len(names) >= wanted, seen, f"ask for {wanted}, or lower preflight.gpus")
+
+
+def check_disk(folder: Path, wanted_gb: float) -> Finding:
+    """Whether the disk of `folder` (which need not exist yet) has `wanted_gb` free."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free / GB
+    seen = f"{free:.1f} GB free at {there}, {wanted_gb:g} GB asked for"
+    return Finding("disk", free >= wanted_gb, seen, "free some, use a larger volume, or lower preflight.free_disk_gb")
+
+
+def check_shared_memory(wanted_gb: float, place: Path = SHARED_MEMORY) -> Finding:
+    """Whether `place` is a shared memory of at least `wanted_gb`."""
+    size = shutil.disk_usage(place).total / GB if place.is_dir() else 0.0
+    seen = f"{size:.2f} GB at {place}, {wanted_gb:g} GB asked for"
+    remedy = f"mount an emptyDir with medium: Memory at {place}; with docker or podman use --shm-size"
+    return Finding("shared memory", size >= wanted_gb, seen, remedy)
+
+
+_CHECK_S3 = "check AWS_ENDPOINT_URL_S3, the credentials, and that the S3 service runs and is reachable from here"
+
+
+def _see_base(model: str) -> str:
+    """How `base.model` can be had. UserError, OSError (the hub's errors are such) or ValueError where it cannot."""
+    if model == "embedded":
+        return "built and trained by the step `base`"
+    if model == "small":
+        from vismem.training.small import language_model_folder
+
+        return f"built around the language model in {language_model_folder()}"
+    if Path(model).is_dir():
+        settings = Path(model) / "config.json"
+        if not settings.is_file():
+            raise UserError(f"the folder {model} holds no config.json")
+        return f"a folder with a {_check_family(settings)}"
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # its HTTP client's error
+
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=ANSWER_SECONDS)  # asks once; download retries
+    except HfHubHTTPError:
+        raise  # the hub has answered: no such model, or not for this token
+    except (NoAnswer, OfflineModeIsEnabled) as error:
+        cached = try_to_load_from_cache(model, "config.json")
+        if not isinstance(cached, str):
+            raise UserError(f"the hub does not answer, and the cache has no {model} ({_one_line(error)})") from None
+        return f"a {_check_family(Path(cached))} in the cache; the hub does not answer"
+    return f"a {_check_family(Path(hf_hub_download(model, 'config.json')))} on the hub"
+
+
+def _check_family(settings: Path) -> str:
+    """The model's type. UserError where the library has no file for its family."""
+    from vismem.models.backbones import check_family
+
+    family = str(json.loads(settings.read_text()).get("model_type"))
+    check_family(family)
+    return family
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,39 @@
+#!/bin/sh
+# Builds vismem-train and vismem-serve (`make images`) with docker, podman or buildah, whichever works here.
+# Settings come from the environment; README.md beside this file lists them.
+set -eu
+cd "$(dirname "$0")/../.."
+
+engine=${ENGINE:-}
+if [ -z "$engine" ]; then
+    if docker info >/dev/null 2>&1; then engine=docker
+    elif command -v podman >/dev/null; then engine=podman
+    elif command -v buildah >/dev/null; then engine=buildah
+    else echo "build.sh: no docker daemon, podman or buildah here: install one, or name one in ENGINE" >&2; exit 1
+    fi
+fi
+
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+revision=$(git rev-parse HEAD)
+[ -z "$(git status --porcelain --untracked-files=no)" ] || revision=$revision-dirty
+
+build() {  # IMAGE ARGUMENT...
+    name=${REGISTRY:+$REGISTRY/}$1
+    tag=${TAG:-$version}
+    file=deploy/docker/${1#vismem-}.Dockerfile
+    shift
+    # shellcheck disable=SC2086  # BUILD_FLAGS is a list of words
+    "$engine" build --file "$file" --tag "$name:$tag" \
+        --build-arg VERSION="$version" --build-arg REVISION="$revision" --build-arg SOURCE="${SOURCE:-}" \
+        --build-arg CREATED="$(git log -1 --format=%cI)" \
+        ${BASE:+--build-arg BASE="$BASE"} ${PIP_CONF:+--secret id=pip_conf,src="$PIP_CONF"} ${BUILD_FLAGS:-} "$@" .
+    echo "built $name:$tag with $engine"
+}
+
+for image in ${IMAGES:-train serve}; do
+    case $image in
+        train) build vismem-train --build-arg TORCH="${TORCH:-cuda}" ${TORCH_INDEX+--build-arg TORCH_INDEX="$TORCH_INDEX"} ;;
+        serve) build vismem-serve ;;
+        *) echo "build.sh: no image '$image': train or serve" >&2; exit 1 ;;
+    esac
+done

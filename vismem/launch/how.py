@@ -24,11 +24,10 @@ class How:
     num_nodes: int = 1
     image: str = ""  # holds this library; empty: no cluster
     namespace: str = "vismem"
-    runtime: str = "vismem-torch"  # the (Cluster)TrainingRuntime
-    shared: Path = Path("/mnt/shared")  # where a volume that all nodes see is mounted, here and there
+    runtime: str = "vismem-torch"  # the TrainingRuntime, or the ClusterTrainingRuntime
+    shared: Path = Path("/shared")  # where a volume that all nodes see is mounted, here and there
     claim: str = "vismem-shared"  # the PersistentVolumeClaim of that volume, ReadWriteMany
-    resources: Mapping[str, str | int] = field(default_factory=dict)  # of one node: {"nvidia.com/gpu": 8, "memory": ..}
-    secrets: tuple[str, ...] = ()  # each key becomes an environment variable; one that is missing is no error
+    resources: Mapping[str, str | int] = field(default_factory=dict)  # of a node: {"nvidia.com/gpu": 8}; else runtime's
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()  # as Kubernetes writes them
     hours: float = 72.0  # after which a job is given up

@@ -111,7 +111,7 @@ def check_bucket(bucket: str) -> Finding:
     probe = key.encode()
     doing = "find"
     try:
-        client = boto3.client(
+        client = boto3.Session().client(  # a session of its own: the default one keeps the first credentials it saw
             "s3",
             config=ClientConfig(
                 connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS, retries={"total_max_attempts": 1}

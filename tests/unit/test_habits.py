@@ -41,6 +41,7 @@ def words_read(places: tuple[str, ...]) -> set[str]:
 
 
 READERS = {  # where a section's parameters are to be read; a test beside the trainers looks closer at theirs
+    "preflight": ("vismem/preflight.py",),
     "prepare": ("vismem/data/",),
     "validate": ("vismem/validation/",),
     "base": ("vismem/training/", "vismem/models/"),

@@ -34,6 +34,7 @@ SQLITE = "sqlite:///"
 METRICS_PER_REQUEST = 500
 TAGS_PER_REQUEST = 100  # MLflow's limit, for parameters too
 LONGEST_PARAM = 6000
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds
 
 
 @dataclass(frozen=True)
@@ -274,9 +275,8 @@ def _as_default(uri: str) -> Iterator[None]:
 @contextmanager
 def _impatient() -> Iterator[None]:
     """Requests to MLflow fail within seconds, for a moment; else a server that hangs is given two minutes a try."""
-    short = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    before = {name: os.environ.get(name) for name in short}
-    os.environ.update(short)
+    before = {name: os.environ.get(name) for name in IMPATIENT}
+    os.environ.update(IMPATIENT)
     try:
         yield
     finally:

@@ -9,10 +9,10 @@ VISMEM = .venv/bin/vismem
 INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed
 
-.PHONY: help setup serving demo smoke study test lint ui serve
+.PHONY: help setup serving demo smoke study test lint ui serve stack images locks test-containers
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
 setup: $(INSTALLED) $(SERVING)  ## make both Python environments
 
@@ -42,6 +42,18 @@ ui: $(INSTALLED)  ## open MLflow and print the model's page
 
 serve: setup  ## serve the deployed model until Ctrl-C
 	$(VISMEM) serve
+
+stack: $(INSTALLED)  ## PostgreSQL, an S3 server and MLflow on both, until Ctrl-C
+	$(VISMEM) stack
+
+images:  ## build both container images; TORCH=cpu for machines without a GPU (deploy/docker/README.md)
+	deploy/docker/build.sh
+
+locks: setup  ## make the images' lock files anew, after a change of requirements; needs uv
+	deploy/docker/locks.sh
+
+test-containers: setup  ## build both images, run the smoke pipeline in containers and ask the served model
+	.venv/bin/python -m pytest tests/containers
 
 # torch first and pinned: so pip takes one build of it, and everything else is resolved around that
 $(INSTALLED): pyproject.toml

@@ -52,7 +52,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path, at_once: int, console: Console) 
     waiting, done = list(jobs), set[str]()
     running: dict[str, _Running] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with _lock(folder) as lock, Progress(*columns, console=console, transient=True) as progress:
+    with lock_folder(folder) as lock, Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(jobs))
         try:
             while waiting or running:
@@ -165,7 +165,7 @@ def _stop(running: dict[str, _Running]) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[int]:
+def lock_folder(folder: Path) -> Iterator[int]:
     """An exclusive lock on the folder; the processes that inherit it hold it too."""
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -20,6 +20,10 @@ LINKED = ("vismem", "deploy", "data")  # the folders that stages depend on; dvc.
 DVC_CONFIG = """[core]
     analytics = false
     no_scm = true
+    remote = storage
+['remote "storage"']
+    url = s3://vismem/dvc
+    connect_timeout = 10
 [cache]
     dir = ../../../.dvc/cache
 """

@@ -1,0 +1,129 @@
+"""Servers as child processes: none outlives the one who started it, none dies unnoticed."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vismem.errors import UserError
+from vismem.services import MARK, NotYetError, Service, end_leftovers, free_ports, start_service
+
+FOREVER = "import time; print('up', flush=True); time.sleep(600)"
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-c", program]
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def said(service: Service, line: str) -> Callable[[], None]:
+    def probe() -> None:
+        if line not in service.log.read_text():
+            raise NotYetError(f"no {line}")
+
+    return probe
+
+
+def test_a_stopped_service_takes_its_children_with_it(tmp_path: Path) -> None:
+    program = (
+        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {FOREVER!r}]); print(p.pid); p.wait()"
+    )
+    service = start_service("one", [sys.executable, "-u", "-c", program], {}, tmp_path)
+    service.wait_until(said(service, "up"))
+    child = int(next(line for line in service.log.read_text().splitlines() if line.isdigit()))
+    assert running(child)
+    service.stop()
+    eventually(lambda: not running(child))
+    assert service.process.poll() is not None
+
+
+def test_a_dead_service_is_an_error_with_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service = start_service("one", python("print('no such disk'); raise SystemExit(3)"), {}, tmp_path)
+    with pytest.raises(UserError, match=r"one ended with status 3; its log is .*one\.log"):
+        service.wait_until(said(service, "up"))
+    assert "no such disk" in capsys.readouterr().err
+
+
+def test_a_service_sees_no_other_server_s_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    program = "import os; print(sorted(k for k in os.environ if k.startswith(('AWS', 'MLFLOW'))), flush=True)"
+    service = start_service("one", python(program), {"AWS_REGION": "here"}, tmp_path)
+    service.process.wait(60)
+    assert service.log.read_text().strip() == "['AWS_REGION']"
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs util-linux's setpriv")
+def test_a_service_ends_when_the_one_who_started_it_is_killed(tmp_path: Path) -> None:
+    starter = (
+        "import sys, time; from pathlib import Path; from vismem.services import start_service; "
+        f"s = start_service('one', [sys.executable, '-c', {FOREVER!r}], {{}}, Path({str(tmp_path)!r})); "
+        "print(s.process.pid, flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen(python(starter), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    service = int(process.stdout.readline())
+    log = tmp_path / "logs" / "one.log"
+    eventually(lambda: log.is_file() and "up" in log.read_text())
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    eventually(lambda: not running(service))
+
+
+def test_what_a_killed_run_left_in_a_folder_is_ended_and_nothing_else(tmp_path: Path) -> None:
+    def start(folder: str) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(
+            python(FOREVER), env={**os.environ, MARK: str(tmp_path / folder)}, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        return process
+
+    ours, other = start("one"), start("other")
+    end_leftovers(tmp_path / "one")
+    ours.wait(60)
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def test_ports_differ_and_one_in_use_is_named_with_its_option() -> None:
+    found = free_ports({"mlflow": 0, "s3": 0}, inner=("master", "volume"))
+    assert set(found) == {"mlflow", "s3", "master", "volume"}
+    assert len(set(found.values())) == 4
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(UserError, match=r"cannot be used .* --mlflow-port, 0 for any free one"):
+            free_ports({"mlflow": busy.getsockname()[1]})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")
+def test_a_program_that_refuses_root_runs_as_nobody_and_still_reaches_root_s_folders(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("reached")
+    (tmp_path / "file").chmod(0o600)
+    tmp_path.chmod(0o700)
+    program = f"import os; print(os.geteuid() != 0, open({str(tmp_path / 'file')!r}).read(), flush=True)"
+    service = start_service("one", python(program), {}, tmp_path, stop_signal=signal.SIGINT, never_root=True)
+    assert service.process.wait(60) == 0, service.log.read_text()
+    assert service.log.read_text().strip() == "True reached"

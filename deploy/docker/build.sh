@@ -13,6 +13,8 @@ if [ -z "$engine" ]; then
     fi
 fi
 
+[ "$(basename "$engine")" != buildah ] || BUILD_FLAGS="--layers ${BUILD_FLAGS:-}"  # reuse layers, as the others do
+
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 revision=$(git rev-parse HEAD)
 [ -z "$(git status --porcelain --untracked-files=no)" ] || revision=$revision-dirty

@@ -12,13 +12,15 @@ lock() {  # ENVIRONMENT OUTPUT ARGUMENT...
     environment=$1 output=$2
     shift 2
     "$environment/bin/python" -m pip freeze --exclude-editable | grep -v '^torch==' > "$scratch/constraints.txt"
-    "${UV:-uv}" pip compile --quiet --generate-hashes --no-emit-index-url --custom-compile-command 'make locks' \
+    "${UV:-uv}" pip compile --quiet --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command 'make locks' \
         --python-version 3.11 --python-platform x86_64-manylinux_2_36 \
         --only-binary :all: --no-binary kfp-server-api --no-binary antlr4-python3-runtime \
         --constraint "$scratch/constraints.txt" --output-file "$output" "$@"
 }
 
-lock .venv "$scratch/all.lock" pyproject.toml --extra pipeline --extra export --extra kubeflow
+# psycopg2: MLflow's server on PostgreSQL runs from vismem-train too
+echo psycopg2-binary > "$scratch/psycopg2.in"
+lock .venv "$scratch/all.lock" pyproject.toml --extra pipeline --extra export --extra kubeflow "$scratch/psycopg2.in"
 lock .venv-serving $folder/serve.lock deploy/triton/requirements.txt
 
 # torch and what only its CUDA build needs go into a file of their own; a package is its line and the indented ones below

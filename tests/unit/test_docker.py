@@ -1,0 +1,133 @@
+"""The container images' files: locks that hold the project's pins, Dockerfiles that hold what they promise."""
+
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "deploy" / "docker"
+DOCKERFILES = ("train.Dockerfile", "serve.Dockerfile")
+LOCKS = ("build.lock", "serve.lock", "torch-cpu.lock", "torch-cuda.lock", "train.lock")
+IN_TRAIN = ("pipeline", "export", "kubeflow")  # the extras that vismem-train holds
+
+
+def locked(name: str) -> dict[str, Version]:
+    lines = (DOCKER / name).read_text().splitlines()
+    pins = [line.removesuffix("\\").strip().split("==") for line in lines if re.match("[a-z]", line)]
+    return {canonicalize_name(package): Version(version) for package, version in pins}
+
+
+def requirements(lines: Iterable[str]) -> Iterator[Requirement]:
+    return (Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip())
+
+
+def instructions(dockerfile: str) -> list[str]:
+    text = (DOCKER / dockerfile).read_text()
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return [line for line in "\n".join(lines).replace("\\\n", "").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("torch", ["torch-cpu.lock", "torch-cuda.lock"])
+def test_the_training_image_installs_what_pyproject_asks_for(torch: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for extra in IN_TRAIN for line in project["optional-dependencies"][extra]]
+    have = locked("train.lock") | locked(torch)
+    for wish in requirements([*project["dependencies"], *extras]):
+        version = have.get(canonicalize_name(wish.name))
+        assert version is not None, f"{wish} is in no lock: `make locks`"
+        assert wish.specifier.contains(Version(version.public)), f"{wish}, but {version} is locked: `make locks`"
+
+
+def test_the_serving_image_installs_what_its_requirements_ask_for() -> None:
+    have = locked("serve.lock")
+    for wish in requirements((ROOT / "deploy/triton/requirements.txt").read_text().splitlines()):
+        assert wish.specifier.contains(have[canonicalize_name(wish.name)]), f"{wish} is not what serve.lock holds"
+    assert not {"torch", "transformers"} & set(have)
+
+
+def test_the_training_lock_leaves_torch_to_the_chosen_build() -> None:
+    cpu, cuda = locked("torch-cpu.lock"), locked("torch-cuda.lock")
+    assert cpu["torch"].public == str(cuda["torch"])
+    assert set(cpu) == {"torch"}
+    assert not set(cuda) & set(locked("train.lock"))
+    assert locked("build.lock")["setuptools"] == locked("train.lock")["setuptools"]
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_locked_package_has_hashes_and_no_place(lock: str) -> None:
+    text = (DOCKER / lock).read_text()
+    packages = re.split(r"^(?=[a-z])", text, flags=re.MULTILINE)[1:]
+    assert packages
+    assert [package.split()[0] for package in packages if "--hash=sha256:" not in package] == []
+    assert "://" not in text
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_an_image_starts_from_a_pinned_base_and_ends_as_an_ordinary_user(dockerfile: str) -> None:
+    lines = instructions(dockerfile)
+    assert re.fullmatch(r"ARG BASE=\S+:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", lines[0])
+    assert lines[0] == instructions(DOCKERFILES[0])[0]
+    assert [line for line in lines if line.startswith("FROM")] == ["FROM ${BASE} AS packages", "FROM ${BASE}"]
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]
+    after = lines[lines.index("USER 1000:1000") :]
+    assert not [line for line in after if line.startswith(("RUN", "COPY", "ADD"))]
+    assert all("org.opencontainers.image." + label in "".join(lines) for label in ("version", "revision", "source"))
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_packages_come_from_locks_only(dockerfile: str) -> None:
+    runs = " ".join(line for line in instructions(dockerfile) if line.startswith("RUN"))
+    assert runs.count("-m pip ") == runs.count("--require-hashes") + runs.count("--no-index")
+    assert "apt" not in runs
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_what_an_image_copies_is_there_and_let_through(dockerfile: str) -> None:
+    let_through = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copies = [
+        line.split()[1:-1] for line in instructions(dockerfile) if line.startswith("COPY") and "--from" not in line
+    ]
+    assert copies
+    for source in (source for line in copies for source in line):
+        assert list(ROOT.glob(source)), f"{source} is not there"
+        assert any(fnmatch(source, pattern) for pattern in let_through), f".dockerignore keeps {source} out"
+
+
+def build(**settings: str) -> list[str]:
+    """What `make images` would run: the engine is `echo`."""
+    environment = {"PATH": "/usr/bin:/bin", "ENGINE": "echo", **settings}
+    done = subprocess.run(
+        ["sh", DOCKER / "build.sh"], env=environment, capture_output=True, text=True, check=True, cwd="/"
+    )
+    return [line for line in done.stdout.splitlines() if line.startswith("build ")]
+
+
+def test_make_images_names_both_images_after_version_and_commit() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    train, serve = build()
+    assert f"--tag vismem-train:{version} " in train
+    assert f"--tag vismem-serve:{version} " in serve
+    assert f"REVISION={commit.strip()}" in train
+    assert "TORCH=cuda" in train
+    assert "TORCH" not in serve
+
+
+def test_make_images_takes_mirrors_and_names_from_the_environment_only() -> None:
+    train, serve = build(
+        TORCH="cpu", TORCH_INDEX="", BASE="mirror/python@sha256:0", PIP_CONF="/etc/p", REGISTRY="r.example/t", TAG="7"
+    )
+    for line in (train, serve):
+        assert "BASE=mirror/python@sha256:0" in line
+        assert "--secret id=pip_conf,src=/etc/p" in line
+    assert "--tag r.example/t/vismem-train:7 " in train
+    assert "--build-arg TORCH=cpu --build-arg TORCH_INDEX= " in train
+    assert [line.split("--file ")[1].split()[0] for line in build(IMAGES="serve")] == ["deploy/docker/serve.Dockerfile"]

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tiny_families as families
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vismem.config import Config
@@ -272,3 +273,23 @@ def test_a_model_that_would_be_read_wrongly_is_refused(
         object.__setattr__(settings, key, value)
     with pytest.raises(UserError, match=message):
         backbone_of(backbone.model, backbone.processor)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(56, 84)] * 3, [(50, 84)] * 3, [(56, 84), (84, 56)]], ids=["fit", "resized", "mixed"]
+)
+def test_pictures_get_the_pixels_that_the_processor_gives_each(
+    sizes: list[tuple[int, int]], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures of one fitting size go through the processor as one."""
+    backbone: Any = load_base(tiny_base)
+    noise = torch.Generator().manual_seed(0)
+    shapes = [(height, width, 3) for width, height in sizes]
+    images = [Image.fromarray(torch.randint(256, s, generator=noise, dtype=torch.uint8).numpy()) for s in shapes]
+    processor = backbone.processor.image_processor
+    monkeypatch.setattr(processor, "size", {"shortest_edge": 28**2, "longest_edge": 112**2})
+    assert backbone._fit(images) == (sizes == [(56, 84)] * 3)
+    for image, (patches, grid) in zip(images, backbone._pixels(images), strict=True):
+        expected = processor(images=[image], return_tensors="pt")
+        assert torch.equal(patches, expected["pixel_values"])
+        assert list(grid) == expected["image_grid_thw"][0].tolist()

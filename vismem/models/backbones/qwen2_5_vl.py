@@ -4,9 +4,11 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from vismem.errors import UserError
@@ -49,16 +51,17 @@ class Qwen25VLBackbone(Backbone):
         encoded = processor.tokenizer(placed, padding=True, padding_side="right", return_tensors="pt").to(self.device)
         ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
         seconds = [self._frames / clip.fps for row in videos for clip in row]
+        image, video = ids == settings.image_token_id, ids == settings.video_token_id
         positions, _ = self.model.model.get_rope_index(
             ids,
-            torch.tensor(processor.create_mm_token_type_ids(ids.tolist()), device=self.device),
+            image + 2 * video,
             image_grid_thw=_grids(pictures),
             video_grid_thw=_grids(clips),
             second_per_grid_ts=torch.tensor(seconds) if seconds else None,
             attention_mask=mask.long(),
         )
         embeds = self.embedding(ids)
-        visual = (ids == settings.image_token_id) | (ids == settings.video_token_id)
+        visual = image | video
         rows = [[*seen, *watched] for seen, watched in zip(pictures, clips, strict=True)]
         vision = self._vision_input(rows)
         if vision.image.shape[1]:
@@ -77,10 +80,24 @@ class Qwen25VLBackbone(Backbone):
         """Each image's patches."""
         if not images:
             return []
-        encoded = self.processor.image_processor(images=images, return_tensors="pt").to(self.device)
+        processor, count = self.processor.image_processor, len(images)
+        if self._fit(images):  # one above the other they make one image, whose patches are theirs in order
+            planes = np.concatenate([np.asarray(image) for image in images]).transpose(2, 0, 1)
+            more = {"do_resize": False, "input_data_format": "channels_first"}
+            encoded = processor(images=[np.ascontiguousarray(planes)], return_tensors="pt", **more).to(self.device)
+            ((t, h, w),) = encoded["image_grid_thw"].tolist()
+            return [(cut, (t, h // count, w)) for cut in encoded["pixel_values"].chunk(count)]
+        encoded = processor(images=images, return_tensors="pt").to(self.device)
         grids = encoded["image_grid_thw"].tolist()
         patches = encoded["pixel_values"].split([t * h * w for t, h, w in grids])
         return [(cut, (t, h, w)) for cut, (t, h, w) in zip(patches, grids, strict=True)]
+
+    def _fit(self, images: list[Any]) -> bool:
+        """Whether images are of one size, and of one that the processor would not change."""
+        processor, size = self.processor.image_processor, images[0].size
+        side = processor.patch_size * processor.merge_size
+        bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
+        return all(image.size == size for image in images) and smart_resize(*size, side, *bounds) == size
 
     def _clip(self, clip: Clip) -> Pixels:
         """A video's patches, of several frames each; its last frame is repeated until they are full.

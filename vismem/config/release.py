@@ -71,12 +71,11 @@ class StudyConfig(Section):
     arms: tuple[str, ...] = Field(
         (
             "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_75", "random_100",
-            "relook", "noise", "shuffled", "swapped",
-            "sft_lora", "grpo_lora", "grpo_lora_matched",
+            "relook", "noise", "shuffled", "swapped", "sft_lora", "grpo_lora",
         ),
         description="arms that answer the test split; those named like a baseline are also trained",
     )  # fmt: skip
-    transfer_seeds: int = Field(1, ge=0, description="repetitions that also train on half of the tasks; 0: none")
+    transfer_seeds: int = Field(2, ge=0, description="repetitions that also train on half of the tasks; 0: none")
     transfer_arms: tuple[str, ...] = Field(
         ("vanilla", "vismem", "sft_lora"), description="arms of that; vanilla is VisMem with memory off"
     )

@@ -21,15 +21,15 @@ revision=$(git rev-parse HEAD)
 
 build() {  # IMAGE ARGUMENT...
     name=${REGISTRY:+$REGISTRY/}$1
-    tag=${TAG:-$version}
     file=deploy/docker/${1#vismem-}.Dockerfile
     shift
+    [ -n "${TAG:-}" ] || set -- --tag "$name:latest" "$@"
     # shellcheck disable=SC2086  # BUILD_FLAGS is a list of words
-    "$engine" build --file "$file" --tag "$name:$tag" \
+    "$engine" build --file "$file" --tag "$name:${TAG:-$version}" \
         --build-arg VERSION="$version" --build-arg REVISION="$revision" --build-arg SOURCE="${SOURCE:-}" \
         --build-arg CREATED="$(git log -1 --format=%cI)" \
         ${BASE:+--build-arg BASE="$BASE"} ${PIP_CONF:+--secret id=pip_conf,src="$PIP_CONF"} ${BUILD_FLAGS:-} "$@" .
-    echo "built $name:$tag with $engine"
+    echo "built $name:${TAG:-$version} with $engine"
 }
 
 for image in ${IMAGES:-train serve}; do

@@ -116,6 +116,7 @@ def test_make_images_names_both_images_after_version_and_commit() -> None:
     train, serve = build()
     assert f"--tag vismem-train:{version} " in train
     assert f"--tag vismem-serve:{version} " in serve
+    assert "--tag vismem-serve:latest " in serve
     assert f"REVISION={commit.strip()}" in train
     assert "TORCH=cuda" in train
     assert "TORCH" not in serve
@@ -129,5 +130,6 @@ def test_make_images_takes_mirrors_and_names_from_the_environment_only() -> None
         assert "BASE=mirror/python@sha256:0" in line
         assert "--secret id=pip_conf,src=/etc/p" in line
     assert "--tag r.example/t/vismem-train:7 " in train
+    assert "latest" not in train
     assert "--build-arg TORCH=cpu --build-arg TORCH_INDEX= " in train
     assert [line.split("--file ")[1].split()[0] for line in build(IMAGES="serve")] == ["deploy/docker/serve.Dockerfile"]

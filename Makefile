@@ -11,7 +11,7 @@ VISMEM = .venv/bin/vismem
 INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed
 
-.PHONY: help setup serving demo smoke study test lint ui serve stack images locks test-containers
+.PHONY: help setup serving demo smoke pipeline study test lint ui serve stack images locks test-containers
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
@@ -27,6 +27,10 @@ demo: setup  ## the whole job: from visual questions to a released model that an
 smoke: setup  ## the same at toy size, in runs/smoke/
 	$(VISMEM) repro --profile smoke
 	$(VISMEM) summary --profile smoke
+
+PROFILE ?= smoke
+pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PROFILE= for the full size
+	.venv/bin/python pipelines/run_local.py --profile '$(PROFILE)'
 
 study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; goes on where it was cut
 	$(VISMEM) study --write docs/results/embedded.md

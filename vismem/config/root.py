@@ -72,14 +72,17 @@ def load_config(path: Path, profile: str | None = None) -> Config:
 def load_params(path: Path, profile: str | None = None) -> dict[str, Any]:
     """The plain mapping behind `load_config`: the file's values with the profile's laid over them."""
     values = _read_yaml(path)
-    if profile is not None:
-        folder = path.parent / PROFILE_FOLDER
-        overlay = folder / f"{profile}.yaml"
-        if not overlay.is_file():
-            known = sorted(p.stem for p in folder.glob("*.yaml"))
-            raise UserError(f"unknown profile '{profile}'{_nearest(profile, known)}; {folder} has: {', '.join(known)}")
-        values = merge(values, _read_yaml(overlay))
-    return values
+    return values if profile is None else merge(values, read_profile(path.parent, profile))
+
+
+def read_profile(root: Path, profile: str) -> dict[str, Any]:
+    """The plain values of a profile of `root`/deploy/profiles. UserError where there is none of that name."""
+    folder = root / PROFILE_FOLDER
+    overlay = folder / f"{profile}.yaml"
+    if not overlay.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise UserError(f"unknown profile '{profile}'{_nearest(profile, known)}; {folder} has: {', '.join(known)}")
+    return _read_yaml(overlay)
 
 
 def parse_config(values: dict[str, Any], where: str = "params") -> Config:

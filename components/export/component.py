@@ -1,0 +1,40 @@
+"""The bundle: weights, ONNX graphs, model card, lineage, manifest."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="vismem-train", install_kfp_package=False)
+def export(
+    parameters: dict,
+    journal: str,
+    base: dsl.Input[dsl.Model],
+    stage2: dsl.Input[dsl.Model],
+    validate: dsl.Input[dsl.Dataset],
+    evaluate: dsl.Input[dsl.Artifact],
+    export: dsl.Output[dsl.Model],
+    card: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Export the model to ONNX, compare it with torch, and bundle it with its card, lineage and manifest.
+
+    Args:
+        parameters: The sections that tell how the model was made, from `configure`.
+        journal: Folder or s3:// address of the runs' journals; empty for none.
+        base: The model of `base`.
+        stage2: The model of `stage2`.
+        validate: The clean shards of `validate`.
+        evaluate: The figures of `evaluate`.
+        export: The bundle; metadata: manifest_sha256, data_sha256, git_commit, parity.
+        card: The model card.
+        metrics: Questions that both engines answered, and how many of them alike.
+    """
+    import shutil
+
+    from vismem.orchestration import run_task
+
+    inputs = {"base": base.path, "stage2": stage2.path, "validate": validate.path, "evaluate": evaluate.path}
+    made = run_task("export", parameters, export.path, inputs, journal)
+    export.metadata.update(made.metadata)
+    shutil.copy(f"{export.path}/README.md", card.path)
+    for name, value in made.metrics.items():
+        metrics.log_metric(name, value)

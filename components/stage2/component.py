@@ -1,0 +1,35 @@
+"""Stage II: memory invocation."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="vismem-train", install_kfp_package=False)
+def stage2(
+    parameters: dict,
+    journal: str,
+    launch: dict,
+    base: dsl.Input[dsl.Model],
+    stage1: dsl.Input[dsl.Model],
+    validate: dsl.Input[dsl.Dataset],
+    stage2: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Train when to invoke memory by GRPO, the formation frozen.
+
+    Args:
+        parameters: The sections that this step depends on, from `configure`.
+        journal: Folder or s3:// address of the runs' journals; empty for none.
+        launch: Processes and nodes, the fields of `vismem.launch.How`; empty for this process alone.
+        base: The model of `base`.
+        stage1: The model of `stage1`.
+        validate: The clean shards of `validate`.
+        stage2: Weights, curves, samples; metadata: model_sha256.
+        metrics: Validation score of each way to decode, and what the training cost.
+    """
+    from vismem.orchestration import run_task
+
+    inputs = {"base": base.path, "stage1": stage1.path, "validate": validate.path}
+    made = run_task("stage2", parameters, stage2.path, inputs, journal, launch)
+    stage2.metadata.update(made.metadata)
+    for name, value in made.metrics.items():
+        metrics.log_metric(name, value)

@@ -1,0 +1,87 @@
+"""The pipeline on this machine: the same tasks and parameters as on a cluster, one process after the other.
+
+`python pipelines/run_local.py --profile smoke`. Outputs lie in runs/pipeline/; tasks whose parameters, inputs and code
+are those of an earlier run are kept. The exit status is 1 where a task failed; the summary says why.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kfp import local
+
+# First in the path: beside this file `vismem` would be the pipeline instead of the library.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipelines.vismem import ROOT, make_pipeline
+
+FOLDER = ROOT / "runs" / "pipeline"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the pipeline as the command line says; return the exit status."""
+    parser = argparse.ArgumentParser(description="Run the VisMem pipeline on this machine.")
+    parser.add_argument("--profile", default="", help="a profile of deploy/profiles/; default: none")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="one parameter, such as stage1.steps=30"
+    )
+    parser.add_argument(
+        "--argument", action="append", default=[], metavar="NAME=VALUE", help="another parameter of the pipeline"
+    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything goes (default: runs/pipeline)")
+    parser.add_argument("--no-cache", action="store_true", help="run every task, whatever earlier runs made")
+    given = parser.parse_args(argv)
+    arguments = {"profile": given.profile, "overrides": pairs(given.set), **pairs(given.argument)}
+    return run(arguments, given.folder.absolute(), cache=not given.no_cache)
+
+
+def pairs(texts: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as a mapping; values are JSON where they can be read so, else text."""
+    return {key: _value(text) for key, _, text in (pair.partition("=") for pair in texts)}
+
+
+def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, runner: Any = None, image: str = "here") -> int:
+    """Run the pipeline with these parameters; returns 0, or 1 where a task failed. Prints the summary and the folder.
+
+    Without MLFLOW_TRACKING_URI in the environment, registered models go to a store in `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp")  # of an image's name
+    warnings.filterwarnings("ignore", message=".*have no effect in the current local runner")
+    local.init(
+        runner or local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(folder),
+        workspace_root=str(folder / "workspace"),
+        enable_caching=cache,
+    )
+    status = 0
+    try:
+        make_pipeline(fixed_image=image)(**{"journal": str(folder / "journal"), **arguments})
+    except RuntimeError as error:  # a task failed; its log stands above
+        logging.error(error)
+        status = 1
+    pages = sorted(folder.glob("vismem-*/summary/summary"))
+    if not pages:
+        print("no task was run", file=sys.stderr)
+        return 1
+    print(pages[-1].read_text())
+    print(f"Everything that was made lies in {pages[-1].parents[1]}")
+    return status
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""A pipeline's task around a step: journal, step, and what it made, in plain values."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vismem.config import parse_config
+from vismem.launch import How, launch_step
+from vismem.orchestration import journal as notes
+from vismem.orchestration.parameters import IDENTITY
+from vismem.orchestration.results import Result, describe
+
+
+def run_task(
+    name: str,
+    parameters: dict[str, Any],
+    out: str,
+    inputs: Mapping[str, str],
+    journal: str = "",
+    how: Mapping[str, Any] | None = None,
+) -> Result:
+    """Run the step `name` into the folder `out`, whose own name must be the step's; returns what is told of it.
+
+    `parameters`: what `parameters_of` gave; `inputs`: the folder of each step that it reads; `journal`: where the run's
+    journal is kept, or nothing; `how`: fields of `vismem.launch.How`. Raises what the step raises.
+    """
+    folder = Path(out)
+    assert folder.name == name, f"{name} writes a folder of that name, not {out}"
+    with notes.entry(journal, notes.run_of(out), name) as page:
+        sections = {key: value for key, value in parameters.items() if key != IDENTITY}
+        config = parse_config(sections, f"parameters of {name}")
+        folders = {step: Path(path) for step, path in inputs.items()}
+        page.text = launch_step(name, config, folder.parent, folders, _how(how or {}))
+        print(page.text)
+        return describe(name, folder, page.text)
+
+
+def launch_fields(
+    backend: str,
+    num_processes: int,
+    num_nodes: int,
+    image: str = "",
+    resources: Mapping[str, str | int] | None = None,
+    tolerations: Sequence[Mapping[str, Any]] = (),
+    node_selector: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The fields of `vismem.launch.How` that matter to this back end, as plain values; UserError as from `How`.
+
+    Empty for a single process, so that a cache of tasks does not depend on what plays no part.
+    """
+    fields: dict[str, Any] = {"backend": backend, "num_processes": num_processes, "num_nodes": num_nodes}
+    if backend == "trainer":
+        fields |= {
+            "image": image,
+            "resources": dict(resources or {}),
+            "tolerations": [dict(item) for item in tolerations],
+            "node_selector": dict(node_selector or {}),
+        }
+    _how(fields)
+    return {} if backend == "process" else fields
+
+
+def _how(fields: Mapping[str, Any]) -> How:
+    """Whole numbers and sequences get their types back, which a pipeline's parameters lose."""
+    typed: dict[str, Any] = {key: int(value) if isinstance(value, float) else value for key, value in fields.items()}
+    if "tolerations" in typed:
+        typed["tolerations"] = tuple(typed["tolerations"])
+    return How(**typed)

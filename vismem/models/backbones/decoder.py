@@ -1,14 +1,14 @@
 """One token a row through a decoder of Llama's shape: what decoding spends its time on, without the layers' overhead.
 
-The arithmetic is Hugging Face's, operation by operation, and the layers' own linear and norm modules are called, so
-adapters that hang on them work. Attention reads each key once for all query heads that share it.
+The arithmetic is Hugging Face's. Linear layers that adapters hang on are called as they are; of the others only the
+weights are used. Attention reads each key once for all query heads that share it.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 KNOWN = {"Qwen2Attention", "Qwen2_5_VLAttention", "Qwen3Attention", "LlamaAttention"}
 
@@ -24,7 +24,10 @@ class _Layer(NamedTuple):
     key_norm: Any
     output: Any
     after: Any
-    mlp: Any
+    gate: Any
+    up: Any
+    down: Any
+    activation: Any
     scale: float
 
 
@@ -35,11 +38,11 @@ class TokenDecoder:
     def known(language: Any) -> bool:
         """Whether this is one of the decoders whose arithmetic stands here."""
         kinds = {type(layer.self_attn).__name__ for layer in language.layers}
-        return kinds <= KNOWN and language.config._attn_implementation == "sdpa"
+        static = language.rotary_emb.rope_type not in ("dynamic", "longrope")  # their frequencies follow the length
+        return kinds <= KNOWN and static and language.config._attn_implementation == "sdpa"
 
     def __init__(self, language: Any) -> None:
         self.rotary, self.norm = language.rotary_emb, language.norm
-        self.axes = hasattr(self.rotary, "mrope_section")  # Qwen2.5-VL's positions have three axes
         self.width = language.layers[0].self_attn.head_dim
         self.layers = [
             _Layer(
@@ -51,7 +54,10 @@ class TokenDecoder:
                 getattr(attention, "k_norm", None),
                 attention.o_proj,
                 layer.post_attention_layernorm,
-                layer.mlp,
+                layer.mlp.gate_proj,
+                layer.mlp.up_proj,
+                layer.mlp.down_proj,
+                layer.mlp.act_fn,
                 attention.scaling,
             )
             for layer in language.layers
@@ -60,20 +66,23 @@ class TokenDecoder:
 
     def __call__(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Last hidden states (R, 1, d) of embeddings (R, 1, d); positions (3, R, 1); mask (R, 1, 1, keys) bool."""
-        cos, sin = self.rotary(embeds, positions if self.axes else positions[0])  # (R, 1, head width), for all heads
+        angles = positions[0, :, :, None].float() * self.rotary.inv_freq.float()  # the axes agree on what is no image
+        angles = torch.cat([angles, angles], dim=-1)
+        scale = self.rotary.attention_scaling
+        cos, sin = ((wave * scale).to(embeds.dtype) for wave in (angles.cos(), angles.sin()))  # (R, 1, head width)
         hidden = embeds[:, 0]
         rows = len(hidden)
         heads = (rows, -1, self.width)
         for index, layer in enumerate(self.layers):
-            normed = layer.before(hidden)
-            query, key = layer.query(normed).view(heads), layer.key(normed).view(heads)
+            normed = _norm(layer.before, hidden)
+            query, key = _linear(layer.query, normed).view(heads), _linear(layer.key, normed).view(heads)
             if layer.query_norm is not None:
-                query, key = layer.query_norm(query), layer.key_norm(key)
+                query, key = _norm(layer.query_norm, query), _norm(layer.key_norm, key)
             groups = key.shape[1]
             both = torch.cat([query, key], dim=1)
             first, second = both.chunk(2, dim=-1)
             both = both * cos + torch.cat([-second, first], dim=-1) * sin
-            value = layer.value(normed).view(heads)
+            value = _linear(layer.value, normed).view(heads)
             keys, values = cache.update(both[:, -groups:, None], value[:, :, None], index)
             attended = scaled_dot_product_attention(
                 both[:, :-groups].reshape(rows, groups, -1, self.width),
@@ -82,7 +91,22 @@ class TokenDecoder:
                 attn_mask=mask,
                 scale=layer.scale,
             )
-            hidden = hidden + layer.output(attended.view(rows, -1))
-            hidden = hidden + layer.mlp(layer.after(hidden))
-        result: Tensor = self.norm(hidden)[:, None]
+            hidden = hidden + _linear(layer.output, attended.view(rows, -1))
+            normed = _norm(layer.after, hidden)
+            gated = layer.activation(_linear(layer.gate, normed)) * _linear(layer.up, normed)
+            hidden = hidden + _linear(layer.down, gated)
+        result: Tensor = _norm(self.norm, hidden)[:, None]
         return result
+
+
+def _linear(layer: Any, states: Tensor) -> Tensor:
+    """A linear layer's output. The call of a module costs as much as a small product: it is spared where it can be."""
+    if type(layer) is nn.Linear and not layer._forward_hooks:
+        return linear(states, layer.weight, layer.bias)
+    output: Tensor = layer(states)
+    return output
+
+
+def _norm(layer: Any, states: Tensor) -> Tensor:
+    """An RMS norm's output, in one operation."""
+    return rms_norm(states, states.shape[-1:], layer.weight, layer.variance_epsilon)

@@ -23,6 +23,7 @@ def download_bundle(store: Store, version: Version, folder: Path) -> Path:
         problems = [f"{MANIFEST} is another than was registered"]
     if problems:
         raise UserError(
-            f"the files of {store.model} version {version.version} in {store.uri} are damaged: {'; '.join(problems[:5])}"
+            f"the files of {store.model} version {version.version} in {store.uri} are damaged: "
+            f"{'; '.join(problems[:5])}"
         )
     return folder

@@ -1,7 +1,6 @@
 """Starts a real tritonserver on a model repository, proves that it answers, and always stops it (`vismem serve`)."""
 
 import contextlib
-import io
 import os
 import re
 import secrets
@@ -15,12 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from PIL import Image
-
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.serving.client import infer
 from vismem.serving.environment import find_serving_environment
+from vismem.serving.probe import ask
 
 PORTS = ("grpc", "http", "metrics")
 # What lets a client run code on the server or read its memory and files: kept for those who know the secret.
@@ -111,10 +108,8 @@ class TritonServer:
 
     def probe(self, model: str) -> None:
         """Ask for one token: a model whose Python process has died still says READY. UserError if none comes."""
-        blank = io.BytesIO()
-        Image.new("RGB", (84, 84), "white").save(blank, "PNG")
         try:
-            list(infer(self.grpc_url, model, [blank.getvalue()], "?", max_new_tokens=1, timeout=self.ready_timeout))
+            ask(self.grpc_url, model, self.ready_timeout)
         except UserError as error:
             raise UserError(f"the server started, but does not answer: {error}; its log is {self.log}") from None
 

@@ -175,7 +175,8 @@ def check_gpus(wanted: int) -> Finding:
     except RuntimeError as error:
         return Finding("GPUs", False, _one_line(error), "check the driver: does `nvidia-smi` work on this machine?")
     seen = f"{len(names)}: {', '.join(names)}" if names else "none"
-    return Finding("GPUs", len(names) >= wanted, seen, f"ask for {wanted}, or lower preflight.gpus")
+    remedy = f"give this machine or pod {wanted} (gpu_count of the pipeline), or lower preflight.gpus"
+    return Finding("GPUs", len(names) >= wanted, seen, remedy)
 
 
 def check_disk(folder: Path, wanted_gb: float) -> Finding:

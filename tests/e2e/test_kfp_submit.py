@@ -19,16 +19,17 @@ from kfp_api import KfpApi
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = "pipelines/vismem.yaml"
+COMMAND = r"\s*(\.venv/bin/)?(kfp |python -c .import kfp)"
 SUBMIT = f"kfp run submit -f {PIPELINE} -e vismem -r first"
 
 
 def documented() -> list[str]:
-    """The `kfp` commands of the docs' code blocks, and the one that must work whatever they say."""
+    """The docs' commands for Kubeflow Pipelines, from their code blocks, and the one that must work in any case."""
     found = [SUBMIT]
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [" ".join(line.split()) for line in lines if re.match(r"\s*(\.venv/bin/)?kfp ", line)]
+            found += [" ".join(line.split()) for line in lines if re.match(COMMAND, line)]
     return list(dict.fromkeys(found))
 
 
@@ -53,7 +54,14 @@ def run(command: str, home: Path, endpoint: str = "") -> subprocess.CompletedPro
         environment["KF_PIPELINES_ENDPOINT"] = endpoint
     here = Path(sys.executable).parent / Path(program).name
     return subprocess.run(
-        [str(here), *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+        [str(here), *words],
+        cwd=ROOT,
+        env=environment,
+        input="y\n",  # to "are you sure?"
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
 
 

@@ -110,12 +110,12 @@ def running_stack(
         tables = start("postgres", _postgres(postgres, folder, known, port["postgres"]), signal.SIGINT)
         running.callback(_remove_sockets, port)
         # SIGKILL: its graceful end waits 15 s for streams of its own; what it has acknowledged is written already
-        files = start("s3", _seaweedfs(weed, folder, port), signal.SIGKILL)
+        files = start("s3", seaweedfs_command(weed, _s3_folder(folder), port), signal.SIGKILL)
         tables.wait_until(lambda: _make_database(f"postgresql://vismem:{database}/postgres"))
         store = f"postgresql+psycopg2://vismem:{database}/mlflow"  # a secret: not on the command line
         tracking = start(
             "mlflow",
-            _mlflow(port["mlflow"]),
+            mlflow_command(port["mlflow"]),
             signal.SIGTERM,
             MLFLOW_BACKEND_STORE_URI=store,
             MLFLOW_DISABLE_TELEMETRY="true",
@@ -169,16 +169,22 @@ def _make_database(server: str) -> None:
         connection.close()
 
 
-def _seaweedfs(weed: str, folder: Path, port: Mapping[str, int]) -> list[str]:
-    """One process with all of SeaweedFS. The keys of its only user are in its environment."""
+def _s3_folder(folder: Path) -> Path:
+    """SeaweedFS's data folder, less its last master's election state: that is bound to its port, and made anew."""
     data = folder / "s3"
     data.mkdir(exist_ok=True)
-    for stale in data.glob("m[0-9]*"):  # the last master's election state, by its port; volumes report to the new one
+    for stale in data.glob("m[0-9]*"):
         shutil.rmtree(stale)
-    options: dict[str, object] = {"dir": data, "ip": HOST, "ip.bind": HOST, "s3.port": port["s3"]}
-    for name in S3_INNER:
+    return data
+
+
+def seaweedfs_command(weed: str, data: Path, port: Mapping[str, int]) -> list[str]:
+    """One process with all of SeaweedFS. The keys of its only user are in its environment."""
+    options: dict[str, object] = {"dir": data, "ip": HOST, "ip.bind": HOST}
+    for name, number in port.items():
         server, _, kind = name.partition(".")
-        options[f"{server}.port.{kind}" if kind else f"{server}.port"] = port[name]
+        if name == "s3" or name in S3_INNER:
+            options[f"{server}.port.{kind}" if kind else f"{server}.port"] = number
     options |= {"s3.port.iceberg": 0, "s3.port.lance": 0, "master.telemetry": "false"}
     options |= {"volume.max": 0, "master.volumeSizeLimitMB": 1024}  # as many volumes as the disk holds
     return [weed, "server", "-s3", *(f"-{name}={value}" for name, value in options.items())]
@@ -215,10 +221,11 @@ def _remove_sockets(port: Mapping[str, int]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _mlflow(port: int) -> list[str]:
+def mlflow_command(port: int) -> list[str]:
     """MLflow's server. It passes clients' files on, so that they need no key of the bucket."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    return [*command, "--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/mlflow"]
+    options = {"host": HOST, "port": port, "workers": 1, "artifacts-destination": f"s3://{BUCKET}/mlflow"}
+    command = [sys.executable, "-m", "mlflow", "server", "--serve-artifacts"]
+    return [*command, *(f"--{name}={value}" for name, value in options.items())]
 
 
 def _list_experiments(server: str) -> None:

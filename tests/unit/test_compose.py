@@ -1,0 +1,78 @@
+"""deploy/compose.yaml: valid to the letter, pinned, without a secret, and the same servers as `vismem stack`."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compose_spec import PyCompose
+
+from vismem.stack import BUCKET, mlflow_command, seaweedfs_command
+
+ROOT = Path(__file__).parents[2]
+SECRETS = {name: f"the-{name}" for name in ("POSTGRES_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+
+
+def filled_in(text: str, values: dict[str, str]) -> str:
+    """The file with `${NAME:?message}` and `${NAME:-default}` replaced as compose does it. KeyError for one unset."""
+    named = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda found: values[found[1]], text)
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: values.get(found[1], found[2]), named)
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return (ROOT / "deploy" / "compose.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def services(text: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(filled_in(text, SECRETS))["services"])
+
+
+def test_it_is_a_valid_compose_file_and_a_misspelt_key_is_not(text: str) -> None:
+    merged = yaml.safe_dump(yaml.safe_load(filled_in(text, SECRETS)))
+    compose = PyCompose.from_yaml(merged)
+    compose.validate()
+    compose.validate_volumes()  # each that is used is declared
+    for right, wrong in (("retries:", "retires:"), ("service_healthy", "service_happy")):
+        assert right in merged
+        with pytest.raises(ValueError, match=wrong.strip(":")):
+            PyCompose.from_yaml(merged.replace(right, wrong))
+
+
+def test_it_holds_no_secret_and_starts_with_none_missing(text: str) -> None:
+    for name in SECRETS:
+        with pytest.raises(KeyError, match=name):
+            filled_in(text, {key: value for key, value in SECRETS.items() if key != name})
+    assert "deploy/.env" in (ROOT / ".gitignore").read_text()
+
+
+def test_every_image_is_pinned_and_mlflow_s_is_this_version_s(services: dict[str, Any]) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert services["mlflow"]["image"] == f"vismem-train:{version}"
+    for service in services.values():
+        assert re.search(r":[\d.]+(-\w+)?$", service["image"])
+
+
+def test_every_server_is_watched_restarted_and_open_to_this_machine_only(services: dict[str, Any]) -> None:
+    servers = {name: service for name, service in services.items() if name != "bucket"}
+    assert set(servers) == {"postgres", "s3", "mlflow"}
+    for service in servers.values():
+        assert service["healthcheck"]["test"][0] == "CMD"
+        assert service["restart"] == "unless-stopped"
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+
+
+def test_its_servers_run_with_the_stack_s_options(services: dict[str, Any]) -> None:
+    def options(command: list[str]) -> set[str]:  # less where they listen, where their data is, and how many workers
+        own = re.compile(
+            r"-(dir|ip|ip\.bind|(master|volume|filer|s3)\.port(\.grpc)?)=|--(host|port|workers|allowed-hosts)="
+        )
+        return {option for option in command if re.match("-.{2,}", option) and not own.match(option)}
+
+    assert options(services["s3"]["command"]) == options(seaweedfs_command("weed", Path("data"), {}))
+    assert options(services["mlflow"]["command"]) == options(mlflow_command(5000))
+    assert f"s3.bucket.create -name {BUCKET} " in services["bucket"]["command"][0]
+    assert services["mlflow"]["depends_on"]["bucket"]["condition"] == "service_completed_successfully"

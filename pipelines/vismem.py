@@ -144,6 +144,7 @@ def make_pipeline(fixed_image: str | None = None):
             if local:
                 return task
             size(task, training_cpu, training_memory)
+            hand_down(task, gpu_type, gpus)
             task.set_accelerator_type(gpu_type).set_accelerator_limit(gpus)
             kubernetes.add_toleration_json(task, tolerations)
             kubernetes.add_node_selector_json(task, node_selector)
@@ -257,7 +258,13 @@ def make_pipeline(fixed_image: str | None = None):
 
 def size(task, cpu, memory):
     """The same request and limit, so that a task gets what it was promised and no more."""
+    hand_down(task, cpu, memory)
     return task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+
+
+def hand_down(task, *parameters):
+    """Make the groups around a task pass these parameters to it; the compiler forgets it for those of resources."""
+    task.register_pipeline_channels([item for item in parameters if not isinstance(item, str)])
 
 
 def compiled() -> str:

@@ -1,0 +1,74 @@
+"""The components: one a step, thin, light to import, each with its README."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from kfp import dsl
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for `components` and `pipelines`
+
+from components.readme import NAMES, render
+from pipelines.vismem import load_components
+from vismem.steps import STEPS
+
+ROOT = Path(__file__).parents[2]
+COMPONENTS = vars(load_components())
+LONGEST = 14  # statements' lines of a body; `configure` only names what there is
+
+
+def function(name: str) -> ast.FunctionDef:
+    tree = ast.parse((ROOT / "components" / name / "component.py").read_text())
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+def test_every_step_has_a_component_and_the_others_surround_them() -> None:
+    assert set(COMPONENTS) == {step.name for step in STEPS} | {"configure", "preflight", "not_promoted", "summary"}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_a_component_takes_the_outputs_of_the_steps_that_its_step_reads_and_makes_one_of_its_name(step) -> None:
+    spec = COMPONENTS[step.name].component_spec
+    artifacts = [name for name, port in spec.inputs.items() if str(port.type).startswith("system.")]
+    assert sorted(artifacts) == sorted(step.inputs)
+    assert step.name in spec.outputs
+    assert {"parameters", "journal"} <= set(spec.inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_component_s_readme_is_current(name: str) -> None:
+    readme = (ROOT / "components" / name / "README.md").read_text()
+    assert readme == render(name), "run `python -m components.readme`"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_component_only_translates_and_imports_nothing_but_kfp_at_the_top(name: str) -> None:
+    module = ast.parse((ROOT / "components" / name / "component.py").read_text())
+    imports = [node for node in module.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {node.module for node in imports if isinstance(node, ast.ImportFrom)} <= {"kfp", "typing"}
+    statements = [node for node in function(name).body[1:] if not isinstance(node, ast.Import | ast.ImportFrom)]
+    lines = sum((node.end_lineno or 0) - node.lineno + 1 for node in statements)
+    assert lines <= LONGEST or name == "configure"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_component_runs_on_the_library_s_image_and_installs_nothing(name: str) -> None:
+    container = COMPONENTS[name].component_spec.implementation.container
+    assert container.image == "vismem-train"
+    assert "pip install" not in " ".join(container.command)
+
+
+def test_reports_are_of_the_kinds_that_the_page_of_a_run_shows() -> None:
+    shown = {
+        ("validate", "report"): dsl.HTML,
+        ("evaluate", "report"): dsl.HTML,
+        ("evaluate", "metrics"): dsl.Metrics,
+        ("evaluate", "yes_no"): dsl.ClassificationMetrics,
+        ("export", "card"): dsl.Markdown,
+        ("register", "verdict"): dsl.Markdown,
+        ("summary", "summary"): dsl.Markdown,
+        ("preflight", "report"): dsl.Markdown,
+    }
+    for (name, port), kind in shown.items():
+        assert COMPONENTS[name].component_spec.outputs[port].type == f"{kind.schema_title}@{kind.schema_version}"

@@ -1,0 +1,138 @@
+"""The compiled pipeline: as committed, with the defaults of params.yaml, cached only where that is the truth."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kfp import components
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for `components` and `pipelines`
+
+from pipelines.vismem import COMPILED, compiled
+from vismem.config import without_nulls
+from vismem.steps import STEPS
+
+ROOT = Path(__file__).parents[2]
+SPEC, PLATFORM = yaml.safe_load_all(COMPILED.read_text())
+INPUTS = SPEC["root"]["inputDefinitions"]["parameters"]
+TRAINS = ("preflight", "base", "stage1", "stage2", "evaluate", "export")
+NEVER_CACHED = {"configure", "preflight", "register", "promote", "deploy", "not-promoted", "summary"}
+NETWORK = {"prepare", "base", "register", "promote"}
+
+
+def tasks() -> dict[str, dict[str, Any]]:
+    """All tasks that run something, by name, whatever group they are in."""
+    groups = [SPEC["root"], *SPEC["components"].values()]
+    found = {name: task for group in groups for name, task in group.get("dag", {}).get("tasks", {}).items()}
+    return {n: t for n, t in found.items() if "executorLabel" in SPEC["components"][t["componentRef"]["name"]]}
+
+
+def executor(name: str) -> dict[str, Any]:
+    return SPEC["deploymentSpec"]["executors"][f"exec-{name}"]["container"]
+
+
+def kubernetes(name: str) -> dict[str, Any]:
+    return PLATFORM["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{name}"]
+
+
+def test_the_committed_file_is_what_the_compiler_makes() -> None:
+    assert COMPILED.read_text() == compiled(), "run `python pipelines/vismem.py`"
+
+
+def test_kfp_loads_the_committed_file() -> None:
+    loaded = components.load_component_from_file(str(COMPILED))
+    assert loaded.pipeline_spec.pipeline_info.name == "vismem"
+    assert set(loaded.component_spec.inputs) == set(INPUTS)
+
+
+def test_the_parameters_have_the_defaults_of_params_yaml() -> None:
+    file = yaml.safe_load((ROOT / "params.yaml").read_text())
+    defaults = {name: port["defaultValue"] for name, port in INPUTS.items() if name in file}
+    assert set(file) == set(defaults), "a section is missing"
+    assert defaults == without_nulls(file)
+
+
+def test_every_parameter_is_described_and_says_its_group() -> None:
+    for name, port in INPUTS.items():
+        assert port.get("description", "").startswith(("Run: ", "Section ", "Cluster: ", "Training: ")), name
+
+
+def test_every_step_is_a_task() -> None:
+    others = {"configure", "preflight", "not-promoted", "summary"}
+    assert set(tasks()) == {step.name for step in STEPS} | others
+
+
+def test_only_what_the_same_inputs_make_again_is_cached() -> None:
+    cached = {name for name, task in tasks().items() if task["cachingOptions"].get("enableCache", False)}
+    assert cached == set(tasks()) - NEVER_CACHED
+
+
+def test_a_cached_task_depends_on_no_run() -> None:
+    """Nothing that names a run may reach a cached task, or it would never be found again."""
+    assert "pipeline_job" not in COMPILED.read_text()
+
+
+def test_only_steps_that_use_the_network_are_tried_again() -> None:
+    tried = {name for name, task in tasks().items() if task.get("retryPolicy", {}).get("maxRetryCount", 0)}
+    assert tried == NETWORK
+
+
+def test_every_task_has_its_image_requests_and_limits_from_the_parameters() -> None:
+    for name in tasks():
+        resources = executor(name)["resources"]
+        kind = "training" if name in TRAINS else "task"
+        assert executor(name)["image"] == "{{$.inputs.parameters['pipelinechannel--image']}}"
+        for what in ("Cpu", "Memory"):
+            parameter = f"{{{{$.inputs.parameters['pipelinechannel--{kind}_{what.lower()}']}}}}"
+            assert resources[f"resource{what}Request"] == resources[f"resource{what}Limit"] == parameter
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_tasks_that_train_or_decode_get_gpus_nodes_and_shared_memory(name: str) -> None:
+    wanted = executor(name)["resources"]["accelerator"]
+    assert wanted["resourceType"] == "{{$.inputs.parameters['pipelinechannel--gpu_type']}}"
+    assert "resourceCount" in wanted
+    settings = kubernetes(name)
+    assert settings["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "volumeName": "shared-memory"}]
+    assert settings["tolerations"] == [{"tolerationJson": {"componentInputParameter": "pipelinechannel--tolerations"}}]
+    assert settings["nodeSelector"] == {
+        "nodeSelectorJson": {"componentInputParameter": "pipelinechannel--node_selector"}
+    }
+
+
+def test_every_task_gets_its_secrets_by_the_names_in_the_parameters_and_none_by_value() -> None:
+    for name in tasks():
+        names = [secret["secretNameParameter"]["componentInputParameter"] for secret in kubernetes(name)["secretAsEnv"]]
+        names = [parameter.removeprefix("pipelinechannel--") for parameter in names]
+        assert names == ["s3_secret", "mlflow_secret", "huggingface_secret"]
+    assert executor("prepare").get("env", []) == []
+
+
+def test_every_parameter_that_a_task_asks_its_group_for_is_one_that_the_group_has() -> None:
+    """A cluster resolves them one group at a time; what a group was not handed fails the run there."""
+    groups = {"root": SPEC["root"], **SPEC["components"]}
+    for where, group in groups.items():
+        has = set(group.get("inputDefinitions", {}).get("parameters", {}))
+        for name, task in group.get("dag", {}).get("tasks", {}).items():
+            inputs = task.get("inputs", {}).get("parameters", {}).values()
+            asked = {port["componentInputParameter"] for port in inputs if "componentInputParameter" in port}
+            if name in tasks():
+                asked |= set(re.findall(r'"componentInputParameter": "([^"]+)"', json.dumps(kubernetes(name))))
+            assert asked <= has, f"{name} in {where}"
+
+
+def test_the_summary_runs_whatever_happened_and_both_verdicts_lead_somewhere() -> None:
+    end = SPEC["root"]["dag"]["tasks"]["summary"]
+    assert end["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+    conditions = [
+        task["triggerPolicy"]["condition"]
+        for component in SPEC["components"].values()
+        for task in component.get("dag", {}).get("tasks", {}).values()
+        if "condition" in task.get("triggerPolicy", {})
+    ]
+    assert len(conditions) == 2
+    assert any(condition.startswith("!") for condition in conditions)

@@ -87,6 +87,8 @@ def running_stack(
         folder.chmod(0o700)
         end_leftovers(folder)
         known, port = _known_secrets(folder / SECRETS), free_ports(ports, inner=S3_INNER)
+        _remove_sockets(folder)
+        (folder / "ports.json").write_text(json.dumps(port))
         database = f"{known['postgres_password']}@{HOST}:{port['postgres']}"
         environment = {
             "MLFLOW_TRACKING_URI": f"http://{HOST}:{port['mlflow']}",
@@ -108,7 +110,7 @@ def running_stack(
             return service
 
         tables = start("postgres", _postgres(postgres, folder, known, port["postgres"]), signal.SIGINT)
-        running.callback(_remove_sockets, port)
+        running.callback(_remove_sockets, folder)
         # SIGKILL: its graceful end waits 15 s for streams of its own; what it has acknowledged is written already
         files = start("s3", seaweedfs_command(weed, _s3_folder(folder), port), signal.SIGKILL)
         tables.wait_until(lambda: _make_database(f"postgresql://vismem:{database}/postgres"))
@@ -214,11 +216,13 @@ def _make_bucket(environment: Mapping[str, str]) -> None:
         client.close()
 
 
-def _remove_sockets(port: Mapping[str, int]) -> None:
-    """SeaweedFS leaves its sockets behind when it is killed."""
-    for number in port.values():
-        for file in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
-            file.unlink(missing_ok=True)
+def _remove_sockets(folder: Path) -> None:
+    """Remove the sockets that SeaweedFS leaves behind, named by its ports, when it is killed."""
+    file = folder / "ports.json"
+    ports: dict[str, int] = json.loads(file.read_text()) if file.is_file() else {}
+    for number in ports.values():
+        for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+            left.unlink(missing_ok=True)
 
 
 def mlflow_command(port: int) -> list[str]:

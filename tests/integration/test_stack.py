@@ -89,9 +89,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     services = psutil.Process(stack.process.pid).children(recursive=True)
     yield stack
     services += psutil.Process(stack.process.pid).children(recursive=True)
+    ports = json.loads((stack.folder / "ports.json").read_text()).values()
     stack.process.send_signal(signal.SIGTERM)
     assert stack.process.wait(60) == 0
     assert not psutil.wait_procs(services, timeout=60)[1]
+    assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]
 
 
 @pytest.fixture

@@ -33,9 +33,7 @@ def services(text: str) -> dict[str, Any]:
 
 def test_it_is_a_valid_compose_file_and_a_misspelt_key_is_not(text: str) -> None:
     merged = yaml.safe_dump(yaml.safe_load(filled_in(text, SECRETS)))
-    compose = PyCompose.from_yaml(merged)
-    compose.validate()
-    compose.validate_volumes()  # each that is used is declared
+    PyCompose.from_yaml(merged).validate()
     for right, wrong in (("retries:", "retires:"), ("service_healthy", "service_happy")):
         assert right in merged
         with pytest.raises(ValueError, match=wrong.strip(":")):

@@ -27,7 +27,7 @@ class How:
     runtime: str = "vismem-torch"  # the TrainingRuntime, or the ClusterTrainingRuntime
     shared: Path = Path("/shared")  # where a volume that all nodes see is mounted, here and there
     claim: str = "vismem-shared"  # the PersistentVolumeClaim of that volume, ReadWriteMany
-    resources: Mapping[str, str | int] = field(default_factory=dict)  # of a node: {"nvidia.com/gpu": 8}; else runtime's
+    resources: Mapping[str, str | int] = field(default_factory=dict)  # of a node, cpu included; empty: the runtime's
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()  # as Kubernetes writes them
     hours: float = 72.0  # after which a job is given up
@@ -41,6 +41,8 @@ class How:
             raise UserError(f"backend 'process' is one process, and {self.world_size} were asked for: use 'accelerate'")
         if self.num_nodes > 1 and not (self.backend == "trainer" and self.image):
             raise UserError(f"{self.num_nodes} nodes need backend 'trainer' and an image")
+        if self.resources and "cpu" not in self.resources:  # Trainer's SDK cannot read its own pods without
+            raise UserError(f"resources {dict(self.resources)} do not say how many 'cpu' a node needs")
 
     @property
     def world_size(self) -> int:

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def run_locally(desk: Path, num_processes: int) -> tuple[bool, str]:
     return status == constants.TRAINJOB_COMPLETE, "\n".join(tail)
 
 
-def _work(parameters: Mapping[str, str]) -> None:
-    """Run in every process; the back end copies this function's source, so it imports what it needs."""
+def _work(parameters: dict[str, str]) -> None:
+    """Run in every process; the back end copies this function's source, so it names nothing of this file."""
     from pathlib import Path
 
     from vismem.launch.worker import main
@@ -98,7 +98,7 @@ def run_on_cluster(name: str, desk: Path, how: How) -> tuple[bool, str]:
 
 
 def _container(how: How) -> CustomTrainerContainer:
-    resources = dict(how.resources) or None
+    resources = {name: str(amount) for name, amount in how.resources.items()} or None  # numbers would become 8.0
     return CustomTrainerContainer(how.image, num_nodes=how.num_nodes, resources_per_node=resources)
 
 
@@ -106,7 +106,7 @@ def _options(name: str, desk: Path, how: How) -> list[Any]:
     """What the SDK's trainer cannot say: the command, the shared volume, where pods may run, how long.
 
     PET_* variables, which the controller sets, tell torchrun of the other nodes. Nodes get no secrets: all that they
-    read lies on the shared volume. Should they need one, the runtime is the place; a patch must not set a node's env.
+    read lies on the shared volume. Should they need one, it goes into the runtime, since no patch may set a node's env.
     """
     pod = PodSpecPatch(
         volumes=[{"name": VOLUME, "persistentVolumeClaim": {"claimName": how.claim}}],

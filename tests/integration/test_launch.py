@@ -1,0 +1,254 @@
+"""Several processes share a step: they make what one makes, and a failure of one of them leaves nothing half made."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from cluster import cluster
+from safetensors.torch import load_file
+
+from vismem.config import Config, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.data.sample import read_samples
+from vismem.errors import UserError
+from vismem.launch import How, launch_step
+from vismem.launch import trainer as adapter
+from vismem.launch.desk import Job, local_desk, wait_for_unlocking
+from vismem.launch.worker import run
+from vismem.steps import run_step
+from vismem.training.loop import share
+from vismem.training.rollout import GrpoObjective
+from vismem.training.stage1 import FORMATION, Formation, trainable
+from vismem.training.stage2 import Invocation
+from vismem.training.supervised import Supervised, answer_with_memory
+
+GRPO: dict[str, Any] = {
+    "steps": 3, "batch_size": 4, "group_size": 4, "max_new_tokens": 8, "checkpoint_every": 2, "sample_every": 2,
+}  # fmt: skip
+WARM = WarmStartConfig(steps=2, batch_size=4, learning_rate=1e-4, matrix_learning_rate=1e-4)
+STAGE1 = Stage1Config(**GRPO, learning_rate=1e-4, warm_start=WARM)
+CONFIG = Config(memory=tiny.MEMORY, stage1=STAGE1, stage2=Stage2Config(**GRPO, learning_rate=1e-4))
+ACCELERATE, TRAINER = (How(backend, num_processes=2) for backend in ("accelerate", "trainer"))
+
+
+# A random model is never right. Answers score by their letters instead, also in processes that tests launch: Python
+# imports a module of this name when it starts.
+SCORES = """
+import os
+if "RANK" in os.environ:
+    import vismem.training.rewards
+    vismem.training.rewards.score = lambda sample, text: float(sum(map(ord, text)) % 2)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scores_differ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("scores")
+    (folder / "sitecustomize.py").write_text(SCORES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.setattr("vismem.training.rewards.score", lambda sample, text: float(sum(map(ord, text)) % 2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def one(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The inputs, and both stages as one process makes them."""
+    artifacts = tmp_path_factory.mktemp("one")
+    folders = {"base": tiny_base, "validate": tiny_data}
+    for name in ("stage1", "stage2"):
+        run_step(name, CONFIG, artifacts, folders)
+        folders[name] = artifacts / name
+        curve = pd.read_csv(folders[name] / f"{name}.csv")
+        assert curve["zero_variance_groups"].max() < 1, "every step has something to learn"
+    return folders
+
+
+def assert_same(name: str, one: Path, several: Path) -> None:
+    """The same figures and weights, but for what another order of summation leaves (float32).
+
+    Where a gradient is all but zero, AdamW and Muon follow its rounding: by less than a step's 1e-4, and at few places.
+    """
+    first, second = (pd.read_csv(folder / f"{name}.csv") for folder in (one, several))
+    pd.testing.assert_frame_equal(first, second, rtol=1e-4, atol=1e-5)
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, several)]
+    assert figures[0]["validation"] == figures[1]["validation"]
+    assert figures[0]["train_rollouts"] == figures[1]["train_rollouts"]
+    assert sorted(p.name for p in one.rglob("*")) == sorted(p.name for p in several.rglob("*"))
+    expected, found = (
+        load_file(folder / "memory.safetensors") | load_file(folder / "policy.safetensors") for folder in (one, several)
+    )
+    apart = torch.cat([(value - found[key]).abs().flatten() for key, value in expected.items()])
+    print(apart.max(), apart.mean())
+    assert apart.max() < 1e-4
+    assert apart.mean() < 1e-6
+
+
+def test_two_processes_on_one_machine_make_what_one_makes_though_one_was_killed(
+    one: dict[str, Path], tmp_path: Path
+) -> None:
+    """The first launch is killed behind a checkpoint; the second, through the other back end, goes on from there."""
+    group = tmp_path / "stage1.partial" / "samples" / "000002.jsonl"
+    with ThreadPoolExecutor(1) as pool:
+        launched = pool.submit(launch_step, "stage1", CONFIG, tmp_path, one, TRAINER)
+        while not group.parents[1].is_dir():
+            time.sleep(0.01)
+        group.parent.mkdir()
+        os.mkfifo(group)  # who would write it waits for a reader that never comes
+        while not (group.parents[1] / "stage1.checkpoint").is_file() and not launched.done():
+            time.sleep(0.05)
+        workers = {process.environ().get("RANK"): process for process in psutil.Process().children(recursive=True)}
+        workers["1"].send_signal(signal.SIGKILL)
+        with pytest.raises(UserError, match="stage1: a process was killed by signal 9"):
+            launched.result()
+    assert not (tmp_path / "stage1").exists()
+    group.unlink()
+    line = launch_step("stage1", CONFIG, tmp_path, one, ACCELERATE)
+    assert line.startswith("stage1: 3 GRPO steps")
+    assert_same("stage1", one["stage1"], tmp_path / "stage1")
+    assert [path.name for path in tmp_path.iterdir()] == ["stage1"]
+
+
+def test_two_nodes_of_a_cluster_make_what_one_process_makes(
+    one: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the SDK and an API that runs each node's command; everything passes through the shared volume."""
+    shared, artifacts = tmp_path / "shared", tmp_path / "artifacts"
+    shared.mkdir()
+    monkeypatch.setattr(adapter, "POLL", 0.1)
+    how = How("trainer", num_nodes=2, image="vismem-train", shared=shared)
+    with cluster(tmp_path) as (stand_in, kubeconfig):
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
+        launch_step("stage2", CONFIG, artifacts, one, how)
+        assert len(stand_in.jobs) == 1
+    assert_same("stage2", one["stage2"], artifacts / "stage2")
+    assert list(shared.iterdir()) == []
+
+
+def test_a_failing_process_makes_the_launch_fail_with_its_reason_and_no_output_appears(
+    one: dict[str, Path], tmp_path: Path
+) -> None:
+    odd = CONFIG.model_copy(update={"stage1": STAGE1.model_copy(update={"batch_size": 3})})
+    with pytest.raises(UserError, match="stage1: a batch of 3 questions cannot be shared equally among 2 processes"):
+        launch_step("stage1", odd, tmp_path, one, ACCELERATE)
+    assert not (tmp_path / "stage1").exists()
+
+
+def test_a_step_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'prepare' runs in one process"):
+        launch_step("prepare", CONFIG, tmp_path, how=ACCELERATE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_shared_volume_a_cluster_is_not_asked(one: dict[str, Path], tmp_path: Path) -> None:
+    how = How("trainer", num_nodes=2, image="vismem-train", shared=tmp_path / "absent")
+    with pytest.raises(UserError, match="no shared volume at"):
+        launch_step("stage1", CONFIG, tmp_path, one, how)
+
+
+def test_fewer_processes_than_were_asked_for_are_an_error(one: dict[str, Path], tmp_path: Path) -> None:
+    job = Job.of("stage1", CONFIG, {}, tmp_path, world_size=2)
+    with pytest.raises(UserError, match="2 processes were asked for, and 1 run together"):
+        run(job, tmp_path)
+
+
+def test_processes_learn_of_their_launcher_s_death_however_it_dies() -> None:
+    program = "import vismem.launch.desk as d, time\nwith d.local_desk() as p: print(p, flush=True); time.sleep(60)"
+    launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    desk = Path(launcher.stdout.readline().strip())
+    waiting = threading.Thread(target=wait_for_unlocking, args=(desk,), daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    launcher.kill()
+    launcher.wait()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    launcher.stdout.close()
+    for file in desk.iterdir():
+        file.unlink()
+    desk.rmdir()
+
+
+def test_a_launcher_that_is_done_unlocks_its_desk() -> None:
+    with local_desk() as desk:
+        waiting = threading.Thread(target=wait_for_unlocking, args=(desk,), daemon=True)
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+# --- how a batch is shared -------------------------------------------------------------------------------------------
+
+
+class Part(Accelerator):
+    """One of several processes, without the others: what it computes before sums are taken over all."""
+
+    num_processes = 2
+    process_index = 0
+
+    def reduce(self, tensor: torch.Tensor, reduction: str = "mean", scale: float = 1.0) -> torch.Tensor:
+        return tensor
+
+
+def part(index: int) -> Part:
+    made = Part(cpu=True)
+    made.process_index = index
+    return made
+
+
+@pytest.mark.parametrize("kind", [Formation, Invocation, Supervised])
+def test_the_gradients_of_the_processes_add_up_to_that_of_one(kind: type, tiny_base: Path, tiny_data: Path) -> None:
+    """And they sample the same answers, whoever samples them."""
+    samples = read_samples(tiny_data / "data/train")
+    found, answers = [], []
+    for accelerators in ([Accelerator(cpu=True)], [part(0), part(1)]):
+        sums: dict[str, torch.Tensor] = {}
+        texts: set[tuple[str, str]] = set()
+        for accelerator in accelerators:
+            model = tiny.vismem(tiny_base)
+            parameters = trainable(model, ("tokens.",) if kind is Invocation else FORMATION)
+            if kind is Supervised:
+                written = partial(answer_with_memory, at_start=0.5)
+                objective: Any = Supervised(model, samples, written, 0, accelerator, batch_size=4, micro_batch=4)
+            else:
+                config = (STAGE1 if kind is Formation else CONFIG.stage2).model_copy(update={"batch_size": 4})
+                objective = kind(model, samples, config, 0, accelerator)
+            batch = objective.collect(0)
+            objective.backward(batch)
+            rollouts = batch.rollouts if isinstance(objective, GrpoObjective) else batch[1]
+            texts |= {(rollout.sample_id, rollout.marked_text) for rollout in rollouts}
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    sums[name] = sums.get(name, torch.zeros_like(parameter)) + parameter.grad
+        found.append(sums)
+        answers.append(texts)
+    assert answers[0] == answers[1]
+    assert found[0].keys() == found[1].keys()
+    assert any(gradient.abs().max() > 1e-4 for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-6), name
+
+
+def test_a_batch_is_shared_out_whole_or_not_at_all() -> None:
+    batch = [7, 3, 9, 1]
+    assert sorted(share(batch, part(0)) + share(batch, part(1))) == sorted(batch)
+    with pytest.raises(UserError, match="a multiple of 2"):
+        share(batch[:3], part(0))

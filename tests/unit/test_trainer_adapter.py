@@ -1,0 +1,179 @@
+"""Kubeflow Trainer's adapter: what it asks of a cluster, and what it makes of the answers."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster, cluster
+from kubeflow_trainer_api import models
+
+from vismem.errors import UserError
+from vismem.launch import How
+from vismem.launch import trainer as adapter
+
+GPU = "nvidia.com/gpu"
+HOW = How(
+    "trainer",
+    num_processes=8,
+    num_nodes=2,
+    image="registry.example.com/vismem-train@sha256:0",
+    resources={GPU: 8, "cpu": 16, "memory": "256Gi"},
+    node_selector={"gpu": "h100"},
+    tolerations=({"key": GPU, "operator": "Exists", "effect": "NoSchedule"},),
+    hours=2,
+)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setattr(adapter, "POLL", 0.05)
+    with cluster(tmp_path) as (found, kubeconfig):
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
+        yield found
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have each node run a line of Python in place of the worker."""
+
+    command = adapter.TrainerCommand
+
+    def of(program: str) -> None:
+        monkeypatch.setattr(adapter, "TrainerCommand", lambda _: command([sys.executable, "-c", program]))
+
+    return of
+
+
+@pytest.fixture
+def job(stand_in: Cluster, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The TrainJob as it was posted."""
+    monkeypatch.setattr(stand_in, "create", lambda body: stand_in.jobs.setdefault(body["metadata"]["name"], body))
+    client = adapter.TrainerClient(adapter.KubernetesBackendConfig(namespace="vismem"))
+    options = adapter._options("vismem-stage1-0", Path("/shared/vismem-stage1-0/desk"), HOW)
+    client.train(HOW.runtime, trainer=adapter._container(HOW), options=options)
+    return stand_in.jobs["vismem-stage1-0"]
+
+
+def test_a_job_is_one_that_the_api_knows_to_the_last_field(job: dict[str, Any]) -> None:
+    """Its models drop unknown fields, so what comes back differs where there is one."""
+    read = models.TrainerV1alpha1TrainJob.from_dict(job)
+    assert read is not None
+    assert read.to_dict() == job
+
+
+def test_a_job_says_image_command_nodes_gpus_and_time(job: dict[str, Any]) -> None:
+    spec, trainer = job["spec"], job["spec"]["trainer"]
+    assert trainer["image"] == HOW.image
+    assert trainer["numNodes"] == 2
+    command = "python -m torch.distributed.run --nproc-per-node 8 -m vismem.launch.worker /shared/vismem-stage1-0/desk"
+    assert trainer["command"] == command.split()
+    wanted = {GPU: "8", "cpu": "16", "memory": "256Gi"}
+    assert trainer["resourcesPerNode"] == {"limits": wanted, "requests": wanted}
+    assert spec["activeDeadlineSeconds"] == 7200
+    assert spec["runtimeRef"] == {"kind": "TrainingRuntime", "name": "vismem-torch"}
+
+
+def test_a_job_s_nodes_see_the_shared_volume_and_run_where_they_may(job: dict[str, Any], stand_in: Cluster) -> None:
+    (patch,) = job["spec"]["runtimePatches"]
+    (replicated,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": "vismem-shared"}}]
+    (container,) = pod["containers"]
+    assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
+    assert pod["nodeSelector"] == {"gpu": "h100"}
+    assert pod["tolerations"] == [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]
+    (there,) = stand_in.runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    named = [found["name"] for found in there["template"]["spec"]["template"]["spec"]["containers"]]
+    assert (replicated["name"], [container["name"]]) == (there["name"], named), "of another name, it would be refused"
+
+
+def test_a_patch_sets_no_environment_of_a_node(job: dict[str, Any]) -> None:
+    """Trainer's webhook refuses one that does; what nodes need of it stands in the runtime."""
+    assert "'env'" not in repr(job)
+
+
+def test_a_job_that_completes_has_its_log_shown_once_and_is_deleted(
+    stand_in: Cluster, runs: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    runs("import time; print('step 1', flush=True); time.sleep(0.3); print('step 2')")
+    assert adapter.run_on_cluster("job", tmp_path, HOW) == (True, "step 1\nstep 2")
+    shown = capfd.readouterr().err
+    assert [shown.count(line) for line in ("step 1", "step 2")] == [1, 1]
+    assert stand_in.pods == {}
+
+
+def test_a_job_of_which_one_node_fails_has_failed_and_is_deleted(stand_in: Cluster, runs: Any, tmp_path: Path) -> None:
+    runs("import os, time; print('here'); os.environ['PET_NODE_RANK'] == '1' and os._exit(3); time.sleep(60)")
+    assert adapter.run_on_cluster("job", tmp_path, HOW)[0] is False
+    assert stand_in.pods == {}
+
+
+def test_a_job_that_a_killed_launcher_left_is_joined_and_a_failed_one_replaced(
+    stand_in: Cluster, runs: Any, tmp_path: Path
+) -> None:
+    def posts() -> int:
+        return sum(line.startswith("POST") for line in stand_in.requests)
+
+    client = adapter.TrainerClient(adapter.KubernetesBackendConfig(namespace="vismem"))
+    for program, created in (("import time; time.sleep(0.5); print('left')", 0), ("raise SystemExit(1)", 1)):
+        runs(program)
+        options = adapter._options("job", tmp_path, HOW)
+        client.train(HOW.runtime, trainer=adapter._container(HOW), options=options)
+        if created:
+            for pod in stand_in.pods["job"]:
+                pod.wait()
+            runs("print('new')")
+        before = posts()
+        assert adapter.run_on_cluster("job", tmp_path, HOW) == (True, "new" if created else "left")
+        assert posts() - before == created
+
+
+def test_a_launcher_that_is_stopped_deletes_its_job(
+    stand_in: Cluster, runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs("import time; time.sleep(60)")
+
+    def stopped(client: object, name: str) -> None:
+        assert name in stand_in.pods
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter, "_follow", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        adapter.run_on_cluster("job", tmp_path, HOW)
+    assert stand_in.pods == {}
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_local_back_end_runs_its_processes_here_and_tells_success_from_failure(
+    status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "status").write_text(str(status))
+    monkeypatch.setattr(adapter, "_work", _told_to_end)
+    succeeded, log = adapter.run_locally(tmp_path, 2)
+    assert succeeded == (status == 0)
+    assert {"rank 0 of 2", "rank 1 of 2"} <= set(log.splitlines())
+
+
+def _told_to_end(parameters: dict[str, str]) -> None:
+    import os
+    from pathlib import Path
+
+    os.write(1, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n".encode())
+    os._exit(int((Path(parameters["desk"]) / "status").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"backend": "ray"}, "backend 'ray' is not known"),
+        ({"num_processes": 2}, "backend 'process' is one process"),
+        ({"backend": "accelerate", "num_nodes": 2}, "2 nodes need backend 'trainer' and an image"),
+        ({"backend": "trainer", "num_processes": 0}, "1 at least"),
+        ({"backend": "trainer", "resources": {"memory": "1Gi"}}, "do not say how many 'cpu'"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_with_the_reason(how: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        How(**how)

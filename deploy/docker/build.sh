@@ -32,7 +32,7 @@ build() {  # IMAGE ARGUMENT...
     echo "built $name:${TAG:-$version} with $engine"
 }
 
-for image in ${IMAGES:-train serve}; do
+for image in ${IMAGES:-serve train}; do
     case $image in
         train) build vismem-train --build-arg TORCH="${TORCH:-cuda}" ${TORCH_INDEX+--build-arg TORCH_INDEX="$TORCH_INDEX"} ;;
         serve) build vismem-serve ;;

@@ -4,7 +4,7 @@
 # As in train.Dockerfile, which says how to refresh the digest.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
-FROM ${BASE} AS packages
+FROM ${BASE} AS serving
 COPY deploy/docker/serve.lock /locks/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/serving && \
@@ -12,7 +12,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
       --require-hashes -r /locks/serve.lock
 
 FROM ${BASE}
-COPY --from=packages /opt/serving /opt/serving
+COPY --from=serving /opt/serving /opt/serving
 RUN groupadd --gid 1000 vismem && useradd --uid 1000 --gid 1000 --create-home vismem
 COPY params.yaml /opt/vismem/
 COPY deploy/docker/serve.sh /opt/vismem/deploy/docker/serve.sh

@@ -5,11 +5,20 @@
 # `docker buildx imagetools inspect IMAGE:TAG`, and put the index's digest here and in serve.Dockerfile.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
+# Triton's environment, apart because it needs numpy < 2: the deploy step smoke-tests the model on a real server.
+# The same lines as in serve.Dockerfile, so that both images are made from one layer.
+FROM ${BASE} AS serving
+COPY deploy/docker/serve.lock /locks/
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    python3 -m venv --without-pip /opt/serving && \
+    python3 -m pip --python /opt/serving/bin/python --disable-pip-version-check install --no-cache-dir \
+      --require-hashes -r /locks/serve.lock
+
 FROM ${BASE} AS packages
 # PyPI's torch is the CUDA build with its NVIDIA packages; the CPU build has another hash and lies on PyTorch's index.
 ARG TORCH=cuda
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY deploy/docker/*.lock /locks/
+COPY deploy/docker/build.lock deploy/docker/torch-$TORCH.lock deploy/docker/train.lock /locks/
 # Two packages come as source only: setuptools, also from a lock, builds them without fetching anything unchecked.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/venv && \
@@ -17,15 +26,10 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     $pip -r /locks/build.lock && \
     if [ "$TORCH" = cpu ] && [ -n "$TORCH_INDEX" ]; then export PIP_EXTRA_INDEX_URL="$TORCH_INDEX"; fi && \
     $pip --no-build-isolation -r /locks/torch-$TORCH.lock -r /locks/train.lock
-# Triton's environment, apart because it needs numpy < 2: the deploy step smoke-tests the model on a real server.
-RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    python3 -m venv --without-pip /opt/serving && \
-    python3 -m pip --python /opt/serving/bin/python --disable-pip-version-check install --no-cache-dir \
-      --require-hashes -r /locks/serve.lock
 
 FROM ${BASE}
+COPY --from=serving /opt/serving /opt/serving
 COPY --from=packages /opt/venv /opt/venv
-COPY --from=packages /opt/serving /opt/serving
 RUN groupadd --gid 1000 vismem && useradd --uid 1000 --gid 1000 --create-home vismem
 # The library lies as in a checkout, since its profiles, Triton model and default parameters lie beside it.
 COPY pyproject.toml README.md LICENSE params.yaml dvc.yaml /opt/vismem/

@@ -1,6 +1,7 @@
 """The container engine and the images: podman's Docker API unless a Docker daemon runs; images built by `make images`.
 
-What is missing fails the tests. CONTAINERS_CONF names a podman configuration for machines that need one.
+What is missing fails the tests. VISMEM_IMAGES=TAG tests images that are there already instead of building them;
+CONTAINERS_CONF names a podman configuration for machines that need one.
 """
 
 import os
@@ -15,16 +16,18 @@ import docker
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TAG = "test"
+BUILT = os.environ.get("VISMEM_IMAGES", "")
+TAG = BUILT or "test"
 sys.path.insert(0, str(ROOT))  # for `pipelines`
 
 
 @pytest.fixture(scope="session")
 def images() -> dict[str, str]:
     """`{"train": NAME, "serve": NAME}`, built from the checkout as it is; unchanged layers are used again."""
-    settings = {"TORCH": "cpu", "TAG": TAG, **os.environ}
-    done = subprocess.run([ROOT / "deploy/docker/build.sh"], env=settings, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0, f"the images do not build:\n{done.stderr[-3000:]}"
+    if not BUILT:
+        settings = {"TORCH": "cpu", **os.environ, "TAG": TAG}
+        done = subprocess.run([ROOT / "deploy/docker/build.sh"], env=settings, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, f"the images do not build:\n{done.stderr[-3000:]}"
     prefix = "" if _daemon_answers() else "localhost/"  # podman's name for an image that no registry holds
     return {name: f"{prefix}vismem-{name}:{TAG}" for name in ("train", "serve")}
 

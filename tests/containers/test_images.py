@@ -10,9 +10,9 @@ from pathlib import Path
 import docker
 import pytest
 from docker.models.containers import Container
-from kfp import local
 
 from pipelines import run_local
+from pipelines.containers import docker_runner
 from vismem.data.sample import iterate_samples
 from vismem.serving.client import infer, plain
 
@@ -36,7 +36,7 @@ def folder_for_containers(folder: Path) -> Path:
 def run_pipeline(folder: Path, image: str, **overrides: object) -> int:
     """The smoke pipeline with each task in a container; its exit status."""
     environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "OMP_NUM_THREADS": "1"}
-    runner = local.DockerRunner(network_mode="host", user=USER, environment=environment)
+    runner = docker_runner(network_mode="host", user=USER, environment=environment)
     arguments = {"profile": "smoke", "overrides": {**PASSES, **overrides}}
     return run_local.run(arguments, folder, cache=False, runner=runner, image=image)
 
@@ -61,8 +61,8 @@ def test_an_image_says_where_it_came_from_and_runs_as_an_ordinary_user(
 ) -> None:
     image = engine.images.get(images[name])
     print(f"{images[name]}: {image.attrs['Size'] / 1e6:.0f} MB")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert image.labels["org.opencontainers.image.revision"].removesuffix("-dirty") == commit.strip()
+    commit = image.labels["org.opencontainers.image.revision"].removesuffix("-dirty")
+    subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, check=True)
     assert said(engine, images[name], "-c", "id -u; id -g", entrypoint=["sh"]).split() == ["1000", "1000"]
     writable = said(engine, images[name], "-c", "find /opt -writable ! -type l | wc -l", entrypoint=["sh"])
     assert writable == "0", "the user could change the code that it runs"

@@ -72,7 +72,7 @@ def shared_desk(place: Path, inputs: Mapping[str, Path], out: Path) -> Iterator[
     for name, folder in inputs.items():
         _copy_once(folder, there[name])
     for folder in (desk, work):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     for old in desk.glob(f"{FAILED}*"):
         old.unlink()
     yield desk, there, work

@@ -27,7 +27,7 @@ class How:
     runtime: str = "vismem-torch"  # the TrainingRuntime, or the ClusterTrainingRuntime
     shared: Path = Path("/shared")  # where a volume that all nodes see is mounted, here and there
     claim: str = "vismem-shared"  # the PersistentVolumeClaim of that volume, ReadWriteMany
-    resources: Mapping[str, str | int] = field(default_factory=dict)  # of a node, cpu included; empty: the runtime's
+    resources: Mapping[str, str | float] = field(default_factory=dict)  # of a node, cpu included; empty: the runtime's
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()  # as Kubernetes writes them
     hours: float = 72.0  # after which a job is given up

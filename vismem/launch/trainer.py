@@ -4,10 +4,13 @@ On a cluster, one pod a node and torchrun in each; without one, the SDK's local 
 """
 
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +39,14 @@ from kubeflow.trainer.options import (
     TrainerCommand,
     TrainingRuntimeSpecPatch,
 )
+from kubernetes.config import ConfigException  # type: ignore[import-untyped]
 
+from vismem.errors import UserError
 from vismem.launch.how import How
 from vismem.launch.machine import TAIL, WORKER, worker_environment
 
-POLL = 2.0  # seconds between looks at a job
-PATIENCE = 30  # looks in a row that may fail before the job is given up: the API server may be restarting
+POLL = 5.0  # seconds between looks at a job
+PATIENCE = 60  # looks in a row that may fail before the job is given up: the API server may be restarting
 VOLUME = "shared"  # its name within a pod; a volume of that name in the runtime is replaced
 TORCHRUN = ("-m", "torch.distributed.run")
 
@@ -82,24 +87,47 @@ def run_on_cluster(name: str, desk: Path, how: How) -> tuple[bool, str]:
     """Run the job on the desk as the TrainJob `name`; returns whether it succeeded, and the end of node 0's log.
 
     A job of that name that is still at work, left by a launcher that was killed, is joined. However this ends, the job
-    is deleted.
+    is deleted. UserError where the cluster, or Trainer on it, does not answer or refuses.
     """
-    client = TrainerClient(KubernetesBackendConfig(namespace=how.namespace))
-    status = _status(client, name)
-    if status == constants.TRAINJOB_FAILED:
-        _delete(client, name)
-        status = None
     try:
-        if status is None:
-            client.train(how.runtime, trainer=_container(how), options=_options(name, desk, how))
-        return _follow(client, name)
-    finally:
-        _delete(client, name)
+        client = TrainerClient(KubernetesBackendConfig(namespace=how.namespace))
+        status = _status(client, name)
+        if status == constants.TRAINJOB_FAILED:
+            _delete(client, name)
+            status = None
+        with _ended_by_sigterm():
+            try:
+                if status is None:
+                    client.train(how.runtime, trainer=_container(how), options=_options(name, desk, how))
+                return _follow(client, name)
+            finally:
+                _delete(client, name)
+    except (RuntimeError, TimeoutError, ConfigException) as error:
+        reason = getattr(error.__cause__, "reason", None)
+        raise UserError(
+            f"Kubeflow Trainer, namespace {how.namespace}: {error}{f' ({reason})' if reason else ''}; "
+            "deploy/kubernetes/README.md says what the cluster must have"
+        ) from error
 
 
 def _container(how: How) -> CustomTrainerContainer:
-    resources = {name: str(amount) for name, amount in how.resources.items()} or None  # numbers would become 8.0
+    """Amounts become text: a whole number that came as JSON would be asked for as 8.0."""
+    whole = {name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in how.resources.items()}
+    resources = {name: str(amount) for name, amount in whole.items()} or None
     return CustomTrainerContainer(how.image, num_nodes=how.num_nodes, resources_per_node=resources)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Leave in order when told to end, so that the nodes are given back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _options(name: str, desk: Path, how: How) -> list[Any]:
@@ -172,5 +200,7 @@ def _delete(client: TrainerClient, name: str) -> None:
     if _status(client, name) is None:
         return
     client.delete_job(name)
-    while _status(client, name) is not None:
+    for _ in range(PATIENCE):
+        if _status(client, name) is None:
+            return
         time.sleep(POLL)

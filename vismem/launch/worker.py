@@ -27,7 +27,10 @@ def main(desk: Path) -> None:
 
 
 def run(job: Job, desk: Path) -> None:
-    """Run the step with the other processes. UserError if there are not as many as the job says."""
+    """Run the step with the other processes. UserError if there are not as many as the job says, or too few GPUs."""
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < here:
+        raise UserError(f"{here} processes on a machine with {gpus} GPUs: ask for one process a GPU")
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != job.world_size:
         raise UserError(f"{job.world_size} processes were asked for, and {state.num_processes} run together")

@@ -1,6 +1,7 @@
-"""The pipeline: the steps of `vismem/steps.py` as Kubeflow tasks. `python pipelines/vismem.py` compiles vismem.yaml.
+"""The pipeline: the steps of `vismem/steps.py` as Kubeflow tasks.
 
-The same function runs on a cluster and, by `pipelines/run_local.py`, on a laptop.
+`python pipelines/vismem.py` compiles vismem.yaml, and vismem-shared.yaml for clusters with a shared volume. The same
+function runs on a laptop, by `pipelines/run_local.py`.
 """
 
 import sys
@@ -19,6 +20,8 @@ from vismem.config import defaults, without_nulls
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = ROOT / "pipelines" / "vismem.yaml"
+COMPILED_SHARED = ROOT / "pipelines" / "vismem-shared.yaml"
+SHARED_CLAIM, SHARED_FOLDER = "vismem-shared", "/shared"  # the volume of deploy/kubernetes/overlays/multi-node
 HEADING = "# Compiled by `python pipelines/vismem.py`; every parameter is described below, under root.\n"
 IMAGE = "vismem-train:latest"
 DEFAULTS = without_nulls(defaults())  # Kubeflow takes no null
@@ -33,8 +36,12 @@ def load_components():
     return SimpleNamespace(**{name: getattr(import_module(f"components.{name}.component"), name) for name in names})
 
 
-def make_pipeline(fixed_image: str | None = None):
-    """The pipeline. With `fixed_image` all tasks run in that, for runners that cannot read it from the parameters."""
+def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False):
+    """The pipeline. With `fixed_image` all tasks run in that, for runners that cannot read it from the parameters.
+
+    With `shared_volume` they all see the volume that several nodes train on: for the back end `trainer`, which goes on
+    from its checkpoints there, for own data, and for one cache of hub models.
+    """
 
     local = fixed_image is not None
     task_of = load_components()
@@ -119,15 +126,18 @@ def make_pipeline(fixed_image: str | None = None):
             node_selector: Cluster: labels of the nodes for them.
             training_backend: Training: `process`, `accelerate` (several GPUs of a pod) or `trainer` (Kubeflow Trainer).
             num_processes: Training: processes on a node, one a GPU.
-            num_nodes: Training: nodes; more than one needs `trainer` and the pipeline with a shared volume.
+            num_nodes: Training: nodes; more than one needs `trainer`, and that vismem-shared.yaml.
         """
 
-        def place(task, *, cached=True, network=False):
+        def place(task, *, cached=True, retried=False):
             """Image, caching, retries: what every task has."""
             task.set_caching_options(cached)
             if local:
                 return task.set_container_image(fixed_image)
-            if network:
+            if shared_volume:
+                kubernetes.mount_pvc(task, SHARED_CLAIM, SHARED_FOLDER)
+                task.set_env_variable("HF_HOME", f"{SHARED_FOLDER}/huggingface")
+            if retried:
                 task.set_retry(2, backoff_duration="30s", backoff_factor=2)
             for secret, keys in ((s3_secret, S3), (mlflow_secret, MLFLOW), (huggingface_secret, HUGGING_FACE)):
                 kubernetes.use_secret_as_env(task, secret, keys, optional=True)  # preflight says better what is missing
@@ -164,6 +174,7 @@ def make_pipeline(fixed_image: str | None = None):
                     training_image="" if local else image,
                     gpu_type=gpu_type,
                     gpu_count=gpu_count,
+                    training_cpu=training_cpu,
                     training_memory=training_memory,
                     tolerations=tolerations,
                     node_selector=node_selector,
@@ -187,19 +198,20 @@ def make_pipeline(fixed_image: str | None = None):
                 cached=False,
             ).outputs
             looked = heavy(task_of.preflight(parameters=of["preflight"], journal=journal), gpu_count, cached=False)
-            prepared = light(task_of.prepare(parameters=of["prepare"], journal=journal), network=True).after(looked)
+            prepared = light(task_of.prepare(parameters=of["prepare"], journal=journal), retried=True).after(looked)
             validated = light(
                 task_of.validate(parameters=of["validate"], journal=journal, prepare=prepared.outputs["prepare"])
             )
             data = validated.outputs["validate"]
             base_made = heavy(
-                task_of.base(parameters=of["base"], journal=journal, validate=data), evaluation_gpu_count, network=True
+                task_of.base(parameters=of["base"], journal=journal, validate=data), evaluation_gpu_count, retried=True
             ).outputs["base"]
             formed = heavy(
                 task_of.stage1(
                     parameters=of["stage1"], journal=journal, launch=of["launch"], base=base_made, validate=data
                 ),
                 gpu_count,
+                retried=shared_volume,  # from the checkpoints there; without, a retry would train from the start
             ).outputs["stage1"]
             trained = heavy(
                 task_of.stage2(
@@ -211,6 +223,7 @@ def make_pipeline(fixed_image: str | None = None):
                     validate=data,
                 ),
                 gpu_count,
+                retried=shared_volume,  # from the checkpoints there; without, a retry would train from the start
             ).outputs["stage2"]
             scores = heavy(
                 task_of.evaluate(
@@ -234,10 +247,10 @@ def make_pipeline(fixed_image: str | None = None):
                     parameters=of["register"], journal=journal, export=bundle, evaluate=scores, validate=data
                 ),
                 cached=False,
-                network=True,
+                retried=True,
             ).outputs["register"]
             released = light(
-                task_of.promote(parameters=of["promote"], journal=journal, register=version), cached=False, network=True
+                task_of.promote(parameters=of["promote"], journal=journal, register=version), cached=False, retried=True
             )
             with dsl.If(released.outputs["Output"] == "promoted", name="promoted"):
                 light(
@@ -267,15 +280,16 @@ def hand_down(task, *parameters):
     task.register_pipeline_channels([item for item in parameters if not isinstance(item, str)])
 
 
-def compiled() -> str:
+def compiled(shared_volume: bool = False) -> str:
     """The pipeline as YAML. The compiler's own heading is left out: the order of its words changes from run to run."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "vismem.yaml"
-        compiler.Compiler().compile(make_pipeline(), str(file))
+        compiler.Compiler().compile(make_pipeline(shared_volume=shared_volume), str(file))
         lines = file.read_text().splitlines(keepends=True)
     return HEADING + "".join(dropwhile(lambda line: line.startswith("#"), lines))
 
 
 if __name__ == "__main__":
-    COMPILED.write_text(compiled())
-    print(f"wrote {COMPILED.relative_to(ROOT)}")
+    for file, shared_volume in ((COMPILED, False), (COMPILED_SHARED, True)):
+        file.write_text(compiled(shared_volume))
+        print(f"wrote {file.relative_to(ROOT)}")

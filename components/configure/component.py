@@ -17,6 +17,7 @@ def configure(
     training_image: str,
     gpu_type: str,
     gpu_count: str,
+    training_cpu: str,
     training_memory: str,
     tolerations: list,
     node_selector: dict,
@@ -70,6 +71,7 @@ def configure(
         training_image: Image of the nodes that `trainer` starts; empty: it works on this machine.
         gpu_type: Resource name of the GPUs.
         gpu_count: GPUs of a training pod; `preflight` must see as many.
+        training_cpu: Cores of a training pod.
         training_memory: Memory of a training pod.
         tolerations: Tolerations of a training pod.
         node_selector: Labels of the nodes for training.
@@ -91,7 +93,7 @@ def configure(
         preflight: Section `preflight` of params.yaml.
         resolved: All parameters in force, as a params.yaml with every description.
     """
-    from vismem.orchestration import launch_fields, open_run
+    from vismem.orchestration import open_run
 
     sections = {
         "seed": seed,
@@ -112,21 +114,17 @@ def configure(
         "preflight": preflight,
     }
     overrides = {"preflight.gpus": int(gpu_count), **overrides}
-    resources = {gpu_type: num_processes, "memory": training_memory}
+    launch = {
+        "backend": training_backend,
+        "num_processes": num_processes,
+        "num_nodes": num_nodes,
+        "image": training_image,
+        "resources": {gpu_type: num_processes, "cpu": training_cpu, "memory": training_memory},
+        "tolerations": tolerations,
+        "node_selector": node_selector,
+    }
     tasks = (
-        "preflight",
-        "prepare",
-        "validate",
-        "base",
-        "stage1",
-        "stage2",
-        "evaluate",
-        "export",
-        "register",
-        "promote",
-        "deploy",
-    )
-    launch = launch_fields(
-        training_backend, num_processes, num_nodes, training_image, resources, tolerations, node_selector
-    )
-    return (*open_run(tasks, profile, sections, overrides, resolved.path, journal, environment), launch)
+        "preflight", "prepare", "validate", "base", "stage1", "stage2",
+        "evaluate", "export", "register", "promote", "deploy",
+    )  # fmt: skip
+    return open_run(tasks, profile, sections, overrides, launch, resolved.path, journal, environment)

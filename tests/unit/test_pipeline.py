@@ -12,8 +12,9 @@ from kfp import components
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for `components` and `pipelines`
 
-from pipelines.vismem import COMPILED, compiled
+from pipelines.vismem import COMPILED, COMPILED_SHARED, compiled
 from vismem.config import without_nulls
+from vismem.launch import How
 from vismem.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -39,14 +40,24 @@ def kubernetes(name: str) -> dict[str, Any]:
     return PLATFORM["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{name}"]
 
 
-def test_the_committed_file_is_what_the_compiler_makes() -> None:
-    assert COMPILED.read_text() == compiled(), "run `python pipelines/vismem.py`"
-
-
-def test_kfp_loads_the_committed_file() -> None:
-    loaded = components.load_component_from_file(str(COMPILED))
+@pytest.mark.parametrize(("file", "shared"), [(COMPILED, False), (COMPILED_SHARED, True)])
+def test_a_committed_file_is_what_the_compiler_makes_and_kfp_loads_it(file: Path, shared: bool) -> None:
+    assert file.read_text() == compiled(shared), "run `python pipelines/vismem.py`"
+    loaded = components.load_component_from_file(str(file))
     assert loaded.pipeline_spec.pipeline_info.name == "vismem"
     assert set(loaded.component_spec.inputs) == set(INPUTS)
+
+
+def test_with_the_shared_volume_every_task_sees_it_and_training_is_tried_again() -> None:
+    spec, platform = yaml.safe_load_all(COMPILED_SHARED.read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    claims = {
+        name: [(m["constant"], m["mountPath"]) for m in executors[f"exec-{name}"]["pvcMount"]] for name in tasks()
+    }
+    assert set(map(tuple, claims.values())) == {(("vismem-shared", How().shared.as_posix()),)}
+    assert How().claim == "vismem-shared"
+    tried = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert {name for name, task in tried.items() if task.get("retryPolicy")} >= {"stage1", "stage2"}
 
 
 def test_the_parameters_have_the_defaults_of_params_yaml() -> None:

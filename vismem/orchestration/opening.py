@@ -7,6 +7,7 @@ from typing import Any
 from vismem.config import Config, parse_config, resolve
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import parameters_of
+from vismem.orchestration.task import launch_fields
 from vismem.params_file import render_params
 
 Values = dict[str, Any]
@@ -17,21 +18,23 @@ def open_run(
     profile: str,
     sections: Mapping[str, Any],
     overrides: Mapping[str, Any],
+    launch: Mapping[str, Any],
     page: str,
     journal: str = "",
     environment: Sequence[str] = (),
 ) -> tuple[Values, ...]:
-    """The parameters of each of `tasks`; all of them, with their descriptions, go to the file `page` as YAML.
+    """The parameters of each of `tasks`, and at the end how training is launched, see `launch_fields`.
 
-    `environment`: variables that `preflight` must find besides those of its section; it also looks at the journal's
-    bucket. UserError where a parameter is wrong, see `vismem.config.resolve`.
+    All parameters, with their descriptions, also go to the file `page` as YAML. `environment`: variables that
+    `preflight` must find besides those of its section; it also looks at the journal's bucket. UserError where a
+    parameter is wrong, see `vismem.config.resolve`.
     """
     with notes.entry(journal, notes.run_of(page), "configure") as entry:
         config = _with_needs(resolve(profile, sections, overrides), environment, journal)
         Path(page).parent.mkdir(parents=True, exist_ok=True)
         Path(page).write_text(render_params(config))
         entry.text = f"profile '{profile}'" if profile else "the defaults and what was given"
-        return tuple(parameters_of(task, config) for task in tasks)
+        return (*(parameters_of(task, config) for task in tasks), launch_fields(**launch))
 
 
 def look_ahead(parameters: Values, page: str, journal: str = "") -> None:

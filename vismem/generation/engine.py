@@ -20,7 +20,7 @@ from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: VisMemModel,
     samples: Sequence[Sample],

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-cache", action="store_true", help="run every task, whatever earlier runs made")
     given = parser.parse_args(argv)
     arguments = {"profile": given.profile, "overrides": pairs(given.set), **pairs(given.argument)}
+    if unknown := set(arguments) - set(make_pipeline("here").component_spec.inputs):
+        parser.error(f"the pipeline has no parameter {', '.join(sorted(unknown))}; --set is for those of params.yaml")
     return run(arguments, given.folder.absolute(), cache=not given.no_cache)
 
 
@@ -67,6 +69,9 @@ def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, runner: 
     except RuntimeError as error:  # a task failed; its log stands above
         logging.error(error)
         status = 1
+    except KeyboardInterrupt:
+        print("stopped; run it again, and it goes on after the tasks that were done", file=sys.stderr)
+        return 130
     pages = sorted(folder.glob("vismem-*/summary/summary"))
     if not pages:
         print("no task was run", file=sys.stderr)

@@ -253,7 +253,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
                 task_of.promote(parameters=of["promote"], journal=journal, register=version), cached=False, retried=True
             )
             with dsl.If(released.outputs["Output"] == "promoted", name="promoted"):
-                light(
+                heavy(
                     task_of.deploy(
                         parameters=of["deploy"],
                         journal=journal,
@@ -261,6 +261,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
                         promote=released.outputs["promote"],
                         validate=data,
                     ),
+                    "0",
                     cached=False,
                 )
             with dsl.Else(name="refused"):

@@ -20,7 +20,7 @@ from vismem.steps import STEPS
 ROOT = Path(__file__).parents[2]
 SPEC, PLATFORM = yaml.safe_load_all(COMPILED.read_text())
 INPUTS = SPEC["root"]["inputDefinitions"]["parameters"]
-TRAINS = ("preflight", "base", "stage1", "stage2", "evaluate", "export")
+TRAINS = ("preflight", "base", "stage1", "stage2", "evaluate", "export", "deploy")
 NEVER_CACHED = {"configure", "preflight", "register", "promote", "deploy", "not-promoted", "summary"}
 NETWORK = {"prepare", "base", "register", "promote"}
 

@@ -62,7 +62,15 @@ def launch_fields(
 
 def _how(fields: Mapping[str, Any]) -> How:
     """Whole numbers and sequences get their types back, which a pipeline's parameters lose."""
-    typed: dict[str, Any] = {key: int(value) if isinstance(value, float) else value for key, value in fields.items()}
+    typed = _whole(dict(fields))
     if "tolerations" in typed:
         typed["tolerations"] = tuple(typed["tolerations"])
     return How(**typed)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -22,7 +22,7 @@ def base(
     """
     from vismem.orchestration import run_task
 
-    made = run_task("base", parameters, base.path, {"validate": validate.path}, journal)
+    made = run_task("base", parameters, base.path, {"validate": validate.path}, journal, metrics=metrics.path)
     base.metadata.update(made.metadata)
     for name, value in made.metrics.items():
         metrics.log_metric(name, value)

@@ -27,7 +27,7 @@ def deploy(
     from vismem.orchestration import run_task
 
     inputs = {"export": export.path, "promote": promote.path, "validate": validate.path}
-    made = run_task("deploy", parameters, deploy.path, inputs, journal)
+    made = run_task("deploy", parameters, deploy.path, inputs, journal, metrics=metrics.path)
     deploy.metadata.update(made.metadata)
     for name, value in made.metrics.items():
         metrics.log_metric(name, value)

@@ -33,10 +33,10 @@ def evaluate(
     from vismem.orchestration import run_task, yes_no_confusion
 
     inputs = {"base": base.path, "stage2": stage2.path, "validate": validate.path}
-    made = run_task("evaluate", parameters, evaluate.path, inputs, journal)
+    made = run_task("evaluate", parameters, evaluate.path, inputs, journal, metrics=metrics.path)
     evaluate.metadata.update(made.metadata)
     shutil.copy(made.report, report.path)
     for name, value in made.metrics.items():
         metrics.log_metric(name, value)
-    if confusion := yes_no_confusion(evaluate.path):
+    if confusion := yes_no_confusion(evaluate.path, yes_no.path):
         yes_no.log_confusion_matrix(*confusion)

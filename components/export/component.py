@@ -33,7 +33,7 @@ def export(
     from vismem.orchestration import run_task
 
     inputs = {"base": base.path, "stage2": stage2.path, "validate": validate.path, "evaluate": evaluate.path}
-    made = run_task("export", parameters, export.path, inputs, journal)
+    made = run_task("export", parameters, export.path, inputs, journal, metrics=metrics.path)
     export.metadata.update(made.metadata)
     shutil.copy(f"{export.path}/README.md", card.path)
     for name, value in made.metrics.items():

@@ -15,7 +15,7 @@ def prepare(parameters: dict, journal: str, prepare: dsl.Output[dsl.Dataset], me
     """
     from vismem.orchestration import run_task
 
-    made = run_task("prepare", parameters, prepare.path, {}, journal)
+    made = run_task("prepare", parameters, prepare.path, {}, journal, metrics=metrics.path)
     prepare.metadata.update(made.metadata)
     for name, value in made.metrics.items():
         metrics.log_metric(name, value)

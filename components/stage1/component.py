@@ -27,7 +27,7 @@ def stage1(
     from vismem.orchestration import run_task
 
     inputs = {"base": base.path, "validate": validate.path}
-    made = run_task("stage1", parameters, stage1.path, inputs, journal, launch)
+    made = run_task("stage1", parameters, stage1.path, inputs, journal, launch, metrics=metrics.path)
     stage1.metadata.update(made.metadata)
     for name, value in made.metrics.items():
         metrics.log_metric(name, value)

@@ -29,7 +29,7 @@ def stage2(
     from vismem.orchestration import run_task
 
     inputs = {"base": base.path, "stage1": stage1.path, "validate": validate.path}
-    made = run_task("stage2", parameters, stage2.path, inputs, journal, launch)
+    made = run_task("stage2", parameters, stage2.path, inputs, journal, launch, metrics=metrics.path)
     stage2.metadata.update(made.metadata)
     for name, value in made.metrics.items():
         metrics.log_metric(name, value)

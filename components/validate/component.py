@@ -26,7 +26,7 @@ def validate(
 
     from vismem.orchestration import run_task
 
-    made = run_task("validate", parameters, validate.path, {"prepare": prepare.path}, journal)
+    made = run_task("validate", parameters, validate.path, {"prepare": prepare.path}, journal, metrics=metrics.path)
     validate.metadata.update(made.metadata)
     shutil.copy(made.report, report.path)
     for name, value in made.metrics.items():

@@ -166,6 +166,7 @@ def test_artifacts_carry_where_they_came_from_and_what_the_page_of_a_run_shows(f
     for file in folder.glob("vismem-*/*/executor_output.json"):
         for name, held in json.loads(file.read_text()).get("artifacts", {}).items():
             found[f"{file.parent.name}.{name}"] = held["artifacts"][0]["metadata"]
+            assert Path(held["artifacts"][0]["uri"]).exists(), "what has no file is never kept"
     lineage = json.loads((runs(folder)[-1] / "export" / "export" / "lineage.json").read_text())
     assert (
         found["export.export"]["data_sha256"] == found["validate.validate"]["shards_sha256"] == lineage["data_sha256"]

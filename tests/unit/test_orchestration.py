@@ -209,7 +209,9 @@ def test_a_task_runs_its_step_and_tells_what_it_made(tmp_path: Path) -> None:
     source = {"kind": "scenes", "pretrain": 2, "train": 3, "validation": 1, "test": 2}
     config = parse_config({"prepare": {"sources": [source]}})
     out, journal = tmp_path / RUN / "prepare" / "prepare", str(tmp_path / "journal")
-    made = run_task("prepare", parameters_of("prepare", config), str(out), {}, journal)
+    figures = out.parent / "metrics"
+    made = run_task("prepare", parameters_of("prepare", config), str(out), {}, journal, metrics=str(figures))
+    assert json.loads(figures.read_text()) == made.metrics
     stats = json.loads((out / "stats.json").read_text())
     assert made.metadata["data_sha256"] == stats["data_sha256"]
     assert made.metrics == {"rows_test": 2.0, "rows_validation": 1.0, "rows_train": 3.0, "rows_pretrain": 2.0}
@@ -237,7 +239,9 @@ def test_yes_no_questions_are_counted_by_what_was_right_and_what_was_said(tmp_pa
     table = pa.table({"reference": [row[0] for row in rows], "extracted": [row[1] for row in rows]})
     (tmp_path / "predictions").mkdir()
     pq.write_table(table, tmp_path / "predictions" / "vismem.parquet")
-    assert yes_no_confusion(tmp_path) == (["yes", "no", "other"], [[1, 1, 0], [0, 1, 1], [0, 0, 0]])
+    page = str(tmp_path / "page")
+    assert yes_no_confusion(tmp_path, page) == (["yes", "no", "other"], [[1, 1, 0], [0, 1, 1], [0, 0, 0]])
+    assert json.loads((tmp_path / "page").read_text())["counts"][0] == [1, 1, 0]
     pq.write_table(table.slice(4), tmp_path / "predictions" / "vismem.parquet")
-    assert yes_no_confusion(tmp_path) is None
-    assert yes_no_confusion(tmp_path, "short_only") is None
+    assert yes_no_confusion(tmp_path, page) is None
+    assert yes_no_confusion(tmp_path, page, "short_only") is None

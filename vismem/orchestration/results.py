@@ -30,25 +30,31 @@ def describe(name: str, folder: Path, line: str = "") -> Result:
     return Result(line, metadata, finite, report if report.is_file() else None)
 
 
-def yes_no_confusion(evaluate: Path | str, arm: str = "vismem") -> tuple[list[str], list[list[int]]] | None:
+def yes_no_confusion(evaluate: Path | str, page: str, arm: str = "vismem") -> tuple[list[str], list[list[int]]] | None:
     """(categories, counts) of an arm's answers to yes/no questions: a row what was right, a column what was said.
 
-    None where the test split has no such question, or no such arm answered.
+    Also written to the file `page`, as JSON. None where the test split has no such question, or no such arm answered.
     """
     import pyarrow.parquet as pq
 
     from vismem.evaluation.answers import normalise
 
     file = Path(evaluate) / "predictions" / f"{arm}.parquet"
-    if not file.is_file():
-        return None
+    rows = pq.read_table(file, columns=["reference", "extracted"]).to_pylist() if file.is_file() else []
     categories = ["yes", "no", "other"]
     counts = [[0] * len(categories) for _ in categories]
-    for row in pq.read_table(file, columns=["reference", "extracted"]).to_pylist():
+    for row in rows:
         right, said = normalise(row["reference"]), normalise(row["extracted"] or "")
         if right in ("yes", "no"):
             counts[categories.index(right)][categories.index(said if said in ("yes", "no") else "other")] += 1
+    write_json(Path(page), {"categories": categories, "counts": counts})
     return (categories, counts) if any(map(any, counts)) else None
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write an artifact's values where Kubeflow looks for its file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def verdict_page(register: Path | str) -> str:

@@ -8,7 +8,7 @@ from vismem.config import parse_config
 from vismem.launch import How, launch_step
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import IDENTITY
-from vismem.orchestration.results import Result, describe
+from vismem.orchestration.results import Result, describe, write_json
 
 
 def run_task(
@@ -18,11 +18,13 @@ def run_task(
     inputs: Mapping[str, str],
     journal: str = "",
     how: Mapping[str, Any] | None = None,
+    metrics: str = "",
 ) -> Result:
     """Run the step `name` into the folder `out`, whose own name must be the step's; returns what is told of it.
 
     `parameters`: what `parameters_of` gave; `inputs`: the folder of each step that it reads; `journal`: where the run's
-    journal is kept, or nothing; `how`: fields of `vismem.launch.How`. Raises what the step raises.
+    journal is kept, or nothing; `how`: fields of `vismem.launch.How`; `metrics`: a file that gets the metrics as JSON,
+    since an artifact without a file passes for lost. Raises what the step raises.
     """
     folder = Path(out)
     assert folder.name == name, f"{name} writes a folder of that name, not {out}"
@@ -32,7 +34,10 @@ def run_task(
         folders = {step: Path(path) for step, path in inputs.items()}
         page.text = launch_step(name, config, folder.parent, folders, _how(how or {}))
         print(page.text)
-        return describe(name, folder, page.text)
+        made = describe(name, folder, page.text)
+        if metrics:
+            write_json(Path(metrics), made.metrics)
+        return made
 
 
 def launch_fields(

@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
     "prepare.sources": [{"kind": "scenes", "pretrain": 64, "train": 24, "validation": 12, "test": 24}],
     **{f"base.{name}": 32 for name in ("hidden_size", "vision_width")},
-    **{f"base.{name}": 2 for name in ("heads", "vision_layers", "vision_steps", "steps")},
-    "base.batch_size": 8,
+    **{f"base.{name}": 2 for name in ("heads", "vision_layers", "vision_steps")},
+    "base.steps": 60,  # an untrained base has no preference between tokens: rounding would decide
+    "base.batch_size": 16,
     "memory.builder_layers": 1,
     "memory.builder_heads": 2,
-    "invocation.perturbation": 1.0,  # an untrained base has no preference: without this, rounding decides
     "stage1.steps": 2,
     "stage1.checkpoint_every": 1,
     "stage1.warm_start": {"steps": 3, "batch_size": 4},

@@ -202,6 +202,8 @@ def test_every_documented_command_works_as_it_stands(server: KfpApi, home: Path,
         run(SUBMIT, home, server.endpoint)
         command = command.replace("RUN_ID", next(iter(server.runs)))
         command = command.replace("EXPERIMENT_ID", next(iter(server.experiments)))
+        if "retry" in command:  # only what has failed can be
+            next(iter(server.runs.values())).state = "FAILED"
     command = re.sub(r"--endpoint \S+", f"--endpoint {server.endpoint}", command)
     done = run(command, home, server.endpoint)
     assert done.returncode == 0, done.stderr

@@ -154,6 +154,7 @@ class TritonServer:
             "backend-directory": backends,
             "model-control-mode": "none",
             "exit-timeout-secs": self.exit_timeout,
+            "backend-config": f"python,stub-timeout-seconds={self.ready_timeout:.0f}",  # default: 30
             "grpc-restricted-protocol": f"{RESTRICTED}:vismem-admin={self.secret}",
             "http-restricted-api": f"{RESTRICTED}:vismem-admin={self.secret}",
         }

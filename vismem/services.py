@@ -139,20 +139,25 @@ def end_leftovers(folder: Path) -> None:
             process.kill()
 
 
-def free_ports(wanted: Mapping[str, int], inner: Iterable[str] = ()) -> dict[str, int]:
-    """The ports by name, a free one for each 0 and for each of `inner`. UserError where one asked for is in use."""
+def free_ports(
+    wanted: Mapping[str, int], inner: Iterable[str] = (), *, host: str = HOST, flag: str = "--{name}-port"
+) -> dict[str, int]:
+    """The ports by name, a free one for each 0 and for each of `inner`. UserError where one asked for is in use.
+
+    `flag` says how a person chooses another; `{name}` in it is the port's name.
+    """
     found: dict[str, int] = {}
     with ExitStack() as held:  # all at once, so that they differ
         for name, port in {**wanted, **dict.fromkeys(inner, 0)}.items():
             listener = held.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind((HOST, port))
+                listener.bind((host, port))
                 listener.listen()
             except OSError as error:
                 raise UserError(
-                    f"port {port} on {HOST} cannot be used ({error.strerror}): "
-                    f"choose another with --{name}-port, 0 for any free one"
+                    f"port {port} on {host} cannot be used ({error.strerror}): "
+                    f"choose another with {flag.format(name=name)}, 0 for any free one"
                 ) from None
             found[name] = listener.getsockname()[1]
     return found

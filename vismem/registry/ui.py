@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,8 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.registry.tracking import open_store, tracking_uri
+from vismem.services import HOST, free_ports
 
-HOST = "127.0.0.1"
 READY_SECONDS = 120.0
 
 
@@ -46,7 +45,7 @@ def mlflow_server(config: Config, port: int) -> Iterator[tuple[str, subprocess.P
 
     It has answered before this enters, and is stopped with all its children on leaving.
     """
-    port = free_port(port)
+    port = free_ports({"ui": port}, flag="--port (registry.ui_port in params.yaml)")["ui"]
     store = open_store(config.registry)
     address = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri, "--host", HOST]
@@ -74,21 +73,6 @@ def mlflow_server(config: Config, port: int) -> Iterator[tuple[str, subprocess.P
 def model_page(config: Config, address: str) -> str:
     """The registered model's page in an MLflow server at `address`, such as http://127.0.0.1:5000."""
     return f"{address.rstrip('/')}/#/models/{config.registry.model_name}"
-
-
-def free_port(port: int) -> int:
-    """The port itself if nobody listens there, any free one for 0. UserError where it is in use."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-            probe.listen()
-        except OSError as error:
-            raise UserError(
-                f"port {port} on {HOST} cannot be used ({error.strerror}): choose another with --port "
-                "(registry.ui_port in params.yaml), 0 for any free one"
-            ) from None
-        return int(probe.getsockname()[1])
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:

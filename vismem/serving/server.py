@@ -6,7 +6,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,7 @@ from types import FrameType, TracebackType
 
 from vismem.config import Config
 from vismem.errors import UserError
+from vismem.services import free_ports
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask
 
@@ -79,7 +79,8 @@ class TritonServer:
         if not self.models:
             raise UserError(f"{self.repository} holds no model (no */config.pbtxt): run `vismem deploy` first")
         environment = find_serving_environment()
-        self._choose_ports()
+        flag = "--{name}-port (deploy.{name}_port in params.yaml)"
+        self.ports = free_ports(self.ports, host=self.host, flag=flag)
         self._scratch = Path(tempfile.mkdtemp(prefix="vismem-triton-"))
         try:
             backends = environment.make_backend_folder(self._scratch)
@@ -126,27 +127,6 @@ class TritonServer:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
-
-    def _choose_ports(self) -> None:
-        """Fail for a port in use; replace each 0 by a free port."""
-        held = []
-        try:
-            for name, port in self.ports.items():
-                listener = socket.socket()
-                held.append(listener)  # held until all three are chosen, so that they differ
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    listener.bind((self.host, port))
-                    listener.listen()
-                except OSError as error:
-                    raise UserError(
-                        f"port {port} on {self.host} cannot be used ({error.strerror}): choose another with "
-                        f"--{name}-port (deploy.{name}_port in params.yaml), 0 for any free one"
-                    ) from None
-                self.ports[name] = listener.getsockname()[1]
-        finally:
-            for listener in held:
-                listener.close()
 
     def _command(self, binary: Path, backends: Path) -> list[str]:
         options = {

@@ -1,10 +1,11 @@
 """Where a run happens: the project's root, or `runs/PROFILE/`, which DVC and the CLI share when a profile is named.
 
 A profile's workspace holds its resolved `params.yaml`, a copy of `dvc.yaml`, links to what stages depend on, and its
-own `dvc.lock`, `artifacts/` and MLflow store; the DVC cache is the root's. The root's own artifacts stay as they are.
+own `dvc.lock`, `artifacts/` and MLflow store. DVC's settings and cache are the root's; its artifacts stay as they are.
 """
 
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,16 +18,6 @@ from vismem.params_file import render_params
 
 RUNS = "runs"
 LINKED = ("vismem", "deploy", "data")  # the folders that stages depend on; dvc.yaml is the same in every workspace
-DVC_CONFIG = """[core]
-    analytics = false
-    no_scm = true
-    remote = storage
-['remote "storage"']
-    url = s3://vismem/dvc
-    connect_timeout = 10
-[cache]
-    dir = ../../../.dvc/cache
-"""
 
 
 def make_workspace(params: Path, profile: str) -> Path:
@@ -44,8 +35,9 @@ def make_workspace(params: Path, profile: str) -> Path:
         if (root / name).is_dir() and not link.is_symlink():
             link.symlink_to(Path("..") / ".." / name)
     _write(folder / "params.yaml", render_params(rebase(config, root, folder)))
-    _write(folder / ".dvc" / "config", DVC_CONFIG)
-    for name in ("dvc.yaml", ".dvcignore"):
+    if find_spec("dvc") is not None:
+        _derive_dvc_config(root, folder)
+    for name in ("dvc.yaml", ".dvcignore", ".dvc/.gitignore"):
         if (root / name).is_file():
             _write(folder / name, (root / name).read_text())
     return folder
@@ -92,6 +84,34 @@ def _rebase(path: Path, root: Path, folder: Path) -> Path:
     if path.is_absolute() or path.parts[0] in LINKED:
         return path
     return Path(os.path.relpath(root / path, folder))
+
+
+def _derive_dvc_config(root: Path, folder: Path) -> None:
+    """Give the workspace the root's DVC settings, private ones too (`config.local`), and the root's cache.
+
+    Relative paths go on naming the same files, and who may read a file does not change. UserError for broken settings.
+    """
+    from dvc.config import Config as DvcConfig
+    from dvc.config import ConfigError
+    from dvc.config_schema import RelPath
+
+    try:
+        theirs, ours = (DvcConfig(str(place / ".dvc"), validate=False) for place in (root, folder))
+    except ConfigError as error:
+        raise UserError(f"DVC cannot read .dvc/config or .dvc/config.local in {root} or {folder}: {error}") from None
+    wanted = {level: theirs.load_one(level) for level in ("repo", "local")}
+    wanted["repo"]["core"]["no_scm"] = "true"  # the workspace is git-ignored and no repository of its own
+    if "dir" not in theirs["cache"]:
+        wanted["repo"]["cache"]["dir"] = RelPath(root / ".dvc" / "cache")
+    for level, values in wanted.items():
+        source, file = Path(theirs.files[level]), Path(ours.files[level])
+        if source.is_file():
+            file.open("a").close()  # there before any secret is in it
+            file.chmod(source.stat().st_mode | stat.S_IWUSR)
+        if ours.load_one(level) != values:
+            with ours.edit(level, validate=False) as found:
+                found.clear()
+                found.update(values)
 
 
 def _write(path: Path, text: str) -> None:

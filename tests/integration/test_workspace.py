@@ -1,6 +1,9 @@
 """`vismem repro` with real DVC on a pipeline of one cheap stage: in the root, and in a profile's workspace."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,49 @@ def test_a_profile_has_its_own_run_and_leaves_the_root_s_alone(root: Path) -> No
     assert (toy / "dvc.yaml").read_text() == PIPELINE
     assert (root / ".dvc" / "cache").is_dir()
     assert not (toy / ".dvc" / "cache").exists(), "the cache is shared"
+
+
+def dvc(folder: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments, "--quiet"], cwd=folder, check=True)
+
+
+def test_a_profile_s_run_is_pushed_to_the_remote_that_was_set_for_this_checkout(root: Path) -> None:
+    dvc(root, "remote", "add", "--default", "storage", "s3://nobody/dvc")
+    repro("--profile", "toy", "--quiet")
+    dvc(root, "remote", "modify", "--local", "storage", "url", "elsewhere")
+    toy = make_workspace(root / "params.yaml", "toy")
+    dvc(toy, "push")
+    made = toy / "artifacts" / "prepare"
+    shutil.rmtree(made)
+    shutil.rmtree(root / ".dvc" / "cache")
+    dvc(toy, "pull")
+    assert (made / "seed.txt").read_text().startswith("seed: 3")
+    assert (root / "elsewhere").is_dir(), "a relative path is meant from the root"
+
+
+def test_keys_of_the_remote_are_no_more_readable_in_the_workspace_and_git_ignores_them(root: Path) -> None:
+    local = root / ".dvc" / "config.local"
+    shutil.copy(Path(__file__).parents[2] / ".dvc" / ".gitignore", root / ".dvc")
+    local.write_text("['remote \"storage\"']\n    secret_access_key = hunter2\n")
+    toy = make_workspace(root / "params.yaml", "toy")
+    copy = toy / ".dvc" / "config.local"
+    for mode in (0o600, 0o640):
+        local.chmod(mode)
+        make_workspace(root / "params.yaml", "toy")
+        assert copy.stat().st_mode == local.stat().st_mode
+    assert "hunter2" in copy.read_text()
+    assert "hunter2" not in (toy / ".dvc" / "config").read_text()
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    subprocess.run(["git", "check-ignore", "--quiet", str(copy)], cwd=root, check=True)
+    local.unlink()
+    make_workspace(root / "params.yaml", "toy")
+    assert "hunter2" not in copy.read_text(), "taken back in the root"
+
+
+def test_settings_that_dvc_cannot_read_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / ".dvc" / "config.local").write_text("no section, no value")
+    assert main(["repro", "--profile", "toy"]) == 1
+    assert f".dvc/config.local in {root}" in capsys.readouterr().err
 
 
 def test_a_profile_s_run_is_repeated_for_a_changed_code_or_data_file_and_for_nothing_else(root: Path) -> None:

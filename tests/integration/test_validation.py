@@ -338,8 +338,11 @@ def test_the_report_reads_offline_and_shows_bad_text_as_text(tmp_path: Path) -> 
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert "url(" not in page
     assert page.count('src="data:image/png;base64,') >= 3
+    assert 'alt=""' not in page
     for name in verdicts(tmp_path / "validate")["rules"]:
         assert name in page
+    for figures in ("required rows 1 to 20; 4 splits judged", "least side 32 px; 42 rows judged", "share 2.4%"):
+        assert figures in page
 
 
 def test_a_broken_image_in_a_jsonl_file_ends_in_quarantine(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Metrics, tables and the report from hand-made predictions, with figures worked out by hand."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from vismem.config import Config
@@ -13,7 +15,7 @@ from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS, resolve_arms
 from vismem.evaluation.evaluate import pick, write
 from vismem.evaluation.metrics import summarise
-from vismem.evaluation.plots import position_counts
+from vismem.evaluation.plots import position_counts, score_plot
 from vismem.evaluation.predictions import (
     InvocationRecord,
     Prediction,
@@ -191,7 +193,9 @@ def test_the_step_writes_a_page_that_needs_no_network(
     assert "https:" not in page
     assert "<script" not in page
     assert "&lt;b&gt;?" in page
-    assert '<span class="chip short">short memory</span>' in page
+    assert '<span class="chip short">short-term memory</span>' in page
+    assert 'alt=""' not in page
+    assert "\N{MINUS SIGN}50.0" in page, "a loss has a true minus"
     assert page.count("data:image/png;base64,") >= 3
     assert headline(metrics) in page
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
@@ -218,6 +222,18 @@ def test_a_report_needs_no_vismem_arm(tmp_path: Path, predictions: dict[str, lis
     assert "Vanilla answers 50.0 %" in (tmp_path / "report.html").read_text()
 
 
+def test_every_arm_has_a_row_of_its_own_in_the_plot_of_scores(predictions: dict[str, list[Prediction]]) -> None:
+    def height(arms: list[str]) -> int:
+        answers = {arm: predictions["vanilla"] for arm in arms}
+        metrics = summarise(answers, dict.fromkeys(arms, 0.02), seed=0, resamples=10)
+        with Image.open(io.BytesIO(score_plot(metrics))) as image:
+            return image.height
+
+    two, twelve, all_arms = height(["vanilla", "vismem"]), height(list(ARMS)[:12]), height(list(ARMS))
+    assert (twelve - two) / 10 == pytest.approx((all_arms - twelve) / (len(ARMS) - 12), abs=1)
+    assert twelve > two
+
+
 def test_as_many_losses_as_wins_are_shown(predictions: dict[str, list[Prediction]]) -> None:
     assert disagreements(predictions) == ([1, 2, 6], [4])
     wins, losses = examples([1, 2, 6], [4], seed=0)
@@ -228,7 +244,7 @@ def test_as_many_losses_as_wins_are_shown(predictions: dict[str, list[Prediction
 
 def test_memories_are_marked_and_everything_else_escaped() -> None:
     marked = mark_memories("a,<m_I^l> <i>b")
-    assert marked == 'a, <span class="chip long">long memory</span> &lt;i&gt;b'
+    assert marked == 'a, <span class="chip long">long-term memory</span> &lt;i&gt;b'
 
 
 def test_predictions_come_back_from_parquet_as_they_were(

@@ -15,87 +15,67 @@ from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.predictions import Prediction
 from vismem.generation.types import MemoryKind
 
-# Okabe and Ito's colours: they stay apart for colour-blind readers.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"
-OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")
+# Okabe and Ito's colours: they stay apart for colour-blind readers. Vanilla is also a ring, for readers without colour.
+BLUE, ORANGE, GREY, RULE = "#0072B2", "#D55E00", "#7F7F7F", "#E3E7EC"
 KIND_COLOURS = {MemoryKind.SHORT: BLUE, MemoryKind.LONG: ORANGE}
 BINS = 10  # of the relative position
-
-
-def arm_colours(arms: Sequence[str]) -> dict[str, str]:
-    """One colour an arm: vanilla grey, VisMem blue, the others in turn."""
-    others = [arm for arm in arms if arm not in (VANILLA, VISMEM)]
-    colours = {arm: OTHERS[place % len(OTHERS)] for place, arm in enumerate(others)}
-    return {VANILLA: GREY, VISMEM: BLUE, **colours}
+WIDTH = 9.6  # inches: at the page's width, letters are as large as its text
 
 
 def score_plot(metrics: Mapping[str, Any]) -> bytes:
-    """Scores by capability and arm, with 95 % intervals."""
+    """Scores with 95 % intervals: a row an arm, a panel overall and for each capability; dashed, vanilla's score."""
     arms, groups = list(metrics["arms"]), _groups(metrics)
-    colours = arm_colours(arms)
-    figure, axes = _figure(8.4, 3.8)
-    for place, arm in enumerate(arms):
-        score = np.array([metrics["arms"][arm][name] for name in groups])
-        low, high = np.array([metrics["intervals"][arm][name] for name in groups]).T
-        x = np.arange(len(groups)) + (place - (len(arms) - 1) / 2) * 0.72 / len(arms)
-        error = [np.maximum(score - low, 0), np.maximum(high - score, 0)]
-        size = 8 if arm == VISMEM else 6
-        axes.errorbar(x, score, error, fmt="o", markersize=size, color=colours[arm], elinewidth=1.6, label=label(arm))
-    axes.set_xticks(range(len(groups)), [_with_count(metrics, name) for name in groups])
-    axes.set_ylabel("score (%)")
-    for edge in np.arange(len(groups) - 1) + 0.5:
-        axes.axvline(edge, color="#E6E6E6", linewidth=1)
-    axes.legend(frameon=False, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.3)
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, groups, strict=True):
+        axes.axvline(metrics["arms"][VANILLA][name], color=GREY, linewidth=1, linestyle="--")
+        for y, arm in enumerate(arms):
+            _dot(axes, metrics["arms"][arm][name], y, arm, metrics["intervals"][arm][name])
+        axes.set_title(f"{name}\nn = {metrics['counts'].get(name, metrics['n'])}", fontsize="medium")
+        _rows(axes, [label(arm) for arm in arms])
+    figure.supxlabel("score (%)", fontsize="medium")
     return _png(figure)
 
 
 def task_plot(metrics: Mapping[str, Any]) -> bytes:
     """Every task's score, from vanilla to VisMem; without a VisMem arm, vanilla alone."""
     tasks = metrics["tasks"]
-    figure, axes = _figure(8.4, 0.9 + 0.32 * len(tasks))
-    names = list(reversed(tasks))
-    colours = arm_colours(list(metrics["arms"]))
-    y = np.arange(len(names))
-    ends = {
-        arm: np.array([tasks[name]["arms"][arm] for name in names])
-        for arm in (VANILLA, VISMEM)
-        if arm in metrics["arms"]
-    }
-    if VISMEM in ends:
-        axes.hlines(y, ends[VANILLA], ends[VISMEM], color="#C8C8C8", linewidth=3)
-    for arm, scores in ends.items():
-        axes.scatter(scores, y, s=52, color=colours[arm], label=label(arm), zorder=3)
-    axes.set_yticks(y, [f"{name.replace('_', ' ')}  (n = {tasks[name]['n']})" for name in names])
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.29 * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    for y, task in enumerate(tasks.values()):
+        if VISMEM in task["arms"]:
+            axes.hlines(y, task["arms"][VANILLA], task["arms"][VISMEM], color="#C8C8C8", linewidth=3)
+        for arm in (VANILLA, VISMEM):
+            if arm in task["arms"]:
+                _dot(axes, task["arms"][arm], y, arm, name="" if y else label(arm))
+    _rows(axes, [f"{name.replace('_', ' ')}  (n = {task['n']})" for name, task in tasks.items()])
     axes.set_xlim(-2, 102)
     axes.set_xlabel("score (%)")
-    axes.grid(axis="x", color="#EEEEEE")
-    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.3)
+    figure.legend(frameon=False, ncols=2, loc="outside upper center", handletextpad=0.3)
     return _png(figure)
 
 
 def invocation_plot(metrics: Mapping[str, Any], answers: Sequence[Prediction]) -> bytes:
     """VisMem's invocations an answer by task and kind, and where in the answer they stand (Figures 5 and 9)."""
-    tasks = list(reversed([name for name in metrics["tasks"] if name in metrics["invocation"]["tasks"]]))
-    figure = Figure(figsize=(8.4, 1.4 + 0.3 * max(len(tasks), 6)), layout="constrained")
+    tasks = [name for name in metrics["tasks"] if name in metrics["invocation"]["tasks"]]
+    figure = Figure(figsize=(WIDTH, 1.4 + 0.29 * max(len(tasks), 6)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    height = 0.36
-    for offset, kind in ((height / 2, MemoryKind.SHORT), (-height / 2, MemoryKind.LONG)):
+    middles, height, width = (np.arange(BINS) + 0.5) / BINS, 0.36, 0.4 / BINS
+    for side, kind in ((-0.5, MemoryKind.SHORT), (0.5, MemoryKind.LONG)):
         rates = [metrics["invocation"]["tasks"][task][kind.value]["per_answer"] for task in tasks]
-        left.barh(np.arange(len(tasks)) + offset, rates, height, color=KIND_COLOURS[kind], label=kind.value)
-    left.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
-    left.set_xlabel("invocations an answer")
-    left.set_xlim(left=0)
-    edges = np.linspace(0, 1, BINS + 1)
-    width = 0.4 / BINS
-    for offset, kind in ((-width / 2, MemoryKind.SHORT), (width / 2, MemoryKind.LONG)):
+        left.barh(np.arange(len(tasks)) + side * height, rates, height, color=KIND_COLOURS[kind])
         shares = position_counts(answers, kind) / max(len(answers), 1)
-        right.bar((edges[:-1] + edges[1:]) / 2 + offset, shares, width, color=KIND_COLOURS[kind], label=kind.value)
+        name = f"{kind.value}-term memory"
+        right.bar(middles + side * width, shares, width, color=KIND_COLOURS[kind], label=name)
+    _rows(left, [task.replace("_", " ") for task in tasks])
+    left.set_xlim(left=0)
+    left.set_xlabel("invocations an answer")
+    _clean(right)
+    right.grid(axis="y", color=RULE)
     right.set_xlim(0, 1)
-    right.set_xlabel("relative position in the answer")
+    right.set_xlabel("place in the answer (0 its start, 1 its end)")
     right.set_ylabel("invocations an answer")
-    for axes in (left, right):
-        _clean(axes)
-    right.legend(frameon=False, title="memory", loc="upper right")
+    figure.legend(frameon=False, ncols=2, loc="outside upper center")
     return _png(figure)
 
 
@@ -104,19 +84,16 @@ def gain_plot(arms: Mapping[str, Any]) -> bytes:
 
     `arms` as `study_figures.summarise_arms` gives them.
     """
-    names = [arm for arm in list(arms)[::-1] if arm != VANILLA]
-    figure, axes = _figure(7.2, 0.8 + 0.26 * len(names))
-    for y, arm in enumerate(names):
-        colour = BLUE if arm == VISMEM else GREY
-        gain, by_seed = arms[arm]["gain"], arms[arm]["gain_by_seed"].values()
-        axes.hlines(y, *gain["ci95"], color=colour, linewidth=2)
-        axes.scatter([seed["delta"] for seed in by_seed], [y] * len(by_seed), s=10, color="#000000", zorder=4)
-        axes.scatter(gain["delta"], y, s=52, color=colour, zorder=3)
+    names = [arm for arm in arms if arm != VANILLA]
+    figure = Figure(figsize=(7.2, 1.0 + 0.27 * len(names)), layout="constrained")
+    axes = figure.subplots()
     axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_yticks(range(len(names)), [label(arm) for arm in names])
-    axes.set_xlabel("points over vanilla")
-    axes.grid(axis="x", color="#EEEEEE")
+    for y, arm in enumerate(names):
+        gain, by_seed = arms[arm]["gain"], arms[arm]["gain_by_seed"].values()
+        _dot(axes, gain["delta"], y, arm, gain["ci95"])
+        axes.scatter([seed["delta"] for seed in by_seed], [y + 0.28] * len(by_seed), s=7, color="#000000", zorder=4)
+    _rows(axes, [label(arm) for arm in names])
+    axes.set_xlabel("points over vanilla, with the 95 % interval; small dots: single seeds")
     return _png(figure)
 
 
@@ -158,16 +135,22 @@ def _groups(metrics: Mapping[str, Any]) -> list[str]:
     return [OVERALL, *(name for name in CAPABILITIES if name in metrics["counts"])]
 
 
-def _with_count(metrics: Mapping[str, Any], name: str) -> str:
-    return f"{name}\nn = {metrics['counts'].get(name, metrics['n'])}"
+def _dot(axes: Axes, x: float, y: int, arm: str, interval: Sequence[float] = (), name: str = "") -> None:
+    """An arm's figure in row `y`: VisMem's blue, vanilla's a ring, any other's grey; `interval` is (low, high)."""
+    colour = BLUE if arm == VISMEM else GREY
+    if interval:
+        axes.hlines(y, *interval, color=colour, linewidth=2)
+    inside = "#FFFFFF" if arm == VANILLA else colour
+    axes.scatter(x, y, s=44, facecolors=inside, edgecolors=colour, linewidths=1.8, zorder=3, label=name or None)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
+def _rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a chart, the first on top."""
     _clean(axes)
-    axes.grid(axis="y", color="#EEEEEE")
-    return figure, axes
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=RULE)
 
 
 def _clean(axes: Axes) -> None:
@@ -177,7 +160,7 @@ def _clean(axes: Axes) -> None:
 
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return file.getvalue()
 
 

@@ -10,13 +10,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from vismem.evaluation.answers import normalise
 from vismem.evaluation.arms import ARMS, VANILLA, VISMEM, Arm, label
-from vismem.evaluation.metrics import CAPABILITIES, OVERALL
+from vismem.evaluation.metrics import CAPABILITIES, OVERALL, is_yes_no
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline, p_value
 
 EXAMPLES = 4  # at most, of wins and of losses
-_CHIPS = {"&lt;m_I^s&gt;": ("short", "short memory"), "&lt;m_I^l&gt;": ("long", "long memory")}
+_CHIPS = {"&lt;m_I^s&gt;": ("short", "short-term memory"), "&lt;m_I^l&gt;": ("long", "long-term memory")}
 
 
 def render(
@@ -35,17 +36,21 @@ def render(
     """
     loader = PackageLoader("vismem.evaluation", ".")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)  # a missing figure is a fault
+    environment.filters["signed"] = _signed
     groups = [OVERALL, *(name for name in CAPABILITIES if name in metrics["counts"])]
     differences = [(label(VISMEM), metrics["gain"])] if metrics["gain"] else []
     differences += [(label(arm), difference) for arm, difference in metrics["ablations"].items()]
     wins, losses = disagreements(predictions)
     shown_wins, shown_losses = examples(wins, losses, metrics["seed"])
+    references = [normalise(answer.reference) for answer in predictions[VANILLA] if is_yes_no(answer)]
     tasks = groupby(metrics["tasks"].items(), key=lambda item: str(item[1]["capability"]))
     page: str = environment.get_template("report.html.j2").render(
         metrics=metrics,
         headline=headline(metrics),
         groups=groups,
         groups_yes_no=metrics["yes_no"]["arms"][VANILLA],
+        yes_is_right=100 * references.count("yes") / max(len(references), 1),
+        task_margin=98 / min(task["n"] for task in metrics["tasks"].values()) ** 0.5,
         arms=[ARMS.get(arm) or Arm(arm, arm, "", ARMS[VANILLA].policy) for arm in metrics["arms"]],
         differences=differences,
         tasks_by_capability=[(capability, list(rows)) for capability, rows in tasks],
@@ -58,7 +63,7 @@ def render(
         resamples=resamples,
         batch_size=batch_size,
         tone=_tone,
-        place=lambda position: "-" if position is None else f"{position:.2f}",
+        place=lambda position: "\N{EN DASH}" if position is None else f"{position:.2f}",
         p_value=p_value,
     )
     return page
@@ -98,12 +103,18 @@ def _example(
         for arm, answer in answers.items()
     ]
     images = [_data_uri(image) for image in pictures.get(asked.id, ())]
-    return {"question": asked.question, "reference": asked.reference, "lines": lines, "images": images}
+    asked_for = {"task": asked.task, "question": asked.question, "reference": asked.reference}
+    return {**asked_for, "lines": lines, "images": images}
 
 
 def _data_uri(image: bytes) -> str:
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _signed(value: float) -> str:
+    """With its sign, a true minus: as wide as a plus."""
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _tone(difference: Mapping[str, Any]) -> str:

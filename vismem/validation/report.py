@@ -16,6 +16,7 @@ from vismem.data.fingerprint import SPLITS, data_sha256, examine_image
 from vismem.validation.facts import read_rows
 
 if TYPE_CHECKING:
+    from vismem.validation.expectations import Verdict
     from vismem.validation.validate import Findings
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -33,6 +34,7 @@ def render(findings: "Findings", settings: ValidateConfig) -> str:
     shown = list(findings.reasons)[:QUARANTINED_SHOWN]
     bad = _load(findings, rows.loc[shown])
     broken = [v for v in findings.verdicts if not v.success]
+    splits = [_split(split, findings, rows, clean) for split in reversed(SPLITS)]
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     return page.render(
         errors=findings.errors,
@@ -41,9 +43,7 @@ def render(findings: "Findings", settings: ValidateConfig) -> str:
             {
                 "rule": v.rule,
                 "success": v.success,
-                "judged": v.judged,
-                "observed": v.observed,
-                "message": findings.messages[v.rule.name],
+                "found": _seen(v) if v.success else findings.messages[v.rule.name],
             }
             for v in findings.verdicts
         ],
@@ -53,7 +53,8 @@ def render(findings: "Findings", settings: ValidateConfig) -> str:
         images=len({digest for hashes in clean["image_hashes"] for digest in hashes}),
         answers=clean["answer"].nunique(),
         data_sha256=data_sha256({s: clean.loc[clean["split"] == s, "sha256"] for s in SPLITS}),
-        splits=[_split(split, findings, rows, clean) for split in reversed(SPLITS)],
+        splits=splits,
+        top_share=max((answer["share"] for split in splits for answer in split["answers"]), default=1.0),
         tasks=_tasks(findings),
         samples=_samples(findings, clean),
         bad=[bad[index] | {"reason": findings.reasons[index]} for index in shown],
@@ -61,18 +62,28 @@ def render(findings: "Findings", settings: ValidateConfig) -> str:
     )
 
 
+def _seen(verdict: "Verdict") -> str:
+    """What was seen of a rule that holds: the least and largest value, and how much was judged."""
+    column = verdict.rule.column
+    show = "{:.1%}" if column.endswith(("share", "drift")) else "{:,.0f} px" if column.endswith("side") else "{:,.0f}"
+    span = dict.fromkeys(show.format(value) for value in verdict.span or ())
+    seen = [f"{column.replace('chars', 'characters').replace('_', ' ')} {' to '.join(span)}"] if span else []
+    judged = [f"{verdict.judged:,} {verdict.rule.table} judged"] if verdict.judged != 1 else []
+    return "; ".join(seen + judged) or "nothing to judge"
+
+
 def _split(split: str, findings: "Findings", rows: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
     ours = clean[clean["split"] == split]
     facts = findings.splits.set_index("split").loc[split]
     counts = Counter(ours["answer"])
     top = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:ANSWERS_SHOWN]
-    known = ours["least_side"].notna().any()
+    sides = (ours["least_side"].min(), ours["largest_side"].max()) if ours["least_side"].notna().any() else ()
     return {
         "name": split,
         "rows": int((rows["split"] == split).sum()),
         "clean": len(ours),
         "images": len({digest for hashes in ours["image_hashes"] for digest in hashes}),
-        "sides": f"{ours['least_side'].min():.0f} to {ours['largest_side'].max():.0f} px" if known else "",
+        "sides": " to ".join(dict.fromkeys(f"{side:.0f}" for side in sides)),
         "question_chars": f"{ours['question_chars'].median():.0f}" if len(ours) else "",
         "answers": [{"text": text, "count": count, "share": count / len(ours)} for text, count in top],
         "distinct_answers": len(counts),
@@ -83,13 +94,11 @@ def _split(split: str, findings: "Findings", rows: pd.DataFrame, clean: pd.DataF
 def _tasks(findings: "Findings") -> list[dict[str, Any]]:
     """The task mix as a table: one row a task, with its share of each split and of the profile."""
     names = sorted({task for mix in (*findings.task_mix.values(), findings.profile) for task in mix})
-    highest = max((share for mix in findings.task_mix.values() for share in mix.values()), default=1.0)
     return [
         {
             "name": name,
             "shares": [findings.task_mix[split].get(name, 0.0) for split in reversed(SPLITS)],
             "profile": findings.profile.get(name, 0.0),
-            "highest": highest,
         }
         for name in names
     ]

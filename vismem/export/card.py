@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vismem.config import Config, GrpoConfig
+from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.summary import headline
 from vismem.models.vismem import VisMemModel
@@ -61,6 +62,8 @@ def model_card(
         max_positions=model.backbone.model.config.text_config.max_position_embeddings,
         headline=headline(metrics),
         groups=groups,
+        label=label,
+        descriptions={name: ARMS[name].description for name in arms if name in ARMS},
         score=score,
         gain=gain,
         metrics=metrics,

@@ -179,12 +179,9 @@ def _run_study(arguments: argparse.Namespace) -> int:
 
 def _run_preflight(arguments: argparse.Namespace) -> int:
     config, artifacts = _enter(arguments)
-    from vismem.preflight import checks, require, run_checks
+    from vismem.preflight import preflight
 
-    findings = run_checks(checks(config, artifacts))
-    for finding in findings:
-        print(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.seen}")
-    require(findings)
+    preflight(config, artifacts)
     return 0
 
 

@@ -34,20 +34,26 @@ Check = Callable[[], Finding]
 
 
 def preflight(config: Config, artifacts: Path, report: Path | None = None) -> list[Finding]:
-    """Run all checks for a run whose outputs go to `artifacts`; write them to `report` as Markdown.
+    """Run all checks for a run whose outputs go to `artifacts`, print each finding, write them to `report` (Markdown).
 
     UserError that names every failed check with what to do.
     """
-    findings = run_checks(checks(config, artifacts))
+    findings = []
+    for check in checks(config, artifacts):
+        findings.append(found := check())
+        print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {found.seen}", flush=True)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(markdown(findings))
-    require(findings)
+    failed = [finding for finding in findings if not finding.ok]
+    if failed:
+        reasons = "; ".join(f"({i}) {f.name}: {f.seen}: {f.remedy}" for i, f in enumerate(failed, start=1))
+        raise UserError(f"{len(failed)} of {len(findings)} checks failed: {reasons}")
     return findings
 
 
 def checks(config: Config, artifacts: Path) -> list[Check]:
-    """The checks that the parameters ask for; nothing is looked at yet."""
+    """The checks that the parameters ask for, not yet run. A check says no by its finding; it does not raise."""
     wanted = config.preflight
     return [
         *(partial(check_variable, name) for name in wanted.environment),
@@ -58,19 +64,6 @@ def checks(config: Config, artifacts: Path) -> list[Check]:
         partial(check_disk, artifacts, wanted.free_disk_gb),
         partial(check_shared_memory, wanted.shared_memory_gb),
     ]
-
-
-def run_checks(todo: Sequence[Check]) -> list[Finding]:
-    """The findings of all checks, in order. A check says no by its finding; it does not raise."""
-    return [check() for check in todo]
-
-
-def require(findings: Sequence[Finding]) -> None:
-    """UserError that lists all failed checks, where there is one."""
-    failed = [finding for finding in findings if not finding.ok]
-    if failed:
-        reasons = "; ".join(f"({i}) {f.name}: {f.seen}: {f.remedy}" for i, f in enumerate(failed, start=1))
-        raise UserError(f"{len(failed)} of {len(findings)} checks failed: {reasons}")
 
 
 def markdown(findings: Sequence[Finding]) -> str:

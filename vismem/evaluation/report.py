@@ -50,7 +50,7 @@ def render(
         groups=groups,
         groups_yes_no=metrics["yes_no"]["arms"][VANILLA],
         yes_is_right=100 * references.count("yes") / max(len(references), 1),
-        task_margin=98 / min(task["n"] for task in metrics["tasks"].values()) ** 0.5,
+        fewest=min(task["n"] for task in metrics["tasks"].values()),
         arms=[ARMS.get(arm) or Arm(arm, arm, "", ARMS[VANILLA].policy) for arm in metrics["arms"]],
         differences=differences,
         tasks_by_capability=[(capability, list(rows)) for capability, rows in tasks],

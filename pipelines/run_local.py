@@ -8,12 +8,14 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from kfp import local
 
 # First in the path: beside this file `vismem` would be the pipeline instead of the library.
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = {"profile": given.profile, "overrides": pairs(given.set), **pairs(given.argument)}
     if unknown := set(arguments) - set(make_pipeline("here").component_spec.inputs):
         parser.error(f"the pipeline has no parameter {', '.join(sorted(unknown))}; --set is for those of params.yaml")
+    signal.signal(signal.SIGTERM, _end_task_and_stop)
     return run(arguments, given.folder.absolute(), cache=not given.no_cache)
 
 
@@ -63,22 +66,31 @@ def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, runner: 
         workspace_root=str(folder / "workspace"),
         enable_caching=cache,
     )
-    status = 0
+    earlier, status = set(folder.glob("vismem-*")), 0
     try:
-        make_pipeline(fixed_image=image)(**{"journal": str(folder / "journal"), **arguments})
+        pipeline = make_pipeline(fixed_image=image, work=str(folder / "work"))
+        pipeline(**{"journal": str(folder / "journal"), **arguments})
     except RuntimeError as error:  # a task failed; its log stands above
         logging.error(error)
         status = 1
     except KeyboardInterrupt:
-        print("stopped; run it again, and it goes on after the tasks that were done", file=sys.stderr)
+        print("stopped; run it again, and it goes on where it was", file=sys.stderr)
         return 130
-    pages = sorted(folder.glob("vismem-*/summary/summary"))
-    if not pages:
+    made = sorted(set(folder.glob("vismem-*")) - earlier)
+    if not made:
         print("no task was run", file=sys.stderr)
         return 1
-    print(pages[-1].read_text())
-    print(f"Everything that was made lies in {pages[-1].parents[1]}")
+    summary = made[-1] / "summary" / "summary"
+    print(summary.read_text() if summary.is_file() else "The run left no summary.")
+    print(f"Everything that was made lies in {made[-1]}")
     return status
+
+
+def _end_task_and_stop(*_: object) -> None:
+    """On SIGTERM: the task at work would otherwise work on."""
+    for process in psutil.Process().children(recursive=True):
+        process.terminate()
+    raise KeyboardInterrupt
 
 
 def _value(text: str) -> Any:

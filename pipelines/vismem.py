@@ -36,14 +36,16 @@ def load_components():
     return SimpleNamespace(**{name: getattr(import_module(f"components.{name}.component"), name) for name in names})
 
 
-def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False):
+def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False, work: str = ""):
     """The pipeline. With `fixed_image` all tasks run in that, for runners that cannot read it from the parameters.
 
-    With `shared_volume` they all see the volume that several nodes train on: for the back end `trainer`, which goes on
-    from its checkpoints there, for own data, and for one cache of hub models.
+    With `shared_volume` they all see the volume that several nodes train on: for the back end `trainer`, for own data,
+    for one cache of hub models, and for checkpoints, from which a task that was killed goes on. `work`: another folder
+    for these, that all tasks see.
     """
 
     local = fixed_image is not None
+    work = f"{SHARED_FOLDER}/work" if shared_volume else work
     task_of = load_components()
 
     @dsl.pipeline(name="vismem")
@@ -132,6 +134,8 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
         def place(task, *, cached=True, retried=False):
             """Image, caching, retries: what every task has."""
             task.set_caching_options(cached)
+            if work:
+                task.set_env_variable("VISMEM_WORK", work)
             if local:
                 return task.set_container_image(fixed_image)
             if shared_volume:
@@ -230,6 +234,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
                     parameters=of["evaluate"], journal=journal, base=base_made, stage2=trained, validate=data
                 ),
                 evaluation_gpu_count,
+                retried=shared_volume,
             ).outputs["evaluate"]
             bundle = heavy(
                 task_of.export(
@@ -265,7 +270,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
                     cached=False,
                 )
             with dsl.Else(name="refused"):
-                light(task_of.not_promoted(promote=released.outputs["promote"]), cached=False)
+                light(task_of.not_promoted(journal=journal, promote=released.outputs["promote"]), cached=False)
 
     return vismem
 

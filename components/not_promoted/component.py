@@ -4,14 +4,14 @@ from kfp import dsl
 
 
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
-def not_promoted(promote: dsl.Input[dsl.Artifact], note: dsl.Output[dsl.Markdown]):
+def not_promoted(journal: str, promote: dsl.Input[dsl.Artifact], note: dsl.Output[dsl.Markdown]):
     """Say which version was refused, and why. Nothing is deployed; what is served stays as it is.
 
     Args:
+        journal: Folder or s3:// address of the runs' journals; empty for none.
         promote: The refusal of `promote`.
         note: Version and reasons.
     """
     from vismem.orchestration import refusal_note
 
-    with open(note.path, "w") as page:
-        page.write(refusal_note(promote.path))
+    refusal_note(promote.path, note.path, journal)

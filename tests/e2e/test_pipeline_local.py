@@ -5,20 +5,20 @@ The tests stand in the order of one story: later runs keep what earlier ones mad
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from vismem.config import resolve
 from vismem.orchestration import journal as notes
+from vismem.registry.tracking import experiment_id, open_store, versions
 from vismem.serving.environment import DEFAULT_PYTHON, VARIABLE
 from vismem.steps import run_step
 
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
     "memory.builder_layers": 1,
     "memory.builder_heads": 2,
     "stage1.steps": 2,
-    "stage1.checkpoint_every": 1,
+    **{f"{stage}.checkpoint_every": 1 for stage in ("stage1", "stage2")},
     "stage1.warm_start": {"steps": 3, "batch_size": 4},
     "stage2.steps": 2,
     **{f"{stage}.{name}": 2 for stage in ("stage1", "stage2") for name in ("batch_size", "group_size")},
@@ -41,6 +41,9 @@ TINY: dict[str, Any] = {
     "evaluate.bootstrap": 100,
     "export.parity_items": 2,
 }
+SERVED = pytest.mark.skipif(
+    not Path(os.environ.get(VARIABLE, DEFAULT_PYTHON)).is_file(), reason="no serving environment: `make serving`"
+)
 PASSES = {
     "gate.min_gain": -100,
     "gate.min_gain_low": -100,
@@ -61,13 +64,31 @@ def command(folder: Path, **overrides: Any) -> list[str]:
     return [sys.executable, "pipelines/run_local.py", "--profile", "smoke", "--folder", str(folder), *settings]
 
 
+KILLER = """
+import fnmatch, os, signal, sys
+
+def end(event, arguments):
+    \"\"\"Kill this process where it begins to write, or to rename, a file whose path matches KILLED_AT.\"\"\"
+    writes = event == "os.rename" or (event == "open" and arguments[1] in ("w", "wb", "x", "xb"))
+    if writes and fnmatch.fnmatch(str(arguments[0]), os.environ["KILLED_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if "KILLED_AT" in os.environ:
+    sys.addaudithook(end)
+"""
+
+
 def environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}, "OMP_NUM_THREADS": "1"}
 
 
-def run(folder: Path, **overrides: Any) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, killed_at: str | None = None, **overrides: Any) -> subprocess.CompletedProcess[str]:
+    variables = environment()
+    if killed_at:
+        (folder / "sitecustomize.py").write_text(KILLER)  # Python imports it in every process
+        variables |= {"PYTHONPATH": str(folder), "KILLED_AT": killed_at}
     done = subprocess.run(
-        command(folder, **overrides), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        command(folder, **overrides), cwd=ROOT, env=variables, capture_output=True, text=True, check=False
     )
     print(done.stdout[-6000:], done.stderr[-3000:], sep="\n")  # shown where a test fails
     return done
@@ -86,57 +107,71 @@ def executed(folder: Path) -> set[str]:
     return {path.name for path in runs(folder)[-1].iterdir() if (path / "executor_output.json").is_file()}
 
 
-def descendants(pid: int) -> Iterator[int]:
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        yield int(child)
-        yield from descendants(int(child))
+def made(folder: Path, task: str) -> Path:
+    """The folder of the task in the only run that ran it to its end."""
+    (only,) = (file.parent for file in folder.glob(f"vismem-*/{task}/executor_output.json"))
+    return only
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> None:
-    """Return when stage I has gone some of its way."""
-    while not list(folder.glob("vismem-*/stage1/stage1.partial/*.checkpoint")):
-        assert process.poll() is None, "the run ended before stage I"
-        time.sleep(0.02)
+def kill(folder: Path, task: str, place: str, **overrides: Any) -> None:
+    """A run whose `task` is killed in the moment in which it begins to write a file at `place`."""
+    assert run(folder, killed_at=f"*/{place}", **overrides).returncode == 1
+    assert f"**{task} failed**: it ended without a word: killed" in summary(folder)
+    assert not (runs(folder)[-1] / task / "executor_output.json").exists()
 
 
-def test_a_run_whose_stage_one_is_killed_is_red_and_its_summary_says_so(folder: Path) -> None:
-    log = folder / "log"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            command(folder), cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
-        ) as process,
-    ):
-        wait_for_checkpoint(folder, process)
-        for pid in list(descendants(process.pid)):
-            os.kill(pid, signal.SIGKILL)
-    assert process.returncode == 1, log.read_text()[-3000:]
-    assert "**stage1 failed**: it ended without a word: killed" in summary(folder)
-    assert summary(folder) in log.read_text()
-    assert not (runs(folder)[-1] / "stage1" / "stage1").exists()
+PLACES = [  # each in the midst of its task's work; one after the other, since a run keeps what earlier ones made
+    ("configure", "configure/resolved"),
+    ("preflight", "preflight/report"),
+    ("prepare", "prepare.partial/stats.json"),
+    ("validate", "validate.partial/data/validation/part-00000.parquet"),
+    ("base", "base.partial/language.new"),
+    ("stage1", "stage1.partial/samples/000001.jsonl"),
+    ("stage2", "stage2.partial/samples/000001.jsonl"),
+    ("evaluate", "evaluate.partial/metrics.json"),
+    ("export", "export.partial/onnx/decoder.onnx"),
+    ("register", "mlartifacts/models/*/vismem.json"),
+    ("register", "register.partial/verdict.json"),
+    ("not-promoted", "not-promoted/note"),
+]
+
+
+@pytest.mark.parametrize(("task", "place"), PLACES)
+def test_a_run_of_which_a_task_is_killed_is_red_and_its_summary_says_so(folder: Path, task: str, place: str) -> None:
+    kill(folder, task, place)
+    kept = list((folder / "work").glob(f"*/{task}-*/{task}.partial/*.checkpoint"))
+    assert bool(kept) == (task in ("base", "stage1", "stage2")), "long steps go on from a checkpoint"
 
 
 def test_run_again_it_keeps_what_was_made_and_ends_like_the_steps_run_by_hand(folder: Path, tmp_path: Path) -> None:
-    done = run(folder)
-    assert done.returncode == 0
-    assert not {"prepare", "validate", "base"} & executed(folder)
-    made, kept = runs(folder)[1], runs(folder)[0]
+    assert run(folder).returncode == 0
+    assert executed(folder) == {"configure", "preflight", "register", "promote", "not-promoted", "summary"}
+    assert not list(folder.glob("work/*/*")), "checkpoints of what was made are gone"
     config = resolve("smoke", {}, TINY)
-    for step in ("prepare", "validate", "base", "stage1", "stage2", "evaluate"):
-        run_step(step, config, tmp_path)
     for step, names in {
+        "prepare": ("stats.json",),
+        "validate": ("validation.json",),
         "base": ("model.safetensors",),
         "stage1": ("memory.safetensors", "stage1.csv", "warm_start.csv"),
         "stage2": ("policy.safetensors", "memory.safetensors", "stage2.csv"),
         "evaluate": ("scores.json",),
+        "export": ("vismem/memory.safetensors", "onnx/weights.bin", "onnx/decoder.onnx"),
     }.items():
+        run_step(step, config, tmp_path)
         for name in names:
-            theirs = (kept if step == "base" else made) / step / step / name
+            theirs = made(folder, step) / step / name
             assert theirs.read_bytes() == (tmp_path / step / name).read_bytes(), f"{step}/{name}"
     for arm in ("vanilla", "vismem"):
-        file = Path("evaluate") / "predictions" / f"{arm}.parquet"
-        assert pq.read_table(made / "evaluate" / file).equals(pq.read_table(tmp_path / file))
-    assert scores(made / "evaluate" / "evaluate") == scores(tmp_path / "evaluate")
+        file = f"evaluate/predictions/{arm}.parquet"
+        assert pq.read_table(made(folder, "evaluate") / file).equals(pq.read_table(tmp_path / file))
+    assert scores(made(folder, "evaluate") / "evaluate") == scores(tmp_path / "evaluate")
+
+
+def test_a_registration_that_was_killed_leaves_one_version_and_no_run_that_seems_to_run(folder: Path) -> None:
+    store = open_store(resolve("smoke", {}, {"registry.tracking_uri": f"sqlite:///{folder}/mlflow.db"}).registry)
+    assert [version.version for version in versions(store)] == ["1"]
+    ended = [found.info.status for found in store.client.search_runs([experiment_id(store)])]
+    assert sorted(ended) == ["FINISHED", "KILLED"]
 
 
 def scores(folder: Path) -> dict[str, Any]:
@@ -167,7 +202,7 @@ def test_artifacts_carry_where_they_came_from_and_what_the_page_of_a_run_shows(f
         for name, held in json.loads(file.read_text()).get("artifacts", {}).items():
             found[f"{file.parent.name}.{name}"] = held["artifacts"][0]["metadata"]
             assert Path(held["artifacts"][0]["uri"]).exists(), "what has no file is never kept"
-    lineage = json.loads((runs(folder)[-1] / "export" / "export" / "lineage.json").read_text())
+    lineage = json.loads((made(folder, "export") / "export" / "lineage.json").read_text())
     assert (
         found["export.export"]["data_sha256"] == found["validate.validate"]["shards_sha256"] == lineage["data_sha256"]
     )
@@ -177,14 +212,24 @@ def test_artifacts_carry_where_they_came_from_and_what_the_page_of_a_run_shows(f
     assert found["promote.promote"]["promoted"] is False
     assert {"vanilla_overall", "vismem_overall", "gain"} <= set(found["evaluate.metrics"])
     assert found["evaluate.yes_no"]["confusionMatrix"]["annotationSpecs"][0] == {"displayName": "yes"}
-    assert "<html" in (runs(folder)[-1] / "evaluate" / "report").read_text()
+    assert "<html" in (made(folder, "evaluate") / "report").read_text()
     resolved = yaml.safe_load((runs(folder)[-1] / "configure" / "resolved").read_text())
     assert resolved["base"]["hidden_size"] == 32
 
 
-@pytest.mark.skipif(
-    not Path(os.environ.get(VARIABLE, DEFAULT_PYTHON)).is_file(), reason="no serving environment: `make serving`"
-)
+@SERVED
+def test_a_release_and_a_deployment_that_were_killed_are_red_and_leave_no_server(folder: Path) -> None:
+    passes = {key.replace(".", "__"): value for key, value in PASSES.items()}
+    kill(folder, "promote", "promote.partial/release.json", **passes)
+    kill(folder, "deploy", "deploy.partial/smoke.json", **passes)
+    partial = runs(folder)[-1] / "deploy" / "deploy.partial"
+    assert (partial / "tritonserver.log").read_text(), "it was killed when the server had answered"
+    seen = psutil.process_iter(["cmdline"])
+    servers = [process for process in seen if str(partial) in " ".join(process.info["cmdline"] or ())]
+    assert not psutil.wait_procs(servers, timeout=60)[1]
+
+
+@SERVED
 def test_another_gate_runs_nothing_before_the_registry_again_and_releases_what_passes(folder: Path) -> None:
     assert run(folder, **{key.replace(".", "__"): value for key, value in PASSES.items()}).returncode == 0
     tasks = {"configure", "preflight", "register", "promote", "deploy", "summary"}
@@ -193,6 +238,18 @@ def test_another_gate_runs_nothing_before_the_registry_again_and_releases_what_p
     assert (release["promoted"], release["version"]) == (True, "1")
     smoke = json.loads((runs(folder)[-1] / "deploy" / "deploy" / "smoke.json").read_text())
     assert (smoke["promoted"], smoke["version"]) == (True, 1)
+
+
+def test_a_run_that_is_told_to_end_takes_the_task_at_work_with_it(folder: Path) -> None:
+    with subprocess.Popen(command(folder, seed=1), cwd=ROOT, env=environment()) as process:
+        tasks: list[psutil.Process] = []
+        while not tasks and process.poll() is None:
+            tasks = psutil.Process(process.pid).children(recursive=True)
+            time.sleep(0.05)
+        process.terminate()
+    assert process.returncode == 130
+    assert tasks
+    assert not psutil.wait_procs(tasks, timeout=30)[1]
 
 
 def test_a_run_whose_data_are_bad_is_red_with_the_broken_rules_in_its_summary(folder: Path) -> None:
@@ -208,3 +265,9 @@ def test_a_run_with_a_wrong_parameter_ends_at_once_and_names_the_right_one(folde
     assert run(folder, stage1__stepz=3).returncode == 1
     assert executed(folder) == {"summary"}
     assert "unknown key 'stage1.stepz' (did you mean 'steps'?)" in summary(folder)
+
+
+def test_a_run_whose_summary_is_killed_is_red_and_shows_no_other_run_s(folder: Path) -> None:
+    done = run(folder, killed_at="*/summary/summary", stage1__stepz=3)
+    assert done.returncode == 1
+    assert "The run left no summary." in done.stdout

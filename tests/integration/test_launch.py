@@ -138,6 +138,30 @@ def test_two_nodes_of_a_cluster_make_what_one_process_makes(
     assert list(shared.iterdir()) == []
 
 
+def test_a_killed_task_goes_on_elsewhere_from_the_checkpoints_in_its_work_folder(
+    one: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a pod does that is started anew: its own folder is gone, the work folder is not."""
+    work, collect, steps = tmp_path / "work", GrpoObjective.collect, []
+
+    def collect_until_killed(objective: GrpoObjective, step: int) -> Any:
+        steps.append(step)
+        if steps == [0, 1, 2]:
+            with pytest.raises(UserError, match="is in use"):  # by this launch
+                launch_step("stage2", CONFIG, tmp_path / "beside", one, work=work)
+            raise KeyboardInterrupt
+        return collect(objective, step)
+
+    monkeypatch.setattr(GrpoObjective, "collect", collect_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        launch_step("stage2", CONFIG, tmp_path / "first", one, work=work)
+    launch_step("stage2", CONFIG, tmp_path / "second", one, work=work)
+    assert steps == [0, 1, 2, 2], "behind the checkpoint of step 1"
+    for name in ("policy.safetensors", "stage2.csv", "samples.jsonl"):
+        assert (tmp_path / "second" / "stage2" / name).read_bytes() == (one["stage2"] / name).read_bytes(), name
+    assert list(work.iterdir()) == []
+
+
 def test_a_failing_process_makes_the_launch_fail_with_its_reason_and_no_output_appears(
     one: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -57,7 +57,10 @@ def test_with_the_shared_volume_every_task_sees_it_and_training_is_tried_again()
     assert set(map(tuple, claims.values())) == {(("vismem-shared", How().shared.as_posix()),)}
     assert How().claim == "vismem-shared"
     tried = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
-    assert {name for name, task in tried.items() if task.get("retryPolicy")} >= {"stage1", "stage2"}
+    assert {name for name, task in tried.items() if task.get("retryPolicy")} >= {"stage1", "stage2", "evaluate"}
+    containers = spec["deploymentSpec"]["executors"]
+    places = [variable for name in tasks() for variable in containers[f"exec-{name}"]["container"]["env"]]
+    assert places.count({"name": "VISMEM_WORK", "value": "/shared/work"}) == len(tasks())
 
 
 def test_the_parameters_have_the_defaults_of_params_yaml() -> None:

@@ -5,9 +5,9 @@ Kubeflow's components call this and hand over what comes back; nothing here know
 
 from vismem.orchestration.opening import look_ahead, open_run
 from vismem.orchestration.parameters import parameters_of
-from vismem.orchestration.results import Result, refusal_note, verdict_page, yes_no_confusion
+from vismem.orchestration.results import Result, verdict_page, yes_no_confusion
 from vismem.orchestration.summary import close_run
-from vismem.orchestration.task import launch_fields, run_task
+from vismem.orchestration.task import launch_fields, refusal_note, run_task
 
 __all__ = [
     "Result",

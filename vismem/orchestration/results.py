@@ -67,14 +67,6 @@ def verdict_page(register: Path | str) -> str:
     return "\n".join([head, "", "| | rule | reason |", "|---|---|---|", *rows, ""])
 
 
-def refusal_note(promote: Path | str) -> str:
-    """Which version was not promoted, and why, as Markdown."""
-    release = _read(Path(promote) / "release.json")
-    reasons = [f"- {reason}" for reason in release["reasons"]]
-    head = f"# Not promoted: {release['name']} version {release['version']}"
-    return "\n".join([head, "", *reasons, "", "Nothing was deployed; what is served stays as it is.", ""])
-
-
 # --- one reader a step: (metadata, metrics) ---------------------------------------------------------------------------
 
 

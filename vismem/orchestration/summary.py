@@ -36,10 +36,12 @@ def render(entries: Sequence[Entry], state: str, message: str = "") -> str:
     if not good and not failed:
         lines += [f"No task left a reason. {message}".strip(), ""]
     lines += ["| task | state | seconds | what it says |", "|---|---|---:|---|"]
-    known = {entry.task: entry for entry in entries}
-    names = [entry.task for entry in entries if entry.task not in {step.name for step in STEPS}]
-    for name in [*names, *(step.name for step in STEPS)]:
-        lines.append(_row(known[name]) if name in known else f"| {name} | - | | not run, or kept from an earlier run |")
+    known, steps = {entry.task: entry for entry in entries}, [step.name for step in STEPS]
+    for name in ("configure", "preflight", *steps, "not-promoted"):
+        if name in known:
+            lines.append(_row(known[name]))
+        elif name in steps:
+            lines.append(f"| {name} | - | | not run, or kept from an earlier run |")
     return "\n".join([*lines, ""])
 
 

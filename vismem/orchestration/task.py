@@ -1,5 +1,7 @@
 """A pipeline's task around a step: journal, step, and what it made, in plain values."""
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from vismem.launch import How, launch_step
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import IDENTITY
 from vismem.orchestration.results import Result, describe, write_json
+
+WORK = "VISMEM_WORK"
 
 
 def run_task(
@@ -25,6 +29,9 @@ def run_task(
     `parameters`: what `parameters_of` gave; `inputs`: the folder of each step that it reads; `journal`: where the run's
     journal is kept, or nothing; `how`: fields of `vismem.launch.How`; `metrics`: a file that gets the metrics as JSON,
     since an artifact without a file passes for lost. Raises what the step raises.
+
+    The variable VISMEM_WORK may name a folder that outlives the task: there long steps keep their checkpoints, and a
+    task that was killed goes on from them when it runs again, with the same parameters, inputs and code.
     """
     folder = Path(out)
     assert folder.name == name, f"{name} writes a folder of that name, not {out}"
@@ -32,12 +39,25 @@ def run_task(
         sections = {key: value for key, value in parameters.items() if key != IDENTITY}
         config = parse_config(sections, f"parameters of {name}")
         folders = {step: Path(path) for step, path in inputs.items()}
-        page.text = launch_step(name, config, folder.parent, folders, _how(how or {}))
+        work = _work_folder(parameters[IDENTITY]["code"])
+        page.text = launch_step(name, config, folder.parent, folders, _how(how or {}), work)
         print(page.text)
         made = describe(name, folder, page.text)
         if metrics:
             write_json(Path(metrics), made.metrics)
         return made
+
+
+def refusal_note(promote: str, page: str, journal: str = "") -> None:
+    """Write into the file `page` which version `promote` refused, and why, as Markdown."""
+    with notes.entry(journal, notes.run_of(page), "not-promoted") as entry:
+        release = json.loads((Path(promote) / "release.json").read_text())
+        version = f"{release['name']} version {release['version']}"
+        reasons = [f"- {reason}" for reason in release["reasons"]]
+        lines = [f"# Not promoted: {version}", "", *reasons, "", "Nothing was deployed; what is served stays as it is."]
+        Path(page).parent.mkdir(parents=True, exist_ok=True)
+        Path(page).write_text("\n".join([*lines, ""]))
+        entry.text = f"{version} was refused, and nothing deployed"
 
 
 def launch_fields(
@@ -63,6 +83,11 @@ def launch_fields(
         }
     _how(fields)
     return {} if backend == "process" else fields
+
+
+def _work_folder(code: str) -> Path | None:
+    folder = os.environ.get(WORK)
+    return Path(folder) / code[:12] if folder else None
 
 
 def _how(fields: Mapping[str, Any]) -> How:

@@ -143,8 +143,15 @@ def experiment_id(store: Store) -> str:
 
 @contextmanager
 def tracked_run(store: Store, name: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """A run that ends FINISHED, or FAILED where the block raises; yields its id."""
-    run_id = str(store.client.create_run(experiment_id(store), tags=dict(tags), run_name=name).info.run_id)
+    """A run that ends FINISHED, or FAILED where the block raises; yields its id.
+
+    One with the same tags that still says RUNNING was left by a process that was killed: it ends KILLED.
+    """
+    experiment = experiment_id(store)
+    same = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    for left in store.client.search_runs([experiment], f"attributes.status = 'RUNNING' and {same}"):
+        store.client.set_terminated(left.info.run_id, "KILLED")
+    run_id = str(store.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
     try:
         yield run_id
     except BaseException:

@@ -1,6 +1,7 @@
 """The step `evaluate` on a tiny random model: all files, the same metrics from the same seed, arms that differ."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from vismem.config import Config, EvaluateConfig
 from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
-from vismem.evaluation.arms import ARMS, VANILLA, VISMEM
+from vismem.evaluation import evaluate as module
+from vismem.evaluation.arms import ARMS, VANILLA, VISMEM, Arm
 from vismem.evaluation.evaluate import decode, evaluate
 from vismem.evaluation.predictions import read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
+from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel
 
 OWN = tuple(name for name, arm in ARMS.items() if arm.model == VISMEM)  # the arms of the trained model
@@ -80,6 +83,33 @@ def test_the_same_seed_gives_the_same_metrics_but_for_seconds(
     assert read_predictions(result / "predictions" / "random_50.parquet") == read_predictions(
         tmp_path / "predictions" / "random_50.parquet"
     )
+
+
+def test_a_killed_evaluation_goes_on_behind_its_answers_and_ends_like_an_unbroken_one(
+    result: Path, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[str] = []
+    answer = module._answer
+
+    def answer_until_killed(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
+        answered.append(arm.name)
+        if len(answered) == 3 * len(OWN):  # warm-up, a round of three, and the next but for its last arm
+            raise KeyboardInterrupt
+        return answer(model, arm, samples, config)
+
+    monkeypatch.setattr(module, "_answer", answer_until_killed)
+    monkeypatch.setattr(module, "KEEP_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(CONFIG, inputs, tmp_path)
+    answered.clear()
+    monkeypatch.setattr(module, "_answer", lambda *all_: answered.append(all_[1].name) or answer(*all_))
+    evaluate(CONFIG, inputs, tmp_path)
+    assert len(answered) == 3 * len(OWN), "warm-up and two rounds of three"
+    assert _without_seconds(tmp_path / "metrics.json") == _without_seconds(result / "metrics.json")
+    for arm in OWN:
+        file = f"predictions/{arm}.parquet"
+        assert read_predictions(tmp_path / file) == read_predictions(result / file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in result.iterdir())
 
 
 def test_batches_do_not_change_an_answer(inputs: dict[str, Path]) -> None:

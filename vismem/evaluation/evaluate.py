@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -31,6 +32,7 @@ from vismem.models.vismem import VisMemModel, load_base
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
+ANSWERS, KEEP_EVERY = "answers.checkpoint", 30.0  # seconds: after a kill, no more is answered again
 
 
 def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -43,7 +45,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     folder = inputs["validate"] / "data" / "test"
     samples = pick(folder, config.evaluate.limit, config.seed)
     models = load_models(arms, inputs, config)
-    decoded = decode(models, arms, samples, config)
+    decoded = decode(models, arms, samples, config, out / ANSWERS)
     predictions = {
         name: [predict(sample, rollout) for sample, rollout in zip(samples, run.rollouts, strict=True)]
         for name, run in decoded.items()
@@ -114,14 +116,23 @@ class Run:
     seconds: float = 0.0
 
 
+_RUNS = TypeAdapter(dict[str, Run])
+
+
 def decode(
-    models: Mapping[str, VisMemModel], arms: Sequence[Arm], samples: Sequence[Sample], config: Config
+    models: Mapping[str, VisMemModel],
+    arms: Sequence[Arm],
+    samples: Sequence[Sample],
+    config: Config,
+    kept: Path | None = None,
 ) -> dict[str, Run]:
     """Answer `samples` greedily with every arm, each by its model of `models`. Only decoding is timed.
 
-    The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike.
+    The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike. Answers
+    so far go to the file `kept` from time to time, and are taken from there: a killed run goes on behind them.
     """
-    runs = {arm.name: Run() for arm in arms}
+    runs = _RUNS.validate_json(kept.read_bytes()) if kept and kept.is_file() else {arm.name: Run() for arm in arms}
+    answered, saved = len(runs[arms[0].name].rollouts), time.monotonic()
     for arm in arms:
         _answer(models[arm.model], arm, samples[:WARM_UP], config)
     count = math.ceil(len(samples) / config.evaluate.batch_size)
@@ -129,8 +140,10 @@ def decode(
     batches = [samples[start:end] for start, end in itertools.pairwise(ends)]
     columns = (TextColumn("evaluate {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(samples) * len(arms))
+        bar = progress.add_task("", total=len(samples) * len(arms), completed=answered * len(arms))
         for turn, batch in enumerate(batches):
+            if ends[turn] < answered:
+                continue
             shift = turn % len(arms)
             for arm in [*arms[shift:], *arms[:shift]]:
                 progress.update(bar, description=arm.label)
@@ -139,6 +152,11 @@ def decode(
                 runs[arm.name].seconds += time.perf_counter() - started
                 runs[arm.name].rollouts += rollouts
                 progress.advance(bar, len(batch))
+            if kept and time.monotonic() - saved >= KEEP_EVERY:
+                new = kept.with_suffix(".new")
+                new.write_bytes(_RUNS.dump_json(runs))
+                new.replace(kept)
+                saved = time.monotonic()
     return runs
 
 
@@ -153,6 +171,7 @@ def write(
     """Write all files of the step into `out`; leftovers of a killed run go."""
     for name in ("predictions", "plots"):
         shutil.rmtree(out / name, ignore_errors=True)
+    (out / ANSWERS).unlink(missing_ok=True)
     for arm, answers in predictions.items():
         write_predictions(answers, out / "predictions" / f"{arm}.parquet")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_data(tmp_path_factory.mktemp("validate"))
+
+
+@pytest.fixture(scope="module")
+def scores_differ() -> Iterator[None]:
+    """A random model is never right: score answers by their letters instead, so that groups have spread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vismem.training.rewards.score", lambda sample, text: float(sum(map(ord, text)) % 2))
+        yield

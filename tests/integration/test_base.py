@@ -158,34 +158,6 @@ def test_cached_features_equal_those_of_the_model(backbone: Qwen25VLBackbone, in
     torch.testing.assert_close(table, torch.cat(list(features)), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("killed", ["vision", "language"])
-def test_a_killed_run_resumes_and_equals_the_unbroken_one(
-    killed: str, made: Path, inputs: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pretraining, "CHECKPOINT_EVERY", 2)
-    name = {"vision": "_features", "language": "answer_loss"}[killed]
-    real, calls = getattr(pretraining, name), [0]
-
-    def kill(*arguments: object) -> object:
-        calls[0] += 1
-        if calls[0] == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pretraining, name, kill)
-        with pytest.raises(KeyboardInterrupt):
-            base(CONFIG, inputs, tmp_path)
-    saved = torch.load(tmp_path / f"{killed}.checkpoint", weights_only=True)
-    assert saved["step"] == 2
-    base(CONFIG, inputs, tmp_path)
-    whole, resumed = load_file(made / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert (tmp_path / "loss.json").read_text() == (made / "loss.json").read_text()
-    assert (tmp_path / "metrics.json").read_text() == (made / "metrics.json").read_text()
-
-
 def test_chunks_of_a_batch_change_the_speed_but_not_the_result(
     inputs: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,14 +43,7 @@ CONFIG = Config(
     baselines=BaselinesConfig(rank=4, alpha=8, supervised=SUPERVISED, grpo=GRPO),
     evaluate=EvaluateConfig(arms=(VANILLA, "sft_lora", "full"), max_new_tokens=10, bootstrap=100),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scores_differ() -> Iterator[None]:
-    """A random model is never right: score answers by their length instead, so that groups have spread."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vismem.training.rewards.score", lambda sample, text: float(sum(map(ord, text)) % 2))
-        yield
+pytestmark = pytest.mark.usefixtures("scores_differ")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +53,7 @@ def inputs(tiny_base: Path, tiny_data: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def made(
-    inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, _scores_differ: None
+    inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, scores_differ: None
 ) -> tuple[dict[str, Path], dict[str, VisMemModel]]:
     """Every baseline's folder, and the model as it was when training ended."""
     artifacts = tmp_path_factory.mktemp("artifacts")

@@ -7,7 +7,7 @@ What the source alone shows is in `tests/unit/test_habits.py`; that one row's in
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,7 @@ STAGES: dict[str, tuple[type[GrpoObjective], GrpoConfig, tuple[str, ...]]] = {
     "stage2": (Invocation, Stage2Config(steps=4, **GRPO), INVOCATION),
     "stage2 with a LoRA": (Invocation, Stage2Config(steps=4, policy_lora=True, **GRPO), INVOCATION + POLICY_LORA),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scores_differ() -> Iterator[None]:
-    """A random model is never right: score answers by their letters instead, so that groups have spread."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vismem.training.rewards.score", lambda sample, text: float(sum(map(ord, text)) % 2))
-        yield
+pytestmark = pytest.mark.usefixtures("scores_differ")
 
 
 def eager_model(base: Path) -> VisMemModel:
@@ -90,13 +83,14 @@ def objective_of(stage: str, base: Path, **changes: Any) -> tuple[GrpoObjective,
 def test_log_probabilities_are_of_the_stream_with_its_memories_so_the_first_ratio_is_one(
     stage: str, tiny_base: Path
 ) -> None:
-    objective, _ = objective_of(stage, tiny_base, clip_low=1e-3, clip_high=1e-3)
+    objective, _ = objective_of(stage, tiny_base, clip_low=1e-3, clip_high=1e-3, kl_coefficient=0.0)
     batch = objective.collect(0)
     kinds = {invocation.kind for rollout in batch.rollouts for invocation in rollout.invocations}
     assert kinds == set(MemoryKind)
     metrics = objective.backward(batch)
     assert metrics["clip_fraction"] == 0
     assert metrics["update_kl"] == pytest.approx(0, abs=1e-7)
+    assert metrics["loss"] == pytest.approx(0, abs=1e-4), "advantages of a group add up to zero"
     bare = dataclasses.replace(batch, rollouts=tuple(without_memory(rollout) for rollout in batch.rollouts))
     assert objective.backward(bare)["clip_fraction"] > 0.3, "without the memories the ratio would be another"
 
@@ -271,16 +265,18 @@ def test_every_parameter_of_training_is_read_while_training(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_micro_batches_of_one_equal_one_of_all(stage: str, tiny_base: Path) -> None:
+def test_small_micro_batches_equal_one_of_all(stage: str, tiny_base: Path) -> None:
+    """Of single rollouts, three and then one of each prompt's four, and three prompts and then the fourth."""
     gradients = []
-    for micro in (1, 16):
-        objective, trained = objective_of(stage, tiny_base, batch_size=8, group_size=2, micro_batch=micro)
+    for micro in (1, 3, 12, 16):
+        objective, trained = objective_of(stage, tiny_base, batch_size=4, group_size=4, micro_batch=micro)
         batch = objective.collect(0)
         assert len({tuple(i.position for i in r.invocations) for r in batch.rollouts}) > 4
         objective.backward(batch)
         gradients.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]))
     assert float(gradients[0].norm()) > 0
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-3)
+    for gradient in gradients[:-1]:
+        torch.testing.assert_close(gradient, gradients[-1], atol=1e-5, rtol=1e-3)
 
 
 # --- failures that are swallowed -------------------------------------------------------------------------------------

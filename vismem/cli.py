@@ -14,8 +14,9 @@ from pathlib import Path
 
 from vismem.config import Config, load_config
 from vismem.errors import UserError
+from vismem.launch import SHARED, How, launch_step
 from vismem.params_file import render_params
-from vismem.steps import BASELINES, STEPS, run_step
+from vismem.steps import BASELINES, STEPS
 from vismem.workspace import make_workspace, repro
 
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
@@ -54,6 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--if-needed", action="store_true", help="keep an output that such a run made of the same things"
         )
+        if step.name in SHARED:
+            command.add_argument(
+                "--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"),
+                help="how many of this machine share the step, one a GPU (default: VISMEM_PROCESSES, else 1)",
+            )  # fmt: skip
         command.set_defaults(run=_run_step)
 
     command = commands.add_parser(
@@ -141,7 +147,9 @@ def _enter(arguments: argparse.Namespace) -> tuple[Config, Path]:
 
 def _run_step(arguments: argparse.Namespace) -> int:
     config, artifacts = _enter(arguments)
-    line = run_step(arguments.command, config, artifacts, if_needed=arguments.if_needed)
+    processes = getattr(arguments, "processes", 1)
+    how = How() if processes == 1 else How("accelerate", processes)
+    line = launch_step(arguments.command, config, artifacts, how=how, if_needed=arguments.if_needed)
     print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
     return 0
 

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from cluster import cluster
 from safetensors.torch import load_file
 
+from vismem.cli import main
 from vismem.config import Config, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.errors import UserError
@@ -29,6 +30,7 @@ from vismem.launch import How, launch_step
 from vismem.launch import trainer as adapter
 from vismem.launch.desk import Job, local_desk, wait_for_unlocking
 from vismem.launch.worker import run
+from vismem.params_file import render_params
 from vismem.steps import run_step
 from vismem.training.loop import share
 from vismem.training.rollout import GrpoObjective
@@ -98,12 +100,17 @@ def assert_same(name: str, one: Path, several: Path) -> None:
 
 
 def test_two_processes_on_one_machine_make_what_one_makes_though_one_was_killed(
-    one: dict[str, Path], tmp_path: Path
+    one: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first launch is killed behind a checkpoint; the second, through the other back end, goes on from there."""
-    group = tmp_path / "stage1.partial" / "samples" / "000002.jsonl"
+    """The first launch is killed behind a checkpoint; the second, by the command line, goes on from there."""
+    artifacts, params = tmp_path / "artifacts", tmp_path / "params.yaml"
+    params.write_text(render_params(CONFIG))
+    artifacts.mkdir()
+    for name in ("base", "validate"):
+        (artifacts / name).symlink_to(one[name])
+    group = artifacts / "stage1.partial" / "samples" / "000002.jsonl"
     with ThreadPoolExecutor(1) as pool:
-        launched = pool.submit(launch_step, "stage1", CONFIG, tmp_path, one, TRAINER)
+        launched = pool.submit(launch_step, "stage1", CONFIG, artifacts, None, TRAINER)
         while not group.parents[1].is_dir():
             time.sleep(0.01)
         group.parent.mkdir()
@@ -114,12 +121,12 @@ def test_two_processes_on_one_machine_make_what_one_makes_though_one_was_killed(
         workers["1"].send_signal(signal.SIGKILL)
         with pytest.raises(UserError, match="stage1: a process was killed by signal 9"):
             launched.result()
-    assert not (tmp_path / "stage1").exists()
+    assert not (artifacts / "stage1").exists()
     group.unlink()
-    line = launch_step("stage1", CONFIG, tmp_path, one, ACCELERATE)
-    assert line.startswith("stage1: 3 GRPO steps")
-    assert_same("stage1", one["stage1"], tmp_path / "stage1")
-    assert [path.name for path in tmp_path.iterdir()] == ["stage1"]
+    assert main(["stage1", "--params", str(params), "--artifacts", str(artifacts), "--processes", "2"]) == 0
+    assert "stage1: 3 GRPO steps" in capsys.readouterr().out
+    assert_same("stage1", one["stage1"], artifacts / "stage1")
+    assert sorted(path.name for path in artifacts.iterdir()) == ["base", "stage1", "validate"]
 
 
 def test_two_nodes_of_a_cluster_make_what_one_process_makes(

@@ -4,10 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +33,8 @@ from vismem.preflight import (
     preflight,
 )
 from vismem.registry import tracking
+from vismem.services import HOST, NotYetError, free_ports, start_service
+from vismem.stack import S3_INNER, seaweedfs_command
 
 KEYS = {"owner": ["Admin"], "reader": ["Read:data", "List:data"]}  # SeaweedFS's names of rights
 
@@ -41,43 +42,31 @@ KEYS = {"owner": ["Admin"], "reader": ["Read:data", "List:data"]}  # SeaweedFS's
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an S3 server with the bucket `data`, its `owner` and a `reader`; each one's key is its name."""
-    folder, port = tmp_path_factory.mktemp("s3"), free_ports(1)[0]
+    folder, ports = tmp_path_factory.mktemp("s3"), free_ports({"s3": 0}, inner=S3_INNER)
     people = [
         {"name": name, "credentials": [{"accessKey": name, "secretKey": f"{name}-secret"}], "actions": rights}
         for name, rights in KEYS.items()
     ]
     (folder / "s3.json").write_text(json.dumps({"identities": people}))
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-    ports = dict(zip((*names, "s3.port.grpc"), free_ports(7), strict=True))
-    options = {"dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.config": folder / "s3.json"}
-    options |= {"s3.port": port, "s3.port.iceberg": 0, "master.telemetry": "false", **ports}
     weed = shutil.which("weed", path=str(Path(sys.executable).parent))
     assert weed is not None
-    with (folder / "log").open("wb") as log:
-        command = [weed, "server", "-s3", *(f"-{name}={value}" for name, value in options.items())]
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
+    command = [*seaweedfs_command(weed, folder, ports), f"-s3.config={folder / 's3.json'}"]
+    server = start_service("s3", command, {}, folder, stop_signal=signal.SIGKILL)
+    address = f"http://{HOST}:{ports['s3']}"
+    keys = {"aws_access_key_id": "owner", "aws_secret_access_key": "owner-secret", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=address, **keys)
+
+    def make_bucket() -> None:
+        try:
+            client.create_bucket(Bucket="data")
+        except (BotoCoreError, ClientError) as error:
+            raise NotYetError(str(error)) from None
+
     try:
-        client = boto3.client(
-            "s3",
-            endpoint_url=address,
-            region_name="us-east-1",
-            aws_access_key_id="owner",
-            aws_secret_access_key="owner-secret",
-        )
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                client.create_bucket(Bucket="data")
-                break
-            except (BotoCoreError, ClientError):
-                assert server.poll() is None, (folder / "log").read_text()[-2000:]
-                assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-                time.sleep(0.2)
+        server.wait_until(make_bucket)
         yield address
     finally:
-        server.kill()
-        server.wait()
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +91,6 @@ def silent() -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def test_a_laptop_passes_with_the_defaults(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:

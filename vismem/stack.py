@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 
 from vismem.errors import UserError
 from vismem.jobs import lock_folder
@@ -31,6 +30,7 @@ from vismem.services import (
     free_ports,
     start_service,
     unprivileged_user,
+    until_stopped,
     with_parent,
 )
 
@@ -53,24 +53,16 @@ def serve_stack(folder: Path, ports: Mapping[str, int], write: Callable[[str], N
     `ports` are those of mlflow, s3 and postgres; 0 means any free one. UserError where a port is in use, another stack
     works in the folder, a service does not come up, or one ends by itself: the others are stopped then.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with running_stack(folder, ports) as (environment, port, services):
-            write(
-                f"PostgreSQL  {HOST}:{port['postgres']}, database mlflow, user vismem, password in {folder / SECRETS}"
-            )
-            write(f"S3          {environment['AWS_ENDPOINT_URL_S3']}, bucket {BUCKET}, keys in {folder / SECRETS}")
-            write(f"MLflow      {environment['MLFLOW_TRACKING_URI']}, its tables in PostgreSQL, its files in S3")
-            write(f"ready: `source {folder / 'env'}` where you work; data and logs are in {folder}; stop with Ctrl-C")
-            sys.stdout.flush()
-            while True:
-                for service in services:
-                    service.check()
-                time.sleep(POLL)
-    except KeyboardInterrupt:
-        write("stopped")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with until_stopped(write), running_stack(folder, ports) as (environment, port, services):
+        write(f"PostgreSQL  {HOST}:{port['postgres']}, database mlflow, user vismem, password in {folder / SECRETS}")
+        write(f"S3          {environment['AWS_ENDPOINT_URL_S3']}, bucket {BUCKET}, keys in {folder / SECRETS}")
+        write(f"MLflow      {environment['MLFLOW_TRACKING_URI']}, its tables in PostgreSQL, its files in S3")
+        write(f"ready: `source {folder / 'env'}` where you work; data and logs are in {folder}; stop with Ctrl-C")
+        sys.stdout.flush()
+        while True:
+            for service in services:
+                service.check()
+            time.sleep(POLL)
 
 
 @contextmanager
@@ -267,7 +259,3 @@ def _write_private(file: Path, text: str) -> None:
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as output:
         output.write(text)
     partial.rename(file)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

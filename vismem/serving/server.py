@@ -11,11 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.services import free_ports
+from vismem.services import free_ports, until_stopped, with_parent
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask
 
@@ -87,7 +87,7 @@ class TritonServer:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    _die_with_parent(self._command(environment.binary, backends)),
+                    with_parent(self._command(environment.binary, backends), signal.SIGTERM),
                     env=environment.variables(),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -205,25 +205,9 @@ def serve(
         http_port=deploy.http_port if http_port is None else http_port,
         metrics_port=deploy.metrics_port if metrics_port is None else metrics_port,
     )
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with server:
-            ports = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
-            write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({ports})")
-            write(f"log: {log}; stop with Ctrl-C")
-            status = server.process.wait()
-            raise UserError(f"tritonserver ended with status {status}: {server._last_error()}; its log is {log}")
-    except KeyboardInterrupt:
-        write("stopped")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _die_with_parent(command: list[str]) -> list[str]:
-    """The command under util-linux's `setpriv`, so that it gets SIGTERM when this process dies, even by SIGKILL."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else command
+    with until_stopped(write), server:
+        ports = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
+        write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({ports})")
+        write(f"log: {log}; stop with Ctrl-C")
+        status = server.process.wait()
+        raise UserError(f"tritonserver ended with status {status}: {server._last_error()}; its log is {log}")

@@ -21,7 +21,9 @@ from kfp import local
 # First in the path: beside this file `vismem` would be the pipeline instead of the library.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipelines.containers import container_runner
 from pipelines.vismem import ROOT, make_pipeline
+from vismem.errors import UserError
 
 FOLDER = ROOT / "runs" / "pipeline"
 
@@ -38,12 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything goes (default: runs/pipeline)")
     parser.add_argument("--no-cache", action="store_true", help="run every task, whatever earlier runs made")
+    parser.add_argument(
+        "--image", help="run each task in a container of this image, such as vismem-train:latest, by docker or podman"
+    )
     given = parser.parse_args(argv)
     arguments = {"profile": given.profile, "overrides": pairs(given.set), **pairs(given.argument)}
     if unknown := set(arguments) - set(make_pipeline("here").component_spec.inputs):
         parser.error(f"the pipeline has no parameter {', '.join(sorted(unknown))}; --set is for those of params.yaml")
-    signal.signal(signal.SIGTERM, _end_task_and_stop)
-    return run(arguments, given.folder.absolute(), cache=not given.no_cache)
+    try:
+        return run(arguments, given.folder.absolute(), cache=not given.no_cache, image=given.image)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 def pairs(texts: Sequence[str]) -> dict[str, Any]:
@@ -51,24 +59,25 @@ def pairs(texts: Sequence[str]) -> dict[str, Any]:
     return {key: _value(text) for key, _, text in (pair.partition("=") for pair in texts)}
 
 
-def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, runner: Any = None, image: str = "here") -> int:
+def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, image: str | None = None) -> int:
     """Run the pipeline with these parameters; returns 0, or 1 where a task failed. Prints the summary and the folder.
 
-    Without MLFLOW_TRACKING_URI in the environment, registered models go to a store in `folder`.
+    Without MLFLOW_TRACKING_URI in the environment, registered models go to a store in `folder`. With an `image` each
+    task runs in a container of it, as the owner of `folder`, the only one that it sees. UserError where that cannot be.
     """
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp")  # of an image's name
     warnings.filterwarnings("ignore", message=".*have no effect in the current local runner")
     local.init(
-        runner or local.SubprocessRunner(use_venv=False),
+        container_runner(image, folder) if image else local.SubprocessRunner(use_venv=False),
         pipeline_root=str(folder),
         workspace_root=str(folder / "workspace"),
         enable_caching=cache,
     )
     earlier, status = set(folder.glob("vismem-*")), 0
     try:
-        pipeline = make_pipeline(fixed_image=image, work=str(folder / "work"))
+        pipeline = make_pipeline(fixed_image=image or "here", work=str(folder / "work"))
         pipeline(**{"journal": str(folder / "journal"), **arguments})
     except RuntimeError as error:  # a task failed; its log stands above
         logging.error(error)
@@ -101,4 +110,5 @@ def _value(text: str) -> Any:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end_task_and_stop)
     sys.exit(main())

@@ -12,7 +12,6 @@ import pytest
 from docker.models.containers import Container
 
 from pipelines import run_local
-from pipelines.containers import docker_runner
 from vismem.data.sample import iterate_samples
 from vismem.serving.client import infer, plain
 
@@ -35,10 +34,11 @@ def folder_for_containers(folder: Path) -> Path:
 
 def run_pipeline(folder: Path, image: str, **overrides: object) -> int:
     """The smoke pipeline with each task in a container; its exit status."""
-    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "OMP_NUM_THREADS": "1"}
-    runner = docker_runner(network_mode="host", user=USER, environment=environment)
-    arguments = {"profile": "smoke", "overrides": {**PASSES, **overrides}}
-    return run_local.run(arguments, folder, cache=False, runner=runner, image=image)
+    settings = [f"--set={key}={value}" for key, value in {**PASSES, **overrides}.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        return run_local.main(["--profile=smoke", f"--image={image}", f"--folder={folder}", "--no-cache", *settings])
 
 
 def said(engine: docker.DockerClient, image: str, *command: str, **options: object) -> str:

@@ -12,6 +12,7 @@ from kfp import components
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for `components` and `pipelines`
 
+from pipelines import run_local
 from pipelines.vismem import COMPILED, COMPILED_SHARED, compiled
 from vismem.config import without_nulls
 from vismem.launch import How
@@ -150,3 +151,13 @@ def test_the_summary_runs_whatever_happened_and_both_verdicts_lead_somewhere() -
     ]
     assert len(conditions) == 2
     assert any(condition.startswith("!") for condition in conditions)
+
+
+def test_containers_without_an_engine_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nobody")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///unused")
+    assert run_local.main(["--image", "vismem-train:latest", "--folder", str(tmp_path / "runs")]) == 1
+    assert "no container of vismem-train:latest" in capsys.readouterr().err
+    assert list((tmp_path / "runs").iterdir()) == []

@@ -8,9 +8,7 @@ from vismem.orchestration.journal import Entry
 from vismem.steps import STEPS
 
 GOOD = "SUCCEEDED"
-SILENT = (
-    "No task left a reason: the one that failed never began its work (killed, no image, no node). Its log says more."
-)
+SILENT = "No task left a reason: the one that failed never began its work (killed, no image, no node)"
 KILLED = "it ended without a word: killed from outside (out of memory, evicted, stopped), or it never came to start"
 
 
@@ -37,7 +35,7 @@ def render(entries: Sequence[Entry], state: str, message: str = "") -> str:
     for entry in failed:
         lines += [f"**{entry.task} failed**: {_reason(entry)}", ""]
     if not good and not failed:
-        lines += [f"{SILENT} {message}".strip(), ""]
+        lines += [f"{SILENT}. {message}".strip(), ""]
     lines += ["| task | state | seconds | what it says |", "|---|---|---:|---|"]
     known, steps = {entry.task: entry for entry in entries}, [step.name for step in STEPS]
     for name in ("configure", "preflight", *steps, "not-promoted"):

@@ -42,9 +42,16 @@ def run_pipeline(folder: Path, image: str, **overrides: object) -> int:
 
 
 def said(engine: docker.DockerClient, image: str, *command: str, **options: object) -> str:
-    """Standard output of a command in a container that is gone afterwards."""
-    output = engine.containers.run(image, list(command), remove=True, network_mode="host", **options)
-    return str(output.decode()).strip()
+    """Standard output of a command in a container that is gone afterwards.
+
+    Its log is read when it has ended: read along, and removed at once, it can lose its last lines.
+    """
+    container = engine.containers.run(image, list(command), detach=True, network_mode="host", **options)
+    try:
+        assert container.wait()["StatusCode"] == 0
+        return str(container.logs(stderr=False).decode()).strip()
+    finally:
+        container.remove(force=True)
 
 
 def free_ports(count: int) -> list[int]:

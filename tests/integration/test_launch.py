@@ -160,6 +160,7 @@ def test_a_killed_task_goes_on_elsewhere_from_the_checkpoints_in_its_work_folder
         return collect(objective, step)
 
     monkeypatch.setattr(GrpoObjective, "collect", collect_until_killed)
+    monkeypatch.setattr("vismem.launch.PATIENCE", 0.0)
     with pytest.raises(KeyboardInterrupt):
         launch_step("stage2", CONFIG, tmp_path / "first", one, work=work)
     launch_step("stage2", CONFIG, tmp_path / "second", one, work=work)

@@ -1,5 +1,6 @@
 """Running jobs: their order, what a second run skips, what a failure says, and what a kill leaves."""
 
+import errno
 import io
 import json
 import signal
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from vismem.errors import UserError
-from vismem.jobs import Job, busy_seconds, read_records, run_jobs
+from vismem.jobs import Job, busy_seconds, lock_folder, read_records, run_jobs
 
 QUIET = Console(file=io.StringIO())
 
@@ -142,6 +143,30 @@ def test_a_second_run_is_kept_away_while_a_step_of_a_killed_one_works(tmp_path: 
         except UserError:
             time.sleep(0.05)
     assert trace(tmp_path) == ["+b", "-b"]
+
+
+def test_a_lock_is_waited_for_as_long_as_one_has_patience(tmp_path: Path) -> None:
+    with lock_folder(tmp_path):
+        with pytest.raises(UserError, match="is in use"), lock_folder(tmp_path, 0.2):
+            pass
+        program = (
+            "import sys, pathlib, vismem.jobs as j\nwith j.lock_folder(pathlib.Path(sys.argv[1]), 60): print('mine')"
+        )
+        waiting = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(2)
+    assert waiting.communicate() == ("mine\n", None)
+
+
+def test_a_file_system_without_locks_is_named_and_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock_folder(tmp_path):
+        assert "without locks" in capsys.readouterr().err
 
 
 def test_records_keep_the_last_run_of_each_job_and_survive_a_cut_line(tmp_path: Path) -> None:

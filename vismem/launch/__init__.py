@@ -18,6 +18,7 @@ from vismem.steps import BASELINES, BY_NAME, StepFunction, run_step
 __all__ = ["BACKENDS", "SHARED", "How", "launch_step"]
 
 SHARED = ("stage1", "stage2", *(step.name for step in BASELINES))  # the steps that several processes can share
+PATIENCE = 180.0  # seconds: on a network file system the lock of a node that died outlives it for a while
 LONG = ("base", *SHARED, "evaluate")  # those that keep checkpoints
 
 
@@ -51,9 +52,9 @@ def launch_step(
 def _in_work_folder(work: Path, body: StepFunction, config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Have the step made in a folder below `work`, of the same name for the same parameters and inputs; fetch it."""
     place = work / _identified(out)
-    with lock_folder(place):
+    with lock_folder(place, PATIENCE):
         there = place / out.name
-        there.mkdir(exist_ok=True)
+        there.mkdir(parents=True, exist_ok=True)  # who was waited for may have cleared it
         line = body(config, inputs, there)
         shutil.copytree(there, out, dirs_exist_ok=True)
         shutil.rmtree(place)

@@ -4,15 +4,11 @@ What is finished is asked of each job itself. A lock that the commands inherit k
 any process of a killed one still works.
 """
 
-import errno
-import fcntl
 import json
 import os
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vismem.errors import UserError
+from vismem.locks import lock_folder
 from vismem.provenance import git_state
 
 TAIL = 20  # lines of a failed job's log that are shown
@@ -164,38 +161,3 @@ def _stop(running: dict[str, _Running]) -> None:
         except subprocess.TimeoutExpired:
             process.handle.kill()
             process.handle.wait()
-
-
-@contextmanager
-def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[int]:
-    """An exclusive lock on the folder; the processes that inherit it hold it too.
-
-    UserError where another holds it, also after `patience` seconds. Some network file systems have no locks: there it
-    only says so.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        until = time.monotonic() + patience
-        while not _locked(file, folder):
-            if time.monotonic() > until:
-                raise UserError(
-                    f"{folder} is in use: another run works there, or a step of one that was killed is still at it; "
-                    "wait for it or end it, then start again"
-                )
-            time.sleep(POLL)
-        yield file
-    finally:
-        os.close(file)
-
-
-def _locked(file: int, folder: Path) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        print(f"{folder} lies on a file system without locks: see to it that nothing else works there", file=sys.stderr)
-    return True

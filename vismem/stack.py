@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vismem.errors import UserError
-from vismem.jobs import lock_folder
+from vismem.locks import lock_folder
 from vismem.services import (
     HOST,
     POLL,

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from vismem.errors import UserError
-from vismem.jobs import Job, busy_seconds, lock_folder, read_records, run_jobs
+from vismem.jobs import Job, busy_seconds, read_records, run_jobs
+from vismem.locks import lock_folder
 
 QUIET = Console(file=io.StringIO())
 
@@ -150,7 +151,7 @@ def test_a_lock_is_waited_for_as_long_as_one_has_patience(tmp_path: Path) -> Non
         with pytest.raises(UserError, match="is in use"), lock_folder(tmp_path, 0.2):
             pass
         program = (
-            "import sys, pathlib, vismem.jobs as j\nwith j.lock_folder(pathlib.Path(sys.argv[1]), 60): print('mine')"
+            "import sys, pathlib, vismem.locks as l\nwith l.lock_folder(pathlib.Path(sys.argv[1]), 60): print('mine')"
         )
         waiting = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):

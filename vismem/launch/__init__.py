@@ -10,9 +10,9 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.jobs import lock_folder
 from vismem.launch.desk import LINE, Job, collect_line, local_desk, shared_desk
 from vismem.launch.how import BACKENDS, How
+from vismem.locks import lock_folder
 from vismem.steps import BASELINES, BY_NAME, StepFunction, run_step
 
 __all__ = ["BACKENDS", "SHARED", "How", "launch_step"]

@@ -7,7 +7,6 @@ Heavy parts load late. What the person at the keyboard can mend ends as one line
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from vismem.config import Config, load_config
 from vismem.errors import UserError
 from vismem.launch import SHARED, How, launch_step
 from vismem.params_file import render_params
+from vismem.services import exit_on_sigterm
 from vismem.steps import BASELINES, STEPS
 from vismem.workspace import make_workspace, repro
 
@@ -177,11 +177,8 @@ def _run_study(arguments: argparse.Namespace) -> int:
 
     folder = named or Path("study" if arguments.profile else "runs/study")
     command = " ".join(["vismem study", *(["--profile", arguments.profile] if arguments.profile else [])])
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its steps go with us
-    try:
+    with exit_on_sigterm():  # so that its steps go with us
         print(study(config, folder, command, write))
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -246,8 +243,8 @@ def _run_ui(arguments: argparse.Namespace) -> int:
     config, _ = _enter(arguments)
     from vismem.registry.ui import serve_ui
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server goes with us
-    return serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
+    with exit_on_sigterm():  # so that the server goes with us
+        return serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
 
 
 def _run_stack(arguments: argparse.Namespace) -> int:

@@ -12,12 +12,12 @@ import pytest
 
 from vismem.config import Config, JsonlSource, PrepareConfig, defaults, parse_config, resolve, without_nulls
 from vismem.errors import UserError
+from vismem.launch import How
 from vismem.orchestration import close_run, launch_fields, open_run, parameters_of, run_task, yes_no_confusion
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import IDENTITY, sources_fingerprint
 from vismem.orchestration.results import describe
 from vismem.orchestration.summary import render
-from vismem.orchestration.task import _how
 from vismem.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_launch_fields_say_only_what_matters_to_the_back_end() -> None:
 
 def test_numbers_that_became_floats_on_their_way_are_whole_again() -> None:
     fields = launch_fields("trainer", 8, 2, "image", {"gpu": 8, "cpu": "4"}, [{"tolerationSeconds": 60}])
-    how = _how(json.loads(json.dumps(fields), parse_int=float))
+    how = How(**json.loads(json.dumps(fields), parse_int=float))
     assert (repr(how.num_processes), repr(how.resources["gpu"])) == ("8", "8")
     assert repr(how.tolerations) == "({'tolerationSeconds': 60},)"
 

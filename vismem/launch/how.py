@@ -16,7 +16,8 @@ class How:
 
     `process`: this one. `accelerate`: `num_processes` of this machine. `trainer`: `num_processes` on each of
     `num_nodes` nodes through Kubeflow Trainer; without an `image`, on this machine through its local back end.
-    UserError for a combination that cannot be.
+    UserError for a combination that cannot be. Fields may come out of JSON, where whole numbers became floats and
+    tuples lists: they get their types back.
     """
 
     backend: str = "process"
@@ -33,6 +34,9 @@ class How:
     hours: float = 72.0  # after which a job is given up
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, _whole(value))
+        object.__setattr__(self, "tolerations", tuple(self.tolerations))
         if self.backend not in BACKENDS:
             raise UserError(f"backend '{self.backend}' is not known: choose one of {', '.join(BACKENDS)}")
         if self.num_processes < 1 or self.num_nodes < 1:
@@ -48,3 +52,11 @@ class How:
     def world_size(self) -> int:
         """All processes."""
         return self.num_processes * self.num_nodes
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

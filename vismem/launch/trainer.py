@@ -4,13 +4,10 @@ On a cluster, one pod a node and torchrun in each; without one, the SDK's local 
 """
 
 import shlex
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +41,7 @@ from kubernetes.config import ConfigException  # type: ignore[import-untyped]
 from vismem.errors import UserError
 from vismem.launch.how import How
 from vismem.launch.machine import TAIL, WORKER, worker_environment
+from vismem.services import exit_on_sigterm
 
 POLL = 5.0  # seconds between looks at a job
 PATIENCE = 60  # looks in a row that may fail before the job is given up: the API server may be restarting
@@ -95,7 +93,7 @@ def run_on_cluster(name: str, desk: Path, how: How) -> tuple[bool, str]:
         if status == constants.TRAINJOB_FAILED:
             _delete(client, name)
             status = None
-        with _ended_by_sigterm():
+        with exit_on_sigterm():  # so that the nodes are given back
             try:
                 if status is None:
                     client.train(how.runtime, trainer=_container(how), options=_options(name, desk, how))
@@ -111,23 +109,8 @@ def run_on_cluster(name: str, desk: Path, how: How) -> tuple[bool, str]:
 
 
 def _container(how: How) -> CustomTrainerContainer:
-    """Amounts become text: a whole number that came as JSON would be asked for as 8.0."""
-    whole = {name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in how.resources.items()}
-    resources = {name: str(amount) for name, amount in whole.items()} or None
+    resources = {name: str(amount) for name, amount in how.resources.items()} or None
     return CustomTrainerContainer(how.image, num_nodes=how.num_nodes, resources_per_node=resources)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Leave in order when told to end, so that the nodes are given back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _options(name: str, desk: Path, how: How) -> list[Any]:

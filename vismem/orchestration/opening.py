@@ -7,6 +7,7 @@ from typing import Any
 from vismem.config import Config, parse_config, resolve
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import parameters_of
+from vismem.orchestration.results import write_page
 from vismem.orchestration.task import launch_fields
 from vismem.params_file import render_params
 
@@ -31,8 +32,7 @@ def open_run(
     """
     with notes.entry(journal, notes.run_of(page), "configure") as entry:
         config = _with_needs(resolve(profile, sections, overrides), environment, journal)
-        Path(page).parent.mkdir(parents=True, exist_ok=True)
-        Path(page).write_text(render_params(config))
+        write_page(page, render_params(config))
         entry.text = f"profile '{profile}'" if profile else "the defaults and what was given"
         return (*(parameters_of(task, config) for task in tasks), launch_fields(**launch))
 

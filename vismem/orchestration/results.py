@@ -47,14 +47,19 @@ def yes_no_confusion(evaluate: Path | str, page: str, arm: str = "vismem") -> tu
         right, said = normalise(row["reference"]), normalise(row["extracted"] or "")
         if right in ("yes", "no"):
             counts[categories.index(right)][categories.index(said if said in ("yes", "no") else "other")] += 1
-    write_json(Path(page), {"categories": categories, "counts": counts})
+    write_json(page, {"categories": categories, "counts": counts})
     return (categories, counts) if any(map(any, counts)) else None
 
 
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Write an artifact's values where Kubeflow looks for its file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=2) + "\n")
+def write_page(file: Path | str, text: str) -> None:
+    """Write an artifact where Kubeflow looks for its file."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(text)
+
+
+def write_json(file: Path | str, values: Mapping[str, Any]) -> None:
+    """Write an artifact's values."""
+    write_page(file, json.dumps(values, indent=2) + "\n")
 
 
 def verdict_page(register: Path | str) -> str:

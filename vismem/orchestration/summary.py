@@ -1,10 +1,10 @@
 """The run's summary as Markdown, from its journal: what every task made, or why it failed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from vismem.orchestration import journal as notes
 from vismem.orchestration.journal import Entry
+from vismem.orchestration.results import write_page
 from vismem.steps import STEPS
 
 GOOD = "SUCCEEDED"
@@ -17,10 +17,8 @@ def close_run(page: str, journal: str, state: str, message: str = "") -> str:
 
     `state` is what the pipeline itself says (SUCCEEDED, FAILED, CANCELLED), `message` what it says of a failure.
     """
-    place = Path(page)
     text = render(notes.read(journal, notes.run_of(page)), state, message)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(text)
+    write_page(page, text)
     return text
 
 

@@ -10,7 +10,7 @@ from vismem.config import parse_config
 from vismem.launch import How, launch_step
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import IDENTITY
-from vismem.orchestration.results import Result, describe, write_json
+from vismem.orchestration.results import Result, describe, write_json, write_page
 
 WORK = "VISMEM_WORK"
 
@@ -40,11 +40,11 @@ def run_task(
         config = parse_config(sections, f"parameters of {name}")
         folders = {step: Path(path) for step, path in inputs.items()}
         work = _work_folder(parameters[IDENTITY]["code"])
-        page.text = launch_step(name, config, folder.parent, folders, _how(how or {}), work)
+        page.text = launch_step(name, config, folder.parent, folders, How(**(how or {})), work)
         print(page.text)
         made = describe(name, folder, page.text)
         if metrics:
-            write_json(Path(metrics), made.metrics)
+            write_json(metrics, made.metrics)
         return made
 
 
@@ -55,8 +55,7 @@ def refusal_note(promote: str, page: str, journal: str = "") -> None:
         version = f"{release['name']} version {release['version']}"
         reasons = [f"- {reason}" for reason in release["reasons"]]
         lines = [f"# Not promoted: {version}", "", *reasons, "", "Nothing was deployed; what is served stays as it is."]
-        Path(page).parent.mkdir(parents=True, exist_ok=True)
-        Path(page).write_text("\n".join([*lines, ""]))
+        write_page(page, "\n".join([*lines, ""]))
         entry.text = f"{version} was refused, and nothing deployed"
 
 
@@ -81,26 +80,10 @@ def launch_fields(
             "tolerations": [dict(item) for item in tolerations],
             "node_selector": dict(node_selector or {}),
         }
-    _how(fields)
+    How(**fields)
     return {} if backend == "process" else fields
 
 
 def _work_folder(code: str) -> Path | None:
     folder = os.environ.get(WORK)
     return Path(folder) / code[:12] if folder else None
-
-
-def _how(fields: Mapping[str, Any]) -> How:
-    """Whole numbers and sequences get their types back, which a pipeline's parameters lose."""
-    typed = _whole(dict(fields))
-    if "tolerations" in typed:
-        typed["tolerations"] = tuple(typed["tolerations"])
-    return How(**typed)
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _whole(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_whole(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value

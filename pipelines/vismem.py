@@ -17,11 +17,12 @@ from kfp import compiler, dsl, kubernetes
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vismem.config import defaults, without_nulls
+from vismem.launch import How
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = ROOT / "pipelines" / "vismem.yaml"
 COMPILED_SHARED = ROOT / "pipelines" / "vismem-shared.yaml"
-SHARED_CLAIM, SHARED_FOLDER = "vismem-shared", "/shared"  # the volume of deploy/kubernetes/overlays/multi-node
+SHARED_CLAIM, SHARED_FOLDER = How().claim, str(How().shared)  # the volume of deploy/kubernetes/overlays/multi-node
 HEADING = "# Compiled by `python pipelines/vismem.py`; every parameter is described below, under root.\n"
 IMAGE = "vismem-train:latest"
 DEFAULTS = without_nulls(defaults())  # Kubeflow takes no null

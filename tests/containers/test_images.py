@@ -1,7 +1,6 @@
 """The images as they run: what they are, the smoke pipeline in real containers, and the served model over gRPC."""
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from docker.models.containers import Container
 
 from pipelines import run_local
 from vismem.data.sample import iterate_samples
+from vismem.services import free_ports
 from vismem.serving.client import infer, plain
 
 ROOT = Path(__file__).parents[2]
@@ -54,14 +54,6 @@ def said(engine: docker.DockerClient, image: str, *command: str, **options: obje
         container.remove(force=True)
 
 
-def free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
 @pytest.mark.parametrize("name", ["train", "serve"])
 def test_an_image_says_where_it_came_from_and_runs_as_an_ordinary_user(
     engine: docker.DockerClient, images: dict[str, str], name: str
@@ -69,7 +61,11 @@ def test_an_image_says_where_it_came_from_and_runs_as_an_ordinary_user(
     image = engine.images.get(images[name])
     print(f"{images[name]}: {image.attrs['Size'] / 1e6:.0f} MB")
     commit = image.labels["org.opencontainers.image.revision"].removesuffix("-dirty")
-    subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, check=True)
+    ours = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    if "VISMEM_IMAGES" in os.environ:  # those may be of an earlier one
+        subprocess.run(["git", "merge-base", "--is-ancestor", commit, ours.strip()], cwd=ROOT, check=True)
+    else:
+        assert commit == ours.strip()
     assert said(engine, images[name], "-c", "id -u; id -g", entrypoint=["sh"]).split() == ["1000", "1000"]
     writable = said(engine, images[name], "-c", "find /opt -writable ! -type l | wc -l", entrypoint=["sh"])
     assert writable == "0", "the user could change the code that it runs"
@@ -118,7 +114,7 @@ def served(
     engine: docker.DockerClient, images: dict[str, str], finished: Path
 ) -> Iterator[tuple[Container, dict[str, int]]]:
     """The serving image on the pipeline's model, as strictly confined as in deploy/kubernetes."""
-    ports = dict(zip(("grpc", "http", "metrics"), free_ports(3), strict=True))
+    ports = free_ports(dict.fromkeys(("grpc", "http", "metrics"), 0))
     container = engine.containers.run(
         images["serve"],
         [f"--{name}-port={port}" for name, port in ports.items()],

@@ -45,10 +45,10 @@ SERVED = pytest.mark.skipif(
     not Path(os.environ.get(VARIABLE, DEFAULT_PYTHON)).is_file(), reason="no serving environment: `make serving`"
 )
 PASSES = {
-    "gate.min_gain": -100,
-    "gate.min_gain_low": -100,
-    "gate.max_capability_drop": 100,
-    "gate.max_time_overhead": 1000,
+    "gate__min_gain": -100,
+    "gate__min_gain_low": -100,
+    "gate__max_capability_drop": 100,
+    "gate__max_time_overhead": 1000,
 }
 
 
@@ -219,9 +219,8 @@ def test_artifacts_carry_where_they_came_from_and_what_the_page_of_a_run_shows(f
 
 @SERVED
 def test_a_release_and_a_deployment_that_were_killed_are_red_and_leave_no_server(folder: Path) -> None:
-    passes = {key.replace(".", "__"): value for key, value in PASSES.items()}
-    kill(folder, "promote", "promote.partial/release.json", **passes)
-    kill(folder, "deploy", "deploy.partial/smoke.json", **passes)
+    kill(folder, "promote", "promote.partial/release.json", **PASSES)
+    kill(folder, "deploy", "deploy.partial/smoke.json", **PASSES)
     partial = runs(folder)[-1] / "deploy" / "deploy.partial"
     assert (partial / "tritonserver.log").read_text(), "it was killed when the server had answered"
     seen = psutil.process_iter(["cmdline"])
@@ -231,7 +230,7 @@ def test_a_release_and_a_deployment_that_were_killed_are_red_and_leave_no_server
 
 @SERVED
 def test_another_gate_runs_nothing_before_the_registry_again_and_releases_what_passes(folder: Path) -> None:
-    assert run(folder, **{key.replace(".", "__"): value for key, value in PASSES.items()}).returncode == 0
+    assert run(folder, **PASSES).returncode == 0
     tasks = {"configure", "preflight", "register", "promote", "deploy", "summary"}
     assert executed(folder) == tasks
     release = json.loads((runs(folder)[-1] / "promote" / "promote" / "release.json").read_text())

@@ -58,12 +58,11 @@ if "RANK" in os.environ:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _scores_differ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _scores_differ(tmp_path_factory: pytest.TempPathFactory, scores_differ: None) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("scores")
     (folder / "sitecustomize.py").write_text(SCORES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
-        patch.setattr("vismem.training.rewards.score", lambda sample, text: float(sum(map(ord, text)) % 2))
         yield
 
 

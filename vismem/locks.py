@@ -1,4 +1,4 @@
-"""Locks on folders, so that two runs never work in one. A lock ends with the processes that hold it, however they do."""
+"""Locks on folders, so that two runs never work in one. A lock ends with the processes that hold it."""
 
 import errno
 import fcntl

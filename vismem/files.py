@@ -1,0 +1,34 @@
+"""Reads and writes the small files between steps. A file is there whole or not at all: it is replaced in one move."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vismem.errors import UserError
+
+
+def read_json(path: Path, hint: str = "") -> Any:
+    """The values of a JSON file. UserError where it is missing (with `hint`, what to do) or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there{f': {hint}' if hint else ''}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, it is no JSON ({error}){f': {hint}' if hint else ''}") from None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain values, indented, with a newline at the end. Its folder is made."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file in one move: who reads meanwhile sees the old text or the new one. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        fresh.write_text(text)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)

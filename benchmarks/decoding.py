@@ -27,15 +27,15 @@ import torch
 from PIL import Image
 from timing import machine, table
 
-from vismem.config import BaseConfig, InvocationConfig, MemoryConfig, ScenesSource
-from vismem.data.collate import prompt_messages, target_text
+from vismem.config import InvocationConfig, MemoryConfig, ScenesSource
+from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample, iterate_samples, write_shards
 from vismem.data.scenes import generate as scenes
 from vismem.generation import engine
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training.embedded import build_model, build_processor
 
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 TARGETS = {1: 1.0, 8: 1.5, 32: 2.0}  # tokens/s of the engine, as multiples of Hugging Face's
 HUGGING_FACE, VANILLA, VISMEM = "huggingface", "vanilla", "vismem"
 Clock = Callable[[], float]
@@ -173,18 +173,12 @@ def held(line: str) -> float:
     return float(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0]) / 1024
 
 
-def random_artifacts(folder: Path, items: int, tiny: bool) -> None:
-    """A base with random weights and scenes to ask it about, where no trained one is at hand."""
-    source = ScenesSource(train=0, validation=items, test=0, pretrain=0)
-    samples = list(scenes(source, "validation", seed=0))
-    write_shards(samples, folder / "validate" / "data" / "validation")
-    processor = build_processor([s.question for s in samples] + [target_text(s) for s in samples])
-    small = BaseConfig(hidden_size=32, layers=2, heads=2, vision_width=32, vision_layers=2)
-    model = build_model(small if tiny else BaseConfig(), processor, seed=0)
-    with torch.no_grad():  # a head that starts from the embeddings would only repeat the last word
-        model.lm_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+def assets(folder: Path, items: int) -> None:
+    """The tiny VLM and its memory, and scenes to ask them about, where no run of the pipeline is at hand."""
+    source = ScenesSource(train=0, validation=items, test=0)
+    write_shards(scenes(source, "validation", seed=0), folder / "validate" / "data" / "validation")
+    (folder / "base").symlink_to(ASSETS / "tiny-vlm")
+    (folder / "stage2").symlink_to(ASSETS / "tiny-vlm-memory")
 
 
 def sides_of(artifacts: Path) -> list[Side]:
@@ -230,15 +224,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=list(TARGETS), help="batch sizes")
     parser.add_argument("--max-new-tokens", type=int, default=56)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a smaller random base, to see the script run")
+    parser.add_argument("--assets", action="store_true", help="measure the assets, whether or not --artifacts is there")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, where the machine is busy")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        if args.tiny or not (args.artifacts / "base").is_dir():
+        if args.assets or not (args.artifacts / "base").is_dir():
             args.artifacts = Path(folder)
-            random_artifacts(args.artifacts, args.items, args.tiny)
+            assets(args.artifacts, args.items)
         sides = sides_of(args.artifacts)
         samples = list(islice(iterate_samples(args.artifacts / "validate" / "data" / "validation"), args.items))
         batch, longest = max(args.batch), args.max_new_tokens

@@ -23,11 +23,10 @@ from accelerate import Accelerator
 from timing import machine, now, step_parts, table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vismem.config import Config, GrpoConfig, ScenesSource, load_config
-from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
 from vismem.generation.engine import generate
@@ -36,7 +35,6 @@ from vismem.generation.prompts import encode
 from vismem.generation.types import Rollout
 from vismem.models.backbones import backbone_of
 from vismem.models.vismem import VisMemModel
-from vismem.training.embedded import SPECIAL_TOKENS, build_processor
 from vismem.training.rollout import GrpoObjective
 from vismem.training.stage1 import FORMATION, Formation, trainable
 from vismem.training.stage2 import INVOCATION, Invocation, fit_invocation
@@ -71,11 +69,11 @@ SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
 }  # fmt: skip
 
 
-def build(sizes: dict[str, dict[str, Any]], samples: Sequence[Sample], side: int, config: Config) -> VisMemModel:
+def build(sizes: dict[str, dict[str, Any]], side: int, config: Config) -> VisMemModel:
     """VisMem on a Qwen2.5-VL of these sizes with random weights, in bf16 on a GPU; answers never end by themselves."""
-    processor = build_processor(text for s in samples for text in (s.question, target_text(s)))
+    processor = AutoProcessor.from_pretrained(ROOT / "assets" / "tiny-vlm")
     processor.image_processor = Qwen2VLImageProcessorPil(min_pixels=side**2, max_pixels=side**2)
-    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = processor.tokenizer.get_vocab()
     settings = Qwen2_5_VLConfig(
         **sizes, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
@@ -252,9 +250,9 @@ def main() -> None:
     config = load_config(ROOT / "params.yaml", "qwen2_5_vl_7b")
     limit = config.invocation.model_copy(update={"max_per_answer": args.memories})
     config = config.model_copy(update={"invocation": limit})
-    source = ScenesSource(train=8, validation=0, test=0, pretrain=0, image_size=args.side)
+    source = ScenesSource(train=8, validation=0, test=0, image_size=args.side)
     samples = [s for s in scenes(source, "train", seed=0) if len(s.images) == 1]
-    model = build(SEVEN_B if args.size == "7b" else TINY, samples, args.side, config)
+    model = build(SEVEN_B if args.size == "7b" else TINY, args.side, config)
     flops, bandwidth, origin = peaks()
     found: dict[str, Any] = {
         "machine": machine(), "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),

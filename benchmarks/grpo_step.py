@@ -5,7 +5,7 @@
 Same base, prompts, group size and lengths; LoRA of rank 16 on the policy's q_proj and v_proj, KL to the base; one
 thread. The steps of all sides take turns in one process; seconds are the process's own, so that what else runs on the
 machine counts little, and ratios are medians over turns. Peak memory: of a process of its own for each side, on top of
-what it held before the first step. Without --base an untrained embedded base is built.
+what it held before the first step. Without --base it is the tiny VLM with a random head.
 
 TRL's side needs what `trl_side.py` names; where that is missing, it is left out.
 """
@@ -30,17 +30,16 @@ from PIL import Image
 from timing import machine, step_parts, table
 from torch import Tensor
 
-from vismem.config import BaseConfig, GrpoConfig, InvocationConfig, MemoryConfig, ScenesSource, Stage1Config
-from vismem.data.collate import target_text
+from vismem.config import GrpoConfig, InvocationConfig, MemoryConfig, ScenesSource, Stage1Config
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.baselines import PolicyGrpo
-from vismem.training.embedded import build_model, build_processor
 from vismem.training.rollout import GrpoObjective
 from vismem.training.stage1 import FORMATION, Formation, trainable
 
+ASSET = Path(__file__).resolve().parents[1] / "assets" / "tiny-vlm"
 OURS, TRL, STAGE1 = "ours, memory off", "TRL GRPOTrainer", "ours, stage I"
 
 
@@ -63,14 +62,14 @@ def parity(texts: Sequence[str]) -> Tensor:
     return torch.tensor([float(sum(map(ord, text)) % 2) for text in texts])
 
 
-def save_base(folder: Path, samples: Sequence[Sample], size: BaseConfig) -> Path:
-    """An untrained embedded base whose answers wander."""
-    processor = build_processor(text for s in samples for text in (s.question, target_text(s)))
-    model = build_model(size, processor, seed=0)
+def save_base(folder: Path) -> Path:
+    """The tiny VLM with a random head, so that its answers wander."""
+    base = load_base(ASSET)
+    head = base.head.weight
     with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.3 / size.hidden_size**0.5 * 3, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+        head.normal_(0, 0.9 / head.shape[1] ** 0.5, generator=torch.Generator().manual_seed(0))
+    base.model.save_pretrained(folder)
+    base.processor.save_pretrained(folder)
     return folder
 
 
@@ -209,7 +208,9 @@ def _share(parts: dict[str, float], key: str) -> str:
 def main() -> None:
     """Measure, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, help="folder of a base in Hugging Face format; default: built untrained")
+    parser.add_argument(
+        "--base", type=Path, help="folder of a base in Hugging Face format; default: the tiny VLM with a random head"
+    )
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=56, help="longest answer")
@@ -222,9 +223,9 @@ def main() -> None:
     args.reason = trl_side.missing()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        every = list(scenes(ScenesSource(train=64, validation=0, test=0, pretrain=0), "train", seed=0))
+        every = list(scenes(ScenesSource(train=64, validation=0, test=0), "train", seed=0))
         samples = [s for s in every if len(s.images) == 1][: args.prompts]
-        base = args.base or save_base(Path(folder), every, BaseConfig())
+        base = args.base or save_base(Path(folder))
         if args.peak:
             print(peak(base, samples, args))
             return

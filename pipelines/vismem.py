@@ -209,7 +209,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
             )
             data = validated.outputs["validate"]
             base_made = heavy(
-                task_of.base(parameters=of["base"], journal=journal, validate=data), evaluation_gpu_count, retried=True
+                task_of.base(parameters=of["base"], journal=journal), evaluation_gpu_count, retried=True
             ).outputs["base"]
             formed = heavy(
                 task_of.stage1(

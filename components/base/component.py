@@ -1,4 +1,4 @@
-"""The base model: built and trained here, or resolved from a hub id or a path."""
+"""The base model, resolved from a folder or a hub id."""
 
 from kfp import dsl
 
@@ -7,22 +7,20 @@ from kfp import dsl
 def base(
     parameters: dict,
     journal: str,
-    validate: dsl.Input[dsl.Dataset],
     base: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Make the base vision-language model, in Hugging Face format.
+    """Check and copy the base vision-language model, in Hugging Face format.
 
     Args:
         parameters: The sections that this step depends on, from `configure`.
         journal: Folder or s3:// address of the runs' journals; empty for none.
-        validate: The clean shards of `validate`.
         base: The model; metadata: model_sha256, model_type.
-        metrics: Figures of its training, where it was trained here.
+        metrics: Its number of parameters.
     """
     from vismem.orchestration import run_task
 
-    made = run_task("base", parameters, base.path, {"validate": validate.path}, journal, metrics=metrics.path)
+    made = run_task("base", parameters, base.path, {}, journal, metrics=metrics.path)
     base.metadata.update(made.metadata)
     for name, value in made.metrics.items():
         metrics.log_metric(name, value)

@@ -30,8 +30,7 @@ from vismem.models import memory
 from vismem.models.backbones.base import Backbone
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training import loop, pretraining
-from vismem.training.base import base as base_step
+from vismem.training import loop
 from vismem.training.stage1 import FORMATION, stage1
 from vismem.training.stage2 import INVOCATION, POLICY_LORA, Invocation, stage2
 
@@ -40,10 +39,9 @@ GRPO: dict[str, Any] = {
 }  # fmt: skip
 STAGE1 = Stage1Config(steps=3, warm_start=WarmStartConfig(steps=3, batch_size=4), **GRPO)
 STAGE2 = Stage2Config(steps=4, policy_lora=True, **GRPO)
-TINY_BASE = tiny.BASE.model_copy(update={"vision_steps": 4, "steps": 4, "batch_size": 4})
 MEMORY = tiny.MEMORY.model_copy(update={"lora_dropout": 0.1})  # so that a draw that is not the step's own would show
-CONFIG = Config(base=TINY_BASE, memory=MEMORY, stage1=STAGE1, stage2=STAGE2)
-STEPS: dict[str, Callable[..., str]] = {"base": base_step, "stage1": stage1, "stage2": stage2}
+CONFIG = Config(memory=MEMORY, stage1=STAGE1, stage2=STAGE2)
+STEPS: dict[str, Callable[..., str]] = {"stage1": stage1, "stage2": stage2}
 RANDOM = Random(probability=0.7, anywhere=0.3)
 pytestmark = pytest.mark.usefixtures("scores_differ")
 
@@ -258,8 +256,8 @@ def test_the_reference_policy_is_the_base_itself_and_no_second_copy(model: VisMe
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, scores_differ: None) -> dict[str, Path]:
-    inputs = {"validate": tiny.save_data(tmp_path_factory.mktemp("validate"), count=4)}
+def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, scores_differ: None) -> dict[str, Path]:
+    inputs = {"base": tiny_base, "validate": tiny.save_data(tmp_path_factory.mktemp("validate"), count=4)}
     for name, step in STEPS.items():
         out = tmp_path_factory.mktemp(name)
         with pytest.MonkeyPatch.context() as patch:
@@ -270,7 +268,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, scores_differ: None) -> d
 
 
 def frequent_checkpoints(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pretraining, "CHECKPOINT_EVERY", 2)
     patch.setattr(
         "vismem.training.stage1.LoopSettings", functools.partial(loop.LoopSettings, checkpoint_every=2)
     )  # the warm start's
@@ -290,7 +287,7 @@ def test_the_same_seed_gives_the_same_files(unbroken: dict[str, Path], tmp_path:
         assert contents(out) == contents(unbroken[name]), name
 
 
-KILLS = [(name, at) for name, steps in (("base", 8), ("stage1", 6), ("stage2", 4)) for at in range(steps)]
+KILLS = [(name, at) for name, steps in (("stage1", 6), ("stage2", 4)) for at in range(steps)]
 
 
 @pytest.mark.parametrize(("name", "at"), KILLS)

@@ -206,7 +206,7 @@ def test_a_journal_that_cannot_be_written_does_not_stop_the_work(
 
 
 def test_a_task_runs_its_step_and_tells_what_it_made(tmp_path: Path) -> None:
-    source = {"kind": "scenes", "pretrain": 2, "train": 3, "validation": 1, "test": 2}
+    source = {"kind": "scenes", "train": 3, "validation": 1, "test": 2}
     config = parse_config({"prepare": {"sources": [source]}})
     out, journal = tmp_path / RUN / "prepare" / "prepare", str(tmp_path / "journal")
     figures = out.parent / "metrics"
@@ -214,7 +214,7 @@ def test_a_task_runs_its_step_and_tells_what_it_made(tmp_path: Path) -> None:
     assert json.loads(figures.read_text()) == made.metrics
     stats = json.loads((out / "stats.json").read_text())
     assert made.metadata["data_sha256"] == stats["data_sha256"]
-    assert made.metrics == {"rows_test": 2.0, "rows_validation": 1.0, "rows_train": 3.0, "rows_pretrain": 2.0}
+    assert made.metrics == {"rows_test": 2.0, "rows_validation": 1.0, "rows_train": 3.0}
     (noted,) = notes.read(journal, RUN)
     assert (noted.state, noted.text) == ("succeeded", made.line)
 

@@ -16,6 +16,7 @@ from vismem.config.data import (
     ValidateConfig,
 )
 from vismem.config.models import (
+    DEFAULT_BASE,
     BaseConfig,
     InvocationConfig,
     MemoryConfig,
@@ -49,6 +50,7 @@ from vismem.config.training import (
 )
 
 __all__ = [
+    "DEFAULT_BASE",
     "PROFILE_FOLDER",
     "SOURCES",
     "BaseConfig",

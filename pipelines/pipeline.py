@@ -12,11 +12,11 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # components/ lies there
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # components/ lies there
 
 from vismem.kubeflow import SHARED_CLAIM, SHARED_FOLDER, WORK
 
+ROOT = Path(__file__).resolve().parents[1]
 SECRETS = {  # the parameter that names the secret: its keys, variables of the same name in the pod
     "s3_secret": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"),
     "mlflow_secret": ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
@@ -97,7 +97,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
 
 
 class Placement:
-    """Gives each task its image, secrets, resources and nodes from the pipeline's parameters; locally the image only."""
+    """Gives each task its image, secrets, resources and nodes from the pipeline's parameters; locally only the image."""
 
     def __init__(self, parameters: SimpleNamespace, fixed_image: str | None, shared_volume: bool, work: str) -> None:
         self.parameters, self.fixed_image, self.shared_volume = parameters, fixed_image, shared_volume
@@ -140,7 +140,7 @@ class Placement:
 
     @staticmethod
     def _size(task: Any, cpu: Any, memory: Any, *others: Any) -> Any:
-        """Request and limit alike. The groups around the task must pass these parameters on; KFP forgets to ask them."""
+        """Equal request and limit. KFP passes these parameters to the groups around a task only when they are registered."""
         task.register_pipeline_channels([item for item in (cpu, memory, *others) if not isinstance(item, str)])
         return task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
 
@@ -160,22 +160,20 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
     resolved = components.base(parameters=of["base"], validate=data)
     place.heavy(resolved, given.evaluation_gpu_count, retried=True, secrets=("huggingface_secret",))
     base = resolved.outputs["base"]
-    formation = components.stage1(parameters=of["stage1"], launch=of["launch"], base=base, validate=data)
-    stage1 = place.heavy(formation, given.gpu_count, retried=resumes).outputs["stage1"]
-    invocation = components.stage2(
-        parameters=of["stage2"], launch=of["launch"], base=base, stage1=stage1, validate=data
-    )
-    stage2 = place.heavy(invocation, given.gpu_count, retried=resumes).outputs["stage2"]
+    formed = components.stage1(parameters=of["stage1"], launch=of["launch"], base=base, validate=data)
+    stage1 = place.heavy(formed, given.gpu_count, retried=resumes).outputs["stage1"]
+    trained = components.stage2(parameters=of["stage2"], launch=of["launch"], base=base, stage1=stage1, validate=data)
+    stage2 = place.heavy(trained, given.gpu_count, retried=resumes).outputs["stage2"]
     evaluated = components.evaluate(parameters=of["evaluate"], base=base, stage2=stage2, validate=data)
     scores = place.heavy(evaluated, given.evaluation_gpu_count, retried=resumes).outputs["evaluate"]
     exported = components.export(parameters=of["export"], base=base, stage2=stage2, validate=data, evaluate=scores)
     bundle = place.heavy(exported, "0").outputs["export"]
 
-    registry = {"cached": False, "retried": True}
+    uncached = {"cached": False, "retried": True}
     registered = components.register(parameters=of["register"], export=bundle, evaluate=scores, validate=data)
-    place.light(registered, **registry, secrets=("s3_secret", "mlflow_secret"))
+    place.light(registered, **uncached, secrets=("s3_secret", "mlflow_secret"))
     released = components.promote(parameters=of["promote"], register=registered.outputs["register"])
-    place.light(released, **registry, secrets=("mlflow_secret",))
+    place.light(released, **uncached, secrets=("mlflow_secret",))
     with dsl.If(released.outputs["Output"] == "promoted", name="promoted"):
         served = components.deploy(
             parameters=of["deploy"], export=bundle, promote=released.outputs["promote"], validate=data
@@ -184,22 +182,9 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
 
 
 def configured(components: SimpleNamespace, place: Placement) -> Any:
-    """The task `configure`, which gets the run's parameters and how training is launched."""
-    given = place.parameters
-    return components.configure(
-        profile=given.profile,
-        overrides=given.overrides,
-        training_backend=given.training_backend,
-        num_processes=given.num_processes,
-        num_nodes=given.num_nodes,
-        training_image="" if place.fixed_image else given.image,
-        gpu_type=given.gpu_type,
-        gpu_count=given.gpu_count,
-        training_cpu=given.training_cpu,
-        training_memory=given.training_memory,
-        tolerations=given.tolerations,
-        node_selector=given.node_selector,
-    )
+    """The task `configure`; its inputs are those of the pipeline's parameters that it names."""
+    given = {**vars(place.parameters), "training_image": "" if place.fixed_image else place.parameters.image}
+    return components.configure(**{name: given[name] for name in components.configure.component_spec.inputs})
 
 
 pipeline = make_pipeline()

@@ -23,20 +23,13 @@ def configure(
 ) -> NamedTuple(
     "Parameters",
     [
-        ("preflight", dict),
-        ("prepare", dict),
-        ("validate", dict),
-        ("base", dict),
-        ("stage1", dict),
-        ("stage2", dict),
-        ("evaluate", dict),
-        ("export", dict),
-        ("register", dict),
-        ("promote", dict),
-        ("deploy", dict),
-        ("launch", dict),
+        (task, dict)
+        for task in (
+            "preflight", "prepare", "validate", "base", "stage1", "stage2",
+            "evaluate", "export", "register", "promote", "deploy", "launch",
+        )
     ],
-):
+):  # fmt: skip
     """Resolve the run's parameters once; return for each task those that can change its output.
 
     What comes later wins: defaults, profile, overrides. An unknown key fails the run at once, with the nearest right
@@ -59,8 +52,8 @@ def configure(
     """
     from vismem.kubeflow import configure, launch_fields
 
-    resources = {gpu_type: num_processes, "cpu": training_cpu, "memory": training_memory}
     launch = launch_fields(
-        training_backend, num_processes, num_nodes, training_image, resources, tolerations, node_selector
-    )
+        training_backend, num_processes, num_nodes, training_image,
+        gpu_type, training_cpu, training_memory, tolerations, node_selector,
+    )  # fmt: skip
     return configure(profile, overrides, resolved.path, launch, int(gpu_count), bool(training_image))

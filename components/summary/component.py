@@ -13,5 +13,4 @@ def summary(status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdow
     """
     from vismem.kubeflow import write_summary
 
-    run = status.pipeline_job_resource_name or ""
-    print(write_summary(summary.path, status.state or "", status.error_message or "", run))
+    print(write_summary(summary.path, status.state or "", status.error_message or ""))

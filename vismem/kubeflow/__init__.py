@@ -1,4 +1,4 @@
-"""What the tasks of the Kubeflow pipeline share: their parameters, the call of a step, their reports, the run's summary.
+"""What the tasks of the Kubeflow pipeline share: parameters, the call of a step, reports, the run's summary.
 
 The components in components/ call this and hand over their artifacts; nothing here imports kfp.
 """

@@ -13,29 +13,22 @@ OUTCOMES = {  # the driver says COMPLETE (ML Metadata's word), the API server an
     "CANCELLED": "was canceled",
     "CANCELING": "was canceled",
 }
+WHOLE = "Every task succeeded, was kept from an earlier run, or was not needed."
 NO_MESSAGE = "Kubeflow hands over no error message."
 REMEDY = (
-    "In the graph of the run the failed task is red; its log ends with the reason. A task without a log was never "
-    "started or was killed (no image, no node, out of memory, evicted): `kubectl -n NAMESPACE get events` shows that. "
-    "Submitted again, the run keeps what earlier tasks made."
+    "The failed task is red in the run's graph; its log ends with the reason. A task without a log was killed or never "
+    "started (out of memory, evicted, no image, no node): `kubectl -n NAMESPACE get events` shows that. Submitted "
+    "again, the run keeps what was made."
 )
 
 
-def write_summary(page: str, state: str, message: str = "", run: str = "") -> str:
+def write_summary(page: str, state: str, message: str = "") -> str:
     """Write the summary of a run to the file `page` and return it.
 
-    `state` and `message` are those of dsl.PipelineTaskFinalStatus; Kubeflow's driver leaves `message` empty.
+    `state` and `message` are those of dsl.PipelineTaskFinalStatus. Kubeflow's driver leaves `message` empty.
     """
-    named = f"The run {run}".strip()
-    outcome = OUTCOMES.get(state.upper())
-    if outcome == "succeeded":
-        lines = [f"# {named} succeeded", "", "Every task succeeded, was kept from an earlier run, or was not needed."]
-    elif outcome == "was canceled":
-        lines = [f"# {named} was canceled", "", message or "It was stopped before its end."]
-    elif outcome == "failed":
-        lines = [f"# {named} failed", "", message or NO_MESSAGE, "", REMEDY]
-    else:
-        lines = [f"# {named} ended in state {state or 'unknown'}", "", message or NO_MESSAGE, "", REMEDY]
-    text = "\n".join([*lines, ""])
+    outcome = OUTCOMES.get(state.upper(), f"ended in state {state or 'unknown'}")
+    details = [WHOLE] if outcome == "succeeded" else [message or NO_MESSAGE, "", REMEDY]
+    text = "\n".join([f"# The run {outcome}", "", *details, ""])
     write_text(Path(page), text)
     return text

@@ -69,21 +69,22 @@ def launch_fields(
     num_processes: int,
     num_nodes: int,
     image: str = "",
-    resources: Mapping[str, str | int] | None = None,
+    gpu_type: str = "nvidia.com/gpu",
+    cpu: str = "4",
+    memory: str = "16Gi",
     tolerations: Sequence[Mapping[str, Any]] = (),
     node_selector: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The fields of `vismem.launch.How` that matter to this back end, as plain values; UserError as from `How`.
 
-    Empty for a single process, so that a cache of tasks does not depend on settings without effect.
+    A node of `trainer` gets `cpu` cores, `memory` and a GPU per process. Empty for a single process, so that a cache of
+    tasks does not depend on settings without effect.
     """
     fields: dict[str, Any] = {"backend": backend, "num_processes": num_processes, "num_nodes": num_nodes}
     if backend == "trainer":
-        fields |= {
-            "image": image,
-            "resources": dict(resources or {}),
-            "tolerations": [dict(item) for item in tolerations],
-            "node_selector": dict(node_selector or {}),
-        }
+        fields["image"] = image
+        fields["resources"] = {gpu_type: num_processes, "cpu": cpu, "memory": memory}
+        fields["tolerations"] = [dict(item) for item in tolerations]
+        fields["node_selector"] = dict(node_selector or {})
     How(**fields)
     return {} if backend == "process" else fields

@@ -97,7 +97,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
 
 
 class Placement:
-    """Gives each task its image, secrets, resources and nodes from the pipeline's parameters; locally only the image."""
+    """Gives each task image, secrets, resources and nodes from the pipeline's parameters; locally only the image."""
 
     def __init__(self, parameters: SimpleNamespace, fixed_image: str | None, shared_volume: bool, work: str) -> None:
         self.parameters, self.fixed_image, self.shared_volume = parameters, fixed_image, shared_volume
@@ -140,7 +140,7 @@ class Placement:
 
     @staticmethod
     def _size(task: Any, cpu: Any, memory: Any, *others: Any) -> Any:
-        """Equal request and limit. KFP passes these parameters to the groups around a task only when they are registered."""
+        """Equal request and limit. KFP hands these parameters to the groups around a task only once registered."""
         task.register_pipeline_channels([item for item in (cpu, memory, *others) if not isinstance(item, str)])
         return task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
 

@@ -15,9 +15,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from vismem.orchestration import journal as notes
 
 from vismem.config import resolve
-from vismem.orchestration import journal as notes
 from vismem.registry.tracking import experiment_id, open_store, versions
 from vismem.serving.environment import DEFAULT_PYTHON, VARIABLE
 from vismem.steps import run_step

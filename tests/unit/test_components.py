@@ -1,4 +1,4 @@
-"""The components: one a step, thin, light to import, each with its README."""
+"""The components: one per step, thin, light to import, each with its README."""
 
 import ast
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from kfp import dsl
+from kfp.dsl.executor import Executor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for `components` and `pipelines`
 
@@ -94,3 +95,25 @@ def test_reports_are_of_the_kinds_that_the_page_of_a_run_shows() -> None:
     }
     for (name, port), kind in shown.items():
         assert COMPONENTS[name].component_spec.outputs[port].type == f"{kind.schema_title}@{kind.schema_version}"
+
+
+@pytest.mark.parametrize(
+    ("state", "names", "head"),
+    [
+        ("COMPLETE", ("pipelineJobResourceName", "pipelineTaskName"), "# The run succeeded"),
+        ("FAILED", ("pipelineJobResourceName", "pipelineTaskName"), "# The run failed"),
+        ("SUCCEEDED", ("pipeline_job_resource_name", "pipeline_task_name"), "# The run succeeded"),
+    ],
+    ids=["driver, complete", "driver, failed", "local runner"],
+)
+def test_the_exit_task_reads_the_status_as_kubeflow_s_driver_and_the_local_runner_write_it(
+    tmp_path: Path, state: str, names: tuple[str, str], head: str
+) -> None:
+    status = {"state": state, **dict.fromkeys(names, "exit-handler-1"), "error": {}}  # the driver fills in no error
+    page = {"name": "summary", "type": {"schemaTitle": "system.Markdown"}, "uri": str(tmp_path / "page")}
+    task = {
+        "inputs": {"parameterValues": {"status": status}},
+        "outputs": {"artifacts": {"summary": {"artifacts": [page]}}, "outputFile": str(tmp_path / "output.json")},
+    }
+    Executor(executor_input=task, function_to_execute=COMPONENTS["summary"].python_func).execute()
+    assert (tmp_path / "page").read_text().splitlines()[0] == head

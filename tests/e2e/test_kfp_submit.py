@@ -98,7 +98,8 @@ def test_a_second_run_goes_to_the_same_experiment_and_create_is_the_same_as_subm
 
 
 def test_parameters_arrive_with_the_types_that_the_pipeline_declares(server: KfpApi, home: Path) -> None:
-    given = """profile=smoke overrides='{"seed": 3, "stage1": {"steps": 30}}' tolerations='[]' gpu_count='"4"' num_processes=4"""
+    overrides = '{"seed": 3, "stage1": {"steps": 30}}'
+    given = f"""profile=smoke overrides='{overrides}' tolerations='[]' gpu_count='"4"' num_processes=4"""
     done = run(f"{SUBMIT} {given}", home, server.endpoint)
     assert done.returncode == 0, done.stderr
     (request,) = server.asked("POST", "runs")

@@ -106,7 +106,7 @@ def test_a_failing_task_in_a_container_leaves_the_run_red(
 ) -> None:
     assert run_pipeline(folder_for_containers(tmp_path), images["train"], **{"stage1.stepz": 3}) == 1
     (page,) = tmp_path.glob("vismem-*/summary/summary")
-    assert "stage1.stepz" in page.read_text()
+    assert page.read_text().startswith("# The run failed")
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from vismem.config.release import (
     RegistryConfig,
     StudyConfig,
 )
-from vismem.config.resolve import defaults, resolve, without_nulls
+from vismem.config.resolve import resolve
 from vismem.config.root import (
     PROFILE_FOLDER,
     Config,
@@ -77,11 +77,9 @@ __all__ = [
     "SupervisedConfig",
     "ValidateConfig",
     "WarmStartConfig",
-    "defaults",
     "load_config",
     "load_params",
     "merge",
     "parse_config",
     "resolve",
-    "without_nulls",
 ]

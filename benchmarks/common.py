@@ -174,11 +174,11 @@ class Parts(ExitStack):
             self._whole.add(name)
         self.enter_context(mock.patch.object(owner, attribute, timed))
 
-    def run(self, function: Callable[[], object], rest: str = "the rest") -> Seconds:
+    def run(self, function: Callable[[], object]) -> Seconds:
         """Call `function`; returns the seconds of each part, and of what no part claims. They add up to the whole."""
         self.seconds.clear()
         self._since = now()
-        self._stack.append(rest)
+        self._stack.append("the rest")
         function()
         self._switch()
         self._stack.pop()

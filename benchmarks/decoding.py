@@ -115,7 +115,7 @@ def ratios(spent: dict[str, dict[str, list[float]]], tokens: int, items: int) ->
         "tokens_per_second_after_first": speed(tokens - items, decoding),
         "speed": over(spent[HUGGING_FACE]["whole"], spent[VANILLA]["whole"]),
         "speed_after_first_token": over(decoding(HUGGING_FACE), decoding(VANILLA)),
-        "seconds_a_sample": {name: spread([s / items for s in side["whole"]]) for name, side in spent.items()},
+        "seconds_per_sample": {name: spread([s / items for s in side["whole"]]) for name, side in spent.items()},
         "vismem_time": over(spent[VISMEM]["whole"], spent[VANILLA]["whole"]),
         "memory_share": over(spent[VISMEM]["memory"], spent[VISMEM]["whole"]),
     }
@@ -128,10 +128,10 @@ def report(figures: dict[str, Any]) -> str:
         return f"{value['median'] * scale:.2f} ({value['low'] * scale:.2f} to {value['high'] * scale:.2f})"
 
     header = ["batch", "tokens/s, times HF's", "the same after the first token", "target"]
-    header += ["VisMem's time, times vanilla's", "of it memory, %", "VisMem, ms a sample"]
+    header += ["VisMem's time, times vanilla's", "of it memory, %", "VisMem, ms per sample"]
     rows = [
         [batch, cell(row["speed"]), cell(row["speed_after_first_token"]), TARGETS.get(int(batch), ""),
-         cell(row["vismem_time"]), cell(row["memory_share"], 100), cell(row["seconds_a_sample"][VISMEM], 1000)]
+         cell(row["vismem_time"]), cell(row["memory_share"], 100), cell(row["seconds_per_sample"][VISMEM], 1000)]
         for batch, row in figures["batches"].items()
     ]  # fmt: skip
     memory = [[name, f"{value:.0f}"] for name, value in figures["peak_mib"].items()]

@@ -37,27 +37,24 @@ from vismem.training.stage1 import FORMATION, Formation, trainable
 from vismem.training.stage2 import INVOCATION, Invocation, fit_invocation
 
 ROOT = Path(__file__).parents[1]
-SEVEN_B: dict[str, dict[str, Any]] = {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
+Sizes = dict[str, dict[str, Any]]
+SEVEN_B: Sizes = {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct, where it differs from its class's defaults
     "text_config": {
         "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     },
-    "vision_config": {
-        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
-        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    },
+    "vision_config": {"hidden_size": 1280},
 }  # fmt: skip
-TINY: dict[str, dict[str, Any]] = {
+TINY: Sizes = {
     "text_config": {
-        **SEVEN_B["text_config"], "vocab_size": 3000, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 3000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
     },
     "vision_config": {
-        **SEVEN_B["vision_config"], "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
-        "out_hidden_size": 64, "fullatt_block_indexes": [1],
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
     },
 }  # fmt: skip
 SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
@@ -66,7 +63,7 @@ SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
 }  # fmt: skip
 
 
-def build(sizes: dict[str, dict[str, Any]], samples: Sequence[Sample], side: int, config: Config) -> VisMemModel:
+def build(sizes: Sizes, samples: Sequence[Sample], side: int, config: Config) -> VisMemModel:
     """VisMem on a Qwen2.5-VL of these sizes with random weights, in bf16 on a GPU; answers never end by themselves."""
     processor = processor_for(samples)
     processor.image_processor = Qwen2VLImageProcessorPil(min_pixels=side**2, max_pixels=side**2)
@@ -118,7 +115,7 @@ class Stage2(Parity, Invocation):
 
 
 def training(model: VisMemModel, samples: Sequence[Sample], config: Config, args: argparse.Namespace) -> list[Any]:
-    """Steps of both stages: seconds, parts, tokens a second, memory, FLOPs."""
+    """Steps of both stages: seconds, parts, tokens per second, memory, FLOPs."""
     shape = {"batch_size": args.prompts, "group_size": args.group, "max_new_tokens": args.tokens}
     stage1 = config.stage1.model_copy(update={**shape, "anywhere_after": 0.0})
     stage2 = config.stage2.model_copy(update=shape)
@@ -158,7 +155,7 @@ def _steps(
 
 
 def decoding(model: VisMemModel, samples: Sequence[Sample], args: argparse.Namespace) -> list[Any]:
-    """Tokens a second and bytes a second at several batch sizes, without memories and with them."""
+    """tokens per second and bytes per second at several batch sizes, without memories and with them."""
     text = model.backbone.model.config.text_config
     language = model.backbone.model.model.language_model
     weights = sum(p.numel() * p.element_size() for p in [*language.layers.parameters(), model.backbone.head.weight])
@@ -201,8 +198,17 @@ def report(found: dict[str, Any]) -> str:
          f"{d['bytes_s'] / bandwidth:.1%}", f"{d['memories']:.2f}", f"{d['overhead']:+.1%}"]
         for d in found["decoding"]
     ]  # fmt: skip
-    head = ["stage", "rollouts", "memories an answer", "s a step", "tokens/s", "MFU", "peak GiB", "where the time goes"]
-    decode = ["batch", "first token, s", "ms a token", "tokens/s", "share of bandwidth", "memories", "time they add"]
+    head = [
+        "stage",
+        "rollouts",
+        "memories per answer",
+        "s per step",
+        "tokens/s",
+        "MFU",
+        "peak GiB",
+        "where the time goes",
+    ]
+    decode = ["batch", "first token, s", "ms per token", "tokens/s", "share of bandwidth", "memories", "time they add"]
     source = f"peaks ({found['peaks']}): {flops / 1e12:.3g} TFLOP/s, {bandwidth / 1e12:.3g} TB/s"
     return f"{source}\n\n{table(head, steps)}\n\n{table(decode, rows)}"
 
@@ -211,10 +217,10 @@ def main() -> None:
     """Build, measure, print, write."""
     options = parser(__doc__)
     options.add_argument("--size", choices=("7b", "tiny"), default="7b")
-    options.add_argument("--prompts", type=int, default=2, help="prompts a training step; the paper: 8")
-    options.add_argument("--group", type=int, default=16, help="rollouts a prompt [paper: 16]")
-    options.add_argument("--tokens", type=int, default=256, help="tokens an answer")
-    options.add_argument("--memories", type=int, default=4, help="memories an answer at most")
+    options.add_argument("--prompts", type=int, default=2, help="prompts per training step; the paper: 8")
+    options.add_argument("--group", type=int, default=16, help="rollouts per prompt [paper: 16]")
+    options.add_argument("--tokens", type=int, default=256, help="tokens per answer")
+    options.add_argument("--memories", type=int, default=4, help="max memories per answer")
     options.add_argument("--side", type=int, default=448, help="pixels of an image's side")
     options.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     options.add_argument("--steps", type=int, default=2, help="timed training steps, after one that is not")

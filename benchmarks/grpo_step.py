@@ -83,7 +83,7 @@ def missing_for_trl() -> str:
 def trl_steps(
     base: Path, samples: Sequence[Sample], args: argparse.Namespace, *, steps: int, after: Callable[[float], None]
 ) -> float:
-    """Take `steps` steps over all samples; returns sampled tokens an answer.
+    """Take `steps` steps over all samples; returns sampled tokens per answer.
 
     `after` is called behind each step with its seconds; what it does is not on TRL's clock. The reward costs nothing
     and has spread: whether the sum of an answer's characters is odd.
@@ -154,7 +154,7 @@ def peaks(base: Path, samples: Sequence[Sample], args: argparse.Namespace, sides
 
 
 def compare(base: Path, samples: Sequence[Sample], args: argparse.Namespace, with_trl: bool) -> dict[str, Any]:
-    """Steps of all sides in turn: seconds of each, the parts of ours, tokens and memories an answer."""
+    """Steps of all sides in turn: seconds of each, the parts of ours, tokens and memories per answer."""
     steps = {name: our_step(base, samples, args, name) for name in (OURS, STAGE1)}
     theirs: list[float] = []
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
@@ -198,7 +198,7 @@ def report(found: dict[str, Any]) -> str:
              f"{found['tokens'][name]:.1f}", f"{found['memories'].get(name, 0):.2f}", f"{found['peak_mib'][name]:.0f}"]
         )  # fmt: skip
     times = [f"times {name}" for name in compared]
-    sides = table(["side", "s a step", *times, "tokens an answer", "memories an answer", "peak MiB"], rows)
+    sides = table(["side", "s per step", *times, "tokens per answer", "memories per answer", "peak MiB"], rows)
 
     def share(name: str, key: str) -> str:
         spent = parts[name].get(key, 0.0)
@@ -216,7 +216,7 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=8)
     options.add_argument("--group", type=int, default=16)
     options.add_argument("--tokens", type=int, default=56, help="longest answer")
-    options.add_argument("--memories", type=int, default=2, help="memories an answer at most, in stage I")
+    options.add_argument("--memories", type=int, default=2, help="max memories per answer, in stage I")
     options.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one that is not")
     args = options.parse_args()
     missing = missing_for_trl()

@@ -1,4 +1,4 @@
-"""How fast `vismem validate` is: rows a second and peak memory on generated rows with images, start-up included.
+"""How fast `vismem validate` is: rows per second and peak memory on generated rows with images, start-up included.
 
     python benchmarks/validate.py [--rows 100000] [--side 84]
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from vismem.errors import UserError
@@ -163,16 +162,11 @@ def exit_on_sigterm() -> Iterator[None]:
 def until_stopped(write: Callable[[str], None]) -> Iterator[None]:
     """A block that serves until Ctrl-C or SIGTERM; then it ends without an error and writes "stopped"."""
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
-    except KeyboardInterrupt:
+        with exit_on_sigterm():
+            yield
+    except (KeyboardInterrupt, SystemExit):
         write("stopped")
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def end_leftovers(folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_decoding_compares_equal_tokens_and_reports_ratios(run, tmp_path: Path) 
         assert row["tokens"] == figures["batches"]["1"]["tokens"] <= 4 * 8
         assert 0 < row["memory_share"]["median"] < 1
         assert row["speed"]["low"] <= row["speed"]["median"] <= row["speed"]["high"]
-    assert set(figures["peak_mib"]) == set(row["seconds_a_sample"])
+    assert set(figures["peak_mib"]) == set(row["seconds_per_sample"])
 
 
 def test_validation_reports_its_speed(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -1,6 +1,5 @@
 """The step `prepare`: the sources named in the parameters become Parquet shards a split, and `stats.json`."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from vismem.config import Config, EasyVqaSource, JsonlSource, LmuDataSource, NlvrSource, Source
 from vismem.data.fingerprint import SPLITS, ImageCache, data_sha256, sample_sha256, seen_sha256
 from vismem.data.sample import Sample, write_shards
+from vismem.files import write_json
 from vismem.progress import Advance, progress
 
 TOP_ANSWERS = 20
@@ -32,7 +32,7 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             write_shards(_counted(rows, advance, split), out / split, config.prepare.rows_per_shard)
     whole = data_sha256({split: stats.digests for split, stats in splits.items()})
     summary = {"data_sha256": whole, "seed": config.seed, "splits": {s: stats.summary() for s, stats in splits.items()}}
-    (out / "stats.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(out / "stats.json", summary)
     dropped = sum(sum(stats.dropped.values()) for stats in splits.values())
     sizes = ", ".join(f"{stats.rows} {split}" for split, stats in splits.items())
     tail = f"; {dropped} rows dropped, their image is in another split" if dropped else ""

@@ -224,25 +224,6 @@ def test_an_unknown_model_is_reported(server: TritonServer) -> None:
         next(infer(server.grpc_url, "other", [IMAGE], "hi"))
 
 
-def test_protocols_that_run_code_or_read_memory_need_the_secret(server: TritonServer) -> None:
-    import tritonclient.grpc as triton
-    from tritonclient.utils import InferenceServerException
-
-    with triton.InferenceServerClient(server.grpc_url) as client:
-        for call in (
-            client.get_model_repository_index,
-            client.get_system_shared_memory_status,
-            client.get_trace_settings,
-            client.get_log_settings,
-            partial(client.load_model, "vismem"),
-        ):
-            with pytest.raises(InferenceServerException, match="protocol is restricted"):
-                call()
-        index = client.get_model_repository_index(headers={"triton-grpc-protocol-vismem-admin": server.secret})
-        assert [(model.name, model.version) for model in index.models] == [("vismem", "7")]
-    assert server.secret not in server.log.read_text()
-
-
 def test_serving_leaves_the_repository_as_it_was_written(server: TritonServer) -> None:
     ask(server)
     names = {path.name for path in server.repository.rglob("*")}
@@ -291,7 +272,7 @@ def test_a_model_process_that_dies_is_reported_and_the_server_can_still_be_stopp
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with TritonServer(make_repository(tmp_path), log=tmp_path / "log", exit_timeout=1) as server:
-        group = server.process.pid
+        group = server.service.process.pid
         with pytest.raises(UserError, match=r"sent nothing for 2 s|is not healthy"):
             ask(server, "die", timeout=2)
         with pytest.raises(UserError, match="restart `vismem serve`"):

@@ -281,12 +281,12 @@ def test_a_store_that_does_not_answer_is_one_plain_error(project: Project) -> No
 def test_the_ui_answers_on_its_page_and_is_gone_afterwards(project: Project) -> None:
     project.build(b"one")
     project.run("register")
-    with mlflow_server(project.config, 0) as (address, server):
+    with mlflow_server(project.config, 0, project.artifacts / "log") as (address, server):
         assert model_page(project.config, address) == f"{address}/#/models/vismem"
         url = f"{address}/api/2.0/mlflow/registered-models/get?name=vismem"
         with urllib.request.urlopen(url, timeout=30) as reply:
             assert json.load(reply)["registered_model"]["latest_versions"][0]["version"] == "1"
-    assert server.poll() is not None
+    assert server.process.poll() is not None
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
 

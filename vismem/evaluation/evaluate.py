@@ -15,8 +15,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from pydantic import TypeAdapter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
@@ -29,6 +27,7 @@ from vismem.evaluation.summary import headline, headline_figures
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
+from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
@@ -138,20 +137,17 @@ def decode(
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
     batches = [samples[start:end] for start, end in itertools.pairwise(ends)]
-    columns = (TextColumn("evaluate {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(samples) * len(arms), completed=answered * len(arms))
+    with progress("evaluate", len(samples) * len(arms), answered * len(arms)) as advance:
         for turn, batch in enumerate(batches):
             if ends[turn] < answered:
                 continue
             shift = turn % len(arms)
             for arm in [*arms[shift:], *arms[:shift]]:
-                progress.update(bar, description=arm.label)
                 started = time.perf_counter()
                 rollouts = _answer(models[arm.model], arm, batch, config)
                 runs[arm.name].seconds += time.perf_counter() - started
                 runs[arm.name].rollouts += rollouts
-                progress.advance(bar, len(batch))
+                advance(len(batch), arm=arm.label)
             if kept and time.monotonic() - saved >= KEEP_EVERY:
                 new = kept.with_suffix(".new")
                 new.write_bytes(_RUNS.dump_json(runs))

@@ -1,6 +1,5 @@
 """A frozen VLM with latent vision memory: form memories, embed and score the grown vocabulary, save and load."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
+from vismem.files import read_json, write_json
 from vismem.generation.types import MemoryKind
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt
@@ -223,7 +223,7 @@ class VisMemModel(nn.Module):
             "policy_lora": self.policy_lora.enabled,
             "policy_settings": asdict(self.policy_settings),
         }
-        (folder / "vismem.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(folder / "vismem.json", settings)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         policy = {name: value for name, value in weights.items() if _is_policy(name)}
         save_file({name: value for name, value in weights.items() if name not in policy}, folder / "memory.safetensors")
@@ -233,10 +233,7 @@ class VisMemModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> "VisMemModel":
         """Load a base and lay what `save_pretrained` wrote over it."""
-        file = Path(folder) / "vismem.json"
-        if not file.is_file():
-            raise UserError(f"{folder} holds no vismem.json: give a folder that stage1, stage2 or export wrote")
-        settings = json.loads(file.read_text())
+        settings = read_json(Path(folder) / "vismem.json", "give a folder that stage1, stage2 or export wrote")
         backbone = load_base(base, dtype)
         if backbone.family != settings["family"]:
             raise UserError(f"{folder} was trained on {settings['family']}, but {base} is {backbone.family}")

@@ -17,15 +17,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from vismem.errors import UserError
+from vismem.progress import progress
 from vismem.training.optimizers import optimizers
 
 Metrics = dict[str, float]
+SHOWN = ("loss", "reward", "kl", "accuracy")  # beside the progress, where an objective has them
 SECONDS = "seconds"  # of a step, in the history; left out of the curve, which is the same from the same seed
 
 
@@ -86,7 +87,8 @@ def train(
     console = Console(quiet=not accelerator.is_main_process, stderr=True)
     if history:
         console.print(f"{settings.name}: resumed at step {len(history)}")
-    with _progress(settings, console, len(history)) as advance:
+    quiet = not accelerator.is_main_process
+    with progress(settings.name, settings.steps, len(history), quiet=quiet) as advance:
         for step in range(len(history), settings.steps):
             started = time.perf_counter()
             batch = objective.collect(step)
@@ -103,7 +105,7 @@ def train(
                 for optimizer in used:
                     optimizer.step()
             history.append({"step": step, **metrics, SECONDS: time.perf_counter() - started})
-            advance(metrics)
+            advance(**{name: metrics[name] for name in SHOWN if name in metrics})
             if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
                 checkpoint.save(named, used, history)
     if accelerator.is_main_process:
@@ -220,31 +222,6 @@ class _Checkpoint:
         held = {name: value.cpu().contiguous() for name, value in tensors.items()}
         save_file(held, fresh, metadata={"history": json.dumps(history)})
         fresh.replace(self.file)
-
-
-class _progress:  # noqa: N801 - a context manager used as a function
-    """A bar with the latest figures."""
-
-    SHOWN = ("loss", "reward", "kl", "accuracy")
-
-    def __init__(self, settings: LoopSettings, console: Console, done: int) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), console=console,
-        )  # fmt: skip
-        self.task = self.bar.add_task(settings.name, total=settings.steps, completed=done, figures="")
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-
-        def advance(metrics: Metrics) -> None:
-            figures = " ".join(f"{key} {metrics[key]:.3f}" for key in self.SHOWN if key in metrics)
-            self.bar.update(self.task, advance=1, figures=figures)
-
-        return advance
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
 
 def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import Progress
 
 from vismem.config import Config, ValidateConfig
 from vismem.data.fingerprint import SPLITS, data_sha256
 from vismem.data.sample import SCHEMA, write_shards
 from vismem.errors import UserError
+from vismem.progress import progress
 from vismem.validation.expectations import Judge, Rule, Severity, Verdict, rules
 from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
 
@@ -76,10 +74,8 @@ def examine(settings: ValidateConfig, folder: Path, profile: Mapping[str, float]
     """Judge the shards below `folder` by every rule; nothing is written. `profile` stands in for the train split's."""
     shards = find_shards(folder)
     good = [shard for shard in shards if shard.fault is None]
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
-        bar = progress.add_task("validate rows", total=sum(shard.rows for shard in good))
-        rows = collect_facts(good, settings.max_pixels, lambda done: progress.advance(bar, done))
+    with progress("validate rows", sum(shard.rows for shard in good)) as advance:
+        rows = collect_facts(good, settings.max_pixels, advance)
     judge, every = Judge(), rules(settings)
     shard_table = pd.DataFrame({"shard": [s.name for s in shards], "fault": [s.fault for s in shards]}, dtype=object)
     verdicts = judge.judge("shards", shard_table, every) + judge.judge("rows", rows, every)

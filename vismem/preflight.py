@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from vismem.config import Config, RegistryConfig
-from vismem.errors import UserError
+from vismem.errors import UserError, mask_credentials
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3, 5  # a dead endpoint costs this, not the clients' own minute of retries
 GB = 1e9
@@ -41,7 +41,7 @@ def preflight(config: Config, artifacts: Path, report: Path | None = None) -> li
     findings = []
     for check in checks(config, artifacts):
         findings.append(found := check())
-        print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {found.seen}", flush=True)
+        print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {mask_credentials(found.seen)}", flush=True)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(markdown(findings))
@@ -75,7 +75,7 @@ def markdown(findings: Sequence[Finding]) -> str:
     failed = sum(not finding.ok for finding in findings)
     verdict = f"**{failed} of {len(findings)} checks failed**" if failed else f"All {len(findings)} checks passed"
     head = ["# Preflight", "", f"{verdict}.", "", "| check | result | seen | what to do |", "|---|---|---|---|"]
-    return "\n".join([*head, *(f"| {row} |" for row in rows), ""])
+    return mask_credentials("\n".join([*head, *(f"| {row} |" for row in rows), ""]))
 
 
 def check_variable(name: str) -> Finding:

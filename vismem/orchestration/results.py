@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder
+from vismem.records import Metrics, ParityReport, RegisteredVersion, Release, Validation, Verdict
 
 Value = str | int | float | bool
 
@@ -65,10 +66,10 @@ def write_json(file: Path | str, values: Mapping[str, Any]) -> None:
 def verdict_page(register: Path | str) -> str:
     """The gate's verdict as Markdown, one line a rule."""
     folder = Path(register)
-    version, verdict = _read(folder / "version.json"), _read(folder / "verdict.json")
-    word = "passes" if verdict["passed"] else "refuses"
-    rows = [f"| {'✓' if rule['passed'] else '✗'} | {rule['name']} | {rule['reason']} |" for rule in verdict["rules"]]
-    head = f"# The gate {word} {version['name']} version {version['version']}"
+    version, verdict = RegisteredVersion.read(folder), Verdict.read(folder)
+    word = "passes" if verdict.passed else "refuses"
+    rows = [f"| {'✓' if rule.passed else '✗'} | {rule.name} | {rule.reason} |" for rule in verdict.rules]
+    head = f"# The gate {word} {version.name} version {version.version}"
     return "\n".join([head, "", "| | rule | reason |", "|---|---|---|", *rows, ""])
 
 
@@ -82,10 +83,10 @@ def _prepare(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:
 
 
 def _validate(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:
-    validation = _read(folder / "validation.json")
-    rows = {f"rows_{name}": validation["rows"][name] for name in ("total", "clean", "quarantined")}
+    validation = Validation.read(folder)
+    rows = {f"rows_{name}": count for name, count in validation.rows.model_dump(exclude={"splits"}).items()}
     shards = sha256_folder(folder / "data", "**/*.parquet")  # as a bundle's lineage names its data
-    return {"data_sha256": validation["data_sha256"], "shards_sha256": shards, **rows}, rows
+    return {"data_sha256": validation.data_sha256, "shards_sha256": shards, **rows}, rows
 
 
 def _base(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:
@@ -101,40 +102,32 @@ def _stage(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:
 
 
 def _evaluate(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:
-    metrics = _read(folder / "metrics.json")
-    scores = {f"{arm}_{name}": value for arm, values in metrics["arms"].items() for name, value in values.items()}
-    gain = metrics["gain"].get("overall")
-    if gain:
-        scores |= {
-            "gain": gain["delta"],
-            "gain_low": gain["ci95"][0],
-            "gain_high": gain["ci95"][1],
-            "gain_p": gain["p"],
-        }
-    return {"stage2_sha256": metrics["stage2_sha256"], "questions": metrics["n"]}, scores
+    metrics = Metrics.read(folder)
+    scores = {f"{arm}_{name}": value for arm, values in metrics.arms.items() for name, value in values.items()}
+    if gain := metrics.gain.get("overall"):
+        scores |= {"gain": gain.delta, "gain_low": gain.ci95[0], "gain_high": gain.ci95[1], "gain_p": gain.p}
+    return {"stage2_sha256": metrics.stage2_sha256, "questions": metrics.n}, scores
 
 
 def _export(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:
-    lineage, parity = _read(folder / "lineage.json"), _read(folder / "parity.json")
+    lineage, parity = _read(folder / "lineage.json"), ParityReport.read(folder)
     metadata: dict[str, Value] = {
         "manifest_sha256": sha256_file(folder / MANIFEST),
         "data_sha256": lineage["data_sha256"],
         "git_commit": lineage["git"]["commit"] or "unknown",
-        "parity": parity["passed"],
+        "parity": parity.passed,
     }
-    return metadata, {"parity_items": parity["items"], "parity_equal": parity["greedy_equal"]}
+    return metadata, {"parity_items": parity.items, "parity_equal": parity.greedy_equal}
 
 
 def _register(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:
-    version, verdict = _read(folder / "version.json"), _read(folder / "verdict.json")
-    kept = ("name", "version", "run_id", "model_id", "manifest_sha256")
-    return {**{key: version[key] for key in kept}, "verdict": "passed" if verdict["passed"] else "refused"}, {}
+    version = RegisteredVersion.read(folder).model_dump(exclude={"judged_against"})
+    return {**version, "verdict": "passed" if Verdict.read(folder).passed else "refused"}, {}
 
 
 def _promote(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:
-    release = _read(folder / "release.json")
-    metadata = {key: release[key] for key in ("name", "version", "model_id", "promoted")}
-    return {**metadata, "reasons": "; ".join(release["reasons"])}, {}
+    release = Release.read(folder)
+    return {**release.model_dump(exclude={"previous"}), "reasons": "; ".join(release.reasons)}, {}
 
 
 def _deploy(folder: Path) -> tuple[dict[str, Value], dict[str, Any]]:

@@ -1,6 +1,5 @@
 """A pipeline's task around a step: journal, step, and what it made, in plain values."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from vismem.launch import How, launch_step
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import IDENTITY
 from vismem.orchestration.results import Result, describe, write_json, write_page
+from vismem.records import Release
 
 WORK = "VISMEM_WORK"
 
@@ -51,9 +51,9 @@ def run_task(
 def refusal_note(promote: str, page: str, journal: str = "") -> None:
     """Write into the file `page` which version `promote` refused, and why, as Markdown."""
     with notes.entry(journal, notes.run_of(page), "not-promoted") as entry:
-        release = json.loads((Path(promote) / "release.json").read_text())
-        version = f"{release['name']} version {release['version']}"
-        reasons = [f"- {reason}" for reason in release["reasons"]]
+        release = Release.read(Path(promote))
+        version = f"{release.name} version {release.version}"
+        reasons = [f"- {reason}" for reason in release.reasons]
         lines = [f"# Not promoted: {version}", "", *reasons, "", "Nothing was deployed; what is served stays as it is."]
         write_page(page, "\n".join([*lines, ""]))
         entry.text = f"{version} was refused, and nothing deployed"

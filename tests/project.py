@@ -36,14 +36,14 @@ VALIDATION = Validation.model_validate(
 )
 
 
-def scores(score: float = 66.0, gain: float = 6.0, **changed: Any) -> Metrics:
-    """Scores of a model on 600 items of one capability; `changed` replaces whole fields."""
+def scores(score: float = 66.0, by: float = 6.0, **changed: Any) -> Metrics:
+    """Scores on 600 items of one capability, `by` points above vanilla; `changed` replaces whole fields."""
     arms = {
-        "vanilla": {"overall": score - gain, "understanding": score - gain, "seconds_per_sample": 0.10},
+        "vanilla": {"overall": score - by, "understanding": score - by, "seconds_per_sample": 0.10},
         "vismem": {"overall": score, "understanding": score, "seconds_per_sample": 0.12},
     }
     interval = {name: (arm["overall"] - 2, arm["overall"] + 2) for name, arm in arms.items()}
-    gains = {name: {"delta": gain, "ci95": (gain - 2, gain + 2), "p": 0.01} for name in ("overall", "understanding")}
+    gains = {name: {"delta": by, "ci95": (by - 2, by + 2), "p": 0.01} for name in ("overall", "understanding")}
     values = {
         "n": 600,
         "seed": 0,

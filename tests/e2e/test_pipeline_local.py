@@ -45,6 +45,7 @@ SERVED = pytest.mark.skipif(
     not Path(os.environ.get(VARIABLE, DEFAULT_PYTHON)).is_file(), reason="no serving environment: `make serving`"
 )
 PASSES = {
+    "gate__min_items": 1,
     "gate__min_gain": -100,
     "gate__min_gain_low": -100,
     "gate__max_capability_drop": 100,
@@ -128,10 +129,10 @@ PLACES = [  # each in the midst of its task's work; one after the other, since a
     ("base", "base.partial/language.new"),
     ("stage1", "stage1.partial/samples/000001.jsonl"),
     ("stage2", "stage2.partial/samples/000001.jsonl"),
-    ("evaluate", "evaluate.partial/metrics.json"),
+    ("evaluate", "evaluate.partial/.metrics.json.*"),
     ("export", "export.partial/onnx/decoder.onnx"),
     ("register", "mlartifacts/models/*/vismem.json"),
-    ("register", "register.partial/verdict.json"),
+    ("register", "register.partial/.verdict.json.*"),
     ("not-promoted", "not-promoted/note"),
 ]
 
@@ -219,7 +220,7 @@ def test_artifacts_carry_where_they_came_from_and_what_the_page_of_a_run_shows(f
 
 @SERVED
 def test_a_release_and_a_deployment_that_were_killed_are_red_and_leave_no_server(folder: Path) -> None:
-    kill(folder, "promote", "promote.partial/release.json", **PASSES)
+    kill(folder, "promote", "promote.partial/.release.json.*", **PASSES)
     kill(folder, "deploy", "deploy.partial/smoke.json", **PASSES)
     partial = runs(folder)[-1] / "deploy" / "deploy.partial"
     assert (partial / "tritonserver.log").read_text(), "it was killed when the server had answered"

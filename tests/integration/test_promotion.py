@@ -85,6 +85,7 @@ def served(project: Project) -> Iterator[Project]:
 
 
 def test_behind_a_server_the_registry_orders_the_promoters(served: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.release(b"before", score=60.0)
     made = race(served, ORDER, first=66.0)
     check_race(served, made, best=73.0)
     store, name = served.store, "vismem-promotion-lock"

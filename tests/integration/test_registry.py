@@ -10,6 +10,7 @@ from project import Project
 
 from vismem.cli import main
 from vismem.errors import UserError
+from vismem.provenance import write_manifest
 from vismem.registry import release
 from vismem.registry.tracking import Store, aliased, open_store, versions
 from vismem.registry.ui import mlflow_server, model_page
@@ -127,6 +128,65 @@ def test_a_damaged_bundle_is_refused_before_anything_is_written(project: Project
         project.run("register")
     assert versions(project.store) == []
     assert project.store.client.get_experiment_by_name("vismem") is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("no hash in either", "stage2_sha256: Field required"),
+        ("no hash in the bundle", "scores of another model"),
+        ("another model", "scores of another model"),
+        ("other test data", "scores on other test data"),
+        ("one arm", "no arm vanilla"),
+        ("no parity", r"parity\.json is damaged .*passed: Field required"),
+    ],
+)
+def test_what_does_not_belong_together_or_lacks_a_field_is_refused(project: Project, changed: str, said: str) -> None:
+    project.build(b"one", **({"test_sha256": "bbb"} if changed == "other test data" else {}))
+    bundle, file = project.steps["export"], project.steps["evaluate"] / "metrics.json"
+    metrics = json.loads(file.read_text())
+    if changed == "no hash in either":
+        del metrics["stage2_sha256"]
+    if changed.startswith("no hash"):
+        (bundle / "lineage.json").write_text('{"inputs_sha256": {}}')
+    if changed == "another model":
+        metrics["stage2_sha256"] = "bbb"
+    if changed == "one arm":
+        del metrics["arms"]["vanilla"]
+    if changed == "no parity":
+        (bundle / "parity.json").write_text("{}")
+    file.write_text(json.dumps(metrics))
+    write_manifest(bundle)
+    with pytest.raises(UserError, match=said):
+        project.run("register")
+    assert versions(project.store) == []
+
+
+def test_a_champion_without_a_usable_score_does_not_refuse_every_successor(project: Project) -> None:
+    for number, (tag, value) in enumerate((("score", "nan"), ("n", "many"), ("score", None)), start=1):
+        made = project.release(bytes([number]), score=66.0)
+        assert made["promoted"]
+        assert project.champion() == str(number)
+        if value is None:
+            project.store.client.delete_model_version_tag("vismem", str(number), tag)
+        else:
+            project.store.client.set_model_version_tag("vismem", str(number), tag, value)
+    made = project.release(b"last", score=61.0)
+    assert made["promoted"]
+    assert "champion version 3 has no usable score" in made["reasons"][-1]
+    assert not project.release(b"worse", score=60.5)["promoted"]
+
+
+def test_a_bundle_registered_again_keeps_the_figures_of_then(project: Project) -> None:
+    project.build(b"one", score=66.0)
+    project.run("register")
+    project.build(b"one", score=66.0, n=100)
+    assert project.run("register")["passed"]
+    (project.steps["export"] / "extra").write_text("another bundle")
+    write_manifest(project.steps["export"])
+    again = project.run("register")
+    assert (again["version"], again["passed"]) == ("2", False)
+    assert "the scores are of 100 test items" in again["rules"][0]["reason"]
 
 
 def test_promote_refuses_a_version_that_the_store_does_not_hold_as_registered(project: Project) -> None:

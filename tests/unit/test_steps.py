@@ -20,7 +20,15 @@ from vismem.errors import UserError
 from vismem.steps import STEPS, Step, run_step
 
 ROOT = Path(__file__).parents[2]
-CONTRACT = ("vismem/__init__.py", "vismem/config/*.py", "vismem/errors.py", "vismem/steps.py", "vismem/provenance.py")
+CONTRACT = (
+    "vismem/__init__.py",
+    "vismem/config/*.py",
+    "vismem/errors.py",
+    "vismem/files.py",
+    "vismem/records.py",
+    "vismem/steps.py",
+    "vismem/provenance.py",
+)
 
 # --- steps for these tests, loaded by name as the real ones are -------------------------------------------------------
 

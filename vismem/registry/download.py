@@ -10,7 +10,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file, verify_manifest
 from vismem.records import Metrics, ParityReport, Record, Validation, Verdict
-from vismem.registry.tracking import Store, Version, plain_faults
+from vismem.registry.tracking import Store, Version, environment, plain_faults
 
 R = TypeVar("R", bound=Record)
 
@@ -61,11 +61,12 @@ def _run_files(store: Store, version: Version) -> Any:
 def _record(store: Store, version: Version, files: Any, folder: str, record: type[R]) -> R:
     path = f"{folder}/{record.FILE}".removeprefix("/")
     try:
-        with tempfile.TemporaryDirectory() as here:
+        with tempfile.TemporaryDirectory() as here, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
             files.download_artifacts(path, here)
             return record.read(Path(here) / folder)
     except (MlflowException, OSError, UserError) as error:
         raise UserError(
-            f"{store.uri} does not hold a whole {path} of {store.model} version {version.version} ({error}): "
+            f"{store.uri} does not hold a whole {path} of {store.model} version {version.version} "
+            f"({' '.join(str(error).split())}): "
             "run `vismem evaluate`, `vismem export` and `vismem register` again"
         ) from error

@@ -23,6 +23,7 @@ from vismem.registry.tracking import SQLITE, Store, create_model_once
 
 LEASE = 180.0  # seconds; a promotion takes a few, so that who holds the lock for longer was killed
 POLL = 0.3
+SOURCE = "s3://none/none"  # MLflow asks for one; a ticket has no files
 ATTEMPTS = 10  # to draw a ticket: MLflow gives up after three collisions
 
 
@@ -48,10 +49,10 @@ def promotion_lock(store: Store) -> Iterator[Callable[[], None]]:
 
 
 def _draw(store: Store, name: str) -> int:
-    holder = f"{socket.gethostname()}, process {os.getpid()}"
+    holder = f"held by {socket.gethostname()}, process {os.getpid()}"
     for attempt in range(ATTEMPTS):
         try:
-            return int(store.client.create_model_version(name, "s3://none/none", description=f"held by {holder}").version)
+            return int(store.client.create_model_version(name, SOURCE, description=holder).version)
         except MlflowException as error:
             if "Giving up" not in str(error) or attempt == ATTEMPTS - 1:
                 raise

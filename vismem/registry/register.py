@@ -95,7 +95,7 @@ def _checked(inputs: Mapping[str, Path]) -> tuple[Metrics, dict[str, Any]]:
             f"the scores in {evaluate} have no arm {' or '.join(sorted(missing))}, which the gate compares: "
             "name both in evaluate.arms and run `vismem evaluate` again"
         )
-    if metrics.stage2_sha256 != lineage.get("inputs_sha256", {}).get("stage2"):
+    if metrics.stage2_sha256 != (lineage.get("inputs_sha256") or {}).get("stage2"):
         raise UserError(
             f"{evaluate} holds the scores of another model than the bundle {bundle}: "
             "run `vismem evaluate`, then `vismem export`, and register again"

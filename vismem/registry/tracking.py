@@ -29,7 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 SQLITE = "sqlite:///"
 CHALLENGER, CHAMPION = "challenger", "champion"  # aliases
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds, not minutes
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plain_faults(function: Callable[P, R]) -> Callable[P, R]:
 
 def open_store(config: RegistryConfig) -> Store:
     """Open the store. UserError where it does not answer or MLflow refuses its kind (plain folders)."""
-    for noisy in ("alembic", "mlflow.store.db.utils"):  # a migration log on every new SQLite file
+    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry"):  # migrations, instant "waiting"
         logging.getLogger(noisy).setLevel(logging.WARNING)
     uri = tracking_uri(config)
     if uri.startswith(SQLITE):
@@ -100,7 +100,7 @@ def ping(config: RegistryConfig) -> str:
 
     UserError within seconds where something does not.
     """
-    with _impatient():
+    with environment(IMPATIENT):
         store = open_store(config)
         try:
             experiment = store.client.get_experiment(experiment_id(store))
@@ -195,10 +195,10 @@ def _as_default(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
-    """Requests to MLflow fail within seconds, for a moment; else a server that hangs is given two minutes a try."""
-    before = {name: os.environ.get(name) for name in IMPATIENT}
-    os.environ.update(IMPATIENT)
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables within the block: MLflow reads most of its settings at each call."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

@@ -59,6 +59,8 @@ def test_a_store_s_address_is_masked_in_errors_checks_listings_runs_and_lineage(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     (tmp_path / "params.yaml").write_text("{}")
     assert main(["models", "--params", str(tmp_path / "params.yaml")]) == 0
+    assert main(["ui", "--params", str(tmp_path / "params.yaml")]) == 0  # behind a server: its address is printed
     printed = capsys.readouterr()
+    assert "the model's page: http://***@127.0.0.1:9/#/models/vismem" in printed.out
     said += [printed.out, printed.err]
     assert not [text for text in said if "alice" in text or "s3cret" in text]

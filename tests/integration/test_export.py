@@ -25,7 +25,7 @@ from vismem.evaluation.predictions import predict
 from vismem.export.export import export
 from vismem.export.graphs import Decoder
 from vismem.export.onnx import prompt_parts
-from vismem.export.parity import check_parity, decode_runtime, decode_torch
+from vismem.export.parity import check_parity, decode_runtime, decode_torch, memory_difference
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Off
 from vismem.generation.prompts import encode
@@ -147,6 +147,12 @@ def test_parity_reports_a_model_that_differs_and_does_not_raise(model, runtime, 
     assert parity.greedy_equal < 2
     assert parity.max_memory_difference > 1e-4
     assert "torch gives" in parity.differences[0]
+
+
+@pytest.mark.parametrize("other", [np.full((2, 3), np.nan), np.full((2, 3), np.inf), np.zeros((3, 3))])
+def test_a_memory_that_is_not_finite_or_of_another_shape_differs_without_bound(other):
+    assert memory_difference(np.zeros((2, 3)), np.ones((2, 3))) == 1.0
+    assert memory_difference(np.zeros((2, 3)), other) == memory_difference(other, np.zeros((2, 3))) == np.inf
 
 
 def test_left_padding_and_other_rows_adapters_change_nothing(model, bundle):

@@ -90,10 +90,8 @@ def test_headline_and_verdict_agree_on_every_gain() -> None:
     ends, ps = (-1.0, -0.01, 0.0, 0.01, 1.0, math.nan), (0.001, 0.05, 0.5, math.nan)
     for low, high, p in product(ends, ends, ps):
         metrics = changed("gain.overall", {"delta": 5.0, "ci95": [low, high], "p": p})
-        assert ("gain_interval" not in broken(verdict(metrics))) <= headline(metrics).startswith("VisMem is better")
-        if math.isfinite(high):
-            passed = "gain_interval" not in broken(verdict(metrics))
-            assert passed == headline(metrics).startswith("VisMem is better"), (low, high, p)
+        passed = "gain_interval" not in broken(verdict(metrics))
+        assert passed == (headline(metrics).startswith("VisMem is better") and math.isfinite(high)), (low, high, p)
     nothing = changed("gain.overall", {"delta": 5.0, "ci95": [0.0, 9.0], "p": 0.001})
     assert headline(nothing).startswith("No difference can be shown.")
     assert "no difference can be shown" in reason(verdict(nothing), "gain_interval")
@@ -155,7 +153,7 @@ def test_a_figure_that_is_not_finite_is_refused_in_a_sentence(
 ) -> None:
     judged = verdict(changed(path, [value, value] if path.endswith("ci95") else value), champion)
     assert broken(judged) == [rule]
-    assert value < 0 < 1 or "cannot be judged" in reason(judged, rule)
+    assert reason(judged, rule).endswith("cannot be judged") or reason(judged, "time").endswith("can be computed")
 
 
 def test_without_a_champion_the_rule_passes_and_says_so() -> None:
@@ -185,7 +183,7 @@ def test_a_champion_scored_on_other_data_is_not_compared_and_refused_unless_aske
     for setting, expected in (("refuse", ["champion"]), ("pass", [])):
         judged = verdict(champion=champion, gate={"other_data": setting})
         assert broken(judged) == expected
-        assert f"other data (599 items {HASHES['items_sha256']}" in reason(judged, "champion") or other != {"n": 599}
+        assert "was scored on other data" in reason(judged, "champion")
         assert f"gate.other_data says {setting}" in reason(judged, "champion")
 
 

@@ -3,7 +3,8 @@
 MLflow has no compare-and-set. A SQLite store is locked by a file beside the database; that lock ends with its process.
 Behind a server the registry itself orders the promoters, like a queue with tickets: each creates a version of the
 registered model NAME-promotion-lock, the database makes the numbers unique and ascending and never gives one twice, and
-the lowest that is left holds the lock. The model stays, without versions.
+the lowest that is left holds the lock. The model stays, without versions. The two do not exclude each other: where
+`mlflow server` runs on a SQLite file, promote by its address only.
 """
 
 import contextlib

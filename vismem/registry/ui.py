@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vismem.config import Config
-from vismem.errors import UserError
+from vismem.errors import UserError, mask_credentials
 from vismem.registry.tracking import open_store, tracking_uri
 from vismem.services import HOST, free_ports
 
@@ -27,11 +27,11 @@ def serve_ui(config: Config, port: int, write: Callable[[str], None] = print) ->
     """
     uri = tracking_uri(config.registry)
     if uri.startswith(("http://", "https://")):
-        write(f"the model's page: {model_page(config, uri)}")
+        write(f"the model's page: {mask_credentials(model_page(config, uri))}")
         return 0
     with mlflow_server(config, port) as (address, server):
         write(f"the model's page: {model_page(config, address)}")
-        write(f"MLflow serves {uri}; stop with Ctrl-C")
+        write(f"MLflow serves {mask_credentials(uri)}; stop with Ctrl-C")
         try:
             server.wait()
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from vismem.config import Config, RegistryConfig
-from vismem.errors import UserError
+from vismem.errors import UserError, mask_credentials
 from vismem.files import read_json, write_text
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3, 5  # a dead endpoint costs this, not the clients' own minute of retries
@@ -42,7 +42,7 @@ def preflight(config: Config, artifacts: Path, report: Path | None = None) -> li
     findings = []
     for check in checks(config, artifacts):
         findings.append(found := check())
-        print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {found.seen}", flush=True)
+        print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {mask_credentials(found.seen)}", flush=True)
     if report is not None:
         write_text(report, markdown(findings))
     failed = [finding for finding in findings if not finding.ok]
@@ -75,7 +75,7 @@ def markdown(findings: Sequence[Finding]) -> str:
         cells = (f.name, "ok" if f.ok else "**failed**", f.seen, "" if f.ok else f.remedy)
         safe = (text.replace("|", "\\|").replace("\n", " ") for text in cells)
         lines.append(f"| {' | '.join(safe)} |")
-    return "\n".join([*lines, ""])
+    return mask_credentials("\n".join([*lines, ""]))
 
 
 def check_variable(name: str) -> Finding:

@@ -47,6 +47,7 @@ SERVED = pytest.mark.skipif(
     not Path(os.environ.get(VARIABLE, DEFAULT_PYTHON)).is_file(), reason="no serving environment: `make serving`"
 )
 PASSES = {
+    "gate.min_items": 1,
     "gate.min_gain": -100,
     "gate.min_gain_low": -100,
     "gate.max_capability_drop": 100,

@@ -25,6 +25,7 @@ from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
 from vismem.export.triton import write_model_repository
 from vismem.provenance import write_manifest
+from vismem.records import Release
 from vismem.serving import deploy as deploy_step
 from vismem.serving.client import Token, infer, main_infer, marked, plain
 from vismem.serving.environment import DEFAULT_PYTHON, VARIABLE, find_serving_environment
@@ -419,8 +420,8 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 
 def test_deploy_serves_a_refused_version_as_challenger_and_says_so(inputs: dict[str, Path], tmp_path: Path) -> None:
-    release = {"promoted": False, "name": "vismem", "version": "4", "reasons": ["gain 0.2 is below 1.0"]}
-    (inputs["promote"] / "release.json").write_text(json.dumps(release))
+    refused = {"promoted": False, "reasons": ("gain 0.2 is below 1.0",)}
+    Release(name="vismem", version="4", model_id="m-1", previous=None, **refused).write(inputs["promote"])
     line = deploy_step.deploy(parse_config({}), inputs, tmp_path / "out")
     assert line.startswith(
         "NOT released, the gate refused version 4 (gain 0.2 is below 1.0): deployed as vismem_challenger"
@@ -437,8 +438,8 @@ def test_deploy_serves_a_refused_version_as_challenger_and_says_so(inputs: dict[
 def test_deploy_serves_a_released_version_under_the_models_name(
     server: TritonServer, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release = {"promoted": True, "name": "vismem", "version": "5", "reasons": []}
-    (inputs["promote"] / "release.json").write_text(json.dumps(release))
+    passed = {"promoted": True, "reasons": ()}
+    Release(name="vismem", version="5", model_id="m-1", previous=None, **passed).write(inputs["promote"])
     (tmp_path / "out" / "model_repository" / "half").mkdir(parents=True)  # left by a killed run
     running = contextlib.nullcontext(server)  # the one that runs already: a second start shows nothing new
     monkeypatch.setattr(deploy_step, "TritonServer", lambda repository, log: running)

@@ -5,7 +5,6 @@ What the source alone shows is in `tests/unit/test_habits.py`; that one row's in
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from project import PARITY, VALIDATION, scores
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from vismem.config import (
     WarmStartConfig,
 )
 from vismem.errors import UserError
+from vismem.files import write_json
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
 from vismem.generation.replay import read_prompts, without_memory
@@ -328,15 +329,10 @@ def test_nothing_is_judged_before_all_that_it_is_judged_by(missing: str, tmp_pat
 def test_a_bundle_is_not_judged_by_the_scores_of_the_model_before_it(tmp_path: Path) -> None:
     """Stage II trained and exported anew, and not evaluated anew."""
     inputs = {name: tmp_path / name for name in BY_NAME["register"].inputs}
-    contents: dict[str, dict[str, Any]] = {
-        "evaluate/metrics.json": {"arms": {"vanilla": {}, "vismem": {}}, "stage2_sha256": "before"},
-        "validate/validation.json": {},
-        "export/parity.json": {},
-        "export/lineage.json": {"inputs_sha256": {"stage2": "after"}},
-    }
-    for name, values in contents.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(json.dumps(values))
+    scores(stage2_sha256="before").write(inputs["evaluate"])
+    VALIDATION.write(inputs["validate"])
+    PARITY.write(inputs["export"])
+    write_json(inputs["export"] / "lineage.json", {"inputs_sha256": {"stage2": "after"}})
     write_manifest(inputs["export"])
     with pytest.raises(UserError, match="scores of another model"):
         BY_NAME["register"].load()(Config(), inputs, tmp_path)

@@ -18,7 +18,7 @@ import boto3
 import psutil
 import psycopg2
 import pytest
-from test_registry import Project
+from project import Project
 
 from vismem.cli import main
 from vismem.config import load_config

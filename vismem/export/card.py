@@ -10,22 +10,23 @@ from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.summary import headline
 from vismem.models.vismem import VisMemModel
+from vismem.records import Metrics, ParityReport
 
 
 def model_card(
     config: Config,
     model: VisMemModel,
-    metrics: Mapping[str, Any],
-    parity: Mapping[str, Any],
+    metrics: Metrics,
+    parity: ParityReport,
     lineage: Mapping[str, Any],
 ) -> str:
-    """The card's text. `metrics`, `parity` and `lineage` are the JSON of evaluate, parity and provenance.
+    """The card's text. `lineage` is that of `vismem.provenance`.
 
-    Raises jinja2.UndefinedError where one of them lacks a figure that the card shows.
+    Raises jinja2.UndefinedError where it lacks a figure that the card shows.
     """
     embedded = config.base.model == "embedded"
     hub = not embedded and config.base.model.count("/") == 1 and not config.base.model.startswith((".", "/"))
-    arms, gains, intervals = metrics["arms"], metrics["gain"], metrics["intervals"]
+    arms, gains, intervals = metrics.arms, metrics.gain, metrics.intervals
     groups = [name for name in (*CAPABILITIES, OVERALL) if name in next(iter(arms.values()))]
 
     def score(arm: str, group: str) -> str:
@@ -33,8 +34,8 @@ def model_card(
         return f"{arms[arm][group]:.1f} ({low:.1f} to {high:.1f})"
 
     def gain(group: str) -> str:
-        low, high = gains[group]["ci95"]
-        return f"{gains[group]['delta']:+.1f} ({low:+.1f} to {high:+.1f})"
+        low, high = gains[group].ci95
+        return f"{gains[group].delta:+.1f} ({low:+.1f} to {high:+.1f})"
 
     loader = PackageLoader("vismem.export", ".")
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vismem.files import read_json, write_json
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder
+from vismem.records import Metrics, ParityReport, RegisteredVersion, Release, Validation, Verdict
 
 Values = dict[str, Any]
 Description = tuple[Values, Values]  # metadata: what it is and where it came from; metrics: how good it is
@@ -24,17 +25,15 @@ def render_report(name: str, folder: Path) -> str:
     if name in REPORTS:
         return (folder / REPORTS[name]).read_text()
     if name == "register":
-        version, verdict = read_json(folder / "version.json"), read_json(folder / "verdict.json")
-        word = "passes" if verdict["passed"] else "refuses"
-        rules = [
-            f"| {'✓' if rule['passed'] else '✗'} | {rule['name']} | {rule['reason']} |" for rule in verdict["rules"]
-        ]
-        head = f"# The gate {word} {version['name']} version {version['version']}"
+        version, verdict = RegisteredVersion.read(folder), Verdict.read(folder)
+        word = "passes" if verdict.passed else "refuses"
+        rules = [f"| {'✓' if rule.passed else '✗'} | {rule.name} | {rule.reason} |" for rule in verdict.rules]
+        head = f"# The gate {word} {version.name} version {version.version}"
         return "\n".join([head, "", "| | rule | reason |", "|---|---|---|", *rules, ""])
-    release = read_json(folder / "release.json")
-    head = f"# {'Promoted' if release['promoted'] else 'Not promoted'}: {release['name']} version {release['version']}"
-    reasons = [f"- {reason}" for reason in release["reasons"]]
-    last = [] if release["promoted"] else ["", "Nothing is deployed; the served model stays as it is."]
+    release = Release.read(folder)
+    head = f"# {'Promoted' if release.promoted else 'Not promoted'}: {release.name} version {release.version}"
+    reasons = [f"- {reason}" for reason in release.reasons]
+    last = [] if release.promoted else ["", "Nothing is deployed; the served model stays as it is."]
     return "\n".join([head, "", *reasons, *last, ""])
 
 
@@ -69,10 +68,10 @@ def _prepare(folder: Path) -> Description:
 
 
 def _validate(folder: Path) -> Description:
-    validation = read_json(folder / "validation.json")
-    rows = {f"rows_{name}": validation["rows"][name] for name in ("total", "clean", "quarantined")}
+    validation = Validation.read(folder)
+    rows = {f"rows_{name}": count for name, count in validation.rows.model_dump(exclude={"splits"}).items()}
     shards = sha256_folder(folder / "data", "**/*.parquet")  # as a bundle's lineage names its data
-    return {"data_sha256": validation["data_sha256"], "shards_sha256": shards, **rows}, rows
+    return {"data_sha256": validation.data_sha256, "shards_sha256": shards, **rows}, rows
 
 
 def _base(folder: Path) -> Description:
@@ -88,35 +87,32 @@ def _stage(folder: Path) -> Description:
 
 
 def _evaluate(folder: Path) -> Description:
-    metrics = read_json(folder / "metrics.json")
-    scores = {f"{arm}_{name}": value for arm, values in metrics["arms"].items() for name, value in values.items()}
-    if gain := metrics["gain"].get("overall"):
-        low, high = gain["ci95"]
-        scores |= {"gain": gain["delta"], "gain_low": low, "gain_high": high, "gain_p": gain["p"]}
-    return {"stage2_sha256": metrics["stage2_sha256"], "questions": metrics["n"]}, scores
+    metrics = Metrics.read(folder)
+    scores = {f"{arm}_{name}": value for arm, values in metrics.arms.items() for name, value in values.items()}
+    if gain := metrics.gain.get("overall"):
+        scores |= {"gain": gain.delta, "gain_low": gain.ci95[0], "gain_high": gain.ci95[1], "gain_p": gain.p}
+    return {"stage2_sha256": metrics.stage2_sha256, "questions": metrics.n}, scores
 
 
 def _export(folder: Path) -> Description:
-    lineage, parity = read_json(folder / "lineage.json"), read_json(folder / "parity.json")
+    lineage, parity = read_json(folder / "lineage.json"), ParityReport.read(folder)
     metadata = {
         "manifest_sha256": sha256_file(folder / MANIFEST),
         "data_sha256": lineage["data_sha256"],
         "git_commit": lineage["git"]["commit"] or "unknown",
-        "parity": parity["passed"],
+        "parity": parity.passed,
     }
-    return metadata, {"parity_items": parity["items"], "parity_equal": parity["greedy_equal"]}
+    return metadata, {"parity_items": parity.items, "parity_equal": parity.greedy_equal}
 
 
 def _register(folder: Path) -> Description:
-    version, verdict = read_json(folder / "version.json"), read_json(folder / "verdict.json")
-    kept = {key: version[key] for key in ("name", "version", "run_id", "model_id", "manifest_sha256")}
-    return {**kept, "verdict": "passed" if verdict["passed"] else "refused"}, {}
+    version = RegisteredVersion.read(folder).model_dump(exclude={"judged_against"})
+    return {**version, "verdict": "passed" if Verdict.read(folder).passed else "refused"}, {}
 
 
 def _promote(folder: Path) -> Description:
-    release = read_json(folder / "release.json")
-    kept = {key: release[key] for key in ("name", "version", "model_id", "promoted")}
-    return {**kept, "reasons": "; ".join(release["reasons"])}, {}
+    release = Release.read(folder)
+    return {**release.model_dump(exclude={"previous"}), "reasons": "; ".join(release.reasons)}, {}
 
 
 def _deploy(folder: Path) -> Description:

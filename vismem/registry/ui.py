@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vismem.config import Config
+from vismem.errors import mask_credentials
 from vismem.registry.server import check_mlflow, mlflow_settings, start_mlflow
 from vismem.registry.tracking import open_store, tracking_uri
 from vismem.services import HOST, Service, free_ports, until_stopped, watch
@@ -20,11 +21,11 @@ def serve_ui(config: Config, port: int, write: Callable[[str], None] = print) ->
     """
     uri = tracking_uri(config.registry)
     if uri.startswith(("http://", "https://")):
-        write(f"the model's page: {model_page(config, uri)}")
+        write(f"the model's page: {mask_credentials(model_page(config, uri))}")
         return
     with until_stopped(write), mlflow_server(config, port) as (address, server):
         write(f"the model's page: {model_page(config, address)}")
-        write(f"MLflow serves {uri}; log: {server.log}; stop with Ctrl-C")
+        write(f"MLflow serves {mask_credentials(uri)}; log: {server.log}; stop with Ctrl-C")
         watch([server])
 
 

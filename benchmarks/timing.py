@@ -86,13 +86,13 @@ def step_parts() -> Parts:
     parts = Parts()
     parts.wrap(rollout, "generate", "sampling")
     parts.wrap(stage2, "generate", "swapped sampling")
-    parts.wrap(rollout, "read_prompts", "reading prompts")
+    parts.wrap(rollout, "prefill", "reading prompts")
     parts.wrap(rollout, "score", "replay, forward")
     for objective in (rollout.GrpoObjective, Formation):
         parts.wrap(objective, "reference", "reference", whole=True)
     parts.wrap(VisMemModel, "form", "forming")
     parts.wrap(VisMemModel, "short_stream", "forming")
-    parts.wrap(VisMemModel, "long_prompts", "forming")
+    parts.wrap(VisMemModel, "long_prefix", "forming")
     parts.wrap(Accelerator, "backward", "backward")
     return parts
 

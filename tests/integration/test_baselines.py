@@ -22,7 +22,7 @@ from vismem.evaluation.evaluate import decode, load_models
 from vismem.evaluation.predictions import read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
-from vismem.generation.replay import read_prompts, score
+from vismem.generation.replay import prefill, score
 from vismem.models.lora import LoraSettings
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.steps import BASELINES, STEPS, run_step
@@ -280,9 +280,9 @@ def test_the_reference_of_a_lora_is_the_base(tiny_base: Path, tiny_data: Path) -
     batch = objective.collect(0)
     rows = torch.arange(2).repeat_interleave(GRPO.group_size)
     with torch.no_grad():
-        reference = objective.reference(read_prompts(model, batch.samples), batch.samples, batch.rollouts, rows)
+        reference = objective.reference(prefill(model, batch.samples), batch.samples, batch.rollouts, rows)
         base = tiny.vismem(tiny_base)
-        scores = score(base, read_prompts(base, batch.samples), batch.rollouts, rows)
+        scores = score(base, prefill(base, batch.samples), batch.rollouts, rows)
     assert torch.allclose(reference, scores.text_logprobs[scores.text_mask], atol=1e-5)
     assert model.policy_lora.enabled
 

@@ -24,10 +24,11 @@ from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
 from vismem.generation.prompts import encode
-from vismem.generation.replay import read_prompts, score
-from vismem.generation.types import LATENT, MemoryKind, Rollout
+from vismem.generation.replay import prefill, score
+from vismem.generation.types import LATENT, Rollout
 from vismem.models import memory
 from vismem.models.backbones.base import Backbone
+from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.training import loop, pretraining
@@ -59,7 +60,7 @@ def eager_model(base: Path) -> VisMemModel:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         model.tokens.head.copy_(0.1 * torch.randn(model.tokens.head.shape, generator=generator))
-        last = read_prompts(model, families.samples()).last
+        last = prefill(model, families.samples()).last
         model.tokens.bias.fill_(float(model.backbone.head(last).logsumexp(-1).mean()) - 1.5)
         for name, parameter in model.policy_lora.named_parameters():
             if name.startswith("up."):
@@ -236,7 +237,7 @@ def test_the_reference_policy_is_the_base_itself_and_no_second_copy(model: VisMe
     rollouts = generate(model, samples, RANDOM, max_new_tokens=8, temperature=1.0)
     assert any(rollout.invocations for rollout in rollouts)
     sample = torch.arange(3)
-    plain = score(model, read_prompts(model, samples), rollouts, sample)
+    plain = score(model, prefill(model, samples), rollouts, sample)
     kind = type(model.backbone.model)
 
     def copies() -> int:
@@ -246,7 +247,7 @@ def test_the_reference_policy_is_the_base_itself_and_no_second_copy(model: VisMe
     with torch.no_grad(), model.policy_lora.active():
         objective = Invocation(model, samples, STAGE2, 0, Accelerator(cpu=True))
         objective.prompts_need_gradient = True
-        context = read_prompts(model, samples)
+        context = prefill(model, samples)
         reference = objective.reference(context, samples, rollouts, sample)
         moved = score(model, context, rollouts, sample)
         assert copies() == before

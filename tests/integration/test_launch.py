@@ -32,7 +32,7 @@ from vismem.launch.desk import Job, local_desk, wait_for_unlocking
 from vismem.launch.worker import run
 from vismem.params_file import render_params
 from vismem.steps import run_step
-from vismem.training.loop import share
+from vismem.training.loop import shard_batch
 from vismem.training.rollout import GrpoObjective
 from vismem.training.stage1 import FORMATION, Formation, trainable
 from vismem.training.stage2 import Invocation
@@ -279,6 +279,6 @@ def test_the_gradients_of_the_processes_add_up_to_that_of_one(kind: type, tiny_b
 
 def test_a_batch_is_shared_out_whole_or_not_at_all() -> None:
     batch = [7, 3, 9, 1]
-    assert sorted(share(batch, part(0)) + share(batch, part(1))) == sorted(batch)
+    assert sorted(shard_batch(batch, part(0)) + shard_batch(batch, part(1))) == sorted(batch)
     with pytest.raises(UserError, match="a multiple of 2"):
-        share(batch[:3], part(0))
+        shard_batch(batch[:3], part(0))

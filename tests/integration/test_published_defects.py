@@ -33,9 +33,10 @@ from vismem.config import (
 from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
-from vismem.generation.replay import read_prompts, without_memory
+from vismem.generation.replay import prefill, without_memory
 from vismem.generation.types import Invocation as Invoked
-from vismem.generation.types import MemoryKind, Rollout
+from vismem.generation.types import Rollout
+from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.provenance import write_manifest
 from vismem.steps import BY_NAME, run_step
@@ -59,7 +60,7 @@ def eager_model(base: Path) -> VisMemModel:
     model = tiny.vismem(base, tiny.MEMORY.model_copy(update={"lora_dropout": 0.1}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        last = read_prompts(model, tiny.samples()).last
+        last = prefill(model, tiny.samples()).last
         model.tokens.bias.fill_(float(model.backbone.head(last).logsumexp(-1).mean()) - 2.0)
         for name, parameter in model.policy_lora.named_parameters():
             if name.startswith("up."):
@@ -112,21 +113,21 @@ def test_the_loss_counts_what_was_sampled_and_nothing_that_was_inserted(tiny_bas
 def test_every_setting_of_the_memory_reaches_the_model(tiny_base: Path) -> None:
     memory = MemoryConfig(
         queries=3, short_length=5, long_length=7, builder_layers=3, builder_heads=8, lora_rank=6, lora_alpha=9.0,
-        lora_dropout=0.35, short_start="random", long_start="random", init_std=0.5,
+        lora_dropout=0.35, short_init="random", long_init="random", init_std=0.5,
     )  # fmt: skip
-    invocation = InvocationConfig(delimiters=(";", ":"), token_start=";", max_per_answer=1, perturbation=0.0)
+    invocation = InvocationConfig(delimiters=(";", ":"), init_token=";", max_per_answer=1, perturbation=0.0)
     model = VisMemModel(load_base(tiny_base), memory, invocation)
-    assert model.builder.start.shape[0] == 3
+    assert model.builder.query_init.shape[0] == 3
     assert [model.length_of(kind) for kind in (MemoryKind.SHORT, MemoryKind.LONG)] == [5, 7]
-    assert (len(model.short.start), len(model.long.start)) == (5 * model.backbone.merge, 7)
+    assert (len(model.short.memory_init), len(model.long.memory_init)) == (5 * model.backbone.merge, 7)
     assert len(model.builder.layers) == 3
     assert {layer.heads for layer in model.builder.layers} == {8}
     for lora in (model.short.lora, model.long.lora):
         assert {weight.shape[0] for weight in lora.down.values()} == {6}
         assert (lora.scale, lora.dropout.p) == (9.0 / 6, 0.35)
-    assert float(model.builder.start.detach().std()) == pytest.approx(0.5, rel=0.3)
-    assert float(model.short.start.detach().std()) == pytest.approx(0.5, rel=0.3)
-    assert float(model.long.start.detach().abs().max()) > 0
+    assert float(model.builder.query_init.detach().std()) == pytest.approx(0.5, rel=0.3)
+    assert float(model.short.memory_init.detach().std()) == pytest.approx(0.5, rel=0.3)
+    assert float(model.long.memory_init.detach().abs().max()) > 0
     ids = model.backbone.processor.tokenizer.convert_tokens_to_ids([";", ":"])
     assert (
         set(ids)

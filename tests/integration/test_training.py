@@ -17,7 +17,7 @@ from vismem.config import Config, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Random
-from vismem.generation.replay import read_prompts, score
+from vismem.generation.replay import prefill, score
 from vismem.training.stage1 import FORMATION, Formation, stage1, trainable
 from vismem.training.stage2 import Invocation, fit_invocation, stage2
 
@@ -105,7 +105,7 @@ def test_gradient_checkpointing_keeps_fewer_activations(tiny_base: Path) -> None
         numbers: list[int] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, n=numbers: n.append(x.numel()) or x, lambda x: x)
         with model.checkpointed(on), hooks:
-            score(model, read_prompts(model, samples), rollouts, torch.arange(2))
+            score(model, prefill(model, samples), rollouts, torch.arange(2))
         held.append(sum(numbers))
     assert held[1] < held[0] / 2
 

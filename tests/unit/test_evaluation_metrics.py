@@ -26,7 +26,8 @@ from vismem.evaluation.predictions import (
 )
 from vismem.evaluation.report import disagreements, examples, mark_memories
 from vismem.evaluation.summary import headline, score_table
-from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.kinds import MemoryKind
 
 SECONDS = {"vanilla": 0.02, "vismem": 0.025, "short_only": 0.02}
 # item: task, capability, reference, vanilla right, vismem right, short_only right

@@ -14,8 +14,9 @@ from PIL import Image
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
-from vismem.generation.types import LATENT, MemoryKind
-from vismem.models.vismem import State, VisMemModel
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import FormationInputs, VisMemModel
 from vismem.serving.runtime import RequestError, Runtime
 
 Memories = list[NDArray[np.float32]]
@@ -116,7 +117,7 @@ def recorded_memories(model: VisMemModel) -> Iterator[Memories]:
     kept: Memories = []
     original = model.form
 
-    def form(kind: MemoryKind, state: State) -> Any:
+    def form(kind: MemoryKind, state: FormationInputs) -> Any:
         memory = original(kind, state)
         kept.append(memory[0].float().cpu().numpy())
         return memory

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vismem.config import Config, GrpoConfig, ScenesSource, load_config
+from vismem.config import Config, GrpoConfig, GrpoStageConfig, ScenesSource, load_config
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
@@ -38,8 +38,9 @@ from vismem.models.backbones import backbone_of
 from vismem.models.vismem import VisMemModel
 from vismem.training.embedded import SPECIAL_TOKENS, build_processor
 from vismem.training.rollout import GrpoObjective
-from vismem.training.stage1 import FORMATION, Formation, trainable
-from vismem.training.stage2 import INVOCATION, Invocation, fit_invocation
+from vismem.training.run import FORMATION, INVOCATION, trainable
+from vismem.training.stage1 import Formation
+from vismem.training.stage2 import Invocation, fit_invocation
 
 ROOT = Path(__file__).parents[1]
 SEVEN_B: dict[str, dict[str, Any]] = {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
@@ -133,20 +134,24 @@ class Stage2(Invocation):
 
 def training(model: VisMemModel, samples: Sequence[Sample], config: Config, args: argparse.Namespace) -> list[Any]:
     """Steps of both stages: seconds, parts, tokens a second, memory, FLOPs."""
-    shape = {"batch_size": args.prompts, "group_size": args.group, "max_new_tokens": args.tokens}
-    stage1 = config.stage1.model_copy(update={**shape, "anywhere_after": 0.0})
-    stage2 = config.stage2.model_copy(update=shape)
-    found = [{"stage": "stage I", **_steps(model, samples, Stage1, stage1, trainable(model, FORMATION), args.steps)}]
-    fit_invocation(model, samples[: args.prompts], stage2, seed=0)
-    found += [{"stage": "stage II", **_steps(model, samples, Stage2, stage2, trainable(model, INVOCATION), args.steps)}]
-    return found
+    grpo = config.grpo.model_copy(update={"batch_size": args.prompts, "max_new_tokens": args.tokens})
+    stage1 = config.stage1.model_copy(update={"group_size": args.group, "anywhere_after": 0.0})
+    stage2 = config.stage2.model_copy(update={"group_size": args.group})
+
+    def steps(kind: type[GrpoObjective], stage: GrpoStageConfig, prefixes: tuple[str, ...]) -> dict[str, Any]:
+        return _steps(model, samples, kind, grpo, stage, trainable(model, prefixes), args.steps)
+
+    found = [{"stage": "stage I", **steps(Stage1, stage1, FORMATION)}]
+    fit_invocation(model, samples[: args.prompts], stage2, args.tokens, seed=0)
+    return [*found, {"stage": "stage II", **steps(Stage2, stage2, INVOCATION)}]
 
 
 def _steps(
     model: VisMemModel,
     samples: Sequence[Sample],
     kind: type[GrpoObjective],
-    settings: GrpoConfig,
+    grpo: GrpoConfig,
+    stage: GrpoStageConfig,
     trained: dict[str, torch.nn.Parameter],
     count: int,
 ) -> dict[str, Any]:
@@ -159,10 +164,10 @@ def _steps(
         optimizer.step()
         return metrics
 
-    plain = settings.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
+    plain = grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
     with FlopCounterMode(display=False) as counted:
-        step(kind(model, samples, plain, 0, accelerator))
-    objective = kind(model, samples, settings, 0, accelerator)
+        step(kind(model, samples, plain, stage, 0, accelerator))
+    objective = kind(model, samples, grpo, stage, 0, accelerator)
     step(objective)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -172,9 +177,10 @@ def _steps(
         parts.append(clocks.run(lambda: metrics.update(step(objective))))
     clocks.close()
     mean = {key: sum(p.get(key, 0.0) for p in parts) / count for key in parts[0]}
-    rollouts = settings.batch_size * settings.group_size
+    rollouts = grpo.batch_size * stage.group_size
     return {
-        "seconds": sum(mean.values()), "parts": mean, "rollouts": rollouts, "settings": settings.model_dump(),
+        "seconds": sum(mean.values()), "parts": mean, "rollouts": rollouts,
+        "settings": grpo.model_dump() | stage.model_dump(),
         "tokens": rollouts * metrics["answer_length"], "flops": counted.get_total_flops(),
         "memories": metrics["invocations_short"] + metrics["invocations_long"], "peak_bytes": peak_bytes(),
         "trained": sum(p.numel() for p in trained.values()),

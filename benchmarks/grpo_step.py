@@ -30,7 +30,15 @@ from PIL import Image
 from timing import machine, step_parts, table
 from torch import Tensor
 
-from vismem.config import BaseConfig, GrpoConfig, InvocationConfig, MemoryConfig, ScenesSource, Stage1Config
+from vismem.config import (
+    BaseConfig,
+    GrpoConfig,
+    GrpoStageConfig,
+    InvocationConfig,
+    MemoryConfig,
+    ScenesSource,
+    Stage1Config,
+)
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
@@ -39,7 +47,8 @@ from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.baselines import PolicyGrpo
 from vismem.training.embedded import build_model, build_processor
 from vismem.training.rollout import GrpoObjective
-from vismem.training.stage1 import FORMATION, Formation, trainable
+from vismem.training.run import FORMATION, trainable
+from vismem.training.stage1 import Formation
 
 OURS, TRL, STAGE1 = "ours, memory off", "TRL GRPOTrainer", "ours, stage I"
 
@@ -80,17 +89,18 @@ def our_step(
     """One step of ours: sample, score, update. Returns a function that takes a step and returns its metrics."""
     model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig(max_per_answer=args.memories))
     accelerator = Accelerator(cpu=True)
-    shape = {"batch_size": args.prompts, "group_size": args.group, "max_new_tokens": args.tokens,
-             "micro_batch": args.prompts * args.group}  # fmt: skip
+    micro_batch = args.prompts * args.group
+    grpo = GrpoConfig(batch_size=args.prompts, max_new_tokens=args.tokens, micro_batch=micro_batch)
     objective: GrpoObjective
     if kind == STAGE1:
-        config = Stage1Config(**shape, anywhere_after=0.0)
+        stage1 = Stage1Config(group_size=args.group, anywhere_after=0.0)
         trained = trainable(model, FORMATION)
-        objective = Stage1(model, samples, config, 0, accelerator)
+        objective = Stage1(model, samples, grpo, stage1, 0, accelerator)
     else:
         trained = trainable(model, ("policy_lora.",))
         model.policy_lora.enabled = True
-        objective = MemoryOff(model, samples, GrpoConfig(**shape), 0, accelerator)  # type: ignore[arg-type]
+        stage = GrpoStageConfig(group_size=args.group)
+        objective = MemoryOff(model, samples, grpo, stage, 0, accelerator)
         objective.prompts_need_gradient = True
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
     at = iter(range(10**9))
@@ -115,7 +125,7 @@ def trl_steps(base: Path, samples: Sequence[Sample], args: argparse.Namespace, a
     ]  # fmt: skip
     return trl_side.run(
         base, rows, lambda texts: parity(texts).tolist(), group=args.group, tokens=args.tokens, steps=args.steps + 1,
-        beta=GrpoConfig().kl_coefficient, after=after,
+        beta=GrpoStageConfig().kl_coefficient, after=after,
     )  # fmt: skip
 
 

@@ -13,18 +13,21 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from vismem.config import Config, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.config import Config, GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Random
 from vismem.generation.replay import prefill, score
-from vismem.training.stage1 import FORMATION, Formation, stage1, trainable
+from vismem.training.run import FORMATION, trainable
+from vismem.training.stage1 import Formation, stage1
 from vismem.training.stage2 import Invocation, fit_invocation, stage2
 
-GRPO = {"batch_size": 2, "group_size": 4, "max_new_tokens": 10, "learning_rate": 1e-2}
-STAGE1 = Stage1Config(steps=4, warm_start=WarmStartConfig(steps=3, batch_size=4), **GRPO)  # type: ignore[arg-type]
-STAGE2 = Stage2Config(steps=4, **GRPO)  # type: ignore[arg-type]
-CONFIG = Config(memory=tiny.MEMORY, stage1=STAGE1, stage2=STAGE2)
+GRPO = GrpoConfig(batch_size=2, max_new_tokens=10)
+STAGE1 = Stage1Config(
+    steps=4, group_size=4, learning_rate=1e-2, warm_start=WarmStartConfig(steps=3, batch_size=4)
+)  # fmt: skip
+STAGE2 = Stage2Config(steps=4, group_size=4, learning_rate=1e-2)
+CONFIG = Config(memory=tiny.MEMORY, grpo=GRPO, stage1=STAGE1, stage2=STAGE2)
 pytestmark = pytest.mark.usefixtures("scores_differ")
 
 
@@ -42,7 +45,7 @@ def stages(
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_a_stage_keeps_a_group_of_answers_every_few_steps(name: str, stages: dict[str, Path]) -> None:
     lines = (stages[name] / "samples" / "000000.jsonl").read_text().splitlines()
-    assert len(lines) == GRPO["group_size"]
+    assert len(lines) == STAGE1.group_size
     assert json.loads(lines[0]).keys() == {"question", "reference", "answer", "reward"}
 
 
@@ -71,11 +74,13 @@ def test_gradient_checkpointing_leaves_every_gradient_of_formation(
 
 
 def test_gradient_checkpointing_leaves_every_gradient_of_invocation(tiny_base: Path, tiny_data: Path) -> None:
-    config = STAGE2.model_copy(update={"policy_lora": True})
-    _compare_checkpointing(tiny_base, tiny_data, Invocation, config, ("tokens.", "policy_lora."))
+    stage = STAGE2.model_copy(update={"policy_lora": True})
+    _compare_checkpointing(tiny_base, tiny_data, Invocation, stage, ("tokens.", "policy_lora."))
 
 
-def _compare_checkpointing(base: Path, data: Path, kind: type, config: Stage1Config, trained: tuple[str, ...]) -> None:
+def _compare_checkpointing(
+    base: Path, data: Path, kind: type, stage: GrpoStageConfig, trained: tuple[str, ...]
+) -> None:
     samples, found = read_samples(data / "data/train"), []
     for on in (False, True):
         model = tiny.vismem(base)
@@ -83,8 +88,8 @@ def _compare_checkpointing(base: Path, data: Path, kind: type, config: Stage1Con
             model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(0)))
         parameters = trainable(model, trained)
         model.policy_lora.enabled = "policy_lora." in trained
-        settings = config.model_copy(update={"gradient_checkpointing": on})
-        objective = kind(model, samples, settings, 0, Accelerator(cpu=True))
+        grpo = GRPO.model_copy(update={"gradient_checkpointing": on})
+        objective = kind(model, samples, grpo, stage, 0, Accelerator(cpu=True))
         objective.prompts_need_gradient = model.policy_lora.enabled
         batch = objective.collect(0)
         assert any(r.invocations for r in batch.rollouts)
@@ -110,10 +115,10 @@ def test_gradient_checkpointing_keeps_fewer_activations(tiny_base: Path) -> None
     assert held[1] < held[0] / 2
 
 
-def test_the_start_of_stage2_invokes_with_about_the_chosen_chance(tiny_base: Path) -> None:
+def test_before_training_stage2_invokes_with_about_the_chosen_chance(tiny_base: Path) -> None:
     model, samples = tiny.vismem(tiny_base), tiny.samples()
-    config = STAGE2.model_copy(update={"start_probability": 0.5})
-    fit_invocation(model, samples, config, seed=0)
+    stage = STAGE2.model_copy(update={"start_probability": 0.5})
+    fit_invocation(model, samples, stage, GRPO.max_new_tokens, seed=0)
     rollouts = generate(model, samples, Learned(), max_new_tokens=1, temperature=1.0, group_size=32)
     at_start = sum(bool(r.invocations) for r in rollouts) / len(rollouts)
     assert at_start == pytest.approx(0.5, abs=0.15)

@@ -103,6 +103,4 @@ class BaselinesConfig(Section):
         0.0, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.: 0.1]"
     )
     supervised: SupervisedConfig = SupervisedConfig()
-    grpo: GrpoStageConfig = GrpoStageConfig(
-        steps=1000, learning_rate=1e-3
-    )  # about the seconds that VisMem's stages take
+    grpo: GrpoStageConfig = GrpoStageConfig(steps=1000, learning_rate=1e-3)  # takes about as long as both stages

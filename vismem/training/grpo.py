@@ -24,8 +24,8 @@ def type_penalty(rewards: Tensor, swapped: Tensor) -> Tensor:
 def negative_penalty(rewards: Tensor) -> Tensor:
     """p_neg = max(0, mean(S) - S(tau)), mean over the group (Eq. 14); `rewards` (B, G).
 
-    It applies to every trajectory below its group's mean, invoking or not: if it applied to invoking ones only, it would
-    punish invoking as such.
+    It applies to every trajectory below its group's mean, invoking or not: on invoking ones only it would punish
+    invoking as such.
     """
     return (rewards.mean(dim=1, keepdim=True) - rewards).clamp_min(0.0)
 

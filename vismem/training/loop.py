@@ -164,7 +164,7 @@ def broadcast_parameters(
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise UserError(
-            f"the processes do not read the same {file}: they would resume at steps {steps}: put it on storage that all can read"
+            f"the processes do not read the same {file} and would resume at steps {steps}: put it on shared storage"
         )
     for parameter in parameters.values():
         broadcast(parameter.data, from_process=0)
@@ -250,7 +250,7 @@ class _progress:  # noqa: N801 - a context manager used as a function
 
 
 def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:
-    """The indices of one step's batch: every pass over `count` items has a new order; an incomplete last batch is left out."""
+    """The indices of one step's batch. Each pass over `count` items has a new order and drops an incomplete batch."""
     size = min(size, count)
     epoch, place = divmod(step, count // size)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()

@@ -1,9 +1,11 @@
 """Both stages on a tiny model: what they write, and what their gradients do and do not depend on.
 
-Kills, seeds, what each stage changes: `test_invariants`. Micro-batches, the first ratio: `test_published_defects`.
+What each stage changes: `test_invariants`. Kills and seeds: `test_resume`. Micro-batches, the first ratio:
+`test_published_defects`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,17 @@ import tiny_families
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from tiny_stages import objective_of
 
 from vismem.config import Config, GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Random
 from vismem.generation.replay import prefill, score
+from vismem.generation.types import Invocation as Invoked
+from vismem.generation.types import Rollout
+from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import VisMemModel
 from vismem.training.run import FORMATION, trainable
 from vismem.training.stage1 import Formation, stage1
 from vismem.training.stage2 import Invocation, fit_invocation, stage2
@@ -122,3 +129,49 @@ def test_before_training_stage2_invokes_with_about_the_chosen_chance(tiny_base: 
     rollouts = generate(model, samples, Learned(), max_new_tokens=1, temperature=1.0, group_size=32)
     at_start = sum(bool(r.invocations) for r in rollouts) / len(rollouts)
     assert at_start == pytest.approx(0.5, abs=0.15)
+
+
+# --- penalties (Eq. 14-15) -----------------------------------------------------------------------------------------
+
+
+def paid(
+    rewards: Sequence[float], swapped: Sequence[float], invoking: Sequence[bool], base: Path, penalty: float
+) -> list[float]:
+    """What one group's trajectories are paid after the penalties, in points of score."""
+    with pytest.MonkeyPatch.context() as patch:
+        objective, _ = objective_of("stage2", base, group_size=len(rewards), penalty=penalty)
+        sample = objective.samples[0]
+        rollouts = [plain_or_invoking(objective.model, sample.id, invokes) for invokes in invoking]
+        patch.setattr("vismem.training.stage2.generate", lambda *_, **__: rollouts)
+        patch.setattr("vismem.training.stage2.rewards_of", lambda *_: torch.tensor([swapped]))
+        result: list[float] = objective.shaped(torch.tensor([rewards]), [sample], rollouts, 0)[0].tolist()
+        return result
+
+
+def plain_or_invoking(model: VisMemModel, sample: str, invokes: bool) -> Rollout:
+    kind = MemoryKind.SHORT
+    start = (model.invoke_ids[kind], *[-1] * model.length_of(kind), model.end_ids[kind]) if invokes else ()
+    ids = (*start, 5, 6)
+    events = (Invoked(0, kind, False),) if invokes else ()
+    return Rollout(sample, ids, (True,) * len(ids), (0.0,) * len(ids), events, "", "", True, 2)
+
+
+def test_invoking_and_plain_trajectories_of_one_score_pay_the_same(tiny_base: Path) -> None:
+    rewards, invoking = [1.0, 1.0, 0.0, 0.0], [True, False, True, False]
+    after = paid(rewards, rewards, invoking, tiny_base, penalty=0.3)
+    assert after == pytest.approx([1.0, 1.0, -0.15, -0.15]), "p_neg is how far a score is below its group's mean"
+
+
+def test_the_wrong_kind_is_punished_only_where_its_swap_would_have_scored_higher(tiny_base: Path) -> None:
+    """And only where there was a memory to swap, whatever the replay of a plain answer scored."""
+    rewards = [0.5, 0.5, 0.5, 0.5]
+    after = paid(rewards, [1.0, 0.5, 0.0, 1.0], [True, True, True, False], tiny_base, penalty=0.3)
+    assert after == pytest.approx([0.5 - 0.3 * 0.5, 0.5, 0.5, 0.5])
+
+
+def test_penalties_never_pay_and_grow_with_their_intensity(tiny_base: Path) -> None:
+    rewards, swapped, invoking = [1.0, 0.0, 0.5, 0.25], [0.0, 1.0, 0.5, 1.0], [True] * 4
+    mild, harsh = (paid(rewards, swapped, invoking, tiny_base, penalty=alpha) for alpha in (0.1, 0.4))
+    for reward, mildly, harshly in zip(rewards, mild, harsh, strict=True):
+        assert harshly <= mildly <= reward
+        assert reward - harshly == pytest.approx(4 * (reward - mildly), abs=1e-6)

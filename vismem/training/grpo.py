@@ -52,7 +52,7 @@ def policy_term(
     gain = torch.minimum(ratio * advantages[:, None], bounded * advantages[:, None])
     return PolicyTerm(
         loss=-rollout_means(gain, mask).sum(),
-        clipped=((ratio != bounded) & mask).sum(),
+        clipped=(ratio != bounded).sum(),  # never of a masked token, whose ratio is 1
         tokens=mask.sum(),
     )
 

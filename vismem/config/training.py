@@ -46,7 +46,7 @@ class WarmStartConfig(Section):
     matrix_learning_rate: float = Field(
         0.007, ge=0, description="peak rate of Muon on the matrices; 0: AdamW on everything"
     )
-    at_start: float = Field(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
+    at_start: float = rare(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
 
 
 class Stage1Config(GrpoStageConfig):
@@ -55,9 +55,9 @@ class Stage1Config(GrpoStageConfig):
     steps: int = Field(40, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
-    at_start: bool = Field(True, description="the answer's first position counts as a delimiter [ours]")
-    anywhere_after: float = Field(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
-    anywhere_share: float = Field(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
+    at_start: bool = rare(True, description="the answer's first position counts as a delimiter [ours]")
+    anywhere_after: float = rare(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
+    anywhere_share: float = rare(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
     warm_start: WarmStartConfig = WarmStartConfig()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
@@ -117,8 +118,8 @@ def recorded_memories(model: VisMemModel) -> Iterator[Memories]:
     kept: Memories = []
     original = model.form
 
-    def form(kind: MemoryKind, state: FormationInputs) -> Any:
-        memory = original(kind, state)
+    def form(kind: MemoryKind, inputs: FormationInputs) -> Tensor:
+        memory = original(kind, inputs)
         kept.append(memory[0].float().cpu().numpy())
         return memory
 

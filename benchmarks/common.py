@@ -210,11 +210,11 @@ def step_parts() -> Parts:
     parts = Parts()
     parts.wrap(rollout, "generate", "sampling")
     parts.wrap(stage2, "generate", "swapped sampling")
-    parts.wrap(rollout, "read_prompts", "reading prompts")
+    parts.wrap(rollout, "prefill", "reading prompts")
     parts.wrap(rollout, "score", "replay, forward")
     for objective in (GrpoObjective, Formation):
         parts.wrap(objective, "reference", "reference", whole=True)
-    for method in ("form", "short_stream", "long_prompts"):
+    for method in ("form", "short_stream", "long_prefix"):
         parts.wrap(VisMemModel, method, "forming")
     parts.wrap(Accelerator, "backward", "backward")
     return parts

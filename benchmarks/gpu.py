@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vismem.config import Config, GrpoConfig, load_config
+from vismem.config import Config, GrpoConfig, GrpoStageConfig, load_config
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Off, Random
@@ -33,8 +33,9 @@ from vismem.models.backbones import backbone_of
 from vismem.models.vismem import VisMemModel
 from vismem.training.embedded import SPECIAL_TOKENS
 from vismem.training.rollout import GrpoObjective
-from vismem.training.stage1 import FORMATION, Formation, trainable
-from vismem.training.stage2 import INVOCATION, Invocation, fit_invocation
+from vismem.training.run import FORMATION, INVOCATION, trainable
+from vismem.training.stage1 import Formation
+from vismem.training.stage2 import Invocation, fit_invocation
 
 ROOT = Path(__file__).parents[1]
 Sizes = dict[str, dict[str, Any]]
@@ -116,37 +117,42 @@ class Stage2(Parity, Invocation):
 
 def training(model: VisMemModel, samples: Sequence[Sample], config: Config, args: argparse.Namespace) -> list[Any]:
     """Steps of both stages: seconds, parts, tokens per second, memory, FLOPs."""
-    shape = {"batch_size": args.prompts, "group_size": args.group, "max_new_tokens": args.tokens}
-    stage1 = config.stage1.model_copy(update={**shape, "anywhere_after": 0.0})
-    stage2 = config.stage2.model_copy(update=shape)
-    found = [{"stage": "stage I", **_steps(model, samples, Stage1, stage1, trainable(model, FORMATION), args.steps)}]
-    fit_invocation(model, samples[: args.prompts], stage2, seed=0)
-    found += [{"stage": "stage II", **_steps(model, samples, Stage2, stage2, trainable(model, INVOCATION), args.steps)}]
-    return found
+    grpo = config.grpo.model_copy(update={"batch_size": args.prompts, "max_new_tokens": args.tokens})
+    stage1 = config.stage1.model_copy(update={"group_size": args.group, "anywhere_after": 0.0})
+    stage2 = config.stage2.model_copy(update={"group_size": args.group})
+
+    def steps(kind: type[GrpoObjective], stage: GrpoStageConfig, prefixes: tuple[str, ...]) -> dict[str, Any]:
+        return _steps(model, samples, kind, grpo, stage, trainable(model, prefixes), args.steps)
+
+    found = [{"stage": "stage I", **steps(Stage1, stage1, FORMATION)}]
+    fit_invocation(model, samples[: args.prompts], stage2, args.tokens, seed=0)
+    return [*found, {"stage": "stage II", **steps(Stage2, stage2, INVOCATION)}]
 
 
 def _steps(
     model: VisMemModel,
     samples: Sequence[Sample],
     kind: type[GrpoObjective],
-    settings: GrpoConfig,
+    grpo: GrpoConfig,
+    stage: GrpoStageConfig,
     trained: dict[str, torch.nn.Parameter],
     count: int,
 ) -> dict[str, Any]:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    plain = settings.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
+    plain = grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
     with FlopCounterMode(display=False) as counted:
-        stepper(kind(model, samples, plain, 0, accelerator), trained, 0.0)()
-    step = stepper(kind(model, samples, settings, 0, accelerator), trained, 0.0)
+        stepper(kind(model, samples, plain, stage, 0, accelerator), trained, 0.0)()
+    step = stepper(kind(model, samples, grpo, stage, 0, accelerator), trained, 0.0)
     step()
     metrics: dict[str, float] = {}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with step_parts() as clocks:
         mean = mean_parts([clocks.run(lambda: metrics.update(step())) for _ in range(count)])
-    rollouts = settings.batch_size * settings.group_size
+    rollouts = grpo.batch_size * stage.group_size
     return {
-        "seconds": sum(mean.values()), "parts": mean, "rollouts": rollouts, "settings": settings.model_dump(),
+        "seconds": sum(mean.values()), "parts": mean, "rollouts": rollouts,
+        "settings": grpo.model_dump() | stage.model_dump(),
         "tokens": rollouts * metrics["answer_length"], "flops": counted.get_total_flops(),
         "memories": metrics["invocations_short"] + metrics["invocations_long"],
         "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,

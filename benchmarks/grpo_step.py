@@ -41,11 +41,12 @@ from common import (
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from vismem.config import GrpoConfig, InvocationConfig, MemoryConfig, Stage1Config
+from vismem.config import GrpoConfig, GrpoStageConfig, InvocationConfig, MemoryConfig, Stage1Config
 from vismem.data.sample import Sample
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.baselines import PolicyGrpo
-from vismem.training.stage1 import FORMATION, Formation, trainable
+from vismem.training.run import FORMATION, trainable
+from vismem.training.stage1 import Formation
 
 OURS, TRL, STAGE1 = "ours, memory off", "TRL GRPOTrainer", "ours, stage I"
 Step = Callable[[], dict[str, float]]
@@ -63,13 +64,13 @@ def our_step(base: Path, samples: Sequence[Sample], args: argparse.Namespace, si
     """One step of ours: sample, score, update. Returns a function that takes a step and returns its metrics."""
     model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig(max_per_answer=args.memories))
     accelerator = Accelerator(cpu=True)
-    shape = {"batch_size": args.prompts, "group_size": args.group, "max_new_tokens": args.tokens,
-             "micro_batch": args.prompts * args.group}  # fmt: skip
+    micro_batch = args.prompts * args.group
+    grpo = GrpoConfig(batch_size=args.prompts, max_new_tokens=args.tokens, micro_batch=micro_batch)
     if side == STAGE1:
-        stage1 = Stage1(model, samples, Stage1Config(**shape, anywhere_after=0.0), 0, accelerator)
-        return stepper(stage1, trainable(model, FORMATION), 1e-5)
+        settings = Stage1Config(group_size=args.group, anywhere_after=0.0)
+        return stepper(Stage1(model, samples, grpo, settings, 0, accelerator), trainable(model, FORMATION), 1e-5)
     model.policy_lora.enabled = True
-    memory_off = MemoryOff(model, samples, GrpoConfig(**shape), 0, accelerator)  # type: ignore[arg-type]
+    memory_off = MemoryOff(model, samples, grpo, GrpoStageConfig(group_size=args.group), 0, accelerator)
     memory_off.prompts_need_gradient = True
     return stepper(memory_off, trainable(model, ("policy_lora.",)), 1e-5)
 
@@ -116,7 +117,7 @@ def trl_steps(
         settings = GRPOConfig(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=len(rows) * args.group,
             num_generations=args.group, max_completion_length=args.tokens, temperature=1.0, top_k=0,
-            beta=GrpoConfig().kl_coefficient, epsilon=0.2, loss_type="grpo",
+            beta=GrpoStageConfig().kl_coefficient, epsilon=0.2, loss_type="grpo",
             learning_rate=1e-5, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none",
             save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, seed=0,
         )  # fmt: skip

@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("params", parents=[common], help="print the parameters in force, each explained")
     command.add_argument("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
+    command.add_argument("--all", action="store_true", help="also the keys that are seldom changed")
     command.set_defaults(run=_run_params)
     return parser
 
@@ -253,7 +254,7 @@ def _run_stack(arguments: argparse.Namespace) -> None:
 
 def _run_params(arguments: argparse.Namespace) -> int:
     config = Config() if arguments.defaults else load_config(arguments.params, arguments.profile)
-    print(render_params(config), end="")
+    print(render_params(config, arguments.all), end="")
     return 0
 
 

@@ -29,7 +29,8 @@ from vismem.export.parity import check_parity, decode_runtime, decode_torch, mem
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Off
 from vismem.generation.prompts import encode
-from vismem.generation.types import LATENT, MemoryKind
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import verify_manifest
@@ -140,7 +141,7 @@ def test_sampling_draws_what_the_training_engine_draws(model, runtime):
 def test_parity_reports_a_model_that_differs_and_does_not_raise(model, runtime, inputs):
     other = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
     with torch.no_grad():
-        other.long.start.add_(1.0)
+        other.long.memory_init.add_(1.0)
         other.backbone.head.weight[5].mul_(50)
     parity = check_parity(other, runtime, tiny.samples()[:2], max_new_tokens=TOKENS, tolerance=1e-4)
     assert parity.passed is False

@@ -14,7 +14,8 @@ from vismem.evaluation.evaluate import pick
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.plots import position_counts
 from vismem.evaluation.predictions import Prediction, predict, read_predictions, relative_positions, write_predictions
-from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.kinds import MemoryKind
 
 
 @pytest.fixture

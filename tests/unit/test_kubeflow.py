@@ -19,6 +19,7 @@ from vismem.kubeflow import configure, launch_fields, run_task, write_confusion,
 from vismem.kubeflow.parameters import IDENTITY, TASKS, code_fingerprint, parameters_of, sources_fingerprint
 from vismem.kubeflow.results import describe, render_report
 from vismem.launch import How
+from vismem.records import Release
 from vismem.steps import BY_NAME, STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -266,8 +267,10 @@ def test_figures_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("promoted", "head"), [(True, "# Promoted"), (False, "# Not promoted")])
 def test_the_page_of_promote_gives_the_outcome_with_its_reasons(tmp_path: Path, promoted: bool, head: str) -> None:
-    release = {"name": "vismem", "version": "4", "promoted": promoted, "reasons": ["the gain is 1.0 points"]}
-    (tmp_path / "release.json").write_text(json.dumps(release))
+    reasons = ("the gain is 1.0 points",)
+    Release(name="vismem", version="4", model_id="m-1", promoted=promoted, previous=None, reasons=reasons).write(
+        tmp_path
+    )
     page = render_report("promote", tmp_path)
     assert page.startswith(f"{head}: vismem version 4\n\n- the gain is 1.0 points\n")
     assert ("Nothing is deployed" in page) is not promoted

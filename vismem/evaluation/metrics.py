@@ -13,7 +13,7 @@ from vismem.evaluation.answers import UNPARSED, normalise
 from vismem.evaluation.arms import VANILLA, VISMEM
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import Scores, bootstrap_interval, paired_difference
-from vismem.generation.types import MemoryKind
+from vismem.models.kinds import MemoryKind
 
 OVERALL = "overall"
 CAPABILITIES = tuple(capability.value for capability in Capability)

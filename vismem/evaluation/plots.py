@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from vismem.evaluation.arms import VANILLA, VISMEM, label
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.predictions import Prediction
-from vismem.generation.types import MemoryKind
+from vismem.models.kinds import MemoryKind
 from vismem.records import MemoryUse, Metrics
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers. Vanilla is also a ring, for readers without colour.

@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vismem.config import Config, GrpoConfig
+from vismem.config import Config, GrpoConfig, GrpoStageConfig
 from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.summary import headline
@@ -59,7 +59,7 @@ def model_card(
             "policy": _count(policy),
         },
         sources=[_source(source) for source in config.prepare.sources],
-        stages=(_stage(config.stage1), _stage(config.stage2)),
+        stages=(_stage(config.stage1, config.grpo), _stage(config.stage2, config.grpo)),
         max_positions=model.backbone.model.config.text_config.max_position_embeddings,
         headline=headline(metrics),
         groups=groups,
@@ -87,12 +87,12 @@ def _source(source: Any) -> str:
     return f"{source.kind} ({path.name})" if path else str(source.kind)
 
 
-def _stage(stage: GrpoConfig) -> str:
-    length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs} passes"
+def _stage(stage: GrpoStageConfig, grpo: GrpoConfig) -> str:
+    length = f"{stage.steps} steps" if stage.steps else f"{grpo.epochs} passes"
     warm = getattr(stage, "warm_start", None)
     start = f"{warm.steps} supervised steps, then " if warm is not None and warm.steps else ""
     return (
-        f"{start}GRPO, {length} of {stage.batch_size} prompts with {stage.group_size} rollouts each, "
+        f"{start}GRPO, {length} of {grpo.batch_size} prompts with {stage.group_size} rollouts each, "
         f"learning rate {stage.learning_rate:g}, KL coefficient {stage.kl_coefficient:g}"
     )
 

@@ -6,17 +6,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
-from vismem.generation.types import LATENT, MemoryKind
-from vismem.models.vismem import State, VisMemModel
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import FormationInputs, VisMemModel
 from vismem.records import ParityReport
 from vismem.serving.runtime import RequestError, Runtime
 
@@ -117,8 +118,8 @@ def recorded_memories(model: VisMemModel) -> Iterator[Memories]:
     kept: Memories = []
     original = model.form
 
-    def form(kind: MemoryKind, state: State) -> Any:
-        memory = original(kind, state)
+    def form(kind: MemoryKind, inputs: FormationInputs) -> Tensor:
+        memory = original(kind, inputs)
         kept.append(memory[0].float().cpu().numpy())
         return memory
 

@@ -16,8 +16,9 @@ from vismem.cli import main
 TOY = {
     "prepare": {"sources": [{"kind": "scenes", "train": 26, "validation": 13, "test": 26}]},
     "memory": {"queries": 2, "short_length": 2, "long_length": 2, "builder_layers": 1, "lora_rank": 2},
-    "stage1": {"steps": 1, "batch_size": 2, "group_size": 2, "max_new_tokens": 4, "warm_start": {"steps": 1}},
-    "stage2": {"steps": 1, "batch_size": 2, "group_size": 2, "max_new_tokens": 4},
+    "grpo": {"batch_size": 2, "max_new_tokens": 4},
+    "stage1": {"steps": 1, "group_size": 2, "warm_start": {"steps": 1}},
+    "stage2": {"steps": 1, "group_size": 2},
     "baselines": {"supervised": {"steps": 1, "batch_size": 2}},
     "evaluate": {"max_new_tokens": 4, "bootstrap": 100},
     "study": {"seeds": 1, "transfer_seeds": 0, "arms": ["vanilla", "vismem", "shuffled", "sft_lora"]},

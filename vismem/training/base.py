@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import write_json
 from vismem.models.backbones import FAMILIES
+from vismem.models.processors import load_processor
 from vismem.provenance import MANIFEST, sha256_folder, verify_manifest
 
 
@@ -38,7 +39,7 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         )
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.base.dtype))
     model.save_pretrained(out)
-    AutoProcessor.from_pretrained(source).save_pretrained(out)
+    load_processor(source).save_pretrained(out)
     fingerprint = sha256_folder(out, "*.safetensors")
     facts = {"model": name, "family": family, "parameters": model.num_parameters(), "weights_sha256": fingerprint}
     write_json(out / "metrics.json", facts)

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 
+from recipes.tiny_vlm.card import CARD, FACTS, render
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from vismem.config import InvocationConfig, MemoryConfig, ScenesSource
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample, write_shards
 from vismem.data.scenes import generate
+from vismem.files import read_json
 from vismem.models.vismem import VisMemModel, load_base
+from vismem.provenance import file_hashes, verify_manifest
 
 SIZE = Size(width=32, layers=2, heads=2, vision_width=32, vision_layers=2)
 MEMORY = MemoryConfig(queries=4, short_length=4, long_length=6, builder_layers=1, builder_heads=2, lora_rank=4)
@@ -51,3 +54,13 @@ def save_data(folder: Path, count: int = 12) -> Path:
     for split in ("train", "validation", "test"):
         write_shards(generate(source, split, seed=0), folder / "data" / split)
     return folder
+
+
+def check_card(folder: Path) -> None:
+    """The files are those of the manifest, and the card says what the facts say, each file's hash included."""
+    assert verify_manifest(folder) == []
+    hashes = file_hashes(folder)
+    hashes.pop(CARD)
+    card = (folder / CARD).read_text()
+    assert card == render(read_json(folder / FACTS), hashes)
+    assert all(f"| {name} | {value} |" in card for name, value in hashes.items())

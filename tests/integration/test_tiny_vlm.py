@@ -1,4 +1,4 @@
-"""The recipe of the tiny VLM, for a few steps, and the assets that it made, against their cards."""
+"""The recipe of the tiny VLM, for a few steps."""
 
 import dataclasses
 import io
@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from recipes.tiny_vlm import objectives, scores, train
-from recipes.tiny_vlm.card import CARD, FACTS, render
+from recipes.tiny_vlm import objectives, train
+from recipes.tiny_vlm.card import FACTS
 from recipes.tiny_vlm.memory import default_config, train_memory
 from recipes.tiny_vlm.objectives import Language, Vision, answer_loss, cell_labels, grids
 from recipes.tiny_vlm.scenes import SIDES, of_size, questions
@@ -30,13 +30,13 @@ from vismem.files import read_json
 from vismem.generation.prompts import encode
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.provenance import file_hashes, sha256_folder, verify_manifest
+from vismem.provenance import file_hashes
 
-ASSETS = Path(__file__).parents[2] / "assets"
 SETTINGS = Settings(
     size=tiny.SIZE, questions=26, vision_steps=4, language_steps=4, batch_size=4, checkpoint_every=2, scored=2
 )
 SEED = 3
+ORIGIN = {"command": "the command", "git": {"commit": "0123abc", "dirty": False}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +49,7 @@ def few_images() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, few_images: None) -> Path:
-    return train_tiny_vlm(tmp_path_factory.mktemp("recipe") / "made", SEED, SETTINGS, "the command")
+    return train_tiny_vlm(tmp_path_factory.mktemp("recipe") / "made", SEED, SETTINGS, ORIGIN)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_block_stands_where_hugging_face_places_an_image_of_its_own(
 
 def test_each_phase_trains_its_own_part_and_lowers_its_loss(tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, vision_steps=30, language_steps=30)
-    out = train_tiny_vlm(tmp_path / "made", SEED, settings)
+    out = train_tiny_vlm(tmp_path / "made", SEED, settings, ORIGIN)
     for phase in ("vision", "language"):
         lines = [line.split(",") for line in (out / f"{phase}.csv").read_text().splitlines()[1:]]
         assert len(lines) == 30
@@ -194,15 +194,15 @@ def test_the_folder_opens_with_auto_classes_and_is_scored_and_complete(made: Pat
     facts = read_json(made / FACTS)
     assert set(facts["scores"]["sizes"]) == {"84 x 84", "140 x 112"}
     assert facts["command"] == "the command"
-    check_card(made)
+    tiny.check_card(made)
     assert not list(made.glob("*.checkpoint"))
     assert [path.name for path in made.parent.iterdir()] == ["made"]
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_other_weights(made: Path, tmp_path: Path) -> None:
-    again = train_tiny_vlm(tmp_path / "again", SEED, SETTINGS, "the command")
+    again = train_tiny_vlm(tmp_path / "again", SEED, SETTINGS, ORIGIN)
     assert file_hashes(again) == file_hashes(made)
-    other = train_tiny_vlm(tmp_path / "other", SEED + 1, SETTINGS, "the command")
+    other = train_tiny_vlm(tmp_path / "other", SEED + 1, SETTINGS, ORIGIN)
     assert file_hashes(other)["model.safetensors"] != file_hashes(made)["model.safetensors"]
 
 
@@ -221,9 +221,9 @@ def test_a_run_killed_at_any_step_and_resumed_equals_the_one_that_was_not(
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_die)
     out = tmp_path / "made"
     with pytest.raises(KeyboardInterrupt):
-        train_tiny_vlm(out, SEED, SETTINGS, "the command")
+        train_tiny_vlm(out, SEED, SETTINGS, ORIGIN)
     assert not out.exists()
-    train_tiny_vlm(out, SEED, SETTINGS, "the command")
+    train_tiny_vlm(out, SEED, SETTINGS, ORIGIN)
     assert len(calls) - (at + 1) <= 8 - at + 1, "it resumed from a checkpoint"
     assert file_hashes(out) == file_hashes(made)
 
@@ -234,8 +234,8 @@ def test_a_killed_run_of_another_seed_is_not_resumed(
     with monkeypatch.context() as patch:
         patch.setattr("recipes.tiny_vlm.train.score", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_tiny_vlm(tmp_path / "made", SEED + 1, SETTINGS)
-    out = train_tiny_vlm(tmp_path / "made", SEED, SETTINGS, "the command")
+            train_tiny_vlm(tmp_path / "made", SEED + 1, SETTINGS, ORIGIN)
+    out = train_tiny_vlm(tmp_path / "made", SEED, SETTINGS, ORIGIN)
     assert file_hashes(out) == file_hashes(made)
 
 
@@ -243,73 +243,19 @@ def test_a_memory_is_trained_on_it_by_the_library_s_own_steps(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.tiny_vlm.memory.VALIDATION", 13)
-    few: dict[str, Any] = {"steps": 1, "batch_size": 2, "group_size": 2, "max_new_tokens": 4}
     config = default_config(made, SEED)
     source = config.prepare.sources[0].model_copy(update={"train": 13})
     config = config.model_copy(
         update={
             "prepare": config.prepare.model_copy(update={"sources": (source,)}),
             "memory": tiny.MEMORY,
-            "stage1": Stage1Config(warm_start=WarmStartConfig(steps=1, batch_size=2), **few),
-            "stage2": Stage2Config(**few),
+            "grpo": GrpoConfig(batch_size=2, max_new_tokens=4),
+            "stage1": Stage1Config(steps=1, group_size=2, warm_start=WarmStartConfig(steps=1, batch_size=2)),
+            "stage2": Stage2Config(steps=1, group_size=2),
         }
     )
-    assert isinstance(config.stage1, GrpoConfig)
-    out = train_memory(tmp_path / "memory", made, config, "the command")
-    check_card(out)
+    out = train_memory(tmp_path / "memory", made, config, ORIGIN)
+    tiny.check_card(out)
     assert [path.name for path in tmp_path.iterdir()] == ["memory"]
     assert read_json(out / FACTS)["questions"] == 13
     assert VisMemModel.from_pretrained(out, made).memory_config == tiny.MEMORY
-
-
-# --- the assets ------------------------------------------------------------------------------------------------------
-
-
-def check_card(folder: Path) -> None:
-    """The files are those of the manifest, and the card says what the facts say, each file's hash included."""
-    assert verify_manifest(folder) == []
-    hashes = file_hashes(folder)
-    hashes.pop(CARD)
-    card = (folder / CARD).read_text()
-    assert card == render(read_json(folder / FACTS), hashes)
-    assert all(f"| {name} | {value} |" in card for name, value in hashes.items())
-
-
-@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-vlm-memory"])
-def test_an_asset_s_files_are_those_of_its_card(name: str) -> None:
-    check_card(ASSETS / name)
-
-
-@pytest.fixture(scope="module")
-def asset() -> tuple[Any, Any]:
-    folder = ASSETS / "tiny-vlm"
-    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("size", [(84, 84), (112, 112), (168, 84)])
-def test_the_asset_answers_fresh_questions_as_its_card_says_at_several_sizes(
-    asset: tuple[Any, Any], size: tuple[int, int]
-) -> None:
-    facts = read_json(ASSETS / "tiny-vlm" / FACTS)["scores"]
-    (name, percent), *_ = scores.score(*asset, facts["questions"], [size]).items()
-    assert percent == facts["sizes"][name]
-    drawn = of_size(facts["questions"], scores.FRESH, *size)
-    commonest = {task: _most_frequent([s.answer for s in drawn if s.task == task]) for task in TASKS}
-    assert percent > 100 * sum(commonest.values()) / len(drawn) + 20, "far above the commonest answer to each task"
-
-
-def test_the_asset_answers_the_validation_split_as_its_card_says(asset: tuple[Any, Any]) -> None:
-    facts = read_json(ASSETS / "tiny-vlm" / FACTS)["scores"]
-    assert scores.score_validation(*asset, facts["validation_questions"]) == facts["validation"]
-
-
-def test_the_asset_s_memory_was_trained_on_the_asset_and_gains_on_it() -> None:
-    facts = read_json(ASSETS / "tiny-vlm-memory" / FACTS)
-    assert facts["base_sha256"] == sha256_folder(ASSETS / "tiny-vlm", "*.safetensors")
-    assert facts["gain"]["ci95"][0] > 0
-    model = VisMemModel.from_pretrained(ASSETS / "tiny-vlm-memory", ASSETS / "tiny-vlm")
-    assert model.backbone.family == "qwen2_5_vl"
-
-
-def _most_frequent(answers: list[str]) -> int:
-    return max(answers.count(answer) for answer in set(answers))

@@ -4,7 +4,7 @@
 
 Both start from image bytes and questions and end with token ids, which must be equal. All sides take turns in one
 process, on one thread: figures are ratios, the median over the repeats with its range. Without `artifacts/` it builds
-a random base of the default configuration, and memories are forced.
+the tiny VLM with a random head, and memories are forced.
 """
 
 import io
@@ -62,7 +62,7 @@ def load(artifacts: Path, folder: Path, items: int) -> tuple[dict[str, Side], li
         samples = list(islice(iterate_samples(artifacts / "validate" / "data" / "validation"), items))
     else:
         samples = questions(items)
-        base = random_base(folder, samples)
+        base = random_base(folder)
     if (artifacts / "stage2").is_dir():
         model, policy = VisMemModel.from_pretrained(artifacts / "stage2", base), Learned()
     else:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from common import Parity, mean_parts, now, parser, processor_for, publish, questions, step_parts, stepper, table
+from common import TINY_VLM, Parity, mean_parts, now, parser, publish, questions, step_parts, stepper, table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -30,6 +30,7 @@ from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.prompts import encode
 from vismem.generation.types import Rollout
 from vismem.models.backbones import backbone_of
+from vismem.models.processors import load_processor
 from vismem.models.vismem import VisMemModel
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import FORMATION, INVOCATION, trainable
@@ -63,9 +64,9 @@ SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
 }  # fmt: skip
 
 
-def build(sizes: Sizes, samples: Sequence[Sample], side: int, config: Config) -> VisMemModel:
+def build(sizes: Sizes, side: int, config: Config) -> VisMemModel:
     """VisMem on a Qwen2.5-VL of these sizes with random weights, in bf16 on a GPU; answers never end by themselves."""
-    processor = processor_for(samples)
+    processor = load_processor(TINY_VLM)
     processor.image_processor = Qwen2VLImageProcessorPil(min_pixels=side**2, max_pixels=side**2)
     ids = processor.tokenizer.get_vocab()
     settings = Qwen2_5_VLConfig(
@@ -234,7 +235,7 @@ def main() -> None:
     limit = config.invocation.model_copy(update={"max_per_answer": args.memories})
     config = config.model_copy(update={"invocation": limit})
     samples = questions(8, args.side)
-    model = build(SEVEN_B if args.size == "7b" else TINY, samples, args.side, config)
+    model = build(SEVEN_B if args.size == "7b" else TINY, args.side, config)
     flops, bandwidth, origin = peaks()
     found: dict[str, Any] = {
         "peak_flops": flops, "peak_bandwidth": bandwidth, "peaks": origin,

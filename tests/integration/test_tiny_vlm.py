@@ -93,6 +93,16 @@ def test_a_cell_s_label_is_what_is_painted_at_the_centre_of_its_visual_token(siz
             assert max(abs(a - b) for a, b in zip(painted, COLOURS[thing["colour"]], strict=True)) < 30
 
 
+def test_every_delimiter_is_a_token_of_its_own(backbone: Qwen25VLBackbone) -> None:
+    tokenizer = backbone.processor.tokenizer
+    text = "red circle, blue star; top row: 2. answer: yes"
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    assert [token for token in tokens if not token.strip("Ġ").isalnum()] == [",", ";", ":", "Ġ", ".", ":"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    special = ["<|im_start|>", "<|image_pad|>", "<|im_end|>"]
+    assert tokenizer("".join(special))["input_ids"] == tokenizer.convert_tokens_to_ids(special)
+
+
 # --- sequences and objectives ----------------------------------------------------------------------------------------
 
 

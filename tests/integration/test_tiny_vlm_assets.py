@@ -16,6 +16,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder
 
 ASSETS = Path(__file__).parents[2] / "assets"
+ROUNDING = 0.8  # percentage points: two of 260 answers, which another CPU's rounding may turn
 
 
 @pytest.mark.parametrize("name", ["tiny-vlm", "tiny-vlm-memory"])
@@ -35,7 +36,7 @@ def test_the_asset_answers_fresh_questions_as_its_card_says_at_several_sizes(
 ) -> None:
     facts = read_json(ASSETS / "tiny-vlm" / FACTS)["scores"]
     (name, percent), *_ = scores.score(*asset, facts["questions"], [size]).items()
-    assert percent == facts["sizes"][name]
+    assert percent == pytest.approx(facts["sizes"][name], abs=ROUNDING)
     drawn = of_size(facts["questions"], scores.FRESH, *size)
     commonest = {task: _most_frequent([s.answer for s in drawn if s.task == task]) for task in TASKS}
     assert percent > 100 * sum(commonest.values()) / len(drawn) + 20, "far above the commonest answer to each task"
@@ -43,7 +44,8 @@ def test_the_asset_answers_fresh_questions_as_its_card_says_at_several_sizes(
 
 def test_the_asset_answers_the_validation_split_as_its_card_says(asset: tuple[Any, Any]) -> None:
     facts = read_json(ASSETS / "tiny-vlm" / FACTS)["scores"]
-    assert scores.score_validation(*asset, facts["validation_questions"]) == facts["validation"]
+    found = scores.score_validation(*asset, facts["validation_questions"])
+    assert found == pytest.approx(facts["validation"], abs=ROUNDING)
 
 
 def test_the_asset_s_memory_was_trained_on_the_asset_and_gains_on_it() -> None:

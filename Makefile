@@ -3,7 +3,7 @@ PYTHON ?= python3
 SERVING_PYTHON ?= $(PYTHON)
 PIP_FLAGS ?=
 
-# the embedded model is too small for more threads; with one, `make demo` is seed 0 of `make study`, to the last digit
+# the tiny VLM is too small for more threads; with one, `make demo` is seed 0 of `make study`, to the last digit
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY = passive
 PIP = -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)

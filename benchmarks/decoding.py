@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=passive python benchmarks/decoding.py [--json FILE]
 
 Both start from image bytes and questions and end with token ids, which must be equal. All sides take turns in one
-process, on one thread: figures are ratios, the median over the repeats with its range. Without `artifacts/` it builds
+process, on one thread: figures are ratios, the median over the repeats with its range. Without `artifacts/` it takes
 the tiny VLM with a random head, and memories are forced.
 """
 

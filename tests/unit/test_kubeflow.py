@@ -156,7 +156,7 @@ def test_new_data_in_a_source_s_folder_changes_what_prepare_is_cached_by(tmp_pat
 
 def test_a_change_of_code_changes_what_those_steps_are_cached_by_that_use_it(tmp_path: Path) -> None:
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    for folder in ("vismem", "deploy"):
+    for folder in ("vismem", "deploy", "assets"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
 
     def changed_by(file: str) -> set[str]:
@@ -171,6 +171,8 @@ def test_a_change_of_code_changes_what_those_steps_are_cached_by_that_use_it(tmp
     assert changed_by("vismem/validation/validate.py") == {"validate"}
     assert changed_by("vismem/data/sample.py") >= {"prepare", "validate", "stage1", "stage2", "evaluate", "export"}
     assert changed_by("vismem/kubeflow/task.py") == set()
+    assert changed_by("assets/tiny-vlm/model.safetensors") == {"base"}
+    assert changed_by("assets/tiny-vlm-memory/memory.safetensors") == set()
 
 
 def test_configure_returns_one_dictionary_per_task_and_then_how_training_is_launched(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vismem.errors import UserError
-from vismem.export.triton import MODEL_SOURCE, RUNTIME, write_model_repository
 from vismem.provenance import write_manifest
+from vismem.serving.repository import MODEL_SOURCE, RUNTIME, write_model_repository
 
 
 @pytest.fixture

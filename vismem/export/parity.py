@@ -16,7 +16,8 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
 from vismem.generation.types import LATENT, MemoryKind
 from vismem.models.vismem import State, VisMemModel
-from vismem.serving.runtime import RequestError, Runtime
+from vismem.serving.runtime.errors import RequestError
+from vismem.serving.runtime.runtime import Runtime
 
 Memories = list[NDArray[np.float32]]
 SHOWN = 5  # differences spelled out

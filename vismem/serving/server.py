@@ -18,6 +18,7 @@ from vismem.errors import UserError
 from vismem.services import free_ports, until_stopped, with_parent
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask
+from vismem.serving.repository import check_repository
 
 PORTS = ("grpc", "http", "metrics")
 # What lets a client run code on the server or read its memory and files: kept for those who know the secret.
@@ -78,6 +79,7 @@ class TritonServer:
         """Start, wait and probe. UserError names a busy port or the log where the reason stands."""
         if not self.models:
             raise UserError(f"{self.repository} holds no model (no */config.pbtxt): run `vismem deploy` first")
+        check_repository(self.repository)
         environment = find_serving_environment()
         flag = "--{name}-port (deploy.{name}_port in params.yaml)"
         self.ports = free_ports(self.ports, host=self.host, flag=flag)

@@ -26,7 +26,7 @@ class Chunk:
     event: str
 
 class Runtime:
-    def __init__(self, bundle, threads=1, verified=False):
+    def __init__(self, bundle, threads, verified, max_patches):
         self.word = (bundle / "word.txt").read_text()
         self.left = 0  # answers that were given up half way
         self.asked = 0

@@ -51,7 +51,7 @@ class TritonPythonModel:
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # this file's own, written before its first line ran
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
-        from vismem.serving.runtime.limits import check_request
+        from vismem.serving.runtime.limits import MAX_PATCHES, check_request
         from vismem.serving.runtime.runtime import Runtime
 
         self.check_request = check_request
@@ -59,7 +59,8 @@ class TritonPythonModel:
         threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime, per answer
         queue = json.loads(args["model_config"])["dynamic_batching"]["default_queue_policy"]
         self.deadline = int(queue["default_timeout_microseconds"]) / 1e6  # seconds
-        self.runtime = Runtime(folder / "bundle", threads, verified=True)
+        max_patches = int(os.environ.get("VISMEM_MAX_PATCHES", MAX_PATCHES))
+        self.runtime = Runtime(folder / "bundle", threads, verified=True, max_patches=max_patches)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
         self.stopping = False

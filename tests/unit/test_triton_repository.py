@@ -164,10 +164,10 @@ def test_a_changed_or_missing_file_of_a_repository_is_named(name: str, bundle: P
     check_repository(repository)
     content = file.read_bytes()
     file.unlink()  # a link to the bundle's own file would change that too
-    with pytest.raises(UserError, match=rf"vismem/.*{name} is missing"):
+    with pytest.raises(UserError, match=rf"vismem: .*{name} is missing"):
         check_repository(repository)
     file.write_bytes(content[:-5])
-    with pytest.raises(UserError, match=rf"vismem/.*{name} (has changed|is damaged)"):
+    with pytest.raises(UserError, match=rf"vismem: .*{name} (has changed|is damaged)"):
         check_repository(repository)
 
 
@@ -178,11 +178,11 @@ def test_an_unknown_file_or_linked_folder_in_a_repository_is_named(name: str, bu
     extra = write_model_repository(bundle, tmp_path / "repository", "vismem", 1) / name
     extra.parent.mkdir(exist_ok=True)
     extra.write_text("x = 1")
-    with pytest.raises(UserError, match=f"vismem/{name} is not in the manifest"):
+    with pytest.raises(UserError, match=f"vismem: {name} is not in the manifest"):
         check_repository(tmp_path / "repository")
     extra.unlink()
     extra.symlink_to(bundle)
-    with pytest.raises(UserError, match=f"vismem/{name} is not in the manifest"):
+    with pytest.raises(UserError, match=f"vismem: {name} is not in the manifest"):
         check_repository(tmp_path / "repository")
 
 
@@ -190,7 +190,7 @@ def test_a_second_version_does_not_vouch_for_a_damaged_first(bundle: Path, tmp_p
     folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
     (folder / "1" / "model.py").write_text("x = 1")
     write_model_repository(bundle, tmp_path / "repository", "vismem", 2)
-    assert repository_problems(tmp_path / "repository") == ["vismem/1/model.py has changed"]
+    assert repository_problems(tmp_path / "repository") == ["vismem: 1/model.py has changed"]
 
 
 def test_a_pinned_manifest_is_the_only_one_that_is_served(
@@ -201,5 +201,5 @@ def test_a_pinned_manifest_is_the_only_one_that_is_served(
     check_repository(tmp_path / "repository")
     (folder / "1" / "model.py").write_text("x = 1")
     write_manifest(folder)  # whoever can change the files can change their list
-    with pytest.raises(UserError, match=r"vismem/manifest\.json is not the one that VISMEM_MANIFEST_SHA256 names"):
+    with pytest.raises(UserError, match=r"vismem: manifest\.json is not the one that VISMEM_MANIFEST_SHA256 names"):
         check_repository(tmp_path / "repository")

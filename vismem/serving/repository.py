@@ -96,13 +96,12 @@ def repository_problems(repository: Path) -> list[str]:
     """What differs in `repository` from what was written, one line each; empty where every file is as it was."""
     problems = []
     pinned = os.environ.get(MANIFEST_VARIABLE)
-    for config in sorted(repository.glob("*/config.pbtxt")):
-        model = config.parent
+    for model in sorted(path for path in repository.iterdir() if path.is_dir()):
         for compiled in model.glob("*/__pycache__"):  # of model.py, written by a server that was killed while it loaded
             shutil.rmtree(compiled, ignore_errors=True)
-        problems += [f"{model.name}/{problem}" for problem in verify_manifest(model)]
+        problems += [f"{model.name}: {problem}" for problem in verify_manifest(model)]
         if pinned and (model / MANIFEST).is_file() and sha256_file(model / MANIFEST) != pinned:
-            problems.append(f"{model.name}/{MANIFEST} is not the one that {MANIFEST_VARIABLE} names")
+            problems.append(f"{model.name}: {MANIFEST} is not the one that {MANIFEST_VARIABLE} names")
     return problems
 
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from pictures import TOKENS, encoded, noise, pictures
-from PIL import Image
+from PIL import Image, ImageFile
 
 import vismem.serving.runtime as runtime_package
 from vismem.data.sample import Sample
@@ -23,6 +23,7 @@ from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.runtime.errors import RequestError
 from vismem.serving.runtime.images import cut_patches
 from vismem.serving.runtime.prompt import TextStream, plain_text, tokenise
+from vismem.serving.runtime.runtime import Runtime
 
 
 @pytest.mark.parametrize("size", [(84, 84), (56, 200), (301, 99), (30, 28), (640, 480)])
@@ -80,10 +81,18 @@ def test_an_image_that_ends_too_early_is_refused_before_any_graph_runs(runtime, 
 
 
 def test_a_request_beyond_the_models_positions_is_refused_before_its_images_are_decoded(runtime, monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", None)
     images = [Image.open(io.BytesIO(data)) for data in encoded(noise(300, 200))]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     with pytest.raises(RequestError, match="positions"):
-        runtime.generate(images, "what?", max_new_tokens=2000)
+        runtime.generate(images, "what?", max_new_tokens=5000)
+
+
+def test_more_patches_than_the_server_allows_are_refused_before_the_images_are_decoded(bundle, monkeypatch):
+    images = [Image.open(io.BytesIO(data)) for data in encoded(noise(168, 168)) * 2]
+    allowed = Runtime(bundle, verified=True, max_patches=287)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(RequestError, match="the images make 288 patches: the limit is 287"):
+        allowed.generate(images, "what?")
 
 
 def test_pieces_of_text_join_to_the_decoded_text_and_never_split_a_character(model, runtime):
@@ -104,7 +113,7 @@ ALONE = """
 import pathlib, sys
 for name in ("torch", "transformers", "vismem"):
     sys.modules[name] = None
-from PIL import Image
+from PIL import Image, ImageFile
 from alone.runtime import Runtime
 folder, bundle, question = sys.argv[1:]
 images = [Image.open(file) for file in sorted(pathlib.Path(folder).glob("*.png"))]

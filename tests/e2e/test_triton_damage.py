@@ -29,7 +29,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "model": ("7/model.py", cut, "has changed"),
     "missing": ("7/vismem/serving/runtime/limits.py", Path.unlink, "is missing"),
     "unknown": ("7/numpy.py", add, "is not in manifest.json"),
-    "linked": ("7/numpy", lambda path: path.symlink_to("/"), "is not in manifest.json"),
+    "linked": ("7/numpy", lambda path: path.symlink_to("/etc/hostname"), "is not in manifest.json"),
 }
 
 

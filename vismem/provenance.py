@@ -60,7 +60,8 @@ def verify_manifest(folder: Path) -> list[str]:
     found = file_hashes(folder)
     missing = [f"{name} is missing" for name in expected if name not in found]
     changed = [f"{name} has changed" for name, value in expected.items() if found.get(name, value) != value]
-    unknown = [f"{name} is not in the manifest" for name in found if name not in expected]
+    links = {path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_symlink() and path.is_dir()}
+    unknown = [f"{name} is not in the manifest" for name in sorted(found.keys() | links) if name not in expected]
     return missing + changed + unknown
 
 

@@ -1,14 +1,17 @@
 """Triton's side of a served VisMem model: requests become `Runtime.generate` calls, chunks become responses.
 
-`vismem/export/triton.py` copies this file beside the bundle and the runtime package. It holds no logic of the model.
+`vismem/serving/repository.py` copies this file beside the bundle and the runtime package. It holds no logic of the
+model. Nothing that lies beside it is imported before it is verified.
 """
 
-import io
+import hashlib
 import json
 import locale
+import os
 import shutil
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,42 +20,71 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from PIL import Image
 
 sys.dont_write_bytecode = True  # the repository stays as it was written
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
-MAX_IMAGES = 64
-MAX_PIXELS = 64_000_000  # an image larger than this is refused before it is decoded
-MAX_TOKENS = 8192
 
-
-class RequestError(ValueError):
-    """The request cannot be answered; the message goes to the client."""
+def verify(model: Path, version: str) -> None:
+    """Compare the version's files with the model's manifest.json. RuntimeError names the first that differs."""
+    listed: dict[str, str] = json.loads((model / "manifest.json").read_text())["files"]
+    expected = {name: value for name, value in listed.items() if name.startswith(f"{version}/")}
+    paths = (path for path in (model / version).rglob("*") if path.is_symlink() or not path.is_dir())
+    found = {path.relative_to(model).as_posix() for path in paths}
+    for name in sorted(expected.keys() | found):
+        if name not in expected:
+            raise RuntimeError(f"{model}/{name} is not in manifest.json: run `vismem deploy` again")
+        if name not in found:
+            raise RuntimeError(f"{model}/{name} is missing: run `vismem deploy` again")
+        with (model / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]:
+                raise RuntimeError(f"{model}/{name} has changed: run `vismem deploy` again")
 
 
 class TritonPythonModel:
     """One loaded version. Requests beyond `workers` wait in Triton's queue, where they can time out or be cancelled."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the runtime and the bundle that lie in this version's folder."""
-        folder = Path(args["model_repository"]) / args["model_version"]
+        """Verify this version's folder, then load the runtime and the bundle from it."""
+        model = Path(args["model_repository"])
+        folder = model / args["model_version"]
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # this file's own, written before its first line ran
+        verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
-        from vismem.serving.runtime import Runtime
+        from vismem.serving.runtime.limits import MAX_PATCHES, check_request
+        from vismem.serving.runtime.runtime import Runtime
 
-        parameters = json.loads(args["model_config"]).get("parameters", {})
-        workers = int(parameters.get("workers", {}).get("string_value", "1"))
-        self.runtime = Runtime(folder / "bundle", threads=int(parameters.get("threads", {}).get("string_value", "1")))
+        self.check_request = check_request
+        workers = int(os.environ.get("VISMEM_WORKERS", "2"))  # answers at a time
+        threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime, per answer
+        queue = json.loads(args["model_config"])["dynamic_batching"]["default_queue_policy"]
+        self.deadline = int(queue["default_timeout_microseconds"]) / 1e6  # seconds
+        max_patches = int(os.environ.get("VISMEM_MAX_PATCHES", MAX_PATCHES))
+        self.runtime = Runtime(folder / "bundle", threads, verified=True, max_patches=max_patches)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
         self.stopping = False
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand each request to a free worker, waiting for one; responses go out through the request's sender."""
+        """Hand each request to a free worker; responses go out through the request's sender.
+
+        While all workers are busy this waits, so that Triton's queue fills; no longer than the queue's deadline.
+        """
         for request in requests:
-            self.free.acquire()
-            self.pool.submit(self._answer, request, request.get_response_sender())
+            sender = request.get_response_sender()
+            if self._reserve_worker(sender):
+                self.pool.submit(self._answer, request, sender)
+            else:
+                self._fail(sender, f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _reserve_worker(self, sender: Any) -> bool:
+        """Wait for a free worker; False when the deadline has passed or the client has gone."""
+        end = time.monotonic() + self.deadline
+        while not self.free.acquire(timeout=0.1):
+            if sender.is_cancelled() or time.monotonic() > end:
+                return False
+        return True
 
     def finalize(self) -> None:
         """Stop the running answers at their next token."""
@@ -64,9 +96,9 @@ class TritonPythonModel:
         try:
             for response in self._responses(request, sender):
                 sender.send(response)
-        except ValueError as error:  # RequestError, or an input that the runtime refuses
+        except ValueError as error:  # RequestError
             self._fail(sender, str(error), pb_utils.TritonError.INVALID_ARG)
-        except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests live on
+        except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests continue
             pb_utils.Logger.log_error(traceback.format_exc())
             self._fail(sender, f"the model failed: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
         finally:
@@ -76,10 +108,11 @@ class TritonPythonModel:
                 self.free.release()
 
     def _responses(self, request: Any, sender: Any) -> Iterator[Any]:
-        """One response a chunk, or a single one with all chunks where the input STREAM is false."""
-        images, prompt, options, stream = read_request(request)
+        """One response per chunk, or a single one with all chunks where the input STREAM is false."""
+        files, prompt, options, stream = read_request(request)
+        images = self.check_request(files, prompt, options["max_new_tokens"])
         collected = []
-        chunks = self.runtime.generate(images, prompt, **options)
+        chunks = self.runtime.generate(images, prompt.decode(), **options)
         for chunk in chunks:
             if self.stopping or sender.is_cancelled():
                 chunks.close()
@@ -96,8 +129,8 @@ class TritonPythonModel:
         sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)))
 
 
-def read_request(request: Any) -> tuple[list[Image.Image], str, dict[str, Any], bool]:
-    """(images, prompt, options of `generate`, stream or collect) of a request. RequestError says what is wrong."""
+def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool]:
+    """(image files, prompt, options of `generate`, stream or collect) of a request. ValueError says what is wrong."""
     values: dict[str, Any] = {}
     for name in ("IMAGE", "PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "SEED", "MEMORY", "STREAM"):
         tensor = pb_utils.get_input_tensor_by_name(request, name)
@@ -105,49 +138,23 @@ def read_request(request: Any) -> tuple[list[Image.Image], str, dict[str, Any], 
             values[name] = tensor.as_numpy().reshape(-1)
     for name, value in values.items():
         if name != "IMAGE" and len(value) != 1:
-            raise RequestError(f"{name} must hold one value, not {len(value)}")
-    encoded = values["IMAGE"]
-    if not 1 <= len(encoded) <= MAX_IMAGES:
-        raise RequestError(f"IMAGE holds {len(encoded)} images: send 1 to {MAX_IMAGES} encoded files")
-    try:
-        prompt = bytes(values["PROMPT"][0]).decode()
-    except UnicodeDecodeError:
-        raise RequestError("PROMPT is not UTF-8 text") from None
-    if not prompt.strip():
-        raise RequestError("PROMPT is empty: ask a question about the image")
+            raise ValueError(f"{name} must hold one value, not {len(value)}")
     options = {
         "max_new_tokens": int(values.get("MAX_NEW_TOKENS", [48])[0]),
         "temperature": float(values.get("TEMPERATURE", [0.0])[0]),
         "seed": int(values.get("SEED", [0])[0]),
         "memory": bool(values.get("MEMORY", [True])[0]),
     }
-    if not 1 <= options["max_new_tokens"] <= MAX_TOKENS:
-        raise RequestError(f"MAX_NEW_TOKENS is {options['max_new_tokens']}: it must lie in 1..{MAX_TOKENS}")
     if not 0 <= options["temperature"] <= 100:  # refuses NaN too
-        raise RequestError(f"TEMPERATURE is {options['temperature']}: it must lie in 0..100 (0 is greedy)")
+        raise ValueError(f"TEMPERATURE is {options['temperature']}: it must lie in 0..100 (0 is greedy)")
     if options["seed"] < 0:
-        raise RequestError(f"SEED is {options['seed']}: it must not be negative")
-    images = [decode_image(bytes(data), f"image {i + 1} of {len(encoded)}") for i, data in enumerate(encoded)]
-    return images, prompt, options, bool(values.get("STREAM", [True])[0])
-
-
-def decode_image(data: bytes, which: str) -> Image.Image:
-    """The decoded picture. RequestError if the bytes are no complete image file, or one of too many pixels."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise RequestError(f"{which} has {image.width}x{image.height} pixels: more than {MAX_PIXELS}")
-        image.load()
-        return image
-    except RequestError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise RequestError(f"{which} ({len(data)} bytes) does not decode: {reason}; send a PNG or JPEG file") from None
+        raise ValueError(f"SEED is {options['seed']}: it must not be negative")
+    files = [bytes(data) for data in values["IMAGE"]]
+    return files, bytes(values["PROMPT"][0]), options, bool(values.get("STREAM", [True])[0])
 
 
 def response_of(chunks: list[Any]) -> Any:
-    """A response with the outputs TEXT and EVENT, one entry a chunk."""
+    """A response with the outputs TEXT and EVENT, one entry per chunk."""
     text = np.array([chunk.text.encode() for chunk in chunks], dtype=object)
     event = np.array([chunk.event.encode() for chunk in chunks], dtype=object)
     return pb_utils.InferenceResponse([pb_utils.Tensor("TEXT", text), pb_utils.Tensor("EVENT", event)])

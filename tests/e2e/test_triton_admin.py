@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from test_triton import make_repository
+from stand_in import make_repository
 
 from vismem.serving.server import CLOSED, TritonServer
 

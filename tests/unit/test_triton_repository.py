@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 from vismem.errors import UserError
-from vismem.export.triton import MODEL_SOURCE, RUNTIME, write_model_repository
-from vismem.provenance import write_manifest
+from vismem.provenance import sha256_file, write_manifest
+from vismem.serving.repository import (
+    MANIFEST_VARIABLE,
+    MODEL_SOURCE,
+    RUNTIME,
+    check_repository,
+    repository_problems,
+    write_model_repository,
+)
 
 
 @pytest.fixture
@@ -33,7 +40,7 @@ def test_a_repository_holds_configuration_model_runtime_and_bundle(bundle: Path,
     runtime = {f"3/vismem/serving/runtime/{file}" for file in files(RUNTIME) if "__pycache__" not in file}
     packages = {"3/vismem/__init__.py", "3/vismem/serving/__init__.py"}
     packed = {f"3/bundle/{file}" for file in files(bundle)}
-    assert files(folder) == {"config.pbtxt", "3/model.py"} | runtime | packages | packed
+    assert files(folder) == {"config.pbtxt", "manifest.json", "3/model.py"} | runtime | packages | packed
     assert (folder / "3" / "model.py").read_bytes() == MODEL_SOURCE.read_bytes()
     assert (folder / "3" / "bundle" / "onnx" / "weights.bin").read_bytes() == b"weights"
 
@@ -82,7 +89,8 @@ def test_a_second_version_stands_beside_the_first_and_a_repeated_one_replaces_it
 ) -> None:
     for version in (1, 2, 2):
         folder = write_model_repository(bundle, tmp_path / "repository", "vismem", version)
-    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "config.pbtxt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "config.pbtxt", "manifest.json"]
+    assert repository_problems(tmp_path / "repository") == []
 
 
 def test_a_changed_weight_file_is_refused_by_name_before_anything_is_written(bundle: Path, tmp_path: Path) -> None:
@@ -137,3 +145,61 @@ def test_the_manifest_of_the_bundle_still_holds_in_the_repository(bundle: Path, 
     folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
     listed = json.loads((folder / "1" / "bundle" / "manifest.json").read_text())["files"]
     assert set(listed) == files(folder / "1" / "bundle") - {"manifest.json"}
+
+
+LOADED = (
+    "config.pbtxt",
+    "manifest.json",
+    "1/model.py",
+    "1/vismem/serving/runtime/prompt.py",
+    "1/bundle/onnx/weights.bin",
+    "1/bundle/manifest.json",
+)
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_a_changed_or_missing_file_of_a_repository_is_named(name: str, bundle: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    file = write_model_repository(bundle, repository, "vismem", 1) / name
+    check_repository(repository)
+    content = file.read_bytes()
+    file.unlink()  # a link to the bundle's own file would change that too
+    with pytest.raises(UserError, match=rf"vismem: .*{name} is missing"):
+        check_repository(repository)
+    file.write_bytes(content[:-5])
+    with pytest.raises(UserError, match=rf"vismem: .*{name} (has changed|is damaged)"):
+        check_repository(repository)
+
+
+@pytest.mark.parametrize(
+    "name", ["1/numpy.py", "1/vismem/serving/runtime/more.py", "1/bundle/onnx/more.onnx", "2/model.py"]
+)
+def test_an_unknown_file_or_linked_folder_in_a_repository_is_named(name: str, bundle: Path, tmp_path: Path) -> None:
+    extra = write_model_repository(bundle, tmp_path / "repository", "vismem", 1) / name
+    extra.parent.mkdir(exist_ok=True)
+    extra.write_text("x = 1")
+    with pytest.raises(UserError, match=f"vismem: {name} is not in the manifest"):
+        check_repository(tmp_path / "repository")
+    extra.unlink()
+    extra.symlink_to(bundle)
+    with pytest.raises(UserError, match=f"vismem: {name} is not in the manifest"):
+        check_repository(tmp_path / "repository")
+
+
+def test_a_second_version_does_not_vouch_for_a_damaged_first(bundle: Path, tmp_path: Path) -> None:
+    folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
+    (folder / "1" / "model.py").write_text("x = 1")
+    write_model_repository(bundle, tmp_path / "repository", "vismem", 2)
+    assert repository_problems(tmp_path / "repository") == ["vismem: 1/model.py has changed"]
+
+
+def test_a_pinned_manifest_is_the_only_one_that_is_served(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
+    monkeypatch.setenv(MANIFEST_VARIABLE, sha256_file(folder / "manifest.json"))
+    check_repository(tmp_path / "repository")
+    (folder / "1" / "model.py").write_text("x = 1")
+    write_manifest(folder)  # whoever can change the files can change their list
+    with pytest.raises(UserError, match=r"vismem: manifest\.json is not the one that VISMEM_MANIFEST_SHA256 names"):
+        check_repository(tmp_path / "repository")

@@ -13,7 +13,7 @@ from vismem.files import write_json
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
-from vismem.serving.runtime import Runtime
+from vismem.serving.runtime.runtime import Runtime
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -37,7 +37,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     write_graphs(model, out / "onnx", config.export.opset)
     parity = check_parity(
         model,
-        Runtime(out),
+        Runtime(out, verified=True),
         samples,
         max_new_tokens=config.evaluate.max_new_tokens,
         tolerance=config.export.tolerance,

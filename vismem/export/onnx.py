@@ -4,7 +4,6 @@ Tensors are told apart by content: each lies once in `weights.bin`, however many
 """
 
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -23,13 +22,12 @@ from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.export.graphs import Builder, Decoder, ShortMemory, VisionEncoder
+from vismem.files import write_json
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
-from vismem.provenance import sha256_file
 
 FORMAT = 1
 WEIGHTS = "weights.bin"
-SETTINGS = "runtime.json"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them
 ALIGNMENT = 64
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -83,9 +81,7 @@ def write_graphs(model: VisMemModel, folder: Path, opset: int) -> None:
             settings["tensors"][name] = {"offset": weights.add(array), "shape": list(array.shape)}
         for graph in graphs_of(model):
             onnx_ir.save(_exported(graph, weights, opset), folder / f"{graph.name}.onnx")
-    files = (WEIGHTS, *(f"{name}.onnx" for name in settings["graphs"]))
-    settings["sha256"] = {name: sha256_file(folder / name) for name in files}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / "runtime.json", settings)
 
 
 def graphs_of(model: VisMemModel) -> list[Graph]:

@@ -19,7 +19,8 @@ from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import FormationInputs, VisMemModel
 from vismem.records import ParityReport
-from vismem.serving.runtime import RequestError, Runtime
+from vismem.serving.runtime.errors import RequestError
+from vismem.serving.runtime.runtime import Runtime
 
 Memories = list[NDArray[np.float32]]
 SHOWN = 5  # differences spelled out

@@ -1,4 +1,4 @@
-"""Asks a served model over gRPC, piece by piece (`vismem infer`)."""
+"""Asks a served model over gRPC, and yields its answer piece by piece (`vismem infer`)."""
 
 import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,8 +11,16 @@ import numpy as np
 
 from vismem.config import Config
 from vismem.errors import UserError
+from vismem.serving.runtime.errors import RequestError
+from vismem.serving.runtime.limits import check_request
 
 MARKS = {"short": "⟨short⟩", "long": "⟨long⟩"}  # where a memory was invoked
+REASONS = {  # part of a server's message: what it means for the caller
+    "Exceeds maximum queue size": "it is busy, its queue is full: try again later",
+    "Request timeout expired": "it is busy, the request waited too long: try again later",
+    "all workers were busy": "it is busy, the request waited too long: try again later",
+    "is not healthy": "its process is not healthy: restart `vismem serve`",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ def infer(
     """Yield the pieces of one answer from the Triton server at `url` ("host:port", gRPC).
 
     `images` are files or encoded bytes. With `stream` each piece comes when it is decoded, else all at the end.
-    `timeout` is the longest wait in seconds for the next piece: it also catches a server whose model has died.
+    `timeout` is the longest wait in seconds for the next piece: it also catches a server whose model has died. The
+    server drops a request that waits longer in its queue.
     Closing the iterator early cancels the answer on the server. Raises UserError for a missing image file, where no
     server listens, for an unknown model, for a request that the server refuses, and when the time is up.
     """
@@ -75,7 +84,7 @@ def infer(
     try:
         _check_server(client, url, model)
         client.start_stream(callback=lambda result, error: replies.put((result, error)))
-        client.async_stream_infer(model, inputs, enable_empty_final_response=True)
+        client.async_stream_infer(model, inputs, timeout=int(timeout * 1e6), enable_empty_final_response=True)
         while True:
             try:
                 result, error = replies.get(timeout=timeout)
@@ -86,8 +95,8 @@ def infer(
                 ) from None
             if error is not None:
                 answered = True
-                hint = "; restart `vismem serve`" if "is not healthy" in error.message() else ""  # its process has died
-                raise UserError(f"model '{model}' at {url}: {error.message()}{hint}")
+                reason = next((text for mark, text in REASONS.items() if mark in error.message()), error.message())
+                raise UserError(f"model '{model}' at {url}: {reason}")
             texts, events = result.as_numpy("TEXT"), result.as_numpy("EVENT")
             if texts is not None:
                 for text, event in zip(texts, events, strict=True):
@@ -123,10 +132,13 @@ def main_infer(
     """
     write = write or partial(print, end="", flush=True)
     url = url or f"127.0.0.1:{config.deploy.grpc_port}"
-    for image in images:
-        _read_image(image)
+    files = [_read_image(image) for image in images]
+    try:
+        check_request(files, prompt.encode(), max_new_tokens)
+    except RequestError as error:
+        raise UserError(str(error)) from None
     model = model or find_model(url, config.deploy.model_name)
-    tokens = infer(url, model, images, prompt, stream=stream, memory=memory, max_new_tokens=max_new_tokens)
+    tokens = infer(url, model, files, prompt, stream=stream, memory=memory, max_new_tokens=max_new_tokens)
     if stream:
         for token in tokens:
             write(token.marked)

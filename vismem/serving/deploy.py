@@ -1,6 +1,5 @@
 """Step deploy: the released version as a Triton model repository, smoke-tested over gRPC on a real tritonserver."""
 
-import json
 import shutil
 import statistics
 import time
@@ -13,9 +12,11 @@ from typing import Any
 from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
-from vismem.export.triton import write_model_repository
+from vismem.files import write_json
+from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import Release
 from vismem.serving.client import Token, challenger_name, infer, marked, plain
+from vismem.serving.repository import write_model_repository
 from vismem.serving.server import TritonServer
 
 SMOKE_ITEMS = 8
@@ -23,7 +24,7 @@ SMOKE_ITEMS = 8
 
 @dataclass(frozen=True)
 class Answered:
-    """One smoke-test item: its pieces and its times in milliseconds."""
+    """One smoke-test item: its pieces and latencies in milliseconds."""
 
     sample: Sample
     tokens: tuple[Token, ...]
@@ -47,15 +48,15 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     model = config.deploy.model_name if promoted else challenger_name(config.deploy.model_name)
     repository = out / "model_repository"
     shutil.rmtree(repository, ignore_errors=True)
-    write_model_repository(inputs["export"], repository, model, version)
+    manifest = write_model_repository(inputs["export"], repository, model, version) / MANIFEST
     rows = iterate_samples(inputs["validate"] / "data" / "test")
-    samples = list(islice((sample for sample in rows if not sample.videos), SMOKE_ITEMS))  # the bundle takes images
+    samples = list(islice((sample for sample in rows if not sample.videos), SMOKE_ITEMS))  # a bundle takes images only
     if not samples:
         raise UserError(f"{inputs['validate']}/data/test has no row without a video to smoke-test the server with")
     with TritonServer(repository, log=out / "tritonserver.log") as server:
         smoke = smoke_test(server.grpc_url, model, samples)
-    smoke = {"model": model, "version": version, "promoted": promoted, **smoke}
-    (out / "smoke.json").write_text(json.dumps(smoke, indent=2, ensure_ascii=False) + "\n")
+    served = {"model": model, "version": version, "promoted": promoted, "manifest_sha256": sha256_file(manifest)}
+    write_json(out / "smoke.json", served | smoke)
     tested = f"{len(samples)} questions answered over gRPC, {smoke['latency_ms']['answer_p50']:.0f} ms at the median"
     if promoted:
         return f"deployed {model} version {version}: {tested}"
@@ -64,10 +65,10 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 
 
 def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Ask the served model real questions and one that it must refuse; return the figures and one example.
+    """Ask the served model real questions and one that it must refuse; return latencies and one example.
 
     Checks that no answer is empty, that streaming and collected answers agree, and that a broken image is refused
-    while the server answers on. UserError names the first check that fails.
+    while the server continues to answer. UserError names the first check that fails.
     """
     answered = [_ask(url, model, sample) for sample in samples]
     for item in answered:
@@ -83,7 +84,7 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
     _check_refusal(url, model)
     if tuple(infer(url, model, first.sample.images, first.sample.question)) != first.tokens:
         raise UserError(f"smoke test: {model} answers {first.sample.id} differently after a refused request")
-    example = next((item for item in answered if item.invoked), first)  # one that shows memory, where there is one
+    example = next((item for item in answered if item.invoked), first)  # one with a memory, if there is one
     return {
         "question": example.sample.question,
         "answer_marked": marked(example.tokens),

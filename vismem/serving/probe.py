@@ -7,6 +7,7 @@ import argparse
 import io
 import re
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from PIL import Image
 
 from vismem.errors import UserError
 from vismem.serving.client import Token, find_model, infer
+from vismem.serving.command import run_command
 
 _EXECUTIONS = re.compile(r"^nv_inference_exec_count\{[^}]*\} (\d+)", re.MULTILINE)
 
@@ -27,19 +29,22 @@ def ask(url: str, model: str, timeout: float) -> tuple[Token, ...]:
 
 
 def probe(url: str, metrics_url: str, name: str, timeout: float) -> str:
-    """Say how the model `name` (or its challenger) is: it answers, or is busy. UserError if it is neither.
+    """Report the state of the model `name` (or of its challenger): it answers, or is busy. UserError if neither.
 
-    Busy is a server that did not come to our question in `timeout` seconds, but to others: to be restarted would not
-    help it. A dead one may take up our own question, so a single one shows nothing.
+    A server is busy if in `timeout` seconds it began questions of others, but not ours or refused ours because its
+    queue is full; a restart would not help it. A dead server may take up our own question, so one alone proves nothing.
     """
+    end = time.monotonic() + timeout
     before = _executions(metrics_url)
     model = find_model(url, name)
     try:
         ask(url, model, timeout)
     except UserError:
-        if (others := _executions(metrics_url) - before) > 1:
-            return f"{model} is busy: {others} questions were taken up in {timeout:g} s, ours has not been answered yet"
-        raise
+        while (others := _executions(metrics_url) - before) <= 1:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+        return f"{model} is busy: it began {others} questions while ours waited"
     return f"{model} answers"
 
 
@@ -48,15 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vismem.serving.probe", description=__doc__)
     parser.add_argument("--url", default="127.0.0.1:8001", help="gRPC host:port (default: %(default)s)")
     parser.add_argument("--metrics", default="http://127.0.0.1:8002/metrics", help="(default: %(default)s)")
-    parser.add_argument("--model", default="vismem", help="its name, or its challenger's (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for the answer (default: 20)")
-    options = parser.parse_args(arguments)
-    try:
-        print(probe(options.url, options.metrics, options.model, options.timeout))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        parser,
+        arguments,
+        lambda config, options: probe(options.url, options.metrics, config.deploy.model_name, options.timeout),
+    )
 
 
 def _executions(metrics_url: str) -> int:

@@ -1,6 +1,6 @@
 """Puts the champion where the servers of a cluster read it: `python -m vismem.serving.publish --to DIR`.
 
-DIR/releases/VERSION/    a model repository; never changed once it is there
+DIR/releases/VERSION/    a model repository; replaced only where it is damaged
 DIR/current              a link to the one that is served
 """
 
@@ -11,18 +11,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vismem.config import Config, load_config
+from vismem.config import Config
 from vismem.errors import UserError
-from vismem.export.triton import write_model_repository
+from vismem.provenance import MANIFEST, sha256_file
 from vismem.registry.download import download_bundle
-from vismem.registry.tracking import CHAMPION, aliased, open_store, plain_faults
+from vismem.registry.tracking import CHAMPION, Version, aliased, open_store, plain_faults
+from vismem.serving.command import run_command
+from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 
 
 @plain_faults
 def publish(config: Config, folder: Path) -> str:
-    """Fetch the champion into `folder`, unless it is there, and make it current; return a line that says so.
+    """Fetch the champion into `folder`, unless it is there undamaged, and make it current; return a line that says so.
 
-    Servers that run keep the version that they have; those that start take the current one. UserError where there is
+    Running servers keep the version that they loaded; those that start take the current one. UserError where there is
     no champion, or the store's files are damaged; then nothing changes.
     """
     store = open_store(config.registry)
@@ -30,39 +32,44 @@ def publish(config: Config, folder: Path) -> str:
     if champion is None:
         raise UserError(f"'{store.model}' in {store.uri} has no champion yet: a version must pass the gate first")
     named = f"{store.model} version {champion.version}"
+    model = config.deploy.model_name
     release = folder / "releases" / champion.version
     current = folder / "current"
-    if release.is_dir() and current.is_symlink() and current.resolve() == release.resolve():
+    intact = _holds(release, model, champion)
+    if intact and current.is_symlink() and current.resolve() == release.resolve():
         return f"{named} is current already"
-    if not release.is_dir():
+    if not intact:
         partial = release.with_name(f"{champion.version}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         bundle = partial / "bundle"
         bundle.mkdir(parents=True)
         download_bundle(store, champion, bundle)
-        model = config.deploy.model_name
         write_model_repository(bundle, partial / "repository", model, int(champion.version))
+        check_repository(partial / "repository")
+        if release.exists():
+            release.rename(partial / "damaged")
         (partial / "repository").rename(release)
         shutil.rmtree(partial)
     link = folder / "current.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(release.relative_to(folder))
     os.replace(link, current)
-    return f"{named} is current in {folder}: servers that start from now on serve it"
+    pin = sha256_file(release / model / MANIFEST)
+    return f"{named} is current in {folder} as {model}, manifest {pin}: servers that start from now on serve it"
+
+
+def _holds(release: Path, model: str, champion: Version) -> bool:
+    """Whether `release` is an undamaged repository, and its bundle the one that was registered."""
+    bundle_manifest = release / model / champion.version / "bundle" / MANIFEST
+    registered = bundle_manifest.is_file() and sha256_file(bundle_manifest) == champion.tags.get("manifest_sha256")
+    return registered and not repository_problems(release)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line; return 0 if the champion is current, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m vismem.serving.publish", description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="the folder, on a volume that the servers read")
-    parser.add_argument("--params", type=Path, help="parameter file; default: the parameters' defaults")
-    options = parser.parse_args(arguments)
-    try:
-        print(publish(load_config(options.params) if options.params else Config(), options.to))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return run_command(parser, arguments, lambda config, options: publish(config, options.to))
 
 
 if __name__ == "__main__":

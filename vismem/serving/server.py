@@ -11,6 +11,7 @@ from vismem.errors import UserError
 from vismem.services import NotYetError, Service, free_ports, start_service, until_stopped, watch
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask
+from vismem.serving.repository import check_repository
 
 PORTS = ("grpc", "http", "metrics")
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
@@ -62,6 +63,7 @@ class TritonServer:
         """Start, wait and probe. UserError names a busy port, or the reason that the log gives."""
         if not self.models:
             raise UserError(f"{self.repository} holds no model (no */config.pbtxt): run `vismem deploy` first")
+        check_repository(self.repository)
         environment = find_serving_environment()
         flag = "--{name}-port (deploy.{name}_port in params.yaml)"
         self.ports = free_ports(self.ports, host=self.host, flag=flag)

@@ -1,8 +1,7 @@
-"""Opens an exported bundle: checks every file's hash, starts the ONNX sessions, maps the embedding table."""
+"""Opens an exported bundle: verifies its files by the manifest, starts the ONNX sessions, maps the embedding table."""
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,18 @@ class Graph:
 class Bundle:
     """The opened bundle. `vision`, `short`, `builder` and `decoder` are its graphs, `settings` is runtime.json."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        """Raises BundleError if `folder` is no bundle, of another format, or a file is missing or damaged."""
+    def __init__(self, folder: Path, threads: int, verified: bool) -> None:
+        """Verify the files, unless the caller has, and open them.
+
+        Raises BundleError for a folder without manifest.json, another format, or a file that is missing, damaged or
+        not in the manifest.
+        """
         onnx = folder / "onnx"
-        self.settings: dict[str, Any] = _read_settings(onnx / "runtime.json")
-        _check_hashes(onnx, self.settings["sha256"])
+        if not verified:
+            _verify(folder)
+        self.settings: dict[str, Any] = json.loads((onnx / "runtime.json").read_text())
+        if (found := self.settings.get("format")) != FORMAT:
+            raise BundleError(f"{onnx}/runtime.json has format {found}, this runtime reads {FORMAT}: export again")
         self.vision, self.short, self.builder, self.decoder = (
             Graph(onnx / f"{name}.onnx", threads) for name in ("vision", "short", "builder", "decoder")
         )
@@ -51,31 +57,23 @@ class Bundle:
             np.memmap(weights, np.float32, "r", place["offset"], tuple(place["shape"]))
             for place in (self.settings["tensors"][name] for name in ("embedding", "memory_rows"))
         )
-        tokenizer = folder / "processor" / "tokenizer.json"
-        if not tokenizer.is_file():
-            raise BundleError(f"{tokenizer} is missing: export the bundle again")
-        self.tokenizer = Tokenizer.from_file(str(tokenizer))
+        self.tokenizer = Tokenizer.from_file(str(folder / "processor" / "tokenizer.json"))
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _verify(folder: Path) -> None:
+    """onnxruntime loads a damaged weight file without an error, so every file is hashed before any is used."""
     try:
-        settings: dict[str, Any] = json.loads(file.read_text())
+        expected: dict[str, str] = json.loads((folder / "manifest.json").read_text())["files"]
     except FileNotFoundError:
-        raise BundleError(f"{file.parent.parent} is no exported bundle: {file} is missing") from None
-    except ValueError as error:
-        raise BundleError(f"{file} is damaged ({error}): export the bundle again, or fetch it anew") from None
-    if settings.get("format") != FORMAT:
-        raise BundleError(f"{file} has format {settings.get('format')}, this runtime reads {FORMAT}: export again")
-    return settings
-
-
-def _check_hashes(folder: Path, expected: Mapping[str, str]) -> None:
-    """onnxruntime loads a damaged weight file without a word, so every file is hashed first."""
-    for name, value in expected.items():
-        file = folder / name
-        if not file.is_file():
-            raise BundleError(f"{file} is missing: export the bundle again, or fetch it anew")
-        with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != value:
-            raise BundleError(f"{file} is damaged: its sha256 is {found[:12]}..., not {value[:12]}...; fetch it anew")
+        raise BundleError(f"{folder} is no exported bundle: {folder}/manifest.json is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{folder}/manifest.json is damaged ({error}): fetch or export the bundle again") from None
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
+    for name in sorted(expected.keys() | (found - {"manifest.json"})):
+        problem = "is missing" if name not in found else "is not in the manifest" if name not in expected else ""
+        if not problem:
+            with (folder / name).open("rb") as file:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == expected[name]
+            problem = "" if same else "is damaged"
+        if problem:
+            raise BundleError(f"{folder / name} {problem}: fetch or export the bundle again")

@@ -1,6 +1,6 @@
 """Images to patches, with numpy and Pillow only: bit for bit what transformers' Qwen2VLImageProcessorPil gives.
 
-Also where each patch stands: its row and column for the rotary position, its image and its attention window.
+Also the place of each patch: its row and column for the rotary position, its image and its attention window.
 """
 
 import math
@@ -32,14 +32,16 @@ class Patches:
 def cut_patches(images: Sequence[Image.Image], settings: Mapping[str, Any]) -> Patches:
     """Resize, normalise and cut `images`. `settings` is the "image" section of runtime.json.
 
-    Raises RequestError for an image that is more than 200 times as long as it is wide.
+    Raises RequestError for an image that does not decode, or as `grid_of` does.
     """
-    values, grids = [], []
-    for number, image in enumerate(images):
-        pixels = _normalised(_resized(image.convert("RGB"), settings, number), settings)
-        flat, grid = _flat_patches(pixels, settings)
-        values.append(flat)
-        grids.append(grid)
+    grids = [grid_of(image.size, settings, f"image {number + 1}") for number, image in enumerate(images)]
+    values = []
+    for number, (image, grid) in enumerate(zip(images, grids, strict=True)):
+        pixels = _decoded(image, f"image {number + 1} of {len(images)}")
+        if settings["do_resize"]:
+            rows, columns = (side * settings["patch_size"] for side in grid)
+            pixels = pixels.resize((columns, rows), resample=settings["resample"])
+        values.append(_flat_patches(_normalised(pixels, settings), settings))
     places = [_places(grid, settings) for grid in grids]
     window_ids, first = [], 0
     for _, windows in places:
@@ -55,28 +57,38 @@ def cut_patches(images: Sequence[Image.Image], settings: Mapping[str, Any]) -> P
     )
 
 
-def target_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """Height and width that are multiples of `factor`, keep the aspect ratio and have `least` to `most` pixels."""
+def grid_of(size: tuple[int, int], settings: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Patches (rows, columns) of an image of `size` (width, height) in pixels, which need not be decoded yet.
+
+    Raises RequestError, which calls the image `name`, if one side is more than 200 times the other.
+    """
+    width, height = size
+    if settings["do_resize"]:
+        if max(width, height) > 200 * min(width, height):
+            raise RequestError(f"{name} is {width}x{height}: one side is over 200 times the other; crop it")
+        factor = settings["patch_size"] * settings["merge_size"]
+        height, width = target_size(height, width, factor, settings["min_pixels"], settings["max_pixels"])
+    return height // settings["patch_size"], width // settings["patch_size"]
+
+
+def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width: multiples of `factor`, the aspect ratio kept, `min_pixels` to `max_pixels` pixels."""
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > most:
-        shrink = math.sqrt((height * width) / most)
+    if rows * columns > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
         rows = max(factor, math.floor(height / shrink / factor) * factor)
         columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < least:
-        grow = math.sqrt(least / (height * width))
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
         rows, columns = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
     return rows, columns
 
 
-def _resized(image: Image.Image, settings: Mapping[str, Any], number: int) -> Image.Image:
-    if not settings["do_resize"]:
-        return image
-    width, height = image.size
-    if max(width, height) > 200 * min(width, height):
-        raise RequestError(f"image {number + 1} is {width}x{height}: one side is over 200 times the other; crop it")
-    factor = settings["patch_size"] * settings["merge_size"]
-    rows, columns = target_size(height, width, factor, settings["min_pixels"], settings["max_pixels"])
-    return image.resize((columns, rows), resample=settings["resample"])
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RequestError(f"{name} does not decode: {error}; send the complete file") from None
 
 
 def _normalised(image: Image.Image, settings: Mapping[str, Any]) -> Floats:
@@ -91,15 +103,15 @@ def _normalised(image: Image.Image, settings: Mapping[str, Any]) -> Floats:
     return scaled
 
 
-def _flat_patches(pixels: Floats, settings: Mapping[str, Any]) -> tuple[Floats, tuple[int, int]]:
-    """(rows * columns, channels * temporal * patch * patch) in the order of the merger's blocks, and the grid."""
+def _flat_patches(pixels: Floats, settings: Mapping[str, Any]) -> Floats:
+    """(rows * columns, channels * temporal * patch * patch) in the order of the merger's blocks."""
     patch, merge, frames = settings["patch_size"], settings["merge_size"], settings["temporal_patch_size"]
     channels, height, width = pixels.shape
     rows, columns = height // patch, width // patch
     blocks = pixels.reshape(channels, rows // merge, merge, patch, columns // merge, merge, patch)
     blocks = np.transpose(blocks, (1, 4, 2, 5, 0, 3, 6))[:, :, :, :, :, None]
     blocks = np.broadcast_to(blocks, (*blocks.shape[:5], frames, *blocks.shape[6:]))
-    return np.ascontiguousarray(blocks.reshape(rows * columns, -1)), (rows, columns)
+    return np.ascontiguousarray(blocks.reshape(rows * columns, -1))
 
 
 def _places(grid: tuple[int, int], settings: Mapping[str, Any]) -> tuple[Integers, Integers]:

@@ -1,6 +1,6 @@
 """A question and its images to token ids and three-axis positions; token ids back to text, piece by piece."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .errors import RequestError
-
 Integers = NDArray[np.int64]
+ZERO_WIDTH_SPACE = "\u200b"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt, image tokens repeated once a merged patch."""
+    """A tokenised prompt, one image token per merged patch."""
 
     ids: Integers  # (L,)
     positions: Integers  # (3, L): time, height, width
@@ -27,24 +26,32 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
-def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], question: str, grids: Sequence[tuple[int, int]]) -> Prompt:
-    """The chat prompt of `question` after images of `grids` patches. `settings` is runtime.json.
+def plain_text(text: str, tokens: Iterable[str]) -> str:
+    """User text that no tokenizer reads as a special token; text without any of `tokens` is returned as it is.
 
-    Raises RequestError if the question holds the image token itself.
+    `tokens` are the contents of the tokenizer's added tokens. Each occurrence gets a zero width space (U+200B) after
+    its first character, the longest tokens first, until none is left. A single character cannot be split and stays.
     """
+    for token in sorted(tokens, key=len, reverse=True):
+        while len(token) > 1 and token in text:
+            text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
+    return text
+
+
+def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], question: str, grids: Sequence[tuple[int, int]]) -> Prompt:
+    """The chat prompt of `question`, as `plain_text`, after images of `grids` patches. `settings` is runtime.json."""
     parts, merge = settings["prompt"], settings["image"]["merge_size"]
-    if parts["image_token"] in question:
-        raise RequestError(f"the prompt must not contain {parts['image_token']}: images are sent apart from it")
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     counts = [rows // merge * (columns // merge) for rows, columns in grids]
     images = "".join(parts["image"].replace(parts["image_token"], parts["image_token"] * n) for n in counts)
-    text = parts["before"] + images + question + parts["after"]
+    text = parts["before"] + images + plain_text(question, added) + parts["after"]
     ids = np.array(tokenizer.encode(text).ids, np.int64)
     visual = ids == settings["tokens"]["image"]
     return Prompt(ids, _positions(visual, [(rows // merge, columns // merge) for rows, columns in grids]), visual)
 
 
 def _positions(visual: NDArray[np.bool_], grids: Sequence[tuple[int, int]]) -> Integers:
-    """Text counts up on all axes; an image stands at one time, its rows and columns count from there."""
+    """Text advances on all axes; an image has one time, and its rows and columns count from there."""
     positions = np.zeros((3, len(visual)), np.int64)
     place = following = 0
     for rows, columns in grids:
@@ -65,7 +72,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.before = self.done = 0  # ids[before:done] are the last ones given out, kept as context
+        self.before = self.done = 0  # ids[before:done] were emitted last and are kept as context
 
     def add(self, token: int) -> str:
         """The text that became certain with this token; may be empty. Special tokens give none."""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .bundle import Bundle
 from .errors import RequestError
-from .images import Patches, cut_patches
+from .images import Patches, cut_patches, grid_of
 from .prompt import Prompt, TextStream, tokenise
 
 Floats = NDArray[np.float32]
@@ -37,9 +37,16 @@ class Chunk:
 class Runtime:
     """A bundle, ready to answer. One object may serve several threads at once."""
 
-    def __init__(self, bundle: Path | str, threads: int = 1) -> None:
-        """Open `bundle` with `threads` threads an answer. Raises BundleError if it is missing or damaged."""
-        self.bundle = Bundle(Path(bundle), threads)
+    def __init__(
+        self, bundle: Path | str, threads: int = 1, verified: bool = False, max_patches: int | None = None
+    ) -> None:
+        """Open `bundle` with `threads` threads per answer. Raises BundleError if it is missing or damaged.
+
+        `verified`: the caller has just verified or written the bundle; its files are not hashed again. `max_patches`:
+        limit of a request's image patches after resizing; None: no limit.
+        """
+        self.bundle = Bundle(Path(bundle), threads, verified)
+        self.max_patches = max_patches
 
     def generate(
         self,
@@ -62,7 +69,7 @@ class Runtime:
             raise RequestError("no image: send at least one with the question")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-        answer = Answer(self.bundle, images, prompt, max_new_tokens)
+        answer = Answer(self.bundle, images, prompt, max_new_tokens, self.max_patches)
         return answer.run(max_new_tokens, Sampler(temperature, seed), memory, force or {})
 
 
@@ -86,11 +93,21 @@ class Sampler:
 class Answer:
     """One answer in the making: everything fed so far, with its embeddings, hidden states, positions, keys, values."""
 
-    def __init__(self, bundle: Bundle, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        images: Sequence[Image.Image],
+        question: str,
+        max_new_tokens: int,
+        max_patches: int | None = None,
+    ) -> None:
         self.bundle, settings = bundle, bundle.settings
         self.settings, self.memory_settings, self.tokens = settings, settings["memory"], settings["tokens"]
-        self.patches: Patches = cut_patches(images, settings["image"])
-        self.prompt: Prompt = tokenise(bundle.tokenizer, settings, question, self.patches.grids)
+        grids = [grid_of(image.size, settings["image"], f"image {i + 1}") for i, image in enumerate(images)]
+        patches = sum(rows * columns for rows, columns in grids)
+        if max_patches is not None and patches > max_patches:
+            raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
+        self.prompt: Prompt = tokenise(bundle.tokenizer, settings, question, grids)
         self.limit = int(self.memory_settings["max_per_answer"])
         longest = max(self.memory_settings[f"{kind}_length"] for kind in KINDS)
         room = max_new_tokens + self.limit * (longest + 2)
@@ -99,6 +116,7 @@ class Answer:
                 f"the question, its images and {max_new_tokens} tokens need {self.prompt.next_position + room} "
                 f"positions, the model has {settings['decoder']['max_positions']}: send less, or ask for less"
             )
+        self.patches: Patches = cut_patches(images, settings["image"])
         capacity = len(self.prompt.ids) + room
         self.embeddings: Floats = np.zeros((capacity, settings["width"]), np.float32)
         self.hidden: Floats = np.zeros((capacity, settings["width"]), np.float32)

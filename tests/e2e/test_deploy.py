@@ -1,0 +1,70 @@
+"""The step deploy on a real tritonserver with a stand-in runtime: released, refused, and a failed smoke test."""
+
+import contextlib
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from stand_in import IMAGE, make_repository
+
+from vismem.config import parse_config
+from vismem.data.sample import Sample, write_shards
+from vismem.errors import UserError
+from vismem.records import Release
+from vismem.serving import deploy as deploy_step
+from vismem.serving.repository import write_model_repository
+from vismem.serving.server import TritonServer
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Outputs of export, promote and validate, the smallest that deploy reads; the runtime is the stand-in."""
+    make_repository(tmp_path / "made")
+    runtime = tmp_path / "made" / "runtime"
+    monkeypatch.setattr(deploy_step, "write_model_repository", partial(write_model_repository, runtime=runtime))
+    rows = [Sample(id=str(i), images=(IMAGE,), question=f"question {i}", answer=str(i)) for i in range(3)]
+    write_shards(rows, tmp_path / "validate" / "data" / "test")
+    (tmp_path / "promote").mkdir()
+    return {"export": tmp_path / "made" / "bundle", "promote": tmp_path / "promote", "validate": tmp_path / "validate"}
+
+
+def test_deploy_serves_a_refused_version_as_challenger_and_says_so(inputs: dict[str, Path], tmp_path: Path) -> None:
+    refused = {"promoted": False, "reasons": ("gain 0.2 is below 1.0",)}
+    Release(name="vismem", version="4", model_id="m-1", previous=None, **refused).write(inputs["promote"])
+    line = deploy_step.deploy(parse_config({}), inputs, tmp_path / "out")
+    assert line.startswith(
+        "NOT released, the gate refused version 4 (gain 0.2 is below 1.0): deployed as vismem_challenger"
+    )
+    assert (tmp_path / "out" / "model_repository" / "vismem_challenger" / "4" / "model.py").is_file()
+    smoke = json.loads((tmp_path / "out" / "smoke.json").read_text())
+    assert (smoke["model"], smoke["version"], smoke["promoted"], smoke["items"]) == ("vismem_challenger", 4, False, 3)
+    assert smoke["question"] == "question 0"
+    assert smoke["answer_marked"].startswith("é0⟨short⟩ é1 é2")
+    assert smoke["answer"].startswith("é0 é1 é2")
+    assert smoke["reference"] == "0"
+
+
+def test_deploy_serves_a_released_version_under_the_models_name(
+    server: TritonServer, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = {"promoted": True, "reasons": ()}
+    Release(name="vismem", version="5", model_id="m-1", previous=None, **passed).write(inputs["promote"])
+    (tmp_path / "out" / "model_repository" / "half").mkdir(parents=True)  # left by a killed run
+    running = contextlib.nullcontext(server)  # the one that runs already: a second start shows nothing new
+    monkeypatch.setattr(deploy_step, "TritonServer", lambda repository, log: running)
+    line = deploy_step.deploy(parse_config({}), inputs, tmp_path / "out")
+    assert line.startswith("deployed vismem version 5: 3 questions answered over gRPC")
+    assert [path.name for path in (tmp_path / "out" / "model_repository").iterdir()] == ["vismem"]
+
+
+def test_the_smoke_test_fails_on_an_empty_answer(server: TritonServer) -> None:
+    sample = Sample(id="s1", images=(IMAGE,), question="nothing", answer="1")
+    with pytest.raises(UserError, match=r"smoke test: vismem gave an empty answer to 'nothing' \(s1\)"):
+        deploy_step.smoke_test(server.grpc_url, "vismem", [sample])
+
+
+def test_the_smoke_test_fails_where_two_answers_to_one_question_differ(server: TritonServer) -> None:
+    sample = Sample(id="s2", images=(IMAGE,), question="count", answer="1")
+    with pytest.raises(UserError, match=r"streamed and collected answers of vismem differ for s2: '\d' against '\d'"):
+        deploy_step.smoke_test(server.grpc_url, "vismem", [sample])

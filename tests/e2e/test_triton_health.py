@@ -1,0 +1,108 @@
+"""The probes of a pod and the figures of its autoscaler, held to a real tritonserver: alive, busy and dead."""
+
+import contextlib
+import re
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from stand_in import ANSWER, ask, endless, make_repository, metrics, pending
+
+from vismem.errors import UserError
+from vismem.serving.environment import find_serving_environment
+from vismem.serving.probe import main as probe
+from vismem.serving.server import TritonServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def living(group: int) -> list[int]:
+    """Process ids of a process group, those that have ended and only wait to be reaped left out."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, leader = status.read_text().rpartition(") ")[2].split()[:3]
+        except OSError:  # ended meanwhile
+            continue
+        if int(leader) == group and state not in "ZX":
+            found.append(int(status.parent.name))
+    return found
+
+
+def test_a_model_process_that_dies_is_reported_and_the_server_can_still_be_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TritonServer(make_repository(tmp_path), log=tmp_path / "log", exit_timeout=1) as server:
+        group = server.service.process.pid
+        with pytest.raises(UserError, match=r"sent nothing for 2 s|is not healthy"):
+            ask(server, "die", timeout=2)
+        with pytest.raises(UserError, match="restart `vismem serve`"):
+            ask(server, timeout=2)
+        assert says_ready(server)  # for ever: hence the probe
+        assert probe([*probed(server), "--timeout", "2"]) == 1
+        assert "is not healthy" in capsys.readouterr().err
+    assert living(group) == []
+
+
+def probed(server: TritonServer) -> list[str]:
+    """Options of the probe; in a pod the ports are its defaults."""
+    return ["--url", server.grpc_url, "--metrics", f"http://127.0.0.1:{server.ports['metrics']}/metrics"]
+
+
+def says_ready(server: TritonServer) -> bool:
+    import tritonclient.grpc as triton
+
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        return bool(client.is_server_ready() and client.is_model_ready("vismem"))
+
+
+def test_the_probes_of_a_pod_find_a_living_server_well_with_what_the_serving_image_has(server: TritonServer) -> None:
+    deployments = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "base" / "triton.yaml").read_text())
+    (triton,) = (d["spec"]["template"]["spec"]["containers"][0] for d in deployments if d["kind"] == "Deployment")
+    environment = find_serving_environment()
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        command = [str(environment.python), *triton[name]["exec"]["command"][1:], *probed(server)]
+        variables = {**environment.variables(), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "vismem answers\n", "")
+
+
+def test_a_server_that_is_busy_with_others_is_not_taken_for_a_dead_one(
+    server: TritonServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Thirty answers of a sixth of a second, two at a time: in a second some begin, and ours waits behind them."""
+    with ThreadPoolExecutor(30) as clients:
+        with contextlib.closing(endless(server)) as first, contextlib.closing(endless(server)) as second:  # type: ignore[type-var]
+            assert [next(first), next(second)] == [ANSWER[0]] * 2  # both workers are taken
+            for _ in range(30):
+                clients.submit(ask, server, "endless", max_new_tokens=8, timeout=120)
+            while pending(server) < 29:  # the model holds one already
+                time.sleep(0.01)
+        assert probe([*probed(server), "--timeout", "1"]) == 0
+        assert "vismem is busy: " in capsys.readouterr().out
+    assert probe(probed(server)) == 0
+    assert capsys.readouterr().out == "vismem answers\n"
+
+
+def test_a_server_that_answers_nobody_is_not_excused_as_busy(server: TritonServer) -> None:
+    with contextlib.closing(endless(server)) as first, contextlib.closing(endless(server)) as second:  # type: ignore[type-var]
+        assert [next(first), next(second)] == [ANSWER[0]] * 2
+        assert probe([*probed(server), "--timeout", "0.5"]) == 1
+
+
+def test_the_probe_says_that_no_server_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert probe(["--url", "127.0.0.1:9", "--metrics", "http://127.0.0.1:9/metrics"]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_the_series_that_the_autoscaler_reads_are_those_of_the_server(server: TritonServer) -> None:
+    ask(server)
+    rules = (ROOT / "deploy" / "kubernetes" / "prometheus-adapter.yaml").read_text()
+    offered = metrics(server)
+    asked = set(re.findall(r"nv_\w+(?=\{)", rules))
+    assert len(asked) == 3
+    for name in asked:
+        assert f'\n{name}{{model="vismem",version="7"}} ' in offered

@@ -1,0 +1,95 @@
+"""The exported bundle's files: weights once on disk, no trace of the machine, a card, a manifest that is verified."""
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from vismem.errors import UserError
+from vismem.export.export import export
+from vismem.export.onnx import prompt_parts
+from vismem.models.vismem import VisMemModel
+from vismem.provenance import verify_manifest
+from vismem.serving.runtime.errors import BundleError
+from vismem.serving.runtime.runtime import Runtime
+
+
+def test_every_weight_lies_on_disk_once(bundle, model):
+    places, sizes, used = {}, {}, {}
+    data = (bundle / "onnx" / "weights.bin").read_bytes()
+    for file in sorted((bundle / "onnx").glob("*.onnx")):
+        for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+            entry = {item.key: item.value for item in tensor.external_data}
+            if entry:
+                offset, length = int(entry["offset"]), int(entry["length"])
+                places.setdefault(data[offset : offset + length], set()).add(offset)
+                sizes[offset] = length
+                used.setdefault(offset, set()).add(file.name)
+    assert all(len(offsets) == 1 for offsets in places.values())
+    assert any(names == {"vision.onnx", "short.onnx"} for names in used.values())
+    base = sum(parameter.nbytes for parameter in model.backbone.model.parameters())
+    added = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("policy_lora"))
+    assert sum(sizes.values()) <= len(data) <= (base + added) * 1.01 + 64 * len(sizes)
+
+
+def test_graphs_hold_no_trace_of_the_machine_that_wrote_them(bundle):
+    for file in (bundle / "onnx").glob("*.onnx"):
+        content = file.read_bytes()
+        for trace in (b".py", b"site-packages", str(Path.cwd()).encode(), b"stack_trace", b"pkg.torch"):
+            assert trace not in content, (file.name, trace)
+
+
+def test_the_bundle_explains_itself(bundle, inputs):
+    assert verify_manifest(bundle) == []
+    assert not (bundle / "leftover").exists()
+    lineage = json.loads((bundle / "lineage.json").read_text())
+    assert lineage["params"]["export"]["parity_items"] == 6
+    assert set(lineage["files"]) >= {"onnx/weights.bin", "vismem/memory.safetensors", "README.md", "parity.json"}
+    card = (bundle / "README.md").read_text()
+    metrics = json.loads((inputs["evaluate"] / "metrics.json").read_text())
+    assert f"{metrics['arms']['vismem']['overall']:.1f} (" in card
+    assert lineage["git"]["commit"] in card
+    for text in (card, json.dumps(lineage)):
+        assert str(inputs["base"].parent) not in text
+    again = VisMemModel.from_pretrained(bundle / "vismem", inputs["base"])
+    trained = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), trained.parameters(), strict=True))
+
+
+def test_missing_metrics_are_named(inputs, config, tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.json.*vismem evaluate"):
+        export(config, inputs | {"evaluate": tmp_path}, tmp_path)
+
+
+def test_a_template_that_puts_the_question_first_is_refused():
+    class Processor:
+        def apply_chat_template(self, messages, **_):
+            parts = reversed(messages[0]["content"])
+            return "".join(part.get("text", "<|image_pad|>") for part in parts)
+
+    with pytest.raises(UserError, match="chat template"):
+        prompt_parts(Processor())
+
+
+FILES = ("onnx/weights.bin", "onnx/decoder.onnx", "onnx/runtime.json", "processor/tokenizer.json", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_or_missing_file_is_refused_by_name(name, bundle, tmp_path):
+    file = shutil.copytree(bundle, tmp_path / "bundle") / name
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        Runtime(tmp_path / "bundle")
+    file.unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        Runtime(tmp_path / "bundle")
+
+
+def test_an_unknown_file_is_refused_by_name(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    (tmp_path / "bundle" / "processor" / "added_tokens.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"processor/added_tokens\.json is not in the manifest"):
+        Runtime(tmp_path / "bundle")

@@ -1,0 +1,160 @@
+"""ONNX equals torch: the same tokens, the same memories."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from pictures import TOKENS, encoded, noise, pictures
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vismem.data.sample import Sample
+from vismem.export.graphs import Decoder
+from vismem.export.parity import check_parity, decode_runtime, decode_torch, memory_difference
+from vismem.generation.engine import generate
+from vismem.generation.invocation import Learned
+from vismem.generation.prompts import encode
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
+from vismem.models.memory import causal_mask
+from vismem.models.vismem import VisMemModel
+from vismem.serving.runtime.bundle import Graph
+from vismem.serving.runtime.runtime import Answer
+
+
+def test_greedy_tokens_are_torchs_and_memories_agree_within_the_tolerance(bundle):
+    parity = json.loads((bundle / "parity.json").read_text())
+    assert parity["passed"] is True
+    assert parity["items"] == parity["greedy_equal"] == 6
+    assert parity["memories"] > 12  # two forced an item, and some that the model asked for
+    assert parity["max_memory_difference"] < 1e-4
+
+
+def test_images_of_any_size_and_number_give_torchs_tokens_and_memories(model, runtime):
+    images = encoded(noise(84, 84), noise(130, 60, 1), noise(60, 190, 2))
+    sample = Sample(id="x", images=images, question="naïve: 色?\nwhich image has more", answer="")
+    forced = {0: MemoryKind.LONG, 2: MemoryKind.SHORT, 5: MemoryKind.LONG}
+    reference = decode_torch(model, sample, forced, TOKENS)
+    found = decode_runtime(model, runtime, sample, forced, TOKENS)
+    assert found.tokens == reference.tokens
+    assert len(found.memories) == 3
+    for ours, theirs in zip(found.memories, reference.memories, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_sampling_draws_what_the_training_engine_draws(model, runtime):
+    sample = Sample(**{**tiny.samples()[0].__dict__, "id": ""})
+    for seed in range(3):
+        rollout = generate(model, [sample], Learned(), max_new_tokens=TOKENS, temperature=1.0, seed=seed)[0]
+        chunks = runtime.generate(pictures(sample), sample.question, max_new_tokens=TOKENS, temperature=1.0, seed=seed)
+        spoken = [token for token in rollout.token_ids if token != LATENT and token not in model.end_ids.values()]
+        assert [chunk.token for chunk in chunks if chunk.token is not None] == spoken
+
+
+def test_parity_reports_a_model_that_differs_and_does_not_raise(model, runtime, inputs):
+    other = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
+    with torch.no_grad():
+        other.long.memory_init.add_(1.0)
+        other.backbone.head.weight[5].mul_(50)
+    parity = check_parity(other, runtime, tiny.samples()[:2], max_new_tokens=TOKENS, tolerance=1e-4)
+    assert parity.passed is False
+    assert parity.greedy_equal < 2
+    assert parity.max_memory_difference > 1e-4
+    assert "torch gives" in parity.differences[0]
+
+
+@pytest.mark.parametrize("other", [np.full((2, 3), np.nan), np.full((2, 3), np.inf), np.zeros((3, 3))])
+def test_a_memory_that_is_not_finite_or_of_another_shape_differs_without_bound(other):
+    assert memory_difference(np.zeros((2, 3)), np.ones((2, 3))) == 1.0
+    assert memory_difference(np.zeros((2, 3)), other) == memory_difference(other, np.zeros((2, 3))) == np.inf
+
+
+def test_left_padding_and_other_rows_adapters_change_nothing(model, bundle):
+    decoder = Graph(bundle / "onnx" / "decoder.onnx", 1)
+    settings = json.loads((bundle / "onnx" / "runtime.json").read_text())
+    random = np.random.default_rng(0)
+    embeddings = random.normal(size=(1, 5, settings["width"])).astype(np.float32)
+    layout = settings["decoder"]
+
+    def run(rows, mask, positions, adapter):
+        empty = np.zeros((len(rows), layout["kv_heads"], 0, layout["head_width"]), np.float32)
+        past = {name: empty for name in decoder.inputs if name.startswith("past_")}
+        return decoder(embeddings=rows, mask=mask, positions=positions, adapter=adapter, **past)
+
+    places = np.broadcast_to(np.arange(5, dtype=np.float32), (3, 1, 5))
+    alone = run(embeddings, np.ones((1, 5), np.float32), places, np.zeros(1, np.float32))
+    pad = random.normal(size=(1, 3, settings["width"])).astype(np.float32)
+    padded = np.concatenate([pad, embeddings], axis=1)
+    rows = np.concatenate([padded, random.normal(size=padded.shape).astype(np.float32)])
+    mask = np.ones((2, 8), np.float32)
+    mask[0, :3] = 0
+    positions = np.zeros((3, 2, 8), np.float32)
+    positions[:, 0, 3:], positions[:, 1] = places[:, 0], np.arange(8)
+    for other in (0.0, 1.0):
+        both = run(rows, mask, positions, np.array([0.0, other], np.float32))
+        np.testing.assert_allclose(both["logits"][0], alone["logits"][0], atol=1e-5)
+        np.testing.assert_allclose(both["hidden"][0, 3:], alone["hidden"][0], atol=1e-5)
+    on = run(embeddings, np.ones((1, 5), np.float32), places, np.ones(1, np.float32))
+    assert np.abs(on["hidden"] - alone["hidden"]).max() > 1e-3  # the switch does switch
+
+
+def test_grouped_keys_give_hugging_faces_hidden_states(model):
+    text = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    grouped = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    decoder = Decoder(model)
+    language = grouped.model.language_model
+    decoder.layers, decoder.norm, decoder.heads, decoder.kv_heads = language.layers, language.norm, 4, 2
+    decoder.head_dim, decoder.frequencies = 8, language.rotary_emb.inv_freq
+    decoder.axes = torch.eye(3)[[0, 0, 1, 2]]
+    decoder.lm_head = grouped.lm_head
+    embeddings, positions = torch.randn(1, 6, 32), torch.randint(0, 9, (3, 1, 6))
+    nothing = [torch.zeros(1, 2, 0, 8)] * 4
+    decoder.query = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))  # switched off below
+    decoder.value = torch.nn.ModuleList(torch.nn.Linear(32, 16) for _ in range(2))
+    with torch.no_grad():
+        expected = language(
+            inputs_embeds=embeddings, attention_mask=torch.ones(1, 6), position_ids=positions
+        ).last_hidden_state
+        _, hidden, _, _ = decoder(embeddings, torch.ones(1, 6), positions.float(), torch.zeros(1), nothing)
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_policys_own_adapter_is_on_while_decoding_and_off_while_forming(tiny_base):
+    trained = tiny.vismem(tiny_base)
+    trained.policy_lora.enabled = True
+    with torch.no_grad():
+        for up in trained.policy_lora.up.values():
+            up.normal_(0, 0.3)
+    prompt = encode(trained.backbone, tiny.samples()[:1])
+    shape = trained.backbone.model.config.text_config
+    empty = torch.zeros(1, shape.num_key_value_heads, 0, shape.hidden_size // shape.num_attention_heads)
+    nothing = [empty] * (2 * shape.num_hidden_layers)
+
+    def expected():
+        return trained.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
+
+    with torch.no_grad():
+        decoding = expected()
+        with trained.policy_lora.active(False), trained.long.lora.active():
+            forming = expected()
+        for adapter, hidden in ((0.0, decoding), (1.0, forming)):
+            found = Decoder(trained)(
+                prompt.embeds, prompt.mask.float(), prompt.positions.float(), torch.tensor([adapter]), nothing
+            )[1]
+            torch.testing.assert_close(found, hidden, atol=1e-5, rtol=1e-5)
+    assert (decoding - forming).abs().max() > 1e-2
+
+
+def test_the_visual_states_in_the_runtime_are_those_of_one_torch_pass(model, runtime):
+    sample = tiny.samples()[0]
+    prompt = encode(model.backbone, [sample])
+    with torch.no_grad():
+        hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
+    answer = Answer(runtime.bundle, pictures(sample), sample.question, 4)
+    answer._prefill()
+    np.testing.assert_allclose(answer.hidden[: answer.used], hidden[0].numpy(), atol=1e-5)

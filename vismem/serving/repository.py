@@ -1,0 +1,118 @@
+"""Writes and verifies a Triton model repository: configuration, the Python model, the runtime package, the bundle.
+
+The repository names no path outside itself, so that it can be renamed, synced to a bucket or mounted elsewhere. Each
+model has a manifest of all its files; `MANIFEST_VARIABLE` pins the hash of that manifest.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import vismem
+from vismem.errors import UserError
+from vismem.files import read_json, write_json
+from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest
+
+PACKAGE = Path(vismem.__file__).parent
+MODEL_SOURCE = PACKAGE.parent / "deploy" / "triton" / "model.py"
+RUNTIME = PACKAGE / "serving" / "runtime"
+MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"
+
+CONFIG = """\
+# Written by VisMem. A request holds one question; each response holds one piece of the answer.
+name: "{name}"
+backend: "python"
+max_batch_size: 0
+model_transaction_policy {{ decoupled: true }}
+# Off on purpose: Triton's cache would ignore request parameters and outlive a reload.
+response_cache {{ enable: false }}
+# Requests wait here while all workers are busy: beyond this number they are refused, after 30 s they time out.
+dynamic_batching {{
+  default_queue_policy {{
+    max_queue_size: 32
+    timeout_action: REJECT
+    default_timeout_microseconds: 30000000
+    allow_timeout_override: true  # a client may shorten its own wait
+  }}
+}}
+input [
+  {{ name: "IMAGE", data_type: TYPE_STRING, dims: [ -1 ] }},  # encoded image files, in the prompt's order
+  {{ name: "PROMPT", data_type: TYPE_STRING, dims: [ 1 ] }},  # the question, UTF-8
+  {{ name: "MAX_NEW_TOKENS", data_type: TYPE_INT32, dims: [ 1 ], optional: true }},  # 48
+  {{ name: "TEMPERATURE", data_type: TYPE_FP32, dims: [ 1 ], optional: true }},  # 0: greedy
+  {{ name: "SEED", data_type: TYPE_INT64, dims: [ 1 ], optional: true }},  # 0
+  {{ name: "MEMORY", data_type: TYPE_BOOL, dims: [ 1 ], optional: true }},  # true; false: never invoke memory
+  {{ name: "STREAM", data_type: TYPE_BOOL, dims: [ 1 ], optional: true }}  # true; false: one response with every piece
+]
+output [
+  {{ name: "TEXT", data_type: TYPE_STRING, dims: [ -1 ] }},
+  {{ name: "EVENT", data_type: TYPE_STRING, dims: [ -1 ] }}  # token, short, long, end
+]
+instance_group [ {{ kind: KIND_CPU, count: 1 }} ]
+version_policy {{ latest {{ num_versions: 1 }} }}
+"""
+
+
+def write_model_repository(bundle: Path, repository: Path, name: str, version: int, *, runtime: Path = RUNTIME) -> Path:
+    """Write `repository/name/version` for an exported bundle, and return `repository/name`.
+
+    Layout: `config.pbtxt`; `manifest.json`; `VERSION/model.py`, `VERSION/vismem/serving/runtime/`, `VERSION/bundle/`
+    (hard links where the file system allows, else copies). Other versions already there are kept. Raises UserError for
+    a name or version that Triton would not take, a missing bundle, or a bundle whose files differ from its manifest.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UserError(f"deploy.model_name '{name}': use letters, digits, '_', '-' and '.' only")
+    if version < 1:
+        raise UserError(f"model version {version}: Triton takes whole numbers from 1")
+    if not MODEL_SOURCE.is_file():
+        raise UserError(f"{MODEL_SOURCE} is missing: run from a checkout of the repository (pip install -e .)")
+    if problems := verify_manifest(bundle):
+        raise UserError(f"{bundle} is not what was exported: {'; '.join(problems)}; run `vismem export` again")
+    model = repository / name
+    folder = model / str(version)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (model / "config.pbtxt").write_text(CONFIG.format(name=name))
+    shutil.copyfile(MODEL_SOURCE, folder / "model.py")
+    package = folder / "vismem" / "serving" / "runtime"
+    shutil.copytree(runtime, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for parent in (package.parent, package.parent.parent):
+        (parent / "__init__.py").write_text('"""Of the library, only serving/runtime lies here."""\n')
+    own = file_hashes(folder)
+    shutil.copytree(bundle, folder / "bundle", copy_function=_link_or_copy)
+    own |= {f"bundle/{file}": value for file, value in read_json(bundle / MANIFEST)["files"].items()}
+    own[f"bundle/{MANIFEST}"] = sha256_file(bundle / MANIFEST)
+    others = read_json(model / MANIFEST)["files"] if (model / MANIFEST).exists() else {}
+    files = {file: value for file, value in others.items() if not file.startswith(f"{version}/")}
+    files |= {f"{version}/{file}": value for file, value in own.items()}
+    files["config.pbtxt"] = sha256_file(model / "config.pbtxt")
+    write_json(model / MANIFEST, {"files": dict(sorted(files.items()))})
+    return model
+
+
+def repository_problems(repository: Path) -> list[str]:
+    """What differs in `repository` from what was written, one line each; empty where every file is as it was."""
+    problems = []
+    pinned = os.environ.get(MANIFEST_VARIABLE)
+    for model in sorted(path for path in repository.iterdir() if path.is_dir()):
+        for compiled in model.glob("*/__pycache__"):  # of model.py, written by a server that was killed while it loaded
+            shutil.rmtree(compiled, ignore_errors=True)
+        problems += [f"{model.name}: {problem}" for problem in verify_manifest(model)]
+        if pinned and (model / MANIFEST).is_file() and sha256_file(model / MANIFEST) != pinned:
+            problems.append(f"{model.name}: {MANIFEST} is not the one that {MANIFEST_VARIABLE} names")
+    return problems
+
+
+def check_repository(repository: Path) -> None:
+    """UserError with every problem where the files of `repository` are not those that were written."""
+    if problems := repository_problems(repository):
+        raise UserError(f"{repository} is damaged: {'; '.join(problems)}; run `vismem deploy` or publish it again")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

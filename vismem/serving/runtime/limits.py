@@ -1,0 +1,60 @@
+"""What one request may hold. The server and `vismem infer` both check it with `check_request`, before any work."""
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image, UnidentifiedImageError
+
+from .errors import RequestError
+
+MAX_IMAGES = 64
+MAX_IMAGE_BYTES = 20_000_000  # of one encoded file
+MAX_TOTAL_BYTES = 64_000_000  # of all encoded files
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_TOTAL_PIXELS = 64_000_000
+MAX_PROMPT_BYTES = 65_536  # as UTF-8
+MAX_NEW_TOKENS = 2_048
+MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
+FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
+
+
+def check_request(files: Sequence[bytes], prompt: bytes, max_new_tokens: int) -> list[Image.Image]:
+    """Open the encoded images, of which only the headers are read: Pillow decodes an image when it is first used.
+
+    Raises RequestError with the first limit that the request exceeds, or for a prompt that is empty or not UTF-8.
+    """
+    if not 1 <= len(files) <= MAX_IMAGES:
+        raise RequestError(f"IMAGE holds {len(files)} images: send 1 to {MAX_IMAGES} encoded files")
+    if len(prompt) > MAX_PROMPT_BYTES:
+        raise RequestError(f"PROMPT holds {len(prompt)} bytes: the limit is {MAX_PROMPT_BYTES}")
+    try:
+        empty = not prompt.decode().strip()
+    except UnicodeDecodeError:
+        raise RequestError("PROMPT is not UTF-8 text") from None
+    if empty:
+        raise RequestError("PROMPT is empty: ask a question about the image")
+    if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise RequestError(f"MAX_NEW_TOKENS is {max_new_tokens}: it must lie in 1..{MAX_NEW_TOKENS}")
+    names = [f"image {number} of {len(files)}" for number in range(1, len(files) + 1)]
+    _check("bytes", [len(file) for file in files], names, MAX_IMAGE_BYTES, MAX_TOTAL_BYTES)
+    images = [_open(file, name) for file, name in zip(files, names, strict=True)]
+    _check("pixels", [image.width * image.height for image in images], names, MAX_IMAGE_PIXELS, MAX_TOTAL_PIXELS)
+    return images
+
+
+def _check(unit: str, counts: Sequence[int], names: Sequence[str], limit: int, total_limit: int) -> None:
+    for name, count in zip(names, counts, strict=True):
+        if count > limit:
+            raise RequestError(f"{name} has {count} {unit}: the limit is {limit}")
+    if sum(counts) > total_limit:
+        raise RequestError(f"the images have {sum(counts)} {unit} together: the limit is {total_limit}")
+
+
+def _open(file: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(file), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise RequestError(f"{name} has too many pixels: the limit is {MAX_IMAGE_PIXELS}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = f"it is no {', '.join(FORMATS)} file" if isinstance(error, UnidentifiedImageError) else error
+        raise RequestError(f"{name} ({len(file)} bytes) does not decode: {reason}") from None

@@ -24,8 +24,8 @@ NEEDED = ("id", "prompt", "answer")
 def read(source: JsonlSource, split: str, seed: int) -> Iterator[Sample]:
     """Yield the file's questions in order if `split` is the source's; at most `source.limit`.
 
-    Raises UserError, naming file and line, for a missing file or image, an image outside the file's folder, broken JSON,
-    and a missing or mistyped key.
+    Raises UserError, naming file and line, for a missing file or image, an image outside the file's folder,
+    broken JSON, and a missing or mistyped key.
     """
     if split == source.split:
         yield from islice(_rows(source.path), source.limit)

@@ -19,7 +19,7 @@ from vismem.config import BaseConfig
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.errors import UserError
-from vismem.generation.prompts import encode
+from vismem.generation.prompts import encode, target_ids
 from vismem.models.backbones.base import VisionInput
 from vismem.models.backbones.tiles import TiledBackbone
 from vismem.training.pretraining import CHUNK, VISION_BATCH, Phase, cell_labels, cell_targets, cell_words, run_phase
@@ -109,7 +109,7 @@ def train_language(
 
 def answer_ids(tokenizer: Any, sample: Sample) -> list[int]:
     """The reference answer as token ids, the end of the turn included."""
-    return [*tokenizer(target_text(sample), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return [*target_ids(tokenizer, sample), tokenizer.eos_token_id]
 
 
 def answer_loss(backbone: TiledBackbone, batch: Sequences) -> Tensor:

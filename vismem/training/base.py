@@ -12,9 +12,10 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vismem.config import Config
-from vismem.data.collate import answer_part, prompt_messages, target_text
+from vismem.data.collate import answer_part, target_text
 from vismem.data.sample import Sample, read_samples
 from vismem.errors import UserError
+from vismem.generation.prompts import prompt_text
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone
 from vismem.models.backbones.llava_onevision import LlavaOnevisionBackbone
@@ -98,10 +99,7 @@ def check(model: Any, processor: Any, samples: Sequence[Sample], batch_size: int
 
 def answer(model: Any, processor: Any, samples: Sequence[Sample], max_new_tokens: int = LONGEST) -> list[str]:
     """Greedy answers by Hugging Face's `generate`, special tokens left out."""
-    texts = [
-        processor.apply_chat_template(prompt_messages(sample), tokenize=False, add_generation_prompt=True)
-        for sample in samples
-    ]
+    texts = [prompt_text(processor, sample) for sample in samples]
     images = [[Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images] for sample in samples]
     encoded = processor(
         text=texts, images=images if any(images) else None, padding=True, padding_side="left", return_tensors="pt"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vismem.config import BaseConfig
 from vismem.data.sample import Sample
-from vismem.data.scenes import COLOURS, COLUMNS, ROWS, SHAPES
+from vismem.data.tasks.layouts import COLOURS, COLUMNS, ROWS, SHAPES
 from vismem.errors import UserError
 from vismem.models.backbones.base import Backbone
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone

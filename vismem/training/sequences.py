@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from vismem.data.collate import prompt_messages, target_text
 from vismem.data.sample import Sample
+from vismem.generation.prompts import prompt_text, target_ids
 
 DELIMITERS = (",", ".", ";", ":")
 STRIPS = 0.6  # share of the images shown again that are strips
@@ -74,10 +74,10 @@ class Encoder:
         """The record of one sample."""
         pictures = tuple(self._picture(image) for image in sample.images)
         tokenizer = self.processor.tokenizer
-        text = self.processor.apply_chat_template(prompt_messages(sample), tokenize=False, add_generation_prompt=True)
-        target = [*tokenizer(target_text(sample))["input_ids"], self.end]
+        prompt = tokenizer(prompt_text(self.processor, sample))["input_ids"]
+        target = [*target_ids(tokenizer, sample), self.end]
         breaks = [index + 1 for index, token in enumerate(target) if token in self.delimiters]
-        return Record(tuple(tokenizer(text)["input_ids"]), tuple(target), pictures, (0, *breaks))
+        return Record(tuple(prompt), tuple(target), pictures, (0, *breaks))
 
     def _picture(self, encoded: bytes) -> Picture:
         processor = self.processor.image_processor

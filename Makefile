@@ -3,7 +3,7 @@ PYTHON ?= python3
 SERVING_PYTHON ?= $(PYTHON)
 PIP_FLAGS ?=
 
-# the embedded model is too small for more threads; with one, `make demo` is seed 0 of `make study`, to the last digit
+# the tiny VLM is too small for more threads; with one, `make demo` is seed 0 of `make study`, to the last digit
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY = passive
 PIP = -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
@@ -11,7 +11,7 @@ VISMEM = .venv/bin/vismem
 INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed
 
-.PHONY: help setup serving demo smoke pipeline study test lint ui serve stack images locks test-containers
+.PHONY: help setup serving demo smoke pipeline study tiny-vlm test lint ui serve stack images locks test-containers
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
@@ -34,6 +34,9 @@ pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PR
 
 study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; goes on where it was cut
 	$(VISMEM) study --write docs/results/embedded.md
+
+tiny-vlm: $(INSTALLED)  ## train the tiny VLM of assets/ and its memory anew; about half an hour
+	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory
 
 test: setup  ## all tests
 	.venv/bin/python -m pytest

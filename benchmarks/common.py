@@ -20,14 +20,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from vismem.config import BaseConfig, ScenesSource
-from vismem.data.collate import target_text
+from vismem.config import ScenesSource
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
 from vismem.generation.types import Rollout
-from vismem.training.embedded import build_model, build_processor
+from vismem.models.vismem import load_base
 from vismem.training.rollout import GrpoObjective
 
+TINY_VLM = Path(__file__).resolve().parents[1] / "assets" / "tiny-vlm"
 Seconds = dict[str, float]
 
 
@@ -68,25 +68,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def questions(count: int, side: int = 84) -> list[Sample]:
     """Questions about one generated image each, `side` pixels wide."""
-    made = scenes(
-        ScenesSource(train=2 * count + 16, validation=0, test=0, pretrain=0, image_size=side), "train", seed=0
-    )
+    made = scenes(ScenesSource(train=2 * count + 16, validation=0, test=0, image_size=side), "train", seed=0)
     return [sample for sample in made if len(sample.images) == 1][:count]
 
 
-def processor_for(samples: Sequence[Sample]) -> Any:
-    """The tiny VLM's processor, with a vocabulary of the samples' words."""
-    return build_processor(text for s in samples for text in (s.question, target_text(s)))
-
-
-def random_base(folder: Path, samples: Sequence[Sample]) -> Path:
-    """A base with random weights whose answers wander: a head like the embeddings would only repeat the last word."""
-    processor = processor_for(samples)
-    model = build_model(BaseConfig(), processor, seed=0)
+def random_base(folder: Path) -> Path:
+    """The tiny VLM with a random head, so that its answers wander."""
+    backbone = load_base(TINY_VLM)
     with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+        backbone.head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    backbone.model.save_pretrained(folder)
+    backbone.processor.save_pretrained(folder)
     return folder
 
 

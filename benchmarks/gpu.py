@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from common import Parity, mean_parts, now, parser, processor_for, publish, questions, step_parts, stepper, table
+from common import TINY_VLM, Parity, mean_parts, now, parser, publish, questions, step_parts, stepper, table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -30,8 +30,8 @@ from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.prompts import encode
 from vismem.generation.types import Rollout
 from vismem.models.backbones import backbone_of
+from vismem.models.processors import load_processor
 from vismem.models.vismem import VisMemModel
-from vismem.training.embedded import SPECIAL_TOKENS
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import FORMATION, INVOCATION, trainable
 from vismem.training.stage1 import Formation
@@ -64,11 +64,11 @@ SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
 }  # fmt: skip
 
 
-def build(sizes: Sizes, samples: Sequence[Sample], side: int, config: Config) -> VisMemModel:
+def build(sizes: Sizes, side: int, config: Config) -> VisMemModel:
     """VisMem on a Qwen2.5-VL of these sizes with random weights, in bf16 on a GPU; answers never end by themselves."""
-    processor = processor_for(samples)
+    processor = load_processor(TINY_VLM)
     processor.image_processor = Qwen2VLImageProcessorPil(min_pixels=side**2, max_pixels=side**2)
-    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = processor.tokenizer.get_vocab()
     settings = Qwen2_5_VLConfig(
         **sizes, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
@@ -235,7 +235,7 @@ def main() -> None:
     limit = config.invocation.model_copy(update={"max_per_answer": args.memories})
     config = config.model_copy(update={"invocation": limit})
     samples = questions(8, args.side)
-    model = build(SEVEN_B if args.size == "7b" else TINY, samples, args.side, config)
+    model = build(SEVEN_B if args.size == "7b" else TINY, args.side, config)
     flops, bandwidth, origin = peaks()
     found: dict[str, Any] = {
         "peak_flops": flops, "peak_bandwidth": bandwidth, "peaks": origin,

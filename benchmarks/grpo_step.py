@@ -5,7 +5,7 @@
 Same base, prompts, group size and lengths; LoRA of rank 16 on the policy's q_proj and v_proj, KL to the base; one
 thread. The steps of all sides take turns in one process; seconds are the process's own, so that what else runs on the
 machine counts little, and ratios are medians over turns. Peak memory: of a process of its own for each side, on top of
-what it held before the first step. Without --base an untrained embedded base is built.
+what it held before the first step. Without --base it is the tiny VLM with a random head.
 
 TRL's side needs `trl` (1.16), `datasets` and `peft`, which nothing else here does (README.md says how to install them);
 where they are missing, it is left out.
@@ -213,7 +213,9 @@ def report(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print, write."""
     options = parser(__doc__)
-    options.add_argument("--base", type=Path, help="folder of a base in Hugging Face format; default: built untrained")
+    options.add_argument(
+        "--base", type=Path, help="folder of a base in Hugging Face format; default: the tiny VLM with a random head"
+    )
     options.add_argument("--prompts", type=int, default=8)
     options.add_argument("--group", type=int, default=16)
     options.add_argument("--tokens", type=int, default=56, help="longest answer")
@@ -226,7 +228,7 @@ def main() -> None:
         print(f"TRL's side is left out ({missing}).\n")
     with tempfile.TemporaryDirectory() as folder:
         samples = questions(args.prompts)
-        base = args.base or random_base(Path(folder), samples)
+        base = args.base or random_base(Path(folder))
         sides = [OURS, STAGE1] if missing else [OURS, TRL, STAGE1]
         peak = peaks(base, samples, args, sides)
         found = {"peak_mib": peak, **compare(base, samples, args, with_trl=not missing)}

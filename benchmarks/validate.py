@@ -37,7 +37,7 @@ def main() -> int:
     options.add_argument("--side", type=int, default=84, help="pixels of an image's side")
     args = options.parse_args()
     tenth = args.rows // 10
-    source = ScenesSource(train=8 * tenth, validation=tenth, test=tenth, pretrain=0, image_size=args.side)
+    source = ScenesSource(train=8 * tenth, validation=tenth, test=tenth, image_size=args.side)
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "validation", "test"):
             write_shards(rows(source, split), Path(folder, "prepare", split))

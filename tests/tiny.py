@@ -5,28 +5,31 @@ from pathlib import Path
 
 import torch
 
-from vismem.config import BaseConfig, InvocationConfig, MemoryConfig, ScenesSource
+from recipes.tiny_vlm.card import CARD, FACTS, render
+from recipes.tiny_vlm.model import Size, build_model, build_processor
+from vismem.config import InvocationConfig, MemoryConfig, ScenesSource
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample, write_shards
 from vismem.data.scenes import generate
+from vismem.files import read_json
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training.embedded import build_model, build_processor
+from vismem.provenance import file_hashes, verify_manifest
 
-BASE = BaseConfig(hidden_size=32, layers=2, heads=2, vision_width=32, vision_layers=2)
+SIZE = Size(width=32, layers=2, heads=2, vision_width=32, vision_layers=2)
 MEMORY = MemoryConfig(queries=4, short_length=4, long_length=6, builder_layers=1, builder_heads=2, lora_rank=4)
 
 
 @lru_cache
 def samples(count: int = 12) -> tuple[Sample, ...]:
     """A few scene questions, multi-image ones among them."""
-    source = ScenesSource(train=count, validation=0, test=0, pretrain=0)
+    source = ScenesSource(train=count, validation=0, test=0)
     return tuple(generate(source, "train", seed=0))
 
 
 def save_base(folder: Path, seed: int = 0) -> Path:
     """Write a tiny random Qwen2.5-VL in Hugging Face format."""
     processor = build_processor([s.question for s in samples()] + [target_text(s) for s in samples()])
-    model = build_model(BASE, processor, seed)
+    model = build_model(SIZE, processor, seed)
     with torch.no_grad():  # a head that starts from the embeddings would only repeat the last word
         model.lm_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
@@ -47,7 +50,17 @@ def vismem(base: Path, memory: MemoryConfig = MEMORY, limit: int = 3, seed: int 
 
 def save_data(folder: Path, count: int = 12) -> Path:
     """Write a validated data set of scenes as the step `validate` leaves it: `folder/data/SPLIT`."""
-    source = ScenesSource(train=count, validation=count, test=count, pretrain=count)
-    for split in ("pretrain", "train", "validation", "test"):
+    source = ScenesSource(train=count, validation=count, test=count)
+    for split in ("train", "validation", "test"):
         write_shards(generate(source, split, seed=0), folder / "data" / split)
     return folder
+
+
+def check_card(folder: Path) -> None:
+    """The files are those of the manifest, and the card says what the facts say, each file's hash included."""
+    assert verify_manifest(folder) == []
+    hashes = file_hashes(folder)
+    hashes.pop(CARD)
+    card = (folder / CARD).read_text()
+    assert card == render(read_json(folder / FACTS), hashes)
+    assert all(f"| {name} | {value} |" in card for name, value in hashes.items())

@@ -24,8 +24,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from recipes.tiny_vlm.model import build_processor
 from vismem.data.sample import Sample, Video
-from vismem.training.embedded import build_processor
 
 # `internvl_qk`: as InternVL 3.5 with the large encoder. `llava_llama`: a Llama that reads two layers of the encoder.
 VARIANTS = ("qwen2_5_vl", "internvl", "internvl_qk", "llava_onevision", "llava_llama")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vismem.config import Config, RegistryConfig
+from vismem.config import BaseConfig, Config, RegistryConfig
 from vismem.errors import UserError, mask_credentials
 from vismem.files import read_json, write_text
 
@@ -142,7 +142,7 @@ def check_registry(config: RegistryConfig) -> Finding:
 
 
 def check_base(model: str) -> Finding:
-    """Whether `base.model` can be had: built here, a folder, or a hub id whose settings can be read or are cached."""
+    """Whether `base.model` can be had: a folder, or a hub id whose settings can be read or are cached."""
     what = f"base model {model}"
     try:
         return Finding(what, True, _see_base(model))
@@ -189,16 +189,11 @@ def check_shared_memory(wanted_gb: float, place: Path = SHARED_MEMORY) -> Findin
 
 def _see_base(model: str) -> str:
     """How `base.model` can be had. UserError, OSError (the hub's errors are such) or ValueError where it cannot."""
-    if model == "embedded":
-        return "built and trained by the step `base`"
-    if model == "small":
-        from vismem.training.small import language_model_folder
-
-        return f"built around the language model in {language_model_folder()}"
-    if Path(model).is_dir():
-        settings = Path(model) / "config.json"
+    folder = BaseConfig(model=model).folder()
+    if folder is not None:
+        settings = folder / "config.json"
         if not settings.is_file():
-            raise UserError(f"the folder {model} holds no config.json")
+            raise UserError(f"the folder {folder} holds no config.json")
         return f"a folder with a {_check_family(settings)}"
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

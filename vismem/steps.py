@@ -52,7 +52,7 @@ BASELINES: tuple[Step, ...] = tuple(
 STEPS: tuple[Step, ...] = (
     Step("prepare", "vismem.data.prepare:prepare", (), ("seed", "prepare")),
     Step("validate", "vismem.validation.validate:validate", ("prepare",), ("validate",)),
-    Step("base", "vismem.training.base:base", ("validate",), ("seed", "base")),
+    Step("base", "vismem.training.base:base", (), ("base",)),
     Step(
         "stage1",
         "vismem.training.stage1:stage1",

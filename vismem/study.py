@@ -75,7 +75,7 @@ def of_seed(config: Config, seed: int, arms: Sequence[str]) -> Config:
 def on_half(config: Config) -> Config:
     """The same with a train split of half of the tasks, and no other sources; the base is not trained again."""
     sources = tuple(
-        source.model_copy(update={"pretrain": 0, "train_tasks": trained_half(source.tasks)})
+        source.model_copy(update={"train_tasks": trained_half(source.tasks)})
         for source in config.prepare.sources
         if isinstance(source, ScenesSource)
     )

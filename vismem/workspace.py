@@ -17,7 +17,7 @@ from vismem.errors import UserError
 from vismem.params_file import render_params
 
 RUNS = "runs"
-LINKED = ("vismem", "deploy", "data")  # the folders that stages depend on; dvc.yaml is the same in every workspace
+LINKED = ("vismem", "assets", "deploy", "data")  # what stages depend on; dvc.yaml is the same in every workspace
 
 
 def make_workspace(params: Path, profile: str) -> Path:

@@ -1,4 +1,4 @@
-"""The base model: built and trained here, or resolved from a hub id or a path."""
+"""The base model, resolved from a folder or a hub id."""
 
 from kfp import dsl
 
@@ -6,18 +6,16 @@ from kfp import dsl
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def base(
     parameters: dict,
-    validate: dsl.Input[dsl.Dataset],
     base: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Make the base vision-language model, in Hugging Face format.
+    """Check and copy the base vision-language model, in Hugging Face format.
 
     Args:
         parameters: The sections that this step depends on, from `configure`.
-        validate: The clean shards of `validate`.
         base: The model; metadata: model_sha256, model_type.
-        metrics: Figures of its training, where it was trained here.
+        metrics: Its number of parameters.
     """
     from vismem.kubeflow import run_task
 
-    run_task("base", parameters, base, {"validate": validate}, metrics=metrics)
+    run_task("base", parameters, base, {}, metrics=metrics)

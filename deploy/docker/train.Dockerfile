@@ -31,8 +31,9 @@ FROM ${BASE}
 COPY --from=serving /opt/serving /opt/serving
 COPY --from=packages /opt/venv /opt/venv
 RUN groupadd --gid 1000 vismem && useradd --uid 1000 --gid 1000 --create-home vismem
-# The library lies as in a checkout, since its profiles, Triton model and default parameters lie beside it.
+# The library lies as in a checkout, since its assets, profiles, Triton model and default parameters lie beside it.
 COPY pyproject.toml README.md LICENSE params.yaml dvc.yaml /opt/vismem/
+COPY assets /opt/vismem/assets
 COPY deploy/profiles /opt/vismem/deploy/profiles
 COPY deploy/triton /opt/vismem/deploy/triton
 COPY vismem /opt/vismem/vismem

@@ -319,7 +319,7 @@ def test_eight_micro_batches_of_one_answer_equal_one_of_eight_in_sft(tiny_base: 
 
 def check_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys()
-    assert len(first) == 2 * 7 * tiny.BASE.layers, "down and up of all linear layers"
+    assert len(first) == 2 * 7 * tiny.SIZE.layers, "down and up of all linear layers"
     for name, gradient in first.items():
         assert gradient.any()
         assert torch.allclose(gradient, second[name], atol=1e-5), name

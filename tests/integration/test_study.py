@@ -14,11 +14,7 @@ import yaml
 from vismem.cli import main
 
 TOY = {
-    "prepare": {"sources": [{"kind": "scenes", "pretrain": 52, "train": 26, "validation": 13, "test": 26}]},
-    "base": {
-        "hidden_size": 32, "layers": 1, "heads": 2, "vision_width": 32, "vision_layers": 1,
-        "vision_steps": 2, "steps": 2, "batch_size": 4,
-    },
+    "prepare": {"sources": [{"kind": "scenes", "train": 26, "validation": 13, "test": 26}]},
     "memory": {"queries": 2, "short_length": 2, "long_length": 2, "builder_layers": 1, "lora_rank": 2},
     "grpo": {"batch_size": 2, "max_new_tokens": 4},
     "stage1": {"steps": 1, "group_size": 2, "warm_start": {"steps": 1}},

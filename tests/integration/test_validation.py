@@ -36,7 +36,7 @@ def noise(size: int = 64) -> bytes:
 
 def good(split: str, number: int) -> Sample:
     """A row that breaks no rule; its image is its own."""
-    offset = {"pretrain": 0, "train": 1000, "validation": 2000, "test": 3000}[split]
+    offset = {"train": 1000, "validation": 2000, "test": 3000}[split]
     return Sample(
         id=f"{split}-{number}",
         images=(encoded(offset + number),),
@@ -49,8 +49,8 @@ def good(split: str, number: int) -> Sample:
 
 def shards(folder: Path, **rows: Iterable[Sample]) -> Path:
     """Prepared data: 20 good rows a required split, unless given."""
-    for split in ("pretrain", "train", "validation", "test"):
-        standard = () if split == "pretrain" else [good(split, n) for n in range(20)]
+    for split in ("train", "validation", "test"):
+        standard = [good(split, n) for n in range(20)]
         write_shards(rows.get(split, standard), folder / "prepare" / split, rows_per_shard=8)
     return folder / "prepare"
 
@@ -88,7 +88,7 @@ def test_good_data_passes_unchanged(tmp_path: Path) -> None:
     assert broken_rules(found) == []
     assert found["rows"]["total"] == found["rows"]["clean"] == 60
     assert quarantined(tmp_path) == []
-    for split in ("pretrain", "train", "validation", "test"):
+    for split in ("train", "validation", "test"):
         assert read_samples(tmp_path / "validate" / "data" / split) == read_samples(source / split)
 
 
@@ -341,7 +341,7 @@ def test_the_report_reads_offline_and_shows_bad_text_as_text(tmp_path: Path) -> 
     assert 'alt=""' not in page
     for name in verdicts(tmp_path / "validate")["rules"]:
         assert name in page
-    for figures in ("required rows 1 to 20; 4 splits judged", "least side 32 px; 42 rows judged", "share 2.4%"):
+    for figures in ("required rows 1 to 20; 3 splits judged", "least side 32 px; 42 rows judged", "share 2.4%"):
         assert figures in page
 
 

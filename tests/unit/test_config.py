@@ -147,7 +147,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_an_unknown_profile_names_the_nearest_and_all() -> None:
-    with pytest.raises(UserError, match=r"unknown profile 'smok' \(did you mean 'smoke'\?\).*qwen2_5_vl_7b, small"):
+    with pytest.raises(UserError, match=r"unknown profile 'smok' \(did you mean 'smoke'\?\).*qwen2_5_vl_7b, smoke"):
         load_config(ROOT / "params.yaml", "smok")
 
 

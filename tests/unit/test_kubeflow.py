@@ -156,7 +156,7 @@ def test_new_data_in_a_source_s_folder_changes_what_prepare_is_cached_by(tmp_pat
 
 def test_a_change_of_code_changes_what_those_steps_are_cached_by_that_use_it(tmp_path: Path) -> None:
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    for folder in ("vismem", "deploy"):
+    for folder in ("vismem", "deploy", "assets"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
 
     def changed_by(file: str) -> set[str]:
@@ -171,6 +171,8 @@ def test_a_change_of_code_changes_what_those_steps_are_cached_by_that_use_it(tmp
     assert changed_by("vismem/validation/validate.py") == {"validate"}
     assert changed_by("vismem/data/sample.py") >= {"prepare", "validate", "stage1", "stage2", "evaluate", "export"}
     assert changed_by("vismem/kubeflow/task.py") == set()
+    assert changed_by("assets/tiny-vlm/model.safetensors") == {"base"}
+    assert changed_by("assets/tiny-vlm-memory/memory.safetensors") == set()
 
 
 def test_configure_returns_one_dictionary_per_task_and_then_how_training_is_launched(tmp_path: Path) -> None:
@@ -243,11 +245,11 @@ def artifact(path: Path) -> Any:
 
 
 def test_a_task_runs_its_step_and_describes_its_output(tmp_path: Path) -> None:
-    source = {"kind": "scenes", "pretrain": 2, "train": 3, "validation": 1, "test": 2}
+    source = {"kind": "scenes", "train": 3, "validation": 1, "test": 2}
     config = parse_config({"prepare": {"sources": [source]}})
     out, metrics = artifact(tmp_path / "prepare" / "prepare"), artifact(tmp_path / "prepare" / "metrics")
     run_task("prepare", parameters_of("prepare", config), out, metrics=metrics)
-    assert metrics.metadata == {"rows_test": 2.0, "rows_validation": 1.0, "rows_train": 3.0, "rows_pretrain": 2.0}
+    assert metrics.metadata == {"rows_test": 2.0, "rows_validation": 1.0, "rows_train": 3.0}
     assert json.loads(Path(metrics.path).read_text()) == metrics.metadata
     assert out.metadata["data_sha256"] == json.loads((Path(out.path) / "stats.json").read_text())["data_sha256"]
 

@@ -96,7 +96,7 @@ def test_a_laptop_passes_with_the_defaults(tmp_path: Path, store: str, monkeypat
     findings = preflight(Config(), tmp_path / "artifacts", tmp_path / "report" / "preflight.md")
     assert [finding.name for finding in findings] == [
         "registry",
-        "base model embedded",
+        "base model assets/tiny-vlm",
         "GPUs",
         "disk",
         "shared memory",

@@ -73,7 +73,7 @@ def test_a_picture_in_two_splits_stays_in_the_one_that_comes_first_in_precedence
     shared = (9, 9, 9)
     sources = [
         jsonl(tmp_path / "in", split, {"own.png": encoded((n, 0, 0)), "shared.png": encoded(shared)})
-        for n, split in enumerate(("pretrain", "train", "validation", "test"))
+        for n, split in enumerate(("train", "validation", "test"))
     ]
     prepare(config(*sources), {}, tmp_path)
     answers = {split: [sample.answer for sample in read_samples(tmp_path / split)] for split in SPLITS}
@@ -81,14 +81,12 @@ def test_a_picture_in_two_splits_stays_in_the_one_that_comes_first_in_precedence
         "test": ["own.png", "shared.png"],
         "validation": ["own.png"],
         "train": ["own.png"],
-        "pretrain": ["own.png"],
     }
     stats = json.loads((tmp_path / "stats.json").read_text())["splits"]
     assert {split: stats[split]["dropped"] for split in SPLITS} == {
         "test": {},
         "validation": {"test": 1},
         "train": {"test": 1},
-        "pretrain": {"test": 1},
     }
 
 

@@ -58,8 +58,8 @@ def test_a_value_that_repeats_the_default_is_noticed() -> None:
     assert list(repeated(profile, defaults)) == found
 
 
-def test_there_is_a_profile_for_every_family_a_toy_one_and_one_for_a_single_gpu() -> None:
-    assert set(FILES) >= {"smoke", "small", *PAPER}
+def test_there_is_a_profile_for_every_family_and_a_toy_one() -> None:
+    assert set(FILES) >= {"smoke", *PAPER}
     assert {family for _, family in PAPER.values()} == set(FAMILIES)
 
 
@@ -88,10 +88,3 @@ def test_the_profiles_of_large_models_differ_in_names_only() -> None:
         return values.replace(name, "NAME")
 
     assert len({nameless(name) for name in PAPER}) == 1
-
-
-def test_the_small_profile_decodes_every_arm_that_needs_no_training_of_its_own() -> None:
-    config = load_config(ROOT / "params.yaml", "small")
-    assert config.base.model == "small"
-    untrained = [arm.name for arm in resolve_arms(config.study.arms) if arm.model == "vismem"]
-    assert sorted(config.evaluate.arms) == sorted(untrained)

@@ -141,9 +141,8 @@ def test_a_missing_jsonl_file_is_named(tmp_path: Path) -> None:
 
 def test_easy_vqa_gives_the_number_asked_for_and_the_same_again() -> None:
     source = EasyVqaSource(train=30, validation=20, test=10)
-    drawn = {split: list(easy_vqa.read(source, split, 3)) for split in ("pretrain", "train", "validation", "test")}
+    drawn = {split: list(easy_vqa.read(source, split, 3)) for split in ("train", "validation", "test")}
     assert {split: len(rows) for split, rows in drawn.items()} == {
-        "pretrain": 0,
         "train": 30,
         "validation": 20,
         "test": 10,

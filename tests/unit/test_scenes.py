@@ -14,12 +14,12 @@ from vismem.data.tasks import BUILDERS, TASKS
 from vismem.data.tasks.layouts import CELLS, COLOURS, HELD_OUT, SHAPES, SPLITS, TEST_ONLY
 from vismem.errors import UserError
 
-SOURCE = ScenesSource(pretrain=780, train=780, validation=390, test=390)
+SOURCE = ScenesSource(train=780, validation=390, test=390)
 
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, list[Sample]]:
-    return {split: list(generate(SOURCE, split, seed=0)) for split in SPLITS}
+    return {split: list(generate(SOURCE, split, 0, 780 if split == "pretrain" else None)) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,10 @@ def test_every_split_holds_all_tasks_in_equal_shares(splits: dict[str, list[Samp
 
 
 def test_the_train_split_may_hold_some_of_the_tasks_and_the_others_stay_as_they_were() -> None:
-    source = ScenesSource(train=8, validation=26, test=26, pretrain=26)
+    source = ScenesSource(train=8, validation=26, test=26)
     half = source.model_copy(update={"train_tasks": ("count", "chain")})
     assert Counter(sample.task for sample in generate(half, "train", 0)) == {"count": 4, "chain": 4}
-    for split in ("pretrain", "validation", "test"):
+    for split in ("validation", "test"):
         assert list(generate(half, split, 0)) == list(generate(source, split, 0))
     with pytest.raises(UserError, match="unknown task 'juggle'"):
         next(iter(generate(ScenesSource(test=1, train_tasks=("juggle",)), "test", 0)))

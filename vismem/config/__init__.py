@@ -15,7 +15,7 @@ from vismem.config.data import (
     Source,
     ValidateConfig,
 )
-from vismem.config.models import BaseConfig, InvocationConfig, MemoryConfig
+from vismem.config.models import DEFAULT_BASE, BaseConfig, InvocationConfig, MemoryConfig
 from vismem.config.preflight import PreflightConfig
 from vismem.config.release import (
     DeployConfig,
@@ -39,6 +39,7 @@ from vismem.config.training import (
 )
 
 __all__ = [
+    "DEFAULT_BASE",
     "PROFILE_FOLDER",
     "SOURCES",
     "BaseConfig",

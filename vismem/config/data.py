@@ -15,11 +15,10 @@ class ScenesSource(Section):
     train: int = Field(24000, ge=0, description="questions in the train split [ours]")
     validation: int = Field(400, ge=0, description="questions in the validation split [ours]")
     test: int = Field(1200, ge=0, description="questions in the test split [ours]")
-    pretrain: int = Field(24000, ge=0, description="questions that only the embedded base is trained on [ours]")
     image_size: int = Field(84, ge=56, description="pixels, both sides; a multiple of 28 [ours]")
-    min_objects: int = Field(3, ge=1, description="least objects in a scene; pretrain scenes [ours]")
-    max_objects: int = Field(5, ge=1, description="most objects in a scene; pretrain scenes [ours]")
-    extra_objects: int = Field(2, ge=0, description="additional objects at most in train/validation/test scenes [ours]")
+    min_objects: int = Field(3, ge=1, description="min objects in a scene of the tiny VLM's training [ours]")
+    max_objects: int = Field(5, ge=1, description="max objects in a scene of the tiny VLM's training [ours]")
+    extra_objects: int = Field(2, ge=0, description="max additional objects in train/validation/test scenes [ours]")
     tasks: tuple[str, ...] = Field((), description="task names to draw from; empty means all")
     train_tasks: tuple[str, ...] = Field((), description="tasks of the train split only; empty means as `tasks`")
 
@@ -38,7 +37,7 @@ class JsonlSource(Section):
 
     kind: Literal["jsonl"]
     path: Path = Field(description="the .jsonl file")
-    split: Literal["pretrain", "train", "validation", "test"]
+    split: Literal["train", "validation", "test"]
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
@@ -47,7 +46,7 @@ class NlvrSource(Section):
 
     kind: Literal["nlvr"]
     path: Path = Field(description="a folder of the repository (train/, dev/), or a .parquet file")
-    split: Literal["pretrain", "train", "validation", "test"]
+    split: Literal["train", "validation", "test"]
     directories: tuple[int, ...] = Field(
         (), description="numbered image directories read; empty means all [NLVR README]"
     )
@@ -60,7 +59,7 @@ class LmuDataSource(Section):
     kind: Literal["lmudata"]
     name: str = Field(description="the file's name without .tsv, such as MMStar, BLINK, MUIRBench or MMMU_DEV_VAL")
     path: Path | None = Field(None, description="the folder of .tsv files; null: the environment's LMUData")
-    split: Literal["pretrain", "train", "validation", "test"]
+    split: Literal["train", "validation", "test"]
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
@@ -91,6 +90,6 @@ class ValidateConfig(Section):
     max_quarantined: float = Field(0.05, ge=0, le=1, description="share of bad rows above which the step fails")
     max_task_drift: float = Field(0.1, ge=0, le=1, description="total variation distance of the task mix (warning)")
     task_profile: Path | None = Field(None, description="stored task mix, JSON {task: share}; null: the train split's")
-    required_splits: tuple[Literal["pretrain", "train", "validation", "test"], ...] = Field(
+    required_splits: tuple[Literal["train", "validation", "test"], ...] = Field(
         ("train", "validation", "test"), description="splits that must have rows"
     )

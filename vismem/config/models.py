@@ -1,35 +1,26 @@
 """The base model, its memories, and when they may be invoked."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from vismem.config.section import Section, rare
 
+ROOT = Path(__file__).parents[2]  # the project: profiles, assets and the library side by side
+DEFAULT_BASE = "assets/tiny-vlm"
+
 
 class BaseConfig(Section):
     """The vision-language model that goes in."""
 
-    model: str = Field(
-        "embedded",
-        description="hub id or path for from_pretrained; 'embedded' builds and trains a tiny one, 'small' one around "
-        "SmolLM2-135M",
-    )
+    model: str = Field(DEFAULT_BASE, description="folder or hub id for from_pretrained; the default comes with VisMem")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights' type")
-    hidden_size: int = Field(96, description="embedded: width d of the language model")
-    layers: int = Field(3, description="embedded: language model layers")
-    heads: int = Field(4, description="embedded: attention heads")
-    vision_width: int = Field(96, description="embedded, small: width of the vision encoder; a multiple of 32")
-    vision_layers: int = Field(3, description="embedded, small: layers of the vision encoder")
-    vision_steps: int = Field(250, description="embedded, small: steps that train the vision tower on scenes")
-    steps: int = Field(1500, description="embedded, small: steps that train the language model")
-    batch_size: int = Field(48, description="embedded, small: questions a step")
-    learning_rate: float = Field(4e-3, description="embedded, small: peak rate of AdamW")
-    matrix_learning_rate: float = Field(0.01, description="embedded, small: peak rate of Muon on the towers' matrices")
-    language_rate: float = Field(2e-4, gt=0, description="small: peak rate of AdamW on the language model")
-    interleave: float = Field(
-        0.5, ge=0, le=1, description="embedded, small: share of batches that show the images again"
-    )
+
+    def folder(self) -> Path | None:
+        """The model's folder, from the working folder or from the project's root; None: `model` is a hub id."""
+        places = (Path(self.model), ROOT / self.model)
+        return next((place for place in places if place.is_dir()), None)
 
 
 class MemoryConfig(Section):

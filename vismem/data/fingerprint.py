@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-SPLITS = ("test", "validation", "train", "pretrain")  # in order of precedence: the test split stays whole
+SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
 
 

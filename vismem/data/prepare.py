@@ -17,10 +17,10 @@ TOP_ANSWERS = 20
 
 
 def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
-    """Write `out/<split>/part-*.parquet` for the four splits and `out/stats.json`; return one line of what was made.
+    """Write `out/<split>/part-*.parquet` for the three splits and `out/stats.json`; return one line of what was made.
 
     Deterministic from `config.seed`. No image (by its pixels) is in two splits: a row whose image an earlier split of
-    test, validation, train, pretrain already has is dropped and counted in `stats.json`.
+    test, validation, train already has is dropped and counted in `stats.json`.
     Raises UserError where a source cannot be read.
     """
     splits = {split: _SplitStats() for split in SPLITS}

@@ -35,8 +35,8 @@ def world_of(source: ScenesSource, split: str) -> World:
     return World(split, min(source.min_objects + min(extra, 1), max_objects), max_objects, pairs)
 
 
-def generate(source: ScenesSource, split: str, seed: int) -> Iterator[Sample]:
-    """Yield the split's questions, as many as `source` says, its tasks in equal shares; the same for the same seed.
+def generate(source: ScenesSource, split: str, seed: int, count: int | None = None) -> Iterator[Sample]:
+    """Yield `count` questions of the split (None: as many as `source` says), its tasks in equal shares.
 
     A sample depends on `seed`, `split` and its index only. UserError for an unknown task.
     """
@@ -45,7 +45,7 @@ def generate(source: ScenesSource, split: str, seed: int) -> Iterator[Sample]:
         raise UserError(f"prepare.sources scenes: unknown task '{unknown[0]}'; there are: {', '.join(BUILDERS)}")
     names = (source.train_tasks if split == "train" else ()) or source.tasks or tuple(BUILDERS)
     world = world_of(source, split)
-    for index in range(int(getattr(source, split))):
+    for index in range(int(getattr(source, split)) if count is None else count):
         rng = random.Random(f"{seed}/{split}/{index}")
         task = names[index % len(names)]
         puzzle = None

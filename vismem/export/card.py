@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vismem.config import Config, GrpoConfig, GrpoStageConfig
+from vismem.config import DEFAULT_BASE, Config, GrpoConfig, GrpoStageConfig
 from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.summary import headline
@@ -24,8 +24,8 @@ def model_card(
 
     Raises jinja2.UndefinedError where it lacks a figure that the card shows.
     """
-    embedded = config.base.model == "embedded"
-    hub = not embedded and config.base.model.count("/") == 1 and not config.base.model.startswith((".", "/"))
+    tiny = config.base.model == DEFAULT_BASE
+    hub = config.base.folder() is None
     arms, gains, intervals = metrics.arms, metrics.gain, metrics.intervals
     groups = [name for name in (*CAPABILITIES, OVERALL) if name in next(iter(arms.values()))]
 
@@ -44,12 +44,12 @@ def model_card(
     policy = sum(n for name, n in own.items() if name.startswith("tokens.") or _is_trained_policy(model, name))
     memory = sum(n for name, n in own.items() if not name.startswith(("tokens.", "policy_lora.")))
     return template.render(
-        base_name="the embedded base" if embedded else _shown(config.base.model, hub),
-        licence="apache-2.0" if embedded else "other",
-        base_licence="Apache-2.0 (trained by this project)" if embedded else "as published by their authors",
-        base="a tiny Qwen2.5-VL, built and trained by the step `base`" if embedded else _shown(config.base.model, hub),
+        base_name="the tiny VLM" if tiny else _shown(config.base.model, hub),
+        licence="apache-2.0" if tiny else "other",
+        base_licence="Apache-2.0 (trained by this project)" if tiny else "as published by their authors",
+        base=f"`{DEFAULT_BASE}`, a tiny Qwen2.5-VL trained by this project" if tiny else _shown(config.base.model, hub),
         hub_base=config.base.model if hub else "",
-        embedded=embedded,
+        tiny=tiny,
         memory=model.memory_config,
         invocation=model.invocation_config,
         policy_lora=model.policy_lora.enabled,

@@ -19,7 +19,7 @@ __all__ = ["BACKENDS", "SHARED", "How", "launch_step"]
 
 SHARED = ("stage1", "stage2", *(step.name for step in BASELINES))  # the steps that several processes can share
 PATIENCE = 180.0  # seconds: on a network file system the lock of a node that died outlives it for a while
-LONG = ("base", *SHARED, "evaluate")  # those that keep checkpoints
+LONG = (*SHARED, "evaluate")  # those that keep checkpoints
 
 
 def launch_step(

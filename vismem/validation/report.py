@@ -106,7 +106,7 @@ def _tasks(findings: "Findings") -> list[dict[str, Any]]:
 
 def _samples(findings: "Findings", clean: pd.DataFrame) -> list[dict[str, Any]]:
     """A few good rows a task, from the train split where it has the task."""
-    ordered = clean.assign(rank=clean["split"].map(("train", "validation", "test", "pretrain").index))
+    ordered = clean.assign(rank=clean["split"].map(("train", "validation", "test").index))
     ordered = ordered.sort_values(["rank", "shard", "position"], kind="stable")
     chosen = ordered.groupby("task", sort=True).head(SAMPLES_A_TASK)
     names = sorted(chosen["task"].unique())[:TASKS_SHOWN]

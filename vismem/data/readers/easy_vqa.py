@@ -19,11 +19,11 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def read(source: EasyVqaSource, split: str, seed: int) -> Iterator[Sample]:
-    """Yield as many questions of `split` as the source asks for, drawn with `seed`; none for pretrain.
+    """Yield as many questions of `split` as the source asks for, drawn with `seed`.
 
     Raises UserError where the wheel is not installed or has fewer questions than asked for.
     """
-    wanted = {"train": source.train, "validation": source.validation, "test": source.test}.get(split, 0)
+    wanted = {"train": source.train, "validation": source.validation, "test": source.test}[split]
     if wanted == 0:
         return
     part = _wheel_folder() / ("test" if split == "test" else "train")

@@ -1,11 +1,12 @@
-"""The embedded base: a tiny Qwen2.5-VL of Hugging Face's own classes, with its own tokenizer, untrained.
+"""The tiny VLM, untrained: a Qwen2.5-VL of Hugging Face's own classes with its own tokenizer.
 
-Width and depth come from `BaseConfig`; everything that loads Qwen2.5-VL loads it.
+Everything that loads Qwen2.5-VL loads it.
 """
 
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -20,11 +21,10 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vismem.config import BaseConfig
 from vismem.models.processors import make_video_optional
 
-CELL = 28  # pixels a side of what becomes one visual token: 14-pixel patches, merged 2x2
-LEAST_PIXELS, MOST_PIXELS = (3 * CELL) ** 2, (6 * CELL) ** 2  # smaller and larger images are resized
+CELL = 28  # pixels per side of what becomes one visual token: 14-pixel patches, merged 2x2
+MIN_PIXELS, MAX_PIXELS = (3 * CELL) ** 2, (6 * CELL) ** 2  # smaller and larger images are resized
 EMBEDDING_STD = 0.3
 VOCABULARY = 1400
 SPECIAL_TOKENS = (
@@ -52,6 +52,17 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and depth."""
+
+    width: int = 96  # of the language model
+    layers: int = 3
+    heads: int = 4
+    vision_width: int = 96
+    vision_layers: int = 3
 
 
 def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
@@ -85,41 +96,41 @@ def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
         padding_side="left",
     )
     make_video_optional()
-    images = Qwen2VLImageProcessorPil(min_pixels=LEAST_PIXELS, max_pixels=MOST_PIXELS)
+    images = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     return Qwen2_5_VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def build_model(config: BaseConfig, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """An untrained model of the configured size that fits the processor's vocabulary."""
+def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """An untrained model of this size that fits the processor's vocabulary."""
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    axis = config.hidden_size // config.heads // 2  # rotary frequencies a head, shared out to three axes
-    across = axis * 3 // 8
+    axis = size.width // size.heads // 2  # rotary frequencies per head, divided among three axes
+    spatial = axis * 3 // 8
     settings = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(processor.tokenizer),
-            "hidden_size": config.hidden_size,
-            "intermediate_size": 3 * config.hidden_size,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.heads,
+            "hidden_size": size.width,
+            "intermediate_size": 3 * size.width,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.heads,
             "max_position_embeddings": 4096,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
-                "mrope_section": [axis - 2 * across, across, across],
+                "mrope_section": [axis - 2 * spatial, spatial, spatial],
             },
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
-            "depth": config.vision_layers,
-            "hidden_size": config.vision_width,
-            "intermediate_size": 2 * config.vision_width,
+            "depth": size.vision_layers,
+            "hidden_size": size.vision_width,
+            "intermediate_size": 2 * size.vision_width,
             "num_heads": 4,
-            "out_hidden_size": config.hidden_size,
+            "out_hidden_size": size.width,
             "window_size": 2 * CELL,
-            "fullatt_block_indexes": sorted({*range(1, config.vision_layers, 2), config.vision_layers - 1}),
+            "fullatt_block_indexes": sorted({*range(1, size.vision_layers, 2), size.vision_layers - 1}),
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -141,35 +152,31 @@ def build_model(config: BaseConfig, processor: Qwen2_5_VLProcessor, seed: int) -
 
 @torch.no_grad()
 def initialise(model: Qwen2_5_VLForConditionalGeneration, seed: int) -> None:
-    """Normal weights of std 1/sqrt(fan-in), output projections scaled by 1/sqrt(2 * layers), biases zero.
+    """Draw weights of std 1/sqrt(fan-in), output projections scaled by 1/sqrt(2 * layers); biases are zero.
 
     Hugging Face's std of 0.02 learns far more slowly at this size.
     """
     generator = torch.Generator().manual_seed(seed)
     for tower in (model.model.visual, model.model.language_model, model.lm_head):
-        scale_to_fan_in(tower, len(getattr(tower, "blocks", getattr(tower, "layers", ()))), generator)
-
-
-@torch.no_grad()
-def scale_to_fan_in(tower: nn.Module, depth: int, generator: torch.Generator) -> None:
-    """Draw a tower of `depth` layers anew, as `initialise` says."""
-    for name, module in tower.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
-            std = 1 / math.sqrt(module.weight[0].numel())
-            if name.endswith(("o_proj", "down_proj", "attn.proj", "out_proj", "fc2")):
-                std /= math.sqrt(2 * depth)
-            module.weight.normal_(0, std, generator=generator)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.Embedding):
-            module.weight.normal_(0, EMBEDDING_STD, generator=generator)
+        depth = len(getattr(tower, "blocks", getattr(tower, "layers", ())))
+        for name, module in tower.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                std = 1 / math.sqrt(module.weight[0].numel())
+                if name.endswith(("o_proj", "down_proj", "attn.proj")):
+                    std /= math.sqrt(2 * depth)
+                module.weight.normal_(0, std, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0, EMBEDDING_STD, generator=generator)
 
 
 @torch.no_grad()
 def share_words(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
-    """A word starts the same with and without a space before it, and the head starts as half the embeddings.
+    """Make a word start the same with and without a space before it, and the head as half the embeddings.
 
-    With this, what the vision tower learns to say of a cell (see `pretraining`) can be copied out from the first step.
+    With this, the words that the vision tower learns for a cell (see `objectives`) can be copied out from the first
+    step.
     """
     words = processor.tokenizer.get_vocab()
     embeddings = model.get_input_embeddings().weight

@@ -1,0 +1,33 @@
+"""`python -m recipes.tiny_vlm`: make the tiny VLM, and a memory for it."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from recipes.tiny_vlm.memory import default_config, train_memory
+from recipes.tiny_vlm.train import Settings, train_tiny_vlm
+from vismem.provenance import git_state
+
+
+def main() -> None:
+    """Train what the arguments name."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.tiny_vlm", description="Train the tiny VLM from nothing.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--memory", type=Path, help="also train a memory for it, into this folder")
+    parser.add_argument("--keep", action="store_true", help="take the model that is in --out, train the memory only")
+    parser.add_argument("--steps", type=int, default=Settings.language_steps, help="of the language phase")
+    parser.add_argument("--vision-steps", type=int, default=Settings.vision_steps)
+    arguments = parser.parse_args()
+    origin = {"command": shlex.join(["python", "-m", "recipes.tiny_vlm", *sys.argv[1:]]), "git": git_state()}
+    if not arguments.keep:
+        settings = Settings(language_steps=arguments.steps, vision_steps=arguments.vision_steps)
+        print("model:", train_tiny_vlm(arguments.out, arguments.seed, settings, origin))
+    if arguments.memory:
+        config = default_config(arguments.out, arguments.seed)
+        print("memory:", train_memory(arguments.memory, arguments.out, config, origin))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Trains the tiny VLM from nothing, on the library's own loop."""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from recipes.tiny_vlm.card import STARTED, begin, write_card
+from recipes.tiny_vlm.model import Size, build_model, build_processor
+from recipes.tiny_vlm.objectives import Language, Vision
+from recipes.tiny_vlm.scenes import questions
+from recipes.tiny_vlm.scores import SIZES, score, score_validation
+from vismem.data.collate import target_text
+from vismem.data.fingerprint import sample_sha256
+from vismem.data.sample import Sample
+from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
+from vismem.training.loop import LoopSettings, train
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much and how fast it learns."""
+
+    size: Size = field(default_factory=Size)
+    questions: int = 24_000
+    vision_steps: int = 350
+    language_steps: int = 1800
+    batch_size: int = 48  # questions per language step
+    learning_rate: float = 4e-3  # peak of AdamW
+    matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices
+    interleave: float = 0.5  # share of language batches that show the images again
+    checkpoint_every: int = 100
+    scored: int = 260  # fresh questions per picture size
+
+
+def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, Any]) -> Path:
+    """Write a trained tiny VLM with its card to `out`, in Hugging Face format; return `out`.
+
+    `origin` is the `command` and the state of `git` that the card names. A killed run resumes in `OUT.partial` and ends
+    with the same weights.
+    """
+    work = out.with_name(f"{out.name}.partial")
+    started = begin(work, {"seed": seed, "settings": asdict(settings)}, origin)
+    samples = questions(settings.questions, seed)
+    processor = build_processor(text for s in samples for text in (s.question, target_text(s)))
+    backbone = Qwen25VLBackbone(build_model(settings.size, processor, seed), processor)
+    losses = fit(backbone, samples, seed, settings, work)
+    model = backbone.model.eval()
+    model.save_pretrained(work)
+    processor.save_pretrained(work)
+    facts = {
+        **started,
+        "data_sha256": hashlib.sha256(b"".join(sample_sha256(sample.as_row()) for sample in samples)).hexdigest(),
+        "parameters": model.num_parameters(),
+        "loss": losses,
+        "scores": {
+            "questions": settings.scored,
+            "sizes": score(model, processor, settings.scored, SIZES),
+            "validation_questions": settings.scored,
+            "validation": score_validation(model, processor, settings.scored),
+        },
+    }
+    for leftover in (*work.glob("*.checkpoint"), work / STARTED):
+        leftover.unlink()
+    write_card(work, "base.md.j2", facts)
+    shutil.rmtree(out, ignore_errors=True)
+    work.rename(out)
+    return out
+
+
+def fit(
+    backbone: Qwen25VLBackbone, samples: Sequence[Sample], seed: int, settings: Settings, work: Path
+) -> dict[str, float]:
+    """Train vision, then language; return the last loss of each phase."""
+    model = backbone.model
+    speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
+    language = Language(backbone, samples, seed, settings.batch_size, settings.interleave)
+    phases = (
+        ("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps),
+        ("language", language, speaking, settings.language_steps),
+    )
+    losses = {}
+    for name, objective, module, steps in phases:
+        model.requires_grad_(False)
+        module.requires_grad_(True)
+        loop = LoopSettings(
+            name,
+            steps,
+            settings.learning_rate,
+            warmup_ratio=0.05,
+            matrix_learning_rate=settings.matrix_learning_rate,
+            weight_decay=0.01,
+            checkpoint_every=settings.checkpoint_every,
+        )
+        history = train(objective, dict(module.named_parameters()), loop, work, Accelerator(cpu=True))
+        losses[name] = round(history[-1]["loss"], 4)
+    return losses

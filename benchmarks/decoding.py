@@ -21,10 +21,10 @@ from common import Parts, parser, peak_mib, publish, questions, random_base, spr
 from PIL import Image
 
 from vismem.config import InvocationConfig, MemoryConfig
-from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample, iterate_samples
 from vismem.generation import engine
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
+from vismem.generation.prompts import prompt_text
 from vismem.models.vismem import VisMemModel, load_base
 
 TARGETS = {1: 1.0, 8: 1.5, 32: 2.0}  # tokens/s of the engine, as multiples of Hugging Face's
@@ -43,8 +43,7 @@ def engine_side(model: VisMemModel, policy: InvocationPolicy, samples: Sequence[
 def hugging_face_side(model: VisMemModel, samples: Sequence[Sample], max_new_tokens: int) -> Tokens:
     """The base's own `generate`."""
     processor, base = model.backbone.processor, model.backbone.model
-    template = processor.apply_chat_template
-    texts = [template(prompt_messages(s), tokenize=False, add_generation_prompt=True) for s in samples]
+    texts = [prompt_text(processor, s) for s in samples]
     images = [[Image.open(io.BytesIO(data)).convert("RGB") for data in s.images] for s in samples]
     encoded = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
     made = base.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)

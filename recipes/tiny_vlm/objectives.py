@@ -20,7 +20,7 @@ from recipes.tiny_vlm.model import CELL, EMBEDDING_STD
 from recipes.tiny_vlm.sequences import IGNORED, Sequences, lay_out
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample
-from vismem.data.scenes import COLOURS, COLUMNS, ROWS, SHAPES
+from vismem.data.tasks.layouts import COLOURS, COLUMNS, ROWS, SHAPES
 from vismem.generation.prompts import encode
 from vismem.models.backbones.base import Backbone
 from vismem.training.loop import Metrics

@@ -9,9 +9,10 @@ from PIL import Image
 
 from recipes.tiny_vlm.scenes import of_size
 from vismem.config import ScenesSource
-from vismem.data.collate import answer_part, prompt_messages
+from vismem.data.collate import answer_part
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate
+from vismem.generation.prompts import prompt_text
 
 FRESH = 1_000_000  # a seed whose questions no training has seen
 SIZES = ((84, 84), (56, 56), (112, 112), (168, 168), (168, 84), (84, 168), (140, 112))  # width, height
@@ -45,10 +46,7 @@ def accuracy(model: Any, processor: Any, samples: Sequence[Sample]) -> float:
 @torch.no_grad()
 def answer(model: Any, processor: Any, samples: Sequence[Sample], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
     """Greedy answers, special tokens left out."""
-    texts = [
-        processor.apply_chat_template(prompt_messages(sample), tokenize=False, add_generation_prompt=True)
-        for sample in samples
-    ]
+    texts = [prompt_text(processor, sample) for sample in samples]
     images = [[Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images] for sample in samples]
     encoded = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
     made = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)

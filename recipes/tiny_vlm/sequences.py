@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vismem.data.collate import target_text
 from vismem.data.sample import Sample
-from vismem.generation.prompts import encode
+from vismem.generation.prompts import encode, target_ids
 from vismem.models.backbones.base import Backbone
 
 DELIMITERS = (",", ".", ";", ":")
@@ -44,7 +43,7 @@ def lay_out(backbone: Backbone, samples: Sequence[Sample], rng: random.Random | 
     line_break = tokenizer("\n")["input_ids"][0]
     rows = []
     for index, sample in enumerate(samples):
-        answer = [*tokenizer(target_text(sample))["input_ids"], tokenizer.eos_token_id]
+        answer = [*target_ids(tokenizer, sample), tokenizer.eos_token_id]
         visual = prompt.visual[index].nonzero().flatten().tolist()
         row = _Row(prompt.positions[:, index, : int(prompt.mask[index].sum())], visual)
         breaks = (0, *(at + 1 for at, token in enumerate(answer) if token in delimiters))

@@ -60,11 +60,13 @@ def test_a_damaged_model_is_not_loaded_by_any_triton(
     """Without `vismem serve` in front of it."""
     monkeypatch.setattr(server_module, "check_repository", lambda repository: None)
     with (
-        pytest.raises(UserError, match="tritonserver ended while starting"),
+        pytest.raises(UserError, match="tritonserver exited with status 1"),
         TritonServer(damaged, log=tmp_path / "log"),
     ):
         pass
     log = (tmp_path / "log").read_text()
     assert "successfully loaded 'vismem'" in log
     for name, (file, _, problem) in DAMAGE.items():
-        assert f"{name}/{file} {problem}" in log, name
+        assert f"failed to load '{name}'" in log, name
+        if name != "model":  # model.py verifies all but itself; this one is cut and no longer Python
+            assert f"{name}/{file} {problem}" in log, name

@@ -112,8 +112,6 @@ def test_a_family_without_video_refuses_it_and_names_those_with(variant: str, tm
         (with_video(), "a video of 0 frames"),
         (with_video(*FRAMES, fps=0.0), "at 0.0 frames per second"),
         (with_video(*FRAMES, *MIXED.videos[0].frames), "in 2 sizes"),
-        (dataclasses.replace(CLIP, question="what is <|video_pad|>?"), r"2 x <\|video_pad\|> for 1 of them"),
-        (dataclasses.replace(CLIP, videos=(), question="<|image_pad|>"), r"1 x <\|image_pad\|> for 0 of them"),
     ],
 )
 def test_a_prompt_that_cannot_be_made_is_refused_with_what_is_wrong(
@@ -121,6 +119,14 @@ def test_a_prompt_that_cannot_be_made_is_refused_with_what_is_wrong(
 ) -> None:
     with pytest.raises(UserError, match=said):
         encode(model.backbone, [sample])
+
+
+def test_a_chat_template_that_does_not_place_the_video_is_refused(
+    model: VisMemModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.backbone.processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")
+    with pytest.raises(UserError, match=r"0 x <\|video_pad\|> for 1 of them"):
+        encode(model.backbone, [CLIP])
 
 
 def test_parity_says_that_a_bundle_takes_no_video(model: VisMemModel) -> None:

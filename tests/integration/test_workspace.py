@@ -1,5 +1,9 @@
-"""`vismem repro` with real DVC on a pipeline of one cheap stage: in the root, and in a profile's workspace."""
+"""`vismem repro` with real DVC on a pipeline of one cheap stage: in the root, and in a profile's workspace.
 
+At the end the project's own dvc.yaml and .gitignore, as the README has people use them.
+"""
+
+import json
 import os
 import shutil
 import subprocess
@@ -8,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from vismem.cli import main
 from vismem.config import parse_config
+from vismem.params_file import render_params
 from vismem.workspace import make_workspace, rebase
 
+ROOT = Path(__file__).parents[2]
 PIPELINE = """
 stages:
   prepare:
@@ -85,7 +92,7 @@ def test_a_profile_s_run_is_pushed_to_the_remote_that_was_set_for_this_checkout(
 
 def test_keys_of_the_remote_are_no_more_readable_in_the_workspace_and_git_ignores_them(root: Path) -> None:
     local = root / ".dvc" / "config.local"
-    shutil.copy(Path(__file__).parents[2] / ".dvc" / ".gitignore", root / ".dvc")
+    shutil.copy(ROOT / ".dvc" / ".gitignore", root / ".dvc")
     local.write_text("['remote \"storage\"']\n    secret_access_key = hunter2\n")
     toy = make_workspace(root / "params.yaml", "toy")
     copy = toy / ".dvc" / "config.local"
@@ -165,3 +172,77 @@ def test_making_a_workspace_again_touches_no_file_that_did_not_change(root: Path
     assert make_workspace(root / "params.yaml", "toy") == toy
     assert {path: path.stat().st_mtime_ns for path in toy.rglob("*") if path.is_file()} == before
     assert yaml.safe_load((toy / "params.yaml").read_text())["seed"] == 3
+
+
+# --- the project's own files ------------------------------------------------------------------------------------------
+
+MINE = {"kind": "jsonl", "path": "data/mine/test.jsonl", "split": "test"}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone of the project with one question, in a folder of its user's."""
+    for name in ("vismem", "deploy"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".env"))
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "data/README.md", "dvc.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "params.yaml").write_text(render_params(parse_config({"prepare": {"sources": [MINE]}})))
+    (tmp_path / "deploy" / "profiles" / "toy.yaml").write_text("seed: 3\n")
+    (tmp_path / "data" / "mine").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "data" / "mine" / "1.png")
+    line = {"id": "1", "image": "1.png", "prompt": "?", "answer": "black"}
+    (tmp_path / "data" / "mine" / "test.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path.parent / "site"))
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path.parent / "global"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message=clone")
+    return tmp_path
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def prepared(folder: Path) -> dict[str, int]:
+    splits = json.loads((folder / "artifacts" / "prepare" / "stats.json").read_text())["splits"]
+    return {name: split["rows"] for name, split in splits.items() if split["rows"]}
+
+
+@pytest.mark.parametrize("environment", [".venv", "elsewhere"])
+def test_dvc_repro_runs_in_the_root_and_in_a_workspace_whether_or_not_the_environment_is_activated(
+    project: Path, monkeypatch: pytest.MonkeyPatch, environment: str
+) -> None:
+    """Not activated: the PATH has no `vismem`, and `.venv` is the checkout's. Elsewhere: installed and on the PATH."""
+    (project / environment).symlink_to(sys.prefix)
+    outside = [place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "vismem").exists()]
+    activated = [] if environment == ".venv" else [str(project / environment / "bin")]
+    monkeypatch.setenv("PATH", os.pathsep.join([*activated, *outside]))
+    assert (shutil.which("vismem") is None) == (environment == ".venv")
+    for folder in (project, make_workspace(project / "params.yaml", "toy")):
+        repro_prepare = [project / environment / "bin" / "dvc", "repro", "--quiet", "prepare"]
+        subprocess.run(repro_prepare, cwd=folder, check=True)
+        assert prepared(folder) == {"test": 1}
+        assert str(project) not in (folder / "dvc.lock").read_text(), "a lock of every machine"
+
+
+def test_what_dvc_add_writes_beside_data_can_be_committed_and_the_data_cannot(project: Path) -> None:
+    for name in ("deep/er/scans", "deep/er/one.tsv", "loose"):
+        (project / "data" / name).mkdir(parents=True)
+        (project / "data" / name / "1.png").write_bytes(b"1")
+    dvc(project, "add", "data/mine", "data/deep/er/scans")
+    git(project, "add", "--all")
+    assert git(project, "diff", "--cached", "--name-only").splitlines() == [
+        "data/.gitignore",
+        "data/deep/er/.gitignore",
+        "data/deep/er/scans.dvc",
+        "data/mine.dvc",
+    ]
+    shutil.rmtree(project / "data" / "mine")
+    dvc(project, "checkout", "data/mine.dvc")
+    (project / ".venv").symlink_to(sys.prefix)
+    for folder in (project, make_workspace(project / "params.yaml", "toy")):
+        dvc(folder, "repro", "prepare")
+        assert prepared(folder) == {"test": 1}, "the pipeline reads what DVC keeps, from the root and from a workspace"

@@ -5,14 +5,18 @@ import csv
 import io
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vismem.config import LmuDataSource
+from vismem.config import Config, LmuDataSource, PrepareConfig, ValidateConfig
+from vismem.data.collate import target_text
+from vismem.data.prepare import prepare
 from vismem.data.readers import lmudata
-from vismem.data.sample import Capability, Sample
+from vismem.data.sample import Capability, Sample, read_samples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
+from vismem.validation.validate import validate
 
 
 def png(colour: str) -> bytes:
@@ -58,6 +62,41 @@ def test_a_row_becomes_a_question_with_its_options_under_letters(tmp_path: Path)
     assert [score(sample, text) for text in ("The answer is B.", "red", "A", "purple")] == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_an_empty_column_is_no_option_and_the_others_keep_their_letters(tmp_path: Path) -> None:
+    lettered, spelt = read(
+        write(tmp_path, {**ROW, "B": "", "C": "red", "D": "blue", "answer": "D"}, {**ROW, "B": "", "C": "red"})
+    )
+    assert lettered.question == "Which\ncolour?\nA. None\nC. red\nD. blue"
+    scores = {reply: score(lettered, reply) for reply in ("D", "blue", "D. blue", "C", "B", "E", "", "answer:")}
+    assert [reply for reply, points in scores.items() if points] == ["D", "blue", "D. blue"]
+    assert score(lettered, "I see a sky, so it must be D") == 1.0
+    assert spelt.choices == ("None", "", "red"), "what follows the last option is not kept"
+    assert {reply: score(spelt, reply) for reply in ("B", "C", "")} == dict.fromkeys(("B", "C", ""), 0.0)
+
+
+def test_lettered_rows_pass_validation_and_a_letter_in_reply_scores(tmp_path: Path) -> None:
+    """From the file that VLMEvalKit wrote to the score of a reply; only letters without an option are set apart."""
+    options = {"A": "a red hat", "B": "", "C": "a blue hat", "D": "a hat"}
+    rows = [{**ROW, **options, "index": str(n), "answer": letter} for n, letter in enumerate("ACDACDACDACDACDACDBE")]
+    config = Config(
+        prepare=PrepareConfig(sources=(write(tmp_path, *rows),)),
+        validate=ValidateConfig(required_splits=("test",), max_quarantined=0.1),
+    )
+    for step, inputs in ((prepare, {}), (validate, {"prepare": tmp_path / "prepare"})):
+        out = tmp_path / step.__name__
+        out.mkdir()
+        step(config, inputs, out)
+    kept = read_samples(tmp_path / "validate" / "data" / "test")
+    assert [sample.answer for sample in kept] == list("ACD" * 6)
+    for sample in kept:
+        assert [letter for letter in "ABCDE" if score(sample, f"The answer is {letter}.")] == [sample.answer]
+        assert score(sample, target_text(sample)) == 1.0
+    apart = pq.read_table(tmp_path / "validate" / "quarantine" / "part-00000.parquet").to_pylist()
+    assert [row["reason"] for row in apart] == [
+        f"answers_among_choices: the answer '{letter}' is none of the choices" for letter in "BE"
+    ]
+
+
 def test_images_come_as_base64_as_lists_by_index_and_as_files(tmp_path: Path) -> None:
     (tmp_path / "images" / "BLINK").mkdir(parents=True)
     (tmp_path / "images" / "BLINK" / "b.png").write_bytes(png("blue"))
@@ -68,10 +107,11 @@ def test_images_come_as_base64_as_lists_by_index_and_as_files(tmp_path: Path) ->
         {"index": "1", "image": str([RED, BLUE]), **plain},
         {"index": "2", "image": BLUE, **plain},
         {"index": "3", "image_path": "b.png", **plain},
-        {"index": "4", "image": BLUE, "question": "?"},
+        {"index": "4", "image_path": str(tmp_path / "images" / "BLINK" / "b.png"), **plain},
+        {"index": "5", "image": BLUE, "question": "?"},
     )
     red, blue = png("red"), png("blue")
-    assert [sample.images for sample in read(source)] == [(blue,), (red, blue), (blue,), (blue,)]
+    assert [sample.images for sample in read(source)] == [(blue,), (red, blue), (blue,), (blue,), (blue,)]
     assert len(read(source.model_copy(update={"limit": 2}))) == 2
     assert list(lmudata.read(source, "train", 0)) == []
 

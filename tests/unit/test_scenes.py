@@ -9,8 +9,9 @@ from PIL import Image
 
 from vismem.config import ScenesSource
 from vismem.data.sample import Capability, Sample
-from vismem.data.scenes import COLOURS, HELD_OUT, SHAPES, SPLITS, TEST_ONLY, generate
+from vismem.data.scenes import generate
 from vismem.data.tasks import BUILDERS, TASKS
+from vismem.data.tasks.layouts import CELLS, COLOURS, HELD_OUT, SHAPES, SPLITS, TEST_ONLY
 from vismem.errors import UserError
 
 SOURCE = ScenesSource(train=780, validation=390, test=390)
@@ -184,8 +185,6 @@ def test_the_odd_one_lacks_what_all_others_share(samples: list[Sample]) -> None:
 
 
 def test_a_pattern_is_completed_by_its_rows_and_columns(samples: list[Sample]) -> None:
-    from vismem.data.scenes import CELLS
-
     for sample in of_task(samples, "pattern"):
         cell = next(cell for cell in CELLS if cell in sample.question)
         row, column = divmod(CELLS.index(cell), 3)

@@ -174,7 +174,7 @@ def test_dvc_yaml_has_one_stage_a_step_in_order_with_its_inputs_and_sections() -
     assert list(stages) == [step.name for step in STEPS]
     for step in STEPS:
         stage = stages[step.name]
-        assert stage["cmd"] == f"vismem {step.name}"
+        assert stage["cmd"] == f"${{vismem}} {step.name}"
         assert [dep for dep in stage["deps"] if dep.startswith("artifacts/")] == [f"artifacts/{n}" for n in step.inputs]
         assert stage["params"] == list(step.sections)
         assert stage["outs"] == [{f"artifacts/{step.name}": {"persist": True}}]

@@ -1,10 +1,11 @@
 """The one sample type: a visual question, its images and videos and what is known about its answer."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ class Video:
     """A video as the frames that the model is to see, encoded files of one size (PNG or JPEG bytes) in order."""
 
     frames: tuple[bytes, ...]
-    fps: float  # of these frames a second of the video
+    fps: float  # of these frames per second of the video
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Sample:
     images: tuple[bytes, ...]
     question: str
     answer: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # an empty one is not offered: it keeps the letters of the others, see `lettered`
     rationale: str = ""
     task: str = "vqa"
     capability: Capability = Capability.UNDERSTANDING
@@ -50,6 +51,11 @@ class Sample:
     def as_row(self) -> dict[str, Any]:
         """The sample as a row of `SCHEMA`."""
         return {name: getattr(self, name) for name in SCHEMA.names} | {"videos": [asdict(v) for v in self.videos]}
+
+
+def lettered(choices: Sequence[str]) -> dict[str, str]:
+    """The choices that are offered, by letter: A is the first, and one that is empty takes its letter with it."""
+    return {letter: choice for letter, choice in zip(ascii_uppercase, choices, strict=False) if choice}
 
 
 SCHEMA = pa.schema(

@@ -1,112 +1,24 @@
 """Generated scenes: coloured shapes on a 3x3 grid, drawn with Pillow, with questions asked from the scene's own truth.
 
-The layout (what stands in which cell) decides by its hash to which split an image may belong, so that no image of one
-split can appear in another. The questions themselves are in `tasks`.
+What a scene may hold is in `tasks.layouts`; the questions themselves are in the other files of `tasks`.
 """
 
-import hashlib
 import io
 import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
 from vismem.config import ScenesSource
 from vismem.data.sample import Capability, Sample
+from vismem.data.tasks import BUILDERS, TASKS
+from vismem.data.tasks.layouts import CELLS, COLOURS, HELD_OUT, SHAPES, TEST_ONLY, Layout, Thing, World
 from vismem.errors import UserError
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (215, 35, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 85, 220),
-    "yellow": (240, 205, 40),
-    "purple": (135, 50, 175),
-    "black": (30, 30, 30),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-RADIUS = 0.38  # of a shape, as a share of its cell
-ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
-CELLS = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
-SPLITS = ("pretrain", "train", "validation", "test")
 BACKGROUND = (245, 245, 240)
-
-# Colour-shape pairs that the pretrain split never shows; the last two are shown by the test split only.
-HELD_OUT = (
-    ("green", "circle"),
-    ("purple", "square"),
-    ("red", "triangle"),
-    ("black", "star"),
-    ("yellow", "circle"),
-    ("blue", "cross"),
-)
-TEST_ONLY = HELD_OUT[-2:]
-
-
-@dataclass(frozen=True, order=True)
-class Thing:
-    """One object. `cell` counts from 0 (top left) to 8 (bottom right) in reading order."""
-
-    cell: int
-    colour: str
-    shape: str
-
-    @property
-    def place(self) -> str:
-        """The cell's name, such as "top left"."""
-        return CELLS[self.cell]
-
-    @property
-    def name(self) -> str:
-        """Colour and shape, such as "red circle"."""
-        return f"{self.colour} {self.shape}"
-
-
-Layout = tuple[Thing, ...]  # one image, in reading order
-
-
-@dataclass(frozen=True)
-class World:
-    """What the scenes of one split may hold: the number of objects, the colour-shape pairs, the question forms."""
-
-    split: str
-    least: int
-    most: int
-    pairs: frozenset[tuple[str, str]]
-
-    @property
-    def hard(self) -> bool:
-        """Every split but pretrain."""
-        return self.split != "pretrain"
-
-    def number(self, rng: random.Random, least: int = 1, most: int = 9) -> int:
-        """A number of objects within the split's range and the task's own bounds."""
-        low = max(self.least, least)
-        return rng.randint(low, max(low, min(self.most, most)))
-
-    def owns(self, layout: Layout) -> bool:
-        """Whether this split may show the layout; exactly one split may."""
-        text = "|".join(f"{t.cell},{t.colour},{t.shape}" for t in layout)
-        return SPLITS[hashlib.sha256(text.encode()).digest()[0] % len(SPLITS)] == self.split
-
-    def form(self, rng: random.Random, forms: tuple[str, ...]) -> str:
-        """One wording. The last is for a tenth of the test split, the one before it for all splits but pretrain."""
-        if self.split == "test" and rng.random() < 0.1:
-            return forms[-1]
-        return rng.choice(forms[:-1] if self.hard else forms[:-2])
-
-
-@dataclass(frozen=True)
-class Puzzle:
-    """A question with its layouts and its answer."""
-
-    layouts: tuple[Layout, ...]
-    question: str
-    answer: str
-    rationale: str = ""
-    choices: tuple[str, ...] = ()
+RADIUS = 0.38  # of a shape, as a share of its cell
 
 
 def world_of(source: ScenesSource, split: str) -> World:
@@ -119,8 +31,8 @@ def world_of(source: ScenesSource, split: str) -> World:
     hidden: tuple[tuple[str, str], ...] = {"pretrain": HELD_OUT, "test": ()}.get(split, TEST_ONLY)
     pairs = frozenset((colour, shape) for colour in COLOURS for shape in SHAPES) - frozenset(hidden)
     extra = 0 if split == "pretrain" else source.extra_objects
-    most = min(source.max_objects + extra, len(CELLS))
-    return World(split, min(source.min_objects + min(extra, 1), most), most, pairs)
+    max_objects = min(source.max_objects + extra, len(CELLS))
+    return World(split, min(source.min_objects + min(extra, 1), max_objects), max_objects, pairs)
 
 
 def generate(source: ScenesSource, split: str, seed: int, count: int | None = None) -> Iterator[Sample]:
@@ -128,8 +40,6 @@ def generate(source: ScenesSource, split: str, seed: int, count: int | None = No
 
     A sample depends on `seed`, `split` and its index only. UserError for an unknown task.
     """
-    from vismem.data.tasks import BUILDERS, TASKS
-
     unknown = [name for name in source.tasks + source.train_tasks if name not in BUILDERS]
     if unknown:
         raise UserError(f"prepare.sources scenes: unknown task '{unknown[0]}'; there are: {', '.join(BUILDERS)}")

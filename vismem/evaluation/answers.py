@@ -7,9 +7,8 @@ unparsed, and unparsed is wrong. The rule that read an answer is kept, so that a
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from string import ascii_uppercase
 
-from vismem.data.sample import Sample
+from vismem.data.sample import Sample, lettered
 
 UNPARSED = "unparsed"
 
@@ -59,15 +58,20 @@ def score(sample: Sample, text: str) -> float:
 
 def read(sample: Sample, text: str) -> Extraction:
     """`extract` with the sample's choices; letters count only where the question or the answer uses them."""
-    return extract(text, sample.choices, letters=_uses_letters(sample))
+    return extract(text, sample.choices, letters=_uses_letters(sample.question, sample.answer))
 
 
 def is_correct(sample: Sample, extraction: Extraction) -> bool:
     """Whether an extraction agrees with the sample's answer, exactly after `normalise`."""
     if extraction.value is None:
         return False
-    expected = _resolve(sample.answer, sample.choices, _uses_letters(sample)) or sample.answer
+    expected = reference_choice(sample.question, sample.answer, sample.choices) or sample.answer
     return normalise(extraction.value) == normalise(expected)
+
+
+def reference_choice(question: str, answer: str, choices: Sequence[str]) -> str | None:
+    """The choice that a reference answer names, by its text or by its letter; None where it names none."""
+    return _resolve(answer, choices, _uses_letters(question, answer))
 
 
 def normalise(text: str) -> str:
@@ -114,9 +118,9 @@ def _read_choice(region: str, choices: Sequence[str], letters: bool) -> Extracti
             return Extraction(value, rule)
     if letters:
         named = {found[1] for found in _STANDALONE.finditer(region) if not _is_word(found, region)}
-        valid = sorted(named & set(ascii_uppercase[: len(choices)]))
+        valid = [choice for letter, choice in lettered(choices).items() if letter in named]
         if len(valid) == 1:
-            return Extraction(choices[ascii_uppercase.index(valid[0])], "one letter")
+            return Extraction(valid[0], "one letter")
         if valid:
             return Extraction(None, UNPARSED)
     mentioned = _mentioned(region, choices)
@@ -129,14 +133,12 @@ def _resolve(text: str, choices: Sequence[str], letters: bool) -> str | None:
     """The choice that `text`, as a whole, names: by its text, its letter, or a letter with a label's mark."""
     stripped = _strip(text)
     for choice in choices:
-        if normalise(choice) == normalise(stripped):
+        if choice and normalise(choice) == normalise(stripped):
             return choice
     found = _LONE_LETTER.match(stripped) or _LABELLED.match(stripped) if letters else None
     if found is None:
         return None
-    letter = next(group for group in found.groups() if group).upper()
-    place = ascii_uppercase.index(letter)
-    return choices[place] if place < len(choices) else None
+    return lettered(choices).get(next(group for group in found.groups() if group).upper())
 
 
 def _strip(text: str) -> str:
@@ -175,6 +177,6 @@ def _whole_reply(text: str) -> Extraction:
     return Extraction(None, UNPARSED)
 
 
-def _uses_letters(sample: Sample) -> bool:
+def _uses_letters(question: str, answer: str) -> bool:
     """Whether the question shows its options under letters, or the answer is a letter."""
-    return bool(_LETTERED.search(sample.question)) or _LONE_LETTER.match(sample.answer.strip()) is not None
+    return bool(_LETTERED.search(question)) or _LONE_LETTER.match(answer.strip()) is not None

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
-from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.export.graphs import Builder, Decoder, ShortMemory, VisionEncoder
 from vismem.files import write_json
+from vismem.generation.prompts import prompt_text
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
 
@@ -185,8 +185,7 @@ def prompt_parts(processor: Any) -> dict[str, str]:
 
     def render(images: int, question: str) -> str:
         sample = Sample(id="", images=(b"",) * images, question=question, answer="")
-        text: str = processor.apply_chat_template(prompt_messages(sample), tokenize=False, add_generation_prompt=True)
-        return text
+        return prompt_text(processor, sample)
 
     mark = "\u241fquestion\u241f"
     before, after = render(0, mark).split(mark)

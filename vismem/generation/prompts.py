@@ -1,8 +1,13 @@
-"""From samples to prompts, and what the language model knows after reading them."""
+"""From samples to prompts and reference answers, and what the language model knows after reading a prompt.
+
+`prompt_text` and `target_ids` are the only way from a sample's text to token ids: they keep user text from becoming
+special tokens.
+"""
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from vismem.data.collate import prompt_messages
+from vismem.data.collate import prompt_messages, target_text
 from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone, Clip, Prompt
+from vismem.models.tokens import plain_text
 
 
 @dataclass
@@ -23,6 +29,20 @@ class VisualStates:
 
     hidden: Tensor  # (S, V, d)
     mask: Tensor  # (S, V)
+
+
+def prompt_text(processor: Any, sample: Sample) -> str:
+    """The chat-formatted prompt of a sample; the only special tokens in it are the chat template's."""
+    plain = replace(sample, question=plain_text(sample.question, processor.tokenizer.get_added_vocab()))
+    text: str = processor.apply_chat_template(prompt_messages(plain), tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def target_ids(tokenizer: Any, sample: Sample) -> list[int]:
+    """The reference answer as token ids, none of them special; the end of the turn is not included."""
+    text = plain_text(target_text(sample), tokenizer.get_added_vocab())
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def encode(backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
@@ -37,8 +57,7 @@ def encode(backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
                 f"sample '{sample.id}' has a video, which a base of family '{backbone.family}' does not take here; "
                 f"families that do: {known}"
             )
-    template = backbone.processor.apply_chat_template
-    texts = [template(prompt_messages(s), tokenize=False, add_generation_prompt=True) for s in samples]
+    texts = [prompt_text(backbone.processor, sample) for sample in samples]
     images = [[_decode(data) for data in sample.images] for sample in samples]
     videos = [[_clip(video, sample) for video in sample.videos] for sample in samples]
     return backbone.prompt(texts, images, videos)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.generation.invocation import row_key, row_uniforms
+from vismem.generation.prompts import target_ids
 from vismem.generation.replay import prefill, score
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.kinds import MemoryKind
@@ -77,7 +78,7 @@ class Supervised:
 def plain_answer(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
     """The reference answer of one sample as a rollout without memory."""
     text = target_text(sample)
-    words = (*model.backbone.processor.tokenizer(text, add_special_tokens=False)["input_ids"], model.stop_ids[0])
+    words = (*target_ids(model.backbone.processor.tokenizer, sample), model.stop_ids[0])
     return Rollout(
         sample_id=sample.id,
         token_ids=words,

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from vismem.data.fingerprint import SPLITS, ImageCache, ImageFacts, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA
+from vismem.evaluation.answers import reference_choice
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
 BATCH = 64  # rows of images in memory at once, a thread
@@ -46,7 +47,7 @@ def collect_facts(shards: Sequence[Shard], max_side: int, advance: Callable[[int
     `shards`), position (row in the shard), id, id_chars, null_fault (names of null columns), duplicate_of (place of the
     first row with the id), images (how many, videos among them), image_fault, least_side, largest_side (pixels),
     image_hashes, leak (the split of higher precedence that shows one of the images or videos), question_chars, answer,
-    answer_chars, answer_listed (among the choices), task, capability, sha256. What does not apply or is not known is
+    answer_chars, answer_listed (names a choice), task, capability, sha256. What does not apply or is not known is
     missing.
     """
     # Decoding and hashing release the interpreter lock, so threads do for large images, and cost nothing for small.
@@ -147,11 +148,17 @@ def _row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -
         "question_chars": len((row["question"] or "").strip()),
         "answer": answer,
         "answer_chars": len(answer.strip()),
-        "answer_listed": answer in row["choices"] if row["choices"] else None,
+        "answer_listed": _is_choice(row["question"] or "", answer, row["choices"] or ()),
         "task": row["task"] or "",
         "capability": row["capability"] or "",
         "sha256": sample_sha256(row),
     }
+
+
+def _is_choice(question: str, answer: str, choices: Sequence[str | None]) -> bool | None:
+    """Whether the answer names one of the choices, as scoring reads it; None where none is offered."""
+    offered = [choice or "" for choice in choices]
+    return reference_choice(question, answer, offered) is not None if any(offered) else None
 
 
 def _video_faults(fps: float | None, frames: Sequence[ImageFacts]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Your own questions as JSON lines: one object a line, images as paths beside the file.
+"""Your own questions as JSON lines: one object per line, images as paths inside the file's folder.
 
 Needed: `id`, `image` or `images` or `videos`, `prompt`, `answer`. Optional: `choices`, `rationale`, `task`,
 `capability`. Other keys are ignored. Bytes are taken as they are: whether they decode is for `validate` to judge.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import JsonlSource
+from vismem.data.readers.inside import inside
 from vismem.data.sample import Capability, Sample, Video
 from vismem.errors import UserError
 
@@ -23,7 +24,8 @@ NEEDED = ("id", "prompt", "answer")
 def read(source: JsonlSource, split: str, seed: int) -> Iterator[Sample]:
     """Yield the file's questions in order if `split` is the source's; at most `source.limit`.
 
-    Raises UserError, naming file and line, for a missing file or image, broken JSON, and a missing or mistyped key.
+    Raises UserError, naming file and line, for a missing file or image, an image outside the file's folder,
+    broken JSON, and a missing or mistyped key.
     """
     if split == source.split:
         yield from islice(_rows(source.path), source.limit)
@@ -46,7 +48,7 @@ def _sample(line: bytes, path: Path, where: str) -> Sample:
             f"{where}: not UTF-8 text ({error.reason} at byte {error.start}): save the file as UTF-8"
         ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno}): one object a line") from None
+        raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno}): one object per line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: an object {{...}} is needed, not a {type(row).__name__}")
     missing = [key for key in NEEDED if key not in row] + (
@@ -59,7 +61,7 @@ def _sample(line: bytes, path: Path, where: str) -> Sample:
         )
     return Sample(
         id=_text(row, "id", where),
-        images=tuple(_image(path.parent / name, where) for name in _image_names(row, where)),
+        images=tuple(_image(path.parent, name, where) for name in _image_names(row, where)),
         question=_text(row, "prompt", where),
         answer=_text(row, "answer", where),
         choices=tuple(_strings(row, "choices", where)),
@@ -82,24 +84,26 @@ def _video(value: dict[str, Any], folder: Path, where: str) -> Video:
     names, fps = value.get("frames"), value.get("fps")
     if not isinstance(names, str | list) or isinstance(fps, bool) or not isinstance(fps, int | float):
         raise UserError(
-            f'{where}: a video is {{"frames": a folder or a list of files, "fps": their number a second}}, '
+            f'{where}: a video is {{"frames": a folder or a list of files, "fps": their number per second}}, '
             f"got {json.dumps(value)[:60]}"
         )
     if isinstance(names, list):
-        return Video(tuple(_image(folder / name, where) for name in _strings(value, "frames", where)), float(fps))
-    if not (folder / names).is_dir():
+        return Video(tuple(_image(folder, name, where) for name in _strings(value, "frames", where)), float(fps))
+    clip = inside(folder, folder / names, where)
+    if not clip.is_dir():
         raise UserError(
             f"{where}: no folder {folder / names} of a video's frames; a video file must be cut into frames first, "
             f"for instance with: ffmpeg -i clip.mp4 -vf fps={fps:g} {Path(names).stem}/%05d.png"
         )
-    files = sorted(file for file in (folder / names).iterdir() if not file.name.startswith("."))
-    return Video(tuple(_image(file, where) for file in files), float(fps))
+    files = sorted(file for file in clip.iterdir() if not file.name.startswith("."))
+    return Video(tuple(_image(folder, file, where) for file in files), float(fps))
 
 
-def _image(path: Path, where: str) -> bytes:
-    if not path.is_file():
-        raise UserError(f"{where}: no image file {path}: paths are relative to the folder of the .jsonl file")
-    return path.read_bytes()
+def _image(folder: Path, name: str | Path, where: str) -> bytes:
+    file = inside(folder, folder / name, where)
+    if not file.is_file():
+        raise UserError(f"{where}: no image file {folder / name}: paths are relative to the folder of the .jsonl file")
+    return file.read_bytes()
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

@@ -1,7 +1,8 @@
 """Benchmark files as VLMEvalKit keeps them on disk (`$LMUData/NAME.tsv`): the paper's suites for large models.
 
-Tab-separated, a question a row. `image` is base64, a list of base64, or the index of the row that has the image;
-`image_path` names files beside. Columns A to Z are the options, which stand under their letters in the question.
+Tab-separated, one question per row. `image` is base64, a list of base64, or the index of the row that has the image;
+`image_path` names files below the folder. Columns A to Z are the options, which stand under their letters in the
+question; an empty column is no option, and the others keep their letters.
 """
 
 import ast
@@ -15,7 +16,8 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from vismem.config import LmuDataSource
-from vismem.data.sample import Capability, Sample
+from vismem.data.readers.inside import inside
+from vismem.data.sample import Capability, Sample, lettered
 from vismem.errors import UserError
 
 VARIABLE = "LMUData"  # of the environment, VLMEvalKit's own
@@ -41,7 +43,7 @@ def read(source: LmuDataSource, split: str, seed: int) -> Iterator[Sample]:
     """Yield the answered questions in order if `split` is the source's; at most `source.limit`.
 
     UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column and an
-    image that cannot be read. HallusionBench counts single answers (aAcc).
+    image that cannot be read or is outside the folder. HallusionBench counts single answers (aAcc).
     """
     if split != source.split:
         return
@@ -80,14 +82,17 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _sample(row: Row, source: LmuDataSource, path: Path, shared: Mapping[str, tuple[bytes, ...]]) -> Sample:
-    options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
-    parts = [row.get("hint", ""), row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
+    choices = [row.get(letter, "") for letter in ascii_uppercase]
+    while choices and not choices[-1]:
+        choices.pop()
+    options = [f"{letter}. {text}" for letter, text in lettered(choices).items()]
+    parts = [row.get("hint", ""), row["question"], *options]
     return Sample(
         id=f"{source.name}-{row['index']}",
         images=_images(row, source, path, shared),
         question="\n".join(part for part in parts if part),
         answer=row["answer"].strip(),
-        choices=tuple(options.values()),
+        choices=tuple(choices),
         task=row.get("category") or source.name,
         capability=CAPABILITIES.get(source.name, Capability.UNDERSTANDING),
         source=source.name,
@@ -101,7 +106,8 @@ def _images(row: Row, source: LmuDataSource, path: Path, shared: Mapping[str, tu
             return shared[held]
         if held:
             return tuple(base64.b64decode(image, validate=True) for image in _listed(held))
-        files = [path.parent / "images" / source.name / name for name in _listed(row.get("image_path", "").strip())]
+        names = _listed(row.get("image_path", "").strip())
+        files = [inside(path.parent, path.parent / "images" / source.name / name, where) for name in names]
         return tuple(file.read_bytes() for file in files)
     except KeyError:
         raise UserError(f"{where}: `image` names row {held}, which is not there or has no image itself") from None

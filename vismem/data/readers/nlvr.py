@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vismem.config import NlvrSource
+from vismem.data.readers.inside import inside
 from vismem.data.sample import Capability, Sample
 from vismem.errors import UserError
 
@@ -26,7 +27,7 @@ def read(source: NlvrSource, split: str, seed: int) -> Iterator[Sample]:
     """Yield the examples in order if `split` is the source's; at most `source.limit`.
 
     In the repository's layout every box order whose image is there is an example. UserError, naming the place, for a
-    missing file, image or column, a broken line and an unknown label.
+    missing file, image or column, an image outside the folder, a broken line and an unknown label.
     """
     if split != source.split:
         return
@@ -84,17 +85,18 @@ def _example(line: bytes, path: Path, where: str, directories: tuple[int, ...]) 
         identifier, directory = str(row["identifier"]), str(row["directory"])
         sentence, label = str(row["sentence"]), row["label"]
     except ValueError as error:
-        raise UserError(f"{where}: broken JSON ({error}): NLVR has one object a line") from None
+        raise UserError(f"{where}: broken JSON ({error}): NLVR has one object per line") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{where}: no {error}; needed: identifier, directory, sentence, label") from None
     if directories and directory not in map(str, directories):
         return
     images = [path.parent / "images" / directory / f"{path.stem}-{identifier}-{k}.png" for k in range(PERMUTATIONS)]
-    there = [image for image in images if image.is_file()]
+    files = {image.stem: inside(path.parent, image, where) for image in images}
+    there = {name: file for name, file in files.items() if file.is_file()}
     if not there:
         raise UserError(f"{where}: no image file {images[0]} (nor the other box orders): fetch the images/ folder too")
-    for image in there:
-        yield _sample(image.stem, image.read_bytes(), sentence, label, where)
+    for name, file in there.items():
+        yield _sample(name, file.read_bytes(), sentence, label, where)
 
 
 def _parquet(source: NlvrSource) -> Iterator[Sample]:

@@ -2,8 +2,22 @@
 
 import random
 
-from vismem.data.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Puzzle, Thing, World
-from vismem.data.tasks.layouts import Builder, Pair, line_of, name_or_empty, names_of, random_layout, tally
+from vismem.data.tasks.layouts import (
+    COLOURS,
+    COLUMNS,
+    ROWS,
+    SHAPES,
+    Builder,
+    Pair,
+    Puzzle,
+    Thing,
+    World,
+    line_of,
+    name_or_empty,
+    names_of,
+    random_layout,
+    tally,
+)
 
 
 def describe_line(rng: random.Random, world: World) -> Puzzle | None:
@@ -30,7 +44,7 @@ def describe_line(rng: random.Random, world: World) -> Puzzle | None:
 
 def describe_scene(rng: random.Random, world: World) -> Puzzle:
     """Every object in reading order; the rationale gives how many each row has."""
-    layout = random_layout(rng, world, most=world.most - 1)
+    layout = random_layout(rng, world, maximum=world.max_objects - 1)
     forms = (
         "describe the picture.",
         "describe all shapes in this picture.",

@@ -2,10 +2,17 @@
 
 import random
 
-from vismem.data.scenes import CELLS, COLOURS, COLUMNS, ROWS, SHAPES, Puzzle, Thing, World
 from vismem.data.tasks.layouts import (
+    CELLS,
+    COLOURS,
+    COLUMNS,
     NUMBERS,
+    ROWS,
+    SHAPES,
     Builder,
+    Puzzle,
+    Thing,
+    World,
     draw_pair,
     names_of,
     only,
@@ -26,8 +33,8 @@ def compare(rng: random.Random, world: World) -> Puzzle:
     kind = rng.choice(("colour", "shape"))
     more, fewer = rng.sample(values_of(kind), 2)
     difference = rng.randint(0, 3)
-    least = 0 if difference else 1
-    less = rng.randint(least, max(least, min(2, 4 - difference, (world.most - difference) // 2)))
+    minimum = 0 if difference else 1
+    less = rng.randint(minimum, max(minimum, min(2, 4 - difference, (world.max_objects - difference) // 2)))
     counts = (less + difference, less)
     number = max(world.number(rng), sum(counts))
     pairs = [draw_pair(rng, world, **only(kind, more)) for _ in range(counts[0])]
@@ -56,7 +63,7 @@ def chain(rng: random.Random, world: World) -> Puzzle | None:
             return None
         moves.append(move)
         cells.append(cell)
-    number = world.number(rng, least=length + 1)
+    number = world.number(rng, minimum=length + 1)
     rest = rng.sample([cell for cell in range(9) if cell not in cells], number - length - 1)
     layout = tuple(sorted(Thing(cell, *draw_pair(rng, world)) for cell in cells + rest))
     by_cell = {thing.cell: thing for thing in layout}
@@ -81,7 +88,7 @@ def odd(rng: random.Random, world: World) -> Puzzle | None:
     """The one object whose colour (or shape) the others, which all agree in it, do not have."""
     kind = rng.choice(("colour", "shape"))
     common = rng.choice(values_of(kind))
-    number = world.number(rng, least=4, most=7)
+    number = world.number(rng, minimum=4, maximum=7)
     pairs = [draw_pair(rng, world, **without(kind, common))]
     pairs += [draw_pair(rng, world, **only(kind, common)) for _ in range(number - 1)]
     other = [pair[1 if kind == "colour" else 0] for pair in pairs]

@@ -2,10 +2,14 @@
 
 import random
 
-from vismem.data.scenes import CELLS, ROWS, Puzzle, Thing, World
 from vismem.data.tasks.layouts import (
+    CELLS,
     NUMBERS,
+    ROWS,
     Builder,
+    Puzzle,
+    Thing,
+    World,
     draw_pair,
     line_of,
     name_or_empty,
@@ -26,7 +30,7 @@ def count(rng: random.Random, world: World) -> Puzzle:
     kind = rng.choice(("colour", "shape"))
     value = rng.choice(values_of(kind))
     wanted = rng.randint(0, 4)
-    number = world.number(rng, least=max(wanted, 1))
+    number = world.number(rng, minimum=max(wanted, 1))
     pairs = [draw_pair(rng, world, **only(kind, value)) for _ in range(wanted)]
     pairs += [draw_pair(rng, world, **without(kind, value)) for _ in range(number - wanted)]
     layout = place(rng, pairs)
@@ -94,7 +98,7 @@ def match(rng: random.Random, world: World) -> Puzzle:
 
 def change(rng: random.Random, world: World) -> Puzzle | None:
     """Two images that differ in one object: in which cell. The rationale compares cell by cell up to the change."""
-    first = random_layout(rng, world, most=5)
+    first = random_layout(rng, world, maximum=5)
     index = rng.randrange(len(first))
     old = first[index]
     keep = only("colour", old.colour) if rng.random() < 0.5 else only("shape", old.shape)

@@ -119,7 +119,7 @@ class Qwen25VLBackbone(Backbone):
             if text.count(token) != len(row):
                 raise UserError(
                     f"a prompt has {text.count(token)} x {token} for {len(row)} of them: the base's chat template must "
-                    f"place each once, and a question must not hold that token. The prompt begins: {text[:200]!r}"
+                    f"place each once. The prompt begins: {text[:200]!r}"
                 )
         return [token * (len(patches) // self.merge) for row in rows for patches, _ in row]
 

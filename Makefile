@@ -32,8 +32,8 @@ PROFILE ?= smoke
 pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PROFILE= for the full size
 	.venv/bin/python pipelines/run_local.py --profile '$(PROFILE)'
 
-study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; goes on where it was cut
-	$(VISMEM) study --write docs/results/embedded.md
+study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; resumes
+	.venv/bin/python -m recipes.study --write docs/results/embedded.md
 
 test: setup  ## all tests
 	.venv/bin/python -m pytest

@@ -52,9 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
         kind = "baseline, no step of the pipeline" if step in BASELINES else "step"
         reads = ", ".join(step.inputs) or "the sources that the parameters name"
         command = commands.add_parser(step.name, parents=[common], help=f"{kind}: reads {reads}")
-        command.add_argument(
-            "--if-needed", action="store_true", help="keep an output that such a run made of the same things"
-        )
         if step.name in SHARED:
             command.add_argument(
                 "--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"),
@@ -71,12 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
         "summary", parents=[common], help="scores, verdict and an example answer of the last run"
     )
     command.set_defaults(run=_run_summary)
-
-    command = commands.add_parser(
-        "study", parents=[common], help="train and test every arm with several seeds; goes on where it was cut"
-    )
-    command.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file that gets a copy of the report")
-    command.set_defaults(run=_run_study)
 
     command = commands.add_parser(
         "preflight", parents=[common], help="look whether a run can reach its end: secrets, buckets, registry, GPUs"
@@ -149,7 +140,7 @@ def _run_step(arguments: argparse.Namespace) -> int:
     config, artifacts = _enter(arguments)
     processes = getattr(arguments, "processes", 1)
     how = How() if processes == 1 else How("accelerate", processes)
-    line = launch_step(arguments.command, config, artifacts, how=how, if_needed=arguments.if_needed)
+    line = launch_step(arguments.command, config, artifacts, how=how)
     print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
     return 0
 
@@ -166,19 +157,6 @@ def _run_summary(arguments: argparse.Namespace) -> int:
     here = Path.cwd()
     config, artifacts = _enter(arguments)
     print_summary(config, Path(os.path.relpath(artifacts.absolute(), here)), here, arguments.profile)
-    return 0
-
-
-def _run_study(arguments: argparse.Namespace) -> int:
-    write = arguments.write.absolute() if arguments.write else None
-    named = arguments.artifacts.absolute() if arguments.artifacts else None
-    config, _ = _enter(arguments)
-    from vismem.study import study
-
-    folder = named or Path("study" if arguments.profile else "runs/study")
-    command = " ".join(["vismem study", *(["--profile", arguments.profile] if arguments.profile else [])])
-    with exit_on_sigterm():  # so that its steps go with us
-        print(study(config, folder, command, write))
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from recipes.study.plan import Settings
 from vismem.config import SOURCES, Config, load_config
 from vismem.evaluation.arms import resolve_arms
 from vismem.models.backbones import FAMILIES
@@ -40,7 +41,6 @@ def test_every_profile_reads_and_lists_only_what_differs_from_the_defaults(name:
     config = load_config(ROOT / "params.yaml", name)  # unknown keys are errors
     assert config != load_config(ROOT / "params.yaml")
     resolve_arms(config.evaluate.arms)
-    resolve_arms(config.study.arms)
     profile = yaml.safe_load(FILES[name].read_text())
     assert list(repeated(profile, Config().model_dump(mode="json", by_alias=True))) == []
 
@@ -91,5 +91,5 @@ def test_the_profiles_of_large_models_differ_in_names_only() -> None:
 def test_the_small_profile_decodes_every_arm_that_needs_no_training_of_its_own() -> None:
     config = load_config(ROOT / "params.yaml", "small")
     assert config.base.model == "small"
-    untrained = [arm.name for arm in resolve_arms(config.study.arms) if arm.model == "vismem"]
+    untrained = [arm.name for arm in resolve_arms(Settings().arms) if arm.model == "vismem"]
     assert sorted(config.evaluate.arms) == sorted(untrained)

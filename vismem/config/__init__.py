@@ -27,7 +27,6 @@ from vismem.config.release import (
     ExportConfig,
     GateConfig,
     RegistryConfig,
-    StudyConfig,
 )
 from vismem.config.resolve import defaults, resolve, without_nulls
 from vismem.config.root import (
@@ -73,7 +72,6 @@ __all__ = [
     "Source",
     "Stage1Config",
     "Stage2Config",
-    "StudyConfig",
     "SupervisedConfig",
     "ValidateConfig",
     "WarmStartConfig",

@@ -16,7 +16,6 @@ from vismem.config import Config, load_config
 from vismem.errors import UserError
 from vismem.launch import SHARED, How, launch_step
 from vismem.params_file import render_params
-from vismem.services import exit_on_sigterm
 from vismem.steps import BASELINES, STEPS
 from vismem.workspace import make_workspace, repro
 
@@ -59,12 +58,6 @@ def build_parser() -> argparse.ArgumentParser:
         "summary", parents=[common], help="scores, verdict and an example answer of the last run"
     )
     command.set_defaults(run=_run_summary)
-
-    command = commands.add_parser(
-        "study", parents=[common], help="train and test every arm with several seeds; goes on where it was cut"
-    )
-    command.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file that gets a copy of the report")
-    command.set_defaults(run=_run_study)
 
     command = commands.add_parser(
         "preflight", parents=[common], help="look whether a run can reach its end: secrets, buckets, registry, GPUs"
@@ -154,7 +147,7 @@ def _run_step(arguments: argparse.Namespace) -> int:
     config, artifacts = _enter(arguments)
     processes = getattr(arguments, "processes", 1)
     how = How() if processes == 1 else How("accelerate", processes)
-    line = launch_step(arguments.command, config, artifacts, how=how, if_needed=arguments.if_needed)
+    line = launch_step(arguments.command, config, artifacts, how=how)
     print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
     return 0
 
@@ -171,19 +164,6 @@ def _run_summary(arguments: argparse.Namespace) -> None:
     here = Path.cwd()
     config, artifacts = _enter(arguments)
     print_summary(config, Path(os.path.relpath(artifacts.absolute(), here)), here, arguments.profile)
-
-
-def _run_study(arguments: argparse.Namespace) -> int:
-    write = arguments.write.absolute() if arguments.write else None
-    named = arguments.artifacts.absolute() if arguments.artifacts else None
-    config, _ = _enter(arguments)
-    from vismem.study import study
-
-    folder = named or Path("study" if arguments.profile else "runs/study")
-    command = " ".join(["vismem study", *(["--profile", arguments.profile] if arguments.profile else [])])
-    with exit_on_sigterm():  # so that its steps go with us
-        print(study(config, folder, command, write))
-    return 0
 
 
 def _run_preflight(arguments: argparse.Namespace) -> None:

@@ -81,19 +81,14 @@ def run_step(
     config: Config,
     artifacts: Path,
     inputs: Mapping[str, Path] | None = None,
-    *,
-    if_needed: bool = False,
     body: StepFunction | None = None,
 ) -> str:
     """Run one step and return its line. Output appears at `artifacts/NAME` only when the step has succeeded.
 
     `inputs` maps a step's name to its folder, where that is not `artifacts/NAME` (Kubeflow passes such paths).
     Long steps keep checkpoints in `artifacts/NAME.partial`, from which the next run resumes if it has the same
-    parameters and inputs. With `if_needed` nothing is done where `is_done`, and a note for that is left.
-    `body` runs in place of the step's function: it has that run elsewhere (`vismem.launch`).
+    parameters and inputs. `body` runs in place of the step's function: it has that run elsewhere (`vismem.launch`).
     """
-    if if_needed and is_done(name, config, artifacts, inputs):
-        return f"{name}: kept, made before from the same parameters and inputs"
     step = BY_NAME[name]
     folders = _folders(step, artifacts, inputs)
     for needed, folder in folders.items():
@@ -108,41 +103,19 @@ def run_step(
     partial.mkdir(parents=True, exist_ok=True)
     note.write_text(identity)
     line = (body or step.load())(config, folders, partial)
-    done, mark = artifacts / f"{name}.done", _mark(identity, partial) if if_needed else ""
-    done.unlink(missing_ok=True)  # before the output that it speaks of goes
     old = artifacts / f"{name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)  # two renames rather than a deletion: killed in between, nothing is lost
     partial.rename(out)
     note.unlink()
-    if if_needed:
-        done.write_text(mark)
     shutil.rmtree(old, ignore_errors=True)
     return line
-
-
-def is_done(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> bool:
-    """Whether a run with `if_needed` made `artifacts/NAME` from these parameters and inputs, and it is still whole.
-
-    The code is not compared: DVC does that.
-    """
-    step = BY_NAME[name]
-    folders = _folders(step, artifacts, inputs)
-    note = artifacts / f"{name}.done"
-    if not note.is_file() or not all(folder.is_dir() for folder in (artifacts / name, *folders.values())):
-        return False
-    return note.read_text() == _mark(_identity(step, config, folders), artifacts / name)
 
 
 def _folders(step: Step, artifacts: Path, inputs: Mapping[str, Path] | None) -> dict[str, Path]:
     folders = {needed: (inputs or {}).get(needed, artifacts / needed) for needed in step.inputs + step.optional}
     return {name: folder for name, folder in folders.items() if name in step.inputs or folder.is_dir()}
-
-
-def _mark(identity: str, output: Path) -> str:
-    """What was made of what."""
-    return f"{identity} {sha256_folder(output)}"
 
 
 def _identity(step: Step, config: Config, folders: Mapping[str, Path]) -> str:

@@ -29,8 +29,6 @@ def launch_step(
     inputs: Mapping[str, Path] | None = None,
     how: How | None = None,
     work: Path | None = None,
-    *,
-    if_needed: bool = False,
 ) -> str:
     """Like `vismem.steps.run_step`, with the processes that `how` names (default: this one alone); returns its line.
 
@@ -46,7 +44,7 @@ def launch_step(
         body = partial(_on_cluster if how.image else _on_this_machine, name, how)
     if work is not None and name in LONG and not how.image:
         body = partial(_in_work_folder, work, body or BY_NAME[name].load())
-    return run_step(name, config, artifacts, inputs, if_needed=if_needed, body=body)
+    return run_step(name, config, artifacts, inputs, body)
 
 
 def _in_work_folder(work: Path, body: StepFunction, config: Config, inputs: Mapping[str, Path], out: Path) -> str:

@@ -17,12 +17,15 @@ from kfp import compiler, dsl, kubernetes
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vismem.config import defaults, without_nulls
-from vismem.launch import How
+from vismem.launch import LaunchConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = ROOT / "pipelines" / "vismem.yaml"
 COMPILED_SHARED = ROOT / "pipelines" / "vismem-shared.yaml"
-SHARED_CLAIM, SHARED_FOLDER = How().claim, str(How().shared)  # the volume of deploy/kubernetes/overlays/multi-node
+SHARED_CLAIM, SHARED_FOLDER = (
+    LaunchConfig().claim,
+    str(LaunchConfig().shared),
+)  # the volume of deploy/kubernetes/overlays/multi-node
 HEADING = "# Compiled by `python pipelines/vismem.py`; every parameter is described below, under root.\n"
 IMAGE = "vismem-train:latest"
 DEFAULTS = without_nulls(defaults())  # Kubeflow takes no null
@@ -127,7 +130,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
             evaluation_gpu_count: Cluster: GPUs of the pods of base and evaluate, which use one at most.
             tolerations: Cluster: tolerations of the pods that train or decode, as Kubernetes writes them.
             node_selector: Cluster: labels of the nodes for them.
-            training_backend: Training: `process`, `accelerate` (several GPUs of a pod) or `trainer` (Kubeflow Trainer).
+            training_backend: Training: `process`, `torchrun` (several GPUs of a pod) or `trainer` (Kubeflow Trainer).
             num_processes: Training: processes on a node, one a GPU.
             num_nodes: Training: nodes; more than one needs `trainer`, and that vismem-shared.yaml.
         """

@@ -65,7 +65,7 @@ def configure(
         overrides: Single values by dotted key, such as {"stage1.steps": 30}.
         journal: Folder or s3:// address of the runs' journals; empty for none.
         environment: Variables that `preflight` must find, besides those of its section.
-        training_backend: How stage I and II run: process, accelerate or trainer.
+        training_backend: How stage I and II run: process, torchrun or trainer.
         num_processes: Their processes on a node.
         num_nodes: Their nodes.
         training_image: Image of the nodes that `trainer` starts; empty: it works on this machine.

@@ -18,7 +18,7 @@ def stage1(
     Args:
         parameters: The sections that this step depends on, from `configure`.
         journal: Folder or s3:// address of the runs' journals; empty for none.
-        launch: Processes and nodes, the fields of `vismem.launch.How`; empty for this process alone.
+        launch: Processes and nodes, the fields of `vismem.launch.LaunchConfig`; empty for this process alone.
         base: The model of `base`.
         validate: The clean shards of `validate`.
         stage1: Weights, curves, samples; metadata: model_sha256.

@@ -19,7 +19,7 @@ def stage2(
     Args:
         parameters: The sections that this step depends on, from `configure`.
         journal: Folder or s3:// address of the runs' journals; empty for none.
-        launch: Processes and nodes, the fields of `vismem.launch.How`; empty for this process alone.
+        launch: Processes and nodes, the fields of `vismem.launch.LaunchConfig`; empty for this process alone.
         base: The model of `base`.
         stage1: The model of `stage1`.
         validate: The clean shards of `validate`.

@@ -12,7 +12,7 @@ import pytest
 
 from vismem.config import Config, JsonlSource, PrepareConfig, defaults, parse_config, resolve, without_nulls
 from vismem.errors import UserError
-from vismem.launch import How
+from vismem.launch import LaunchConfig
 from vismem.orchestration import close_run, launch_fields, open_run, parameters_of, run_task, yes_no_confusion
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import IDENTITY, sources_fingerprint
@@ -129,7 +129,7 @@ def test_a_run_is_opened_with_what_preflight_must_find(tmp_path: Path) -> None:
 
 def test_launch_fields_say_only_what_matters_to_the_back_end() -> None:
     assert launch_fields("process", 1, 1, "image", {"gpu": 1}) == {}
-    assert launch_fields("accelerate", 4, 1, "image") == {"backend": "accelerate", "num_processes": 4, "num_nodes": 1}
+    assert launch_fields("torchrun", 4, 1, "image") == {"backend": "torchrun", "num_processes": 4, "num_nodes": 1}
     fields = launch_fields("trainer", 8, 2, "image", {"gpu": 8, "cpu": "4"}, [{"key": "a"}], {"zone": "b"})
     assert (fields["image"], fields["resources"], fields["tolerations"]) == (
         "image",
@@ -142,7 +142,7 @@ def test_launch_fields_say_only_what_matters_to_the_back_end() -> None:
 
 def test_numbers_that_became_floats_on_their_way_are_whole_again() -> None:
     fields = launch_fields("trainer", 8, 2, "image", {"gpu": 8, "cpu": "4"}, [{"tolerationSeconds": 60}])
-    how = How(**json.loads(json.dumps(fields), parse_int=float))
+    how = LaunchConfig(**json.loads(json.dumps(fields), parse_int=float))
     assert (repr(how.num_processes), repr(how.resources["gpu"])) == ("8", "8")
     assert repr(how.tolerations) == "({'tolerationSeconds': 60},)"
 

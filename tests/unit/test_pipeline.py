@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for `components` and `pipe
 from pipelines import run_local
 from pipelines.vismem import COMPILED, COMPILED_SHARED, compiled
 from vismem.config import without_nulls
-from vismem.launch import How
+from vismem.launch import LaunchConfig
 from vismem.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +55,8 @@ def test_with_the_shared_volume_every_task_sees_it_and_training_is_tried_again()
     claims = {
         name: [(m["constant"], m["mountPath"]) for m in executors[f"exec-{name}"]["pvcMount"]] for name in tasks()
     }
-    assert set(map(tuple, claims.values())) == {(("vismem-shared", How().shared.as_posix()),)}
-    assert How().claim == "vismem-shared"
+    assert set(map(tuple, claims.values())) == {(("vismem-shared", LaunchConfig().shared.as_posix()),)}
+    assert LaunchConfig().claim == "vismem-shared"
     tried = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     assert {name for name, task in tried.items() if task.get("retryPolicy")} >= {"stage1", "stage2", "evaluate"}
     containers = spec["deploymentSpec"]["executors"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import parse_config
-from vismem.launch import How, launch_step
+from vismem.launch import LaunchConfig, launch_step
 from vismem.orchestration import journal as notes
 from vismem.orchestration.parameters import IDENTITY
 from vismem.orchestration.results import Result, describe, write_json, write_page
@@ -27,7 +27,7 @@ def run_task(
     """Run the step `name` into the folder `out`, whose own name must be the step's; returns what is told of it.
 
     `parameters`: what `parameters_of` gave; `inputs`: the folder of each step that it reads; `journal`: where the run's
-    journal is kept, or nothing; `how`: fields of `vismem.launch.How`; `metrics`: a file that gets the metrics as JSON,
+    journal is kept, or nothing; `how`: fields of `vismem.launch.LaunchConfig`; `metrics`: a file that gets the metrics as JSON,
     since an artifact without a file passes for lost. Raises what the step raises.
 
     The variable VISMEM_WORK may name a folder that outlives the task: there long steps keep their checkpoints, and a
@@ -40,7 +40,7 @@ def run_task(
         config = parse_config(sections, f"parameters of {name}")
         folders = {step: Path(path) for step, path in inputs.items()}
         work = _work_folder(parameters[IDENTITY]["code"])
-        page.text = launch_step(name, config, folder.parent, folders, How(**(how or {})), work)
+        page.text = launch_step(name, config, folder.parent, folders, LaunchConfig(**(how or {})), work)
         print(page.text)
         made = describe(name, folder, page.text)
         if metrics:
@@ -68,9 +68,10 @@ def launch_fields(
     tolerations: Sequence[Mapping[str, Any]] = (),
     node_selector: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The fields of `vismem.launch.How` that matter to this back end, as plain values; UserError as from `How`.
+    """The fields of `vismem.launch.LaunchConfig` that matter to this back end, as plain values.
 
     Empty for a single process, so that a cache of tasks does not depend on what plays no part.
+    UserError as from `LaunchConfig`.
     """
     fields: dict[str, Any] = {"backend": backend, "num_processes": num_processes, "num_nodes": num_nodes}
     if backend == "trainer":
@@ -80,7 +81,7 @@ def launch_fields(
             "tolerations": [dict(item) for item in tolerations],
             "node_selector": dict(node_selector or {}),
         }
-    How(**fields)
+    LaunchConfig(**fields)
     return {} if backend == "process" else fields
 
 

@@ -208,8 +208,9 @@ def test_a_step_of_one_process_is_refused_under_torchrun(tmp_path: Path) -> None
 
 
 def sleep_as_rank(folder: Path) -> str:
-    """Join the others, leave a file, and never come back to Python."""
+    """Join the others, leave a file, and be as deaf to Ctrl-C as a process in native code."""
     join_ranks()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     (folder / str(os.getpid())).touch()
     os.read(os.pipe()[0], 1)
     return "never"

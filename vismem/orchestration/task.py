@@ -27,8 +27,8 @@ def run_task(
     """Run the step `name` into the folder `out`, whose own name must be the step's; returns what is told of it.
 
     `parameters`: what `parameters_of` gave; `inputs`: the folder of each step that it reads; `journal`: where the run's
-    journal is kept, or nothing; `how`: fields of `vismem.launch.LaunchConfig`; `metrics`: a file that gets the metrics as JSON,
-    since an artifact without a file passes for lost. Raises what the step raises.
+    journal is kept, or nothing; `how`: fields of `vismem.launch.LaunchConfig`; `metrics`: a file that gets the metrics as
+    JSON, since an artifact without a file passes for lost. Raises what the step raises.
 
     The variable VISMEM_WORK may name a folder that outlives the task: there long steps keep their checkpoints, and a
     task that was killed goes on from them when it runs again, with the same parameters, inputs and code.

@@ -11,58 +11,51 @@ share of the bandwidth counts what a decoding step must read: the language model
 """
 
 import argparse
-import json
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timing import machine, now, step_parts, table
-from torch import Tensor
+from common import Parity, mean_parts, now, parser, processor_for, publish, questions, step_parts, stepper, table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vismem.config import Config, GrpoConfig, ScenesSource, load_config
-from vismem.data.collate import target_text
+from vismem.config import Config, GrpoConfig, GrpoStageConfig, load_config
 from vismem.data.sample import Sample
-from vismem.data.scenes import generate as scenes
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.prompts import encode
 from vismem.generation.types import Rollout
 from vismem.models.backbones import backbone_of
 from vismem.models.vismem import VisMemModel
-from vismem.training.embedded import SPECIAL_TOKENS, build_processor
+from vismem.training.embedded import SPECIAL_TOKENS
 from vismem.training.rollout import GrpoObjective
-from vismem.training.stage1 import FORMATION, Formation, trainable
-from vismem.training.stage2 import INVOCATION, Invocation, fit_invocation
+from vismem.training.run import FORMATION, INVOCATION, trainable
+from vismem.training.stage1 import Formation
+from vismem.training.stage2 import Invocation, fit_invocation
 
 ROOT = Path(__file__).parents[1]
-SEVEN_B: dict[str, dict[str, Any]] = {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
+Sizes = dict[str, dict[str, Any]]
+SEVEN_B: Sizes = {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct, where it differs from its class's defaults
     "text_config": {
         "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     },
-    "vision_config": {
-        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
-        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    },
+    "vision_config": {"hidden_size": 1280},
 }  # fmt: skip
-TINY: dict[str, dict[str, Any]] = {
+TINY: Sizes = {
     "text_config": {
-        **SEVEN_B["text_config"], "vocab_size": 3000, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 3000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
     },
     "vision_config": {
-        **SEVEN_B["vision_config"], "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
-        "out_hidden_size": 64, "fullatt_block_indexes": [1],
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
     },
 }  # fmt: skip
 SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
@@ -71,9 +64,9 @@ SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
 }  # fmt: skip
 
 
-def build(sizes: dict[str, dict[str, Any]], samples: Sequence[Sample], side: int, config: Config) -> VisMemModel:
+def build(sizes: Sizes, samples: Sequence[Sample], side: int, config: Config) -> VisMemModel:
     """VisMem on a Qwen2.5-VL of these sizes with random weights, in bf16 on a GPU; answers never end by themselves."""
-    processor = build_processor(text for s in samples for text in (s.question, target_text(s)))
+    processor = processor_for(samples)
     processor.image_processor = Qwen2VLImageProcessorPil(min_pixels=side**2, max_pixels=side**2)
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     settings = Qwen2_5_VLConfig(
@@ -100,94 +93,75 @@ def peaks() -> tuple[float, float, str]:
     square = torch.ones(size, size, dtype=dtype, device="cuda" if name else "cpu")
     large = square.repeat(8, 1)
 
-    def fastest(function: Any) -> float:
-        found = []
-        for _ in range(5):
-            start = now()
-            function()
-            found.append(now() - start)
-        return max(min(found), 1e-9)
+    def fastest(function: Callable[[], object]) -> float:
+        return max(min(seconds(function) for _ in range(5)), 1e-9)
 
     moved = 2 * large.numel() * large.element_size()
     return 2 * size**3 / fastest(lambda: square @ square), moved / fastest(large.clone), "measured"
 
 
-def parity(rollouts: Sequence[Rollout], like: Tensor) -> Tensor:
-    """A reward with spread, since a random model is never right."""
-    return torch.tensor([float(sum(r.token_ids) % 2) for r in rollouts]).view_as(like)
+def seconds(function: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = now()
+    function()
+    return now() - start
 
 
-class Stage1(Formation):
-    """Stage I with that reward."""
-
-    def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
-        return parity(rollouts, rewards)
+class Stage1(Parity, Formation):
+    """Stage I with a reward that has spread."""
 
 
-class Stage2(Invocation):
+class Stage2(Parity, Invocation):
     """Stage II with that reward; the swapped answers are decoded as ever."""
-
-    def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
-        return super().shaped(parity(rollouts, rewards), batch, rollouts, step)
 
 
 def training(model: VisMemModel, samples: Sequence[Sample], config: Config, args: argparse.Namespace) -> list[Any]:
-    """Steps of both stages: seconds, parts, tokens a second, memory, FLOPs."""
-    shape = {"batch_size": args.prompts, "group_size": args.group, "max_new_tokens": args.tokens}
-    stage1 = config.stage1.model_copy(update={**shape, "anywhere_after": 0.0})
-    stage2 = config.stage2.model_copy(update=shape)
-    found = [{"stage": "stage I", **_steps(model, samples, Stage1, stage1, trainable(model, FORMATION), args.steps)}]
-    fit_invocation(model, samples[: args.prompts], stage2, seed=0)
-    found += [{"stage": "stage II", **_steps(model, samples, Stage2, stage2, trainable(model, INVOCATION), args.steps)}]
-    return found
+    """Steps of both stages: seconds, parts, tokens per second, memory, FLOPs."""
+    grpo = config.grpo.model_copy(update={"batch_size": args.prompts, "max_new_tokens": args.tokens})
+    stage1 = config.stage1.model_copy(update={"group_size": args.group, "anywhere_after": 0.0})
+    stage2 = config.stage2.model_copy(update={"group_size": args.group})
+
+    def steps(kind: type[GrpoObjective], stage: GrpoStageConfig, prefixes: tuple[str, ...]) -> dict[str, Any]:
+        return _steps(model, samples, kind, grpo, stage, trainable(model, prefixes), args.steps)
+
+    found = [{"stage": "stage I", **steps(Stage1, stage1, FORMATION)}]
+    fit_invocation(model, samples[: args.prompts], stage2, args.tokens, seed=0)
+    return [*found, {"stage": "stage II", **steps(Stage2, stage2, INVOCATION)}]
 
 
 def _steps(
     model: VisMemModel,
     samples: Sequence[Sample],
     kind: type[GrpoObjective],
-    settings: GrpoConfig,
+    grpo: GrpoConfig,
+    stage: GrpoStageConfig,
     trained: dict[str, torch.nn.Parameter],
     count: int,
 ) -> dict[str, Any]:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.0)
-
-    def step(objective: GrpoObjective) -> dict[str, float]:
-        optimizer.zero_grad()
-        metrics = objective.backward(objective.collect(0))
-        optimizer.step()
-        return metrics
-
-    plain = settings.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
+    plain = grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
     with FlopCounterMode(display=False) as counted:
-        step(kind(model, samples, plain, 0, accelerator))
-    objective = kind(model, samples, settings, 0, accelerator)
-    step(objective)
+        stepper(kind(model, samples, plain, stage, 0, accelerator), trained, 0.0)()
+    step = stepper(kind(model, samples, grpo, stage, 0, accelerator), trained, 0.0)
+    step()
+    metrics: dict[str, float] = {}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    clocks, parts = step_parts(), []
-    metrics: dict[str, float] = {}
-    for _ in range(count):
-        parts.append(clocks.run(lambda: metrics.update(step(objective))))
-    clocks.close()
-    mean = {key: sum(p.get(key, 0.0) for p in parts) / count for key in parts[0]}
-    rollouts = settings.batch_size * settings.group_size
+    with step_parts() as clocks:
+        mean = mean_parts([clocks.run(lambda: metrics.update(step())) for _ in range(count)])
+    rollouts = grpo.batch_size * stage.group_size
     return {
-        "seconds": sum(mean.values()), "parts": mean, "rollouts": rollouts, "settings": settings.model_dump(),
+        "seconds": sum(mean.values()), "parts": mean, "rollouts": rollouts,
+        "settings": grpo.model_dump() | stage.model_dump(),
         "tokens": rollouts * metrics["answer_length"], "flops": counted.get_total_flops(),
-        "memories": metrics["invocations_short"] + metrics["invocations_long"], "peak_bytes": peak_bytes(),
+        "memories": metrics["invocations_short"] + metrics["invocations_long"],
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "trained": sum(p.numel() for p in trained.values()),
     }  # fmt: skip
 
 
-def peak_bytes() -> int | None:
-    """The most that tensors held since the last reset; None without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-
-
 def decoding(model: VisMemModel, samples: Sequence[Sample], args: argparse.Namespace) -> list[Any]:
-    """Tokens a second and bytes a second at several batch sizes, without memories and with them."""
+    """tokens per second and bytes per second at several batch sizes, without memories and with them."""
     text = model.backbone.model.config.text_config
     language = model.backbone.model.model.language_model
     weights = sum(p.numel() * p.element_size() for p in [*language.layers.parameters(), model.backbone.head.weight])
@@ -195,19 +169,20 @@ def decoding(model: VisMemModel, samples: Sequence[Sample], args: argparse.Names
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * language.layers[0].self_attn.head_dim * entry
     prompt = int(encode(model.backbone, samples[:1]).mask.sum())
 
-    def seconds(batch: int, policy: InvocationPolicy, tokens: int) -> tuple[float, float]:
+    def answered(batch: int, policy: InvocationPolicy, tokens: int) -> tuple[float, float]:
         chosen = [samples[i % len(samples)] for i in range(batch)]
-        generate(model, chosen, policy, max_new_tokens=2, temperature=1.0)
-        start = now()
-        rollouts = generate(model, chosen, policy, max_new_tokens=tokens, temperature=1.0)
-        return now() - start, sum(len(r.invocations) for r in rollouts) / batch
+        answer = partial(generate, model, chosen, policy, temperature=1.0)
+        answer(max_new_tokens=2)
+        made: list[Rollout] = []
+        spent = seconds(lambda: made.extend(answer(max_new_tokens=tokens)))
+        return spent, sum(len(r.invocations) for r in made) / batch
 
     found = []
     for batch in args.batches:
-        first, _ = seconds(batch, Off(), 1)
-        off, _ = seconds(batch, Off(), args.tokens + 1)
+        first, _ = answered(batch, Off(), 1)
+        off, _ = answered(batch, Off(), args.tokens + 1)
         chance = Random(probability=1.0, anywhere=min(1.0, 2 * args.memories / args.tokens), limit=args.memories)
-        on, memories = seconds(batch, chance, args.tokens + 1)
+        on, memories = answered(batch, chance, args.tokens + 1)
         step = (off - first) / args.tokens
         read = weights + batch * (prompt + args.tokens / 2) * token
         found.append({"batch": batch, "first_s": first, "step_s": step, "tokens_s": batch / step,
@@ -229,43 +204,45 @@ def report(found: dict[str, Any]) -> str:
          f"{d['bytes_s'] / bandwidth:.1%}", f"{d['memories']:.2f}", f"{d['overhead']:+.1%}"]
         for d in found["decoding"]
     ]  # fmt: skip
-    head = ["stage", "rollouts", "memories an answer", "s a step", "tokens/s", "MFU", "peak GiB", "where the time goes"]
-    decode = ["batch", "first token, s", "ms a token", "tokens/s", "share of bandwidth", "memories", "time they add"]
+    head = [
+        "stage",
+        "rollouts",
+        "memories per answer",
+        "s per step",
+        "tokens/s",
+        "MFU",
+        "peak GiB",
+        "where the time goes",
+    ]
+    decode = ["batch", "first token, s", "ms per token", "tokens/s", "share of bandwidth", "memories", "time they add"]
     source = f"peaks ({found['peaks']}): {flops / 1e12:.3g} TFLOP/s, {bandwidth / 1e12:.3g} TB/s"
-    return f"{found['machine']}; {source}\n`{found['command']}`\n\n{table(head, steps)}\n\n{table(decode, rows)}"
+    return f"{source}\n\n{table(head, steps)}\n\n{table(decode, rows)}"
 
 
 def main() -> None:
     """Build, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("7b", "tiny"), default="7b")
-    parser.add_argument("--prompts", type=int, default=2, help="prompts a training step; the paper: 8")
-    parser.add_argument("--group", type=int, default=16, help="rollouts a prompt [paper: 16]")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens an answer")
-    parser.add_argument("--memories", type=int, default=4, help="memories an answer at most")
-    parser.add_argument("--side", type=int, default=448, help="pixels of an image's side")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--steps", type=int, default=2, help="timed training steps, after one that is not")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    started = time.time()
+    options = parser(__doc__)
+    options.add_argument("--size", choices=("7b", "tiny"), default="7b")
+    options.add_argument("--prompts", type=int, default=2, help="prompts per training step; the paper: 8")
+    options.add_argument("--group", type=int, default=16, help="rollouts per prompt [paper: 16]")
+    options.add_argument("--tokens", type=int, default=256, help="tokens per answer")
+    options.add_argument("--memories", type=int, default=4, help="max memories per answer")
+    options.add_argument("--side", type=int, default=448, help="pixels of an image's side")
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
+    options.add_argument("--steps", type=int, default=2, help="timed training steps, after one that is not")
+    args = options.parse_args()
     config = load_config(ROOT / "params.yaml", "qwen2_5_vl_7b")
     limit = config.invocation.model_copy(update={"max_per_answer": args.memories})
     config = config.model_copy(update={"invocation": limit})
-    source = ScenesSource(train=8, validation=0, test=0, pretrain=0, image_size=args.side)
-    samples = [s for s in scenes(source, "train", seed=0) if len(s.images) == 1]
+    samples = questions(8, args.side)
     model = build(SEVEN_B if args.size == "7b" else TINY, samples, args.side, config)
     flops, bandwidth, origin = peaks()
     found: dict[str, Any] = {
-        "machine": machine(), "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         "peak_flops": flops, "peak_bandwidth": bandwidth, "peaks": origin,
         "parameters": sum(p.numel() for p in model.backbone.model.parameters()),
         "decoding": decoding(model, samples, args), "training": training(model, samples, config, args),
     }  # fmt: skip
-    found["total_s"] = time.time() - started
-    print(report(found))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    publish(found, report(found), args.json)
 
 
 if __name__ == "__main__":

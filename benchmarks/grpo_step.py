@@ -7,178 +7,183 @@ thread. The steps of all sides take turns in one process; seconds are the proces
 machine counts little, and ratios are medians over turns. Peak memory: of a process of its own for each side, on top of
 what it held before the first step. Without --base an untrained embedded base is built.
 
-TRL's side needs what `trl_side.py` names; where that is missing, it is left out.
+TRL's side needs `trl` (1.16), `datasets` and `peft`, which nothing else here does (README.md says how to install them);
+where they are missing, it is left out.
 """
 
 import argparse
 import io
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
-import trl_side
 from accelerate import Accelerator
+from common import (
+    Parity,
+    mean_parts,
+    now,
+    parser,
+    peak_mib,
+    publish,
+    questions,
+    random_base,
+    step_parts,
+    stepper,
+    table,
+)
 from PIL import Image
-from timing import machine, step_parts, table
-from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
-from vismem.config import BaseConfig, GrpoConfig, InvocationConfig, MemoryConfig, ScenesSource, Stage1Config
-from vismem.data.collate import target_text
+from vismem.config import GrpoConfig, GrpoStageConfig, InvocationConfig, MemoryConfig, Stage1Config
 from vismem.data.sample import Sample
-from vismem.data.scenes import generate as scenes
-from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.baselines import PolicyGrpo
-from vismem.training.embedded import build_model, build_processor
-from vismem.training.rollout import GrpoObjective
-from vismem.training.stage1 import FORMATION, Formation, trainable
+from vismem.training.run import FORMATION, trainable
+from vismem.training.stage1 import Formation
 
 OURS, TRL, STAGE1 = "ours, memory off", "TRL GRPOTrainer", "ours, stage I"
+Step = Callable[[], dict[str, float]]
 
 
-class MemoryOff(PolicyGrpo):
-    """GRPO of the policy's adapter with a reward that has spread on an untrained base too."""
-
-    def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
-        return parity([r.text for r in rollouts]).view_as(rewards)
+class MemoryOff(Parity, PolicyGrpo):
+    """GRPO of the policy's adapter."""
 
 
-class Stage1(Formation):
-    """Stage I with the same reward."""
-
-    def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
-        return parity([r.text for r in rollouts]).view_as(rewards)
+class Stage1(Parity, Formation):
+    """Stage I."""
 
 
-def parity(texts: Sequence[str]) -> Tensor:
-    """A reward that costs nothing: whether the characters' sum is odd."""
-    return torch.tensor([float(sum(map(ord, text)) % 2) for text in texts])
-
-
-def save_base(folder: Path, samples: Sequence[Sample], size: BaseConfig) -> Path:
-    """An untrained embedded base whose answers wander."""
-    processor = build_processor(text for s in samples for text in (s.question, target_text(s)))
-    model = build_model(size, processor, seed=0)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.3 / size.hidden_size**0.5 * 3, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def our_step(
-    base: Path, samples: Sequence[Sample], args: argparse.Namespace, kind: str
-) -> Callable[[], dict[str, float]]:
+def our_step(base: Path, samples: Sequence[Sample], args: argparse.Namespace, side: str) -> Step:
     """One step of ours: sample, score, update. Returns a function that takes a step and returns its metrics."""
     model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig(max_per_answer=args.memories))
     accelerator = Accelerator(cpu=True)
-    shape = {"batch_size": args.prompts, "group_size": args.group, "max_new_tokens": args.tokens,
-             "micro_batch": args.prompts * args.group}  # fmt: skip
-    objective: GrpoObjective
-    if kind == STAGE1:
-        config = Stage1Config(**shape, anywhere_after=0.0)
-        trained = trainable(model, FORMATION)
-        objective = Stage1(model, samples, config, 0, accelerator)
-    else:
-        trained = trainable(model, ("policy_lora.",))
-        model.policy_lora.enabled = True
-        objective = MemoryOff(model, samples, GrpoConfig(**shape), 0, accelerator)  # type: ignore[arg-type]
-        objective.prompts_need_gradient = True
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
-    at = iter(range(10**9))
-
-    def step() -> dict[str, float]:
-        batch = objective.collect(next(at))
-        optimizer.zero_grad()
-        metrics = objective.backward(batch)
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        return metrics
-
-    return step
+    micro_batch = args.prompts * args.group
+    grpo = GrpoConfig(batch_size=args.prompts, max_new_tokens=args.tokens, micro_batch=micro_batch)
+    if side == STAGE1:
+        settings = Stage1Config(group_size=args.group, anywhere_after=0.0)
+        return stepper(Stage1(model, samples, grpo, settings, 0, accelerator), trainable(model, FORMATION), 1e-5)
+    model.policy_lora.enabled = True
+    memory_off = MemoryOff(model, samples, grpo, GrpoStageConfig(group_size=args.group), 0, accelerator)
+    memory_off.prompts_need_gradient = True
+    return stepper(memory_off, trainable(model, ("policy_lora.",)), 1e-5)
 
 
-def trl_steps(base: Path, samples: Sequence[Sample], args: argparse.Namespace, after: Callable[[float], None]) -> float:
-    """See trl_side.run."""
+def missing_for_trl() -> str:
+    """What TRL's side needs and is not installed; empty where nothing is missing."""
+    wanted = [name for name in ("trl", "datasets", "peft") if not find_spec(name)]
+    return f"not installed: {', '.join(wanted)}" if wanted else ""
+
+
+def trl_steps(
+    base: Path, samples: Sequence[Sample], args: argparse.Namespace, *, steps: int, after: Callable[[float], None]
+) -> float:
+    """Take `steps` steps over all samples; returns sampled tokens per answer.
+
+    `after` is called behind each step with its seconds; what it does is not on TRL's clock. The reward costs nothing
+    and has spread: whether the sum of an answer's characters is odd.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoProcessor, PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.since = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.since = now()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            after(now() - self.since)
+            self.since = now()
+
+    def reward(completions: Any, **_: Any) -> list[float]:
+        return [float(sum(map(ord, completion[0]["content"])) % 2) for completion in completions]
+
     rows = [
         {"prompt": [{"role": "user", "content": s.question}],
          "images": [Image.open(io.BytesIO(data)).convert("RGB") for data in s.images]}
         for s in samples
     ]  # fmt: skip
-    return trl_side.run(
-        base, rows, lambda texts: parity(texts).tolist(), group=args.group, tokens=args.tokens, steps=args.steps + 1,
-        beta=GrpoConfig().kl_coefficient, after=after,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=len(rows) * args.group,
+            num_generations=args.group, max_completion_length=args.tokens, temperature=1.0, top_k=0,
+            beta=GrpoStageConfig().kl_coefficient, epsilon=0.2, loss_type="grpo",
+            learning_rate=1e-5, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, seed=0,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=AutoModelForImageTextToText.from_pretrained(base),
+            processing_class=AutoProcessor.from_pretrained(base, backend="pil"),
+            reward_funcs=reward,
+            args=settings,
+            train_dataset=Dataset.from_list(rows),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q_proj|v_proj)"),
+            callbacks=[Clock()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return float(trainer.state.log_history[-1]["completions/mean_length"])
 
 
-def peak(base: Path, samples: Sequence[Sample], args: argparse.Namespace) -> float:
-    """MiB that the steps of one side took on top of its weights. For a process of its own: a peak never falls."""
-    held = 0.0
-    if args.peak == TRL:
-        from transformers import AutoModelForImageTextToText
+def peaks(base: Path, samples: Sequence[Sample], args: argparse.Namespace, sides: Sequence[str]) -> dict[str, float]:
+    """MiB that two steps of each side take on top of its weights."""
 
-        model = AutoModelForImageTextToText.from_pretrained(base)
-        held = _memory("VmRSS")
-        del model
-        trl_steps(base, samples, args, lambda seconds: None)
-    else:
-        step = our_step(base, samples, args, args.peak)
-        held = _memory("VmRSS")
-        for _ in range(args.steps + 1):
-            step()
-    return _memory("VmHWM") - held
+    def ours(side: str) -> Callable[[], object]:
+        step = our_step(base, samples, args, side)
+        return lambda: (step(), step())
 
+    def theirs() -> Callable[[], object]:
+        held = [AutoModelForImageTextToText.from_pretrained(base)]
 
-def _memory(line: str) -> float:
-    """MiB of this process: "VmRSS" now, "VmHWM" at most (getrusage would count what ran before exec too)."""
-    return float(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0]) / 1024
+        def work() -> None:
+            held.clear()
+            trl_steps(base, samples, args, steps=2, after=lambda seconds: None)
+
+        return work
+
+    return {side: peak_mib(theirs if side == TRL else partial(ours, side)) for side in sides}
 
 
-def compare(base: Path, samples: Sequence[Sample], args: argparse.Namespace) -> dict[str, Any]:
-    """Steps of all sides in turn: seconds of each, the parts of ours, tokens and memories an answer."""
+def compare(base: Path, samples: Sequence[Sample], args: argparse.Namespace, with_trl: bool) -> dict[str, Any]:
+    """Steps of all sides in turn: seconds of each, the parts of ours, tokens and memories per answer."""
     steps = {name: our_step(base, samples, args, name) for name in (OURS, STAGE1)}
-    seconds: dict[str, list[float]] = {name: [] for name in (OURS, TRL, STAGE1)}
+    theirs: list[float] = []
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     last: dict[str, dict[str, float]] = {}
-    clocks = step_parts()
+    with step_parts() as clocks:
 
-    def turn(trl_seconds: float | None = None) -> None:
-        if trl_seconds is not None:
-            seconds[TRL].append(trl_seconds)
-        for name, step in steps.items():
-            parts[name].append(clocks.run(lambda name=name, step=step: last.update({name: step()})))  # type: ignore[misc]
-            seconds[name].append(sum(parts[name][-1].values()))
+        def turn(name: str) -> None:
+            last[name] = steps[name]()
 
-    lengths = {}
-    if args.reason:
-        for _ in range(args.steps + 1):
-            turn()
-    else:
-        lengths[TRL] = trl_steps(base, samples, args, turn)
-    clocks.close()
-    lengths |= {name: figures["answer_length"] for name, figures in last.items()}
-    memories = {
-        name: sum(v for k, v in figures.items() if k.startswith("invocations")) for name, figures in last.items()
-    }
+        def ours(trl_seconds: float | None = None) -> None:
+            theirs.extend([] if trl_seconds is None else [trl_seconds])
+            for name in steps:
+                parts[name].append(clocks.run(partial(turn, name)))
+
+        lengths = {}
+        if with_trl:
+            lengths[TRL] = trl_steps(base, samples, args, steps=args.steps + 1, after=ours)
+        else:
+            for _ in range(args.steps + 1):
+                ours()
+    seconds = {name: [sum(step.values()) for step in parts[name]] for name in steps}
+    if with_trl:
+        seconds = {OURS: seconds[OURS], TRL: theirs, STAGE1: seconds[STAGE1]}
     return {
-        "seconds": {name: values[1:] for name, values in seconds.items() if values},
-        "parts": {name: _mean(values[1:]) for name, values in parts.items()},
-        "tokens": lengths,
-        "memories": memories,
-    }
-
-
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {
-        key: statistics.mean(row.get(key, 0.0) for row in rows) for key in dict.fromkeys(k for r in rows for k in r)
+        "seconds": {name: values[1:] for name, values in seconds.items()},
+        "parts": {name: mean_parts(values[1:]) for name, values in parts.items()},
+        "tokens": lengths | {name: figures["answer_length"] for name, figures in last.items()},
+        "memories": {n: sum(v for k, v in f.items() if k.startswith("invocations")) for n, f in last.items()},
     }
 
 
@@ -189,57 +194,43 @@ def report(found: dict[str, Any]) -> str:
     rows = []
     for name, values in seconds.items():
         ratios = [statistics.median(a / b for a, b in zip(values, seconds[to], strict=True)) for to in compared]
-        peak_mib = found["peak_mib"].get(name)
         rows.append(
             [name, f"{statistics.median(values):.2f}", *(f"{ratio:.2f}" for ratio in ratios),
-             f"{found['tokens'][name]:.1f}", f"{found['memories'].get(name, 0):.2f}",
-             "-" if peak_mib is None else f"{peak_mib:.0f}"]
+             f"{found['tokens'][name]:.1f}", f"{found['memories'].get(name, 0):.2f}", f"{found['peak_mib'][name]:.0f}"]
         )  # fmt: skip
     times = [f"times {name}" for name in compared]
-    sides = table(["side", "s a step", *times, "tokens an answer", "memories an answer", "peak MiB"], rows)
+    sides = table(["side", "s per step", *times, "tokens per answer", "memories per answer", "peak MiB"], rows)
+
+    def share(name: str, key: str) -> str:
+        spent = parts[name].get(key, 0.0)
+        return f"{spent:.2f} s, {spent / sum(parts[name].values()):.0%}"
+
     names = sorted({k for values in parts.values() for k in values}, key=lambda k: -parts[STAGE1].get(k, 0.0))
-    shares = [[key, *(_share(values, key) for values in parts.values())] for key in names]
+    shares = [[key, *(share(name, key) for name in parts)] for key in names]
     return f"{sides}\n\n{table(['where the time goes', *parts], shares)}"
 
 
-def _share(parts: dict[str, float], key: str) -> str:
-    return f"{parts.get(key, 0.0):.2f} s, {parts.get(key, 0.0) / sum(parts.values()):.0%}"
-
-
 def main() -> None:
-    """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, help="folder of a base in Hugging Face format; default: built untrained")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=56, help="longest answer")
-    parser.add_argument("--memories", type=int, default=2, help="memories an answer at most, in stage I")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one that is not")
-    parser.add_argument("--no-peak", action="store_true", help="leave out peak memory")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.reason = trl_side.missing()
+    """Measure, print, write."""
+    options = parser(__doc__)
+    options.add_argument("--base", type=Path, help="folder of a base in Hugging Face format; default: built untrained")
+    options.add_argument("--prompts", type=int, default=8)
+    options.add_argument("--group", type=int, default=16)
+    options.add_argument("--tokens", type=int, default=56, help="longest answer")
+    options.add_argument("--memories", type=int, default=2, help="max memories per answer, in stage I")
+    options.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one that is not")
+    args = options.parse_args()
+    missing = missing_for_trl()
     torch.set_num_threads(1)
+    if missing:
+        print(f"TRL's side is left out ({missing}).\n")
     with tempfile.TemporaryDirectory() as folder:
-        every = list(scenes(ScenesSource(train=64, validation=0, test=0, pretrain=0), "train", seed=0))
-        samples = [s for s in every if len(s.images) == 1][: args.prompts]
-        base = args.base or save_base(Path(folder), every, BaseConfig())
-        if args.peak:
-            print(peak(base, samples, args))
-            return
-        if args.reason:
-            print(f"TRL's side is left out ({args.reason}).\n")
-        found = compare(base, samples, args)
-        found["peak_mib"] = {}
-        for name in () if args.no_peak else found["seconds"]:
-            command = [sys.executable, __file__, *sys.argv[1:], "--steps", "1", "--base", str(base), "--peak", name]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found["peak_mib"][name] = float(output.split()[-1])
-    found |= {"machine": machine(), "command": " ".join(["python", "benchmarks/grpo_step.py", *sys.argv[1:]])}
-    print(f"{found['machine']}\n`{found['command']}`\n\n{report(found)}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        samples = questions(args.prompts)
+        base = args.base or random_base(Path(folder), samples)
+        sides = [OURS, STAGE1] if missing else [OURS, TRL, STAGE1]
+        peak = peaks(base, samples, args, sides)
+        found = {"peak_mib": peak, **compare(base, samples, args, with_trl=not missing)}
+    publish(found, report(found), args.json)
 
 
 if __name__ == "__main__":

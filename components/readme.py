@@ -10,7 +10,7 @@ from docstring_parser import parse
 FOLDER = Path(__file__).parent
 NAMES = tuple(sorted(file.parent.name for file in FOLDER.glob("*/component.py")))
 
-RETURNED = {"Output": "What it returns, see above.", "launch": "How stage I and II are launched."}
+RETURNED = {"Output": "The return value, see above.", "launch": "How stage I and II are launched."}
 
 
 def render(name: str) -> str:
@@ -23,7 +23,7 @@ def render(name: str) -> str:
     said = {argument.arg_name: argument.description for argument in parse(component.python_func.__doc__).params}
     for title, ports in (("Inputs", spec.inputs or {}), ("Outputs", spec.outputs or {})):
         if ports:
-            lines += [f"## {title}", "", "| name | type | what it is |", "|---|---|---|"]
+            lines += [f"## {title}", "", "| name | type | meaning |", "|---|---|---|"]
             for port, of in ports.items():
                 kind = str(of.type).removeprefix("system.").split("@")[0]
                 lines.append(f"| `{port}` | {kind} | {_text(title, port, of, said)} |")

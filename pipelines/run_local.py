@@ -1,7 +1,7 @@
 """The pipeline on this machine: the same tasks and parameters as on a cluster, one process after the other.
 
 `python pipelines/run_local.py --profile smoke`. Outputs lie in runs/pipeline/; tasks whose parameters, inputs and code
-are those of an earlier run are kept. The exit status is 1 where a task failed; the summary says why.
+are those of an earlier run are kept. The exit status is 1 where a task failed; its log ends with the reason.
 """
 
 import argparse
@@ -18,11 +18,10 @@ from typing import Any
 import psutil
 from kfp import local
 
-# First in the path: beside this file `vismem` would be the pipeline instead of the library.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # pipelines/ lies there
 
 from pipelines.containers import container_runner
-from pipelines.vismem import ROOT, make_pipeline
+from pipelines.pipeline import ROOT, make_pipeline
 from vismem.errors import UserError
 
 FOLDER = ROOT / "runs" / "pipeline"
@@ -78,12 +77,12 @@ def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, image: s
     earlier, status = set(folder.glob("vismem-*")), 0
     try:
         pipeline = make_pipeline(fixed_image=image or "here", work=str(folder / "work"))
-        pipeline(**{"journal": str(folder / "journal"), **arguments})
+        pipeline(**arguments)
     except RuntimeError as error:  # a task failed; its log stands above
         logging.error(error)
         status = 1
     except KeyboardInterrupt:
-        print("stopped; run it again, and it goes on where it was", file=sys.stderr)
+        print("stopped; run it again to resume", file=sys.stderr)
         return 130
     made = sorted(set(folder.glob("vismem-*")) - earlier)
     if not made:
@@ -96,7 +95,7 @@ def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, image: s
 
 
 def _end_task_and_stop(*_: object) -> None:
-    """On SIGTERM: the task at work would otherwise work on."""
+    """On SIGTERM: end the task's process too."""
     for process in psutil.Process().children(recursive=True):
         process.terminate()
     raise KeyboardInterrupt

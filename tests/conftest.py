@@ -11,7 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
+from vismem.models.processors import make_video_optional
+
 torch.set_num_threads(1)
+make_video_optional()  # some tests build processors of their own
 
 
 @pytest.fixture(scope="session")

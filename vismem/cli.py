@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vismem.config import Config, load_config
 from vismem.errors import UserError
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}; `vismem {arguments.command} --help` shows the known ones")
     arguments.rest = rest
     try:
-        status: int = arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except (UserError, OSError) as error:  # OSError: a missing file, no permission, a full disk
         if os.environ.get("VISMEM_DEBUG"):
             raise
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"vismem {arguments.command}: stopped", file=sys.stderr)
         return 130
-    return status
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,21 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = _common_options()
 
-    for step in STEPS + BASELINES:
-        kind = "baseline, no step of the pipeline" if step in BASELINES else "step"
-        reads = ", ".join(step.inputs) or "the sources that the parameters name"
-        command = commands.add_parser(step.name, parents=[common], help=f"{kind}: reads {reads}")
-        command.add_argument(
-            "--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER",
-            help="where another step's output is, if not in the artifacts' folder; may be repeated",
-        )  # fmt: skip
-        if step.name in SHARED:
-            command.add_argument(
-                "--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"),
-                help="how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)",
-            )  # fmt: skip
-        command.set_defaults(run=_run_step)
-
+    _add_steps(commands, common)
     command = commands.add_parser(
         "repro", parents=[common], help="run the whole pipeline with DVC; more arguments go to it"
     )
@@ -124,8 +111,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("params", parents=[common], help="print the parameters in force, each explained")
     command.add_argument("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
+    command.add_argument("--all", action="store_true", help="also the keys that are seldom changed")
     command.set_defaults(run=_run_params)
     return parser
+
+
+def _add_steps(commands: Any, common: argparse.ArgumentParser) -> None:
+    for step in STEPS + BASELINES:
+        kind = "baseline, no step of the pipeline" if step in BASELINES else "step"
+        reads = ", ".join(step.inputs) or "the sources that the parameters name"
+        command = commands.add_parser(step.name, parents=[common], help=f"{kind}: reads {reads}")
+        command.add_argument(
+            "--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER",
+            help="where another step's output is, if not in the artifacts' folder; may be repeated",
+        )  # fmt: skip
+        if step.name in SHARED:
+            command.add_argument(
+                "--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"),
+                help="how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)",
+            )  # fmt: skip
+        command.set_defaults(run=_run_step)
 
 
 def _common_options() -> argparse.ArgumentParser:
@@ -170,13 +175,12 @@ def _run_repro(arguments: argparse.Namespace) -> int:
     return repro(arguments.params, arguments.profile, arguments.rest)
 
 
-def _run_summary(arguments: argparse.Namespace) -> int:
+def _run_summary(arguments: argparse.Namespace) -> None:
     from vismem.summary import print_summary
 
     here = Path.cwd()
     config, artifacts = _enter(arguments)
     print_summary(config, Path(os.path.relpath(artifacts.absolute(), here)), here, arguments.profile)
-    return 0
 
 
 def _run_study(arguments: argparse.Namespace) -> int:
@@ -192,15 +196,14 @@ def _run_study(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_preflight(arguments: argparse.Namespace) -> int:
+def _run_preflight(arguments: argparse.Namespace) -> None:
     config, artifacts = _enter(arguments)
     from vismem.preflight import preflight
 
     preflight(config, artifacts)
-    return 0
 
 
-def _run_infer(arguments: argparse.Namespace) -> int:
+def _run_infer(arguments: argparse.Namespace) -> None:
     images = [image.absolute() for image in arguments.image]
     config, _ = _enter(arguments)
     from vismem.serving.client import main_infer
@@ -215,10 +218,9 @@ def _run_infer(arguments: argparse.Namespace) -> int:
         url=arguments.url,
         model=arguments.model,
     )
-    return 0
 
 
-def _run_serve(arguments: argparse.Namespace) -> int:
+def _run_serve(arguments: argparse.Namespace) -> None:
     named = arguments.repository.absolute() if arguments.repository else None
     config, artifacts = _enter(arguments)
     from vismem.serving.server import serve
@@ -231,10 +233,9 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         http_port=arguments.http_port,
         metrics_port=arguments.metrics_port,
     )
-    return 0
 
 
-def _run_models(arguments: argparse.Namespace) -> int:
+def _run_models(arguments: argparse.Namespace) -> None:
     config, _ = _enter(arguments)
     from vismem.registry import release
 
@@ -246,27 +247,24 @@ def _run_models(arguments: argparse.Namespace) -> int:
         from vismem.summary import print_models
 
         print_models(release.models(config), config.registry.model_name, release.store_uri(config))
-    return 0
 
 
-def _run_ui(arguments: argparse.Namespace) -> int:
+def _run_ui(arguments: argparse.Namespace) -> None:
     config, _ = _enter(arguments)
     from vismem.registry.ui import serve_ui
 
-    with exit_on_sigterm():  # so that the server goes with us
-        return serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
+    serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
 
 
-def _run_stack(arguments: argparse.Namespace) -> int:
+def _run_stack(arguments: argparse.Namespace) -> None:
     from vismem.stack import serve_stack
 
     serve_stack(arguments.data, {name: getattr(arguments, f"{name}_port") for name in STACK_PORTS})
-    return 0
 
 
 def _run_params(arguments: argparse.Namespace) -> int:
     config = Config() if arguments.defaults else load_config(arguments.params, arguments.profile)
-    print(render_params(config), end="")
+    print(render_params(config, arguments.all), end="")
     return 0
 
 

@@ -1,5 +1,21 @@
-"""The error that is meant for the person at the keyboard."""
+"""The error that is meant for the person at the keyboard, and the mask of secrets in what is shown."""
+
+import re
+
+_IN_AUTHORITY = re.compile(r"""://(?:[^\s/"']*|[^\s/:@"']*:[^\s@"']*)@""")  # a password may hold a slash
+_IN_QUERY = re.compile(r"""(?<=[?&])((?:user|username|password|passwd|token|secret)=)[^\s&"']+""", re.IGNORECASE)
 
 
 class UserError(Exception):
-    """What was wrong, where, and what to do, in one message. The CLI prints it and exits with status 1."""
+    """What was wrong, where, and what to do, in one message. The CLI prints it and exits with status 1.
+
+    User names and passwords of URIs in it are masked.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask_credentials(message))
+
+
+def mask_credentials(text: str) -> str:
+    """The text with `***` for user names and passwords of the URIs in it."""
+    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub("://***@", text))

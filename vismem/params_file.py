@@ -1,4 +1,4 @@
-"""Writes parameters as a `params.yaml` in which every key carries its description from `vismem/config/`."""
+"""Writes parameters as a `params.yaml` in which every key has its description from `vismem/config/` as a comment."""
 
 import json
 from collections.abc import Iterator
@@ -8,34 +8,40 @@ from typing import Any
 import yaml
 
 from vismem.config import Config, Section
+from vismem.config.section import is_rare
 
 WIDTH = 120
 HEADER = (
     "# All parameters of VisMem. A profile in deploy/profiles/ overlays them: `vismem repro --profile NAME`.\n"
-    "# Types and bounds: vismem/config/. Written by `vismem params`; the values are yours to change.\n"
+    "# Types and bounds: vismem/config/. Written by `vismem params`, which shows seldom changed keys too with --all.\n"
 )
 
 
-def render_params(config: Config) -> str:
-    """The parameters as YAML text, each with its description as a comment; `load_config` reads it back unchanged."""
-    return HEADER + "\n".join(_section(config, 0)) + "\n"
+def render_params(config: Config, every: bool = False) -> str:
+    """The parameters as YAML text, each with its description as a comment; `load_config` reads it back unchanged.
+
+    Keys that are `rare` and have their default are left out, unless `every` key is asked for.
+    """
+    return HEADER + "\n".join(_section(config, 0, every)) + "\n"
 
 
-def _section(section: Section, depth: int) -> Iterator[str]:
+def _section(section: Section, depth: int, every: bool) -> Iterator[str]:
     """Lines of one section, indented by `depth` levels of two spaces."""
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{'  ' * depth}{field.alias or name}:"
+        if is_rare(field) and value == field.default and not every:
+            continue
         if isinstance(value, Section):
             if depth == 0:
                 yield ""
                 yield f"# {_first_line(value)}"
             yield key
-            yield from _section(value, depth + 1)
+            yield from _section(value, depth + 1, every)
         elif isinstance(value, tuple) and value and all(isinstance(item, Section) for item in value):
             yield key
             for item in value:
                 indent = "  " * (depth + 1)
-                first, *rest = _section(item, depth + 2)
+                first, *rest = _section(item, depth + 2, every)
                 yield from _leaf(f"{indent}- {first.strip()}", _first_line(item), indent)
                 yield from rest
         else:

@@ -1,9 +1,8 @@
-"""Looks, before GPU time is spent, whether a run can reach its end: secrets, buckets, registry, base model, machine.
+"""Checks, before GPU time is spent, that a run can reach its end: secrets, buckets, registry, base model, machine.
 
-Every check runs, whatever the others say, and none waits longer than seconds for a service that does not answer.
+Every check runs, whatever the others find, and none waits longer than seconds for a service that does not answer.
 """
 
-import json
 import os
 import shutil
 import uuid
@@ -13,16 +12,18 @@ from functools import partial
 from pathlib import Path
 
 from vismem.config import Config, RegistryConfig
-from vismem.errors import UserError
+from vismem.errors import UserError, mask_credentials
+from vismem.files import read_json, write_text
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3, 5  # a dead endpoint costs this, not the clients' own minute of retries
 GB = 1e9
 SHARED_MEMORY = Path("/dev/shm")
+CHECK_S3 = "check AWS_ENDPOINT_URL_S3, the credentials, and that the S3 service runs and is reachable from here"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw, and what to do where it is not as it must be."""
+    """What one check found, and what to do where it failed."""
 
     name: str
     ok: bool
@@ -41,10 +42,9 @@ def preflight(config: Config, artifacts: Path, report: Path | None = None) -> li
     findings = []
     for check in checks(config, artifacts):
         findings.append(found := check())
-        print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {found.seen}", flush=True)
+        print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {mask_credentials(found.seen)}", flush=True)
     if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(markdown(findings))
+        write_text(report, markdown(findings))
     failed = [finding for finding in findings if not finding.ok]
     if failed:
         reasons = "; ".join(f"({i}) {f.name}: {f.seen}: {f.remedy}" for i, f in enumerate(failed, start=1))
@@ -53,7 +53,7 @@ def preflight(config: Config, artifacts: Path, report: Path | None = None) -> li
 
 
 def checks(config: Config, artifacts: Path) -> list[Check]:
-    """The checks that the parameters ask for, not yet run. A check says no by its finding; it does not raise."""
+    """The checks that the parameters ask for, not yet run. A check that fails returns a finding; it does not raise."""
     wanted = config.preflight
     return [
         *(partial(check_variable, name) for name in wanted.environment),
@@ -68,14 +68,14 @@ def checks(config: Config, artifacts: Path) -> list[Check]:
 
 def markdown(findings: Sequence[Finding]) -> str:
     """The findings as a table for Kubeflow's page of a run."""
-    rows = [
-        " | ".join(_cell(text) for text in (f.name, "ok" if f.ok else "**failed**", f.seen, "" if f.ok else f.remedy))
-        for f in findings
-    ]
     failed = sum(not finding.ok for finding in findings)
     verdict = f"**{failed} of {len(findings)} checks failed**" if failed else f"All {len(findings)} checks passed"
-    head = ["# Preflight", "", f"{verdict}.", "", "| check | result | seen | what to do |", "|---|---|---|---|"]
-    return "\n".join([*head, *(f"| {row} |" for row in rows), ""])
+    lines = ["# Preflight", "", f"{verdict}.", "", "| check | result | seen | what to do |", "|---|---|---|---|"]
+    for f in findings:
+        cells = (f.name, "ok" if f.ok else "**failed**", f.seen, "" if f.ok else f.remedy)
+        safe = (text.replace("|", "\\|").replace("\n", " ") for text in cells)
+        lines.append(f"| {' | '.join(safe)} |")
+    return mask_credentials("\n".join([*lines, ""]))
 
 
 def check_variable(name: str) -> Finding:
@@ -101,35 +101,34 @@ def check_bucket(bucket: str) -> Finding:
 
     what, (name, _, prefix) = f"bucket {bucket}", bucket.removeprefix("s3://").partition("/")
     key = "/".join(part for part in (prefix.strip("/"), f"vismem-preflight-{uuid.uuid4().hex}") if part)
-    probe = key.encode()
+    settings = {
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": ANSWER_SECONDS,
+        "retries": {"total_max_attempts": 1},
+    }
     doing = "find"
     try:
-        client = boto3.Session().client(  # a session of its own: the default one keeps the first credentials it saw
-            "s3",
-            config=ClientConfig(
-                connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS, retries={"total_max_attempts": 1}
-            ),
-        )
+        # a session of its own: the default one keeps the first credentials it saw
+        client = boto3.Session().client("s3", config=ClientConfig(**settings))
         endpoint = client.meta.endpoint_url
         client.head_bucket(Bucket=name)
         doing = "write to"
-        client.put_object(Bucket=name, Key=key, Body=probe)
+        client.put_object(Bucket=name, Key=key, Body=key.encode())
         doing = "read from"
-        same = client.get_object(Bucket=name, Key=key)["Body"].read() == probe
+        same = client.get_object(Bucket=name, Key=key)["Body"].read() == key.encode()
         doing = "delete from"
         client.delete_object(Bucket=name, Key=key)
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        reason = {403: "not allowed (403)", 404: "not there (404)"}.get(status, str(error))
-        remedies = {
-            403: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do there",
-            404: f"make the bucket (`aws s3 mb s3://{name}`), or correct preflight.buckets",
-        }
-        return Finding(what, False, f"could not {doing} it at {endpoint}: {reason}", remedies.get(status, _CHECK_S3))
+        reason, remedy = {
+            403: ("not allowed (403)", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights of that key"),
+            404: ("not there (404)", f"make the bucket (`aws s3 mb s3://{name}`), or correct preflight.buckets"),
+        }.get(status, (str(error), CHECK_S3))
+        return Finding(what, False, f"could not {doing} it at {endpoint}: {reason}", remedy)
     except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no address
-        return Finding(what, False, f"could not {doing} it: {_one_line(error)}", _CHECK_S3)
+        return Finding(what, False, f"could not {doing} it: {_one_line(error)}", CHECK_S3)
     seen = "written, read and deleted from" if same else "another object came back than was written"
-    return Finding(what, same, f"{seen} at {endpoint}", _CHECK_S3)
+    return Finding(what, same, f"{seen} at {endpoint}", CHECK_S3)
 
 
 def check_registry(config: RegistryConfig) -> Finding:
@@ -188,9 +187,6 @@ def check_shared_memory(wanted_gb: float, place: Path = SHARED_MEMORY) -> Findin
     return Finding("shared memory", size >= wanted_gb, seen, remedy)
 
 
-_CHECK_S3 = "check AWS_ENDPOINT_URL_S3, the credentials, and that the S3 service runs and is reachable from here"
-
-
 def _see_base(model: str) -> str:
     """How `base.model` can be had. UserError, OSError (the hub's errors are such) or ValueError where it cannot."""
     if model == "embedded":
@@ -224,14 +220,10 @@ def _check_family(settings: Path) -> str:
     """The model's type. UserError where the library has no file for its family."""
     from vismem.models.backbones import check_family
 
-    family = str(json.loads(settings.read_text()).get("model_type"))
+    family = str(read_json(settings).get("model_type"))
     check_family(family)
     return family
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config
+from vismem.errors import mask_credentials
 
 MANIFEST = "manifest.json"
 PACKAGES = (
@@ -101,7 +102,7 @@ def lineage(config: Config, data: Path | None = None, inputs: Mapping[str, Path]
         "data_sha256": sha256_folder(data, "**/*.parquet") if data else None,
         "inputs_sha256": {name: sha256_folder(folder) for name, folder in (inputs or {}).items()},
         "seed": config.seed,
-        "params": params,
+        "params": json.loads(mask_credentials(json.dumps(params))),
         "versions": versions(),
     }
 

@@ -1,7 +1,8 @@
-"""Servers as child processes: started on ports known to be free, watched, and gone when the one who started them is."""
+"""Servers as child processes: each is started, waited for, watched, and stopped with its parent."""
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -13,129 +14,109 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
 from vismem.errors import UserError
 
 HOST = "127.0.0.1"
 READY_SECONDS = 300.0  # a busy machine needs minutes to import MLflow
-STOP_SECONDS = 20.0
 POLL = 0.2  # seconds
-TAIL = 15  # lines of a dead service's log that are shown
-MARK = "VISMEM_SERVICE_OF"  # a variable of every service: the folder that it works in
+MARK = "VISMEM_SERVICE_OF"  # a variable in a service's environment: the folder that it works in
 
 
 class NotYetError(Exception):
     """A service does not answer yet."""
 
 
+def last_error(lines: Sequence[str]) -> str:
+    """The log's last line about an error, else its last line."""
+    errors = [line for line in lines if re.search(r"error|exception|fatal|panic", line, re.IGNORECASE)]
+    return (errors or list(lines))[-1]
+
+
 @dataclass(frozen=True)
 class Service:
-    """One running server with its children."""
+    """A running server with its children; leaving its `with` block stops it."""
 
     name: str
     process: "subprocess.Popen[bytes]"
     log: Path
     stop_signal: signal.Signals
+    stop_seconds: float
+    find_error: Callable[[Sequence[str]], str]
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def check(self) -> None:
-        """UserError where it has ended; the end of its log goes to stderr."""
-        if (status := self.process.poll()) is None:
-            return
-        how = f"ended with status {status}" if status >= 0 else f"was killed by signal {-status}"
-        raise self.failure(how)
+        """UserError with the telling line of its log where it has exited."""
+        if (status := self.process.poll()) is not None:
+            raise self.failure(f"exited with status {status}" if status >= 0 else f"was killed by signal {-status}")
 
-    def wait_until(self, probe: Callable[[], None]) -> None:
-        """Wait until the probe no longer raises NotYetError. UserError as `check`, and after five minutes."""
-        deadline = time.monotonic() + READY_SECONDS
+    def wait_until(self, probe: Callable[[], None], seconds: float = READY_SECONDS) -> None:
+        """Wait until the probe no longer raises NotYetError. UserError as from `check`, and after `seconds`."""
+        deadline = time.monotonic() + seconds
         while True:
             self.check()
             try:
                 return probe()
             except NotYetError as error:
                 if time.monotonic() > deadline:
-                    raise self.failure(f"does not answer ({error})") from None
+                    raise self.failure(f"was not ready after {seconds:g} s ({error})") from None
             time.sleep(POLL)
 
     def failure(self, what: str) -> UserError:
-        """The error to raise, after the end of the log has been shown."""
+        """The error to raise: what happened, the telling line of the log, and where the log is."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        for line in lines[-TAIL:]:
-            print(f"  {line}", file=sys.stderr)
-        return UserError(f"{self.name} {what}; its log is {self.log}")
+        said = self.find_error(lines) if lines else "it wrote nothing"
+        return UserError(f"{self.name} {what}: {said}; its log is {self.log}")
 
     def stop(self) -> None:
-        """End it with all its children."""
+        """Stop it gracefully, then kill what is left of its process group. Does nothing the second time."""
         self.process.send_signal(self.stop_signal)
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_SECONDS)
+            self.process.wait(self.stop_seconds)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """A block that SIGTERM ends in order, with status 143, so that what it started goes with it; main thread only."""
-    if threading.current_thread() is not threading.main_thread():  # no other may say what a signal does
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def until_stopped(write: Callable[[str], None]) -> Iterator[None]:
-    """A block that serves until Ctrl-C or SIGTERM: its own end is clean then, and `write` is told."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        write("stopped")
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def start_service(
     name: str,
     command: Sequence[str],
     environment: Mapping[str, str],
-    folder: Path,
+    log: Path,
     *,
     stop_signal: signal.Signals = signal.SIGTERM,
+    stop_seconds: float = 20.0,
     never_root: bool = False,
+    find_error: Callable[[Sequence[str]], str] = last_error,
 ) -> Service:
-    """Start a server that logs to `folder/logs/NAME.log`, in a process group of its own: Ctrl-C does not reach it.
+    """Start a server that writes to `log`, in a process group of its own: Ctrl-C does not reach it.
 
-    `environment` comes on top of ours, less what would lead it to other servers. For the rest see `with_parent`.
+    `find_error` picks the line of the log that explains a failure. For the rest see `with_parent`.
     """
-    log = folder / "logs" / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)
-    ours = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "MLFLOW_", "PG"))}
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
             with_parent(command, stop_signal, never_root=never_root),
-            env={**ours, **environment, MARK: str(folder)},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Service(name, process, log, stop_signal)
+    return Service(name, process, log, stop_signal, stop_seconds, find_error)
 
 
 def with_parent(command: Sequence[str], stop_signal: signal.Signals, *, never_root: bool = False) -> list[str]:
     """The command under util-linux's `setpriv`, so that it gets `stop_signal` when this process dies, even by SIGKILL.
 
-    `never_root` is for a program that refuses to run as root: where we are, it runs as `nobody`, with the right to
-    reach folders that are root's. UserError where that cannot be done.
+    `never_root` is for a program that refuses to run as root: then it runs as `nobody`, with the right to reach
+    folders of root. UserError where that cannot be done.
     """
     user = unprivileged_user() if never_root else None
     setpriv = shutil.which("setpriv")
@@ -151,12 +132,45 @@ def with_parent(command: Sequence[str], stop_signal: signal.Signals, *, never_ro
 
 
 def unprivileged_user() -> pwd.struct_passwd | None:
-    """`nobody` where we are root, else None."""
+    """`nobody` where this process is root's, else None."""
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
+def watch(services: Iterable[Service]) -> NoReturn:
+    """Wait until one of the services exits, and raise its UserError."""
+    services = list(services)
+    while True:
+        for service in services:
+            service.check()
+        time.sleep(POLL)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """A block that SIGTERM ends in order, with status 143, so that its children are stopped; main thread only."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set a signal's handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def until_stopped(write: Callable[[str], None]) -> Iterator[None]:
+    """A block that serves until Ctrl-C or SIGTERM; then it ends without an error and writes "stopped"."""
+
+    try:
+        with exit_on_sigterm():
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        write("stopped")
+
+
 def end_leftovers(folder: Path) -> None:
-    """End what still runs there after a kill: with `setpriv` hardly anything, without it every service."""
+    """Stop services whose MARK is `folder` and which outlived a killed parent, and wait until they have exited."""
     import psutil
 
     left = []
@@ -165,7 +179,7 @@ def end_leftovers(folder: Path) -> None:
             if process.environ().get(MARK) == str(folder):
                 process.send_signal(signal.SIGINT)
                 left.append(process)
-    for process in psutil.wait_procs(left, timeout=STOP_SECONDS)[1]:
+    for process in psutil.wait_procs(left, timeout=20)[1]:
         with suppress(psutil.Error):
             process.kill()
 
@@ -175,7 +189,7 @@ def free_ports(
 ) -> dict[str, int]:
     """The ports by name, a free one for each 0 and for each of `inner`. UserError where one asked for is in use.
 
-    `flag` says how a person chooses another; `{name}` in it is the port's name.
+    `flag` names the option that chooses another port; `{name}` in it is the port's name.
     """
     found: dict[str, int] = {}
     with ExitStack() as held:  # all at once, so that they differ

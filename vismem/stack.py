@@ -1,10 +1,9 @@
 """`vismem stack`: PostgreSQL, an S3 server and MLflow on both, as ordinary processes of this machine until Ctrl-C.
 
-The programs come from the wheels of the extra `stack`. One folder holds all that they keep, their passwords and logs,
-so that the next start finds everything again. `deploy/compose.yaml` is the same in containers.
+The programs come from the wheels of the extra `stack`. One folder holds their data, passwords and logs, so that the
+next start finds everything again. `deploy/compose.yaml` is the same in containers.
 """
 
-import json
 import os
 import secrets
 import shlex
@@ -12,18 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from vismem.errors import UserError
+from vismem.files import read_json, write_json, write_text
 from vismem.locks import lock_folder
+from vismem.registry.server import check_mlflow, mlflow_settings, start_mlflow
 from vismem.services import (
     HOST,
-    POLL,
+    MARK,
     NotYetError,
     Service,
     end_leftovers,
@@ -31,10 +30,12 @@ from vismem.services import (
     start_service,
     unprivileged_user,
     until_stopped,
+    watch,
     with_parent,
 )
 
 BUCKET = "vismem"  # DVC's files are in its dvc/ (see .dvc/config), MLflow's in its mlflow/
+MLFLOW_FILES = f"s3://{BUCKET}/mlflow"
 S3_INNER = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3.grpc")  # ports of SeaweedFS
 SECRETS = "secrets.json"
 POSTGRES = "pginstall18/bin"  # in the wheel; its data folder is good for this major version only
@@ -48,21 +49,18 @@ NEEDED = {
 
 
 def serve_stack(folder: Path, ports: Mapping[str, int], write: Callable[[str], None] = print) -> None:
-    """Start the services, say how to use them, and watch them until Ctrl-C or SIGTERM.
+    """Start the services, print how to use them, and watch them until Ctrl-C or SIGTERM.
 
     `ports` are those of mlflow, s3 and postgres; 0 means any free one. UserError where a port is in use, another stack
-    works in the folder, a service does not come up, or one ends by itself: the others are stopped then.
+    works in the folder, a service does not come up, or one exits by itself: the others are stopped then.
     """
-    with until_stopped(write), running_stack(folder, ports) as (environment, port, services):
+    with until_stopped(write), running_stack(folder.absolute(), ports) as (environment, port, services):
         write(f"PostgreSQL  {HOST}:{port['postgres']}, database mlflow, user vismem, password in {folder / SECRETS}")
         write(f"S3          {environment['AWS_ENDPOINT_URL_S3']}, bucket {BUCKET}, keys in {folder / SECRETS}")
         write(f"MLflow      {environment['MLFLOW_TRACKING_URI']}, its tables in PostgreSQL, its files in S3")
         write(f"ready: `source {folder / 'env'}` where you work; data and logs are in {folder}; stop with Ctrl-C")
         sys.stdout.flush()
-        while True:
-            for service in services:
-                service.check()
-            time.sleep(POLL)
+        watch(services)
 
 
 @contextmanager
@@ -73,57 +71,52 @@ def running_stack(
 
     `folder/env` is the environment as a shell script.
     """
-    folder = folder.absolute()
     weed, postgres = _programs()
     with lock_folder(folder), ExitStack() as running:
         folder.chmod(0o700)
         end_leftovers(folder)
         known, port = _known_secrets(folder / SECRETS), free_ports(ports, inner=S3_INNER)
         _remove_sockets(folder)
-        (folder / "ports.json").write_text(json.dumps(port))
-        database = f"{known['postgres_password']}@{HOST}:{port['postgres']}"
-        environment = {
-            "MLFLOW_TRACKING_URI": f"http://{HOST}:{port['mlflow']}",
-            "AWS_ENDPOINT_URL_S3": f"http://{HOST}:{port['s3']}",
-            "AWS_ACCESS_KEY_ID": known["access_key"],
-            "AWS_SECRET_ACCESS_KEY": known["secret_key"],
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_MAX_ATTEMPTS": "2",  # a local server that does not answer will not do so for being asked five times
-        }
-        services: list[Service] = []
-
-        def start(name: str, command: Sequence[str], stop: signal.Signals, **more: str) -> Service:
-            never_root = name == "postgres"
-            service = start_service(
-                name, command, {**environment, **more}, folder, stop_signal=stop, never_root=never_root
-            )
-            running.callback(service.stop)
-            services.append(service)
-            return service
-
-        tables = start("postgres", _postgres(postgres, folder, known, port["postgres"]), signal.SIGINT)
+        write_json(folder / "ports.json", port)
         running.callback(_remove_sockets, folder)
-        # SIGKILL: its graceful end waits 15 s for streams of its own; what it has acknowledged is written already
-        files = start("s3", seaweedfs_command(weed, _s3_folder(folder), port), signal.SIGKILL)
+        environment = _environment(known, port)
+        others = ("AWS_", "MLFLOW_", "PG")  # variables that could lead a service to other servers
+        around = {key: value for key, value in os.environ.items() if not key.startswith(others)}
+        around |= {**environment, MARK: str(folder)}
+
+        tables = running.enter_context(_start_postgres(postgres, folder, known, port["postgres"], around))
+        files = running.enter_context(_start_s3(weed, folder, port, around))
+        database = f"{known['postgres_password']}@{HOST}:{port['postgres']}"
         tables.wait_until(lambda: _make_database(f"postgresql://vismem:{database}/postgres"))
-        store = f"postgresql+psycopg2://vismem:{database}/mlflow"  # a secret: not on the command line
-        tracking = start(
-            "mlflow",
-            mlflow_command(port["mlflow"]),
-            signal.SIGTERM,
-            MLFLOW_BACKEND_STORE_URI=store,
-            MLFLOW_DISABLE_TELEMETRY="true",
-            MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # processes for evaluations of prompts
-        )
+        settings = mlflow_settings(f"postgresql+psycopg2://vismem:{database}/mlflow", MLFLOW_FILES)
+        tracking = running.enter_context(start_mlflow(port["mlflow"], around | settings, _log(folder, "mlflow")))
         files.wait_until(lambda: _make_bucket(environment))
-        tracking.wait_until(lambda: _list_experiments(environment["MLFLOW_TRACKING_URI"]))
-        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
-        _write_private(folder / "env", "".join(lines))
-        yield environment, port, services
+        tracking.wait_until(lambda: check_mlflow(environment["MLFLOW_TRACKING_URI"]))
+        write_text(folder / "env", "".join(f"export {n}={shlex.quote(v)}\n" for n, v in environment.items()))
+        (folder / "env").chmod(0o600)
+        yield environment, port, [tables, files, tracking]
 
 
-def _postgres(programs: Path, folder: Path, known: Mapping[str, str], port: int) -> list[str]:
-    """The server's command; the first time its data folder is made."""
+def _environment(known: Mapping[str, str], port: Mapping[str, int]) -> dict[str, str]:
+    """The variables by which clients, and MLflow's server, find the services."""
+    return {
+        "MLFLOW_TRACKING_URI": f"http://{HOST}:{port['mlflow']}",
+        "AWS_ENDPOINT_URL_S3": f"http://{HOST}:{port['s3']}",
+        "AWS_ACCESS_KEY_ID": known["access_key"],
+        "AWS_SECRET_ACCESS_KEY": known["secret_key"],
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "2",  # a dead local server does not answer the fifth attempt either
+    }
+
+
+def _log(folder: Path, name: str) -> Path:
+    return folder / "logs" / f"{name}.log"
+
+
+def _start_postgres(
+    programs: Path, folder: Path, known: Mapping[str, str], port: int, environment: Mapping[str, str]
+) -> Service:
+    """Start PostgreSQL; the first time, its data folder is made."""
     data = folder / "postgres"
     if not data.is_dir():
         partial = folder / "postgres.partial"
@@ -132,9 +125,8 @@ def _postgres(programs: Path, folder: Path, known: Mapping[str, str], port: int)
         if (user := unprivileged_user()) is not None:
             os.chown(partial, user.pw_uid, user.pw_gid)
         options = ["--username=vismem", "--pwfile=/dev/stdin", "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
-        command = [str(programs / "initdb"), f"--pgdata={partial}", *options]
         done = subprocess.run(
-            with_parent(command, signal.SIGINT, never_root=True),
+            with_parent([f"{programs}/initdb", f"--pgdata={partial}", *options], signal.SIGINT, never_root=True),
             input=known["postgres_password"],
             capture_output=True,
             text=True,
@@ -143,7 +135,9 @@ def _postgres(programs: Path, folder: Path, known: Mapping[str, str], port: int)
         if done.returncode != 0:
             raise UserError(f"PostgreSQL cannot make its data folder {data}: {done.stderr or done.stdout}")
         partial.rename(data)
-    return [str(programs / "postgres"), "-D", str(data), "-h", HOST, "-p", str(port), "-k", ""]
+    command = [f"{programs}/postgres", "-D", str(data), "-h", HOST, "-p", str(port), "-k", ""]
+    log = _log(folder, "postgres")
+    return start_service("postgres", command, environment, log, stop_signal=signal.SIGINT, never_root=True)
 
 
 def _make_database(server: str) -> None:
@@ -163,13 +157,15 @@ def _make_database(server: str) -> None:
         connection.close()
 
 
-def _s3_folder(folder: Path) -> Path:
-    """SeaweedFS's data folder, less its last master's election state: that is bound to its port, and made anew."""
+def _start_s3(weed: str, folder: Path, port: Mapping[str, int], environment: Mapping[str, str]) -> Service:
+    """Start SeaweedFS, without its last master's election state: that is bound to its port, and made anew."""
     data = folder / "s3"
     data.mkdir(exist_ok=True)
     for stale in data.glob("m[0-9]*"):
         shutil.rmtree(stale)
-    return data
+    # SIGKILL: its graceful end waits 15 s for streams of its own; what it has acknowledged is written already
+    command, log = seaweedfs_command(weed, data, port), _log(folder, "s3")
+    return start_service("s3", command, environment, log, stop_signal=signal.SIGKILL)
 
 
 def seaweedfs_command(weed: str, data: Path, port: Mapping[str, int]) -> list[str]:
@@ -211,24 +207,10 @@ def _make_bucket(environment: Mapping[str, str]) -> None:
 def _remove_sockets(folder: Path) -> None:
     """Remove the sockets that SeaweedFS leaves behind, named by its ports, when it is killed."""
     file = folder / "ports.json"
-    ports: dict[str, int] = json.loads(file.read_text()) if file.is_file() else {}
+    ports: dict[str, int] = read_json(file) if file.is_file() else {}
     for number in ports.values():
         for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
             left.unlink(missing_ok=True)
-
-
-def mlflow_command(port: int) -> list[str]:
-    """MLflow's server. It passes clients' files on, so that they need no key of the bucket."""
-    options = {"host": HOST, "port": port, "workers": 1, "artifacts-destination": f"s3://{BUCKET}/mlflow"}
-    command = [sys.executable, "-m", "mlflow", "server", "--serve-artifacts"]
-    return [*command, *(f"--{name}={value}" for name, value in options.items())]
-
-
-def _list_experiments(server: str) -> None:
-    try:
-        urllib.request.urlopen(f"{server}/api/2.0/mlflow/experiments/search?max_results=1", timeout=5).close()
-    except OSError as error:  # refused, timed out, or an HTTP error
-        raise NotYetError(str(error)) from None
 
 
 def _programs() -> tuple[str, Path]:
@@ -247,15 +229,7 @@ def _known_secrets(file: Path) -> dict[str, str]:
     if not file.is_file():
         made = {"access_key": f"vismem{secrets.token_hex(7)}"}
         made |= {name: secrets.token_hex(20) for name in ("secret_key", "postgres_password")}
-        _write_private(file, json.dumps(made, indent=2) + "\n")
-    known: dict[str, str] = json.loads(file.read_text())
+        write_json(file, made)
+        file.chmod(0o600)  # its folder is closed to others already
+    known: dict[str, str] = read_json(file)
     return known
-
-
-def _write_private(file: Path, text: str) -> None:
-    """Write a file whole, readable by its owner only."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as output:
-        output.write(text)
-    partial.rename(file)

@@ -45,7 +45,7 @@ BASELINES: tuple[Step, ...] = tuple(
         name,
         f"vismem.training.baselines:{name}",
         ("base", "validate"),
-        ("seed", "memory", "invocation", "baselines"),  # the first two say how much VisMem trains
+        ("seed", "memory", "invocation", "grpo", "baselines"),  # the memory says how much VisMem trains
     )
     for name in ("sft_lora", "sft_lora_matched", "grpo_lora", "grpo_lora_matched", "full")
 )
@@ -54,8 +54,13 @@ STEPS: tuple[Step, ...] = (
     Step("prepare", "vismem.data.prepare:prepare", (), ("seed", "prepare")),
     Step("validate", "vismem.validation.validate:validate", ("prepare",), ("validate",)),
     Step("base", "vismem.training.base:base", ("validate",), ("seed", "base")),
-    Step("stage1", "vismem.training.stage1:stage1", ("base", "validate"), ("seed", "memory", "invocation", "stage1")),
-    Step("stage2", "vismem.training.stage2:stage2", ("base", "stage1", "validate"), ("seed", "stage2")),
+    Step(
+        "stage1",
+        "vismem.training.stage1:stage1",
+        ("base", "validate"),
+        ("seed", "memory", "invocation", "grpo", "stage1"),
+    ),
+    Step("stage2", "vismem.training.stage2:stage2", ("base", "stage1", "validate"), ("seed", "grpo", "stage2")),
     Step(
         "evaluate",
         "vismem.evaluation.evaluate:evaluate",

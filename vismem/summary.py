@@ -1,6 +1,5 @@
 """What a run came to, for the terminal: scores, the gate's verdict, one served answer, and where the reports are."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from vismem.config import Config
-from vismem.errors import UserError
+from vismem.files import read_json
+from vismem.records import Metrics, Release, Verdict
 
 REPORTS = (
     ("the data", "validate/report.html"),
@@ -34,13 +34,13 @@ def print_summary(
 
     console = console or make_console()
     here = here or Path.cwd()
-    results = {
-        "evaluate": "metrics.json",
-        "register": "verdict.json",
-        "promote": "release.json",
-        "deploy": "smoke.json",
-    }
-    metrics, verdict, release, smoke = (_read(here, artifacts / step / name) for step, name in results.items())
+    folder = here / artifacts
+    metrics, release, verdict = (
+        Metrics.read(folder / "evaluate"),
+        Release.read(folder / "promote"),
+        Verdict.read(folder / "promote"),
+    )
+    smoke = read_json(folder / "deploy" / "smoke.json", "run `vismem deploy` again")
     console.print()
     console.print(score_table(metrics))
     console.print(headline(metrics), highlight=False)
@@ -58,16 +58,16 @@ def print_summary(
     console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `{ui}` opens it", highlight=False)
 
 
-def verdict_lines(verdict: Mapping[str, Any], release: Mapping[str, Any]) -> list[str]:
-    """The gate's verdict: one line of outcome, then one a rule with its reason. Rich markup."""
-    name = f"{release['name']} version {release['version']}"
+def verdict_lines(verdict: Verdict, release: Release) -> list[str]:
+    """The gate's verdict: one line of outcome, then one per rule with its reason. Rich markup."""
+    name = f"{release.name} version {release.version}"
     head = (
         f"[bold green]RELEASED[/]: the gate passed {name}; it is the champion"
-        if release["promoted"]
+        if release.promoted
         else f"[bold red]NOT RELEASED[/]: the gate refused {name}"
     )
     marks = {True: "[green]✓[/]", False: "[red]✗[/]"}
-    return [head, *(f"  {marks[rule['passed']]} {escape(rule['reason'])}" for rule in verdict["rules"])]
+    return [head, *(f"  {marks[rule.passed]} {escape(rule.reason)}" for rule in verdict.rules)]
 
 
 def example_lines(smoke: Mapping[str, Any]) -> list[str]:
@@ -99,14 +99,3 @@ def make_console() -> Console:
     """A console on stdout; where that is no terminal, wide enough that lines are not cut."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
-
-
-def _read(here: Path, path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads((here / path).read_text())
-    except FileNotFoundError:
-        step = path.parent.name
-        raise UserError(
-            f"{path} is not there: run `vismem {step}`, or the whole pipeline with `vismem repro`"
-        ) from None
-    return values

@@ -6,7 +6,6 @@ from kfp import dsl
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def deploy(
     parameters: dict,
-    journal: str,
     export: dsl.Input[dsl.Model],
     promote: dsl.Input[dsl.Artifact],
     validate: dsl.Input[dsl.Dataset],
@@ -17,17 +16,13 @@ def deploy(
 
     Args:
         parameters: The sections that this step depends on, from `configure`.
-        journal: Folder or s3:// address of the runs' journals; empty for none.
         export: The bundle of `export`.
         promote: The release of `promote`.
         validate: The clean shards of `validate`, whose test questions are asked.
         deploy: model_repository/ and smoke.json; metadata: model, version, repository_sha256.
         metrics: Times to the first token and to the whole answer, in milliseconds.
     """
-    from vismem.orchestration import run_task
+    from vismem.kubeflow import run_task
 
-    inputs = {"export": export.path, "promote": promote.path, "validate": validate.path}
-    made = run_task("deploy", parameters, deploy.path, inputs, journal, metrics=metrics.path)
-    deploy.metadata.update(made.metadata)
-    for name, value in made.metrics.items():
-        metrics.log_metric(name, value)
+    inputs = {"export": export, "promote": promote, "validate": validate}
+    run_task("deploy", parameters, deploy, inputs, metrics=metrics)

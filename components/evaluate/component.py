@@ -6,7 +6,6 @@ from kfp import dsl
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def evaluate(
     parameters: dict,
-    journal: str,
     base: dsl.Input[dsl.Model],
     stage2: dsl.Input[dsl.Model],
     validate: dsl.Input[dsl.Dataset],
@@ -19,7 +18,6 @@ def evaluate(
 
     Args:
         parameters: The sections that this step depends on, from `configure`.
-        journal: Folder or s3:// address of the runs' journals; empty for none.
         base: The model of `base`.
         stage2: The model of `stage2`.
         validate: The clean shards of `validate`.
@@ -28,15 +26,9 @@ def evaluate(
         metrics: Scores of each arm in percent, and the gain over vanilla in points with its interval.
         yes_no: Confusion matrix of VisMem's answers to the yes/no questions, where there are any.
     """
-    import shutil
+    from vismem.kubeflow import run_task, write_confusion
 
-    from vismem.orchestration import run_task, yes_no_confusion
-
-    inputs = {"base": base.path, "stage2": stage2.path, "validate": validate.path}
-    made = run_task("evaluate", parameters, evaluate.path, inputs, journal, metrics=metrics.path)
-    evaluate.metadata.update(made.metadata)
-    shutil.copy(made.report, report.path)
-    for name, value in made.metrics.items():
-        metrics.log_metric(name, value)
-    if confusion := yes_no_confusion(evaluate.path, yes_no.path):
+    inputs = {"base": base, "stage2": stage2, "validate": validate}
+    run_task("evaluate", parameters, evaluate, inputs, metrics=metrics, report=report)
+    if confusion := write_confusion(evaluate.path, yes_no.path):
         yes_no.log_confusion_matrix(*confusion)

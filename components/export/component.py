@@ -6,7 +6,6 @@ from kfp import dsl
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def export(
     parameters: dict,
-    journal: str,
     base: dsl.Input[dsl.Model],
     stage2: dsl.Input[dsl.Model],
     validate: dsl.Input[dsl.Dataset],
@@ -19,7 +18,6 @@ def export(
 
     Args:
         parameters: The sections that tell how the model was made, from `configure`.
-        journal: Folder or s3:// address of the runs' journals; empty for none.
         base: The model of `base`.
         stage2: The model of `stage2`.
         validate: The clean shards of `validate`.
@@ -28,13 +26,7 @@ def export(
         card: The model card.
         metrics: Questions that both engines answered, and how many of them alike.
     """
-    import shutil
+    from vismem.kubeflow import run_task
 
-    from vismem.orchestration import run_task
-
-    inputs = {"base": base.path, "stage2": stage2.path, "validate": validate.path, "evaluate": evaluate.path}
-    made = run_task("export", parameters, export.path, inputs, journal, metrics=metrics.path)
-    export.metadata.update(made.metadata)
-    shutil.copy(f"{export.path}/README.md", card.path)
-    for name, value in made.metrics.items():
-        metrics.log_metric(name, value)
+    inputs = {"base": base, "stage2": stage2, "validate": validate, "evaluate": evaluate}
+    run_task("export", parameters, export, inputs, metrics=metrics, report=card)

@@ -1,17 +1,16 @@
-"""The run's end: what every task made, or why it failed."""
+"""The exit task: how the run ended."""
 
 from kfp import dsl
 
 
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
-def summary(journal: str, status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdown]):
+def summary(status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdown]):
     """Write the run's summary, whatever happened before.
 
     Args:
-        journal: Folder or s3:// address of the runs' journals; empty for none.
-        status: How the run ended, from the pipeline.
-        summary: A line a task, and the reasons of what failed.
+        status: The run's state and error message, from Kubeflow.
+        summary: The outcome in plain words, and what to do after a failure.
     """
-    from vismem.orchestration import close_run
+    from vismem.kubeflow import write_summary
 
-    print(close_run(summary.path, journal, status.state or "", status.error_message or ""))
+    print(write_summary(summary.path, status.state or "", status.error_message or ""))

@@ -6,7 +6,6 @@ from kfp import dsl
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def validate(
     parameters: dict,
-    journal: str,
     prepare: dsl.Input[dsl.Dataset],
     validate: dsl.Output[dsl.Dataset],
     report: dsl.Output[dsl.HTML],
@@ -16,18 +15,11 @@ def validate(
 
     Args:
         parameters: The sections that this step depends on, from `configure`.
-        journal: Folder or s3:// address of the runs' journals; empty for none.
         prepare: The shards of `prepare`.
         validate: Clean shards, quarantine and verdicts; metadata: data_sha256, shards_sha256, rows.
         report: The data report, readable offline.
         metrics: Rows in all, clean, and in quarantine.
     """
-    import shutil
+    from vismem.kubeflow import run_task
 
-    from vismem.orchestration import run_task
-
-    made = run_task("validate", parameters, validate.path, {"prepare": prepare.path}, journal, metrics=metrics.path)
-    validate.metadata.update(made.metadata)
-    shutil.copy(made.report, report.path)
-    for name, value in made.metrics.items():
-        metrics.log_metric(name, value)
+    run_task("validate", parameters, validate, {"prepare": prepare}, metrics=metrics, report=report)

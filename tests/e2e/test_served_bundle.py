@@ -15,6 +15,7 @@ from vismem.config import parse_config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.export.onnx import write_graphs
 from vismem.provenance import write_manifest
+from vismem.records import Release
 from vismem.serving.client import Token, infer, marked, plain
 from vismem.serving.deploy import deploy
 from vismem.serving.runtime import Runtime
@@ -35,9 +36,8 @@ def inputs(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
     model.backbone.processor.save_pretrained(bundle / "processor")
     write_graphs(model, bundle / "onnx", 18)
     write_manifest(bundle)
-    (root / "promote").mkdir()
-    release = {"promoted": False, "name": "vismem", "version": 2, "reasons": ["random weights"]}
-    (root / "promote" / "release.json").write_text(json.dumps(release))
+    refused = {"promoted": False, "reasons": ("random weights",)}
+    Release(name="vismem", version="2", model_id="m-1", previous=None, **refused).write(root / "promote")
     return {"export": bundle, "promote": root / "promote", "validate": tiny_data}
 
 

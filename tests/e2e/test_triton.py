@@ -25,6 +25,7 @@ from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
 from vismem.export.triton import write_model_repository
 from vismem.provenance import write_manifest
+from vismem.records import Release
 from vismem.serving import deploy as deploy_step
 from vismem.serving.client import Token, infer, main_infer, marked, plain
 from vismem.serving.environment import DEFAULT_PYTHON, VARIABLE, find_serving_environment
@@ -224,25 +225,6 @@ def test_an_unknown_model_is_reported(server: TritonServer) -> None:
         next(infer(server.grpc_url, "other", [IMAGE], "hi"))
 
 
-def test_protocols_that_run_code_or_read_memory_need_the_secret(server: TritonServer) -> None:
-    import tritonclient.grpc as triton
-    from tritonclient.utils import InferenceServerException
-
-    with triton.InferenceServerClient(server.grpc_url) as client:
-        for call in (
-            client.get_model_repository_index,
-            client.get_system_shared_memory_status,
-            client.get_trace_settings,
-            client.get_log_settings,
-            partial(client.load_model, "vismem"),
-        ):
-            with pytest.raises(InferenceServerException, match="protocol is restricted"):
-                call()
-        index = client.get_model_repository_index(headers={"triton-grpc-protocol-vismem-admin": server.secret})
-        assert [(model.name, model.version) for model in index.models] == [("vismem", "7")]
-    assert server.secret not in server.log.read_text()
-
-
 def test_serving_leaves_the_repository_as_it_was_written(server: TritonServer) -> None:
     ask(server)
     names = {path.name for path in server.repository.rglob("*")}
@@ -291,7 +273,7 @@ def test_a_model_process_that_dies_is_reported_and_the_server_can_still_be_stopp
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with TritonServer(make_repository(tmp_path), log=tmp_path / "log", exit_timeout=1) as server:
-        group = server.process.pid
+        group = server.service.process.pid
         with pytest.raises(UserError, match=r"sent nothing for 2 s|is not healthy"):
             ask(server, "die", timeout=2)
         with pytest.raises(UserError, match="restart `vismem serve`"):
@@ -438,8 +420,8 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 
 def test_deploy_serves_a_refused_version_as_challenger_and_says_so(inputs: dict[str, Path], tmp_path: Path) -> None:
-    release = {"promoted": False, "name": "vismem", "version": "4", "reasons": ["gain 0.2 is below 1.0"]}
-    (inputs["promote"] / "release.json").write_text(json.dumps(release))
+    refused = {"promoted": False, "reasons": ("gain 0.2 is below 1.0",)}
+    Release(name="vismem", version="4", model_id="m-1", previous=None, **refused).write(inputs["promote"])
     line = deploy_step.deploy(parse_config({}), inputs, tmp_path / "out")
     assert line.startswith(
         "NOT released, the gate refused version 4 (gain 0.2 is below 1.0): deployed as vismem_challenger"
@@ -456,8 +438,8 @@ def test_deploy_serves_a_refused_version_as_challenger_and_says_so(inputs: dict[
 def test_deploy_serves_a_released_version_under_the_models_name(
     server: TritonServer, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release = {"promoted": True, "name": "vismem", "version": "5", "reasons": []}
-    (inputs["promote"] / "release.json").write_text(json.dumps(release))
+    passed = {"promoted": True, "reasons": ()}
+    Release(name="vismem", version="5", model_id="m-1", previous=None, **passed).write(inputs["promote"])
     (tmp_path / "out" / "model_repository" / "half").mkdir(parents=True)  # left by a killed run
     running = contextlib.nullcontext(server)  # the one that runs already: a second start shows nothing new
     monkeypatch.setattr(deploy_step, "TritonServer", lambda repository, log: running)

@@ -20,11 +20,11 @@ from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off, Random
 from vismem.generation.prompts import encode
-from vismem.generation.replay import read_prompts, score
-from vismem.generation.types import MemoryKind
+from vismem.generation.replay import prefill, score
 from vismem.models.backbones import backbone_of
 from vismem.models.backbones.base import Backbone, VisionInput
 from vismem.models.backbones.tiles import TiledBackbone
+from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.base import base as copy_base
 
@@ -129,7 +129,7 @@ def _dense(backbone: Any, vision: VisionInput, tokens: Tensor) -> tuple[Tensor, 
     """One sample's patches and memory tokens as one sequence: (P, w) and (T, w) as the projector takes them."""
     length = tokens.shape[1]
     if not isinstance(backbone, TiledBackbone):
-        start, group, window = backbone.patch_stream(vision).start, vision.image[0], vision.window[0]
+        start, group, window = backbone.patch_stream(vision).embeds, vision.image[0], vision.window[0]
         none = torch.full((1, length, 2), -1.0)
         rotary = backbone._rotary(torch.cat([vision.positions.float(), none], dim=1))
         hidden = torch.cat([start, tokens], dim=1)
@@ -176,7 +176,7 @@ def test_as_many_memory_tokens_as_image_tokens_start_as_the_patches_themselves(b
     model = tiny.vismem(base, tiny.MEMORY.model_copy(update={"short_length": tokens}))
     stream = model.backbone.patch_stream(encode(model.backbone, [sample]).vision)
     pooled, _ = model.short._pool(stream)
-    torch.testing.assert_close(pooled, stream.start)
+    torch.testing.assert_close(pooled, stream.embeds)
 
 
 def test_with_invocation_off_the_text_equals_hugging_face_generate(
@@ -206,7 +206,7 @@ def test_replay_scores_what_decoding_scored_and_the_gradient_reaches_every_part_
 ) -> None:
     rollouts = generate(model, asked, RANDOM, max_new_tokens=8, temperature=1.0, seed=5)
     assert {i.kind for r in rollouts for i in r.invocations} == set(MemoryKind)
-    scores = score(model, read_prompts(model, asked), rollouts, torch.arange(len(rollouts)))
+    scores = score(model, prefill(model, asked), rollouts, torch.arange(len(rollouts)))
     for row, rollout in enumerate(rollouts):
         for index, (sampled, expected) in enumerate(zip(rollout.loss_mask, rollout.logprobs, strict=True)):
             if sampled:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from vismem.cli import build_parser
-from vismem.config import BaselinesConfig, Config, EvaluateConfig, GrpoConfig, SupervisedConfig
+from vismem.config import BaselinesConfig, Config, EvaluateConfig, GrpoConfig, GrpoStageConfig, SupervisedConfig
 from vismem.data.sample import read_samples
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS, VANILLA
@@ -22,25 +22,25 @@ from vismem.evaluation.evaluate import decode, load_models
 from vismem.evaluation.predictions import read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
-from vismem.generation.replay import read_prompts, score
+from vismem.generation.replay import prefill, score
 from vismem.models.lora import LoraSettings
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.steps import BASELINES, STEPS, run_step
 from vismem.training import baselines, loop
+from vismem.training import grpo as grpo_losses
 from vismem.training.baselines import PolicyGrpo, matched_lora
-from vismem.training.stage1 import FORMATION, trainable
-from vismem.training.stage2 import POLICY_LORA
+from vismem.training.run import FORMATION, POLICY_LORA, Run, trainable
 from vismem.training.supervised import Supervised, plain_answer
 
 NAMES = [step.name for step in BASELINES]
 LORAS = [name for name in NAMES if name != "full"]
-GRPO = GrpoConfig(steps=4, batch_size=2, group_size=4, max_new_tokens=10, checkpoint_every=2, learning_rate=1e-2)
-SUPERVISED = SupervisedConfig(
-    steps=6, batch_size=4, learning_rate=1e-2, full_learning_rate=1e-3, warmup_ratio=0.2, checkpoint_every=2
-)
+GRPO = GrpoConfig(batch_size=2, max_new_tokens=10, checkpoint_every=2)
+STAGE = GrpoStageConfig(steps=4, group_size=4, learning_rate=1e-2)
+SUPERVISED = SupervisedConfig(steps=6, batch_size=4, learning_rate=1e-2, full_learning_rate=1e-3, warmup_ratio=0.2)
 CONFIG = Config(
     memory=tiny.MEMORY,
-    baselines=BaselinesConfig(rank=4, alpha=8, supervised=SUPERVISED, grpo=GRPO),
+    grpo=GRPO,
+    baselines=BaselinesConfig(rank=4, alpha=8, supervised=SUPERVISED, grpo=STAGE),
     evaluate=EvaluateConfig(arms=(VANILLA, "sft_lora", "full"), max_new_tokens=10, bootstrap=100),
 )
 pytestmark = pytest.mark.usefixtures("scores_differ")
@@ -58,15 +58,15 @@ def made(
     """Every baseline's folder, and the model as it was when training ended."""
     artifacts = tmp_path_factory.mktemp("artifacts")
     models: dict[str, VisMemModel] = {}
-    finish = baselines.finish
+    finish = Run.finish
+
+    def keep(run: Run, *arguments: Any) -> str:
+        models[run.name] = run.model
+        return finish(run, *arguments)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "finish", keep)
         for name in NAMES:
-
-            def keep(model: VisMemModel, *rest: Any, name: str = name) -> Any:
-                models[name] = model
-                return finish(model, *rest)
-
-            patch.setattr(baselines, "finish", keep)
             assert run_step(name, CONFIG, artifacts, inputs).startswith(f"{name}: ")
     return {name: artifacts / name for name in NAMES}, models
 
@@ -247,8 +247,8 @@ def adapted(base: Path, spread: float = 0.05) -> tuple[VisMemModel, dict[str, to
 
 
 def grpo(model: VisMemModel, data: Path, **changes: Any) -> PolicyGrpo:
-    config = GRPO.model_copy(update={"batch_size": 8, **changes})
-    objective = PolicyGrpo(model, read_samples(data / "data/train"), config, 0, Accelerator(cpu=True))
+    grpo = GRPO.model_copy(update={"batch_size": 8, **changes})
+    objective = PolicyGrpo(model, read_samples(data / "data/train"), grpo, STAGE, 0, Accelerator(cpu=True))
     objective.prompts_need_gradient = True
     return objective
 
@@ -258,11 +258,10 @@ def test_the_first_update_of_a_lora_has_ratio_one(
 ) -> None:
     model, _ = adapted(tiny_base)
     seen = []
-    real = baselines.GrpoObjective.backward.__globals__["policy_term"]
 
     def policy_term(logprobs: torch.Tensor, old: torch.Tensor, advantages: Any, mask: torch.Tensor, *clip: Any) -> Any:
         seen.append((logprobs - old)[mask].exp())
-        return real(logprobs, old, advantages, mask, *clip)
+        return grpo_losses.policy_term(logprobs, old, advantages, mask, *clip)
 
     monkeypatch.setattr("vismem.training.rollout.policy_term", policy_term)
     objective = grpo(model, tiny_data)
@@ -278,11 +277,11 @@ def test_the_reference_of_a_lora_is_the_base(tiny_base: Path, tiny_data: Path) -
     model, _ = adapted(tiny_base, spread=0.5)
     objective = grpo(model, tiny_data, batch_size=2)
     batch = objective.collect(0)
-    rows = torch.arange(2).repeat_interleave(GRPO.group_size)
+    rows = torch.arange(2).repeat_interleave(STAGE.group_size)
     with torch.no_grad():
-        reference = objective.reference(read_prompts(model, batch.samples), batch.samples, batch.rollouts, rows)
+        reference = objective.reference(prefill(model, batch.samples), batch.samples, batch.rollouts, rows)
         base = tiny.vismem(tiny_base)
-        scores = score(base, read_prompts(base, batch.samples), batch.rollouts, rows)
+        scores = score(base, prefill(base, batch.samples), batch.rollouts, rows)
     assert torch.allclose(reference, scores.text_logprobs[scores.text_mask], atol=1e-5)
     assert model.policy_lora.enabled
 
@@ -295,7 +294,7 @@ def test_a_fresh_adapter_is_the_reference(tiny_base: Path, tiny_data: Path) -> N
 
 def test_eight_micro_batches_of_one_prompt_equal_one_of_eight_in_grpo(tiny_base: Path, tiny_data: Path) -> None:
     gradients = []
-    for micro in (GRPO.group_size, 64):
+    for micro in (STAGE.group_size, 64):
         model, parameters = adapted(tiny_base)
         objective = grpo(model, tiny_data, micro_batch=micro)
         objective.backward(objective.collect(0))

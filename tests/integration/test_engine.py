@@ -14,9 +14,10 @@ from vismem.data.collate import prompt_messages
 from vismem.generation import replay, token_scores
 from vismem.generation.engine import generate
 from vismem.generation.invocation import UNLIMITED, InvocationPolicy, Learned, Off, Only, Random, Replay, row_key
-from vismem.generation.replay import decisions_of, read_prompts, score, without_memory
-from vismem.generation.types import LATENT, MemoryKind
-from vismem.models.memory import PromptRead, causal_mask
+from vismem.generation.replay import decisions_of, prefill, score, without_memory
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
+from vismem.models.memory import PrefixCache, causal_mask
 from vismem.models.vismem import VisMemModel
 
 
@@ -67,7 +68,7 @@ def test_replay_scores_what_decoding_scored(eager: VisMemModel, policy: object, 
     """Latents, cache and positions of the update pass equal those of sampling."""
     rollouts = generate(eager, tiny.samples(), policy, max_new_tokens=16, temperature=1.0, seed=5, group_size=2)  # type: ignore[arg-type]
     assert any(len(r.invocations) > 1 for r in rollouts)
-    context = read_prompts(eager, tiny.samples())
+    context = prefill(eager, tiny.samples())
     sample = torch.arange(len(tiny.samples())).repeat_interleave(2)
     scores = score(eager, context, rollouts, sample, sampled_kinds=kinds)
     for row, rollout in enumerate(rollouts):
@@ -83,10 +84,10 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(
     model, found = tiny.vismem(tiny_base, seed=1), []
     model.tokens.load_state_dict(eager.tokens.state_dict())
     rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=16, temperature=0.7, seed=5)
-    for logits in (token_scores.MOST_LOGITS, 7 * model.vocabulary):
-        monkeypatch.setattr(token_scores, "MOST_LOGITS", logits)
+    for logits in (token_scores.MAX_LOGITS, 7 * model.vocabulary):
+        monkeypatch.setattr(token_scores, "MAX_LOGITS", logits)
         model.zero_grad()
-        context, sample = read_prompts(model, tiny.samples()), torch.arange(len(rollouts))
+        context, sample = prefill(model, tiny.samples()), torch.arange(len(rollouts))
         scores = score(model, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
         (scores.logprobs.sum() + 2 * scores.text_logprobs.sum()).backward()
         found.append((scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
@@ -100,7 +101,7 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(
 
 def test_entropy_and_word_scores_are_those_of_the_distributions(eager: VisMemModel) -> None:
     rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=8, temperature=0.7, seed=5)
-    context, sample = read_prompts(eager, tiny.samples()), torch.arange(len(rollouts))
+    context, sample = prefill(eager, tiny.samples()), torch.arange(len(rollouts))
     scores = score(eager, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
     first = eager.logits(context.last) / 0.7
     expected = torch.distributions.Categorical(logits=first).entropy()
@@ -117,11 +118,11 @@ def test_a_long_memory_is_the_same_whether_the_prompts_were_read_before(eager: V
     """Prompts of several lengths: what all have of them is read once, the rest with each memory."""
     policy = Random(probability=1.0, anywhere=0.5, kinds=(MemoryKind.LONG,))
     rollouts = generate(eager, tiny.samples(), policy, max_new_tokens=10, temperature=1.0, seed=5, group_size=2)
-    context, sample = read_prompts(eager, tiny.samples()), torch.arange(len(rollouts)) // 2
+    context, sample = prefill(eager, tiny.samples()), torch.arange(len(rollouts)) // 2
     assert len(set(context.prompt.mask.sum(1).tolist())) > 1
     found = []
-    for read in (eager.long_prompts(context.prompt), PromptRead(0, [])):  # the latter reads nothing beforehand
-        scores = score(eager, dataclasses.replace(context, read=read), rollouts, sample)
+    for prefix in (eager.long_prefix(context.prompt), PrefixCache(0, [])):  # the latter caches nothing
+        scores = score(eager, dataclasses.replace(context, prefix=prefix), rollouts, sample)
         found.append(torch.cat([memory.flatten() for memory in scores.latents]))
     assert torch.allclose(found[0], found[1], atol=1e-5)
 
@@ -131,7 +132,7 @@ def test_scores_do_not_depend_on_which_answers_go_together(eager: VisMemModel, m
     sample, found = torch.arange(len(rollouts)), []
     for rows in (replay.ROWS_TOGETHER, 3):
         monkeypatch.setattr(replay, "ROWS_TOGETHER", rows)
-        found.append(score(eager, read_prompts(eager, tiny.samples()), rollouts, sample))
+        found.append(score(eager, prefill(eager, tiny.samples()), rollouts, sample))
     for name in ("logprobs", "text_logprobs", "entropy", "mask", "text_mask"):
         assert torch.allclose(getattr(found[0], name).double(), getattr(found[1], name).double(), atol=1e-5), name
 
@@ -140,7 +141,7 @@ def test_cached_decoding_equals_one_full_pass_over_the_same_embeddings(eager: Vi
     sample = tiny.samples()[0]
     rollout = generate(eager, [sample], RANDOM, max_new_tokens=16, temperature=1.0, seed=7)[0]
     assert rollout.invocations
-    context = read_prompts(eager, [sample])
+    context = prefill(eager, [sample])
     scores = score(eager, context, [rollout], torch.zeros(1, dtype=torch.long))
     latents = torch.cat([memory[0] for memory in _in_order(scores.latents, rollout.invocations)])
     ids = torch.tensor(rollout.token_ids)
@@ -257,12 +258,12 @@ def test_the_gradient_through_a_memory_equals_a_numerical_one(tiny_base: Path, m
     assert len(rollout.invocations) > 1
 
     def loss() -> torch.Tensor:
-        scores = score(model, read_prompts(model, [sample]), [rollout], torch.zeros(1, dtype=torch.long))
+        scores = score(model, prefill(model, [sample]), [rollout], torch.zeros(1, dtype=torch.long))
         return scores.logprobs.sum()
 
     loss().backward()
     kinds = {i.kind for i in rollout.invocations}
-    names = ["builder.start"] + (["short.start"] if MemoryKind.SHORT in kinds else ["long.start"])
+    names = ["builder.query_init"] + (["short.memory_init"] if MemoryKind.SHORT in kinds else ["long.memory_init"])
     parameters = dict(model.named_parameters())
     for name in names:
         parameter = parameters[name]

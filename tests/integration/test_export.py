@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from project import HASHES
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import vismem.serving.runtime as runtime_package
@@ -24,14 +25,16 @@ from vismem.evaluation.predictions import predict
 from vismem.export.export import export
 from vismem.export.graphs import Decoder
 from vismem.export.onnx import prompt_parts
-from vismem.export.parity import check_parity, decode_runtime, decode_torch
+from vismem.export.parity import check_parity, decode_runtime, decode_torch, memory_difference
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Off
 from vismem.generation.prompts import encode
-from vismem.generation.types import LATENT, MemoryKind
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import verify_manifest
+from vismem.records import Metrics
 from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.runtime import BundleError, RequestError, Runtime
 from vismem.serving.runtime.bundle import Graph
@@ -56,9 +59,8 @@ def inputs(tiny_base, tmp_path_factory):
         arm: [predict(s, r) for s, r in zip(samples, generate(model, samples, policy, max_new_tokens=4), strict=True)]
         for arm, policy in (("vanilla", Off(limit=0)), ("vismem", Learned()))
     }
-    (root / "evaluate").mkdir()
-    metrics = summarise(answers, dict.fromkeys(answers, 0.01), seed=0, resamples=100)
-    (root / "evaluate" / "metrics.json").write_text(json.dumps(metrics))
+    figures = summarise(answers, dict.fromkeys(answers, 0.01), seed=0, resamples=100)
+    Metrics(**figures, **HASHES).write(root / "evaluate")
     return {"base": tiny_base} | {name: root / name for name in ("stage2", "validate", "evaluate")}
 
 
@@ -139,13 +141,19 @@ def test_sampling_draws_what_the_training_engine_draws(model, runtime):
 def test_parity_reports_a_model_that_differs_and_does_not_raise(model, runtime, inputs):
     other = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
     with torch.no_grad():
-        other.long.start.add_(1.0)
+        other.long.memory_init.add_(1.0)
         other.backbone.head.weight[5].mul_(50)
     parity = check_parity(other, runtime, tiny.samples()[:2], max_new_tokens=TOKENS, tolerance=1e-4)
-    assert parity["passed"] is False
-    assert parity["greedy_equal"] < 2
-    assert parity["max_memory_difference"] > 1e-4
-    assert "torch gives" in parity["differences"][0]
+    assert parity.passed is False
+    assert parity.greedy_equal < 2
+    assert parity.max_memory_difference > 1e-4
+    assert "torch gives" in parity.differences[0]
+
+
+@pytest.mark.parametrize("other", [np.full((2, 3), np.nan), np.full((2, 3), np.inf), np.zeros((3, 3))])
+def test_a_memory_that_is_not_finite_or_of_another_shape_differs_without_bound(other):
+    assert memory_difference(np.zeros((2, 3)), np.ones((2, 3))) == 1.0
+    assert memory_difference(np.zeros((2, 3)), other) == memory_difference(other, np.zeros((2, 3))) == np.inf
 
 
 def test_left_padding_and_other_rows_adapters_change_nothing(model, bundle):

@@ -1,13 +1,10 @@
 """The invariants that the design names, on every supported family where a family can matter.
 
-What has its home elsewhere stays there: greedy text against Hugging Face's `generate` and image features in
-`test_backbones`, ONNX against torch in `test_export`, the gradient through a memory in `test_engine`.
+Elsewhere: greedy text against Hugging Face's `generate` and image features in `test_backbones`, ONNX against torch in
+`test_export`, the gradient through a memory in `test_engine`, killed and repeated runs in `test_resume`.
 """
 
-import functools
 import gc
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +16,28 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vismem.config import Config, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
 from vismem.generation.prompts import encode
-from vismem.generation.replay import read_prompts, score
-from vismem.generation.types import LATENT, MemoryKind, Rollout
+from vismem.generation.replay import prefill, score
+from vismem.generation.types import LATENT, Rollout
 from vismem.models import memory
 from vismem.models.backbones.base import Backbone
+from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training import loop, pretraining
-from vismem.training.base import base as base_step
-from vismem.training.stage1 import FORMATION, stage1
-from vismem.training.stage2 import INVOCATION, POLICY_LORA, Invocation, stage2
+from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA
+from vismem.training.stage1 import stage1
+from vismem.training.stage2 import Invocation, stage2
 
-GRPO: dict[str, Any] = {
-    "batch_size": 2, "group_size": 4, "max_new_tokens": 8, "checkpoint_every": 2, "learning_rate": 1e-2,
-}  # fmt: skip
-STAGE1 = Stage1Config(steps=3, warm_start=WarmStartConfig(steps=3, batch_size=4), **GRPO)
-STAGE2 = Stage2Config(steps=4, policy_lora=True, **GRPO)
-TINY_BASE = tiny.BASE.model_copy(update={"vision_steps": 4, "steps": 4, "batch_size": 4})
+GRPO = GrpoConfig(batch_size=2, max_new_tokens=8, checkpoint_every=2)
+STAGE: dict[str, Any] = {"group_size": 4, "learning_rate": 1e-2}
+STAGE1 = Stage1Config(steps=3, warm_start=WarmStartConfig(steps=3, batch_size=4), **STAGE)
+STAGE2 = Stage2Config(steps=4, policy_lora=True, **STAGE)
 MEMORY = tiny.MEMORY.model_copy(update={"lora_dropout": 0.1})  # so that a draw that is not the step's own would show
-CONFIG = Config(base=TINY_BASE, memory=MEMORY, stage1=STAGE1, stage2=STAGE2)
-STEPS: dict[str, Callable[..., str]] = {"base": base_step, "stage1": stage1, "stage2": stage2}
+CONFIG = Config(memory=MEMORY, grpo=GRPO, stage1=STAGE1, stage2=STAGE2)
 RANDOM = Random(probability=0.7, anywhere=0.3)
 pytestmark = pytest.mark.usefixtures("scores_differ")
 
@@ -59,7 +53,7 @@ def eager_model(base: Path) -> VisMemModel:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         model.tokens.head.copy_(0.1 * torch.randn(model.tokens.head.shape, generator=generator))
-        last = read_prompts(model, families.samples()).last
+        last = prefill(model, families.samples()).last
         model.tokens.bias.fill_(float(model.backbone.head(last).logsumexp(-1).mean()) - 1.5)
         for name, parameter in model.policy_lora.named_parameters():
             if name.startswith("up."):
@@ -191,11 +185,11 @@ def stages(
 
     inputs = {"base": variant_base, "validate": tiny.save_data(tmp_path_factory.mktemp("validate"), count=4)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vismem.training.stage1.load_base", loading)
+        patch.setattr("vismem.training.run.load_base", loading)
         patch.setattr("vismem.models.vismem.load_base", loading)
-        for name in ("stage1", "stage2"):
+        for name, step in (("stage1", stage1), ("stage2", stage2)):
             inputs[name] = tmp_path_factory.mktemp(name)
-            STEPS[name](CONFIG, inputs, inputs[name])
+            step(CONFIG, inputs, inputs[name])
     return inputs, held
 
 
@@ -236,7 +230,7 @@ def test_the_reference_policy_is_the_base_itself_and_no_second_copy(model: VisMe
     rollouts = generate(model, samples, RANDOM, max_new_tokens=8, temperature=1.0)
     assert any(rollout.invocations for rollout in rollouts)
     sample = torch.arange(3)
-    plain = score(model, read_prompts(model, samples), rollouts, sample)
+    plain = score(model, prefill(model, samples), rollouts, sample)
     kind = type(model.backbone.model)
 
     def copies() -> int:
@@ -244,92 +238,11 @@ def test_the_reference_policy_is_the_base_itself_and_no_second_copy(model: VisMe
 
     before = copies()
     with torch.no_grad(), model.policy_lora.active():
-        objective = Invocation(model, samples, STAGE2, 0, Accelerator(cpu=True))
+        objective = Invocation(model, samples, GRPO, STAGE2, 0, Accelerator(cpu=True))
         objective.prompts_need_gradient = True
-        context = read_prompts(model, samples)
+        context = prefill(model, samples)
         reference = objective.reference(context, samples, rollouts, sample)
         moved = score(model, context, rollouts, sample)
         assert copies() == before
     assert torch.equal(reference, plain.text_logprobs[plain.text_mask])
     assert not torch.allclose(reference, moved.text_logprobs[moved.text_mask], atol=1e-3)
-
-
-# --- runs that end early, and runs that are repeated -----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, scores_differ: None) -> dict[str, Path]:
-    inputs = {"validate": tiny.save_data(tmp_path_factory.mktemp("validate"), count=4)}
-    for name, step in STEPS.items():
-        out = tmp_path_factory.mktemp(name)
-        with pytest.MonkeyPatch.context() as patch:
-            frequent_checkpoints(patch)
-            step(CONFIG, inputs, out)
-        inputs[name] = out
-    return inputs
-
-
-def frequent_checkpoints(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pretraining, "CHECKPOINT_EVERY", 2)
-    patch.setattr(
-        "vismem.training.stage1.LoopSettings", functools.partial(loop.LoopSettings, checkpoint_every=2)
-    )  # the warm start's
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files by name, but for the seconds that a run took."""
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: re.sub(rb'"\w*seconds": [0-9.]+', b"", data) for name, data in files.items()}
-
-
-def test_the_same_seed_gives_the_same_files(unbroken: dict[str, Path], tmp_path: Path) -> None:
-    for name, step in STEPS.items():
-        out = tmp_path / name
-        out.mkdir()
-        step(CONFIG, unbroken, out)
-        assert contents(out) == contents(unbroken[name]), name
-
-
-KILLS = [(name, at) for name, steps in (("base", 8), ("stage1", 6), ("stage2", 4)) for at in range(steps)]
-
-
-@pytest.mark.parametrize(("name", "at"), KILLS)
-def test_a_run_killed_at_any_step_and_resumed_equals_the_one_that_was_not(
-    name: str, at: int, unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frequent_checkpoints(monkeypatch)
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def clip_or_die(*arguments: Any, **more: Any) -> Tensor:  # gradients are made, the weights not yet moved
-        calls.append(len(calls))
-        if len(calls) == at + 1:
-            raise KeyboardInterrupt
-        return clip(*arguments, **more)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_die)
-    with pytest.raises(KeyboardInterrupt):
-        STEPS[name](CONFIG, unbroken, tmp_path)
-    STEPS[name](CONFIG, unbroken, tmp_path)
-    again = len(calls) - (at + 1)
-    assert again <= len([kill for kill in KILLS if kill[0] == name]) - at + 1, "it went on from a checkpoint"
-    assert contents(tmp_path) == contents(unbroken[name])
-
-
-@pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_a_run_killed_while_it_writes_a_checkpoint_or_its_result_goes_on_as_if_never_killed(
-    name: str, unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frequent_checkpoints(monkeypatch)
-
-    def half(tensors: Any, file: Path, **_: Any) -> None:
-        Path(file).write_bytes(b"half a fi")
-        raise KeyboardInterrupt
-
-    for place in ("vismem.training.loop.save_file", "vismem.models.vismem.save_file"):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, half)
-            with pytest.raises(KeyboardInterrupt):
-                STEPS[name](CONFIG, unbroken, tmp_path)
-    STEPS[name](CONFIG, unbroken, tmp_path)
-    found = contents(tmp_path)
-    assert {file: data for file, data in found.items() if not file.endswith(".new")} == contents(unbroken[name])

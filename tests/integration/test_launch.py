@@ -22,7 +22,7 @@ from cluster import cluster
 from safetensors.torch import load_file
 
 from vismem.cli import main
-from vismem.config import Config, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.errors import UserError
 from vismem.launch import LaunchConfig, launch_step
@@ -31,18 +31,18 @@ from vismem.launch.torchrun import run_processes
 from vismem.params_file import render_params
 from vismem.ranks import join_ranks
 from vismem.steps import run_step
-from vismem.training.loop import share
+from vismem.training.loop import shard_batch
 from vismem.training.rollout import GrpoObjective
-from vismem.training.stage1 import FORMATION, Formation, trainable
+from vismem.training.run import FORMATION, trainable
+from vismem.training.stage1 import Formation
 from vismem.training.stage2 import Invocation
 from vismem.training.supervised import Supervised, answer_with_memory
 
-GRPO: dict[str, Any] = {
-    "steps": 3, "batch_size": 4, "group_size": 4, "max_new_tokens": 8, "checkpoint_every": 2, "sample_every": 2,
-}  # fmt: skip
+GRPO = GrpoConfig(batch_size=4, max_new_tokens=8, checkpoint_every=2, sample_every=2)
+STAGE: dict[str, Any] = {"steps": 3, "group_size": 4, "learning_rate": 1e-4}
 WARM = WarmStartConfig(steps=2, batch_size=4, learning_rate=1e-4, matrix_learning_rate=1e-4)
-STAGE1 = Stage1Config(**GRPO, learning_rate=1e-4, warm_start=WARM)
-CONFIG = Config(memory=tiny.MEMORY, stage1=STAGE1, stage2=Stage2Config(**GRPO, learning_rate=1e-4))
+STAGE1 = Stage1Config(**STAGE, warm_start=WARM)
+CONFIG = Config(memory=tiny.MEMORY, grpo=GRPO, stage1=STAGE1, stage2=Stage2Config(**STAGE))
 TORCHRUN, TRAINER = (LaunchConfig(backend, num_processes=2) for backend in ("torchrun", "trainer"))
 
 
@@ -172,7 +172,7 @@ def test_a_killed_task_goes_on_elsewhere_from_the_checkpoints_in_its_work_folder
 def test_a_failing_process_makes_the_launch_fail_with_its_reason_and_no_output_appears(
     one: dict[str, Path], tmp_path: Path
 ) -> None:
-    odd = CONFIG.model_copy(update={"stage1": STAGE1.model_copy(update={"batch_size": 3})})
+    odd = CONFIG.model_copy(update={"grpo": GRPO.model_copy(update={"batch_size": 3})})
     with pytest.raises(UserError, match="stage1: a batch of 3 questions cannot be shared equally among 2 processes"):
         launch_step("stage1", odd, tmp_path, one, TORCHRUN)
     assert not (tmp_path / "stage1").exists()
@@ -270,8 +270,8 @@ def test_the_gradients_of_the_processes_add_up_to_that_of_one(kind: type, tiny_b
                 written = partial(answer_with_memory, at_start=0.5)
                 objective: Any = Supervised(model, samples, written, 0, accelerator, batch_size=4, micro_batch=4)
             else:
-                config = (STAGE1 if kind is Formation else CONFIG.stage2).model_copy(update={"batch_size": 4})
-                objective = kind(model, samples, config, 0, accelerator)
+                stage = STAGE1 if kind is Formation else CONFIG.stage2
+                objective = kind(model, samples, GRPO, stage, 0, accelerator)
             batch = objective.collect(0)
             objective.backward(batch)
             rollouts = batch.rollouts if isinstance(objective, GrpoObjective) else batch[1]
@@ -290,6 +290,6 @@ def test_the_gradients_of_the_processes_add_up_to_that_of_one(kind: type, tiny_b
 
 def test_a_batch_is_shared_out_whole_or_not_at_all() -> None:
     batch = [7, 3, 9, 1]
-    assert sorted(share(batch, part(0)) + share(batch, part(1))) == sorted(batch)
+    assert sorted(shard_batch(batch, part(0)) + shard_batch(batch, part(1))) == sorted(batch)
     with pytest.raises(UserError, match="a multiple of 2"):
-        share(batch[:3], part(0))
+        shard_batch(batch[:3], part(0))

@@ -27,9 +27,10 @@ from vismem.generation.invocation import (
     row_key,
 )
 from vismem.generation.prompts import encode
-from vismem.generation.replay import answer_states, decisions_of, read_prompts
-from vismem.generation.types import LATENT, MemoryKind, Rollout
+from vismem.generation.replay import answer_states, decisions_of, prefill
+from vismem.generation.types import LATENT, Rollout
 from vismem.models.backbones.base import Backbone
+from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
 
@@ -47,7 +48,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = tiny.vismem(families.save_base(tmp_path_factory.mktemp(request.param), request.param))
     plain = generate(model, families.samples(), Off(), max_new_tokens=TOKENS)
     with torch.no_grad():
-        context = read_prompts(model, families.samples())
+        context = prefill(model, families.samples())
         states = answer_states(model, context, plain, torch.arange(len(plain))).flatten(0, 1)
         model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(2)))
         logits = model.logits(states)

@@ -1,101 +1,19 @@
-"""Register, gate, promote and roll back against a real MLflow store on SQLite, with a bundle of a few tiny files."""
+"""Register, judge, promote and roll back against a real MLflow store on SQLite, with a bundle of a few tiny files."""
 
 import json
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import pytest
+from project import Project
 
 from vismem.cli import main
-from vismem.config import Config, parse_config
-from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
 from vismem.provenance import write_manifest
 from vismem.registry import release
-from vismem.registry.register import register
 from vismem.registry.tracking import Store, aliased, open_store, versions
 from vismem.registry.ui import mlflow_server, model_page
-from vismem.serving.publish import main as publish_command
-from vismem.serving.publish import publish
-
-
-class Project:
-    """A project folder with outputs of export, evaluate and validate: tiny stand-ins for theirs, none for ours."""
-
-    def __init__(self, root: Path) -> None:
-        self.artifacts = root / "artifacts"
-        self.config = parse_config({"registry": {"tracking_uri": f"sqlite:///{root / 'mlflow.db'}"}})
-        self.steps = {name: self.artifacts / name for name in ("export", "evaluate", "validate")}
-        write_shards([Sample("q1", (b"png",), "how many?", "two")], self.steps["validate"] / "data" / "test")
-        _write(self.steps["validate"] / "validation.json", {"success": True, "rows": {"test": 1}, "rules": []})
-        (self.steps["validate"] / "report.html").write_text("<p>data</p>")
-
-    def build(self, weights: bytes, score: float = 66.0, gain: float = 6.0) -> None:
-        """The outputs of evaluate and export for a model of that score."""
-        interval = [gain - 2, gain + 2]
-        arms = {
-            "vanilla": {"overall": score - gain, "seconds_per_sample": 0.10},
-            "vismem": {"overall": score, "seconds_per_sample": 0.12},
-        }
-        gains = {name: {"delta": gain, "ci95": interval, "p": 0.01} for name in ("overall", "understanding")}
-        _write(self.steps["evaluate"] / "metrics.json", {"n": 600, "arms": arms, "gain": gains, "seed": 0})
-        (self.steps["evaluate"] / "predictions").mkdir(exist_ok=True)
-        (self.steps["evaluate"] / "predictions" / "vismem.parquet").write_bytes(b"rows")
-        (self.steps["evaluate"] / "plots").mkdir(exist_ok=True)
-        (self.steps["evaluate"] / "plots" / "scores.png").write_bytes(b"png")
-        (self.steps["evaluate"] / "report.html").write_text("<p>scores</p>")
-        bundle = self.steps["export"]
-        (bundle / "training").mkdir(parents=True, exist_ok=True)
-        (bundle / "training" / "stage1.csv").write_text("step,reward,kl\n0,0.25,\n1,0.5,0.01\n")
-        _write(bundle / "parity.json", {"passed": True, "items": 4, "greedy_equal": 4, "max_memory_difference": 1e-6})
-        _write(bundle / "lineage.json", {"git": {"commit": "c0ffee"}, "data_sha256": "da7a", "params": {"seed": 0}})
-        (bundle / "vismem").mkdir(exist_ok=True)
-        (bundle / "vismem" / "memory.safetensors").write_bytes(weights)
-        write_manifest(bundle)
-
-    def run(self, name: str) -> dict[str, Any]:
-        """Run `register` or `promote`; return what it wrote, together."""
-        out = self.artifacts / name
-        out.mkdir(parents=True, exist_ok=True)
-        inputs = {**self.steps, "register": self.artifacts / "register"}
-        line = (register if name == "register" else release.promote)(self.config, inputs, out)
-        written = {key: value for path in out.glob("*.json") for key, value in json.loads(path.read_text()).items()}
-        return {"line": line, **written}
-
-    def release(self, weights: bytes, score: float, gain: float = 6.0) -> dict[str, Any]:
-        self.build(weights, score, gain)
-        self.run("register")
-        return self.run("promote")
-
-    @property
-    def store(self) -> Store:
-        return open_store(self.config.registry)
-
-    def champion(self) -> str | None:
-        version = release.current_champion(self.config)
-        return version.version if version else None
-
-
-def _write(path: Path, values: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, empty store; making one takes seconds, copying it none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_store(Config().registry.model_copy(update={"tracking_uri": f"sqlite:///{path}"}))
-    return path
-
-
-@pytest.fixture
-def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
-    return Project(tmp_path)
 
 
 def test_a_registered_bundle_is_a_challenger_with_run_files_lineage_and_verdict(project: Project) -> None:
@@ -179,18 +97,6 @@ def test_a_refused_challenger_leaves_the_champion_and_says_why(project: Project)
     assert version.tags["verdict.gain"].startswith("broken: the overall gain over vanilla is +0.50")
 
 
-def test_a_verdict_that_another_champion_has_overtaken_promotes_nobody(project: Project) -> None:
-    project.build(b"one", score=66.0)
-    project.run("register")
-    late = {name: (project.artifacts / "register" / name).read_text() for name in ("version.json", "verdict.json")}
-    assert project.release(b"two", score=70.0)["promoted"]
-    for name, text in late.items():
-        (project.artifacts / "register" / name).write_text(text)
-    overtaken = project.run("promote")
-    assert (overtaken["promoted"], project.champion()) == (False, "2")
-    assert "meanwhile version 2 has become champion" in overtaken["reasons"][0]
-
-
 def test_promoting_the_champion_again_changes_nothing(project: Project) -> None:
     project.release(b"one", score=66.0)
     again = project.release(b"one", score=66.0)
@@ -222,6 +128,65 @@ def test_a_damaged_bundle_is_refused_before_anything_is_written(project: Project
         project.run("register")
     assert versions(project.store) == []
     assert project.store.client.get_experiment_by_name("vismem") is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("no hash in either", "stage2_sha256: Field required"),
+        ("no hash in the bundle", "scores of another model"),
+        ("another model", "scores of another model"),
+        ("other test data", "scores on other test data"),
+        ("one arm", "no arm vanilla"),
+        ("no parity", r"parity\.json is damaged .*passed: Field required"),
+    ],
+)
+def test_what_does_not_belong_together_or_lacks_a_field_is_refused(project: Project, changed: str, said: str) -> None:
+    project.build(b"one", **({"test_sha256": "bbb"} if changed == "other test data" else {}))
+    bundle, file = project.steps["export"], project.steps["evaluate"] / "metrics.json"
+    metrics = json.loads(file.read_text())
+    if changed == "no hash in either":
+        del metrics["stage2_sha256"]
+    if changed.startswith("no hash"):
+        (bundle / "lineage.json").write_text('{"inputs_sha256": {}}')
+    if changed == "another model":
+        metrics["stage2_sha256"] = "bbb"
+    if changed == "one arm":
+        del metrics["arms"]["vanilla"]
+    if changed == "no parity":
+        (bundle / "parity.json").write_text("{}")
+    file.write_text(json.dumps(metrics))
+    write_manifest(bundle)
+    with pytest.raises(UserError, match=said):
+        project.run("register")
+    assert versions(project.store) == []
+
+
+def test_a_champion_without_a_usable_score_does_not_refuse_every_successor(project: Project) -> None:
+    for number, (tag, value) in enumerate((("score", "nan"), ("n", "many"), ("score", None)), start=1):
+        made = project.release(bytes([number]), score=66.0)
+        assert made["promoted"]
+        assert project.champion() == str(number)
+        if value is None:
+            project.store.client.delete_model_version_tag("vismem", str(number), tag)
+        else:
+            project.store.client.set_model_version_tag("vismem", str(number), tag, value)
+    made = project.release(b"last", score=61.0)
+    assert made["promoted"]
+    assert "champion version 3 has no usable score" in made["reasons"][-1]
+    assert not project.release(b"worse", score=60.5)["promoted"]
+
+
+def test_a_bundle_registered_again_keeps_the_figures_of_then(project: Project) -> None:
+    project.build(b"one", score=66.0)
+    project.run("register")
+    project.build(b"one", score=66.0, n=100)
+    assert project.run("register")["passed"]
+    (project.steps["export"] / "extra").write_text("another bundle")
+    write_manifest(project.steps["export"])
+    again = project.run("register")
+    assert (again["version"], again["passed"]) == ("2", False)
+    assert "the scores are of 100 test items" in again["rules"][0]["reason"]
 
 
 def test_promote_refuses_a_version_that_the_store_does_not_hold_as_registered(project: Project) -> None:
@@ -281,12 +246,12 @@ def test_a_store_that_does_not_answer_is_one_plain_error(project: Project) -> No
 def test_the_ui_answers_on_its_page_and_is_gone_afterwards(project: Project) -> None:
     project.build(b"one")
     project.run("register")
-    with mlflow_server(project.config, 0) as (address, server):
+    with mlflow_server(project.config, 0, project.artifacts / "log") as (address, server):
         assert model_page(project.config, address) == f"{address}/#/models/vismem"
         url = f"{address}/api/2.0/mlflow/registered-models/get?name=vismem"
         with urllib.request.urlopen(url, timeout=30) as reply:
             assert json.load(reply)["registered_model"]["latest_versions"][0]["version"] == "1"
-    assert server.poll() is not None
+    assert server.process.poll() is not None
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
 
@@ -300,70 +265,3 @@ def test_what_mlflow_refuses_in_the_midst_is_one_plain_error_and_a_failed_run(pr
     client = project.store.client
     (run,) = client.search_runs([client.get_experiment_by_name("vismem").experiment_id])
     assert run.info.status == "FAILED"
-
-
-def served(folder: Path) -> dict[str, bytes]:
-    """What the servers of a cluster would serve: the weights of each version in the current repository."""
-    files = (folder / "current").glob("*/*/bundle/vismem/memory.safetensors")
-    return {"/".join(path.relative_to(folder / "current").parts[:2]): path.read_bytes() for path in files}
-
-
-def test_the_published_repository_is_the_champion_s_and_follows_it_back(project: Project, tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    with pytest.raises(UserError, match="has no champion yet"):
-        publish(project.config, models)
-    assert not models.exists()
-    project.release(b"one", score=66.0)
-    assert publish(project.config, models).startswith("vismem version 1 is current in ")
-    assert served(models) == {"vismem/1": b"one"}
-    project.release(b"two", score=65.0, gain=0.5)  # refused
-    assert publish(project.config, models) == "vismem version 1 is current already"
-    project.release(b"three", score=68.0)
-    publish(project.config, models)
-    assert served(models) == {"vismem/3": b"three"}
-    assert sorted(path.name for path in (models / "releases").iterdir()) == ["1", "3"]  # a running server reads on
-    release.rollback(project.config)
-    publish(project.config, models)
-    assert served(models) == {"vismem/1": b"one"}
-
-
-def test_a_published_link_holds_wherever_the_volume_is_mounted(project: Project, tmp_path: Path) -> None:
-    project.release(b"one", score=66.0)
-    publish(project.config, tmp_path / "models")
-    assert served((tmp_path / "models").rename(tmp_path / "mounted")) == {"vismem/1": b"one"}
-
-
-def test_a_bundle_damaged_in_the_store_is_not_published(project: Project, tmp_path: Path) -> None:
-    project.release(b"one", score=66.0)
-    publish(project.config, tmp_path / "models")
-    made = project.release(b"two", score=68.0)
-    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts"
-    (kept / "vismem" / "memory.safetensors").write_bytes(b"tw0")
-    with pytest.raises(UserError, match=r"version 2 .* damaged: vismem/memory\.safetensors has changed"):
-        publish(project.config, tmp_path / "models")
-    write_manifest(kept)  # whoever can change the files can change their list, not what the registry says of it
-    with pytest.raises(UserError, match=r"version 2 .* manifest\.json is another than was registered"):
-        publish(project.config, tmp_path / "models")
-    assert served(tmp_path / "models") == {"vismem/1": b"one"}
-
-
-def test_publishing_goes_on_where_it_was_killed(project: Project, tmp_path: Path) -> None:
-    project.release(b"one", score=66.0)
-    half = tmp_path / "models" / "releases" / "1.partial"
-    (half / "bundle").mkdir(parents=True)
-    (half / "bundle" / "left").write_bytes(b"half")
-    (tmp_path / "models" / "current.partial").symlink_to("nowhere")
-    publish(project.config, tmp_path / "models")
-    assert served(tmp_path / "models") == {"vismem/1": b"one"}
-    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["current", "releases"]
-
-
-def test_the_publishing_command_says_what_it_did_or_why_not(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", project.config.registry.tracking_uri)
-    assert publish_command(["--to", str(tmp_path / "models")]) == 1
-    assert "has no champion yet" in capsys.readouterr().err
-    project.release(b"one", score=66.0)
-    assert publish_command(["--to", str(tmp_path / "models")]) == 0
-    assert "vismem version 1 is current in" in capsys.readouterr().out

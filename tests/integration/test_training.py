@@ -1,9 +1,11 @@
 """Both stages on a tiny model: what they write, and what their gradients do and do not depend on.
 
-Kills, seeds, what each stage changes: `test_invariants`. Micro-batches, the first ratio: `test_published_defects`.
+What each stage changes: `test_invariants`. Kills and seeds: `test_resume`. Micro-batches, the first ratio:
+`test_published_defects`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,19 +14,27 @@ import tiny_families
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from tiny_stages import objective_of
 
-from vismem.config import Config, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.config import Config, GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Random
-from vismem.generation.replay import read_prompts, score
-from vismem.training.stage1 import FORMATION, Formation, stage1, trainable
+from vismem.generation.replay import prefill, score
+from vismem.generation.types import Invocation as Invoked
+from vismem.generation.types import Rollout
+from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import VisMemModel
+from vismem.training.run import FORMATION, trainable
+from vismem.training.stage1 import Formation, stage1
 from vismem.training.stage2 import Invocation, fit_invocation, stage2
 
-GRPO = {"batch_size": 2, "group_size": 4, "max_new_tokens": 10, "learning_rate": 1e-2}
-STAGE1 = Stage1Config(steps=4, warm_start=WarmStartConfig(steps=3, batch_size=4), **GRPO)  # type: ignore[arg-type]
-STAGE2 = Stage2Config(steps=4, **GRPO)  # type: ignore[arg-type]
-CONFIG = Config(memory=tiny.MEMORY, stage1=STAGE1, stage2=STAGE2)
+GRPO = GrpoConfig(batch_size=2, max_new_tokens=10)
+STAGE1 = Stage1Config(
+    steps=4, group_size=4, learning_rate=1e-2, warm_start=WarmStartConfig(steps=3, batch_size=4)
+)  # fmt: skip
+STAGE2 = Stage2Config(steps=4, group_size=4, learning_rate=1e-2)
+CONFIG = Config(memory=tiny.MEMORY, grpo=GRPO, stage1=STAGE1, stage2=STAGE2)
 pytestmark = pytest.mark.usefixtures("scores_differ")
 
 
@@ -42,7 +52,7 @@ def stages(
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_a_stage_keeps_a_group_of_answers_every_few_steps(name: str, stages: dict[str, Path]) -> None:
     lines = (stages[name] / "samples" / "000000.jsonl").read_text().splitlines()
-    assert len(lines) == GRPO["group_size"]
+    assert len(lines) == STAGE1.group_size
     assert json.loads(lines[0]).keys() == {"question", "reference", "answer", "reward"}
 
 
@@ -71,11 +81,13 @@ def test_gradient_checkpointing_leaves_every_gradient_of_formation(
 
 
 def test_gradient_checkpointing_leaves_every_gradient_of_invocation(tiny_base: Path, tiny_data: Path) -> None:
-    config = STAGE2.model_copy(update={"policy_lora": True})
-    _compare_checkpointing(tiny_base, tiny_data, Invocation, config, ("tokens.", "policy_lora."))
+    stage = STAGE2.model_copy(update={"policy_lora": True})
+    _compare_checkpointing(tiny_base, tiny_data, Invocation, stage, ("tokens.", "policy_lora."))
 
 
-def _compare_checkpointing(base: Path, data: Path, kind: type, config: Stage1Config, trained: tuple[str, ...]) -> None:
+def _compare_checkpointing(
+    base: Path, data: Path, kind: type, stage: GrpoStageConfig, trained: tuple[str, ...]
+) -> None:
     samples, found = read_samples(data / "data/train"), []
     for on in (False, True):
         model = tiny.vismem(base)
@@ -83,8 +95,8 @@ def _compare_checkpointing(base: Path, data: Path, kind: type, config: Stage1Con
             model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(0)))
         parameters = trainable(model, trained)
         model.policy_lora.enabled = "policy_lora." in trained
-        settings = config.model_copy(update={"gradient_checkpointing": on})
-        objective = kind(model, samples, settings, 0, Accelerator(cpu=True))
+        grpo = GRPO.model_copy(update={"gradient_checkpointing": on})
+        objective = kind(model, samples, grpo, stage, 0, Accelerator(cpu=True))
         objective.prompts_need_gradient = model.policy_lora.enabled
         batch = objective.collect(0)
         assert any(r.invocations for r in batch.rollouts)
@@ -105,15 +117,61 @@ def test_gradient_checkpointing_keeps_fewer_activations(tiny_base: Path) -> None
         numbers: list[int] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, n=numbers: n.append(x.numel()) or x, lambda x: x)
         with model.checkpointed(on), hooks:
-            score(model, read_prompts(model, samples), rollouts, torch.arange(2))
+            score(model, prefill(model, samples), rollouts, torch.arange(2))
         held.append(sum(numbers))
     assert held[1] < held[0] / 2
 
 
-def test_the_start_of_stage2_invokes_with_about_the_chosen_chance(tiny_base: Path) -> None:
+def test_before_training_stage2_invokes_with_about_the_chosen_chance(tiny_base: Path) -> None:
     model, samples = tiny.vismem(tiny_base), tiny.samples()
-    config = STAGE2.model_copy(update={"start_probability": 0.5})
-    fit_invocation(model, samples, config, seed=0)
+    stage = STAGE2.model_copy(update={"start_probability": 0.5})
+    fit_invocation(model, samples, stage, GRPO.max_new_tokens, seed=0)
     rollouts = generate(model, samples, Learned(), max_new_tokens=1, temperature=1.0, group_size=32)
     at_start = sum(bool(r.invocations) for r in rollouts) / len(rollouts)
     assert at_start == pytest.approx(0.5, abs=0.15)
+
+
+# --- penalties (Eq. 14-15) -----------------------------------------------------------------------------------------
+
+
+def paid(
+    rewards: Sequence[float], swapped: Sequence[float], invoking: Sequence[bool], base: Path, penalty: float
+) -> list[float]:
+    """What one group's trajectories are paid after the penalties, in points of score."""
+    with pytest.MonkeyPatch.context() as patch:
+        objective, _ = objective_of("stage2", base, group_size=len(rewards), penalty=penalty)
+        sample = objective.samples[0]
+        rollouts = [plain_or_invoking(objective.model, sample.id, invokes) for invokes in invoking]
+        patch.setattr("vismem.training.stage2.generate", lambda *_, **__: rollouts)
+        patch.setattr("vismem.training.stage2.rewards_of", lambda *_: torch.tensor([swapped]))
+        result: list[float] = objective.shaped(torch.tensor([rewards]), [sample], rollouts, 0)[0].tolist()
+        return result
+
+
+def plain_or_invoking(model: VisMemModel, sample: str, invokes: bool) -> Rollout:
+    kind = MemoryKind.SHORT
+    start = (model.invoke_ids[kind], *[-1] * model.length_of(kind), model.end_ids[kind]) if invokes else ()
+    ids = (*start, 5, 6)
+    events = (Invoked(0, kind, False),) if invokes else ()
+    return Rollout(sample, ids, (True,) * len(ids), (0.0,) * len(ids), events, "", "", True, 2)
+
+
+def test_invoking_and_plain_trajectories_of_one_score_pay_the_same(tiny_base: Path) -> None:
+    rewards, invoking = [1.0, 1.0, 0.0, 0.0], [True, False, True, False]
+    after = paid(rewards, rewards, invoking, tiny_base, penalty=0.3)
+    assert after == pytest.approx([1.0, 1.0, -0.15, -0.15]), "p_neg is how far a score is below its group's mean"
+
+
+def test_the_wrong_kind_is_punished_only_where_its_swap_would_have_scored_higher(tiny_base: Path) -> None:
+    """And only where there was a memory to swap, whatever the replay of a plain answer scored."""
+    rewards = [0.5, 0.5, 0.5, 0.5]
+    after = paid(rewards, [1.0, 0.5, 0.0, 1.0], [True, True, True, False], tiny_base, penalty=0.3)
+    assert after == pytest.approx([0.5 - 0.3 * 0.5, 0.5, 0.5, 0.5])
+
+
+def test_penalties_never_pay_and_grow_with_their_intensity(tiny_base: Path) -> None:
+    rewards, swapped, invoking = [1.0, 0.0, 0.5, 0.25], [0.0, 1.0, 0.5, 1.0], [True] * 4
+    mild, harsh = (paid(rewards, swapped, invoking, tiny_base, penalty=alpha) for alpha in (0.1, 0.4))
+    for reward, mildly, harshly in zip(rewards, mild, harsh, strict=True):
+        assert harshly <= mildly <= reward
+        assert reward - harshly == pytest.approx(4 * (reward - mildly), abs=1e-6)

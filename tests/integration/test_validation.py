@@ -310,7 +310,7 @@ def test_a_stored_task_profile_takes_the_place_of_the_train_splits(tmp_path: Pat
     assert broken_rules(run(tmp_path, task_profile=tmp_path / "other.json")) == ["task_drift"]
 
 
-@pytest.mark.parametrize(("text", "said"), [(None, "no task profile"), ("{", "is not JSON"), ("[1]", "must map")])
+@pytest.mark.parametrize(("text", "said"), [(None, "is not there"), ("{", "is no JSON"), ("[1]", "must map")])
 def test_a_task_profile_that_cannot_be_used_is_explained(tmp_path: Path, text: str | None, said: str) -> None:
     shards(tmp_path)
     if text is not None:

@@ -93,7 +93,7 @@ def test_a_short_memory_reads_every_frame_of_a_video(model: VisMemModel) -> None
         assert (memory(*changed) - formed).abs().max() > 1e-4, f"frame {frame}"
     model.zero_grad()
     formed.square().sum().backward()
-    gradient = model.short.start.grad
+    gradient = model.short.memory_init.grad
     assert gradient is not None
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0

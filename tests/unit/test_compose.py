@@ -9,7 +9,8 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
-from vismem.stack import BUCKET, mlflow_command, seaweedfs_command
+from vismem.registry.server import mlflow_command, mlflow_settings
+from vismem.stack import BUCKET, MLFLOW_FILES, seaweedfs_command
 
 ROOT = Path(__file__).parents[2]
 SECRETS = {name: f"the-{name}" for name in ("POSTGRES_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
@@ -63,14 +64,29 @@ def test_every_server_is_watched_restarted_and_open_to_this_machine_only(service
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
 
 
-def test_its_servers_run_with_the_stack_s_options(services: dict[str, Any]) -> None:
-    def options(command: list[str]) -> set[str]:  # less where they listen, where their data is, and how many workers
-        own = re.compile(
-            r"-(dir|ip|ip\.bind|(master|volume|filer|s3)\.port(\.grpc)?)=|--(host|port|workers|allowed-hosts)="
-        )
+def test_its_s3_server_runs_with_the_stack_s_options(services: dict[str, Any]) -> None:
+    def options(command: list[str]) -> set[str]:  # less where it listens, and where its data is
+        own = re.compile(r"-(dir|ip|ip\.bind|(master|volume|filer|s3)\.port(\.grpc)?)=")
         return {option for option in command if re.match("-.{2,}", option) and not own.match(option)}
 
     assert options(services["s3"]["command"]) == options(seaweedfs_command("weed", Path("data"), {}))
-    assert options(services["mlflow"]["command"]) == options(mlflow_command(5000))
     assert f"s3.bucket.create -name {BUCKET} " in services["bucket"]["command"][0]
     assert services["mlflow"]["depends_on"]["bucket"]["condition"] == "service_completed_successfully"
+
+
+def test_mlflow_s_server_has_one_command_and_the_same_settings_here_and_on_a_cluster(services: dict[str, Any]) -> None:
+    """Only addresses, the number of workers and the database differ; on a cluster the database is in a secret."""
+    manifests = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "base" / "mlflow.yaml").read_text()))
+    (settings,) = [item["data"] for item in manifests if item["kind"] == "ConfigMap"]
+    (pod,) = [item["spec"]["template"]["spec"] for item in manifests if item["kind"] == "Deployment"]
+    wanted = mlflow_settings("", MLFLOW_FILES)
+    database = "MLFLOW_BACKEND_STORE_URI"
+    for command, given in (
+        (services["mlflow"]["command"], services["mlflow"]["environment"]),
+        (pod["containers"][0]["command"], {**settings, database: "in a secret"}),
+    ):
+        assert command[:2] == ["mlflow", "server"]
+        assert [option.split("=")[0] for option in command[2:]] == ["--host", "--port", "--workers"]
+        assert [option.split("=")[0] for option in mlflow_command(5000)[4:]] == ["--host", "--port", "--workers"]
+        assert given.keys() >= wanted.keys()
+        assert {name: given[name] for name in wanted if name != database}.items() <= wanted.items()

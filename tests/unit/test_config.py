@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from vismem.config import Config, JsonlSource, ScenesSource, load_config, merge, parse_config
+from vismem.config import Config, JsonlSource, ScenesSource, Section, load_config, merge, parse_config
+from vismem.config.section import is_rare
 from vismem.errors import UserError
 from vismem.params_file import render_params
 
@@ -15,8 +16,37 @@ ROOT = Path(__file__).parents[2]
 
 def test_params_yaml_holds_the_defaults_as_the_command_prints_them() -> None:
     text = (ROOT / "params.yaml").read_text()
-    assert yaml.safe_load(text) == Config().model_dump(mode="json", by_alias=True)
+    assert parse_config(yaml.safe_load(text)) == Config()
     assert text == render_params(Config()), "run `vismem params --defaults > params.yaml`"
+
+
+def test_params_yaml_leaves_out_the_rare_keys_alone() -> None:
+    def rare_keys(section: type[Section], place: str = "") -> set[str]:
+        found = set()
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                found |= rare_keys(field.annotation, f"{place}{field.alias or name}.")
+            elif is_rare(field):
+                found.add(f"{place}{name}")
+        return found
+
+    def keys(values: dict[str, Any], place: str = "") -> set[str]:
+        nested = [keys(value, f"{place}{key}.") for key, value in values.items() if isinstance(value, dict)]
+        return {f"{place}{key}" for key, value in values.items() if not isinstance(value, dict)}.union(*nested)
+
+    written = keys(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    every = keys(Config().model_dump(mode="json", by_alias=True))
+    assert rare_keys(Config) == every - written
+    assert "grpo.temperature" in rare_keys(Config)
+    assert keys(yaml.safe_load(render_params(Config(), every=True))) == every, "`vismem params --all` shows all"
+
+
+def test_a_rare_key_that_differs_from_its_default_is_written() -> None:
+    config = parse_config({"grpo": {"temperature": 0.7}})
+    text = render_params(config)
+    assert "temperature: 0.7" in text
+    assert "weight_decay" not in text
+    assert parse_config(yaml.safe_load(text)) == config
 
 
 def test_every_parameter_is_described() -> None:
@@ -42,10 +72,12 @@ def test_what_is_rendered_reads_back_unchanged() -> None:
             },
             "invocation": {"delimiters": ["\n", "#", "é", "'"]},
             "validate": {"task_profile": "mix.json"},
+            "grpo": {"weight_decay": 0.1},
             "stage1": {"learning_rate": 1e-7},
         }
     )
-    assert parse_config(yaml.safe_load(render_params(config))) == config
+    for every in (False, True):
+        assert parse_config(yaml.safe_load(render_params(config, every))) == config
 
 
 def test_a_profile_overlays_key_by_key_and_replaces_lists_whole(tmp_path: Path) -> None:
@@ -55,6 +87,27 @@ def test_a_profile_overlays_key_by_key_and_replaces_lists_whole(tmp_path: Path) 
     config = load_config(tmp_path / "params.yaml", "tiny")
     assert (config.seed, config.memory.queries, config.memory.lora_rank) == (3, 1, 2)
     assert config.evaluate.arms == ("a",)
+
+
+def test_a_profile_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "deploy" / "profiles").mkdir(parents=True)
+    (tmp_path / "params.yaml").write_text("seed: 3\nmemory: {queries: 4, lora_rank: 2}\n")
+    profiles = {
+        "large": "memory: {queries: 1, short_length: 5}\nevaluate: {arms: [a]}\n",
+        "larger": "extends: large\nmemory: {queries: 2}\n",
+        "largest": "extends: larger\n",
+        "odd": "extends: lage\n",
+    }
+    for name, text in profiles.items():
+        (tmp_path / "deploy" / "profiles" / f"{name}.yaml").write_text(text)
+    config = load_config(tmp_path / "params.yaml", "larger")
+    memory = config.memory
+    assert (config.seed, memory.queries, memory.short_length, memory.lora_rank) == (3, 2, 5, 2)
+    assert config.evaluate.arms == ("a",)
+    with pytest.raises(UserError, match=r"'largest' extends 'larger', which extends 'large': name that one"):
+        load_config(tmp_path / "params.yaml", "largest")
+    with pytest.raises(UserError, match=r"unknown profile 'lage' \(did you mean 'large'\?\)"):
+        load_config(tmp_path / "params.yaml", "odd")
 
 
 def test_merge_changes_neither_side() -> None:
@@ -67,6 +120,7 @@ def test_merge_changes_neither_side() -> None:
     ("values", "message"),
     [
         ({"stage1": {"learning_rat": 1.0}}, "unknown key 'stage1.learning_rat' (did you mean 'learning_rate'?)"),
+        ({"stage2": {"temperature": 0.5}}, "unknown key 'stage2.temperature'"),
         ({"stage3": {}}, "unknown key 'stage3' (did you mean 'stage"),
         ({"evalute": {}}, "unknown key 'evalute' (did you mean 'evaluate'?)"),
         ({"stage1": {"warm_start": {"step": 3}}}, "unknown key 'stage1.warm_start.step' (did you mean 'steps'?)"),

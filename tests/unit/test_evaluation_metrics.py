@@ -1,78 +1,26 @@
-"""Metrics, tables and the report from hand-made predictions, with figures worked out by hand."""
+"""Metrics and answers from hand-made predictions, with figures worked out by hand."""
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from rich.console import Console
+from handmade import SECONDS, hand_made
 
-from vismem.config import Config
 from vismem.data.sample import Capability, Sample, write_shards
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS, resolve_arms
-from vismem.evaluation.evaluate import pick, write
+from vismem.evaluation.evaluate import pick
 from vismem.evaluation.metrics import summarise
-from vismem.evaluation.plots import position_counts, score_plot
-from vismem.evaluation.predictions import (
-    InvocationRecord,
-    Prediction,
-    predict,
-    read_predictions,
-    relative_positions,
-    write_predictions,
-)
-from vismem.evaluation.report import disagreements, examples, mark_memories
-from vismem.evaluation.summary import headline, score_table
-from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
-
-SECONDS = {"vanilla": 0.02, "vismem": 0.025, "short_only": 0.02}
-# item: task, capability, reference, vanilla right, vismem right, short_only right
-ITEMS = [
-    ("count", "understanding", "2", 1, 1, 1),
-    ("count", "understanding", "3", 0, 1, 1),
-    ("count", "understanding", "4", 0, 1, 0),
-    ("match", "understanding", "red", 1, 1, 1),
-    ("chain", "reasoning", "blue", 1, 0, 1),
-    ("chain", "reasoning", "blue", 0, 0, 0),
-    ("exists", "generation", "yes", 0, 1, 0),
-    ("exists", "generation", "No", 1, 1, 1),
-]
-
-
-def prediction(place: int, right: int, invocations: tuple[InvocationRecord, ...] = ()) -> Prediction:
-    task, capability, reference, *_ = ITEMS[place]
-    wrong = {"yes": "no", "No": "yes"}.get(reference)
-    extracted = reference if right else wrong
-    return Prediction(
-        id=f"item-{place}",
-        task=task,
-        capability=capability,
-        source="hand",
-        question=f"question {place} <b>?",
-        reference=reference,
-        text=f"answer: {extracted}",
-        marked_text=f"seen,<m_I^s> answer: {extracted} <script>" if invocations else f"answer: {extracted}",
-        extracted=extracted,
-        rule="answer stated" if extracted else "unparsed",
-        score=float(right),
-        invocations=invocations,
-        answer_length=4,
-        finished=place != 5,
-    )
+from vismem.evaluation.plots import position_counts
+from vismem.evaluation.predictions import Prediction, predict, read_predictions, relative_positions, write_predictions
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.kinds import MemoryKind
 
 
 @pytest.fixture
 def predictions() -> dict[str, list[Prediction]]:
-    short, long = InvocationRecord(2, "short", False, 0.25), InvocationRecord(9, "long", False, 0.75)
-    used = {0: (short,), 1: (short, long), 2: (InvocationRecord(0, "short", False, 0.0),), 4: (long,)}
-    return {
-        "vanilla": [prediction(place, item[3]) for place, item in enumerate(ITEMS)],
-        "vismem": [prediction(place, item[4], used.get(place, ())) for place, item in enumerate(ITEMS)],
-        "short_only": [prediction(place, item[5]) for place, item in enumerate(ITEMS)],
-    }
+    return hand_made()
 
 
 @pytest.fixture
@@ -160,91 +108,6 @@ def test_arms_on_different_items_are_an_error(predictions: dict[str, list[Predic
     predictions["vismem"] = predictions["vismem"][::-1]
     with pytest.raises(ValueError, match="other items"):
         summarise(predictions, SECONDS, seed=0, resamples=100)
-
-
-def test_the_headline_claims_no_more_than_the_interval(metrics: dict) -> None:
-    assert headline(metrics).startswith("No difference can be shown.")
-    better = {"delta": 5.0, "ci95": [2.0, 8.0], "p": 0.0004}
-    metrics["gain"]["overall"] = better
-    assert headline(metrics).startswith("VisMem is better on these questions.")
-    assert "+5.0 points (95 % interval +2.0 to +8.0, p < 0.001)" in headline(metrics)
-    metrics["gain"]["overall"] = {"delta": -5.0, "ci95": [-8.0, -2.0], "p": 0.001}
-    assert headline(metrics).startswith("VisMem is worse")
-    metrics["gain"]["overall"] = better | {"p": 0.06}
-    assert headline(metrics).startswith("No difference")
-
-
-def test_the_table_for_the_terminal_shows_every_capability(metrics: dict) -> None:
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(score_table(metrics))
-    text = console.export_text()
-    for wanted in ("understanding", "reasoning", "generation", "overall", "75.0", "+25.0", "0.625", "+25%"):
-        assert wanted in text
-
-
-def test_the_step_writes_a_page_that_needs_no_network(
-    tmp_path: Path, predictions: dict[str, list[Prediction]], metrics: dict
-) -> None:
-    (tmp_path / "predictions").mkdir()
-    (tmp_path / "predictions" / "leftover.parquet").write_bytes(b"")
-    write(Config(), tmp_path, predictions, metrics, {"item-1": [b"\x89PNG"]}, {"base model": "hand"})
-    page = (tmp_path / "report.html").read_text()
-    assert "http:" not in page
-    assert "https:" not in page
-    assert "<script" not in page
-    assert "&lt;b&gt;?" in page
-    assert '<span class="chip short">short-term memory</span>' in page
-    assert 'alt=""' not in page
-    assert "\N{MINUS SIGN}50.0" in page, "a loss has a true minus"
-    assert page.count("data:image/png;base64,") >= 3
-    assert headline(metrics) in page
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {
-        "metrics.json",
-        "scores.json",
-        "report.html",
-        *(f"predictions/{arm}.parquet" for arm in predictions),
-        *(f"plots/{name}" for name in ("scores.png", "tasks.png", "invocation.png")),
-        *(f"plots/{name}" for name in ("scores.csv", "invocation_position.csv")),
-    }
-    scores = (tmp_path / "plots" / "scores.csv").read_text().splitlines()
-    assert scores[0] == "capability,arm,score,low,high"
-    assert scores[1].startswith("overall,vanilla,50.0,")
-    assert len(scores) == 1 + 4 * 3
-
-
-def test_a_report_needs_no_vismem_arm(tmp_path: Path, predictions: dict[str, list[Prediction]]) -> None:
-    del predictions["vismem"]
-    metrics = summarise(predictions, SECONDS, seed=0, resamples=100)
-    assert metrics["gain"] == {}
-    write(Config(), tmp_path, predictions, metrics, {}, {})
-    assert "Vanilla answers 50.0 %" in (tmp_path / "report.html").read_text()
-
-
-def test_every_arm_has_a_row_of_its_own_in_the_plot_of_scores(predictions: dict[str, list[Prediction]]) -> None:
-    def height(arms: list[str]) -> int:
-        answers = {arm: predictions["vanilla"] for arm in arms}
-        metrics = summarise(answers, dict.fromkeys(arms, 0.02), seed=0, resamples=10)
-        with Image.open(io.BytesIO(score_plot(metrics))) as image:
-            return image.height
-
-    two, twelve, all_arms = height(["vanilla", "vismem"]), height(list(ARMS)[:12]), height(list(ARMS))
-    assert (twelve - two) / 10 == pytest.approx((all_arms - twelve) / (len(ARMS) - 12), abs=1)
-    assert twelve > two
-
-
-def test_as_many_losses_as_wins_are_shown(predictions: dict[str, list[Prediction]]) -> None:
-    assert disagreements(predictions) == ([1, 2, 6], [4])
-    wins, losses = examples([1, 2, 6], [4], seed=0)
-    assert (len(wins), losses) == (1, [4])
-    assert examples([1, 2, 6, 7], [], seed=0)[1] == []
-    assert len(examples(range(9), range(9, 30), seed=0)[1]) == 4
-
-
-def test_memories_are_marked_and_everything_else_escaped() -> None:
-    marked = mark_memories("a,<m_I^l> <i>b")
-    assert marked == 'a, <span class="chip long">long-term memory</span> &lt;i&gt;b'
 
 
 def test_predictions_come_back_from_parquet_as_they_were(

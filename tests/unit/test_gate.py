@@ -1,47 +1,46 @@
-"""The release gate: each rule flips by itself, and says its figures either way."""
+"""The release gate: each rule flips by itself, says its figures either way, and judges only what it can."""
 
-import copy
 import math
+from itertools import product
 from typing import Any
 
 import pytest
+from project import HASHES, PARITY, VALIDATION, scores
 
 from vismem.config import GateConfig
-from vismem.registry.gate import Champion, Verdict, judge
+from vismem.evaluation.summary import headline
+from vismem.records import Metrics, Verdict
+from vismem.registry.gate import Champion, judge
 
-GATE = GateConfig(min_gain=1.0, min_gain_low=0.0, max_capability_drop=2.0, max_time_overhead=0.5, champion_margin=0.5)
-METRICS: dict[str, Any] = {
-    "n": 600,
-    "arms": {
-        "vanilla": {"overall": 60.0, "seconds_per_sample": 0.10},
-        "vismem": {"overall": 66.0, "seconds_per_sample": 0.12},
-    },
-    "gain": {
-        "overall": {"delta": 6.0, "ci95": [3.5, 8.5], "p": 0.001},
-        "understanding": {"delta": 9.0, "ci95": [5.0, 13.0], "p": 0.001},
-        "reasoning": {"delta": 7.0, "ci95": [3.0, 11.0], "p": 0.01},
-        "generation": {"delta": -1.5, "ci95": [-4.0, 1.0], "p": 0.4},
-    },
+GATE = GateConfig(
+    min_items=600, min_gain=1.0, min_gain_low=0.0, max_capability_drop=2.0, max_time_overhead=0.5, champion_margin=0.5
+)
+GAIN = {
+    "overall": {"delta": 6.0, "ci95": [3.5, 8.5], "p": 0.001},
+    "understanding": {"delta": 9.0, "ci95": [5.0, 13.0], "p": 0.001},
+    "reasoning": {"delta": 7.0, "ci95": [3.0, 11.0], "p": 0.01},
+    "generation": {"delta": -1.5, "ci95": [-4.0, 1.0], "p": 0.4},
 }
-CHAMPION = Champion(version="3", overall=64.0, n=600, test_sha256="aaa")
+METRICS = scores(66.0, gain=GAIN)
+DATA = {name: HASHES[name] for name in ("test_sha256", "items_sha256")}
+CHAMPION = Champion(version="3", overall=64.0, n=600, **DATA)
 
 
 def verdict(
-    metrics: dict[str, Any] = METRICS, champion: Champion | None = CHAMPION, gate: GateConfig = GATE, **given: Any
+    metrics: Metrics = METRICS, champion: Champion | None = CHAMPION, gate: dict[str, Any] | None = None, **given: Any
 ) -> Verdict:
-    validation = given.get("validation", {"success": True, "rules": []})
-    parity = given.get("parity", {"passed": True, "items": 16, "greedy_equal": 16, "max_memory_difference": 2e-6})
-    return judge(metrics, validation, parity, champion, gate, "aaa")
+    validation, parity = given.get("validation", VALIDATION), given.get("parity", PARITY)
+    return judge(metrics, validation, parity, champion, GATE.model_copy(update=gate or {}))
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    metrics = copy.deepcopy(METRICS)
+def changed(path: str, value: Any) -> Metrics:
+    values = METRICS.model_dump()
     *sections, last = path.split(".")
-    place: Any = metrics
+    place: Any = values
     for section in sections:
         place = place[section]
     place[last] = value
-    return metrics
+    return Metrics.model_validate(values)
 
 
 def broken(judged: Verdict) -> list[str]:
@@ -55,24 +54,18 @@ def reason(judged: Verdict, name: str) -> str:
 
 def test_a_good_challenger_passes_every_rule_in_order() -> None:
     judged = verdict()
-    assert [rule.name for rule in judged.rules] == [
-        "gain",
-        "gain_interval",
-        "capabilities",
-        "time",
-        "data",
-        "parity",
-        "champion",
-    ]
+    names = ["items", "gain", "gain_interval", "capabilities", "time", "data", "parity", "champion"]
+    assert [rule.name for rule in judged.rules] == names
     assert judged.passed
-    assert len(judged.reasons()) == 7
+    assert len(judged.reasons()) == len(names)
 
 
 @pytest.mark.parametrize(
     ("path", "good", "bad", "rule", "figure"),
     [
         ("gain.overall.delta", 1.0, 0.99, "gain", "+0.99"),
-        ("gain.overall.ci95", [0.0, 5.0], [-0.01, 5.0], "gain_interval", "-0.01"),
+        ("gain.overall.ci95", [0.01, 5.0], [0.0, 5.0], "gain_interval", "+0.00"),
+        ("gain.overall.p", 0.049, 0.05, "gain_interval", "p = 0.050"),
         ("gain.generation.delta", -2.0, -2.01, "capabilities", "-2.01"),
         ("arms.vismem.seconds_per_sample", 0.14, 0.16, "time", "+60.0%"),
         ("arms.vismem.overall", 64.6, 64.5, "champion", "64.50"),
@@ -83,70 +76,119 @@ def test_each_measured_rule_flips_alone_at_its_bound(path: str, good: Any, bad: 
     refused = verdict(changed(path, bad))
     assert broken(refused) == [rule]
     assert figure in reason(refused, rule)
-    assert refused.reasons() == [reason(refused, rule)]
+    assert refused.reasons() == (reason(refused, rule),)
+
+
+@pytest.mark.parametrize("n", [0, 1, 599])
+def test_scores_of_too_few_items_are_refused(n: int) -> None:
+    judged = verdict(changed("n", n), champion=None)
+    assert broken(judged) == ["items"]
+    assert reason(judged, "items") == f"the scores are of {n} test items; min 600 are required"
+
+
+def test_headline_and_verdict_agree_on_every_gain() -> None:
+    ends, ps = (-1.0, -0.01, 0.0, 0.01, 1.0, math.nan), (0.001, 0.05, 0.5, math.nan)
+    for low, high, p in product(ends, ends, ps):
+        metrics = changed("gain.overall", {"delta": 5.0, "ci95": [low, high], "p": p})
+        passed = "gain_interval" not in broken(verdict(metrics))
+        assert passed == (headline(metrics).startswith("VisMem is better") and math.isfinite(high)), (low, high, p)
+    nothing = changed("gain.overall", {"delta": 5.0, "ci95": [0.0, 9.0], "p": 0.001})
+    assert headline(nothing).startswith("No difference can be shown.")
+    assert "no difference can be shown" in reason(verdict(nothing), "gain_interval")
+
+
+def test_a_negative_limit_asks_for_less_than_a_shown_gain() -> None:
+    metrics = changed("gain.overall", {"delta": 1.5, "ci95": [-0.5, 3.5], "p": 0.2})
+    assert broken(verdict(metrics)) == ["gain_interval"]
+    assert broken(verdict(metrics, gate={"min_gain_low": -1.0})) == []
+    assert broken(verdict(metrics, gate={"min_gain_low": -0.5})) == ["gain_interval"], "strictly above"
 
 
 def test_a_data_report_that_is_not_green_breaks_only_the_data_rule_and_names_what_broke() -> None:
+    found = {"severity": "error", "observed": "", "message": ""}
     rules = [
-        {"name": "unique ids", "severity": "error", "success": False},
-        {"name": "label balance", "severity": "warning", "success": False},
-        {"name": "schema", "severity": "error", "success": True},
+        found | {"name": "unique ids", "success": False},
+        found | {"name": "label balance", "severity": "warning", "success": False},
+        found | {"name": "schema", "success": True},
     ]
-    judged = verdict(validation={"success": False, "rules": rules})
-    assert broken(judged) == ["data"]
-    assert reason(judged, "data") == "the data report is not green: unique ids"
-
-
-def test_onnx_that_differs_from_torch_breaks_only_the_parity_rule() -> None:
-    judged = verdict(parity={"passed": False, "items": 16, "greedy_equal": 15, "max_memory_difference": 0.02})
-    assert broken(judged) == ["parity"]
-    assert "15 of 16" in reason(judged, "parity")
-    assert "2.0e-02" in reason(judged, "parity")
+    for success in (False, True):
+        validation = type(VALIDATION).model_validate({**VALIDATION.model_dump(), "success": success, "rules": rules})
+        judged = verdict(validation=validation)
+        assert broken(judged) == ["data"]
+        assert reason(judged, "data") == "the data report is not green: unique ids"
 
 
 @pytest.mark.parametrize(
-    ("path", "rules"),
+    "found",
     [
-        ("gain.overall.delta", ["gain"]),
-        ("gain.overall.ci95", ["gain_interval"]),
-        ("gain.reasoning.delta", ["capabilities"]),
-        ("arms.vismem.seconds_per_sample", ["time"]),
-        ("arms.vanilla.seconds_per_sample", ["time"]),
-        ("arms.vismem.overall", ["champion"]),
+        {"passed": False},
+        {"greedy_equal": 3},
+        {"items": 0, "greedy_equal": 0},
+        {"max_memory_difference": math.inf},
+        {"max_memory_difference": math.nan},
     ],
 )
-def test_a_figure_that_is_not_a_number_never_passes(path: str, rules: list[str]) -> None:
-    value = [math.nan, math.nan] if path.endswith("ci95") else math.nan
-    assert broken(verdict(changed(path, value))) == rules
+def test_onnx_that_is_not_shown_to_equal_torch_breaks_only_the_parity_rule(found: dict[str, Any]) -> None:
+    judged = verdict(parity=PARITY.model_copy(update=found))
+    assert broken(judged) == ["parity"]
+    assert f"{found.get('greedy_equal', 4)} of {found.get('items', 4)}" in reason(judged, "parity")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("gain.overall.delta", "gain"),
+        ("gain.overall.ci95", "gain_interval"),
+        ("gain.overall.p", "gain_interval"),
+        ("gain.reasoning.delta", "capabilities"),
+        ("arms.vismem.seconds_per_sample", "time"),
+        ("arms.vanilla.seconds_per_sample", "time"),
+        ("arms.vismem.overall", "champion"),
+    ],
+)
+@pytest.mark.parametrize("champion", [None, CHAMPION])
+def test_a_figure_that_is_not_finite_is_refused_in_a_sentence(
+    path: str, rule: str, value: float, champion: Champion | None
+) -> None:
+    judged = verdict(changed(path, [value, value] if path.endswith("ci95") else value), champion)
+    assert broken(judged) == [rule]
+    assert reason(judged, rule).endswith("cannot be judged") or reason(judged, "time").endswith("can be computed")
 
 
 def test_without_a_champion_the_rule_passes_and_says_so() -> None:
     judged = verdict(champion=None)
     assert judged.passed
-    assert "no present champion" in reason(judged, "champion")
+    assert "no champion to beat" in reason(judged, "champion")
 
 
 def test_the_champion_registered_again_is_not_asked_to_beat_itself() -> None:
-    itself = Champion(version="3", overall=66.0, n=600, test_sha256="aaa", is_candidate=True)
+    itself = Champion(version="3", overall=66.0, n=600, is_candidate=True, **DATA)
     assert broken(verdict(champion=itself)) == []
 
 
-@pytest.mark.parametrize("other", [{"test_sha256": "bbb"}, {"n": 599}])
-def test_a_champion_scored_on_other_data_is_said_so_and_the_parameter_decides(other: dict[str, Any]) -> None:
-    champion = Champion(**({"version": "3", "overall": 99.0, "n": 600, "test_sha256": "aaa"} | other))
-    lenient, strict = (verdict(champion=champion, gate=GATE.model_copy(update={"other_data": o})) for o in OTHER)
-    assert (broken(lenient), broken(strict)) == ([], ["champion"])
-    assert "other data" in reason(lenient, "champion")
-    assert "other data" in reason(strict, "champion")
+@pytest.mark.parametrize("overall", [math.nan, math.inf])
+def test_a_champion_without_a_usable_score_does_not_lock_the_registry(overall: float) -> None:
+    unusable = Champion(version="3", overall=overall, n=0, test_sha256="", items_sha256="")
+    judged = verdict(champion=unusable)
+    assert broken(judged) == []
+    assert "champion version 3 has no usable score" in reason(judged, "champion")
+    assert broken(verdict(changed("gain.overall.delta", 0.0), unusable)) == ["gain"], "the other rules hold"
 
 
-OTHER = ("pass", "refuse")
+@pytest.mark.parametrize("other", [{"test_sha256": "bbb"}, {"items_sha256": "bbb"}, {"n": 599}])
+def test_a_champion_scored_on_other_data_is_not_compared_and_refused_unless_asked(other: dict[str, Any]) -> None:
+    champion = Champion(**({"version": "3", "overall": 1.0, "n": 600} | DATA | other))
+    assert GateConfig().other_data == "refuse"
+    for setting, expected in (("refuse", ["champion"]), ("pass", [])):
+        judged = verdict(champion=champion, gate={"other_data": setting})
+        assert broken(judged) == expected
+        assert "was scored on other data" in reason(judged, "champion")
+        assert f"gate.other_data says {setting}" in reason(judged, "champion")
 
 
 def test_a_capability_without_items_is_named_and_none_at_all_is_a_refusal() -> None:
-    without = changed("gain.reasoning", None)
+    without = scores(gain={name: values for name, values in GAIN.items() if name != "reasoning"})
     assert broken(verdict(without)) == []
     assert "no items of reasoning" in reason(verdict(without), "capabilities")
-    bare = copy.deepcopy(METRICS)
-    bare["gain"] = {"overall": METRICS["gain"]["overall"]}
-    assert broken(verdict(bare)) == ["capabilities"]
+    assert broken(verdict(scores(gain={"overall": GAIN["overall"]}))) == ["capabilities"]

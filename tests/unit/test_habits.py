@@ -47,6 +47,7 @@ READERS = {  # where a section's parameters are to be read; a test beside the tr
     "base": ("vismem/training/", "vismem/models/"),
     "memory": ("vismem/models/",),
     "invocation": ("vismem/models/", "vismem/generation/"),
+    "grpo": ("vismem/training/",),
     "stage1": ("vismem/training/",),
     "stage2": ("vismem/training/",),
     "baselines": ("vismem/training/",),
@@ -156,7 +157,7 @@ def test_no_file_grows_into_a_trainer_of_thousands_of_lines() -> None:
 def test_what_all_families_share_has_no_branch_for_one_of_them() -> None:
     """Engine, training and evaluation compare with no family's name."""
     shared = ("vismem/generation/", "vismem/evaluation/", "vismem/models/memory.py", "vismem/models/vismem.py")
-    trainers = tuple(f"vismem/training/{name}.py" for name in ("grpo", "loop", "rollout", "stage1", "stage2"))
+    trainers = tuple(f"vismem/training/{name}.py" for name in ("grpo", "loop", "rollout", "run", "stage1", "stage2"))
     for name, tree in sources().items():
         if name.startswith(shared + trainers):
             texts = [n.value for n in nodes(tree, ast.Constant) if isinstance(n.value, str)]  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ from vismem.generation.invocation import (
     Swapped,
     row_key,
 )
-from vismem.generation.types import MemoryKind
+from vismem.models.kinds import MemoryKind
 
 SHORT, LONG = 0, 1
 ROWS = 4000

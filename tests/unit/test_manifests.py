@@ -1,12 +1,7 @@
-"""What `kubectl apply -k` would send for each overlay of deploy/kubernetes: valid, complete and with least rights."""
+"""The manifests of each overlay of deploy/kubernetes: valid, and their references to each other complete."""
 
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from copy import deepcopy
 
 import kubernetes_validate
 import pytest
@@ -14,91 +9,29 @@ import yaml
 from kubeflow.trainer.backends.kubernetes.utils import get_runtime_trainer
 from kubeflow_trainer_api import models
 from kubernetes_validate.utils import all_versions
+from manifests import (
+    KUBERNETES,
+    OPTIONAL_SECRETS,
+    OVERLAYS,
+    SECRETS,
+    Manifest,
+    containers,
+    labels_of_pods,
+    named,
+    of_kind,
+    overlays,
+    pod_templates,
+    render,
+    selects,
+    values,
+)
 
 from vismem.launch import LaunchConfig
 
-ROOT = Path(__file__).parents[2]
-KUBERNETES = ROOT / "deploy" / "kubernetes"
-OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 OLDEST, NEWEST = "1.30.0", all_versions()[-1]  # the oldest that knows `preStop.sleep`
 TRAINER = "trainer.kubeflow.org/v1alpha1"
-SECRETS = {  # made by hand, see deploy/kubernetes/README.md: those that must be there, and their keys
-    "vismem-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"},
-    "vismem-mlflow": {"MLFLOW_TRACKING_URI"},
-    "vismem-mlflow-server": {"MLFLOW_BACKEND_STORE_URI"},
-}
-OPTIONAL_SECRETS = {"vismem-huggingface": {"HF_TOKEN"}}
 OUTSIDE_PODS = ("workflows.argoproj.io/workflow",)  # labels of pods that others make in the namespace: steps of a run
 CLUSTER_WIDE = {"Namespace"}
-
-Manifest = dict[str, Any]
-
-overlays = pytest.mark.parametrize("overlay", OVERLAYS)
-
-
-@lru_cache
-def render(overlay: str) -> list[Manifest]:
-    kubectl = Path(sys.executable).with_name("kubectl")
-    command = [kubectl, "kustomize", KUBERNETES / "overlays" / overlay]
-    return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-
-
-def of_kind(overlay: str, *kinds: str) -> list[Manifest]:
-    return [manifest for manifest in render(overlay) if manifest["kind"] in kinds]
-
-
-def named(overlay: str, kind: str, name: str) -> Manifest:
-    (found,) = [manifest for manifest in of_kind(overlay, kind) if manifest["metadata"]["name"] == name]
-    return found
-
-
-def pod_templates(overlay: str) -> dict[str, Manifest]:
-    """Everything that makes pods, by "kind/name"."""
-    found = {}
-    for manifest in render(overlay):
-        key = f"{manifest['kind']}/{manifest['metadata']['name']}"
-        if manifest["kind"] == "Deployment":
-            found[key] = manifest["spec"]["template"]
-        elif manifest["kind"] == "CronJob":
-            found[key] = manifest["spec"]["jobTemplate"]["spec"]["template"]
-        elif manifest["kind"] == "TrainingRuntime":
-            for job in manifest["spec"]["template"]["spec"]["replicatedJobs"]:
-                found[f"{key}/{job['name']}"] = job["template"]["spec"]["template"]
-        else:
-            assert "template" not in manifest.get("spec", {}), f"{key} makes pods, and these tests do not look at them"
-    return found
-
-
-def containers(overlay: str) -> Iterator[tuple[str, Manifest]]:
-    for key, template in pod_templates(overlay).items():
-        for container in template["spec"].get("initContainers", []) + template["spec"]["containers"]:
-            yield f"{key}/{container['name']}", container
-
-
-def values(node: Any, key: str) -> Iterator[Any]:
-    """What stands under `key` anywhere below `node`."""
-    if isinstance(node, dict):
-        if key in node:
-            yield node[key]
-        for below in node.values():
-            yield from values(below, key)
-    elif isinstance(node, list):
-        for below in node:
-            yield from values(below, key)
-
-
-def selects(selector: Manifest, labels: Manifest) -> bool:
-    """Whether a label selector (Equality, Exists) matches."""
-    for expression in selector.get("matchExpressions", []):
-        assert expression["operator"] == "Exists"
-        if expression["key"] not in labels:
-            return False
-    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
-
-
-def labels_of_pods(overlay: str) -> dict[str, Manifest]:
-    return {key: template["metadata"]["labels"] for key, template in pod_templates(overlay).items()}
-
 
 # --- each manifest by itself ---
 
@@ -118,23 +51,36 @@ def test_a_manifest_with_a_field_that_does_not_exist_is_refused() -> None:
         kubernetes_validate.validate(service, NEWEST, strict=True)
 
 
-@overlays
-def test_manifests_of_kubeflow_trainer_keep_to_its_api(overlay: str) -> None:
-    """Its models drop what they do not know, so that the way there and back shows it."""
-    for manifest in render(overlay):
-        if manifest["apiVersion"] == TRAINER:
-            assert manifest["kind"] == "TrainingRuntime"
-            read = models.TrainerV1alpha1TrainingRuntime.from_dict(manifest)
-            assert read is not None
-            assert read.to_dict() == manifest
+def test_only_training_on_several_nodes_needs_kubeflow_trainer() -> None:
+    kinds = {overlay: [m["kind"] for m in render(overlay) if m["apiVersion"] == TRAINER] for overlay in OVERLAYS}
+    assert kinds == {"multi-node": ["TrainingRuntime"], "single-gpu": []}
 
 
-@overlays
-def test_pods_of_kubeflow_trainer_keep_to_the_schemas_of_kubernetes(overlay: str) -> None:
-    for runtime in of_kind(overlay, "TrainingRuntime"):
-        for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]:
-            manifest = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, **job["template"]}
-            kubernetes_validate.validate({**manifest, "metadata": {"name": "a"}}, NEWEST, strict=True)
+def test_the_runtime_keeps_to_the_api_of_kubeflow_trainer() -> None:
+    (runtime,) = of_kind("multi-node", "TrainingRuntime")
+    assert read_by_trainer(runtime) == runtime
+    misspelt = deepcopy(runtime)
+    misspelt["spec"]["mlPolicy"]["numNode"] = 2
+    assert read_by_trainer(misspelt) != misspelt
+
+
+def read_by_trainer(runtime: Manifest) -> Manifest:
+    """The manifest as the models of the API hold it: they drop the fields that they do not know."""
+    read = models.TrainerV1alpha1TrainingRuntime.from_dict(runtime)
+    assert read is not None
+    return read.to_dict()
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_the_pods_of_the_runtime_keep_to_the_schemas_of_kubernetes(version: str) -> None:
+    (runtime,) = of_kind("multi-node", "TrainingRuntime")
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", **node["template"], "metadata": {"name": "a"}}
+    kubernetes_validate.validate(job, version, strict=True)
+    misspelt = deepcopy(job)
+    misspelt["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError, match="imagePullPolice"):
+        kubernetes_validate.validate(misspelt, version, strict=True)
 
 
 def test_the_sdk_of_kubeflow_trainer_can_use_the_runtime() -> None:
@@ -274,157 +220,6 @@ def test_triton_keeps_serving_while_it_scales_down_or_a_node_is_drained(overlay:
     assert budget["maxUnavailable"] == 1
     assert replicas["minReplicas"] == (2 if overlay == "multi-node" else 1)  # one node cannot be drained and serve on
     assert replicas["minReplicas"] < replicas["maxReplicas"]
-
-
-# --- containers ---
-
-
-@overlays
-def test_every_container_meets_the_restricted_pod_security_standard(overlay: str) -> None:
-    dockerfiles = (ROOT / "deploy" / "docker").glob("*.Dockerfile")
-    users = {line for file in dockerfiles for line in file.read_text().splitlines() if line.startswith("USER")}
-    assert users == {"USER 1000:1000"}
-    for key, template in pod_templates(overlay).items():
-        context = template["spec"]["securityContext"]
-        assert (context["runAsNonRoot"], context["runAsUser"], context["runAsGroup"]) == (True, 1000, 1000), key
-        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, key
-        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(template["spec"]), key
-        assert not list(values(template, "hostPath")), key
-    for key, container in containers(overlay):
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }, key
-
-
-@overlays
-def test_every_container_says_what_it_needs_and_only_training_asks_for_a_gpu(overlay: str) -> None:
-    with_gpu = set()
-    for key, container in containers(overlay):
-        resources = container["resources"]
-        assert {"cpu", "memory"} <= set(resources["requests"]), key
-        assert "memory" in resources["limits"], key
-        if "nvidia.com/gpu" in resources["limits"]:
-            with_gpu.add(key)
-    assert with_gpu == ({"TrainingRuntime/vismem-torch/node/node"} if overlay == "multi-node" else set())
-
-
-@overlays
-def test_images_are_those_that_the_overlay_names(overlay: str) -> None:
-    found = {container["image"] for _, container in containers(overlay)}
-    assert found == {f"registry.example.com/{name}:0.1.0" for name in ("vismem-train", "vismem-serve")}
-
-
-@overlays
-def test_whatever_serves_has_all_three_probes(overlay: str) -> None:
-    serving = {key: container for key, container in containers(overlay) if "ports" in container}
-    assert len(serving) == 2
-    for container in serving.values():
-        ports = {port["name"] for port in container["ports"]}
-        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
-            assert {get["port"] for get in values(container[name], "httpGet")} <= ports
-        startup = container["startupProbe"]
-        assert startup["periodSeconds"] * startup["failureThreshold"] >= 300
-
-
-@overlays
-def test_tritons_probes_ask_it_a_question_and_leave_it_the_time_to_answer(overlay: str) -> None:
-    """tests/e2e/test_triton.py runs the very command."""
-    (triton,) = named(overlay, "Deployment", "triton")["spec"]["template"]["spec"]["containers"]
-    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
-        command = triton[name]["exec"]["command"]
-        assert command[:4] == ["python", "-m", "vismem.serving.probe", "--timeout"]
-        assert triton[name]["timeoutSeconds"] >= float(command[4]) + 5
-    liveness = triton["livenessProbe"]
-    assert liveness["failureThreshold"] * liveness["periodSeconds"] >= 120  # no haste in killing what only is slow
-
-
-@overlays
-def test_triton_is_told_where_the_published_model_lies(overlay: str) -> None:
-    """Writer and readers agree on the folder; the readers cannot write."""
-    (publish,) = pod_templates(overlay)["CronJob/publish-champion"]["spec"]["containers"]
-    (triton,) = pod_templates(overlay)["Deployment/triton"]["spec"]["containers"]
-    folder = publish["command"][-1]
-    (written,) = [mount for mount in publish["volumeMounts"] if mount["mountPath"] == folder]
-    (read,) = [mount for mount in triton["volumeMounts"] if mount["mountPath"] == folder]
-    assert (written.get("readOnly", False), read["readOnly"]) == (False, True)
-    environment = {variable["name"]: variable.get("value") for variable in triton["env"]}
-    assert environment["MODEL_REPOSITORY"] == f"{folder}/current"
-    assert "MODEL_REPOSITORY" in (ROOT / "deploy" / "docker" / "serve.sh").read_text()
-
-
-@overlays
-def test_mlflow_answers_under_the_names_of_its_service(overlay: str) -> None:
-    from mlflow.server.security_utils import is_allowed_host_header
-
-    service = named(overlay, "Service", "mlflow")
-    (port,) = [port["port"] for port in service["spec"]["ports"]]
-    hosts = named(overlay, "ConfigMap", "mlflow")["data"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
-    namespace = service["metadata"]["namespace"]
-    for name in ("mlflow", f"mlflow.{namespace}", f"mlflow.{namespace}.svc", f"mlflow.{namespace}.svc.cluster.local"):
-        assert is_allowed_host_header(hosts, f"{name}:{port}")
-    assert not is_allowed_host_header(hosts, f"evil.example:{port}")
-
-
-# --- rights and secrets ---
-
-
-@overlays
-def test_only_a_runs_account_has_rights_and_no_more_than_it_uses(overlay: str) -> None:
-    bound = {subject["name"] for binding in of_kind(overlay, "RoleBinding") for subject in binding["subjects"]}
-    assert bound == {"vismem-pipeline"}
-    rights = {
-        (group, resource): set(rule["verbs"])
-        for role in of_kind(overlay, "Role")
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-    }
-    expected = {
-        ("argoproj.io", "workflowtaskresults"): {"create", "patch"},
-        ("", "configmaps"): {"get"},
-        ("", "secrets"): {"get"},
-        ("", "pods"): {"get", "list", "watch"},
-    }
-    if overlay == "multi-node":
-        expected[("trainer.kubeflow.org", "trainjobs")] = {"create", "get", "list", "watch", "delete"}
-        expected[("trainer.kubeflow.org", "trainingruntimes")] = {"get"}
-        expected[("", "pods/log")] = {"get"}
-    assert rights == expected
-    for role in of_kind(overlay, "Role"):
-        for rule in role["rules"]:
-            if {"secrets", "configmaps"} & set(rule["resources"]):
-                assert len(rule["resourceNames"]) == 1
-    assert not of_kind(overlay, "ClusterRole", "ClusterRoleBinding")
-
-
-@overlays
-def test_no_pod_here_gets_a_token_of_the_api(overlay: str) -> None:
-    for key, template in pod_templates(overlay).items():
-        assert template["spec"]["automountServiceAccountToken"] is False, key
-    accounts = {
-        m["metadata"]["name"]: m.get("automountServiceAccountToken") for m in of_kind(overlay, "ServiceAccount")
-    }
-    assert [name for name, automount in accounts.items() if automount is not False] == ["vismem-pipeline"]
-
-
-@overlays
-def test_no_secret_stands_in_a_manifest(overlay: str) -> None:
-    assert not of_kind(overlay, "Secret")
-    secret = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|_URI$")
-    for key, container in containers(overlay):
-        for variable in container.get("env", []):
-            if secret.search(variable["name"]):
-                assert "value" not in variable, key
-    for settings in of_kind(overlay, "ConfigMap"):
-        assert not [name for name in settings["data"] if secret.search(name)]
-
-
-@overlays
-def test_triton_holds_no_secret(overlay: str) -> None:
-    template = pod_templates(overlay)["Deployment/triton"]
-    assert not [*values(template, "secretRef"), *values(template, "secretKeyRef"), *values(template, "envFrom")]
 
 
 # --- what the rest of the project says of them ---

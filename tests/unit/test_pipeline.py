@@ -1,7 +1,8 @@
-"""The compiled pipeline: as committed, with the defaults of params.yaml, cached only where that is the truth."""
+"""The compiled pipeline: as committed, cached only where inputs decide the output, secrets only where used."""
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,23 @@ from kfp import components
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for `components` and `pipelines`
 
 from pipelines import run_local
-from pipelines.vismem import COMPILED, COMPILED_SHARED, compiled
-from vismem.config import without_nulls
-from vismem.launch import LaunchConfig
+from vismem.config import Config
+from vismem.kubeflow import SHARED_CLAIM, SHARED_FOLDER
 from vismem.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
+COMPILED, COMPILED_SHARED = ROOT / "pipelines" / "vismem.yaml", ROOT / "pipelines" / "vismem-shared.yaml"
 SPEC, PLATFORM = yaml.safe_load_all(COMPILED.read_text())
 INPUTS = SPEC["root"]["inputDefinitions"]["parameters"]
 TRAINS = ("preflight", "base", "stage1", "stage2", "evaluate", "export", "deploy")
-NEVER_CACHED = {"configure", "preflight", "register", "promote", "deploy", "not-promoted", "summary"}
+NEVER_CACHED = {"configure", "preflight", "register", "promote", "deploy", "summary"}
 NETWORK = {"prepare", "base", "register", "promote"}
+SECRETS = {
+    "preflight": ["s3_secret", "mlflow_secret", "huggingface_secret"],
+    "base": ["huggingface_secret"],
+    "register": ["s3_secret", "mlflow_secret"],
+    "promote": ["mlflow_secret"],
+}
 
 
 def tasks() -> dict[str, dict[str, Any]]:
@@ -38,12 +45,23 @@ def executor(name: str) -> dict[str, Any]:
 
 
 def kubernetes(name: str) -> dict[str, Any]:
-    return PLATFORM["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{name}"]
+    return PLATFORM["platforms"]["kubernetes"]["deploymentSpec"]["executors"].get(f"exec-{name}", {})
 
 
-@pytest.mark.parametrize(("file", "shared"), [(COMPILED, False), (COMPILED_SHARED, True)])
-def test_a_committed_file_is_what_the_compiler_makes_and_kfp_loads_it(file: Path, shared: bool) -> None:
-    assert file.read_text() == compiled(shared), "run `python pipelines/vismem.py`"
+@pytest.mark.parametrize(("source", "file"), [("pipeline.py", COMPILED), ("pipeline_shared.py", COMPILED_SHARED)])
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "pipelines"], ids=["from the root", "from its folder"])
+def test_a_committed_file_is_what_kfp_compiles_from_its_source(
+    source: str, file: Path, folder: Path, tmp_path: Path
+) -> None:
+    kfp, py = Path(sys.executable).with_name("kfp"), (ROOT / "pipelines" / source).relative_to(folder)
+    command = [kfp, "dsl", "compile", "--py", py, "--output", tmp_path / "pipeline.yaml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pipeline.yaml").read_bytes() == file.read_bytes(), f"compile it as {source} says"
+
+
+@pytest.mark.parametrize("file", [COMPILED, COMPILED_SHARED], ids=lambda file: file.name)
+def test_kfp_loads_a_committed_file(file: Path) -> None:
     loaded = components.load_component_from_file(str(file))
     assert loaded.pipeline_spec.pipeline_info.name == "vismem"
     assert set(loaded.component_spec.inputs) == set(INPUTS)
@@ -55,29 +73,27 @@ def test_with_the_shared_volume_every_task_sees_it_and_training_is_tried_again()
     claims = {
         name: [(m["constant"], m["mountPath"]) for m in executors[f"exec-{name}"]["pvcMount"]] for name in tasks()
     }
-    assert set(map(tuple, claims.values())) == {(("vismem-shared", LaunchConfig().shared.as_posix()),)}
-    assert LaunchConfig().claim == "vismem-shared"
+    assert set(map(tuple, claims.values())) == {((SHARED_CLAIM, SHARED_FOLDER),)}
     tried = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     assert {name for name, task in tried.items() if task.get("retryPolicy")} >= {"stage1", "stage2", "evaluate"}
     containers = spec["deploymentSpec"]["executors"]
     places = [variable for name in tasks() for variable in containers[f"exec-{name}"]["container"]["env"]]
-    assert places.count({"name": "VISMEM_WORK", "value": "/shared/work"}) == len(tasks())
+    assert places.count({"name": "VISMEM_WORK", "value": f"{SHARED_FOLDER}/work"}) == len(tasks())
 
 
-def test_the_parameters_have_the_defaults_of_params_yaml() -> None:
-    file = yaml.safe_load((ROOT / "params.yaml").read_text())
-    defaults = {name: port["defaultValue"] for name, port in INPUTS.items() if name in file}
-    assert set(file) == set(defaults), "a section is missing"
-    assert defaults == without_nulls(file)
+def test_the_run_s_parameters_are_a_profile_and_overrides_and_no_section() -> None:
+    sections = {field.alias or name for name, field in Config.model_fields.items()}
+    assert set(INPUTS) & sections == set()
+    assert (INPUTS["profile"]["defaultValue"], INPUTS["overrides"]["defaultValue"]) == ("", {})
 
 
 def test_every_parameter_is_described_and_says_its_group() -> None:
     for name, port in INPUTS.items():
-        assert port.get("description", "").startswith(("Run: ", "Section ", "Cluster: ", "Training: ")), name
+        assert port.get("description", "").startswith(("Run: ", "Cluster: ", "Training: ")), name
 
 
 def test_every_step_is_a_task() -> None:
-    others = {"configure", "preflight", "not-promoted", "summary"}
+    others = {"configure", "preflight", "summary"}
     assert set(tasks()) == {step.name for step in STEPS} | others
 
 
@@ -113,18 +129,22 @@ def test_tasks_that_train_or_decode_get_gpus_nodes_and_shared_memory(name: str) 
     assert "resourceCount" in wanted
     settings = kubernetes(name)
     assert settings["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "volumeName": "shared-memory"}]
-    assert settings["tolerations"] == [{"tolerationJson": {"componentInputParameter": "pipelinechannel--tolerations"}}]
+    assert settings["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"tolerationJson": {"componentInputParameter": "pipelinechannel--tolerations"}},
+    ]
     assert settings["nodeSelector"] == {
         "nodeSelectorJson": {"componentInputParameter": "pipelinechannel--node_selector"}
     }
 
 
-def test_every_task_gets_its_secrets_by_the_names_in_the_parameters_and_none_by_value() -> None:
+def test_a_task_gets_the_secrets_that_it_uses_by_the_names_in_the_parameters_and_none_by_value() -> None:
     for name in tasks():
-        names = [secret["secretNameParameter"]["componentInputParameter"] for secret in kubernetes(name)["secretAsEnv"]]
-        names = [parameter.removeprefix("pipelinechannel--") for parameter in names]
-        assert names == ["s3_secret", "mlflow_secret", "huggingface_secret"]
-    assert executor("prepare").get("env", []) == []
+        secrets = kubernetes(name).get("secretAsEnv", [])
+        names = [secret["secretNameParameter"]["componentInputParameter"] for secret in secrets]
+        assert [parameter.removeprefix("pipelinechannel--") for parameter in names] == SECRETS.get(name, []), name
+        assert all(secret["optional"] for secret in secrets)
+        assert executor(name).get("env", []) == []
 
 
 def test_every_parameter_that_a_task_asks_its_group_for_is_one_that_the_group_has() -> None:
@@ -140,7 +160,7 @@ def test_every_parameter_that_a_task_asks_its_group_for_is_one_that_the_group_ha
             assert asked <= has, f"{name} in {where}"
 
 
-def test_the_summary_runs_whatever_happened_and_both_verdicts_lead_somewhere() -> None:
+def test_the_summary_runs_whatever_happened_and_only_what_is_promoted_is_deployed() -> None:
     end = SPEC["root"]["dag"]["tasks"]["summary"]
     assert end["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
     conditions = [
@@ -149,8 +169,8 @@ def test_the_summary_runs_whatever_happened_and_both_verdicts_lead_somewhere() -
         for task in component.get("dag", {}).get("tasks", {}).values()
         if "condition" in task.get("triggerPolicy", {})
     ]
-    assert len(conditions) == 2
-    assert any(condition.startswith("!") for condition in conditions)
+    assert len(conditions) == 1
+    assert conditions[0].endswith("== 'promoted'")
 
 
 def test_containers_without_an_engine_are_refused_before_anything_runs(

@@ -51,7 +51,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     weed = shutil.which("weed", path=str(Path(sys.executable).parent))
     assert weed is not None
     command = [*seaweedfs_command(weed, folder, ports), f"-s3.config={folder / 's3.json'}"]
-    server = start_service("s3", command, {}, folder, stop_signal=signal.SIGKILL)
+    server = start_service("s3", command, os.environ, folder / "log", stop_signal=signal.SIGKILL)
     address = f"http://{HOST}:{ports['s3']}"
     keys = {"aws_access_key_id": "owner", "aws_secret_access_key": "owner-secret", "region_name": "us-east-1"}
     client = boto3.client("s3", endpoint_url=address, **keys)
@@ -62,11 +62,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         except (BotoCoreError, ClientError) as error:
             raise NotYetError(str(error)) from None
 
-    try:
+    with server:
         server.wait_until(make_bucket)
         yield address
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")

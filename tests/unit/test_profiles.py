@@ -1,4 +1,4 @@
-"""The profiles: each reads and lists only what differs from the defaults; 7B models get the paper's numbers."""
+"""The profiles: each lists only what it changes, compared with what it extends; 7B models get the paper's numbers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +42,8 @@ def test_every_profile_reads_and_lists_only_what_differs_from_the_defaults(name:
     resolve_arms(config.evaluate.arms)
     resolve_arms(config.study.arms)
     profile = yaml.safe_load(FILES[name].read_text())
-    assert list(repeated(profile, Config().model_dump(mode="json", by_alias=True))) == []
+    below = load_config(ROOT / "params.yaml", profile.pop("extends", None))
+    assert list(repeated(profile, below.model_dump(mode="json", by_alias=True))) == []
 
 
 def test_a_value_that_repeats_the_default_is_noticed() -> None:
@@ -73,10 +74,11 @@ def test_the_profiles_of_large_models_hold_the_paper_s_numbers(name: str) -> Non
         (config.stage1, 5e-5, 0.2, 0.015, 0.03),
         (config.stage2, 1e-5, 0.1, 0.030, 0.05),
     ):
-        assert (stage.batch_size, stage.group_size, stage.epochs, stage.steps, stage.updates) == (8, 16, 2, 0, 1)
-        assert (stage.learning_rate, stage.warmup_ratio) == (rate, warmup)
+        assert (stage.group_size, stage.steps, stage.learning_rate, stage.warmup_ratio) == (16, 0, rate, warmup)
         assert (stage.kl_coefficient, stage.target_kl) == (beta, target)
-        assert (stage.clip_low, stage.clip_high, stage.normalise_by_std) == (0.2, 0.2, True)
+    grpo = config.grpo
+    assert (grpo.batch_size, grpo.epochs, grpo.updates) == (8, 2, 1)
+    assert (grpo.clip_low, grpo.clip_high, grpo.normalise_by_std) == (0.2, 0.2, True)
     assert (config.stage1.warm_start.steps, config.stage2.penalty) == (0, 0.3)
 
 

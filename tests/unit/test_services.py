@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from vismem.errors import UserError
-from vismem.services import MARK, NotYetError, Service, end_leftovers, free_ports, start_service
+from vismem.services import MARK, NotYetError, Service, end_leftovers, free_ports, start_service, watch
 
 FOREVER = "import time; print('up', flush=True); time.sleep(600)"
 
@@ -46,7 +46,7 @@ def test_a_stopped_service_takes_its_children_with_it(tmp_path: Path) -> None:
     program = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {FOREVER!r}]); print(p.pid); p.wait()"
     )
-    service = start_service("one", [sys.executable, "-u", "-c", program], {}, tmp_path)
+    service = start_service("one", [sys.executable, "-u", "-c", program], os.environ, tmp_path / "log")
     service.wait_until(said(service, "up"))
     child = int(next(line for line in service.log.read_text().splitlines() if line.isdigit()))
     assert running(child)
@@ -55,33 +55,41 @@ def test_a_stopped_service_takes_its_children_with_it(tmp_path: Path) -> None:
     assert service.process.poll() is not None
 
 
-def test_a_dead_service_is_an_error_with_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    service = start_service("one", python("print('no such disk'); raise SystemExit(3)"), {}, tmp_path)
-    with pytest.raises(UserError, match=r"one ended with status 3; its log is .*one\.log"):
+def test_a_dead_service_is_an_error_with_the_line_of_its_log_that_says_why(tmp_path: Path) -> None:
+    program = "print('FATAL: no such disk'); print('shut down'); raise SystemExit(3)"
+    service = start_service("one", python(program), os.environ, tmp_path / "logs" / "one.log")
+    with pytest.raises(UserError, match=r"^one exited with status 3: FATAL: no such disk; its log is .*one\.log$"):
         service.wait_until(said(service, "up"))
-    assert "no such disk" in capsys.readouterr().err
+    service.stop()
 
 
-def test_a_service_sees_no_other_server_s_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_PROFILE", "work")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
-    program = "import os; print(sorted(k for k in os.environ if k.startswith(('AWS', 'MLFLOW'))), flush=True)"
-    service = start_service("one", python(program), {"AWS_REGION": "here"}, tmp_path)
-    service.process.wait(60)
-    assert service.log.read_text().strip() == "['AWS_REGION']"
+def test_a_service_that_is_never_ready_is_an_error_and_leaving_its_block_stops_it(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"^one was not ready after 0 s \(no such line\): it wrote nothing; its log"),
+        start_service("one", python("import time; time.sleep(600)"), os.environ, tmp_path / "log") as service,
+    ):
+        service.wait_until(said(service, "such line"), seconds=0)
+    assert service.process.poll() is not None
+
+
+def test_a_service_that_exits_is_noticed_by_those_who_watch(tmp_path: Path) -> None:
+    with start_service("one", python(FOREVER), os.environ, tmp_path / "one.log") as one:
+        two = start_service("two", python("import os; os.kill(os.getpid(), 9)"), os.environ, tmp_path / "two.log")
+        with pytest.raises(UserError, match=r"^two was killed by signal 9: it wrote nothing"):
+            watch([one, two])
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs util-linux's setpriv")
 def test_a_service_ends_when_the_one_who_started_it_is_killed(tmp_path: Path) -> None:
     starter = (
-        "import sys, time; from pathlib import Path; from vismem.services import start_service; "
-        f"s = start_service('one', [sys.executable, '-c', {FOREVER!r}], {{}}, Path({str(tmp_path)!r})); "
+        "import os, sys, time; from pathlib import Path; from vismem.services import start_service; "
+        f"s = start_service('one', [sys.executable, '-c', {FOREVER!r}], os.environ, Path({str(tmp_path / 'log')!r})); "
         "print(s.process.pid, flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(python(starter), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     service = int(process.stdout.readline())
-    log = tmp_path / "logs" / "one.log"
+    log = tmp_path / "log"
     eventually(lambda: log.is_file() and "up" in log.read_text())
     process.kill()
     process.wait()
@@ -124,6 +132,8 @@ def test_a_program_that_refuses_root_runs_as_nobody_and_still_reaches_root_s_fol
     (tmp_path / "file").chmod(0o600)
     tmp_path.chmod(0o700)
     program = f"import os; print(os.geteuid() != 0, open({str(tmp_path / 'file')!r}).read(), flush=True)"
-    service = start_service("one", python(program), {}, tmp_path, stop_signal=signal.SIGINT, never_root=True)
+    service = start_service(
+        "one", python(program), os.environ, tmp_path / "log", stop_signal=signal.SIGINT, never_root=True
+    )
     assert service.process.wait(60) == 0, service.log.read_text()
     assert service.log.read_text().strip() == "True reached"

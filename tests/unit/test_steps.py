@@ -16,11 +16,13 @@ import yaml
 
 from vismem import steps
 from vismem.config import Config
+from vismem.config.section import is_rare
 from vismem.errors import UserError
 from vismem.steps import STEPS, Step, run_step
 
 ROOT = Path(__file__).parents[2]
-CONTRACT = ("vismem/__init__.py", "vismem/config/*.py", "vismem/errors.py", "vismem/steps.py", "vismem/provenance.py")
+SHARED = ("errors", "files", "progress", "provenance", "ranks", "records", "steps")  # no change in what a step computes
+CONTRACT = ("vismem/__init__.py", "vismem/config/*.py", *(f"vismem/{name}.py" for name in SHARED))
 
 # --- steps for these tests, loaded by name as the real ones are -------------------------------------------------------
 
@@ -176,6 +178,14 @@ def test_dvc_yaml_has_one_stage_a_step_in_order_with_its_inputs_and_sections() -
         assert [dep for dep in stage["deps"] if dep.startswith("artifacts/")] == [f"artifacts/{n}" for n in step.inputs]
         assert stage["params"] == list(step.sections)
         assert stage["outs"] == [{f"artifacts/{step.name}": {"persist": True}}]
+
+
+def test_a_stage_depends_on_the_defaults_that_params_yaml_leaves_out() -> None:
+    for step in STEPS:
+        for section in step.sections:
+            config = getattr(Config(), section if section in Config.model_fields else f"{section}_")
+            if section != "seed" and any(is_rare(field) for field in type(config).model_fields.values()):
+                assert type(config).__module__.replace(".", "/") + ".py" in pipeline()[step.name]["deps"], section
 
 
 def test_dvc_yaml_names_code_that_exists() -> None:

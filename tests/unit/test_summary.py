@@ -1,33 +1,22 @@
 """What a run prints at its end, from the files that its steps leave."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from project import scores
 from rich.console import Console
 
 from vismem.config import Config
 from vismem.errors import UserError
+from vismem.files import write_json, write_text
+from vismem.records import Release, Rule, Verdict
 from vismem.summary import example_lines, print_models, print_summary, verdict_lines
 
-GAIN = {"delta": 6.0, "ci95": [3.5, 8.5], "p": 0.001}
-INTERVALS = {"overall": [55.0, 65.0], "reasoning": [55.0, 65.0]}
-METRICS: dict[str, Any] = {
-    "n": 600,
-    "counts": {"reasoning": 600},
-    "arms": {
-        "vanilla": {"overall": 60.0, "reasoning": 60.0, "seconds_per_sample": 0.10},
-        "vismem": {"overall": 66.0, "reasoning": 66.0, "seconds_per_sample": 0.12},
-    },
-    "intervals": {"vanilla": INTERVALS, "vismem": INTERVALS},
-    "gain": {"overall": GAIN, "reasoning": GAIN},
-    "overhead": {"vismem": 0.2},
-}
-RULES = [
-    {"name": "gain", "passed": True, "reason": "the gain is +6.00 points"},
-    {"name": "time", "passed": False, "reason": "it takes [twice] as long"},
-]
+RULES = (
+    Rule(name="gain", passed=True, reason="the gain is +6.00 points"),
+    Rule(name="time", passed=False, reason="it takes [twice] as long"),
+)
+RELEASE = Release(promoted=False, name="vismem", version="2", model_id="m-1", previous=None, reasons=())
 SMOKE = {
     "model": "vismem_challenger",
     "version": 2,
@@ -44,16 +33,11 @@ def lines(console: Console) -> list[str]:
 
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Path:
-    files = {
-        "evaluate/metrics.json": METRICS,
-        "register/verdict.json": {"passed": False, "rules": RULES},
-        "promote/release.json": {"promoted": False, "name": "vismem", "version": "2", "reasons": []},
-        "deploy/smoke.json": SMOKE,
-        "validate/report.html": {},
-    }
-    for name, values in files.items():
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(json.dumps(values))
+    scores().write(tmp_path / "evaluate")
+    Verdict(passed=False, rules=RULES).write(tmp_path / "promote")
+    RELEASE.write(tmp_path / "promote")
+    write_json(tmp_path / "deploy" / "smoke.json", SMOKE)
+    write_text(tmp_path / "validate" / "report.html", "")
     return tmp_path
 
 
@@ -78,9 +62,10 @@ def test_a_refused_run_shows_scores_every_rule_the_example_and_the_reports_that_
 
 
 def test_a_release_is_called_one() -> None:
-    release = {"promoted": True, "name": "vismem", "version": "3"}
-    assert "RELEASED" in verdict_lines({"rules": RULES[:1]}, release)[0]
-    assert "NOT" not in verdict_lines({"rules": RULES[:1]}, release)[0]
+    release = RELEASE.model_copy(update={"promoted": True})
+    line = verdict_lines(Verdict(passed=True, rules=RULES[:1]), release)[0]
+    assert "RELEASED" in line
+    assert "NOT" not in line
     assert "trying out" not in "".join(example_lines({**SMOKE, "promoted": True}))
 
 

@@ -1,6 +1,6 @@
-"""Typed parameters: one frozen section a step, read from `params.yaml`, overlaid by a profile.
+"""Typed parameters: one frozen section per step, read from `params.yaml`, overlaid by a profile.
 
-Every default below is also written out in `params.yaml` (a test compares the two). Sources in brackets:
+`params.yaml` holds every default but those that are `rare` (a test compares the two). Sources in brackets:
 [paper] arXiv 2511.11007 with its section; [ours] a choice the paper leaves open; [measured] see docs/results.
 """
 
@@ -15,11 +15,7 @@ from vismem.config.data import (
     Source,
     ValidateConfig,
 )
-from vismem.config.models import (
-    BaseConfig,
-    InvocationConfig,
-    MemoryConfig,
-)
+from vismem.config.models import BaseConfig, InvocationConfig, MemoryConfig
 from vismem.config.preflight import PreflightConfig
 from vismem.config.release import (
     DeployConfig,
@@ -29,19 +25,13 @@ from vismem.config.release import (
     RegistryConfig,
     StudyConfig,
 )
-from vismem.config.resolve import defaults, resolve, without_nulls
-from vismem.config.root import (
-    PROFILE_FOLDER,
-    Config,
-    load_config,
-    load_params,
-    merge,
-    parse_config,
-)
+from vismem.config.resolve import resolve
+from vismem.config.root import PROFILE_FOLDER, Config, load_config, load_params, merge, parse_config
 from vismem.config.section import Section
 from vismem.config.training import (
     BaselinesConfig,
     GrpoConfig,
+    GrpoStageConfig,
     Stage1Config,
     Stage2Config,
     SupervisedConfig,
@@ -60,6 +50,7 @@ __all__ = [
     "ExportConfig",
     "GateConfig",
     "GrpoConfig",
+    "GrpoStageConfig",
     "InvocationConfig",
     "JsonlSource",
     "LmuDataSource",
@@ -77,11 +68,9 @@ __all__ = [
     "SupervisedConfig",
     "ValidateConfig",
     "WarmStartConfig",
-    "defaults",
     "load_config",
     "load_params",
     "merge",
     "parse_config",
     "resolve",
-    "without_nulls",
 ]

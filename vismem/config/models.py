@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from vismem.config.section import Section
+from vismem.config.section import Section, rare
 
 
 class BaseConfig(Section):
@@ -45,19 +45,20 @@ class MemoryConfig(Section):
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.: 0.1]"
     )
-    short_start: Literal["patches", "random"] = Field(
-        "patches", description="start of the short M_init: pooled patches of the image, or random [measured]"
+    short_init: Literal["patches", "random"] = Field(
+        "patches",
+        description="short M_init: added to the image's pooled patches, or random as in the paper [measured]",
     )
-    long_start: Literal["patches", "random"] = Field(
-        "patches", description="start of the long M_init: pooled image tokens of the row, or random [measured]"
+    long_init: Literal["patches", "random"] = Field(
+        "patches", description="long M_init: added to pooled image tokens, or random as in the paper [measured]"
     )
-    init_std: float = Field(0.02, gt=0, description="standard deviation of random starts [ours]")
+    init_std: float = rare(0.02, gt=0, description="standard deviation of random initial values [ours]")
 
 
 class InvocationConfig(Section):
     """When memory may be invoked (paper Sec. 3.2, Eq. 3-4)."""
 
     delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
-    token_start: str = Field("\n", description="delimiter whose embedding the four new rows start as [ours]")
-    max_per_answer: int = Field(1, ge=0, description="invocations an answer at most [measured]")
-    perturbation: float = Field(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
+    init_token: str = Field("\n", description="delimiter whose embedding the four new rows are copied from [ours]")
+    max_per_answer: int = Field(1, ge=0, description="max invocations per answer [measured]")
+    perturbation: float = rare(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from vismem.config.section import Section
+from vismem.config.section import Section, rare
 
 
 class PreflightConfig(Section):
@@ -17,6 +17,6 @@ class PreflightConfig(Section):
     )
     gpus: int = Field(0, ge=0, description="CUDA devices that must be there")
     free_disk_gb: float = Field(1.0, ge=0, description="free space that the outputs' disk must have, GB")
-    shared_memory_gb: float = Field(
+    shared_memory_gb: float = rare(
         0.0, ge=0, description="size that /dev/shm must have, GB; NCCL and data loaders of several processes share it"
     )

@@ -30,15 +30,18 @@ class ExportConfig(Section):
 class GateConfig(Section):
     """What a challenger must show to become champion. Scores are in percentage points."""
 
-    min_gain: float = Field(1.0, description="least overall gain over vanilla, points")
-    min_gain_low: float = Field(0.0, description="least lower end of the gain's 95 % interval, points")
-    max_capability_drop: float = Field(2.0, ge=0, description="largest loss of any one capability, points")
+    min_items: int = Field(200, ge=1, description="min number of test items behind the scores")
+    min_gain: float = Field(1.0, description="min overall gain over vanilla, points")
+    min_gain_low: float = Field(
+        0.0, description="points that the whole 95 % interval of the gain must exceed; from 0 on, with p < 0.05"
+    )
+    max_capability_drop: float = Field(2.0, ge=0, description="max loss of any one capability, points")
     max_time_overhead: float = Field(
-        1.5, ge=0, description="largest overhead in seconds a sample over vanilla; 0.44 = +44 %, the most in the paper"
+        1.5, ge=0, description="max overhead in seconds per sample over vanilla; 0.44 = +44 %, the paper's max"
     )
     champion_margin: float = Field(0.0, description="points by which the present champion must be exceeded")
     other_data: Literal["pass", "refuse"] = Field(
-        "pass", description="the champion rule where the champion was scored on other test data, so no scores compare"
+        "refuse", description="the champion rule where the champion was scored on other test data: no scores compare"
     )
 
 

@@ -1,4 +1,4 @@
-"""The parameters of a run that is described in parts: a profile, sections as a form gives them, single overrides."""
+"""The parameters of a run that names a profile and overrides single values, as a Kubeflow run does."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,69 +6,29 @@ from typing import Any
 
 import vismem
 from vismem.config.root import PROFILE_FOLDER, Config, merge, parse_config, read_profile
-from vismem.errors import UserError
-
-Values = dict[str, Any]
 
 
-def resolve(
-    profile: str = "",
-    sections: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    root: Path | None = None,
-) -> Config:
-    """The typed parameters; what comes later wins: defaults, profile, sections where they differ from the defaults,
-    overrides.
+def resolve(profile: str = "", overrides: Mapping[str, Any] | None = None, root: Path | None = None) -> Config:
+    """The typed parameters; what comes later wins: defaults, profile, overrides.
 
-    `sections` are values by section, such as {"seed": 0, "stage1": {"steps": 30}}; a form hands over all of them, most
-    as they were. So a value that equals the default leaves the profile's in force: to set it all the same, use
-    `overrides`, values by dotted key: {"stage1.steps": 30}. Profiles lie in `root`/deploy/profiles; by default the
-    working folder's or else the library's. UserError names every unknown key and every value that cannot be.
+    `overrides` may hold all that params.yaml may, as nested sections or dotted keys: {"stage1": {"steps": 30}} and
+    {"stage1.steps": 30} are the same. Profiles lie in `root`/deploy/profiles; by default the working folder's or else
+    the library's. UserError names every unknown key and every value of the wrong type.
     """
     values = read_profile(root or _home(), profile) if profile else {}
-    given = dict(sections or {})
-    parse_config(given, "section parameters")  # apart, so that a fault is told with the place where it was made
-    values = merge(values, _changed(given, defaults()))
-    for key, value in (overrides or {}).items():
-        values = _put(values, key.split("."), value, key)
-    return parse_config(values, f"profile '{profile}' with sections and overrides" if profile else "parameters")
+    where = f"profile '{profile}' with overrides" if profile else "overrides"
+    return parse_config(merge(values, _nested(overrides or {})), where)
 
 
-def defaults() -> Values:
-    """All defaults, as `params.yaml` holds them."""
-    values: Values = Config().model_dump(mode="json", by_alias=True)
-    return values
-
-
-def without_nulls(values: Any) -> Any:
-    """The same plain values without keys that are null, for carriers that have none; null is such keys' default."""
-    if isinstance(values, dict):
-        return {key: without_nulls(value) for key, value in values.items() if value is not None}
-    return [without_nulls(value) for value in values] if isinstance(values, list | tuple) else values
-
-
-def _changed(given: Values, usual: Values) -> Values:
-    """What differs from the defaults; lists are compared whole."""
-    changed: Values = {}
-    for key, value in given.items():
-        old = usual.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            if inner := _changed(value, old):
-                changed[key] = inner
-        elif value != old:
-            changed[key] = value
-    return changed
-
-
-def _put(values: Values, path: list[str], value: Any, key: str) -> Values:
-    """`values` with one more, at `path`."""
-    first, *rest = path
-    if not rest:
-        return {**values, first: value}
-    below = values.get(first, {})
-    if not isinstance(below, dict):
-        raise UserError(f"overrides: '{key}' goes below '{first}', which is a single value")
-    return {**values, first: _put(below, rest, value, key)}
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values with every dotted key as nested sections; later keys win."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _nested(value) if isinstance(value, Mapping) else value
+        for part in reversed(key.split(".")):
+            inner = {part: inner}
+        nested = merge(nested, inner)
+    return nested
 
 
 def _home() -> Path:

@@ -7,16 +7,8 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
-from vismem.config.data import (
-    SOURCES,
-    PrepareConfig,
-    ValidateConfig,
-)
-from vismem.config.models import (
-    BaseConfig,
-    InvocationConfig,
-    MemoryConfig,
-)
+from vismem.config.data import SOURCES, PrepareConfig, ValidateConfig
+from vismem.config.models import BaseConfig, InvocationConfig, MemoryConfig
 from vismem.config.preflight import PreflightConfig
 from vismem.config.release import (
     DeployConfig,
@@ -27,11 +19,7 @@ from vismem.config.release import (
     StudyConfig,
 )
 from vismem.config.section import Section
-from vismem.config.training import (
-    BaselinesConfig,
-    Stage1Config,
-    Stage2Config,
-)
+from vismem.config.training import BaselinesConfig, GrpoConfig, Stage1Config, Stage2Config
 from vismem.errors import UserError
 
 PROFILE_FOLDER = Path("deploy/profiles")
@@ -47,6 +35,7 @@ class Config(Section):
     base: BaseConfig = BaseConfig()
     memory: MemoryConfig = MemoryConfig()
     invocation: InvocationConfig = InvocationConfig()
+    grpo: GrpoConfig = GrpoConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
     baselines: BaselinesConfig = BaselinesConfig()
@@ -76,13 +65,27 @@ def load_params(path: Path, profile: str | None = None) -> dict[str, Any]:
 
 
 def read_profile(root: Path, profile: str) -> dict[str, Any]:
-    """The plain values of a profile of `root`/deploy/profiles. UserError where there is none of that name."""
+    """The plain values of a profile of `root`/deploy/profiles, laid over those of the profile that it `extends`.
+
+    UserError where there is no profile of that name, or where the extended one extends another.
+    """
+    values = _read_yaml(_profile_file(root, profile))
+    below = values.pop("extends", None)
+    if below is None:
+        return values
+    extended = _read_yaml(_profile_file(root, str(below)))
+    if "extends" in extended:
+        raise UserError(f"profile '{profile}' extends '{below}', which extends '{extended['extends']}': name that one")
+    return merge(extended, values)
+
+
+def _profile_file(root: Path, profile: str) -> Path:
     folder = root / PROFILE_FOLDER
-    overlay = folder / f"{profile}.yaml"
-    if not overlay.is_file():
+    file = folder / f"{profile}.yaml"
+    if not file.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise UserError(f"unknown profile '{profile}'{_nearest(profile, known)}; {folder} has: {', '.join(known)}")
-    return _read_yaml(overlay)
+    return file
 
 
 def parse_config(values: dict[str, Any], where: str = "params") -> Config:

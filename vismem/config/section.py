@@ -1,9 +1,22 @@
 """What every group of parameters is."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
     """A frozen group of parameters; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def rare(default: Any, **constraints: Any) -> Any:
+    """A parameter that is seldom changed: `params.yaml` holds it only where it differs from its default."""
+    return Field(default, json_schema_extra={"rare": True}, **constraints)
+
+
+def is_rare(field: FieldInfo) -> bool:
+    """Whether a section declares this field with `rare`."""
+    return field.json_schema_extra == {"rare": True}

@@ -2,69 +2,74 @@
 
 from pydantic import Field
 
-from vismem.config.section import Section
+from vismem.config.section import Section, rare
+
+
+class GrpoConfig(Section):
+    """What both stages and the baselines have in common: group relative policy optimisation (paper Sec. 3.4)."""
+
+    epochs: int = Field(2, ge=1, description="passes over the train split, where a stage's steps is 0 [paper]")
+    batch_size: int = Field(8, ge=1, description="prompts per step [paper]")
+    micro_batch: int = Field(64, ge=1, description="rollouts per backward pass; changes memory, not the result")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in every backward pass; same result, less memory, slower"
+    )
+    updates: int = Field(1, ge=1, description="optimiser steps per batch of rollouts [paper: 1]")
+    clip_low: float = Field(0.2, gt=0, description="lower clip of the ratio [paper]")
+    clip_high: float = Field(0.2, gt=0, description="upper clip of the ratio [paper]")
+    max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens, latents not counted")
+    weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay [ours]")
+    max_grad_norm: float = rare(1.0, gt=0, description="gradient norm clip [ours]")
+    normalise_by_std: bool = rare(True, description="divide advantages by the group's standard deviation [paper]")
+    temperature: float = rare(1.0, gt=0, description="sampling temperature of rollouts [ours]")
+    checkpoint_every: int = rare(50, ge=1, description="steps between checkpoints, supervised too")
+    sample_every: int = rare(10, ge=1, description="steps between logged groups of answers")
+
+
+class GrpoStageConfig(Section):
+    """What each training by GRPO sets for itself; what they share is in the section `grpo`."""
+
+    steps: int = Field(0, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    group_size: int = Field(16, ge=2, description="G, rollouts per prompt [paper]")
+    learning_rate: float = Field(5e-5, gt=0, description="peak rate of AdamW, cosine decay [paper]")
+    warmup_ratio: float = Field(0.2, ge=0, le=1, description="share of the steps that warm up [paper]")
+    kl_coefficient: float = Field(0.015, ge=0, description="beta [paper]")
+    target_kl: float = Field(0.03, ge=0, description="KL per token that ends a batch's updates; 0: never [paper]")
 
 
 class WarmStartConfig(Section):
     """Optional supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
 
     steps: int = Field(1600, ge=0, description="steps; 0 leaves it out, as the paper does")
-    batch_size: int = Field(32, ge=1, description="questions a step")
+    batch_size: int = Field(32, ge=1, description="questions per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     matrix_learning_rate: float = Field(
         0.007, ge=0, description="peak rate of Muon on the matrices; 0: AdamW on everything"
     )
-    at_start: float = Field(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
+    at_start: float = rare(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
 
 
-class GrpoConfig(Section):
-    """Group relative policy optimisation (paper Sec. 3.4, Eq. 7-8 and 12-15)."""
-
-    steps: int = Field(0, ge=0, description="steps; 0 means `epochs` passes over the train split")
-    epochs: int = Field(2, ge=1, description="passes over the train split, where steps is 0 [paper]")
-    batch_size: int = Field(8, ge=1, description="prompts a step [paper]")
-    group_size: int = Field(16, ge=2, description="G, rollouts a prompt [paper]")
-    micro_batch: int = Field(64, ge=1, description="rollouts in one backward pass; changes memory, not the result")
-    gradient_checkpointing: bool = Field(
-        False, description="keep few activations and compute them again in the backward pass; same result, slower"
-    )
-    updates: int = Field(1, ge=1, description="optimiser steps on one batch of rollouts [paper: 1]")
-    learning_rate: float = Field(5e-5, gt=0, description="peak rate of AdamW, cosine decay [paper]")
-    warmup_ratio: float = Field(0.2, ge=0, le=1, description="share of the steps that warm up [paper]")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay [ours]")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip [ours]")
-    clip_low: float = Field(0.2, gt=0, description="lower clip of the ratio [paper]")
-    clip_high: float = Field(0.2, gt=0, description="upper clip of the ratio [paper]")
-    kl_coefficient: float = Field(0.015, ge=0, description="beta [paper]")
-    target_kl: float = Field(0.03, ge=0, description="per token; more KL than this ends a batch's updates; 0: never")
-    normalise_by_std: bool = Field(True, description="divide advantages by the group's standard deviation [paper]")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature of rollouts [ours]")
-    max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens, latents not counted")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
-    sample_every: int = Field(10, ge=1, description="steps between logged groups of answers")
-
-
-class Stage1Config(GrpoConfig):
+class Stage1Config(GrpoStageConfig):
     """Stage I, formation: trains the query builder and both formers; memory is invoked at random."""
 
-    steps: int = Field(40, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    steps: int = Field(40, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
-    at_start: bool = Field(True, description="the answer's first position counts as a delimiter [ours]")
-    anywhere_after: float = Field(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
-    anywhere_share: float = Field(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
+    at_start: bool = rare(True, description="the answer's first position counts as a delimiter [ours]")
+    anywhere_after: float = rare(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
+    anywhere_share: float = rare(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
     warm_start: WarmStartConfig = WarmStartConfig()
 
 
-class Stage2Config(GrpoConfig):
+class Stage2Config(GrpoStageConfig):
     """Stage II, invocation: trains the new tokens' rows, optionally LoRA on the policy."""
 
-    steps: int = Field(120, ge=0, description="steps; 0 means `epochs` passes over the train split")
-    group_size: int = Field(8, ge=2, description="G, rollouts a prompt [paper: 16]")
+    steps: int = Field(120, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    group_size: int = Field(8, ge=2, description="G, rollouts per prompt [paper: 16]")
     learning_rate: float = Field(2e-2, gt=0, description="peak rate; only rows are trained [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.030, ge=0, description="beta [paper]")
-    target_kl: float = Field(0.05, ge=0, description="per token; more KL than this ends a batch's updates")
+    target_kl: float = Field(0.05, ge=0, description="KL per token that ends a batch's updates; 0: never [paper]")
     start_probability: float = Field(
         0.95, gt=0, lt=1, description="chance of a memory at the answer's start, before training [ours]"
     )
@@ -72,7 +77,7 @@ class Stage2Config(GrpoConfig):
         0.01, gt=0, lt=1, description="chance of a memory after a delimiter, before training [ours]"
     )
     penalty: float = Field(0.3, ge=0, description="alpha, intensity of p_type + p_neg [paper Eq. 15]")
-    end_rate: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
+    end_lr_scale: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
     policy_lora: bool = Field(False, description="also train LoRA on the policy's q_proj and v_proj [ours]")
 
 
@@ -80,17 +85,13 @@ class SupervisedConfig(Section):
     """Supervised fine-tuning on the reference answers, from which VisMem's warm start also learns."""
 
     steps: int = Field(1600, ge=0, description="steps; 0 means `epochs` passes over the train split")
-    epochs: int = Field(2, ge=1, description="passes over the train split, where steps is 0")
-    batch_size: int = Field(32, ge=1, description="questions a step")
-    micro_batch: int = Field(64, ge=1, description="questions in one backward pass; changes memory, not the result")
-    gradient_checkpointing: bool = Field(
-        False, description="keep few activations and compute them again in the backward pass; same result, slower"
-    )
+    epochs: int = rare(2, ge=1, description="passes over the train split, where steps is 0")
+    batch_size: int = Field(32, ge=1, description="questions per step")
+    micro_batch: int = Field(64, ge=1, description="questions per backward pass; changes memory, not the result")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
     full_learning_rate: float = Field(1e-3, gt=0, description="peak rate of full fine-tuning")
-    warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps that warm up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    warmup_ratio: float = rare(0.05, ge=0, le=1, description="share of the steps that warm up")
+    weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay")
 
 
 class BaselinesConfig(Section):
@@ -102,4 +103,4 @@ class BaselinesConfig(Section):
         0.0, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.: 0.1]"
     )
     supervised: SupervisedConfig = SupervisedConfig()
-    grpo: GrpoConfig = GrpoConfig(steps=1000, learning_rate=1e-3)  # about the seconds that VisMem's stages take
+    grpo: GrpoStageConfig = GrpoStageConfig(steps=1000, learning_rate=1e-3)  # takes about as long as both stages

@@ -1,20 +1,17 @@
 """The step `prepare`: the sources named in the parameters become Parquet shards a split, and `stats.json`."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 from vismem.config import Config, EasyVqaSource, JsonlSource, LmuDataSource, NlvrSource, Source
 from vismem.data.fingerprint import SPLITS, ImageCache, data_sha256, sample_sha256, seen_sha256
 from vismem.data.sample import Sample, write_shards
+from vismem.files import write_json
+from vismem.progress import Advance, progress
 
 TOP_ANSWERS = 20
 
@@ -28,25 +25,14 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """
     splits = {split: _SplitStats() for split in SPLITS}
     images = _ImageOwners()
-    with ExitStack() as stack:
-        progress = stack.enter_context(
-            Progress(
-                SpinnerColumn(),
-                TextColumn("prepare {task.description}: {task.completed} rows"),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-        )
+    with progress("prepare rows") as advance:
         for split, stats in splits.items():
             shutil.rmtree(out / split, ignore_errors=True)  # of a killed run
-            bar = progress.add_task(split, total=None)
             rows = _kept(_read_all(config, split), split, stats, images)
-            counted = _advance(rows, progress, bar)
-            write_shards(counted, out / split, config.prepare.rows_per_shard)
+            write_shards(_counted(rows, advance, split), out / split, config.prepare.rows_per_shard)
     whole = data_sha256({split: stats.digests for split, stats in splits.items()})
     summary = {"data_sha256": whole, "seed": config.seed, "splits": {s: stats.summary() for s, stats in splits.items()}}
-    (out / "stats.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(out / "stats.json", summary)
     dropped = sum(sum(stats.dropped.values()) for stats in splits.values())
     sizes = ", ".join(f"{stats.rows} {split}" for split, stats in splits.items())
     tail = f"; {dropped} rows dropped, their image is in another split" if dropped else ""
@@ -149,7 +135,7 @@ def _kept(rows: Iterator[Sample], split: str, stats: _SplitStats, images: _Image
             stats.dropped[other] += 1
 
 
-def _advance(rows: Iterator[Sample], progress: Progress, bar: Any) -> Iterator[Sample]:
+def _counted(rows: Iterator[Sample], advance: Advance, split: str) -> Iterator[Sample]:
     for sample in rows:
-        progress.advance(bar)
+        advance(split=split)
         yield sample

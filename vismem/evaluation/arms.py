@@ -20,7 +20,7 @@ from vismem.generation.invocation import (
     Shuffled,
     Swapped,
 )
-from vismem.generation.types import MemoryKind
+from vismem.models.kinds import MemoryKind
 
 VANILLA = "vanilla"
 VISMEM = "vismem"

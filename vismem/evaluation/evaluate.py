@@ -1,7 +1,7 @@
 """The step `evaluate`: every arm answers the same test questions; tables, metrics, plots and a report come out."""
 
+import hashlib
 import itertools
-import json
 import math
 import random
 import shutil
@@ -10,13 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 from pydantic import TypeAdapter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
@@ -26,10 +23,13 @@ from vismem.evaluation.arms import ARMS, VISMEM, Arm, resolve_arms
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
+from vismem.files import write_json
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
+from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
+from vismem.records import Metrics
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
 ANSWERS, KEEP_EVERY = "answers.checkpoint", 30.0  # seconds: after a kill, no more is answered again
@@ -51,8 +51,12 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         for name, run in decoded.items()
     }
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
-    metrics = summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap)
-    metrics["stage2_sha256"] = sha256_folder(inputs["stage2"])  # whose scores these are: `register` asks
+    metrics = Metrics(
+        **summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap),
+        stage2_sha256=sha256_folder(inputs["stage2"]),
+        test_sha256=sha256_folder(folder, "*.parquet"),
+        items_sha256=hashlib.sha256("\n".join(sample.id for sample in samples).encode()).hexdigest(),
+    )
     sources = {
         "base model": config.base.model,
         "memory (sha256)": sha256_file(inputs["stage2"] / "memory.safetensors"),
@@ -61,7 +65,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             for name in models
             if name != VISMEM
         },
-        "test data (sha256)": sha256_folder(folder, "*.parquet"),
+        "test data (sha256)": metrics.test_sha256,
         "device": str(next(iter(models.values())).backbone.device),
     }
     pictures = {s.id: (*s.images, *(video.frames[0] for video in s.videos)) for s in samples}
@@ -138,20 +142,17 @@ def decode(
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
     batches = [samples[start:end] for start, end in itertools.pairwise(ends)]
-    columns = (TextColumn("evaluate {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(samples) * len(arms), completed=answered * len(arms))
+    with progress("evaluate", len(samples) * len(arms), answered * len(arms)) as advance:
         for turn, batch in enumerate(batches):
             if ends[turn] < answered:
                 continue
             shift = turn % len(arms)
             for arm in [*arms[shift:], *arms[:shift]]:
-                progress.update(bar, description=arm.label)
                 started = time.perf_counter()
                 rollouts = _answer(models[arm.model], arm, batch, config)
                 runs[arm.name].seconds += time.perf_counter() - started
                 runs[arm.name].rollouts += rollouts
-                progress.advance(bar, len(batch))
+                advance(len(batch), arm=arm.label)
             if kept and time.monotonic() - saved >= KEEP_EVERY:
                 new = kept.with_suffix(".new")
                 new.write_bytes(_RUNS.dump_json(runs))
@@ -164,7 +165,7 @@ def write(
     config: Config,
     out: Path,
     predictions: Mapping[str, Sequence[Prediction]],
-    metrics: Mapping[str, Any],
+    metrics: Metrics,
     pictures: Mapping[str, Sequence[bytes]],
     sources: Mapping[str, str],
 ) -> None:
@@ -174,14 +175,14 @@ def write(
     (out / ANSWERS).unlink(missing_ok=True)
     for arm, answers in predictions.items():
         write_predictions(answers, out / "predictions" / f"{arm}.parquet")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    (out / "scores.json").write_text(json.dumps(headline_figures(metrics), indent=2) + "\n")
+    metrics.write(out)
+    write_json(out / "scores.json", headline_figures(metrics))
     images = plots.write_plots(metrics, predictions, out / "plots")
     git = git_state()
     provenance = {
         **sources,
-        "test questions": str(metrics["n"]),
-        "seed": str(metrics["seed"]),
+        "test questions": str(metrics.n),
+        "seed": str(metrics.seed),
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }

@@ -13,7 +13,7 @@ from vismem.evaluation.answers import UNPARSED, normalise
 from vismem.evaluation.arms import VANILLA, VISMEM
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import Scores, bootstrap_interval, paired_difference
-from vismem.generation.types import MemoryKind
+from vismem.models.kinds import MemoryKind
 
 OVERALL = "overall"
 CAPABILITIES = tuple(capability.value for capability in Capability)
@@ -23,15 +23,10 @@ Masks = dict[str, "np.ndarray[tuple[int], np.dtype[np.bool_]]"]
 
 
 def summarise(predictions: Arms, seconds: Mapping[str, float], *, seed: int, resamples: int) -> dict[str, Any]:
-    """The content of `metrics.json`.
-
-    n, seed, counts {capability: n}; arms {arm: {overall, <capability>..., seconds_per_sample}}, intervals likewise;
-    gain {group: {delta, ci95, p}}, VisMem minus vanilla in points; ablations {arm: the same for that arm};
-    overhead {arm: seconds over vanilla's, minus 1}; tasks {task: {capability, n, arms}}; yes_no {n, arms, gain};
-    unparsed, unfinished {arm: percent}; invocation {overall, tasks}, of VisMem, and invocation_by_arm: `memory_use`.
+    """The figures of `metrics.json`: the fields of `vismem.records.Metrics` but for the hashes.
 
     `predictions`: arm -> its answers, the same items in the same order for every arm, vanilla among them.
-    `seconds`: arm -> seconds a sample. A capability without items is left out. ValueError where items differ.
+    `seconds`: arm -> seconds per sample. A capability without items is left out. ValueError where items differ.
     """
     items = predictions[VANILLA]
     if not items:
@@ -144,10 +139,10 @@ def _yes_no(predictions: Arms, scores: Mapping[str, Scores], *, seed: int, resam
     return {"n": int(only.sum()), "arms": arms, "gain": gain}
 
 
-def _invocation(answers: Sequence[Prediction]) -> dict[str, Any]:
-    """VisMem's use of memory, overall and by task; empty where that arm was not run."""
+def _invocation(answers: Sequence[Prediction]) -> dict[str, Any] | None:
+    """VisMem's use of memory, overall and by task; None where that arm was not run."""
     if not answers:
-        return {}
+        return None
     tasks = {task: [answer for answer in answers if answer.task == task] for task in sorted({a.task for a in answers})}
     return {OVERALL: memory_use(answers), "tasks": {task: memory_use(rows) for task, rows in tasks.items()}}
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from vismem.evaluation.arms import VANILLA, VISMEM, label
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.predictions import Prediction
-from vismem.generation.types import MemoryKind
+from vismem.models.kinds import MemoryKind
+from vismem.records import MemoryUse, Metrics
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers. Vanilla is also a ring, for readers without colour.
 BLUE, ORANGE, GREY, RULE = "#0072B2", "#D55E00", "#7F7F7F", "#E3E7EC"
@@ -22,47 +23,46 @@ BINS = 10  # of the relative position
 WIDTH = 9.6  # inches: at the page's width, letters are as large as its text
 
 
-def score_plot(metrics: Mapping[str, Any]) -> bytes:
+def score_plot(metrics: Metrics) -> bytes:
     """Scores with 95 % intervals: a row an arm, a panel overall and for each capability; dashed, vanilla's score."""
-    arms, groups = list(metrics["arms"]), _groups(metrics)
+    arms, groups = list(metrics.arms), _groups(metrics)
     figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(arms)), layout="constrained")
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, groups, strict=True):
-        axes.axvline(metrics["arms"][VANILLA][name], color=GREY, linewidth=1, linestyle="--")
+        axes.axvline(metrics.arms[VANILLA][name], color=GREY, linewidth=1, linestyle="--")
         for y, arm in enumerate(arms):
-            _dot(axes, metrics["arms"][arm][name], y, arm, metrics["intervals"][arm][name])
-        axes.set_title(f"{name}\nn = {metrics['counts'].get(name, metrics['n'])}", fontsize="medium")
+            _dot(axes, metrics.arms[arm][name], y, arm, metrics.intervals[arm][name])
+        axes.set_title(f"{name}\nn = {metrics.counts.get(name, metrics.n)}", fontsize="medium")
         _rows(axes, [label(arm) for arm in arms])
     figure.supxlabel("score (%)", fontsize="medium")
     return _png(figure)
 
 
-def task_plot(metrics: Mapping[str, Any]) -> bytes:
+def task_plot(metrics: Metrics) -> bytes:
     """Every task's score, from vanilla to VisMem; without a VisMem arm, vanilla alone."""
-    tasks = metrics["tasks"]
+    tasks = metrics.tasks
     figure = Figure(figsize=(WIDTH, 1.0 + 0.29 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     for y, task in enumerate(tasks.values()):
-        if VISMEM in task["arms"]:
-            axes.hlines(y, task["arms"][VANILLA], task["arms"][VISMEM], color="#C8C8C8", linewidth=3)
+        if VISMEM in task.arms:
+            axes.hlines(y, task.arms[VANILLA], task.arms[VISMEM], color="#C8C8C8", linewidth=3)
         for arm in (VANILLA, VISMEM):
-            if arm in task["arms"]:
-                _dot(axes, task["arms"][arm], y, arm, name="" if y else label(arm))
-    _rows(axes, [f"{name.replace('_', ' ')}  (n = {task['n']})" for name, task in tasks.items()])
+            if arm in task.arms:
+                _dot(axes, task.arms[arm], y, arm, name="" if y else label(arm))
+    _rows(axes, [f"{name.replace('_', ' ')}  (n = {task.n})" for name, task in tasks.items()])
     axes.set_xlim(-2, 102)
     axes.set_xlabel("score (%)")
     figure.legend(frameon=False, ncols=2, loc="outside upper center", handletextpad=0.3)
     return _png(figure)
 
 
-def invocation_plot(metrics: Mapping[str, Any], answers: Sequence[Prediction]) -> bytes:
+def invocation_plot(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction]) -> bytes:
     """VisMem's invocations an answer by task and kind, and where in the answer they stand (Figures 5 and 9)."""
-    tasks = [name for name in metrics["tasks"] if name in metrics["invocation"]["tasks"]]
     figure = Figure(figsize=(WIDTH, 1.4 + 0.29 * max(len(tasks), 6)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     middles, height, width = (np.arange(BINS) + 0.5) / BINS, 0.36, 0.4 / BINS
     for side, kind in ((-0.5, MemoryKind.SHORT), (0.5, MemoryKind.LONG)):
-        rates = [metrics["invocation"]["tasks"][task][kind.value]["per_answer"] for task in tasks]
+        rates = [getattr(use, kind.value).per_answer for use in tasks.values()]
         left.barh(np.arange(len(tasks)) + side * height, rates, height, color=KIND_COLOURS[kind])
         shares = position_counts(answers, kind) / max(len(answers), 1)
         name = f"{kind.value}-term memory"
@@ -104,21 +104,20 @@ def position_counts(answers: Sequence[Prediction], kind: MemoryKind) -> "np.ndar
     return counts
 
 
-def write_plots(
-    metrics: Mapping[str, Any], predictions: Mapping[str, Sequence[Prediction]], folder: Path
-) -> dict[str, bytes]:
+def write_plots(metrics: Metrics, predictions: Mapping[str, Sequence[Prediction]], folder: Path) -> dict[str, bytes]:
     """Write `scores`, `tasks` and (with VisMem) `invocation` as PNG, and the CSV tables; return the PNGs by name."""
     folder.mkdir(parents=True, exist_ok=True)
     images = {"scores": score_plot(metrics), "tasks": task_plot(metrics)}
     answers = predictions.get(VISMEM, ())
-    if answers:
-        images["invocation"] = invocation_plot(metrics, answers)
+    if metrics.invocation is not None:
+        used = metrics.invocation.tasks
+        images["invocation"] = invocation_plot({task: used[task] for task in metrics.tasks}, answers)
     for name, image in images.items():
         (folder / f"{name}.png").write_bytes(image)
     scores = [
-        (name, arm, metrics["arms"][arm][name], *metrics["intervals"][arm][name])
+        (name, arm, metrics.arms[arm][name], *metrics.intervals[arm][name])
         for name in _groups(metrics)
-        for arm in metrics["arms"]
+        for arm in metrics.arms
     ]
     _write_csv(folder / "scores.csv", ("capability", "arm", "score", "low", "high"), scores)
     positions = [
@@ -130,9 +129,9 @@ def write_plots(
     return images
 
 
-def _groups(metrics: Mapping[str, Any]) -> list[str]:
+def _groups(metrics: Metrics) -> list[str]:
     """Overall, then the capabilities that have items."""
-    return [OVERALL, *(name for name in CAPABILITIES if name in metrics["counts"])]
+    return [OVERALL, *(name for name in CAPABILITIES if name in metrics.counts)]
 
 
 def _dot(axes: Axes, x: float, y: int, arm: str, interval: Sequence[float] = (), name: str = "") -> None:

@@ -15,13 +15,14 @@ from vismem.evaluation.arms import ARMS, VANILLA, VISMEM, Arm, label
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL, is_yes_no
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline, p_value
+from vismem.records import Metrics
 
 EXAMPLES = 4  # at most, of wins and of losses
 _CHIPS = {"&lt;m_I^s&gt;": ("short", "short-term memory"), "&lt;m_I^l&gt;": ("long", "long-term memory")}
 
 
 def render(
-    metrics: Mapping[str, Any],
+    metrics: Metrics,
     predictions: Mapping[str, Sequence[Prediction]],
     plots: Mapping[str, bytes],
     pictures: Mapping[str, Sequence[bytes]],
@@ -37,21 +38,21 @@ def render(
     loader = PackageLoader("vismem.evaluation", ".")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)  # a missing figure is a fault
     environment.filters["signed"] = _signed
-    groups = [OVERALL, *(name for name in CAPABILITIES if name in metrics["counts"])]
-    differences = [(label(VISMEM), metrics["gain"])] if metrics["gain"] else []
-    differences += [(label(arm), difference) for arm, difference in metrics["ablations"].items()]
+    groups = [OVERALL, *(name for name in CAPABILITIES if name in metrics.counts)]
+    differences = [(label(VISMEM), metrics.gain)] if metrics.gain else []
+    differences += [(label(arm), difference) for arm, difference in metrics.ablations.items()]
     wins, losses = disagreements(predictions)
-    shown_wins, shown_losses = examples(wins, losses, metrics["seed"])
+    shown_wins, shown_losses = examples(wins, losses, metrics.seed)
     references = [normalise(answer.reference) for answer in predictions[VANILLA] if is_yes_no(answer)]
-    tasks = groupby(metrics["tasks"].items(), key=lambda item: str(item[1]["capability"]))
+    tasks = groupby(metrics.tasks.items(), key=lambda item: item[1].capability)
     page: str = environment.get_template("report.html.j2").render(
         metrics=metrics,
         headline=headline(metrics),
         groups=groups,
-        groups_yes_no=metrics["yes_no"]["arms"][VANILLA],
+        groups_yes_no=metrics.yes_no.arms[VANILLA],
         yes_is_right=100 * references.count("yes") / max(len(references), 1),
-        fewest=min(task["n"] for task in metrics["tasks"].values()),
-        arms=[ARMS.get(arm) or Arm(arm, arm, "", ARMS[VANILLA].policy) for arm in metrics["arms"]],
+        fewest=min(task.n for task in metrics.tasks.values()),
+        arms=[ARMS.get(arm) or Arm(arm, arm, "", ARMS[VANILLA].policy) for arm in metrics.arms],
         differences=differences,
         tasks_by_capability=[(capability, list(rows)) for capability, rows in tasks],
         images={"invocation": "", **{name: base64.b64encode(png).decode() for name, png in plots.items()}},
@@ -62,7 +63,7 @@ def render(
         provenance=provenance,
         resamples=resamples,
         batch_size=batch_size,
-        tone=_tone,
+        tones={"better": "up", "worse": "down", "not shown": ""},
         place=lambda position: "\N{EN DASH}" if position is None else f"{position:.2f}",
         p_value=p_value,
     )
@@ -115,10 +116,3 @@ def _data_uri(image: bytes) -> str:
 def _signed(value: float) -> str:
     """With its sign, a true minus: as wide as a plus."""
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _tone(difference: Mapping[str, Any]) -> str:
-    low, high = difference["ci95"]
-    if low <= 0 <= high:
-        return ""
-    return "up" if difference["delta"] > 0 else "down"

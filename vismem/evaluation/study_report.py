@@ -25,6 +25,7 @@ from vismem.evaluation.study_figures import (
 from vismem.evaluation.study_page import COSTS, headline, render
 from vismem.jobs import busy_seconds, read_records
 from vismem.provenance import versions
+from vismem.records import Metrics
 from vismem.steps import BASELINES
 from vismem.study import on_half, plan, seeds, transfer_seeds
 
@@ -86,7 +87,7 @@ def collect(config: Config, folder: Path, command: str) -> dict[str, Any]:
 
 def load(folder: Path, seed: int) -> Evaluation:
     """One repetition's evaluation from its folder."""
-    metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
+    metrics = Metrics.read(folder / "evaluate").model_dump()
     answers = {arm: read_predictions(folder / "evaluate" / "predictions" / f"{arm}.parquet") for arm in metrics["arms"]}
     return Evaluation(seed, metrics, answers)
 

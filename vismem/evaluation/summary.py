@@ -1,45 +1,43 @@
 """What an evaluation says, in one sentence and in one terminal table."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
 from vismem.evaluation.arms import VANILLA, VISMEM
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL
+from vismem.records import Difference, Metrics
 
-SIGNIFICANT = 0.05
+COLOURS = {"better": "green", "worse": "red", "not shown": "default"}
 
 
-def headline(metrics: Mapping[str, Any]) -> str:
+def headline(metrics: Metrics) -> str:
     """The result in words that claim no more than the interval and the test do."""
-    if VISMEM not in metrics["arms"]:
-        return f"Vanilla answers {metrics['arms'][VANILLA][OVERALL]:.1f} % of {metrics['n']} questions correctly."
-    gain = metrics["gain"][OVERALL]
-    before, after = metrics["arms"][VANILLA][OVERALL], metrics["arms"][VISMEM][OVERALL]
+    before = metrics.arms[VANILLA][OVERALL]
+    if VISMEM not in metrics.arms:
+        return f"Vanilla answers {before:.1f} % of {metrics.n} questions correctly."
+    gain, after = metrics.gain[OVERALL], metrics.arms[VISMEM][OVERALL]
     figures = (
-        f"VisMem answers {after:.1f} % of {metrics['n']} test questions correctly, vanilla {before:.1f} %: "
-        f"{change(gain)}."
+        f"VisMem answers {after:.1f} % of {metrics.n} test questions correctly, vanilla {before:.1f} %: {change(gain)}."
     )
-    low, high = gain["ci95"]
-    if gain["p"] >= SIGNIFICANT or low <= 0 <= high:
+    if gain.outcome == "not shown":
         return f"No difference can be shown. {figures}"
-    return f"VisMem {'is better' if gain['delta'] > 0 else 'is worse'} on these questions. {figures}"
+    return f"VisMem is {gain.outcome} on these questions. {figures}"
 
 
-def headline_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def headline_figures(metrics: Metrics) -> dict[str, Any]:
     """The few figures that fit one line of `dvc metrics show`: each arm's overall score, and the gain over vanilla."""
-    figures: dict[str, Any] = {name: arm[OVERALL] for name, arm in metrics["arms"].items()}
-    if VISMEM in metrics["arms"]:
-        gain = metrics["gain"][OVERALL]
-        figures["gain"] = {"points": gain["delta"], "low": gain["ci95"][0], "high": gain["ci95"][1]}
+    figures: dict[str, Any] = {name: arm[OVERALL] for name, arm in metrics.arms.items()}
+    if VISMEM in metrics.arms:
+        gain = metrics.gain[OVERALL]
+        figures["gain"] = {"points": gain.delta, "low": gain.ci95[0], "high": gain.ci95[1]}
     return figures
 
 
-def change(difference: Mapping[str, Any]) -> str:
+def change(difference: Difference) -> str:
     """A paired difference, as `+5.3 points (95 % interval +2.1 to +8.4, p = 0.012)`."""
-    low, high = difference["ci95"]
-    return f"{difference['delta']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {p_value(difference['p'])})"
+    low, high = difference.ci95
+    return f"{difference.delta:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {p_value(difference.p)})"
 
 
 def p_value(p: float) -> str:
@@ -47,44 +45,40 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def score_table(metrics: Mapping[str, Any]) -> Table:
+def score_table(metrics: Metrics) -> Table:
     """Vanilla against VisMem by capability, in percent with 95 % intervals: what `make demo` prints.
 
     KeyError where `metrics` has no VisMem arm.
     """
-    table = Table(title=f"Scores on {metrics['n']} test questions (%, with 95 % intervals)", title_justify="left")
+    table = Table(title=f"Scores on {metrics.n} test questions (%, with 95 % intervals)", title_justify="left")
     table.add_column("", no_wrap=True)
     for name in ("n", "vanilla", "VisMem", "gain (points)", "p"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in (*(name for name in CAPABILITIES if name in metrics["counts"]), OVERALL):
-        gain = metrics["gain"][name]
-        low, high = gain["ci95"]
-        style = "bold" if name == OVERALL else None
-        shown = gain["p"] < SIGNIFICANT and not low <= 0 <= high
-        colour = ("green" if gain["delta"] > 0 else "red") if shown else "default"
+    for name in (*(name for name in CAPABILITIES if name in metrics.counts), OVERALL):
+        gain = metrics.gain[name]
+        low, high = gain.ci95
         if name == OVERALL:
             table.add_section()
         table.add_row(
             name,
-            str(metrics["counts"].get(name, metrics["n"])),
+            str(metrics.counts.get(name, metrics.n)),
             _with_interval(metrics, VANILLA, name),
             _with_interval(metrics, VISMEM, name),
-            f"[{colour}]{gain['delta']:+.1f}[/]\n[dim]{low:+.1f} to {high:+.1f}[/]",
-            p_value(gain["p"]).removeprefix("p ").removeprefix("= "),
-            style=style,
+            f"[{COLOURS[gain.outcome]}]{gain.delta:+.1f}[/]\n[dim]{low:+.1f} to {high:+.1f}[/]",
+            p_value(gain.p).removeprefix("p ").removeprefix("= "),
+            style="bold" if name == OVERALL else None,
         )
-    seconds = [metrics["arms"][arm]["seconds_per_sample"] for arm in (VANILLA, VISMEM)]
-    overhead = metrics["overhead"].get(VISMEM)
+    overhead = metrics.overhead.get(VISMEM)
     table.add_row(
-        "seconds a sample",
+        "seconds per sample",
         "",
-        *(f"{value:.4f}" for value in seconds),
+        *(f"{metrics.arms[arm]['seconds_per_sample']:.4f}" for arm in (VANILLA, VISMEM)),
         "" if overhead is None else f"{overhead:+.0%}",
         "",
     )
     return table
 
 
-def _with_interval(metrics: Mapping[str, Any], arm: str, name: str) -> str:
-    low, high = metrics["intervals"][arm][name]
-    return f"{metrics['arms'][arm][name]:.1f}\n[dim]{low:.1f}-{high:.1f}[/]"
+def _with_interval(metrics: Metrics, arm: str, name: str) -> str:
+    low, high = metrics.intervals[arm][name]
+    return f"{metrics.arms[arm][name]:.1f}\n[dim]{low:.1f}-{high:.1f}[/]"

@@ -5,27 +5,28 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vismem.config import Config, GrpoConfig
+from vismem.config import Config, GrpoConfig, GrpoStageConfig
 from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import CAPABILITIES, OVERALL
 from vismem.evaluation.summary import headline
 from vismem.models.vismem import VisMemModel
+from vismem.records import Metrics, ParityReport
 
 
 def model_card(
     config: Config,
     model: VisMemModel,
-    metrics: Mapping[str, Any],
-    parity: Mapping[str, Any],
+    metrics: Metrics,
+    parity: ParityReport,
     lineage: Mapping[str, Any],
 ) -> str:
-    """The card's text. `metrics`, `parity` and `lineage` are the JSON of evaluate, parity and provenance.
+    """The card's text. `lineage` is that of `vismem.provenance`.
 
-    Raises jinja2.UndefinedError where one of them lacks a figure that the card shows.
+    Raises jinja2.UndefinedError where it lacks a figure that the card shows.
     """
     embedded = config.base.model == "embedded"
     hub = not embedded and config.base.model.count("/") == 1 and not config.base.model.startswith((".", "/"))
-    arms, gains, intervals = metrics["arms"], metrics["gain"], metrics["intervals"]
+    arms, gains, intervals = metrics.arms, metrics.gain, metrics.intervals
     groups = [name for name in (*CAPABILITIES, OVERALL) if name in next(iter(arms.values()))]
 
     def score(arm: str, group: str) -> str:
@@ -33,8 +34,8 @@ def model_card(
         return f"{arms[arm][group]:.1f} ({low:.1f} to {high:.1f})"
 
     def gain(group: str) -> str:
-        low, high = gains[group]["ci95"]
-        return f"{gains[group]['delta']:+.1f} ({low:+.1f} to {high:+.1f})"
+        low, high = gains[group].ci95
+        return f"{gains[group].delta:+.1f} ({low:+.1f} to {high:+.1f})"
 
     loader = PackageLoader("vismem.export", ".")
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
@@ -58,7 +59,7 @@ def model_card(
             "policy": _count(policy),
         },
         sources=[_source(source) for source in config.prepare.sources],
-        stages=(_stage(config.stage1), _stage(config.stage2)),
+        stages=(_stage(config.stage1, config.grpo), _stage(config.stage2, config.grpo)),
         max_positions=model.backbone.model.config.text_config.max_position_embeddings,
         headline=headline(metrics),
         groups=groups,
@@ -86,12 +87,12 @@ def _source(source: Any) -> str:
     return f"{source.kind} ({path.name})" if path else str(source.kind)
 
 
-def _stage(stage: GrpoConfig) -> str:
-    length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs} passes"
+def _stage(stage: GrpoStageConfig, grpo: GrpoConfig) -> str:
+    length = f"{stage.steps} steps" if stage.steps else f"{grpo.epochs} passes"
     warm = getattr(stage, "warm_start", None)
     start = f"{warm.steps} supervised steps, then " if warm is not None and warm.steps else ""
     return (
-        f"{start}GRPO, {length} of {stage.batch_size} prompts with {stage.group_size} rollouts each, "
+        f"{start}GRPO, {length} of {grpo.batch_size} prompts with {stage.group_size} rollouts each, "
         f"learning rate {stage.learning_rate:g}, KL coefficient {stage.kl_coefficient:g}"
     )
 

@@ -1,19 +1,18 @@
 """Step export: the trained model as a bundle that serves, explains itself and can be verified file by file."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vismem.config import Config
-from vismem.errors import UserError
 from vismem.evaluation.evaluate import pick
 from vismem.export.card import model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
+from vismem.files import write_json
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import file_hashes, lineage, write_manifest
+from vismem.records import Metrics
 from vismem.serving.runtime import Runtime
 
 
@@ -26,7 +25,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """
     for leftover in out.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    metrics = _read_metrics(inputs["evaluate"] / "metrics.json")
+    metrics = Metrics.read(inputs["evaluate"])
     test = inputs["validate"] / "data" / "test"
     samples = pick(test, config.export.parity_items, config.seed)
     model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])  # float32, whatever it was trained in
@@ -43,26 +42,14 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         max_new_tokens=config.evaluate.max_new_tokens,
         tolerance=config.export.tolerance,
     )
-    _write(out / "parity.json", parity)
+    parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))
-    _write(out / "lineage.json", origin | {"files": file_hashes(out)})
+    write_json(out / "lineage.json", origin | {"files": file_hashes(out)})
     write_manifest(out)
     size = (out / "onnx" / WEIGHTS).stat().st_size / 1e6
-    verdict = "equal to torch" if parity["passed"] else "NOT equal to torch"
+    verdict = "equal to torch" if parity.passed else "NOT equal to torch"
     return (
-        f"bundle with 4 graphs over {size:.1f} MB of weights; {verdict}: {parity['greedy_equal']} of {parity['items']} "
-        f"answers, memories within {parity['max_memory_difference']:.1e}"
+        f"bundle with 4 graphs over {size:.1f} MB of weights; {verdict}: {parity.greedy_equal} of {parity.items} "
+        f"answers, memories within {parity.max_memory_difference:.1e}"
     )
-
-
-def _read_metrics(file: Path) -> dict[str, Any]:
-    try:
-        metrics: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): run `vismem evaluate` again") from error
-    return metrics
-
-
-def _write(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")

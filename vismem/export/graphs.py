@@ -195,7 +195,7 @@ class VisionEncoder(VisionTower):
         and value (heads, P, head width) of each full-attention block in turn.
         """
         weight = self.patch_embed.proj.weight  # the convolution's stride is its kernel, so it is a product
-        start = x = nn.functional.linear(pixels, weight.reshape(self.width, -1))
+        embeds = x = nn.functional.linear(pixels, weight.reshape(self.width, -1))
         same_window = torch.where(windows[:, None] == windows[None], 0.0, MASKED)
         same_image = torch.where(images[:, None] == images[None], 0.0, MASKED)
         rotary = self.rotary(positions)
@@ -205,7 +205,7 @@ class VisionEncoder(VisionTower):
             if number in self.full:
                 stream += [key, value]
             x = self.attend(number, x, query, key, value, same_image if number in self.full else same_window)
-        return self.merger(x), start, stream
+        return self.merger(x), embeds, stream
 
 
 class ShortMemory(VisionTower):
@@ -213,7 +213,7 @@ class ShortMemory(VisionTower):
 
     def __init__(self, model: VisMemModel) -> None:
         super().__init__(model)
-        self.project, self.start = model.short.query, model.short.start
+        self.project, self.init = model.short.query, model.short.memory_init
 
     def forward(self, queries: Tensor, pooled: Tensor, positions: Tensor, stream: list[Tensor]) -> Tensor:
         """One memory (N_s, d).
@@ -221,7 +221,7 @@ class ShortMemory(VisionTower):
         queries (K, d); pooled (g * N_s, w): what is added to M_init, pooled patch embeddings or zeros; positions
         (K + g * N_s, 2) float, (0, 0) for the identity; stream: as VisionEncoder gives it with its adapter on.
         """
-        x = torch.cat((self.project(queries), self.start + pooled))
+        x = torch.cat((self.project(queries), self.init + pooled))
         rotary, adapter = self.rotary(positions), torch.ones(1)
         for number in range(len(self.blocks)):
             query, key, value = self.project_in(number, x, rotary, adapter)
@@ -230,7 +230,7 @@ class ShortMemory(VisionTower):
                 key = torch.cat((stream[place], key), dim=1)
                 value = torch.cat((stream[place + 1], value), dim=1)
             x = self.attend(number, x, query, key, value, None)
-        memory: Tensor = self.merger(x[-self.start.shape[0] :])
+        memory: Tensor = self.merger(x[-self.init.shape[0] :])
         return memory
 
 
@@ -245,4 +245,4 @@ class Builder(nn.Module):
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """H (T, d) of one row: Q (K, d), and [Q, M_init] as the language model reads them (K + N_l, d)."""
         queries: Tensor = self.builder(state[None], torch.ones_like(state[None, :, 0], dtype=torch.bool))[0]
-        return queries, torch.cat((self.long.query(queries) * self.long.query_scale, self.long.start))
+        return queries, torch.cat((self.long.query(queries) * self.long.query_scale, self.long.memory_init))

@@ -23,7 +23,7 @@ from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.export.graphs import Builder, Decoder, ShortMemory, VisionEncoder
-from vismem.generation.types import MemoryKind
+from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_file
 
@@ -91,7 +91,7 @@ def write_graphs(model: VisMemModel, folder: Path, opset: int) -> None:
 def graphs_of(model: VisMemModel) -> list[Graph]:
     """The four graphs with example arguments; every axis that varies between requests is dynamic."""
     decoder, vision = Decoder(model), VisionEncoder(model)
-    width, count, tokens = model.backbone.width, model.memory_config.queries, model.short.start.shape[0]
+    width, count, tokens = model.backbone.width, model.memory_config.queries, model.short.memory_init.shape[0]
     past = [torch.randn(2, decoder.kv_heads, 3, decoder.head_dim) for _ in range(2 * len(decoder.layers))]
     past_names = [f"{part}_{layer}" for layer in range(len(decoder.layers)) for part in ("key", "value")]
     patches = 4 * model.backbone.merge
@@ -107,7 +107,7 @@ def graphs_of(model: VisMemModel) -> list[Graph]:
             (pixels, torch.rand(patches, 2), numbers, numbers.clone(), torch.ones(1)),  # one object would be one input
             (rows, rows, rows, rows, None),
             ("pixels", "positions", "windows", "images", "adapter"),
-            ("features", "start", *stream_names),
+            ("features", "patch_embeds", *stream_names),
         ),
         Graph(
             "short",

@@ -1,21 +1,24 @@
 """Does the runtime say what torch says? Greedy tokens must be equal, memories within a tolerance."""
 
 import io
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
-from vismem.generation.types import LATENT, MemoryKind
-from vismem.models.vismem import State, VisMemModel
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import FormationInputs, VisMemModel
+from vismem.records import ParityReport
 from vismem.serving.runtime import RequestError, Runtime
 
 Memories = list[NDArray[np.float32]]
@@ -33,13 +36,12 @@ class Decoding:
 
 def check_parity(
     model: VisMemModel, runtime: Runtime, samples: Sequence[Sample], *, max_new_tokens: int, tolerance: float
-) -> dict[str, Any]:
-    """Decode every sample twice in both engines; return the content of `parity.json`.
+) -> ParityReport:
+    """Decode every sample twice in both engines and compare the answers and the memories.
 
     Once the model invokes as it likes, once both memories are forced at the answer's start, so that formation is
-    compared even where the policy never invokes. `greedy_equal` counts samples whose two answers are equal token for
-    token; `max_memory_difference` is the largest absolute difference of any number in any memory. A difference is
-    reported, never raised.
+    compared even where the policy never invokes. `max_memory_difference` is the largest absolute difference of any
+    number in any memory. A difference is reported, never raised.
     """
     equal, memories, worst = 0, 0, 0.0
     differences: list[str] = []
@@ -60,18 +62,18 @@ def check_parity(
                 differences.append(f"{sample.id}: {first_difference(reference.tokens, decoded.tokens)}")
             for ours, theirs in zip(decoded.memories, reference.memories, strict=False):
                 memories += 1
-                worst = max(worst, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
+                worst = max(worst, memory_difference(ours, theirs))
         equal += same
-    return {
-        "passed": bool(samples) and equal == len(samples) and worst <= tolerance,
-        "items": len(samples),
-        "greedy_equal": equal,
-        "memories": memories,
-        "max_memory_difference": worst,
-        "tolerance": tolerance,
-        "differences": differences[:SHOWN],
-        "seconds": seconds,
-    }
+    return ParityReport(
+        passed=bool(samples) and equal == len(samples) and worst <= tolerance,
+        items=len(samples),
+        greedy_equal=equal,
+        memories=memories,
+        max_memory_difference=worst,
+        tolerance=tolerance,
+        differences=tuple(differences[:SHOWN]),
+        seconds=seconds,
+    )
 
 
 def decode_torch(model: VisMemModel, sample: Sample, forced: dict[int, MemoryKind], max_new_tokens: int) -> Decoding:
@@ -116,8 +118,8 @@ def recorded_memories(model: VisMemModel) -> Iterator[Memories]:
     kept: Memories = []
     original = model.form
 
-    def form(kind: MemoryKind, state: State) -> Any:
-        memory = original(kind, state)
+    def form(kind: MemoryKind, inputs: FormationInputs) -> Tensor:
+        memory = original(kind, inputs)
         kept.append(memory[0].float().cpu().numpy())
         return memory
 
@@ -126,6 +128,12 @@ def recorded_memories(model: VisMemModel) -> Iterator[Memories]:
         yield kept
     finally:
         del model.form
+
+
+def memory_difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """The largest absolute difference of two memories; infinite where shapes differ or a number is not finite."""
+    difference = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else math.inf
+    return difference if math.isfinite(difference) else math.inf
 
 
 def first_difference(reference: Sequence[int], found: Sequence[int]) -> str:

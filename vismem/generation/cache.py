@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class RowCache:
-    """Keys and values a layer, (B, heads, capacity, head width). `place` says where the next forward pass writes.
+    """Keys and values per layer, (B, heads, capacity, head width). `place` says where the next forward pass writes.
 
     It stands in for a Hugging Face cache: decoder layers call `update` only.
     """

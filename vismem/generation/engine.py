@@ -1,7 +1,7 @@
 """The one rollout engine: batched decoding in which each row invokes memories by itself (paper Sec. 3.2, Eq. 4).
 
 Every row owns its slots in the cache. Rows that invoke a memory leave the others alone: their latents and end token
-are inserted in one pass over those rows only, and all rows go on together.
+are inserted in one pass over those rows only, and then all rows are decoded together again.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vismem.data.sample import Sample
-from vismem.generation.invocation import NONE, InvocationPolicy, StepView, draws, row_key
+from vismem.generation.decode_state import DecodeState
+from vismem.generation.invocation import NONE, InvocationPolicy, StepView, row_key, row_uniforms
 from vismem.generation.prompts import encode
-from vismem.generation.stream import Streams
-from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 
@@ -31,9 +32,9 @@ def generate(
     seed: int = 0,
     group_size: int = 1,
 ) -> list[Rollout]:
-    """Decode `group_size` answers a sample; rollouts come grouped by sample, in order.
+    """Decode `group_size` answers per sample; rollouts come grouped by sample, in order.
 
-    `temperature` 0 is greedy. Sampling draws depend on the seed, the sample's id and the member of the group, so an
+    `temperature` 0 is greedy. Sampling depends on the seed, the sample's id and the member of the group, so an
     answer is the same whatever else is in the batch.
     """
     if not samples:
@@ -46,7 +47,7 @@ class _Row:
 
     def __init__(self, key: str, uniform: NDArray[np.float64]) -> None:
         self.key = key
-        self.uniform = uniform  # draws for sampling, one a decision
+        self.uniform = uniform  # for sampling, one number per decision
         self.tokens: list[int] = []
         self.loss: list[bool] = []
         self.logprobs: list[float] = []
@@ -85,8 +86,8 @@ class _Decoder:
         limit = model.invocation_config.max_per_answer if policy.limit is None else policy.limit
         self.limit = min(limit, max_new_tokens)  # a word follows every memory
         keys = [row_key(s.id, member) for s in samples for member in range(group_size)]
-        self.rows = [_Row(key, draws(seed, key, "sample", max_new_tokens + self.limit)) for key in keys]
-        self.active = self.rows  # still decoded, in the streams' order
+        self.rows = [_Row(key, row_uniforms(seed, key, "sample", max_new_tokens + self.limit)) for key in keys]
+        self.active = self.rows  # still decoded, in the order of `state`
         self.delimiters, self.stops = set(model.delimiter_ids), set(model.stop_ids)
         self.new_tokens = set(model.memory_ids)
         donors = policy.donors(samples)
@@ -99,7 +100,7 @@ class _Decoder:
     def run(self) -> list[Rollout]:
         self._open()
         while True:
-            columns, logprobs, forced = self._choose(self.model.logits(self.streams.last))
+            columns, logprobs, forced = self._choose(self.model.logits(self.state.last))
             ids = self.model.token_of(columns)
             self._record(ids.tolist(), logprobs.tolist(), forced)
             ids = self._drop_finished(ids)
@@ -107,57 +108,57 @@ class _Decoder:
                 return [self._rollout(index, row) for index, row in enumerate(self.rows)]
             tokens = ids.tolist()
             embed = self.backbone.embedding if self.new_tokens.isdisjoint(tokens) else self.model.embed
-            self.streams.append(embed(ids)[:, None])
+            self.state.append(embed(ids)[:, None])
             for kind in KINDS:
                 rows = [index for index, token in enumerate(tokens) if token == self.model.invoke_ids[kind]]
                 if rows:
                     self._insert(kind, torch.tensor(rows, device=ids.device))
 
-    # --- the streams ---
+    # --- the decode state ---
 
     def _open(self) -> None:
-        """Read the prompts, and what the policy puts behind them."""
+        """Prefill: the prompts, and what the policy appends to them."""
         self.prompt = encode(self.backbone, self.samples)
         opened = self.policy.opened(self.prompt, self.backbone)
         added = (opened.mask.sum(1) - self.prompt.mask.sum(1)).tolist()
         for index, row in enumerate(self.rows):
             row.insert([LATENT] * added[index // self.group_size])
         room = self.max_new_tokens + self.limit * (max(self.model.length_of(kind) for kind in KINDS) + 2)
-        self.streams = Streams(self.model, opened, self.group_size, room, remember=self.limit > 0)
+        self.state = DecodeState(self.model, opened, self.group_size, room, remember=self.limit > 0)
 
     def _insert(self, kind: MemoryKind, rows: Tensor) -> None:
         """Insert a memory and its end token behind the invoke token of each of `rows`."""
         if self.donors is None:
-            memory = self.model.form(kind, self.streams.state(kind, rows))
+            memory = self.model.form(kind, self.state.formation_inputs(kind, rows))
         else:
-            memory = self._donated(kind)[self.donors[self.streams.sample[rows]]]
+            memory = self._donated(kind)[self.donors[self.state.sample[rows]]]
         records = [self.active[row] for row in rows.tolist()]
         memory = self.policy.latents(memory, _view(records), self.seed)
         end = self.model.end_ids[kind]
-        self.streams.insert(memory, end, rows)
+        self.state.insert(memory, end, rows)
         for record in records:
             record.insert([*[LATENT] * memory.shape[1], end])
 
     def _donated(self, kind: MemoryKind) -> Tensor:
-        """(S, N, d): the memory that each sample forms at its own answer's start, read apart from the answers."""
+        """(S, N, d): the memory that each sample forms at its own answer's start, decoded apart from the answers."""
         if kind not in self.donated:
             count = len(self.samples)
-            streams = Streams(self.model, self.prompt, group_size=1, room=1, remember=True)
+            state = DecodeState(self.model, self.prompt, group_size=1, room=1, remember=True)
             invoke = torch.full((count, 1), self.model.invoke_ids[kind], device=self.backbone.device)
-            streams.append(self.model.embed(invoke))
-            state = streams.state(kind, torch.arange(count, device=self.backbone.device))
-            self.donated[kind] = self.model.form(kind, state)
+            state.append(self.model.embed(invoke))
+            inputs = state.formation_inputs(kind, torch.arange(count, device=self.backbone.device))
+            self.donated[kind] = self.model.form(kind, inputs)
         return self.donated[kind]
 
     def _drop_finished(self, ids: Tensor) -> Tensor:
-        """Take finished rows out of the batch once they are half of it; returns the tokens of those that go on."""
+        """Take finished rows out of the batch once they are half of it; returns the tokens of the others."""
         going = [index for index, record in enumerate(self.active) if not record.finished]
         if len(going) > len(self.active) // 2:
             return ids
         keep = torch.tensor(going, dtype=torch.long, device=ids.device)
         self.active = [self.active[index] for index in going]
         if going:
-            self.streams.keep(keep)
+            self.state.keep(keep)
         return ids[keep]
 
     # --- decisions ---

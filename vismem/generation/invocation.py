@@ -1,7 +1,7 @@
-"""Invocation policies: who decides, at every position of an answer, whether a memory is formed, and what stands there.
+"""Invocation policies: whether a memory is formed at each position of an answer, and what is inserted there.
 
 The engine knows no arms: vanilla, ablations, controls and training curricula (paper Table 3 and 9, Sec. 3.4) are
-policies. First those that differ in when memories come, then the controls, which put something else in their place.
+policies. First those that differ in when a memory is formed, then the controls, which insert something else instead.
 """
 
 import sys
@@ -17,12 +17,12 @@ from torch import Tensor
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.generation.prompts import shown_again
-from vismem.generation.types import MemoryKind
 from vismem.models.backbones.base import Backbone, Prompt
+from vismem.models.kinds import MemoryKind
 
 NONE = -1
 UNLIMITED = sys.maxsize  # as a policy's limit: memories wherever it asks for them
-Choices = NDArray[np.int64]  # a row: NONE, 0 (short) or 1 (long)
+Choices = NDArray[np.int64]  # per row: NONE, 0 (short) or 1 (long)
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,24 @@ class StepView:
 
 
 def row_key(sample_id: str, member: int) -> str:
-    """The stable name of one row: its draws depend on it, and not on the batch it is decoded in."""
+    """The stable name of one row: its random numbers depend on it, not on the batch it is decoded in."""
     return f"{sample_id}#{member}"
 
 
-def draws(seed: int, key: str, stream: str, count: int) -> NDArray[np.float64]:
-    """`count` uniform draws that depend only on the seed, the row and the stream's name."""
-    return _generator(seed, key, stream).random(count)
+def row_uniforms(seed: int, key: str, use: str, count: int) -> NDArray[np.float64]:
+    """`count` uniform numbers in [0, 1) that depend only on the seed, the row's key and the name of their use."""
+    return _generator(seed, key, use).random(count)
 
 
-def _generator(seed: int, key: str, stream: str) -> np.random.Generator:
-    return np.random.default_rng((seed, zlib.crc32(key.encode()), zlib.crc32(stream.encode())))
+def _generator(seed: int, key: str, use: str) -> np.random.Generator:
+    return np.random.default_rng((seed, zlib.crc32(key.encode()), zlib.crc32(use.encode())))
 
 
 @dataclass(frozen=True)
 class InvocationPolicy:
     """Base class: which invoke tokens may be sampled, which invocations are forced, and what is inserted for them."""
 
-    limit: int | None = None  # memories an answer; None: the model's max_per_answer
+    limit: int | None = None  # memories per answer; None: the model's max_per_answer
 
     # --- when a memory comes ---
 
@@ -68,10 +68,10 @@ class InvocationPolicy:
         return np.tile(kinds, (len(view.keys), 1))
 
     def force(self, view: StepView, seed: int) -> Choices:
-        """Kinds forced before the next token, NONE where the model goes on by itself."""
+        """Kinds forced before the next token, NONE where the model decides itself."""
         return np.full(len(view.keys), NONE, dtype=np.int64)
 
-    # --- what stands in the stream ---
+    # --- what is inserted ---
 
     def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:
         """The prompts as the answers are decoded behind them; what is added at a row's end counts as latents."""
@@ -108,7 +108,7 @@ class Learned(InvocationPolicy):
 
 @dataclass(frozen=True)
 class Only(InvocationPolicy):
-    """Short only, or long only: the other kind's invocation is skipped and decoding goes on (paper Table 3)."""
+    """Short only, or long only: the other kind's invocation is skipped and decoding continues (paper Table 3)."""
 
     kind: MemoryKind = MemoryKind.SHORT
 
@@ -131,14 +131,14 @@ class Random(InvocationPolicy):
     kinds: tuple[MemoryKind, ...] = (MemoryKind.SHORT, MemoryKind.LONG)
 
     def force(self, view: StepView, seed: int) -> Choices:
-        """See InvocationPolicy; a row's draws depend on its key and its decision alone."""
+        """See InvocationPolicy; a row's random numbers depend on its key and its decision alone."""
         choice = super().force(view, seed)
         for row, key in enumerate(view.keys):
             at = int(view.decision[row])
             delimiter = view.after_delimiter[row] or (at == 0 and self.at_start)
             chance = self.probability * (1.0 if delimiter else self.anywhere)
             if chance > 0:
-                coin, kind = draws(seed, key, f"invoke {at}", 2)
+                coin, kind = row_uniforms(seed, key, f"invoke {at}", 2)
                 if coin < chance:
                     choice[row] = _index(self.kinds[int(kind * len(self.kinds))])
         return choice
@@ -148,7 +148,7 @@ class Random(InvocationPolicy):
 class Replay(InvocationPolicy):
     """Memories at recorded decisions of each row: as they were, or every kind swapped (tau_rev of Eq. 14).
 
-    Up to the first of them the model samples as `Learned` does, so the same draws give the same answer until there.
+    Up to the first of them the model samples as `Learned` does, so the same seed gives the same answer until there.
     """
 
     recorded: Mapping[str, Sequence[tuple[int, MemoryKind]]] | None = None
@@ -182,7 +182,7 @@ class Noise(Learned):
     """Control: Gaussian noise of exactly the mean and standard deviation, over N and d, of the memory formed there."""
 
     def latents(self, memory: Tensor, view: StepView, seed: int) -> Tensor:
-        """See InvocationPolicy; a row's draws depend on its key and its decision alone."""
+        """See InvocationPolicy; a row's random numbers depend on its key and its decision alone."""
         shape = memory.shape[1:]
         drawn = [
             _generator(seed, key, f"noise {at}").standard_normal(shape)

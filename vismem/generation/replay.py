@@ -1,8 +1,8 @@
-"""Going through recorded answers again, with gradient: the memories are formed anew at the recorded places.
+"""Replay of recorded answers with gradient: the memories are formed again at the recorded places.
 
-The answers are cut behind every invoke token. Chunk by chunk all rows are passed through the language model on one
-growing cache; between two chunks the next memories are formed from the hidden states just seen, so the gradient of a
-later token reaches the former that made an earlier latent (paper Sec. 3.4).
+The answers are cut after every invoke token. Chunk by chunk all rows are passed through the language model on one
+growing KV cache; between two chunks the next memories are formed from the hidden states computed so far, so the
+gradient of a later token reaches the former that made an earlier latent (paper Sec. 3.4).
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ from transformers import DynamicCache
 from vismem.data.sample import Sample
 from vismem.generation.prompts import VisualStates, encode, last_of, visual_states
 from vismem.generation.token_scores import token_scores
-from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
+from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.backbones.base import PatchStream, Prompt
-from vismem.models.memory import PromptRead, causal_mask
+from vismem.models.kinds import MemoryKind
+from vismem.models.memory import PrefixCache, causal_mask
 from vismem.models.tokens import KINDS
-from vismem.models.vismem import State, VisMemModel
+from vismem.models.vismem import FormationInputs, VisMemModel
 
 ROWS_TOGETHER = 32  # answers that go through the model at a time
 
@@ -39,17 +40,17 @@ class Scores:
 
 @dataclass
 class Context:
-    """Read prompts: S samples, with their cache, ready to be repeated for each answer."""
+    """S prefilled prompts with their KV cache, ready to be repeated for each answer."""
 
     prompt: Prompt
     visual: VisualStates
     last: Tensor  # (S, d)
     cache: DynamicCache
-    patches: PatchStream | None = None  # as the short former reads them
-    read: PromptRead | None = None  # as the long former does
+    patches: PatchStream | None = None  # inside the short former
+    prefix: PrefixCache | None = None  # inside the long former
 
 
-def read_prompts(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None = None) -> Context:
+def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None = None) -> Context:
     """Run the prompts through the vision encoder (unless `prompt` holds them encoded) and the language model once."""
     prompt = prompt or encode(model.backbone, samples)
     cache = DynamicCache()
@@ -239,12 +240,12 @@ class _Pass:
         segment = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
         if kind is MemoryKind.SHORT and self.context.patches is None:
             self.context.patches = self.model.short_stream(self.context.prompt.vision)
-        if kind is MemoryKind.LONG and self.context.read is None:
-            self.context.read = self.model.long_prompts(self.context.prompt)
+        if kind is MemoryKind.LONG and self.context.prefix is None:
+            self.context.prefix = self.model.long_prefix(self.context.prompt)
         visual = self.context.visual
         return self.model.form(
             kind,
-            State(
+            FormationInputs(
                 sample=sample,
                 cognitive=torch.cat([visual.hidden[sample], segment], dim=1),
                 cognitive_mask=torch.cat([visual.mask[sample], offset < length], dim=1),
@@ -255,7 +256,7 @@ class _Pass:
                     self.context.prompt.visual[sample], (0, self.keys.shape[1] - self.context.prompt.visual.shape[1])
                 ),
                 patches=self.context.patches,
-                read=self.context.read,
+                prefix=self.context.prefix,
             ),
         )
 

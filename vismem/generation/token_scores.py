@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vismem.models.vismem import VisMemModel
 
-MOST_LOGITS = 2**26  # held at a time
+MAX_LOGITS = 2**26  # held at a time
 
 
 def token_scores(
@@ -33,7 +33,7 @@ def token_scores(
         chosen = torch.where(is_word, at_word, at_invoke) - total
         return chosen, torch.where(is_word, at_word - words_total, 0), shares[0] + shares[1]
 
-    size = max(1, MOST_LOGITS // model.vocabulary)
+    size = max(1, MAX_LOGITS // model.vocabulary)
     if len(hidden) <= size:
         return piece(hidden, columns, barred)
     pieces = [

@@ -1,21 +1,10 @@
 """What a decoded answer is: `Rollout`, shared by evaluation, GRPO and export (paper Sec. 3.2)."""
 
 from dataclasses import dataclass
-from enum import StrEnum
+
+from vismem.models.kinds import MemoryKind
 
 LATENT = -1  # stands in `Rollout.token_ids` where a latent memory vector was inserted
-
-
-class MemoryKind(StrEnum):
-    """Short-term (visual) or long-term (semantic) memory."""
-
-    SHORT = "short"
-    LONG = "long"
-
-    @property
-    def other(self) -> "MemoryKind":
-        """The swapped kind, as in tau_rev of Eq. 14."""
-        return MemoryKind.LONG if self is MemoryKind.SHORT else MemoryKind.SHORT
 
 
 @dataclass(frozen=True)

@@ -41,48 +41,49 @@ class QueryBuilder(nn.Module):
 
     def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()
-        self.start = nn.Parameter(torch.randn(config.queries, width) * config.init_std)
+        self.query_init = nn.Parameter(torch.randn(config.queries, width) * config.init_std)
         self.layers = nn.ModuleList(BuilderLayer(width, config.builder_heads) for _ in range(config.builder_layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, state: Tensor, mask: Tensor) -> Tensor:
         """Cognitive state H (R, T, d) with `mask` (R, T) True on real entries; returns Q (R, K, d)."""
         rows, length, _ = state.shape
-        count = self.start.shape[0]
-        hidden = torch.cat([state.to(self.start.dtype), self.start.expand(rows, -1, -1)], dim=1)
+        count = self.query_init.shape[0]
+        queries = self.query_init.expand(rows, -1, -1)
+        hidden = torch.cat([state.to(queries.dtype), queries], dim=1)
         keys = torch.cat([mask, mask.new_ones(rows, count)], dim=1)
         readable = keys[:, None, None, :].repeat(1, 1, length + count, 1)
         readable[:, :, :length, length:] = False  # H never reads the queries
         readable = readable | torch.eye(length + count, dtype=torch.bool, device=mask.device)  # padding reads itself
         for layer in self.layers:
             hidden = layer(hidden, readable)
-        queries: Tensor = self.norm(hidden[:, length:])
-        return queries
+        result: Tensor = self.norm(hidden[:, length:])
+        return result
 
 
 class ShortFormer(nn.Module):
     """F_s: a LoRA adapter over the frozen vision encoder, then the VLM's own projector (Eq. 9-10).
 
-    M_init has g * N_s vectors, since the projector merges g into one. With start 'patches' they are added to pooled
-    patch embeddings of the row's images, at those patches' mean positions; so an untrained short memory is a coarse
-    second look. With 'random' they stand alone, at the identity position, as the paper writes.
+    M_init has g * N_s vectors, since the projector merges g into one. With short_init 'patches' they are added to
+    pooled patch embeddings of the row's images, at those patches' mean positions; so an untrained short memory is a
+    coarse second look. With 'random' they stand alone, at the identity position, as the paper writes.
     """
 
     def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
         super().__init__()
-        self.length, self.merge, self.patches = config.short_length, backbone.merge, config.short_start == "patches"
+        self.length, self.merge, self.patches = config.short_length, backbone.merge, config.short_init == "patches"
         width = backbone.vision_width
         self.query = nn.Linear(backbone.width, width)
         nn.init.normal_(self.query.weight, std=config.init_std)
         nn.init.zeros_(self.query.bias)
-        start = torch.randn(self.merge * config.short_length, width) * config.init_std
-        self.start = nn.Parameter(torch.zeros_like(start) if self.patches else start)
+        random = torch.randn(self.merge * config.short_length, width) * config.init_std
+        self.memory_init = nn.Parameter(torch.zeros_like(random) if self.patches else random)
         self.lora = Lora(backbone.vision_targets(), config.lora_rank, config.lora_alpha, config.lora_dropout)
 
     def forward(self, backbone: Backbone, queries: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
         """Queries (R, K, d), the samples' patch stream made with this adapter, rows' samples (R,): (R, N_s, d)."""
         rows, count, _ = queries.shape
-        memory = self.start.expand(rows, -1, -1)
+        memory = self.memory_init.expand(rows, -1, -1)
         positions = torch.full((rows, count + memory.shape[1], 2), -1.0, device=queries.device)
         if self.patches:
             pooled, places = self._pool(stream)
@@ -94,41 +95,41 @@ class ShortFormer(nn.Module):
         return backbone.project(hidden[:, count:])
 
     def _pool(self, stream: PatchStream) -> tuple[Tensor, Tensor]:
-        """Mean patch embedding (S, g * N_s, w) and position (S, g * N_s, 2): merged tokens shared out evenly."""
-        samples, length, width = stream.start.shape
+        """Mean patch embedding (S, g * N_s, w) and position (S, g * N_s, 2): merged tokens divided evenly."""
+        samples, length, width = stream.embeds.shape
         tokens = length // self.merge
-        weight = pooling(stream.vision.mask[:, :: self.merge], self.length).to(stream.start.dtype)
-        groups = stream.start.view(samples, tokens, self.merge * width)
+        weight = pooling(stream.vision.mask[:, :: self.merge], self.length).to(stream.embeds.dtype)
+        groups = stream.embeds.view(samples, tokens, self.merge * width)
         pooled = (weight @ groups).view(samples, self.length * self.merge, width)
         places = stream.vision.positions.to(weight.dtype).view(samples, tokens, self.merge * 2)
         return pooled, (weight @ places).view(samples, self.length * self.merge, 2)
 
 
 @dataclass
-class PromptRead:
-    """How S prompts begin, inside the long former: read once for every long memory of all their answers."""
+class PrefixCache:
+    """Keys and values of the first tokens of S prompts, inside the long former: shared by all their long memories."""
 
-    length: int  # tokens of each prompt that were read
-    keys_values: list[tuple[Tensor, Tensor]]  # a layer: (S, heads, length, head width) each
+    length: int  # cached tokens per prompt
+    keys_values: list[tuple[Tensor, Tensor]]  # per layer: (S, heads, length, head width) each
 
 
 class LongFormer(nn.Module):
     """F_l: a LoRA adapter over the frozen language model, M = F_l([X, Q, M_init])[-N_l:] (Eq. 11).
 
-    Hidden states have another scale than embeddings: a learned projection and a learned scale (the ratio of the two at
-    the start) bring the memory into the embedding space. With start 'patches', M_init stands on pooled image tokens of
-    the row and the projection, zero at the start, adds to them; with 'random' M_init is random and the projection is
-    the identity.
+    Hidden states have another scale than embeddings: a learned projection and a learned scale (initially the ratio of
+    the two) bring the memory into the embedding space. With long_init 'patches', M_init is added to pooled image tokens
+    of the row, and the projection is initialised to zero; with 'random' M_init is random and the projection is
+    initialised to the identity.
     """
 
     def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
         super().__init__()
         width = backbone.width
-        self.length, self.patches = config.long_length, config.long_start == "patches"
+        self.length, self.patches = config.long_length, config.long_init == "patches"
         with torch.no_grad():
             scale = backbone.embedding.weight.float().pow(2).mean().sqrt()
-        start = torch.randn(config.long_length, width) * scale.cpu()
-        self.start = nn.Parameter(torch.zeros_like(start) if self.patches else start)
+        random = torch.randn(config.long_length, width) * scale.cpu()
+        self.memory_init = nn.Parameter(torch.zeros_like(random) if self.patches else random)
         self.query = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.query.weight)
@@ -137,15 +138,15 @@ class LongFormer(nn.Module):
         self.output_scale = nn.Parameter(scale.cpu().clone())
         self.lora = Lora(backbone.language_targets(), config.lora_rank, config.lora_alpha, config.lora_dropout)
 
-    def read(self, backbone: Backbone, prompt: Prompt) -> PromptRead:
-        """Read what all prompts have, their first tokens, with this adapter."""
+    def prefill(self, backbone: Backbone, prompt: Prompt) -> PrefixCache:
+        """Run as many first tokens as all prompts have through the language model, with this adapter."""
         length = int(prompt.mask.sum(1).min())
         cache = DynamicCache()
         with self.lora.active():
             backbone.language(
                 prompt.embeds[:, :length], prompt.positions[:, :, :length], causal_mask(prompt.mask[:, :length]), cache
             )
-        return PromptRead(length, [(layer.keys, layer.values) for layer in cache.layers])
+        return PrefixCache(length, [(layer.keys, layer.values) for layer in cache.layers])
 
     def forward(
         self,
@@ -155,15 +156,15 @@ class LongFormer(nn.Module):
         positions: Tensor,
         mask: Tensor,
         visual: Tensor,
-        known: tuple[PromptRead, Tensor] | None = None,
+        prefix: tuple[PrefixCache, Tensor] | None = None,
     ) -> Tensor:
         """Queries (R, K, d); the row's own embeddings X (R, T, d), right-padded, `positions` (3, R, T), `mask` (R, T).
 
-        `visual` (R, T) is True at the prompt's image tokens. `known`: how the prompts begin, as `read` gave it, and the
-        rows' prompts (R,). Returns (R, N_l, d).
+        `visual` (R, T) is True at the prompt's image tokens. `prefix`: the prompts' cache from `prefill`, and the rows'
+        prompts (R,). Returns (R, N_l, d).
         """
         rows = len(stream)
-        memory = self.start.expand(rows, -1, -1)
+        memory = self.memory_init.expand(rows, -1, -1)
         if self.patches:
             memory = memory + pooling(visual, self.length).to(stream.dtype) @ stream
         added = torch.cat([self.query(queries) * self.query_scale, memory], dim=1)
@@ -171,16 +172,16 @@ class LongFormer(nn.Module):
         after = positions.masked_fill(~mask, -1).amax(dim=(0, 2)) + 1
         tail = after[:, None] + torch.arange(extra, device=after.device)
         keys = torch.cat([mask, mask.new_ones(rows, extra)], dim=1)
-        cache, start = None, 0
-        if known is not None:
-            cache, start = DynamicCache(), known[0].length
-            for index, (key, value) in enumerate(known[0].keys_values):
-                cache.update(key[known[1]], value[known[1]], index)
+        cache, cached = None, 0
+        if prefix is not None:
+            cache, cached = DynamicCache(), prefix[0].length
+            for index, (key, value) in enumerate(prefix[0].keys_values):
+                cache.update(key[prefix[1]], value[prefix[1]], index)
         with self.lora.active():
             hidden = backbone.language(
-                torch.cat([stream[:, start:], added.to(stream.dtype)], dim=1),
-                torch.cat([positions, tail.expand(3, -1, -1)], dim=2)[:, :, start:],
-                causal_mask(keys, keys.shape[1] - start),
+                torch.cat([stream[:, cached:], added.to(stream.dtype)], dim=1),
+                torch.cat([positions, tail.expand(3, -1, -1)], dim=2)[:, :, cached:],
+                causal_mask(keys, keys.shape[1] - cached),
                 cache,
             )
         last = hidden[:, -self.length :].to(self.output.weight.dtype)
@@ -189,7 +190,7 @@ class LongFormer(nn.Module):
 
 
 def pooling(visual: Tensor, slots: int) -> Tensor:
-    """(R, slots, T) weights that share the marked tokens of (R, T) out evenly to slots, in order.
+    """(R, slots, T) weights that divide the marked tokens of (R, T) evenly among slots, in order.
 
     A slot is the mean of its tokens; where there are fewer tokens than slots, tokens are repeated.
     """

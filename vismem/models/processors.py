@@ -1,6 +1,9 @@
 """The families' processors on machines without torchvision, which only their video part needs."""
 
-from transformers import InternVLProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, InternVLProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor
 from transformers.utils import is_torchvision_available
 
 
@@ -13,3 +16,9 @@ def make_video_optional() -> None:
     if not is_torchvision_available():
         for processor in (InternVLProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor):
             processor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+
+
+def load_processor(source: Path | str) -> Any:
+    """The processor of a hub id or a folder, with or without torchvision."""
+    make_video_optional()
+    return AutoProcessor.from_pretrained(str(source))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vismem.generation.types import MemoryKind
+from vismem.models.kinds import MemoryKind
 
 INVOKE = {MemoryKind.SHORT: "<m_I^s>", MemoryKind.LONG: "<m_I^l>"}
 END = {MemoryKind.SHORT: "<m_E^s>", MemoryKind.LONG: "<m_E^l>"}

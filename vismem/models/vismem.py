@@ -1,6 +1,5 @@
 """A frozen VLM with latent vision memory: form memories, embed and score the grown vocabulary, save and load."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,20 +13,22 @@ from torch.utils.checkpoint import checkpoint
 
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
-from vismem.generation.types import MemoryKind
+from vismem.files import read_json, write_json
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.checkpointing import checkpointed
+from vismem.models.kinds import MemoryKind
 from vismem.models.lora import Lora, LoraSettings
-from vismem.models.memory import LongFormer, PromptRead, QueryBuilder, ShortFormer
+from vismem.models.memory import LongFormer, PrefixCache, QueryBuilder, ShortFormer
+from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 1
 
 
 @dataclass
-class State:
-    """What R rows know when they invoke a memory: everything that formation reads."""
+class FormationInputs:
+    """Everything that R rows' memories are formed from, at their invoke tokens."""
 
     sample: Tensor  # (R,) index of each row's prompt
     cognitive: Tensor  # (R, T, d) H: visual hidden states, then those of the current segment, right-padded
@@ -37,7 +38,7 @@ class State:
     stream_mask: Tensor  # (R, X)
     stream_visual: Tensor  # (R, X) True at the prompt's image tokens
     patches: PatchStream | None  # of all prompts, made by `short_stream` (short-term memory)
-    read: PromptRead | None = None  # how all prompts begin, made by `long_prompts`: saves time (long-term memory)
+    prefix: PrefixCache | None = None  # of all prompts, made by `long_prefix`: saves time (long-term memory)
 
 
 class TokenRows(nn.Module):
@@ -67,7 +68,7 @@ class VisMemModel(nn.Module):
         self.stop_ids = _stop_ids(backbone)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tokens = TokenRows(*self._start_rows())
+            self.tokens = TokenRows(*self._initial_rows())
             self.builder = QueryBuilder(backbone.width, memory)
             self.short = ShortFormer(backbone, memory)
             self.long = LongFormer(backbone, memory)
@@ -84,12 +85,12 @@ class VisMemModel(nn.Module):
         """The frozen base."""
         return self._backbone[0]
 
-    def _start_rows(self) -> tuple[Tensor, Tensor]:
+    def _initial_rows(self) -> tuple[Tensor, Tensor]:
         """A delimiter's rows plus a small perturbation (paper Sec. 3.2)."""
-        tokenizer, start = self.backbone.processor.tokenizer, self.invocation_config.token_start
-        ids = tokenizer(start, add_special_tokens=False)["input_ids"]
+        tokenizer, token = self.backbone.processor.tokenizer, self.invocation_config.init_token
+        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise UserError(f"invocation.token_start {start!r} must be one token of {self.backbone.family}, not {ids}")
+            raise UserError(f"invocation.init_token {token!r} must be one token of {self.backbone.family}, not {ids}")
         delimiter = torch.tensor(ids * 4)
         rows = []
         for matrix in (self.backbone.embedding.weight, self.backbone.head.weight):
@@ -159,23 +160,22 @@ class VisMemModel(nn.Module):
         stream: PatchStream = self._run(read)
         return stream
 
-    def long_prompts(self, prompt: Prompt) -> PromptRead:
-        """How the prompts begin, inside the long former: computed once, read by every long memory."""
+    def long_prefix(self, prompt: Prompt) -> PrefixCache:
+        """The prompts' cache inside the long former: computed once, read by every long memory."""
         with self.policy_lora.active(False):
-            return self.long.read(self.backbone, prompt)
+            return self.long.prefill(self.backbone, prompt)
 
-    def form(self, kind: MemoryKind, state: State) -> Tensor:
-        """Form one memory a row: (R, N_kind, d), differentiable (Eq. 5 and 9-11)."""
-        queries = self._run(self.builder, state.cognitive, state.cognitive_mask)
+    def form(self, kind: MemoryKind, inputs: FormationInputs) -> Tensor:
+        """Form one memory per row: (R, N_kind, d), differentiable (Eq. 5 and 9-11)."""
+        queries = self._run(self.builder, inputs.cognitive, inputs.cognitive_mask)
         with self.policy_lora.active(False):
             if kind is MemoryKind.SHORT:
-                assert state.patches is not None
-                memory = self._run(self.short, self.backbone, queries, state.patches, state.sample)
+                assert inputs.patches is not None
+                memory = self._run(self.short, self.backbone, queries, inputs.patches, inputs.sample)
             else:
-                known = None if state.read is None else (state.read, state.sample)
-                memory = self.long(
-                    self.backbone, queries, state.stream, state.positions, state.stream_mask, state.stream_visual, known
-                )
+                prefix = None if inputs.prefix is None else (inputs.prefix, inputs.sample)
+                stream = (inputs.stream, inputs.positions, inputs.stream_mask, inputs.stream_visual)
+                memory = self.long(self.backbone, queries, *stream, prefix)
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
         return result
 
@@ -223,7 +223,7 @@ class VisMemModel(nn.Module):
             "policy_lora": self.policy_lora.enabled,
             "policy_settings": asdict(self.policy_settings),
         }
-        (folder / "vismem.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(folder / "vismem.json", settings)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         policy = {name: value for name, value in weights.items() if _is_policy(name)}
         save_file({name: value for name, value in weights.items() if name not in policy}, folder / "memory.safetensors")
@@ -233,10 +233,7 @@ class VisMemModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> "VisMemModel":
         """Load a base and lay what `save_pretrained` wrote over it."""
-        file = Path(folder) / "vismem.json"
-        if not file.is_file():
-            raise UserError(f"{folder} holds no vismem.json: give a folder that stage1, stage2 or export wrote")
-        settings = json.loads(file.read_text())
+        settings = read_json(Path(folder) / "vismem.json", "give a folder that stage1, stage2 or export wrote")
         backbone = load_base(base, dtype)
         if backbone.family != settings["family"]:
             raise UserError(f"{folder} was trained on {settings['family']}, but {base} is {backbone.family}")
@@ -255,12 +252,12 @@ class VisMemModel(nn.Module):
 
 def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
     """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
         check_family(AutoConfig.from_pretrained(str(base)).model_type)
         model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
-        processor = AutoProcessor.from_pretrained(str(base))
+        processor = load_processor(base)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error

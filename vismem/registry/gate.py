@@ -1,163 +1,150 @@
-"""The release gate: pure rules from measured figures to a verdict with one sentence of reason a rule. No MLflow here.
+"""The release gate: pure rules from measured figures to a verdict with one sentence of reason per rule. No MLflow.
 
-Scores and gains are percentage points, as in `artifacts/evaluate/metrics.json`.
+Scores and gains are percentage points, as in `vismem.records.Metrics`. A rule judges only what it can: where a figure
+that it reads is NaN or infinite, it is broken and says so.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vismem.config import GateConfig
+from vismem.records import Difference, Metrics, ParityReport, Rule, Validation, Verdict
 
 CAPABILITIES = ("understanding", "reasoning", "generation")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule's outcome. `reason` is a sentence with the figures, whichever way it went."""
-
-    name: str
-    passed: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All rules of the gate; passed when every one has."""
-
-    passed: bool
-    rules: tuple[Rule, ...]
-
-    def reasons(self) -> list[str]:
-        """Why it was refused: the broken rules' reasons; of a passed verdict, every rule's."""
-        return [rule.reason for rule in self.rules if self.passed or not rule.passed]
+DIGITS = 4  # of a score, as the registry keeps a champion's
 
 
 @dataclass(frozen=True)
 class Champion:
-    """The present champion as the registry knows it: its version, its overall score and what it was scored on."""
+    """The present champion as the registry knows it; `overall` is NaN where it has no usable score."""
 
     version: str
     overall: float
     n: int
     test_sha256: str
+    items_sha256: str
     is_candidate: bool = False  # the challenger is this very version, registered before
 
 
 def judge(
-    metrics: Mapping[str, Any],
-    validation: Mapping[str, Any],
-    parity: Mapping[str, Any],
-    champion: Champion | None,
-    gate: GateConfig,
-    test_sha256: str = "",
+    metrics: Metrics, validation: Validation, parity: ParityReport, champion: Champion | None, gate: GateConfig
 ) -> Verdict:
-    """Judge a challenger: `metrics`, `validation` and `parity` are the JSON of evaluate, validate and export.
-
-    `test_sha256` names the data behind `metrics`; a champion scored on other data is not compared by score.
-    A missing figure raises KeyError (a fault, not a refusal); a figure that is not a number (NaN) breaks its rule.
-    """
+    """Judge a challenger by what evaluate, validate and export measured, against the present champion."""
+    gain = metrics.gain["overall"]
     rules = (
-        _gain(metrics["gain"]["overall"], gate),
-        _interval(metrics["gain"]["overall"], gate),
-        _capabilities(metrics["gain"], gate),
-        _time(metrics["arms"], gate),
+        _items(metrics.n, gate),
+        _gain(gain, gate),
+        _interval(gain, gate),
+        _capabilities(metrics.gain, gate),
+        _time(metrics.arms, gate),
         _data(validation),
         _parity(parity),
-        _champion(metrics, champion, gate, test_sha256),
+        _champion(metrics, champion, gate),
     )
-    return Verdict(all(rule.passed for rule in rules), rules)
+    return Verdict(passed=all(rule.passed for rule in rules), rules=rules)
 
 
-def _gain(overall: Mapping[str, Any], gate: GateConfig) -> Rule:
-    delta = float(overall["delta"])
-    passed = delta >= gate.min_gain
-    return Rule(
-        "gain", passed, f"the overall gain over vanilla is {delta:+.2f} points; at least {gate.min_gain:+.2f} is asked"
+def _measured(name: str, passed: bool, reason: str, *figures: float) -> Rule:
+    """The rule's outcome; broken whatever `passed` says where one of the figures that it read is not finite."""
+    if not all(map(math.isfinite, figures)):
+        return Rule(name=name, passed=False, reason=f"{reason}; a figure that is not finite cannot be judged")
+    return Rule(name=name, passed=passed, reason=reason)
+
+
+def _items(n: int, gate: GateConfig) -> Rule:
+    reason = f"the scores are of {n} test items; min {gate.min_items} are required"
+    return _measured("items", n >= gate.min_items, reason)
+
+
+def _gain(gain: Difference, gate: GateConfig) -> Rule:
+    reason = f"the overall gain over vanilla is {gain.delta:+.2f} points; min {gate.min_gain:+.2f} is required"
+    return _measured("gain", gain.delta >= gate.min_gain, reason, gain.delta)
+
+
+def _interval(gain: Difference, gate: GateConfig) -> Rule:
+    """By the rule of the headline (`Difference.exceeds`): with a limit of 0 or more it must say "is better"."""
+    low, high = gain.ci95
+    shown = {"better": "a gain is shown", "worse": "a loss is shown", "not shown": "no difference can be shown"}
+    reason = (
+        f"the gain's 95 % interval is {low:+.2f} to {high:+.2f} points, p = {gain.p:.3f}: {shown[gain.outcome]}; "
+        f"it must be shown to exceed {gate.min_gain_low:+.2f}"
     )
+    return _measured("gain_interval", gain.exceeds(gate.min_gain_low), reason, low, high, gain.p)
 
 
-def _interval(overall: Mapping[str, Any], gate: GateConfig) -> Rule:
-    low, high = (float(end) for end in overall["ci95"])
-    passed = low >= gate.min_gain_low
-    return Rule(
-        "gain_interval",
-        passed,
-        f"the gain's 95 % interval is {low:+.2f} to {high:+.2f} points; "
-        f"its lower end must be at least {gate.min_gain_low:+.2f}",
-    )
-
-
-def _capabilities(gain: Mapping[str, Any], gate: GateConfig) -> Rule:
-    deltas = {name: float(gain[name]["delta"]) for name in CAPABILITIES if gain.get(name) is not None}
+def _capabilities(gain: Mapping[str, Difference], gate: GateConfig) -> Rule:
+    deltas = {name: gain[name].delta for name in CAPABILITIES if name in gain}
     if not deltas:
-        return Rule("capabilities", False, "no capability was scored apart, so that a loss could hide in the total")
+        return _measured("capabilities", False, "no capability was scored apart, so that the total could hide a loss")
     worst = min(deltas, key=lambda name: deltas[name])
-    passed = all(delta >= -gate.max_capability_drop for delta in deltas.values())
     missing = [name for name in CAPABILITIES if name not in deltas]
     note = f" (no items of {', '.join(missing)})" if missing else ""
     listed = ", ".join(f"{name} {delta:+.2f}" for name, delta in deltas.items())
-    return Rule(
-        "capabilities",
-        passed,
+    reason = (
         f"by capability the change is {listed} points{note}; "
-        f"the least, {worst}, must not lose more than {gate.max_capability_drop:.2f}",
+        f"the lowest, {worst}, must not lose more than {gate.max_capability_drop:.2f}"
     )
+    return _measured("capabilities", deltas[worst] >= -gate.max_capability_drop, reason, *deltas.values())
 
 
-def _time(arms: Mapping[str, Any], gate: GateConfig) -> Rule:
-    vanilla = float(arms["vanilla"]["seconds_per_sample"])
-    vismem = float(arms["vismem"]["seconds_per_sample"])
-    if not vanilla > 0:
-        return Rule("time", False, f"vanilla's seconds a sample are {vanilla}, so that no overhead can be told")
+def _time(arms: Mapping[str, Mapping[str, float]], gate: GateConfig) -> Rule:
+    vanilla, vismem = (arms[arm]["seconds_per_sample"] for arm in ("vanilla", "vismem"))
+    if vanilla <= 0 or vismem <= 0:
+        reason = f"the seconds per sample are {vanilla} of vanilla and {vismem} of VisMem: no overhead can be computed"
+        return _measured("time", False, reason)
     overhead = vismem / vanilla - 1
-    return Rule(
-        "time",
-        overhead <= gate.max_time_overhead,
+    reason = (
         f"an answer takes {vismem:.4f} s against vanilla's {vanilla:.4f} s, {overhead:+.1%}; "
-        f"at most {gate.max_time_overhead:+.1%} is allowed",
+        f"max {gate.max_time_overhead:+.1%} is allowed"
     )
+    return _measured("time", overhead <= gate.max_time_overhead, reason, vanilla, vismem)
 
 
-def _data(validation: Mapping[str, Any]) -> Rule:
-    if validation["success"] is True:
-        return Rule("data", True, "the data report has no broken rule of severity error")
-    broken = [
-        str(rule["name"])
-        for rule in validation.get("rules", ())
-        if not rule["success"] and rule.get("severity", "error") == "error"
-    ]
-    return Rule("data", False, f"the data report is not green: {', '.join(broken) or 'it names no rule'}")
+def _data(validation: Validation) -> Rule:
+    broken = [rule.name for rule in validation.rules if not rule.success and rule.severity == "error"]
+    if validation.success and not broken:
+        return _measured("data", True, "the data report has no broken rule of severity error")
+    return _measured("data", False, f"the data report is not green: {', '.join(broken) or 'it names no rule'}")
 
 
-def _parity(parity: Mapping[str, Any]) -> Rule:
-    passed = parity["passed"] is True
-    equal, items = parity.get("greedy_equal", "?"), parity.get("items", "?")
-    difference = parity.get("max_memory_difference")
-    largest = f"; the memories differ by {float(difference):.1e} at most" if difference is not None else ""
+def _parity(parity: ParityReport) -> Rule:
+    passed = parity.passed and parity.greedy_equal == parity.items > 0
     word = "gives the same answers as torch" if passed else "does not reproduce torch"
-    return Rule("parity", passed, f"the ONNX runtime {word} ({equal} of {items} greedy decodings equal{largest})")
-
-
-def _champion(metrics: Mapping[str, Any], champion: Champion | None, gate: GateConfig, test_sha256: str) -> Rule:
-    score, n = float(metrics["arms"]["vismem"]["overall"]), int(metrics["n"])
-    if champion is None:
-        return Rule("champion", True, f"there is no present champion to beat; this version scores {score:.2f}")
-    if champion.is_candidate:
-        return Rule("champion", True, f"this is the present champion itself, version {champion.version}")
-    if (champion.test_sha256, champion.n) != (test_sha256, n):
-        theirs, ours = champion.test_sha256[:12] or "unknown", test_sha256[:12] or "unknown"
-        return Rule(
-            "champion",
-            gate.other_data == "pass",
-            f"champion version {champion.version} was scored on other data ({champion.n} items, {theirs}) than this "
-            f"version ({n} items, {ours}), so that its {champion.overall:.2f} and the {score:.2f} here do not compare; "
-            f"gate.other_data says {gate.other_data}",
-        )
-    ahead = score - champion.overall
-    return Rule(
-        "champion",
-        ahead > gate.champion_margin,
-        f"this version scores {score:.2f}, champion version {champion.version} {champion.overall:.2f}: {ahead:+.2f} "
-        f"points; more than {gate.champion_margin:+.2f} is asked",
+    reason = (
+        f"the ONNX runtime {word} ({parity.greedy_equal} of {parity.items} greedy decodings equal; "
+        f"max difference of the memories {parity.max_memory_difference:.1e})"
     )
+    return _measured("parity", passed, reason, parity.max_memory_difference)
+
+
+def _champion(metrics: Metrics, champion: Champion | None, gate: GateConfig) -> Rule:
+    score = round(metrics.arms["vismem"]["overall"], DIGITS)
+    if champion is None:
+        return _measured("champion", True, f"there is no champion to beat; this version scores {score:.2f}", score)
+    if champion.is_candidate:
+        return _measured("champion", True, f"this is the present champion itself, version {champion.version}", score)
+    if not math.isfinite(champion.overall):
+        reason = (
+            f"champion version {champion.version} has no usable score in the registry, so that it cannot be compared "
+            f"and is replaced by what passes the other rules; this version scores {score:.2f}"
+        )
+        return _measured("champion", True, reason, score)
+    ours, theirs = ((of.n, of.test_sha256, of.items_sha256) for of in (metrics, champion))
+    if ours != theirs:
+        reason = (
+            f"champion version {champion.version} was scored on other data ({_data_name(*theirs)}) than this version "
+            f"({_data_name(*ours)}), so that its {champion.overall:.2f} and the {score:.2f} here do not compare; "
+            f"gate.other_data says {gate.other_data}"
+        )
+        return _measured("champion", gate.other_data == "pass", reason, score)
+    ahead = score - champion.overall
+    reason = (
+        f"this version scores {score:.2f}, champion version {champion.version} {champion.overall:.2f}: {ahead:+.2f} "
+        f"points; more than {gate.champion_margin:+.2f} is required"
+    )
+    return _measured("champion", ahead > gate.champion_margin, reason, score)
+
+
+def _data_name(n: int, test_sha256: str, items_sha256: str) -> str:
+    return f"{n} items {items_sha256[:8] or 'unknown'} of test split {test_sha256[:8] or 'unknown'}"

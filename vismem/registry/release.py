@@ -5,16 +5,20 @@ registered model (`champion_history.TIME`: JSON with version, previous, action).
 """
 
 import json
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vismem.config import Config
-from vismem.errors import UserError
+from vismem.errors import UserError, mask_credentials
+from vismem.records import RegisteredVersion, Release
+from vismem.registry.download import published_verdict
+from vismem.registry.lock import promotion_lock
 from vismem.registry.tracking import (
+    CHALLENGER,
+    CHAMPION,
     Store,
     Version,
     aliased,
@@ -24,8 +28,8 @@ from vismem.registry.tracking import (
     tracking_uri,
     versions,
 )
+from vismem.registry.verdict import judge_version, publish_verdict, registered_gate
 
-CHAMPION = "champion"
 HISTORY = "champion_history."
 
 
@@ -41,46 +45,45 @@ class Move:
 
 @plain_faults
 def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
-    """Make the registered version champion if its verdict passed; writes `release.json` into `out`.
+    """Judge the registered version again and make it champion if it passes; writes `release.json` and `verdict.json`.
 
-    A refusal is a result with its reasons; so is a verdict that another champion has overtaken. UserError where the
-    store does not hold the version that was registered.
+    Figures and gate are those in the registry, and the champion is the present one: nobody else promotes meanwhile. A
+    refusal is a result with its reasons. UserError where the store does not hold the version that was registered.
     """
-    register = inputs["register"]
-    record = json.loads((register / "version.json").read_text())
-    verdict = json.loads((register / "verdict.json").read_text())
+    record = RegisteredVersion.read(inputs["register"])
     store = open_store(config.registry)
-    number = str(record["version"])
-    version = get_version(store, number) if record["name"] == store.model else None
-    if version is None or version.tags.get("manifest_sha256") != record["manifest_sha256"]:
-        raise UserError(
-            f"{store.uri} does not hold {record['name']} version {number} as {register / 'version.json'} describes it: "
-            "the store has changed since; run `vismem register` again"
-        )
-    before = aliased(store, CHAMPION)
-    passed = bool(verdict["passed"])
-    reasons = [str(rule["reason"]) for rule in verdict["rules"] if passed or not rule["passed"]]
-    if passed and before is not None and before.version not in (number, record["judged_against"]):
-        passed = False
-        reasons = [
-            f"it was judged against {_named(record['judged_against'])}, and meanwhile version {before.version} has "
-            "become champion: run `vismem register` again"
-        ]
-    if passed and (before is None or before.version != number):
-        _move(store, "promote", number, before.version if before else None)
-    release = {
-        "promoted": passed,
-        "name": store.model,
-        "version": number,
-        "model_id": version.model_id,
-        "previous": before.version if before and before.version != number else None,
-        "reasons": reasons,
-    }
-    (out / "release.json").write_text(json.dumps(release, indent=2) + "\n")
-    if passed:
-        return f"{store.model} version {number} is champion"
-    kept = f"version {before.version} stays champion" if before else "there is no champion yet"
-    return f"{store.model} version {number} is refused, {kept}: {'; '.join(reasons)}"
+    with promotion_lock(store) as check_held:
+        version = get_version(store, record.version) if record.name == store.model else None
+        if version is None or version.tags.get("manifest_sha256") != record.manifest_sha256:
+            raise UserError(
+                f"{store.uri} does not hold {record.name} version {record.version} as {inputs['register']} describes "
+                "it: the store has changed since; run `vismem register` again"
+            )
+        champion = aliased(store, CHAMPION)
+        if champion is not None and champion.version == version.version:  # also after a kill behind the move
+            previous = _predecessor(history(store), version.version)
+            verdict = published_verdict(store, version)
+            verdict.write(out)
+        else:
+            previous = champion.version if champion else None
+            verdict = judge_version(store, version, champion, registered_gate(store, version))
+            publish_verdict(store, version, verdict, out)
+            if verdict.passed:
+                check_held()
+                _move(store, "promote", version.version, previous)
+    release = Release(
+        promoted=verdict.passed,
+        name=store.model,
+        version=version.version,
+        model_id=version.model_id,
+        previous=previous,
+        reasons=verdict.reasons(),
+    )
+    release.write(out)
+    if release.promoted:
+        return f"{store.model} version {version.version} is champion"
+    kept = f"version {champion.version} stays champion" if champion else "there is no champion yet"
+    return f"{store.model} version {version.version} is refused, {kept}: {'; '.join(release.reasons)}"
 
 
 @plain_faults
@@ -91,14 +94,16 @@ def rollback(config: Config) -> str:
     alias), the last champion that still exists returns. UserError where there is none.
     """
     store = open_store(config.registry)
-    present = aliased(store, CHAMPION)
-    moves = history(store)
-    candidates = [move.version for move in reversed(moves)] if present is None else _before(moves, present.version)
-    for number in candidates:
-        if get_version(store, number) is not None:
-            _move(store, "rollback", number, present.version if present else None)
-            was = f"version {present.version}" if present else "a deleted version"
-            return f"{store.model} version {number} is champion again, instead of {was}"
+    with promotion_lock(store) as check_held:
+        present = aliased(store, CHAMPION)
+        moves = history(store)
+        candidates = [move.version for move in reversed(moves)] if present is None else _before(moves, present.version)
+        for number in candidates:
+            if get_version(store, number) is not None:
+                check_held()
+                _move(store, "rollback", number, present.version if present else None)
+                was = f"version {present.version}" if present else "a deleted version"
+                return f"{store.model} version {number} is champion again, instead of {was}"
     raise UserError(
         f"there is no earlier champion of '{store.model}' in {store.uri} to go back to; `vismem models list` shows all"
     )
@@ -118,10 +123,10 @@ def history(store: Store) -> list[Move]:
 
 @plain_faults
 def models(config: Config) -> list[dict[str, str]]:
-    """One row a version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
+    """One row per version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
     store = open_store(config.registry)
     named: dict[str, list[str]] = {}
-    for alias in (CHAMPION, "challenger"):
+    for alias in (CHAMPION, CHALLENGER):
         if (version := aliased(store, alias)) is not None:
             named.setdefault(version.version, []).append(alias)
     return [
@@ -152,12 +157,13 @@ def show(config: Config, which: str) -> dict[str, Any]:
 
 
 def store_uri(config: Config) -> str:
-    """Where the store is; see `tracking.tracking_uri`."""
-    return tracking_uri(config.registry)
+    """Where the store is, without credentials; see `tracking.tracking_uri`."""
+    return mask_credentials(tracking_uri(config.registry))
 
 
-def _named(version: str | None) -> str:
-    return f"version {version}" if version else "no champion"
+def _predecessor(moves: list[Move], version: str) -> str | None:
+    """The champion that the version's last promotion replaced."""
+    return next((m.previous for m in reversed(moves) if m.action == "promote" and m.version == version), None)
 
 
 def _before(moves: list[Move], version: str) -> list[str]:
@@ -165,7 +171,7 @@ def _before(moves: list[Move], version: str) -> list[str]:
     chain: list[str] = []
     seen, here = {version}, version
     while True:
-        previous = next((m.previous for m in reversed(moves) if m.action == "promote" and m.version == here), None)
+        previous = _predecessor(moves, here)
         if previous is None or previous in seen:
             return chain
         chain.append(previous)
@@ -174,9 +180,10 @@ def _before(moves: list[Move], version: str) -> list[str]:
 
 
 def _move(store: Store, action: str, version: str, previous: str | None) -> None:
-    """Write the move down, then make it: a crash in between leaves a line too many, never a move that no line shows."""
-    now = datetime.fromtimestamp(time.time(), UTC)
+    """Write the move down, then make it; after a kill in between, the line is there already and not written again."""
+    now = datetime.now(UTC)
     move = Move(now.isoformat(), action, version, previous)
-    key = f"{HISTORY}{now.strftime('%Y%m%dT%H%M%S.%fZ')}"
-    store.client.set_registered_model_tag(store.model, key, json.dumps(asdict(move)))
+    if [replace(last, time=move.time) for last in history(store)[-1:]] != [move]:
+        key = f"{HISTORY}{now.strftime('%Y%m%dT%H%M%S.%fZ')}"
+        store.client.set_registered_model_tag(store.model, key, json.dumps(asdict(move)))
     store.client.set_registered_model_alias(store.model, CHAMPION, version)

@@ -1,13 +1,11 @@
-"""A thin wrapper over MLflow: the store, runs, and registered versions. Only `vismem/registry` imports mlflow.
+"""A thin wrapper over MLflow: the store and registered versions. Only `vismem/registry` imports mlflow.
 
 MLflow gives a version's number as int on SQLite and as str over REST; here it is always str.
 """
 
-import csv
 import logging
 import os
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,21 +18,18 @@ from vismem.config import RegistryConfig
 from vismem.errors import UserError
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a dead server is told in seconds, not minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a dead server is reported in seconds, not minutes
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 P = ParamSpec("P")
 R = TypeVar("R")
 SQLITE = "sqlite:///"
-METRICS_PER_REQUEST = 500
-TAGS_PER_REQUEST = 100  # MLflow's limit, for parameters too
-LONGEST_PARAM = 6000
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds
+CHALLENGER, CHAMPION = "challenger", "champion"  # aliases
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds, not minutes
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ def plain_faults(function: Callable[P, R]) -> Callable[P, R]:
 
 def open_store(config: RegistryConfig) -> Store:
     """Open the store. UserError where it does not answer or MLflow refuses its kind (plain folders)."""
-    for noisy in ("alembic", "mlflow.store.db.utils"):  # a migration log on every new SQLite file
+    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry"):  # migrations, instant "waiting"
         logging.getLogger(noisy).setLevel(logging.WARNING)
     uri = tracking_uri(config)
     if uri.startswith(SQLITE):
@@ -105,7 +100,7 @@ def ping(config: RegistryConfig) -> str:
 
     UserError within seconds where something does not.
     """
-    with _impatient():
+    with environment(IMPATIENT):
         store = open_store(config)
         try:
             experiment = store.client.get_experiment(experiment_id(store))
@@ -141,87 +136,23 @@ def experiment_id(store: Store) -> str:
     return str(store.client.create_experiment(name, artifact_location=location))
 
 
-@contextmanager
-def tracked_run(store: Store, name: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """A run that ends FINISHED, or FAILED where the block raises; yields its id.
-
-    One with the same tags that still says RUNNING was left by a process that was killed: it ends KILLED.
-    """
-    experiment = experiment_id(store)
-    same = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    for left in store.client.search_runs([experiment], f"attributes.status = 'RUNNING' and {same}"):
-        store.client.set_terminated(left.info.run_id, "KILLED")
-    run_id = str(store.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
-    try:
-        yield run_id
-    except BaseException:
-        store.client.set_terminated(run_id, "FAILED")
-        raise
-    store.client.set_terminated(run_id, "FINISHED")
-
-
-def log_params(store: Store, run_id: str, values: Mapping[str, Any]) -> None:
-    """Log a nested mapping as flat parameters, `stage1.batch_size` and so on."""
-    flat = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in flatten(values, ".").items()]
-    for start in range(0, len(flat), TAGS_PER_REQUEST):
-        store.client.log_batch(run_id, params=flat[start : start + TAGS_PER_REQUEST])
-
-
-def log_metrics(store: Store, run_id: str, model_id: str, values: Mapping[str, Any]) -> None:
-    """Log the numbers of a nested mapping as `arms/vismem/overall` and so on, for the run and for the logged model."""
-    now = int(time.time() * 1000)
-    numbers = {key: value for key, value in flatten(values, "/").items() if isinstance(value, int | float)}
-    metrics = [
-        Metric(_metric_name(key), float(value), now, 0, model_id=model_id, run_id=run_id)
-        for key, value in numbers.items()
-    ]
-    for start in range(0, len(metrics), METRICS_PER_REQUEST):
-        store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
-
-
-def log_curve(store: Store, run_id: str, file: Path) -> None:
-    """Log a stage's curve (CSV with a column `step`) as `stage1/reward` and so on, one value a step."""
-    now = int(time.time() * 1000)
-    with file.open(newline="") as lines:
-        metrics = [
-            Metric(_metric_name(f"{file.stem}/{name}"), float(value), now, int(row["step"]), run_id=run_id)
-            for row in csv.DictReader(lines)
-            for name, value in row.items()
-            if name != "step" and value
-        ]
-    for start in range(0, len(metrics), METRICS_PER_REQUEST):
-        store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
-
-
-def log_model_folder(store: Store, run_id: str, folder: Path, params: Mapping[str, str]) -> str:
-    """Keep `folder` as a LoggedModel of plain files (nothing that unpickles); return its id."""
-    model = store.client.create_logged_model(
-        experiment_id(store), name=store.model, source_run_id=run_id, params=dict(params), model_type="vismem"
-    )
-    model_id = str(model.model_id)
-    try:
-        store.client.log_model_artifacts(model_id, str(folder))
-    except BaseException:
-        store.client.finalize_logged_model(model_id, "FAILED")
-        raise
-    store.client.finalize_logged_model(model_id, "READY")
-    return model_id
-
-
 def create_version(store: Store, run_id: str, model_id: str, tags: Mapping[str, str]) -> Version:
     """Register a logged model as the next version."""
-    try:
-        store.client.create_registered_model(
-            store.model, description="Latent vision memory for a vision-language model"
-        )
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    create_model_once(store, store.model, "Latent vision memory for a vision-language model")
     with _as_default(store.uri):
         made = store.client.create_model_version(
             store.model, f"models:/{model_id}", run_id=run_id, model_id=model_id, tags={**tags, "model_id": model_id}
         )
     return _version(made)
+
+
+def create_model_once(store: Store, name: str, description: str) -> None:
+    """Create a registered model unless it exists."""
+    try:
+        store.client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def versions(store: Store, filter_tags: Mapping[str, str] | None = None) -> list[Version]:
@@ -249,22 +180,6 @@ def aliased(store: Store, alias: str) -> Version | None:
     return _or_none(lambda: _version(store.client.get_model_version_by_alias(store.model, alias)))
 
 
-def flatten(values: Mapping[str, Any], separator: str) -> dict[str, Any]:
-    """`{"a": {"b": 1}, "c": [2, 3]}` as `{"a.b": 1, "c.0": 2, "c.1": 3}`; lists of plain words stay one value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested: Mapping[str, Any] | None = None
-        if isinstance(value, Mapping):
-            nested = value
-        elif isinstance(value, list) and value and not isinstance(value[0], str):
-            nested = {str(index): item for index, item in enumerate(value)}
-        if nested is None:
-            flat[key] = value
-        else:
-            flat |= {f"{key}{separator}{below}": item for below, item in flatten(nested, separator).items()}
-    return flat
-
-
 @contextmanager
 def _as_default(uri: str) -> Iterator[None]:
     """Make `uri` MLflow's global store for a moment: SQL registries look up `models:/ID` there, whatever the client."""
@@ -280,10 +195,10 @@ def _as_default(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
-    """Requests to MLflow fail within seconds, for a moment; else a server that hangs is given two minutes a try."""
-    before = {name: os.environ.get(name) for name in IMPATIENT}
-    os.environ.update(IMPATIENT)
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables within the block: MLflow reads most of its settings at each call."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
@@ -313,11 +228,6 @@ def _or_none(look: Callable[[], Version]) -> Version | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-
-
-def _metric_name(key: str) -> str:
-    """MLflow allows letters, digits and `_-./: ` in a metric's name."""
-    return "".join(char if char.isalnum() or char in "_-./: " else "_" for char in key)
 
 
 def _first_line(error: Exception) -> str:

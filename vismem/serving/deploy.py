@@ -14,6 +14,7 @@ from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
 from vismem.export.triton import write_model_repository
+from vismem.records import Release
 from vismem.serving.client import Token, challenger_name, infer, marked, plain
 from vismem.serving.server import TritonServer
 
@@ -41,8 +42,8 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     Reads export (the bundle), promote (`release.json`) and validate (test questions). A version that the gate refused
     is deployed as NAME_challenger, for trying out. Raises UserError if the server does not start or a check fails.
     """
-    release = json.loads((inputs["promote"] / "release.json").read_text())
-    promoted, version = bool(release["promoted"]), int(release["version"])
+    release = Release.read(inputs["promote"])
+    promoted, version = release.promoted, int(release.version)
     model = config.deploy.model_name if promoted else challenger_name(config.deploy.model_name)
     repository = out / "model_repository"
     shutil.rmtree(repository, ignore_errors=True)
@@ -58,7 +59,7 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     tested = f"{len(samples)} questions answered over gRPC, {smoke['latency_ms']['answer_p50']:.0f} ms at the median"
     if promoted:
         return f"deployed {model} version {version}: {tested}"
-    reasons = "; ".join(release.get("reasons", ())) or "no reason given"
+    reasons = "; ".join(release.reasons) or "no reason given"
     return f"NOT released, the gate refused version {version} ({reasons}): deployed as {model} for trying out; {tested}"
 
 

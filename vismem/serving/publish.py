@@ -15,8 +15,7 @@ from vismem.config import Config, load_config
 from vismem.errors import UserError
 from vismem.export.triton import write_model_repository
 from vismem.registry.download import download_bundle
-from vismem.registry.release import CHAMPION
-from vismem.registry.tracking import aliased, open_store, plain_faults
+from vismem.registry.tracking import CHAMPION, aliased, open_store, plain_faults
 
 
 @plain_faults

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vismem.config import Config
 from vismem.data.collate import answer_part, prompt_messages, target_text
@@ -19,6 +19,7 @@ from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone
 from vismem.models.backbones.llava_onevision import LlavaOnevisionBackbone
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
+from vismem.models.processors import load_processor
 from vismem.training import alignment
 from vismem.training.embedded import build_model, build_processor
 from vismem.training.pretraining import train_language, train_vision
@@ -126,7 +127,7 @@ def _resolve(config: Config, out: Path) -> str:
         )
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, config.base.dtype))
     model.save_pretrained(out)
-    AutoProcessor.from_pretrained(name).save_pretrained(out)
+    load_processor(name).save_pretrained(out)
     (out / "metrics.json").write_text(json.dumps({"model": name, "parameters": model.num_parameters()}))
     (out / "loss.json").write_text("[]")
     return f"base: {name}, {model.num_parameters() / 1e9:.2f}B parameters, copied"

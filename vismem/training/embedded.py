@@ -21,6 +21,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vismem.config import BaseConfig
+from vismem.models.processors import make_video_optional
 
 CELL = 28  # pixels a side of what becomes one visual token: 14-pixel patches, merged 2x2
 LEAST_PIXELS, MOST_PIXELS = (3 * CELL) ** 2, (6 * CELL) ** 2  # smaller and larger images are resized
@@ -83,6 +84,7 @@ def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
         padding_side="left",
     )
+    make_video_optional()
     images = Qwen2VLImageProcessorPil(min_pixels=LEAST_PIXELS, max_pixels=MOST_PIXELS)
     return Qwen2_5_VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 

@@ -24,15 +24,15 @@ def type_penalty(rewards: Tensor, swapped: Tensor) -> Tensor:
 def negative_penalty(rewards: Tensor) -> Tensor:
     """p_neg = max(0, mean(S) - S(tau)), mean over the group (Eq. 14); `rewards` (B, G).
 
-    It falls on every trajectory below its group's mean, whether it invoked or not: falling on invoking ones only, it
-    would be a tax on invoking as such.
+    It applies to every trajectory below its group's mean, invoking or not: on invoking ones only it would punish
+    invoking as such.
     """
     return (rewards.mean(dim=1, keepdim=True) - rewards).clamp_min(0.0)
 
 
 @dataclass(frozen=True)
 class PolicyTerm:
-    """The clipped objective of some rollouts, and what to report of it."""
+    """The clipped objective of some rollouts, and its statistics."""
 
     loss: Tensor  # sum over rollouts of the token mean, negated: divide by the number of rollouts of the whole batch
     clipped: Tensor  # sampled tokens whose ratio was clipped
@@ -52,13 +52,13 @@ def policy_term(
     gain = torch.minimum(ratio * advantages[:, None], bounded * advantages[:, None])
     return PolicyTerm(
         loss=-rollout_means(gain, mask).sum(),
-        clipped=((ratio != bounded) & mask).sum(),
+        clipped=(ratio != bounded).sum(),  # never of a masked token, whose ratio is 1
         tokens=mask.sum(),
     )
 
 
 def kl_term(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """k3 estimate of KL(pi || pi_ref) a token: exp(ref - pi) - (ref - pi) - 1, elementwise, never negative."""
+    """k3 estimate of KL(pi || pi_ref) per token: exp(ref - pi) - (ref - pi) - 1, elementwise, never negative."""
     difference = reference - logprobs
     return difference.exp() - difference - 1
 

@@ -1,4 +1,4 @@
-"""The one training loop: what is trained and how a batch is made and scored comes in as an objective.
+"""The one training loop: what is trained, and how a batch is made and scored, is the objective's.
 
 Everything random is drawn from the seed and the step, and checkpoints hold parameters and optimiser state, so a run
 that was killed and resumed equals one that was not.
@@ -17,15 +17,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from vismem.errors import UserError
+from vismem.progress import progress
 from vismem.training.optimizers import optimizers
 
 Metrics = dict[str, float]
+SHOWN = ("loss", "reward", "kl", "accuracy")  # beside the progress, where an objective has them
 SECONDS = "seconds"  # of a step, in the history; left out of the curve, which is the same from the same seed
 
 
@@ -41,7 +42,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how fast."""
+    """Length, learning rates and checkpoints of a training."""
 
     name: str
     steps: int
@@ -55,7 +56,7 @@ class LoopSettings:
     checkpoint_every: int = 50
 
 
-def rate_at(step: int, settings: LoopSettings) -> float:
+def lr_scale(step: int, settings: LoopSettings) -> float:
     """The learning rate's factor: linear warm-up, then cosine to zero."""
     warmup = max(1, round(settings.warmup_ratio * settings.steps))
     if step < warmup:
@@ -69,24 +70,25 @@ def train(
     settings: LoopSettings,
     out: Path,
     accelerator: Accelerator,
-    rates: Mapping[str, float] | None = None,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[Metrics]:
-    """Optimise `parameters`; returns one dict a step, also written to `out/NAME.csv`.
+    """Optimise `parameters`; returns one dict per step, also written to `out/NAME.csv`.
 
-    `rates` are learning rates of single parameters relative to the others. A checkpoint in `out` is resumed.
+    `lr_scales` multiply the learning rates of single parameters, by name. A checkpoint in `out` is resumed.
     """
     named = dict(parameters)
     used = optimizers(named, settings.learning_rate, settings.matrix_learning_rate, weight_decay=settings.weight_decay)
     groups = [group for optimizer in used for group in optimizer.param_groups]
     for group in groups:
-        group["peak"] *= (rates or {}).get(group["name"], 1.0)
+        group["peak"] *= (lr_scales or {}).get(group["name"], 1.0)
     checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint")
     history = checkpoint.load(named, used)
-    _start_alike(named, len(history), checkpoint.file, accelerator)
+    broadcast_parameters(named, len(history), checkpoint.file, accelerator)
     console = Console(quiet=not accelerator.is_main_process, stderr=True)
     if history:
         console.print(f"{settings.name}: resumed at step {len(history)}")
-    with _progress(settings, console, len(history)) as advance:
+    quiet = not accelerator.is_main_process
+    with progress(settings.name, settings.steps, len(history), quiet=quiet) as advance:
         for step in range(len(history), settings.steps):
             started = time.perf_counter()
             batch = objective.collect(step)
@@ -96,14 +98,14 @@ def train(
                 metrics = objective.backward(batch)
                 if 0 < settings.target_kl < metrics.get("update_kl", 0.0):
                     break
-                _share_gradients(named, accelerator)
+                all_reduce_gradients(named, accelerator)
                 metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm))
                 for group in groups:
-                    group["lr"] = group["peak"] * rate_at(step, settings)
+                    group["lr"] = group["peak"] * lr_scale(step, settings)
                 for optimizer in used:
                     optimizer.step()
             history.append({"step": step, **metrics, SECONDS: time.perf_counter() - started})
-            advance(metrics)
+            advance(**{name: metrics[name] for name in SHOWN if name in metrics})
             if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
                 checkpoint.save(named, used, history)
     if accelerator.is_main_process:
@@ -113,7 +115,7 @@ def train(
 
 
 def _write_curve(file: Path, history: list[Metrics]) -> None:
-    """One line a step; a figure that a step does not have stays empty."""
+    """One line per step; a figure that a step does not have stays empty."""
     names = [name for name in dict.fromkeys(name for row in history for name in row) if name != SECONDS]
     with file.open("w", newline="") as lines:
         writer = csv.DictWriter(lines, names, extrasaction="ignore")
@@ -121,14 +123,14 @@ def _write_curve(file: Path, history: list[Metrics]) -> None:
         writer.writerows({name: round(value, 6) for name, value in row.items()} for row in history)
 
 
-def share(chosen: Sequence[int], accelerator: Accelerator) -> list[int]:
-    """This process's part of a batch. UserError as from `check_shares`."""
-    check_shares(len(chosen), accelerator)
+def shard_batch(chosen: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """This process's shard of a batch. UserError as from `check_shards`."""
+    check_shards(len(chosen), accelerator)
     return list(chosen[accelerator.process_index :: accelerator.num_processes])
 
 
-def check_shares(batch_size: int, accelerator: Accelerator) -> None:
-    """UserError where a batch has no equal parts; of equal parts the means' mean is the batch's mean."""
+def check_shards(batch_size: int, accelerator: Accelerator) -> None:
+    """UserError where a batch has no equal shards; of equal shards the mean of means is the batch's mean."""
     processes = accelerator.num_processes
     if batch_size % processes:
         raise UserError(
@@ -137,7 +139,7 @@ def check_shares(batch_size: int, accelerator: Accelerator) -> None:
         )
 
 
-def summed(values: Metrics, accelerator: Accelerator) -> Metrics:
+def all_reduce_sum(values: Metrics, accelerator: Accelerator) -> Metrics:
     """The sums of the processes' figures, the same in all of them; every process names the same figures."""
     if accelerator.num_processes == 1:
         return dict(values)
@@ -147,28 +149,30 @@ def summed(values: Metrics, accelerator: Accelerator) -> Metrics:
     return {name: sums[name] for name in values}
 
 
-def averaged(values: Metrics, accelerator: Accelerator) -> Metrics:
-    """The means of the processes' figures, which are means over equal parts of a batch."""
-    return {name: value / accelerator.num_processes for name, value in summed(values, accelerator).items()}
+def all_reduce_mean(values: Metrics, accelerator: Accelerator) -> Metrics:
+    """The means of the processes' figures, which are means over equal shards of a batch."""
+    return {name: value / accelerator.num_processes for name, value in all_reduce_sum(values, accelerator).items()}
 
 
-def _start_alike(parameters: Mapping[str, nn.Parameter], step: int, file: Path, accelerator: Accelerator) -> None:
-    """Give all processes the main one's parameters, once each has read the same checkpoint. UserError if one has not.
+def broadcast_parameters(
+    parameters: Mapping[str, nn.Parameter], step: int, file: Path, accelerator: Accelerator
+) -> None:
+    """Copy the main process's parameters to all others. UserError where they have not read the same checkpoint.
 
-    Sums of floats may differ between devices; processes that began apart by that little would stay apart.
+    Sums of floats may differ between devices; processes that begin with small differences would keep them.
     """
     if accelerator.num_processes == 1:
         return
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise UserError(
-            f"the processes do not see the same {file}: they would go on at steps {steps}: put it where all can read"
+            f"the processes do not read the same {file} and would resume at steps {steps}: put it on shared storage"
         )
     for parameter in parameters.values():
         broadcast(parameter.data, from_process=0)
 
 
-def _share_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
+def all_reduce_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
     """Add up the processes' gradients. Objectives divide by the whole batch, so the sum is its gradient."""
     for parameter in parameters.values():
         if parameter.grad is None:
@@ -222,33 +226,8 @@ class _Checkpoint:
         fresh.replace(self.file)
 
 
-class _progress:  # noqa: N801 - a context manager used as a function
-    """A bar with the latest figures."""
-
-    SHOWN = ("loss", "reward", "kl", "accuracy")
-
-    def __init__(self, settings: LoopSettings, console: Console, done: int) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), console=console,
-        )  # fmt: skip
-        self.task = self.bar.add_task(settings.name, total=settings.steps, completed=done, figures="")
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-
-        def advance(metrics: Metrics) -> None:
-            figures = " ".join(f"{key} {metrics[key]:.3f}" for key in self.SHOWN if key in metrics)
-            self.bar.update(self.task, advance=1, figures=figures)
-
-        return advance
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-
 def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:
-    """The indices of one step's batch: every pass over `count` items is shuffled anew; a short rest is left out."""
+    """The indices of one step's batch. Each pass over `count` items has a new order and drops an incomplete batch."""
     size = min(size, count)
     epoch, place = divmod(step, count // size)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()

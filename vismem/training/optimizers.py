@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 # Tables of vectors rather than maps between spaces, which Muon is for.
-TABLES = ("embed_tokens.weight", "head.weight", "position_embedding.weight", ".start")
+TABLES = ("embed_tokens.weight", "head.weight", "position_embedding.weight", "_init")
 
 
 def optimizers(

@@ -1,4 +1,4 @@
-"""Rollouts and their gradient: what stage I, stage II and baselines have in common (paper Sec. 3.4)."""
+"""Rollouts and their gradient: what stage I, stage II and the baselines have in common (paper Sec. 3.4)."""
 
 import json
 from collections import defaultdict
@@ -11,21 +11,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vismem.config import GrpoConfig
+from vismem.config import GrpoConfig, GrpoStageConfig
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy
-from vismem.generation.replay import Context, read_prompts, score
-from vismem.generation.types import MemoryKind, Rollout
+from vismem.generation.replay import Context, prefill, score
+from vismem.generation.types import Rollout
+from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import group_advantages, kl_term, policy_term, rollout_means
-from vismem.training.loop import Metrics, averaged, batch_at, share, summed
+from vismem.training.loop import Metrics, all_reduce_mean, all_reduce_sum, batch_at, shard_batch
 from vismem.training.rewards import rewards_of
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """One process's share of a step: prompts, their groups of rollouts, and what they earned."""
+    """One process's shard of a step's batch: prompts, their groups of rollouts, and the advantages."""
 
     samples: tuple[Sample, ...]
     rollouts: tuple[Rollout, ...]  # grouped by sample
@@ -35,24 +36,26 @@ class RolloutBatch:
 
 
 class GrpoObjective:
-    """See loop.Objective. Subclasses say how answers are decoded and what is taken off their score.
+    """See loop.Objective. Subclasses say how answers are decoded and which penalties reduce their score.
 
-    With `out`, one group of answers goes to `out/samples/STEP.jsonl` every `config.sample_every` steps.
+    With `out`, one group of answers goes to `out/samples/STEP.jsonl` every `grpo.sample_every` steps.
     """
 
     def __init__(
         self,
         model: VisMemModel,
         samples: Sequence[Sample],
-        config: GrpoConfig,
+        grpo: GrpoConfig,
+        stage: GrpoStageConfig,
         seed: int,
         accelerator: Accelerator,
         out: Path | None = None,
     ) -> None:
         self.out = out
-        self.model, self.samples, self.config, self.seed = model, samples, config, seed
+        self.model, self.samples, self.seed = model, samples, seed
+        self.grpo, self.stage = grpo, stage
         self.accelerator = accelerator
-        self.prompts_need_gradient = False  # does what is trained change how prompts are read?
+        self.prompts_need_gradient = False  # whether what is trained changes the prefill
 
     # --- what a stage decides ---
 
@@ -69,61 +72,61 @@ class GrpoObjective:
     ) -> Tensor:
         """(tokens,) log-probabilities of the rollouts' words under the reference policy, row after row.
 
-        `context` are the samples' prompts as the policy being trained reads them. By default the reference is the same
-        stream, memories in their places, with the policy's adapter off.
+        `context` is the samples' prefill under the policy being trained. By default the reference reads the same
+        embeddings, memories included, with the policy's adapter off.
         """
         with self.model.reference():
-            if self.prompts_need_gradient:  # the policy's adapter read those of the context
-                context = read_prompts(self.model, samples, context.prompt)
-            scores = score(self.model, context, rollouts, sample, temperature=self.config.temperature)
+            if self.prompts_need_gradient:  # the context was prefilled with the policy's adapter
+                context = prefill(self.model, samples, context.prompt)
+            scores = score(self.model, context, rollouts, sample, temperature=self.grpo.temperature)
         return scores.text_logprobs[scores.text_mask]
 
     # --- loop.Objective ---
 
     def collect(self, step: int) -> RolloutBatch:
         """Sample a group of answers for each prompt of the step, and score them."""
-        chosen = batch_at(step, len(self.samples), self.config.batch_size, self.seed)
-        batch = tuple(self.samples[i] for i in share(chosen, self.accelerator))
+        chosen = batch_at(step, len(self.samples), self.grpo.batch_size, self.seed)
+        batch = tuple(self.samples[i] for i in shard_batch(chosen, self.accelerator))
         policy = self.policy(step)
         rollouts = generate(
             self.model,
             batch,
             policy,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
+            max_new_tokens=self.grpo.max_new_tokens,
+            temperature=self.grpo.temperature,
             seed=self.seed * 1_000_003 + step,
-            group_size=self.config.group_size,
+            group_size=self.stage.group_size,
         )
         rewards = rewards_of(batch, rollouts)
         shaped = self.shaped(rewards, batch, rollouts, step)
-        advantages = group_advantages(shaped, self.config.normalise_by_std).flatten()
+        advantages = group_advantages(shaped, self.grpo.normalise_by_std).flatten()
         metrics = {"reward": float(rewards.mean()), **rollout_figures(rollouts)}
         metrics["penalty"] = float((rewards - shaped).mean())
         metrics["zero_variance_groups"] = float((shaped.std(dim=1, correction=0) == 0).float().mean())
-        if self.out and step % self.config.sample_every == 0 and self.accelerator.is_main_process:
+        if self.out and step % self.grpo.sample_every == 0 and self.accelerator.is_main_process:
             _write_group(self.out / "samples" / f"{step:06d}.jsonl", batch[0], rollouts[: rewards.shape[1]], rewards[0])
-        return RolloutBatch(batch, tuple(rollouts), advantages, policy, averaged(metrics, self.accelerator))
+        return RolloutBatch(batch, tuple(rollouts), advantages, policy, all_reduce_mean(metrics, self.accelerator))
 
     def backward(self, batch: RolloutBatch) -> Metrics:
         """Add the gradient of the clipped objective and the KL term, micro-batch by micro-batch."""
-        config = self.config
-        prompts = max(1, config.micro_batch // config.group_size)
-        rows = min(config.micro_batch, config.group_size) if prompts == 1 else prompts * config.group_size
+        group = self.stage.group_size
+        prompts = max(1, self.grpo.micro_batch // group)
+        rows = min(self.grpo.micro_batch, group) if prompts == 1 else prompts * group
         sums: Metrics = defaultdict(float)
-        with self.model.checkpointed(config.gradient_checkpointing):
+        with self.model.checkpointed(self.grpo.gradient_checkpointing):
             for first in range(0, len(batch.samples), prompts):
                 samples = batch.samples[first : first + prompts]
                 context: Context | None = None
-                end = (first + len(samples)) * config.group_size
-                for start in range(first * config.group_size, end, rows):
+                end = (first + len(samples)) * group
+                for start in range(first * group, end, rows):
                     if context is None or self.prompts_need_gradient:
                         with nullcontext() if self.prompts_need_gradient else torch.no_grad():
-                            context = read_prompts(self.model, samples)
-                    context = replace(context, patches=None, read=None)  # the formers read them with gradient
+                            context = prefill(self.model, samples)
+                    context = replace(context, patches=None, prefix=None)  # computed with gradient for each micro-batch
                     added = self._micro_batch(batch, samples, context, first, slice(start, min(start + rows, end)))
                     for name, value in added.items():
                         sums[name] += value
-        sums = summed(sums, self.accelerator)
+        sums = all_reduce_sum(sums, self.accelerator)
         tokens = sums.pop("tokens")
         loss = sums.pop("loss") / len(batch.rollouts) / self.accelerator.num_processes
         return {**batch.metrics, "loss": loss, **{name: value / max(1, tokens) for name, value in sums.items()}}
@@ -132,9 +135,9 @@ class GrpoObjective:
         self, batch: RolloutBatch, samples: Sequence[Sample], context: Context, first: int, rows: slice
     ) -> Metrics:
         """Add the gradient of some rollouts, and return sums to log. `samples` are the prompts from number `first`."""
-        config, device = self.config, self.accelerator.device
+        device = self.accelerator.device
         rollouts, advantages = batch.rollouts[rows], batch.advantages[rows].to(device)
-        sample = torch.arange(rows.start, rows.stop, device=device) // config.group_size - first
+        sample = torch.arange(rows.start, rows.stop, device=device) // self.stage.group_size - first
         scores = score(
             self.model,
             context,
@@ -142,15 +145,16 @@ class GrpoObjective:
             sample,
             sampled_kinds=batch.policy.sampled,
             limit=batch.policy.limit,
-            temperature=config.temperature,
+            temperature=self.grpo.temperature,
         )
         old = padded([r.logprobs for r in rollouts], scores.logprobs)
-        term = policy_term(scores.logprobs, old, advantages, scores.mask, config.clip_low, config.clip_high)
+        clip = self.grpo.clip_low, self.grpo.clip_high
+        term = policy_term(scores.logprobs, old, advantages, scores.mask, *clip)
         with torch.no_grad():
             reference = self.reference(context, samples, rollouts, sample)
         words = torch.zeros_like(scores.text_logprobs).masked_scatter(scores.text_mask, reference)
         kl = kl_term(scores.text_logprobs, words)
-        loss = term.loss + config.kl_coefficient * rollout_means(kl, scores.text_mask).sum()
+        loss = term.loss + self.stage.kl_coefficient * rollout_means(kl, scores.text_mask).sum()
         if loss.requires_grad:  # not where no row of the micro-batch invoked
             self.accelerator.backward(loss / len(batch.rollouts) / self.accelerator.num_processes)
         return {
@@ -180,7 +184,7 @@ def padded(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
 
 
 def rollout_figures(rollouts: Sequence[Rollout]) -> Metrics:
-    """Invocations an answer by kind, answer length in tokens, and the share of answers that ended by themselves."""
+    """Invocations per answer by kind, answer length in tokens, and the share of answers that ended before the limit."""
     count = len(rollouts)
     kinds = [i.kind for r in rollouts for i in r.invocations]
     return {

@@ -1,6 +1,6 @@
-"""Supervised training: cross-entropy of reference answers, with one memory in them or with none.
+"""Supervised training: cross-entropy of reference answers, with one memory in them or without.
 
-With a memory it is the warm start of stage I, an option of ours; with none it is supervised fine-tuning, a baseline.
+With a memory it is the warm start of stage I, an option of ours; without it is supervised fine-tuning, a baseline.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,20 +12,21 @@ from accelerate import Accelerator
 
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample
-from vismem.generation.invocation import draws, row_key
-from vismem.generation.replay import read_prompts, score
-from vismem.generation.types import LATENT, Invocation, MemoryKind, Rollout
+from vismem.generation.invocation import row_key, row_uniforms
+from vismem.generation.replay import prefill, score
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import rollout_means
-from vismem.training.loop import Metrics, averaged, batch_at, share
+from vismem.training.loop import Metrics, all_reduce_mean, batch_at, shard_batch
 
 Written = Callable[[VisMemModel, Sample, int], Rollout]  # a sample's reference answer, with a seed for its memory
 
 
 class Supervised:
-    """See loop.Objective: the mean cross-entropy of a batch of answers as `written` puts them down.
+    """See loop.Objective: the mean cross-entropy of a batch of answers as `written` makes them.
 
-    A micro-batch changes memory, not the result (but for the draws of dropout).
+    A micro-batch changes memory, not the result (except for dropout's random numbers).
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class Supervised:
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.gradient_checkpointing = gradient_checkpointing
         self.accelerator = accelerator
-        self.prompts_need_gradient = False  # does what is trained change how prompts are read?
+        self.prompts_need_gradient = False  # whether what is trained changes the prefill
 
     def collect(self, step: int) -> tuple[tuple[Sample, ...], list[Rollout]]:
         """Reference answers."""
         chosen = batch_at(step, len(self.samples), self.batch_size, self.seed)
-        batch = tuple(self.samples[i] for i in share(chosen, self.accelerator))
+        batch = tuple(self.samples[i] for i in shard_batch(chosen, self.accelerator))
         torch.manual_seed(self.seed * 1_000_003 + step)  # dropout
         return batch, [self.written(self.model, sample, self.seed + step) for sample in batch]
 
@@ -63,14 +64,14 @@ class Supervised:
                 samples = every_sample[first : first + self.micro_batch]
                 rollouts = every_rollout[first : first + self.micro_batch]
                 with nullcontext() if self.prompts_need_gradient else torch.no_grad():
-                    context = read_prompts(self.model, samples)
+                    context = prefill(self.model, samples)
                 sample = torch.arange(len(samples), device=self.accelerator.device)
                 scores = score(self.model, context, rollouts, sample)
                 loss = -rollout_means(scores.text_logprobs, scores.text_mask).sum() / len(every_sample)
                 self.accelerator.backward(loss / self.accelerator.num_processes)
                 mean += float(loss.detach())
         self.model.eval()
-        return averaged({"loss": mean}, self.accelerator)
+        return all_reduce_mean({"loss": mean}, self.accelerator)
 
 
 def plain_answer(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
@@ -96,7 +97,7 @@ def answer_with_memory(model: VisMemModel, sample: Sample, seed: int, at_start: 
     words = plain.token_ids
     delimiters = set(model.delimiter_ids)
     breaks = [i + 1 for i, before in enumerate(words[:-1]) if before in delimiters]
-    early, place, coin = draws(seed, row_key(sample.id, 0), "warm start", 3)
+    early, place, coin = row_uniforms(seed, row_key(sample.id, 0), "warm start", 3)
     at = 0 if early < at_start or not breaks else breaks[int(place * len(breaks))]
     kind = MemoryKind.SHORT if coin < 0.5 else MemoryKind.LONG
     memory = (model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind])

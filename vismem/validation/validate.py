@@ -1,24 +1,22 @@
 """The step `validate`: judge the prepared shards, set bad rows apart with the reason, stop the pipeline on an error."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import Progress
 
 from vismem.config import Config, ValidateConfig
 from vismem.data.fingerprint import SPLITS, data_sha256
 from vismem.data.sample import SCHEMA, write_shards
 from vismem.errors import UserError
+from vismem.files import read_json, write_json
+from vismem.progress import progress
+from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
 from vismem.validation.expectations import Judge, Rule, Severity, Verdict, rules
 from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
 
@@ -57,8 +55,8 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     settings = config.validate_
     profile = _read_profile(settings.task_profile) if settings.task_profile else None
     findings = examine(settings, inputs["prepare"], profile)
-    (out / "validation.json").write_text(json.dumps(_verdict_file(findings), indent=2, ensure_ascii=False) + "\n")
-    (out / "task_profile.json").write_text(json.dumps(findings.task_mix["train"], indent=2, ensure_ascii=False) + "\n")
+    _record(findings).write(out)
+    write_json(out / "task_profile.json", findings.task_mix["train"])
     from vismem.validation.report import render
 
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
@@ -76,10 +74,8 @@ def examine(settings: ValidateConfig, folder: Path, profile: Mapping[str, float]
     """Judge the shards below `folder` by every rule; nothing is written. `profile` stands in for the train split's."""
     shards = find_shards(folder)
     good = [shard for shard in shards if shard.fault is None]
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
-        bar = progress.add_task("validate rows", total=sum(shard.rows for shard in good))
-        rows = collect_facts(good, settings.max_pixels, lambda done: progress.advance(bar, done))
+    with progress("validate rows", sum(shard.rows for shard in good)) as advance:
+        rows = collect_facts(good, settings.max_pixels, advance)
     judge, every = Judge(), rules(settings)
     shard_table = pd.DataFrame({"shard": [s.name for s in shards], "fault": [s.fault for s in shards]}, dtype=object)
     verdicts = judge.judge("shards", shard_table, every) + judge.judge("rows", rows, every)
@@ -163,45 +159,38 @@ def _shares(tasks: pd.Series) -> dict[str, float]:
 
 
 def _read_profile(path: Path) -> dict[str, float]:
-    try:
-        profile = json.loads(path.read_text())
-    except OSError:
-        raise UserError(
-            f"no task profile {path}: check validate.task_profile (an earlier task_profile.json), or set it to null"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"the task profile {path} is not JSON: {error}") from None
+    profile = read_json(path, "check validate.task_profile (an earlier task_profile.json), or set it to null")
     if not isinstance(profile, dict) or not all(isinstance(share, int | float) for share in profile.values()):
         raise UserError(f'the task profile {path} must map task names to shares, such as {{"counting": 0.25}}')
     return profile
 
 
-def _verdict_file(findings: Findings) -> dict[str, Any]:
+def _record(findings: Findings) -> Validation:
     bad = findings.rows.loc[list(findings.reasons), "split"].value_counts()
     total = findings.rows["split"].value_counts()
     counts = {split: (int(total.get(split, 0)), int(bad.get(split, 0))) for split in SPLITS}
     clean = findings.rows.drop(index=list(findings.reasons))
-    return {
-        "success": not findings.errors,
-        "rows": {
-            "total": len(findings.rows),
-            "clean": len(clean),
-            "quarantined": len(findings.reasons),
-            "splits": {s: {"total": t, "clean": t - b, "quarantined": b} for s, (t, b) in counts.items()},
-        },
-        "data_sha256": data_sha256({split: clean.loc[clean["split"] == split, "sha256"] for split in SPLITS}),
-        "rules": [
-            {
-                "name": verdict.rule.name,
-                "severity": verdict.rule.severity.value,
-                "success": verdict.success,
-                "observed": verdict.observed,
-                "message": findings.messages[verdict.rule.name],
-            }
+    return Validation(
+        success=not findings.errors,
+        rows=AllRowCounts(
+            total=len(findings.rows),
+            clean=len(clean),
+            quarantined=len(findings.reasons),
+            splits={s: RowCounts(total=t, clean=t - b, quarantined=b) for s, (t, b) in counts.items()},
+        ),
+        data_sha256=data_sha256({split: clean.loc[clean["split"] == split, "sha256"] for split in SPLITS}),
+        rules=tuple(
+            DataRule(
+                name=verdict.rule.name,
+                severity=verdict.rule.severity.value,
+                success=verdict.success,
+                observed=verdict.observed,
+                message=findings.messages[verdict.rule.name],
+            )
             for verdict in findings.verdicts
-        ],
-        "task_mix": findings.task_mix,
-    }
+        ),
+        task_mix=findings.task_mix,
+    )
 
 
 def _write_clean(findings: Findings, out: Path) -> None:

@@ -5,7 +5,6 @@ The wheel has a train and a test part. Validation is one in ten of the train par
 
 import hashlib
 import importlib.util
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from vismem.config import EasyVqaSource
 from vismem.data.sample import Capability, Sample
 from vismem.errors import UserError
+from vismem.files import read_json
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -27,7 +27,7 @@ def read(source: EasyVqaSource, split: str, seed: int) -> Iterator[Sample]:
     if wanted == 0:
         return
     part = _wheel_folder() / ("test" if split == "test" else "train")
-    rows: list[tuple[str, str, int]] = json.loads((part / "questions.json").read_text())
+    rows: list[tuple[str, str, int]] = read_json(part / "questions.json")
     numbered = [
         (number, *row)
         for number, row in enumerate(rows)

@@ -1,4 +1,4 @@
-"""One small file a family; `backbone_of` picks it by the model's own type."""
+"""One small file per family; `backbone_of` picks it by the model's own type."""
 
 from typing import Any
 

@@ -18,7 +18,7 @@ class Clip:
     """A decoded video: PIL images of one size."""
 
     frames: list[Any]
-    fps: float  # frames a second of the video
+    fps: float  # frames per second of the video
 
 
 @dataclass
@@ -40,8 +40,8 @@ class VisionInput:
 class PatchStream:
     """The patches inside the vision encoder: their embeddings, and keys and values of every block."""
 
-    start: Tensor  # (S, P, w) patch embeddings, before the first block
-    keys_values: list[tuple[Tensor, Tensor]]  # a block: (S, heads, P, head width) each; class tokens may come on top
+    embeds: Tensor  # (S, P, w) patch embeddings, before the first block
+    keys_values: list[tuple[Tensor, Tensor]]  # per block: (S, heads, P, head width) each; class tokens may come on top
     hidden: Tensor  # (S, P, w) as the projector takes it
     vision: VisionInput
 
@@ -114,7 +114,7 @@ class Backbone(ABC):
         """Last hidden states (R, L, d) of embeddings (R, L, d); positions (3, R, L); mask (R, 1, L, keys) bool."""
 
     def step(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """`language` for one token a row, faster where the decoder is a known one."""
+        """`language` for one token per row, faster where the decoder is a known one."""
         return self._step(embeds, positions, mask, cache)
 
     @cached_property
@@ -138,9 +138,9 @@ class Backbone(ABC):
     def without_patches(self, vision: VisionInput, heads: int, blocks: int, states: int = 1) -> PatchStream:
         """The stream of samples none of which has an image."""
         samples, weight = len(vision.image), self.embedding.weight
-        start = weight.new_zeros(samples, 0, self.vision_width)
+        embeds = weight.new_zeros(samples, 0, self.vision_width)
         none = weight.new_zeros(samples, heads, 0, self.vision_width // heads)
-        return PatchStream(start, [(none, none)] * blocks, start.repeat(1, 1, states), vision)
+        return PatchStream(embeds, [(none, none)] * blocks, embeds.repeat(1, 1, states), vision)
 
     @cached_property  # Hugging Face searches for them at every call
     def embedding(self) -> nn.Embedding:

@@ -1,4 +1,4 @@
-"""One token a row through a decoder of Llama's shape: what decoding spends its time on, without the layers' overhead.
+"""One token per row through a decoder of Llama's shape: what decoding spends its time on, without the layers' overhead.
 
 The arithmetic is Hugging Face's. Linear layers that adapters hang on are called as they are; of the others only the
 weights are used. Attention reads each key once for all query heads that share it.
@@ -32,7 +32,7 @@ class _Layer(NamedTuple):
 
 
 class TokenDecoder:
-    """`Backbone.language` for one token a row. `known` says whether a language model has a shape that it computes."""
+    """`Backbone.language` for one token per row. `known` says whether a language model has a shape that it computes."""
 
     @staticmethod
     def known(language: Any) -> bool:

@@ -166,16 +166,16 @@ class Qwen25VLBackbone(Backbone):
         if not vision.image.shape[1]:
             return self.without_patches(vision, int(self.settings.num_heads), len(self.visual.blocks))
         kernel = self.visual.patch_embed.proj.weight.flatten(1)  # a convolution over one patch, several times faster so
-        start = nn.functional.linear(vision.patches.to(kernel.dtype), kernel)
+        embeds = nn.functional.linear(vision.patches.to(kernel.dtype), kernel)
         rotary = self._rotary(vision.positions)
         same_image = vision.image[:, None, :, None] == vision.image[:, None, None, :]
         same_window = vision.window[:, None, :, None] == vision.window[:, None, None, :]
-        hidden, kept = start, []
+        hidden, kept = embeds, []
         for index, block in enumerate(self.visual.blocks):
             query, key, value = self._qkv(block, hidden, rotary)
             kept.append((key, value))
             hidden = self._rest(block, hidden, query, key, value, same_image if self._full(index) else same_window)
-        return PatchStream(start, kept, hidden, vision)
+        return PatchStream(embeds, kept, hidden, vision)
 
     def memory_stream(self, tokens: Tensor, positions: Tensor | None, stream: PatchStream, sample: Tensor) -> Tensor:
         rows, length, _ = tokens.shape
@@ -184,7 +184,7 @@ class Qwen25VLBackbone(Backbone):
         rotary = self._rotary(positions)
         own = torch.ones(rows, 1, length, length, dtype=torch.bool, device=tokens.device)
         patches = stream.vision.mask[sample][:, None, None, :].expand(-1, -1, length, -1)
-        hidden = tokens.to(stream.start.dtype)
+        hidden = tokens.to(stream.embeds.dtype)
         for index, (block, (key, value)) in enumerate(zip(self.visual.blocks, stream.keys_values, strict=True)):
             query, own_key, own_value = self._qkv(block, hidden, rotary)
             if self._full(index):

@@ -146,10 +146,10 @@ class TiledBackbone(Backbone):
             return tokens[table].view(samples, -1, tokens.shape[-1])
 
         kept: list[tuple[Tensor, Tensor]] = []
-        start = self._embed(vision.patches.view(samples, tiles, n, values)[present])
-        states = self._run(start, kept)
+        embeds = self._embed(vision.patches.view(samples, tiles, n, values)[present])
+        states = self._run(embeds, kept)
         keys_values = [(self._heads(by_sample(key)), self._heads(by_sample(value))) for key, value in kept]
-        return PatchStream(by_sample(start[:, -n:]), keys_values, by_sample(self._select(states)[:, -n:]), vision)
+        return PatchStream(by_sample(embeds[:, -n:]), keys_values, by_sample(self._select(states)[:, -n:]), vision)
 
     def _run(self, hidden: Tensor, kept: list[tuple[Tensor, Tensor]] | None = None) -> list[Tensor]:
         """Tiles' states (B, T, w) before the first and after each block; keys and values go into `kept`."""
@@ -167,7 +167,7 @@ class TiledBackbone(Backbone):
         patches = self._readable(stream)[sample][:, None, None, :].expand(-1, -1, length, -1)
         own = torch.ones(rows, 1, length, length, dtype=torch.bool, device=tokens.device)
         mask = torch.cat([patches, own], dim=-1)
-        hidden = tokens.to(stream.start.dtype)
+        hidden = tokens.to(stream.embeds.dtype)
         states = [hidden]
         for block, (keys, values) in zip(self.blocks[: self.depth], stream.keys_values, strict=True):
             query, key, value = self._qkv(block, hidden)

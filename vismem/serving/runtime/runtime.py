@@ -208,7 +208,7 @@ class Answer:
         """Queries and memory tokens beside the patches in the vision encoder, its LoRA on."""
         if self.short_stream is None:  # the patches with the adapter on: once an answer
             self.short_stream = self._see(1.0)
-            self.short_stream["pooled"], places = self._pool(self.short_stream["start"])
+            self.short_stream["pooled"], places = self._pool(self.short_stream["patch_embeds"])
             identity = np.zeros((self.memory_settings["queries"], 2), np.float32)
             self.short_stream["positions"] = np.concatenate([identity, places])
         memory: Floats = self.bundle.short(queries=queries, **self.short_stream)["memory"]
@@ -224,14 +224,14 @@ class Answer:
             adapter=np.array([adapter], np.float32),
         )
 
-    def _pool(self, start: Floats) -> tuple[Floats, Floats]:
+    def _pool(self, embeds: Floats) -> tuple[Floats, Floats]:
         """Mean patch embedding and position for each memory token: merged tokens shared out evenly, or copied."""
         slots, merge = self.memory_settings["short_length"], self.memory_settings["merge"]
         if not self.memory_settings["pool_patches"]:
-            return np.zeros((slots * merge, start.shape[1]), np.float32), np.zeros((slots * merge, 2), np.float32)
-        count = len(start) // merge
+            return np.zeros((slots * merge, embeds.shape[1]), np.float32), np.zeros((slots * merge, 2), np.float32)
+        count = len(embeds) // merge
         weight = shares(slots, count)
-        pooled = weight @ start.reshape(count, -1)
+        pooled = weight @ embeds.reshape(count, -1)
         places = weight @ self.patches.positions.astype(np.float32).reshape(count, -1)
         return pooled.reshape(slots * merge, -1), places.reshape(slots * merge, 2)
 

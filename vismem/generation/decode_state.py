@@ -1,4 +1,4 @@
-"""The streams of R answers that are being decoded: embeddings, hidden states and positions, and their cache.
+"""The state of R answers that are being decoded: KV cache, embeddings, hidden states and positions.
 
 Every row owns its slots: what is appended to some rows leaves the others as they are.
 """
@@ -9,16 +9,16 @@ from torch.nn.functional import pad
 
 from vismem.generation.cache import RowCache
 from vismem.generation.prompts import last_of, visual_states
-from vismem.generation.types import MemoryKind
 from vismem.models.backbones.base import PatchStream, Prompt
-from vismem.models.memory import PromptRead, causal_mask
-from vismem.models.vismem import State, VisMemModel
+from vismem.models.kinds import MemoryKind
+from vismem.models.memory import PrefixCache, causal_mask
+from vismem.models.vismem import FormationInputs, VisMemModel
 
 
-class Streams:
-    """`group_size` rows a prompt, grouped by prompt. `room`: slots for what will be appended to the longest prompt.
+class DecodeState:
+    """`group_size` rows per prompt, grouped by prompt. `room`: slots for what will be appended to the longest prompt.
 
-    With `remember`, what memories are formed from is kept, and `state` gives it.
+    With `remember`, what memories are formed from is kept for `formation_inputs`.
     """
 
     def __init__(self, model: VisMemModel, prompt: Prompt, group_size: int, room: int, remember: bool) -> None:
@@ -28,8 +28,8 @@ class Streams:
         self.cache.place(torch.arange(longest, device=device).expand(len(prompt.embeds), -1), longest)
         hidden = self.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), self.cache)
         self.visual = visual_states(prompt, hidden)
-        self.patches: PatchStream | None = None  # the prompts, as the short former reads them
-        self.read: PromptRead | None = None  # and as the long former does
+        self.patches: PatchStream | None = None  # of the prompts, inside the short former
+        self.prefix: PrefixCache | None = None  # of the prompts, inside the long former
 
         self.sample = torch.arange(len(prompt.embeds), device=device).repeat_interleave(group_size)  # each row's prompt
         self.last = last_of(hidden, prompt.mask)[self.sample]  # (R, d) the hidden state that the next token follows
@@ -54,8 +54,8 @@ class Streams:
         limit = int(slots.max()) + 1
         self.cache.place(slots, limit, rows)
         mask = torch.arange(limit, device=embeds.device) <= slots[:, None, :, None]
-        read = self.backbone.step if embeds.shape[1] == 1 else self.backbone.language
-        hidden = read(embeds, positions, mask, self.cache)
+        forward = self.backbone.step if embeds.shape[1] == 1 else self.backbone.language
+        hidden = forward(embeds, positions, mask, self.cache)
         if self.remember:
             place = (torch.arange(len(slots), device=slots.device) if rows is None else rows)[:, None], slots
             self.embeds[place], self.hidden[place] = embeds, hidden
@@ -73,7 +73,7 @@ class Streams:
         self.append(torch.cat([memory, self.model.embed(ends)], dim=1), rows)
         self.segment[rows] = self.used[rows]
 
-    def state(self, kind: MemoryKind, rows: Tensor) -> State:
+    def formation_inputs(self, kind: MemoryKind, rows: Tensor) -> FormationInputs:
         """What a memory of `kind` is formed from in `rows` (R,), whose last token is its invoke token."""
         sample, used, start = self.sample[rows], self.used[rows], self.segment[rows]
         longest = int((used - start).max())
@@ -82,9 +82,9 @@ class Streams:
         length = int(used.max())
         if kind is MemoryKind.SHORT and self.patches is None:
             self.patches = self.model.short_stream(self.prompt.vision)
-        if kind is MemoryKind.LONG and self.read is None:
-            self.read = self.model.long_prompts(self.prompt)
-        return State(
+        if kind is MemoryKind.LONG and self.prefix is None:
+            self.prefix = self.model.long_prefix(self.prompt)
+        return FormationInputs(
             sample=sample,
             cognitive=torch.cat([self.visual.hidden[sample], segment], dim=1),
             cognitive_mask=torch.cat([self.visual.mask[sample], slots < used[:, None]], dim=1),
@@ -93,11 +93,11 @@ class Streams:
             stream_mask=torch.arange(length, device=rows.device) < used[:, None],
             stream_visual=pad(self.prompt.visual[sample], (0, length - self.prompt.visual.shape[1])),
             patches=self.patches,
-            read=self.read,
+            prefix=self.prefix,
         )
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with `rows` (R,) only."""
+        """Drop all rows but `rows` (R,)."""
         self.cache.select(rows)
         for name in ("sample", "used", "next", "segment", "last"):
             setattr(self, name, getattr(self, name)[rows])

@@ -1,0 +1,190 @@
+"""The pipeline: the steps of `vismem/steps.py` as Kubeflow tasks.
+
+`kfp dsl compile --py pipelines/pipeline.py --output pipelines/vismem.yaml` compiles it, the same with
+pipeline_shared.py vismem-shared.yaml, for clusters with a shared volume. `pipelines/run_local.py` runs it on a laptop.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # components/ lies there
+
+from vismem.kubeflow import SHARED_CLAIM, SHARED_FOLDER, WORK
+
+ROOT = Path(__file__).resolve().parents[1]
+SECRETS = {  # the parameter that names the secret: its keys, variables of the same name in the pod
+    "s3_secret": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"),
+    "mlflow_secret": ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    "huggingface_secret": ("HF_TOKEN",),
+}
+
+
+def load_components() -> SimpleNamespace:
+    """Every component of components/, by name."""
+    names = sorted(file.parent.name for file in (ROOT / "components").glob("*/component.py"))
+    return SimpleNamespace(**{name: getattr(import_module(f"components.{name}.component"), name) for name in names})
+
+
+def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False, work: str = ""):
+    """The pipeline. With `fixed_image` all tasks run in that, for runners that cannot read it from the parameters.
+
+    With `shared_volume` all tasks mount the volume that several nodes train on: for the back end `trainer`, own data,
+    one cache of hub models, and checkpoints, from which a task that was killed resumes. `work`: another folder for
+    checkpoints, which all tasks see.
+    """
+    components = load_components()
+
+    @dsl.pipeline(name="vismem")
+    def vismem(
+        profile: str = "",
+        overrides: dict = {},  # noqa: B006 - KFP's way to say a default
+        image: str = "vismem-train:latest",
+        s3_secret: str = "vismem-s3",
+        mlflow_secret: str = "vismem-mlflow",
+        huggingface_secret: str = "vismem-huggingface",
+        task_cpu: str = "2",
+        task_memory: str = "8Gi",
+        training_cpu: str = "4",
+        training_memory: str = "16Gi",
+        gpu_type: str = "nvidia.com/gpu",
+        gpu_count: str = "0",
+        evaluation_gpu_count: str = "0",
+        tolerations: list = [],  # noqa: B006
+        node_selector: dict = {},  # noqa: B006
+        training_backend: str = "process",
+        num_processes: int = 1,
+        num_nodes: int = 1,
+    ):
+        """From visual questions to a gated, served model with latent vision memory.
+
+        Later ones win: the defaults of params.yaml, profile, overrides. Quantities of the cluster are texts, as
+        Kubernetes writes them.
+
+        Args:
+            profile: Run: a profile of deploy/profiles, such as smoke or qwen2_5_vl_7b; empty for none.
+            overrides: Run: anything that params.yaml may hold, as sections or dotted keys, such as
+                {"seed": 3, "stage1.steps": 30}.
+            image: Cluster: image of all tasks; name it by digest or by a tag that does not move.
+            s3_secret: Cluster: secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, except for AWS itself,
+                AWS_ENDPOINT_URL_S3; needed for preflight.buckets and an s3:// registry.artifact_location only.
+            mlflow_secret: Cluster: secret with MLFLOW_TRACKING_URI and, where the server asks for them,
+                MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+            huggingface_secret: Cluster: secret with HF_TOKEN; it need not exist.
+            task_cpu: Cluster: cores of each task that does not train.
+            task_memory: Cluster: memory of each task that does not train.
+            training_cpu: Cluster: cores of each task that trains or decodes.
+            training_memory: Cluster: memory of each task that trains or decodes.
+            gpu_type: Cluster: resource name of the GPUs.
+            gpu_count: Cluster: GPUs of the pods of stage I and II. With training_backend `trainer` these only wait: 0.
+            evaluation_gpu_count: Cluster: GPUs of the pods of base and evaluate, which use at most one.
+            tolerations: Cluster: tolerations of the pods that train or decode, besides one for NVIDIA's taint.
+            node_selector: Cluster: labels of the nodes for them.
+            training_backend: Training: `process`, `torchrun` (several GPUs of a pod) or `trainer` (Kubeflow Trainer).
+            num_processes: Training: processes per node, one per GPU.
+            num_nodes: Training: nodes; more than one needs `trainer`, and that vismem-shared.yaml.
+        """
+        place = Placement(SimpleNamespace(**locals()), fixed_image, shared_volume, work)
+        end = place.light(components.summary(), cached=False).set_display_name("summary")
+        with dsl.ExitHandler(end, name="run"):
+            add_steps(components, place)
+
+    return vismem
+
+
+class Placement:
+    """Gives each task image, secrets, resources and nodes from the pipeline's parameters; locally only the image."""
+
+    def __init__(self, parameters: SimpleNamespace, fixed_image: str | None, shared_volume: bool, work: str) -> None:
+        self.parameters, self.fixed_image, self.shared_volume = parameters, fixed_image, shared_volume
+        self.work = f"{SHARED_FOLDER}/work" if shared_volume else work
+
+    def light(self, task: Any, **options: Any) -> Any:
+        """Place a task that neither trains nor decodes."""
+        self._place(task, **options)
+        return task if self.fixed_image else self._size(task, self.parameters.task_cpu, self.parameters.task_memory)
+
+    def heavy(self, task: Any, gpus: Any, **options: Any) -> Any:
+        """Place a task that trains or decodes, on the nodes that are for that."""
+        self._place(task, **options)
+        if self.fixed_image:
+            return task
+        given = self.parameters
+        self._size(task, given.training_cpu, given.training_memory, given.gpu_type, gpus)
+        task.set_accelerator_type(given.gpu_type).set_accelerator_limit(gpus)
+        kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
+        kubernetes.add_toleration_json(task, given.tolerations)
+        kubernetes.add_node_selector_json(task, given.node_selector)
+        return kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory")
+
+    def _place(self, task: Any, *, cached: bool = True, retried: bool = False, secrets: tuple[str, ...] = ()) -> None:
+        """Image, caching, retries, secrets: what every task has."""
+        task.set_caching_options(cached)
+        task.set_container_image(self.fixed_image or self.parameters.image)
+        if self.work:
+            task.set_env_variable(WORK, self.work)
+        if self.fixed_image:
+            return
+        if self.shared_volume:
+            kubernetes.mount_pvc(task, SHARED_CLAIM, SHARED_FOLDER)
+            task.set_env_variable("HF_HOME", f"{SHARED_FOLDER}/huggingface")
+        if retried:
+            task.set_retry(2, backoff_duration="30s", backoff_factor=2)
+        for name in secrets:  # optional: preflight explains better which is missing
+            keys = {key: key for key in SECRETS[name]}
+            kubernetes.use_secret_as_env(task, getattr(self.parameters, name), keys, optional=True)
+
+    @staticmethod
+    def _size(task: Any, cpu: Any, memory: Any, *others: Any) -> Any:
+        """Equal request and limit. KFP hands these parameters to the groups around a task only once registered."""
+        task.register_pipeline_channels([item for item in (cpu, memory, *others) if not isinstance(item, str)])
+        return task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+
+
+def add_steps(components: SimpleNamespace, place: Placement) -> None:
+    """Add the tasks from `configure` to `deploy` to the pipeline that is being built."""
+    given = place.parameters
+    of = place.light(configured(components, place), cached=False).outputs
+    resumes = place.shared_volume  # from its checkpoints there; without, a retry would train from the start
+
+    looked = components.preflight(parameters=of["preflight"])
+    place.heavy(looked, given.gpu_count, cached=False, secrets=tuple(SECRETS))
+    prepared = place.light(components.prepare(parameters=of["prepare"]), retried=True).after(looked)
+    validated = components.validate(parameters=of["validate"], prepare=prepared.outputs["prepare"])
+    data = place.light(validated).outputs["validate"]
+
+    resolved = components.base(parameters=of["base"], validate=data)
+    place.heavy(resolved, given.evaluation_gpu_count, retried=True, secrets=("huggingface_secret",))
+    base = resolved.outputs["base"]
+    formed = components.stage1(parameters=of["stage1"], launch=of["launch"], base=base, validate=data)
+    stage1 = place.heavy(formed, given.gpu_count, retried=resumes).outputs["stage1"]
+    trained = components.stage2(parameters=of["stage2"], launch=of["launch"], base=base, stage1=stage1, validate=data)
+    stage2 = place.heavy(trained, given.gpu_count, retried=resumes).outputs["stage2"]
+    evaluated = components.evaluate(parameters=of["evaluate"], base=base, stage2=stage2, validate=data)
+    scores = place.heavy(evaluated, given.evaluation_gpu_count, retried=resumes).outputs["evaluate"]
+    exported = components.export(parameters=of["export"], base=base, stage2=stage2, validate=data, evaluate=scores)
+    bundle = place.heavy(exported, "0").outputs["export"]
+
+    uncached = {"cached": False, "retried": True}
+    registered = components.register(parameters=of["register"], export=bundle, evaluate=scores, validate=data)
+    place.light(registered, **uncached, secrets=("s3_secret", "mlflow_secret"))
+    released = components.promote(parameters=of["promote"], register=registered.outputs["register"])
+    place.light(released, **uncached, secrets=("mlflow_secret",))
+    with dsl.If(released.outputs["Output"] == "promoted", name="promoted"):
+        served = components.deploy(
+            parameters=of["deploy"], export=bundle, promote=released.outputs["promote"], validate=data
+        )
+        place.heavy(served, "0", cached=False)
+
+
+def configured(components: SimpleNamespace, place: Placement) -> Any:
+    """The task `configure`; its inputs are those of the pipeline's parameters that it names."""
+    given = {**vars(place.parameters), "training_image": "" if place.fixed_image else place.parameters.image}
+    return components.configure(**{name: given[name] for name in components.configure.component_spec.inputs})
+
+
+pipeline = make_pipeline()

@@ -1,0 +1,79 @@
+"""What the servers of a cluster serve follows the champion, out of a real MLflow store on SQLite."""
+
+from pathlib import Path
+
+import pytest
+from project import Project
+
+from vismem.errors import UserError
+from vismem.provenance import write_manifest
+from vismem.registry import release
+from vismem.serving.publish import main as publish_command
+from vismem.serving.publish import publish
+
+
+def served(folder: Path) -> dict[str, bytes]:
+    """What the servers of a cluster would serve: the weights of each version in the current repository."""
+    files = (folder / "current").glob("*/*/bundle/vismem/memory.safetensors")
+    return {"/".join(path.relative_to(folder / "current").parts[:2]): path.read_bytes() for path in files}
+
+
+def test_the_published_repository_is_the_champion_s_and_follows_it_back(project: Project, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    with pytest.raises(UserError, match="has no champion yet"):
+        publish(project.config, models)
+    assert not models.exists()
+    project.release(b"one", score=66.0)
+    assert publish(project.config, models).startswith("vismem version 1 is current in ")
+    assert served(models) == {"vismem/1": b"one"}
+    project.release(b"two", score=65.0, gain=0.5)  # refused
+    assert publish(project.config, models) == "vismem version 1 is current already"
+    project.release(b"three", score=68.0)
+    publish(project.config, models)
+    assert served(models) == {"vismem/3": b"three"}
+    assert sorted(path.name for path in (models / "releases").iterdir()) == ["1", "3"]  # a running server reads on
+    release.rollback(project.config)
+    publish(project.config, models)
+    assert served(models) == {"vismem/1": b"one"}
+
+
+def test_a_published_link_holds_wherever_the_volume_is_mounted(project: Project, tmp_path: Path) -> None:
+    project.release(b"one", score=66.0)
+    publish(project.config, tmp_path / "models")
+    assert served((tmp_path / "models").rename(tmp_path / "mounted")) == {"vismem/1": b"one"}
+
+
+def test_a_bundle_damaged_in_the_store_is_not_published(project: Project, tmp_path: Path) -> None:
+    project.release(b"one", score=66.0)
+    publish(project.config, tmp_path / "models")
+    made = project.release(b"two", score=68.0)
+    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts"
+    (kept / "vismem" / "memory.safetensors").write_bytes(b"tw0")
+    with pytest.raises(UserError, match=r"version 2 .* damaged: vismem/memory\.safetensors has changed"):
+        publish(project.config, tmp_path / "models")
+    write_manifest(kept)  # whoever can change the files can change their list, not what the registry says of it
+    with pytest.raises(UserError, match=r"version 2 .* manifest\.json is another than was registered"):
+        publish(project.config, tmp_path / "models")
+    assert served(tmp_path / "models") == {"vismem/1": b"one"}
+
+
+def test_publishing_goes_on_where_it_was_killed(project: Project, tmp_path: Path) -> None:
+    project.release(b"one", score=66.0)
+    half = tmp_path / "models" / "releases" / "1.partial"
+    (half / "bundle").mkdir(parents=True)
+    (half / "bundle" / "left").write_bytes(b"half")
+    (tmp_path / "models" / "current.partial").symlink_to("nowhere")
+    publish(project.config, tmp_path / "models")
+    assert served(tmp_path / "models") == {"vismem/1": b"one"}
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["current", "releases"]
+
+
+def test_the_publishing_command_says_what_it_did_or_why_not(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", project.config.registry.tracking_uri)
+    assert publish_command(["--to", str(tmp_path / "models")]) == 1
+    assert "has no champion yet" in capsys.readouterr().err
+    project.release(b"one", score=66.0)
+    assert publish_command(["--to", str(tmp_path / "models")]) == 0
+    assert "vismem version 1 is current in" in capsys.readouterr().out

@@ -1,0 +1,94 @@
+"""What `kubectl apply -k` would send for each overlay of deploy/kubernetes, and ways to look into it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
+SECRETS = {  # made by hand, see deploy/kubernetes/README.md: those that must be there, and their keys
+    "vismem-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"},
+    "vismem-mlflow": {"MLFLOW_TRACKING_URI"},
+    "vismem-mlflow-server": {"MLFLOW_BACKEND_STORE_URI"},
+}
+OPTIONAL_SECRETS = {"vismem-huggingface": {"HF_TOKEN"}}
+
+Manifest = dict[str, Any]
+
+overlays = pytest.mark.parametrize("overlay", OVERLAYS)
+
+
+@lru_cache
+def render(overlay: str) -> list[Manifest]:
+    """All manifests of an overlay, as kustomize makes them."""
+    kubectl = Path(sys.executable).with_name("kubectl")
+    command = [kubectl, "kustomize", KUBERNETES / "overlays" / overlay]
+    return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def of_kind(overlay: str, *kinds: str) -> list[Manifest]:
+    """Those of these kinds."""
+    return [manifest for manifest in render(overlay) if manifest["kind"] in kinds]
+
+
+def named(overlay: str, kind: str, name: str) -> Manifest:
+    """The only one of that kind and name."""
+    (found,) = [manifest for manifest in of_kind(overlay, kind) if manifest["metadata"]["name"] == name]
+    return found
+
+
+def pod_templates(overlay: str) -> dict[str, Manifest]:
+    """Everything that makes pods, by "kind/name"."""
+    found = {}
+    for manifest in render(overlay):
+        key = f"{manifest['kind']}/{manifest['metadata']['name']}"
+        if manifest["kind"] == "Deployment":
+            found[key] = manifest["spec"]["template"]
+        elif manifest["kind"] == "CronJob":
+            found[key] = manifest["spec"]["jobTemplate"]["spec"]["template"]
+        elif manifest["kind"] == "TrainingRuntime":
+            for job in manifest["spec"]["template"]["spec"]["replicatedJobs"]:
+                found[f"{key}/{job['name']}"] = job["template"]["spec"]["template"]
+        else:
+            assert "template" not in manifest.get("spec", {}), f"{key} makes pods, and these tests do not look at them"
+    return found
+
+
+def containers(overlay: str) -> Iterator[tuple[str, Manifest]]:
+    """Every container, with the key of what makes its pod and its name."""
+    for key, template in pod_templates(overlay).items():
+        for container in template["spec"].get("initContainers", []) + template["spec"]["containers"]:
+            yield f"{key}/{container['name']}", container
+
+
+def values(node: Any, key: str) -> Iterator[Any]:
+    """What stands under `key` anywhere below `node`."""
+    if isinstance(node, dict):
+        if key in node:
+            yield node[key]
+        for below in node.values():
+            yield from values(below, key)
+    elif isinstance(node, list):
+        for below in node:
+            yield from values(below, key)
+
+
+def selects(selector: Manifest, labels: Manifest) -> bool:
+    """Whether a label selector (Equality, Exists) matches."""
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "Exists"
+        if expression["key"] not in labels:
+            return False
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+
+
+def labels_of_pods(overlay: str) -> dict[str, Manifest]:
+    """The labels that each kind of pod gets."""
+    return {key: template["metadata"]["labels"] for key, template in pod_templates(overlay).items()}

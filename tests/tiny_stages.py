@@ -1,0 +1,51 @@
+"""Objectives of both stages on a tiny model that invokes often."""
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vismem.config import GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config
+from vismem.generation.replay import prefill
+from vismem.models.vismem import VisMemModel
+from vismem.training.rollout import GrpoObjective
+from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA, trainable
+from vismem.training.stage1 import Formation
+from vismem.training.stage2 import Invocation
+
+GRPO = GrpoConfig(batch_size=2, max_new_tokens=8)
+STAGE: dict[str, Any] = {"steps": 4, "group_size": 4, "kl_coefficient": 0.1}
+STAGES: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] = {
+    "stage1": (Formation, Stage1Config(anywhere_after=0, anywhere_share=0.6, **STAGE), FORMATION),
+    "stage2": (Invocation, Stage2Config(**STAGE), INVOCATION),
+    "stage2 with a LoRA": (Invocation, Stage2Config(policy_lora=True, **STAGE), INVOCATION + POLICY_LORA),
+}
+
+
+def eager_model(base: Path) -> VisMemModel:
+    """A model that invokes often, and whose own adapter changes what it says."""
+    model = tiny.vismem(base, tiny.MEMORY.model_copy(update={"lora_dropout": 0.1}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        last = prefill(model, tiny.samples()).last
+        model.tokens.bias.fill_(float(model.backbone.head(last).logsumexp(-1).mean()) - 2.0)
+        for name, parameter in model.policy_lora.named_parameters():
+            if name.startswith("up."):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def objective_of(stage: str, base: Path, **changes: Any) -> tuple[GrpoObjective, dict[str, nn.Parameter]]:
+    """The objective of a stage and what it trains. `changes` are of its own settings or of GRPO's."""
+    kind, config, trained = STAGES[stage]
+    model = eager_model(base)
+    model.policy_lora.enabled = POLICY_LORA[0] in trained
+    common = {name: value for name, value in changes.items() if name in GrpoConfig.model_fields}
+    own = {name: value for name, value in changes.items() if name not in common}
+    grpo, config = GRPO.model_copy(update=common), config.model_copy(update=own)
+    made = kind(model, tiny.samples(), grpo, config, 0, Accelerator(cpu=True))
+    made.prompts_need_gradient = model.policy_lora.enabled
+    return made, trainable(model, trained)

@@ -1,0 +1,155 @@
+"""The pods of each overlay of deploy/kubernetes: confined, sized, probed, with least rights and no secret in plain."""
+
+import re
+
+from manifests import ROOT, containers, named, of_kind, overlays, pod_templates, values
+
+# --- containers ---
+
+
+@overlays
+def test_every_container_meets_the_restricted_pod_security_standard(overlay: str) -> None:
+    dockerfiles = (ROOT / "deploy" / "docker").glob("*.Dockerfile")
+    users = {line for file in dockerfiles for line in file.read_text().splitlines() if line.startswith("USER")}
+    assert users == {"USER 1000:1000"}
+    for key, template in pod_templates(overlay).items():
+        context = template["spec"]["securityContext"]
+        assert (context["runAsNonRoot"], context["runAsUser"], context["runAsGroup"]) == (True, 1000, 1000), key
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, key
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(template["spec"]), key
+        assert not list(values(template, "hostPath")), key
+    for key, container in containers(overlay):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }, key
+
+
+@overlays
+def test_every_container_says_what_it_needs_and_only_training_asks_for_a_gpu(overlay: str) -> None:
+    with_gpu = set()
+    for key, container in containers(overlay):
+        resources = container["resources"]
+        assert {"cpu", "memory"} <= set(resources["requests"]), key
+        assert "memory" in resources["limits"], key
+        if "nvidia.com/gpu" in resources["limits"]:
+            with_gpu.add(key)
+    assert with_gpu == ({"TrainingRuntime/vismem-torch/node/node"} if overlay == "multi-node" else set())
+
+
+@overlays
+def test_images_are_those_that_the_overlay_names(overlay: str) -> None:
+    found = {container["image"] for _, container in containers(overlay)}
+    assert found == {f"registry.example.com/{name}:0.1.0" for name in ("vismem-train", "vismem-serve")}
+
+
+@overlays
+def test_whatever_serves_has_all_three_probes(overlay: str) -> None:
+    serving = {key: container for key, container in containers(overlay) if "ports" in container}
+    assert len(serving) == 2
+    for container in serving.values():
+        ports = {port["name"] for port in container["ports"]}
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert {get["port"] for get in values(container[name], "httpGet")} <= ports
+        startup = container["startupProbe"]
+        assert startup["periodSeconds"] * startup["failureThreshold"] >= 300
+
+
+@overlays
+def test_tritons_probes_ask_it_a_question_and_leave_it_the_time_to_answer(overlay: str) -> None:
+    """tests/e2e/test_triton.py runs the very command."""
+    (triton,) = named(overlay, "Deployment", "triton")["spec"]["template"]["spec"]["containers"]
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        command = triton[name]["exec"]["command"]
+        assert command[:4] == ["python", "-m", "vismem.serving.probe", "--timeout"]
+        assert triton[name]["timeoutSeconds"] >= float(command[4]) + 5
+    liveness = triton["livenessProbe"]
+    assert liveness["failureThreshold"] * liveness["periodSeconds"] >= 120  # no haste in killing what only is slow
+
+
+@overlays
+def test_triton_is_told_where_the_published_model_lies(overlay: str) -> None:
+    """Writer and readers agree on the folder; the readers cannot write."""
+    (publish,) = pod_templates(overlay)["CronJob/publish-champion"]["spec"]["containers"]
+    (triton,) = pod_templates(overlay)["Deployment/triton"]["spec"]["containers"]
+    folder = publish["command"][-1]
+    (written,) = [mount for mount in publish["volumeMounts"] if mount["mountPath"] == folder]
+    (read,) = [mount for mount in triton["volumeMounts"] if mount["mountPath"] == folder]
+    assert (written.get("readOnly", False), read["readOnly"]) == (False, True)
+    environment = {variable["name"]: variable.get("value") for variable in triton["env"]}
+    assert environment["MODEL_REPOSITORY"] == f"{folder}/current"
+    assert "MODEL_REPOSITORY" in (ROOT / "deploy" / "docker" / "serve.sh").read_text()
+
+
+@overlays
+def test_mlflow_answers_under_the_names_of_its_service(overlay: str) -> None:
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    service = named(overlay, "Service", "mlflow")
+    (port,) = [port["port"] for port in service["spec"]["ports"]]
+    hosts = named(overlay, "ConfigMap", "mlflow")["data"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    namespace = service["metadata"]["namespace"]
+    for name in ("mlflow", f"mlflow.{namespace}", f"mlflow.{namespace}.svc", f"mlflow.{namespace}.svc.cluster.local"):
+        assert is_allowed_host_header(hosts, f"{name}:{port}")
+    assert not is_allowed_host_header(hosts, f"evil.example:{port}")
+
+
+# --- rights and secrets ---
+
+
+@overlays
+def test_only_a_runs_account_has_rights_and_no_more_than_it_uses(overlay: str) -> None:
+    bound = {subject["name"] for binding in of_kind(overlay, "RoleBinding") for subject in binding["subjects"]}
+    assert bound == {"vismem-pipeline"}
+    rights = {
+        (group, resource): set(rule["verbs"])
+        for role in of_kind(overlay, "Role")
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    expected = {
+        ("argoproj.io", "workflowtaskresults"): {"create", "patch"},
+        ("", "configmaps"): {"get"},
+        ("", "secrets"): {"get"},
+        ("", "pods"): {"get", "list", "watch"},
+    }
+    if overlay == "multi-node":
+        expected[("trainer.kubeflow.org", "trainjobs")] = {"create", "get", "list", "watch", "delete"}
+        expected[("trainer.kubeflow.org", "trainingruntimes")] = {"get"}
+        expected[("", "pods/log")] = {"get"}
+    assert rights == expected
+    for role in of_kind(overlay, "Role"):
+        for rule in role["rules"]:
+            if {"secrets", "configmaps"} & set(rule["resources"]):
+                assert len(rule["resourceNames"]) == 1
+    assert not of_kind(overlay, "ClusterRole", "ClusterRoleBinding")
+
+
+@overlays
+def test_no_pod_here_gets_a_token_of_the_api(overlay: str) -> None:
+    for key, template in pod_templates(overlay).items():
+        assert template["spec"]["automountServiceAccountToken"] is False, key
+    accounts = {
+        m["metadata"]["name"]: m.get("automountServiceAccountToken") for m in of_kind(overlay, "ServiceAccount")
+    }
+    assert [name for name, automount in accounts.items() if automount is not False] == ["vismem-pipeline"]
+
+
+@overlays
+def test_no_secret_stands_in_a_manifest(overlay: str) -> None:
+    assert not of_kind(overlay, "Secret")
+    secret = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|_URI$")
+    for key, container in containers(overlay):
+        for variable in container.get("env", []):
+            if secret.search(variable["name"]):
+                assert "value" not in variable, key
+    for settings in of_kind(overlay, "ConfigMap"):
+        assert not [name for name in settings["data"] if secret.search(name)]
+
+
+@overlays
+def test_triton_holds_no_secret(overlay: str) -> None:
+    template = pod_templates(overlay)["Deployment/triton"]
+    assert not [*values(template, "secretRef"), *values(template, "secretKeyRef"), *values(template, "envFrom")]

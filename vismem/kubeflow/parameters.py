@@ -1,0 +1,101 @@
+"""The run's parameters, resolved once, and for each task those that can change its output: its key in a cache."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import vismem
+from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource, resolve
+from vismem.files import write_text
+from vismem.params_file import render_params
+from vismem.provenance import sha256_file
+from vismem.steps import BASELINES, BY_NAME, STEPS
+
+IDENTITY = "made_from"  # no section: what else the output depends on
+TASKS = ("preflight", *(step.name for step in STEPS))
+ROOT = Path(vismem.__file__).parents[1]  # in the image too, dvc.yaml lies beside the library
+
+
+def configure(
+    profile: str,
+    overrides: Mapping[str, Any],
+    page: str,
+    launch: Mapping[str, Any],
+    gpus: int = 0,
+    cluster: bool = False,
+) -> tuple[dict[str, Any], ...]:
+    """The parameters of each of `TASKS`, in that order, and `launch` after them: what the component returns.
+
+    All parameters, with their descriptions, also go to the file `page` as YAML. `gpus`: how many `preflight` must see.
+    On a `cluster` it also asks for MLflow's address. UserError where a parameter is wrong, see `vismem.config.resolve`.
+    """
+    config = resolve(profile, {"preflight.gpus": gpus, **overrides})
+    if cluster:
+        environment = tuple(dict.fromkeys((*config.preflight.environment, "MLFLOW_TRACKING_URI")))
+        preflight = config.preflight.model_copy(update={"environment": environment})
+        config = config.model_copy(update={"preflight": preflight})
+    write_text(Path(page), render_params(config))
+    return (*(parameters_of(task, config) for task in TASKS), dict(launch))
+
+
+def parameters_of(name: str, config: Config) -> dict[str, Any]:
+    """The parameters for the task `name`, as plain values: the sections of its step and of all steps before it.
+
+    The earlier ones cost no cache hit: what they change reaches the step through its inputs. `export` also writes the
+    baselines' section into the lineage; `preflight` and `register`, which are never cached, get all sections. For a
+    step, `IDENTITY` names its code, and for `prepare` the files of its sources, so that a cache that knows only
+    parameters and inputs runs the step again when these change. Nulls are left out: Kubeflow has none, and they are
+    the defaults of their keys.
+    """
+    values: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if name == "preflight":
+        return values
+    if name != "register":
+        recorded = {section for step in BASELINES for section in step.sections} if name == "export" else set()
+        kept = _sections(name) | recorded
+        values = {section: value for section, value in values.items() if section in kept}
+    identity = {"code": code_fingerprint(name)}
+    if name == "prepare":
+        identity["sources"] = sources_fingerprint(config)
+    return {**values, IDENTITY: identity}
+
+
+def code_fingerprint(name: str, root: Path = ROOT) -> str:
+    """Hex sha256 over the code that the step uses, as dvc.yaml lists it among the stage's dependencies."""
+    stage = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
+    lines: list[str] = []
+    for dep in stage["deps"]:
+        if dep != "data" and not dep.startswith("artifacts/"):  # these come as the task's inputs and sources
+            place = root / dep
+            files = sorted(path for path in (place, *place.rglob("*")) if path.is_file() and path.suffix != ".pyc")
+            lines += [f"{file.relative_to(root)} {sha256_file(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sources_fingerprint(config: Config) -> str:
+    """Hex sha256 over names, sizes and times of the files that the sources read; they are not opened.
+
+    A source that is generated or comes in a package has no files of its own. Missing files are `prepare`'s to report.
+    """
+    lines: list[str] = []
+    for source in config.prepare.sources:
+        if isinstance(source, JsonlSource):
+            folder = source.path.parent  # its images lie beside it
+        elif isinstance(source, NlvrSource):
+            folder = source.path
+        elif isinstance(source, LmuDataSource):
+            folder = source.path or Path(os.environ.get("LMUData", "."))  # noqa: SIM112 - VLMEvalKit's name
+        else:
+            continue
+        files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file())
+        lines += [f"{path.as_posix()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _sections(name: str) -> set[str]:
+    step = BY_NAME[name]
+    return set(step.sections).union(*(_sections(earlier) for earlier in step.inputs))

@@ -1,0 +1,93 @@
+"""A task around a step: run it with its inputs, describe the output. The only place that calls `vismem.launch`."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from vismem.config import parse_config
+from vismem.files import write_json, write_text
+from vismem.kubeflow.parameters import IDENTITY
+from vismem.kubeflow.results import describe, render_report
+from vismem.launch import LaunchConfig, launch_step
+
+WORK = "VISMEM_WORK"
+SHARED_CLAIM, SHARED_FOLDER = (
+    LaunchConfig().claim,
+    str(LaunchConfig().shared),
+)  # the volume of deploy/kubernetes/overlays/multi-node
+
+
+class Artifact(Protocol):
+    """What is used of an artifact of Kubeflow."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+def run_task(
+    name: str,
+    parameters: Mapping[str, Any],
+    out: Artifact,
+    inputs: Mapping[str, Artifact] | None = None,
+    *,
+    launch: Mapping[str, Any] | None = None,
+    metrics: Artifact | None = None,
+    report: Artifact | None = None,
+) -> None:
+    """Run the step `name` into the folder of `out`, whose own name must be the step's.
+
+    `parameters`: what `parameters_of` gave; `inputs`: the artifact of each step that it reads; `launch`: what
+    `launch_fields` gave. Afterwards `out` has its provenance as metadata, `metrics` its figures, `report` its page.
+    Raises what the step raises.
+
+    The variable VISMEM_WORK may name a folder that outlives the task: long steps keep their checkpoints there, and a
+    task that was killed resumes from them when it runs again, with the same parameters, inputs and code.
+    """
+    folder = Path(out.path)
+    assert folder.name == name, f"{name} writes a folder of that name, not {folder}"
+    config = parse_config({key: value for key, value in parameters.items() if key != IDENTITY}, f"parameters of {name}")
+    folders = {step: Path(artifact.path) for step, artifact in (inputs or {}).items()}
+    work = Path(os.environ[WORK]) / parameters[IDENTITY]["code"][:12] if os.environ.get(WORK) else None
+    print(launch_step(name, config, folder.parent, folders, LaunchConfig(**(launch or {})), work))
+    metadata, figures = describe(name, folder)
+    out.metadata.update(metadata)
+    if metrics is not None:
+        metrics.metadata.update(figures)
+        write_json(Path(metrics.path), figures)  # a cache of tasks takes an artifact without a file for lost
+    if report is not None:
+        write_text(Path(report.path), render_report(name, folder))
+
+
+def run_preflight(parameters: Mapping[str, Any], report: Artifact) -> None:
+    """Run the preflight's checks; their table goes to `report`. UserError names every check that failed."""
+    from vismem.preflight import preflight
+
+    page = Path(report.path)
+    preflight(parse_config(dict(parameters), "parameters of preflight"), page.parent, page)
+
+
+def launch_fields(
+    backend: str,
+    num_processes: int,
+    num_nodes: int,
+    image: str = "",
+    gpu_type: str = "nvidia.com/gpu",
+    cpu: str = "4",
+    memory: str = "16Gi",
+    tolerations: Sequence[Mapping[str, Any]] = (),
+    node_selector: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The fields of `vismem.launch.LaunchConfig` that matter to this back end, as plain values. UserError as from that.
+
+    A node of `trainer` gets `cpu` cores, `memory` and a GPU per process. Empty for a single process, so that a cache of
+    tasks does not depend on settings without effect.
+    """
+    fields: dict[str, Any] = {"backend": backend, "num_processes": num_processes, "num_nodes": num_nodes}
+    if backend == "trainer":
+        fields["image"] = image
+        fields["resources"] = {gpu_type: num_processes, "cpu": cpu, "memory": memory}
+        fields["tolerations"] = [dict(item) for item in tolerations]
+        fields["node_selector"] = dict(node_selector or {})
+    LaunchConfig(**fields)
+    return {} if backend == "process" else fields

@@ -1,0 +1,55 @@
+"""The one progress display: a bar on a terminal, else a plain line from time to time."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 20.0  # min time between two plain lines
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def progress(name: str, total: int | None = None, done: int = 0, *, quiet: bool = False) -> Iterator[Advance]:
+    """Show on stderr how far long work is; yields `advance(count=1, **figures)`, to be called after each part of it.
+
+    `total` is None where it is not known; `done` is what an earlier run did; `quiet` shows nothing. The latest
+    `figures`, numbers or texts, stand beside the count.
+    """
+    if quiet:
+        yield lambda count=1, **figures: None
+    elif sys.stderr.isatty():
+        with _bar() as bar:
+            task = bar.add_task(name, total=total, completed=done, figures="")
+            yield lambda count=1, **figures: bar.update(task, advance=count, figures=_text(figures))
+    else:
+        yield _Lines(name, total, done).advance
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    more = (TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    return Progress(*columns, *more, console=Console(stderr=True))
+
+
+class _Lines:
+    def __init__(self, name: str, total: int | None, done: int) -> None:
+        self.name, self.total, self.done = name, total, done
+        self.written = time.monotonic()
+
+    def advance(self, count: int = 1, **figures: Any) -> None:
+        self.done += count
+        if time.monotonic() - self.written >= LINE_SECONDS:
+            self.written = time.monotonic()
+            of = "" if self.total is None else f" of {self.total}"
+            print(f"{self.name}: {self.done}{of} {_text(figures)}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _text(figures: Mapping[str, Any]) -> str:
+    shown = {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in figures.items()}
+    return " ".join(f"{key} {value}" for key, value in shown.items())

@@ -1,0 +1,249 @@
+"""The JSON files that steps judge each other by: typed, and written and read only here. A missing field is an error.
+
+Figures may be NaN or infinite: the gate refuses these in a sentence (`vismem.registry.gate`), the reader does not fail.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vismem.errors import UserError
+from vismem.files import read_json, write_json
+
+SIGNIFICANT = 0.05  # McNemar's p below which a difference is shown
+SHOWN = 3  # problems of a file that its error names
+
+Sha256 = Annotated[str, Field(min_length=1)]
+Interval = tuple[float, float]
+
+
+class Part(BaseModel):
+    """A part of a record: frozen, and without fields that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class Record(Part):
+    """The content of a JSON file, `FILE` in the output folder of the step `STEP`."""
+
+    FILE: ClassVar[str]
+    STEP: ClassVar[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The record in `folder`. UserError where the file is missing, not JSON, or lacks or adds a field."""
+        path, hint = folder / cls.FILE, f"run `vismem {cls.STEP}` again"
+        values = read_json(path, hint)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+            more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+            raise UserError(f"{path} is damaged ({'; '.join(problems[:SHOWN])}{more}): {hint}") from None
+
+    def write(self, folder: Path) -> None:
+        """Write the file into `folder`, in one replace."""
+        write_json(folder / self.FILE, self.model_dump(mode="json"))
+
+
+class Difference(Part):
+    """A paired difference from vanilla in percentage points, its 95 % interval, and McNemar's p."""
+
+    delta: float
+    ci95: Interval
+    p: float
+
+    def exceeds(self, limit: float) -> bool:
+        """Whether the difference is shown to be above `limit`: the whole interval is, and p is below SIGNIFICANT.
+
+        p is about a difference from 0, so that it plays no part where `limit` is negative.
+        """
+        return self.ci95[0] > limit and (limit < 0 or self.p < SIGNIFICANT)
+
+    @property
+    def outcome(self) -> Literal["better", "worse", "not shown"]:
+        """What the interval and the test show; headline, report, colours and gate all go by it."""
+        if self.exceeds(0.0):
+            return "better"
+        low, high = self.ci95
+        mirrored = Difference(delta=-self.delta, ci95=(-high, -low), p=self.p)
+        return "worse" if mirrored.exceeds(0.0) else "not shown"
+
+
+class KindUse(Part):
+    """How often one kind of memory was invoked per answer, and its mean relative position (None: never invoked)."""
+
+    per_answer: float
+    mean_position: float | None
+
+
+class MemoryUse(Part):
+    """The percentage of answers with any memory, and the use of each kind."""
+
+    answers_with_memory: float
+    short: KindUse
+    long: KindUse
+
+
+class Invocation(Part):
+    """VisMem's use of memory, overall and by task."""
+
+    overall: MemoryUse
+    tasks: dict[str, MemoryUse]
+
+
+class TaskScores(Part):
+    """One task's score in percent by arm."""
+
+    capability: str
+    n: int
+    arms: dict[str, float]
+
+
+class YesNo(Part):
+    """Yes/no questions apart: scores with, without and only on them, and how often each arm says yes."""
+
+    n: int
+    arms: dict[str, dict[str, float]]
+    gain: dict[str, Difference]
+
+
+def _complete(scores: dict[str, float]) -> dict[str, float]:
+    if missing := {"overall", "seconds_per_sample"} - set(scores):
+        raise ValueError(f"lacks {' and '.join(sorted(missing))}")
+    return scores
+
+
+class Metrics(Record):
+    """`metrics.json` of `evaluate`. Scores in percent; groups are `overall` and the capabilities that have items."""
+
+    FILE = "metrics.json"
+    STEP = "evaluate"
+
+    n: int
+    seed: int
+    counts: dict[str, int]  # items by capability
+    arms: dict[str, Annotated[dict[str, float], AfterValidator(_complete)]]  # arm -> group -> score; seconds_per_sample
+    intervals: dict[str, dict[str, Interval]]  # arm -> group -> 95 % interval of the score
+    gain: dict[str, Difference]  # group -> VisMem minus vanilla; empty without the arm vismem
+    ablations: dict[str, dict[str, Difference]]  # arm -> group -> that arm minus vanilla
+    overhead: dict[str, float]  # arm -> seconds over vanilla's, minus 1
+    tasks: dict[str, TaskScores]
+    yes_no: YesNo
+    unparsed: dict[str, float]  # arm -> percentage of answers
+    unfinished: dict[str, float]
+    invocation: Invocation | None  # None without the arm vismem
+    invocation_by_arm: dict[str, MemoryUse]
+    stage2_sha256: Sha256  # the model whose scores these are
+    test_sha256: Sha256  # the shards of the test split
+    items_sha256: Sha256  # the ids of the items that were answered, which `evaluate.limit` draws
+
+    @model_validator(mode="after")
+    def _vismem_has_a_gain(self) -> Self:
+        if "vismem" in self.arms and "overall" not in self.gain:
+            raise ValueError("gain lacks overall, and there is an arm vismem")
+        return self
+
+
+class RowCounts(Part):
+    """Rows before and after validation."""
+
+    total: int
+    clean: int
+    quarantined: int
+
+
+class AllRowCounts(RowCounts):
+    """Rows of all splits, and of each."""
+
+    splits: dict[str, RowCounts]
+
+
+class DataRule(Part):
+    """One expectation of the data, and whether it holds."""
+
+    name: str
+    severity: Literal["error", "warning", "quarantine"]
+    success: bool
+    observed: str
+    message: str
+
+
+class Validation(Record):
+    """`validation.json` of `validate`."""
+
+    FILE = "validation.json"
+    STEP = "validate"
+
+    success: bool
+    rows: AllRowCounts
+    data_sha256: Sha256
+    rules: tuple[DataRule, ...]
+    task_mix: dict[str, dict[str, float]]  # split -> task -> share of its clean rows
+
+
+class ParityReport(Record):
+    """`parity.json` of `export`: the ONNX runtime against torch."""
+
+    FILE = "parity.json"
+    STEP = "export"
+
+    passed: bool
+    items: int
+    greedy_equal: int  # items whose answers are equal token for token
+    memories: int
+    max_memory_difference: float  # infinite where a memory has another shape or is not finite
+    tolerance: float
+    differences: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+class RegisteredVersion(Record):
+    """`version.json` of `register`: the version in the registry, and the champion that it was judged against."""
+
+    FILE = "version.json"
+    STEP = "register"
+
+    name: str
+    version: str
+    run_id: str
+    model_id: str
+    manifest_sha256: Sha256
+    judged_against: str | None
+
+
+class Rule(Part):
+    """One rule's outcome. `reason` is a sentence with the figures, whichever way it went."""
+
+    name: str
+    passed: bool
+    reason: str
+
+
+class Verdict(Record):
+    """`verdict.json` of `register` and of `promote`: all rules of the gate; passed when every rule passed."""
+
+    FILE = "verdict.json"
+    STEP = "register"
+
+    passed: bool
+    rules: tuple[Rule, ...]
+
+    def reasons(self) -> tuple[str, ...]:
+        """Why it was refused: the broken rules' reasons; of a passed verdict, every rule's."""
+        return tuple(rule.reason for rule in self.rules if self.passed or not rule.passed)
+
+
+class Release(Record):
+    """`release.json` of `promote`: whether the version is champion, and why (not)."""
+
+    FILE = "release.json"
+    STEP = "promote"
+
+    promoted: bool
+    name: str
+    version: str
+    model_id: str
+    previous: str | None  # the champion before
+    reasons: tuple[str, ...]

@@ -1,0 +1,105 @@
+"""MLflow runs: parameters, metrics, curves and model folders of a registered version."""
+
+import csv
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param
+
+from vismem.errors import mask_credentials
+from vismem.registry.tracking import Store, experiment_id
+
+METRICS_PER_REQUEST = 500
+PARAMS_PER_REQUEST = 100  # MLflow's limit
+LONGEST_PARAM = 6000
+
+
+@contextmanager
+def tracked_run(store: Store, name: str, tags: Mapping[str, str]) -> Iterator[str]:
+    """A run that ends FINISHED, or FAILED where the block raises; yields its id.
+
+    One with the same tags that still says RUNNING was left by a process that was killed: it ends KILLED.
+    """
+    experiment = experiment_id(store)
+    same = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    for left in store.client.search_runs([experiment], f"attributes.status = 'RUNNING' and {same}"):
+        store.client.set_terminated(left.info.run_id, "KILLED")
+    run_id = str(store.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
+    try:
+        yield run_id
+    except BaseException:
+        store.client.set_terminated(run_id, "FAILED")
+        raise
+    store.client.set_terminated(run_id, "FINISHED")
+
+
+def log_params(store: Store, run_id: str, values: Mapping[str, Any]) -> None:
+    """Log a nested mapping as flat parameters, `stage1.batch_size` and so on, without credentials."""
+    flat = {key: mask_credentials(str(value))[:LONGEST_PARAM] for key, value in flatten(values, ".").items()}
+    params = [Param(key, value) for key, value in flat.items()]
+    for start in range(0, len(params), PARAMS_PER_REQUEST):
+        store.client.log_batch(run_id, params=params[start : start + PARAMS_PER_REQUEST])
+
+
+def log_metrics(store: Store, run_id: str, model_id: str, values: Mapping[str, Any]) -> None:
+    """Log the numbers of a nested mapping as `arms/vismem/overall` and so on, for the run and for the logged model."""
+    numbers = {key: value for key, value in flatten(values, "/").items() if isinstance(value, int | float)}
+    _send(store, run_id, [(key, float(value), 0) for key, value in numbers.items()], model_id)
+
+
+def log_curve(store: Store, run_id: str, file: Path) -> None:
+    """Log a stage's curve (CSV with a column `step`) as `stage1/reward` and so on, one value per step."""
+    with file.open(newline="") as lines:
+        points = [
+            (f"{file.stem}/{name}", float(value), int(row["step"]))
+            for row in csv.DictReader(lines)
+            for name, value in row.items()
+            if name != "step" and value
+        ]
+    _send(store, run_id, points)
+
+
+def log_model_folder(store: Store, run_id: str, folder: Path, params: Mapping[str, str]) -> str:
+    """Keep `folder` as a LoggedModel of plain files (nothing that unpickles); return its id."""
+    shown = {key: mask_credentials(value) for key, value in params.items()}
+    model = store.client.create_logged_model(
+        experiment_id(store), name=store.model, source_run_id=run_id, params=shown, model_type="vismem"
+    )
+    model_id = str(model.model_id)
+    try:
+        store.client.log_model_artifacts(model_id, str(folder))
+    except BaseException:
+        store.client.finalize_logged_model(model_id, "FAILED")
+        raise
+    store.client.finalize_logged_model(model_id, "READY")
+    return model_id
+
+
+def flatten(values: Mapping[str, Any], separator: str) -> dict[str, Any]:
+    """`{"a": {"b": 1}, "c": [2, 3]}` as `{"a.b": 1, "c.0": 2, "c.1": 3}`; lists of plain words stay one value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested: Mapping[str, Any] | None = None
+        if isinstance(value, Mapping):
+            nested = value
+        elif isinstance(value, list) and value and not isinstance(value[0], str):
+            nested = {str(index): item for index, item in enumerate(value)}
+        if nested is None:
+            flat[key] = value
+        else:
+            flat |= {f"{key}{separator}{below}": item for below, item in flatten(nested, separator).items()}
+    return flat
+
+
+def _send(store: Store, run_id: str, points: list[tuple[str, float, int]], model_id: str | None = None) -> None:
+    """Log (name, value, step). MLflow allows letters, digits and `_-./: ` in a name."""
+    now = int(time.time() * 1000)
+    metrics = []
+    for key, value, step in points:
+        name = "".join(char if char.isalnum() or char in "_-./: " else "_" for char in key)
+        metrics.append(Metric(name, value, now, step, model_id=model_id, run_id=run_id))
+    for start in range(0, len(metrics), METRICS_PER_REQUEST):
+        store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])

@@ -14,6 +14,7 @@ from vismem.evaluation import plots
 from vismem.evaluation.arms import VANILLA, VISMEM, label
 from vismem.evaluation.metrics import CAPABILITIES
 from vismem.evaluation.summary import change
+from vismem.records import Difference
 from vismem.steps import BASELINES
 
 Values = Mapping[str, Any]
@@ -35,7 +36,7 @@ def headline(figures: Values) -> str:
     asked = f"of {sum(figures['items'].values())} test questions ({count} seed{'s' if count > 1 else ''})"
     if VISMEM not in arms:
         return f"Vanilla answers {arms[VANILLA]['mean']:.1f} % {asked} correctly."
-    gain = change(arms[VISMEM]["gain"]["pooled"])
+    gain = change(Difference(**arms[VISMEM]["gain"]["pooled"]))
     return (
         f"VisMem answers {arms[VISMEM]['mean']:.1f} % {asked} correctly, vanilla {arms[VANILLA]['mean']:.1f} %: {gain}."
     )

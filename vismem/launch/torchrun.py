@@ -19,6 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig as AgentConfig
 from torch.distributed.launcher.api import elastic_launch
 
 from vismem.errors import UserError
+from vismem.services import environment
 
 SHOWN = 20  # lines of a log in an error
 
@@ -33,7 +34,7 @@ def run_processes(num_processes: int, function: Callable[..., str], *arguments: 
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", signals_to_handle="SIGTERM",
     )  # fmt: skip
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would print what is raised below
-    with _environment(process_environment()), _signals_kept():
+    with environment(process_environment()), _signals_kept():
         try:
             results: dict[int, str] = elastic_launch(agent, function)(*arguments)
         except ChildFailedError as error:
@@ -84,21 +85,6 @@ def _first_message(messages: Sequence[Any]) -> str:
 
 def _killed(number: int) -> str:
     return f"a process was killed by signal {number} (9: often out of memory). Launch again to resume"
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables for processes that start meanwhile."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -32,8 +32,8 @@ PROFILE ?= smoke
 pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PROFILE= for the full size
 	.venv/bin/python pipelines/run_local.py --profile '$(PROFILE)'
 
-study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; goes on where it was cut
-	$(VISMEM) study --write docs/results/embedded.md
+study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; resumes
+	.venv/bin/python -m recipes.study --write docs/results/embedded.md
 
 tiny-vlm: $(INSTALLED)  ## train the tiny VLM of assets/ and its memory anew; about half an hour
 	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory

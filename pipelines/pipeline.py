@@ -84,7 +84,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
             evaluation_gpu_count: Cluster: GPUs of the pods of base and evaluate, which use at most one.
             tolerations: Cluster: tolerations of the pods that train or decode, besides one for NVIDIA's taint.
             node_selector: Cluster: labels of the nodes for them.
-            training_backend: Training: `process`, `accelerate` (several GPUs of a pod) or `trainer` (Kubeflow Trainer).
+            training_backend: Training: `process`, `torchrun` (several GPUs of a pod) or `trainer` (Kubeflow Trainer).
             num_processes: Training: processes per node, one per GPU.
             num_nodes: Training: nodes; more than one needs `trainer`, and that vismem-shared.yaml.
         """

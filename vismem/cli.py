@@ -14,10 +14,10 @@ from typing import Any
 
 from vismem.config import Config, load_config
 from vismem.errors import UserError
-from vismem.launch import SHARED, How, launch_step
+from vismem.launch import LaunchConfig, launch_step
 from vismem.params_file import render_params
-from vismem.services import exit_on_sigterm
-from vismem.steps import BASELINES, STEPS
+from vismem.ranks import is_main_rank
+from vismem.steps import BASELINES, SHARED, STEPS
 from vismem.workspace import make_workspace, repro
 
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
@@ -59,12 +59,6 @@ def build_parser() -> argparse.ArgumentParser:
         "summary", parents=[common], help="scores, verdict and an example answer of the last run"
     )
     command.set_defaults(run=_run_summary)
-
-    command = commands.add_parser(
-        "study", parents=[common], help="train and test every arm with several seeds; goes on where it was cut"
-    )
-    command.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file that gets a copy of the report")
-    command.set_defaults(run=_run_study)
 
     command = commands.add_parser(
         "preflight", parents=[common], help="look whether a run can reach its end: secrets, buckets, registry, GPUs"
@@ -121,12 +115,13 @@ def _add_steps(commands: Any, common: argparse.ArgumentParser) -> None:
         reads = ", ".join(step.inputs) or "the sources that the parameters name"
         command = commands.add_parser(step.name, parents=[common], help=f"{kind}: reads {reads}")
         command.add_argument(
-            "--if-needed", action="store_true", help="keep an output that such a run made of the same things"
-        )
+            "--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER",
+            help="where another step's output is, if not in the artifacts' folder; may be repeated",
+        )  # fmt: skip
         if step.name in SHARED:
             command.add_argument(
                 "--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"),
-                help="how many of this machine share the step, one a GPU (default: VISMEM_PROCESSES, else 1)",
+                help="how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)",
             )  # fmt: skip
         command.set_defaults(run=_run_step)
 
@@ -153,10 +148,18 @@ def _enter(arguments: argparse.Namespace) -> tuple[Config, Path]:
 def _run_step(arguments: argparse.Namespace) -> int:
     config, artifacts = _enter(arguments)
     processes = getattr(arguments, "processes", 1)
-    how = How() if processes == 1 else How("accelerate", processes)
-    line = launch_step(arguments.command, config, artifacts, how=how, if_needed=arguments.if_needed)
-    print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
+    launch = LaunchConfig() if processes == 1 else LaunchConfig("torchrun", processes)
+    line = launch_step(arguments.command, config, artifacts, dict(arguments.input), launch)
+    if is_main_rank():
+        print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
     return 0
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not folder:
+        raise argparse.ArgumentTypeError(f"'{text}' is not STEP=FOLDER")
+    return name, Path(folder).absolute()
 
 
 def _run_repro(arguments: argparse.Namespace) -> int:
@@ -171,19 +174,6 @@ def _run_summary(arguments: argparse.Namespace) -> None:
     here = Path.cwd()
     config, artifacts = _enter(arguments)
     print_summary(config, Path(os.path.relpath(artifacts.absolute(), here)), here, arguments.profile)
-
-
-def _run_study(arguments: argparse.Namespace) -> int:
-    write = arguments.write.absolute() if arguments.write else None
-    named = arguments.artifacts.absolute() if arguments.artifacts else None
-    config, _ = _enter(arguments)
-    from vismem.study import study
-
-    folder = named or Path("study" if arguments.profile else "runs/study")
-    command = " ".join(["vismem study", *(["--profile", arguments.profile] if arguments.profile else [])])
-    with exit_on_sigterm():  # so that its steps go with us
-        print(study(config, folder, command, write))
-    return 0
 
 
 def _run_preflight(arguments: argparse.Namespace) -> None:

@@ -95,9 +95,9 @@ def lineage(config: Config, data: Path | None = None, inputs: Mapping[str, Path]
 
     `data`: the folder of clean shards, hashed into `data_sha256`; `inputs`: the folders of the steps that it was made
     from, each hashed. Without a folder its hash is None, so that a reader sees that it is not known. The parameters of
-    what happens around an artifact (gate, registry, deploy, study) are left out.
+    what happens around an artifact (gate, registry, deploy) are left out.
     """
-    params = config.model_dump(mode="json", by_alias=True, exclude={"gate", "registry", "deploy", "study"})
+    params = config.model_dump(mode="json", by_alias=True, exclude={"gate", "registry", "deploy"})
     return {
         "git": git_state(),
         "data_sha256": sha256_folder(data, "**/*.parquet") if data else None,

@@ -146,6 +146,21 @@ def watch(services: Iterable[Service]) -> NoReturn:
 
 
 @contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables within the block, for what reads them then and for processes that start there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def exit_on_sigterm() -> Iterator[None]:
     """A block that SIGTERM ends in order, with status 143, so that its children are stopped; main thread only."""
     if threading.current_thread() is not threading.main_thread():  # only that one may set a signal's handler

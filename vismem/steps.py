@@ -14,6 +14,7 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import sha256_folder
+from vismem.ranks import is_rank, join_ranks
 
 StepFunction = Callable[[Config, Mapping[str, Path], Path], str]
 
@@ -74,80 +75,63 @@ STEPS: tuple[Step, ...] = (
 )
 
 BY_NAME: dict[str, Step] = {step.name: step for step in STEPS + BASELINES}
+SHARED = ("stage1", "stage2", *(step.name for step in BASELINES))  # the steps that several processes can share
 
 
-def run_step(
-    name: str,
-    config: Config,
-    artifacts: Path,
-    inputs: Mapping[str, Path] | None = None,
-    *,
-    if_needed: bool = False,
-    body: StepFunction | None = None,
-) -> str:
+def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> str:
     """Run one step and return its line. Output appears at `artifacts/NAME` only when the step has succeeded.
 
     `inputs` maps a step's name to its folder, where that is not `artifacts/NAME` (Kubeflow passes such paths).
     Long steps keep checkpoints in `artifacts/NAME.partial`, from which the next run resumes if it has the same
-    parameters and inputs. With `if_needed` nothing is done where `is_done`, and a note for that is left.
-    `body` runs in place of the step's function: it has that run elsewhere (`vismem.launch`).
+    parameters and inputs. As one of several processes of torchrun it does its part of a step in `SHARED`; the main
+    process owns the folders.
     """
-    if if_needed and is_done(name, config, artifacts, inputs):
-        return f"{name}: kept, made before from the same parameters and inputs"
-    step = BY_NAME[name]
-    folders = _folders(step, artifacts, inputs)
-    for needed, folder in folders.items():
-        if not folder.is_dir():
-            raise UserError(f"{name} needs the output of '{needed}', and {folder} is not there: run `vismem {needed}`")
-    out = artifacts / name
-    partial = artifacts / f"{name}.partial"
-    identity = _identity(step, config, folders)
-    note = artifacts / f"{name}.partial.id"
-    if partial.is_dir() and not (note.is_file() and note.read_text() == identity):
-        shutil.rmtree(partial)  # what a killed run left behind was made from other inputs or parameters
-    partial.mkdir(parents=True, exist_ok=True)
-    note.write_text(identity)
-    line = (body or step.load())(config, folders, partial)
-    done, mark = artifacts / f"{name}.done", _mark(identity, partial) if if_needed else ""
-    done.unlink(missing_ok=True)  # before the output that it speaks of goes
-    old = artifacts / f"{name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)  # two renames rather than a deletion: killed in between, nothing is lost
-    partial.rename(out)
-    note.unlink()
-    if if_needed:
-        done.write_text(mark)
-    shutil.rmtree(old, ignore_errors=True)
+    ranks = join_ranks()
+    if is_rank() and name not in SHARED:
+        raise UserError(f"'{name}' runs in one process, not under torchrun. Shared: {', '.join(SHARED)}")
+    folders = input_folders(name, artifacts, inputs)
+    partial, note = artifacts / f"{name}.partial", artifacts / f"{name}.partial.id"
+    if ranks.is_main:
+        made_of = identity(name, config, folders)
+        if partial.is_dir() and not (note.is_file() and note.read_text() == made_of):
+            shutil.rmtree(partial)  # what a killed run left behind was made from other inputs or parameters
+        partial.mkdir(parents=True, exist_ok=True)
+        note.write_text(made_of)
+    ranks.wait()
+    line = BY_NAME[name].load()(config, folders, partial)
+    ranks.wait()
+    if ranks.is_main:
+        replace_folder(partial, artifacts / name)
+        note.unlink()
+    ranks.leave()
     return line
 
 
-def is_done(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> bool:
-    """Whether a run with `if_needed` made `artifacts/NAME` from these parameters and inputs, and it is still whole.
+def replace_folder(fresh: Path, out: Path) -> None:
+    """Put `fresh` in the place of `out`: by two renames rather than a deletion, so that a kill loses nothing."""
+    old = out.with_name(f"{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
-    The code is not compared: DVC does that.
-    """
+
+def input_folders(name: str, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> dict[str, Path]:
+    """The folder of each step that the step `name` reads. UserError where one is missing that is not optional."""
     step = BY_NAME[name]
-    folders = _folders(step, artifacts, inputs)
-    note = artifacts / f"{name}.done"
-    if not note.is_file() or not all(folder.is_dir() for folder in (artifacts / name, *folders.values())):
-        return False
-    return note.read_text() == _mark(_identity(step, config, folders), artifacts / name)
-
-
-def _folders(step: Step, artifacts: Path, inputs: Mapping[str, Path] | None) -> dict[str, Path]:
     folders = {needed: (inputs or {}).get(needed, artifacts / needed) for needed in step.inputs + step.optional}
-    return {name: folder for name, folder in folders.items() if name in step.inputs or folder.is_dir()}
+    for needed in step.inputs:
+        if not folders[needed].is_dir():
+            raise UserError(
+                f"{name} needs the output of '{needed}', and {folders[needed]} is not there: run `vismem {needed}`"
+            )
+    return {needed: folder for needed, folder in folders.items() if folder.is_dir()}
 
 
-def _mark(identity: str, output: Path) -> str:
-    """What was made of what."""
-    return f"{identity} {sha256_folder(output)}"
-
-
-def _identity(step: Step, config: Config, folders: Mapping[str, Path]) -> str:
+def identity(name: str, config: Config, folders: Mapping[str, Path]) -> str:
     """What a step's output is made of: its parameters and the content of its inputs, as one hash."""
     values = config.model_dump(mode="json", by_alias=True)
-    parts = [{section: values[section] for section in step.sections}]
+    parts = [{section: values[section] for section in BY_NAME[name].sections}]
     parts += [{needed: sha256_folder(folder)} for needed, folder in sorted(folders.items())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -38,7 +38,7 @@ def configure(
     Args:
         profile: A profile of deploy/profiles; empty for none.
         overrides: Anything that params.yaml may hold, as sections or dotted keys, such as {"stage1.steps": 30}.
-        training_backend: How stage I and II run: process, accelerate or trainer.
+        training_backend: How stage I and II run: process, torchrun or trainer.
         num_processes: Their processes per node.
         num_nodes: Their nodes.
         training_image: Image of the nodes that `trainer` starts; empty outside a cluster.

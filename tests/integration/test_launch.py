@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,11 @@ from vismem.cli import main
 from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.errors import UserError
-from vismem.launch import How, launch_step
+from vismem.launch import LaunchConfig, launch_step
 from vismem.launch import trainer as adapter
-from vismem.launch.desk import Job, local_desk, wait_for_unlocking
-from vismem.launch.worker import run
+from vismem.launch.torchrun import run_processes
 from vismem.params_file import render_params
+from vismem.ranks import join_ranks
 from vismem.steps import run_step
 from vismem.training.loop import shard_batch
 from vismem.training.rollout import GrpoObjective
@@ -44,14 +43,15 @@ STAGE: dict[str, Any] = {"steps": 3, "group_size": 4, "learning_rate": 1e-4}
 WARM = WarmStartConfig(steps=2, batch_size=4, learning_rate=1e-4, matrix_learning_rate=1e-4)
 STAGE1 = Stage1Config(**STAGE, warm_start=WARM)
 CONFIG = Config(memory=tiny.MEMORY, grpo=GRPO, stage1=STAGE1, stage2=Stage2Config(**STAGE))
-ACCELERATE, TRAINER = (How(backend, num_processes=2) for backend in ("accelerate", "trainer"))
+TORCHRUN, TRAINER = (LaunchConfig(backend, num_processes=2) for backend in ("torchrun", "trainer"))
 
 
 # A random model is never right. Answers score by their letters instead, also in processes that tests launch: Python
 # imports a module of this name when it starts.
 SCORES = """
 import os
-if "RANK" in os.environ:
+import sys
+if "RANK" in os.environ or "--multiprocessing-fork" in sys.orig_argv:
     import vismem.training.rewards
     vismem.training.rewards.score = lambda sample, text: float(sum(map(ord, text)) % 2)
 """
@@ -62,7 +62,7 @@ def _scores_differ(tmp_path_factory: pytest.TempPathFactory, scores_differ: None
     folder = tmp_path_factory.mktemp("scores")
     (folder / "sitecustomize.py").write_text(SCORES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""))))
         yield
 
 
@@ -135,10 +135,10 @@ def test_two_nodes_of_a_cluster_make_what_one_process_makes(
     shared, artifacts = tmp_path / "shared", tmp_path / "artifacts"
     shared.mkdir()
     monkeypatch.setattr(adapter, "POLL", 0.1)
-    how = How("trainer", num_nodes=2, image="vismem-train", shared=shared)
+    launch = LaunchConfig("trainer", num_nodes=2, image="vismem-train", shared=shared)
     with cluster(tmp_path) as (stand_in, kubeconfig):
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
-        launch_step("stage2", CONFIG, artifacts, one, how)
+        launch_step("stage2", CONFIG, artifacts, one, launch)
         assert len(stand_in.jobs) == 1
     assert_same("stage2", one["stage2"], artifacts / "stage2")
     assert list(shared.iterdir()) == []
@@ -174,55 +174,66 @@ def test_a_failing_process_makes_the_launch_fail_with_its_reason_and_no_output_a
 ) -> None:
     odd = CONFIG.model_copy(update={"grpo": GRPO.model_copy(update={"batch_size": 3})})
     with pytest.raises(UserError, match="stage1: a batch of 3 questions cannot be shared equally among 2 processes"):
-        launch_step("stage1", odd, tmp_path, one, ACCELERATE)
+        launch_step("stage1", odd, tmp_path, one, TORCHRUN)
     assert not (tmp_path / "stage1").exists()
 
 
 def test_a_step_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'prepare' runs in one process"):
-        launch_step("prepare", CONFIG, tmp_path, how=ACCELERATE)
+        launch_step("prepare", CONFIG, tmp_path, launch=TORCHRUN)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_shared_volume_a_cluster_is_not_asked(one: dict[str, Path], tmp_path: Path) -> None:
-    how = How("trainer", num_nodes=2, image="vismem-train", shared=tmp_path / "absent")
+    launch = LaunchConfig("trainer", num_nodes=2, image="vismem-train", shared=tmp_path / "absent")
     with pytest.raises(UserError, match="no shared volume at"):
-        launch_step("stage1", CONFIG, tmp_path, one, how)
+        launch_step("stage1", CONFIG, tmp_path, one, launch)
 
 
-def test_fewer_processes_than_were_asked_for_are_an_error(one: dict[str, Path], tmp_path: Path) -> None:
-    job = Job.of("stage1", CONFIG, {}, tmp_path, world_size=2)
-    with pytest.raises(UserError, match="2 processes were asked for, and 1 run together"):
-        run(job, tmp_path)
+def test_fewer_processes_than_were_started_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alone:
+        num_processes = 1
+
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: Alone())
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match="2 processes were started, and 1 run together"):
+        join_ranks()
 
 
-def test_processes_learn_of_their_launcher_s_death_however_it_dies() -> None:
-    program = "import vismem.launch.desk as d, time\nwith d.local_desk() as p: print(p, flush=True); time.sleep(60)"
-    launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert launcher.stdout is not None
-    desk = Path(launcher.stdout.readline().strip())
-    waiting = threading.Thread(target=wait_for_unlocking, args=(desk,), daemon=True)
-    waiting.start()
-    waiting.join(0.2)
-    assert waiting.is_alive()
-    launcher.kill()
-    launcher.wait()
-    waiting.join(10)
-    assert not waiting.is_alive()
-    launcher.stdout.close()
-    for file in desk.iterdir():
-        file.unlink()
-    desk.rmdir()
+def test_a_step_of_one_process_is_refused_under_torchrun(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'prepare' runs in one process, not under torchrun"):
+        run_processes(2, run_step, "prepare", CONFIG, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_launcher_that_is_done_unlocks_its_desk() -> None:
-    with local_desk() as desk:
-        waiting = threading.Thread(target=wait_for_unlocking, args=(desk,), daemon=True)
-        waiting.start()
-        waiting.join(0.1)
-        assert waiting.is_alive()
-    waiting.join(10)
-    assert not waiting.is_alive()
+def sleep_as_rank(folder: Path) -> str:
+    """Join the others, leave a file, and be as deaf to Ctrl-C as a process in native code."""
+    join_ranks()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (folder / str(os.getpid())).touch()
+    os.read(os.pipe()[0], 1)
+    return "never"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_their_launcher_however_it_dies(how: signal.Signals, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    program = tmp_path / "launcher.py"
+    program.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}\n"
+        "from pathlib import Path\nfrom test_launch import run_processes, sleep_as_rank\n"
+        f"if __name__ == '__main__': run_processes(2, sleep_as_rank, Path({str(here)!r}))"
+    )
+    launcher = subprocess.Popen([sys.executable, str(program)], stderr=subprocess.DEVNULL)
+    while len(list(here.iterdir())) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    ranks = [psutil.Process(int(file.name)) for file in here.iterdir()]
+    launcher.send_signal(how)
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    assert launcher.wait(60) != 0
 
 
 # --- how a batch is shared -------------------------------------------------------------------------------------------

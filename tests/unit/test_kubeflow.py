@@ -18,7 +18,7 @@ from vismem.errors import UserError
 from vismem.kubeflow import configure, launch_fields, run_task, write_confusion, write_summary
 from vismem.kubeflow.parameters import IDENTITY, TASKS, code_fingerprint, parameters_of, sources_fingerprint
 from vismem.kubeflow.results import describe, render_report
-from vismem.launch import How
+from vismem.launch import LaunchConfig
 from vismem.records import Release
 from vismem.steps import BY_NAME, STEPS
 
@@ -177,8 +177,8 @@ def test_a_change_of_code_changes_what_those_steps_are_cached_by_that_use_it(tmp
 
 def test_configure_returns_one_dictionary_per_task_and_then_how_training_is_launched(tmp_path: Path) -> None:
     page = tmp_path / "configure" / "resolved"
-    *given, launch = configure("smoke", {"seed": 5}, str(page), {"backend": "accelerate"}, gpus=2)
-    assert launch == {"backend": "accelerate"}
+    *given, launch = configure("smoke", {"seed": 5}, str(page), {"backend": "torchrun"}, gpus=2)
+    assert launch == {"backend": "torchrun"}
     assert given == [parameters_of(task, resolve("smoke", {"seed": 5, "preflight.gpus": 2})) for task in TASKS]
     assert load_config(page) == resolve("smoke", {"seed": 5, "preflight.gpus": 2})
 
@@ -192,7 +192,7 @@ def test_on_a_cluster_preflight_asks_for_mlflow_and_overrides_win_over_the_pods_
 
 def test_launch_fields_say_only_what_matters_to_the_back_end() -> None:
     assert launch_fields("process", 1, 1, "image") == {}
-    assert launch_fields("accelerate", 4, 1, "image") == {"backend": "accelerate", "num_processes": 4, "num_nodes": 1}
+    assert launch_fields("torchrun", 4, 1, "image") == {"backend": "torchrun", "num_processes": 4, "num_nodes": 1}
     fields = launch_fields("trainer", 8, 2, "image", "gpu", "4", "9Gi", [{"key": "a"}], {"zone": "b"})
     assert fields["resources"] == {"gpu": 8, "cpu": "4", "memory": "9Gi"}
     assert (fields["image"], fields["tolerations"], fields["node_selector"]) == ("image", [{"key": "a"}], {"zone": "b"})
@@ -202,9 +202,9 @@ def test_launch_fields_say_only_what_matters_to_the_back_end() -> None:
 
 def test_numbers_that_became_floats_on_their_way_are_whole_again() -> None:
     fields = launch_fields("trainer", 8, 2, "image", "gpu", tolerations=[{"tolerationSeconds": 60}])
-    how = How(**json.loads(json.dumps(fields), parse_int=float))
-    assert (repr(how.num_processes), repr(how.resources["gpu"])) == ("8", "8")
-    assert repr(how.tolerations) == "({'tolerationSeconds': 60},)"
+    launched = LaunchConfig(**json.loads(json.dumps(fields), parse_int=float))
+    assert (repr(launched.num_processes), repr(launched.resources["gpu"])) == ("8", "8")
+    assert repr(launched.tolerations) == "({'tolerationSeconds': 60},)"
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from manifests import (
     values,
 )
 
-from vismem.launch import How
+from vismem.launch import LaunchConfig
 
 OLDEST, NEWEST = "1.30.0", all_versions()[-1]  # the oldest that knows `preStop.sleep`
 TRAINER = "trainer.kubeflow.org/v1alpha1"
@@ -84,7 +84,7 @@ def test_the_pods_of_the_runtime_keep_to_the_schemas_of_kubernetes(version: str)
 
 
 def test_the_sdk_of_kubeflow_trainer_can_use_the_runtime() -> None:
-    manifest = named("multi-node", "TrainingRuntime", How().runtime)
+    manifest = named("multi-node", "TrainingRuntime", LaunchConfig().runtime)
     runtime = models.TrainerV1alpha1TrainingRuntime.from_dict(manifest)
     assert runtime is not None
     framework = runtime.metadata.labels["trainer.kubeflow.org/framework"]
@@ -95,9 +95,9 @@ def test_the_sdk_of_kubeflow_trainer_can_use_the_runtime() -> None:
 
 @overlays
 def test_everything_lies_in_the_namespace_and_no_name_occurs_twice(overlay: str) -> None:
-    assert named(overlay, "Namespace", How().namespace)
+    assert named(overlay, "Namespace", LaunchConfig().namespace)
     rest = [manifest for manifest in render(overlay) if manifest["kind"] not in CLUSTER_WIDE]
-    assert {manifest["metadata"].get("namespace") for manifest in rest} == {How().namespace}
+    assert {manifest["metadata"].get("namespace") for manifest in rest} == {LaunchConfig().namespace}
     names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in render(overlay)]
     assert len(names) == len(set(names))
 
@@ -226,7 +226,7 @@ def test_triton_keeps_serving_while_it_scales_down_or_a_node_is_drained(overlay:
 
 
 def test_training_on_several_nodes_finds_its_runtime_and_its_volume() -> None:
-    how = How()
+    how = LaunchConfig()
     assert named("multi-node", "TrainingRuntime", how.runtime)
     claim = named("multi-node", "PersistentVolumeClaim", how.claim)
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from vismem.errors import UserError
 from vismem.steps import STEPS, Step, run_step
 
 ROOT = Path(__file__).parents[2]
-SHARED = ("errors", "files", "progress", "provenance", "records", "steps")  # no change in what a step computes
+SHARED = ("errors", "files", "progress", "provenance", "ranks", "records", "steps")  # no change in what a step computes
 CONTRACT = ("vismem/__init__.py", "vismem/config/*.py", *(f"vismem/{name}.py" for name in SHARED))
 
 # --- steps for these tests, loaded by name as the real ones are -------------------------------------------------------
@@ -131,27 +130,6 @@ def test_inputs_may_lie_elsewhere(tmp_path: Path) -> None:
 
 def copying(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     return f"copied {(inputs['first'] / 'file.txt').read_text()}"
-
-
-@pytest.mark.usefixtures("tiny_steps")
-def test_a_step_run_if_needed_is_kept_until_its_parameters_inputs_or_output_change(tmp_path: Path) -> None:
-    steps.BY_NAME["first"] = Step("first", f"{__name__}:first", (), ("seed",))
-    replace("failing", "copying")
-
-    def kept(seed: int = 1) -> list[bool]:
-        lines = [run_step(name, Config(seed=seed), tmp_path, if_needed=True) for name in ("first", "failing")]
-        return ["kept" in line for line in lines]
-
-    assert kept() == [False, False]
-    assert kept() == [True, True]
-    assert kept(seed=2) == [False, False], "other parameters, and thus another input of the second"
-    assert tree(tmp_path / "first") == {"file.txt": "2"}
-    (tmp_path / "first" / "file.txt").write_text("damaged")
-    assert kept(seed=2) == [False, True], "made again as it was"
-    shutil.rmtree(tmp_path / "failing")
-    assert kept(seed=2) == [True, False]
-    run_step("first", Config(seed=2), tmp_path)
-    assert kept(seed=2) == [False, True], "an ordinary run leaves no note"
 
 
 # --- the list of steps and dvc.yaml -----------------------------------------------------------------------------------

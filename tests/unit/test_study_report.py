@@ -7,38 +7,29 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vismem.config import Config, parse_config
+from recipes.study.__main__ import main
+from recipes.study.figures import ORDER, Answers, compare, judge, score_table, study_figures, transfer_figures
+from recipes.study.page import render, table
+from recipes.study.plan import BASE, Settings, changed, parameters, plan, trained_half
+from recipes.study.report import training
+from vismem.config import Config, EasyVqaSource, ScenesSource, parse_config
 from vismem.data.sample import Capability
 from vismem.data.tasks import TASKS
-from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction
-from vismem.evaluation.study_figures import (
-    ORDER,
-    Claim,
-    Evaluation,
-    bar,
-    compare,
-    judge,
-    pool,
-    summarise_arms,
-    transfer,
-    yes_no_tasks,
-)
-from vismem.evaluation.study_page import render, table
-from vismem.evaluation.study_report import changed_parameters, training
-from vismem.study import plan, trained_half
 
-OPTIONS = {"resamples": 200}
+RESAMPLES = 200
 
 
-def evaluation(seed: int, rights: dict[str, str], tasks: str | None = None) -> Evaluation:
-    """One seed; "1101" is an arm's score on each item, `tasks` one letter an item ("y": answered yes or no)."""
-    count = len(rights["vanilla"])
-    answers = {
-        arm: [answer(i, int(r), (tasks or "c" * count)[i]) for i, r in enumerate(row)] for arm, row in rights.items()
-    }
-    seconds = {arm: 0.01 * (1 + place) * (1 + seed) for place, arm in enumerate(rights)}
-    return Evaluation(seed, summarise(answers, seconds, seed=seed, resamples=200), answers)
+def answers(rights: dict[str, str], tasks: str | None = None) -> Answers:
+    """One seed's; "1101" is an arm's score on each item, `tasks` one letter per item ("y": answered yes or no)."""
+    letters = tasks or "c" * len(rights["vanilla"])
+    return {arm: [answer(i, int(r), letters[i]) for i, r in enumerate(row)] for arm, row in rights.items()}
+
+
+def figures_of(*seeds: Answers) -> dict:
+    """The study's figures; the arms of seed s take 10, 20, 30 ... milliseconds per question, times 1 + s."""
+    seconds = {s: {arm: 0.01 * (1 + place) * (1 + s) for place, arm in enumerate(rows)} for s, rows in enumerate(seeds)}
+    return study_figures(dict(enumerate(seeds)), seconds, [], RESAMPLES)
 
 
 def answer(place: int, right: int, task: str) -> Prediction:
@@ -53,100 +44,76 @@ def answer(place: int, right: int, task: str) -> Prediction:
 
 ARMS = ("vanilla", "vismem", "short_only", "random_25", "random_100")
 TWO = (
-    evaluation(0, dict(zip(ARMS, ("1000", "1110", "1010", "1000", "0010"), strict=True))),
-    evaluation(1, dict(zip(ARMS, ("1100", "1110", "0110", "0110", "0000"), strict=True))),
+    answers(dict(zip(ARMS, ("1000", "1110", "1010", "1000", "0010"), strict=True))),
+    answers(dict(zip(ARMS, ("1100", "1110", "0110", "0110", "0000"), strict=True))),
 )
 
 
 def test_an_arm_has_its_mean_and_spread_over_seeds_and_its_gain_over_all_items() -> None:
-    figures = summarise_arms(TWO, **OPTIONS)
+    figures = figures_of(*TWO)
     vanilla, vismem = figures["arms"]["vanilla"], figures["arms"]["vismem"]
     assert vanilla["seeds"] == {0: 25.0, 1: 50.0}
     assert (vanilla["mean"], vismem["mean"], vismem["spread"]) == (37.5, 75.0, 0.0)
     assert vanilla["spread"] == pytest.approx(25 / math.sqrt(2))
     assert vanilla["gain"] is None
-    assert vismem["gain"]["delta"] == 37.5
-    assert vismem["gain"]["p"] == 0.25  # three items better, none worse: 2 / 2**3
-    assert [gain["delta"] for gain in vismem["gain_by_seed"].values()] == [50.0, 25.0]
-    assert figures["arms"]["short_only"]["gain"]["delta"] == 12.5
+    assert vismem["gain"]["pooled"]["delta"] == 37.5
+    assert vismem["gain"]["pooled"]["p"] == 0.25  # three items better, none worse: 2 / 2**3
+    assert [gain["delta"] for gain in vismem["gain"]["seeds"].values()] == [50.0, 25.0]
+    assert figures["arms"]["short_only"]["gain"]["pooled"]["delta"] == 12.5
     assert vismem["seconds"] == pytest.approx((0.02 + 0.04) / 2)
     assert vismem["overhead"] == pytest.approx([1.0, 1.0])
     assert figures["pooled"]["n"] == 8
+    assert figures["pooled"]["gain"]["overall"] == vismem["gain"]["pooled"], "one way to compute a gain"
 
 
 def test_one_seed_has_no_spread() -> None:
-    assert summarise_arms(TWO[:1], **OPTIONS)["arms"]["vismem"]["spread"] is None
-
-
-def test_pooled_items_keep_apart_what_seeds_call_by_the_same_name() -> None:
-    pooled = pool(TWO)
-    assert [row.id for row in pooled["vismem"]] == [f"{seed}/test-{place}" for seed in (0, 1) for place in range(4)]
-    assert [row.score for row in pooled["random_100"]] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert figures_of(TWO[0])["arms"]["vismem"]["spread"] is None
 
 
 def test_a_side_of_several_arms_is_their_mean_item_by_item() -> None:
-    claim = Claim("", ("vismem",), ("random_25", "random_100"))
-    assert compare(TWO[0].answers, claim, seed=0, **OPTIONS)["delta"] == 75 - (25 + 25) / 2
-    assert compare(TWO[1].answers, claim, seed=0, **OPTIONS)["delta"] == 75 - (50 + 0) / 2
-    same = Claim("", ("vismem", "vanilla"), ("vanilla", "vismem"))
-    assert compare(TWO[0].answers, same, seed=0, **OPTIONS) == {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+    scores = score_table(dict(enumerate(TWO)))
+    found = compare(scores, ["vismem"], ["random_25", "random_100"], RESAMPLES)
+    assert [row["delta"] for row in found["seeds"].values()] == [75 - (25 + 25) / 2, 75 - (50 + 0) / 2]
+    same = compare(scores, ["vismem", "vanilla"], ["vanilla", "vismem"], RESAMPLES)
+    assert same["pooled"] == {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
 
 
 def test_a_pooled_interval_is_that_of_paired_differences() -> None:
     """Arms that differ on every item by the same have no uncertainty, whatever their scores vary."""
-    one = evaluation(0, {"vanilla": "0" * 6, "vismem": "1" * 6})
-    two = evaluation(1, {"vanilla": "0" * 4, "vismem": "1" * 4})
-    assert summarise_arms([one, two], **OPTIONS)["arms"]["vismem"]["gain"]["ci95"] == [100.0, 100.0]
+    one, two = (answers({"vanilla": "0" * count, "vismem": "1" * count}) for count in (6, 4))
+    assert figures_of(one, two)["arms"]["vismem"]["gain"]["pooled"]["ci95"] == [100.0, 100.0]
 
 
 def test_a_claim_holds_in_the_seeds_whose_interval_is_above_0_and_missing_arms_leave_it_out() -> None:
-    for_it = evaluation(0, {"vanilla": "0" * 20, "vismem": "1" * 20})
-    unclear = evaluation(1, {"vanilla": "01" * 10, "vismem": "10" * 9 + "11"})
-    against_it = evaluation(2, {"vanilla": "1" * 20, "vismem": "0" * 20})
-    (judged,) = judge(ORDER, [for_it, unclear, against_it], **OPTIONS)
+    for_it = answers({"vanilla": "0" * 20, "vismem": "1" * 20})
+    unclear = answers({"vanilla": "01" * 10, "vismem": "10" * 9 + "11"})
+    against_it = answers({"vanilla": "1" * 20, "vismem": "0" * 20})
+    (judged,) = judge(ORDER, score_table({0: for_it, 1: unclear, 2: against_it}), RESAMPLES)
     assert judged["text"] == "VisMem is above vanilla"
     assert (judged["holds"], judged["reversed"]) == (1, 1)
     assert judged["pooled"]["delta"] == pytest.approx(5 / 3)
     assert [row["delta"] for row in judged["seeds"].values()] == [100.0, 5.0, -100.0]
 
 
-def test_the_bar_asks_for_eight_points_and_an_interval_above_0_in_every_seed() -> None:
-    def met(*evaluations: Evaluation) -> bool:
-        found = bar(summarise_arms(evaluations, **OPTIONS)["arms"])
-        assert found is not None
-        return bool(found["met"])
-
-    clear = evaluation(0, {"vanilla": "0" * 40, "vismem": "1" * 20 + "0" * 20})
-    unclear = evaluation(1, {"vanilla": "01" * 20, "vismem": "10" * 20})
-    small = evaluation(1, {"vanilla": "0" * 100, "vismem": "1" * 6 + "0" * 94})
-    assert met(clear, clear)
-    assert not met(clear, unclear), "a seed without an interval above 0"
-    assert not met(small), "6 points"
-    assert bar({"vanilla": {}}) is None
-
-
 def test_transfer_tells_the_tasks_trained_on_from_the_others() -> None:
-    moved = transfer(
-        [
-            evaluation(0, {"vanilla": "1010", "vismem": "1111", "sft_lora": "1100"}, "aabb"),
-            evaluation(1, {"vanilla": "0010", "vismem": "1011", "sft_lora": "1100"}, "aabb"),
-        ],
-        ["a"],
-        **OPTIONS,
-    )
-    assert moved["n"] == {"trained": 4, "untrained": 4}
+    rows = ("1010", "1111", "1100"), ("0010", "1011", "1100")
+    seeds = {
+        s: answers(dict(zip(("vanilla", "vismem", "sft_lora"), row, strict=True)), "aabb") for s, row in enumerate(rows)
+    }
+    moved = transfer_figures(seeds, ["a"], RESAMPLES)
     trained, untrained = moved["halves"]["trained"], moved["halves"]["untrained"]
-    assert [trained[arm]["score"] for arm in ("vanilla", "vismem", "sft_lora")] == [25.0, 75.0, 100.0]
-    assert [untrained[arm]["score"] for arm in ("vanilla", "vismem", "sft_lora")] == [50.0, 100.0, 0.0]
-    assert [row["delta"] for row in trained["vismem"]["gain_by_seed"].values()] == [50.0, 50.0]
-    assert (untrained["vismem"]["gain"]["delta"], untrained["sft_lora"]["gain"]["delta"]) == (50.0, -50.0)
-    (claim,) = moved["claims"]["untrained"]
+    assert (trained["n"], untrained["n"]) == (4, 4)
+    assert [trained["arms"][arm]["mean"] for arm in ("vanilla", "vismem", "sft_lora")] == [25.0, 75.0, 100.0]
+    assert [untrained["arms"][arm]["mean"] for arm in ("vanilla", "vismem", "sft_lora")] == [50.0, 100.0, 0.0]
+    assert [row["delta"] for row in trained["arms"]["vismem"]["gain"]["seeds"].values()] == [50.0, 50.0]
+    gains = [untrained["arms"][arm]["gain"]["pooled"]["delta"] for arm in ("vismem", "sft_lora")]
+    assert gains == [50.0, -50.0]
+    (claim,) = untrained["claims"]
     assert (claim["text"], claim["pooled"]["delta"], claim["holds"]) == ("VisMem is above SFT-LoRA", 100.0, 2)
 
 
 def test_a_task_is_yes_no_where_all_its_references_are() -> None:
-    mixed = [answer(0, 1, "y"), answer(1, 0, "y"), answer(2, 1, "c")]
-    assert yes_no_tasks(mixed) == ["y"]
+    assert figures_of(answers({"vanilla": "101", "vismem": "101"}, "yyc"))["yes_no_tasks"] == ["y"]
 
 
 def test_training_is_summed_over_steps_and_averaged_over_seeds_and_unknown_where_a_step_does_not_say(
@@ -166,21 +133,24 @@ def test_training_is_summed_over_steps_and_averaged_over_seeds_and_unknown_where
 
 def test_parameters_that_differ_from_the_defaults_are_named_in_full() -> None:
     config = parse_config({"seed": 4, "stage1": {"warm_start": {"steps": 5}}, "memory": {"queries": 8}})
-    assert changed_parameters(config) == {"seed": 4, "stage1.warm_start.steps": 5}
-    assert changed_parameters(Config()) == {}
+    default = parameters(Config(), Settings())
+    assert changed(default, parameters(config, Settings(seeds=1, jobs=7))) == {
+        "seed": (0, 4),
+        "stage1.warm_start.steps": (Config().stage1.warm_start.steps, 5),
+        "study.seeds": (3, 1),
+    }
+    assert changed(default, parameters(Config(), Settings())) == {}
 
 
 # --- the page ---
 
 
-def figures() -> dict:
-    moved = transfer([evaluation(0, {"vanilla": "1010", "vismem": "1111"}, "aabb")], ["a"], **OPTIONS)
-    summary = summarise_arms(TWO, **OPTIONS)
+def figures(*seeds: Answers) -> dict:
+    moved = transfer_figures({0: answers({"vanilla": "1010", "vismem": "1111"}, "aabb")}, ["a"], RESAMPLES)
     return {
-        "command": "vismem study", "machine": "a machine", "versions": {"python": "3"}, "commits": ["abc"],
+        "command": "python -m recipes.study", "machine": "a machine", "versions": {"python": "3"}, "commits": ["abc"],
         "wall_seconds": 3725.4, "jobs": {"seed-0/base": 10.0, "seed-1/base": 20.0}, "at_once": 2, "parameters": {},
-        "seeds": [0, 1], "items": {0: 4, 1: 4}, **summary, "bar": bar(summary["arms"]), "yes_no_tasks": [],
-        "claims": {"order": judge(ORDER, TWO, **OPTIONS), "content": [], "baselines": []},
+        "seeds": [0, 1], "items": {0: 4, 1: 4}, **figures_of(*(seeds or TWO)),
         "training": {
             "vismem": {
                 "train_seconds": 40.0, "train_samples": 1200.0, "train_rollouts": 0.0, "trainable_parameters": None,
@@ -208,18 +178,24 @@ def test_the_page_shows_the_figures_where_they_belong() -> None:
     costs = page[page.index("## What it costs") :]
     assert row(costs, "VisMem") == ["VisMem", "", "1,200", "0", "40", "30.0", "+100%"]
     moved = page[page.index("## Transfer") :]
-    assert row(moved, "VisMem")[1:3] == ["100.0", "+50.0 (+0.0 to +100.0)"]
+    assert row(moved, "VisMem") == ["VisMem", "100.0", "100.0", "+50.0 (+0.0 to +100.0)"]
     assert row(page, "base") == ["base", "2", "15"]
     assert "All parameters are the defaults." in page
 
 
-def test_a_claim_that_fails_is_said_to_fail() -> None:
+def test_a_claim_that_fails_is_reported_as_failed() -> None:
     held = figures()
     held["claims"]["order"][0] |= {"holds": 0, "reversed": 2}
-    held["bar"] = {"points": 8.0, "gain": 1.25, "seeds_above_0": 1, "seeds": 2, "met": False}
-    page = render(held, "study.png")
-    assert row(page, "VisMem is above vanilla")[1] == "0 of 2 seeds; the opposite in 2"
-    assert "+1.2 points, above 0 in 1 of 2 seeds; it is not met." in page
+    assert row(render(held, "study.png"), "VisMem is above vanilla")[1] == "0 of 2 seeds; the opposite in 2"
+
+
+def test_the_bar_is_eight_points_and_an_interval_above_0_in_every_seed() -> None:
+    clear = answers({"vanilla": "0" * 40, "vismem": "1" * 20 + "0" * 20})
+    unclear = answers({"vanilla": "01" * 20, "vismem": "10" * 20})
+    small = answers({"vanilla": "0" * 100, "vismem": "1" * 6 + "0" * 94})
+    assert "+50.0 points, above 0 in 2 of 2 seeds; it is met." in render(figures(clear, clear), "study.png")
+    assert "+25.0 points, above 0 in 1 of 2 seeds; it is not met." in render(figures(clear, unclear), "study.png")
+    assert "+6.0 points, above 0 in 2 of 2 seeds; it is not met." in render(figures(small, small), "study.png")
 
 
 def test_a_cell_cannot_break_its_table() -> None:
@@ -228,49 +204,61 @@ def test_a_cell_cannot_break_its_table() -> None:
 
 # --- the plan ---
 
-PLAN = parse_config(
-    {
-        "seed": 5,
-        "study": {
-            "seeds": 2,
-            "transfer_seeds": 1,
-            "arms": ["vanilla", "vismem", "sft_lora"],
-            "transfer_arms": ["vanilla", "vismem"],
-        },
-        "prepare": {"sources": [{"kind": "scenes"}, {"kind": "easy_vqa"}]},
-    }
+PLAN = parse_config({"seed": 5, "prepare": {"sources": [{"kind": "scenes"}, {"kind": "easy_vqa"}]}})
+TOY = Settings(
+    seeds=2, transfer_seeds=1, arms=("vanilla", "vismem", "sft_lora"), transfer_arms=("vanilla", "vismem"), base_steps=3
 )
 
 
 def test_the_plan_has_every_step_of_every_seed_and_transfer_shares_the_base(tmp_path: Path) -> None:
-    jobs = {job.name: job for job in plan(PLAN, tmp_path)}
+    jobs = {job.name: job for job in plan(PLAN, TOY, tmp_path)}
     steps = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "evaluate")
-    wanted = [f"seed-{seed}/{step}" for seed in (5, 6) for step in steps]
-    wanted += [f"transfer-5/{step}" for step in ("prepare", "validate", "stage1", "stage2", "evaluate")]
-    assert list(jobs) == wanted
+    wanted = {f"seed-{seed}/{step}" for seed in (5, 6) for step in (BASE, *steps)}
+    wanted |= {f"transfer-5/{step}" for step in steps if step != "sft_lora"}
+    assert set(jobs) == wanted
     assert jobs["seed-6/evaluate"].needs == tuple(f"seed-6/{n}" for n in ("base", "stage2", "validate", "sft_lora"))
-    assert jobs["transfer-5/stage1"].needs == ("seed-5/base", "transfer-5/validate")
+    assert jobs["transfer-5/base"].needs == (f"seed-5/{BASE}",)
     assert {name for name, job in jobs.items() if job.timed} == {name for name in jobs if name.endswith("/evaluate")}
-    assert (tmp_path / "transfer-5" / "base").readlink() == Path("../seed-5/base")
+
+
+def test_every_seed_trains_a_base_of_its_own_unless_another_is_named(tmp_path: Path) -> None:
+    (job,) = [job for job in plan(PLAN, TOY, tmp_path) if job.name == f"seed-6/{BASE}"]
+    base = str(tmp_path / "seed-6" / BASE)
+    wanted = ("-m", "recipes.tiny_vlm", "--seed", "6", "--out", base, "--steps", "3", "--vision-steps", "3")
+    assert job.command[1:] == wanted
+    assert read_params(tmp_path / "seed-6").base.model == base
+    named = PLAN.model_copy(update={"base": PLAN.base.model_copy(update={"model": "some/hub-id"})})
+    assert not [job for job in plan(named, TOY, tmp_path / "named") if job.name.endswith(BASE)]
+    assert read_params(tmp_path / "named" / "seed-6").base.model == "some/hub-id"
 
 
 def test_every_repetition_has_its_parameters_written_out(tmp_path: Path) -> None:
-
-    plan(PLAN, tmp_path)
-    six, moved = (
-        parse_config(yaml.safe_load((tmp_path / f / "params.yaml").read_text())) for f in ("seed-6", "transfer-5")
-    )
+    plan(PLAN, TOY, tmp_path)
+    six, moved = (read_params(tmp_path / name) for name in ("seed-6", "transfer-5"))
     assert (six.seed, six.evaluate.arms) == (6, ("vanilla", "vismem", "sft_lora"))
     assert six.prepare == PLAN.prepare
     (source,) = moved.prepare.sources
-    assert (source.train_tasks, source.tasks, source.pretrain) == (trained_half(), (), 0)  # type: ignore[union-attr]
+    assert isinstance(source, ScenesSource)
+    assert (source.train_tasks, source.tasks) == (trained_half(ScenesSource()), ())
     assert moved.evaluate.arms == ("vanilla", "vismem")
+    assert moved.base.model == str(tmp_path / "seed-5" / BASE)
 
 
 def test_both_halves_of_the_tasks_have_all_capabilities() -> None:
-    half = set(trained_half())
+    half = set(trained_half(ScenesSource()))
     for capability in Capability:
         inside = [task in half for task in TASKS if TASKS[task] == capability]
         assert inside.count(False) > 0
         assert inside.count(True) - inside.count(False) in (0, 1)
-    assert trained_half(("count", "chain", "exists")) == ("count", "chain", "exists")
+    assert trained_half(ScenesSource(tasks=("count", "chain", "exists"))) == ("count", "chain", "exists")
+    assert trained_half(EasyVqaSource()) == ()
+
+
+def test_an_unknown_arm_is_named_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--arms", "vanilla", "vismen", "--out", str(tmp_path / "study")]) == 1
+    assert "unknown arm 'vismen' (did you mean 'vismem'?)" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def read_params(folder: Path) -> Config:
+    return parse_config(yaml.safe_load((folder / "params.yaml").read_text()))

@@ -12,12 +12,13 @@ import pytest
 from cluster import Cluster, cluster
 from kubeflow_trainer_api import models
 
+from vismem.config import Config
 from vismem.errors import UserError
-from vismem.launch import How
+from vismem.launch import LaunchConfig
 from vismem.launch import trainer as adapter
 
 GPU = "nvidia.com/gpu"
-HOW = How(
+LAUNCH = LaunchConfig(
     "trainer",
     num_processes=8,
     num_nodes=2,
@@ -27,6 +28,7 @@ HOW = How(
     tolerations=({"key": GPU, "operator": "Exists", "effect": "NoSchedule"},),
     hours=2,
 )
+COMMAND = ["python", "-m", "torch.distributed.run", "-m", "vismem.cli", "stage1"]
 
 
 @pytest.fixture
@@ -54,8 +56,8 @@ def job(stand_in: Cluster, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The TrainJob as it was posted."""
     monkeypatch.setattr(stand_in, "create", lambda body: stand_in.jobs.setdefault(body["metadata"]["name"], body))
     client = adapter.TrainerClient(adapter.KubernetesBackendConfig(namespace="vismem"))
-    options = adapter._options("vismem-stage1-0", Path("/shared/vismem-stage1-0/desk"), HOW)
-    client.train(HOW.runtime, trainer=adapter._container(HOW), options=options)
+    options = adapter._options("vismem-stage1-0", COMMAND, LAUNCH)
+    client.train(LAUNCH.runtime, trainer=adapter._container(LAUNCH), options=options)
     return stand_in.jobs["vismem-stage1-0"]
 
 
@@ -68,10 +70,9 @@ def test_a_job_is_one_that_the_api_knows_to_the_last_field(job: dict[str, Any]) 
 
 def test_a_job_says_image_command_nodes_gpus_and_time(job: dict[str, Any]) -> None:
     spec, trainer = job["spec"], job["spec"]["trainer"]
-    assert trainer["image"] == HOW.image
+    assert trainer["image"] == LAUNCH.image
     assert trainer["numNodes"] == 2
-    command = "python -m torch.distributed.run --nproc-per-node 8 -m vismem.launch.worker /shared/vismem-stage1-0/desk"
-    assert trainer["command"] == command.split()
+    assert trainer["command"] == COMMAND
     wanted = {GPU: "8", "cpu": "16", "memory": "256Gi"}
     assert trainer["resourcesPerNode"] == {"limits": wanted, "requests": wanted}
     assert spec["activeDeadlineSeconds"] == 7200
@@ -101,7 +102,7 @@ def test_a_job_that_completes_has_its_log_shown_once_and_is_deleted(
     stand_in: Cluster, runs: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     runs("import time; print('step 1', flush=True); time.sleep(0.3); print('step 2')")
-    assert adapter.run_on_cluster("job", tmp_path, HOW) == (True, "step 1\nstep 2")
+    assert adapter.run_job("job", COMMAND, LAUNCH) == (True, ["step 1", "step 2"])
     shown = capfd.readouterr().err
     assert [shown.count(line) for line in ("step 1", "step 2")] == [1, 1]
     assert stand_in.pods == {}
@@ -109,7 +110,7 @@ def test_a_job_that_completes_has_its_log_shown_once_and_is_deleted(
 
 def test_a_job_of_which_one_node_fails_has_failed_and_is_deleted(stand_in: Cluster, runs: Any, tmp_path: Path) -> None:
     runs("import os, time; print('here'); os.environ['PET_NODE_RANK'] == '1' and os._exit(3); time.sleep(60)")
-    assert adapter.run_on_cluster("job", tmp_path, HOW)[0] is False
+    assert adapter.run_job("job", COMMAND, LAUNCH)[0] is False
     assert stand_in.pods == {}
 
 
@@ -122,14 +123,14 @@ def test_a_job_that_a_killed_launcher_left_is_joined_and_a_failed_one_replaced(
     client = adapter.TrainerClient(adapter.KubernetesBackendConfig(namespace="vismem"))
     for program, created in (("import time; time.sleep(0.5); print('left')", 0), ("raise SystemExit(1)", 1)):
         runs(program)
-        options = adapter._options("job", tmp_path, HOW)
-        client.train(HOW.runtime, trainer=adapter._container(HOW), options=options)
+        options = adapter._options("job", COMMAND, LAUNCH)
+        client.train(LAUNCH.runtime, trainer=adapter._container(LAUNCH), options=options)
         if created:
             for pod in stand_in.pods["job"]:
                 pod.wait()
             runs("print('new')")
         before = posts()
-        assert adapter.run_on_cluster("job", tmp_path, HOW) == (True, "new" if created else "left")
+        assert adapter.run_job("job", COMMAND, LAUNCH) == (True, ["new" if created else "left"])
         assert posts() - before == created
 
 
@@ -145,51 +146,53 @@ def test_a_launcher_that_is_told_to_end_deletes_its_job(
 
     monkeypatch.setattr(adapter, "_follow", told)
     with pytest.raises(SystemExit):
-        adapter.run_on_cluster("job", tmp_path, HOW)
+        adapter.run_job("job", COMMAND, LAUNCH)
     assert stand_in.pods == {}
 
 
 def test_a_cluster_without_the_runtime_is_named(stand_in: Cluster, tmp_path: Path) -> None:
     stand_in.runtime["metadata"]["name"] = "another"
     with pytest.raises(UserError, match=r"namespace vismem: Failed to get Runtime: vismem-torch .*\(Not Found\)"):
-        adapter.run_on_cluster("job", tmp_path, HOW)
+        adapter.run_job("job", COMMAND, LAUNCH)
 
 
 def test_whole_amounts_stay_whole_though_they_came_as_json() -> None:
-    asked = adapter._container(How("trainer", image="i", resources={GPU: 8.0, "cpu": "16", "memory": "1Gi"}))
+    asked = adapter._container(LaunchConfig("trainer", image="i", resources={GPU: 8.0, "cpu": "16", "memory": "1Gi"}))
     assert asked.resources_per_node == {GPU: "8", "cpu": "16", "memory": "1Gi"}
 
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_the_local_back_end_runs_its_processes_here_and_tells_success_from_failure(
-    status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "status").write_text(str(status))
-    monkeypatch.setattr(adapter, "_work", _told_to_end)
-    succeeded, log = adapter.run_locally(tmp_path, 2)
-    assert succeeded == (status == 0)
-    said = {"rank 0 of 2", "rank 1 of 2"} & set(log.splitlines())
-    assert len(said) == 2 or not succeeded, "one that fails may be quicker than the other's word"
+    monkeypatch.setattr(adapter, "_run_cli", _exit_as_told)
+    monkeypatch.setattr(adapter, "step_arguments", lambda *_: [str(status)])
+    launch = LaunchConfig("trainer", num_processes=2)
+    if status:
+        with pytest.raises(UserError, match=r"exitcode +: 3"):
+            adapter.run_locally(launch, "stage1", Config(), tmp_path, None)
+        return
+    assert adapter.run_locally(launch, "stage1", Config(), tmp_path, None) == "stage1: done"
+    assert {"rank 0 of 2", "rank 1 of 2"} <= set(capfd.readouterr().out.splitlines())
 
 
-def _told_to_end(parameters: dict[str, str]) -> None:
+def _exit_as_told(parameters: dict[str, list[str]]) -> None:
     import os
-    from pathlib import Path
 
     os.write(1, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n".encode())
-    os._exit(int((Path(parameters["desk"]) / "status").read_text()))
+    os._exit(int(parameters["arguments"][0]))
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("launch", "reason"),
     [
         ({"backend": "ray"}, "backend 'ray' is not known"),
         ({"num_processes": 2}, "backend 'process' is one process"),
-        ({"backend": "accelerate", "num_nodes": 2}, "2 nodes need backend 'trainer' and an image"),
-        ({"backend": "trainer", "num_processes": 0}, "1 at least"),
+        ({"backend": "torchrun", "num_nodes": 2}, "2 nodes need backend 'trainer' and an image"),
+        ({"backend": "trainer", "num_processes": 0}, "the minimum is 1"),
         ({"backend": "trainer", "resources": {"memory": "1Gi"}}, "do not say how many 'cpu'"),
     ],
 )
-def test_what_cannot_be_launched_is_refused_with_the_reason(how: dict[str, Any], reason: str) -> None:
+def test_what_cannot_be_launched_is_refused_with_the_reason(launch: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        How(**how)
+        LaunchConfig(**launch)

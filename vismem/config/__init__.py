@@ -23,7 +23,6 @@ from vismem.config.release import (
     ExportConfig,
     GateConfig,
     RegistryConfig,
-    StudyConfig,
 )
 from vismem.config.resolve import resolve
 from vismem.config.root import PROFILE_FOLDER, Config, load_config, load_params, merge, parse_config
@@ -65,7 +64,6 @@ __all__ = [
     "Source",
     "Stage1Config",
     "Stage2Config",
-    "StudyConfig",
     "SupervisedConfig",
     "ValidateConfig",
     "WarmStartConfig",

@@ -1,4 +1,4 @@
-"""Evaluation, export, gate, registry and serving, and the study."""
+"""Evaluation, export, gate, registry and serving."""
 
 from typing import Literal
 
@@ -65,21 +65,3 @@ class DeployConfig(Section):
     grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC port of `vismem serve`; 0: any free one")
     http_port: int = Field(8000, ge=0, le=65535, description="HTTP port")
     metrics_port: int = Field(8002, ge=0, le=65535, description="Prometheus port")
-
-
-class StudyConfig(Section):
-    """`vismem study`: the method against its baselines and ablations, repeated with several seeds."""
-
-    seeds: int = Field(3, ge=1, description="repetitions, with the seeds `seed`, `seed` + 1 and so on")
-    arms: tuple[str, ...] = Field(
-        (
-            "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_75", "random_100",
-            "relook", "noise", "shuffled", "swapped", "sft_lora", "grpo_lora",
-        ),
-        description="arms that answer the test split; those named like a baseline are also trained",
-    )  # fmt: skip
-    transfer_seeds: int = Field(2, ge=0, description="repetitions that also train on half of the tasks; 0: none")
-    transfer_arms: tuple[str, ...] = Field(
-        ("vanilla", "vismem", "sft_lora"), description="arms of that; vanilla is VisMem with memory off"
-    )
-    jobs: int = Field(2, ge=1, description="steps that run at a time, one thread each")

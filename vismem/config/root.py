@@ -16,7 +16,6 @@ from vismem.config.release import (
     ExportConfig,
     GateConfig,
     RegistryConfig,
-    StudyConfig,
 )
 from vismem.config.section import Section
 from vismem.config.training import BaselinesConfig, GrpoConfig, Stage1Config, Stage2Config
@@ -44,7 +43,6 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
     deploy: DeployConfig = DeployConfig()
-    study: StudyConfig = StudyConfig()
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 

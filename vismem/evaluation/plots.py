@@ -31,11 +31,11 @@ def score_plot(metrics: Metrics) -> bytes:
     for axes, name in zip(panels, groups, strict=True):
         axes.axvline(metrics.arms[VANILLA][name], color=GREY, linewidth=1, linestyle="--")
         for y, arm in enumerate(arms):
-            _dot(axes, metrics.arms[arm][name], y, arm, metrics.intervals[arm][name])
+            draw_dot(axes, metrics.arms[arm][name], y, arm, metrics.intervals[arm][name])
         axes.set_title(f"{name}\nn = {metrics.counts.get(name, metrics.n)}", fontsize="medium")
-        _rows(axes, [label(arm) for arm in arms])
+        name_rows(axes, [label(arm) for arm in arms])
     figure.supxlabel("score (%)", fontsize="medium")
-    return _png(figure)
+    return to_png(figure)
 
 
 def task_plot(metrics: Metrics) -> bytes:
@@ -48,12 +48,12 @@ def task_plot(metrics: Metrics) -> bytes:
             axes.hlines(y, task.arms[VANILLA], task.arms[VISMEM], color="#C8C8C8", linewidth=3)
         for arm in (VANILLA, VISMEM):
             if arm in task.arms:
-                _dot(axes, task.arms[arm], y, arm, name="" if y else label(arm))
-    _rows(axes, [f"{name.replace('_', ' ')}  (n = {task.n})" for name, task in tasks.items()])
+                draw_dot(axes, task.arms[arm], y, arm, name="" if y else label(arm))
+    name_rows(axes, [f"{name.replace('_', ' ')}  (n = {task.n})" for name, task in tasks.items()])
     axes.set_xlim(-2, 102)
     axes.set_xlabel("score (%)")
     figure.legend(frameon=False, ncols=2, loc="outside upper center", handletextpad=0.3)
-    return _png(figure)
+    return to_png(figure)
 
 
 def invocation_plot(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction]) -> bytes:
@@ -67,7 +67,7 @@ def invocation_plot(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction
         shares = position_counts(answers, kind) / max(len(answers), 1)
         name = f"{kind.value}-term memory"
         right.bar(middles + side * width, shares, width, color=KIND_COLOURS[kind], label=name)
-    _rows(left, [task.replace("_", " ") for task in tasks])
+    name_rows(left, [task.replace("_", " ") for task in tasks])
     left.set_xlim(left=0)
     left.set_xlabel("invocations an answer")
     _clean(right)
@@ -76,7 +76,7 @@ def invocation_plot(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction
     right.set_xlabel("place in the answer (0 its start, 1 its end)")
     right.set_ylabel("invocations an answer")
     figure.legend(frameon=False, ncols=2, loc="outside upper center")
-    return _png(figure)
+    return to_png(figure)
 
 
 def gain_plot(arms: Mapping[str, Any]) -> bytes:
@@ -90,11 +90,11 @@ def gain_plot(arms: Mapping[str, Any]) -> bytes:
     axes.axvline(0, color=GREY, linewidth=1)
     for y, arm in enumerate(names):
         gain, by_seed = arms[arm]["gain"], arms[arm]["gain_by_seed"].values()
-        _dot(axes, gain["delta"], y, arm, gain["ci95"])
+        draw_dot(axes, gain["delta"], y, arm, gain["ci95"])
         axes.scatter([seed["delta"] for seed in by_seed], [y + 0.28] * len(by_seed), s=7, color="#000000", zorder=4)
-    _rows(axes, [label(arm) for arm in names])
+    name_rows(axes, [label(arm) for arm in names])
     axes.set_xlabel("points over vanilla, with the 95 % interval; small dots: single seeds")
-    return _png(figure)
+    return to_png(figure)
 
 
 def position_counts(answers: Sequence[Prediction], kind: MemoryKind) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
@@ -134,7 +134,7 @@ def _groups(metrics: Metrics) -> list[str]:
     return [OVERALL, *(name for name in CAPABILITIES if name in metrics.counts)]
 
 
-def _dot(axes: Axes, x: float, y: int, arm: str, interval: Sequence[float] = (), name: str = "") -> None:
+def draw_dot(axes: Axes, x: float, y: int, arm: str, interval: Sequence[float] = (), name: str = "") -> None:
     """An arm's figure in row `y`: VisMem's blue, vanilla's a ring, any other's grey; `interval` is (low, high)."""
     colour = BLUE if arm == VISMEM else GREY
     if interval:
@@ -143,7 +143,7 @@ def _dot(axes: Axes, x: float, y: int, arm: str, interval: Sequence[float] = (),
     axes.scatter(x, y, s=44, facecolors=inside, edgecolors=colour, linewidths=1.8, zorder=3, label=name or None)
 
 
-def _rows(axes: Axes, names: Sequence[str]) -> None:
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Name the rows of a chart, the first on top."""
     _clean(axes)
     axes.set_yticks(range(len(names)), names)
@@ -157,7 +157,8 @@ def _clean(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG, the same bytes for the same figure."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return file.getvalue()

@@ -9,10 +9,13 @@ from vismem.config import parse_config
 from vismem.files import write_json, write_text
 from vismem.kubeflow.parameters import IDENTITY
 from vismem.kubeflow.results import describe, render_report
-from vismem.launch import How, launch_step
+from vismem.launch import LaunchConfig, launch_step
 
 WORK = "VISMEM_WORK"
-SHARED_CLAIM, SHARED_FOLDER = How().claim, str(How().shared)  # the volume of deploy/kubernetes/overlays/multi-node
+SHARED_CLAIM, SHARED_FOLDER = (
+    LaunchConfig().claim,
+    str(LaunchConfig().shared),
+)  # the volume of deploy/kubernetes/overlays/multi-node
 
 
 class Artifact(Protocol):
@@ -46,7 +49,7 @@ def run_task(
     config = parse_config({key: value for key, value in parameters.items() if key != IDENTITY}, f"parameters of {name}")
     folders = {step: Path(artifact.path) for step, artifact in (inputs or {}).items()}
     work = Path(os.environ[WORK]) / parameters[IDENTITY]["code"][:12] if os.environ.get(WORK) else None
-    print(launch_step(name, config, folder.parent, folders, How(**(launch or {})), work))
+    print(launch_step(name, config, folder.parent, folders, LaunchConfig(**(launch or {})), work))
     metadata, figures = describe(name, folder)
     out.metadata.update(metadata)
     if metrics is not None:
@@ -75,7 +78,7 @@ def launch_fields(
     tolerations: Sequence[Mapping[str, Any]] = (),
     node_selector: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The fields of `vismem.launch.How` that matter to this back end, as plain values; UserError as from `How`.
+    """The fields of `vismem.launch.LaunchConfig` that matter to this back end, as plain values. UserError as from that.
 
     A node of `trainer` gets `cpu` cores, `memory` and a GPU per process. Empty for a single process, so that a cache of
     tasks does not depend on settings without effect.
@@ -86,5 +89,5 @@ def launch_fields(
         fields["resources"] = {gpu_type: num_processes, "cpu": cpu, "memory": memory}
         fields["tolerations"] = [dict(item) for item in tolerations]
         fields["node_selector"] = dict(node_selector or {})
-    How(**fields)
+    LaunchConfig(**fields)
     return {} if backend == "process" else fields

@@ -10,7 +10,8 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file, verify_manifest
 from vismem.records import Metrics, ParityReport, Record, Validation, Verdict
-from vismem.registry.tracking import Store, Version, environment, plain_faults
+from vismem.registry.tracking import Store, Version, plain_faults
+from vismem.services import environment
 
 R = TypeVar("R", bound=Record)
 

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
+from vismem.services import environment
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a dead server is reported in seconds, not minutes
@@ -192,21 +193,6 @@ def _as_default(uri: str) -> Iterator[None]:
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # set_tracking_uri writes it, and open_store lets it win
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables within the block: MLflow reads most of its settings at each call."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _version(item: Any) -> Version:

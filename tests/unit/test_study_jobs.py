@@ -1,4 +1,4 @@
-"""Running jobs: their order, what a second run skips, what a failure says, and what a kill leaves."""
+"""The study's jobs: their order, what a second run skips, what a failure reports, and what a kill leaves."""
 
 import errno
 import io
@@ -7,24 +7,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from recipes.study.jobs import Job, busy_seconds, read_records
+from recipes.study.jobs import run_jobs as run_with_lock
 from vismem.errors import UserError
-from vismem.jobs import Job, busy_seconds, read_records, run_jobs
 from vismem.locks import lock_folder
 
+ROOT = Path(__file__).parents[2]
 QUIET = Console(file=io.StringIO())
 
 
+def run_jobs(jobs: Sequence[Job], folder: Path, at_once: int, console: Console = QUIET) -> None:
+    with lock_folder(folder) as lock:
+        run_with_lock(jobs, folder, lock, at_once, console)
+
+
 def shell(folder: Path, name: str, script: str = "", *needs: str, timed: bool = False) -> Job:
-    """A job that notes its start and end in `folder/trace`, and is done when its file is there."""
-    command = f"echo '+{name}' >> trace; {script or 'sleep 0.05'} && touch {name} && echo '-{name}' >> trace"
-    done: Callable[[], bool] = (folder / name).is_file
-    return Job(name, ("sh", "-c", f"cd '{folder}' && {command}"), needs, timed, done)
+    """A job that notes its start and end in `folder/trace`, and makes its folder at the end."""
+    command = f"echo '+{name}' >> trace; {script or 'sleep 0.05'} && echo '-{name}' >> trace && mkdir {name}"
+    return Job(name, ("sh", "-c", f"cd '{folder}' && {command}"), needs, timed)
 
 
 def trace(folder: Path) -> list[str]:
@@ -33,22 +39,22 @@ def trace(folder: Path) -> list[str]:
 
 def test_a_job_starts_when_what_it_needs_is_done(tmp_path: Path) -> None:
     jobs = [shell(tmp_path, "c", "", "a", "b"), shell(tmp_path, "b", "", "a"), shell(tmp_path, "a")]
-    run_jobs(jobs, tmp_path, 2, QUIET)
+    run_jobs(jobs, tmp_path, 2)
     assert trace(tmp_path) == ["+a", "-a", "+b", "-b", "+c", "-c"]
 
 
 def test_at_most_so_many_jobs_run_at_once(tmp_path: Path) -> None:
-    def most(at_once: int) -> int:
+    def max_running(at_once: int) -> int:
         folder = tmp_path / str(at_once)
         folder.mkdir()
-        run_jobs([shell(folder, name, "sleep 0.3") for name in "abc"], folder, at_once, QUIET)
+        run_jobs([shell(folder, name, "sleep 0.3") for name in "abc"], folder, at_once)
         counts, running = [], 0
         for line in trace(folder):
             running += 1 if line.startswith("+") else -1
             counts.append(running)
         return max(counts)
 
-    assert [most(1), most(2)] == [1, 2]
+    assert [max_running(1), max_running(2)] == [1, 2]
 
 
 def test_timed_jobs_wait_until_no_other_is_left(tmp_path: Path) -> None:
@@ -58,29 +64,17 @@ def test_timed_jobs_wait_until_no_other_is_left(tmp_path: Path) -> None:
         shell(tmp_path, "b", "sleep 0.3"),
         shell(tmp_path, "c", "", "b"),
     ]
-    run_jobs(jobs, tmp_path, 2, QUIET)
+    run_jobs(jobs, tmp_path, 2)
     assert trace(tmp_path)[-2:] == ["+timed", "-timed"]
 
 
 def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
     jobs = [shell(tmp_path, "a"), shell(tmp_path, "b", "", "a")]
-    run_jobs(jobs, tmp_path, 1, QUIET)
-    (tmp_path / "b").unlink()
-    run_jobs(jobs, tmp_path, 1, QUIET)
-    run_jobs(jobs, tmp_path, 1, QUIET)
+    run_jobs(jobs, tmp_path, 1)
+    (tmp_path / "b").rmdir()
+    run_jobs(jobs, tmp_path, 1)
+    run_jobs(jobs, tmp_path, 1)
     assert trace(tmp_path) == ["+a", "-a", "+b", "-b", "+b", "-b"]
-
-
-def test_whether_a_job_is_done_is_asked_after_what_it_needs(tmp_path: Path) -> None:
-    def fresh() -> bool:  # as a step whose input was made anew
-        return (tmp_path / "b").is_file() and (tmp_path / "b").stat().st_mtime > (tmp_path / "a").stat().st_mtime
-
-    b = shell(tmp_path, "b", "", "a")
-    jobs = [shell(tmp_path, "a"), Job(b.name, b.command, b.needs, is_done=fresh)]
-    run_jobs(jobs, tmp_path, 1, QUIET)
-    (tmp_path / "a").unlink()
-    run_jobs(jobs, tmp_path, 1, QUIET)
-    assert trace(tmp_path) == ["+a", "-a", "+b", "-b"] * 2
 
 
 def test_a_failing_job_stops_the_others_and_says_why_and_where_its_log_is(tmp_path: Path) -> None:
@@ -91,40 +85,42 @@ def test_a_failing_job_stops_the_others_and_says_why_and_where_its_log_is(tmp_pa
         shell(tmp_path, "never", "", "bad"),
     ]
     console = Console(file=io.StringIO())
-    started = time.monotonic()
-    with pytest.raises(UserError, match=r"bad ended with status 3: no luck today \(log: .*bad\.log\)"):
+    with pytest.raises(UserError, match=r"bad exited with status 3: no luck today \(log: .*bad\.log\)"):
         run_jobs(jobs, tmp_path, 2, console)
-    assert time.monotonic() - started < 30, "the long job was stopped"
+    assert not (tmp_path / "long").exists(), "the long job was stopped"
     assert "working" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert (tmp_path / "first").is_file()
+    assert (tmp_path / "first").is_dir()
     assert not (tmp_path / "never").exists()
     assert (tmp_path / "logs" / "bad.log").read_text() == "working\nno luck today\n"
-    again = [Job("bad", ("touch", str(tmp_path / "bad")), ("first",)), *jobs[:1], *jobs[3:]]
-    run_jobs(again, tmp_path, 2, QUIET)
+    again = [Job("bad", ("mkdir", str(tmp_path / "bad")), ("first",)), *jobs[:1], *jobs[3:]]
+    run_jobs(again, tmp_path, 2)
     assert trace(tmp_path).count("+first") == 1
 
 
-def test_a_killed_job_is_told_by_its_signal(tmp_path: Path) -> None:
+def test_a_killed_job_is_reported_with_its_signal(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was killed by signal 9"):
-        run_jobs([Job("a", ("sh", "-c", "kill -9 $$"))], tmp_path, 1, QUIET)
+        run_jobs([Job("a", ("sh", "-c", "kill -9 $$"))], tmp_path, 1)
 
 
-def test_a_job_that_needs_what_none_makes_is_an_error_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a need what no job makes"):
-        run_jobs([shell(tmp_path, "a", "", "b")], tmp_path, 1, QUIET)
+def test_a_job_that_needs_what_no_job_makes_is_a_programming_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a: no job makes what they need"):
+        run_jobs([shell(tmp_path, "a", "", "b")], tmp_path, 1)
 
 
 def test_steps_get_one_thread_each(tmp_path: Path) -> None:
-    run_jobs([Job("a", ("sh", "-c", "echo $OMP_NUM_THREADS $OMP_WAIT_POLICY"))], tmp_path, 1, QUIET)
+    run_jobs([shell(tmp_path, "a", "echo $OMP_NUM_THREADS $OMP_WAIT_POLICY")], tmp_path, 1)
     assert (tmp_path / "logs" / "a.log").read_text() == "1 passive\n"
 
 
 def test_a_second_run_is_kept_away_while_a_step_of_a_killed_one_works(tmp_path: Path) -> None:
     program = (
-        "import sys, io; from pathlib import Path; from rich.console import Console; from vismem.jobs import *\n"
-        "run_jobs([Job('a', ('sh', '-c', 'echo $$; exec sleep 60'))], Path(sys.argv[1]), 1, Console(quiet=True))"
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from recipes.study.jobs import Job, run_jobs; from vismem.locks import lock_folder\n"
+        "job = Job('a', ('sh', '-c', 'echo $$; exec sleep 60'))\n"
+        "with lock_folder(Path(sys.argv[1])) as lock:\n"
+        "    run_jobs([job], Path(sys.argv[1]), lock, 1, Console(quiet=True))"
     )
-    runner = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    runner = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
     log = tmp_path / "logs" / "a.log"
     until = time.monotonic() + 60
     while not (log.is_file() and log.read_text()) and time.monotonic() < until:
@@ -134,12 +130,12 @@ def test_a_second_run_is_kept_away_while_a_step_of_a_killed_one_works(tmp_path: 
     step = int(log.read_text())
     try:
         with pytest.raises(UserError, match="is in use: another run works there, or a step of one that was killed"):
-            run_jobs([shell(tmp_path, "b")], tmp_path, 1, QUIET)
+            run_jobs([shell(tmp_path, "b")], tmp_path, 1)
     finally:
         subprocess.run(["kill", f"-{signal.SIGKILL}", str(step)], check=True)
     for _ in range(100):  # the kernel takes a moment
         try:
-            run_jobs([shell(tmp_path, "b")], tmp_path, 1, QUIET)
+            run_jobs([shell(tmp_path, "b")], tmp_path, 1)
             break
         except UserError:
             time.sleep(0.05)
@@ -170,16 +166,16 @@ def test_a_file_system_without_locks_is_named_and_no_hindrance(
         assert "without locks" in capsys.readouterr().err
 
 
-def test_records_keep_the_last_run_of_each_job_and_survive_a_cut_line(tmp_path: Path) -> None:
+def test_records_keep_the_last_run_of_each_job_and_survive_a_truncated_line(tmp_path: Path) -> None:
     rows = [
         {"job": "a", "started": 0, "seconds": 1, "commit": "x"},
         {"job": "a", "started": 5, "seconds": 2, "commit": "y"},
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"job": "b", "sta')
-    assert read_records(tmp_path) == {"a": {"started": 5, "seconds": 2, "commit": "y"}}
+    assert read_records(tmp_path) == {"a": {"job": "a", "started": 5, "seconds": 2, "commit": "y"}}
 
 
-def test_busy_seconds_count_overlaps_once_and_pauses_never() -> None:
+def test_busy_seconds_count_overlaps_once_and_no_pauses() -> None:
     spans = [(100, 10), (105, 10), (106, 2), (109, 8), (1000, 5)]
     assert busy_seconds([{"started": start, "seconds": seconds} for start, seconds in spans]) == 22
     assert busy_seconds([]) == 0

@@ -1,0 +1,73 @@
+"""`python -m recipes.study`: run the study, or resume it; the report is written at the end. Run in the project's root.
+
+The folder keeps the parameters that it was started with; what is finished there is never made again.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from recipes.study.jobs import run_jobs
+from recipes.study.plan import Settings, changed, parameters, plan
+from recipes.study.report import write_report
+from vismem.config import Config, load_config
+from vismem.errors import UserError
+from vismem.evaluation.arms import resolve_arms
+from vismem.files import read_json, write_json
+from vismem.locks import lock_folder
+from vismem.services import exit_on_sigterm
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.study", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameters (default: %(default)s)")
+    parser.add_argument("--profile", help="a profile of deploy/profiles/")
+    parser.add_argument("--out", type=Path, help="the study's folder (default: runs/study, or runs/study-PROFILE)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file that gets a copy of the report")
+    for name, field in Settings.model_fields.items():
+        kind: dict[str, Any] = {"nargs": "+"} if isinstance(field.default, tuple) else {"type": int}
+        about = f"{field.description} (default: {field.default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=about, **kind)
+    given = parser.parse_args(argv)
+    named = f" --profile {given.profile}" if given.profile else ""
+    folder = given.out or Path(f"runs/study-{given.profile}" if given.profile else "runs/study")
+    try:
+        settings = Settings(**{name: getattr(given, name) for name in Settings.model_fields})
+        resolve_arms(settings.arms)
+        resolve_arms(settings.transfer_arms)
+        config = load_config(given.params, given.profile)
+        with exit_on_sigterm():  # which also stops the running steps
+            print(study(config, settings, folder, f"python -m recipes.study{named}", given.write))
+    except (UserError, OSError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("study: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def study(config: Config, settings: Settings, folder: Path, command: str, write: Path | None = None) -> str:
+    """Run the jobs that are missing in `folder` and write the report; return the result in a sentence.
+
+    `command` is named in the report. UserError where a job fails, or `folder` was started with other parameters.
+    """
+    with lock_folder(folder) as lock:
+        file, wanted = folder / "parameters.json", parameters(config, settings)
+        if not file.is_file():
+            write_json(file, wanted)
+        if differing := changed(read_json(file), wanted):
+            listed = "; ".join(f"{name} was {before}, is {now}" for name, (before, now) in differing.items())
+            raise UserError(f"{folder} was started with other parameters ({listed}): name another folder with --out")
+        jobs = plan(config, settings, folder)
+        run_jobs(jobs, folder, lock, settings.jobs, Console(stderr=True))
+        return write_report(config, settings, jobs, folder, command, write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

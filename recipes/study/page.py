@@ -1,0 +1,170 @@
+"""The study's figures as a Markdown page and a plot. Every sentence that claims something is computed from them."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from vismem.evaluation import plots
+from vismem.evaluation.arms import VANILLA, VISMEM, label
+from vismem.evaluation.metrics import CAPABILITIES
+from vismem.evaluation.summary import change
+from vismem.records import Difference
+from vismem.steps import BASELINES
+
+Values = Mapping[str, Any]
+
+COSTS = {
+    "trainable_parameters": "parameters trained",
+    "train_samples": "questions trained on",
+    "train_rollouts": "answers sampled",
+    "train_seconds": "training seconds",
+}  # of a training step's metrics.json
+KINDS = {"without": "all but yes/no", "only": "yes/no only"}
+MEMORYLESS = (VANILLA, *(step.name for step in BASELINES))
+SHOWN_BY_TASK = (VANILLA, VISMEM, "short_only", "long_only", "sft_lora", "grpo_lora", "full")
+
+
+def headline(figures: Values) -> str:
+    """The result in one sentence, of what was run."""
+    arms, count = figures["arms"], len(figures["seeds"])
+    asked = f"of {sum(figures['items'].values())} test questions ({count} seed{'s' if count > 1 else ''})"
+    if VISMEM not in arms:
+        return f"Vanilla answers {arms[VANILLA]['mean']:.1f} % {asked} correctly."
+    gain = change(Difference(**arms[VISMEM]["gain"]["pooled"]))
+    return (
+        f"VisMem answers {arms[VISMEM]['mean']:.1f} % {asked} correctly, vanilla {arms[VANILLA]['mean']:.1f} %: {gain}."
+    )
+
+
+def gain_plot(arms: Values) -> bytes:
+    """Every arm's gain over vanilla with the pooled 95 % interval, as PNG; the small dots are single seeds."""
+    gains = {arm: row["gain"] for arm, row in arms.items() if arm != VANILLA}
+    figure = Figure(figsize=(7.2, 1.0 + 0.27 * len(gains)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color=plots.GREY, linewidth=1)
+    for y, (arm, gain) in enumerate(gains.items()):
+        plots.draw_dot(axes, gain["pooled"]["delta"], y, arm, gain["pooled"]["ci95"])
+        deltas = [seed["delta"] for seed in gain["seeds"].values()]
+        axes.scatter(deltas, [y + 0.28] * len(deltas), s=7, color="#000000", zorder=4)
+    plots.name_rows(axes, [label(arm) for arm in gains])
+    axes.set_xlabel("points over vanilla, with the 95 % interval; small dots: single seeds")
+    return plots.to_png(figure)
+
+
+def render(figures: Values, picture: str) -> str:
+    """The page; `picture` is the plot's file name beside it."""
+    loader = PackageLoader("recipes.study", ".")
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)  # a missing figure is a fault
+    environment.filters |= {f.__name__: f for f in (difference, claim_table, arm_table, gain_table)}
+    page = environment.get_template("report.md.j2").render(
+        **figures,
+        picture=picture,
+        headline=headline(figures),
+        duration=timedelta(seconds=round(figures["wall_seconds"])),
+        kinds=KINDS,
+        gain=figures["arms"].get(VISMEM, {}).get("gain"),
+        table=tables(figures),
+    )
+    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+
+
+def tables(figures: Values) -> dict[str, str]:
+    """The tables that occur once, by name."""
+    arms, pooled, training, seeds = (figures[name] for name in ("arms", "pooled", "training", "seeds"))
+    groups, costs = [], []
+    for arm, row in arms.items():
+        scores, apart = pooled["arms"][arm], pooled["yes_no"]["arms"][arm]
+        by_group = numbers([*map(scores.get, CAPABILITIES), *map(apart.get, KINDS)])
+        said = numbers([apart.get("says_yes")], "{:.0f} %")
+        groups.append([label(arm), *by_group, *said, *numbers([pooled["unparsed"][arm], pooled["unfinished"][arm]])])
+        spent = numbers(map(training.get(arm, {}).get, COSTS), "{:,.0f}")
+        overhead = "" if arm == VANILLA else f"{np.mean(row['overhead']):+.0%}"
+        costs.append([label(arm), *spent, f"{1000 * row['seconds']:.1f}", overhead])
+    shown = [arm for arm in SHOWN_BY_TASK if arm in arms]
+    tasks = []
+    for task, row in pooled["tasks"].items():
+        name = task.replace("_", " ") + (" (yes/no)" if task in figures["yes_no_tasks"] else "")
+        tasks.append([name, row["capability"], row["n"], *numbers(map(row["arms"].get, shown))])
+    validation = [
+        [step, label(arm), *numbers(run[arm]["score"] for run in runs)]
+        for cost in training.values()
+        for step, runs in cost["validation"].items()
+        for arm in runs[0] or ()
+    ]
+    by_step = pd.Series(figures["jobs"]).groupby(lambda job: job.split("/")[1])
+    jobs = [[step, len(seconds), f"{seconds.mean():.0f}"] for step, seconds in by_step]
+    use = pooled["invocation_by_arm"]
+    return {
+        "groups": table(["arm", *CAPABILITIES, *KINDS.values(), "says yes", "unparsed", "unfinished"], groups),
+        "tasks": table(["task", "capability", "n", *map(label, shown)], tasks),
+        "costs": table(["arm", *COSTS.values(), "ms a sample", "over vanilla"], costs),
+        "use": use_table("arm", {label(arm): row for arm, row in use.items() if arm not in MEMORYLESS}),
+        "use_by_task": use_table("task", pooled["invocation"].get("tasks", {})),
+        "validation": table(["step", "decoding", *columns(seeds)], validation),
+        "jobs": table(["step", "runs", "seconds a run"], jobs),
+        "parameters": table(["parameter", "value"], [[f"`{k}`", f"`{v}`"] for k, v in figures["parameters"].items()]),
+    }
+
+
+def arm_table(arms: Values) -> str:
+    """Each arm's scores and its gain over vanilla."""
+    rows = []
+    for arm, row in arms.items():
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
+        gain = difference(row["gain"]["pooled"]) if row["gain"] else ""
+        rows.append([label(arm), f"{row['mean']:.1f}{spread}", *numbers(row["seeds"].values()), gain])
+    return table(["arm", "mean ± spread", *columns(arms[VANILLA]["seeds"]), "gain"], rows)
+
+
+def gain_table(arms: Values) -> str:
+    """Each arm's gain over vanilla by seed."""
+    gains = {arm: row["gain"]["seeds"].values() for arm, row in arms.items() if row["gain"]}
+    rows = [[label(arm), *map(difference, seeds)] for arm, seeds in gains.items()]
+    return table(["arm", *columns(arms[VANILLA]["seeds"])], rows)
+
+
+def claim_table(claims: Sequence[Values]) -> str:
+    """In how many seeds each claim holds, and in how many its opposite does."""
+    rows = []
+    for claim in claims:
+        opposite = f"; the opposite in {claim['reversed']}" if claim["reversed"] else ""
+        holds = f"{claim['holds']} of {len(claim['seeds'])} seeds{opposite}"
+        rows.append([claim["text"], holds, difference(claim["pooled"]), *map(difference, claim["seeds"].values())])
+    return table(["claim", "holds in", "difference, pooled", *columns(claims[0]["seeds"])], rows)
+
+
+def use_table(first: str, uses: Values) -> str:
+    """`metrics.memory_use` by arm or task; nothing where there is none."""
+    rows = []
+    for name, use in uses.items():
+        kinds = [use[kind][figure] for kind in ("short", "long") for figure in ("per_answer", "mean_position")]
+        rows.append([name.replace("_", " "), f"{use['answers_with_memory']:.0f} %", *numbers(kinds, "{:.2f}")])
+    return table([first, "answers with memory", "short an answer", "at", "long an answer", "at"], rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table, the first column left-aligned and the others right-aligned; nothing where there are no rows."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    escaped = ([str(cell).replace("|", r"\|").strip() for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped) if rows else ""
+
+
+def difference(found: Values) -> str:
+    """A difference with its interval: `+5.3 (+2.1 to +8.4)`."""
+    return f"{found['delta']:+.1f} ({found['ci95'][0]:+.1f} to {found['ci95'][1]:+.1f})"
+
+
+def numbers(values: Iterable[float | None], form: str = "{:.1f}") -> list[str]:
+    """Formatted numbers; None is an empty cell."""
+    return ["" if value is None else form.format(value) for value in values]
+
+
+def columns(seeds: Iterable[int]) -> list[str]:
+    """The seeds' column headings."""
+    return [f"seed {seed}" for seed in seeds]

@@ -1,0 +1,120 @@
+"""The study's settings, and its jobs: every seed has a folder with the outputs of the steps, `seed-N/`.
+
+`transfer-N/` holds those of the models that are trained on half of the tasks, on the same base. No choice is made
+here, and the test split is answered once, by the step `evaluate`.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from recipes.study.jobs import Job
+from vismem.config import Config, ScenesSource, Section, Source
+from vismem.data.tasks import TASKS
+from vismem.files import write_text
+from vismem.params_file import render_params
+from vismem.steps import BASELINES, BY_NAME
+
+BASE = "tiny_vlm"  # the job that trains a base, and its output folder
+Values = dict[str, Any]
+
+
+class Settings(Section):
+    """What is repeated; each is a flag of the command. UserError for an unknown arm."""
+
+    seeds: int = Field(3, ge=1, description="repetitions, with the seeds `seed`, `seed` + 1 and so on")
+    arms: tuple[str, ...] = Field(
+        (
+            "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_75", "random_100",
+            "relook", "noise", "shuffled", "swapped", "sft_lora", "grpo_lora",
+        ),
+        description="arms that answer the test split; those named like a baseline are also trained",
+    )  # fmt: skip
+    transfer_seeds: int = Field(2, ge=0, description="repetitions that also train on half of the tasks")
+    transfer_arms: tuple[str, ...] = Field(("vanilla", "vismem", "sft_lora"), description="arms of those")
+    base_steps: int | None = Field(None, ge=1, description="steps of each phase that trains a base, for toy sizes")
+    jobs: int = Field(2, ge=1, description="steps that run at a time, one thread each")
+
+
+def parameters(config: Config, settings: Settings) -> Values:
+    """All parameters of a study as JSON values; the number of jobs at a time changes no result and is left out."""
+    study = settings.model_dump(mode="json", exclude={"jobs"})
+    return {**config.model_dump(mode="json", by_alias=True), "study": study}
+
+
+def changed(before: Values, now: Values, place: str = "") -> dict[str, tuple[Any, Any]]:
+    """The values that differ, (before, now) by full name, such as `stage1.steps`."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= changed(old, new, f"{place}{name}.")
+        elif old != new:
+            found[f"{place}{name}"] = (old, new)
+    return found
+
+
+def plan(config: Config, settings: Settings, folder: Path) -> list[Job]:
+    """Write the parameters of each repetition and return all jobs, named FOLDER/STEP.
+
+    Evaluations are timed jobs: no training runs beside them. Where `base.model` is the default, each seed trains a base
+    of its own by `recipes.tiny_vlm`; any other base is the same in all seeds.
+    """
+    own_base = config.base.model == Config().base.model
+    has_tasks = any(isinstance(source, ScenesSource) for source in config.prepare.sources)
+    steps = str(settings.base_steps)
+    toy = ("--steps", steps, "--vision-steps", steps) if settings.base_steps else ()
+    jobs: list[Job] = []
+    for seed in range(config.seed, config.seed + settings.seeds):
+        base, variant = None, config.model_copy(update={"seed": seed})
+        if own_base:
+            base = f"seed-{seed}/{BASE}"
+            out = os.fspath((folder / base).absolute())
+            jobs.append(Job(base, (sys.executable, "-m", "recipes.tiny_vlm", "--seed", str(seed), "--out", out, *toy)))
+            variant = variant.model_copy(update={"base": config.base.model_copy(update={"model": out})})
+        jobs += _steps(variant, settings.arms, folder, f"seed-{seed}", base)
+        if has_tasks and seed < config.seed + settings.transfer_seeds:
+            jobs += _steps(on_half(variant), settings.transfer_arms, folder, f"transfer-{seed}", base)
+    return jobs
+
+
+def on_half(config: Config) -> Config:
+    """The same with a train split of half of the tasks, and no sources but scenes."""
+    sources = tuple(
+        source.model_copy(update={"train_tasks": trained_half(source)})
+        for source in config.prepare.sources
+        if isinstance(source, ScenesSource)
+    )
+    return config.model_copy(update={"prepare": config.prepare.model_copy(update={"sources": sources})})
+
+
+def trained_half(source: Source) -> tuple[str, ...]:
+    """The tasks that transfer trains on: every other one of each capability, in the order of `vismem.data.tasks`.
+
+    A capability with a single task in the source is trained on. No tasks for a source other than scenes.
+    """
+    tasks = (source.tasks or tuple(TASKS)) if isinstance(source, ScenesSource) else ()
+    chosen: list[str] = []
+    for capability in dict.fromkeys(TASKS.values()):
+        chosen += [task for task in TASKS if TASKS[task] == capability and task in tasks][::2]
+    return tuple(chosen)
+
+
+def _steps(config: Config, arms: tuple[str, ...], folder: Path, name: str, base: str | None) -> list[Job]:
+    """The steps of one repetition; `base` names the job that makes its base, if any."""
+    params = folder / name / "params.yaml"
+    evaluate = config.evaluate.model_copy(update={"arms": arms})
+    write_text(params, render_params(config.model_copy(update={"evaluate": evaluate})))
+    baselines = [step.name for step in BASELINES if step.name in arms]
+    jobs = []
+    for step in ("prepare", "validate", "base", "stage1", "stage2", *baselines, "evaluate"):
+        needs = [f"{name}/{step}" for step in (*BY_NAME[step].inputs, *(baselines if step == "evaluate" else ()))]
+        if step == "base" and base:
+            needs.append(base)
+        options = ("--params", os.fspath(params), "--artifacts", os.fspath(folder / name))
+        command = (sys.executable, "-m", "vismem.cli", step, *options)
+        jobs.append(Job(f"{name}/{step}", command, tuple(needs), timed=step == "evaluate"))
+    return jobs

@@ -1,0 +1,93 @@
+"""The study's report: `report.json`, `report.md` and `study.png`, all computed from the steps' outputs."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.study.figures import Answers, study_figures, transfer_figures
+from recipes.study.jobs import Job, busy_seconds, read_records
+from recipes.study.page import COSTS, gain_plot, headline, render
+from recipes.study.plan import Settings, changed, parameters, trained_half
+from vismem.config import Config
+from vismem.evaluation.arms import VANILLA, VISMEM
+from vismem.evaluation.predictions import read_predictions
+from vismem.files import read_json, write_json, write_text
+from vismem.provenance import versions
+from vismem.records import Metrics
+from vismem.steps import BASELINES
+
+
+def write_report(
+    config: Config, settings: Settings, jobs: Sequence[Job], folder: Path, command: str, write: Path | None = None
+) -> str:
+    """Write `report.json`, `report.md` and the plot into `folder`, and a copy to `write`; return a sentence."""
+    figures = collect(config, settings, jobs, folder, command)
+    write_json(folder / "report.json", figures)
+    pages = {folder / "report.md": folder / "study.png"}
+    if write:
+        pages[write] = write.with_suffix(".png")
+    for page, picture in pages.items():
+        write_text(page, render(figures, picture.name))
+        picture.write_bytes(gain_plot(figures["arms"]))
+    return f"{headline(figures)} Report: {write or folder / 'report.md'}"
+
+
+def collect(config: Config, settings: Settings, jobs: Sequence[Job], folder: Path, command: str) -> dict[str, Any]:
+    """All figures of the report, as JSON values."""
+    evaluated = [folder / job.name.removesuffix("/evaluate") for job in jobs if job.timed]
+    seeds = {int(place.name.split("-")[1]): place for place in evaluated if place.name.startswith("seed-")}
+    halves = {int(place.name.split("-")[1]): place for place in evaluated if place.name.startswith("transfer-")}
+    metrics = {seed: Metrics.read(place / "evaluate").arms for seed, place in seeds.items()}
+    seconds = {seed: {arm: row["seconds_per_sample"] for arm, row in arms.items()} for seed, arms in metrics.items()}
+    answers = {seed: read_answers(place, settings.arms) for seed, place in seeds.items()}
+    moved = {seed: read_answers(place, settings.transfer_arms) for seed, place in halves.items()}
+    baselines = [step.name for step in BASELINES if step.name in settings.arms]
+    trained_by = {VISMEM: ("stage1", "stage2"), **{name: (name,) for name in baselines}}
+    records = {name: record for name, record in read_records(folder).items() if name in {job.name for job in jobs}}
+    differing = changed(parameters(Config(), Settings()), parameters(config, settings))
+    half = [task for source in config.prepare.sources for task in trained_half(source)]
+    resamples = config.evaluate.bootstrap
+    return {
+        "command": command,
+        "machine": machine(),
+        "versions": versions(),
+        "commits": sorted({record["commit"] for record in records.values()}),
+        "wall_seconds": busy_seconds(records.values()),
+        "jobs": {name: record["seconds"] for name, record in records.items()},
+        "at_once": settings.jobs,
+        "parameters": {name: value for name, (_, value) in differing.items()},
+        "seeds": list(seeds),
+        "items": {seed: len(rows[VANILLA]) for seed, rows in answers.items()},
+        **study_figures(answers, seconds, baselines, resamples),
+        "training": {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()},
+        "transfer": transfer_figures(moved, half, resamples) if moved else None,
+    }
+
+
+def read_answers(place: Path, arms: Sequence[str]) -> Answers:
+    """The answers that a repetition's evaluation wrote."""
+    return {arm: read_predictions(place / "evaluate" / "predictions" / f"{arm}.parquet") for arm in arms}
+
+
+def training(folders: Sequence[Path], steps: Sequence[str]) -> Mapping[str, Any]:
+    """What training took, from the steps' `metrics.json`: sums over the steps, means over the folders (seeds).
+
+    COSTS, each None where a step does not say; and `validation` {step: its validation figures, a list over folders}.
+    """
+    read = {step: [read_json(folder / step / "metrics.json") for folder in folders] for step in steps}
+    costs: dict[str, Any] = {}
+    for cost in COSTS:
+        values = [metrics.get(cost) for runs in read.values() for metrics in runs]
+        costs[cost] = None if None in values else float(sum(values)) / len(folders)
+    return {**costs, "validation": {step: [m.get("validation") for m in runs] for step, runs in read.items()}}
+
+
+def machine() -> str:
+    """Processor, cores, memory and system, without names of anything private."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    processor = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores of {processor}, {memory:.0f} GiB, {platform.system()}"

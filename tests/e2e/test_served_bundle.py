@@ -18,7 +18,7 @@ from vismem.provenance import write_manifest
 from vismem.records import Release
 from vismem.serving.client import Token, infer, marked, plain
 from vismem.serving.deploy import deploy
-from vismem.serving.runtime import Runtime
+from vismem.serving.runtime.runtime import Runtime
 from vismem.serving.server import TritonServer
 
 TOKENS = 12

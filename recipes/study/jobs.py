@@ -51,13 +51,17 @@ def run_jobs(jobs: Sequence[Job], folder: Path, lock: int, at_once: int, console
             for timed in (False, True):
                 waiting = [job for job in jobs if job.timed == timed and not (folder / job.name).is_dir()]
                 while waiting or running:
-                    ready = [job for job in waiting if all((folder / need).is_dir() for need in job.needs)]
+                    unfinished = {record["job"] for record in running.values()}  # the output may be there already
+                    ready = [
+                        job
+                        for job in waiting
+                        if all((folder / need).is_dir() and need not in unfinished for need in job.needs)
+                    ]
                     for job in ready[: at_once - len(running)]:
                         waiting.remove(job)
                         git = git_state()
-                        commit = (
-                            f"{(git['commit'] or 'unknown')[:12]}{' with uncommitted changes' * bool(git['dirty'])}"
-                        )
+                        changes = " with uncommitted changes" if git["dirty"] else ""
+                        commit = f"{(git['commit'] or 'unknown')[:12]}{changes}"
                         record = {"job": job.name, "started": round(time.time(), 2), "commit": commit}
                         running[_start(job, log_of(folder, job.name), lock)] = record
                     if not running:

@@ -24,9 +24,8 @@ def plain_text(text: str, tokens: Iterable[str]) -> str:
     `tokens` are the contents of a tokenizer's added tokens, of which those with one character cannot be told from text.
     Text without any of them is returned unchanged. The server's `plain_text` gives the same.
     """
-    longest_first = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
-    while any(token in text for token in longest_first):
-        for token in longest_first:
+    for token in sorted(tokens, key=len, reverse=True):
+        while len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
     return text
 

@@ -5,7 +5,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment
@@ -13,11 +13,9 @@ from PIL import Image
 
 from vismem.config import ValidateConfig
 from vismem.data.fingerprint import SPLITS, data_sha256, examine_image
+from vismem.validation.expectations import Verdict
 from vismem.validation.facts import read_rows
-
-if TYPE_CHECKING:
-    from vismem.validation.expectations import Verdict
-    from vismem.validation.validate import Findings
+from vismem.validation.findings import Findings
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 THUMBNAIL = 168  # pixels, longest side
@@ -27,7 +25,7 @@ QUARANTINED_SHOWN = 50
 ANSWERS_SHOWN = 8
 
 
-def render(findings: "Findings", settings: ValidateConfig) -> str:
+def render(findings: Findings, settings: ValidateConfig) -> str:
     """The page as text. Images in it are thumbnails of a few samples a task and of the first quarantined rows."""
     rows = findings.rows
     clean = rows.drop(index=list(findings.reasons))
@@ -62,7 +60,7 @@ def render(findings: "Findings", settings: ValidateConfig) -> str:
     )
 
 
-def _seen(verdict: "Verdict") -> str:
+def _seen(verdict: Verdict) -> str:
     """What was seen of a rule that holds: the least and largest value, and how much was judged."""
     column = verdict.rule.column
     show = "{:.1%}" if column.endswith(("share", "drift")) else "{:,.0f} px" if column.endswith("side") else "{:,.0f}"
@@ -72,7 +70,7 @@ def _seen(verdict: "Verdict") -> str:
     return "; ".join(seen + judged) or "nothing to judge"
 
 
-def _split(split: str, findings: "Findings", rows: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
+def _split(split: str, findings: Findings, rows: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
     ours = clean[clean["split"] == split]
     facts = findings.splits.set_index("split").loc[split]
     counts = Counter(ours["answer"])
@@ -91,7 +89,7 @@ def _split(split: str, findings: "Findings", rows: pd.DataFrame, clean: pd.DataF
     }
 
 
-def _tasks(findings: "Findings") -> list[dict[str, Any]]:
+def _tasks(findings: Findings) -> list[dict[str, Any]]:
     """The task mix as a table: one row a task, with its share of each split and of the profile."""
     names = sorted({task for mix in (*findings.task_mix.values(), findings.profile) for task in mix})
     return [
@@ -104,7 +102,7 @@ def _tasks(findings: "Findings") -> list[dict[str, Any]]:
     ]
 
 
-def _samples(findings: "Findings", clean: pd.DataFrame) -> list[dict[str, Any]]:
+def _samples(findings: Findings, clean: pd.DataFrame) -> list[dict[str, Any]]:
     """A few good rows a task, from the train split where it has the task."""
     ordered = clean.assign(rank=clean["split"].map(("train", "validation", "test").index))
     ordered = ordered.sort_values(["rank", "shard", "position"], kind="stable")
@@ -114,7 +112,7 @@ def _samples(findings: "Findings", clean: pd.DataFrame) -> list[dict[str, Any]]:
     return [{"task": name, "rows": [loaded[index] for index in chosen.index[chosen["task"] == name]]} for name in names]
 
 
-def _load(findings: "Findings", chosen: pd.DataFrame) -> dict[int, dict[str, Any]]:
+def _load(findings: Findings, chosen: pd.DataFrame) -> dict[int, dict[str, Any]]:
     """Read some rows of the shards again, with thumbnails in the place of images; keys are the index of `chosen`."""
     loaded: dict[int, dict[str, Any]] = {}
     for number, ours in chosen.groupby("shard"):

@@ -3,7 +3,6 @@
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,28 +18,10 @@ from vismem.progress import progress
 from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
 from vismem.validation.expectations import Judge, Rule, Severity, Verdict, rules
 from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
+from vismem.validation.findings import Findings
+from vismem.validation.report import render
 
 QUARANTINE_SCHEMA = pa.schema([*SCHEMA, ("reason", pa.string()), ("split", pa.string())])
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that is known after judging; the report is drawn from it."""
-
-    shards: list[Shard]
-    rows: pd.DataFrame  # one row of facts a sample, see `collect_facts`
-    splits: pd.DataFrame  # one row a split, of its good rows
-    reasons: dict[int, str]  # why a row (index of `rows`) is bad
-    verdicts: list[Verdict]
-    messages: dict[str, str]  # of each rule
-    task_mix: dict[str, dict[str, float]]  # split -> task -> share of its good rows
-    profile: dict[str, float]  # task -> share, that drift is measured against
-
-    @property
-    def errors(self) -> list[str]:
-        """The broken rules that stop the pipeline."""
-        broken = [v.rule.name for v in self.verdicts if not v.success and v.rule.severity is Severity.ERROR]
-        return [f"{name}: {self.messages[name]}" for name in broken]
 
 
 def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -57,8 +38,6 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     findings = examine(settings, inputs["prepare"], profile)
     _record(findings).write(out)
     write_json(out / "task_profile.json", findings.task_mix["train"])
-    from vismem.validation.report import render
-
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
     if findings.errors:
         listed = "".join(f"\n  - {line}" for line in findings.errors)

@@ -211,7 +211,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dvc") / "project"
     folder.mkdir()
     without = shutil.ignore_patterns("__pycache__", ".env")
-    for name in ("vismem", "deploy"):
+    for name in ("assets", "vismem", "deploy"):
         shutil.copytree(ROOT / name, folder / name, ignore=without)
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", "data/README.md"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -66,6 +67,8 @@ def test_missing_metrics_are_named(inputs, config, tmp_path):
 
 def test_a_template_that_puts_the_question_first_is_refused():
     class Processor:
+        tokenizer = SimpleNamespace(get_added_vocab=dict)
+
         def apply_chat_template(self, messages, **_):
             parts = reversed(messages[0]["content"])
             return "".join(part.get("text", "<|image_pad|>") for part in parts)

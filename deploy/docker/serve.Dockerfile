@@ -15,6 +15,7 @@ FROM ${BASE}
 COPY --from=serving /opt/serving /opt/serving
 RUN groupadd --gid 1000 vismem && useradd --uid 1000 --gid 1000 --create-home vismem
 COPY params.yaml /opt/vismem/
+COPY deploy/profiles /opt/vismem/deploy/profiles
 COPY deploy/docker/serve.sh /opt/vismem/deploy/docker/serve.sh
 COPY vismem /opt/vismem/vismem
 

@@ -11,7 +11,9 @@ import pytest
 import yaml
 from stand_in import ANSWER, ask, endless, make_repository, metrics, pending
 
+from vismem.config import resolve
 from vismem.errors import UserError
+from vismem.serving.command import PROFILE_VARIABLE
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import main as probe
 from vismem.serving.server import TritonServer
@@ -68,6 +70,20 @@ def test_the_probes_of_a_pod_find_a_living_server_well_with_what_the_serving_ima
         variables = {**environment.variables(), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "vismem answers\n", "")
+
+
+def test_the_probe_asks_the_profile_s_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = "qwen2_5_vl_7b"
+    name = resolve(profile).deploy.model_name
+    with TritonServer(make_repository(tmp_path, name), log=tmp_path / "log") as server:
+        assert probe(probed(server)) == 1
+        assert "serves neither 'vismem' nor" in capsys.readouterr().err
+        assert probe([*probed(server), "--profile", profile]) == 0
+        monkeypatch.setenv(PROFILE_VARIABLE, profile)  # as in a pod
+        assert probe(probed(server)) == 0
+    assert capsys.readouterr().out == f"{name} answers\n" * 2
 
 
 def test_a_server_that_is_busy_with_others_is_not_taken_for_a_dead_one(

@@ -1,13 +1,14 @@
 """One request harms no other: a real tritonserver refuses what exceeds a limit, a flood, and requests that are late."""
 
 import contextlib
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in import ANSWER, HOSTILE, IMAGE, ask, endless, make_repository, pending
+from stand_in import ANSWER, HOSTILE, IMAGE, ask, endless, make_repository, metrics, pending
 
 from vismem.config import parse_config
 from vismem.errors import UserError
@@ -71,5 +72,11 @@ def test_who_waits_longer_than_the_deadline_is_refused_and_the_server_answers_on
             for future in late:
                 with pytest.raises(UserError, match="it is busy, the request waited too long: try again later"):
                     future.result()
+            # those behind the one that execute() holds are refused in the queue: they do not wait for it one by one
+            rejected = re.search(
+                r'^nv_inference_request_failure\{.*reason="REJECTED".*\} (\d+)', metrics(server), re.MULTILINE
+            )
+            assert rejected is not None
+            assert int(rejected[1]) > 0
             assert next(first) == ANSWER[1]
         assert ask(server) == ANSWER

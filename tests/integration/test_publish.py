@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from project import Project
 
+from vismem.config import resolve
 from vismem.errors import UserError
 from vismem.provenance import write_manifest
 from vismem.registry import release
+from vismem.serving.command import PROFILE_VARIABLE
 from vismem.serving.publish import main as publish_command
 from vismem.serving.publish import publish
 
@@ -77,3 +79,22 @@ def test_the_publishing_command_says_what_it_did_or_why_not(
     project.release(b"one", score=66.0)
     assert publish_command(["--to", str(tmp_path / "models")]) == 0
     assert "vismem version 1 is current in" in capsys.readouterr().out
+
+
+def test_the_profile_s_model_is_published_under_the_profile_s_name(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", project.config.registry.tracking_uri)
+    project.release(b"default", score=66.0)
+    profile = "qwen2_5_vl_7b"
+    wanted = resolve(profile)
+    registry = project.config.registry.model_copy(update={"model_name": wanted.registry.model_name})
+    project.config = project.config.model_copy(update={"registry": registry})
+    command = ["--to", str(tmp_path / "models")]
+    assert publish_command([*command, "--profile", profile]) == 1
+    assert f"'{wanted.registry.model_name}' in " in capsys.readouterr().err
+    project.release(b"large", score=66.0)
+    monkeypatch.setenv(PROFILE_VARIABLE, profile)  # as in a pod
+    assert publish_command(command) == 0
+    assert f"{wanted.registry.model_name} version 1 is current in" in capsys.readouterr().out
+    assert served(tmp_path / "models") == {f"{wanted.deploy.model_name}/1": b"large"}

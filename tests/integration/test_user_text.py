@@ -9,17 +9,14 @@ import pytest
 import tiny
 import tiny_families as families
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
 from vismem.generation.prompts import encode, prompt_text, target_ids
-from vismem.models.tokens import MEMORY_TOKENS, plain_text
+from vismem.models.tokens import MEMORY_TOKENS
 from vismem.models.vismem import VisMemModel
-from vismem.serving.runtime import prompt
 from vismem.training.supervised import answer_with_memory, plain_answer
 
 ROOT = Path(__file__).parents[2]
@@ -104,23 +101,6 @@ def test_harmless_text_stays_as_it_is(model: VisMemModel) -> None:
     for sample in families.samples():
         assert sample.question in prompt_text(processor, sample)
         assert target_ids(processor.tokenizer, sample) == processor.tokenizer(target_text(sample))["input_ids"]
-
-
-@given(st.lists(st.sampled_from((*MEMORY_TOKENS, "<a>", "<a", "<", "a>", ZERO_WIDTH_SPACE, " ", "é"))).map("".join))
-def test_plain_text_holds_no_token_and_only_u200b_is_new(text: str) -> None:
-    tokens = (*MEMORY_TOKENS, "<a>", "<a><a", "a")
-    found = plain_text(text, tokens)
-    assert not any(token in found for token in tokens if len(token) > 1)
-    assert found.replace(ZERO_WIDTH_SPACE, "") == text.replace(ZERO_WIDTH_SPACE, "")
-    if not any(token in text for token in tokens if len(token) > 1):
-        assert found == text
-
-
-@given(st.lists(st.sampled_from((*MEMORY_TOKENS, *"ab<>", ZERO_WIDTH_SPACE))).map("".join))
-@example("ababa")
-def test_the_server_splits_the_same_tokens_at_the_same_places(text: str) -> None:
-    tokens = (*MEMORY_TOKENS, "aba", "ba", "<a", "a")  # some overlap themselves and others
-    assert plain_text(text, tokens) == prompt.plain_text(text, tokens)
 
 
 def calls(tree: ast.AST) -> list[ast.Call]:

@@ -108,6 +108,13 @@ def test_what_an_image_copies_is_there_and_let_through(dockerfile: str) -> None:
         assert any(fnmatch(source, pattern) for pattern in let_through), f".dockerignore keeps {source} out"
 
 
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_an_image_holds_the_profiles_beside_the_library_where_a_pod_looks_for_them(dockerfile: str) -> None:
+    assert {"COPY deploy/profiles /opt/vismem/deploy/profiles", "COPY vismem /opt/vismem/vismem"} <= set(
+        instructions(dockerfile)
+    )
+
+
 def build(**settings: str) -> list[str]:
     """What `make images` would run: the engine is `echo`."""
     environment = {"PATH": "/usr/bin:/bin", "ENGINE": "echo", **settings}

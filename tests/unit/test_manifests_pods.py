@@ -4,6 +4,8 @@ import re
 
 from manifests import ROOT, containers, named, of_kind, overlays, pod_templates, values
 
+from vismem.serving.command import PROFILE_VARIABLE
+
 # --- containers ---
 
 
@@ -58,7 +60,7 @@ def test_whatever_serves_has_all_three_probes(overlay: str) -> None:
 
 @overlays
 def test_tritons_probes_ask_it_a_question_and_leave_it_the_time_to_answer(overlay: str) -> None:
-    """tests/e2e/test_triton.py runs the very command."""
+    """tests/e2e/test_triton_health.py runs the very command."""
     (triton,) = named(overlay, "Deployment", "triton")["spec"]["template"]["spec"]["containers"]
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         command = triton[name]["exec"]["command"]
@@ -80,6 +82,15 @@ def test_triton_is_told_where_the_published_model_lies(overlay: str) -> None:
     environment = {variable["name"]: variable.get("value") for variable in triton["env"]}
     assert environment["MODEL_REPOSITORY"] == f"{folder}/current"
     assert "MODEL_REPOSITORY" in (ROOT / "deploy" / "docker" / "serve.sh").read_text()
+
+
+@overlays
+def test_publishing_and_probes_take_one_profile(overlay: str) -> None:
+    assert named(overlay, "ConfigMap", "vismem")["data"] == {PROFILE_VARIABLE: ""}
+    for key in ("CronJob/publish-champion", "Deployment/triton"):
+        (container,) = pod_templates(overlay)[key]["spec"]["containers"]
+        (variable,) = [entry for entry in container["env"] if entry["name"] == PROFILE_VARIABLE]
+        assert variable["valueFrom"] == {"configMapKeyRef": {"name": "vismem", "key": PROFILE_VARIABLE}}
 
 
 @overlays

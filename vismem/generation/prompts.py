@@ -20,7 +20,7 @@ from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone, Clip, Prompt
-from vismem.models.tokens import plain_text
+from vismem.serving.runtime.prompt import plain_text
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """The four special tokens that invoke and end a memory, and the delimiter set (paper Sec. 3.2, Eq. 3)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from vismem.models.kinds import MemoryKind
@@ -16,18 +15,6 @@ def add_memory_tokens(tokenizer: Any) -> tuple[int, int, int, int]:
     tokenizer.add_tokens(list(MEMORY_TOKENS), special_tokens=True)
     short, long, short_end, long_end = tokenizer.convert_tokens_to_ids(list(MEMORY_TOKENS))
     return short, long, short_end, long_end
-
-
-def plain_text(text: str, tokens: Iterable[str]) -> str:
-    """User text in which no added token is left: U+200B stands after the first character of each that was there.
-
-    `tokens` are the contents of a tokenizer's added tokens, of which those with one character cannot be told from text.
-    Text without any of them is returned unchanged. The server's `plain_text` gives the same.
-    """
-    for token in sorted(tokens, key=len, reverse=True):
-        while len(token) > 1 and token in text:
-            text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
-    return text
 
 
 def delimiter_ids(tokenizer: Any, delimiters: tuple[str, ...]) -> tuple[int, ...]:

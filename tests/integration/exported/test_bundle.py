@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -65,16 +64,11 @@ def test_missing_metrics_are_named(inputs, config, tmp_path):
         export(config, inputs | {"evaluate": tmp_path}, tmp_path)
 
 
-def test_a_template_that_puts_the_question_first_is_refused():
-    class Processor:
-        tokenizer = SimpleNamespace(get_added_vocab=dict)
-
-        def apply_chat_template(self, messages, **_):
-            parts = reversed(messages[0]["content"])
-            return "".join(part.get("text", "<|image_pad|>") for part in parts)
-
+def test_a_template_that_puts_the_question_first_is_refused(model, monkeypatch):
+    template = "{% for part in messages[0].content | reverse %}{{ part.text or '<|image_pad|>' }}{% endfor %}"
+    monkeypatch.setattr(model.backbone.processor, "chat_template", template)
     with pytest.raises(UserError, match="chat template"):
-        prompt_parts(Processor())
+        prompt_parts(model.backbone.processor)
 
 
 FILES = ("onnx/weights.bin", "onnx/decoder.onnx", "onnx/runtime.json", "processor/tokenizer.json", "manifest.json")

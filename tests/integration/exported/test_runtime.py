@@ -22,7 +22,7 @@ from vismem.generation.prompts import encode
 from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.runtime.errors import RequestError
 from vismem.serving.runtime.images import cut_patches
-from vismem.serving.runtime.prompt import TextStream, plain_text, tokenise
+from vismem.serving.runtime.prompt import TextStream, tokenise
 from vismem.serving.runtime.runtime import Runtime
 
 
@@ -66,7 +66,7 @@ def test_a_hostile_question_holds_no_special_token_and_torch_reads_the_same(mode
         for text in ("which is it?", question)
     ]
     assert special[0] == special[1]
-    sample = Sample(id="x", images=encoded(noise(84, 84)), question=plain_text(question, added.values()), answer="")
+    sample = Sample(id="x", images=encoded(noise(84, 84)), question=question, answer="")
     expected = encode(model.backbone, [sample])
     prompt = tokenise(tokenizer, settings, question, [(6, 6)])
     assert torch.equal(model.embed(torch.tensor(prompt.ids))[~prompt.visual], expected.embeds[0][~expected.visual[0]])

@@ -157,7 +157,7 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
     validated = components.validate(parameters=of["validate"], prepare=prepared.outputs["prepare"])
     data = place.light(validated).outputs["validate"]
 
-    resolved = components.base(parameters=of["base"])
+    resolved = components.base(parameters=of["base"]).after(looked)
     place.heavy(resolved, given.evaluation_gpu_count, retried=True, secrets=("huggingface_secret",))
     base = resolved.outputs["base"]
     formed = components.stage1(parameters=of["stage1"], launch=of["launch"], base=base, validate=data)

@@ -53,9 +53,9 @@ LONG = ("stage1", "stage2")  # steps that keep checkpoints
 PLACES = {  # each in the midst of its task's work, in the order of the tasks, since a run keeps what earlier ones made
     "configure": ("configure", "configure/*resolved*"),
     "preflight": ("preflight", "preflight/*report*"),
+    "base": ("base", "base.partial/*metrics.json*"),
     "prepare": ("prepare", "prepare.partial/*stats.json*"),
     "validate": ("validate", "validate.partial/data/validation/*part-00000.parquet*"),
-    "base": ("base", "base.partial/*metrics.json*"),
     "stage1": ("stage1", "stage1.partial/samples/*000001.jsonl*"),
     "stage2": ("stage2", "stage2.partial/samples/*000001.jsonl*"),
     "evaluate": ("evaluate", "evaluate.partial/*metrics.json*"),

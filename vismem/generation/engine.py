@@ -129,7 +129,7 @@ class _Decoder:
     def _insert(self, kind: MemoryKind, rows: Tensor) -> None:
         """Insert a memory and its end token behind the invoke token of each of `rows`."""
         if self.donors is None:
-            memory = self.model.form(kind, self.state.formation_inputs(kind, rows))
+            memory = self.state.form(kind, rows)
         else:
             memory = self._donated(kind)[self.donors[self.state.sample[rows]]]
         records = [self.active[row] for row in rows.tolist()]
@@ -146,8 +146,7 @@ class _Decoder:
             state = DecodeState(self.model, self.prompt, group_size=1, room=1, remember=True)
             invoke = torch.full((count, 1), self.model.invoke_ids[kind], device=self.backbone.device)
             state.append(self.model.embed(invoke))
-            inputs = state.formation_inputs(kind, torch.arange(count, device=self.backbone.device))
-            self.donated[kind] = self.model.form(kind, inputs)
+            self.donated[kind] = state.form(kind, torch.arange(count, device=self.backbone.device))
         return self.donated[kind]
 
     def _drop_finished(self, ids: Tensor) -> Tensor:

@@ -98,18 +98,11 @@ def score(
         parts.append(part.scores(sampled_kinds, limit, temperature))
     longest = max(part.mask.shape[1] for part in parts)
     back = torch.tensor(order, device=sample.device).argsort()
-
-    def whole(name: str) -> Tensor:
-        return torch.cat([pad(getattr(p, name), (0, longest - p.mask.shape[1])) for p in parts])[back]
-
-    return Scores(
-        logprobs=whole("logprobs"),
-        text_logprobs=whole("text_logprobs"),
-        entropy=whole("entropy"),
-        mask=whole("mask"),
-        text_mask=whole("text_mask"),
-        latents=[memory for part in parts for memory in part.latents],
-    )
+    whole = {
+        name: torch.cat([pad(getattr(part, name), (0, longest - part.mask.shape[1])) for part in parts])[back]
+        for name in ("logprobs", "text_logprobs", "entropy", "mask", "text_mask")
+    }
+    return Scores(**whole, latents=[memory for part in parts for memory in part.latents])
 
 
 def _cuts(rollout: Rollout) -> list[int]:
@@ -173,9 +166,8 @@ class _Pass:
         return states.gather(1, self.place[:, :-1, None].expand(-1, -1, states.shape[-1]))
 
     def _chunks(self) -> list[_Chunk]:
-        count = 1 + max(len(rollout.invocations) for rollout in self.rollouts)
         chunks = []
-        for index in range(count):
+        for index in range(1 + max(len(rollout.invocations) for rollout in self.rollouts)):
             start, stop, opening = [], [], []
             for rollout in self.rollouts:
                 bounds = [0, *(i.position + 1 for i in rollout.invocations), len(rollout.token_ids)]
@@ -199,11 +191,8 @@ class _Pass:
                 continue
             memory = self._form(kind, rows, chunk)
             self.latents.append(memory)
-            full = torch.zeros_like(piece).index_copy(
-                0,
-                torch.tensor(rows, device=self.device),
-                pad(memory, (0, 0, 0, width - memory.shape[1])),
-            )
+            index = torch.tensor(rows, device=self.device)
+            full = torch.zeros_like(piece).index_copy(0, index, pad(memory, (0, 0, 0, width - memory.shape[1])))
             chosen = torch.zeros(len(self.rollouts), 1, dtype=torch.bool, device=self.device)
             chosen[rows] = True
             piece = torch.where(((ids == LATENT) & chosen)[..., None], full, piece)

@@ -204,7 +204,7 @@ class VisMemModel(nn.Module):
         }
         write_json(folder / "vismem.json", settings)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        policy = {name: value for name, value in weights.items() if _is_policy(name)}
+        policy = {name: value for name, value in weights.items() if name.startswith(("tokens.", "policy_lora."))}
         save_file({name: value for name, value in weights.items() if name not in policy}, folder / "memory.safetensors")
         save_file(policy, folder / "policy.safetensors")
         self.backbone.processor.save_pretrained(folder)
@@ -241,10 +241,6 @@ def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error
     return backbone_of(model, processor)
-
-
-def _is_policy(name: str) -> bool:
-    return name.startswith(("tokens.", "policy_lora."))
 
 
 def _stop_ids(backbone: Backbone) -> tuple[int, ...]:

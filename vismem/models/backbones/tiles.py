@@ -71,13 +71,8 @@ class TiledBackbone(Backbone):
     # --- the prompt ---
 
     def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
-        encoded = self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        ).to(self.device)
+        padding = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+        encoded = self.processor(text=texts, images=images if any(images) else None, **padding).to(self.device)
         mask = encoded["attention_mask"].bool()
         embeds = self.embedding(encoded["input_ids"])
         visual = encoded["input_ids"] == self.model.config.image_token_id

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from vismem.cli import build_parser
@@ -22,15 +21,12 @@ from vismem.evaluation.evaluate import decode, load_models
 from vismem.evaluation.predictions import read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
-from vismem.generation.replay import prefill, score
-from vismem.models.lora import LoraSettings
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.steps import BASELINES, STEPS, run_step
 from vismem.training import baselines, loop
-from vismem.training import grpo as grpo_losses
 from vismem.training.baselines import PolicyGrpo, matched_lora
-from vismem.training.run import FORMATION, POLICY_LORA, Run, trainable
-from vismem.training.supervised import Supervised, plain_answer
+from vismem.training.run import FORMATION, POLICY_LORA, Run
+from vismem.training.supervised import Supervised
 
 NAMES = [step.name for step in BASELINES]
 LORAS = [name for name in NAMES if name != "full"]
@@ -175,11 +171,11 @@ def test_a_killed_and_resumed_baseline_equals_an_unbroken_one(
         return collect(self, at)
 
     monkeypatch.setattr(objective, "collect", killed)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a second a step
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # one second per step
     with pytest.raises(KeyboardInterrupt):
         run_step(name, CONFIG, tmp_path, inputs)
     run_step(name, CONFIG, tmp_path, inputs)
-    assert calls[:6] == [0, 1, 2, 3, 2, 3], "the second run goes on from the checkpoint behind step 1"
+    assert calls[:6] == [0, 1, 2, 3, 2, 3], "the second run resumes from the checkpoint after step 1"
     for file in made[0][name].glob("*.safetensors"):
         expected, resumed = load_file(file), load_file(tmp_path / name / file.name)
         assert expected.keys() == resumed.keys()
@@ -228,110 +224,3 @@ def test_every_baseline_is_a_command_and_an_arm_and_no_step_of_the_pipeline() ->
     for name in NAMES:
         assert build_parser().parse_args([name]).command == name
         assert ARMS[name].model == name
-
-
-# --- GRPO and cross-entropy of an adapter -----------------------------------------------------------------------------
-
-
-def adapted(base: Path, spread: float = 0.05) -> tuple[VisMemModel, dict[str, torch.nn.Parameter]]:
-    """A model with an adapter that does something, and its parameters."""
-    model = tiny.vismem(base)
-    torch.manual_seed(0)
-    model.set_policy_lora(LoraSettings(4, 8.0, 0.0, every_linear=True))
-    model.policy_lora.enabled = True
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for up in model.policy_lora.up.values():
-            up.normal_(0, spread, generator=generator) if spread else up.zero_()
-    return model, trainable(model, POLICY_LORA)
-
-
-def grpo(model: VisMemModel, data: Path, **changes: Any) -> PolicyGrpo:
-    grpo = GRPO.model_copy(update={"batch_size": 8, **changes})
-    objective = PolicyGrpo(model, read_samples(data / "data/train"), grpo, STAGE, 0, Accelerator(cpu=True))
-    objective.prompts_need_gradient = True
-    return objective
-
-
-def test_the_first_update_of_a_lora_has_ratio_one(
-    tiny_base: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = adapted(tiny_base)
-    seen = []
-
-    def policy_term(logprobs: torch.Tensor, old: torch.Tensor, advantages: Any, mask: torch.Tensor, *clip: Any) -> Any:
-        seen.append((logprobs - old)[mask].exp())
-        return grpo_losses.policy_term(logprobs, old, advantages, mask, *clip)
-
-    monkeypatch.setattr("vismem.training.rollout.policy_term", policy_term)
-    objective = grpo(model, tiny_data)
-    metrics = objective.backward(objective.collect(0))
-    ratio = torch.cat(seen)
-    assert len(ratio) > 100
-    assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-5)
-    assert metrics["clip_fraction"] == 0
-    assert metrics["kl"] > 1e-3, "the reference is the base without the adapter"
-
-
-def test_the_reference_of_a_lora_is_the_base(tiny_base: Path, tiny_data: Path) -> None:
-    model, _ = adapted(tiny_base, spread=0.5)
-    objective = grpo(model, tiny_data, batch_size=2)
-    batch = objective.collect(0)
-    rows = torch.arange(2).repeat_interleave(STAGE.group_size)
-    with torch.no_grad():
-        reference = objective.reference(prefill(model, batch.samples), batch.samples, batch.rollouts, rows)
-        base = tiny.vismem(tiny_base)
-        scores = score(base, prefill(base, batch.samples), batch.rollouts, rows)
-    assert torch.allclose(reference, scores.text_logprobs[scores.text_mask], atol=1e-5)
-    assert model.policy_lora.enabled
-
-
-def test_a_fresh_adapter_is_the_reference(tiny_base: Path, tiny_data: Path) -> None:
-    model, _ = adapted(tiny_base, spread=0.0)
-    objective = grpo(model, tiny_data, batch_size=2)
-    assert objective.backward(objective.collect(0))["kl"] == 0
-
-
-def test_eight_micro_batches_of_one_prompt_equal_one_of_eight_in_grpo(tiny_base: Path, tiny_data: Path) -> None:
-    gradients = []
-    for micro in (STAGE.group_size, 64):
-        model, parameters = adapted(tiny_base)
-        objective = grpo(model, tiny_data, micro_batch=micro)
-        objective.backward(objective.collect(0))
-        gradients.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
-    check_equal(*gradients)
-
-
-def test_eight_micro_batches_of_one_answer_equal_one_of_eight_in_sft(tiny_base: Path, tiny_data: Path) -> None:
-    samples = read_samples(tiny_data / "data/train")
-    gradients, losses = [], []
-    for micro in (1, 8):
-        model, parameters = adapted(tiny_base)
-        objective = Supervised(
-            model, samples, plain_answer, 0, Accelerator(cpu=True), batch_size=8, micro_batch=micro
-        )  # fmt: skip
-        objective.prompts_need_gradient = True
-        losses.append(objective.backward(objective.collect(0))["loss"])
-        gradients.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
-    check_equal(*gradients)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def check_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert len(first) == 2 * 7 * tiny.SIZE.layers, "down and up of all linear layers"
-    for name, gradient in first.items():
-        assert gradient.any()
-        assert torch.allclose(gradient, second[name], atol=1e-5), name
-
-
-def test_the_prompt_s_reading_has_its_share_in_the_gradient_of_an_adapter(tiny_base: Path, tiny_data: Path) -> None:
-    samples = read_samples(tiny_data / "data/train")
-    gradients = []
-    for needed in (True, False):
-        model, parameters = adapted(tiny_base)
-        objective = Supervised(model, samples, plain_answer, 0, Accelerator(cpu=True), batch_size=4, micro_batch=4)
-        objective.prompts_need_gradient = needed
-        objective.backward(objective.collect(0))
-        gradients.append(torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None]))
-    assert not torch.allclose(gradients[0], gradients[1], atol=1e-3)

@@ -17,7 +17,8 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
-from vismem.models.vismem import FormationInputs, VisMemModel
+from vismem.models.memory import FormationInputs
+from vismem.models.vismem import VisMemModel
 from vismem.records import ParityReport
 from vismem.serving.runtime.errors import RequestError
 from vismem.serving.runtime.runtime import Runtime

@@ -5,42 +5,36 @@ Every row owns its slots: what is appended to some rows leaves the others as the
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vismem.generation.cache import RowCache
-from vismem.generation.prompts import last_of, visual_states
-from vismem.models.backbones.base import PatchStream, Prompt
+from vismem.generation.context import Context
+from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import PrefixCache, causal_mask
-from vismem.models.vismem import FormationInputs, VisMemModel
+from vismem.models.vismem import VisMemModel
 
 
 class DecodeState:
     """`group_size` rows per prompt, grouped by prompt. `room`: slots for what will be appended to the longest prompt.
 
-    With `remember`, what memories are formed from is kept for `formation_inputs`.
+    With `remember`, what memories are formed from is kept for `form`.
     """
 
     def __init__(self, model: VisMemModel, prompt: Prompt, group_size: int, room: int, remember: bool) -> None:
-        self.model, self.backbone, self.prompt, self.remember = model, model.backbone, prompt, remember
+        self.model, self.backbone, self.remember = model, model.backbone, remember
         longest, device = prompt.embeds.shape[1], prompt.mask.device
         self.cache = RowCache(longest + room)
         self.cache.place(torch.arange(longest, device=device).expand(len(prompt.embeds), -1), longest)
-        hidden = self.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), self.cache)
-        self.visual = visual_states(prompt, hidden)
-        self.patches: PatchStream | None = None  # of the prompts, inside the short former
-        self.prefix: PrefixCache | None = None  # of the prompts, inside the long former
-
+        self.context = Context.read(model, prompt, self.cache)
         self.sample = torch.arange(len(prompt.embeds), device=device).repeat_interleave(group_size)  # each row's prompt
-        self.last = last_of(hidden, prompt.mask)[self.sample]  # (R, d) the hidden state that the next token follows
+        self.last = self.context.last[self.sample]  # (R, d) the hidden state that the next token follows
         self.used = prompt.mask.sum(1)[self.sample]  # (R,) slots
         self.next = prompt.next_position()[self.sample]
         self.segment = self.used.clone()  # (R,) slot at which the current segment of the answer starts
         if group_size > 1:
             self.cache.select(self.sample)
         if remember:  # only memories read the stream again
-            shape = (len(self.sample), self.cache.capacity, hidden.shape[-1])
-            self.embeds, self.hidden = prompt.embeds.new_zeros(shape), hidden.new_zeros(shape)
+            shape = (len(self.sample), self.cache.capacity, self.last.shape[-1])
+            self.embeds, self.hidden = prompt.embeds.new_zeros(shape), self.last.new_zeros(shape)
             self.positions = prompt.positions.new_zeros(3, *shape[:2])
             self.embeds[:, :longest] = prompt.embeds[self.sample]
             self.positions[:, :, :longest] = prompt.positions[:, self.sample]
@@ -73,28 +67,15 @@ class DecodeState:
         self.append(torch.cat([memory, self.model.embed(ends)], dim=1), rows)
         self.segment[rows] = self.used[rows]
 
-    def formation_inputs(self, kind: MemoryKind, rows: Tensor) -> FormationInputs:
-        """What a memory of `kind` is formed from in `rows` (R,), whose last token is its invoke token."""
-        sample, used, start = self.sample[rows], self.used[rows], self.segment[rows]
-        longest = int((used - start).max())
-        slots = start[:, None] + torch.arange(longest, device=rows.device)
+    def form(self, kind: MemoryKind, rows: Tensor) -> Tensor:
+        """The memories (R, N, d) of `kind` in `rows` (R,), whose last token is their invoke token."""
+        used, start = self.used[rows], self.segment[rows]
+        slots = start[:, None] + torch.arange(int((used - start).max()), device=rows.device)
         segment = self.hidden[rows[:, None], slots.clamp_max(self.cache.capacity - 1)]
         length = int(used.max())
-        if kind is MemoryKind.SHORT and self.patches is None:
-            self.patches = self.model.short_stream(self.prompt.vision)
-        if kind is MemoryKind.LONG and self.prefix is None:
-            self.prefix = self.model.long_prefix(self.prompt)
-        return FormationInputs(
-            sample=sample,
-            cognitive=torch.cat([self.visual.hidden[sample], segment], dim=1),
-            cognitive_mask=torch.cat([self.visual.mask[sample], slots < used[:, None]], dim=1),
-            stream=self.embeds[rows, :length],
-            positions=self.positions[:, rows, :length],
-            stream_mask=torch.arange(length, device=rows.device) < used[:, None],
-            stream_visual=pad(self.prompt.visual[sample], (0, length - self.prompt.visual.shape[1])),
-            patches=self.patches,
-            prefix=self.prefix,
-        )
+        mask = torch.arange(length, device=rows.device) < used[:, None]
+        stream = self.embeds[rows, :length], self.positions[:, rows, :length], mask
+        return self.context.form(kind, self.sample[rows], (segment, slots < used[:, None]), stream)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but `rows` (R,)."""

@@ -5,6 +5,7 @@ are inserted in one pass over those rows only, and then all rows are decoded tog
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,21 +43,21 @@ def generate(
     return _Decoder(model, samples, policy, max_new_tokens, temperature, seed, group_size).run()
 
 
+@dataclass
 class _Row:
     """The record of one row's answer."""
 
-    def __init__(self, key: str, uniform: NDArray[np.float64]) -> None:
-        self.key = key
-        self.uniform = uniform  # for sampling, one number per decision
-        self.tokens: list[int] = []
-        self.loss: list[bool] = []
-        self.logprobs: list[float] = []
-        self.invocations: list[Invocation] = []
-        self.decisions = 0
-        self.answer_length = 0
-        self.after_delimiter = False
-        self.remembering = False  # a memory was inserted, and no word has followed it yet
-        self.finished = False
+    key: str
+    uniform: NDArray[np.float64]  # for sampling, one number per decision
+    tokens: list[int] = field(default_factory=list)
+    loss: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    invocations: list[Invocation] = field(default_factory=list)
+    decisions: int = 0
+    answer_length: int = 0
+    after_delimiter: bool = False
+    remembering: bool = False  # a memory was inserted, and no word has followed it yet
+    finished: bool = False
 
     def add(self, token: int, loss: bool, logprob: float) -> None:
         self.tokens.append(token)
@@ -129,12 +130,11 @@ class _Decoder:
     def _insert(self, kind: MemoryKind, rows: Tensor) -> None:
         """Insert a memory and its end token behind the invoke token of each of `rows`."""
         if self.donors is None:
-            memory = self.model.form(kind, self.state.formation_inputs(kind, rows))
+            memory = self.state.form(kind, rows)
         else:
             memory = self._donated(kind)[self.donors[self.state.sample[rows]]]
         records = [self.active[row] for row in rows.tolist()]
-        memory = self.policy.latents(memory, _view(records), self.seed)
-        end = self.model.end_ids[kind]
+        memory, end = self.policy.latents(memory, _view(records), self.seed), self.model.end_ids[kind]
         self.state.insert(memory, end, rows)
         for record in records:
             record.insert([*[LATENT] * memory.shape[1], end])
@@ -146,8 +146,7 @@ class _Decoder:
             state = DecodeState(self.model, self.prompt, group_size=1, room=1, remember=True)
             invoke = torch.full((count, 1), self.model.invoke_ids[kind], device=self.backbone.device)
             state.append(self.model.embed(invoke))
-            inputs = state.formation_inputs(kind, torch.arange(count, device=self.backbone.device))
-            self.donated[kind] = self.model.form(kind, inputs)
+            self.donated[kind] = state.form(kind, torch.arange(count, device=self.backbone.device))
         return self.donated[kind]
 
     def _drop_finished(self, ids: Tensor) -> Tensor:
@@ -202,8 +201,7 @@ class _Decoder:
             else:
                 record.add(token, True, logprob)
                 record.answer_length += 1
-                stopped = token in self.stops
-                record.finished = stopped or record.answer_length >= self.max_new_tokens
+                record.finished = token in self.stops or record.answer_length >= self.max_new_tokens
             record.decisions += 1
             record.after_delimiter = token in self.delimiters
             record.remembering = token in kinds

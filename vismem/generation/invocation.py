@@ -19,6 +19,7 @@ from vismem.errors import UserError
 from vismem.generation.prompts import shown_again
 from vismem.models.backbones.base import Backbone, Prompt
 from vismem.models.kinds import MemoryKind
+from vismem.models.tokens import KINDS
 
 NONE = -1
 UNLIMITED = sys.maxsize  # as a policy's limit: memories wherever it asks for them
@@ -64,8 +65,7 @@ class InvocationPolicy:
 
     def allowed(self, view: StepView) -> NDArray[np.bool_]:
         """(R, 2) where a short, where a long invoke token may be sampled."""
-        kinds = np.array([MemoryKind.SHORT in self.sampled, MemoryKind.LONG in self.sampled])
-        return np.tile(kinds, (len(view.keys), 1))
+        return np.tile([kind in self.sampled for kind in KINDS], (len(view.keys), 1))
 
     def force(self, view: StepView, seed: int) -> Choices:
         """Kinds forced before the next token, NONE where the model decides itself."""
@@ -140,7 +140,7 @@ class Random(InvocationPolicy):
             if chance > 0:
                 coin, kind = row_uniforms(seed, key, f"invoke {at}", 2)
                 if coin < chance:
-                    choice[row] = _index(self.kinds[int(kind * len(self.kinds))])
+                    choice[row] = KINDS.index(self.kinds[int(kind * len(self.kinds))])
         return choice
 
 
@@ -164,7 +164,7 @@ class Replay(InvocationPolicy):
         for row, key in enumerate(view.keys):
             for decision, kind in (self.recorded or {}).get(key, ()):
                 if decision == view.decision[row]:
-                    choice[row] = _index(kind.other if self.swap else kind)
+                    choice[row] = KINDS.index(kind.other if self.swap else kind)
         return choice
 
 
@@ -229,7 +229,3 @@ class Relook(Off):
     def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:
         """See InvocationPolicy."""
         return shown_again(prompt, backbone.image_markers)
-
-
-def _index(kind: MemoryKind) -> int:
-    return 0 if kind is MemoryKind.SHORT else 1

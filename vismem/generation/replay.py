@@ -6,7 +6,8 @@ gradient of a later token reaches the former that made an earlier latent (paper 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -14,14 +15,15 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from vismem.data.sample import Sample
-from vismem.generation.prompts import VisualStates, encode, last_of, visual_states
+from vismem.generation.context import Context
+from vismem.generation.prompts import encode
 from vismem.generation.token_scores import token_scores
 from vismem.generation.types import LATENT, Invocation, Rollout
-from vismem.models.backbones.base import PatchStream, Prompt
+from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import PrefixCache, causal_mask
+from vismem.models.memory import causal_mask
 from vismem.models.tokens import KINDS
-from vismem.models.vismem import FormationInputs, VisMemModel
+from vismem.models.vismem import VisMemModel
 
 ROWS_TOGETHER = 32  # answers that go through the model at a time
 
@@ -38,24 +40,10 @@ class Scores:
     latents: list[Tensor]  # the memories formed, (rows, N, d) each; of one answer in the order of its invocations
 
 
-@dataclass
-class Context:
-    """S prefilled prompts with their KV cache, ready to be repeated for each answer."""
-
-    prompt: Prompt
-    visual: VisualStates
-    last: Tensor  # (S, d)
-    cache: DynamicCache
-    patches: PatchStream | None = None  # inside the short former
-    prefix: PrefixCache | None = None  # inside the long former
-
-
 def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None = None) -> Context:
     """Run the prompts through the vision encoder (unless `prompt` holds them encoded) and the language model once."""
     prompt = prompt or encode(model.backbone, samples)
-    cache = DynamicCache()
-    hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), cache)
-    return Context(prompt, visual_states(prompt, hidden), last_of(hidden, prompt.mask), cache)
+    return Context.read(model, prompt, DynamicCache())
 
 
 def without_memory(rollout: Rollout) -> Rollout:
@@ -69,19 +57,13 @@ def without_memory(rollout: Rollout) -> Rollout:
         closing = token != LATENT and position > 0 and rollout.token_ids[position - 1] == LATENT
         inside = inside and not closing
 
-    def kept(values: Sequence[object]) -> tuple[object, ...]:
-        return tuple(value for value, k in zip(values, keep, strict=True) if k)
-
-    return Rollout(
-        rollout.sample_id,
-        kept(rollout.token_ids),  # type: ignore[arg-type]
-        kept(rollout.loss_mask),  # type: ignore[arg-type]
-        kept(rollout.logprobs),  # type: ignore[arg-type]
-        (),
-        rollout.text,
-        rollout.text,
-        rollout.finished,
-        rollout.answer_length,
+    return replace(
+        rollout,
+        token_ids=tuple(compress(rollout.token_ids, keep)),
+        loss_mask=tuple(compress(rollout.loss_mask, keep)),
+        logprobs=tuple(compress(rollout.logprobs, keep)),
+        invocations=(),
+        marked_text=rollout.text,
     )
 
 
@@ -116,18 +98,11 @@ def score(
         parts.append(part.scores(sampled_kinds, limit, temperature))
     longest = max(part.mask.shape[1] for part in parts)
     back = torch.tensor(order, device=sample.device).argsort()
-
-    def whole(name: str) -> Tensor:
-        return torch.cat([pad(getattr(p, name), (0, longest - p.mask.shape[1])) for p in parts])[back]
-
-    return Scores(
-        logprobs=whole("logprobs"),
-        text_logprobs=whole("text_logprobs"),
-        entropy=whole("entropy"),
-        mask=whole("mask"),
-        text_mask=whole("text_mask"),
-        latents=[memory for part in parts for memory in part.latents],
-    )
+    whole = {
+        name: torch.cat([pad(getattr(part, name), (0, longest - part.mask.shape[1])) for part in parts])[back]
+        for name in ("logprobs", "text_logprobs", "entropy", "mask", "text_mask")
+    }
+    return Scores(**whole, latents=[memory for part in parts for memory in part.latents])
 
 
 def _cuts(rollout: Rollout) -> list[int]:
@@ -191,9 +166,8 @@ class _Pass:
         return states.gather(1, self.place[:, :-1, None].expand(-1, -1, states.shape[-1]))
 
     def _chunks(self) -> list[_Chunk]:
-        count = 1 + max(len(rollout.invocations) for rollout in self.rollouts)
         chunks = []
-        for index in range(count):
+        for index in range(1 + max(len(rollout.invocations) for rollout in self.rollouts)):
             start, stop, opening = [], [], []
             for rollout in self.rollouts:
                 bounds = [0, *(i.position + 1 for i in rollout.invocations), len(rollout.token_ids)]
@@ -217,11 +191,8 @@ class _Pass:
                 continue
             memory = self._form(kind, rows, chunk)
             self.latents.append(memory)
-            full = torch.zeros_like(piece).index_copy(
-                0,
-                torch.tensor(rows, device=self.device),
-                pad(memory, (0, 0, 0, width - memory.shape[1])),
-            )
+            index = torch.tensor(rows, device=self.device)
+            full = torch.zeros_like(piece).index_copy(0, index, pad(memory, (0, 0, 0, width - memory.shape[1])))
             chosen = torch.zeros(len(self.rollouts), 1, dtype=torch.bool, device=self.device)
             chosen[rows] = True
             piece = torch.where(((ids == LATENT) & chosen)[..., None], full, piece)
@@ -229,7 +200,6 @@ class _Pass:
 
     def _form(self, kind: MemoryKind, rows: list[int], chunk: _Chunk) -> Tensor:
         index = torch.tensor(rows, device=self.device)
-        sample = self.sample[index]
         segments = [self._segment(row, chunk) for row in rows]
         longest = max(b - a for a, b in segments)
         first = torch.tensor([a for a, _ in segments], device=self.device)[:, None]
@@ -238,27 +208,8 @@ class _Pass:
         states = torch.cat(self.seen, dim=1)[index]
         where = self.place[index].gather(1, (first + offset + 1).clamp_max(self.longest))
         segment = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
-        if kind is MemoryKind.SHORT and self.context.patches is None:
-            self.context.patches = self.model.short_stream(self.context.prompt.vision)
-        if kind is MemoryKind.LONG and self.context.prefix is None:
-            self.context.prefix = self.model.long_prefix(self.context.prompt)
-        visual = self.context.visual
-        return self.model.form(
-            kind,
-            FormationInputs(
-                sample=sample,
-                cognitive=torch.cat([visual.hidden[sample], segment], dim=1),
-                cognitive_mask=torch.cat([visual.mask[sample], offset < length], dim=1),
-                stream=self.embeds[index],
-                positions=self.positions[:, index],
-                stream_mask=self.keys[index],
-                stream_visual=pad(
-                    self.context.prompt.visual[sample], (0, self.keys.shape[1] - self.context.prompt.visual.shape[1])
-                ),
-                patches=self.context.patches,
-                prefix=self.context.prefix,
-            ),
-        )
+        stream = self.embeds[index], self.positions[:, index], self.keys[index]
+        return self.context.form(kind, self.sample[index], (segment, offset < length), stream)
 
     def _segment(self, row: int, chunk: _Chunk) -> tuple[int, int]:
         """First and last+1 index of the current segment, up to and including the invoke token."""

@@ -6,7 +6,7 @@ are put back while it runs again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -76,11 +76,7 @@ def _as_now(adapters: Sequence[Lora]) -> tuple[AbstractContextManager[None], Abs
 
 @contextmanager
 def _switched(adapters: Sequence[Lora], switches: Sequence[bool]) -> Iterator[None]:
-    before = [adapter.enabled for adapter in adapters]
-    for adapter, switch in zip(adapters, switches, strict=True):
-        adapter.enabled = switch
-    try:
+    with ExitStack() as stack:
+        for adapter, switch in zip(adapters, switches, strict=True):
+            stack.enter_context(adapter.active(switch))
         yield
-    finally:
-        for adapter, switch in zip(adapters, before, strict=True):
-            adapter.enabled = switch

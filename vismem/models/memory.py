@@ -113,6 +113,21 @@ class PrefixCache:
     keys_values: list[tuple[Tensor, Tensor]]  # per layer: (S, heads, length, head width) each
 
 
+@dataclass
+class FormationInputs:
+    """Everything that R rows' memories are formed from, at their invoke tokens."""
+
+    sample: Tensor  # (R,) index of each row's prompt
+    cognitive: Tensor  # (R, T, d) H: visual hidden states, then those of the current segment, right-padded
+    cognitive_mask: Tensor  # (R, T)
+    stream: Tensor  # (R, X, d) the row's embeddings so far, right-padded (long-term memory)
+    positions: Tensor  # (3, R, X)
+    stream_mask: Tensor  # (R, X)
+    stream_visual: Tensor  # (R, X) True at the prompt's image tokens
+    patches: PatchStream | None  # of all prompts, made by `short_stream` (short-term memory)
+    prefix: PrefixCache | None = None  # of all prompts, made by `long_prefix`: saves time (long-term memory)
+
+
 class LongFormer(nn.Module):
     """F_l: a LoRA adapter over the frozen language model, M = F_l([X, Q, M_init])[-N_l:] (Eq. 11).
 
@@ -148,25 +163,13 @@ class LongFormer(nn.Module):
             )
         return PrefixCache(length, [(layer.keys, layer.values) for layer in cache.layers])
 
-    def forward(
-        self,
-        backbone: Backbone,
-        queries: Tensor,
-        stream: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        visual: Tensor,
-        prefix: tuple[PrefixCache, Tensor] | None = None,
-    ) -> Tensor:
-        """Queries (R, K, d); the row's own embeddings X (R, T, d), right-padded, `positions` (3, R, T), `mask` (R, T).
-
-        `visual` (R, T) is True at the prompt's image tokens. `prefix`: the prompts' cache from `prefill`, and the rows'
-        prompts (R,). Returns (R, N_l, d).
-        """
+    def forward(self, backbone: Backbone, queries: Tensor, inputs: FormationInputs) -> Tensor:
+        """Queries (R, K, d) and the rows' own embeddings: (R, N_l, d)."""
+        stream, positions, mask, prefix = inputs.stream, inputs.positions, inputs.stream_mask, inputs.prefix
         rows = len(stream)
         memory = self.memory_init.expand(rows, -1, -1)
         if self.patches:
-            memory = memory + pooling(visual, self.length).to(stream.dtype) @ stream
+            memory = memory + pooling(inputs.stream_visual, self.length).to(stream.dtype) @ stream
         added = torch.cat([self.query(queries) * self.query_scale, memory], dim=1)
         extra = added.shape[1]
         after = positions.masked_fill(~mask, -1).amax(dim=(0, 2)) + 1
@@ -174,9 +177,9 @@ class LongFormer(nn.Module):
         keys = torch.cat([mask, mask.new_ones(rows, extra)], dim=1)
         cache, cached = None, 0
         if prefix is not None:
-            cache, cached = DynamicCache(), prefix[0].length
-            for index, (key, value) in enumerate(prefix[0].keys_values):
-                cache.update(key[prefix[1]], value[prefix[1]], index)
+            cache, cached = DynamicCache(), prefix.length
+            for index, (key, value) in enumerate(prefix.keys_values):
+                cache.update(key[inputs.sample], value[inputs.sample], index)
         with self.lora.active():
             hidden = backbone.language(
                 torch.cat([stream[:, cached:], added.to(stream.dtype)], dim=1),

@@ -6,8 +6,8 @@ from vismem.models.kinds import MemoryKind
 
 INVOKE = {MemoryKind.SHORT: "<m_I^s>", MemoryKind.LONG: "<m_I^l>"}
 END = {MemoryKind.SHORT: "<m_E^s>", MemoryKind.LONG: "<m_E^l>"}
-MEMORY_TOKENS = (INVOKE[MemoryKind.SHORT], INVOKE[MemoryKind.LONG], END[MemoryKind.SHORT], END[MemoryKind.LONG])
-KINDS = (MemoryKind.SHORT, MemoryKind.LONG)  # the order of the invoke rows, and of the end rows
+MEMORY_TOKENS = (*INVOKE.values(), *END.values())
+KINDS = tuple(MemoryKind)  # the order of the invoke rows, and of the end rows
 
 
 def add_memory_tokens(tokenizer: Any) -> tuple[int, int, int, int]:

@@ -1,8 +1,8 @@
 """A frozen VLM with latent vision memory: form memories, embed and score the grown vocabulary, save and load."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,11 @@ from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.checkpointing import checkpointed
 from vismem.models.kinds import MemoryKind
 from vismem.models.lora import Lora, LoraSettings
-from vismem.models.memory import LongFormer, PrefixCache, QueryBuilder, ShortFormer
+from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer
 from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 1
-
-
-@dataclass
-class FormationInputs:
-    """Everything that R rows' memories are formed from, at their invoke tokens."""
-
-    sample: Tensor  # (R,) index of each row's prompt
-    cognitive: Tensor  # (R, T, d) H: visual hidden states, then those of the current segment, right-padded
-    cognitive_mask: Tensor  # (R, T)
-    stream: Tensor  # (R, X, d) the row's embeddings so far, right-padded (long-term memory)
-    positions: Tensor  # (3, R, X)
-    stream_mask: Tensor  # (R, X)
-    stream_visual: Tensor  # (R, X) True at the prompt's image tokens
-    patches: PatchStream | None  # of all prompts, made by `short_stream` (short-term memory)
-    prefix: PrefixCache | None = None  # of all prompts, made by `long_prefix`: saves time (long-term memory)
 
 
 class TokenRows(nn.Module):
@@ -72,10 +57,8 @@ class VisMemModel(nn.Module):
             self.builder = QueryBuilder(backbone.width, memory)
             self.short = ShortFormer(backbone, memory)
             self.long = LongFormer(backbone, memory)
-            self.policy_lora = Lora(
-                backbone.language_targets(), memory.lora_rank, memory.lora_alpha, memory.lora_dropout
-            )
-            self.policy_settings = LoraSettings(memory.lora_rank, memory.lora_alpha, memory.lora_dropout)
+            adapter = memory.lora_rank, memory.lora_alpha, memory.lora_dropout
+            self.policy_lora, self.policy_settings = Lora(backbone.language_targets(), *adapter), LoraSettings(*adapter)
         self.recompute = False  # see `checkpointed`
         self.to(backbone.device)
         self.eval()
@@ -173,9 +156,7 @@ class VisMemModel(nn.Module):
                 assert inputs.patches is not None
                 memory = self._run(self.short, self.backbone, queries, inputs.patches, inputs.sample)
             else:
-                prefix = None if inputs.prefix is None else (inputs.prefix, inputs.sample)
-                stream = (inputs.stream, inputs.positions, inputs.stream_mask, inputs.stream_visual)
-                memory = self.long(self.backbone, queries, *stream, prefix)
+                memory = self.long(self.backbone, queries, inputs)
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
         return result
 
@@ -195,11 +176,9 @@ class VisMemModel(nn.Module):
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """The reference policy: the same weights, the policy's adapter off."""
-        with self.policy_lora.active(False):
-            yield
+    def reference(self) -> AbstractContextManager[None]:
+        """The reference policy within the block: the same weights, the policy's adapter off."""
+        return self.policy_lora.active(False)
 
     def set_policy_lora(self, settings: LoraSettings) -> None:
         """Give the policy another adapter, fresh and off."""
@@ -225,7 +204,7 @@ class VisMemModel(nn.Module):
         }
         write_json(folder / "vismem.json", settings)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        policy = {name: value for name, value in weights.items() if _is_policy(name)}
+        policy = {name: value for name, value in weights.items() if name.startswith(("tokens.", "policy_lora."))}
         save_file({name: value for name, value in weights.items() if name not in policy}, folder / "memory.safetensors")
         save_file(policy, folder / "policy.safetensors")
         self.backbone.processor.save_pretrained(folder)
@@ -262,10 +241,6 @@ def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error
     return backbone_of(model, processor)
-
-
-def _is_policy(name: str) -> bool:
-    return name.startswith(("tokens.", "policy_lora."))
 
 
 def _stop_ids(backbone: Backbone) -> tuple[int, ...]:

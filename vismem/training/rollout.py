@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vismem.config import GrpoConfig, GrpoStageConfig
 from vismem.data.sample import Sample
+from vismem.generation.context import Context
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy
-from vismem.generation.replay import Context, prefill, score
+from vismem.generation.replay import prefill, score
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from vismem.config import Config, Stage1Config
 from vismem.data.sample import Sample
+from vismem.generation.context import Context
 from vismem.generation.invocation import InvocationPolicy, Off, Random
-from vismem.generation.replay import Context, score, without_memory
+from vismem.generation.replay import score, without_memory
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.training.loop import LoopSettings, check_shards

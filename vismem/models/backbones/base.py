@@ -113,6 +113,18 @@ class Backbone(ABC):
     def language(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """Last hidden states (R, L, d) of embeddings (R, L, d); positions (3, R, L); mask (R, 1, L, keys) bool."""
 
+    def _language(self, embeds: Tensor, positions: Tensor, mask: Any, cache: Any) -> Tensor:
+        """`language`, with positions and mask as Hugging Face's language model takes them."""
+        output = self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
     def step(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """`language` for one token per row, faster where the decoder is a known one."""
         return self._step(embeds, positions, mask, cache)

@@ -84,13 +84,8 @@ class TokenDecoder:
             both = both * cos + torch.cat([-second, first], dim=-1) * sin
             value = _linear(layer.value, normed).view(heads)
             keys, values = cache.update(both[:, -groups:, None], value[:, :, None], index)
-            attended = scaled_dot_product_attention(
-                both[:, :-groups].reshape(rows, groups, -1, self.width),
-                keys,
-                values,
-                attn_mask=mask,
-                scale=layer.scale,
-            )
+            query = both[:, :-groups].reshape(rows, groups, -1, self.width)
+            attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=layer.scale)
             hidden = hidden + _linear(layer.output, attended.view(rows, -1))
             normed = _norm(layer.after, hidden)
             gated = layer.activation(_linear(layer.gate, normed)) * _linear(layer.up, normed)

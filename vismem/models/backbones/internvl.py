@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from vismem.errors import UserError
 from vismem.models.backbones.tiles import TiledBackbone
-from vismem.models.lora import LoraTarget
 
 
 class InternVLBackbone(TiledBackbone):
     """See Backbone. Merge order is the pixel shuffle's: s x s neighbours, row by row, are one token's channels."""
 
     family = "internvl"
+    layers_name, attention_name = "layer", "attention"
 
     def __init__(self, model: Any, processor: Any) -> None:
         config = model.config
@@ -23,8 +23,6 @@ class InternVLBackbone(TiledBackbone):
                 f"but this one has {config.vision_feature_layer} and '{config.vision_feature_select_strategy}'"
             )
         super().__init__(model, processor)
-        self.blocks = self.tower.encoder.layer
-        self.heads = int(self.settings.num_attention_heads)
         self.side = int(1 / config.downsample_ratio)
 
     def _tiles(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
@@ -60,10 +58,3 @@ class InternVLBackbone(TiledBackbone):
         last = self.model.config.vision_feature_layer == -1
         result: Tensor = self.tower.layernorm(states[-1]) if last else super()._select(states)
         return result
-
-    def vision_targets(self) -> list[LoraTarget]:
-        return [
-            LoraTarget(f"layer.{i}.attention.{name}", linear, 0, linear.out_features)
-            for i, block in enumerate(self.blocks[: self.depth])
-            for name, linear in (("q_proj", block.attention.q_proj), ("v_proj", block.attention.v_proj))
-        ]

@@ -8,13 +8,13 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 
 from vismem.errors import UserError
 from vismem.models.backbones.tiles import TiledBackbone
-from vismem.models.lora import LoraTarget
 
 
 class LlavaOnevisionBackbone(TiledBackbone):
     """See Backbone. A sample's only image is cut into tiles; several images are one tile each, as in its training."""
 
     family = "llava_onevision"
+    layers_name, attention_name = "layers", "self_attn"
     image_markers = 0
     side = 1
 
@@ -25,8 +25,6 @@ class LlavaOnevisionBackbone(TiledBackbone):
                 f"but this one has '{model.config.vision_config.model_type}'"
             )
         super().__init__(model, processor)
-        self.blocks = self.tower.encoder.layers
-        self.heads = int(self.settings.num_attention_heads)
 
     def _tile_counts(self, encoded: Any) -> list[int]:
         """Tiles of each image; the processor cuts only an image that is alone in its sample."""
@@ -70,10 +68,3 @@ class LlavaOnevisionBackbone(TiledBackbone):
         hidden = hidden + block.self_attn.out_proj(attended)
         result: Tensor = hidden + block.mlp(block.layer_norm2(hidden))
         return result
-
-    def vision_targets(self) -> list[LoraTarget]:
-        return [
-            LoraTarget(f"layers.{i}.self_attn.{name}", linear, 0, linear.out_features)
-            for i, block in enumerate(self.blocks[: self.depth])
-            for name, linear in (("q_proj", block.self_attn.q_proj), ("v_proj", block.self_attn.v_proj))
-        ]

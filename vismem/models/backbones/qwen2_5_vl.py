@@ -229,15 +229,7 @@ class Qwen25VLBackbone(Backbone):
 
     def language(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         masks = {"full_attention": mask, "sliding_attention": mask}
-        output = self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=masks,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return self._language(embeds, positions, masks, cache)
 
     # --- where adapters go ---
 

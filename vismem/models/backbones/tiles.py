@@ -19,15 +19,17 @@ class TiledBackbone(Backbone):
     Memory tokens join after the position embeddings, so their `positions` have no say.
     """
 
-    blocks: Any  # of the vision encoder
-    heads: int  # of the vision encoder
     side: int  # s, patches that the projector merges are s x s: merge = s * s
+    layers_name: str  # of `blocks` in the vision encoder
+    attention_name: str  # in a block
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
         self.processor = processor
         self.settings = model.config.vision_config
         self.tower = model.model.vision_tower
+        self.blocks = getattr(self.tower.encoder, self.layers_name)
+        self.heads = int(self.settings.num_attention_heads)
         self.projector = model.model.multi_modal_projector
         layers = model.config.vision_feature_layer
         depth = int(self.settings.num_hidden_layers)
@@ -62,9 +64,6 @@ class TiledBackbone(Backbone):
     def _rest(self, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         """What a block does once attention (B, T, w) is done."""
 
-    @abstractmethod
-    def vision_targets(self) -> list[LoraTarget]: ...
-
     def _select(self, states: list[Tensor]) -> Tensor:
         """The states that the projector takes, of those before the first and after each block."""
         return torch.cat([states[layer] for layer in self.layers], dim=-1)
@@ -72,13 +71,8 @@ class TiledBackbone(Backbone):
     # --- the prompt ---
 
     def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
-        encoded = self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        ).to(self.device)
+        padding = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+        encoded = self.processor(text=texts, images=images if any(images) else None, **padding).to(self.device)
         mask = encoded["attention_mask"].bool()
         embeds = self.embedding(encoded["input_ids"])
         visual = encoded["input_ids"] == self.model.config.image_token_id
@@ -204,15 +198,15 @@ class TiledBackbone(Backbone):
         projected: Tensor = self.projector(hidden.reshape(rows, length // self.merge, self.merge * width))
         return projected
 
+    def vision_targets(self) -> list[LoraTarget]:
+        return [
+            LoraTarget(f"{self.layers_name}.{i}.{self.attention_name}.{name}", linear, 0, linear.out_features)
+            for i, block in enumerate(self.blocks[: self.depth])
+            for name in ("q_proj", "v_proj")
+            for linear in (getattr(getattr(block, self.attention_name), name),)
+        ]
+
     # --- the language model ---
 
     def language(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        output = self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions[0],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return self._language(embeds, positions[0], mask, cache)

@@ -1,0 +1,59 @@
+"""Prefilled prompts, and the memories that are formed on them, in decoding and in replay alike (paper Sec. 3.3)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vismem.generation.prompts import VisualStates, last_of, visual_states
+from vismem.models.backbones.base import PatchStream, Prompt
+from vismem.models.kinds import MemoryKind
+from vismem.models.memory import FormationInputs, PrefixCache, causal_mask
+from vismem.models.vismem import VisMemModel
+
+
+@dataclass
+class Context:
+    """S prefilled prompts with their cache, and what memories read of them, computed when the first one is formed."""
+
+    model: VisMemModel
+    prompt: Prompt
+    visual: VisualStates
+    last: Tensor  # (S, d)
+    cache: Any
+    patches: PatchStream | None = None  # inside the short former
+    prefix: PrefixCache | None = None  # inside the long former
+
+    @classmethod
+    def read(cls, model: VisMemModel, prompt: Prompt, cache: Any) -> "Context":
+        """Run the prompts through the language model."""
+        hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), cache)
+        return cls(model, prompt, visual_states(prompt, hidden), last_of(hidden, prompt.mask), cache)
+
+    def form(
+        self, kind: MemoryKind, sample: Tensor, segment: tuple[Tensor, Tensor], stream: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """Memories (R, N, d) of rows at their invoke tokens, `sample` (R,) their prompts.
+
+        `segment`: hidden states of the current segment (R, T, d) and their mask (R, T), right-padded. `stream`:
+        embeddings so far (R, X, d), their positions (3, R, X) and mask (R, X).
+        """
+        if kind is MemoryKind.SHORT and self.patches is None:
+            self.patches = self.model.short_stream(self.prompt.vision)
+        if kind is MemoryKind.LONG and self.prefix is None:
+            self.prefix = self.model.long_prefix(self.prompt)
+        (states, states_mask), (embeds, positions, mask) = segment, stream
+        inputs = FormationInputs(
+            sample=sample,
+            cognitive=torch.cat([self.visual.hidden[sample], states], dim=1),
+            cognitive_mask=torch.cat([self.visual.mask[sample], states_mask], dim=1),
+            stream=embeds,
+            positions=positions,
+            stream_mask=mask,
+            stream_visual=pad(self.prompt.visual[sample], (0, mask.shape[1] - self.prompt.visual.shape[1])),
+            patches=self.patches,
+            prefix=self.prefix,
+        )
+        return self.model.form(kind, inputs)

@@ -20,7 +20,7 @@ from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import FormationInputs, VisMemModel
 from vismem.records import ParityReport
-from vismem.serving.runtime.errors import RequestError
+from vismem.serving.runtime.limits import RequestError
 from vismem.serving.runtime.runtime import Kind, Runtime
 
 Memories = list[NDArray[np.float32]]

@@ -11,8 +11,7 @@ import numpy as np
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.serving.runtime.errors import RequestError
-from vismem.serving.runtime.limits import check_request
+from vismem.serving.runtime.limits import RequestError, check_request
 
 MARKS = {"short": "⟨short⟩", "long": "⟨long⟩"}  # where a memory was invoked
 REASONS = {  # part of a server's message: what it means for the caller

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .errors import RequestError
+from .limits import RequestError
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .bundle import Bundle
-from .errors import RequestError
 from .images import Patches, cut_patches, grid_of
+from .limits import RequestError
 from .prompt import Prompt, TextStream, tokenise
 
 Floats = NDArray[np.float32]

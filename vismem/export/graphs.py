@@ -158,8 +158,8 @@ class VisionTower(nn.Module):
         query, key, value = bare(block.attn.qkv, y).chunk(3, dim=-1)
         query = query + adapter * self.query[number](y)
         value = value + adapter * self.value[number](y)
-        query, key, value = (part.reshape(-1, self.heads, self.width // self.heads) for part in (query, key, value))
-        query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+        shape = (-1, self.heads, self.width // self.heads)
+        query, key, value = (part.reshape(shape).transpose(0, 1) for part in (query, key, value))
         return rotate(query, *rotary), rotate(key, *rotary), value
 
     def attend(self, number: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

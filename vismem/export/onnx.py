@@ -129,6 +129,15 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
     backbone, processor = model.backbone, model.backbone.processor
     language, visual = backbone.model.model.language_model, backbone.model.model.visual
     images, config = processor.image_processor, language.config
+    same = (
+        "do_resize",
+        "do_rescale",
+        "do_normalize",
+        "rescale_factor",
+        "patch_size",
+        "temporal_patch_size",
+        "merge_size",
+    )
     return {
         "format": FORMAT,
         "weights": WEIGHTS,
@@ -156,18 +165,12 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
         },
         "prompt": prompt_parts(processor),
         "image": {
-            "do_resize": images.do_resize,
-            "do_rescale": images.do_rescale,
-            "do_normalize": images.do_normalize,
+            **{name: getattr(images, name) for name in same},
             "resample": int(images.resample),
-            "rescale_factor": images.rescale_factor,
             "mean": list(images.image_mean),
             "std": list(images.image_std),
             "min_pixels": images.size["shortest_edge"],
             "max_pixels": images.size["longest_edge"],
-            "patch_size": images.patch_size,
-            "temporal_patch_size": images.temporal_patch_size,
-            "merge_size": images.merge_size,
             "window_size": visual.window_size,
         },
     }

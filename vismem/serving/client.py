@@ -92,10 +92,8 @@ def infer(
             try:
                 result, error = replies.get(timeout=timeout)
             except queue.Empty:
-                raise UserError(
-                    f"model '{model}' at {url} sent nothing for {timeout:g} s: it may be busy or dead; "
-                    "try again, or restart `vismem serve`"
-                ) from None
+                hint = "it may be busy or dead; try again, or restart `vismem serve`"
+                raise UserError(f"model '{model}' at {url} sent nothing for {timeout:g} s: {hint}") from None
             if error is not None:
                 answered = True
                 reason = next((text for mark, text in REASONS.items() if mark in error.message()), error.message())
@@ -182,9 +180,7 @@ def _ready(client: Any, url: str, model: str) -> bool:
         ready: bool = client.is_model_ready(model, client_timeout=10)
     except InferenceServerException as error:
         if "UNAVAILABLE" in str(error.status()) or "DEADLINE" in str(error.status()):
-            raise UserError(
-                f"no model server answers at {url}: start one with `vismem serve` in another terminal, "
-                "or name another with --url"
-            ) from None
+            hint = "start one with `vismem serve` in another terminal, or name another with --url"
+            raise UserError(f"no model server answers at {url}: {hint}") from None
         raise UserError(f"the server at {url}: {error.message()}") from None
     return ready

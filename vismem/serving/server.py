@@ -141,9 +141,8 @@ def serve(
     SIGTERM. Ports not given are those of the deploy section. UserError if the server cannot start, or exits by itself.
     """
     if not repository.is_dir():
-        raise UserError(
-            f"{repository} is not there: run `vismem deploy` (or `make demo`) first, or name another with --repository"
-        )
+        hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
+        raise UserError(f"{repository} is not there: {hint}")
     asked = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
     ports_asked = {name: getattr(config.deploy, name) if port is None else port for name, port in asked.items()}
     with until_stopped(write), TritonServer(repository, log=log, host=host, **ports_asked) as server:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+DEFAULTS = {"MAX_NEW_TOKENS": 48, "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": True, "STREAM": True}  # of optional inputs
 sys.dont_write_bytecode = True  # the repository stays as it was written
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
@@ -131,30 +132,24 @@ class TritonPythonModel:
 
 def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool]:
     """(image files, prompt, options of `generate`, stream or collect) of a request. ValueError says what is wrong."""
-    values: dict[str, Any] = {}
-    for name in ("IMAGE", "PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "SEED", "MEMORY", "STREAM"):
+    files = [bytes(data) for data in pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().reshape(-1)]
+    values: dict[str, Any] = dict(DEFAULTS)
+    for name in ("PROMPT", *DEFAULTS):
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is not None:
-            values[name] = tensor.as_numpy().reshape(-1)
-    for name, value in values.items():
-        if name != "IMAGE" and len(value) != 1:
-            raise ValueError(f"{name} must hold one value, not {len(value)}")
-    options = {
-        "max_new_tokens": int(values.get("MAX_NEW_TOKENS", [48])[0]),
-        "temperature": float(values.get("TEMPERATURE", [0.0])[0]),
-        "seed": int(values.get("SEED", [0])[0]),
-        "memory": bool(values.get("MEMORY", [True])[0]),
-    }
-    if not 0 <= options["temperature"] <= 100:  # refuses NaN too
-        raise ValueError(f"TEMPERATURE is {options['temperature']}: it must lie in 0..100 (0 is greedy)")
-    if options["seed"] < 0:
-        raise ValueError(f"SEED is {options['seed']}: it must not be negative")
-    files = [bytes(data) for data in values["IMAGE"]]
-    return files, bytes(values["PROMPT"][0]), options, bool(values.get("STREAM", [True])[0])
+            value = tensor.as_numpy()
+            if value.size != 1:
+                raise ValueError(f"{name} must hold one value, not {value.size}")
+            values[name] = value.item()
+    prompt, stream = bytes(values.pop("PROMPT")), values.pop("STREAM")
+    if not 0 <= values["TEMPERATURE"] <= 100:  # refuses NaN too
+        raise ValueError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
+    if values["SEED"] < 0:
+        raise ValueError(f"SEED is {values['SEED']}: it must not be negative")
+    return files, prompt, {name.lower(): value for name, value in values.items()}, stream
 
 
 def response_of(chunks: list[Any]) -> Any:
     """A response with the outputs TEXT and EVENT, one entry per chunk."""
-    text = np.array([chunk.text.encode() for chunk in chunks], dtype=object)
-    event = np.array([chunk.event.encode() for chunk in chunks], dtype=object)
-    return pb_utils.InferenceResponse([pb_utils.Tensor("TEXT", text), pb_utils.Tensor("EVENT", event)])
+    outputs = {"TEXT": [chunk.text.encode() for chunk in chunks], "EVENT": [chunk.event.encode() for chunk in chunks]}
+    return pb_utils.InferenceResponse([pb_utils.Tensor(k, np.array(v, dtype=object)) for k, v in outputs.items()])

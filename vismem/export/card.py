@@ -14,11 +14,7 @@ from vismem.records import Metrics, ParityReport
 
 
 def model_card(
-    config: Config,
-    model: VisMemModel,
-    metrics: Metrics,
-    parity: ParityReport,
-    lineage: Mapping[str, Any],
+    config: Config, model: VisMemModel, metrics: Metrics, parity: ParityReport, lineage: Mapping[str, Any]
 ) -> str:
     """The card's text. `lineage` is that of `vismem.provenance`.
 
@@ -26,6 +22,8 @@ def model_card(
     """
     tiny = config.base.model == DEFAULT_BASE
     hub = config.base.folder() is None
+    # A hub id as it stands; of a path only its last part, which tells nothing of the machine.
+    shown = config.base.model if hub else config.base.model.rstrip("/").rsplit("/", 1)[-1]
     arms, gains, intervals = metrics.arms, metrics.gain, metrics.intervals
     groups = [name for name in (*CAPABILITIES, OVERALL) if name in next(iter(arms.values()))]
 
@@ -41,13 +39,14 @@ def model_card(
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     template = environment.get_template("card.md.j2")
     own = {name: value.numel() for name, value in model.named_parameters()}
-    policy = sum(n for name, n in own.items() if name.startswith("tokens.") or _is_trained_policy(model, name))
+    trained = ("tokens.", "policy_lora.") if model.policy_lora.enabled else ("tokens.",)
+    policy = sum(n for name, n in own.items() if name.startswith(trained))
     memory = sum(n for name, n in own.items() if not name.startswith(("tokens.", "policy_lora.")))
     return template.render(
-        base_name="the tiny VLM" if tiny else _shown(config.base.model, hub),
+        base_name="the tiny VLM" if tiny else shown,
         licence="apache-2.0" if tiny else "other",
         base_licence="Apache-2.0 (trained by this project)" if tiny else "as published by their authors",
-        base=f"`{DEFAULT_BASE}`, a tiny Qwen2.5-VL trained by this project" if tiny else _shown(config.base.model, hub),
+        base=f"`{DEFAULT_BASE}`, a tiny Qwen2.5-VL trained by this project" if tiny else shown,
         hub_base=config.base.model if hub else "",
         tiny=tiny,
         memory=model.memory_config,
@@ -71,15 +70,6 @@ def model_card(
         parity=parity,
         lineage=lineage,
     )
-
-
-def _is_trained_policy(model: VisMemModel, name: str) -> bool:
-    return model.policy_lora.enabled and name.startswith("policy_lora.")
-
-
-def _shown(base: str, hub: bool) -> str:
-    """A hub id as it stands; of a path only its last part, which tells nothing of the machine."""
-    return base if hub else base.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _source(source: Any) -> str:

@@ -26,8 +26,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     for leftover in out.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     metrics = Metrics.read(inputs["evaluate"])
-    test = inputs["validate"] / "data" / "test"
-    samples = pick(test, config.export.parity_items, config.seed)
+    samples = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
     model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])  # float32, whatever it was trained in
     model.save_pretrained(out / "vismem")
     model.backbone.processor.save_pretrained(out / "processor")

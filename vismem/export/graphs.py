@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vismem.models.lora import Lora
-from vismem.models.memory import LongFormer, QueryBuilder
 from vismem.models.vismem import VisMemModel
 
 MASKED = -1e9  # finite: a row that sees nothing must not become NaN
@@ -31,11 +30,8 @@ class LowRank(nn.Module):
 
 def adapters_of(lora: Lora, part: int) -> nn.ModuleList:
     """The adapter of each layer for its query (part 0) or value (part 1); targets stand in that order in a layer."""
-    adapters = []
-    for target in lora.targets[part::2]:
-        key = f"{target.name}.{target.start}".replace(".", "_")
-        adapters.append(LowRank(lora.down[key], lora.up[key], lora.scale))
-    return nn.ModuleList(adapters)
+    keys = [f"{target.name}.{target.start}".replace(".", "_") for target in lora.targets[part::2]]
+    return nn.ModuleList(LowRank(lora.down[key], lora.up[key], lora.scale) for key in keys)
 
 
 def bare(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -105,7 +101,9 @@ class Decoder(nn.Module):
         last = hidden[:, -1]
         invoke = nn.functional.linear(last, self.tokens.head, self.tokens.bias)
         logits = torch.cat((self.lm_head(last), invoke), dim=-1)
-        return logits, hidden, long_memory(self.long, hidden), present
+        kept = hidden[:, -self.long.length :]
+        unit = kept * torch.rsqrt(kept.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return logits, hidden, self.long.output(unit) * self.long.output_scale, present
 
     def _project(self, number: int, y: Tensor, switch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value (B, heads, S, head_dim) of a layer, before rotation."""
@@ -128,14 +126,6 @@ class Decoder(nn.Module):
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.reshape(x.shape[0], x.shape[1], heads, self.head_dim).transpose(1, 2)
-
-
-def long_memory(former: LongFormer, hidden: Tensor) -> Tensor:
-    """The output projection and scale of the long former on the last N_l hidden states, without what they stand on."""
-    last = hidden[:, -former.length :]
-    unit = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6)
-    memory: Tensor = former.output(unit) * former.output_scale
-    return memory
 
 
 class VisionTower(nn.Module):
@@ -168,8 +158,8 @@ class VisionTower(nn.Module):
         query, key, value = bare(block.attn.qkv, y).chunk(3, dim=-1)
         query = query + adapter * self.query[number](y)
         value = value + adapter * self.value[number](y)
-        query, key, value = (part.reshape(-1, self.heads, self.width // self.heads) for part in (query, key, value))
-        query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+        shape = (-1, self.heads, self.width // self.heads)
+        query, key, value = (part.reshape(shape).transpose(0, 1) for part in (query, key, value))
         return rotate(query, *rotary), rotate(key, *rotary), value
 
     def attend(self, number: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -239,8 +229,7 @@ class Builder(nn.Module):
 
     def __init__(self, model: VisMemModel) -> None:
         super().__init__()
-        self.builder: QueryBuilder = model.builder
-        self.long: LongFormer = model.long
+        self.builder, self.long = model.builder, model.long
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """H (T, d) of one row: Q (K, d), and [Q, M_init] as the language model reads them (K + N_l, d)."""

@@ -6,7 +6,6 @@ Tensors are told apart by content: each lies once in `weights.bin`, however many
 import hashlib
 import logging
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,8 +40,8 @@ class Graph:
     module: nn.Module
     arguments: tuple[Any, ...]
     varying: tuple[Any, ...]
-    inputs: Sequence[str]
-    outputs: Sequence[str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass
@@ -130,15 +129,21 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
     backbone, processor = model.backbone, model.backbone.processor
     language, visual = backbone.model.model.language_model, backbone.model.model.visual
     images, config = processor.image_processor, language.config
+    same = (
+        "do_resize",
+        "do_rescale",
+        "do_normalize",
+        "rescale_factor",
+        "patch_size",
+        "temporal_patch_size",
+        "merge_size",
+    )
     return {
         "format": FORMAT,
-        "family": backbone.family,
         "weights": WEIGHTS,
-        "graphs": ["vision", "short", "builder", "decoder"],
         "tensors": {},
         "width": backbone.width,
         "decoder": {
-            "layers": config.num_hidden_layers,
             "kv_heads": config.num_key_value_heads,
             "head_width": config.hidden_size // config.num_attention_heads,
             "max_positions": config.max_position_embeddings,
@@ -160,39 +165,32 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
         },
         "prompt": prompt_parts(processor),
         "image": {
-            "do_resize": images.do_resize,
-            "do_rescale": images.do_rescale,
-            "do_normalize": images.do_normalize,
+            **{name: getattr(images, name) for name in same},
             "resample": int(images.resample),
-            "rescale_factor": images.rescale_factor,
             "mean": list(images.image_mean),
             "std": list(images.image_std),
             "min_pixels": images.size["shortest_edge"],
             "max_pixels": images.size["longest_edge"],
-            "patch_size": images.patch_size,
-            "temporal_patch_size": images.temporal_patch_size,
-            "merge_size": images.merge_size,
             "window_size": visual.window_size,
         },
     }
 
 
 def prompt_parts(processor: Any) -> dict[str, str]:
-    """The chat template taken apart: `before`, `image` (once an image), the question, `after`.
+    """The chat template taken apart: `before`, `image` (once per image), the question, `after`.
 
     Raises UserError where the template of one, two or three images is not made of those parts.
     """
 
-    def render(images: int, question: str) -> str:
-        sample = Sample(id="", images=(b"",) * images, question=question, answer="")
-        return prompt_text(processor, sample)
+    def render(images: int) -> str:
+        return prompt_text(processor, Sample(id="", images=(b"",) * images, question=mark, answer=""))
 
     mark = "\u241fquestion\u241f"
-    before, after = render(0, mark).split(mark)
-    image = render(1, mark).removeprefix(before).removesuffix(mark + after)
+    before, after = render(0).split(mark)
+    image = render(1).removeprefix(before).removesuffix(mark + after)
     parts = {"before": before, "image": image, "after": after}
     for count in range(4):
-        if render(count, mark) != before + image * count + mark + after:
+        if render(count) != before + image * count + mark + after:
             raise UserError(f"the base's chat template does not put {count} images right before the question")
     if processor.image_token not in image:
         raise UserError(f"the base's chat template has no {processor.image_token} for an image")
@@ -201,10 +199,10 @@ def prompt_parts(processor: Any) -> dict[str, str]:
 
 def _exported(graph: Graph, weights: WeightFile, opset: int) -> onnx_ir.Model:
     """The graph with its large tensors in the weight file and nothing of this machine in its metadata."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        level = logging.getLogger("torch.onnx").level
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings(action="ignore"):
+        logger.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 graph.module.eval(),
@@ -212,32 +210,24 @@ def _exported(graph: Graph, weights: WeightFile, opset: int) -> onnx_ir.Model:
                 dynamo=True,
                 dynamic_shapes=graph.varying,
                 opset_version=opset,
-                input_names=list(graph.inputs),
-                output_names=list(graph.outputs),
+                input_names=graph.inputs,
+                output_names=graph.outputs,
                 external_data=False,
                 verbose=False,
             )
         finally:
-            logging.getLogger("torch.onnx").setLevel(level)
+            logger.setLevel(level)
     assert program is not None
     model = program.model
     for value in model.graph.initializers.values():
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes >= INLINE_BYTES:
+            offset, shape = weights.add(tensor.numpy()), onnx_ir.Shape(tensor.numpy().shape)
             value.const_value = onnx_ir.ExternalTensor(
-                WEIGHTS,
-                weights.add(tensor.numpy()),
-                tensor.nbytes,
-                tensor.dtype,
-                shape=onnx_ir.Shape(tensor.numpy().shape),
-                name=value.name or "",
+                WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=shape, name=value.name or ""
             )
-    return _anonymous(model)
-
-
-def _anonymous(model: onnx_ir.Model) -> onnx_ir.Model:
-    """Strip what the exporter leaves behind: stack traces and build paths."""
+    # The exporter leaves stack traces and build paths behind.
     ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     model.doc_string = None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,8 @@ from vismem.models.kinds import MemoryKind
 from vismem.models.memory import FormationInputs
 from vismem.models.vismem import VisMemModel
 from vismem.records import ParityReport
-from vismem.serving.runtime.errors import RequestError
-from vismem.serving.runtime.runtime import Runtime
+from vismem.serving.runtime.limits import RequestError
+from vismem.serving.runtime.runtime import Kind, Runtime
 
 Memories = list[NDArray[np.float32]]
 SHOWN = 5  # differences spelled out
@@ -49,23 +50,21 @@ def check_parity(
     differences: list[str] = []
     seconds = {"torch": 0.0, "runtime": 0.0}
     for place, sample in enumerate(samples):
-        same = True
+        known = len(differences)
         for forced in ({}, _both_kinds(place)):
             reference = decode_torch(model, sample, forced, max_new_tokens)
             try:
                 decoded = decode_runtime(model, runtime, sample, forced, max_new_tokens)
             except RequestError as error:
                 differences.append(f"{sample.id}: the runtime refuses it: {error}")
-                same = False
                 continue
             seconds = {"torch": seconds["torch"] + reference.seconds, "runtime": seconds["runtime"] + decoded.seconds}
             if decoded.tokens != reference.tokens:
-                same = False
                 differences.append(f"{sample.id}: {first_difference(reference.tokens, decoded.tokens)}")
             for ours, theirs in zip(decoded.memories, reference.memories, strict=False):
                 memories += 1
                 worst = max(worst, memory_difference(ours, theirs))
-        equal += same
+        equal += len(differences) == known
     return ParityReport(
         passed=bool(samples) and equal == len(samples) and worst <= tolerance,
         items=len(samples),
@@ -95,17 +94,13 @@ def decode_runtime(
     if sample.videos:
         raise RequestError("an exported bundle answers questions about images only, and this one has a video")
     images = [Image.open(io.BytesIO(data)) for data in sample.images]
+    force: dict[int, Kind] = {decision: kind.value for decision, kind in forced.items()}
     tokens: list[int] = []
     memories: Memories = []
     start = time.perf_counter()
-    chunks = runtime.generate(
-        images,
-        sample.question,
-        max_new_tokens=max_new_tokens,
-        memory=not forced,
-        force={decision: kind.value for decision, kind in forced.items()},
-    )
-    for chunk in chunks:
+    for chunk in runtime.generate(
+        images, sample.question, max_new_tokens=max_new_tokens, memory=not forced, force=force
+    ):
         if chunk.token is not None:
             tokens.append(chunk.token)
         if chunk.memory is not None:
@@ -140,9 +135,8 @@ def memory_difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) ->
 
 def first_difference(reference: Sequence[int], found: Sequence[int]) -> str:
     """Where two token sequences part, in words."""
-    pairs = zip(reference, found, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(found)))
-    ours, theirs = (str(ids[place]) if place < len(ids) else "the end" for ids in (found, reference))
+    pairs = enumerate(zip_longest(found, reference, fillvalue="the end"))
+    place, (ours, theirs) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
     return f"token {place} is {ours}, torch gives {theirs}"
 
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.serving.runtime.errors import RequestError
-from vismem.serving.runtime.limits import check_request
+from vismem.serving.runtime.limits import RequestError, check_request
 
 MARKS = {"short": "⟨short⟩", "long": "⟨long⟩"}  # where a memory was invoked
 REASONS = {  # part of a server's message: what it means for the caller
@@ -62,37 +61,39 @@ def infer(
     """Yield the pieces of one answer from the Triton server at `url` ("host:port", gRPC).
 
     `images` are files or encoded bytes. With `stream` each piece comes when it is decoded, else all at the end.
-    `timeout` is the longest wait in seconds for the next piece: it also catches a server whose model has died. The
-    server drops a request that waits longer in its queue.
-    Closing the iterator early cancels the answer on the server. Raises UserError for a missing image file, where no
-    server listens, for an unknown model, for a request that the server refuses, and when the time is up.
+    `timeout` is the maximum wait in seconds for the next piece, and in the server's queue: it also catches a server
+    whose model has died. Closing the iterator early cancels the answer on the server. Raises UserError for a missing
+    image file, where no server listens, for an unknown model, for a request that the server refuses, and at a timeout.
     """
     import tritonclient.grpc as triton
+    from tritonclient.utils import np_to_triton_dtype
 
-    inputs = _inputs(
-        IMAGE=np.array([_read_image(image) for image in images], dtype=object),
-        PROMPT=np.array([prompt.encode()], dtype=object),
-        MAX_NEW_TOKENS=np.array([max_new_tokens], dtype=np.int32),
-        TEMPERATURE=np.array([temperature], dtype=np.float32),
-        SEED=np.array([seed], dtype=np.int64),
-        MEMORY=np.array([memory]),
-        STREAM=np.array([stream]),
-    )
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "IMAGE": np.array([_read_image(image) for image in images], dtype=object),
+        "PROMPT": np.array([prompt.encode()], dtype=object),
+        "MAX_NEW_TOKENS": np.array([max_new_tokens], dtype=np.int32),
+        "TEMPERATURE": np.array([temperature], dtype=np.float32),
+        "SEED": np.array([seed], dtype=np.int64),
+        "MEMORY": np.array([memory]),
+        "STREAM": np.array([stream]),
+    }
+    inputs = [triton.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)) for name, value in arrays.items()]
+    for entry in inputs:
+        entry.set_data_from_numpy(arrays[entry.name()])
     replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     client = triton.InferenceServerClient(url)
     answered = False
     try:
-        _check_server(client, url, model)
+        if not _ready(client, url, model):
+            raise UserError(f"the server at {url} has no model '{model}' ready: see the log of `vismem serve`")
         client.start_stream(callback=lambda result, error: replies.put((result, error)))
         client.async_stream_infer(model, inputs, timeout=int(timeout * 1e6), enable_empty_final_response=True)
         while True:
             try:
                 result, error = replies.get(timeout=timeout)
             except queue.Empty:
-                raise UserError(
-                    f"model '{model}' at {url} sent nothing for {timeout:g} s: it may be busy or dead; "
-                    "try again, or restart `vismem serve`"
-                ) from None
+                hint = "it may be busy or dead; try again, or restart `vismem serve`"
+                raise UserError(f"model '{model}' at {url} sent nothing for {timeout:g} s: {hint}") from None
             if error is not None:
                 answered = True
                 reason = next((text for mark, text in REASONS.items() if mark in error.message()), error.message())
@@ -151,31 +152,16 @@ def find_model(url: str, name: str) -> str:
     """`name` if the server at `url` serves it, else its challenger if that is served, else UserError."""
     import tritonclient.grpc as triton
 
-    client = triton.InferenceServerClient(url)
-    try:
+    with triton.InferenceServerClient(url) as client:
         for candidate in (name, challenger_name(name)):
             if _ready(client, url, candidate):
                 return candidate
-    finally:
-        client.close()
     raise UserError(f"the server at {url} serves neither '{name}' nor '{challenger_name(name)}': name one with --model")
 
 
 def challenger_name(name: str) -> str:
     """The name under which a version is served that the gate refused."""
     return f"{name}_challenger"
-
-
-def _inputs(**arrays: np.ndarray[Any, Any]) -> list[Any]:
-    import tritonclient.grpc as triton
-    from tritonclient.utils import np_to_triton_dtype
-
-    made = []
-    for name, array in arrays.items():
-        entry = triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-        entry.set_data_from_numpy(array)
-        made.append(entry)
-    return made
 
 
 def _read_image(image: Path | bytes) -> bytes:
@@ -187,11 +173,6 @@ def _read_image(image: Path | bytes) -> bytes:
         raise UserError(f"cannot read the image {image}: {error.strerror}") from None
 
 
-def _check_server(client: Any, url: str, model: str) -> None:
-    if not _ready(client, url, model):
-        raise UserError(f"the server at {url} has no model '{model}' ready: see the log of `vismem serve`")
-
-
 def _ready(client: Any, url: str, model: str) -> bool:
     from tritonclient.utils import InferenceServerException
 
@@ -199,9 +180,7 @@ def _ready(client: Any, url: str, model: str) -> bool:
         ready: bool = client.is_model_ready(model, client_timeout=10)
     except InferenceServerException as error:
         if "UNAVAILABLE" in str(error.status()) or "DEADLINE" in str(error.status()):
-            raise UserError(
-                f"no model server answers at {url}: start one with `vismem serve` in another terminal, "
-                "or name another with --url"
-            ) from None
+            hint = "start one with `vismem serve` in another terminal, or name another with --url"
+            raise UserError(f"no model server answers at {url}: {hint}") from None
         raise UserError(f"the server at {url}: {error.message()}") from None
     return ready

@@ -26,8 +26,7 @@ def run_command(
     )
     options = parser.parse_args(arguments)
     try:
-        named = options.params is not None
-        config = load_config(options.params, options.profile) if named else resolve(options.profile or "")
+        config = load_config(options.params, options.profile) if options.params else resolve(options.profile or "")
         print(action(config, options))
     except UserError as error:
         print(error, file=sys.stderr)

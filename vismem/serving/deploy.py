@@ -71,9 +71,6 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
     while the server continues to answer. UserError names the first check that fails.
     """
     answered = [_ask(url, model, sample) for sample in samples]
-    for item in answered:
-        if not plain(item.tokens):
-            raise UserError(f"smoke test: {model} gave an empty answer to '{item.sample.question}' ({item.sample.id})")
     first = answered[0]
     collected = tuple(infer(url, model, first.sample.images, first.sample.question, stream=False))
     if collected != first.tokens:
@@ -102,14 +99,11 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
 
 def _ask(url: str, model: str, sample: Sample) -> Answered:
     started = time.perf_counter()
-    arrivals: list[float] = []
-    tokens: list[Token] = []
-    for token in infer(url, model, sample.images, sample.question):
-        arrivals.append((time.perf_counter() - started) * 1000)
-        tokens.append(token)
-    if not tokens:
-        raise UserError(f"smoke test: {model} sent no answer to {sample.id}")
-    return Answered(sample, tuple(tokens), arrivals[0], arrivals[-1])
+    tokens = infer(url, model, sample.images, sample.question)
+    arrived = [(token, (time.perf_counter() - started) * 1000) for token in tokens]
+    if not plain(token for token, _ in arrived):
+        raise UserError(f"smoke test: {model} gave an empty answer to '{sample.question}' ({sample.id})")
+    return Answered(sample, tuple(token for token, _ in arrived), arrived[0][1], arrived[-1][1])
 
 
 def _check_refusal(url: str, model: str) -> None:
@@ -118,7 +112,5 @@ def _check_refusal(url: str, model: str) -> None:
     except UserError as error:
         if "does not decode" in str(error):
             return
-        raise UserError(
-            f"smoke test: a broken image should be refused as one that does not decode, but: {error}"
-        ) from None
+        raise UserError(f"smoke test: a broken image is not refused as one that does not decode: {error}") from None
     raise UserError(f"smoke test: {model} answered '{answer}' to a broken image instead of refusing it")

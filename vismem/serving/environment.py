@@ -18,13 +18,12 @@ DEFAULT_PYTHON = Path(vismem.__file__).parent.parent / ".venv-serving" / "bin" /
 _QUERY = """
 import importlib.util, json, os, sys, sysconfig
 found = importlib.util.find_spec("pytriton")
-config = sysconfig.get_config_vars()
-base = config.get("LIBDIR") or ""
+base, multiarch, library = (sysconfig.get_config_var(name) or "" for name in ("LIBDIR", "MULTIARCH", "INSTSONAME"))
 print(json.dumps({
     "pytriton": os.path.dirname(found.origin) if found else None,
-    "version": "%d.%d" % sys.version_info[:2],
-    "library": config.get("INSTSONAME") or "",
-    "folders": [base, os.path.join(base, config.get("MULTIARCH") or ""), os.path.join(sys.base_prefix, "lib")],
+    "version": sysconfig.get_python_version(),
+    "library": library,
+    "folders": [base, os.path.join(base, multiarch), os.path.join(sys.base_prefix, "lib")],
 }))
 """
 
@@ -52,16 +51,13 @@ class ServingEnvironment:
         """The process environment for tritonserver: this environment's packages, nothing of the caller's Python."""
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         path = [str(self.python.parent), kept.get("PATH", os.defpath)]  # the stub finds its packages through python3
-        libraries = [str(folder) for folder in self.libraries]
-        if kept.get("LD_LIBRARY_PATH"):
-            libraries.append(kept["LD_LIBRARY_PATH"])
-        kept.update(
-            PATH=os.pathsep.join(path),
-            LD_LIBRARY_PATH=os.pathsep.join(libraries),
-            OMP_WAIT_POLICY="passive",
-            HF_HUB_OFFLINE="1",
-        )
-        return kept
+        libraries = [*map(str, self.libraries), kept.get("LD_LIBRARY_PATH", "")]
+        return kept | {
+            "PATH": os.pathsep.join(path),
+            "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+            "OMP_WAIT_POLICY": "passive",
+            "HF_HUB_OFFLINE": "1",
+        }
 
 
 def find_serving_environment() -> ServingEnvironment:

@@ -33,8 +33,7 @@ def publish(config: Config, folder: Path) -> str:
         raise UserError(f"'{store.model}' in {store.uri} has no champion yet: a version must pass the gate first")
     named = f"{store.model} version {champion.version}"
     model = config.deploy.model_name
-    release = folder / "releases" / champion.version
-    current = folder / "current"
+    release, current = folder / "releases" / champion.version, folder / "current"
     intact = _holds(release, model, champion)
     if intact and current.is_symlink() and current.resolve() == release.resolve():
         return f"{named} is current already"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.services import NotYetError, Service, free_ports, start_service, until_stopped, watch
+from vismem.services import HOST, NotYetError, Service, free_ports, start_service, until_stopped, watch
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask
 from vismem.serving.repository import check_repository
 
-PORTS = ("grpc", "http", "metrics")
+READY_TIMEOUT = 180  # seconds
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
 # header as the key, and takes it from its command line, which every user of the machine can read. So this header has a
 # name that no client can send: neither HTTP/1 nor HTTP/2 allows a line break in a name.
@@ -24,7 +24,7 @@ class TritonServer:
     """`with TritonServer(repository, log=FILE) as server: infer(server.grpc_url, ...)`.
 
     A port of 0 means any free one. Entering returns when every model of the repository has answered a real request;
-    leaving stops the server with its children. If this process dies, the server is told to stop too.
+    leaving stops the server with its children. If this process dies, the server gets SIGTERM.
     """
 
     service: Service  # while it runs
@@ -37,22 +37,18 @@ class TritonServer:
         grpc_port: int = 0,
         http_port: int = 0,
         metrics_port: int = 0,
-        host: str = "127.0.0.1",
-        ready_timeout: float = 180.0,
+        host: str = HOST,
         exit_timeout: int = 5,
     ) -> None:
-        self.repository = repository
-        self.log = log
-        self.host = host
-        self.ports = dict(zip(PORTS, (grpc_port, http_port, metrics_port), strict=True))
-        self.ready_timeout = ready_timeout  # seconds
-        self.exit_timeout = exit_timeout  # seconds that running answers get to end in
+        """`exit_timeout`: seconds that running answers get to end in."""
+        self.repository, self.log, self.host, self.exit_timeout = repository, log, host, exit_timeout
+        self.ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._running = ExitStack()
 
     @property
     def grpc_url(self) -> str:
         """host:port for clients on this machine."""
-        return f"{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.ports['grpc']}"
+        return f"{HOST if self.host == '0.0.0.0' else self.host}:{self.ports['grpc']}"
 
     @property
     def models(self) -> list[str]:
@@ -70,28 +66,25 @@ class TritonServer:
         with ExitStack() as running:
             scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="vismem-triton-")))
             command = self._command(environment.binary, environment.make_backend_folder(scratch))
-            self.service = start_service(
-                "tritonserver",
-                command,
-                environment.variables(),
-                self.log,
-                stop_seconds=self.exit_timeout + 10,
-                find_error=_find_error,
+            variables, stop_seconds = environment.variables(), self.exit_timeout + 10
+            self.service = running.enter_context(
+                start_service(
+                    "tritonserver", command, variables, self.log, stop_seconds=stop_seconds, find_error=_find_error
+                )
             )
-            running.enter_context(self.service)
-            self.service.wait_until(self._check_ready, self.ready_timeout)
+            self.service.wait_until(self._check_ready, READY_TIMEOUT)
             for model in self.models:
-                self.probe(model)
+                self._probe(model)
             self._running = running.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._running.close()
 
-    def probe(self, model: str) -> None:
+    def _probe(self, model: str) -> None:
         """Ask for one token: a model whose Python process has died still says READY. UserError if none comes."""
         try:
-            ask(self.grpc_url, model, self.ready_timeout)
+            ask(self.grpc_url, model, READY_TIMEOUT)
         except UserError as error:
             raise UserError(f"the server started, but does not answer: {error}; its log is {self.log}") from None
 
@@ -101,13 +94,12 @@ class TritonServer:
             "backend-directory": backends,
             "model-control-mode": "none",
             "exit-timeout-secs": self.exit_timeout,
-            "backend-config": f"python,stub-timeout-seconds={self.ready_timeout:.0f}",  # default: 30
+            "backend-config": f"python,stub-timeout-seconds={READY_TIMEOUT}",  # default: 30
             "grpc-restricted-protocol": CLOSED,
             "http-restricted-api": CLOSED,
+            **{f"{name}-port": port for name, port in self.ports.items()},
+            **{f"{name}-address": self.host for name in self.ports},
         }
-        for name, port in self.ports.items():
-            options[f"{name}-port"] = port
-            options[f"{name}-address"] = self.host
         return [str(binary), *(f"--{name}={value}" for name, value in options.items())]
 
     def _check_ready(self) -> None:
@@ -137,7 +129,7 @@ def serve(
     repository: Path,
     *,
     log: Path = Path("runs/tritonserver.log"),
-    host: str = "127.0.0.1",
+    host: str = HOST,
     grpc_port: int | None = None,
     http_port: int | None = None,
     metrics_port: int | None = None,
@@ -149,19 +141,11 @@ def serve(
     SIGTERM. Ports not given are those of the deploy section. UserError if the server cannot start, or exits by itself.
     """
     if not repository.is_dir():
-        raise UserError(
-            f"{repository} is not there: run `vismem deploy` (or `make demo`) first, or name another with --repository"
-        )
-    deploy = config.deploy
-    server = TritonServer(
-        repository,
-        log=log,
-        host=host,
-        grpc_port=deploy.grpc_port if grpc_port is None else grpc_port,
-        http_port=deploy.http_port if http_port is None else http_port,
-        metrics_port=deploy.metrics_port if metrics_port is None else metrics_port,
-    )
-    with until_stopped(write), server:
+        hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
+        raise UserError(f"{repository} is not there: {hint}")
+    asked = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
+    ports_asked = {name: getattr(config.deploy, name) if port is None else port for name, port in asked.items()}
+    with until_stopped(write), TritonServer(repository, log=log, host=host, **ports_asked) as server:
         ports = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
         write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({ports})")
         write(f"log: {log}; stop with Ctrl-C")

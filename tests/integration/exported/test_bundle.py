@@ -13,7 +13,7 @@ from vismem.export.export import export
 from vismem.export.onnx import prompt_parts
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import verify_manifest
-from vismem.serving.runtime.errors import BundleError
+from vismem.serving.runtime.bundle import BundleError
 from vismem.serving.runtime.runtime import Runtime
 
 

@@ -20,8 +20,8 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.generation.prompts import encode
 from vismem.serving.environment import DEFAULT_PYTHON
-from vismem.serving.runtime.errors import RequestError
 from vismem.serving.runtime.images import cut_patches
+from vismem.serving.runtime.limits import RequestError
 from vismem.serving.runtime.prompt import TextStream, tokenise
 from vismem.serving.runtime.runtime import Runtime
 

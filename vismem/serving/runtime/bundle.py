@@ -10,10 +10,12 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .errors import BundleError
-
 FORMAT = 1
 Array = NDArray[Any]
+
+
+class BundleError(Exception):
+    """The bundle is missing, incomplete or damaged: what, where, and what to do."""
 
 
 class Graph:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .errors import RequestError
+from .limits import RequestError
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -32,29 +32,22 @@ class Patches:
 def cut_patches(images: Sequence[Image.Image], settings: Mapping[str, Any]) -> Patches:
     """Resize, normalise and cut `images`. `settings` is the "image" section of runtime.json.
 
-    Raises RequestError for an image that does not decode, or as `grid_of` does.
+    There is at least one image. Raises RequestError for one that does not decode, or as `grid_of` does.
     """
-    grids = [grid_of(image.size, settings, f"image {number + 1}") for number, image in enumerate(images)]
-    values = []
+    grids = tuple(grid_of(image.size, settings, f"image {number + 1}") for number, image in enumerate(images))
+    values, places, window_ids, windows = [], [], [], 0
     for number, (image, grid) in enumerate(zip(images, grids, strict=True)):
         pixels = _decoded(image, f"image {number + 1} of {len(images)}")
         if settings["do_resize"]:
             rows, columns = (side * settings["patch_size"] for side in grid)
             pixels = pixels.resize((columns, rows), resample=settings["resample"])
         values.append(_flat_patches(_normalised(pixels, settings), settings))
-    places = [_places(grid, settings) for grid in grids]
-    window_ids, first = [], 0
-    for _, windows in places:
-        window_ids.append(windows + first)
-        first += int(windows.max()) + 1
-    width = 3 * settings["temporal_patch_size"] * settings["patch_size"] ** 2
-    return Patches(
-        values=np.concatenate([np.zeros((0, width), np.float32), *values]),
-        positions=np.concatenate([np.zeros((0, 2), np.int64), *(positions for positions, _ in places)]),
-        image_ids=np.repeat(np.arange(len(grids)), [rows * columns for rows, columns in grids]).astype(np.int64),
-        window_ids=np.concatenate([np.zeros(0, np.int64), *window_ids]),
-        grids=tuple(grids),
-    )
+        positions, own_windows = _places(grid, settings)
+        places.append(positions)
+        window_ids.append(own_windows + windows)
+        windows += int(own_windows.max()) + 1
+    image_ids = np.repeat(np.arange(len(grids)), [len(part) for part in places]).astype(np.int64)
+    return Patches(np.concatenate(values), np.concatenate(places), image_ids, np.concatenate(window_ids), grids)
 
 
 def grid_of(size: tuple[int, int], settings: Mapping[str, Any], name: str) -> tuple[int, int]:

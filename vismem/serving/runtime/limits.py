@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from PIL import Image, UnidentifiedImageError
 
-from .errors import RequestError
-
 MAX_IMAGES = 64
 MAX_IMAGE_BYTES = 20_000_000  # of one encoded file
 MAX_TOTAL_BYTES = 64_000_000  # of all encoded files
@@ -16,6 +14,10 @@ MAX_PROMPT_BYTES = 65_536  # as UTF-8
 MAX_NEW_TOKENS = 2_048
 MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
+
+
+class RequestError(ValueError):
+    """The request is at fault: what was wrong with it."""
 
 
 def check_request(files: Sequence[bytes], prompt: bytes, max_new_tokens: int) -> list[Image.Image]:

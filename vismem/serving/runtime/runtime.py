@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .bundle import Bundle
-from .errors import RequestError
 from .images import Patches, cut_patches, grid_of
+from .limits import RequestError
 from .prompt import Prompt, TextStream, tokenise
 
 Floats = NDArray[np.float32]
@@ -175,24 +175,32 @@ class Answer:
 
     def _feed(self, embeddings: Floats, positions: NDArray[Any] | None = None) -> Floats:
         """Append (n, d) to the stream; returns the scores (V + 2,) after the last of them."""
-        count = len(embeddings)
-        here = slice(self.used, self.used + count)
-        if positions is None:
-            following = self.positions[:, : self.used].max() + 1
-            positions = np.broadcast_to(following + np.arange(count), (3, count))
-        self.embeddings[here], self.positions[:, here] = embeddings, positions
-        self.used += count
-        out = self.bundle.decoder(
-            embeddings=self.embeddings[None, here],
-            mask=np.ones((1, self.used), np.float32),
-            positions=np.ascontiguousarray(self.positions[:, None, here]),
-            adapter=np.zeros(1, np.float32),
-            **self.past,
-        )
+        here = slice(self.used, self.used + len(embeddings))
+        self.positions[:, here] = self._next_positions(len(embeddings)) if positions is None else positions
+        self.embeddings[here] = embeddings
+        self.used = here.stop
+        out = self._decode(self.embeddings[here], self.positions[:, here], self.used, 0.0, self.past)
         self.past = {f"past_{name[8:]}": value for name, value in out.items() if name.startswith("present_")}
         self.hidden[here] = out["hidden"][0]
         scores: Floats = out["logits"][0]
         return scores
+
+    def _next_positions(self, count: int) -> Floats:
+        """(3, count): those that follow the stream's, the same on all axes."""
+        following = self.positions[:, : self.used].max() + 1
+        return np.broadcast_to(following + np.arange(count, dtype=np.float32), (3, count))
+
+    def _decode(
+        self, embeddings: Floats, positions: Floats, total: int, adapter: float, past: Mapping[str, Floats]
+    ) -> dict[str, Floats]:
+        """The decoder over new embeddings (n, d) at positions (3, n); `total` counts them and those in `past`."""
+        return self.bundle.decoder(
+            embeddings=embeddings[None],
+            mask=np.ones((1, total), np.float32),
+            positions=np.ascontiguousarray(positions[:, None]),
+            adapter=np.array([adapter], np.float32),
+            **past,
+        )
 
     # --- memories ---
 
@@ -210,21 +218,14 @@ class Answer:
             seen = self.embeddings[: len(self.prompt.ids)][self.prompt.visual]
             tokens[-length:] += shares(length, len(seen)) @ seen
         sequence = np.concatenate([self.embeddings[: self.used], tokens])
-        following = self.positions[:, : self.used].max() + 1 + np.arange(len(tokens), dtype=np.float32)
-        tail = np.broadcast_to(following, (3, len(tokens)))
-        out = self.bundle.decoder(
-            embeddings=sequence[None],
-            mask=np.ones((1, len(sequence)), np.float32),
-            positions=np.concatenate([self.positions[:, : self.used], tail], axis=1)[:, None],
-            adapter=np.ones(1, np.float32),
-            **dict.fromkeys(self.past, self.nothing),
-        )
-        memory: Floats = out["memory"][0]
+        positions = np.concatenate([self.positions[:, : self.used], self._next_positions(len(tokens))], axis=1)
+        nothing = dict.fromkeys(self.past, self.nothing)
+        memory: Floats = self._decode(sequence, positions, len(sequence), 1.0, nothing)["memory"][0]
         return memory + tokens[-length:] if self.memory_settings["pool_images"] else memory
 
     def _short(self, queries: Floats) -> Floats:
         """Queries and memory tokens beside the patches in the vision encoder, its LoRA on."""
-        if self.short_stream is None:  # the patches with the adapter on: once an answer
+        if self.short_stream is None:  # the patches with the adapter on: once per answer
             self.short_stream = self._see(1.0)
             self.short_stream["pooled"], places = self._pool(self.short_stream["patch_embeds"])
             identity = np.zeros((self.memory_settings["queries"], 2), np.float32)

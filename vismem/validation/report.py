@@ -54,7 +54,7 @@ def render(findings: Findings, settings: ValidateConfig) -> str:
 
 
 def _seen(verdict: Verdict) -> str:
-    """What was seen of a rule that holds: the least and largest value, and how much was judged."""
+    """What was seen of a rule that holds: the min and max value, and how much was judged."""
     column = verdict.rule.column
     show = "{:.1%}" if column.endswith(("share", "drift")) else "{:,.0f} px" if column.endswith("side") else "{:,.0f}"
     span = dict.fromkeys(show.format(value) for value in verdict.span or ())

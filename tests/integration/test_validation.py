@@ -1,84 +1,22 @@
 """The step `validate`: each rule broken once by real bad data; nothing is lost between clean and quarantine."""
 
 import dataclasses
-import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from prepared import broken_rules, encoded, good, noise, quarantined, run, shards, verdicts
 
-from vismem.config import Config, EasyVqaSource, JsonlSource, NlvrSource, PrepareConfig, ValidateConfig
+from vismem.config import Config, EasyVqaSource, JsonlSource, NlvrSource, PrepareConfig
 from vismem.data.prepare import prepare
-from vismem.data.sample import SCHEMA, Sample, Video, read_samples, write_shards
+from vismem.data.sample import SCHEMA, Sample, Video, read_samples
 from vismem.errors import UserError
-from vismem.validation.validate import total_variation, validate
+from vismem.validation.validate import total_variation
 
 NLVR = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "nlvr"
-
-
-def encoded(number: int, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (number % 256, number // 256, 7)).save(file, kind)
-    return file.getvalue()
-
-
-def noise(size: int = 64) -> bytes:
-    file = io.BytesIO()
-    Image.effect_noise((size, size), 90).save(file, "PNG")
-    return file.getvalue()
-
-
-def good(split: str, number: int) -> Sample:
-    """A row that breaks no rule; its image is its own."""
-    offset = {"train": 1000, "validation": 2000, "test": 3000}[split]
-    return Sample(
-        id=f"{split}-{number}",
-        images=(encoded(offset + number),),
-        question="Which?",
-        answer="ab"[number % 2],
-        choices=("a", "b"),
-        task=("count", "find")[number % 2],
-    )
-
-
-def shards(folder: Path, **rows: Iterable[Sample]) -> Path:
-    """Prepared data: 20 good rows a required split, unless given."""
-    for split in ("train", "validation", "test"):
-        standard = [good(split, n) for n in range(20)]
-        write_shards(rows.get(split, standard), folder / "prepare" / split, rows_per_shard=8)
-    return folder / "prepare"
-
-
-def run(folder: Path, **settings: Any) -> dict[str, Any]:
-    """Validate what `shards` wrote; the verdicts by rule, with what was said of all."""
-    out = folder / "validate"
-    out.mkdir(exist_ok=True)
-    config = Config(validate=ValidateConfig(**settings))
-    validate(config, {"prepare": folder / "prepare"}, out)
-    return verdicts(out)
-
-
-def verdicts(out: Path) -> dict[str, Any]:
-    found = json.loads((out / "validation.json").read_text())
-    return found | {"rules": {rule["name"]: rule for rule in found["rules"]}}
-
-
-def quarantined(folder: Path) -> list[dict[str, Any]]:
-    return [
-        row
-        for path in sorted((folder / "validate" / "quarantine").iterdir())
-        for row in pq.read_table(path).to_pylist()
-    ]
-
-
-def broken_rules(found: dict[str, Any]) -> list[str]:
-    return [name for name, rule in found["rules"].items() if not rule["success"]]
 
 
 def test_good_data_passes_unchanged(tmp_path: Path) -> None:
@@ -187,99 +125,6 @@ def test_nothing_is_lost_when_many_rows_are_bad(tmp_path: Path) -> None:
     apart = {row["id"] for row in quarantined(tmp_path)}
     assert kept == {row.id for row in spoiled if row.answer != "z"}
     assert apart == {row.id for row in spoiled if row.answer == "z"}
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def stopped(folder: Path, said: str, **settings: Any) -> dict[str, Any]:
-    """Run, expect the stop with its message, and return the verdicts that it left beside the report."""
-    with pytest.raises(UserError, match=said) as caught:
-        run(folder, **settings)
-    report = folder / "validate" / "report.html"
-    assert str(report) in str(caught.value)
-    assert "The pipeline stops here" in report.read_text()
-    assert not (folder / "validate" / "data").exists()
-    found = verdicts(folder / "validate")
-    assert found["success"] is False
-    return found
-
-
-def test_an_empty_required_split_stops_the_pipeline(tmp_path: Path) -> None:
-    shards(tmp_path, validation=())
-    assert broken_rules(stopped(tmp_path, "non_empty_splits: split 'validation' has no good rows")) == [
-        "non_empty_splits"
-    ]
-
-
-def test_an_empty_split_that_is_not_required_passes(tmp_path: Path) -> None:
-    shards(tmp_path, validation=())
-    assert run(tmp_path, required_splits=("train", "test"))["success"] is True
-    assert read_samples(tmp_path / "validate" / "data" / "validation") == []
-
-
-def test_data_without_a_single_row_stops_the_pipeline(tmp_path: Path) -> None:
-    shards(tmp_path, train=(), validation=(), test=())
-    stopped(tmp_path, "split 'test' has no good rows; split 'validation' .*; split 'train'")
-
-
-def test_a_split_whose_rows_are_all_bad_counts_as_empty(tmp_path: Path) -> None:
-    shards(tmp_path, test=[dataclasses.replace(good("test", 0), images=())])
-    stopped(tmp_path, "split 'test' has no good rows")
-
-
-def test_a_missing_column_stops_the_pipeline_and_is_named(tmp_path: Path) -> None:
-    path = shards(tmp_path) / "test" / "part-00001.parquet"
-    pq.write_table(pq.read_table(path).drop_columns(["answer"]), path)
-    assert broken_rules(stopped(tmp_path, "schema: test/part-00001: no column 'answer'")) == ["schema"]
-
-
-def test_a_column_of_the_wrong_type_an_unknown_one_and_a_broken_file_are_named(tmp_path: Path) -> None:
-    folder = shards(tmp_path) / "train"
-    table = pq.read_table(folder / "part-00000.parquet")
-    numbers = pa.array(range(table.num_rows))
-    place = table.schema.get_field_index("answer")
-    pq.write_table(table.set_column(place, "answer", numbers), folder / "part-00000.parquet")
-    pq.write_table(table.append_column("label", numbers), folder / "part-00001.parquet")
-    (folder / "part-00002.parquet").write_bytes(b"PAR1 and then nothing")
-    stopped(
-        tmp_path,
-        "train/part-00000: column 'answer' is int64, not string; train/part-00001: unknown column 'label'; "
-        "train/part-00002: not a readable Parquet file",
-    )
-
-
-def test_too_many_bad_rows_stop_the_pipeline(tmp_path: Path) -> None:
-    rows = [good("train", number) for number in range(20)]
-    shards(tmp_path, train=[dataclasses.replace(row, images=(b"x",)) for row in rows[:6]] + rows[6:])
-    stopped(tmp_path, "quarantined_share: 6 of 60 rows are bad: 10.0%", max_quarantined=0.09)
-
-
-def test_an_image_of_the_test_split_in_train_stops_the_pipeline_even_in_another_format(tmp_path: Path) -> None:
-    leaked = dataclasses.replace(good("train", 0), images=(encoded(1), encoded(3004, kind="BMP")))
-    shards(tmp_path, train=[leaked, good("train", 1)])
-    found = stopped(tmp_path, r"no_leakage: 1 of train; first train/part-00000 row 0 \(id 'train-0'\)")
-    assert broken_rules(found) == ["no_leakage"]
-
-
-def test_a_video_of_the_test_split_in_train_stops_the_pipeline_a_shared_frame_does_not(tmp_path: Path) -> None:
-    black, own, other = encoded(0), encoded(1100), encoded(3100)
-    test = dataclasses.replace(good("test", 0), images=(), videos=(Video((black, other), 2.0),))
-    train = dataclasses.replace(good("train", 0), images=(), videos=(Video((black, own), 2.0),))
-    shards(tmp_path, train=[train, good("train", 1)], test=[test, good("test", 1)])
-    assert run(tmp_path)["success"] is True
-    leaked = dataclasses.replace(train, videos=test.videos)
-    shards(tmp_path, train=[leaked, good("train", 1)], test=[test, good("test", 1)])
-    assert broken_rules(stopped(tmp_path, "no_leakage: 1 of train")) == ["no_leakage"]
-
-
-def test_a_failed_run_leaves_no_data_of_an_earlier_one(tmp_path: Path) -> None:
-    shards(tmp_path)
-    run(tmp_path)
-    shards(tmp_path, test=())
-    for stale in (tmp_path / "prepare" / "test").glob("part-0000[1-9].parquet"):
-        stale.unlink()
-    stopped(tmp_path, "split 'test' has no good rows")
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------

@@ -2,18 +2,28 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vismem.config import Config, EasyVqaSource, JsonlSource, LmuDataSource, NlvrSource, Source
+from vismem.config import Config, EasyVqaSource, JsonlSource, LmuDataSource, NlvrSource, ScenesSource
+from vismem.data import scenes
 from vismem.data.fingerprint import SPLITS, ImageCache, data_sha256, sample_sha256, seen_sha256
+from vismem.data.readers import easy_vqa, jsonl, lmudata, nlvr
 from vismem.data.sample import Sample, write_shards
 from vismem.files import write_json
 from vismem.progress import Advance, progress
 
 TOP_ANSWERS = 20
+# By the class of a source: its samples for one split, in a fixed order, from (source, split, seed).
+READERS: dict[type, Callable[[Any, str, int], Iterator[Sample]]] = {
+    EasyVqaSource: easy_vqa.read,
+    JsonlSource: jsonl.read,
+    LmuDataSource: lmudata.read,
+    NlvrSource: nlvr.read,
+    ScenesSource: scenes.generate,
+}
 
 
 def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -28,8 +38,7 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     with progress("prepare rows") as advance:
         for split, stats in splits.items():
             shutil.rmtree(out / split, ignore_errors=True)  # of a killed run
-            rows = _kept(_read_all(config, split), split, stats, images)
-            write_shards(_counted(rows, advance, split), out / split, config.prepare.rows_per_shard)
+            write_shards(_rows(config, split, stats, images, advance), out / split, config.prepare.rows_per_shard)
     whole = data_sha256({split: stats.digests for split, stats in splits.items()})
     summary = {"data_sha256": whole, "seed": config.seed, "splits": {s: stats.summary() for s, stats in splits.items()}}
     write_json(out / "stats.json", summary)
@@ -37,30 +46,6 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     sizes = ", ".join(f"{stats.rows} {split}" for split, stats in splits.items())
     tail = f"; {dropped} rows dropped, their image is in another split" if dropped else ""
     return f"prepared {sizes} rows{tail}; data {whole[:12]}"
-
-
-def read_source(source: Source, split: str, seed: int) -> Iterator[Sample]:
-    """The samples that one source has for one split, in a fixed order."""
-    # Readers are imported when used: a source that is not named need not be installed.
-    if isinstance(source, JsonlSource):
-        from vismem.data.readers import jsonl
-
-        return jsonl.read(source, split, seed)
-    if isinstance(source, NlvrSource):
-        from vismem.data.readers import nlvr
-
-        return nlvr.read(source, split, seed)
-    if isinstance(source, LmuDataSource):
-        from vismem.data.readers import lmudata
-
-        return lmudata.read(source, split, seed)
-    if isinstance(source, EasyVqaSource):
-        from vismem.data.readers import easy_vqa
-
-        return easy_vqa.read(source, split, seed)
-    from vismem.data import scenes
-
-    return scenes.generate(source, split, seed)
 
 
 @dataclass
@@ -120,22 +105,14 @@ class _ImageOwners:
         return hashes, other
 
 
-def _read_all(config: Config, split: str) -> Iterator[Sample]:
+def _rows(config: Config, split: str, stats: _SplitStats, images: _ImageOwners, advance: Advance) -> Iterator[Sample]:
+    """The split's rows of all sources in order, counted in `stats`; rows whose image another split has are dropped."""
     for source in config.prepare.sources:
-        yield from read_source(source, split, config.seed)
-
-
-def _kept(rows: Iterator[Sample], split: str, stats: _SplitStats, images: _ImageOwners) -> Iterator[Sample]:
-    for sample in rows:
-        hashes, other = images.claim(sample, split)
-        if other is None:
-            stats.add(sample, hashes)
-            yield sample
-        else:
-            stats.dropped[other] += 1
-
-
-def _counted(rows: Iterator[Sample], advance: Advance, split: str) -> Iterator[Sample]:
-    for sample in rows:
-        advance(split=split)
-        yield sample
+        for sample in READERS[type(source)](source, split, config.seed):
+            hashes, other = images.claim(sample, split)
+            if other is None:
+                stats.add(sample, hashes)
+                advance(split=split)
+                yield sample
+            else:
+                stats.dropped[other] += 1

@@ -70,13 +70,7 @@ def truth(layouts: tuple[Layout, ...]) -> str:
 
     def fields(thing: Thing) -> dict[str, str | int]:
         row, column = divmod(thing.cell, 3)
-        return {
-            "cell": thing.place,
-            "row": row,
-            "column": column,
-            "colour": thing.colour,
-            "shape": thing.shape,
-        }
+        return {"cell": thing.place, "row": row, "column": column, "colour": thing.colour, "shape": thing.shape}
 
     return json.dumps([{"objects": [fields(thing) for thing in layout]} for layout in layouts])
 

@@ -45,13 +45,13 @@ class Verdict:
     success: bool
     judged: int
     rows: tuple[int, ...] = ()
-    span: tuple[float, float] | None = None  # least and largest value of a numeric column
+    span: tuple[float, float] | None = None  # min and max of a numeric column
 
     @property
     def observed(self) -> str:
         """What was seen, in few words."""
-        least, most = self.span or (0.0, 0.0)
-        value = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
+        low, high = self.span or (0.0, 0.0)
+        value = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
         seen = [f"{self.rule.column} {value}"] if self.span else []
         counted = [f"{len(self.rows):,} of {self.judged:,} {self.rule.table} break it"] if self.judged != 1 else []
         return ", ".join(seen + counted) or "nothing to judge"
@@ -62,7 +62,7 @@ NULL, BETWEEN, IN_SET = "ExpectColumnValuesToBeNull", "ExpectColumnValuesToBeBet
 
 def rules(config: ValidateConfig) -> tuple[Rule, ...]:
     """All rules, in the order of the report."""
-    least, most, chars = config.min_pixels, config.max_pixels, config.max_question_chars
+    low, high, chars = config.min_pixels, config.max_pixels, config.max_question_chars
     error, apart, warning = Severity.ERROR, Severity.QUARANTINE, Severity.WARNING
     label, drift, bad = config.max_label_share, config.max_task_drift, config.max_quarantined
     capabilities = [capability.value for capability in Capability]
@@ -83,10 +83,10 @@ def rules(config: ValidateConfig) -> tuple[Rule, ...]:
              "every row has an image or a video", "no image and no video"),
         Rule("images_decode", apart, "rows", "image_fault", NULL, {}, "images and videos' frames decode",
              "{image_fault}"),
-        Rule("image_least_side", apart, "rows", "least_side", BETWEEN, {"min_value": least},
-             f"image sides have at least {least} pixels", f"a side of {{least_side:.0f}} pixels, less than {least}"),
-        Rule("image_largest_side", apart, "rows", "largest_side", BETWEEN, {"max_value": most},
-             f"image sides have at most {most} pixels", f"a side of {{largest_side:.0f}} pixels, more than {most}"),
+        Rule("image_least_side", apart, "rows", "least_side", BETWEEN, {"min_value": low},
+             f"image sides have at least {low} pixels", f"a side of {{least_side:.0f}} pixels, less than {low}"),
+        Rule("image_largest_side", apart, "rows", "largest_side", BETWEEN, {"max_value": high},
+             f"image sides have at most {high} pixels", f"a side of {{largest_side:.0f}} pixels, more than {high}"),
         Rule("question_length", apart, "rows", "question_chars", BETWEEN, {"min_value": 1, "max_value": chars},
              f"questions have 1 to {chars} characters", f"{{question_chars}} characters, not 1 to {chars}"),
         Rule("answers_filled", apart, "rows", "answer_chars", BETWEEN, {"min_value": 1},

@@ -75,26 +75,12 @@ def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]
     return found
 
 
-_COLUMNS = {
-    "split": "object",
-    "shard": "int64",
-    "position": "int64",
-    "id": "object",
-    "id_chars": "int64",
-    "null_fault": "object",
-    "images": "int64",
-    "image_fault": "object",
-    "least_side": "float64",
-    "largest_side": "float64",
-    "image_hashes": "object",
-    "question_chars": "int64",
-    "answer": "object",
-    "answer_chars": "int64",
-    "answer_listed": "object",
-    "task": "object",
-    "capability": "object",
-    "sha256": "object",
-}
+_NUMBERS = ("shard", "position", "id_chars", "images", "question_chars", "answer_chars")
+_SIDES = ("least_side", "largest_side")  # missing where no image has a size
+_OTHERS = ("split", "id", "null_fault", "image_fault", "image_hashes", "answer", "answer_listed", "task", "capability")
+_COLUMNS = (
+    dict.fromkeys(_NUMBERS, "int64") | dict.fromkeys(_SIDES, "float64") | dict.fromkeys((*_OTHERS, "sha256"), "object")
+)
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -1,9 +1,11 @@
 """What the step `validate` finds in the shards; its report and its files are made from it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
+from vismem.data.fingerprint import SPLITS, data_sha256
 from vismem.validation.expectations import Severity, Verdict
 from vismem.validation.facts import Shard
 
@@ -21,8 +23,25 @@ class Findings:
     task_mix: dict[str, dict[str, float]]  # split -> task -> share of its good rows
     profile: dict[str, float]  # task -> share, which drift is measured against
 
+    @cached_property
+    def clean(self) -> pd.DataFrame:
+        """The facts of the good rows."""
+        return self.rows.drop(index=list(self.reasons))
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Hex hash of the good rows, see `vismem.data.fingerprint`."""
+        return data_sha256({split: self.clean.loc[self.clean["split"] == split, "sha256"] for split in SPLITS})
+
     @property
     def errors(self) -> list[str]:
-        """The broken rules that stop the pipeline."""
-        broken = [v.rule.name for v in self.verdicts if not v.success and v.rule.severity is Severity.ERROR]
-        return [f"{name}: {self.messages[name]}" for name in broken]
+        """The broken rules that stop the pipeline, each with its message."""
+        return [f"{name}: {self.messages[name]}" for name in self._broken(Severity.ERROR)]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The names of the broken rules that are only reported."""
+        return self._broken(Severity.WARNING)
+
+    def _broken(self, severity: Severity) -> list[str]:
+        return [v.rule.name for v in self.verdicts if not v.success and v.rule.severity is severity]

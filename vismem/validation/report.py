@@ -3,7 +3,6 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from jinja2 import Environment
 from PIL import Image
 
 from vismem.config import ValidateConfig
-from vismem.data.fingerprint import SPLITS, data_sha256, examine_image
+from vismem.data.fingerprint import SPLITS, examine_image
 from vismem.validation.expectations import Verdict
 from vismem.validation.facts import read_rows
 from vismem.validation.findings import Findings
@@ -27,41 +26,35 @@ ANSWERS_SHOWN = 8
 
 def render(findings: Findings, settings: ValidateConfig) -> str:
     """The page as text. Images in it are thumbnails of a few samples a task and of the first quarantined rows."""
-    rows = findings.rows
-    clean = rows.drop(index=list(findings.reasons))
+    clean = findings.clean
     shown = list(findings.reasons)[:QUARANTINED_SHOWN]
-    bad = _load(findings, rows.loc[shown])
-    broken = [v for v in findings.verdicts if not v.success]
-    splits = [_split(split, findings, rows, clean) for split in reversed(SPLITS)]
+    bad = _load(findings, findings.rows.loc[shown])
+    splits = [_split(split, findings) for split in reversed(SPLITS)]
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     return page.render(
         errors=findings.errors,
-        warnings=[v.rule.name for v in broken if v.rule.severity == "warning"],
+        warnings=findings.warnings,
         verdicts=[
-            {
-                "rule": v.rule,
-                "success": v.success,
-                "found": _seen(v) if v.success else findings.messages[v.rule.name],
-            }
+            {"rule": v.rule, "success": v.success, "found": _seen(v) if v.success else findings.messages[v.rule.name]}
             for v in findings.verdicts
         ],
-        total=len(rows),
+        total=len(findings.rows),
         clean=len(clean),
         quarantined=len(findings.reasons),
         images=len({digest for hashes in clean["image_hashes"] for digest in hashes}),
         answers=clean["answer"].nunique(),
-        data_sha256=data_sha256({s: clean.loc[clean["split"] == s, "sha256"] for s in SPLITS}),
+        data_sha256=findings.data_sha256,
         splits=splits,
         top_share=max((answer["share"] for split in splits for answer in split["answers"]), default=1.0),
         tasks=_tasks(findings),
-        samples=_samples(findings, clean),
+        samples=_samples(findings),
         bad=[bad[index] | {"reason": findings.reasons[index]} for index in shown],
         settings=settings,
     )
 
 
 def _seen(verdict: Verdict) -> str:
-    """What was seen of a rule that holds: the least and largest value, and how much was judged."""
+    """What was seen of a rule that holds: the min and max value, and how much was judged."""
     column = verdict.rule.column
     show = "{:.1%}" if column.endswith(("share", "drift")) else "{:,.0f} px" if column.endswith("side") else "{:,.0f}"
     span = dict.fromkeys(show.format(value) for value in verdict.span or ())
@@ -70,15 +63,15 @@ def _seen(verdict: Verdict) -> str:
     return "; ".join(seen + judged) or "nothing to judge"
 
 
-def _split(split: str, findings: Findings, rows: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
-    ours = clean[clean["split"] == split]
+def _split(split: str, findings: Findings) -> dict[str, Any]:
+    ours = findings.clean[findings.clean["split"] == split]
     facts = findings.splits.set_index("split").loc[split]
     counts = Counter(ours["answer"])
     top = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:ANSWERS_SHOWN]
     sides = (ours["least_side"].min(), ours["largest_side"].max()) if ours["least_side"].notna().any() else ()
     return {
         "name": split,
-        "rows": int((rows["split"] == split).sum()),
+        "rows": int((findings.rows["split"] == split).sum()),
         "clean": len(ours),
         "images": len({digest for hashes in ours["image_hashes"] for digest in hashes}),
         "sides": " to ".join(dict.fromkeys(f"{side:.0f}" for side in sides)),
@@ -102,9 +95,9 @@ def _tasks(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def _samples(findings: Findings, clean: pd.DataFrame) -> list[dict[str, Any]]:
+def _samples(findings: Findings) -> list[dict[str, Any]]:
     """A few good rows a task, from the train split where it has the task."""
-    ordered = clean.assign(rank=clean["split"].map(("train", "validation", "test").index))
+    ordered = findings.clean.assign(rank=findings.clean["split"].map(("train", "validation", "test").index))
     ordered = ordered.sort_values(["rank", "shard", "position"], kind="stable")
     chosen = ordered.groupby("task", sort=True).head(SAMPLES_A_TASK)
     names = sorted(chosen["task"].unique())[:TASKS_SHOWN]
@@ -119,24 +112,18 @@ def _load(findings: Findings, chosen: pd.DataFrame) -> dict[int, dict[str, Any]]
         shard = findings.shards[int(number)]
         rows = read_rows(shard.path, ours["position"])
         for index, position in ours["position"].items():
-            loaded[int(index)] = _shown(rows[position]) | {
-                "split": shard.split,
-                "place": f"{shard.name} row {position}",
-            }
+            thumbnails = [_thumbnail(data or b"") for data in (rows[position]["images"] or ())[:4]]
+            place = {"split": shard.split, "place": f"{shard.name} row {position}"}
+            loaded[int(index)] = rows[position] | {"thumbnails": thumbnails} | place
     return loaded
-
-
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(row) | {"thumbnails": [_thumbnail(data or b"") for data in (row["images"] or ())[:4]]}
 
 
 def _thumbnail(data: bytes) -> str | None:
     """A data URI of a small PNG; None for an image that does not decode."""
-    if examine_image(data, max_side=10_000).fault is not None:
+    facts = examine_image(data, max_side=10_000)
+    if facts.fault is not None or max(facts.width, facts.height) > 10_000:
         return None
     with Image.open(io.BytesIO(data)) as image:
-        if max(image.size) > 10_000:
-            return None
         small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()

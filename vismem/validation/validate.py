@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vismem.config import Config, ValidateConfig
-from vismem.data.fingerprint import SPLITS, data_sha256
+from vismem.data.fingerprint import SPLITS
 from vismem.data.sample import SCHEMA, write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.progress import progress
 from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
-from vismem.validation.expectations import Judge, Rule, Severity, Verdict, rules
+from vismem.validation.expectations import Judge, Severity, Verdict, rules
 from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
 from vismem.validation.findings import Findings
 from vismem.validation.report import render
@@ -43,10 +43,9 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         listed = "".join(f"\n  - {line}" for line in findings.errors)
         raise UserError(f"the data breaks {len(findings.errors)} rule(s):{listed}\nThe report is {out / 'report.html'}")
     _write_clean(findings, out)
-    clean = len(findings.rows) - len(findings.reasons)
-    warnings = [v.rule.name for v in findings.verdicts if not v.success and v.rule.severity is Severity.WARNING]
-    tail = f"; warnings: {', '.join(warnings)}" if warnings else ""
-    return f"validated {len(findings.rows)} rows: {clean} clean, {len(findings.reasons)} in quarantine{tail}"
+    tail = f"; warnings: {', '.join(findings.warnings)}" if findings.warnings else ""
+    counts = f"{len(findings.clean)} clean, {len(findings.reasons)} in quarantine"
+    return f"validated {len(findings.rows)} rows: {counts}{tail}"
 
 
 def examine(settings: ValidateConfig, folder: Path, profile: Mapping[str, float] | None = None) -> Findings:
@@ -84,22 +83,18 @@ def _reasons(verdicts: Sequence[Verdict], rows: pd.DataFrame) -> dict[int, str]:
     return {index: "; ".join(found[index]) for index in sorted(found)}
 
 
-def _said(rule: Rule, row: pd.Series) -> str:
-    return rule.broken.format(**row.to_dict())
-
-
 def _message(verdict: Verdict, table: pd.DataFrame, shards: Sequence[Shard]) -> str:
     """What is said of a rule: that it holds, or how many rows break it and the first of them."""
     rule = verdict.rule
     if verdict.success:
         return rule.holds
     if rule.table != "rows":
-        return "; ".join(_said(rule, table.loc[index]) for index in verdict.rows)
+        return "; ".join(rule.broken.format(**table.loc[index]) for index in verdict.rows)
     rows = table.loc[list(verdict.rows)]
     first = rows.iloc[0]
     where = f"{shards[first['shard']].name} row {first['position']} (id '{first['id']}')"
     counts = ", ".join(f"{count} of {split}" for split, count in rows["split"].value_counts(sort=False).items())
-    return f"{counts}; first {where}: {_said(rule, first)}"
+    return f"{counts}; first {where}: {rule.broken.format(**first)}"
 
 
 def _split_table(
@@ -123,8 +118,7 @@ def _split_table(
                 "task_drift": total_variation(task_mix[split], profile) if rows and profile else None,
             }
         )
-    kinds = {"required_rows": "float64", "label_share": "float64", "task_drift": "float64"}
-    return pd.DataFrame(table).astype(kinds)
+    return pd.DataFrame(table).astype(dict.fromkeys(("required_rows", "label_share", "task_drift"), "float64"))
 
 
 def total_variation(one: Mapping[str, float], other: Mapping[str, float]) -> float:
@@ -148,16 +142,15 @@ def _record(findings: Findings) -> Validation:
     bad = findings.rows.loc[list(findings.reasons), "split"].value_counts()
     total = findings.rows["split"].value_counts()
     counts = {split: (int(total.get(split, 0)), int(bad.get(split, 0))) for split in SPLITS}
-    clean = findings.rows.drop(index=list(findings.reasons))
     return Validation(
         success=not findings.errors,
         rows=AllRowCounts(
             total=len(findings.rows),
-            clean=len(clean),
+            clean=len(findings.clean),
             quarantined=len(findings.reasons),
             splits={s: RowCounts(total=t, clean=t - b, quarantined=b) for s, (t, b) in counts.items()},
         ),
-        data_sha256=data_sha256({split: clean.loc[clean["split"] == split, "sha256"] for split in SPLITS}),
+        data_sha256=findings.data_sha256,
         rules=tuple(
             DataRule(
                 name=verdict.rule.name,

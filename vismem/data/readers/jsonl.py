@@ -51,9 +51,9 @@ def _sample(line: bytes, path: Path, where: str) -> Sample:
         raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno}): one object per line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: an object {{...}} is needed, not a {type(row).__name__}")
-    missing = [key for key in NEEDED if key not in row] + (
-        [] if {"image", "images", "videos"} & set(row) else ["image"]
-    )
+    missing = [key for key in NEEDED if key not in row]
+    if not {"image", "images", "videos"} & set(row):
+        missing.append("image")
     if missing:
         raise UserError(
             f"{where}: no {_names(missing)}; the line has {_names(row) or 'no keys'}. "
@@ -64,12 +64,12 @@ def _sample(line: bytes, path: Path, where: str) -> Sample:
         images=tuple(_image(path.parent, name, where) for name in _image_names(row, where)),
         question=_text(row, "prompt", where),
         answer=_text(row, "answer", where),
-        choices=tuple(_strings(row, "choices", where)),
+        choices=tuple(_list(row, "choices", where)),
         rationale=_text(row, "rationale", where),
         task=_text(row, "task", where) or "vqa",
         capability=_capability(row, where),
         source=f"jsonl:{path.name}",
-        videos=tuple(_video(value, path.parent, where) for value in _objects(row, "videos", where)),
+        videos=tuple(_video(value, path.parent, where) for value in _list(row, "videos", where, dict)),
     )
 
 
@@ -77,7 +77,7 @@ def _image_names(row: dict[str, Any], where: str) -> list[str]:
     if "image" in row and "images" in row:
         raise UserError(f"{where}: has both 'image' and 'images': keep one")
     key = "image" if "image" in row else "images"
-    return [row[key]] if isinstance(row.get(key), str) else _strings(row, key, where)
+    return [row[key]] if isinstance(row.get(key), str) else _list(row, key, where)
 
 
 def _video(value: dict[str, Any], folder: Path, where: str) -> Video:
@@ -88,7 +88,7 @@ def _video(value: dict[str, Any], folder: Path, where: str) -> Video:
             f"got {json.dumps(value)[:60]}"
         )
     if isinstance(names, list):
-        return Video(tuple(_image(folder, name, where) for name in _strings(value, "frames", where)), float(fps))
+        return Video(tuple(_image(folder, name, where) for name in _list(value, "frames", where)), float(fps))
     clip = inside(folder, folder / names, where)
     if not clip.is_dir():
         raise UserError(
@@ -115,17 +115,11 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return str(value)
 
 
-def _strings(row: dict[str, Any], key: str, where: str) -> list[str]:
+def _list(row: dict[str, Any], key: str, where: str, kind: type = str) -> list[Any]:
     values = row.get(key) or []
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise UserError(f"{where}: '{key}' must be a list of strings, got {json.dumps(values)[:60]}")
-    return values
-
-
-def _objects(row: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    values = row.get(key) or []
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise UserError(f"{where}: '{key}' must be a list of objects {{...}}, got {json.dumps(values)[:60]}")
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        needed = "strings" if kind is str else "objects {...}"
+        raise UserError(f"{where}: '{key}' must be a list of {needed}, got {json.dumps(values)[:60]}")
     return values
 
 

@@ -16,5 +16,3 @@ _FILES = (
 )
 BUILDERS: dict[str, Builder] = {task: builder for _, builders in _FILES for task, builder in builders.items()}
 TASKS: dict[str, Capability] = {task: capability for capability, builders in _FILES for task in builders}
-
-__all__ = ["BUILDERS", "TASKS"]

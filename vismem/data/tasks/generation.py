@@ -65,12 +65,7 @@ def exists(rng: random.Random, world: World) -> Puzzle:
         crossed = {(colour, shape) for colour, _ in there for _, shape in there} & world.pairs
         options = there if wanted else crossed - there
     colour, shape = rng.choice(sorted(options))
-    forms = (
-        "is there a {}?",
-        "do you see a {}?",
-        "in this picture, is there a {}?",
-        "is a {} in the picture?",
-    )
+    forms = ("is there a {}?", "do you see a {}?", "in this picture, is there a {}?", "is a {} in the picture?")
     question = world.form(rng, forms).format(f"{colour} {shape}")
     rationale = f"{colour}: {names_of(thing for thing in layout if thing.colour == colour)}."
     return Puzzle((layout,), question, "yes" if wanted else "no", rationale, ("yes", "no"))

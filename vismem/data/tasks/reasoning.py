@@ -132,9 +132,4 @@ def _inside(cell: int, move: str) -> bool:
     return {"up": row > 0, "down": row < 2, "left": column > 0, "right": column < 2}[move]
 
 
-BUILDERS: dict[str, Builder] = {
-    "compare": compare,
-    "chain": chain,
-    "odd": odd,
-    "pattern": pattern,
-}
+BUILDERS: dict[str, Builder] = {"compare": compare, "chain": chain, "odd": odd, "pattern": pattern}

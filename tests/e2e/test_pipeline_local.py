@@ -53,7 +53,6 @@ LONG = ("stage1", "stage2")  # steps that keep checkpoints
 PLACES = {  # each in the midst of its task's work, in the order of the tasks, since a run keeps what earlier ones made
     "configure": ("configure", "configure/*resolved*"),
     "preflight": ("preflight", "preflight/*report*"),
-    "base": ("base", "base.partial/*metrics.json*"),
     "prepare": ("prepare", "prepare.partial/*stats.json*"),
     "validate": ("validate", "validate.partial/data/validation/*part-00000.parquet*"),
     "stage1": ("stage1", "stage1.partial/samples/*000001.jsonl*"),
@@ -241,6 +240,10 @@ def test_artifacts_carry_where_they_came_from_and_what_the_page_of_a_run_shows(f
     assert resolved["base"]["model"] == "assets/tiny-vlm"
 
 
+def test_a_run_of_which_the_base_is_killed_is_red_and_names_it(tmp_path: Path) -> None:
+    assert_failed(run(tmp_path, killed_at="base.partial/*metrics.json*"), "base")
+
+
 @SERVED
 def test_a_release_and_a_deployment_that_were_killed_are_red_and_leave_no_server(released: dict[str, Run]) -> None:
     for task in ("promote", "deploy"):
@@ -278,7 +281,7 @@ def test_a_run_that_is_terminated_takes_the_running_task_with_it(tmp_path: Path)
 def test_a_run_whose_data_are_bad_is_red_and_says_which_rules_are_broken(tmp_path: Path) -> None:
     failed = run(tmp_path, {"validate.min_pixels": 500})
     assert_failed(failed, "validate")
-    assert failed.executed == {"configure", "preflight", "prepare", "base", "summary"}
+    assert failed.executed - {"base"} == {"configure", "preflight", "prepare", "summary"}
     assert "the data breaks" in failed.output
 
 

@@ -1,24 +1,29 @@
-"""The families' processors on machines without torchvision, which only their video part needs."""
+"""The families' processors, the same with and without torchvision: images through Pillow, no video part."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, InternVLProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor
-from transformers.utils import is_torchvision_available
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    InternVLProcessor,
+    LlavaOnevisionProcessor,
+    Qwen2_5_VLProcessor,
+)
 
 
 def make_video_optional() -> None:
     """Let the families' processors be built, saved and loaded by `AutoProcessor` without a video processor.
 
-    Does nothing where torchvision is installed. Without it transformers refuses the whole processor, although images
-    and text go through Pillow and tokenizers.
+    Without torchvision transformers refuses a processor that has one; with it, one that was saved without.
     """
-    if not is_torchvision_available():
-        for processor in (InternVLProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor):
-            processor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+    for processor in (InternVLProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor):
+        processor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
 
 
 def load_processor(source: Path | str) -> Any:
-    """The processor of a hub id or a folder, with or without torchvision."""
+    """The processor of a hub id or a folder; its images have the same pixels on every machine."""
     make_video_optional()
-    return AutoProcessor.from_pretrained(str(source))
+    processor = AutoProcessor.from_pretrained(str(source))
+    processor.image_processor = AutoImageProcessor.from_pretrained(str(source), backend="pil")
+    return processor

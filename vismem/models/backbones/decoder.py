@@ -86,7 +86,7 @@ class TokenDecoder:
             keys, values = cache.update(both[:, -groups:, None], value[:, :, None], index)
             query = both[:, :-groups].reshape(rows, groups, -1, self.width)
             attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=layer.scale)
-            hidden = hidden + _linear(layer.output, attended.view(rows, -1))
+            hidden = hidden + _linear(layer.output, attended.reshape(rows, -1))
             normed = _norm(layer.after, hidden)
             gated = layer.activation(_linear(layer.gate, normed)) * _linear(layer.up, normed)
             hidden = hidden + _linear(layer.down, gated)

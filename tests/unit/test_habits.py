@@ -9,13 +9,8 @@ from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
-import pytest
-
-from vismem.config import Config, Section
-
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("qwen2", "internvl", "llava")
-LONGEST = 500  # lines: about 300 are meant, and what nobody reads to its end begins here
 COPIED = 60  # syntax nodes, some ten lines: what is smaller may be alike by chance
 
 
@@ -28,61 +23,6 @@ def sources(folder: str = "vismem") -> dict[str, ast.Module]:
 
 def nodes(tree: ast.AST, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
     return (node for node in ast.walk(tree) if isinstance(node, kinds))
-
-
-def words_read(places: tuple[str, ...]) -> set[str]:
-    """Names that are read as attributes in these files or folders, or stand as strings (for `getattr`)."""
-    found = set()
-    for name, tree in sources().items():
-        if name.startswith(places):
-            found |= {n.attr for n in nodes(tree, ast.Attribute) if isinstance(n.ctx, ast.Load)}  # type: ignore[attr-defined]
-            found |= {n.value for n in nodes(tree, ast.Constant) if isinstance(n.value, str)}  # type: ignore[attr-defined]
-    return found
-
-
-READERS = {  # where a section's parameters are to be read; a test beside the trainers looks closer at theirs
-    "preflight": ("vismem/preflight.py",),
-    "prepare": ("vismem/data/",),
-    "validate": ("vismem/validation/",),
-    "base": ("vismem/training/", "vismem/models/"),
-    "memory": ("vismem/models/",),
-    "invocation": ("vismem/models/", "vismem/generation/"),
-    "grpo": ("vismem/training/",),
-    "stage1": ("vismem/training/",),
-    "stage2": ("vismem/training/",),
-    "baselines": ("vismem/training/",),
-    "evaluate": ("vismem/evaluation/",),
-    "export": ("vismem/export/",),
-    "gate": ("vismem/registry/gate.py",),
-    "registry": ("vismem/registry/", "vismem/cli.py"),
-    "deploy": ("vismem/serving/",),
-    "study": ("vismem/study.py", "vismem/evaluation/study"),
-}
-
-
-def fields_of(section: type[Section]) -> set[str]:
-    """The section's parameters and those of the sections within it."""
-    found = set()
-    for name, field in section.model_fields.items():
-        inner = [kind for kind in _kinds(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
-        found |= {name} if not inner else set().union(*map(fields_of, inner))
-    return found - {"kind"}  # tells the sources apart
-
-
-def _kinds(annotation: object) -> list[object]:
-    inner = getattr(annotation, "__args__", ())
-    return [annotation] if not inner else [kind for part in inner for kind in _kinds(part)]
-
-
-@pytest.mark.parametrize("section", [field.alias or name for name, field in Config.model_fields.items()])
-def test_no_parameter_is_read_by_nothing(section: str) -> None:
-    if section == "seed":
-        return
-    field = Config.model_fields[section if section in Config.model_fields else f"{section}_"]
-    assert isinstance(field.annotation, type)
-    places = READERS.get(section)
-    assert places, f"say in READERS where the parameters of {section} are read"
-    assert fields_of(field.annotation) - words_read(places) == set()
 
 
 def test_no_parameter_has_a_default_where_it_is_read() -> None:
@@ -147,11 +87,6 @@ def test_no_type_is_copied_into_a_second_file() -> None:
     for kind_name, places in seen.items():
         for (first, mine), (second, theirs) in combinations(places.items(), 2):
             assert 2 * len(mine & theirs) < max(len(mine | theirs), 1), f"{kind_name} in {first} and {second}"
-
-
-def test_no_file_grows_into_a_trainer_of_thousands_of_lines() -> None:
-    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in sources()}
-    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
 def test_what_all_families_share_has_no_branch_for_one_of_them() -> None:

@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,93 +47,62 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; the steps' commands are made from `vismem.steps`."""
     parser = argparse.ArgumentParser(prog="vismem", description="Latent vision memory for vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = _common_options()
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)")
+    add("--profile", help="a profile of deploy/profiles/; it works in runs/PROFILE/")
+    add("--artifacts", type=Path, help="folder of the steps' outputs (default: artifacts)")
 
-    _add_steps(commands, common)
-    command = commands.add_parser(
-        "repro", parents=[common], help="run the whole pipeline with DVC; more arguments go to it"
-    )
-    command.set_defaults(run=_run_repro)
+    def command(name: str, run: Callable[..., int | None], about: str, options: bool = True) -> Callable[..., Any]:
+        made = commands.add_parser(name, parents=[common] if options else [], help=about)
+        made.set_defaults(run=run)
+        return made.add_argument
 
-    command = commands.add_parser(
-        "summary", parents=[common], help="scores, verdict and an example answer of the last run"
-    )
-    command.set_defaults(run=_run_summary)
-
-    command = commands.add_parser(
-        "preflight", parents=[common], help="look whether a run can reach its end: secrets, buckets, registry, GPUs"
-    )
-    command.set_defaults(run=_run_preflight)
-
-    command = commands.add_parser("infer", parents=[common], help="ask the served model about images")
-    command.add_argument("--image", type=Path, action="append", required=True, help="image file; may be repeated")
-    command.add_argument("--prompt", required=True, help="the question")
-    command.add_argument("--stream", action="store_true", help="print the answer while it is decoded")
-    command.add_argument("--no-memory", action="store_true", help="answer without latent memory")
-    command.add_argument("--max-new-tokens", type=int, default=48, help="longest answer in tokens")
-    command.add_argument("--url", help="gRPC host:port; default: this machine at deploy.grpc_port")
-    command.add_argument("--model", help="served model's name; default: the released one, else the challenger")
-    command.set_defaults(run=_run_infer)
-
-    command = commands.add_parser("serve", parents=[common], help="serve the deployed model with Triton until Ctrl-C")
-    command.add_argument("--repository", type=Path, help="model repository; default: artifacts/deploy/model_repository")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    command.add_argument(
-        "--port", "--grpc-port", type=int, help="gRPC port; default: deploy.grpc_port, 0: any free one"
-    )
-    command.add_argument("--http-port", type=int, help="HTTP port; default: deploy.http_port")
-    command.add_argument("--metrics-port", type=int, help="Prometheus port; default: deploy.metrics_port")
-    command.set_defaults(run=_run_serve)
-
-    command = commands.add_parser("models", parents=[common], help="registered versions: list, show, rollback")
-    command.add_argument("action", choices=("list", "show", "rollback"), nargs="?", default="list")
-    command.add_argument("which", nargs="?", default="champion", help="show: a version's number or alias")
-    command.set_defaults(run=_run_models)
-
-    command = commands.add_parser("ui", parents=[common], help="open MLflow on the store and print the model's page")
-    command.add_argument("--port", type=int, help="default: registry.ui_port; 0: any free one")
-    command.set_defaults(run=_run_ui)
-
-    command = commands.add_parser("stack", help="run PostgreSQL, an S3 server and MLflow on both until Ctrl-C")
-    command.add_argument(
-        "--data", type=Path, default=Path("runs/stack"), help="folder of all that they keep (default: %(default)s)"
-    )
-    for name, port in STACK_PORTS.items():
-        command.add_argument(f"--{name}-port", type=int, default=port, help="0: any free one (default: %(default)s)")
-    command.set_defaults(run=_run_stack)
-
-    command = commands.add_parser("params", parents=[common], help="print the parameters in force, each explained")
-    command.add_argument("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
-    command.add_argument("--all", action="store_true", help="also the keys that are seldom changed")
-    command.set_defaults(run=_run_params)
-    return parser
-
-
-def _add_steps(commands: Any, common: argparse.ArgumentParser) -> None:
     for step in STEPS + BASELINES:
         kind = "baseline, no step of the pipeline" if step in BASELINES else "step"
         reads = ", ".join(step.inputs) or "the sources that the parameters name"
-        command = commands.add_parser(step.name, parents=[common], help=f"{kind}: reads {reads}")
-        command.add_argument(
-            "--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER",
-            help="where another step's output is, if not in the artifacts' folder; may be repeated",
-        )  # fmt: skip
+        add = command(step.name, _run_step, f"{kind}: reads {reads}")
+        about = "where another step's output is, if not in the artifacts' folder; may be repeated"
+        add("--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER", help=about)
         if step.name in SHARED:
-            command.add_argument(
-                "--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"),
-                help="how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)",
-            )  # fmt: skip
-        command.set_defaults(run=_run_step)
+            about = "how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)"
+            add("--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"), help=about)
+    command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it")
+    command("summary", _run_summary, "scores, verdict and an example answer of the last run")
+    command("preflight", _run_preflight, "look whether a run can reach its end: secrets, buckets, registry, GPUs")
 
+    add = command("infer", _run_infer, "ask the served model about images")
+    add("--image", type=Path, action="append", required=True, help="image file; may be repeated")
+    add("--prompt", required=True, help="the question")
+    add("--stream", action="store_true", help="print the answer while it is decoded")
+    add("--no-memory", action="store_true", help="answer without latent memory")
+    add("--max-new-tokens", type=int, default=48, help="longest answer in tokens")
+    add("--url", help="gRPC host:port; default: this machine at deploy.grpc_port")
+    add("--model", help="served model's name; default: the released one, else the challenger")
 
-def _common_options() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)"
-    )
-    common.add_argument("--profile", help="a profile of deploy/profiles/; it works in runs/PROFILE/")
-    common.add_argument("--artifacts", type=Path, help="folder of the steps' outputs (default: artifacts)")
-    return common
+    add = command("serve", _run_serve, "serve the deployed model with Triton until Ctrl-C")
+    add("--repository", type=Path, help="model repository; default: artifacts/deploy/model_repository")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", "--grpc-port", type=int, help="gRPC port; default: deploy.grpc_port, 0: any free one")
+    add("--http-port", type=int, help="HTTP port; default: deploy.http_port")
+    add("--metrics-port", type=int, help="Prometheus port; default: deploy.metrics_port")
+
+    add = command("models", _run_models, "registered versions: list, show, rollback")
+    add("action", choices=("list", "show", "rollback"), nargs="?", default="list")
+    add("which", nargs="?", default="champion", help="show: a version's number or alias")
+
+    add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
+    add("--port", type=int, help="default: registry.ui_port; 0: any free one")
+
+    add = command("stack", _run_stack, "run PostgreSQL, an S3 server and MLflow on both until Ctrl-C", options=False)
+    add("--data", type=Path, default=Path("runs/stack"), help="folder of all that they keep (default: %(default)s)")
+    for name, port in STACK_PORTS.items():
+        add(f"--{name}-port", type=int, default=port, help="0: any free one (default: %(default)s)")
+
+    add = command("params", _run_params, "print the parameters in force, each explained")
+    add("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
+    add("--all", action="store_true", help="also the keys that are seldom changed")
+    return parser
 
 
 def _enter(arguments: argparse.Namespace) -> tuple[Config, Path]:

@@ -45,5 +45,5 @@ def _locked(file: int, folder: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        print(f"{folder} lies on a file system without locks: see to it that nothing else works there", file=sys.stderr)
+        print(f"{folder} lies on a file system without locks: ensure that nothing else works there", file=sys.stderr)
     return True

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config
-from vismem.errors import mask_credentials
+from vismem.errors import UserError, mask_credentials
+from vismem.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 PACKAGES = (
@@ -44,7 +45,7 @@ def file_hashes(folder: Path, pattern: str = "**/*") -> dict[str, str]:
 def write_manifest(folder: Path) -> Path:
     """Write `manifest.json` (`{"files": {relative path: sha256}}`) over everything in `folder`; return its path."""
     path = folder / MANIFEST
-    path.write_text(json.dumps({"files": file_hashes(folder)}, indent=2) + "\n")
+    write_json(path, {"files": file_hashes(folder)})
     return path
 
 
@@ -52,10 +53,10 @@ def verify_manifest(folder: Path) -> list[str]:
     """Problems of `folder` against its `manifest.json`, one line each; empty when every file is as it was written."""
     path = folder / MANIFEST
     try:
-        expected: dict[str, str] = json.loads(path.read_text())["files"]
-    except FileNotFoundError:
-        return [f"{path} is missing"]
-    except (ValueError, KeyError, TypeError):
+        expected: dict[str, str] = read_json(path)["files"]
+    except UserError as error:
+        return [str(error)]
+    except (KeyError, TypeError):
         return [f"{path} is damaged: it is not a JSON object with 'files'"]
     found = file_hashes(folder)
     missing = [f"{name} is missing" for name in expected if name not in found]

@@ -101,7 +101,7 @@ def test_a_changed_weight_file_is_refused_by_name_before_anything_is_written(bun
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"manifest.json is missing.*run `vismem export`"):
+    with pytest.raises(UserError, match=r"manifest.json is not there.*run `vismem export`"):
         write_model_repository(tmp_path, tmp_path / "repository", "vismem", 1)
 
 

@@ -42,10 +42,6 @@ def _only(kind: MemoryKind) -> Arm:
     return Arm(f"{kind}_only", f"{kind} only", description, policies.Only(kind=kind))
 
 
-def _changed(name: str, change: str, policy: policies.InvocationPolicy) -> Arm:
-    return Arm(name, name, f"the trained policy asks; {change}", policy)
-
-
 def _baseline(name: str, label: str, description: str) -> Arm:
     return Arm(name, label, description, policies.Off(), model=name)
 
@@ -57,9 +53,9 @@ _ARMS = (
     *(_random(percent, f"random {percent} %") for percent in (25, 50, 75)),
     _random(100, "every delimiter"),
     *map(_only, MemoryKind),
-    _changed("swapped", "each memory formed is of the other kind", policies.Swapped()),
-    _changed("noise", "it gets noise of a memory's mean and spread", policies.Noise()),
-    _changed("shuffled", "it gets another question's memory", policies.Shuffled()),
+    Arm("swapped", "swapped", "the trained policy asks; each memory formed is of the other kind", policies.Swapped()),
+    Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", policies.Noise()),
+    Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", policies.Shuffled()),
     Arm("relook", "relook", "the base model, no memory, its images shown once more", policies.Relook(), base=True),
     _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
     _baseline("sft_lora_matched", "SFT-LoRA, matched", _MATCHED),

@@ -45,13 +45,7 @@ class Prediction:
     finished: bool
 
 
-_TYPES: dict[Any, pa.DataType] = {
-    str: pa.string(),
-    str | None: pa.string(),
-    int: pa.int64(),
-    float: pa.float64(),
-    bool: pa.bool_(),
-}
+_TYPES: dict[Any, Any] = {str: "string", str | None: "string", int: "int64", float: "float64", bool: "bool"}
 _EVENT = pa.struct([(field.name, _TYPES[field.type]) for field in fields(InvocationRecord)])
 _TYPES[tuple[InvocationRecord, ...]] = pa.list_(_EVENT)
 SCHEMA = pa.schema([(field.name, _TYPES[field.type]) for field in fields(Prediction)])

@@ -16,14 +16,12 @@ def headline(metrics: Metrics) -> str:
     before = metrics.arms[VANILLA][OVERALL]
     if VISMEM not in metrics.arms:
         return f"Vanilla answers {before:.1f} % of {metrics.n} questions correctly."
-    gain, asked = metrics.gain[OVERALL], f"{metrics.n} test questions"
-    shown = (
-        f"VisMem is {gain.outcome} on these questions."
-        if gain.outcome != "not shown"
-        else "No difference can be shown."
-    )
-    after = f"{metrics.arms[VISMEM][OVERALL]:.1f} % of {asked} correctly"
-    return f"{shown} VisMem answers {after}, vanilla {before:.1f} %: {change(gain)}."
+    gain, after = metrics.gain[OVERALL], metrics.arms[VISMEM][OVERALL]
+    result = f"VisMem is {gain.outcome} on these questions"
+    if gain.outcome == "not shown":
+        result = "No difference can be shown"
+    scores = f"{after:.1f} % of {metrics.n} test questions correctly, vanilla {before:.1f} %"
+    return f"{result}. VisMem answers {scores}: {change(gain)}."
 
 
 def headline_figures(metrics: Metrics) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def mcnemar(arm: Scores, reference: Scores) -> float:
     Of b items that only `arm` has right and c that only `reference` has right, b is binomial(b + c, 1/2) if neither is
     better. With graded scores this is the exact sign test. 1.0 where no item differs.
     """
-    _check_paired(arm, reference)
+    if arm.shape != reference.shape:
+        raise ValueError(f"arms must be scored on the same items: {arm.shape} against {reference.shape}")
     better, worse = int((arm > reference).sum()), int((arm < reference).sum())
     if better + worse == 0:
         return 1.0
@@ -52,12 +53,7 @@ def paired_difference(arm: Scores, reference: Scores, *, resamples: int, seed: i
 
     The bootstrap draws items, each with both arms' scores, so the interval is that of the paired difference.
     """
-    _check_paired(arm, reference)
+    p = mcnemar(arm, reference)  # refuses arms on other items, which numpy might broadcast
     difference = arm - reference
     interval = bootstrap_interval(difference, resamples=resamples, seed=seed)
-    return Difference(delta=float(difference.mean()), ci95=interval, p=mcnemar(arm, reference))
-
-
-def _check_paired(arm: Scores, reference: Scores) -> None:
-    if arm.shape != reference.shape:
-        raise ValueError(f"arms must be scored on the same items: {arm.shape} against {reference.shape}")
+    return Difference(delta=float(difference.mean()), ci95=interval, p=p)

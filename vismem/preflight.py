@@ -6,7 +6,7 @@ Every check runs, whatever the others find, and none waits longer than seconds f
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from vismem.files import read_json, write_text
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3, 5  # a dead endpoint costs this, not the clients' own minute of retries
 GB = 1e9
-SHARED_MEMORY = Path("/dev/shm")
 CHECK_S3 = "check AWS_ENDPOINT_URL_S3, the credentials, and that the S3 service runs and is reachable from here"
 
 
@@ -31,9 +30,6 @@ class Finding:
     remedy: str = ""
 
 
-Check = Callable[[], Finding]
-
-
 def preflight(config: Config, artifacts: Path, report: Path | None = None) -> list[Finding]:
     """Run all checks for a run whose outputs go to `artifacts`, print each finding, write them to `report` (Markdown).
 
@@ -45,14 +41,13 @@ def preflight(config: Config, artifacts: Path, report: Path | None = None) -> li
         print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {mask_credentials(found.seen)}", flush=True)
     if report is not None:
         write_text(report, markdown(findings))
-    failed = [finding for finding in findings if not finding.ok]
-    if failed:
+    if failed := [finding for finding in findings if not finding.ok]:
         reasons = "; ".join(f"({i}) {f.name}: {f.seen}: {f.remedy}" for i, f in enumerate(failed, start=1))
         raise UserError(f"{len(failed)} of {len(findings)} checks failed: {reasons}")
     return findings
 
 
-def checks(config: Config, artifacts: Path) -> list[Check]:
+def checks(config: Config, artifacts: Path) -> list[partial[Finding]]:
     """The checks that the parameters ask for, not yet run. A check that fails returns a finding; it does not raise."""
     wanted = config.preflight
     return [
@@ -80,13 +75,13 @@ def markdown(findings: Sequence[Finding]) -> str:
 
 def check_variable(name: str) -> Finding:
     """Whether an environment variable is set; its value is never shown."""
-    what, value = f"variable {name}", os.environ.get(name, "")
-    where = f"set {name}, on a cluster as a key of the secret that the pipeline's parameters name"
-    if not value.strip():
-        return Finding(what, False, "not set" if name not in os.environ else "empty", where)
+    what, value = f"variable {name}", os.environ.get(name)
+    if value is None or not value.strip():
+        remedy = f"set {name}, on a cluster as a key of the secret that the pipeline's parameters name"
+        return Finding(what, False, "not set" if value is None else "empty", remedy)
     if value != value.strip():
-        seen = "set, with white space around its value"
-        return Finding(what, False, seen, "make the secret again without the line break that `echo` adds: `printf %s`")
+        remedy = "make the secret again without the line break that `echo` adds: `printf %s`"
+        return Finding(what, False, "set, with white space around its value", remedy)
     return Finding(what, True, "set")
 
 
@@ -100,16 +95,14 @@ def check_bucket(bucket: str) -> Finding:
     from botocore.exceptions import BotoCoreError, ClientError
 
     what, (name, _, prefix) = f"bucket {bucket}", bucket.removeprefix("s3://").partition("/")
-    key = "/".join(part for part in (prefix.strip("/"), f"vismem-preflight-{uuid.uuid4().hex}") if part)
-    settings = {
-        "connect_timeout": CONNECT_SECONDS,
-        "read_timeout": ANSWER_SECONDS,
-        "retries": {"total_max_attempts": 1},
-    }
+    key = f"{prefix.strip('/')}/vismem-preflight-{uuid.uuid4().hex}".lstrip("/")
+    quick = ClientConfig(
+        connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS, retries={"total_max_attempts": 1}
+    )
     doing = "find"
     try:
         # a session of its own: the default one keeps the first credentials it saw
-        client = boto3.Session().client("s3", config=ClientConfig(**settings))
+        client = boto3.Session().client("s3", config=quick)
         endpoint = client.meta.endpoint_url
         client.head_bucket(Bucket=name)
         doing = "write to"
@@ -143,9 +136,14 @@ def check_registry(config: RegistryConfig) -> Finding:
 
 def check_base(model: str) -> Finding:
     """Whether `base.model` can be had: a folder, or a hub id whose settings can be read or are cached."""
+    from vismem.models.backbones import check_family
+
     what = f"base model {model}"
     try:
-        return Finding(what, True, _see_base(model))
+        settings, seen = _find_settings(model)
+        family = str(read_json(settings).get("model_type"))
+        check_family(family)
+        return Finding(what, True, seen.format(family))
     except (UserError, OSError, ValueError) as error:
         remedy = "set base.model to a folder or a hub id; on a machine without the hub, fill its cache (HF_HOME) first"
         return Finding(what, False, _one_line(error), remedy)
@@ -179,7 +177,7 @@ def check_disk(folder: Path, wanted_gb: float) -> Finding:
     return Finding("disk", free >= wanted_gb, seen, "free some, use a larger volume, or lower preflight.free_disk_gb")
 
 
-def check_shared_memory(wanted_gb: float, place: Path = SHARED_MEMORY) -> Finding:
+def check_shared_memory(wanted_gb: float, place: Path = Path("/dev/shm")) -> Finding:
     """Whether `place` is a shared memory of at least `wanted_gb`."""
     size = shutil.disk_usage(place).total / GB if place.is_dir() else 0.0
     seen = f"{size:.2f} GB at {place}, {wanted_gb:g} GB asked for"
@@ -187,14 +185,16 @@ def check_shared_memory(wanted_gb: float, place: Path = SHARED_MEMORY) -> Findin
     return Finding("shared memory", size >= wanted_gb, seen, remedy)
 
 
-def _see_base(model: str) -> str:
-    """How `base.model` can be had. UserError, OSError (the hub's errors are such) or ValueError where it cannot."""
+def _find_settings(model: str) -> tuple[Path, str]:
+    """The base's config.json, and how the base can be had ({} stands for its family).
+
+    UserError, OSError (the hub's errors are such) or ValueError where it cannot.
+    """
     folder = BaseConfig(model=model).folder()
     if folder is not None:
-        settings = folder / "config.json"
-        if not settings.is_file():
+        if not (folder / "config.json").is_file():
             raise UserError(f"the folder {folder} holds no config.json")
-        return f"a folder with a {_check_family(settings)}"
+        return folder / "config.json", "a folder with a {}"
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # its HTTP client's error
@@ -207,17 +207,8 @@ def _see_base(model: str) -> str:
         cached = try_to_load_from_cache(model, "config.json")
         if not isinstance(cached, str):
             raise UserError(f"the hub does not answer, and the cache has no {model} ({_one_line(error)})") from None
-        return f"a {_check_family(Path(cached))} in the cache; the hub does not answer"
-    return f"a {_check_family(Path(hf_hub_download(model, 'config.json')))} on the hub"
-
-
-def _check_family(settings: Path) -> str:
-    """The model's type. UserError where the library has no file for its family."""
-    from vismem.models.backbones import check_family
-
-    family = str(read_json(settings).get("model_type"))
-    check_family(family)
-    return family
+        return Path(cached), "a {} in the cache; the hub does not answer"
+    return Path(hf_hub_download(model, "config.json")), "a {} on the hub"
 
 
 def _one_line(error: Exception) -> str:

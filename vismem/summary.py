@@ -12,19 +12,15 @@ from vismem.config import Config
 from vismem.files import read_json
 from vismem.records import Metrics, Release, Verdict
 
-REPORTS = (
-    ("the data", "validate/report.html"),
-    ("the scores", "evaluate/report.html"),
-    ("the model card", "export/README.md"),
-)
+REPORTS = {
+    "the data": "validate/report.html",
+    "the scores": "evaluate/report.html",
+    "the model card": "export/README.md",
+}
 
 
 def print_summary(
-    config: Config,
-    artifacts: Path,
-    here: Path | None = None,
-    profile: str | None = None,
-    console: Console | None = None,
+    config: Config, artifacts: Path, here: Path, profile: str | None, console: Console | None = None
 ) -> None:
     """Print the last run's result from its artifacts. UserError where a step's output is missing.
 
@@ -32,27 +28,14 @@ def print_summary(
     """
     from vismem.evaluation.summary import headline, score_table
 
-    console = console or make_console()
-    here = here or Path.cwd()
-    folder = here / artifacts
-    metrics, release, verdict = (
-        Metrics.read(folder / "evaluate"),
-        Release.read(folder / "promote"),
-        Verdict.read(folder / "promote"),
-    )
+    console, folder = console or make_console(), here / artifacts
+    metrics = Metrics.read(folder / "evaluate")
+    release, verdict = Release.read(folder / "promote"), Verdict.read(folder / "promote")
     smoke = read_json(folder / "deploy" / "smoke.json", "run `vismem deploy` again")
-    console.print()
-    console.print(score_table(metrics))
-    console.print(headline(metrics), highlight=False)
-    console.print()
-    for line in verdict_lines(verdict, release):
-        console.print(line, highlight=False)
-    console.print()
-    for line in example_lines(smoke):
-        console.print(line, highlight=False)
-    console.print()
-    for what, name in REPORTS:
-        if (here / artifacts / name).is_file():
+    console.print("", score_table(metrics), headline(metrics), "", sep="\n", highlight=False)
+    console.print(*verdict_lines(verdict, release), "", *example_lines(smoke), "", sep="\n", highlight=False)
+    for what, name in REPORTS.items():
+        if (folder / name).is_file():
             console.print(f"{what + ':':<16}{escape(str(artifacts / name))}", highlight=False, soft_wrap=True)
     ui = f"vismem ui --profile {profile}" if profile else "make ui"
     console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `{ui}` opens it", highlight=False)

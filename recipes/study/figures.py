@@ -133,8 +133,7 @@ def compare(scores: pd.DataFrame, above: Sequence[str], below: Sequence[str], re
 
     def difference(rows: pd.DataFrame, seed: int) -> Values:
         sides = (rows[list(side)].to_numpy().mean(axis=1) for side in (above, below))
-        found = paired_difference(*sides, resamples=resamples, seed=seed)
-        return {"delta": found.delta, "ci95": [found.low, found.high], "p": found.p}
+        return paired_difference(*sides, resamples=resamples, seed=seed).model_dump(mode="json")
 
     seeds = {int(seed): difference(rows, int(seed)) for seed, rows in scores.groupby(level="seed")}
     return {

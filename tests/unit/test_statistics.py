@@ -31,14 +31,14 @@ def test_mcnemar_known_value() -> None:
 def test_identical_arms_differ_by_nothing() -> None:
     scores = np.array([1.0, 0.0, 1.0, 1.0, 0.0])
     difference = paired_difference(scores, scores.copy(), resamples=200, seed=0)
-    assert (difference.delta, difference.low, difference.high, difference.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (difference.delta, difference.ci95, difference.p) == (0.0, (0.0, 0.0), 1.0)
 
 
 def test_the_difference_is_the_difference_of_the_means() -> None:
     arm, reference = arms(30, 20, 5, 45)
     difference = paired_difference(arm, reference, resamples=500, seed=1)
     assert difference.delta == pytest.approx(0.15)
-    assert difference.low < 0.15 < difference.high
+    assert difference.ci95[0] < 0.15 < difference.ci95[1]
     swapped = paired_difference(reference, arm, resamples=500, seed=1)
     assert swapped.delta == -difference.delta
     assert swapped.p == difference.p
@@ -49,7 +49,7 @@ def test_pairing_narrows_the_interval_of_correlated_arms() -> None:
     paired = paired_difference(arm, reference, resamples=2000, seed=0)
     shuffled = np.random.default_rng(0).permutation(reference)
     unpaired = paired_difference(arm, shuffled, resamples=2000, seed=0)
-    assert paired.high - paired.low < 0.6 * (unpaired.high - unpaired.low)
+    assert np.ptp(paired.ci95) < 0.6 * np.ptp(unpaired.ci95)
 
 
 def test_the_bootstrap_agrees_with_every_resample_of_three_items() -> None:

@@ -72,7 +72,7 @@ def test_a_release_is_called_one() -> None:
 def test_a_missing_result_names_the_step_to_run(artifacts: Path) -> None:
     (artifacts / "deploy" / "smoke.json").unlink()
     with pytest.raises(UserError, match=r"deploy/smoke\.json is not there: run `vismem deploy`"):
-        print_summary(Config(), artifacts)
+        print_summary(Config(), artifacts, Path(), None)
 
 
 def test_an_empty_registry_says_what_to_run(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ _FINAL = re.compile(r"\bfinal\s+answer\s*(?::|\bis\b)\s*:?", re.IGNORECASE)
 _STATED = re.compile(r"\b(?:answer\s*:|(?:answer|option|choice)\s+is\b\s*:?)", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{")
 _WRAPPED = re.compile(r"^\\(?:text|mathrm|mathbf)\s*\{(.*)\}$", re.DOTALL)
-_LONE_LETTER = re.compile(r"^\(?([A-Za-z])(?:[).:]+)?$")
-_LABELLED = re.compile(r"^(?:\(([A-Za-z])\)|([A-Za-z])[).:])\s+\S")
-_STANDALONE = re.compile(r"(?<![\w'\u2019-])([A-Z])(?![\w'\u2019-])")
+_LONE_LETTER = re.compile(r"^\(?(?P<letter>[A-Za-z])(?:[).:]+)?$")
+_LABELLED = re.compile(r"^(?P<open>\()?(?P<letter>[A-Za-z])(?(open)\)|[).:])\s+\S")
+_WORD = r"[AI]\s+(?!(?:or|and|nor|is|because)\b)[a-z]"  # the article or the pronoun, with the word behind it
+_STANDALONE = re.compile(rf"(?<![\w'\u2019-])(?!{_WORD})([A-Z])(?![\w'\u2019-])")
+_SEVERAL_CLAUSES = re.compile(r"[,;:!?\n]|\.(?:\s|$)")
 _LETTERED = re.compile(r"(?:^|[\s(])A[).:].*?(?:^|[\s(])B[).:]", re.DOTALL | re.MULTILINE)
 
 
@@ -32,7 +34,10 @@ class Extraction:
     rule: str
 
 
-def extract(text: str, choices: Sequence[str] = (), *, letters: bool = True) -> Extraction:
+UNREAD = Extraction(None, UNPARSED)
+
+
+def extract(text: str, choices: Sequence[str], *, letters: bool = True) -> Extraction:
     """Read the answer out of `text`.
 
     With `choices` the value is one of them, named by its text or, if `letters`, by its letter (A is the first).
@@ -46,9 +51,11 @@ def extract(text: str, choices: Sequence[str] = (), *, letters: bool = True) -> 
         value = _resolve(region, choices, letters) if choices else (_strip(region) or None)
         if value is not None:
             return Extraction(value, rule)
-    if not choices:
-        return _whole_reply(region) if marked is None else Extraction(None, UNPARSED)
-    return _read_choice(region, choices, letters)
+    if choices:
+        return _read_choice(region, choices, letters)
+    reply = _strip(region)
+    readable = marked is None and reply and not _SEVERAL_CLAUSES.search(reply)
+    return Extraction(reply, "whole reply") if readable else UNREAD
 
 
 def score(sample: Sample, text: str) -> float:
@@ -63,10 +70,8 @@ def read(sample: Sample, text: str) -> Extraction:
 
 def is_correct(sample: Sample, extraction: Extraction) -> bool:
     """Whether an extraction agrees with the sample's answer, exactly after `normalise`."""
-    if extraction.value is None:
-        return False
     expected = reference_choice(sample.question, sample.answer, sample.choices) or sample.answer
-    return normalise(extraction.value) == normalise(expected)
+    return extraction.value is not None and normalise(extraction.value) == normalise(expected)
 
 
 def reference_choice(question: str, answer: str, choices: Sequence[str]) -> str | None:
@@ -113,20 +118,14 @@ def _boxes(text: str) -> list[tuple[int, str]]:
 def _read_choice(region: str, choices: Sequence[str], letters: bool) -> Extraction:
     """The rules without a marker: the whole reply, its first line, one standalone letter, one option's text."""
     for rule, part in (("whole reply", region), ("first line", region.split("\n", 1)[0])):
-        value = _resolve(part, choices, letters)
-        if value is not None:
+        if (value := _resolve(part, choices, letters)) is not None:
             return Extraction(value, rule)
-    if letters:
-        named = {found[1] for found in _STANDALONE.finditer(region) if not _is_word(found, region)}
-        valid = [choice for letter, choice in lettered(choices).items() if letter in named]
-        if len(valid) == 1:
-            return Extraction(valid[0], "one letter")
-        if valid:
-            return Extraction(None, UNPARSED)
-    mentioned = _mentioned(region, choices)
-    if len(mentioned) == 1:
-        return Extraction(mentioned[0], "one option")
-    return Extraction(None, UNPARSED)
+    named = _STANDALONE.findall(region) if letters else ()
+    by_letter = [choice for letter, choice in lettered(choices).items() if letter in named]
+    for rule, found in (("one letter", by_letter), ("one option", _mentioned(region, choices))):
+        if found:
+            return Extraction(found[0], rule) if len(found) == 1 else UNREAD
+    return UNREAD
 
 
 def _resolve(text: str, choices: Sequence[str], letters: bool) -> str | None:
@@ -136,9 +135,7 @@ def _resolve(text: str, choices: Sequence[str], letters: bool) -> str | None:
         if choice and normalise(choice) == normalise(stripped):
             return choice
     found = _LONE_LETTER.match(stripped) or _LABELLED.match(stripped) if letters else None
-    if found is None:
-        return None
-    return lettered(choices).get(next(group for group in found.groups() if group).upper())
+    return lettered(choices).get(found["letter"].upper()) if found else None
 
 
 def _strip(text: str) -> str:
@@ -146,11 +143,6 @@ def _strip(text: str) -> str:
     bare = text.strip(" \t\n\"'`$*\u201c\u201d\u2018\u2019")
     wrapped = _WRAPPED.match(bare)
     return (wrapped[1] if wrapped else bare).strip().rstrip(".,;!?").rstrip()
-
-
-def _is_word(found: re.Match[str], text: str) -> bool:
-    """Whether a standalone A or I is the article or the pronoun: a lower-case word follows that a letter would not."""
-    return found[1] in "AI" and re.match(r"\s+(?!(?:or|and|nor|is|because)\b)[a-z]", text[found.end() :]) is not None
 
 
 def _mentioned(text: str, choices: Sequence[str]) -> list[str]:
@@ -167,14 +159,6 @@ def _mentioned(text: str, choices: Sequence[str]) -> list[str]:
             mentioned.append(choice)
             rest = re.sub(pattern, " | ", rest)
     return mentioned
-
-
-def _whole_reply(text: str) -> Extraction:
-    """An open answer without a marker: the reply itself, if it is one clause."""
-    bare = _strip(text)
-    if bare and not re.search(r"[,;:!?\n]|\.(?:\s|$)", bare):
-        return Extraction(bare, "whole reply")
-    return Extraction(None, UNPARSED)
 
 
 def _uses_letters(question: str, answer: str) -> bool:

@@ -1,6 +1,6 @@
 """The arms of a comparison: a name, what it means, and the invocation policy that decodes it (paper Tables 3 and 9).
 
-A new arm is one more entry in `ARMS`.
+A new arm is one more entry in `_ARMS`.
 """
 
 import difflib
@@ -8,18 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vismem.errors import UserError
-from vismem.generation.invocation import (
-    UNLIMITED,
-    InvocationPolicy,
-    Learned,
-    Noise,
-    Off,
-    Only,
-    Random,
-    Relook,
-    Shuffled,
-    Swapped,
-)
+from vismem.generation import invocation as policies
 from vismem.models.kinds import MemoryKind
 
 VANILLA = "vanilla"
@@ -36,7 +25,7 @@ class Arm:
     name: str
     label: str  # as reports show it
     description: str
-    policy: InvocationPolicy
+    policy: policies.InvocationPolicy
     base: bool = False
     model: str = VISMEM
 
@@ -44,40 +33,37 @@ class Arm:
 def _random(percent: int, label: str) -> Arm:
     chance = "" if percent == 100 else f" with probability {percent / 100:g}"
     description = f"a memory, short or long with equal chance, at the start and every delimiter{chance}; no limit"
-    return Arm(f"random_{percent}", label, description, Random(limit=UNLIMITED, probability=percent / 100))
+    policy = policies.Random(limit=policies.UNLIMITED, probability=percent / 100)
+    return Arm(f"random_{percent}", label, description, policy)
 
 
 def _only(kind: MemoryKind) -> Arm:
-    description = f"the trained policy, in which only {kind.value}-term memory can be invoked"
-    return Arm(f"{kind.value}_only", f"{kind.value} only", description, Only(kind=kind))
+    description = f"the trained policy, in which only {kind}-term memory can be invoked"
+    return Arm(f"{kind}_only", f"{kind} only", description, policies.Only(kind=kind))
 
 
 def _baseline(name: str, label: str, description: str) -> Arm:
-    return Arm(name, label, description, Off(), model=name)
+    return Arm(name, label, description, policies.Off(), model=name)
 
 
-ARMS: dict[str, Arm] = {
-    arm.name: arm
-    for arm in (
-        Arm(VANILLA, "vanilla", "the base model, no memory", Off(limit=0), base=True),
-        Arm(VISMEM, "VisMem", "memory where the trained policy asks for it", Learned()),
-        _random(25, "random 25 %"),
-        _random(50, "random 50 %"),
-        _random(75, "random 75 %"),
-        _random(100, "every delimiter"),
-        _only(MemoryKind.SHORT),
-        _only(MemoryKind.LONG),
-        Arm("swapped", "swapped", "the trained policy asks; each memory formed is of the other kind", Swapped()),
-        Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", Noise()),
-        Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", Shuffled()),
-        Arm("relook", "relook", "the base model, no memory, its images shown once more", Relook(), base=True),
-        _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
-        _baseline("sft_lora_matched", "SFT-LoRA, matched", "the same with as many parameters as VisMem's formation"),
-        _baseline("grpo_lora", "GRPO-LoRA", "a LoRA of the base, trained by GRPO"),
-        _baseline("grpo_lora_matched", "GRPO-LoRA, matched", "the same with as many parameters as VisMem's formation"),
-        _baseline("full", "full fine-tuning", "the base's language model, trained on the reference answers"),
-    )
-}
+_MATCHED = "the same with as many parameters as VisMem's formation"
+_ARMS = (
+    Arm(VANILLA, "vanilla", "the base model, no memory", policies.Off(), base=True),
+    Arm(VISMEM, "VisMem", "memory where the trained policy asks for it", policies.Learned()),
+    *(_random(percent, f"random {percent} %") for percent in (25, 50, 75)),
+    _random(100, "every delimiter"),
+    *map(_only, MemoryKind),
+    Arm("swapped", "swapped", "the trained policy asks; each memory formed is of the other kind", policies.Swapped()),
+    Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", policies.Noise()),
+    Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", policies.Shuffled()),
+    Arm("relook", "relook", "the base model, no memory, its images shown once more", policies.Relook(), base=True),
+    _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
+    _baseline("sft_lora_matched", "SFT-LoRA, matched", _MATCHED),
+    _baseline("grpo_lora", "GRPO-LoRA", "a LoRA of the base, trained by GRPO"),
+    _baseline("grpo_lora_matched", "GRPO-LoRA, matched", _MATCHED),
+    _baseline("full", "full fine-tuning", "the base's language model, trained on the reference answers"),
+)
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 
 
 def resolve_arms(names: Sequence[str]) -> list[Arm]:
@@ -85,9 +71,8 @@ def resolve_arms(names: Sequence[str]) -> list[Arm]:
     for name in names:
         if name not in ARMS:
             close = difflib.get_close_matches(name, ARMS, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"evaluate.arms: unknown arm '{name}' (did you mean '{close}'?); there are {', '.join(ARMS)}"
-            )
+            known = ", ".join(ARMS)
+            raise UserError(f"evaluate.arms: unknown arm '{name}' (did you mean '{close}'?); there are {known}")
         if list(names).count(name) > 1:
             raise UserError(f"evaluate.arms: '{name}' is named twice; name every arm once")
     if VANILLA not in names:

@@ -19,11 +19,11 @@ from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
-from vismem.evaluation.arms import ARMS, VISMEM, Arm, resolve_arms
+from vismem.evaluation.arms import VISMEM, Arm, label, resolve_arms
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
-from vismem.files import write_json
+from vismem.files import write_json, write_text
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
@@ -41,8 +41,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     `inputs` holds the folder of every baseline that an arm decodes. UserError for an unknown arm, an arm whose model is
     not there, a test split without rows, or a model that cannot be loaded.
     """
-    arms = resolve_arms(config.evaluate.arms)
-    folder = inputs["validate"] / "data" / "test"
+    arms, folder = resolve_arms(config.evaluate.arms), inputs["validate"] / "data" / "test"
     samples = pick(folder, config.evaluate.limit, config.seed)
     models = load_models(arms, inputs, config)
     decoded = decode(models, arms, samples, config, out / ANSWERS)
@@ -61,9 +60,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "base model": config.base.model,
         "memory (sha256)": sha256_file(inputs["stage2"] / "memory.safetensors"),
         **{
-            f"{ARMS[name].label} (sha256)": sha256_folder(inputs[name], "*.safetensors")
-            for name in models
-            if name != VISMEM
+            f"{label(name)} (sha256)": sha256_folder(inputs[name], "*.safetensors") for name in models if name != VISMEM
         },
         "test data (sha256)": metrics.test_sha256,
         "device": str(next(iter(models.values())).backbone.device),
@@ -76,12 +73,11 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 def pick(folder: Path, limit: int | None, seed: int) -> list[Sample]:
     """The split's samples in order; with `limit`, that many drawn at random (a head could be all of one task)."""
     try:
-        count = sum(pq.ParquetFile(shard).metadata.num_rows for shard in sorted(folder.glob("part-*.parquet")))
+        count = sum(pq.ParquetFile(shard).metadata.num_rows for shard in folder.glob("part-*.parquet"))
         if count == 0:
             raise UserError(f"the test split in {folder} has no rows: nothing to evaluate; check `prepare.sources`")
-        chosen = (
-            set(range(count)) if limit is None else set(random.Random(seed).sample(range(count), min(limit, count)))
-        )
+        drawn = range(count) if limit is None else random.Random(seed).sample(range(count), min(limit, count))
+        chosen = set(drawn)
         return [sample for place, sample in enumerate(iterate_samples(folder)) if place in chosen]
     except (OSError, ValueError) as error:  # a damaged shard, a wrong column
         raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
@@ -98,7 +94,7 @@ def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config)
         if arm.model in models:
             continue
         folder = inputs.get("stage2" if arm.model == VISMEM else arm.model)
-        if folder is None or not folder.is_dir():
+        if folder is None:
             raise UserError(
                 f"evaluate.arms: '{arm.name}' decodes the model of '{arm.model}', which is not there: "
                 f"run `vismem {arm.model}` first, or leave the arm out"
@@ -141,22 +137,19 @@ def decode(
         _answer(models[arm.model], arm, samples[:WARM_UP], config)
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
-    batches = [samples[start:end] for start, end in itertools.pairwise(ends)]
     with progress("evaluate", len(samples) * len(arms), answered * len(arms)) as advance:
-        for turn, batch in enumerate(batches):
-            if ends[turn] < answered:
+        for turn, (start, end) in enumerate(itertools.pairwise(ends)):
+            if start < answered:
                 continue
             shift = turn % len(arms)
             for arm in [*arms[shift:], *arms[:shift]]:
                 started = time.perf_counter()
-                rollouts = _answer(models[arm.model], arm, batch, config)
+                rollouts = _answer(models[arm.model], arm, samples[start:end], config)
                 runs[arm.name].seconds += time.perf_counter() - started
                 runs[arm.name].rollouts += rollouts
-                advance(len(batch), arm=arm.label)
+                advance(end - start, arm=arm.label)
             if kept and time.monotonic() - saved >= KEEP_EVERY:
-                new = kept.with_suffix(".new")
-                new.write_bytes(_RUNS.dump_json(runs))
-                new.replace(kept)
+                write_text(kept, _RUNS.dump_json(runs).decode())
                 saved = time.monotonic()
     return runs
 
@@ -170,9 +163,8 @@ def write(
     sources: Mapping[str, str],
 ) -> None:
     """Write all files of the step into `out`; leftovers of a killed run go."""
-    for name in ("predictions", "plots"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / ANSWERS).unlink(missing_ok=True)
+    for leftover in out.iterdir():
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for arm, answers in predictions.items():
         write_predictions(answers, out / "predictions" / f"{arm}.parquet")
     metrics.write(out)
@@ -186,16 +178,7 @@ def write(
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    page = report.render(
-        metrics,
-        predictions,
-        images,
-        pictures,
-        provenance,
-        resamples=config.evaluate.bootstrap,
-        batch_size=config.evaluate.batch_size,
-    )
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_text(out / "report.html", report.render(metrics, predictions, images, pictures, provenance, config.evaluate))
 
 
 def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:

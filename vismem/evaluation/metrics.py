@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vismem.data.sample import Capability
 from vismem.evaluation.answers import UNPARSED, normalise
@@ -18,49 +19,56 @@ from vismem.models.kinds import MemoryKind
 OVERALL = "overall"
 CAPABILITIES = tuple(capability.value for capability in Capability)
 
-Arms = Mapping[str, Sequence[Prediction]]
-Masks = dict[str, "np.ndarray[tuple[int], np.dtype[np.bool_]]"]
+Masks = dict[str, npt.NDArray[np.bool_]]
 
 
-def summarise(predictions: Arms, seconds: Mapping[str, float], *, seed: int, resamples: int) -> dict[str, Any]:
+def summarise(
+    predictions: Mapping[str, Sequence[Prediction]], seconds: Mapping[str, float], *, seed: int, resamples: int
+) -> dict[str, Any]:
     """The figures of `metrics.json`: the fields of `vismem.records.Metrics` but for the hashes.
 
     `predictions`: arm -> its answers, the same items in the same order for every arm, vanilla among them.
     `seconds`: arm -> seconds per sample. A capability without items is left out. ValueError where items differ.
     """
-    items = predictions[VANILLA]
+    items, used = predictions[VANILLA], predictions.get(VISMEM)
     if not items:
         raise ValueError("there are no predictions to summarise")
     for arm, answers in predictions.items():
         if [answer.id for answer in answers] != [item.id for item in items]:
             raise ValueError(f"'{arm}' answered other items, or in another order, than '{VANILLA}'")
     scores = {arm: np.array([100 * answer.score for answer in answers]) for arm, answers in predictions.items()}
-    groups = _capability_masks(items)
-    others = [arm for arm in predictions if arm not in (VANILLA, VISMEM)]
-    options = {"seed": seed, "resamples": resamples}
+    groups = _masks([item.capability for item in items], CAPABILITIES)
+    asked = ["only" if is_yes_no(item) else "without" for item in items]
+    yes_no = _masks(asked, ("without", "only"))
+    options: dict[str, Any] = {"seed": seed, "resamples": resamples}
+
+    def minus_vanilla(arm: str, masks: Masks) -> dict[str, Any]:
+        pairs = {name: (scores[arm][mask], scores[VANILLA][mask]) for name, mask in masks.items()}
+        return {name: paired_difference(*pair, **options).model_dump(mode="json") for name, pair in pairs.items()}
+
     return {
         "n": len(items),
         "seed": seed,
         "counts": {name: int(mask.sum()) for name, mask in groups.items() if name != OVERALL},
-        "arms": {
-            arm: {**_means(scores[arm], groups), "seconds_per_sample": float(seconds[arm])} for arm in predictions
-        },
+        "arms": {arm: {**_means(scores[arm], groups), "seconds_per_sample": float(seconds[arm])} for arm in scores},
         "intervals": {
-            arm: {name: list(bootstrap_interval(scores[arm][mask], **options)) for name, mask in groups.items()}
-            for arm in predictions
+            arm: {name: list(bootstrap_interval(values[mask], **options)) for name, mask in groups.items()}
+            for arm, values in scores.items()
         },
-        "gain": _differences(scores, VISMEM, groups, **options) if VISMEM in predictions else {},
-        "ablations": {arm: _differences(scores, arm, groups, **options) for arm in others},
+        "gain": minus_vanilla(VISMEM, groups) if used else {},
+        "ablations": {arm: minus_vanilla(arm, groups) for arm in scores if arm not in (VANILLA, VISMEM)},
         "overhead": {
-            arm: float(seconds[arm] / seconds[VANILLA] - 1)
-            for arm in predictions
-            if arm != VANILLA and seconds[VANILLA]
+            arm: float(seconds[arm] / seconds[VANILLA] - 1) for arm in scores if arm != VANILLA and seconds[VANILLA]
         },
         "tasks": _by_task(items, scores),
-        "yes_no": _yes_no(predictions, scores, **options),
+        "yes_no": {
+            "n": asked.count("only"),
+            "arms": {arm: _means(scores[arm], yes_no) | _says_yes(predictions[arm], asked) for arm in scores},
+            "gain": minus_vanilla(VISMEM, yes_no) if used else {},
+        },
         "unparsed": {arm: _percent([a.rule == UNPARSED for a in answers]) for arm, answers in predictions.items()},
         "unfinished": {arm: _percent([not a.finished for a in answers]) for arm, answers in predictions.items()},
-        "invocation": _invocation(predictions.get(VISMEM, ())),
+        "invocation": {OVERALL: memory_use(used), "tasks": _use_by_task(used)} if used else None,
         "invocation_by_arm": {arm: memory_use(answers) for arm, answers in predictions.items()},
     }
 
@@ -72,12 +80,15 @@ def memory_use(answers: Sequence[Prediction]) -> dict[str, Any]:
     """
     use: dict[str, Any] = {"answers_with_memory": _percent([bool(answer.invocations) for answer in answers])}
     for kind in MemoryKind:
-        places = [e.relative_position for answer in answers for e in answer.invocations if e.kind == kind.value]
-        use[kind.value] = {
-            "per_answer": len(places) / len(answers),
-            "mean_position": float(np.mean(places)) if places else None,
-        }
+        places = invocation_places(answers, kind)
+        mean = float(np.mean(places)) if places else None
+        use[kind.value] = {"per_answer": len(places) / len(answers), "mean_position": mean}
     return use
+
+
+def invocation_places(answers: Sequence[Prediction], kind: MemoryKind) -> list[float]:
+    """The relative position of every invocation of one kind."""
+    return [event.relative_position for answer in answers for event in answer.invocations if event.kind == kind]
 
 
 def is_yes_no(prediction: Prediction) -> bool:
@@ -85,66 +96,36 @@ def is_yes_no(prediction: Prediction) -> bool:
     return normalise(prediction.reference) in ("yes", "no")
 
 
-def _capability_masks(items: Sequence[Prediction]) -> Masks:
-    masks: Masks = {OVERALL: np.ones(len(items), dtype=bool)}
-    for name in CAPABILITIES:
-        mask = np.array([item.capability == name for item in items])
-        if mask.any():
-            masks[name] = mask
-    return masks
+def _masks(keys: Sequence[str], names: Sequence[str]) -> Masks:
+    """Overall, then for each of `names` where the items' keys are equal to it; a name without items is left out."""
+    masks = {name: np.array([key == name for key in keys]) for name in names if name in keys}
+    return {OVERALL: np.ones(len(keys), dtype=bool), **masks}
 
 
-def _means(scores: Scores, groups: Masks) -> dict[str, float]:
-    return {name: float(scores[mask].mean()) for name, mask in groups.items()}
+def _means(scores: Scores, masks: Masks) -> dict[str, float]:
+    return {name: float(scores[mask].mean()) for name, mask in masks.items()}
 
 
-def _differences(
-    scores: Mapping[str, Scores], arm: str, groups: Masks, *, seed: int, resamples: int
-) -> dict[str, dict[str, Any]]:
-    """The arm minus vanilla in every group: {delta, ci95, p}."""
-    found = {}
-    for name, mask in groups.items():
-        difference = paired_difference(scores[arm][mask], scores[VANILLA][mask], resamples=resamples, seed=seed)
-        found[name] = {"delta": difference.delta, "ci95": [difference.low, difference.high], "p": difference.p}
-    return found
+def _says_yes(answers: Sequence[Prediction], asked: Sequence[str]) -> dict[str, float]:
+    """How often yes/no questions are answered yes; nothing where there are none."""
+    said = [normalise(a.extracted or "") == "yes" for a, kind in zip(answers, asked, strict=True) if kind == "only"]
+    return {"says_yes": _percent(said)} if said else {}
 
 
 def _by_task(items: Sequence[Prediction], scores: Mapping[str, Scores]) -> dict[str, Any]:
     """Task -> {capability, n, arms: {arm: score}}, in the order of the capabilities, then by name."""
-    order = {name: place for place, name in enumerate(CAPABILITIES)}
     capability = {item.task: item.capability for item in items}
     tasks = {}
-    for task in sorted(capability, key=lambda name: (order.get(capability[name], len(order)), name)):
+    for task in sorted(capability, key=lambda name: (CAPABILITIES.index(capability[name]), name)):
         mask = np.array([item.task == task for item in items])
-        tasks[task] = {
-            "capability": capability[task],
-            "n": int(mask.sum()),
-            "arms": {arm: float(values[mask].mean()) for arm, values in scores.items()},
-        }
+        arms = {arm: float(values[mask].mean()) for arm, values in scores.items()}
+        tasks[task] = {"capability": capability[task], "n": int(mask.sum()), "arms": arms}
     return tasks
 
 
-def _yes_no(predictions: Arms, scores: Mapping[str, Scores], *, seed: int, resamples: int) -> dict[str, Any]:
-    """Yes/no items apart: each arm's score with, without and only on them, and how often it says yes to them."""
-    only = np.array([is_yes_no(item) for item in predictions[VANILLA]])
-    groups: Masks = {OVERALL: np.ones(len(only), dtype=bool)}
-    groups |= {name: mask for name, mask in (("without", ~only), ("only", only)) if mask.any()}
-    arms: dict[str, dict[str, float]] = {}
-    for arm, answers in predictions.items():
-        arms[arm] = _means(scores[arm], groups)
-        if only.any():
-            said = [normalise(a.extracted or "") == "yes" for a, wanted in zip(answers, only, strict=True) if wanted]
-            arms[arm]["says_yes"] = _percent(said)
-    gain = _differences(scores, VISMEM, groups, seed=seed, resamples=resamples) if VISMEM in predictions else {}
-    return {"n": int(only.sum()), "arms": arms, "gain": gain}
-
-
-def _invocation(answers: Sequence[Prediction]) -> dict[str, Any] | None:
-    """VisMem's use of memory, overall and by task; None where that arm was not run."""
-    if not answers:
-        return None
-    tasks = {task: [answer for answer in answers if answer.task == task] for task in sorted({a.task for a in answers})}
-    return {OVERALL: memory_use(answers), "tasks": {task: memory_use(rows) for task, rows in tasks.items()}}
+def _use_by_task(answers: Sequence[Prediction]) -> dict[str, Any]:
+    tasks = sorted({answer.task for answer in answers})
+    return {task: memory_use([answer for answer in answers if answer.task == task]) for task in tasks}
 
 
 def _percent(flags: Sequence[bool]) -> float:

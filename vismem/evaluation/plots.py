@@ -1,17 +1,17 @@
 """The plots of an evaluation as PNG bytes, and the small tables behind them for `dvc plots` (paper Figures 5 and 9)."""
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vismem.evaluation.arms import VANILLA, VISMEM, label
-from vismem.evaluation.metrics import CAPABILITIES, OVERALL
+from vismem.evaluation.metrics import OVERALL, invocation_places
 from vismem.evaluation.predictions import Prediction
 from vismem.models.kinds import MemoryKind
 from vismem.records import MemoryUse, Metrics
@@ -20,12 +20,13 @@ from vismem.records import MemoryUse, Metrics
 BLUE, ORANGE, GREY, RULE = "#0072B2", "#D55E00", "#7F7F7F", "#E3E7EC"
 KIND_COLOURS = {MemoryKind.SHORT: BLUE, MemoryKind.LONG: ORANGE}
 BINS = 10  # of the relative position
+MIDDLES = (np.arange(BINS) + 0.5) / BINS
 WIDTH = 9.6  # inches: at the page's width, letters are as large as its text
 
 
 def score_plot(metrics: Metrics) -> bytes:
     """Scores with 95 % intervals: a row an arm, a panel overall and for each capability; dashed, vanilla's score."""
-    arms, groups = list(metrics.arms), _groups(metrics)
+    arms, groups = list(metrics.arms), [OVERALL, *metrics.counts]
     figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(arms)), layout="constrained")
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, groups, strict=True):
@@ -60,13 +61,13 @@ def invocation_plot(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction
     """VisMem's invocations an answer by task and kind, and where in the answer they stand (Figures 5 and 9)."""
     figure = Figure(figsize=(WIDTH, 1.4 + 0.29 * max(len(tasks), 6)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    middles, height, width = (np.arange(BINS) + 0.5) / BINS, 0.36, 0.4 / BINS
+    height, width = 0.36, 0.4 / BINS
     for side, kind in ((-0.5, MemoryKind.SHORT), (0.5, MemoryKind.LONG)):
         rates = [getattr(use, kind.value).per_answer for use in tasks.values()]
         left.barh(np.arange(len(tasks)) + side * height, rates, height, color=KIND_COLOURS[kind])
         shares = position_counts(answers, kind) / max(len(answers), 1)
         name = f"{kind.value}-term memory"
-        right.bar(middles + side * width, shares, width, color=KIND_COLOURS[kind], label=name)
+        right.bar(MIDDLES + side * width, shares, width, color=KIND_COLOURS[kind], label=name)
     name_rows(left, [task.replace("_", " ") for task in tasks])
     left.set_xlim(left=0)
     left.set_xlabel("invocations an answer")
@@ -79,36 +80,16 @@ def invocation_plot(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction
     return to_png(figure)
 
 
-def gain_plot(arms: Mapping[str, Any]) -> bytes:
-    """Every arm's gain over vanilla in a study, with the pooled 95 % interval; the small dots are single seeds.
-
-    `arms` as `study_figures.summarise_arms` gives them.
-    """
-    names = [arm for arm in arms if arm != VANILLA]
-    figure = Figure(figsize=(7.2, 1.0 + 0.27 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(0, color=GREY, linewidth=1)
-    for y, arm in enumerate(names):
-        gain, by_seed = arms[arm]["gain"], arms[arm]["gain_by_seed"].values()
-        draw_dot(axes, gain["delta"], y, arm, gain["ci95"])
-        axes.scatter([seed["delta"] for seed in by_seed], [y + 0.28] * len(by_seed), s=7, color="#000000", zorder=4)
-    name_rows(axes, [label(arm) for arm in names])
-    axes.set_xlabel("points over vanilla, with the 95 % interval; small dots: single seeds")
-    return to_png(figure)
-
-
-def position_counts(answers: Sequence[Prediction], kind: MemoryKind) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def position_counts(answers: Sequence[Prediction], kind: MemoryKind) -> npt.NDArray[np.int64]:
     """(BINS,) number of invocations of one kind in each tenth of the answer; position 1.0 falls in the last."""
-    places = [e.relative_position for answer in answers for e in answer.invocations if e.kind == kind.value]
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]] = np.histogram(places, BINS, (0, 1))[0].astype(np.int64)
-    return counts
+    return np.histogram(invocation_places(answers, kind), BINS, (0, 1))[0]
 
 
 def write_plots(metrics: Metrics, predictions: Mapping[str, Sequence[Prediction]], folder: Path) -> dict[str, bytes]:
     """Write `scores`, `tasks` and (with VisMem) `invocation` as PNG, and the CSV tables; return the PNGs by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = {"scores": score_plot(metrics), "tasks": task_plot(metrics)}
     answers = predictions.get(VISMEM, ())
+    images = {"scores": score_plot(metrics), "tasks": task_plot(metrics)}
     if metrics.invocation is not None:
         used = metrics.invocation.tasks
         images["invocation"] = invocation_plot({task: used[task] for task in metrics.tasks}, answers)
@@ -116,22 +97,17 @@ def write_plots(metrics: Metrics, predictions: Mapping[str, Sequence[Prediction]
         (folder / f"{name}.png").write_bytes(image)
     scores = [
         (name, arm, metrics.arms[arm][name], *metrics.intervals[arm][name])
-        for name in _groups(metrics)
+        for name in (OVERALL, *metrics.counts)
         for arm in metrics.arms
     ]
-    _write_csv(folder / "scores.csv", ("capability", "arm", "score", "low", "high"), scores)
-    positions = [
-        (kind.value, (place + 0.5) / BINS, int(count))
+    columns = ["capability", "arm", "score", "low", "high"]
+    pd.DataFrame(scores, columns=columns).to_csv(folder / "scores.csv", index=False)
+    positions = pd.concat(
+        pd.DataFrame({"kind": kind, "relative_position": MIDDLES, "invocations": position_counts(answers, kind)})
         for kind in MemoryKind
-        for place, count in enumerate(position_counts(answers, kind))
-    ]
-    _write_csv(folder / "invocation_position.csv", ("kind", "relative_position", "invocations"), positions)
+    )
+    positions.to_csv(folder / "invocation_position.csv", index=False)
     return images
-
-
-def _groups(metrics: Metrics) -> list[str]:
-    """Overall, then the capabilities that have items."""
-    return [OVERALL, *(name for name in CAPABILITIES if name in metrics.counts)]
 
 
 def draw_dot(axes: Axes, x: float, y: int, arm: str, interval: Sequence[float] = (), name: str = "") -> None:
@@ -162,10 +138,3 @@ def to_png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return file.getvalue()
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

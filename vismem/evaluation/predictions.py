@@ -1,11 +1,14 @@
 """One answered question of one arm, a row of `predictions/<arm>.parquet`, and where in it memory was invoked."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from vismem.data.sample import Sample
 from vismem.evaluation.answers import is_correct, read
@@ -42,36 +45,11 @@ class Prediction:
     finished: bool
 
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("task", pa.string()),
-        ("capability", pa.string()),
-        ("source", pa.string()),
-        ("question", pa.string()),
-        ("reference", pa.string()),
-        ("text", pa.string()),
-        ("marked_text", pa.string()),
-        ("extracted", pa.string()),
-        ("rule", pa.string()),
-        ("score", pa.float64()),
-        (
-            "invocations",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("position", pa.int64()),
-                        ("kind", pa.string()),
-                        ("forced", pa.bool_()),
-                        ("relative_position", pa.float64()),
-                    ]
-                )
-            ),
-        ),
-        ("answer_length", pa.int64()),
-        ("finished", pa.bool_()),
-    ]
-)
+_TYPES: dict[Any, Any] = {str: "string", str | None: "string", int: "int64", float: "float64", bool: "bool"}
+_EVENT = pa.struct([(field.name, _TYPES[field.type]) for field in fields(InvocationRecord)])
+_TYPES[tuple[InvocationRecord, ...]] = pa.list_(_EVENT)
+SCHEMA = pa.schema([(field.name, _TYPES[field.type]) for field in fields(Prediction)])
+_ROWS = TypeAdapter(list[Prediction])
 
 
 def predict(sample: Sample, rollout: Rollout) -> Prediction:
@@ -106,20 +84,12 @@ def relative_positions(rollout: Rollout) -> list[float]:
 
     Text tokens are all but the invoke tokens, the latents and the end token behind each memory.
     """
-    starts = {event.position for event in rollout.invocations}
-    ids = rollout.token_ids
-    before: list[int] = []  # number of text tokens before each index
-    count = 0
-    inside = False  # between an invoke token and the end token of its memory
-    for place, token in enumerate(ids):
-        before.append(count)
-        if place in starts:
-            inside = True
-        elif inside:
-            inside = token == LATENT
-        else:
-            count += 1
-    return [before[event.position] / max(count, 1) for event in rollout.invocations]
+    ids, is_text = rollout.token_ids, np.ones(len(rollout.token_ids), dtype=bool)
+    for event in rollout.invocations:
+        end = next((place for place in range(event.position + 1, len(ids)) if ids[place] != LATENT), len(ids))
+        is_text[event.position : end + 1] = False
+    count = max(int(is_text.sum()), 1)
+    return [int(is_text[: event.position].sum()) / count for event in rollout.invocations]
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
@@ -131,7 +101,4 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """Read what `write_predictions` wrote, in order."""
-    rows = pq.read_table(path, schema=SCHEMA).to_pylist()
-    for row in rows:
-        row["invocations"] = tuple(InvocationRecord(**event) for event in row["invocations"])
-    return [Prediction(**row) for row in rows]
+    return _ROWS.validate_python(pq.read_table(path, schema=SCHEMA).to_pylist())

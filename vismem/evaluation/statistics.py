@@ -4,25 +4,15 @@ All intervals are about the choice of test items. They say nothing of the luck o
 with other seeds.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
 
+from vismem.records import Difference
+
 Scores = npt.NDArray[np.float64]
 
 _CELLS = 4_000_000  # random indices drawn at once: 32 MB
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference of mean scores: `delta` = mean(arm - reference), its 95 % interval, and McNemar's p."""
-
-    delta: float
-    low: float
-    high: float
-    p: float
 
 
 def bootstrap_interval(scores: Scores, *, resamples: int, seed: int, coverage: float = 0.95) -> tuple[float, float]:
@@ -34,8 +24,7 @@ def bootstrap_interval(scores: Scores, *, resamples: int, seed: int, coverage: f
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"scores must be a non-empty vector, not of shape {scores.shape}")
     rng = np.random.default_rng(seed)
-    count = len(scores)
-    means = np.empty(resamples)
+    count, means = len(scores), np.empty(resamples)
     chunk = max(1, _CELLS // count)
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
@@ -51,7 +40,8 @@ def mcnemar(arm: Scores, reference: Scores) -> float:
     Of b items that only `arm` has right and c that only `reference` has right, b is binomial(b + c, 1/2) if neither is
     better. With graded scores this is the exact sign test. 1.0 where no item differs.
     """
-    _check_paired(arm, reference)
+    if arm.shape != reference.shape:
+        raise ValueError(f"arms must be scored on the same items: {arm.shape} against {reference.shape}")
     better, worse = int((arm > reference).sum()), int((arm < reference).sum())
     if better + worse == 0:
         return 1.0
@@ -59,16 +49,11 @@ def mcnemar(arm: Scores, reference: Scores) -> float:
 
 
 def paired_difference(arm: Scores, reference: Scores, *, resamples: int, seed: int) -> Difference:
-    """Mean difference of two arms on the same items (n,) in the same order, with interval and p.
+    """Mean difference (arm - reference) on the same items (n,) in the same order, with 95 % interval and McNemar's p.
 
     The bootstrap draws items, each with both arms' scores, so the interval is that of the paired difference.
     """
-    _check_paired(arm, reference)
+    p = mcnemar(arm, reference)  # refuses arms on other items, which numpy might broadcast
     difference = arm - reference
-    low, high = bootstrap_interval(difference, resamples=resamples, seed=seed)
-    return Difference(float(difference.mean()), low, high, mcnemar(arm, reference))
-
-
-def _check_paired(arm: Scores, reference: Scores) -> None:
-    if arm.shape != reference.shape:
-        raise ValueError(f"arms must be scored on the same items: {arm.shape} against {reference.shape}")
+    interval = bootstrap_interval(difference, resamples=resamples, seed=seed)
+    return Difference(delta=float(difference.mean()), ci95=interval, p=p)

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from vismem.evaluation.arms import VANILLA, VISMEM
-from vismem.evaluation.metrics import CAPABILITIES, OVERALL
+from vismem.evaluation.metrics import OVERALL
 from vismem.records import Difference, Metrics
 
 COLOURS = {"better": "green", "worse": "red", "not shown": "default"}
@@ -17,12 +17,11 @@ def headline(metrics: Metrics) -> str:
     if VISMEM not in metrics.arms:
         return f"Vanilla answers {before:.1f} % of {metrics.n} questions correctly."
     gain, after = metrics.gain[OVERALL], metrics.arms[VISMEM][OVERALL]
-    figures = (
-        f"VisMem answers {after:.1f} % of {metrics.n} test questions correctly, vanilla {before:.1f} %: {change(gain)}."
-    )
+    result = f"VisMem is {gain.outcome} on these questions"
     if gain.outcome == "not shown":
-        return f"No difference can be shown. {figures}"
-    return f"VisMem is {gain.outcome} on these questions. {figures}"
+        result = "No difference can be shown"
+    scores = f"{after:.1f} % of {metrics.n} test questions correctly, vanilla {before:.1f} %"
+    return f"{result}. VisMem answers {scores}: {change(gain)}."
 
 
 def headline_figures(metrics: Metrics) -> dict[str, Any]:
@@ -54,31 +53,18 @@ def score_table(metrics: Metrics) -> Table:
     table.add_column("", no_wrap=True)
     for name in ("n", "vanilla", "VisMem", "gain (points)", "p"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in (*(name for name in CAPABILITIES if name in metrics.counts), OVERALL):
-        gain = metrics.gain[name]
-        low, high = gain.ci95
+    for name in (*metrics.counts, OVERALL):
+        gain, (low, high) = metrics.gain[name], metrics.gain[name].ci95
+        cells = [name, str(metrics.counts.get(name, metrics.n))]
+        for arm in (VANILLA, VISMEM):
+            least, most = metrics.intervals[arm][name]
+            cells.append(f"{metrics.arms[arm][name]:.1f}\n[dim]{least:.1f}-{most:.1f}[/]")
+        cells.append(f"[{COLOURS[gain.outcome]}]{gain.delta:+.1f}[/]\n[dim]{low:+.1f} to {high:+.1f}[/]")
+        cells.append(p_value(gain.p).removeprefix("p ").removeprefix("= "))
         if name == OVERALL:
             table.add_section()
-        table.add_row(
-            name,
-            str(metrics.counts.get(name, metrics.n)),
-            _with_interval(metrics, VANILLA, name),
-            _with_interval(metrics, VISMEM, name),
-            f"[{COLOURS[gain.outcome]}]{gain.delta:+.1f}[/]\n[dim]{low:+.1f} to {high:+.1f}[/]",
-            p_value(gain.p).removeprefix("p ").removeprefix("= "),
-            style="bold" if name == OVERALL else None,
-        )
-    overhead = metrics.overhead.get(VISMEM)
-    table.add_row(
-        "seconds per sample",
-        "",
-        *(f"{metrics.arms[arm]['seconds_per_sample']:.4f}" for arm in (VANILLA, VISMEM)),
-        "" if overhead is None else f"{overhead:+.0%}",
-        "",
-    )
+        table.add_row(*cells, style="bold" if name == OVERALL else None)
+    seconds = [f"{metrics.arms[arm]['seconds_per_sample']:.4f}" for arm in (VANILLA, VISMEM)]
+    overhead = [f"{metrics.overhead[VISMEM]:+.0%}"] if VISMEM in metrics.overhead else []
+    table.add_row("seconds per sample", "", *seconds, *overhead)
     return table
-
-
-def _with_interval(metrics: Metrics, arm: str, name: str) -> str:
-    low, high = metrics.intervals[arm][name]
-    return f"{metrics.arms[arm][name]:.1f}\n[dim]{low:.1f}-{high:.1f}[/]"

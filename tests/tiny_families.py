@@ -126,7 +126,10 @@ def save_base(folder: Path, variant: str) -> Path:
     """Write a tiny random model of the variant in Hugging Face format."""
     if variant == "qwen2_5_vl":
         return tiny.save_base(folder)
-    model, processor = _internvl(folder, variant) if variant.startswith("internvl") else _llava(folder, variant)
+    build = _internvl if variant.startswith("internvl") else _llava
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, processor = build(folder, variant)
     _randomise(model)
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end)

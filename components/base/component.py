@@ -12,10 +12,9 @@ def base(
     """Check and copy the base vision-language model, in Hugging Face format.
 
     Args:
-        parameters: The sections that this step depends on, from `configure`.
         base: The model; metadata: model_sha256, model_type.
         metrics: Its number of parameters.
     """
-    from vismem.kubeflow import run_task
+    from vismem.kubeflow.task import run_task
 
-    run_task("base", parameters, base, {}, metrics=metrics)
+    run_task(parameters, base, metrics=metrics)

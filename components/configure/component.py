@@ -50,7 +50,7 @@ def configure(
         node_selector: Labels of the nodes for training.
         resolved: All parameters in force, as a params.yaml with every description.
     """
-    from vismem.kubeflow import configure, launch_fields
+    from vismem.kubeflow.parameters import configure, launch_fields
 
     launch = launch_fields(
         training_backend, num_processes, num_nodes, training_image,

@@ -44,11 +44,6 @@ def _elsewhere(title: str, port: str) -> str:
     return f"Parameters of the task `{port}`." if title == "Outputs" else f"From `{port}`: {_load(port)[2][port]}"
 
 
-def main() -> None:
-    """Write them all."""
-    for name in NAMES:
-        (FOLDER / name / "README.md").write_text(render(name))
-
-
 if __name__ == "__main__":
-    main()
+    for each in NAMES:
+        (FOLDER / each / "README.md").write_text(render(each))

@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = ROOT / "runs" / "pipeline"
     parser.add_argument("--folder", type=Path, default=folder, help="where everything goes (default: runs/pipeline)")
     parser.add_argument("--no-cache", action="store_true", help="run every task, whatever earlier runs made")
-    parser.add_argument(
-        "--image", help="run each task in a container of this image, such as vismem-train:latest, by docker or podman"
-    )
+    parser.add_argument("--image", help="run each task in a container of it (vismem-train:latest), by docker or podman")
     given = parser.parse_args(argv)
     arguments = {"profile": given.profile, "overrides": dict(given.set), **dict(given.argument)}
     if unknown := set(arguments) - set(make_pipeline("here").component_spec.inputs):

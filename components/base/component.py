@@ -4,11 +4,7 @@ from kfp import dsl
 
 
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
-def base(
-    parameters: dict,
-    base: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
-):
+def base(parameters: dict, base: dsl.Output[dsl.Model], metrics: dsl.Output[dsl.Metrics]):
     """Check and copy the base vision-language model, in Hugging Face format.
 
     Args:

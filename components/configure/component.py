@@ -32,8 +32,7 @@ def configure(
 ):  # fmt: skip
     """Resolve the run's parameters once; return for each task those that can change its output.
 
-    What comes later wins: defaults, profile, overrides. An unknown key fails the run at once, with the nearest right
-    name.
+    Later ones win: defaults, profile, overrides. An unknown key fails the run at once, with the nearest right name.
 
     Args:
         profile: A profile of deploy/profiles; empty for none.

@@ -177,9 +177,9 @@ def test_the_local_back_end_runs_its_processes_here_and_tells_success_from_failu
     launch = LaunchConfig("trainer", num_processes=2)
     if status:
         with pytest.raises(UserError, match=r"exitcode +: 3"):
-            adapter.run_locally(launch, "stage1", Config(), tmp_path, None)
+            adapter.run_locally(launch, "stage1", Config(), tmp_path, {})
         return
-    assert adapter.run_locally(launch, "stage1", Config(), tmp_path, None) == "stage1: done"
+    assert adapter.run_locally(launch, "stage1", Config(), tmp_path, {}) == "stage1: done"
     assert {"rank 0 of 2", "rank 1 of 2"} <= set(capfd.readouterr().out.splitlines())
 
 

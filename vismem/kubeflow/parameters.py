@@ -22,12 +22,7 @@ ROOT = Path(vismem.__file__).parents[1]  # in the image too, dvc.yaml lies besid
 
 
 def configure(
-    profile: str,
-    overrides: Mapping[str, Any],
-    page: str,
-    launch: Mapping[str, Any],
-    gpus: int = 0,
-    cluster: bool = False,
+    profile: str, overrides: Mapping[str, Any], page: str, launch: Mapping[str, Any], gpus: int, cluster: bool = False
 ) -> tuple[dict[str, Any], ...]:
     """The parameters of each of `TASKS`, in that order, and `launch` after them: what the component returns.
 

@@ -15,7 +15,6 @@ from vismem.steps import SHARED, identity, input_folders, replace_folder, run_st
 __all__ = ["LaunchConfig", "launch_step"]
 
 PATIENCE = 180.0  # seconds: on a network file system the lock of a node that died outlives it for a while
-CHECKPOINTED = (*SHARED, "evaluate")  # the steps that resume
 
 
 def launch_step(
@@ -35,9 +34,10 @@ def launch_step(
     launch = launch or LaunchConfig()
     if launch.backend != "process" and name not in SHARED:
         raise UserError(f"'{name}' runs in one process: use backend 'process'. Shared: {', '.join(SHARED)}")
-    kept = launch.shared if launch.image else work if name in CHECKPOINTED else None
+    resumes = name in (*SHARED, "evaluate")
+    kept = launch.shared if launch.image else work if resumes else None
     if kept is None:
-        return _run(name, config, artifacts, inputs, launch)
+        return _run(name, config, artifacts, inputs or {}, launch)
     if launch.image and not kept.is_dir():
         raise UserError(f"no shared volume at {kept}: mount the one that the training nodes see there")
     folders = input_folders(name, artifacts, inputs)
@@ -55,7 +55,7 @@ def launch_step(
     return line
 
 
-def _run(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None, launch: LaunchConfig) -> str:
+def _run(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path], launch: LaunchConfig) -> str:
     """The step with its output in `artifacts`, which all of its processes see."""
     if launch.backend == "process" and is_rank():
         from torch.distributed.elastic.multiprocessing.errors import record

@@ -66,13 +66,10 @@ def _first_reason(failures: Sequence[ProcessFailure]) -> str:
 
 def _first_message(messages: Sequence[Any]) -> str:
     """The first UserError, else the first exception: the others often only say that their peer is gone."""
-
-    def order(message: Any) -> tuple[bool, float]:
-        return not message["message"].startswith("UserError"), float(message["extraInfo"]["timestamp"])
-
-    written = sorted((message for message in messages if isinstance(message, dict)), key=order)
+    written = [message for message in messages if isinstance(message, dict)]
     if not written:
         return str(messages[0])
+    written.sort(key=lambda said: (not said["message"].startswith("UserError"), float(said["extraInfo"]["timestamp"])))
     text: str = written[0]["message"]
     if not text.startswith("UserError"):
         print(written[0]["extraInfo"]["py_callstack"], file=sys.stderr)

@@ -35,12 +35,8 @@ TAIL = 200  # lines of the log that are kept: torchrun reports on every process 
 TORCHRUN = ("-m", "torch.distributed.run")
 ENDED = {TRAINJOB_COMPLETE, TRAINJOB_FAILED}
 
-# --- this machine ----------------------------------------------------------------------------------------------------
 
-
-def run_locally(
-    launch: LaunchConfig, name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None
-) -> str:
+def run_locally(launch: LaunchConfig, name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path]) -> str:
     """Run the step through the local process back end; returns its line. UserError with the reason if it fails.
 
     By default that back end builds a virtual environment for each job, without torchrun; its jobs get ours.
@@ -61,12 +57,10 @@ def run_locally(
         return _line(name, status == TRAINJOB_COMPLETE, logs, list(tail))
 
 
-def step_arguments(
-    name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None, params: Path
-) -> list[str]:
+def step_arguments(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path], params: Path) -> list[str]:
     """The arguments of `vismem` that run the step in one process of several; writes its parameters to `params`."""
     write_text(params, render_params(config))
-    folders = [f"--input={needed}={folder.absolute()}" for needed, folder in (inputs or {}).items()]
+    folders = [f"--input={needed}={folder.absolute()}" for needed, folder in inputs.items()]
     return [name, f"--params={params}", f"--artifacts={artifacts.absolute()}", "--processes=1", *folders]
 
 
@@ -87,12 +81,7 @@ def _line(name: str, succeeded: bool, logs: Path, tail: Sequence[str]) -> str:
     return printed[-1] if printed else f"{name}: done"
 
 
-# --- a cluster -------------------------------------------------------------------------------------------------------
-
-
-def run_on_cluster(
-    launch: LaunchConfig, name: str, config: Config, place: Path, inputs: Mapping[str, Path] | None
-) -> str:
+def run_on_cluster(launch: LaunchConfig, name: str, config: Config, place: Path, inputs: Mapping[str, Path]) -> str:
     """Run the step in `place` on the shared volume, as a TrainJob of that folder's name; returns its line.
 
     A job of that name that is still running, left by a launcher that was killed, is joined. However this ends, the job

@@ -16,8 +16,6 @@ from kfp.local import docker_task_handler
 
 from vismem.errors import UserError
 
-HANDED_DOWN = ("MLFLOW_", "AWS_", "HF_TOKEN", "OMP_")
-
 
 def container_runner(image: str, folder: Path) -> local.DockerRunner:
     """A runner for `kfp.local.init` whose containers work as the owner of `folder`, on this machine's network.
@@ -30,7 +28,8 @@ def container_runner(image: str, folder: Path) -> local.DockerRunner:
     except DockerException as error:
         raise UserError(f"no container of {image}: {error}; DOCKER_HOST says where the engine is") from None
     docker_task_handler.run_docker_container = run_container
-    variables = {name: value for name, value in os.environ.items() if name.startswith(HANDED_DOWN)}
+    handed_down = ("MLFLOW_", "AWS_", "HF_TOKEN", "OMP_")
+    variables = {name: value for name, value in os.environ.items() if name.startswith(handed_down)}
     owner = folder.stat()
     return local.DockerRunner(network_mode="host", user=f"{owner.st_uid}:{owner.st_gid}", environment=variables)
 

@@ -5,6 +5,7 @@ pipeline_shared.py vismem-shared.yaml, for clusters with a shared volume. `pipel
 """
 
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,11 @@ from kfp import dsl, kubernetes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # components/ lies there
 
-from vismem.kubeflow import SHARED_CLAIM, SHARED_FOLDER, WORK
+from vismem.kubeflow.task import WORK
+from vismem.launch import LaunchConfig
+from vismem.steps import STEPS
 
+SHARED = LaunchConfig()  # its volume: that of deploy/kubernetes/overlays/multi-node
 ROOT = Path(__file__).resolve().parents[1]
 SECRETS = {  # the parameter that names the secret: its keys, variables of the same name in the pod
     "s3_secret": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"),
@@ -89,7 +93,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
             num_nodes: Training: nodes; more than one needs `trainer`, and that vismem-shared.yaml.
         """
         place = Placement(SimpleNamespace(**locals()), fixed_image, shared_volume, work)
-        end = place.light(components.summary(), cached=False).set_display_name("summary")
+        end = place(components.summary(), cached=False).set_display_name("summary")
         with dsl.ExitHandler(end, name="run"):
             add_steps(components, place)
 
@@ -101,42 +105,34 @@ class Placement:
 
     def __init__(self, parameters: SimpleNamespace, fixed_image: str | None, shared_volume: bool, work: str) -> None:
         self.parameters, self.fixed_image, self.shared_volume = parameters, fixed_image, shared_volume
-        self.work = f"{SHARED_FOLDER}/work" if shared_volume else work
+        self.work = f"{SHARED.shared}/work" if shared_volume else work
 
-    def light(self, task: Any, **options: Any) -> Any:
-        """Place a task that neither trains nor decodes."""
-        self._place(task, **options)
-        return task if self.fixed_image else self._size(task, self.parameters.task_cpu, self.parameters.task_memory)
-
-    def heavy(self, task: Any, gpus: Any, **options: Any) -> Any:
-        """Place a task that trains or decodes, on the nodes that are for that."""
-        self._place(task, **options)
+    def __call__(
+        self, task: Any, gpus: Any = None, *, cached: bool = True, retried: bool = False, secrets: tuple[str, ...] = ()
+    ) -> Any:
+        """Place a task and return it; one with `gpus` trains or decodes, on the nodes that are for that."""
+        given = self.parameters
+        task.set_caching_options(cached).set_container_image(self.fixed_image or given.image)
+        if self.work:
+            task.set_env_variable(WORK, self.work)
         if self.fixed_image:
             return task
-        given = self.parameters
+        if self.shared_volume:
+            kubernetes.mount_pvc(task, SHARED.claim, str(SHARED.shared))
+            task.set_env_variable("HF_HOME", f"{SHARED.shared}/huggingface")
+        if retried:
+            task.set_retry(2, backoff_duration="30s", backoff_factor=2)
+        for name in secrets:  # optional: preflight explains better which is missing
+            keys = {key: key for key in SECRETS[name]}
+            kubernetes.use_secret_as_env(task, getattr(given, name), keys, optional=True)
+        if gpus is None:
+            return self._size(task, given.task_cpu, given.task_memory)
         self._size(task, given.training_cpu, given.training_memory, given.gpu_type, gpus)
         task.set_accelerator_type(given.gpu_type).set_accelerator_limit(gpus)
         kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
         kubernetes.add_toleration_json(task, given.tolerations)
         kubernetes.add_node_selector_json(task, given.node_selector)
         return kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory")
-
-    def _place(self, task: Any, *, cached: bool = True, retried: bool = False, secrets: tuple[str, ...] = ()) -> None:
-        """Image, caching, retries, secrets: what every task has."""
-        task.set_caching_options(cached)
-        task.set_container_image(self.fixed_image or self.parameters.image)
-        if self.work:
-            task.set_env_variable(WORK, self.work)
-        if self.fixed_image:
-            return
-        if self.shared_volume:
-            kubernetes.mount_pvc(task, SHARED_CLAIM, SHARED_FOLDER)
-            task.set_env_variable("HF_HOME", f"{SHARED_FOLDER}/huggingface")
-        if retried:
-            task.set_retry(2, backoff_duration="30s", backoff_factor=2)
-        for name in secrets:  # optional: preflight explains better which is missing
-            keys = {key: key for key in SECRETS[name]}
-            kubernetes.use_secret_as_env(task, getattr(self.parameters, name), keys, optional=True)
 
     @staticmethod
     def _size(task: Any, cpu: Any, memory: Any, *others: Any) -> Any:
@@ -146,45 +142,37 @@ class Placement:
 
 
 def add_steps(components: SimpleNamespace, place: Placement) -> None:
-    """Add the tasks from `configure` to `deploy` to the pipeline that is being built."""
+    """Add `configure`, `preflight` and the steps, each with the outputs that it reads, to the pipeline being built."""
     given = place.parameters
-    of = place.light(configured(components, place), cached=False).outputs
+    train, evaluate = given.gpu_count, given.evaluation_gpu_count
     resumes = place.shared_volume  # from its checkpoints there; without, a retry would train from the start
-
-    looked = components.preflight(parameters=of["preflight"])
-    place.heavy(looked, given.gpu_count, cached=False, secrets=tuple(SECRETS))
-    prepared = place.light(components.prepare(parameters=of["prepare"]), retried=True).after(looked)
-    validated = components.validate(parameters=of["validate"], prepare=prepared.outputs["prepare"])
-    data = place.light(validated).outputs["validate"]
-
-    resolved = components.base(parameters=of["base"]).after(looked)
-    place.heavy(resolved, given.evaluation_gpu_count, retried=True, secrets=("huggingface_secret",))
-    base = resolved.outputs["base"]
-    formed = components.stage1(parameters=of["stage1"], launch=of["launch"], base=base, validate=data)
-    stage1 = place.heavy(formed, given.gpu_count, retried=resumes).outputs["stage1"]
-    trained = components.stage2(parameters=of["stage2"], launch=of["launch"], base=base, stage1=stage1, validate=data)
-    stage2 = place.heavy(trained, given.gpu_count, retried=resumes).outputs["stage2"]
-    evaluated = components.evaluate(parameters=of["evaluate"], base=base, stage2=stage2, validate=data)
-    scores = place.heavy(evaluated, given.evaluation_gpu_count, retried=resumes).outputs["evaluate"]
-    exported = components.export(parameters=of["export"], base=base, stage2=stage2, validate=data, evaluate=scores)
-    bundle = place.heavy(exported, "0").outputs["export"]
-
-    uncached = {"cached": False, "retried": True}
-    registered = components.register(parameters=of["register"], export=bundle, evaluate=scores, validate=data)
-    place.light(registered, **uncached, secrets=("s3_secret", "mlflow_secret"))
-    released = components.promote(parameters=of["promote"], register=registered.outputs["register"])
-    place.light(released, **uncached, secrets=("mlflow_secret",))
-    with dsl.If(released.outputs["Output"] == "promoted", name="promoted"):
-        served = components.deploy(
-            parameters=of["deploy"], export=bundle, promote=released.outputs["promote"], validate=data
-        )
-        place.heavy(served, "0", cached=False)
-
-
-def configured(components: SimpleNamespace, place: Placement) -> Any:
-    """The task `configure`; its inputs are those of the pipeline's parameters that it names."""
-    given = {**vars(place.parameters), "training_image": "" if place.fixed_image else place.parameters.image}
-    return components.configure(**{name: given[name] for name in components.configure.component_spec.inputs})
+    placed: dict[str, dict[str, Any]] = {
+        "prepare": {"retried": True},
+        "validate": {},
+        "base": {"gpus": evaluate, "retried": True, "secrets": ("huggingface_secret",)},
+        "stage1": {"gpus": train, "retried": resumes},
+        "stage2": {"gpus": train, "retried": resumes},
+        "evaluate": {"gpus": evaluate, "retried": resumes},
+        "export": {"gpus": "0"},
+        "register": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret")},
+        "promote": {"cached": False, "retried": True, "secrets": ("mlflow_secret",)},
+        "deploy": {"gpus": "0", "cached": False},
+    }
+    known = {**vars(given), "training_image": "" if place.fixed_image else given.image}
+    configured = components.configure(**{name: known[name] for name in components.configure.component_spec.inputs})
+    parameters = place(configured, cached=False).outputs
+    looked = components.preflight(parameters=parameters["preflight"])
+    place(looked, train, cached=False, secrets=tuple(SECRETS))
+    made: dict[str, Any] = {}
+    for step in STEPS:
+        component = getattr(components, step.name)
+        inputs = {"parameters": parameters[step.name]} | {name: made[name][name] for name in step.inputs}
+        if "launch" in component.component_spec.inputs:
+            inputs["launch"] = parameters["launch"]
+        last = step.name == "deploy"
+        with dsl.If(made["promote"]["Output"] == "promoted", name="promoted") if last else nullcontext():
+            task = place(component(**inputs), **placed[step.name])
+        made[step.name] = task.outputs if step.inputs else task.after(looked).outputs
 
 
 pipeline = make_pipeline()

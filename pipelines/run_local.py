@@ -24,26 +24,20 @@ from pipelines.containers import container_runner
 from pipelines.pipeline import ROOT, make_pipeline
 from vismem.errors import UserError
 
-FOLDER = ROOT / "runs" / "pipeline"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline as the command line says; return the exit status."""
     parser = argparse.ArgumentParser(description="Run the VisMem pipeline on this machine.")
     parser.add_argument("--profile", default="", help="a profile of deploy/profiles/; default: none")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="one parameter, such as stage1.steps=30"
-    )
-    parser.add_argument(
-        "--argument", action="append", default=[], metavar="NAME=VALUE", help="another parameter of the pipeline"
-    )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything goes (default: runs/pipeline)")
+    many: dict[str, Any] = {"type": pair, "action": "append", "default": []}
+    parser.add_argument("--set", **many, metavar="KEY=VALUE", help="one parameter, such as stage1.steps=30")
+    parser.add_argument("--argument", **many, metavar="NAME=VALUE", help="another parameter of the pipeline")
+    folder = ROOT / "runs" / "pipeline"
+    parser.add_argument("--folder", type=Path, default=folder, help="where everything goes (default: runs/pipeline)")
     parser.add_argument("--no-cache", action="store_true", help="run every task, whatever earlier runs made")
-    parser.add_argument(
-        "--image", help="run each task in a container of this image, such as vismem-train:latest, by docker or podman"
-    )
+    parser.add_argument("--image", help="run each task in a container of it (vismem-train:latest), by docker or podman")
     given = parser.parse_args(argv)
-    arguments = {"profile": given.profile, "overrides": pairs(given.set), **pairs(given.argument)}
+    arguments = {"profile": given.profile, "overrides": dict(given.set), **dict(given.argument)}
     if unknown := set(arguments) - set(make_pipeline("here").component_spec.inputs):
         parser.error(f"the pipeline has no parameter {', '.join(sorted(unknown))}; --set is for those of params.yaml")
     try:
@@ -53,9 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def pairs(texts: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` texts as a mapping; values are JSON where they can be read so, else text."""
-    return {key: _value(text) for key, _, text in (pair.partition("=") for pair in texts)}
+def pair(text: str) -> tuple[str, Any]:
+    """Key and value of `KEY=VALUE`; the value is JSON where it can be read so, else text."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, image: str | None = None) -> int:
@@ -76,8 +74,7 @@ def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, image: s
     )
     earlier, status = set(folder.glob("vismem-*")), 0
     try:
-        pipeline = make_pipeline(fixed_image=image or "here", work=str(folder / "work"))
-        pipeline(**arguments)
+        make_pipeline(fixed_image=image or "here", work=str(folder / "work"))(**arguments)
     except RuntimeError as error:  # a task failed; its log stands above
         logging.error(error)
         status = 1
@@ -99,13 +96,6 @@ def _end_task_and_stop(*_: object) -> None:
     for process in psutil.Process().children(recursive=True):
         process.terminate()
     raise KeyboardInterrupt
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,6 @@ class Ranks:
     """All processes of a step. Alone, nothing waits; `state` is accelerate's where there are several."""
 
     state: Any = None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes what only one may write."""
-        return is_main_rank()
 
     def wait(self) -> None:
         """Return when every process has come here."""
@@ -42,7 +36,7 @@ def is_rank() -> bool:
 
 
 def is_main_rank() -> bool:
-    """Whether this process is the only one, or the first of several."""
+    """Whether this process is the only one, or the first of several: who writes what only one may write."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -66,12 +60,3 @@ def join_ranks() -> Ranks:
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
         raise UserError(f"{os.environ['WORLD_SIZE']} processes were started, and {state.num_processes} run together")
     return Ranks(state)
-
-
-def recorded(function: Callable[..., str]) -> Callable[..., str | None]:
-    """The function; as one of several processes, what it raises also goes to torchrun's error file."""
-    if not is_rank():
-        return function
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    return record(function)

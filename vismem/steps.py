@@ -4,8 +4,8 @@
 """
 
 import hashlib
-import importlib
 import json
+import pkgutil
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +14,7 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import sha256_folder
-from vismem.ranks import is_rank, join_ranks
-
-StepFunction = Callable[[Config, Mapping[str, Path], Path], str]
+from vismem.ranks import is_main_rank, is_rank, join_ranks
 
 
 @dataclass(frozen=True)
@@ -33,40 +31,26 @@ class Step:
     sections: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
-    def load(self) -> StepFunction:
+    def load(self) -> Callable[..., str]:
         """Import and return the step's function."""
-        module, function = self.target.split(":")
-        loaded: StepFunction = getattr(importlib.import_module(module), function)
-        return loaded
+        function: Callable[..., str] = pkgutil.resolve_name(self.target)
+        return function
 
 
+_TRAINED = ("seed", "memory", "invocation", "grpo")  # of a baseline too: the memory says how much VisMem trains
+_NAMES = ("sft_lora", "sft_lora_matched", "grpo_lora", "grpo_lora_matched", "full")
 BASELINES: tuple[Step, ...] = tuple(
-    Step(
-        name,
-        f"vismem.training.baselines:{name}",
-        ("base", "validate"),
-        ("seed", "memory", "invocation", "grpo", "baselines"),  # the memory says how much VisMem trains
-    )
-    for name in ("sft_lora", "sft_lora_matched", "grpo_lora", "grpo_lora_matched", "full")
+    Step(name, f"vismem.training.baselines:{name}", ("base", "validate"), (*_TRAINED, "baselines")) for name in _NAMES
 )
 
 STEPS: tuple[Step, ...] = (
     Step("prepare", "vismem.data.prepare:prepare", (), ("seed", "prepare")),
     Step("validate", "vismem.validation.validate:validate", ("prepare",), ("validate",)),
     Step("base", "vismem.training.base:base", (), ("base",)),
-    Step(
-        "stage1",
-        "vismem.training.stage1:stage1",
-        ("base", "validate"),
-        ("seed", "memory", "invocation", "grpo", "stage1"),
-    ),
+    Step("stage1", "vismem.training.stage1:stage1", ("base", "validate"), (*_TRAINED, "stage1")),
     Step("stage2", "vismem.training.stage2:stage2", ("base", "stage1", "validate"), ("seed", "grpo", "stage2")),
     Step(
-        "evaluate",
-        "vismem.evaluation.evaluate:evaluate",
-        ("base", "stage2", "validate"),
-        ("seed", "evaluate"),
-        optional=tuple(step.name for step in BASELINES),
+        "evaluate", "vismem.evaluation.evaluate:evaluate", ("base", "stage2", "validate"), ("seed", "evaluate"), _NAMES
     ),
     Step("export", "vismem.export.export:export", ("base", "stage2", "validate", "evaluate"), ("export",)),
     Step("register", "vismem.registry.register:register", ("export", "evaluate", "validate"), ("gate", "registry")),
@@ -75,7 +59,7 @@ STEPS: tuple[Step, ...] = (
 )
 
 BY_NAME: dict[str, Step] = {step.name: step for step in STEPS + BASELINES}
-SHARED = ("stage1", "stage2", *(step.name for step in BASELINES))  # the steps that several processes can share
+SHARED = ("stage1", "stage2", *_NAMES)  # the steps that several processes can share
 
 
 def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> str:
@@ -86,12 +70,12 @@ def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pa
     parameters and inputs. As one of several processes of torchrun it does its part of a step in `SHARED`; the main
     process owns the folders.
     """
-    ranks = join_ranks()
+    ranks, main = join_ranks(), is_main_rank()
     if is_rank() and name not in SHARED:
         raise UserError(f"'{name}' runs in one process, not under torchrun. Shared: {', '.join(SHARED)}")
     folders = input_folders(name, artifacts, inputs)
     partial, note = artifacts / f"{name}.partial", artifacts / f"{name}.partial.id"
-    if ranks.is_main:
+    if main:
         made_of = identity(name, config, folders)
         if partial.is_dir() and not (note.is_file() and note.read_text() == made_of):
             shutil.rmtree(partial)  # what a killed run left behind was made from other inputs or parameters
@@ -100,7 +84,7 @@ def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pa
     ranks.wait()
     line = BY_NAME[name].load()(config, folders, partial)
     ranks.wait()
-    if ranks.is_main:
+    if main:
         replace_folder(partial, artifacts / name)
         note.unlink()
     ranks.leave()

@@ -32,8 +32,7 @@ def configure(
 ):  # fmt: skip
     """Resolve the run's parameters once; return for each task those that can change its output.
 
-    What comes later wins: defaults, profile, overrides. An unknown key fails the run at once, with the nearest right
-    name.
+    Later ones win: defaults, profile, overrides. An unknown key fails the run at once, with the nearest right name.
 
     Args:
         profile: A profile of deploy/profiles; empty for none.
@@ -50,7 +49,7 @@ def configure(
         node_selector: Labels of the nodes for training.
         resolved: All parameters in force, as a params.yaml with every description.
     """
-    from vismem.kubeflow import configure, launch_fields
+    from vismem.kubeflow.parameters import configure, launch_fields
 
     launch = launch_fields(
         training_backend, num_processes, num_nodes, training_image,

@@ -15,14 +15,9 @@ def deploy(
     """Write the champion's Triton model repository and ask it real questions on a real server.
 
     Args:
-        parameters: The sections that this step depends on, from `configure`.
-        export: The bundle of `export`.
-        promote: The release of `promote`.
-        validate: The clean shards of `validate`, whose test questions are asked.
         deploy: model_repository/ and smoke.json; metadata: model, version, repository_sha256.
         metrics: Times to the first token and to the whole answer, in milliseconds.
     """
-    from vismem.kubeflow import run_task
+    from vismem.kubeflow.task import run_task
 
-    inputs = {"export": export, "promote": promote, "validate": validate}
-    run_task("deploy", parameters, deploy, inputs, metrics=metrics)
+    run_task(parameters, deploy, metrics=metrics, export=export, promote=promote, validate=validate)

@@ -17,18 +17,14 @@ def evaluate(
     """Let every arm answer the test split; compare them with vanilla by paired statistics.
 
     Args:
-        parameters: The sections that this step depends on, from `configure`.
-        base: The model of `base`.
-        stage2: The model of `stage2`.
-        validate: The clean shards of `validate`.
         evaluate: Predictions, metrics.json, plots; metadata: stage2_sha256, questions.
         report: Scores with intervals, plots and examples, readable offline.
         metrics: Scores of each arm in percent, and the gain over vanilla in points with its interval.
         yes_no: Confusion matrix of VisMem's answers to the yes/no questions, where there are any.
     """
-    from vismem.kubeflow import run_task, write_confusion
+    from vismem.kubeflow.results import write_confusion
+    from vismem.kubeflow.task import run_task
 
-    inputs = {"base": base, "stage2": stage2, "validate": validate}
-    run_task("evaluate", parameters, evaluate, inputs, metrics=metrics, report=report)
+    run_task(parameters, evaluate, metrics=metrics, report=report, base=base, stage2=stage2, validate=validate)
     if confusion := write_confusion(evaluate.path, yes_no.path):
         yes_no.log_confusion_matrix(*confusion)

@@ -18,15 +18,12 @@ def export(
 
     Args:
         parameters: The sections that tell how the model was made, from `configure`.
-        base: The model of `base`.
-        stage2: The model of `stage2`.
-        validate: The clean shards of `validate`.
-        evaluate: The figures of `evaluate`.
         export: The bundle; metadata: manifest_sha256, data_sha256, git_commit, parity.
         card: The model card.
         metrics: Questions that both engines answered, and how many of them alike.
     """
-    from vismem.kubeflow import run_task
+    from vismem.kubeflow.task import run_task
 
-    inputs = {"base": base, "stage2": stage2, "validate": validate, "evaluate": evaluate}
-    run_task("export", parameters, export, inputs, metrics=metrics, report=card)
+    run_task(
+        parameters, export, metrics=metrics, report=card, base=base, stage2=stage2, validate=validate, evaluate=evaluate
+    )

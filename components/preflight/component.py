@@ -13,6 +13,6 @@ def preflight(parameters: dict, report: dsl.Output[dsl.Markdown]):
         parameters: All sections, from `configure`.
         report: Table of the checks, for the run's page.
     """
-    from vismem.kubeflow import run_preflight
+    from vismem.kubeflow.task import run_preflight
 
     run_preflight(parameters, report)

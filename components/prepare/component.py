@@ -8,10 +8,9 @@ def prepare(parameters: dict, prepare: dsl.Output[dsl.Dataset], metrics: dsl.Out
     """Read the sources that the parameters name, or generate scenes, into Parquet shards a split.
 
     Args:
-        parameters: The sections that this step depends on, from `configure`.
         prepare: Shards and stats.json; metadata: data_sha256, seed, rows of each split.
         metrics: Rows of each split.
     """
-    from vismem.kubeflow import run_task
+    from vismem.kubeflow.task import run_task
 
-    run_task("prepare", parameters, prepare, metrics=metrics)
+    run_task(parameters, prepare, metrics=metrics)

@@ -13,12 +13,10 @@ def promote(
     """Make the version champion if the gate passed it. Returns 'promoted' or 'refused'; a refusal is no failure.
 
     Args:
-        parameters: The sections that this step depends on, from `configure`.
-        register: Version and verdict of `register`.
         promote: release.json; metadata: name, version, model_id, promoted, reasons.
         note: Version, outcome and reasons.
     """
-    from vismem.kubeflow import run_task
+    from vismem.kubeflow.task import run_task
 
-    run_task("promote", parameters, promote, {"register": register}, report=note)
+    run_task(parameters, promote, report=note, register=register)
     return "promoted" if promote.metadata["promoted"] else "refused"

@@ -16,13 +16,9 @@ def register(
 
     Args:
         parameters: All sections, from `configure`.
-        export: The bundle of `export`.
-        evaluate: The figures of `evaluate`.
-        validate: The clean shards and verdicts of `validate`.
         register: version.json and verdict.json; metadata: name, version, run_id, model_id, manifest_sha256, verdict.
         verdict: Every rule of the gate with its figures.
     """
-    from vismem.kubeflow import run_task
+    from vismem.kubeflow.task import run_task
 
-    inputs = {"export": export, "evaluate": evaluate, "validate": validate}
-    run_task("register", parameters, register, inputs, report=verdict)
+    run_task(parameters, register, report=verdict, export=export, evaluate=evaluate, validate=validate)

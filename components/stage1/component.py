@@ -15,14 +15,9 @@ def stage1(
     """Train query builder and memory formers by GRPO, the policy frozen.
 
     Args:
-        parameters: The sections that this step depends on, from `configure`.
-        launch: Processes and nodes, from `configure`; empty for a single process.
-        base: The model of `base`.
-        validate: The clean shards of `validate`.
         stage1: Weights, curves, samples; metadata: model_sha256.
         metrics: Validation score of each way to decode, and what the training cost.
     """
-    from vismem.kubeflow import run_task
+    from vismem.kubeflow.task import run_task
 
-    inputs = {"base": base, "validate": validate}
-    run_task("stage1", parameters, stage1, inputs, launch=launch, metrics=metrics)
+    run_task(parameters, stage1, launch=launch, metrics=metrics, base=base, validate=validate)

@@ -11,6 +11,6 @@ def summary(status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdow
         status: The run's state and error message, from Kubeflow.
         summary: The outcome in plain words, and what to do after a failure.
     """
-    from vismem.kubeflow import write_summary
+    from vismem.kubeflow.results import write_summary
 
     print(write_summary(summary.path, status.state or "", status.error_message or ""))

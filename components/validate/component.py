@@ -14,12 +14,10 @@ def validate(
     """Judge the shards by the rules; set bad rows apart with the reason; fail where a rule of severity error is broken.
 
     Args:
-        parameters: The sections that this step depends on, from `configure`.
-        prepare: The shards of `prepare`.
         validate: Clean shards, quarantine and verdicts; metadata: data_sha256, shards_sha256, rows.
         report: The data report, readable offline.
         metrics: Rows in all, clean, and in quarantine.
     """
-    from vismem.kubeflow import run_task
+    from vismem.kubeflow.task import run_task
 
-    run_task("validate", parameters, validate, {"prepare": prepare}, metrics=metrics, report=report)
+    run_task(parameters, validate, metrics=metrics, report=report, prepare=prepare)

@@ -15,9 +15,17 @@ import yaml
 
 from vismem.config import SOURCES, Config, JsonlSource, PrepareConfig, Section, load_config, parse_config, resolve
 from vismem.errors import UserError
-from vismem.kubeflow import configure, launch_fields, run_task, write_confusion, write_summary
-from vismem.kubeflow.parameters import IDENTITY, TASKS, code_fingerprint, parameters_of, sources_fingerprint
-from vismem.kubeflow.results import describe, render_report
+from vismem.kubeflow.parameters import (
+    IDENTITY,
+    TASKS,
+    code_fingerprint,
+    configure,
+    launch_fields,
+    parameters_of,
+    sources_fingerprint,
+)
+from vismem.kubeflow.results import describe, render_report, write_confusion, write_summary
+from vismem.kubeflow.task import run_task
 from vismem.launch import LaunchConfig
 from vismem.records import Release
 from vismem.steps import BY_NAME, STEPS
@@ -191,17 +199,18 @@ def test_on_a_cluster_preflight_asks_for_mlflow_and_overrides_win_over_the_pods_
 
 
 def test_launch_fields_say_only_what_matters_to_the_back_end() -> None:
-    assert launch_fields("process", 1, 1, "image") == {}
-    assert launch_fields("torchrun", 4, 1, "image") == {"backend": "torchrun", "num_processes": 4, "num_nodes": 1}
-    fields = launch_fields("trainer", 8, 2, "image", "gpu", "4", "9Gi", [{"key": "a"}], {"zone": "b"})
+    node: Any = ("image", "gpu", "4", "9Gi", [{"key": "a"}], {"zone": "b"})
+    assert launch_fields("process", 1, 1, *node) == {}
+    assert launch_fields("torchrun", 4, 1, *node) == {"backend": "torchrun", "num_processes": 4, "num_nodes": 1}
+    fields = launch_fields("trainer", 8, 2, *node)
     assert fields["resources"] == {"gpu": 8, "cpu": "4", "memory": "9Gi"}
     assert (fields["image"], fields["tolerations"], fields["node_selector"]) == ("image", [{"key": "a"}], {"zone": "b"})
     with pytest.raises(UserError, match="one process"):
-        launch_fields("process", 2, 1)
+        launch_fields("process", 2, 1, *node)
 
 
 def test_numbers_that_became_floats_on_their_way_are_whole_again() -> None:
-    fields = launch_fields("trainer", 8, 2, "image", "gpu", tolerations=[{"tolerationSeconds": 60}])
+    fields = launch_fields("trainer", 8, 2, "image", "gpu", "4", "9Gi", [{"tolerationSeconds": 60}], {})
     launched = LaunchConfig(**json.loads(json.dumps(fields), parse_int=float))
     assert (repr(launched.num_processes), repr(launched.resources["gpu"])) == ("8", "8")
     assert repr(launched.tolerations) == "({'tolerationSeconds': 60},)"
@@ -248,7 +257,7 @@ def test_a_task_runs_its_step_and_describes_its_output(tmp_path: Path) -> None:
     source = {"kind": "scenes", "train": 3, "validation": 1, "test": 2}
     config = parse_config({"prepare": {"sources": [source]}})
     out, metrics = artifact(tmp_path / "prepare" / "prepare"), artifact(tmp_path / "prepare" / "metrics")
-    run_task("prepare", parameters_of("prepare", config), out, metrics=metrics)
+    run_task(parameters_of("prepare", config), out, metrics=metrics)
     assert metrics.metadata == {"rows_test": 2.0, "rows_validation": 1.0, "rows_train": 3.0}
     assert json.loads(Path(metrics.path).read_text()) == metrics.metadata
     assert out.metadata["data_sha256"] == json.loads((Path(out.path) / "stats.json").read_text())["data_sha256"]
@@ -257,7 +266,7 @@ def test_a_task_runs_its_step_and_describes_its_output(tmp_path: Path) -> None:
 def test_a_task_whose_input_is_missing_says_so(tmp_path: Path) -> None:
     out, missing = artifact(tmp_path / "validate" / "validate"), artifact(tmp_path / "prepare")
     with pytest.raises(UserError, match="needs the output of 'prepare'"):
-        run_task("validate", parameters_of("validate", Config()), out, {"prepare": missing})
+        run_task(parameters_of("validate", Config()), out, prepare=missing)
     assert out.metadata == {}
 
 
@@ -288,4 +297,4 @@ def test_yes_no_questions_are_counted_by_reference_and_answer(tmp_path: Path) ->
     assert json.loads((tmp_path / "page").read_text())["counts"][0] == [1, 1, 0]
     pq.write_table(table.slice(4), tmp_path / "predictions" / "vismem.parquet")
     assert write_confusion(folder, page) is None
-    assert write_confusion(folder, page, "short_only") is None
+    assert write_confusion(str(tmp_path / "elsewhere"), page) is None

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for `components` and `pipe
 
 from pipelines import run_local
 from vismem.config import Config
-from vismem.kubeflow import SHARED_CLAIM, SHARED_FOLDER
+from vismem.launch import LaunchConfig
 from vismem.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -68,17 +68,18 @@ def test_kfp_loads_a_committed_file(file: Path) -> None:
 
 
 def test_with_the_shared_volume_every_task_sees_it_and_training_is_tried_again() -> None:
+    volume = LaunchConfig()
     spec, platform = yaml.safe_load_all(COMPILED_SHARED.read_text())
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     claims = {
         name: [(m["constant"], m["mountPath"]) for m in executors[f"exec-{name}"]["pvcMount"]] for name in tasks()
     }
-    assert set(map(tuple, claims.values())) == {((SHARED_CLAIM, SHARED_FOLDER),)}
+    assert set(map(tuple, claims.values())) == {((volume.claim, str(volume.shared)),)}
     tried = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     assert {name for name, task in tried.items() if task.get("retryPolicy")} >= {"stage1", "stage2", "evaluate"}
     containers = spec["deploymentSpec"]["executors"]
     places = [variable for name in tasks() for variable in containers[f"exec-{name}"]["container"]["env"]]
-    assert places.count({"name": "VISMEM_WORK", "value": f"{SHARED_FOLDER}/work"}) == len(tasks())
+    assert places.count({"name": "VISMEM_WORK", "value": f"{volume.shared}/work"}) == len(tasks())
 
 
 def test_the_run_s_parameters_are_a_profile_and_overrides_and_no_section() -> None:

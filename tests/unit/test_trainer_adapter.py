@@ -43,22 +43,30 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluste
 def runs(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Have each node run a line of Python in place of the worker."""
 
-    command = adapter.TrainerCommand
+    command = adapter.options.TrainerCommand
 
     def of(program: str) -> None:
-        monkeypatch.setattr(adapter, "TrainerCommand", lambda _: command([sys.executable, "-c", program]))
+        monkeypatch.setattr(adapter.options, "TrainerCommand", lambda _: command([sys.executable, "-c", program]))
 
     return of
 
 
+def submit(name: str, launch: LaunchConfig = LAUNCH) -> None:
+    client = adapter.sdk.TrainerClient(adapter.sdk.KubernetesBackendConfig(namespace="vismem"))
+    adapter.submit_job(client, name, COMMAND, launch)
+
+
 @pytest.fixture
-def job(stand_in: Cluster, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The TrainJob as it was posted."""
+def posted(stand_in: Cluster, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """The TrainJobs by name, as they are posted: nothing runs them."""
     monkeypatch.setattr(stand_in, "create", lambda body: stand_in.jobs.setdefault(body["metadata"]["name"], body))
-    client = adapter.TrainerClient(adapter.KubernetesBackendConfig(namespace="vismem"))
-    options = adapter._options("vismem-stage1-0", COMMAND, LAUNCH)
-    client.train(LAUNCH.runtime, trainer=adapter._container(LAUNCH), options=options)
-    return stand_in.jobs["vismem-stage1-0"]
+    return stand_in.jobs
+
+
+@pytest.fixture
+def job(posted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    submit("vismem-stage1-0")
+    return posted["vismem-stage1-0"]
 
 
 def test_a_job_is_one_that_the_api_knows_to_the_last_field(job: dict[str, Any]) -> None:
@@ -120,11 +128,9 @@ def test_a_job_that_a_killed_launcher_left_is_joined_and_a_failed_one_replaced(
     def posts() -> int:
         return sum(line.startswith("POST") for line in stand_in.requests)
 
-    client = adapter.TrainerClient(adapter.KubernetesBackendConfig(namespace="vismem"))
     for program, created in (("import time; time.sleep(0.5); print('left')", 0), ("raise SystemExit(1)", 1)):
         runs(program)
-        options = adapter._options("job", COMMAND, LAUNCH)
-        client.train(LAUNCH.runtime, trainer=adapter._container(LAUNCH), options=options)
+        submit("job")
         if created:
             for pod in stand_in.pods["job"]:
                 pod.wait()
@@ -156,9 +162,10 @@ def test_a_cluster_without_the_runtime_is_named(stand_in: Cluster, tmp_path: Pat
         adapter.run_job("job", COMMAND, LAUNCH)
 
 
-def test_whole_amounts_stay_whole_though_they_came_as_json() -> None:
-    asked = adapter._container(LaunchConfig("trainer", image="i", resources={GPU: 8.0, "cpu": "16", "memory": "1Gi"}))
-    assert asked.resources_per_node == {GPU: "8", "cpu": "16", "memory": "1Gi"}
+def test_whole_amounts_stay_whole_though_they_came_as_json(posted: dict[str, dict[str, Any]]) -> None:
+    submit("job", LaunchConfig("trainer", image="i", resources={GPU: 8.0, "cpu": "16", "memory": "1Gi"}))
+    asked = posted["job"]["spec"]["trainer"]["resourcesPerNode"]
+    assert asked["limits"] == asked["requests"] == {GPU: "8", "cpu": "16", "memory": "1Gi"}
 
 
 @pytest.mark.parametrize("status", [0, 3])
@@ -170,9 +177,9 @@ def test_the_local_back_end_runs_its_processes_here_and_tells_success_from_failu
     launch = LaunchConfig("trainer", num_processes=2)
     if status:
         with pytest.raises(UserError, match=r"exitcode +: 3"):
-            adapter.run_locally(launch, "stage1", Config(), tmp_path, None)
+            adapter.run_locally(launch, "stage1", Config(), tmp_path, {})
         return
-    assert adapter.run_locally(launch, "stage1", Config(), tmp_path, None) == "stage1: done"
+    assert adapter.run_locally(launch, "stage1", Config(), tmp_path, {}) == "stage1: done"
     assert {"rank 0 of 2", "rank 1 of 2"} <= set(capfd.readouterr().out.splitlines())
 
 

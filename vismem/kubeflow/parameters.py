@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 import vismem
 from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource, resolve
 from vismem.files import write_text
+from vismem.launch import LaunchConfig
 from vismem.params_file import render_params
 from vismem.provenance import sha256_file
 from vismem.steps import BASELINES, BY_NAME, STEPS
@@ -21,12 +22,7 @@ ROOT = Path(vismem.__file__).parents[1]  # in the image too, dvc.yaml lies besid
 
 
 def configure(
-    profile: str,
-    overrides: Mapping[str, Any],
-    page: str,
-    launch: Mapping[str, Any],
-    gpus: int = 0,
-    cluster: bool = False,
+    profile: str, overrides: Mapping[str, Any], page: str, launch: Mapping[str, Any], gpus: int, cluster: bool = False
 ) -> tuple[dict[str, Any], ...]:
     """The parameters of each of `TASKS`, in that order, and `launch` after them: what the component returns.
 
@@ -40,6 +36,30 @@ def configure(
         config = config.model_copy(update={"preflight": preflight})
     write_text(Path(page), render_params(config))
     return (*(parameters_of(task, config) for task in TASKS), dict(launch))
+
+
+def launch_fields(
+    backend: str,
+    num_processes: int,
+    num_nodes: int,
+    image: str,
+    gpu_type: str,
+    cpu: str,
+    memory: str,
+    tolerations: Sequence[Mapping[str, Any]],
+    node_selector: Mapping[str, str],
+) -> dict[str, Any]:
+    """The fields of `vismem.launch.LaunchConfig` that matter to this back end, as plain values. UserError as from that.
+
+    A node of `trainer` gets `cpu` cores, `memory` and a GPU per process. Empty for a single process, so that a cache of
+    tasks does not depend on settings without effect.
+    """
+    fields: dict[str, Any] = {"backend": backend, "num_processes": num_processes, "num_nodes": num_nodes}
+    if backend == "trainer":
+        resources = {gpu_type: num_processes, "cpu": cpu, "memory": memory}
+        fields |= {"image": image, "resources": resources, "tolerations": tolerations, "node_selector": node_selector}
+    LaunchConfig(**fields)
+    return {} if backend == "process" else fields
 
 
 def parameters_of(name: str, config: Config) -> dict[str, Any]:
@@ -56,24 +76,24 @@ def parameters_of(name: str, config: Config) -> dict[str, Any]:
         return values
     if name != "register":
         recorded = {section for step in BASELINES for section in step.sections} if name == "export" else set()
-        kept = _sections(name) | recorded
-        values = {section: value for section, value in values.items() if section in kept}
+        values = {section: value for section, value in values.items() if section in _sections(name) | recorded}
     identity = {"code": code_fingerprint(name)}
     if name == "prepare":
         identity["sources"] = sources_fingerprint(config)
     return {**values, IDENTITY: identity}
 
 
+def _sections(name: str) -> set[str]:
+    step = BY_NAME[name]
+    return set(step.sections).union(*(_sections(earlier) for earlier in step.inputs))
+
+
 def code_fingerprint(name: str, root: Path = ROOT) -> str:
     """Hex sha256 over the code that the step uses, as dvc.yaml lists it among the stage's dependencies."""
-    stage = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
-    lines: list[str] = []
-    for dep in stage["deps"]:
-        if dep != "data" and not dep.startswith("artifacts/"):  # these come as the task's inputs and sources
-            place = root / dep
-            files = sorted(path for path in (place, *place.rglob("*")) if path.is_file() and path.suffix != ".pyc")
-            lines += [f"{file.relative_to(root)} {sha256_file(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    deps = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]["deps"]
+    code = [dep for dep in deps if dep != "data" and not dep.startswith("artifacts/")]  # not the inputs and sources
+    files = [file for dep in code for file in _files(root / dep) if file.suffix != ".pyc"]
+    return _sha256(f"{file.relative_to(root)} {sha256_file(file)}" for file in files)
 
 
 def sources_fingerprint(config: Config) -> str:
@@ -81,21 +101,21 @@ def sources_fingerprint(config: Config) -> str:
 
     A source that is generated or comes in a package has no files of its own. Missing files are `prepare`'s to report.
     """
-    lines: list[str] = []
+    folders: list[Path] = []
     for source in config.prepare.sources:
         if isinstance(source, JsonlSource):
-            folder = source.path.parent  # its images lie beside it
+            folders.append(source.path.parent)  # its images lie beside it
         elif isinstance(source, NlvrSource):
-            folder = source.path
+            folders.append(source.path)
         elif isinstance(source, LmuDataSource):
-            folder = source.path or Path(os.environ.get("LMUData", "."))  # noqa: SIM112 - VLMEvalKit's name
-        else:
-            continue
-        files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file())
-        lines += [f"{path.as_posix()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+            folders.append(source.path or Path(os.environ.get("LMUData", ".")))  # noqa: SIM112 - VLMEvalKit's name
+    files = [(file, file.stat()) for folder in folders for file in _files(folder)]
+    return _sha256(f"{file.as_posix()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in files)
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in (place, *place.rglob("*")) if path.is_file())
+
+
+def _sha256(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _sections(name: str) -> set[str]:
-    step = BY_NAME[name]
-    return set(step.sections).union(*(_sections(earlier) for earlier in step.inputs))

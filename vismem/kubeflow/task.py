@@ -1,7 +1,7 @@
 """A task around a step: run it with its inputs, describe the output. The only place that calls `vismem.launch`."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +12,6 @@ from vismem.kubeflow.results import describe, render_report
 from vismem.launch import LaunchConfig, launch_step
 
 WORK = "VISMEM_WORK"
-SHARED_CLAIM, SHARED_FOLDER = (
-    LaunchConfig().claim,
-    str(LaunchConfig().shared),
-)  # the volume of deploy/kubernetes/overlays/multi-node
 
 
 class Artifact(Protocol):
@@ -26,16 +22,15 @@ class Artifact(Protocol):
 
 
 def run_task(
-    name: str,
     parameters: Mapping[str, Any],
     out: Artifact,
-    inputs: Mapping[str, Artifact] | None = None,
     *,
     launch: Mapping[str, Any] | None = None,
     metrics: Artifact | None = None,
     report: Artifact | None = None,
+    **inputs: Artifact,
 ) -> None:
-    """Run the step `name` into the folder of `out`, whose own name must be the step's.
+    """Run the step whose name the folder of `out` has into that folder.
 
     `parameters`: what `parameters_of` gave; `inputs`: the artifact of each step that it reads; `launch`: what
     `launch_fields` gave. Afterwards `out` has its provenance as metadata, `metrics` its figures, `report` its page.
@@ -45,9 +40,9 @@ def run_task(
     task that was killed resumes from them when it runs again, with the same parameters, inputs and code.
     """
     folder = Path(out.path)
-    assert folder.name == name, f"{name} writes a folder of that name, not {folder}"
+    name = folder.name
     config = parse_config({key: value for key, value in parameters.items() if key != IDENTITY}, f"parameters of {name}")
-    folders = {step: Path(artifact.path) for step, artifact in (inputs or {}).items()}
+    folders = {step: Path(artifact.path) for step, artifact in inputs.items()}
     work = Path(os.environ[WORK]) / parameters[IDENTITY]["code"][:12] if os.environ.get(WORK) else None
     print(launch_step(name, config, folder.parent, folders, LaunchConfig(**(launch or {})), work))
     metadata, figures = describe(name, folder)
@@ -65,29 +60,3 @@ def run_preflight(parameters: Mapping[str, Any], report: Artifact) -> None:
 
     page = Path(report.path)
     preflight(parse_config(dict(parameters), "parameters of preflight"), page.parent, page)
-
-
-def launch_fields(
-    backend: str,
-    num_processes: int,
-    num_nodes: int,
-    image: str = "",
-    gpu_type: str = "nvidia.com/gpu",
-    cpu: str = "4",
-    memory: str = "16Gi",
-    tolerations: Sequence[Mapping[str, Any]] = (),
-    node_selector: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """The fields of `vismem.launch.LaunchConfig` that matter to this back end, as plain values. UserError as from that.
-
-    A node of `trainer` gets `cpu` cores, `memory` and a GPU per process. Empty for a single process, so that a cache of
-    tasks does not depend on settings without effect.
-    """
-    fields: dict[str, Any] = {"backend": backend, "num_processes": num_processes, "num_nodes": num_nodes}
-    if backend == "trainer":
-        fields["image"] = image
-        fields["resources"] = {gpu_type: num_processes, "cpu": cpu, "memory": memory}
-        fields["tolerations"] = [dict(item) for item in tolerations]
-        fields["node_selector"] = dict(node_selector or {})
-    LaunchConfig(**fields)
-    return {} if backend == "process" else fields

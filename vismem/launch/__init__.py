@@ -1,22 +1,20 @@
 """Runs a step where it is to run: in this process, in several of this machine, or on several nodes."""
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.launch.config import BACKENDS, LaunchConfig
+from vismem.launch.config import LaunchConfig
 from vismem.locks import lock_folder
-from vismem.ranks import recorded
+from vismem.ranks import is_rank
 from vismem.steps import SHARED, identity, input_folders, replace_folder, run_step
 
-__all__ = ["BACKENDS", "LaunchConfig", "launch_step"]
+__all__ = ["LaunchConfig", "launch_step"]
 
 PATIENCE = 180.0  # seconds: on a network file system the lock of a node that died outlives it for a while
-CHECKPOINTED = (*SHARED, "evaluate")  # the steps that resume
 
 
 def launch_step(
@@ -36,25 +34,35 @@ def launch_step(
     launch = launch or LaunchConfig()
     if launch.backend != "process" and name not in SHARED:
         raise UserError(f"'{name}' runs in one process: use backend 'process'. Shared: {', '.join(SHARED)}")
-    kept = launch.shared if launch.image else work if name in CHECKPOINTED else None
+    resumes = name in (*SHARED, "evaluate")
+    kept = launch.shared if launch.image else work if resumes else None
     if kept is None:
-        return _run(name, config, artifacts, inputs, launch)
+        return _run(name, config, artifacts, inputs or {}, launch)
     if launch.image and not kept.is_dir():
         raise UserError(f"no shared volume at {kept}: mount the one that the training nodes see there")
     folders = input_folders(name, artifacts, inputs)
     place = kept / f"vismem-{name}-{identity(name, config, folders)[:12]}"
-    with _fetched(place / name, artifacts / name):
-        if (place / name).is_dir():
-            return f"{name}: made before, in {place}"
-        if launch.image:
-            folders = {needed: _copy_once(folder, place / "inputs" / needed) for needed, folder in folders.items()}
-        return _run(name, config, place, folders, launch)
+    line = f"{name}: made before, in {place}"
+    with lock_folder(place, PATIENCE):
+        if not (place / name).is_dir():
+            if launch.image:
+                folders = {needed: _copy_once(folder, place / "inputs" / needed) for needed, folder in folders.items()}
+            line = _run(name, config, place, folders, launch)
+        fresh = artifacts / f"{name}.partial"
+        shutil.copytree(place / name, fresh, dirs_exist_ok=True)
+        replace_folder(fresh, artifacts / name)
+        shutil.rmtree(place)
+    return line
 
 
-def _run(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None, launch: LaunchConfig) -> str:
+def _run(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path], launch: LaunchConfig) -> str:
     """The step with its output in `artifacts`, which all of its processes see."""
+    if launch.backend == "process" and is_rank():
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        return str(record(run_step)(name, config, artifacts, inputs))  # what it raises goes to torchrun's error file
     if launch.backend == "process":
-        return str(recorded(run_step)(name, config, artifacts, inputs))
+        return run_step(name, config, artifacts, inputs)
     if launch.backend == "torchrun":
         from vismem.launch.torchrun import run_processes
 
@@ -67,17 +75,6 @@ def _run(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] 
         return run(name, config, artifacts, inputs)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-
-
-@contextmanager
-def _fetched(made: Path, out: Path) -> Iterator[None]:
-    """A block that makes the folder `made`, elsewhere; it is locked meanwhile, then moved to `out`."""
-    with lock_folder(made.parent, PATIENCE):
-        yield
-        fresh = out.with_name(f"{out.name}.partial")
-        shutil.copytree(made, fresh, dirs_exist_ok=True)
-        replace_folder(fresh, out)
-        shutil.rmtree(made.parent)
 
 
 def _copy_once(source: Path, target: Path) -> Path:

@@ -1,9 +1,10 @@
 """Where a training step runs, and on what."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from vismem.errors import UserError
 
@@ -16,8 +17,7 @@ class LaunchConfig:
 
     `process`: this one. `torchrun`: `num_processes` on this machine. `trainer`: `num_processes` on each of `num_nodes`
     nodes through Kubeflow Trainer; without an `image`, on this machine through its local back end. UserError for a
-    combination that is impossible. Values may come from JSON, where integers became floats and tuples lists: they get
-    their types back.
+    combination that is impossible. Values may come from JSON: floats become whole numbers again, lists tuples.
     """
 
     backend: str = "process"
@@ -28,35 +28,19 @@ class LaunchConfig:
     runtime: str = "vismem-torch"  # the TrainingRuntime, or the ClusterTrainingRuntime
     shared: Path = Path("/shared")  # mount point of a volume that all nodes see, the same here and there
     claim: str = "vismem-shared"  # the PersistentVolumeClaim of that volume, ReadWriteMany
-    resources: Mapping[str, str | float] = field(default_factory=dict)  # per node, cpu included; empty: the runtime's
+    resources: Mapping[str, str | int] = field(default_factory=dict)  # per node, cpu included; empty: the runtime's
     node_selector: Mapping[str, str] = field(default_factory=dict)
-    tolerations: tuple[Mapping[str, Any], ...] = ()  # as Kubernetes writes them
+    tolerations: tuple[Mapping[str, str | int], ...] = ()  # as Kubernetes writes them
     hours: float = 72.0  # a longer job is stopped
 
     def __post_init__(self) -> None:
-        for name, value in list(vars(self).items()):
-            object.__setattr__(self, name, _whole(value))
-        object.__setattr__(self, "tolerations", tuple(self.tolerations))
         if self.backend not in BACKENDS:
             raise UserError(f"backend '{self.backend}' is not known: choose one of {', '.join(BACKENDS)}")
         if self.num_processes < 1 or self.num_nodes < 1:
             raise UserError(f"{self.num_nodes} nodes of {self.num_processes} processes: the minimum is 1 of each")
-        if self.backend == "process" and self.world_size > 1:
-            raise UserError(f"backend 'process' is one process, and {self.world_size} were asked for: use 'torchrun'")
+        if self.backend == "process" and (total := self.num_processes * self.num_nodes) > 1:
+            raise UserError(f"backend 'process' is one process, and {total} were asked for: use 'torchrun'")
         if self.num_nodes > 1 and not (self.backend == "trainer" and self.image):
             raise UserError(f"{self.num_nodes} nodes need backend 'trainer' and an image")
         if self.resources and "cpu" not in self.resources:  # Trainer's SDK cannot read its own pods without
             raise UserError(f"resources {dict(self.resources)} do not say how many 'cpu' a node needs")
-
-    @property
-    def world_size(self) -> int:
-        """All processes."""
-        return self.num_processes * self.num_nodes
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _whole(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_whole(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value

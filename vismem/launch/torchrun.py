@@ -6,9 +6,7 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig as AgentConfig
 from torch.distributed.launcher.api import elastic_launch
 
 from vismem.errors import UserError
-from vismem.services import environment
-
-SHOWN = 20  # lines of a log in an error
+from vismem.services import environment, exit_on_sigterm
 
 
 def run_processes(num_processes: int, function: Callable[..., str], *arguments: Any) -> str:
@@ -34,7 +30,7 @@ def run_processes(num_processes: int, function: Callable[..., str], *arguments: 
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", signals_to_handle="SIGTERM",
     )  # fmt: skip
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would print what is raised below
-    with environment(process_environment()), _signals_kept():
+    with environment(process_environment()), exit_on_sigterm():  # the agent leaves its handler behind
         try:
             results: dict[int, str] = elastic_launch(agent, function)(*arguments)
         except ChildFailedError as error:
@@ -58,7 +54,7 @@ def reason_of(logs: Path, tail: Sequence[str]) -> str:
     if killed := re.search(r"exitcode +: -(?!15\b)(\d+)", text):  # torchrun's report; 15: what it does to the others
         return _killed(int(killed[1]))
     errors = [json.loads(file.read_text())["message"] for file in logs.rglob("error.json")]
-    return _first_message(errors) if errors else "the end of its log: " + "\n".join(tail[-SHOWN:])
+    return _first_message(errors) if errors else "the end of its log: " + "\n".join(tail[-20:])
 
 
 def _first_reason(failures: Sequence[ProcessFailure]) -> str:
@@ -70,13 +66,10 @@ def _first_reason(failures: Sequence[ProcessFailure]) -> str:
 
 def _first_message(messages: Sequence[Any]) -> str:
     """The first UserError, else the first exception: the others often only say that their peer is gone."""
-
-    def order(message: Any) -> tuple[bool, float]:
-        return not message["message"].startswith("UserError"), float(message["extraInfo"]["timestamp"])
-
-    written = sorted((message for message in messages if isinstance(message, dict)), key=order)
+    written = [message for message in messages if isinstance(message, dict)]
     if not written:
         return str(messages[0])
+    written.sort(key=lambda said: (not said["message"].startswith("UserError"), float(said["extraInfo"]["timestamp"])))
     text: str = written[0]["message"]
     if not text.startswith("UserError"):
         print(written[0]["extraInfo"]["py_callstack"], file=sys.stderr)
@@ -85,16 +78,3 @@ def _first_message(messages: Sequence[Any]) -> str:
 
 def _killed(number: int) -> str:
     return f"a process was killed by signal {number} (9: often out of memory). Launch again to resume"
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Put back the SIGTERM handler, which the agent replaces and leaves behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

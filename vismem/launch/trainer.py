@@ -10,36 +10,15 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from kubeflow.trainer import (
-    CustomTrainer,
-    CustomTrainerContainer,
-    KubernetesBackendConfig,
-    LocalProcessBackendConfig,
-    TrainerClient,
-)
+from kubeflow import trainer as sdk
+from kubeflow.trainer import options
 from kubeflow.trainer.backends.localprocess import constants as local
-from kubeflow.trainer.constants import constants
-from kubeflow.trainer.options import (
-    ActiveDeadlineSeconds,
-    ContainerPatch,
-    JobSetSpecPatch,
-    JobSetTemplatePatch,
-    JobSpecPatch,
-    JobTemplatePatch,
-    Labels,
-    Name,
-    PodSpecPatch,
-    PodTemplatePatch,
-    ReplicatedJobPatch,
-    RuntimePatch,
-    TrainerCommand,
-    TrainingRuntimeSpecPatch,
-)
+from kubeflow.trainer.constants.constants import DEFAULT_TRAINING_RUNTIME, NODE, TRAINJOB_COMPLETE, TRAINJOB_FAILED
 from kubernetes.config import ConfigException  # type: ignore[import-untyped]
 
 from vismem.config import Config
@@ -53,42 +32,35 @@ from vismem.services import exit_on_sigterm
 POLL = 5.0  # seconds between looks at a job
 PATIENCE = 60  # consecutive looks that may fail before the job is given up: the API server may be restarting
 TAIL = 200  # lines of the log that are kept: torchrun reports on every process at its end
-VOLUME = "shared"  # its name within a pod; a volume of that name in the runtime is replaced
 TORCHRUN = ("-m", "torch.distributed.run")
+ENDED = {TRAINJOB_COMPLETE, TRAINJOB_FAILED}
 
-# --- this machine ----------------------------------------------------------------------------------------------------
 
-
-def run_locally(
-    launch: LaunchConfig, name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None
-) -> str:
+def run_locally(launch: LaunchConfig, name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path]) -> str:
     """Run the step through the local process back end; returns its line. UserError with the reason if it fails.
 
     By default that back end builds a virtual environment for each job, without torchrun; its jobs get ours.
     """
     with TemporaryDirectory(prefix="vismem-") as folder:
         logs = Path(folder) / "logs"
-        options = ("--standalone", "--nproc-per-node", str(launch.num_processes), "--log-dir", str(logs))
-        local.TORCH_COMMAND = shlex.join(("/usr/bin/env", sys.executable, *TORCHRUN, *options))
+        torchrun = (*TORCHRUN, "--standalone", "--nproc-per-node", str(launch.num_processes), "--log-dir", str(logs))
+        local.TORCH_COMMAND = shlex.join(("/usr/bin/env", sys.executable, *torchrun))
         local.LOCAL_EXEC_JOB_TEMPLATE = "trap 'rm -rf \"$PYENV_LOCATION\"' EXIT\n$ENTRYPOINT"
-        client = TrainerClient(LocalProcessBackendConfig())
+        client = sdk.TrainerClient(sdk.LocalProcessBackendConfig())
         arguments = step_arguments(name, config, artifacts, inputs, Path(folder) / "params.yaml")
         environment = {**os.environ, **process_environment()}
-        trainer = CustomTrainer(func=_run_cli, func_args={"arguments": arguments}, env=environment)
-        job = client.train(runtime=constants.DEFAULT_TRAINING_RUNTIME, trainer=trainer)
+        trainer = sdk.CustomTrainer(func=_run_cli, func_args={"arguments": arguments}, env=environment)
+        job = client.train(DEFAULT_TRAINING_RUNTIME, trainer=trainer)
         tail = deque(client.get_job_logs(job, follow=True), TAIL)  # prints them, too
-        ended = {constants.TRAINJOB_COMPLETE, constants.TRAINJOB_FAILED}  # a failed job raises nothing
-        status = client.wait_for_job_status(job, ended, polling_interval=1).status
+        status = client.wait_for_job_status(job, ENDED, polling_interval=1).status  # a failed job raises nothing
         client.delete_job(job)
-        return _line(name, status == constants.TRAINJOB_COMPLETE, logs, list(tail))
+        return _line(name, status == TRAINJOB_COMPLETE, logs, list(tail))
 
 
-def step_arguments(
-    name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None, params: Path
-) -> list[str]:
+def step_arguments(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path], params: Path) -> list[str]:
     """The arguments of `vismem` that run the step in one process of several; writes its parameters to `params`."""
     write_text(params, render_params(config))
-    folders = [f"--input={needed}={folder.absolute()}" for needed, folder in (inputs or {}).items()]
+    folders = [f"--input={needed}={folder.absolute()}" for needed, folder in inputs.items()]
     return [name, f"--params={params}", f"--artifacts={artifacts.absolute()}", "--processes=1", *folders]
 
 
@@ -109,12 +81,7 @@ def _line(name: str, succeeded: bool, logs: Path, tail: Sequence[str]) -> str:
     return printed[-1] if printed else f"{name}: done"
 
 
-# --- a cluster -------------------------------------------------------------------------------------------------------
-
-
-def run_on_cluster(
-    launch: LaunchConfig, name: str, config: Config, place: Path, inputs: Mapping[str, Path] | None
-) -> str:
+def run_on_cluster(launch: LaunchConfig, name: str, config: Config, place: Path, inputs: Mapping[str, Path]) -> str:
     """Run the step in `place` on the shared volume, as a TrainJob of that folder's name; returns its line.
 
     A job of that name that is still running, left by a launcher that was killed, is joined. However this ends, the job
@@ -136,15 +103,13 @@ def run_job(name: str, command: list[str], launch: LaunchConfig) -> tuple[bool, 
     UserError as from `run_on_cluster`.
     """
     try:
-        client = TrainerClient(KubernetesBackendConfig(namespace=launch.namespace))
-        status = _status(client, name)
-        if status == constants.TRAINJOB_FAILED:
+        client = sdk.TrainerClient(sdk.KubernetesBackendConfig(namespace=launch.namespace))
+        if _status(client, name) == TRAINJOB_FAILED:
             _delete(client, name)
-            status = None
         with exit_on_sigterm():  # so that the nodes are given back
             try:
-                if status is None:
-                    client.train(launch.runtime, trainer=_container(launch), options=_options(name, command, launch))
+                if _status(client, name) is None:
+                    submit_job(client, name, command, launch)
                 return _follow(client, name)
             finally:
                 _delete(client, name)
@@ -156,81 +121,72 @@ def run_job(name: str, command: list[str], launch: LaunchConfig) -> tuple[bool, 
         ) from error
 
 
-def _container(launch: LaunchConfig) -> CustomTrainerContainer:
-    resources = {name: str(amount) for name, amount in launch.resources.items()} or None
-    return CustomTrainerContainer(launch.image, num_nodes=launch.num_nodes, resources_per_node=resources)
-
-
-def _options(name: str, command: list[str], launch: LaunchConfig) -> list[Any]:
-    """What the SDK's trainer cannot say: the command, the shared volume, where pods may run, how long.
+def submit_job(client: sdk.TrainerClient, name: str, command: list[str], launch: LaunchConfig) -> None:
+    """Post the TrainJob. Options say what the SDK's trainer cannot: command, shared volume, where pods may run, time.
 
     PET_* variables, which the controller sets, tell torchrun of the other nodes. Nodes get no secrets: all that they
     read lies on the shared volume. Should they need one, it goes into the runtime, since no patch may set a node's env.
     """
-    pod = PodSpecPatch(
-        volumes=[{"name": VOLUME, "persistentVolumeClaim": {"claimName": launch.claim}}],
-        containers=[
-            ContainerPatch(constants.NODE, volume_mounts=[{"name": VOLUME, "mountPath": str(launch.shared)}]),
-        ],
+    resources = {resource: str(amount) for resource, amount in launch.resources.items()} or None
+    mount = {"name": "shared", "mountPath": str(launch.shared)}  # a volume of that name in the runtime is replaced
+    pod = options.PodSpecPatch(
+        volumes=[{"name": "shared", "persistentVolumeClaim": {"claimName": launch.claim}}],
+        containers=[options.ContainerPatch(NODE, volume_mounts=[mount])],
         node_selector=dict(launch.node_selector) or None,
         tolerations=[dict(toleration) for toleration in launch.tolerations] or None,
     )
-    job = JobTemplatePatch(spec=JobSpecPatch(template=PodTemplatePatch(spec=pod)))
-    job_set = JobSetTemplatePatch(spec=JobSetSpecPatch([ReplicatedJobPatch(constants.NODE, job)]))
-    return [
-        Name(name),
-        Labels({"app.kubernetes.io/part-of": "vismem", "app.kubernetes.io/component": "training"}),
-        TrainerCommand(command),
-        ActiveDeadlineSeconds(round(launch.hours * 3600)),
-        RuntimePatch(TrainingRuntimeSpecPatch(job_set)),
-    ]
+    job = options.JobTemplatePatch(spec=options.JobSpecPatch(template=options.PodTemplatePatch(spec=pod)))
+    job_set = options.JobSetTemplatePatch(spec=options.JobSetSpecPatch([options.ReplicatedJobPatch(NODE, job)]))
+    client.train(
+        launch.runtime,
+        trainer=sdk.CustomTrainerContainer(launch.image, num_nodes=launch.num_nodes, resources_per_node=resources),
+        options=[
+            options.Name(name),
+            options.Labels({"app.kubernetes.io/part-of": "vismem", "app.kubernetes.io/component": "training"}),
+            options.TrainerCommand(command),
+            options.ActiveDeadlineSeconds(round(launch.hours * 3600)),
+            options.RuntimePatch(options.TrainingRuntimeSpecPatch(job_set)),
+        ],
+    )
 
 
-def _follow(client: TrainerClient, name: str) -> tuple[bool, list[str]]:
+def _follow(client: sdk.TrainerClient, name: str) -> tuple[bool, list[str]]:
     """Print node 0's log until the job has ended."""
     tail: deque[str] = deque(maxlen=TAIL)
     seen = failures = 0
     while True:
         try:
             status = client.get_job(name).status
-            ended = status in (constants.TRAINJOB_COMPLETE, constants.TRAINJOB_FAILED)
-            for line in _rest(client.get_job_logs(name, follow=not ended), seen):
+            log = client.get_job_logs(name, follow=status not in ENDED)
+            for line in islice(log, seen, None):  # a log that was cut off is read again from its start
                 print(line, file=sys.stderr, flush=True)
                 tail.append(line)
                 seen += 1
+            if status in ENDED:
+                return status == TRAINJOB_COMPLETE, list(tail)
             failures = 0
         except (RuntimeError, TimeoutError) as error:  # also where a container has not begun to write its log
             failures += 1
             if failures > PATIENCE:
                 raise
             print(f"{name}: {error}; looking again", file=sys.stderr, flush=True)
-            ended = False
-        if ended:
-            return status == constants.TRAINJOB_COMPLETE, list(tail)
         time.sleep(POLL)
 
 
-def _rest(lines: Iterator[str], seen: int) -> Iterator[str]:
-    """The lines behind those seen before: a log that was cut off is read again from its start."""
-    return (line for number, line in enumerate(lines) if number >= seen)
-
-
-def _status(client: TrainerClient, name: str) -> str | None:
+def _status(client: sdk.TrainerClient, name: str) -> str | None:
     """None if there is no such job."""
     try:
-        status: str = client.get_job(name).status
+        return str(client.get_job(name).status)
     except RuntimeError as error:
         if getattr(error.__cause__, "status", None) == 404:
             return None
         raise
-    return status
 
 
-def _delete(client: TrainerClient, name: str) -> None:
+def _delete(client: sdk.TrainerClient, name: str) -> None:
     """Delete the job if it is there, and wait until it is gone."""
-    if _status(client, name) is None:
-        return
-    client.delete_job(name)
+    if _status(client, name) is not None:
+        client.delete_job(name)
     for _ in range(PATIENCE):
         if _status(client, name) is None:
             return

@@ -42,12 +42,12 @@ def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], question: str, grid
     """The chat prompt of `question`, as `plain_text`, after images of `grids` patches. `settings` is runtime.json."""
     parts, merge = settings["prompt"], settings["image"]["merge_size"]
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    counts = [rows // merge * (columns // merge) for rows, columns in grids]
-    images = "".join(parts["image"].replace(parts["image_token"], parts["image_token"] * n) for n in counts)
-    text = parts["before"] + images + plain_text(question, added) + parts["after"]
+    merged = [(rows // merge, columns // merge) for rows, columns in grids]
+    images = (parts["image"].replace(parts["image_token"], parts["image_token"] * rows * n) for rows, n in merged)
+    text = parts["before"] + "".join(images) + plain_text(question, added) + parts["after"]
     ids = np.array(tokenizer.encode(text).ids, np.int64)
     visual = ids == settings["tokens"]["image"]
-    return Prompt(ids, _positions(visual, [(rows // merge, columns // merge) for rows, columns in grids]), visual)
+    return Prompt(ids, _positions(visual, merged), visual)
 
 
 def _positions(visual: NDArray[np.bool_], grids: Sequence[tuple[int, int]]) -> Integers:

@@ -4,6 +4,7 @@
 model. Nothing that lies beside it is imported before it is verified.
 """
 
+import contextlib
 import hashlib
 import json
 import locale
@@ -76,8 +77,8 @@ class TritonPythonModel:
             if self._reserve_worker(sender):
                 self.pool.submit(self._answer, request, sender)
             else:
-                self._fail(sender, f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
-                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                busy = failure(f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
+                sender.send(busy, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _reserve_worker(self, sender: Any) -> bool:
         """Wait for a free worker; False when the deadline has passed or the client has gone."""
@@ -98,10 +99,11 @@ class TritonPythonModel:
             for response in self._responses(request, sender):
                 sender.send(response)
         except ValueError as error:  # RequestError
-            self._fail(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+            sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
         except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests continue
             pb_utils.Logger.log_error(traceback.format_exc())
-            self._fail(sender, f"the model failed: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+            message = f"the model failed: {type(error).__name__}: {error}"
+            sender.send(failure(message, pb_utils.TritonError.INTERNAL))
         finally:
             try:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -113,21 +115,16 @@ class TritonPythonModel:
         files, prompt, options, stream = read_request(request)
         images = self.check_request(files, prompt, options["max_new_tokens"])
         collected = []
-        chunks = self.runtime.generate(images, prompt.decode(), **options)
-        for chunk in chunks:
-            if self.stopping or sender.is_cancelled():
-                chunks.close()
-                return
-            if stream:
-                yield response_of([chunk])
-            else:
-                collected.append(chunk)
-        if not stream:
+        with contextlib.closing(self.runtime.generate(images, prompt.decode(), **options)) as chunks:
+            for chunk in chunks:
+                if self.stopping or sender.is_cancelled():
+                    return
+                if stream:
+                    yield response_of([chunk])
+                else:
+                    collected.append(chunk)
+        if collected:
             yield response_of(collected)
-
-    @staticmethod
-    def _fail(sender: Any, message: str, code: Any) -> None:
-        sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)))
 
 
 def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool]:
@@ -147,6 +144,11 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool
     if values["SEED"] < 0:
         raise ValueError(f"SEED is {values['SEED']}: it must not be negative")
     return files, prompt, {name.lower(): value for name, value in values.items()}, stream
+
+
+def failure(message: str, code: Any) -> Any:
+    """An error response."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
 def response_of(chunks: list[Any]) -> Any:

@@ -77,9 +77,10 @@ def infer(
         "MEMORY": np.array([memory]),
         "STREAM": np.array([stream]),
     }
-    inputs = [triton.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)) for name, value in arrays.items()]
-    for entry in inputs:
-        entry.set_data_from_numpy(arrays[entry.name()])
+    inputs = [
+        triton.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)).set_data_from_numpy(value)
+        for name, value in arrays.items()
+    ]
     replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     client = triton.InferenceServerClient(url)
     answered = False
@@ -123,7 +124,7 @@ def main_infer(
     max_new_tokens: int = 48,
     url: str | None = None,
     model: str | None = None,
-    write: Callable[[str], None] | None = None,
+    write: Callable[[str], None] = partial(print, end="", flush=True),  # noqa: B008
 ) -> None:
     """`vismem infer --image F [--image F ...] --prompt S [--stream] [--no-memory] [--max-new-tokens N] [--url U] ...`.
 
@@ -131,7 +132,6 @@ def main_infer(
     the one on this machine at deploy.grpc_port unless `url` names another; the model is the released one or, where
     only a refused challenger is served, that. Raises UserError (the CLI exits with 1).
     """
-    write = write or partial(print, end="", flush=True)
     url = url or f"127.0.0.1:{config.deploy.grpc_port}"
     files = [_read_image(image) for image in images]
     try:

@@ -28,10 +28,11 @@ class LowRank(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
 
 
-def adapters_of(lora: Lora, part: int) -> nn.ModuleList:
-    """The adapter of each layer for its query (part 0) or value (part 1); targets stand in that order in a layer."""
-    keys = [f"{target.name}.{target.start}".replace(".", "_") for target in lora.targets[part::2]]
-    return nn.ModuleList(LowRank(lora.down[key], lora.up[key], lora.scale) for key in keys)
+def adapters_of(lora: Lora) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The adapters of all layers' queries, and those of their values; targets stand in that order in a layer."""
+    keys = [f"{target.name}.{target.start}".replace(".", "_") for target in lora.targets]
+    modules = [LowRank(lora.down[key], lora.up[key], lora.scale) for key in keys]
+    return nn.ModuleList(modules[::2]), nn.ModuleList(modules[1::2])
 
 
 def bare(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -57,10 +58,10 @@ class Decoder(nn.Module):
         language = model.backbone.model.model.language_model
         config, rotary = language.config, language.rotary_emb
         self.layers, self.norm, self.lm_head = language.layers, language.norm, model.backbone.head
-        self.query, self.value = adapters_of(model.long.lora, 0), adapters_of(model.long.lora, 1)
+        self.query, self.value = adapters_of(model.long.lora)
         self.has_policy = model.policy_lora.enabled
         if self.has_policy:
-            self.policy_query, self.policy_value = (adapters_of(model.policy_lora, part) for part in (0, 1))
+            self.policy_query, self.policy_value = adapters_of(model.policy_lora)
         self.tokens, self.long = model.tokens, model.long
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // self.heads
@@ -141,7 +142,7 @@ class VisionTower(nn.Module):
         visual = model.backbone.model.model.visual
         self.patch_embed, self.blocks, self.merger = visual.patch_embed, visual.blocks, visual.merger
         self.full = sorted(visual.fullatt_block_indexes)
-        self.query, self.value = adapters_of(model.short.lora, 0), adapters_of(model.short.lora, 1)
+        self.query, self.value = adapters_of(model.short.lora)
         self.heads, self.width = visual.config.num_heads, visual.config.hidden_size
         self.register_buffer("frequencies", visual.rotary_pos_emb.inv_freq.clone().float())
 
@@ -151,8 +152,19 @@ class VisionTower(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
-    def project_in(self, number: int, x: Tensor, rotary: tuple[Tensor, Tensor], adapter: Tensor) -> Sequence[Tensor]:
-        """Query, key and value (heads, T, head width) of block `number`."""
+    def block(
+        self,
+        number: int,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        adapter: Tensor,
+        bias: Tensor | None = None,
+        stream: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Block `number` over tokens (T, w), and the keys and values (heads, T, head width) that they make.
+
+        The tokens also read the keys and values of `stream`. `bias` is added to the scores.
+        """
         block: Any = self.blocks[number]
         y = block.norm1(x)
         query, key, value = bare(block.attn.qkv, y).chunk(3, dim=-1)
@@ -160,16 +172,14 @@ class VisionTower(nn.Module):
         value = value + adapter * self.value[number](y)
         shape = (-1, self.heads, self.width // self.heads)
         query, key, value = (part.reshape(shape).transpose(0, 1) for part in (query, key, value))
-        return rotate(query, *rotary), rotate(key, *rotary), value
-
-    def attend(self, number: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """The rest of block `number`: attention under an additive bias, projection, feed-forward."""
-        block: Any = self.blocks[number]
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        own = [key, value]
+        if stream:
+            key, value = (torch.cat(pair, dim=1) for pair in zip(stream, own, strict=True))
         scores = query @ key.transpose(-1, -2) * block.attn.scaling
         weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
         x = x + block.attn.proj((weights @ value).transpose(0, 1).reshape(-1, self.width))
-        result: Tensor = x + block.mlp(block.norm2(x))
-        return result
+        return x + block.mlp(block.norm2(x)), own
 
 
 class VisionEncoder(VisionTower):
@@ -191,10 +201,9 @@ class VisionEncoder(VisionTower):
         rotary = self.rotary(positions)
         stream: list[Tensor] = []
         for number in range(len(self.blocks)):
-            query, key, value = self.project_in(number, x, rotary, adapter)
-            if number in self.full:
-                stream += [key, value]
-            x = self.attend(number, x, query, key, value, same_image if number in self.full else same_window)
+            full = number in self.full
+            x, keys_values = self.block(number, x, rotary, adapter, same_image if full else same_window)
+            stream += keys_values if full else []
         return self.merger(x), embeds, stream
 
 
@@ -214,12 +223,8 @@ class ShortMemory(VisionTower):
         x = torch.cat((self.project(queries), self.init + pooled))
         rotary, adapter = self.rotary(positions), torch.ones(1)
         for number in range(len(self.blocks)):
-            query, key, value = self.project_in(number, x, rotary, adapter)
-            if number in self.full:
-                place = 2 * self.full.index(number)
-                key = torch.cat((stream[place], key), dim=1)
-                value = torch.cat((stream[place + 1], value), dim=1)
-            x = self.attend(number, x, query, key, value, None)
+            place = 2 * self.full.index(number) if number in self.full else len(stream)
+            x, _ = self.block(number, x, rotary, adapter, stream=stream[place : place + 2])
         memory: Tensor = self.merger(x[-self.init.shape[0] :])
         return memory
 

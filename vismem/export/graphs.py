@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vismem.models.lora import Lora
 from vismem.models.vismem import VisMemModel
 
+Pair = tuple[Tensor, Tensor]
 MASKED = -1e9  # finite: a row that sees nothing must not become NaN
 
 
@@ -91,12 +92,18 @@ class Decoder(nn.Module):
         bias = torch.where(seen, 0.0, MASKED)[:, None, None]  # (B, 1, 1, S, T)
         x, present = embeddings, []
         for number, layer in enumerate(self.layers):
-            y = layer.input_layernorm(x)
-            query, key, value = self._project(number, y, adapter[:, None, None])
+            attention, y, switch = layer.self_attn, layer.input_layernorm(x), adapter[:, None, None]
+            added_query, added_value = switch * self.query[number](y), switch * self.value[number](y)
+            if self.has_policy:
+                added_query = added_query + (1 - switch) * self.policy_query[number](y)
+                added_value = added_value + (1 - switch) * self.policy_value[number](y)
+            query, value = bare(attention.q_proj, y) + added_query, bare(attention.v_proj, y) + added_value
+            heads = ((query, self.heads), (attention.k_proj(y), self.kv_heads), (value, self.kv_heads))
+            query, key, value = (self._split(part, count) for part, count in heads)
             key = torch.cat((past[2 * number], rotate(key, cos, sin)), dim=2)
             value = torch.cat((past[2 * number + 1], value), dim=2)
             present += [key, value]
-            x = x + layer.self_attn.o_proj(self._attend(rotate(query, cos, sin), key, value, bias))
+            x = x + attention.o_proj(self._attend(rotate(query, cos, sin), key, value, bias))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         hidden = self.norm(x)
         last = hidden[:, -1]
@@ -105,17 +112,6 @@ class Decoder(nn.Module):
         kept = hidden[:, -self.long.length :]
         unit = kept * torch.rsqrt(kept.pow(2).mean(-1, keepdim=True) + 1e-6)
         return logits, hidden, self.long.output(unit) * self.long.output_scale, present
-
-    def _project(self, number: int, y: Tensor, switch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value (B, heads, S, head_dim) of a layer, before rotation."""
-        attention = self.layers[number].self_attn
-        added_query, added_value = switch * self.query[number](y), switch * self.value[number](y)
-        if self.has_policy:
-            added_query = added_query + (1 - switch) * self.policy_query[number](y)
-            added_value = added_value + (1 - switch) * self.policy_value[number](y)
-        query, value = bare(attention.q_proj, y) + added_query, bare(attention.v_proj, y) + added_value
-        key = attention.k_proj(y)
-        return self._split(query, self.heads), self._split(key, self.kv_heads), self._split(value, self.kv_heads)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Grouped attention without copies of the keys: (B, S, heads * head_dim)."""
@@ -126,6 +122,7 @@ class Decoder(nn.Module):
         return mixed.transpose(1, 2).reshape(batch, length, -1)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
+        """(B, S, heads * head_dim) -> (B, heads, S, head_dim)."""
         return x.reshape(x.shape[0], x.shape[1], heads, self.head_dim).transpose(1, 2)
 
 
@@ -146,24 +143,18 @@ class VisionTower(nn.Module):
         self.heads, self.width = visual.config.num_heads, visual.config.hidden_size
         self.register_buffer("frequencies", visual.rotary_pos_emb.inv_freq.clone().float())
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions: Tensor) -> Pair:
         """cos and sin (T, head width) of positions (T, 2) float: row and column; (0, 0) rotates by nothing."""
         angles = (positions[:, :, None] * self.frequencies).reshape(positions.shape[0], -1)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
     def block(
-        self,
-        number: int,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        adapter: Tensor,
-        bias: Tensor | None = None,
-        stream: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Block `number` over tokens (T, w), and the keys and values (heads, T, head width) that they make.
+        self, number: int, x: Tensor, rotary: Pair, adapter: Tensor, bias: Tensor | None, stream: Sequence[Tensor]
+    ) -> tuple[Tensor, Pair]:
+        """Block `number` over tokens x (T, w), and the key and value (heads, T, head width) that they make.
 
-        The tokens also read the keys and values of `stream`. `bias` is added to the scores.
+        The tokens also read the key and value in `stream`. `bias` is added to the scores.
         """
         block: Any = self.blocks[number]
         y = block.norm1(x)
@@ -173,7 +164,7 @@ class VisionTower(nn.Module):
         shape = (-1, self.heads, self.width // self.heads)
         query, key, value = (part.reshape(shape).transpose(0, 1) for part in (query, key, value))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        own = [key, value]
+        own = key, value
         if stream:
             key, value = (torch.cat(pair, dim=1) for pair in zip(stream, own, strict=True))
         scores = query @ key.transpose(-1, -2) * block.attn.scaling
@@ -202,8 +193,8 @@ class VisionEncoder(VisionTower):
         stream: list[Tensor] = []
         for number in range(len(self.blocks)):
             full = number in self.full
-            x, keys_values = self.block(number, x, rotary, adapter, same_image if full else same_window)
-            stream += keys_values if full else []
+            x, keys_values = self.block(number, x, rotary, adapter, same_image if full else same_window, ())
+            stream += keys_values if full else ()
         return self.merger(x), embeds, stream
 
 
@@ -224,7 +215,7 @@ class ShortMemory(VisionTower):
         rotary, adapter = self.rotary(positions), torch.ones(1)
         for number in range(len(self.blocks)):
             place = 2 * self.full.index(number) if number in self.full else len(stream)
-            x, _ = self.block(number, x, rotary, adapter, stream=stream[place : place + 2])
+            x, _ = self.block(number, x, rotary, adapter, None, stream[place : place + 2])
         memory: Tensor = self.merger(x[-self.init.shape[0] :])
         return memory
 

@@ -19,6 +19,7 @@ from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import FormationInputs
+from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.records import ParityReport
 from vismem.serving.runtime.limits import RequestError
@@ -46,30 +47,33 @@ def check_parity(
     compared even where the policy never invokes. `max_memory_difference` is the largest absolute difference of any
     number in any memory. A difference is reported, never raised.
     """
-    equal, memories, worst = 0, 0, 0.0
+    equal = 0
     differences: list[str] = []
+    distances: list[float] = []
     seconds = {"torch": 0.0, "runtime": 0.0}
     for place, sample in enumerate(samples):
         known = len(differences)
-        for forced in ({}, _both_kinds(place)):
+        # One memory at the answer's start and the other after its first word, the order changing from item to item.
+        both = {0: KINDS[place % 2], 2: KINDS[place % 2].other}
+        for forced in ({}, both):
             reference = decode_torch(model, sample, forced, max_new_tokens)
             try:
                 decoded = decode_runtime(model, runtime, sample, forced, max_new_tokens)
             except RequestError as error:
                 differences.append(f"{sample.id}: the runtime refuses it: {error}")
                 continue
-            seconds = {"torch": seconds["torch"] + reference.seconds, "runtime": seconds["runtime"] + decoded.seconds}
+            seconds["torch"] += reference.seconds
+            seconds["runtime"] += decoded.seconds
             if decoded.tokens != reference.tokens:
                 differences.append(f"{sample.id}: {first_difference(reference.tokens, decoded.tokens)}")
-            for ours, theirs in zip(decoded.memories, reference.memories, strict=False):
-                memories += 1
-                worst = max(worst, memory_difference(ours, theirs))
+            distances += map(memory_difference, decoded.memories, reference.memories)
         equal += len(differences) == known
+    worst = max(distances, default=0.0)
     return ParityReport(
         passed=bool(samples) and equal == len(samples) and worst <= tolerance,
         items=len(samples),
         greedy_equal=equal,
-        memories=memories,
+        memories=len(distances),
         max_memory_difference=worst,
         tolerance=tolerance,
         differences=tuple(differences[:SHOWN]),
@@ -138,9 +142,3 @@ def first_difference(reference: Sequence[int], found: Sequence[int]) -> str:
     pairs = enumerate(zip_longest(found, reference, fillvalue="the end"))
     place, (ours, theirs) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
     return f"token {place} is {ours}, torch gives {theirs}"
-
-
-def _both_kinds(place: int) -> dict[int, MemoryKind]:
-    """One memory at the answer's start and the other after its first word, the order changing from item to item."""
-    kinds = (MemoryKind.SHORT, MemoryKind.LONG)
-    return {decision: kinds[(decision // 2 + place) % 2] for decision in (0, 2)}

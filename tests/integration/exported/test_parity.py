@@ -155,6 +155,6 @@ def test_the_visual_states_in_the_runtime_are_those_of_one_torch_pass(model, run
     prompt = encode(model.backbone, [sample])
     with torch.no_grad():
         hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
-    answer = Answer(runtime.bundle, pictures(sample), sample.question, 4, None)
-    next(answer.run(4, 0.0, 0, False, {}))  # nothing but the prompt has been fed when the first word comes
+    answer = Answer(runtime, pictures(sample), sample.question, 4)
+    next(answer.run(0.0, 0, False, {}))  # nothing but the prompt has been fed when the first word comes
     np.testing.assert_allclose(answer.hidden[: answer.used], hidden[0].numpy(), atol=1e-5)

@@ -69,27 +69,20 @@ class Runtime:
             raise RequestError("no image: send at least one with the question")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-        answer = Answer(self.bundle, images, prompt, max_new_tokens, self.max_patches)
-        return answer.run(max_new_tokens, temperature, seed, memory, force or {})
+        return Answer(self, images, prompt, max_new_tokens).run(temperature, seed, memory, force or {})
 
 
 class Answer:
     """One answer in the making: everything fed so far, with its embeddings, hidden states, positions, keys, values."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        images: Sequence[Image.Image],
-        question: str,
-        max_new_tokens: int,
-        max_patches: int | None,
-    ) -> None:
-        self.bundle, settings = bundle, bundle.settings
+    def __init__(self, runtime: Runtime, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> None:
+        bundle, settings, max_patches = runtime.bundle, runtime.bundle.settings, runtime.max_patches
         self.memory_settings, self.tokens, decoder = settings["memory"], settings["tokens"], settings["decoder"]
         grids = [grid_of(image.size, settings["image"], f"image {i + 1}") for i, image in enumerate(images)]
         patches = sum(rows * columns for rows, columns in grids)
         if max_patches is not None and patches > max_patches:
             raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
+        self.bundle, self.max_new_tokens = bundle, max_new_tokens
         self.prompt = tokenise(bundle.tokenizer, settings, question, grids)
         longest = max(self.memory_settings[f"{kind}_length"] for kind in KINDS)
         room = max_new_tokens + self.memory_settings["max_per_answer"] * (longest + 2)
@@ -108,9 +101,7 @@ class Answer:
         nothing: Floats = np.zeros((1, decoder["kv_heads"], 0, decoder["head_width"]), np.float32)
         self.past = self.no_past = {name: nothing for name in bundle.decoder.inputs if name.startswith("past_")}
 
-    def run(
-        self, max_new_tokens: int, temperature: float, seed: int, memory: bool, force: Mapping[int, Kind]
-    ) -> Iterator[Chunk]:
+    def run(self, temperature: float, seed: int, memory: bool, force: Mapping[int, Kind]) -> Iterator[Chunk]:
         """Prefill, then decide, feed and form until the answer stops."""
         random = np.random.default_rng((seed, zlib.crc32(b"#0"), zlib.crc32(b"sample")))  # the training engine's
         text = TextStream(self.bundle.tokenizer)
@@ -140,7 +131,7 @@ class Answer:
                 continue
             words, remembering = words + 1, False
             yield Chunk(text.add(column), "token", column)
-            if column in self.tokens["stop"] or words >= max_new_tokens:
+            if column in self.tokens["stop"] or words >= self.max_new_tokens:
                 break
             logits = self._feed(self._embed([column]))
         yield Chunk(text.finish(), "end")

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,10 +93,24 @@ class TritonPythonModel:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, request: Any, sender: Any) -> None:
-        """Answer one request; a fault becomes an error response and ends this request only."""
+        """Send one response per chunk, or a single one with all chunks where the input STREAM is false.
+
+        A fault becomes an error response and ends this request only.
+        """
         try:
-            for response in self._responses(request, sender):
-                sender.send(response)
+            files, prompt, options, stream = read_request(request)
+            images = self.check_request(files, prompt, options["max_new_tokens"])
+            collected = []
+            with contextlib.closing(self.runtime.generate(images, prompt.decode(), **options)) as chunks:
+                for chunk in chunks:
+                    if self.stopping or sender.is_cancelled():
+                        return
+                    if stream:
+                        sender.send(response_of([chunk]))
+                    else:
+                        collected.append(chunk)
+            if not stream:
+                sender.send(response_of(collected))
         except ValueError as error:  # RequestError
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
         except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests continue
@@ -109,22 +122,6 @@ class TritonPythonModel:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             finally:
                 self.free.release()
-
-    def _responses(self, request: Any, sender: Any) -> Iterator[Any]:
-        """One response per chunk, or a single one with all chunks where the input STREAM is false."""
-        files, prompt, options, stream = read_request(request)
-        images = self.check_request(files, prompt, options["max_new_tokens"])
-        collected = []
-        with contextlib.closing(self.runtime.generate(images, prompt.decode(), **options)) as chunks:
-            for chunk in chunks:
-                if self.stopping or sender.is_cancelled():
-                    return
-                if stream:
-                    yield response_of([chunk])
-                else:
-                    collected.append(chunk)
-        if collected:
-            yield response_of(collected)
 
 
 def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool]:

@@ -128,15 +128,8 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
     backbone, processor = model.backbone, model.backbone.processor
     language, visual = backbone.model.model.language_model, backbone.model.model.visual
     images, config = processor.image_processor, language.config
-    same = (
-        "do_resize",
-        "do_rescale",
-        "do_normalize",
-        "rescale_factor",
-        "patch_size",
-        "temporal_patch_size",
-        "merge_size",
-    )
+    switches = ("do_resize", "do_rescale", "do_normalize")
+    sizes = ("rescale_factor", "patch_size", "temporal_patch_size", "merge_size")
     return {
         "format": FORMAT,
         "weights": WEIGHTS,
@@ -164,7 +157,7 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
         },
         "prompt": prompt_parts(processor),
         "image": {
-            **{name: getattr(images, name) for name in same},
+            **{name: getattr(images, name) for name in switches + sizes},
             "resample": int(images.resample),
             "mean": list(images.image_mean),
             "std": list(images.image_std),
@@ -208,7 +201,6 @@ def _exported(graph: Graph, weights: WeightFile, opset: int) -> onnx_ir.Model:
             opset_version=opset,
             input_names=graph.inputs,
             output_names=graph.outputs,
-            external_data=False,
             verbose=False,
         )
     assert program is not None

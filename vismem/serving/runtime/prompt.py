@@ -20,11 +20,6 @@ class Prompt:
     positions: Integers  # (3, L): time, height, width
     visual: NDArray[np.bool_]  # (L,) True at image tokens
 
-    @property
-    def next_position(self) -> int:
-        """Position of the answer's first token on all three axes."""
-        return int(self.positions.max()) + 1
-
 
 def plain_text(text: str, tokens: Iterable[str]) -> str:
     """User text that no tokenizer reads as a special token; text without any of `tokens` is returned as it is.

@@ -86,7 +86,7 @@ class Answer:
         self.prompt = tokenise(bundle.tokenizer, settings, question, grids)
         longest = max(self.memory_settings[f"{kind}_length"] for kind in KINDS)
         room = max_new_tokens + self.memory_settings["max_per_answer"] * (longest + 2)
-        if (needed := self.prompt.next_position + room) > decoder["max_positions"]:
+        if (needed := int(self.prompt.positions.max()) + 1 + room) > decoder["max_positions"]:
             raise RequestError(
                 f"the question, its images and {max_new_tokens} tokens need {needed} positions, "
                 f"the model has {decoder['max_positions']}: send less, or ask for less"

@@ -54,7 +54,10 @@ def model_card(
             "memory": _count(memory),
             "policy": _count(policy),
         },
-        sources=[_source(source) for source in config.prepare.sources],
+        sources=[
+            f"{source.kind} ({path.name})" if (path := getattr(source, "path", None)) else source.kind
+            for source in config.prepare.sources
+        ],
         stages=(_stage(config.stage1, config.grpo), _stage(config.stage2, config.grpo)),
         max_positions=model.backbone.model.config.text_config.max_position_embeddings,
         headline=headline(metrics),
@@ -67,11 +70,6 @@ def model_card(
         parity=parity,
         lineage=lineage,
     )
-
-
-def _source(source: Any) -> str:
-    path = getattr(source, "path", None)
-    return f"{source.kind} ({path.name})" if path else str(source.kind)
 
 
 def _stage(stage: GrpoStageConfig, grpo: GrpoConfig) -> str:

@@ -102,9 +102,8 @@ def decode_runtime(
     tokens: list[int] = []
     memories: Memories = []
     start = time.perf_counter()
-    for chunk in runtime.generate(
-        images, sample.question, max_new_tokens=max_new_tokens, memory=not forced, force=force
-    ):
+    chunks = runtime.generate(images, sample.question, max_new_tokens=max_new_tokens, memory=not forced, force=force)
+    for chunk in chunks:
         if chunk.token is not None:
             tokens.append(chunk.token)
         if chunk.memory is not None:

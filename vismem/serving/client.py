@@ -13,7 +13,6 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.serving.runtime.limits import RequestError, check_request
 
-MARKS = {"short": "⟨short⟩", "long": "⟨long⟩"}  # where a memory was invoked
 REASONS = {  # part of a server's message: what it means for the caller
     "Exceeds maximum queue size": "it is busy, its queue is full: try again later",
     "Request timeout expired": "it is busy, the request waited too long: try again later",
@@ -32,7 +31,7 @@ class Token:
     @property
     def marked(self) -> str:
         """The text to show where invocations should be seen."""
-        return MARKS.get(self.event, self.text if self.event == "token" else "")
+        return {"token": self.text, "end": ""}.get(self.event, f"⟨{self.event}⟩")
 
 
 def plain(tokens: Iterable[Token]) -> str:

@@ -1,6 +1,7 @@
 """Starts a real tritonserver on a model repository, proves that it answers, and always stops it (`vismem serve`)."""
 
 import re
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,14 +28,9 @@ class TritonServer:
 
     repository: Path
     models: list[str]
-    host: str
+    grpc_url: str  # host:port for clients on this machine
     ports: Mapping[str, int]  # grpc, http, metrics
     service: Service
-
-    @property
-    def grpc_url(self) -> str:
-        """host:port for clients on this machine."""
-        return f"{HOST if self.host == '0.0.0.0' else self.host}:{self.ports['grpc']}"
 
 
 @contextmanager
@@ -71,27 +67,22 @@ def triton_server(
         with start_service(
             "tritonserver", command, variables, log, stop_seconds=stop_seconds, find_error=_find_error
         ) as service:
-            server = TritonServer(repository, models, host, ports, service)
-            service.wait_until(lambda: _check_ready(server.grpc_url), READY_TIMEOUT)
+            address = HOST if host == "0.0.0.0" else host
+            url = f"{address}:{ports['grpc']}"
+            service.wait_until(lambda: _check_ready(f"http://{address}:{ports['http']}"), READY_TIMEOUT)
             for model in models:  # one whose Python process has died still says READY
                 try:
-                    ask(server.grpc_url, model, READY_TIMEOUT)
+                    ask(url, model, READY_TIMEOUT)
                 except UserError as error:
                     raise UserError(f"the server started, but does not answer: {error}; its log is {log}") from None
-            yield server
+            yield TritonServer(repository, models, url, ports, service)
 
 
 def _check_ready(url: str) -> None:
-    import tritonclient.grpc as triton
-    from tritonclient.utils import InferenceServerException
-
-    with triton.InferenceServerClient(url) as client:
-        try:
-            ready = client.is_server_ready(client_timeout=5)
-        except InferenceServerException as error:  # not listening yet
-            raise NotYetError(str(error)) from None
-    if not ready:
-        raise NotYetError("its models are loading")
+    try:
+        urllib.request.urlopen(f"{url}/v2/health/ready", timeout=5).close()
+    except OSError as error:  # not listening yet, or its models are loading
+        raise NotYetError(str(error)) from None
 
 
 def _find_error(lines: Sequence[str]) -> str:

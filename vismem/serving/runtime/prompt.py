@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 Integers = NDArray[np.int64]
 ZERO_WIDTH_SPACE = "\u200b"
@@ -65,23 +66,18 @@ class TextStream:
     """Turns token ids into text as they come; a character of several tokens comes out whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
-        self.before = self.done = 0  # ids[before:done] were emitted last and are kept as context
+        self.emitted = 0  # characters
 
     def add(self, token: int) -> str:
         """The text that became certain with this token; may be empty. Special tokens give none."""
         self.ids.append(token)
-        return self._advance(final=False)
+        text: str = self.stream.step(self.tokenizer, token) or ""
+        self.emitted += len(text)
+        return text
 
     def finish(self) -> str:
         """What was held back, if an answer ends within a character."""
-        return self._advance(final=True)
-
-    def _advance(self, final: bool) -> str:
-        known = self.tokenizer.decode(self.ids[self.before : self.done], skip_special_tokens=True)
-        text: str = self.tokenizer.decode(self.ids[self.before :], skip_special_tokens=True)
-        if (text.endswith("\ufffd") and not final) or len(text) <= len(known):
-            return ""
-        self.before, self.done = self.done, len(self.ids)
-        return text[len(known) :]
+        text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        return text[self.emitted :]

@@ -37,7 +37,7 @@ def living(group: int) -> list[int]:
 def test_a_model_process_that_dies_is_reported_and_the_server_can_still_be_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with triton_server(make_repository(tmp_path), log=tmp_path / "log", exit_timeout=1) as server:
+    with triton_server(make_repository(tmp_path), log=tmp_path / "log") as server:
         group = server.service.process.pid
         with pytest.raises(UserError, match=r"sent nothing for 2 s|is not healthy"):
             ask(server, "die", timeout=2)

@@ -46,9 +46,7 @@ def model_card(
         base=f"`{DEFAULT_BASE}`, a tiny Qwen2.5-VL trained by this project" if tiny else shown,
         hub_base=config.base.model if hub else "",
         tiny=tiny,
-        memory=model.memory_config,
-        invocation=model.invocation_config,
-        policy_lora=model.policy_lora.enabled,
+        model=model,
         parameters={
             "base": _count(model.backbone.model.num_parameters()),
             "memory": _count(memory),

@@ -23,8 +23,8 @@ from vismem.files import write_json
 from vismem.generation.prompts import prompt_text
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+from vismem.serving.runtime.bundle import FORMAT
 
-FORMAT = 1
 WEIGHTS = "weights.bin"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them
 ALIGNMENT = 64
@@ -126,8 +126,7 @@ def graphs_of(model: VisMemModel) -> list[Graph]:
 def runtime_settings(model: VisMemModel) -> dict[str, Any]:
     """All numbers that decoding needs beside the graphs, as JSON values."""
     backbone, processor = model.backbone, model.backbone.processor
-    language, visual = backbone.model.model.language_model, backbone.model.model.visual
-    images, config = processor.image_processor, language.config
+    images, config = processor.image_processor, backbone.model.model.language_model.config
     switches = ("do_resize", "do_rescale", "do_normalize")
     sizes = ("rescale_factor", "patch_size", "temporal_patch_size", "merge_size")
     return {
@@ -163,7 +162,7 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
             "std": list(images.image_std),
             "min_pixels": images.size["shortest_edge"],
             "max_pixels": images.size["longest_edge"],
-            "window_size": visual.window_size,
+            "window_size": backbone.model.model.visual.window_size,
         },
     }
 

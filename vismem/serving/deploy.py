@@ -18,8 +18,6 @@ from vismem.serving.client import Token, challenger_name, infer, marked, plain
 from vismem.serving.repository import write_model_repository
 from vismem.serving.server import triton_server
 
-SMOKE_ITEMS = 8
-
 
 def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Write `model_repository/`, `smoke.json` and `tritonserver.log` into `out`; return the step's line.
@@ -34,7 +32,7 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     shutil.rmtree(repository, ignore_errors=True)
     manifest = write_model_repository(inputs["export"], repository, model, version) / MANIFEST
     rows = iterate_samples(inputs["validate"] / "data" / "test")
-    samples = list(islice((sample for sample in rows if not sample.videos), SMOKE_ITEMS))  # a bundle takes images only
+    samples = list(islice((sample for sample in rows if not sample.videos), 8))  # a bundle takes images only
     if not samples:
         raise UserError(f"{inputs['validate']}/data/test has no row without a video to smoke-test the server with")
     with triton_server(repository, log=out / "tritonserver.log") as server:

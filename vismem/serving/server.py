@@ -16,6 +16,7 @@ from vismem.serving.probe import ask
 from vismem.serving.repository import check_repository
 
 READY_TIMEOUT = 180  # seconds
+EXIT_TIMEOUT = 5  # seconds that running answers get to end in
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
 # header as the key, and takes it from its command line, which every user of the machine can read. So this header has a
 # name that no client can send: neither HTTP/1 nor HTTP/2 allows a line break in a name.
@@ -35,13 +36,13 @@ class TritonServer:
 
 @contextmanager
 def triton_server(
-    repository: Path, *, log: Path, ports: Mapping[str, int] | None = None, host: str = HOST, exit_timeout: int = 5
+    repository: Path, *, log: Path, ports: Mapping[str, int] | None = None, host: str = HOST
 ) -> Iterator[TritonServer]:
     """`with triton_server(repository, log=FILE) as server: infer(server.grpc_url, ...)`.
 
-    `ports` of grpc, http and metrics, 0 or not given: any free one; `exit_timeout`: seconds that running answers get to
-    end in. Leaving stops the server with its children; if this process dies, the server gets SIGTERM. UserError names a
-    damaged repository, a busy port, or the reason that the log gives.
+    `ports` of grpc, http and metrics, 0 or not given: any free one. Leaving stops the server with its children; if this
+    process dies, the server gets SIGTERM. UserError names a damaged repository, a busy port, or the reason that the log
+    gives.
     """
     models = sorted(file.parent.name for file in repository.glob("*/config.pbtxt"))
     if not models:
@@ -55,7 +56,7 @@ def triton_server(
             "model-repository": repository,
             "backend-directory": environment.make_backend_folder(Path(scratch)),
             "model-control-mode": "none",
-            "exit-timeout-secs": exit_timeout,
+            "exit-timeout-secs": EXIT_TIMEOUT,
             "backend-config": f"python,stub-timeout-seconds={READY_TIMEOUT}",  # default: 30
             "grpc-restricted-protocol": CLOSED,
             "http-restricted-api": CLOSED,
@@ -63,9 +64,13 @@ def triton_server(
             **{f"{name}-address": host for name in ports},
         }
         command = [str(environment.binary), *(f"--{name}={value}" for name, value in options.items())]
-        variables, stop_seconds = environment.variables(), exit_timeout + 10
         with start_service(
-            "tritonserver", command, variables, log, stop_seconds=stop_seconds, find_error=_find_error
+            "tritonserver",
+            command,
+            environment.variables(),
+            log,
+            stop_seconds=EXIT_TIMEOUT + 10,
+            find_error=_find_error,
         ) as service:
             address = HOST if host == "0.0.0.0" else host
             url = f"{address}:{ports['grpc']}"
@@ -114,10 +119,8 @@ def serve(
         hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
         raise UserError(f"{repository} is not there: {hint}")
     asked = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
-    ports = {
-        name.removesuffix("_port"): getattr(config.deploy, name) if port is None else port
-        for name, port in asked.items()
-    }
+    chosen = config.deploy.model_dump() | {name: port for name, port in asked.items() if port is not None}
+    ports = {name: chosen[f"{name}_port"] for name in ("grpc", "http", "metrics")}
     with until_stopped(write), triton_server(repository, log=log, host=host, ports=ports) as server:
         others = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
         write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({others})")

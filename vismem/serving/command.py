@@ -18,13 +18,9 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     The configuration is that of --params and --profile, which are added to the parser's options.
     """
     parser.add_argument("--params", type=Path, help="parameter file; default: the parameters' defaults")
-    parser.add_argument(
-        "--profile",
-        default=os.environ.get(PROFILE_VARIABLE) or None,
-        help=f"a profile of deploy/profiles/; default: {PROFILE_VARIABLE}",
-    )
+    parser.add_argument("--profile", help=f"a profile of deploy/profiles/; default: {PROFILE_VARIABLE}")
     options = vars(parser.parse_args(arguments))
-    params, profile = options.pop("params"), options.pop("profile")
+    params, profile = options.pop("params"), options.pop("profile") or os.environ.get(PROFILE_VARIABLE) or None
     try:
         print(action(load_config(params, profile) if params else resolve(profile or ""), **options))
     except UserError as error:

@@ -49,7 +49,7 @@ def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], question: str, grid
 def _positions(visual: NDArray[np.bool_], grids: Sequence[tuple[int, int]]) -> Integers:
     """Text advances on all axes; an image has one time, and its rows and columns count from there."""
     positions = np.zeros((3, len(visual)), np.int64)
-    place = following = 0
+    place = following = 0  # tokens done, and the position that follows them
     for rows, columns in grids:
         start = place + int(np.argmax(visual[place:]))
         positions[:, place:start] = following + np.arange(start - place)

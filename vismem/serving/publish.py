@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line; return 0 if the champion is current, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m vismem.serving.publish", description=__doc__)
     parser.add_argument(
-        "--to", dest="folder", type=Path, required=True, help="the folder, on a volume that the servers read"
+        "--to", dest="folder", type=Path, required=True, help="folder on a volume that the servers read"
     )
     return run_command(parser, arguments, publish)
 

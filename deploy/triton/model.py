@@ -4,6 +4,7 @@
 model. Nothing that lies beside it is imported before it is verified.
 """
 
+import contextlib
 import hashlib
 import json
 import locale
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ class TritonPythonModel:
             if self._reserve_worker(sender):
                 self.pool.submit(self._answer, request, sender)
             else:
-                self._fail(sender, f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
-                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                busy = failure(f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
+                sender.send(busy, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _reserve_worker(self, sender: Any) -> bool:
         """Wait for a free worker; False when the deadline has passed or the client has gone."""
@@ -93,41 +93,35 @@ class TritonPythonModel:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, request: Any, sender: Any) -> None:
-        """Answer one request; a fault becomes an error response and ends this request only."""
+        """Send one response per chunk, or a single one with all chunks where the input STREAM is false.
+
+        A fault becomes an error response and ends this request only.
+        """
         try:
-            for response in self._responses(request, sender):
-                sender.send(response)
+            files, prompt, options, stream = read_request(request)
+            images = self.check_request(files, prompt, options["max_new_tokens"])
+            collected = []
+            with contextlib.closing(self.runtime.generate(images, prompt.decode(), **options)) as chunks:
+                for chunk in chunks:
+                    if self.stopping or sender.is_cancelled():
+                        return
+                    if stream:
+                        sender.send(response_of([chunk]))
+                    else:
+                        collected.append(chunk)
+            if not stream:
+                sender.send(response_of(collected))
         except ValueError as error:  # RequestError
-            self._fail(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+            sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
         except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests continue
             pb_utils.Logger.log_error(traceback.format_exc())
-            self._fail(sender, f"the model failed: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+            message = f"the model failed: {type(error).__name__}: {error}"
+            sender.send(failure(message, pb_utils.TritonError.INTERNAL))
         finally:
             try:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             finally:
                 self.free.release()
-
-    def _responses(self, request: Any, sender: Any) -> Iterator[Any]:
-        """One response per chunk, or a single one with all chunks where the input STREAM is false."""
-        files, prompt, options, stream = read_request(request)
-        images = self.check_request(files, prompt, options["max_new_tokens"])
-        collected = []
-        chunks = self.runtime.generate(images, prompt.decode(), **options)
-        for chunk in chunks:
-            if self.stopping or sender.is_cancelled():
-                chunks.close()
-                return
-            if stream:
-                yield response_of([chunk])
-            else:
-                collected.append(chunk)
-        if not stream:
-            yield response_of(collected)
-
-    @staticmethod
-    def _fail(sender: Any, message: str, code: Any) -> None:
-        sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)))
 
 
 def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool]:
@@ -147,6 +141,11 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool
     if values["SEED"] < 0:
         raise ValueError(f"SEED is {values['SEED']}: it must not be negative")
     return files, prompt, {name.lower(): value for name, value in values.items()}, stream
+
+
+def failure(message: str, code: Any) -> Any:
+    """An error response."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
 def response_of(chunks: list[Any]) -> Any:

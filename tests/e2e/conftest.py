@@ -7,7 +7,7 @@ import pytest
 from stand_in import make_repository
 
 from vismem.serving.environment import DEFAULT_PYTHON, VARIABLE
-from vismem.serving.server import TritonServer
+from vismem.serving.server import TritonServer, triton_server
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +15,5 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     if not DEFAULT_PYTHON.exists() and VARIABLE not in os.environ:
         pytest.fail(f"{DEFAULT_PYTHON} is missing: run `make serving`")
     folder = tmp_path_factory.mktemp("triton")
-    with TritonServer(make_repository(folder), log=folder / "server.log") as running:
+    with triton_server(make_repository(folder), log=folder / "server.log") as running:
         yield running

@@ -52,7 +52,7 @@ def test_deploy_serves_a_released_version_under_the_models_name(
     Release(name="vismem", version="5", model_id="m-1", previous=None, **passed).write(inputs["promote"])
     (tmp_path / "out" / "model_repository" / "half").mkdir(parents=True)  # left by a killed run
     running = contextlib.nullcontext(server)  # the one that runs already: a second start shows nothing new
-    monkeypatch.setattr(deploy_step, "TritonServer", lambda repository, log: running)
+    monkeypatch.setattr(deploy_step, "triton_server", lambda repository, log: running)
     line = deploy_step.deploy(parse_config({}), inputs, tmp_path / "out")
     assert line.startswith("deployed vismem version 5: 3 questions answered over gRPC")
     assert [path.name for path in (tmp_path / "out" / "model_repository").iterdir()] == ["vismem"]

@@ -13,7 +13,7 @@ from vismem.config import parse_config
 from vismem.errors import UserError
 from vismem.serving.client import infer, main_infer
 from vismem.serving.environment import VARIABLE, find_serving_environment
-from vismem.serving.server import TritonServer, serve
+from vismem.serving.server import TritonServer, serve, triton_server
 
 
 def test_a_port_in_use_is_named_with_its_flag(server: TritonServer, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_port_in_use_is_named_with_its_flag(server: TritonServer, tmp_path: Pa
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        second = TritonServer(server.repository, log=tmp_path / "log", http_port=port)
+        second = triton_server(server.repository, log=tmp_path / "log", ports={"http": port})
         with pytest.raises(UserError, match=rf"port {port} .*in use.*--http-port \(deploy.http_port"), second:
             pass
     assert not (tmp_path / "log").exists()
@@ -55,7 +55,7 @@ def test_a_model_that_does_not_load_ends_the_start_with_its_reason(tmp_path: Pat
     repository = make_repository(tmp_path, runtime="raise ImportError('no such part')")
     with (
         pytest.raises(UserError, match=rf"version 7: .*ImportError: no such part; its log is {tmp_path}/log"),
-        TritonServer(repository, log=tmp_path / "log"),
+        triton_server(repository, log=tmp_path / "log"),
     ):
         pass
 

@@ -19,7 +19,7 @@ from vismem.records import Release
 from vismem.serving.client import Token, infer, marked, plain
 from vismem.serving.deploy import deploy
 from vismem.serving.runtime.runtime import Runtime
-from vismem.serving.server import TritonServer
+from vismem.serving.server import TritonServer, triton_server
 
 TOKENS = 12
 
@@ -51,7 +51,7 @@ def deployed(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def server(deployed: Path) -> Iterator[TritonServer]:
-    with TritonServer(deployed / "model_repository", log=deployed.parent / "log") as running:
+    with triton_server(deployed / "model_repository", log=deployed.parent / "log") as running:
         yield running
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from stand_in import make_repository
 
-from vismem.serving.server import CLOSED, TritonServer
+from vismem.serving.server import CLOSED, TritonServer, triton_server
 
 ADMIN = [
     ("RepositoryIndex", "/v2/repository/index"),
@@ -25,7 +25,7 @@ ADMIN = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("triton")
-    with TritonServer(make_repository(folder), log=folder / "server.log") as running:
+    with triton_server(make_repository(folder), log=folder / "server.log") as running:
         yield running
 
 

@@ -9,7 +9,7 @@ from stand_in import make_repository
 
 from vismem.errors import UserError
 from vismem.serving import server as server_module
-from vismem.serving.server import TritonServer
+from vismem.serving.server import triton_server
 
 
 def cut(file: Path) -> None:
@@ -46,7 +46,7 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def test_a_server_does_not_start_on_a_damaged_repository_and_names_each_file(damaged: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is damaged: ") as fault, TritonServer(damaged, log=tmp_path / "log"):
+    with pytest.raises(UserError, match="is damaged: ") as fault, triton_server(damaged, log=tmp_path / "log"):
         pass
     for name, (file, _, problem) in DAMAGE.items():
         assert f"{name}: {file} {problem.replace('manifest.json', 'the manifest')}" in str(fault.value)
@@ -61,7 +61,7 @@ def test_a_damaged_model_is_not_loaded_by_any_triton(
     monkeypatch.setattr(server_module, "check_repository", lambda repository: None)
     with (
         pytest.raises(UserError, match="tritonserver exited with status 1"),
-        TritonServer(damaged, log=tmp_path / "log"),
+        triton_server(damaged, log=tmp_path / "log"),
     ):
         pass
     log = (tmp_path / "log").read_text()

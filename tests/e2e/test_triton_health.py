@@ -16,7 +16,7 @@ from vismem.errors import UserError
 from vismem.serving.command import PROFILE_VARIABLE
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import main as probe
-from vismem.serving.server import TritonServer
+from vismem.serving.server import TritonServer, triton_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def living(group: int) -> list[int]:
 def test_a_model_process_that_dies_is_reported_and_the_server_can_still_be_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with TritonServer(make_repository(tmp_path), log=tmp_path / "log", exit_timeout=1) as server:
+    with triton_server(make_repository(tmp_path), log=tmp_path / "log") as server:
         group = server.service.process.pid
         with pytest.raises(UserError, match=r"sent nothing for 2 s|is not healthy"):
             ask(server, "die", timeout=2)
@@ -77,7 +77,7 @@ def test_the_probe_asks_the_profile_s_model(
 ) -> None:
     profile = "qwen2_5_vl_7b"
     name = resolve(profile).deploy.model_name
-    with TritonServer(make_repository(tmp_path, name), log=tmp_path / "log") as server:
+    with triton_server(make_repository(tmp_path, name), log=tmp_path / "log") as server:
         assert probe(probed(server)) == 1
         assert "serves neither 'vismem' nor" in capsys.readouterr().err
         assert probe([*probed(server), "--profile", profile]) == 0

@@ -14,7 +14,7 @@ from vismem.config import parse_config
 from vismem.errors import UserError
 from vismem.serving import repository
 from vismem.serving.client import Token, infer, main_infer
-from vismem.serving.server import TritonServer
+from vismem.serving.server import TritonServer, triton_server
 
 WORKERS, IN_EXECUTE, QUEUE = 2, 1, 32
 
@@ -65,7 +65,7 @@ def test_who_waits_longer_than_the_deadline_is_refused_and_the_server_answers_on
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repository, "CONFIG", repository.CONFIG.replace(": 30000000", ": 500000"))
-    with TritonServer(make_repository(tmp_path), log=tmp_path / "log") as server, ThreadPoolExecutor(4) as clients:
+    with triton_server(make_repository(tmp_path), log=tmp_path / "log") as server, ThreadPoolExecutor(4) as clients:
         with contextlib.closing(endless(server)) as first, contextlib.closing(endless(server)) as second:  # type: ignore[type-var]
             assert [next(first), next(second)] == [ANSWER[0]] * WORKERS
             late: list[Future[tuple[Token, ...]]] = [clients.submit(ask, server) for _ in range(4)]

@@ -1,1 +1,1 @@
-"""Export: ONNX graphs and their parity, the bundle, the Triton model repository."""
+"""Export: ONNX graphs and their parity with torch, the model card, the bundle."""

@@ -24,44 +24,42 @@ def model_card(
     hub = config.base.folder() is None
     # A hub id as it stands; of a path only its last part, which tells nothing of the machine.
     shown = config.base.model if hub else config.base.model.rstrip("/").rsplit("/", 1)[-1]
-    arms, gains, intervals = metrics.arms, metrics.gain, metrics.intervals
-    groups = [name for name in (*CAPABILITIES, OVERALL) if name in next(iter(arms.values()))]
+    arms = metrics.arms
 
     def score(arm: str, group: str) -> str:
-        low, high = intervals[arm][group]
+        low, high = metrics.intervals[arm][group]
         return f"{arms[arm][group]:.1f} ({low:.1f} to {high:.1f})"
 
     def gain(group: str) -> str:
-        low, high = gains[group].ci95
-        return f"{gains[group].delta:+.1f} ({low:+.1f} to {high:+.1f})"
+        low, high = metrics.gain[group].ci95
+        return f"{metrics.gain[group].delta:+.1f} ({low:+.1f} to {high:+.1f})"
 
     loader = PackageLoader("vismem.export", ".")
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    template = environment.get_template("card.md.j2")
-    own = {name: value.numel() for name, value in model.named_parameters()}
-    trained = ("tokens.", "policy_lora.") if model.policy_lora.enabled else ("tokens.",)
-    policy = sum(n for name, n in own.items() if name.startswith(trained))
-    memory = sum(n for name, n in own.items() if not name.startswith(("tokens.", "policy_lora.")))
-    return template.render(
+    size = {name: sum(value.numel() for value in part.parameters()) for name, part in model.named_children()}
+    policy = size["tokens"] + (size["policy_lora"] if model.policy_lora.enabled else 0)
+    memory = size["builder"] + size["short"] + size["long"]
+    return environment.get_template("card.md.j2").render(
         base_name="the tiny VLM" if tiny else shown,
         licence="apache-2.0" if tiny else "other",
         base_licence="Apache-2.0 (trained by this project)" if tiny else "as published by their authors",
         base=f"`{DEFAULT_BASE}`, a tiny Qwen2.5-VL trained by this project" if tiny else shown,
         hub_base=config.base.model if hub else "",
         tiny=tiny,
-        memory=model.memory_config,
-        invocation=model.invocation_config,
-        policy_lora=model.policy_lora.enabled,
+        model=model,
         parameters={
             "base": _count(model.backbone.model.num_parameters()),
             "memory": _count(memory),
             "policy": _count(policy),
         },
-        sources=[_source(source) for source in config.prepare.sources],
+        sources=[
+            f"{source.kind} ({path.name})" if (path := getattr(source, "path", None)) else source.kind
+            for source in config.prepare.sources
+        ],
         stages=(_stage(config.stage1, config.grpo), _stage(config.stage2, config.grpo)),
         max_positions=model.backbone.model.config.text_config.max_position_embeddings,
         headline=headline(metrics),
-        groups=groups,
+        groups=[name for name in (*CAPABILITIES, OVERALL) if name in next(iter(arms.values()))],
         label=label,
         descriptions={name: ARMS[name].description for name in arms if name in ARMS},
         score=score,
@@ -70,11 +68,6 @@ def model_card(
         parity=parity,
         lineage=lineage,
     )
-
-
-def _source(source: Any) -> str:
-    path = getattr(source, "path", None)
-    return f"{source.kind} ({path.name})" if path else str(source.kind)
 
 
 def _stage(stage: GrpoStageConfig, grpo: GrpoConfig) -> str:

@@ -34,13 +34,8 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     for curve in inputs["stage2"].glob("*.csv"):
         shutil.copy(curve, out / "training")
     write_graphs(model, out / "onnx", config.export.opset)
-    parity = check_parity(
-        model,
-        Runtime(out, verified=True),
-        samples,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        tolerance=config.export.tolerance,
-    )
+    runtime, tokens = Runtime(out, verified=True), config.evaluate.max_new_tokens
+    parity = check_parity(model, runtime, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))

@@ -4,7 +4,6 @@ They share the base's parameters; the adapters are a switch at run time (paper S
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,11 @@ class LowRank(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
 
 
-def adapters_of(lora: Lora, part: int) -> nn.ModuleList:
-    """The adapter of each layer for its query (part 0) or value (part 1); targets stand in that order in a layer."""
-    keys = [f"{target.name}.{target.start}".replace(".", "_") for target in lora.targets[part::2]]
-    return nn.ModuleList(LowRank(lora.down[key], lora.up[key], lora.scale) for key in keys)
+def adapters_of(lora: Lora) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The adapters of all layers' queries, and those of their values; targets stand in that order in a layer."""
+    keys = [f"{target.name}.{target.start}".replace(".", "_") for target in lora.targets]
+    modules = [LowRank(lora.down[key], lora.up[key], lora.scale) for key in keys]
+    return nn.ModuleList(modules[::2]), nn.ModuleList(modules[1::2])
 
 
 def bare(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ class Decoder(nn.Module):
         language = model.backbone.model.model.language_model
         config, rotary = language.config, language.rotary_emb
         self.layers, self.norm, self.lm_head = language.layers, language.norm, model.backbone.head
-        self.query, self.value = adapters_of(model.long.lora, 0), adapters_of(model.long.lora, 1)
+        self.query, self.value = adapters_of(model.long.lora)
         self.has_policy = model.policy_lora.enabled
         if self.has_policy:
-            self.policy_query, self.policy_value = (adapters_of(model.policy_lora, part) for part in (0, 1))
+            self.policy_query, self.policy_value = adapters_of(model.policy_lora)
         self.tokens, self.long = model.tokens, model.long
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // self.heads
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         last; hidden states after the final norm (B, S, d); the long memory that the last N_l of them make
         (B, <= N_l, d); and the new past.
         """
-        length = embeddings.shape[1]
+        batch, length, _ = embeddings.shape
         angles = torch.einsum("abs,fa->bsf", positions, self.axes) * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, S, head_dim)
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
@@ -90,12 +90,23 @@ class Decoder(nn.Module):
         bias = torch.where(seen, 0.0, MASKED)[:, None, None]  # (B, 1, 1, S, T)
         x, present = embeddings, []
         for number, layer in enumerate(self.layers):
-            y = layer.input_layernorm(x)
-            query, key, value = self._project(number, y, adapter[:, None, None])
+            attention, y, switch = layer.self_attn, layer.input_layernorm(x), adapter[:, None, None]
+            added_query, added_value = switch * self.query[number](y), switch * self.value[number](y)
+            if self.has_policy:
+                added_query = added_query + (1 - switch) * self.policy_query[number](y)
+                added_value = added_value + (1 - switch) * self.policy_value[number](y)
+            query, value = bare(attention.q_proj, y) + added_query, bare(attention.v_proj, y) + added_value
+            parts = ((query, self.heads), (attention.k_proj(y), self.kv_heads), (value, self.kv_heads))
+            query, key, value = (part.reshape(batch, length, n, self.head_dim).transpose(1, 2) for part, n in parts)
             key = torch.cat((past[2 * number], rotate(key, cos, sin)), dim=2)
             value = torch.cat((past[2 * number + 1], value), dim=2)
             present += [key, value]
-            x = x + layer.self_attn.o_proj(self._attend(rotate(query, cos, sin), key, value, bias))
+            # Grouped attention without copies of the keys.
+            query = rotate(query, cos, sin).reshape(batch, self.kv_heads, -1, length, self.head_dim)
+            scores = query * self.head_dim**-0.5 @ key[:, :, None].transpose(-1, -2) + bias
+            mixed = torch.softmax(scores, dim=-1) @ value[:, :, None]
+            mixed = mixed.reshape(batch, self.heads, length, self.head_dim)
+            x = x + attention.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         hidden = self.norm(x)
         last = hidden[:, -1]
@@ -104,28 +115,6 @@ class Decoder(nn.Module):
         kept = hidden[:, -self.long.length :]
         unit = kept * torch.rsqrt(kept.pow(2).mean(-1, keepdim=True) + 1e-6)
         return logits, hidden, self.long.output(unit) * self.long.output_scale, present
-
-    def _project(self, number: int, y: Tensor, switch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value (B, heads, S, head_dim) of a layer, before rotation."""
-        attention = self.layers[number].self_attn
-        added_query, added_value = switch * self.query[number](y), switch * self.value[number](y)
-        if self.has_policy:
-            added_query = added_query + (1 - switch) * self.policy_query[number](y)
-            added_value = added_value + (1 - switch) * self.policy_value[number](y)
-        query, value = bare(attention.q_proj, y) + added_query, bare(attention.v_proj, y) + added_value
-        key = attention.k_proj(y)
-        return self._split(query, self.heads), self._split(key, self.kv_heads), self._split(value, self.kv_heads)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """Grouped attention without copies of the keys: (B, S, heads * head_dim)."""
-        batch, _, length, width = query.shape
-        grouped = query.reshape(batch, self.kv_heads, -1, length, width) * width**-0.5
-        weights = torch.softmax(grouped @ key[:, :, None].transpose(-1, -2) + bias, dim=-1)
-        mixed = (weights @ value[:, :, None]).reshape(batch, self.heads, length, width)
-        return mixed.transpose(1, 2).reshape(batch, length, -1)
-
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.reshape(x.shape[0], x.shape[1], heads, self.head_dim).transpose(1, 2)
 
 
 class VisionTower(nn.Module):
@@ -141,35 +130,40 @@ class VisionTower(nn.Module):
         visual = model.backbone.model.model.visual
         self.patch_embed, self.blocks, self.merger = visual.patch_embed, visual.blocks, visual.merger
         self.full = sorted(visual.fullatt_block_indexes)
-        self.query, self.value = adapters_of(model.short.lora, 0), adapters_of(model.short.lora, 1)
+        self.query, self.value = adapters_of(model.short.lora)
         self.heads, self.width = visual.config.num_heads, visual.config.hidden_size
         self.register_buffer("frequencies", visual.rotary_pos_emb.inv_freq.clone().float())
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, head width) of positions (T, 2) float: row and column; (0, 0) rotates by nothing."""
+    def run(
+        self, x: Tensor, positions: Tensor, adapter: Tensor, biases: Sequence[Tensor | None], stream: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All blocks over tokens x (T, w) at positions (T, 2) float: row and column; (0, 0) rotates by nothing.
+
+        biases: what is added to the scores (T, T) of full-attention blocks, and of the others. stream: key and value
+        (heads, P, head width) of each full-attention block in turn, read beside the tokens' own, or nothing. Returns
+        the tokens after the last block, and a stream of their own.
+        """
         angles = (positions[:, :, None] * self.frequencies).reshape(positions.shape[0], -1)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
-
-    def project_in(self, number: int, x: Tensor, rotary: tuple[Tensor, Tensor], adapter: Tensor) -> Sequence[Tensor]:
-        """Query, key and value (heads, T, head width) of block `number`."""
-        block: Any = self.blocks[number]
-        y = block.norm1(x)
-        query, key, value = bare(block.attn.qkv, y).chunk(3, dim=-1)
-        query = query + adapter * self.query[number](y)
-        value = value + adapter * self.value[number](y)
-        shape = (-1, self.heads, self.width // self.heads)
-        query, key, value = (part.reshape(shape).transpose(0, 1) for part in (query, key, value))
-        return rotate(query, *rotary), rotate(key, *rotary), value
-
-    def attend(self, number: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """The rest of block `number`: attention under an additive bias, projection, feed-forward."""
-        block: Any = self.blocks[number]
-        scores = query @ key.transpose(-1, -2) * block.attn.scaling
-        weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
-        x = x + block.attn.proj((weights @ value).transpose(0, 1).reshape(-1, self.width))
-        result: Tensor = x + block.mlp(block.norm2(x))
-        return result
+        cos, sin = angles.cos(), angles.sin()
+        shape, own = (-1, self.heads, self.width // self.heads), []
+        for number, block in enumerate(self.blocks):
+            y = block.norm1(x)
+            query, key, value = bare(block.attn.qkv, y).chunk(3, dim=-1)
+            query = query + adapter * self.query[number](y)
+            value = value + adapter * self.value[number](y)
+            query, key, value = (part.reshape(shape).transpose(0, 1) for part in (query, key, value))
+            query, key, bias = rotate(query, cos, sin), rotate(key, cos, sin), biases[number not in self.full]
+            if number in self.full:
+                own += [key, value]
+                if stream:
+                    seen = stream[len(own) - 2 : len(own)]
+                    key, value = torch.cat((seen[0], key), dim=1), torch.cat((seen[1], value), dim=1)
+            scores = query @ key.transpose(-1, -2) * block.attn.scaling
+            weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+            x = x + block.attn.proj((weights @ value).transpose(0, 1).reshape(-1, self.width))
+            x = x + block.mlp(block.norm2(x))
+        return x, own
 
 
 class VisionEncoder(VisionTower):
@@ -181,20 +175,14 @@ class VisionEncoder(VisionTower):
         """All patches of one request.
 
         pixels (P, values); positions (P, 2) float; windows, images (P,): numbers of each patch's window and image;
-        adapter (1,): 1.0 for the short former's stream. Returns features (P / g, d), patch embeddings (P, w), and key
-        and value (heads, P, head width) of each full-attention block in turn.
+        adapter (1,): 1.0 for the short former's stream. Returns features (P / g, d), patch embeddings (P, w), and the
+        stream (see `run`).
         """
         weight = self.patch_embed.proj.weight  # the convolution's stride is its kernel, so it is a product
-        embeds = x = nn.functional.linear(pixels, weight.reshape(self.width, -1))
+        embeds = nn.functional.linear(pixels, weight.reshape(self.width, -1))
         same_window = torch.where(windows[:, None] == windows[None], 0.0, MASKED)
         same_image = torch.where(images[:, None] == images[None], 0.0, MASKED)
-        rotary = self.rotary(positions)
-        stream: list[Tensor] = []
-        for number in range(len(self.blocks)):
-            query, key, value = self.project_in(number, x, rotary, adapter)
-            if number in self.full:
-                stream += [key, value]
-            x = self.attend(number, x, query, key, value, same_image if number in self.full else same_window)
+        x, stream = self.run(embeds, positions, adapter, (same_image, same_window), ())
         return self.merger(x), embeds, stream
 
 
@@ -212,14 +200,7 @@ class ShortMemory(VisionTower):
         (K + g * N_s, 2) float, (0, 0) for the identity; stream: as VisionEncoder gives it with its adapter on.
         """
         x = torch.cat((self.project(queries), self.init + pooled))
-        rotary, adapter = self.rotary(positions), torch.ones(1)
-        for number in range(len(self.blocks)):
-            query, key, value = self.project_in(number, x, rotary, adapter)
-            if number in self.full:
-                place = 2 * self.full.index(number)
-                key = torch.cat((stream[place], key), dim=1)
-                value = torch.cat((stream[place + 1], value), dim=1)
-            x = self.attend(number, x, query, key, value, None)
+        x, _ = self.run(x, positions, torch.ones(1), (None, None), stream)
         memory: Tensor = self.merger(x[-self.init.shape[0] :])
         return memory
 

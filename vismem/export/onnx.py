@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir
 import torch
 from numpy.typing import NDArray
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from vismem.data.sample import Sample
@@ -24,8 +23,8 @@ from vismem.files import write_json
 from vismem.generation.prompts import prompt_text
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+from vismem.serving.runtime.bundle import FORMAT
 
-FORMAT = 1
 WEIGHTS = "weights.bin"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them
 ALIGNMENT = 64
@@ -127,17 +126,9 @@ def graphs_of(model: VisMemModel) -> list[Graph]:
 def runtime_settings(model: VisMemModel) -> dict[str, Any]:
     """All numbers that decoding needs beside the graphs, as JSON values."""
     backbone, processor = model.backbone, model.backbone.processor
-    language, visual = backbone.model.model.language_model, backbone.model.model.visual
-    images, config = processor.image_processor, language.config
-    same = (
-        "do_resize",
-        "do_rescale",
-        "do_normalize",
-        "rescale_factor",
-        "patch_size",
-        "temporal_patch_size",
-        "merge_size",
-    )
+    images, config = processor.image_processor, backbone.model.model.language_model.config
+    switches = ("do_resize", "do_rescale", "do_normalize")
+    sizes = ("rescale_factor", "patch_size", "temporal_patch_size", "merge_size")
     return {
         "format": FORMAT,
         "weights": WEIGHTS,
@@ -165,13 +156,13 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
         },
         "prompt": prompt_parts(processor),
         "image": {
-            **{name: getattr(images, name) for name in same},
+            **{name: getattr(images, name) for name in switches + sizes},
             "resample": int(images.resample),
             "mean": list(images.image_mean),
             "std": list(images.image_std),
             "min_pixels": images.size["shortest_edge"],
             "max_pixels": images.size["longest_edge"],
-            "window_size": visual.window_size,
+            "window_size": backbone.model.model.visual.window_size,
         },
     }
 
@@ -199,40 +190,33 @@ def prompt_parts(processor: Any) -> dict[str, str]:
 
 def _exported(graph: Graph, weights: WeightFile, opset: int) -> onnx_ir.Model:
     """The graph with its large tensors in the weight file and nothing of this machine in its metadata."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
-        logger.setLevel(logging.ERROR)
-        try:
-            program = torch.onnx.export(
-                graph.module.eval(),
-                graph.arguments,
-                dynamo=True,
-                dynamic_shapes=graph.varying,
-                opset_version=opset,
-                input_names=graph.inputs,
-                output_names=graph.outputs,
-                external_data=False,
-                verbose=False,
-            )
-        finally:
-            logger.setLevel(level)
+        program = torch.onnx.export(
+            graph.module.eval(),
+            graph.arguments,
+            dynamo=True,
+            dynamic_shapes=graph.varying,
+            opset_version=opset,
+            input_names=graph.inputs,
+            output_names=graph.outputs,
+            verbose=False,
+        )
     assert program is not None
     model = program.model
-    for value in model.graph.initializers.values():
+    initializers = list(model.graph.initializers.values())
+    for value in initializers:
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes >= INLINE_BYTES:
-            offset, shape = weights.add(tensor.numpy()), onnx_ir.Shape(tensor.numpy().shape)
+            offset, shape, name = weights.add(tensor.numpy()), onnx_ir.Shape(tensor.numpy().shape), value.name or ""
             value.const_value = onnx_ir.ExternalTensor(
-                WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=shape, name=value.name or ""
+                WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name
             )
-    # The exporter leaves stack traces and build paths behind.
-    ClearMetadataAndDocStringPass()(model)
-    model.metadata_props.clear()
-    model.doc_string = None
-    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    for value in (*values, *(output for node in model.graph for output in node.outputs)):
-        value.metadata_props.clear()
-        value.doc_string = None
+    nodes = list(model.graph.all_nodes())
+    outputs = [output for node in nodes for output in node.outputs]
+    parts: list[Any] = [model, model.graph, *model.graph.inputs, *initializers, *nodes, *outputs]
+    for part in parts:
+        part.metadata_props.clear()  # the exporter leaves stack traces and build paths behind
+        part.doc_string = None
     return model

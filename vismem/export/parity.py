@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
@@ -19,22 +18,14 @@ from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import FormationInputs
+from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.records import ParityReport
 from vismem.serving.runtime.limits import RequestError
 from vismem.serving.runtime.runtime import Kind, Runtime
 
 Memories = list[NDArray[np.float32]]
-SHOWN = 5  # differences spelled out
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """One answer: token ids with LATENT where a memory vector stands, the memories, and the seconds it took."""
-
-    tokens: tuple[int, ...]
-    memories: Memories
-    seconds: float
+Decoding = tuple[tuple[int, ...], Memories]  # an answer's token ids, LATENT where a memory vector stands; its memories
 
 
 def check_parity(
@@ -46,33 +37,38 @@ def check_parity(
     compared even where the policy never invokes. `max_memory_difference` is the largest absolute difference of any
     number in any memory. A difference is reported, never raised.
     """
-    equal, memories, worst = 0, 0, 0.0
+    equal = 0
     differences: list[str] = []
+    distances: list[float] = []
     seconds = {"torch": 0.0, "runtime": 0.0}
     for place, sample in enumerate(samples):
         known = len(differences)
-        for forced in ({}, _both_kinds(place)):
-            reference = decode_torch(model, sample, forced, max_new_tokens)
+        # One memory at the answer's start and the other after its first word, the order changing from item to item.
+        both = {0: KINDS[place % 2], 2: KINDS[place % 2].other}
+        for forced in ({}, both):
+            start = time.perf_counter()
+            expected, reference = decode_torch(model, sample, forced, max_new_tokens)
+            middle = time.perf_counter()
             try:
-                decoded = decode_runtime(model, runtime, sample, forced, max_new_tokens)
+                tokens, memories = decode_runtime(model, runtime, sample, forced, max_new_tokens)
             except RequestError as error:
                 differences.append(f"{sample.id}: the runtime refuses it: {error}")
                 continue
-            seconds = {"torch": seconds["torch"] + reference.seconds, "runtime": seconds["runtime"] + decoded.seconds}
-            if decoded.tokens != reference.tokens:
-                differences.append(f"{sample.id}: {first_difference(reference.tokens, decoded.tokens)}")
-            for ours, theirs in zip(decoded.memories, reference.memories, strict=False):
-                memories += 1
-                worst = max(worst, memory_difference(ours, theirs))
+            seconds["torch"] += middle - start
+            seconds["runtime"] += time.perf_counter() - middle
+            if tokens != expected:
+                differences.append(f"{sample.id}: {first_difference(expected, tokens)}")
+            distances += map(memory_difference, memories, reference)
         equal += len(differences) == known
+    worst = max(distances, default=0.0)
     return ParityReport(
         passed=bool(samples) and equal == len(samples) and worst <= tolerance,
         items=len(samples),
         greedy_equal=equal,
-        memories=memories,
+        memories=len(distances),
         max_memory_difference=worst,
         tolerance=tolerance,
-        differences=tuple(differences[:SHOWN]),
+        differences=tuple(differences[:5]),
         seconds=seconds,
     )
 
@@ -82,9 +78,7 @@ def decode_torch(model: VisMemModel, sample: Sample, forced: dict[int, MemoryKin
     key = row_key(sample.id, 0)
     policy: InvocationPolicy = Replay(recorded={key: list(forced.items())}) if forced else Learned()
     with recorded_memories(model) as memories:
-        start = time.perf_counter()
-        rollout = generate(model, [sample], policy, max_new_tokens=max_new_tokens)[0]
-        return Decoding(rollout.token_ids, memories, time.perf_counter() - start)
+        return generate(model, [sample], policy, max_new_tokens=max_new_tokens)[0].token_ids, memories
 
 
 def decode_runtime(
@@ -97,16 +91,14 @@ def decode_runtime(
     force: dict[int, Kind] = {decision: kind.value for decision, kind in forced.items()}
     tokens: list[int] = []
     memories: Memories = []
-    start = time.perf_counter()
-    for chunk in runtime.generate(
-        images, sample.question, max_new_tokens=max_new_tokens, memory=not forced, force=force
-    ):
+    chunks = runtime.generate(images, sample.question, max_new_tokens=max_new_tokens, memory=not forced, force=force)
+    for chunk in chunks:
         if chunk.token is not None:
             tokens.append(chunk.token)
         if chunk.memory is not None:
             memories.append(chunk.memory)
             tokens += [LATENT] * len(chunk.memory) + [model.end_ids[MemoryKind(chunk.event)]]
-    return Decoding(tuple(tokens), memories, time.perf_counter() - start)
+    return tuple(tokens), memories
 
 
 @contextmanager
@@ -138,9 +130,3 @@ def first_difference(reference: Sequence[int], found: Sequence[int]) -> str:
     pairs = enumerate(zip_longest(found, reference, fillvalue="the end"))
     place, (ours, theirs) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
     return f"token {place} is {ours}, torch gives {theirs}"
-
-
-def _both_kinds(place: int) -> dict[int, MemoryKind]:
-    """One memory at the answer's start and the other after its first word, the order changing from item to item."""
-    kinds = (MemoryKind.SHORT, MemoryKind.LONG)
-    return {decision: kinds[(decision // 2 + place) % 2] for decision in (0, 2)}

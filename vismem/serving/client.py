@@ -13,7 +13,6 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.serving.runtime.limits import RequestError, check_request
 
-MARKS = {"short": "⟨short⟩", "long": "⟨long⟩"}  # where a memory was invoked
 REASONS = {  # part of a server's message: what it means for the caller
     "Exceeds maximum queue size": "it is busy, its queue is full: try again later",
     "Request timeout expired": "it is busy, the request waited too long: try again later",
@@ -32,7 +31,7 @@ class Token:
     @property
     def marked(self) -> str:
         """The text to show where invocations should be seen."""
-        return MARKS.get(self.event, self.text if self.event == "token" else "")
+        return {"token": self.text, "end": ""}.get(self.event, f"⟨{self.event}⟩")
 
 
 def plain(tokens: Iterable[Token]) -> str:
@@ -48,7 +47,7 @@ def marked(tokens: Iterable[Token]) -> str:
 def infer(
     url: str,
     model: str,
-    images: Sequence[Path | bytes],
+    images: Sequence[bytes],
     prompt: str,
     *,
     stream: bool = True,
@@ -60,16 +59,16 @@ def infer(
 ) -> Iterator[Token]:
     """Yield the pieces of one answer from the Triton server at `url` ("host:port", gRPC).
 
-    `images` are files or encoded bytes. With `stream` each piece comes when it is decoded, else all at the end.
-    `timeout` is the maximum wait in seconds for the next piece, and in the server's queue: it also catches a server
-    whose model has died. Closing the iterator early cancels the answer on the server. Raises UserError for a missing
-    image file, where no server listens, for an unknown model, for a request that the server refuses, and at a timeout.
+    `images` are encoded files. With `stream` each piece comes when it is decoded, else all at the end. `timeout` is the
+    maximum wait in seconds for the next piece, and in the server's queue: it also catches a server whose model has
+    died. Closing the iterator early cancels the answer on the server. Raises UserError where no server listens, for an
+    unknown model, for a request that the server refuses, and at a timeout.
     """
     import tritonclient.grpc as triton
     from tritonclient.utils import np_to_triton_dtype
 
     arrays: dict[str, np.ndarray[Any, Any]] = {
-        "IMAGE": np.array([_read_image(image) for image in images], dtype=object),
+        "IMAGE": np.array(images, dtype=object),
         "PROMPT": np.array([prompt.encode()], dtype=object),
         "MAX_NEW_TOKENS": np.array([max_new_tokens], dtype=np.int32),
         "TEMPERATURE": np.array([temperature], dtype=np.float32),
@@ -77,9 +76,10 @@ def infer(
         "MEMORY": np.array([memory]),
         "STREAM": np.array([stream]),
     }
-    inputs = [triton.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)) for name, value in arrays.items()]
-    for entry in inputs:
-        entry.set_data_from_numpy(arrays[entry.name()])
+    inputs = [
+        triton.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)).set_data_from_numpy(value)
+        for name, value in arrays.items()
+    ]
     replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     client = triton.InferenceServerClient(url)
     answered = False
@@ -123,7 +123,7 @@ def main_infer(
     max_new_tokens: int = 48,
     url: str | None = None,
     model: str | None = None,
-    write: Callable[[str], None] | None = None,
+    write: Callable[[str], None] = partial(print, end="", flush=True),  # noqa: B008
 ) -> None:
     """`vismem infer --image F [--image F ...] --prompt S [--stream] [--no-memory] [--max-new-tokens N] [--url U] ...`.
 
@@ -131,11 +131,12 @@ def main_infer(
     the one on this machine at deploy.grpc_port unless `url` names another; the model is the released one or, where
     only a refused challenger is served, that. Raises UserError (the CLI exits with 1).
     """
-    write = write or partial(print, end="", flush=True)
     url = url or f"127.0.0.1:{config.deploy.grpc_port}"
-    files = [_read_image(image) for image in images]
     try:
+        files = [image.read_bytes() for image in images]
         check_request(files, prompt.encode(), max_new_tokens)
+    except OSError as error:
+        raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
     except RequestError as error:
         raise UserError(str(error)) from None
     model = model or find_model(url, config.deploy.model_name)
@@ -162,15 +163,6 @@ def find_model(url: str, name: str) -> str:
 def challenger_name(name: str) -> str:
     """The name under which a version is served that the gate refused."""
     return f"{name}_challenger"
-
-
-def _read_image(image: Path | bytes) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    try:
-        return image.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the image {image}: {error.strerror}") from None
 
 
 def _ready(client: Any, url: str, model: str) -> bool:

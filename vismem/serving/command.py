@@ -6,28 +6,23 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vismem.config import Config, load_config, resolve
+from vismem.config import load_config, resolve
 from vismem.errors import UserError
 
 PROFILE_VARIABLE = "VISMEM_PROFILE"
 
 
-def run_command(
-    parser: argparse.ArgumentParser,
-    arguments: Sequence[str] | None,
-    action: Callable[[Config, argparse.Namespace], str],
-) -> int:
-    """Parse with --params and --profile added, print the line that `action` returns; 0, or 1 after a UserError."""
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, action: Callable[..., str]) -> int:
+    """Print the line that `action(config, **options)` returns; 0, or 1 after a UserError.
+
+    The configuration is that of --params and --profile, which are added to the parser's options.
+    """
     parser.add_argument("--params", type=Path, help="parameter file; default: the parameters' defaults")
-    parser.add_argument(
-        "--profile",
-        default=os.environ.get(PROFILE_VARIABLE) or None,
-        help=f"a profile of deploy/profiles/; default: {PROFILE_VARIABLE}",
-    )
-    options = parser.parse_args(arguments)
+    parser.add_argument("--profile", help=f"a profile of deploy/profiles/; default: {PROFILE_VARIABLE}")
+    options = vars(parser.parse_args(arguments))
+    params, profile = options.pop("params"), options.pop("profile") or os.environ.get(PROFILE_VARIABLE) or None
     try:
-        config = load_config(options.params, options.profile) if options.params else resolve(options.profile or "")
-        print(action(config, options))
+        print(action(load_config(params, profile) if params else resolve(profile or ""), **options))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

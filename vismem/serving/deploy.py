@@ -4,7 +4,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,7 @@ from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import Release
 from vismem.serving.client import Token, challenger_name, infer, marked, plain
 from vismem.serving.repository import write_model_repository
-from vismem.serving.server import TritonServer
-
-SMOKE_ITEMS = 8
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One smoke-test item: its pieces and latencies in milliseconds."""
-
-    sample: Sample
-    tokens: tuple[Token, ...]
-    first_token_ms: float
-    answer_ms: float
-
-    @property
-    def invoked(self) -> bool:
-        """Whether a memory was invoked."""
-        return any(token.event in ("short", "long") for token in self.tokens)
+from vismem.serving.server import triton_server
 
 
 def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -50,10 +32,10 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     shutil.rmtree(repository, ignore_errors=True)
     manifest = write_model_repository(inputs["export"], repository, model, version) / MANIFEST
     rows = iterate_samples(inputs["validate"] / "data" / "test")
-    samples = list(islice((sample for sample in rows if not sample.videos), SMOKE_ITEMS))  # a bundle takes images only
+    samples = list(islice((sample for sample in rows if not sample.videos), 8))  # a bundle takes images only
     if not samples:
         raise UserError(f"{inputs['validate']}/data/test has no row without a video to smoke-test the server with")
-    with TritonServer(repository, log=out / "tritonserver.log") as server:
+    with triton_server(repository, log=out / "tritonserver.log") as server:
         smoke = smoke_test(server.grpc_url, model, samples)
     served = {"model": model, "version": version, "promoted": promoted, "manifest_sha256": sha256_file(manifest)}
     write_json(out / "smoke.json", served | smoke)
@@ -70,47 +52,45 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
     Checks that no answer is empty, that streaming and collected answers agree, and that a broken image is refused
     while the server continues to answer. UserError names the first check that fails.
     """
-    answered = [_ask(url, model, sample) for sample in samples]
-    first = answered[0]
-    collected = tuple(infer(url, model, first.sample.images, first.sample.question, stream=False))
-    if collected != first.tokens:
+    answers: list[tuple[Token, ...]] = []
+    first_ms, answer_ms = [], []
+    for sample in samples:
+        started = time.perf_counter()
+        pieces = infer(url, model, sample.images, sample.question)
+        arrived = [(token, (time.perf_counter() - started) * 1000) for token in pieces]
+        answers.append(tuple(token for token, _ in arrived))
+        if not plain(answers[-1]):
+            raise UserError(f"smoke test: {model} gave an empty answer to '{sample.question}' ({sample.id})")
+        first_ms.append(arrived[0][1])
+        answer_ms.append(arrived[-1][1])
+    sample, answer = samples[0], answers[0]
+    collected = tuple(infer(url, model, sample.images, sample.question, stream=False))
+    if collected != answer:
         raise UserError(
-            f"smoke test: streamed and collected answers of {model} differ for {first.sample.id}: "
-            f"'{marked(first.tokens)}' against '{marked(collected)}'"
+            f"smoke test: streamed and collected answers of {model} differ for {sample.id}: "
+            f"'{marked(answer)}' against '{marked(collected)}'"
         )
-    _check_refusal(url, model)
-    if tuple(infer(url, model, first.sample.images, first.sample.question)) != first.tokens:
-        raise UserError(f"smoke test: {model} answers {first.sample.id} differently after a refused request")
-    example = next((item for item in answered if item.invoked), first)  # one with a memory, if there is one
-    return {
-        "question": example.sample.question,
-        "answer_marked": marked(example.tokens),
-        "answer": plain(example.tokens),
-        "reference": example.sample.answer,
-        "latency_ms": {
-            "first_token_p50": round(statistics.median(item.first_token_ms for item in answered), 2),
-            "answer_p50": round(statistics.median(item.answer_ms for item in answered), 2),
-            "answer_max": round(max(item.answer_ms for item in answered), 2),
-        },
-        "items": len(answered),
-        "items_with_memory": sum(item.invoked for item in answered),
-    }
-
-
-def _ask(url: str, model: str, sample: Sample) -> Answered:
-    started = time.perf_counter()
-    tokens = infer(url, model, sample.images, sample.question)
-    arrived = [(token, (time.perf_counter() - started) * 1000) for token in tokens]
-    if not plain(token for token, _ in arrived):
-        raise UserError(f"smoke test: {model} gave an empty answer to '{sample.question}' ({sample.id})")
-    return Answered(sample, tuple(token for token, _ in arrived), arrived[0][1], arrived[-1][1])
-
-
-def _check_refusal(url: str, model: str) -> None:
     try:
-        answer = plain(infer(url, model, [b"no image"], "What is this?"))
+        refused = plain(infer(url, model, [b"no image"], "What is this?"))
     except UserError as error:
-        if "does not decode" in str(error):
-            return
-        raise UserError(f"smoke test: a broken image is not refused as one that does not decode: {error}") from None
-    raise UserError(f"smoke test: {model} answered '{answer}' to a broken image instead of refusing it")
+        if "does not decode" not in str(error):
+            raise UserError(f"smoke test: a broken image is not refused as one that does not decode: {error}") from None
+    else:
+        raise UserError(f"smoke test: {model} answered '{refused}' to a broken image instead of refusing it")
+    if tuple(infer(url, model, sample.images, sample.question)) != answer:
+        raise UserError(f"smoke test: {model} answers {sample.id} differently after a refused request")
+    remembered = [any(token.event in ("short", "long") for token in tokens) for tokens in answers]
+    example = remembered.index(True) if any(remembered) else 0  # one with a memory, if there is one
+    return {
+        "question": samples[example].question,
+        "answer_marked": marked(answers[example]),
+        "answer": plain(answers[example]),
+        "reference": samples[example].answer,
+        "latency_ms": {
+            "first_token_p50": round(statistics.median(first_ms), 2),
+            "answer_p50": round(statistics.median(answer_ms), 2),
+            "answer_max": round(max(answer_ms), 2),
+        },
+        "items": len(answers),
+        "items_with_memory": sum(remembered),
+    }

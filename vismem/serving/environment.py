@@ -34,26 +34,24 @@ class ServingEnvironment:
 
     python: Path
     binary: Path  # tritonserver
-    backend: Path  # folder of the Python backend
-    stub: Path  # the backend's child process for this version of Python
+    stub: Path  # the Python backend's child process for this version of Python
     libraries: tuple[Path, ...]  # for LD_LIBRARY_PATH
 
     def make_backend_folder(self, folder: Path) -> Path:
         """Lay the Python backend and the right stub into `folder`, as tritonserver wants them; return it."""
         target = folder / "python"
         target.mkdir(parents=True)
-        for file in self.backend.iterdir():
+        for file in (*self.binary.parents[1].glob("backends/python/*"), self.stub):
             (target / file.name).symlink_to(file)
-        (target / self.stub.name).symlink_to(self.stub)
         return folder
 
     def variables(self) -> dict[str, str]:
         """The process environment for tritonserver: this environment's packages, nothing of the caller's Python."""
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-        path = [str(self.python.parent), kept.get("PATH", os.defpath)]  # the stub finds its packages through python3
         libraries = [*map(str, self.libraries), kept.get("LD_LIBRARY_PATH", "")]
         return kept | {
-            "PATH": os.pathsep.join(path),
+            # The stub finds its packages through python3.
+            "PATH": os.pathsep.join((str(self.python.parent), kept.get("PATH", os.defpath))),
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
             "OMP_WAIT_POLICY": "passive",
             "HF_HUB_OFFLINE": "1",
@@ -74,24 +72,19 @@ def find_serving_environment() -> ServingEnvironment:
     if done.returncode:
         raise UserError(f"{python} does not run: {done.stderr.strip()[-300:]}; run `make serving` again")
     facts = json.loads(done.stdout)
+    version, library, folders = facts["version"], facts["library"], facts["folders"]
     if facts["pytriton"] is None:
         raise UserError(f"{python} has no nvidia-pytriton, which ships tritonserver: run `make serving` again")
     package = Path(facts["pytriton"])
-    server = package / "tritonserver"
-    stub = server / "python_backend_stubs" / facts["version"] / "triton_python_backend_stub"
-    for part in (server / "bin" / "tritonserver", stub):
+    binary = package / "tritonserver" / "bin" / "tritonserver"
+    stub = package / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
+    for part in (binary, stub):
         if not part.is_file():
-            raise UserError(f"{part} is missing from nvidia-pytriton for Python {facts['version']}: run `make serving`")
-    shared = [Path(folder) for folder in facts["folders"] if (Path(folder) / facts["library"]).is_file()]
-    if not shared:
+            raise UserError(f"{part} is missing from nvidia-pytriton for Python {version}: run `make serving`")
+    shared = next((Path(folder) for folder in folders if (Path(folder) / library).is_file()), None)
+    if shared is None:
         raise UserError(
-            f"tritonserver needs the shared library {facts['library']} of Python {facts['version']}: "
-            f"`apt-get install libpython{facts['version']}` (looked in {', '.join(facts['folders'])})"
+            f"tritonserver needs the shared library {library} of Python {version}: "
+            f"`apt-get install libpython{version}` (looked in {', '.join(folders)})"
         )
-    return ServingEnvironment(
-        python=python,
-        binary=server / "bin" / "tritonserver",
-        backend=server / "backends" / "python",
-        stub=stub,
-        libraries=(package.parent / "nvidia_pytriton.libs", shared[0]),
-    )
+    return ServingEnvironment(python, binary, stub, (package.parent / "nvidia_pytriton.libs", shared))

@@ -8,17 +8,15 @@ import io
 import re
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
 from PIL import Image
 
+from vismem.config import Config
 from vismem.errors import UserError
 from vismem.serving.client import Token, find_model, infer
 from vismem.serving.command import run_command
-
-_EXECUTIONS = re.compile(r"^nv_inference_exec_count\{[^}]*\} (\d+)", re.MULTILINE)
 
 
 def ask(url: str, model: str, timeout: float) -> tuple[Token, ...]:
@@ -28,19 +26,19 @@ def ask(url: str, model: str, timeout: float) -> tuple[Token, ...]:
     return tuple(infer(url, model, [blank.getvalue()], "?", max_new_tokens=1, timeout=timeout))
 
 
-def probe(url: str, metrics_url: str, name: str, timeout: float) -> str:
-    """Report the state of the model `name` (or of its challenger): it answers, or is busy. UserError if neither.
+def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
+    """Report the state of the served model (or of its challenger): it answers, or is busy. UserError if neither.
 
     A server is busy if in `timeout` seconds it began questions of others, but not ours or refused ours because its
     queue is full; a restart would not help it. A dead server may take up our own question, so one alone proves nothing.
     """
     end = time.monotonic() + timeout
-    before = _executions(metrics_url)
-    model = find_model(url, name)
+    before = _executions(metrics)
+    model = find_model(url, config.deploy.model_name)
     try:
         ask(url, model, timeout)
     except UserError:
-        while (others := _executions(metrics_url) - before) <= 1:
+        while (others := _executions(metrics) - before) <= 1:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
@@ -54,21 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default="127.0.0.1:8001", help="gRPC host:port (default: %(default)s)")
     parser.add_argument("--metrics", default="http://127.0.0.1:8002/metrics", help="(default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for the answer (default: 20)")
-    return run_command(
-        parser,
-        arguments,
-        lambda config, options: probe(options.url, options.metrics, config.deploy.model_name, options.timeout),
-    )
+    return run_command(parser, arguments, probe)
 
 
-def _executions(metrics_url: str) -> int:
+def _executions(url: str) -> int:
     """How many questions the server's models have taken up since its start."""
     try:
-        with urllib.request.urlopen(metrics_url, timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=5) as response:
             text = response.read().decode()
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"the server's metrics at {metrics_url} cannot be read: {error}") from None
-    return sum(int(count) for count in _EXECUTIONS.findall(text))
+    except OSError as error:  # URLError is one
+        raise UserError(f"the server's metrics at {url} cannot be read: {error}") from None
+    return sum(int(count) for count in re.findall(r"^nv_inference_exec_count\{[^}]*\} (\d+)", text, re.MULTILINE))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.registry.download import download_bundle
-from vismem.registry.tracking import CHAMPION, Version, aliased, open_store, plain_faults
+from vismem.registry.tracking import CHAMPION, aliased, open_store, plain_faults
 from vismem.serving.command import run_command
 from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 
@@ -34,7 +34,9 @@ def publish(config: Config, folder: Path) -> str:
     named = f"{store.model} version {champion.version}"
     model = config.deploy.model_name
     release, current = folder / "releases" / champion.version, folder / "current"
-    intact = _holds(release, model, champion)
+    bundle_manifest = release / model / champion.version / "bundle" / MANIFEST
+    registered = bundle_manifest.is_file() and sha256_file(bundle_manifest) == champion.tags.get("manifest_sha256")
+    intact = registered and not repository_problems(release)
     if intact and current.is_symlink() and current.resolve() == release.resolve():
         return f"{named} is current already"
     if not intact:
@@ -57,18 +59,13 @@ def publish(config: Config, folder: Path) -> str:
     return f"{named} is current in {folder} as {model}, manifest {pin}: servers that start from now on serve it"
 
 
-def _holds(release: Path, model: str, champion: Version) -> bool:
-    """Whether `release` is an undamaged repository, and its bundle the one that was registered."""
-    bundle_manifest = release / model / champion.version / "bundle" / MANIFEST
-    registered = bundle_manifest.is_file() and sha256_file(bundle_manifest) == champion.tags.get("manifest_sha256")
-    return registered and not repository_problems(release)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line; return 0 if the champion is current, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m vismem.serving.publish", description=__doc__)
-    parser.add_argument("--to", type=Path, required=True, help="the folder, on a volume that the servers read")
-    return run_command(parser, arguments, lambda config, options: publish(config, options.to))
+    parser.add_argument(
+        "--to", dest="folder", type=Path, required=True, help="folder on a volume that the servers read"
+    )
+    return run_command(parser, arguments, publish)
 
 
 if __name__ == "__main__":

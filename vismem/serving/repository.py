@@ -71,8 +71,7 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
         raise UserError(f"{bundle} is not what was exported: {'; '.join(problems)}; run `vismem export` again")
     model = repository / name
     folder = model / str(version)
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (model / "config.pbtxt").write_text(CONFIG.format(name=name))
     shutil.copyfile(MODEL_SOURCE, folder / "model.py")
@@ -82,8 +81,8 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
         (parent / "__init__.py").write_text('"""Of the library, only serving/runtime lies here."""\n')
     own = file_hashes(folder)
     shutil.copytree(bundle, folder / "bundle", copy_function=_link_or_copy)
-    own |= {f"bundle/{file}": value for file, value in read_json(bundle / MANIFEST)["files"].items()}
-    own[f"bundle/{MANIFEST}"] = sha256_file(bundle / MANIFEST)
+    bundled = read_json(bundle / MANIFEST)["files"] | {MANIFEST: sha256_file(bundle / MANIFEST)}
+    own |= {f"bundle/{file}": value for file, value in bundled.items()}
     others = read_json(model / MANIFEST)["files"] if (model / MANIFEST).exists() else {}
     files = {file: value for file, value in others.items() if not file.startswith(f"{version}/")}
     files |= {f"{version}/{file}": value for file, value in own.items()}

@@ -1,10 +1,12 @@
 """Starts a real tritonserver on a model repository, proves that it answers, and always stops it (`vismem serve`)."""
 
 import re
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from vismem.config import Config
 from vismem.errors import UserError
@@ -14,105 +16,78 @@ from vismem.serving.probe import ask
 from vismem.serving.repository import check_repository
 
 READY_TIMEOUT = 180  # seconds
+EXIT_TIMEOUT = 5  # seconds that running answers get to end in
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
 # header as the key, and takes it from its command line, which every user of the machine can read. So this header has a
 # name that no client can send: neither HTTP/1 nor HTTP/2 allows a line break in a name.
 CLOSED = "model-repository,shared-memory,trace,logging:(closed to\nall clients)=none"
 
 
+@dataclass(frozen=True)
 class TritonServer:
-    """`with TritonServer(repository, log=FILE) as server: infer(server.grpc_url, ...)`.
+    """A running server: every model of the repository has answered a real request."""
 
-    A port of 0 means any free one. Entering returns when every model of the repository has answered a real request;
-    leaving stops the server with its children. If this process dies, the server gets SIGTERM.
+    repository: Path
+    models: list[str]
+    grpc_url: str  # host:port for clients on this machine
+    ports: Mapping[str, int]  # grpc, http, metrics
+    service: Service
+
+
+@contextmanager
+def triton_server(
+    repository: Path, *, log: Path, ports: Mapping[str, int] | None = None, host: str = HOST
+) -> Iterator[TritonServer]:
+    """`with triton_server(repository, log=FILE) as server: infer(server.grpc_url, ...)`.
+
+    `ports` of grpc, http and metrics, 0 or not given: any free one. Leaving stops the server with its children; if this
+    process dies, the server gets SIGTERM. UserError names a damaged repository, a busy port, or the reason that the log
+    gives.
     """
-
-    service: Service  # while it runs
-
-    def __init__(
-        self,
-        repository: Path,
-        *,
-        log: Path,
-        grpc_port: int = 0,
-        http_port: int = 0,
-        metrics_port: int = 0,
-        host: str = HOST,
-        exit_timeout: int = 5,
-    ) -> None:
-        """`exit_timeout`: seconds that running answers get to end in."""
-        self.repository, self.log, self.host, self.exit_timeout = repository, log, host, exit_timeout
-        self.ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
-        self._running = ExitStack()
-
-    @property
-    def grpc_url(self) -> str:
-        """host:port for clients on this machine."""
-        return f"{HOST if self.host == '0.0.0.0' else self.host}:{self.ports['grpc']}"
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the models in the repository."""
-        return sorted(file.parent.name for file in self.repository.glob("*/config.pbtxt"))
-
-    def __enter__(self) -> "TritonServer":
-        """Start, wait and probe. UserError names a busy port, or the reason that the log gives."""
-        if not self.models:
-            raise UserError(f"{self.repository} holds no model (no */config.pbtxt): run `vismem deploy` first")
-        check_repository(self.repository)
-        environment = find_serving_environment()
-        flag = "--{name}-port (deploy.{name}_port in params.yaml)"
-        self.ports = free_ports(self.ports, host=self.host, flag=flag)
-        with ExitStack() as running:
-            scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="vismem-triton-")))
-            command = self._command(environment.binary, environment.make_backend_folder(scratch))
-            variables, stop_seconds = environment.variables(), self.exit_timeout + 10
-            self.service = running.enter_context(
-                start_service(
-                    "tritonserver", command, variables, self.log, stop_seconds=stop_seconds, find_error=_find_error
-                )
-            )
-            self.service.wait_until(self._check_ready, READY_TIMEOUT)
-            for model in self.models:
-                self._probe(model)
-            self._running = running.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running.close()
-
-    def _probe(self, model: str) -> None:
-        """Ask for one token: a model whose Python process has died still says READY. UserError if none comes."""
-        try:
-            ask(self.grpc_url, model, READY_TIMEOUT)
-        except UserError as error:
-            raise UserError(f"the server started, but does not answer: {error}; its log is {self.log}") from None
-
-    def _command(self, binary: Path, backends: Path) -> list[str]:
+    models = sorted(file.parent.name for file in repository.glob("*/config.pbtxt"))
+    if not models:
+        raise UserError(f"{repository} holds no model (no */config.pbtxt): run `vismem deploy` first")
+    check_repository(repository)
+    environment = find_serving_environment()
+    flag = "--{name}-port (deploy.{name}_port in params.yaml)"
+    ports = free_ports({"grpc": 0, "http": 0, "metrics": 0} | dict(ports or {}), host=host, flag=flag)
+    with TemporaryDirectory(prefix="vismem-triton-") as scratch:
         options = {
-            "model-repository": self.repository,
-            "backend-directory": backends,
+            "model-repository": repository,
+            "backend-directory": environment.make_backend_folder(Path(scratch)),
             "model-control-mode": "none",
-            "exit-timeout-secs": self.exit_timeout,
+            "exit-timeout-secs": EXIT_TIMEOUT,
             "backend-config": f"python,stub-timeout-seconds={READY_TIMEOUT}",  # default: 30
             "grpc-restricted-protocol": CLOSED,
             "http-restricted-api": CLOSED,
-            **{f"{name}-port": port for name, port in self.ports.items()},
-            **{f"{name}-address": self.host for name in self.ports},
+            **{f"{name}-port": port for name, port in ports.items()},
+            **{f"{name}-address": host for name in ports},
         }
-        return [str(binary), *(f"--{name}={value}" for name, value in options.items())]
+        command = [str(environment.binary), *(f"--{name}={value}" for name, value in options.items())]
+        with start_service(
+            "tritonserver",
+            command,
+            environment.variables(),
+            log,
+            stop_seconds=EXIT_TIMEOUT + 10,
+            find_error=_find_error,
+        ) as service:
+            address = HOST if host == "0.0.0.0" else host
+            url = f"{address}:{ports['grpc']}"
+            service.wait_until(lambda: _check_ready(f"http://{address}:{ports['http']}"), READY_TIMEOUT)
+            for model in models:  # one whose Python process has died still says READY
+                try:
+                    ask(url, model, READY_TIMEOUT)
+                except UserError as error:
+                    raise UserError(f"the server started, but does not answer: {error}; its log is {log}") from None
+            yield TritonServer(repository, models, url, ports, service)
 
-    def _check_ready(self) -> None:
-        import tritonclient.grpc as triton
-        from tritonclient.utils import InferenceServerException
 
-        with triton.InferenceServerClient(self.grpc_url) as client:
-            try:
-                ready = client.is_server_ready(client_timeout=5)
-            except InferenceServerException as error:  # not listening yet
-                raise NotYetError(str(error)) from None
-        if not ready:
-            raise NotYetError("its models are loading")
+def _check_ready(url: str) -> None:
+    try:
+        urllib.request.urlopen(f"{url}/v2/health/ready", timeout=5).close()
+    except OSError as error:  # not listening yet, or its models are loading
+        raise NotYetError(str(error)) from None
 
 
 def _find_error(lines: Sequence[str]) -> str:
@@ -144,9 +119,10 @@ def serve(
         hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
         raise UserError(f"{repository} is not there: {hint}")
     asked = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
-    ports_asked = {name: getattr(config.deploy, name) if port is None else port for name, port in asked.items()}
-    with until_stopped(write), TritonServer(repository, log=log, host=host, **ports_asked) as server:
-        ports = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
-        write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({ports})")
+    chosen = config.deploy.model_dump() | {name: port for name, port in asked.items() if port is not None}
+    ports = {name: chosen[f"{name}_port"] for name in ("grpc", "http", "metrics")}
+    with until_stopped(write), triton_server(repository, log=log, host=host, ports=ports) as server:
+        others = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
+        write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({others})")
         write(f"log: {log}; stop with Ctrl-C")
         watch([server.service])

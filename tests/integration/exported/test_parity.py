@@ -35,11 +35,11 @@ def test_images_of_any_size_and_number_give_torchs_tokens_and_memories(model, ru
     images = encoded(noise(84, 84), noise(130, 60, 1), noise(60, 190, 2))
     sample = Sample(id="x", images=images, question="naïve: 色?\nwhich image has more", answer="")
     forced = {0: MemoryKind.LONG, 2: MemoryKind.SHORT, 5: MemoryKind.LONG}
-    reference = decode_torch(model, sample, forced, TOKENS)
-    found = decode_runtime(model, runtime, sample, forced, TOKENS)
-    assert found.tokens == reference.tokens
-    assert len(found.memories) == 3
-    for ours, theirs in zip(found.memories, reference.memories, strict=True):
+    expected, reference = decode_torch(model, sample, forced, TOKENS)
+    tokens, memories = decode_runtime(model, runtime, sample, forced, TOKENS)
+    assert tokens == expected
+    assert len(memories) == 3
+    for ours, theirs in zip(memories, reference, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
@@ -155,6 +155,6 @@ def test_the_visual_states_in_the_runtime_are_those_of_one_torch_pass(model, run
     prompt = encode(model.backbone, [sample])
     with torch.no_grad():
         hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
-    answer = Answer(runtime.bundle, pictures(sample), sample.question, 4)
-    answer._prefill()
+    answer = Answer(runtime, pictures(sample), sample.question, 4)
+    next(answer.run(0.0, 0, False, {}))  # nothing but the prompt has been fed when the first word comes
     np.testing.assert_allclose(answer.hidden[: answer.used], hidden[0].numpy(), atol=1e-5)

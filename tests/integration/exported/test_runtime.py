@@ -20,7 +20,7 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.generation.prompts import encode
 from vismem.serving.environment import DEFAULT_PYTHON
-from vismem.serving.runtime.images import cut_patches
+from vismem.serving.runtime.images import cut_patches, grid_of
 from vismem.serving.runtime.limits import RequestError
 from vismem.serving.runtime.prompt import TextStream, tokenise
 from vismem.serving.runtime.runtime import Runtime
@@ -34,9 +34,9 @@ def test_patches_are_the_processors_bit_for_bit(model, bundle, size, mode):
     expected = model.backbone.processor.image_processor(
         images=[image.convert("RGB") for image in images], return_tensors="np"
     )
-    patches = cut_patches(images, settings)
-    assert np.array_equal(patches.values, expected["pixel_values"])
-    assert [(1, *grid) for grid in patches.grids] == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
+    grids = [grid_of(image.size, settings, "") for image in images]
+    assert np.array_equal(cut_patches(images, grids, settings)["pixels"], expected["pixel_values"])
+    assert [(1, *grid) for grid in grids] == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
 
 
 def test_ids_positions_and_windows_are_those_of_the_torch_side(model, bundle, runtime):
@@ -44,14 +44,15 @@ def test_ids_positions_and_windows_are_those_of_the_torch_side(model, bundle, ru
     images = [noise(84, 84), noise(170, 60, 1), noise(112, 140, 2)]
     sample = Sample(id="x", images=encoded(*images), question="  Zählt: < |im_end| > 3\n", answer="")
     expected = encode(model.backbone, [sample])
-    patches = cut_patches(images, settings["image"])
-    prompt = tokenise(runtime.bundle.tokenizer, settings, sample.question, patches.grids)
+    grids = [grid_of(image.size, settings["image"], "") for image in images]
+    patches = cut_patches(images, grids, settings["image"])
+    prompt = tokenise(runtime.bundle.tokenizer, settings, sample.question, grids)
     assert np.array_equal(prompt.positions, expected.positions[:, 0].numpy())
     assert np.array_equal(prompt.visual, expected.visual[0].numpy())
-    assert prompt.next_position == int(expected.next_position())
+    assert prompt.positions.max() + 1 == int(expected.next_position())
     text = expected.embeds[0][~expected.visual[0]]
     assert torch.equal(model.embed(torch.tensor(prompt.ids))[~expected.visual[0]], text)
-    for ours, theirs in ((patches.window_ids, expected.vision.window), (patches.image_ids, expected.vision.image)):
+    for ours, theirs in ((patches["windows"], expected.vision.window), (patches["images"], expected.vision.image)):
         same = theirs[0, :, None] == theirs[0, None]
         assert np.array_equal(ours[:, None] == ours[None], same.numpy())
 

@@ -5,7 +5,6 @@ Also the place of each patch: its row and column for the rotary position, its im
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,109 +13,79 @@ from PIL import Image
 
 from .limits import RequestError
 
-Floats = NDArray[np.float32]
-Integers = NDArray[np.int64]
 
+def cut_patches(
+    images: Sequence[Image.Image], grids: Sequence[tuple[int, int]], settings: Mapping[str, Any]
+) -> dict[str, NDArray[Any]]:
+    """Resize, normalise and cut at least one image. `settings` is the "image" section of runtime.json.
 
-@dataclass(frozen=True)
-class Patches:
-    """The patches of one request's images, image after image, the merger's 2x2 blocks together."""
-
-    values: Floats  # (P, channels * temporal * patch * patch)
-    positions: Integers  # (P, 2): row and column within the image
-    image_ids: Integers  # (P,)
-    window_ids: Integers  # (P,): unique over all images
-    grids: tuple[tuple[int, int], ...]  # patches (rows, columns) of each image
-
-
-def cut_patches(images: Sequence[Image.Image], settings: Mapping[str, Any]) -> Patches:
-    """Resize, normalise and cut `images`. `settings` is the "image" section of runtime.json.
-
-    There is at least one image. Raises RequestError for one that does not decode, or as `grid_of` does.
+    `grids`: patches of each image, as `grid_of` gives them. Returns the inputs of the vision graph, image after image,
+    the merger's 2x2 blocks together: `pixels` (P, channels * temporal * patch * patch), `positions` (P, 2) row and
+    column within the image, `windows` (P,) unique over all images, `images` (P,). Raises RequestError for an image that
+    does not decode.
     """
-    grids = tuple(grid_of(image.size, settings, f"image {number + 1}") for number, image in enumerate(images))
-    values, places, window_ids, windows = [], [], [], 0
+    parts, windows = [], 0
     for number, (image, grid) in enumerate(zip(images, grids, strict=True)):
-        pixels = _decoded(image, f"image {number + 1} of {len(images)}")
+        try:
+            pixels = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            name = f"image {number + 1} of {len(images)}"
+            raise RequestError(f"{name} does not decode: {error}; send the complete file") from None
         if settings["do_resize"]:
             rows, columns = (side * settings["patch_size"] for side in grid)
             pixels = pixels.resize((columns, rows), resample=settings["resample"])
-        values.append(_flat_patches(_normalised(pixels, settings), settings))
         positions, own_windows = _places(grid, settings)
-        places.append(positions)
-        window_ids.append(own_windows + windows)
+        parts.append(
+            (_flat_patches(pixels, settings), positions, own_windows + windows, np.full(len(positions), number))
+        )
         windows += int(own_windows.max()) + 1
-    image_ids = np.repeat(np.arange(len(grids)), [len(part) for part in places]).astype(np.int64)
-    return Patches(np.concatenate(values), np.concatenate(places), image_ids, np.concatenate(window_ids), grids)
+    joined = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return dict(zip(("pixels", "positions", "windows", "images"), joined, strict=True))
 
 
 def grid_of(size: tuple[int, int], settings: Mapping[str, Any], name: str) -> tuple[int, int]:
     """Patches (rows, columns) of an image of `size` (width, height) in pixels, which need not be decoded yet.
 
-    Raises RequestError, which calls the image `name`, if one side is more than 200 times the other.
+    The resized image keeps the aspect ratio and has `min_pixels` to `max_pixels` pixels. Raises RequestError, which
+    calls the image `name`, if one side is more than 200 times the other.
     """
     width, height = size
-    if settings["do_resize"]:
-        if max(width, height) > 200 * min(width, height):
-            raise RequestError(f"{name} is {width}x{height}: one side is over 200 times the other; crop it")
-        factor = settings["patch_size"] * settings["merge_size"]
-        height, width = target_size(height, width, factor, settings["min_pixels"], settings["max_pixels"])
-    return height // settings["patch_size"], width // settings["patch_size"]
+    patch, merge, low, high = (settings[key] for key in ("patch_size", "merge_size", "min_pixels", "max_pixels"))
+    if not settings["do_resize"]:
+        return height // patch, width // patch
+    if max(size) > 200 * min(size):
+        raise RequestError(f"{name} is {width}x{height}: one side is over 200 times the other; crop it")
+    block = patch * merge  # pixels along the side of what the merger makes one token
+    rows, columns = round(height / block), round(width / block)
+    if rows * columns * block**2 > high:
+        shrink = math.sqrt(height * width / high)
+        rows, columns = (max(1, math.floor(side / shrink / block)) for side in (height, width))
+    elif rows * columns * block**2 < low:
+        grow = math.sqrt(low / (height * width))
+        rows, columns = (math.ceil(side * grow / block) for side in (height, width))
+    return rows * merge, columns * merge
 
 
-def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width: multiples of `factor`, the aspect ratio kept, `min_pixels` to `max_pixels` pixels."""
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
-    return rows, columns
-
-
-def _decoded(image: Image.Image, name: str) -> Image.Image:
-    try:
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RequestError(f"{name} does not decode: {error}; send the complete file") from None
-
-
-def _normalised(image: Image.Image, settings: Mapping[str, Any]) -> Floats:
-    """(3, height, width); rescaled in double precision and normalised in single, as transformers does."""
-    pixels = np.moveaxis(np.array(image), -1, 0).astype(np.float64)
+def _flat_patches(image: Image.Image, settings: Mapping[str, Any]) -> NDArray[np.float32]:
+    """(P, channels * temporal * patch * patch); rescaled in double precision and normalised in single."""
+    pixels = np.array(image, np.float64)  # (height, width, channels)
     if settings["do_rescale"]:
-        pixels = pixels * settings["rescale_factor"]
-    scaled = pixels.astype(np.float32)
+        pixels *= settings["rescale_factor"]
+    scaled: NDArray[np.float32] = pixels.astype(np.float32)
     if settings["do_normalize"]:
-        mean, std = (np.array(settings[name], np.float32)[:, None, None] for name in ("mean", "std"))
-        scaled = (scaled - mean) / std
-    return scaled
+        scaled -= np.array(settings["mean"], np.float32)
+        scaled /= np.array(settings["std"], np.float32)
+    patch, merge, (height, width, channels) = settings["patch_size"], settings["merge_size"], scaled.shape
+    blocks = scaled.reshape(height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+    return blocks.repeat(settings["temporal_patch_size"], axis=5).reshape(height // patch * (width // patch), -1)
 
 
-def _flat_patches(pixels: Floats, settings: Mapping[str, Any]) -> Floats:
-    """(rows * columns, channels * temporal * patch * patch) in the order of the merger's blocks."""
-    patch, merge, frames = settings["patch_size"], settings["merge_size"], settings["temporal_patch_size"]
-    channels, height, width = pixels.shape
-    rows, columns = height // patch, width // patch
-    blocks = pixels.reshape(channels, rows // merge, merge, patch, columns // merge, merge, patch)
-    blocks = np.transpose(blocks, (1, 4, 2, 5, 0, 3, 6))[:, :, :, :, :, None]
-    blocks = np.broadcast_to(blocks, (*blocks.shape[:5], frames, *blocks.shape[6:]))
-    return np.ascontiguousarray(blocks.reshape(rows * columns, -1))
-
-
-def _places(grid: tuple[int, int], settings: Mapping[str, Any]) -> tuple[Integers, Integers]:
+def _places(grid: tuple[int, int], settings: Mapping[str, Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Row and column (P, 2) and window number (P,) of each patch of one image."""
-    merge = settings["merge_size"]
+    (rows, columns), merge = grid, settings["merge_size"]
     side = settings["window_size"] // merge // settings["patch_size"] * merge  # patches along a window's side
-    row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    positions = np.stack([_by_block(row, merge), _by_block(column, merge)], axis=1).astype(np.int64)
-    across = -(-grid[1] // side)
-    return positions, positions[:, 0] // side * across + positions[:, 1] // side
-
-
-def _by_block(grid: NDArray[Any], merge: int) -> NDArray[Any]:
-    rows, columns = grid.shape
-    return grid.reshape(rows // merge, merge, columns // merge, merge).transpose(0, 2, 1, 3).reshape(-1)
+    cells = np.indices(grid).reshape(2, rows // merge, merge, columns // merge, merge)
+    positions = cells.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+    row, column = (positions // side).T
+    return positions.astype(np.float32), row * -(-columns // side) + column

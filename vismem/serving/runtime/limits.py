@@ -39,7 +39,15 @@ def check_request(files: Sequence[bytes], prompt: bytes, max_new_tokens: int) ->
         raise RequestError(f"MAX_NEW_TOKENS is {max_new_tokens}: it must lie in 1..{MAX_NEW_TOKENS}")
     names = [f"image {number} of {len(files)}" for number in range(1, len(files) + 1)]
     _check("bytes", [len(file) for file in files], names, MAX_IMAGE_BYTES, MAX_TOTAL_BYTES)
-    images = [_open(file, name) for file, name in zip(files, names, strict=True)]
+    images: list[Image.Image] = []
+    for name, file in zip(names, files, strict=True):
+        try:
+            images.append(Image.open(io.BytesIO(file), formats=FORMATS))
+        except Image.DecompressionBombError:
+            raise RequestError(f"{name} has too many pixels: the limit is {MAX_IMAGE_PIXELS}") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            reason = f"it is no {', '.join(FORMATS)} file" if isinstance(error, UnidentifiedImageError) else error
+            raise RequestError(f"{name} ({len(file)} bytes) does not decode: {reason}") from None
     _check("pixels", [image.width * image.height for image in images], names, MAX_IMAGE_PIXELS, MAX_TOTAL_PIXELS)
     return images
 
@@ -50,13 +58,3 @@ def _check(unit: str, counts: Sequence[int], names: Sequence[str], limit: int, t
             raise RequestError(f"{name} has {count} {unit}: the limit is {limit}")
     if sum(counts) > total_limit:
         raise RequestError(f"the images have {sum(counts)} {unit} together: the limit is {total_limit}")
-
-
-def _open(file: bytes, name: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(file), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise RequestError(f"{name} has too many pixels: the limit is {MAX_IMAGE_PIXELS}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = f"it is no {', '.join(FORMATS)} file" if isinstance(error, UnidentifiedImageError) else error
-        raise RequestError(f"{name} ({len(file)} bytes) does not decode: {reason}") from None

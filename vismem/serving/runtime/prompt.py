@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 Integers = NDArray[np.int64]
 ZERO_WIDTH_SPACE = "\u200b"
@@ -19,11 +20,6 @@ class Prompt:
     ids: Integers  # (L,)
     positions: Integers  # (3, L): time, height, width
     visual: NDArray[np.bool_]  # (L,) True at image tokens
-
-    @property
-    def next_position(self) -> int:
-        """Position of the answer's first token on all three axes."""
-        return int(self.positions.max()) + 1
 
 
 def plain_text(text: str, tokens: Iterable[str]) -> str:
@@ -42,18 +38,18 @@ def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], question: str, grid
     """The chat prompt of `question`, as `plain_text`, after images of `grids` patches. `settings` is runtime.json."""
     parts, merge = settings["prompt"], settings["image"]["merge_size"]
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    counts = [rows // merge * (columns // merge) for rows, columns in grids]
-    images = "".join(parts["image"].replace(parts["image_token"], parts["image_token"] * n) for n in counts)
-    text = parts["before"] + images + plain_text(question, added) + parts["after"]
+    merged = [(rows // merge, columns // merge) for rows, columns in grids]
+    images = (parts["image"].replace(parts["image_token"], parts["image_token"] * rows * n) for rows, n in merged)
+    text = parts["before"] + "".join(images) + plain_text(question, added) + parts["after"]
     ids = np.array(tokenizer.encode(text).ids, np.int64)
     visual = ids == settings["tokens"]["image"]
-    return Prompt(ids, _positions(visual, [(rows // merge, columns // merge) for rows, columns in grids]), visual)
+    return Prompt(ids, _positions(visual, merged), visual)
 
 
 def _positions(visual: NDArray[np.bool_], grids: Sequence[tuple[int, int]]) -> Integers:
     """Text advances on all axes; an image has one time, and its rows and columns count from there."""
     positions = np.zeros((3, len(visual)), np.int64)
-    place = following = 0
+    place = following = 0  # tokens done, and the position that follows them
     for rows, columns in grids:
         start = place + int(np.argmax(visual[place:]))
         positions[:, place:start] = following + np.arange(start - place)
@@ -70,23 +66,18 @@ class TextStream:
     """Turns token ids into text as they come; a character of several tokens comes out whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
-        self.before = self.done = 0  # ids[before:done] were emitted last and are kept as context
+        self.emitted = 0  # characters
 
     def add(self, token: int) -> str:
         """The text that became certain with this token; may be empty. Special tokens give none."""
         self.ids.append(token)
-        return self._advance(final=False)
+        text: str = self.stream.step(self.tokenizer, token) or ""
+        self.emitted += len(text)
+        return text
 
     def finish(self) -> str:
         """What was held back, if an answer ends within a character."""
-        return self._advance(final=True)
-
-    def _advance(self, final: bool) -> str:
-        known = self.tokenizer.decode(self.ids[self.before : self.done], skip_special_tokens=True)
-        text: str = self.tokenizer.decode(self.ids[self.before :], skip_special_tokens=True)
-        if (text.endswith("\ufffd") and not final) or len(text) <= len(known):
-            return ""
-        self.before, self.done = self.done, len(self.ids)
-        return text[len(known) :]
+        text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        return text[self.emitted :]

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .bundle import Bundle
-from .images import Patches, cut_patches, grid_of
+from .images import cut_patches, grid_of
 from .limits import RequestError
-from .prompt import Prompt, TextStream, tokenise
+from .prompt import TextStream, tokenise
 
 Floats = NDArray[np.float32]
 Kind = Literal["short", "long"]
@@ -69,77 +69,56 @@ class Runtime:
             raise RequestError("no image: send at least one with the question")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-        answer = Answer(self.bundle, images, prompt, max_new_tokens, self.max_patches)
-        return answer.run(max_new_tokens, Sampler(temperature, seed), memory, force or {})
-
-
-class Sampler:
-    """Greedy, or draws by inverse transform, the same as the training engine's for a sample without an id."""
-
-    def __init__(self, temperature: float, seed: int) -> None:
-        self.temperature = temperature
-        self.random = np.random.default_rng((seed, zlib.crc32(b"#0"), zlib.crc32(b"sample")))
-
-    def __call__(self, logits: Floats) -> int:
-        """The chosen column of (V,) scores; barred ones are -inf."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        scaled = logits / np.float32(self.temperature)
-        cumulative = np.exp((scaled - scaled.max()).astype(np.float64)).cumsum()
-        place = np.searchsorted(cumulative, self.random.random() * cumulative[-1], side="right")
-        return min(int(place), len(logits) - 1)
+        return Answer(self, images, prompt, max_new_tokens).run(temperature, seed, memory, force or {})
 
 
 class Answer:
     """One answer in the making: everything fed so far, with its embeddings, hidden states, positions, keys, values."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        images: Sequence[Image.Image],
-        question: str,
-        max_new_tokens: int,
-        max_patches: int | None = None,
-    ) -> None:
-        self.bundle, settings = bundle, bundle.settings
-        self.settings, self.memory_settings, self.tokens = settings, settings["memory"], settings["tokens"]
+    def __init__(self, runtime: Runtime, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> None:
+        bundle, settings, max_patches = runtime.bundle, runtime.bundle.settings, runtime.max_patches
+        self.memory_settings, self.tokens, decoder = settings["memory"], settings["tokens"], settings["decoder"]
         grids = [grid_of(image.size, settings["image"], f"image {i + 1}") for i, image in enumerate(images)]
         patches = sum(rows * columns for rows, columns in grids)
         if max_patches is not None and patches > max_patches:
             raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
-        self.prompt: Prompt = tokenise(bundle.tokenizer, settings, question, grids)
-        self.limit = int(self.memory_settings["max_per_answer"])
+        self.bundle, self.max_new_tokens = bundle, max_new_tokens
+        self.prompt = tokenise(bundle.tokenizer, settings, question, grids)
         longest = max(self.memory_settings[f"{kind}_length"] for kind in KINDS)
-        room = max_new_tokens + self.limit * (longest + 2)
-        if self.prompt.next_position + room > settings["decoder"]["max_positions"]:
+        room = max_new_tokens + self.memory_settings["max_per_answer"] * (longest + 2)
+        if (needed := int(self.prompt.positions.max()) + 1 + room) > decoder["max_positions"]:
             raise RequestError(
-                f"the question, its images and {max_new_tokens} tokens need {self.prompt.next_position + room} "
-                f"positions, the model has {settings['decoder']['max_positions']}: send less, or ask for less"
+                f"the question, its images and {max_new_tokens} tokens need {needed} positions, "
+                f"the model has {decoder['max_positions']}: send less, or ask for less"
             )
-        self.patches: Patches = cut_patches(images, settings["image"])
+        self.patches = cut_patches(images, grids, settings["image"])
         capacity = len(self.prompt.ids) + room
         self.embeddings: Floats = np.zeros((capacity, settings["width"]), np.float32)
-        self.hidden: Floats = np.zeros((capacity, settings["width"]), np.float32)
+        self.hidden = np.zeros_like(self.embeddings)
         self.positions: Floats = np.zeros((3, capacity), np.float32)
         self.used = 0
-        self.short_stream: dict[str, Any] | None = None
-        decoder = settings["decoder"]
-        self.nothing: Floats = np.zeros((1, decoder["kv_heads"], 0, decoder["head_width"]), np.float32)
-        self.past = dict.fromkeys((name for name in bundle.decoder.inputs if name.startswith("past_")), self.nothing)
+        self.short_stream: dict[str, NDArray[Any]] = {}
+        nothing: Floats = np.zeros((1, decoder["kv_heads"], 0, decoder["head_width"]), np.float32)
+        self.past = self.no_past = {name: nothing for name in bundle.decoder.inputs if name.startswith("past_")}
 
-    def run(self, max_new_tokens: int, sampler: Sampler, memory: bool, force: Mapping[int, Kind]) -> Iterator[Chunk]:
+    def run(self, temperature: float, seed: int, memory: bool, force: Mapping[int, Kind]) -> Iterator[Chunk]:
         """Prefill, then decide, feed and form until the answer stops."""
-        logits = self._prefill()
-        segment, text = self.used, TextStream(self.bundle.tokenizer)
-        vocabulary = logits.shape[0] - 2
+        random = np.random.default_rng((seed, zlib.crc32(b"#0"), zlib.crc32(b"sample")))  # the training engine's
+        text = TextStream(self.bundle.tokenizer)
+        embeddings = self._embed(self.prompt.ids)
+        embeddings[self.prompt.visual] = self._see(0.0)["features"]
+        logits = self._feed(embeddings, self.prompt.positions)
+        segment, vocabulary = self.used, len(logits) - 2
+        own = [token for token in (*self.tokens["invoke"], *self.tokens["end"]) if token < vocabulary]
         words = invoked = decision = 0
         remembering = False  # a memory was inserted, and no word has followed it yet
         while True:
-            logits[[t for t in (*self.tokens["invoke"], *self.tokens["end"]) if t < vocabulary]] = -np.inf
-            if not memory or remembering or invoked >= self.limit:
+            may_invoke = not remembering and invoked < self.memory_settings["max_per_answer"]
+            logits[own] = -np.inf
+            if not (memory and may_invoke):
                 logits[vocabulary:] = -np.inf
-            column = sampler(logits)
-            if decision in force and not remembering and invoked < self.limit:
+            column = sample(logits, temperature, random)
+            if may_invoke and decision in force:
                 column = vocabulary + KINDS.index(force[decision])
             decision += 1
             if column >= vocabulary:
@@ -151,25 +130,19 @@ class Answer:
                 yield Chunk("", KINDS[index], self.tokens["invoke"][index], vectors)
                 continue
             words, remembering = words + 1, False
-            stopped = column in self.tokens["stop"]
             yield Chunk(text.add(column), "token", column)
-            if stopped or words >= max_new_tokens:
+            if column in self.tokens["stop"] or words >= self.max_new_tokens:
                 break
             logits = self._feed(self._embed([column]))
         yield Chunk(text.finish(), "end")
 
     # --- the language model ---
 
-    def _prefill(self) -> Floats:
-        embeddings = self._embed(self.prompt.ids)
-        embeddings[self.prompt.visual] = self._see(0.0)["features"]
-        return self._feed(embeddings, self.prompt.positions)
-
     def _embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Floats:
         """(n, d); the four memory tokens have rows of their own."""
-        table, own = self.bundle.embedding, [*self.tokens["invoke"], *self.tokens["end"]]
+        table = self.bundle.embedding
         rows: Floats = np.array(table[np.minimum(ids, len(table) - 1)], np.float32)
-        for place, token in enumerate(own):
+        for place, token in enumerate((*self.tokens["invoke"], *self.tokens["end"])):
             rows[np.asarray(ids) == token] = self.bundle.memory_rows[place]
         return rows
 
@@ -208,51 +181,47 @@ class Answer:
         """(N, d): from the visual hidden states and those of the answer since position `segment` (Eq. 5, 9-11)."""
         visual = self.hidden[: len(self.prompt.ids)][self.prompt.visual]
         built = self.bundle.builder(state=np.concatenate([visual, self.hidden[segment : self.used]]))
-        memory: Floats = self._short(built["queries"]) if kind == "short" else self._long(built["long_tokens"])
-        return memory
+        return self._short(built["queries"]) if kind == "short" else self._long(built["long_tokens"])
 
     def _long(self, tokens: Floats) -> Floats:
         """The whole stream and the tokens through the language model, its LoRA on."""
-        length = self.memory_settings["long_length"]
-        if self.memory_settings["pool_images"]:  # M_init stands on pooled image tokens, and so does the memory
+        length, pool = self.memory_settings["long_length"], self.memory_settings["pool_images"]
+        if pool:  # M_init stands on pooled image tokens, and so does the memory
             seen = self.embeddings[: len(self.prompt.ids)][self.prompt.visual]
             tokens[-length:] += shares(length, len(seen)) @ seen
         sequence = np.concatenate([self.embeddings[: self.used], tokens])
         positions = np.concatenate([self.positions[:, : self.used], self._next_positions(len(tokens))], axis=1)
-        nothing = dict.fromkeys(self.past, self.nothing)
-        memory: Floats = self._decode(sequence, positions, len(sequence), 1.0, nothing)["memory"][0]
-        return memory + tokens[-length:] if self.memory_settings["pool_images"] else memory
+        memory: Floats = self._decode(sequence, positions, len(sequence), 1.0, self.no_past)["memory"][0]
+        return memory + tokens[-length:] if pool else memory
 
     def _short(self, queries: Floats) -> Floats:
         """Queries and memory tokens beside the patches in the vision encoder, its LoRA on."""
-        if self.short_stream is None:  # the patches with the adapter on: once per answer
-            self.short_stream = self._see(1.0)
-            self.short_stream["pooled"], places = self._pool(self.short_stream["patch_embeds"])
-            identity = np.zeros((self.memory_settings["queries"], 2), np.float32)
-            self.short_stream["positions"] = np.concatenate([identity, places])
-        memory: Floats = self.bundle.short(queries=queries, **self.short_stream)["memory"]
-        return memory
+        if not self.short_stream:  # the patches with the adapter on: once per answer
+            stream = self._see(1.0)
+            slots, merge = self.memory_settings["short_length"], self.memory_settings["merge"]
+            count = len(stream["patch_embeds"]) // merge
+            pool = self.memory_settings["pool_patches"]  # else M_init stands alone, at the identity position
+            weight = shares(slots, count) if pool else np.zeros((slots, count), np.float32)
+            pooled, places = (
+                (weight @ values.reshape(count, -1)).reshape(slots * merge, -1)
+                for values in (stream["patch_embeds"], self.patches["positions"])
+            )
+            identity = np.zeros((len(queries), 2), np.float32)
+            self.short_stream = stream | {"pooled": pooled, "positions": np.concatenate([identity, places])}
+        return self.bundle.short(queries=queries, **self.short_stream)["memory"]
 
-    def _see(self, adapter: float) -> dict[str, Any]:
-        patches = self.patches
-        return self.bundle.vision(
-            pixels=patches.values,
-            positions=patches.positions.astype(np.float32),
-            windows=patches.window_ids,
-            images=patches.image_ids,
-            adapter=np.array([adapter], np.float32),
-        )
+    def _see(self, adapter: float) -> dict[str, NDArray[Any]]:
+        return self.bundle.vision(**self.patches, adapter=np.array([adapter], np.float32))
 
-    def _pool(self, embeds: Floats) -> tuple[Floats, Floats]:
-        """Mean patch embedding and position for each memory token: merged tokens shared out evenly, or copied."""
-        slots, merge = self.memory_settings["short_length"], self.memory_settings["merge"]
-        if not self.memory_settings["pool_patches"]:
-            return np.zeros((slots * merge, embeds.shape[1]), np.float32), np.zeros((slots * merge, 2), np.float32)
-        count = len(embeds) // merge
-        weight = shares(slots, count)
-        pooled = weight @ embeds.reshape(count, -1)
-        places = weight @ self.patches.positions.astype(np.float32).reshape(count, -1)
-        return pooled.reshape(slots * merge, -1), places.reshape(slots * merge, 2)
+
+def sample(logits: Floats, temperature: float, random: np.random.Generator) -> int:
+    """A column of (V,) scores, barred ones -inf: the best at temperature 0, else drawn by inverse transform."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits / np.float32(temperature)
+    cumulative = np.exp((scaled - scaled.max()).astype(np.float64)).cumsum()
+    place = np.searchsorted(cumulative, random.random() * cumulative[-1], side="right")
+    return min(int(place), len(logits) - 1)
 
 
 def shares(slots: int, count: int) -> Floats:

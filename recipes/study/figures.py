@@ -50,8 +50,7 @@ def study_figures(
     questions; yes_no_tasks: those whose every question is answered yes or no; claims {group: `judge`}.
     """
     scores, times = score_table(answers), pd.DataFrame(seconds)
-    first, mean_seconds = min(answers), times.mean(axis=1).to_dict()
-    overhead = times / times.loc[VANILLA] - 1
+    mean_seconds, overhead = times.mean(axis=1).to_dict(), times / times.loc[VANILLA] - 1
     arms = {
         arm: {**figures, "seconds": mean_seconds[arm], "overhead": overhead.loc[arm].tolist()}
         for arm, figures in arm_figures(scores, resamples).items()
@@ -63,7 +62,7 @@ def study_figures(
     claims: dict[str, Claims] = {"order": ORDER, "content": CONTENT, "baselines": vismem_above(baselines)}
     return {
         "arms": arms,
-        "pooled": summarise(pooled, mean_seconds, seed=first, resamples=resamples),
+        "pooled": summarise(pooled, mean_seconds, seed=min(answers), resamples=resamples),
         "yes_no_tasks": sorted({a.task for a in asked} - {a.task for a in asked if not is_yes_no(a)}),
         "claims": {name: judge(wanted, scores, resamples) for name, wanted in claims.items()},
     }

@@ -33,7 +33,8 @@ from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA, trainable
 from vismem.training.stage1 import Formation
 from vismem.training.stage2 import Invocation
 
-TINY_VLM = Path(__file__).resolve().parents[1] / "assets" / "tiny-vlm"
+ROOT = Path(__file__).resolve().parents[1]
+TINY_VLM = ROOT / "assets" / "tiny-vlm"
 OBJECTIVES: dict[type[GrpoStageConfig], tuple[type[GrpoObjective], tuple[str, ...]]] = {  # and what they train
     GrpoStageConfig: (PolicyGrpo, POLICY_LORA),
     Stage1Config: (Formation, FORMATION),

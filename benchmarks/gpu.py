@@ -13,12 +13,11 @@ share of the bandwidth counts what a decoding step must read: the language model
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from common import TINY_VLM, Parts, Steps, now, parser, publish, questions, step_parts, table
+from common import ROOT, TINY_VLM, Parts, Steps, now, parser, publish, questions, step_parts, table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -33,7 +32,6 @@ from vismem.models.processors import load_processor
 from vismem.models.vismem import VisMemModel
 from vismem.training.stage2 import fit_invocation
 
-ROOT = Path(__file__).parents[1]
 Sizes = dict[str, dict[str, Any]]
 SEVEN_B: Sizes = {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct, where it differs from its class's defaults
     "text_config": {
@@ -79,12 +77,12 @@ def build(sizes: Sizes, side: int, config: Config) -> VisMemModel:
     return model
 
 
-def peaks() -> tuple[float, float, str]:
+def peaks() -> dict[str, Any]:
     """FLOP/s and bytes/s of the device, and where the figures are from: its data sheet, or a measurement here."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     for known, (flops, bandwidth) in SHEETS.items():
         if known in name:
-            return flops, bandwidth, "data sheet"
+            return {"peak_flops": flops, "peak_bandwidth": bandwidth, "peaks": "data sheet"}
     size, dtype = (8192, torch.bfloat16) if name else (1024, torch.float32)
     square = torch.ones(size, size, dtype=dtype, device="cuda" if name else "cpu")
     large = square.repeat(8, 1)
@@ -92,8 +90,9 @@ def peaks() -> tuple[float, float, str]:
     def fastest(function: Callable[[], object]) -> float:
         return max(min(sum(Parts().run(function).values()) for _ in range(5)), 1e-9)
 
-    moved = 2 * large.numel() * large.element_size()
-    return 2 * size**3 / fastest(lambda: square @ square), moved / fastest(large.clone), "measured"
+    flops, moved = 2 * size**3, 2 * large.numel() * large.element_size()
+    speeds = {"peak_flops": flops / fastest(lambda: square @ square), "peak_bandwidth": moved / fastest(large.clone)}
+    return {**speeds, "peaks": "measured"}
 
 
 def training(model: VisMemModel, samples: Sequence[Sample], config: Config, args: argparse.Namespace) -> list[Any]:
@@ -186,12 +185,9 @@ def main() -> None:
     limit = config.invocation.model_copy(update={"max_per_answer": args.memories})
     samples = questions(8, args.side)
     model = build(SEVEN_B if args.size == "7b" else TINY, args.side, config.model_copy(update={"invocation": limit}))
-    flops, bandwidth, origin = peaks()
-    found: dict[str, Any] = {
-        "peak_flops": flops, "peak_bandwidth": bandwidth, "peaks": origin,
-        "parameters": sum(p.numel() for p in model.backbone.model.parameters()),
-        "decoding": decoding(model, samples, args), "training": training(model, samples, config, args),
-    }  # fmt: skip
+    parameters = sum(p.numel() for p in model.backbone.model.parameters())
+    found: dict[str, Any] = {**peaks(), "parameters": parameters, "decoding": decoding(model, samples, args)}
+    found["training"] = training(model, samples, config, args)
     publish(found, report(found), args.json)
 
 

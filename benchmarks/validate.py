@@ -14,13 +14,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from common import parser, publish, table
+from common import ROOT, parser, publish, table
 
 from vismem.config import ScenesSource
 from vismem.data.sample import Sample, write_shards
 from vismem.data.scenes import generate
-
-ROOT = Path(__file__).parents[1]
 
 
 def rows(source: ScenesSource, split: str) -> Iterator[Sample]:

@@ -33,12 +33,6 @@ Tokens = list[tuple[int, ...]]
 Side = Callable[[Sequence[Sample], int], Tokens]  # samples and max new tokens -> the rows' tokens, end token included
 
 
-def engine_side(model: VisMemModel, policy: InvocationPolicy, samples: Sequence[Sample], max_new_tokens: int) -> Tokens:
-    """Ours; with memories their latents stand in between."""
-    rollouts = engine.generate(model, samples, policy, max_new_tokens=max_new_tokens)
-    return [rollout.token_ids for rollout in rollouts]
-
-
 @torch.inference_mode()
 def hugging_face_side(model: VisMemModel, samples: Sequence[Sample], max_new_tokens: int) -> Tokens:
     """The base's own `generate`."""
@@ -54,20 +48,23 @@ def hugging_face_side(model: VisMemModel, samples: Sequence[Sample], max_new_tok
 
 def load(artifacts: Path, items: int) -> tuple[dict[str, Side], list[Sample], str]:
     """The sides on one model, questions, and whether memories are learned or forced."""
-    policy: InvocationPolicy
-    if (artifacts / "stage2").is_dir():
-        samples = list(islice(iterate_samples(artifacts / "validate" / "data" / "validation"), items))
-        model, policy = VisMemModel.from_pretrained(artifacts / "stage2", artifacts / "base"), Learned()
-    else:
-        samples, policy = questions(items), Random(probability=0.5)
-        with tempfile.TemporaryDirectory() as folder:
-            model = VisMemModel(load_base(random_base(Path(folder))), MemoryConfig(), InvocationConfig())
-    sides: dict[str, Side] = {
-        HUGGING_FACE: partial(hugging_face_side, model),
-        VANILLA: partial(engine_side, model, Off()),
-        VISMEM: partial(engine_side, model, policy),
-    }
-    return sides, samples, "learned" if isinstance(policy, Learned) else "forced"
+    base, stage2 = artifacts / "base", artifacts / "stage2"
+    policy: InvocationPolicy = Random(probability=0.5)
+    own = base.is_dir()
+    samples = iterate_samples(artifacts / "validate" / "data" / "validation") if own else questions(items)
+    with tempfile.TemporaryDirectory() as folder:
+        base = base if own else random_base(Path(folder))
+        if stage2.is_dir():
+            model, policy = VisMemModel.from_pretrained(stage2, base), Learned()
+        else:
+            model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig())
+
+    def engine_side(policy: InvocationPolicy, samples: Sequence[Sample], longest: int) -> Tokens:
+        return [rollout.token_ids for rollout in engine.generate(model, samples, policy, max_new_tokens=longest)]
+
+    ours = {VANILLA: partial(engine_side, Off()), VISMEM: partial(engine_side, policy)}
+    sides: dict[str, Side] = {HUGGING_FACE: partial(hugging_face_side, model), **ours}
+    return sides, list(islice(samples, items)), "learned" if isinstance(policy, Learned) else "forced"
 
 
 def measure(

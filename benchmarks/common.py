@@ -1,69 +1,75 @@
-"""What the benchmarks share: a base and samples, clocks on named parts, peak memory, a GRPO step, and the report."""
+"""What the benchmarks share: options and report, a base and samples, GRPO steps, clocks on named parts, peak memory."""
 
 import argparse
 import functools
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 
-from vismem.config import ScenesSource
+from vismem.config import GrpoConfig, GrpoStageConfig, ScenesSource, Stage1Config, Stage2Config
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
 from vismem.generation.types import Rollout
-from vismem.models.vismem import load_base
+from vismem.models.vismem import VisMemModel, load_base
+from vismem.training import rollout, stage2
+from vismem.training.baselines import PolicyGrpo
 from vismem.training.rollout import GrpoObjective
+from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA, trainable
+from vismem.training.stage1 import Formation
+from vismem.training.stage2 import Invocation
 
-TINY_VLM = Path(__file__).resolve().parents[1] / "assets" / "tiny-vlm"
+ROOT = Path(__file__).resolve().parents[1]
+TINY_VLM = ROOT / "assets" / "tiny-vlm"
+OBJECTIVES: dict[type[GrpoStageConfig], tuple[type[GrpoObjective], tuple[str, ...]]] = {  # and what they train
+    GrpoStageConfig: (PolicyGrpo, POLICY_LORA),
+    Stage1Config: (Formation, FORMATION),
+    Stage2Config: (Invocation, INVOCATION),
+}
 Seconds = dict[str, float]
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the script's description and the option --json."""
+def parser(doc: str | None, **integers: tuple[int, str]) -> argparse.ArgumentParser:
+    """A parser with the script's description, --json, and options for integers, each with its default and its help."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=Path, help="file for the figures")
+    for name, (default, about) in integers.items():
+        about += " (default: %(default)s)"
+        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=about)
     return made
 
 
 def publish(figures: dict[str, Any], report: str, file: Path | None) -> None:
-    """Print the report and write the figures, both with the machine and the command."""
+    """Print the report and write the figures, both with the machine (device, threads, versions) and the command."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    machine = f"{device}; Python {platform.python_version()}, {packages}"
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    figures |= {"machine": machine(), "command": command, "load_average": os.getloadavg()[0]}
-    print(f"{figures['machine']}; load average {figures['load_average']:.1f}\n`{command}`\n\n{report}")
+    load = os.getloadavg()[0]
+    print(f"{machine}; load average {load:.1f}\n`{command}`\n\n{report}")
     if file is not None:
+        figures |= {"machine": machine, "command": command, "load_average": load}
         file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def machine() -> str:
-    """Device, threads and versions in one line."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return f"{device}; Python {platform.python_version()}, {packages}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
+def table(header: str, rows: Iterable[str]) -> str:
+    """A Markdown table; cells are separated by " | "."""
+    lines = [header, " | ".join("---" for _ in header.split(" | ")), *rows]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def questions(count: int, side: int = 84) -> list[Sample]:
@@ -89,15 +95,12 @@ def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
     """
     receiver, sender = get_context("fork").Pipe(duplex=False)
 
-    def held(line: str) -> float:
-        return float(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0]) / 1024
-
     def measure() -> None:
         work = prepare()
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = held("VmRSS")
+        before = getrusage(RUSAGE_SELF).ru_maxrss
         work()
-        sender.send(held("VmHWM") - before)
+        sender.send((getrusage(RUSAGE_SELF).ru_maxrss - before) / 1024)
 
     process = get_context("fork").Process(target=measure)
     process.start()
@@ -107,79 +110,80 @@ def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
     return round(found, 1)
 
 
-class Parity:
-    """Before an objective: a reward that costs nothing and has spread on a random model, too (whether a sum is odd)."""
-
-    def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
-        odd = torch.tensor([float(sum(r.token_ids) % 2) for r in rollouts]).view_as(rewards)
-        return super().shaped(odd, batch, rollouts, step)  # type: ignore[misc,no-any-return]
+def parity(samples: Sequence[Sample], rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """(B, G) rewards that cost nothing and have spread on a random model, too: whether a sum of token ids is odd."""
+    return torch.tensor([float(sum(r.token_ids) % 2) for r in rollouts]).view(len(samples), -1)
 
 
-def stepper(
-    objective: GrpoObjective, trained: Mapping[str, torch.nn.Parameter], rate: float
-) -> Callable[[], dict[str, float]]:
-    """A function that takes a training step (sample, score, update) and returns its metrics."""
-    optimizer = torch.optim.AdamW(trained.values(), lr=rate)
-    at = iter(range(10**9))
+class Steps:
+    """GRPO steps with the reward `parity`, of what the stage's configuration belongs to; a call takes the next.
 
-    def step() -> dict[str, float]:
-        batch = objective.collect(next(at))
-        optimizer.zero_grad()
-        metrics = objective.backward(batch)
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        return metrics
+    `metrics` are the last step's, and `memories` its memories per answer.
+    """
 
-    return step
+    def __init__(self, model: VisMemModel, samples: Sequence[Sample], grpo: GrpoConfig, stage: GrpoStageConfig) -> None:
+        kind, prefixes = OBJECTIVES[type(stage)]
+        model.policy_lora.enabled = kind is PolicyGrpo
+        self.trained = trainable(model, prefixes)
+        accelerator = Accelerator(cpu=model.backbone.device.type == "cpu")
+        self.objective = kind(model, samples, grpo, stage, 0, accelerator)
+        self.objective.prompts_need_gradient = kind is PolicyGrpo
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-5)
+        self.numbers = count()
+
+    def __call__(self) -> None:
+        """Sample, score, update."""
+        with mock.patch.object(rollout, "rewards_of", parity):
+            batch = self.objective.collect(next(self.numbers))
+        self.optimizer.zero_grad()
+        self.metrics = self.objective.backward(batch)
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.step()
+        self.memories = self.metrics["invocations_short"] + self.metrics["invocations_long"]
 
 
 class Parts(ExitStack):
-    """Seconds of named parts of some work. A part's time is its own: what is called inside it counts elsewhere."""
+    """Seconds of named parts of some work. A part's time is its own: what is called inside it counts elsewhere.
 
-    def __init__(self) -> None:
+    Those in `whole` count with the parts called inside.
+    """
+
+    def __init__(self, *whole: str) -> None:
         super().__init__()
+        self.whole = whole
         self.seconds: Seconds = defaultdict(float)
-        self._stack: list[str] = []
-        self._whole: set[str] = set()
+        self._open = ["the rest"]
         self._since = 0.0
 
-    def wrap(self, owner: Any, attribute: str, name: str, whole: bool = False) -> None:
-        """Count calls of `owner.attribute` (a function or a method) as part `name`, until the block is left.
-
-        `whole`: with the parts called inside.
-        """
+    def wrap(self, owner: Any, attribute: str, name: str) -> None:
+        """Count calls of `owner.attribute` (a function or a method) as part `name`, until the block is left."""
         original = getattr(owner, attribute)
 
         @functools.wraps(original)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._stack and self._stack[-1] in self._whole:
+            if self._open[-1] in self.whole:
                 return original(*args, **kwargs)
-            self._switch()
-            self._stack.append(name)
+            self._count()
+            self._open.append(name)
             try:
                 return original(*args, **kwargs)
             finally:
-                self._switch()
-                self._stack.pop()
+                self._count()
+                self._open.pop()
 
-        if whole:
-            self._whole.add(name)
         self.enter_context(mock.patch.object(owner, attribute, timed))
 
     def run(self, function: Callable[[], object]) -> Seconds:
         """Call `function`; returns the seconds of each part, and of what no part claims. They add up to the whole."""
+        self._count()
         self.seconds.clear()
-        self._since = now()
-        self._stack.append("the rest")
         function()
-        self._switch()
-        self._stack.pop()
+        self._count()
         return dict(self.seconds)
 
-    def _switch(self) -> None:
+    def _count(self) -> None:
         moment = now()
-        if self._stack:
-            self.seconds[self._stack[-1]] += moment - self._since
+        self.seconds[self._open[-1]] += moment - self._since
         self._since = moment
 
 
@@ -193,26 +197,14 @@ def now() -> float:
 
 def step_parts() -> Parts:
     """Clocks on the parts of a GRPO step: sampling, forming, the replay, the backward pass, the reference."""
-    from accelerate import Accelerator
-
-    from vismem.models.vismem import VisMemModel
-    from vismem.training import rollout, stage2
-    from vismem.training.stage1 import Formation
-
-    parts = Parts()
+    parts = Parts("reference")
     parts.wrap(rollout, "generate", "sampling")
     parts.wrap(stage2, "generate", "swapped sampling")
     parts.wrap(rollout, "prefill", "reading prompts")
     parts.wrap(rollout, "score", "replay, forward")
     for objective in (GrpoObjective, Formation):
-        parts.wrap(objective, "reference", "reference", whole=True)
+        parts.wrap(objective, "reference", "reference")
     for method in ("form", "short_stream", "long_prefix"):
         parts.wrap(VisMemModel, method, "forming")
     parts.wrap(Accelerator, "backward", "backward")
     return parts
-
-
-def mean_parts(runs: Sequence[Seconds]) -> Seconds:
-    """The mean seconds of each part over several runs; a part that a run does not have counts 0."""
-    names = dict.fromkeys(name for run in runs for name in run)
-    return {name: statistics.mean(run.get(name, 0.0) for run in runs) for name in names}

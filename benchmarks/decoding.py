@@ -8,16 +8,16 @@ the tiny VLM with a random head, and memories are forced.
 """
 
 import io
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from common import Parts, parser, peak_mib, publish, questions, random_base, spread, table
+from common import Parts, parser, peak_mib, publish, questions, random_base, table
 from PIL import Image
 
 from vismem.config import InvocationConfig, MemoryConfig
@@ -33,12 +33,6 @@ Tokens = list[tuple[int, ...]]
 Side = Callable[[Sequence[Sample], int], Tokens]  # samples and max new tokens -> the rows' tokens, end token included
 
 
-def engine_side(model: VisMemModel, policy: InvocationPolicy, samples: Sequence[Sample], max_new_tokens: int) -> Tokens:
-    """Ours; with memories their latents stand in between."""
-    rollouts = engine.generate(model, samples, policy, max_new_tokens=max_new_tokens)
-    return [rollout.token_ids for rollout in rollouts]
-
-
 @torch.inference_mode()
 def hugging_face_side(model: VisMemModel, samples: Sequence[Sample], max_new_tokens: int) -> Tokens:
     """The base's own `generate`."""
@@ -48,30 +42,29 @@ def hugging_face_side(model: VisMemModel, samples: Sequence[Sample], max_new_tok
     encoded = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
     made = base.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
     answers = made[:, encoded["input_ids"].shape[1] :].tolist()
-    stops = model.stop_ids
-    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in answers]
+    ends = [next((i + 1 for i, token in enumerate(row) if token in model.stop_ids), len(row)) for row in answers]
     return [tuple(row[:end]) for row, end in zip(answers, ends, strict=True)]
 
 
-def load(artifacts: Path, folder: Path, items: int) -> tuple[dict[str, Side], list[Sample], str]:
-    """The sides on one model, validation questions, and whether memories are learned or forced."""
+def load(artifacts: Path, items: int) -> tuple[dict[str, Side], list[Sample], str]:
+    """The sides on one model, questions, and whether memories are learned or forced."""
+    base, stage2 = artifacts / "base", artifacts / "stage2"
     policy: InvocationPolicy = Random(probability=0.5)
-    if (artifacts / "base").is_dir():
-        base = artifacts / "base"
-        samples = list(islice(iterate_samples(artifacts / "validate" / "data" / "validation"), items))
-    else:
-        samples = questions(items)
-        base = random_base(folder)
-    if (artifacts / "stage2").is_dir():
-        model, policy = VisMemModel.from_pretrained(artifacts / "stage2", base), Learned()
-    else:
-        model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig())
-    sides: dict[str, Side] = {
-        HUGGING_FACE: partial(hugging_face_side, model),
-        VANILLA: partial(engine_side, model, Off()),
-        VISMEM: partial(engine_side, model, policy),
-    }
-    return sides, samples, "learned" if isinstance(policy, Learned) else "forced"
+    own = base.is_dir()
+    samples = iterate_samples(artifacts / "validate" / "data" / "validation") if own else questions(items)
+    with tempfile.TemporaryDirectory() as folder:
+        base = base if own else random_base(Path(folder))
+        if stage2.is_dir():
+            model, policy = VisMemModel.from_pretrained(stage2, base), Learned()
+        else:
+            model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig())
+
+    def engine_side(policy: InvocationPolicy, samples: Sequence[Sample], longest: int) -> Tokens:
+        return [rollout.token_ids for rollout in engine.generate(model, samples, policy, max_new_tokens=longest)]
+
+    ours = {VANILLA: partial(engine_side, Off()), VISMEM: partial(engine_side, policy)}
+    sides: dict[str, Side] = {HUGGING_FACE: partial(hugging_face_side, model), **ours}
+    return sides, list(islice(samples, items)), "learned" if isinstance(policy, Learned) else "forced"
 
 
 def measure(
@@ -81,43 +74,34 @@ def measure(
     batches = [samples[at : at + batch] for at in range(0, len(samples), batch)]
     made = {name: [row for part in batches for row in answer(part, longest)] for name, answer in sides.items()}
     assert made[HUGGING_FACE] == made[VANILLA], "with memory off the answers must be those of Hugging Face"
-    names = list(sides)
-    spent = {name: {part: [0.0] * repeats for part in ("whole", "first", "memory")} for name in names}
+    names, turns = list(sides), []
     with Parts() as parts:
-        parts.wrap(engine._Decoder, "_insert", "memory", whole=True)
-        for repeat in range(repeats):
-            for number, part in enumerate(batches):
-                for turn in range(len(names)):
-                    name = names[(turn + number + repeat) % len(names)]  # nobody always comes first
-                    whole = parts.run(partial(sides[name], part, longest))
-                    spent[name]["whole"][repeat] += sum(whole.values())
-                    spent[name]["memory"][repeat] += whole.get("memory", 0.0)
-                    spent[name]["first"][repeat] += sum(parts.run(partial(sides[name], part, 1)).values())
-    return ratios(spent, sum(map(len, made[VANILLA])), len(samples))
-
-
-def ratios(spent: dict[str, dict[str, list[float]]], tokens: int, items: int) -> dict[str, Any]:
-    """Speeds and shares from the seconds of every side: whole, to the first token, and in memories."""
-
-    def over(a: list[float], b: list[float]) -> dict[str, float]:
-        return spread([x / y for x, y in zip(a, b, strict=True)])
-
-    def decoding(name: str) -> list[float]:
-        return [a - b for a, b in zip(spent[name]["whole"], spent[name]["first"], strict=True)]
-
-    def speed(count: int, seconds: Callable[[str], list[float]]) -> dict[str, int]:
-        return {name: round(count / statistics.median(seconds(name))) for name in (HUGGING_FACE, VANILLA)}
-
+        parts.wrap(engine._Decoder, "_insert", "memory")
+        for repeat, (number, part), turn in product(range(repeats), enumerate(batches), range(len(names))):
+            name = names[(turn + number + repeat) % len(names)]  # nobody always comes first
+            spent = parts.run(partial(sides[name], part, longest))
+            first = parts.run(partial(sides[name], part, 1))
+            seconds = {"whole": sum(spent.values()), "memory": spent.get("memory", 0.0), "first": sum(first.values())}
+            turns.append({"repeat": repeat, "side": name, **seconds})
+    found = pd.DataFrame(turns).groupby(["repeat", "side"]).sum().unstack()
+    whole, after_first = found["whole"], found["whole"] - found["first"]
+    tokens, compared = sum(map(len, made[VANILLA])), [HUGGING_FACE, VANILLA]
     return {
         "tokens": tokens,
-        "tokens_per_second": speed(tokens, lambda name: spent[name]["whole"]),
-        "tokens_per_second_after_first": speed(tokens - items, decoding),
-        "speed": over(spent[HUGGING_FACE]["whole"], spent[VANILLA]["whole"]),
-        "speed_after_first_token": over(decoding(HUGGING_FACE), decoding(VANILLA)),
-        "seconds_per_sample": {name: spread([s / items for s in side["whole"]]) for name, side in spent.items()},
-        "vismem_time": over(spent[VISMEM]["whole"], spent[VANILLA]["whole"]),
-        "memory_share": over(spent[VISMEM]["memory"], spent[VISMEM]["whole"]),
+        "tokens_per_second": (tokens / whole[compared].median()).round().to_dict(),
+        "tokens_per_second_after_first": ((tokens - len(samples)) / after_first[compared].median()).round().to_dict(),
+        "speed": spread(whole[HUGGING_FACE] / whole[VANILLA]),
+        "speed_after_first_token": spread(after_first[HUGGING_FACE] / after_first[VANILLA]),
+        "seconds_per_sample": {name: spread(whole[name] / len(samples)) for name in names},
+        "vismem_time": spread(whole[VISMEM] / whole[VANILLA]),
+        "memory_share": spread(found["memory"][VISMEM] / whole[VISMEM]),
     }
+
+
+def spread(values: pd.Series) -> dict[str, float]:
+    """Median and range."""
+    figures: dict[str, float] = values.agg({"median": "median", "low": "min", "high": "max"}).round(4).to_dict()
+    return figures
 
 
 def report(figures: dict[str, Any]) -> str:
@@ -126,41 +110,39 @@ def report(figures: dict[str, Any]) -> str:
     def cell(value: dict[str, float], scale: float = 1.0) -> str:
         return f"{value['median'] * scale:.2f} ({value['low'] * scale:.2f} to {value['high'] * scale:.2f})"
 
-    header = ["batch", "tokens/s, times HF's", "the same after the first token", "target"]
-    header += ["VisMem's time, times vanilla's", "of it memory, %", "VisMem, ms per sample"]
-    rows = [
-        [batch, cell(row["speed"]), cell(row["speed_after_first_token"]), TARGETS.get(int(batch), ""),
-         cell(row["vismem_time"]), cell(row["memory_share"], 100), cell(row["seconds_per_sample"][VISMEM], 1000)]
-        for batch, row in figures["batches"].items()
-    ]  # fmt: skip
-    memory = [[name, f"{value:.0f}"] for name, value in figures["peak_mib"].items()]
-    peaks = table(["peak of a batch, on top of the model", "MiB"], memory)
-    return f"Memories are {figures['memories']}.\n\n{table(header, rows)}\n\n{peaks}"
+    header = "batch | tokens/s, times HF's | the same after the first token | target | VisMem's time, times vanilla's"
+    rows = []
+    for batch, row in figures["batches"].items():
+        speed = f"{cell(row['speed'])} | {cell(row['speed_after_first_token'])} | {TARGETS.get(int(batch), '')}"
+        vismem = f"{cell(row['vismem_time'])} | {cell(row['memory_share'], 100)}"
+        rows.append(f"{batch} | {speed} | {vismem} | {cell(row['seconds_per_sample'][VISMEM], 1000)}")
+    sides = table(f"{header} | of it memory, % | VisMem, ms per sample", rows)
+    peaks = [f"{side} | {mib:.0f}" for side, mib in figures["peak_mib"].items()]
+    peak = table("peak of a batch, on top of the model | MiB", peaks)
+    return f"Memories are {figures['memories']}.\n\n{sides}\n\n{peak}"
 
 
 def main() -> None:
     """Measure, print, write."""
-    options = parser(__doc__)
+    options = parser(
+        __doc__, items=(64, "questions"), max_new_tokens=(56, "longest answer"), repeats=(5, "timed turns of each side")
+    )
     options.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="has base/, validate/ and stage2/")
-    options.add_argument("--items", type=int, default=64, help="validation questions")
     options.add_argument("--batch", type=int, nargs="+", default=list(TARGETS), help="batch sizes")
-    options.add_argument("--max-new-tokens", type=int, default=56)
-    options.add_argument("--repeats", type=int, default=5)
     args = options.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        sides, samples, memories = load(args.artifacts, Path(folder), args.items)
-        largest, longest = samples[: max(args.batch)], args.max_new_tokens
+    sides, samples, memories = load(args.artifacts, args.items)
+    largest, longest = samples[: max(args.batch)], args.max_new_tokens
 
-        def prepared(answer: Side) -> Callable[[], object]:
-            answer(samples[:1], longest)  # libraries' pages and what is made on first use
-            return partial(answer, largest, longest)
+    def prepared(answer: Side) -> Callable[[], object]:
+        answer(samples[:1], longest)  # libraries' pages and what is made on first use
+        return partial(answer, largest, longest)
 
-        figures: dict[str, Any] = {
-            "items": len(samples), "max_new_tokens": longest, "repeats": args.repeats, "memories": memories,
-            "peak_mib": {name: peak_mib(partial(prepared, answer)) for name, answer in sides.items()},
-            "batches": {str(n): measure(sides, samples, n, longest, args.repeats) for n in args.batch},
-        }  # fmt: skip
+    figures: dict[str, Any] = {
+        "items": len(samples), "max_new_tokens": longest, "repeats": args.repeats, "memories": memories,
+        "peak_mib": {name: peak_mib(partial(prepared, answer)) for name, answer in sides.items()},
+        "batches": {str(n): measure(sides, samples, n, longest, args.repeats) for n in args.batch},
+    }  # fmt: skip
     publish(figures, report(figures), args.json)
 
 

@@ -13,31 +13,25 @@ share of the bandwidth counts what a decoding step must read: the language model
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from accelerate import Accelerator
-from common import TINY_VLM, Parity, mean_parts, now, parser, publish, questions, step_parts, stepper, table
+from common import ROOT, TINY_VLM, Parts, Steps, now, parser, publish, questions, step_parts, table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vismem.config import Config, GrpoConfig, GrpoStageConfig, load_config
+from vismem.config import Config, load_config
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.prompts import encode
-from vismem.generation.types import Rollout
 from vismem.models.backbones import backbone_of
 from vismem.models.processors import load_processor
 from vismem.models.vismem import VisMemModel
-from vismem.training.rollout import GrpoObjective
-from vismem.training.run import FORMATION, INVOCATION, trainable
-from vismem.training.stage1 import Formation
-from vismem.training.stage2 import Invocation, fit_invocation
+from vismem.training.stage2 import fit_invocation
 
-ROOT = Path(__file__).parents[1]
 Sizes = dict[str, dict[str, Any]]
 SEVEN_B: Sizes = {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct, where it differs from its class's defaults
     "text_config": {
@@ -83,81 +77,50 @@ def build(sizes: Sizes, side: int, config: Config) -> VisMemModel:
     return model
 
 
-def peaks() -> tuple[float, float, str]:
+def peaks() -> dict[str, Any]:
     """FLOP/s and bytes/s of the device, and where the figures are from: its data sheet, or a measurement here."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     for known, (flops, bandwidth) in SHEETS.items():
         if known in name:
-            return flops, bandwidth, "data sheet"
+            return {"peak_flops": flops, "peak_bandwidth": bandwidth, "peaks": "data sheet"}
     size, dtype = (8192, torch.bfloat16) if name else (1024, torch.float32)
     square = torch.ones(size, size, dtype=dtype, device="cuda" if name else "cpu")
     large = square.repeat(8, 1)
 
     def fastest(function: Callable[[], object]) -> float:
-        return max(min(seconds(function) for _ in range(5)), 1e-9)
+        return max(min(sum(Parts().run(function).values()) for _ in range(5)), 1e-9)
 
-    moved = 2 * large.numel() * large.element_size()
-    return 2 * size**3 / fastest(lambda: square @ square), moved / fastest(large.clone), "measured"
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """How long one call takes."""
-    start = now()
-    function()
-    return now() - start
-
-
-class Stage1(Parity, Formation):
-    """Stage I with a reward that has spread."""
-
-
-class Stage2(Parity, Invocation):
-    """Stage II with that reward; the swapped answers are decoded as ever."""
+    flops, moved = 2 * size**3, 2 * large.numel() * large.element_size()
+    speeds = {"peak_flops": flops / fastest(lambda: square @ square), "peak_bandwidth": moved / fastest(large.clone)}
+    return {**speeds, "peaks": "measured"}
 
 
 def training(model: VisMemModel, samples: Sequence[Sample], config: Config, args: argparse.Namespace) -> list[Any]:
     """Steps of both stages: seconds, parts, tokens per second, memory, FLOPs."""
+    on_gpu, rollouts = torch.cuda.is_available(), args.prompts * args.group
     grpo = config.grpo.model_copy(update={"batch_size": args.prompts, "max_new_tokens": args.tokens})
+    plain = grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
     stage1 = config.stage1.model_copy(update={"group_size": args.group, "anywhere_after": 0.0})
     stage2 = config.stage2.model_copy(update={"group_size": args.group})
-
-    def steps(kind: type[GrpoObjective], stage: GrpoStageConfig, prefixes: tuple[str, ...]) -> dict[str, Any]:
-        return _steps(model, samples, kind, grpo, stage, trainable(model, prefixes), args.steps)
-
-    found = [{"stage": "stage I", **steps(Stage1, stage1, FORMATION)}]
     fit_invocation(model, samples[: args.prompts], stage2, args.tokens, seed=0)
-    return [*found, {"stage": "stage II", **steps(Stage2, stage2, INVOCATION)}]
-
-
-def _steps(
-    model: VisMemModel,
-    samples: Sequence[Sample],
-    kind: type[GrpoObjective],
-    grpo: GrpoConfig,
-    stage: GrpoStageConfig,
-    trained: dict[str, torch.nn.Parameter],
-    count: int,
-) -> dict[str, Any]:
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    plain = grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
-    with FlopCounterMode(display=False) as counted:
-        stepper(kind(model, samples, plain, stage, 0, accelerator), trained, 0.0)()
-    step = stepper(kind(model, samples, grpo, stage, 0, accelerator), trained, 0.0)
-    step()
-    metrics: dict[str, float] = {}
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with step_parts() as clocks:
-        mean = mean_parts([clocks.run(lambda: metrics.update(step())) for _ in range(count)])
-    rollouts = grpo.batch_size * stage.group_size
-    return {
-        "seconds": sum(mean.values()), "parts": mean, "rollouts": rollouts,
-        "settings": grpo.model_dump() | stage.model_dump(),
-        "tokens": rollouts * metrics["answer_length"], "flops": counted.get_total_flops(),
-        "memories": metrics["invocations_short"] + metrics["invocations_long"],
-        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        "trained": sum(p.numel() for p in trained.values()),
-    }  # fmt: skip
+    found = []
+    for name, stage in (("stage I", stage1), ("stage II", stage2)):
+        with FlopCounterMode(display=False) as counted:
+            Steps(model, samples, plain, stage)()
+        step = Steps(model, samples, grpo, stage)
+        step()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with step_parts() as clocks:
+            parts = pd.DataFrame([clocks.run(step) for _ in range(args.steps)]).fillna(0.0).mean()
+        found.append({
+            "stage": name, "seconds": parts.sum(), "parts": parts.sort_values(ascending=False).to_dict(),
+            "rollouts": rollouts, "tokens": rollouts * step.metrics["answer_length"], "memories": step.memories,
+            "settings": grpo.model_dump() | stage.model_dump(), "flops": counted.get_total_flops(),
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "trained": sum(p.numel() for p in step.trained.values()),
+        })  # fmt: skip
+    return found
 
 
 def decoding(model: VisMemModel, samples: Sequence[Sample], args: argparse.Namespace) -> list[Any]:
@@ -173,9 +136,9 @@ def decoding(model: VisMemModel, samples: Sequence[Sample], args: argparse.Names
         chosen = [samples[i % len(samples)] for i in range(batch)]
         answer = partial(generate, model, chosen, policy, temperature=1.0)
         answer(max_new_tokens=2)
-        made: list[Rollout] = []
-        spent = seconds(lambda: made.extend(answer(max_new_tokens=tokens)))
-        return spent, sum(len(r.invocations) for r in made) / batch
+        start = now()
+        rollouts = answer(max_new_tokens=tokens)
+        return now() - start, sum(len(r.invocations) for r in rollouts) / batch
 
     found = []
     for batch in args.batches:
@@ -193,55 +156,38 @@ def decoding(model: VisMemModel, samples: Sequence[Sample], args: argparse.Names
 def report(found: dict[str, Any]) -> str:
     """Markdown."""
     flops, bandwidth = found["peak_flops"], found["peak_bandwidth"]
-    steps = [
-        [s["stage"], s["rollouts"], f"{s['memories']:.2f}", f"{s['seconds']:.2f}", f"{s['tokens'] / s['seconds']:.0f}",
-         f"{s['flops'] / s['seconds'] / flops:.1%}", f"{s['peak_bytes'] / 2**30:.1f}" if s["peak_bytes"] else "-",
-         ", ".join(f"{k} {v / s['seconds']:.0%}" for k, v in sorted(s["parts"].items(), key=lambda p: -p[1]))]
-        for s in found["training"]
-    ]  # fmt: skip
-    rows = [
-        [d["batch"], f"{d['first_s']:.3f}", f"{1000 * d['step_s']:.2f}", f"{d['tokens_s']:.0f}",
-         f"{d['bytes_s'] / bandwidth:.1%}", f"{d['memories']:.2f}", f"{d['overhead']:+.1%}"]
-        for d in found["decoding"]
-    ]  # fmt: skip
-    head = [
-        "stage",
-        "rollouts",
-        "memories per answer",
-        "s per step",
-        "tokens/s",
-        "MFU",
-        "peak GiB",
-        "where the time goes",
-    ]
-    decode = ["batch", "first token, s", "ms per token", "tokens/s", "share of bandwidth", "memories", "time they add"]
+    steps, rows = [], []
+    for s in found["training"]:
+        memory = f"{s['peak_bytes'] / 2**30:.1f}" if s["peak_bytes"] else "-"
+        shares = ", ".join(f"{part} {spent / s['seconds']:.0%}" for part, spent in s["parts"].items())
+        speed = f"{s['tokens'] / s['seconds']:.0f} | {s['flops'] / s['seconds'] / flops:.1%} | {memory} | {shares}"
+        steps.append(f"{s['stage']} | {s['rollouts']} | {s['memories']:.2f} | {s['seconds']:.2f} | {speed}")
+    for d in found["decoding"]:
+        speed = f"{1000 * d['step_s']:.2f} | {d['tokens_s']:.0f} | {d['bytes_s'] / bandwidth:.1%}"
+        rows.append(f"{d['batch']} | {d['first_s']:.3f} | {speed} | {d['memories']:.2f} | {d['overhead']:+.1%}")
+    head = "stage | rollouts | memories per answer | s per step | tokens/s | MFU | peak GiB | where the time goes"
+    decode = "batch | first token, s | ms per token | tokens/s | share of bandwidth | memories | time they add"
     source = f"peaks ({found['peaks']}): {flops / 1e12:.3g} TFLOP/s, {bandwidth / 1e12:.3g} TB/s"
     return f"{source}\n\n{table(head, steps)}\n\n{table(decode, rows)}"
 
 
 def main() -> None:
     """Build, measure, print, write."""
-    options = parser(__doc__)
+    options = parser(
+        __doc__, prompts=(2, "prompts per training step; the paper: 8"), group=(16, "rollouts per prompt [paper: 16]"),
+        tokens=(256, "tokens per answer"), memories=(4, "max memories per answer"),
+        side=(448, "pixels of an image's side"), steps=(2, "timed training steps, after one that is not"),
+    )  # fmt: skip
     options.add_argument("--size", choices=("7b", "tiny"), default="7b")
-    options.add_argument("--prompts", type=int, default=2, help="prompts per training step; the paper: 8")
-    options.add_argument("--group", type=int, default=16, help="rollouts per prompt [paper: 16]")
-    options.add_argument("--tokens", type=int, default=256, help="tokens per answer")
-    options.add_argument("--memories", type=int, default=4, help="max memories per answer")
-    options.add_argument("--side", type=int, default=448, help="pixels of an image's side")
-    options.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    options.add_argument("--steps", type=int, default=2, help="timed training steps, after one that is not")
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="batch sizes of decoding")
     args = options.parse_args()
     config = load_config(ROOT / "params.yaml", "qwen2_5_vl_7b")
     limit = config.invocation.model_copy(update={"max_per_answer": args.memories})
-    config = config.model_copy(update={"invocation": limit})
     samples = questions(8, args.side)
-    model = build(SEVEN_B if args.size == "7b" else TINY, args.side, config)
-    flops, bandwidth, origin = peaks()
-    found: dict[str, Any] = {
-        "peak_flops": flops, "peak_bandwidth": bandwidth, "peaks": origin,
-        "parameters": sum(p.numel() for p in model.backbone.model.parameters()),
-        "decoding": decoding(model, samples, args), "training": training(model, samples, config, args),
-    }  # fmt: skip
+    model = build(SEVEN_B if args.size == "7b" else TINY, args.side, config.model_copy(update={"invocation": limit}))
+    parameters = sum(p.numel() for p in model.backbone.model.parameters())
+    found: dict[str, Any] = {**peaks(), "parameters": parameters, "decoding": decoding(model, samples, args)}
+    found["training"] = training(model, samples, config, args)
     publish(found, report(found), args.json)
 
 

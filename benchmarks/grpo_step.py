@@ -14,7 +14,6 @@ where they are missing, it is left out.
 import argparse
 import io
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,66 +22,31 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import pandas as pd
 import torch
-from accelerate import Accelerator
-from common import (
-    Parity,
-    mean_parts,
-    now,
-    parser,
-    peak_mib,
-    publish,
-    questions,
-    random_base,
-    step_parts,
-    stepper,
-    table,
-)
+from common import Steps, now, parser, peak_mib, publish, questions, random_base, step_parts, table
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from vismem.config import GrpoConfig, GrpoStageConfig, InvocationConfig, MemoryConfig, Stage1Config
 from vismem.data.sample import Sample
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training.baselines import PolicyGrpo
-from vismem.training.run import FORMATION, trainable
-from vismem.training.stage1 import Formation
 
 OURS, TRL, STAGE1 = "ours, memory off", "TRL GRPOTrainer", "ours, stage I"
-Step = Callable[[], dict[str, float]]
+MISSING = [name for name in ("trl", "datasets", "peft") if not find_spec(name)]  # of what TRL's side needs
 
 
-class MemoryOff(Parity, PolicyGrpo):
-    """GRPO of the policy's adapter."""
-
-
-class Stage1(Parity, Formation):
-    """Stage I."""
-
-
-def our_step(base: Path, samples: Sequence[Sample], args: argparse.Namespace, side: str) -> Step:
-    """One step of ours: sample, score, update. Returns a function that takes a step and returns its metrics."""
+def our_steps(base: Path, samples: Sequence[Sample], args: argparse.Namespace, side: str) -> Steps:
+    """The steps of a side of ours."""
     model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig(max_per_answer=args.memories))
-    accelerator = Accelerator(cpu=True)
     micro_batch = args.prompts * args.group
     grpo = GrpoConfig(batch_size=args.prompts, max_new_tokens=args.tokens, micro_batch=micro_batch)
-    if side == STAGE1:
-        settings = Stage1Config(group_size=args.group, anywhere_after=0.0)
-        return stepper(Stage1(model, samples, grpo, settings, 0, accelerator), trainable(model, FORMATION), 1e-5)
-    model.policy_lora.enabled = True
-    memory_off = MemoryOff(model, samples, grpo, GrpoStageConfig(group_size=args.group), 0, accelerator)
-    memory_off.prompts_need_gradient = True
-    return stepper(memory_off, trainable(model, ("policy_lora.",)), 1e-5)
-
-
-def missing_for_trl() -> str:
-    """What TRL's side needs and is not installed; empty where nothing is missing."""
-    wanted = [name for name in ("trl", "datasets", "peft") if not find_spec(name)]
-    return f"not installed: {', '.join(wanted)}" if wanted else ""
+    stage1, memory_off = Stage1Config(group_size=args.group, anywhere_after=0.0), GrpoStageConfig(group_size=args.group)
+    return Steps(model, samples, grpo, stage1 if side == STAGE1 else memory_off)
 
 
 def trl_steps(
-    base: Path, samples: Sequence[Sample], args: argparse.Namespace, *, steps: int, after: Callable[[float], None]
+    base: Path, samples: Sequence[Sample], args: argparse.Namespace, steps: int, after: Callable[[float], None]
 ) -> float:
     """Take `steps` steps over all samples; returns sampled tokens per answer.
 
@@ -95,8 +59,7 @@ def trl_steps(
     from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.since = 0.0
+        since = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.since = now()
@@ -135,103 +98,83 @@ def trl_steps(
         return float(trainer.state.log_history[-1]["completions/mean_length"])
 
 
-def peaks(base: Path, samples: Sequence[Sample], args: argparse.Namespace, sides: Sequence[str]) -> dict[str, float]:
-    """MiB that two steps of each side take on top of its weights."""
-
-    def ours(side: str) -> Callable[[], object]:
-        step = our_step(base, samples, args, side)
+def two_steps(base: Path, samples: Sequence[Sample], args: argparse.Namespace, side: str) -> Callable[[], object]:
+    """A function that takes two steps of a side, whose weights have been loaded."""
+    if side != TRL:
+        step = our_steps(base, samples, args, side)
         return lambda: (step(), step())
+    held = [AutoModelForImageTextToText.from_pretrained(base)]
 
-    def theirs() -> Callable[[], object]:
-        held = [AutoModelForImageTextToText.from_pretrained(base)]
+    def theirs() -> None:
+        held.clear()
+        trl_steps(base, samples, args, 2, after=lambda seconds: None)
 
-        def work() -> None:
-            held.clear()
-            trl_steps(base, samples, args, steps=2, after=lambda seconds: None)
-
-        return work
-
-    return {side: peak_mib(theirs if side == TRL else partial(ours, side)) for side in sides}
+    return theirs
 
 
-def compare(base: Path, samples: Sequence[Sample], args: argparse.Namespace, with_trl: bool) -> dict[str, Any]:
+def compare(base: Path, samples: Sequence[Sample], args: argparse.Namespace, sides: Sequence[str]) -> dict[str, Any]:
     """Steps of all sides in turn: seconds of each, the parts of ours, tokens and memories per answer."""
-    steps = {name: our_step(base, samples, args, name) for name in (OURS, STAGE1)}
-    theirs: list[float] = []
+    steps = {name: our_steps(base, samples, args, name) for name in (OURS, STAGE1)}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    last: dict[str, dict[str, float]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     with step_parts() as clocks:
 
-        def turn(name: str) -> None:
-            last[name] = steps[name]()
+        def turn(trl_seconds: float | None = None) -> None:
+            if trl_seconds is not None:
+                seconds[TRL].append(trl_seconds)
+            for name, step in steps.items():
+                parts[name].append(clocks.run(step))
+                seconds[name].append(sum(parts[name][-1].values()))
 
-        def ours(trl_seconds: float | None = None) -> None:
-            theirs.extend([] if trl_seconds is None else [trl_seconds])
-            for name in steps:
-                parts[name].append(clocks.run(partial(turn, name)))
-
-        lengths = {}
-        if with_trl:
-            lengths[TRL] = trl_steps(base, samples, args, steps=args.steps + 1, after=ours)
-        else:
-            for _ in range(args.steps + 1):
-                ours()
-    seconds = {name: [sum(step.values()) for step in parts[name]] for name in steps}
-    if with_trl:
-        seconds = {OURS: seconds[OURS], TRL: theirs, STAGE1: seconds[STAGE1]}
+        lengths = {} if MISSING else {TRL: trl_steps(base, samples, args, args.steps + 1, turn)}
+        for _ in range(args.steps + 1 if MISSING else 0):
+            turn()
     return {
         "seconds": {name: values[1:] for name, values in seconds.items()},
-        "parts": {name: mean_parts(values[1:]) for name, values in parts.items()},
-        "tokens": lengths | {name: figures["answer_length"] for name, figures in last.items()},
-        "memories": {n: sum(v for k, v in f.items() if k.startswith("invocations")) for n, f in last.items()},
+        "parts": {name: pd.DataFrame(runs[1:]).fillna(0.0).mean().to_dict() for name, runs in parts.items()},
+        "tokens": lengths | {name: step.metrics["answer_length"] for name, step in steps.items()},
+        "memories": {name: step.memories for name, step in steps.items()},
     }
 
 
 def report(found: dict[str, Any]) -> str:
     """Markdown: sides, and where our time goes."""
-    seconds, parts = found["seconds"], found["parts"]
+    seconds, parts = pd.DataFrame(found["seconds"]), pd.DataFrame(found["parts"]).fillna(0.0)
     compared = [name for name in (TRL, OURS) if name in seconds]
     rows = []
-    for name, values in seconds.items():
-        ratios = [statistics.median(a / b for a, b in zip(values, seconds[to], strict=True)) for to in compared]
-        rows.append(
-            [name, f"{statistics.median(values):.2f}", *(f"{ratio:.2f}" for ratio in ratios),
-             f"{found['tokens'][name]:.1f}", f"{found['memories'].get(name, 0):.2f}", f"{found['peak_mib'][name]:.0f}"]
-        )  # fmt: skip
-    times = [f"times {name}" for name in compared]
-    sides = table(["side", "s per step", *times, "tokens per answer", "memories per answer", "peak MiB"], rows)
-
-    def share(name: str, key: str) -> str:
-        spent = parts[name].get(key, 0.0)
-        return f"{spent:.2f} s, {spent / sum(parts[name].values()):.0%}"
-
-    names = sorted({k for values in parts.values() for k in values}, key=lambda k: -parts[STAGE1].get(k, 0.0))
-    shares = [[key, *(share(name, key) for name in parts)] for key in names]
-    return f"{sides}\n\n{table(['where the time goes', *parts], shares)}"
+    for name in seconds:
+        times = " | ".join(f"{(seconds[name] / seconds[to]).median():.2f}" for to in compared)
+        answers = f"{found['tokens'][name]:.1f} | {found['memories'].get(name, 0):.2f}"
+        rows.append(f"{name} | {seconds[name].median():.2f} | {times} | {answers} | {found['peak_mib'][name]:.0f}")
+    times = " | ".join(f"times {name}" for name in compared)
+    sides = table(f"side | s per step | {times} | tokens per answer | memories per answer | peak MiB", rows)
+    shares = [
+        " | ".join([part, *(f"{spent:.2f} s, {spent / parts[name].sum():.0%}" for name, spent in row.items())])
+        for part, row in parts.sort_values(STAGE1, ascending=False).iterrows()
+    ]
+    return f"{sides}\n\n{table(' | '.join(['where the time goes', *parts]), shares)}"
 
 
 def main() -> None:
     """Measure, print, write."""
-    options = parser(__doc__)
+    options = parser(
+        __doc__, prompts=(8, "prompts per step"), group=(16, "rollouts per prompt"), tokens=(56, "longest answer"),
+        memories=(2, "max memories per answer, in stage I"),
+        steps=(5, "timed steps of each side, after one that is not"),
+    )  # fmt: skip
     options.add_argument(
-        "--base", type=Path, help="folder of a base in Hugging Face format; default: the tiny VLM with a random head"
+        "--base", type=Path, help="folder of a base in Hugging Face format (default: the tiny VLM with a random head)"
     )
-    options.add_argument("--prompts", type=int, default=8)
-    options.add_argument("--group", type=int, default=16)
-    options.add_argument("--tokens", type=int, default=56, help="longest answer")
-    options.add_argument("--memories", type=int, default=2, help="max memories per answer, in stage I")
-    options.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one that is not")
     args = options.parse_args()
-    missing = missing_for_trl()
     torch.set_num_threads(1)
-    if missing:
-        print(f"TRL's side is left out ({missing}).\n")
+    if MISSING:
+        print(f"TRL's side is left out (not installed: {', '.join(MISSING)}).\n")
     with tempfile.TemporaryDirectory() as folder:
         samples = questions(args.prompts)
         base = args.base or random_base(Path(folder))
-        sides = [OURS, STAGE1] if missing else [OURS, TRL, STAGE1]
-        peak = peaks(base, samples, args, sides)
-        found = {"peak_mib": peak, **compare(base, samples, args, with_trl=not missing)}
+        sides = [OURS, STAGE1] if MISSING else [OURS, TRL, STAGE1]
+        peak = {side: peak_mib(partial(two_steps, base, samples, args, side)) for side in sides}
+        found = {"peak_mib": peak, **compare(base, samples, args, sides)}
     publish(found, report(found), args.json)
 
 

@@ -14,13 +14,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from common import parser, publish, table
+from common import ROOT, parser, publish, table
 
 from vismem.config import ScenesSource
 from vismem.data.sample import Sample, write_shards
 from vismem.data.scenes import generate
-
-ROOT = Path(__file__).parents[1]
 
 
 def rows(source: ScenesSource, split: str) -> Iterator[Sample]:
@@ -32,10 +30,7 @@ def rows(source: ScenesSource, split: str) -> Iterator[Sample]:
 
 def main() -> int:
     """Make the rows, measure, print."""
-    options = parser(__doc__)
-    options.add_argument("--rows", type=int, default=100_000)
-    options.add_argument("--side", type=int, default=84, help="pixels of an image's side")
-    args = options.parse_args()
+    args = parser(__doc__, rows=(100_000, "rows of all splits"), side=(84, "pixels of an image's side")).parse_args()
     tenth = args.rows // 10
     source = ScenesSource(train=8 * tenth, validation=tenth, test=tenth, image_size=args.side)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +46,7 @@ def main() -> int:
         "rows": args.rows, "side_px": args.side, "shards_mib": round(size / 2**20, 1), "seconds": round(seconds, 2),
         "rows_per_second": round(args.rows / seconds), "peak_gib": round(peak, 2),
     }  # fmt: skip
-    publish(figures, table(list(figures), [list(figures.values())]), args.json)
+    publish(figures, table(" | ".join(figures), [" | ".join(map(str, figures.values()))]), args.json)
     return 0 if seconds < 60 * max(1, args.rows / 100_000) and peak < 2 else 1
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from recipes.study.jobs import run_jobs
-from recipes.study.plan import Settings, changed, parameters, plan
+from recipes.study.plan import Settings, Values, changed, parameters, plan
 from recipes.study.report import write_report
-from vismem.config import Config, load_config
+from vismem.config import load_config
 from vismem.errors import UserError
 from vismem.evaluation.arms import resolve_arms
 from vismem.files import read_json, write_json
@@ -34,15 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = f"{field.description} (default: {field.default})"
         parser.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=about, **kind)
     given = parser.parse_args(argv)
-    named = f" --profile {given.profile}" if given.profile else ""
+    command = f"python -m recipes.study{f' --profile {given.profile}' if given.profile else ''}"
     folder = given.out or Path(f"runs/study-{given.profile}" if given.profile else "runs/study")
     try:
         settings = Settings(**{name: getattr(given, name) for name in Settings.model_fields})
         resolve_arms(settings.arms)
         resolve_arms(settings.transfer_arms)
         config = load_config(given.params, given.profile)
-        with exit_on_sigterm():  # which also stops the running steps
-            print(study(config, settings, folder, f"python -m recipes.study{named}", given.write))
+        with exit_on_sigterm(), lock_folder(folder) as lock:  # SIGTERM also stops the running steps
+            keep_parameters(folder / "parameters.json", parameters(config, settings))
+            jobs = plan(config, settings, folder)
+            run_jobs(jobs, folder, lock, settings.jobs, Console(stderr=True))
+            print(write_report(config, settings, jobs, folder, command, given.write))
     except (UserError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 1
@@ -52,21 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def study(config: Config, settings: Settings, folder: Path, command: str, write: Path | None = None) -> str:
-    """Run the jobs that are missing in `folder` and write the report; return the result in a sentence.
-
-    `command` is named in the report. UserError where a job fails, or `folder` was started with other parameters.
-    """
-    with lock_folder(folder) as lock:
-        file, wanted = folder / "parameters.json", parameters(config, settings)
-        if not file.is_file():
-            write_json(file, wanted)
-        if differing := changed(read_json(file), wanted):
-            listed = "; ".join(f"{name} was {before}, is {now}" for name, (before, now) in differing.items())
-            raise UserError(f"{folder} was started with other parameters ({listed}): name another folder with --out")
-        jobs = plan(config, settings, folder)
-        run_jobs(jobs, folder, lock, settings.jobs, Console(stderr=True))
-        return write_report(config, settings, jobs, folder, command, write)
+def keep_parameters(file: Path, wanted: Values) -> None:
+    """Write the parameters of a new study. UserError where it was started with others."""
+    if not file.is_file():
+        write_json(file, wanted)
+    if differing := changed(read_json(file), wanted):
+        listed = "; ".join(f"{name} was {before}, is {now}" for name, (before, now) in differing.items())
+        raise UserError(f"{file.parent} was started with other parameters ({listed}): name another folder with --out")
 
 
 if __name__ == "__main__":

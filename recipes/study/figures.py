@@ -22,7 +22,6 @@ Values = dict[str, Any]
 Claims = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 Answers = Mapping[str, Sequence[Prediction]]  # by arm: the same questions in the same order, vanilla among the arms
 
-
 # a claim is that one arm, or the mean of several, scores above another: {text: (above, below)}
 ORDER = {  # of the paper's Tables 3 and 9
     "VisMem is above vanilla": ((VISMEM,), (VANILLA,)),
@@ -50,8 +49,7 @@ def study_figures(
     questions; yes_no_tasks: those whose every question is answered yes or no; claims {group: `judge`}.
     """
     scores, times = score_table(answers), pd.DataFrame(seconds)
-    first, mean_seconds = min(answers), times.mean(axis=1).to_dict()
-    overhead = times / times.loc[VANILLA] - 1
+    mean_seconds, overhead = times.mean(axis=1).to_dict(), times / times.loc[VANILLA] - 1
     arms = {
         arm: {**figures, "seconds": mean_seconds[arm], "overhead": overhead.loc[arm].tolist()}
         for arm, figures in arm_figures(scores, resamples).items()
@@ -63,7 +61,7 @@ def study_figures(
     claims: dict[str, Claims] = {"order": ORDER, "content": CONTENT, "baselines": vismem_above(baselines)}
     return {
         "arms": arms,
-        "pooled": summarise(pooled, mean_seconds, seed=first, resamples=resamples),
+        "pooled": summarise(pooled, mean_seconds, seed=min(answers), resamples=resamples),
         "yes_no_tasks": sorted({a.task for a in asked} - {a.task for a in asked if not is_yes_no(a)}),
         "claims": {name: judge(wanted, scores, resamples) for name, wanted in claims.items()},
     }
@@ -76,12 +74,12 @@ def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str], res
     """
     scores = score_table(answers)
     known = scores.index.get_level_values("task").isin(trained)
-    halves: Values = {}
-    for name, half in (("trained", scores[known]), ("untrained", scores[~known])):
-        if len(half):
-            claims = vismem_above([arm for arm in half if arm not in (VANILLA, VISMEM)])
-            arms = arm_figures(half, resamples)
-            halves[name] = {"n": len(half), "arms": arms, "claims": judge(claims, half, resamples)}
+    claims = vismem_above([arm for arm in scores if arm not in (VANILLA, VISMEM)])
+    halves = {
+        name: {"n": len(half), "arms": arm_figures(half, resamples), "claims": judge(claims, half, resamples)}
+        for name, half in (("trained", scores[known]), ("untrained", scores[~known]))
+        if len(half)
+    }
     return {"tasks": list(trained), "halves": halves}
 
 
@@ -103,19 +101,19 @@ def arm_figures(scores: pd.DataFrame, resamples: int) -> Values:
     figures: Values = {}
     for arm in scores:
         seeds = {int(seed): float(rows.mean()) for seed, rows in scores[arm].groupby(level="seed")}
-        figures[arm] = {
-            "seeds": seeds,
-            "mean": sum(seeds.values()) / len(seeds),
-            "spread": float(pd.Series(seeds).std()) if len(seeds) > 1 else None,
-            "gain": compare(scores, [arm], [VANILLA], resamples) if arm != VANILLA else None,
-        }
+        spread = float(pd.Series(seeds).std()) if len(seeds) > 1 else None
+        gain = compare(scores, [arm], [VANILLA], resamples) if arm != VANILLA else None
+        figures[arm] = {"seeds": seeds, "mean": sum(seeds.values()) / len(seeds), "spread": spread, "gain": gain}
     return figures
 
 
 def judge(claims: Claims, scores: pd.DataFrame, resamples: int) -> list[Values]:
     """`compare` for every claim whose arms were all run, each with its `text`."""
-    known = {text: sides for text, sides in claims.items() if {*sides[0], *sides[1]} <= set(scores)}
-    return [{"text": text, **compare(scores, *sides, resamples)} for text, sides in known.items()]
+    return [
+        {"text": text, **compare(scores, above, below, resamples)}
+        for text, (above, below) in claims.items()
+        if {*above, *below} <= set(scores)
+    ]
 
 
 def vismem_above(arms: Sequence[str]) -> Claims:
@@ -124,11 +122,10 @@ def vismem_above(arms: Sequence[str]) -> Claims:
 
 
 def compare(scores: pd.DataFrame, above: Sequence[str], below: Sequence[str], resamples: int) -> Values:
-    """The paired difference in points of two sides, each the mean of its arms: {pooled, seeds {seed: ...}, holds,
-    reversed}.
+    """The paired difference {delta, ci95, p} in points of two sides, each the mean of its arms.
 
-    A difference is {delta, ci95, p}. `holds` counts the seeds in which the 95 % interval is above 0, `reversed` those
-    in which it is below.
+    {pooled, seeds {seed: ...}, holds, reversed}: `holds` counts the seeds in which the 95 % interval is above 0,
+    `reversed` those in which it is below.
     """
 
     def difference(rows: pd.DataFrame, seed: int) -> Values:

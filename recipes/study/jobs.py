@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ STOP_SECONDS = 20.0  # that a process has to exit after SIGTERM
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # measured: spinning threads cost a factor of six
 RECORDS = "jobs.jsonl"
 
-Process = subprocess.Popen  # of bytes
 Record = dict[str, Any]  # job, started (a timestamp), seconds, commit
 
 
@@ -45,51 +45,44 @@ def run_jobs(jobs: Sequence[Job], folder: Path, lock: int, at_once: int, console
     Logs go to `folder/logs/`, one line per finished job to `folder/jobs.jsonl`. All jobs inherit the file descriptor
     `lock`. A job that fails stops the others and raises UserError with its reason and its log's path.
     """
-    running: dict[Process[bytes], Record] = {}
+    running: dict[subprocess.Popen[bytes], Record] = {}
     with console.status("") as status:
         try:
             for timed in (False, True):
                 waiting = [job for job in jobs if job.timed == timed and not (folder / job.name).is_dir()]
                 while waiting or running:
-                    unfinished = {record["job"] for record in running.values()}  # the output may be there already
-                    ready = [
-                        job
-                        for job in waiting
-                        if all((folder / need).is_dir() and need not in unfinished for need in job.needs)
-                    ]
+                    names = [record["job"] for record in running.values()]  # their output may be there already
+                    made = {n for job in waiting for n in job.needs if (folder / n).is_dir()}.difference(names)
+                    ready = [job for job in waiting if made.issuperset(job.needs)]
                     for job in ready[: at_once - len(running)]:
                         waiting.remove(job)
-                        git = git_state()
-                        changes = " with uncommitted changes" if git["dirty"] else ""
-                        commit = f"{(git['commit'] or 'unknown')[:12]}{changes}"
-                        record = {"job": job.name, "started": round(time.time(), 2), "commit": commit}
-                        running[_start(job, log_of(folder, job.name), lock)] = record
+                        process, record = _start(job, folder, lock)
+                        running[process] = record
                     if not running:
                         raise ValueError(f"{', '.join(job.name for job in waiting)}: no job makes what they need")
-                    names = ", ".join(record["job"] for record in running.values())
-                    status.update(escape(f"{names} ({len(waiting) + len(running)} jobs left)"))
+                    shown = ", ".join(record["job"] for record in running.values())
+                    status.update(escape(f"{shown} ({len(waiting) + len(running)} jobs left)"))
                     time.sleep(POLL)
                     for process in [process for process in running if process.poll() is not None]:
                         _finish(process.returncode, running.pop(process), folder, console)
         finally:
-            _stop(running)
-
-
-def log_of(folder: Path, job: str) -> Path:
-    """A job's log."""
-    return folder / "logs" / f"{job.replace('/', '.')}.log"
+            for process in running:
+                process.terminate()
+            for process in running:
+                try:
+                    process.wait(STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 def read_records(folder: Path) -> dict[str, Record]:
     """The last record of every job that finished in `folder`, by its name."""
-    file = folder / RECORDS
-    records = {}
+    file, records = folder / RECORDS, {}
     for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
+        with suppress(ValueError):  # truncated by a kill
             record = json.loads(line)
-        except ValueError:  # truncated by a kill
-            continue
-        records[record["job"]] = record
+            records[record["job"]] = record
     return records
 
 
@@ -102,18 +95,25 @@ def busy_seconds(records: Iterable[Record]) -> float:
     return total
 
 
-def _start(job: Job, log: Path, lock: int) -> Process[bytes]:
+def _log(folder: Path, name: str) -> Path:
+    return folder / "logs" / f"{name.replace('/', '.')}.log"
+
+
+def _start(job: Job, folder: Path, lock: int) -> tuple[subprocess.Popen[bytes], Record]:
+    log, git, environment = _log(folder, job.name), git_state(), {**os.environ, **ONE_THREAD}
     log.parent.mkdir(exist_ok=True)
-    with log.open("wb") as file:
-        return Process(
-            job.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,),
-            env={**os.environ, **ONE_THREAD},
-        )  # fmt: skip
+    commit = (git["commit"] or "unknown")[:12] + (" with uncommitted changes" if git["dirty"] else "")
+    with log.open("wb") as out:
+        no_input, errors = subprocess.DEVNULL, subprocess.STDOUT
+        process = subprocess.Popen(
+            job.command, stdin=no_input, stdout=out, stderr=errors, pass_fds=(lock,), env=environment
+        )
+    return process, {"job": job.name, "started": round(time.time(), 2), "commit": commit}
 
 
 def _finish(status: int, record: Record, folder: Path, console: Console) -> None:
     """Keep the record of a job that succeeded. UserError for one that failed; the end of its log is printed."""
-    name, log = record["job"], log_of(folder, record["job"])
+    name, log = record["job"], _log(folder, record["job"])
     if status == 0:
         record["seconds"] = round(time.time() - record["started"], 2)
         with (folder / RECORDS).open("a") as file:
@@ -126,15 +126,3 @@ def _finish(status: int, record: Record, folder: Path, console: Console) -> None
     how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
     reason = f": {lines[-1].strip()}" if lines else ""
     raise UserError(f"{name} {how}{reason} (log: {log}). Finished jobs are kept; run the same command again to resume")
-
-
-def _stop(running: Iterable[Process[bytes]]) -> None:
-    """End all processes: SIGTERM first, SIGKILL for those that stay."""
-    for process in running:
-        process.terminate()
-    for process in running:
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -36,10 +36,8 @@ def headline(figures: Values) -> str:
     asked = f"of {sum(figures['items'].values())} test questions ({count} seed{'s' if count > 1 else ''})"
     if VISMEM not in arms:
         return f"Vanilla answers {arms[VANILLA]['mean']:.1f} % {asked} correctly."
-    gain = change(Difference(**arms[VISMEM]["gain"]["pooled"]))
-    return (
-        f"VisMem answers {arms[VISMEM]['mean']:.1f} % {asked} correctly, vanilla {arms[VANILLA]['mean']:.1f} %: {gain}."
-    )
+    score, gain = arms[VISMEM]["mean"], change(Difference(**arms[VISMEM]["gain"]["pooled"]))
+    return f"VisMem answers {score:.1f} % {asked} correctly, vanilla {arms[VANILLA]['mean']:.1f} %: {gain}."
 
 
 def gain_plot(arms: Values) -> bytes:
@@ -76,18 +74,17 @@ def render(figures: Values, picture: str) -> str:
 
 def tables(figures: Values) -> dict[str, str]:
     """The tables that occur once, by name."""
-    arms, pooled, training, seeds = (figures[name] for name in ("arms", "pooled", "training", "seeds"))
-    groups, costs = [], []
+    arms, pooled, training = (figures[name] for name in ("arms", "pooled", "training"))
+    shown = [arm for arm in SHOWN_BY_TASK if arm in arms]
+    groups, costs, tasks = [], [], []
     for arm, row in arms.items():
-        scores, apart = pooled["arms"][arm], pooled["yes_no"]["arms"][arm]
-        by_group = numbers([*map(scores.get, CAPABILITIES), *map(apart.get, KINDS)])
-        said = numbers([apart.get("says_yes")], "{:.0f} %")
-        groups.append([label(arm), *by_group, *said, *numbers([pooled["unparsed"][arm], pooled["unfinished"][arm]])])
+        name, apart = label(arm), pooled["yes_no"]["arms"][arm]
+        by_group = [*map(pooled["arms"][arm].get, CAPABILITIES), *map(apart.get, KINDS)]
+        said, rest = numbers([apart.get("says_yes")], "{:.0f} %"), [pooled["unparsed"][arm], pooled["unfinished"][arm]]
+        groups.append([name, *numbers(by_group), *said, *numbers(rest)])
         spent = numbers(map(training.get(arm, {}).get, COSTS), "{:,.0f}")
         overhead = "" if arm == VANILLA else f"{np.mean(row['overhead']):+.0%}"
-        costs.append([label(arm), *spent, f"{1000 * row['seconds']:.1f}", overhead])
-    shown = [arm for arm in SHOWN_BY_TASK if arm in arms]
-    tasks = []
+        costs.append([name, *spent, f"{1000 * row['seconds']:.1f}", overhead])
     for task, row in pooled["tasks"].items():
         name = task.replace("_", " ") + (" (yes/no)" if task in figures["yes_no_tasks"] else "")
         tasks.append([name, row["capability"], row["n"], *numbers(map(row["arms"].get, shown))])
@@ -98,16 +95,15 @@ def tables(figures: Values) -> dict[str, str]:
         for arm in runs[0] or ()
     ]
     by_step = pd.Series(figures["jobs"]).groupby(lambda job: job.split("/")[1])
-    jobs = [[step, len(seconds), f"{seconds.mean():.0f}"] for step, seconds in by_step]
-    use = pooled["invocation_by_arm"]
+    use = {label(arm): row for arm, row in pooled["invocation_by_arm"].items() if arm not in MEMORYLESS}
     return {
         "groups": table(["arm", *CAPABILITIES, *KINDS.values(), "says yes", "unparsed", "unfinished"], groups),
         "tasks": table(["task", "capability", "n", *map(label, shown)], tasks),
         "costs": table(["arm", *COSTS.values(), "ms a sample", "over vanilla"], costs),
-        "use": use_table("arm", {label(arm): row for arm, row in use.items() if arm not in MEMORYLESS}),
+        "use": use_table("arm", use),
         "use_by_task": use_table("task", pooled["invocation"].get("tasks", {})),
-        "validation": table(["step", "decoding", *columns(seeds)], validation),
-        "jobs": table(["step", "runs", "seconds a run"], jobs),
+        "validation": table(["step", "decoding", *columns(figures["seeds"])], validation),
+        "jobs": table(["step", "runs", "seconds a run"], [[k, len(v), f"{v.mean():.0f}"] for k, v in by_step]),
         "parameters": table(["parameter", "value"], [[f"`{k}`", f"`{v}`"] for k, v in figures["parameters"].items()]),
     }
 
@@ -135,7 +131,7 @@ def claim_table(claims: Sequence[Values]) -> str:
     for claim in claims:
         opposite = f"; the opposite in {claim['reversed']}" if claim["reversed"] else ""
         holds = f"{claim['holds']} of {len(claim['seeds'])} seeds{opposite}"
-        rows.append([claim["text"], holds, difference(claim["pooled"]), *map(difference, claim["seeds"].values())])
+        rows.append([claim["text"], holds, *map(difference, (claim["pooled"], *claim["seeds"].values()))])
     return table(["claim", "holds in", "difference, pooled", *columns(claims[0]["seeds"])], rows)
 
 

@@ -63,32 +63,24 @@ def plan(config: Config, settings: Settings, folder: Path) -> list[Job]:
     Evaluations are timed jobs: no training runs beside them. Where `base.model` is the default, each seed trains a base
     of its own by `recipes.tiny_vlm`; any other base is the same in all seeds.
     """
-    own_base = config.base.model == Config().base.model
-    has_tasks = any(isinstance(source, ScenesSource) for source in config.prepare.sources)
+    scenes = tuple(source for source in config.prepare.sources if isinstance(source, ScenesSource))
     steps = str(settings.base_steps)
     toy = ("--steps", steps, "--vision-steps", steps) if settings.base_steps else ()
     jobs: list[Job] = []
-    for seed in range(config.seed, config.seed + settings.seeds):
+    for number in range(settings.seeds):
+        seed = config.seed + number
         base, variant = None, config.model_copy(update={"seed": seed})
-        if own_base:
+        if config.base.model == Config().base.model:
             base = f"seed-{seed}/{BASE}"
             out = os.fspath((folder / base).absolute())
             jobs.append(Job(base, (sys.executable, "-m", "recipes.tiny_vlm", "--seed", str(seed), "--out", out, *toy)))
             variant = variant.model_copy(update={"base": config.base.model_copy(update={"model": out})})
         jobs += _steps(variant, settings.arms, folder, f"seed-{seed}", base)
-        if has_tasks and seed < config.seed + settings.transfer_seeds:
-            jobs += _steps(on_half(variant), settings.transfer_arms, folder, f"transfer-{seed}", base)
+        if scenes and number < settings.transfer_seeds:
+            halves = tuple(source.model_copy(update={"train_tasks": trained_half(source)}) for source in scenes)
+            half = variant.model_copy(update={"prepare": config.prepare.model_copy(update={"sources": halves})})
+            jobs += _steps(half, settings.transfer_arms, folder, f"transfer-{seed}", base)
     return jobs
-
-
-def on_half(config: Config) -> Config:
-    """The same with a train split of half of the tasks, and no sources but scenes."""
-    sources = tuple(
-        source.model_copy(update={"train_tasks": trained_half(source)})
-        for source in config.prepare.sources
-        if isinstance(source, ScenesSource)
-    )
-    return config.model_copy(update={"prepare": config.prepare.model_copy(update={"sources": sources})})
 
 
 def trained_half(source: Source) -> tuple[str, ...]:
@@ -108,13 +100,12 @@ def _steps(config: Config, arms: tuple[str, ...], folder: Path, name: str, base:
     params = folder / name / "params.yaml"
     evaluate = config.evaluate.model_copy(update={"arms": arms})
     write_text(params, render_params(config.model_copy(update={"evaluate": evaluate})))
-    baselines = [step.name for step in BASELINES if step.name in arms]
+    baselines = tuple(step.name for step in BASELINES if step.name in arms)
+    options = ("--params", os.fspath(params), "--artifacts", os.fspath(folder / name))
     jobs = []
     for step in ("prepare", "validate", "base", "stage1", "stage2", *baselines, "evaluate"):
-        needs = [f"{name}/{step}" for step in (*BY_NAME[step].inputs, *(baselines if step == "evaluate" else ()))]
-        if step == "base" and base:
-            needs.append(base)
-        options = ("--params", os.fspath(params), "--artifacts", os.fspath(folder / name))
+        inputs = BY_NAME[step].inputs + (baselines if step == "evaluate" else ())
+        needs = [f"{name}/{needed}" for needed in inputs] + ([base] if step == "base" and base else [])
         command = (sys.executable, "-m", "vismem.cli", step, *options)
         jobs.append(Job(f"{name}/{step}", command, tuple(needs), timed=step == "evaluate"))
     return jobs

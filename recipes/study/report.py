@@ -2,9 +2,12 @@
 
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from recipes.study.figures import Answers, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
@@ -20,36 +23,27 @@ from vismem.steps import BASELINES
 
 
 def write_report(
-    config: Config, settings: Settings, jobs: Sequence[Job], folder: Path, command: str, write: Path | None = None
+    config: Config, settings: Settings, jobs: Sequence[Job], folder: Path, command: str, write: Path | None
 ) -> str:
     """Write `report.json`, `report.md` and the plot into `folder`, and a copy to `write`; return a sentence."""
-    figures = collect(config, settings, jobs, folder, command)
-    write_json(folder / "report.json", figures)
-    pages = {folder / "report.md": folder / "study.png"}
-    if write:
-        pages[write] = write.with_suffix(".png")
-    for page, picture in pages.items():
-        write_text(page, render(figures, picture.name))
-        picture.write_bytes(gain_plot(figures["arms"]))
-    return f"{headline(figures)} Report: {write or folder / 'report.md'}"
-
-
-def collect(config: Config, settings: Settings, jobs: Sequence[Job], folder: Path, command: str) -> dict[str, Any]:
-    """All figures of the report, as JSON values."""
     evaluated = [folder / job.name.removesuffix("/evaluate") for job in jobs if job.timed]
-    seeds = {int(place.name.split("-")[1]): place for place in evaluated if place.name.startswith("seed-")}
-    halves = {int(place.name.split("-")[1]): place for place in evaluated if place.name.startswith("transfer-")}
-    metrics = {seed: Metrics.read(place / "evaluate").arms for seed, place in seeds.items()}
-    seconds = {seed: {arm: row["seconds_per_sample"] for arm, row in arms.items()} for seed, arms in metrics.items()}
+    seeds, halves = (
+        {int(place.name.removeprefix(kind)): place for place in evaluated if place.name.startswith(kind)}
+        for kind in ("seed-", "transfer-")
+    )
     answers = {seed: read_answers(place, settings.arms) for seed, place in seeds.items()}
     moved = {seed: read_answers(place, settings.transfer_arms) for seed, place in halves.items()}
+    seconds = {
+        seed: {arm: row["seconds_per_sample"] for arm, row in Metrics.read(place / "evaluate").arms.items()}
+        for seed, place in seeds.items()
+    }
     baselines = [step.name for step in BASELINES if step.name in settings.arms]
     trained_by = {VISMEM: ("stage1", "stage2"), **{name: (name,) for name in baselines}}
     records = {name: record for name, record in read_records(folder).items() if name in {job.name for job in jobs}}
     differing = changed(parameters(Config(), Settings()), parameters(config, settings))
     half = [task for source in config.prepare.sources for task in trained_half(source)]
     resamples = config.evaluate.bootstrap
-    return {
+    figures = {
         "command": command,
         "machine": machine(),
         "versions": versions(),
@@ -64,6 +58,12 @@ def collect(config: Config, settings: Settings, jobs: Sequence[Job], folder: Pat
         "training": {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()},
         "transfer": transfer_figures(moved, half, resamples) if moved else None,
     }
+    write_json(folder / "report.json", figures)
+    pages = {folder / "report.md": folder / "study.png", **({write: write.with_suffix(".png")} if write else {})}
+    for page, picture in pages.items():
+        write_text(page, render(figures, picture.name))
+        picture.write_bytes(gain_plot(figures["arms"]))
+    return f"{headline(figures)} Report: {write or folder / 'report.md'}"
 
 
 def read_answers(place: Path, arms: Sequence[str]) -> Answers:
@@ -87,7 +87,8 @@ def training(folders: Sequence[Path], steps: Sequence[str]) -> Mapping[str, Any]
 def machine() -> str:
     """Processor, cores, memory and system, without names of anything private."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    processor = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {processor}, {memory:.0f} GiB, {platform.system()}"
+    found = re.search(r"model name\s*: *(.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    memory = psutil.virtual_memory().total / 2**30
+    return (
+        f"{os.cpu_count()} cores of {found[1] if found else platform.machine()}, {memory:.0f} GiB, {platform.system()}"
+    )

@@ -23,19 +23,7 @@ def run(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
 
 def test_decoding_compares_equal_tokens_and_reports_ratios(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    options = [
-        "--artifacts",
-        str(tmp_path),
-        "--items",
-        "4",
-        "--batch",
-        "1",
-        "4",
-        "--repeats",
-        "2",
-        "--max-new-tokens",
-        "8",
-    ]
+    options = ["--items", "4", "--batch", "1", "4", "--repeats", "2", "--max-new-tokens", "8"]
     run("decoding", "--artifacts", str(tmp_path), *options, "--json", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["batches"]) == {"1", "4"}

@@ -36,8 +36,8 @@ def test_a_part_counts_its_own_seconds_and_parts_add_up(monkeypatch: pytest.Monk
     assert parts.run(Work().outer) == {"the rest": 2, "outer": 3, "inner": 2}
     parts.close()
     assert "__wrapped__" not in vars(Work.outer)
-    parts = common.Parts()
-    parts.wrap(Work, "outer", "outer", whole=True)
+    parts = common.Parts("outer")
+    parts.wrap(Work, "outer", "outer")
     parts.wrap(Work, "inner", "inner")
     assert parts.run(Work().outer).keys() == {"the rest", "outer"}
 
@@ -50,7 +50,7 @@ def test_the_grpo_benchmark_reports_both_of_our_sides(
     out = tmp_path / "found.json"
     toy = ["--base", str(tiny_base), "--prompts", "2", "--group", "3", "--tokens", "6", "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["grpo_step.py", *toy, "--json", str(out)])
-    monkeypatch.setattr(grpo_step, "missing_for_trl", lambda: "not installed: trl")
+    monkeypatch.setattr(grpo_step, "MISSING", ["trl"])
     grpo_step.main()
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert "TRL's side is left out (not installed: trl)" in printed

@@ -84,9 +84,11 @@ def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
 
 def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """An untrained model of this size that fits the processor's vocabulary."""
-    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = dict(zip(SPECIAL_NAMES, processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
+    padding = {"bos_token_id": ids["endoftext"], "pad_token_id": ids["endoftext"]}
     axis = size.width // size.heads // 2  # rotary frequencies per head, divided among three axes
     spatial = axis * 3 // 8
+    sections = [axis - 2 * spatial, spatial, spatial]
     settings = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(processor.tokenizer),
@@ -96,14 +98,9 @@ def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_
             "num_attention_heads": size.heads,
             "num_key_value_heads": size.heads,
             "max_position_embeddings": 4096,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [axis - 2 * spatial, spatial, spatial],
-            },
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+            "eos_token_id": ids["im_end"],
+            **padding,
         },
         vision_config={
             "depth": size.vision_layers,
@@ -114,19 +111,15 @@ def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_
             "window_size": 2 * CELL,
             "fullatt_block_indexes": sorted({*range(1, size.vision_layers, 2), size.vision_layers - 1}),
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
         tie_word_embeddings=False,
     )
     model = Qwen2_5_VLForConditionalGeneration(settings)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
-        pad_token_id=ids["<|endoftext|>"],
-    )
+    ends = [ids["im_end"], ids["endoftext"]]
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, **padding)
     initialise(model, seed)
     share_words(model, processor)
     return model

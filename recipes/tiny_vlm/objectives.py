@@ -8,7 +8,7 @@ learns to answer; in a share of the batches the images appear again inside the a
 import io
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,9 +135,8 @@ def _length(sample: Sample) -> int:
     return visual_tokens(sample) + (len(sample.question) + len(target_text(sample))) // 6
 
 
-def _chunks(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    for start in range(0, len(samples), CHUNK):
-        yield samples[start : start + CHUNK]
+def _chunks(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    return [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
 
 
 def _embedding_of(backbone: Backbone, word: str) -> Tensor:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import file_hashes, versions, write_manifest
@@ -17,7 +17,7 @@ STARTED = "started.json"  # what an unfinished run is making, and by which comma
 def begin(work: Path, wanted: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     """The facts of the run in `work`: those of the run to resume, if it was making `wanted`; else a new run's."""
     started = read_json(work / STARTED) if (work / STARTED).is_file() else {}
-    if {name: started.get(name) for name in wanted} != wanted:
+    if started | wanted != started:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         started = {**wanted, **origin}
@@ -38,6 +38,6 @@ def write_card(folder: Path, template: str, facts: dict[str, Any]) -> None:
 
 def render(facts: dict[str, Any], files: dict[str, str]) -> str:
     """The card's text; `files` are the sha256 of the others by name."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    return environment.get_template(facts["template"]).render(facts, files=files)
+    template = Path(__file__).with_name(facts["template"]).read_text()
+    card: str = Template(template, undefined=StrictUndefined, keep_trailing_newline=True).render(facts, files=files)
+    return card

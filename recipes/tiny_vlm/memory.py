@@ -37,10 +37,7 @@ def train_memory(out: Path, base: Path, config: Config, origin: dict[str, Any]) 
     for name in TRAINED:
         if not (work / name).is_dir():
             print(run_step(name, config, work), flush=True)
-    shown = work / "shown" / "data" / "test"
-    shown.parent.mkdir(parents=True, exist_ok=True)
-    if not shown.is_symlink():
-        shown.symlink_to(work.resolve() / "validate" / "data" / "validation")
+    shutil.copytree(work / "validate/data/validation", work / "shown/data/test", dirs_exist_ok=True)
     print(run_step("evaluate", config, work, {"validate": work / "shown"}), flush=True)
     metrics = read_json(work / "evaluate" / "metrics.json")
     shutil.rmtree(out, ignore_errors=True)

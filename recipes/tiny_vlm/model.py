@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -18,7 +18,6 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vismem.models.processors import make_video_optional
@@ -27,15 +26,8 @@ CELL = 28  # pixels per side of what becomes one visual token: 14-pixel patches,
 MIN_PIXELS, MAX_PIXELS = (3 * CELL) ** 2, (6 * CELL) ** 2  # smaller and larger images are resized
 EMBEDDING_STD = 0.3
 VOCABULARY = 1400
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+SPECIAL_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL_TOKENS = [f"<|{name}|>" for name in SPECIAL_NAMES]
 # Words of other sources of questions (easy-VQA, NLVR), so that they are whole tokens as well.
 MORE_WORDS = (
     "rectangle teal brown gray grey white cyan does do contain present shape color image not a an the no yes is are "
@@ -70,20 +62,10 @@ def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
 
     Qwen's own splitting rule keeps punctuation apart from words, so every delimiter is a token of its own.
     """
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    qwen, bpe = Qwen2Tokenizer().backend_tokenizer, Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
+    size, alphabet = VOCABULARY - len(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([*texts, *(f"{word} a {word}" for word in MORE_WORDS.split())], trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = Qwen2Tokenizer(
@@ -92,7 +74,7 @@ def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token="<|endoftext|>",
-        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+        extra_special_tokens=SPECIAL_TOKENS[1:],
         padding_side="left",
     )
     make_video_optional()
@@ -102,9 +84,11 @@ def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
 
 def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """An untrained model of this size that fits the processor's vocabulary."""
-    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = dict(zip(SPECIAL_NAMES, processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
+    padding = {"bos_token_id": ids["endoftext"], "pad_token_id": ids["endoftext"]}
     axis = size.width // size.heads // 2  # rotary frequencies per head, divided among three axes
     spatial = axis * 3 // 8
+    sections = [axis - 2 * spatial, spatial, spatial]
     settings = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(processor.tokenizer),
@@ -114,14 +98,9 @@ def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_
             "num_attention_heads": size.heads,
             "num_key_value_heads": size.heads,
             "max_position_embeddings": 4096,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [axis - 2 * spatial, spatial, spatial],
-            },
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+            "eos_token_id": ids["im_end"],
+            **padding,
         },
         vision_config={
             "depth": size.vision_layers,
@@ -132,19 +111,15 @@ def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_
             "window_size": 2 * CELL,
             "fullatt_block_indexes": sorted({*range(1, size.vision_layers, 2), size.vision_layers - 1}),
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
         tie_word_embeddings=False,
     )
     model = Qwen2_5_VLForConditionalGeneration(settings)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
-        pad_token_id=ids["<|endoftext|>"],
-    )
+    ends = [ids["im_end"], ids["endoftext"]]
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, **padding)
     initialise(model, seed)
     share_words(model, processor)
     return model

@@ -8,8 +8,8 @@ learns to answer; in a share of the batches the images appear again inside the a
 import io
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,12 +27,8 @@ from vismem.training.loop import Metrics
 
 VISION_BATCH = 64  # questions per step
 CHUNK = 16  # questions of similar length in one forward pass; changes the speed, not the gradient
-WORDS: dict[str, tuple[str, ...]] = {  # what is said of a cell, by kind
-    "colour": ("empty", *COLOURS),
-    "shape": ("empty", *SHAPES),
-    "row": ROWS,
-    "column": COLUMNS,
-}
+# What is said of a cell, by kind.
+WORDS = {"colour": ("empty", *COLOURS), "shape": ("empty", *SHAPES), "row": ROWS, "column": COLUMNS}
 
 
 class Vision:
@@ -65,25 +61,22 @@ class Vision:
 
     def _targets(self, samples: Sequence[Sample]) -> Tensor:
         """(tokens, d) what the visual tokens of the samples should be."""
-        labels = torch.cat(
-            [
-                cell_labels(scene, *grid)
-                for sample in samples
-                for scene, grid in zip(sample.scene_truth(), grids(sample), strict=True)
-            ]
-        )
+        scenes = [scene for sample in samples for scene in sample.scene_truth()]
+        sizes = [grid for sample in samples for grid in grids(sample)]
+        labels = torch.cat([cell_labels(scene, *grid) for scene, grid in zip(scenes, sizes, strict=True)])
         summed: Tensor = torch.stack([kind[labels[:, index]] for index, kind in enumerate(self.words)]).sum(0)
         return summed / math.sqrt(len(self.words))
 
 
+@dataclass
 class Language:
     """See loop.Objective: the mean cross-entropy of the answers' tokens."""
 
-    def __init__(
-        self, backbone: Backbone, samples: Sequence[Sample], seed: int, batch_size: int, interleave: float
-    ) -> None:
-        self.backbone, self.samples, self.seed = backbone, samples, seed
-        self.batch_size, self.interleave = batch_size, interleave
+    backbone: Backbone
+    samples: Sequence[Sample]
+    seed: int
+    batch_size: int
+    interleave: float  # share of the batches that show the images again
 
     def collect(self, step: int) -> tuple[list[Sample], random.Random | None]:
         """The questions of a step and, where their images appear again, the generator that says how."""
@@ -142,9 +135,8 @@ def _length(sample: Sample) -> int:
     return visual_tokens(sample) + (len(sample.question) + len(target_text(sample))) // 6
 
 
-def _chunks(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    for start in range(0, len(samples), CHUNK):
-        yield samples[start : start + CHUNK]
+def _chunks(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    return [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
 
 
 def _embedding_of(backbone: Backbone, word: str) -> Tensor:

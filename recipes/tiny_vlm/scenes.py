@@ -25,10 +25,9 @@ def questions(count: int, seed: int) -> list[Sample]:
 
 def of_size(count: int, seed: int, width: int, height: int) -> list[Sample]:
     """`count` questions of the pretrain split in pictures of one size."""
-    if width == height == SQUARE:
-        return list(generate(ScenesSource(image_size=SQUARE), "pretrain", seed, count))
-    drawn = generate(ScenesSource(image_size=SIDES[-1]), "pretrain", seed, count)
-    return [resized(sample, width, height) for sample in drawn]
+    square = width == height == SQUARE
+    drawn = generate(ScenesSource(image_size=SQUARE if square else SIDES[-1]), "pretrain", seed, count)
+    return list(drawn) if square else [resized(sample, width, height) for sample in drawn]
 
 
 def resized(sample: Sample, width: int, height: int) -> Sample:

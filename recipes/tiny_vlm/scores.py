@@ -33,22 +33,16 @@ def score_validation(model: Any, processor: Any, count: int) -> float:
     return accuracy(model, processor, list(generate(ScenesSource(), "validation", 0, count)))
 
 
+@torch.no_grad()
 def accuracy(model: Any, processor: Any, samples: Sequence[Sample]) -> float:
     """Percent of greedy answers that equal the reference answer."""
-    right = 0
+    texts: list[str] = []
     for start in range(0, len(samples), BATCH):
         batch = samples[start : start + BATCH]
-        texts = answer(model, processor, batch)
-        right += sum(answer_part(text) == sample.answer for sample, text in zip(batch, texts, strict=True))
+        prompts = [prompt_text(processor, sample) for sample in batch]
+        images = [[Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images] for sample in batch]
+        encoded = processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
+        made = model.generate(**encoded, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        texts += processor.batch_decode(made[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = sum(answer_part(text) == sample.answer for sample, text in zip(samples, texts, strict=True))
     return round(100 * right / max(1, len(samples)), 2)
-
-
-@torch.no_grad()
-def answer(model: Any, processor: Any, samples: Sequence[Sample], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
-    """Greedy answers, special tokens left out."""
-    texts = [prompt_text(processor, sample) for sample in samples]
-    images = [[Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images] for sample in samples]
-    encoded = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-    made = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
-    decoded: list[str] = processor.batch_decode(made[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return decoded

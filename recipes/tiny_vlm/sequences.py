@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from vismem.data.sample import Sample
 from vismem.generation.prompts import encode, target_ids
@@ -74,52 +76,38 @@ class _Row:
     def __init__(self, positions: Tensor, visual: list[int]) -> None:
         self.prompt: list[tuple[int, int, int]] = positions.T.tolist()
         self.visual = visual  # places of the image tokens in the prompt
-        self.places = list(range(len(self.prompt)))  # place in the prompt; -1 for an answer token
-        self.ids = [0] * len(self.prompt)
-        self.positions = list(self.prompt)
-        self.learn = [False] * len(self.prompt)
+        # Of each token: 1 + its place in the prompt, or 0 for one of the answer; id; whether it is learnt; position.
+        self.tokens: list[tuple[int, ...]] = [(1 + at, 0, 0, *axes) for at, axes in enumerate(self.prompt)]
         self.next = 1 + max(max(axes) for axes in self.prompt)
 
     def token(self, token: int, learn: bool = False) -> None:
-        self._add(-1, token, (self.next,) * 3, learn)
+        self.tokens.append((0, token, learn, *(self.next,) * 3))
+        self.next += 1
 
     def block(self, markers: int) -> None:
         """The images with their markers, in the positions that they have relative to each other."""
         span = range(self.visual[0] - markers, self.visual[-1] + 1 + markers)
         shift = self.next - self.prompt[span[0]][0]
         for place in span:
-            time, row, column = self.prompt[place]
-            self._add(place, 0, (time + shift, row + shift, column + shift), False)
+            position = [axis + shift for axis in self.prompt[place]]
+            self.tokens.append((1 + place, 0, 0, *position))
+            self.next = max(self.next, 1 + max(position))
 
     def strip(self, rng: random.Random, line_break: int) -> None:
         """A strip of the images' tokens, one position each, between two line breaks."""
         self.token(line_break)
         for place in strip(self.visual, rng):
-            self._add(place, 0, (self.next,) * 3, False)
+            self.tokens.append((1 + place, 0, 0, *(self.next,) * 3))
+            self.next += 1
         self.token(line_break)
-
-    def _add(self, place: int, token: int, position: tuple[int, int, int], learn: bool) -> None:
-        self.places.append(place)
-        self.ids.append(token)
-        self.positions.append(position)
-        self.learn.append(learn)
-        self.next = max(self.next, 1 + max(position))
 
 
 def _stack(backbone: Backbone, prompts: Tensor, rows: Sequence[_Row]) -> Sequences:
     """The rows as one batch, embedded; `prompts` (R, prompt length, d)."""
-    shape = (len(rows), max(len(row.ids) for row in rows))
-    places, ids = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
-    labels, mask = torch.full(shape, IGNORED), torch.zeros(shape, dtype=torch.bool)
-    positions = torch.zeros(3, *shape, dtype=torch.long)
-    for number, row in enumerate(rows):
-        length = len(row.ids)
-        places[number, :length] = torch.tensor(row.places)
-        ids[number, :length] = torch.tensor(row.ids)
-        positions[:, number, :length] = torch.tensor(row.positions).T
-        mask[number, :length] = True
-        following = [token if learn else IGNORED for token, learn in zip(row.ids, row.learn, strict=True)]
-        labels[number, : length - 1] = torch.tensor(following[1:])
-    shown = prompts.gather(1, places.clamp(min=0)[..., None].expand(-1, -1, prompts.shape[-1]))
-    embeds = torch.where((places >= 0)[..., None], shown, backbone.embedding(ids))
-    return Sequences(embeds, positions, mask, labels)
+    table = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True, padding_value=-1)
+    mask = table[..., 0] >= 0
+    place, ids, learn, *positions = table.clamp(min=0).unbind(-1)
+    labels = pad(ids.where(learn.bool(), IGNORED)[:, 1:], (0, 1), value=IGNORED)
+    shown = prompts.gather(1, (place - 1).clamp(min=0)[..., None].expand(-1, -1, prompts.shape[-1]))
+    embeds = torch.where((place > 0)[..., None], shown, backbone.embedding(ids))
+    return Sequences(embeds, torch.stack(positions), mask, labels)

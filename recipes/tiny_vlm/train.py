@@ -80,12 +80,11 @@ def fit(
     model = backbone.model
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
     language = Language(backbone, samples, seed, settings.batch_size, settings.interleave)
-    phases = (
+    losses = {}
+    for name, objective, module, steps in (
         ("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps),
         ("language", language, speaking, settings.language_steps),
-    )
-    losses = {}
-    for name, objective, module, steps in phases:
+    ):
         model.requires_grad_(False)
         module.requires_grad_(True)
         loop = LoopSettings(

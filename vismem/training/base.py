@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vismem.config import Config
@@ -37,14 +36,11 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             f"base.model '{name}' is of family '{family}', for which vismem/models/backbones has no file; "
             f"supported: {', '.join(FAMILIES)}"
         )
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.base.dtype))
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=config.base.dtype)
     model.save_pretrained(out)
     load_processor(source).save_pretrained(out)
-    fingerprint = sha256_folder(out, "*.safetensors")
-    facts = {"model": name, "family": family, "parameters": model.num_parameters(), "weights_sha256": fingerprint}
+    fingerprint, count = sha256_folder(out, "*.safetensors"), model.num_parameters()
+    facts = {"model": name, "family": family, "parameters": count, "weights_sha256": fingerprint}
     write_json(out / "metrics.json", facts)
-    return f"base: {name}, {family} of {_count(model.num_parameters())} parameters, weights {fingerprint[:12]}, copied"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+    size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+    return f"base: {name}, {family} of {size} parameters, weights {fingerprint[:12]}, copied"

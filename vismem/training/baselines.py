@@ -13,13 +13,23 @@ from torch import nn
 
 from vismem.config import Config
 from vismem.generation.invocation import InvocationPolicy, Off
-from vismem.models.lora import LoraSettings, LoraTarget
+from vismem.models.lora import LoraSettings
 from vismem.models.processors import load_processor
 from vismem.models.vismem import VisMemModel
 from vismem.training.loop import LoopSettings
 from vismem.training.rollout import GrpoObjective
-from vismem.training.run import FORMATION, POLICY_LORA, Inputs, Parameters, Run, count, new_model, steps_of, trainable
-from vismem.training.supervised import Supervised, plain_answer
+from vismem.training.run import (
+    FORMATION,
+    POLICY_LORA,
+    Inputs,
+    Parameters,
+    Run,
+    count_of,
+    new_model,
+    steps_of,
+    trainable,
+)
+from vismem.training.supervised import plain_answer
 
 
 def full(config: Config, inputs: Inputs, out: Path) -> str:
@@ -28,13 +38,14 @@ def full(config: Config, inputs: Inputs, out: Path) -> str:
     base = run.model.backbone
     modules = nn.ModuleDict({"language_model": base.model.model.language_model, "lm_head": base.head})
     trained = dict(modules.requires_grad_(True).named_parameters())  # weights that both share, once
-    _train_supervised(run, trained, config.baselines.supervised.full_learning_rate, "the whole language model")
+    _announce(run, trained, "the whole language model")
+    _train_supervised(run, trained, config.baselines.supervised.full_learning_rate)
 
     def save(folder: Path) -> None:
         base.model.save_pretrained(folder)
         load_processor(inputs["base"]).save_pretrained(folder)
 
-    return run.finish({run.name: Off()}, trained, save)
+    return run.finish({run.name: Off()}, save)
 
 
 def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
@@ -48,15 +59,13 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
     run.model.set_policy_lora(adapter)
     run.model.policy_lora.enabled = True
     trained = trainable(run.model, POLICY_LORA)
-    what = f"LoRA of rank {adapter.rank} on {'all linear layers' if adapter.every_linear else 'q and v'}"
+    layers = "all linear layers" if adapter.every_linear else "q and v"
+    _announce(run, trained, f"LoRA of rank {adapter.rank} on {layers}")
     if name.startswith("sft"):
-        _train_supervised(run, trained, settings.supervised.learning_rate, what)
+        _train_supervised(run, trained, settings.supervised.learning_rate)
     else:
-        _announce(run, trained, what)
-        objective = PolicyGrpo(run.model, run.samples, config.grpo, settings.grpo, config.seed, run.accelerator, out)
-        objective.prompts_need_gradient = True
-        run.train_grpo(objective, trained)
-    return run.finish({name: Off()}, trained)
+        run.train_grpo(PolicyGrpo, settings.grpo, trained)
+    return run.finish({name: Off()})
 
 
 sft_lora = partial(_train_lora, "sft_lora")
@@ -65,21 +74,8 @@ grpo_lora = partial(_train_lora, "grpo_lora")
 grpo_lora_matched = partial(_train_lora, "grpo_lora_matched")
 
 
-def _train_supervised(run: Run, trained: Parameters, learning_rate: float, what: str) -> None:
-    """Train on the reference answers."""
-    _announce(run, trained, what)
+def _train_supervised(run: Run, trained: Parameters, learning_rate: float) -> None:
     settings = run.config.baselines.supervised
-    objective = Supervised(
-        run.model,
-        run.samples,
-        plain_answer,
-        run.config.seed,
-        run.accelerator,
-        batch_size=settings.batch_size,
-        micro_batch=settings.micro_batch,
-        gradient_checkpointing=run.config.grpo.gradient_checkpointing,
-    )
-    objective.prompts_need_gradient = True
     loop = LoopSettings(
         run.name,
         steps_of(settings.steps, settings.epochs, settings.batch_size, len(run.samples)),
@@ -88,12 +84,12 @@ def _train_supervised(run: Run, trained: Parameters, learning_rate: float, what:
         weight_decay=settings.weight_decay,
         checkpoint_every=run.config.grpo.checkpoint_every,
     )
-    run.train(objective, trained, loop, settings.batch_size)
+    run.train_supervised(plain_answer, trained, loop, settings.batch_size, settings.micro_batch)
 
 
 def _announce(run: Run, trained: Parameters, what: str) -> None:
     if run.accelerator.is_main_process:
-        Console(stderr=True).print(f"{run.name}: trains {count(trained):,} parameters, {what}")
+        Console(stderr=True).print(f"{run.name}: trains {count_of(trained):,} parameters, {what}")
 
 
 class PolicyGrpo(GrpoObjective):
@@ -110,14 +106,11 @@ def matched_lora(model: VisMemModel, scale: float, dropout: float) -> LoraSettin
     It is on q_proj and v_proj. Where their rank would exceed their width, so that a part of the parameters would be
     idle, it is on all linear layers of the language model.
     """
-    wanted = count({name: weight for name, weight in model.named_parameters() if name.startswith(FORMATION)})
+    wanted = count_of({name: weight for name, weight in model.named_parameters() if name.startswith(FORMATION)})
     for every_linear in (False, True):
         targets = model.backbone.language_targets(every_linear)
-        rank = max(1, round(wanted / sum(sum(_sides(target)) for target in targets)))
-        if rank <= min(min(_sides(target)) for target in targets):
+        sides = [(target.module.in_features, target.stop - target.start) for target in targets]
+        rank = max(1, round(wanted / sum(map(sum, sides))))
+        if rank <= min(map(min, sides)):
             break
     return LoraSettings(rank, scale * rank, dropout, every_linear)
-
-
-def _sides(target: LoraTarget) -> tuple[int, int]:
-    return target.module.in_features, target.stop - target.start

@@ -76,30 +76,29 @@ def train(
 
     `lr_scales` multiply the learning rates of single parameters, by name. A checkpoint in `out` is resumed.
     """
-    named = dict(parameters)
-    used = optimizers(named, settings.learning_rate, settings.matrix_learning_rate, weight_decay=settings.weight_decay)
+    weights = list(parameters.values())
+    used = optimizers(parameters, settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay)
     groups = [group for optimizer in used for group in optimizer.param_groups]
     for group in groups:
         group["peak"] *= (lr_scales or {}).get(group["name"], 1.0)
-    checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint")
-    history = checkpoint.load(named, used)
-    broadcast_parameters(named, len(history), checkpoint.file, accelerator)
-    console = Console(quiet=not accelerator.is_main_process, stderr=True)
-    if history:
-        console.print(f"{settings.name}: resumed at step {len(history)}")
+    checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint", used)
+    history = checkpoint.load()
+    broadcast_parameters(weights, len(history), checkpoint.file, accelerator)
     quiet = not accelerator.is_main_process
+    if history:
+        Console(quiet=quiet, stderr=True).print(f"{settings.name}: resumed at step {len(history)}")
     with progress(settings.name, settings.steps, len(history), quiet=quiet) as advance:
         for step in range(len(history), settings.steps):
             started = time.perf_counter()
             batch = objective.collect(step)
             for _ in range(settings.updates):
-                for parameter in named.values():
+                for parameter in weights:
                     parameter.grad = None
                 metrics = objective.backward(batch)
                 if 0 < settings.target_kl < metrics.get("update_kl", 0.0):
                     break
-                all_reduce_gradients(named, accelerator)
-                metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm))
+                all_reduce_gradients(weights, accelerator)
+                metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
                 for group in groups:
                     group["lr"] = group["peak"] * lr_scale(step, settings)
                 for optimizer in used:
@@ -107,9 +106,9 @@ def train(
             history.append({"step": step, **metrics, SECONDS: time.perf_counter() - started})
             advance(**{name: metrics[name] for name in SHOWN if name in metrics})
             if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
-                checkpoint.save(named, used, history)
+                checkpoint.save(history)
     if accelerator.is_main_process:
-        checkpoint.save(named, used, history)
+        checkpoint.save(history)
         _write_curve(out / f"{settings.name}.csv", history)
     return history
 
@@ -140,13 +139,9 @@ def check_shards(batch_size: int, accelerator: Accelerator) -> None:
 
 
 def all_reduce_sum(values: Metrics, accelerator: Accelerator) -> Metrics:
-    """The sums of the processes' figures, the same in all of them; every process names the same figures."""
-    if accelerator.num_processes == 1:
-        return dict(values)
-    names = sorted(values)
-    mine = torch.tensor([values[name] for name in names], dtype=torch.double, device=accelerator.device)
-    sums = dict(zip(names, accelerator.reduce(mine, reduction="sum").tolist(), strict=True))
-    return {name: sums[name] for name in values}
+    """The sums of the processes' figures, the same in all of them; every process names them in the same order."""
+    mine = torch.tensor(list(values.values()), dtype=torch.double, device=accelerator.device)
+    return dict(zip(values, accelerator.reduce(mine, reduction="sum").tolist(), strict=True))
 
 
 def all_reduce_mean(values: Metrics, accelerator: Accelerator) -> Metrics:
@@ -154,9 +149,7 @@ def all_reduce_mean(values: Metrics, accelerator: Accelerator) -> Metrics:
     return {name: value / accelerator.num_processes for name, value in all_reduce_sum(values, accelerator).items()}
 
 
-def broadcast_parameters(
-    parameters: Mapping[str, nn.Parameter], step: int, file: Path, accelerator: Accelerator
-) -> None:
+def broadcast_parameters(parameters: Sequence[nn.Parameter], step: int, file: Path, accelerator: Accelerator) -> None:
     """Copy the main process's parameters to all others. UserError where they have not read the same checkpoint.
 
     Sums of floats may differ between devices; processes that begin with small differences would keep them.
@@ -168,13 +161,13 @@ def broadcast_parameters(
         raise UserError(
             f"the processes do not read the same {file} and would resume at steps {steps}: put it on shared storage"
         )
-    for parameter in parameters.values():
+    for parameter in parameters:
         broadcast(parameter.data, from_process=0)
 
 
-def all_reduce_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
+def all_reduce_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
     """Add up the processes' gradients. Objectives divide by the whole batch, so the sum is its gradient."""
-    for parameter in parameters.values():
+    for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if accelerator.num_processes > 1:
@@ -184,45 +177,34 @@ def all_reduce_gradients(parameters: Mapping[str, nn.Parameter], accelerator: Ac
 class _Checkpoint:
     """Parameters, the optimisers' state and the history so far, in one safetensors file, replaced in one move."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, used: Sequence[torch.optim.Optimizer]) -> None:
         self.file = file
+        self.held = {group["name"]: (group["params"][0], each.state) for each in used for group in each.param_groups}
 
-    def load(self, parameters: Mapping[str, nn.Parameter], used: Sequence[torch.optim.Optimizer]) -> list[Metrics]:
+    def load(self) -> list[Metrics]:
         """Restore what `save` wrote; returns the history, empty where there is no file."""
         if not self.file.is_file():
             return []
-        with safe_open(self.file, framework="pt") as held:
-            notes = held.metadata()
-            for name, parameter in parameters.items():
-                with torch.no_grad():
-                    parameter.copy_(held.get_tensor(f"parameter/{name}"))
-            for optimizer in used:
-                for group in optimizer.param_groups:
-                    (parameter,), ending = group["params"], f"/{group['name']}"
-                    keys = [k.removesuffix(ending) for k in held.keys() if k.endswith(ending)]  # noqa: SIM118 - a file
-                    optimizer.state[parameter] = {
-                        key: held.get_tensor(f"{key}{ending}").to("cpu" if key == "step" else parameter.device)
-                        for key in keys
-                        if key != "parameter"
-                    }
-        history: list[Metrics] = json.loads(notes["history"])
+        with safe_open(self.file, framework="pt") as file, torch.no_grad():
+            keys = file.keys()
+            for name, (parameter, state) in self.held.items():
+                parameter.copy_(file.get_tensor(f"parameter/{name}"))
+                for kind in [key.removesuffix(f"/{name}") for key in keys if key.endswith(f"/{name}")]:
+                    if kind != "parameter":
+                        device = "cpu" if kind == "step" else parameter.device
+                        state[parameter][kind] = file.get_tensor(f"{kind}/{name}").to(device)
+            history: list[Metrics] = json.loads(file.metadata()["history"])
         return history
 
-    def save(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        used: Sequence[torch.optim.Optimizer],
-        history: list[Metrics],
-    ) -> None:
+    def save(self, history: list[Metrics]) -> None:
         """Write everything that `load` restores."""
-        tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
-        for optimizer in used:
-            for group in optimizer.param_groups:
-                for key, value in optimizer.state[group["params"][0]].items():
-                    tensors[f"{key}/{group['name']}"] = value.detach()
+        tensors = {
+            f"{kind}/{name}": value.detach().cpu().contiguous()
+            for name, (parameter, state) in self.held.items()
+            for kind, value in {"parameter": parameter, **state[parameter]}.items()
+        }
         fresh = self.file.with_suffix(".new")
-        held = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        save_file(held, fresh, metadata={"history": json.dumps(history)})
+        save_file(tensors, fresh, metadata={"history": json.dumps(history)})
         fresh.replace(self.file)
 
 

@@ -11,12 +11,7 @@ TABLES = ("embed_tokens.weight", "head.weight", "position_embedding.weight", "_i
 
 
 def optimizers(
-    parameters: Mapping[str, nn.Parameter],
-    learning_rate: float,
-    matrix_learning_rate: float = 0.0,
-    *,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
+    parameters: Mapping[str, nn.Parameter], learning_rate: float, matrix_learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """AdamW on all parameters; with a `matrix_learning_rate`, Muon on the matrices and AdamW on the rest.
 
@@ -26,13 +21,11 @@ def optimizers(
     matrices: list[dict[str, Any]] = []
     for name, weight in parameters.items():
         is_matrix = matrix_learning_rate > 0 and weight.ndim == 2 and not name.endswith(TABLES)
-        (matrices if is_matrix else rest).append({"params": [weight], "name": name})
+        peak = matrix_learning_rate if is_matrix else learning_rate
+        (matrices if is_matrix else rest).append({"params": [weight], "name": name, "peak": peak})
     made: list[torch.optim.Optimizer] = []
     if rest:
-        made.append(torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
+        made.append(torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay))
     if matrices:
         made.append(torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.0, momentum=0.95))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
     return made

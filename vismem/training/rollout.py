@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,27 +35,21 @@ class RolloutBatch:
     metrics: Metrics
 
 
+@dataclass(eq=False)
 class GrpoObjective:
     """See loop.Objective. Subclasses say how answers are decoded and which penalties reduce their score.
 
     With `out`, one group of answers goes to `out/samples/STEP.jsonl` every `grpo.sample_every` steps.
     """
 
-    def __init__(
-        self,
-        model: VisMemModel,
-        samples: Sequence[Sample],
-        grpo: GrpoConfig,
-        stage: GrpoStageConfig,
-        seed: int,
-        accelerator: Accelerator,
-        out: Path | None = None,
-    ) -> None:
-        self.out = out
-        self.model, self.samples, self.seed = model, samples, seed
-        self.grpo, self.stage = grpo, stage
-        self.accelerator = accelerator
-        self.prompts_need_gradient = False  # whether what is trained changes the prefill
+    model: VisMemModel
+    samples: Sequence[Sample]
+    grpo: GrpoConfig
+    stage: GrpoStageConfig
+    seed: int
+    accelerator: Accelerator
+    out: Path | None = None
+    prompts_need_gradient: bool = False  # whether what is trained changes the prefill
 
     # --- what a stage decides ---
 
@@ -105,14 +98,17 @@ class GrpoObjective:
         metrics["penalty"] = float((rewards - shaped).mean())
         metrics["zero_variance_groups"] = float((shaped.std(dim=1, correction=0) == 0).float().mean())
         if self.out and step % self.grpo.sample_every == 0 and self.accelerator.is_main_process:
-            _write_group(self.out / "samples" / f"{step:06d}.jsonl", batch[0], rollouts[: rewards.shape[1]], rewards[0])
+            group, folder = self.stage.group_size, self.out / "samples"
+            folder.mkdir(exist_ok=True)
+            lines = answer_lines(batch[:1] * group, rollouts[:group], "reward", rewards[0].tolist())
+            (folder / f"{step:06d}.jsonl").write_text(lines)
         return RolloutBatch(batch, tuple(rollouts), advantages, policy, all_reduce_mean(metrics, self.accelerator))
 
     def backward(self, batch: RolloutBatch) -> Metrics:
         """Add the gradient of the clipped objective and the KL term, micro-batch by micro-batch."""
         group = self.stage.group_size
         prompts = max(1, self.grpo.micro_batch // group)
-        rows = min(self.grpo.micro_batch, group) if prompts == 1 else prompts * group
+        rows = min(self.grpo.micro_batch, prompts * group)
         sums: Metrics = defaultdict(float)
         with self.model.checkpointed(self.grpo.gradient_checkpointing):
             for first in range(0, len(batch.samples), prompts):
@@ -121,7 +117,7 @@ class GrpoObjective:
                 end = (first + len(samples)) * group
                 for start in range(first * group, end, rows):
                     if context is None or self.prompts_need_gradient:
-                        with nullcontext() if self.prompts_need_gradient else torch.no_grad():
+                        with torch.set_grad_enabled(self.prompts_need_gradient):
                             context = prefill(self.model, samples)
                     context = replace(context, patches=None, prefix=None)  # computed with gradient for each micro-batch
                     added = self._micro_batch(batch, samples, context, first, slice(start, min(start + rows, end)))
@@ -149,8 +145,7 @@ class GrpoObjective:
             temperature=self.grpo.temperature,
         )
         old = padded([r.logprobs for r in rollouts], scores.logprobs)
-        clip = self.grpo.clip_low, self.grpo.clip_high
-        term = policy_term(scores.logprobs, old, advantages, scores.mask, *clip)
+        term = policy_term(scores.logprobs, old, advantages, scores.mask, self.grpo.clip_low, self.grpo.clip_high)
         with torch.no_grad():
             reference = self.reference(context, samples, rollouts, sample)
         words = torch.zeros_like(scores.text_logprobs).masked_scatter(scores.text_mask, reference)
@@ -168,12 +163,15 @@ class GrpoObjective:
         }
 
 
-def _write_group(file: Path, sample: Sample, rollouts: Sequence[Rollout], rewards: Tensor) -> None:
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w") as lines:
-        for rollout, reward in zip(rollouts, rewards.tolist(), strict=True):
-            line = {"question": sample.question, "reference": sample.answer, "answer": rollout.marked_text}
-            lines.write(json.dumps({**line, "reward": reward}, ensure_ascii=False) + "\n")
+def answer_lines(
+    samples: Sequence[Sample], rollouts: Sequence[Rollout], figure: str, values: Sequence[float], **first: str
+) -> str:
+    """One JSON line per answer: `first`, its question, reference and text, and its value under the name `figure`."""
+    lines = [
+        {**first, "question": sample.question, "reference": sample.answer, "answer": rollout.marked_text, figure: value}
+        for sample, rollout, value in zip(samples, rollouts, values, strict=True)
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def padded(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """One step of training from its inputs to its metrics: what stage I, stage II and the baselines share."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,15 +8,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from vismem.config import Config, GrpoStageConfig
-from vismem.data.sample import Sample, read_samples
+from vismem.data.sample import read_samples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
 from vismem.files import write_json, write_text
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy
+from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training.loop import SECONDS, LoopSettings, Metrics, Objective, train
-from vismem.training.rollout import GrpoObjective, rollout_figures
+from vismem.training.loop import SECONDS, LoopSettings, Metrics, train
+from vismem.training.rollout import GrpoObjective, answer_lines, rollout_figures
+from vismem.training.supervised import Supervised, Written
 
 FORMATION = ("builder.", "short.", "long.")  # prefixes of the parameters that stage I trains
 INVOCATION = ("tokens.",)  # and stage II
@@ -31,17 +31,8 @@ Inputs = Mapping[str, Path]
 Parameters = Mapping[str, nn.Parameter]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One training loop that has ended: its history, questions per step, rollouts per question (0: supervised)."""
-
-    history: Sequence[Metrics]
-    batch_size: int
-    group_size: int = 0
-
-
 class Run:
-    """Device, data, model and the phases of training so far. `model` loads the model from the inputs.
+    """Device, data and model of a step, and what its training took so far. `model` loads the model from the inputs.
 
     UserError for a train split without rows.
     """
@@ -61,72 +52,83 @@ class Run:
         self.model = model(config, inputs)
         self.model.backbone.model.to(self.accelerator.device)
         self.model.to(self.accelerator.device)
-        self.phases: list[Phase] = []
+        self.questions, self.rollouts, self.seconds = 0, 0, 0.0  # of all phases, resumed runs included
 
-    def train(
+    def train_grpo(
         self,
-        objective: Objective,
+        kind: type[GrpoObjective],
+        stage: GrpoStageConfig,
+        trained: Parameters,
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> None:
+        """Run one phase of GRPO; `lr_scales` as in `loop.train`."""
+        grpo, seed = self.config.grpo, self.config.seed
+        objective = kind(self.model, self.samples, grpo, stage, seed, self.accelerator, self.out)
+        settings = loop_settings(self.name, self.config, stage, len(self.samples))
+        seen = self._train(objective, trained, settings, grpo.batch_size, lr_scales)
+        self.rollouts += seen * stage.group_size
+
+    def train_supervised(
+        self, written: Written, trained: Parameters, settings: LoopSettings, batch_size: int, micro_batch: int
+    ) -> None:
+        """Run one phase of supervised training on the answers that `written` makes."""
+        seed, checkpointing = self.config.seed, self.config.grpo.gradient_checkpointing
+        objective = Supervised(
+            self.model, self.samples, written, seed, self.accelerator, batch_size, micro_batch, checkpointing
+        )
+        self._train(objective, trained, settings, batch_size)
+
+    def _train(
+        self,
+        objective: GrpoObjective | Supervised,
         trained: Parameters,
         settings: LoopSettings,
         batch_size: int,
-        group_size: int = 0,
         lr_scales: Mapping[str, float] | None = None,
-    ) -> None:
-        """Run one phase; see `loop.train`."""
-        history = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
-        self.phases.append(Phase(history, batch_size, group_size))
+    ) -> int:
+        """Run one phase; returns how many questions it saw."""
+        objective.prompts_need_gradient = any(not name.startswith(FORMATION + INVOCATION) for name in trained)
+        self.trained = trained
+        self.history = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
+        seen = len(self.history) * min(batch_size, len(self.samples))
+        self.questions += seen
+        self.seconds += sum(row[SECONDS] for row in self.history)
+        return seen
 
-    def train_grpo(
-        self, objective: GrpoObjective, trained: Parameters, lr_scales: Mapping[str, float] | None = None
-    ) -> None:
-        """Run one phase of GRPO with the objective's own settings."""
-        settings = loop_settings(self.name, self.config, objective.stage, len(self.samples))
-        self.train(
-            objective, trained, settings, self.config.grpo.batch_size, objective.stage.group_size, lr_scales
-        )  # fmt: skip
-
-    def finish(
-        self,
-        arms: Mapping[str, InvocationPolicy],
-        trained: Parameters,
-        save: Callable[[Path], None] | None = None,
-    ) -> str:
+    def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
         """Answer validation questions in each arm; write the model, `metrics.json` and `samples.jsonl`.
 
         `save` writes the model, where `save_pretrained` would not. Returns steps and scores in one line.
         """
-        checked = self.validation[:CHECKED]
+        checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
         metrics: dict[str, Metrics] = {}
-        lines: list[str] = []
+        lines = ""
         for name, policy in arms.items():
-            metrics[name], answers = self._answer(checked, policy)
-            lines += [json.dumps({"arm": name, **answer}, ensure_ascii=False) + "\n" for answer in answers]
-        history = self.phases[-1].history
+            rollouts: list[Rollout] = []
+            for at in range(0, len(checked), BATCH):
+                rollouts += generate(self.model, checked[at : at + BATCH], policy, max_new_tokens=limit, seed=seed)
+            right = [score(sample, rollout.text) for sample, rollout in zip(checked, rollouts, strict=True)]
+            metrics[name] = {"score": 100 * sum(right) / max(1, len(right)), **rollout_figures(rollouts)}
+            lines += answer_lines(checked[:LOGGED], rollouts[:LOGGED], "score", right[:LOGGED], arm=name)
+        count = count_of(self.trained)
         if self.accelerator.is_main_process:
             (save or self.model.save_pretrained)(self.out)
-            write_text(self.out / "samples.jsonl", "".join(lines))
-            last = {key: value for key, value in history[-1].items() if key != SECONDS} if history else {}
-            summary = {"validation": metrics, "n": len(checked), "last_step": last}
-            write_json(self.out / "metrics.json", {**summary, **cost(trained, len(self.samples), self.phases)})
+            write_text(self.out / "samples.jsonl", lines)
+            figures = {
+                "validation": metrics,
+                "n": len(checked),
+                "last_step": {name: value for name, value in self.history[-1].items() if name != SECONDS},
+                "trainable_parameters": count,
+                "train_samples": self.questions,
+                "train_rollouts": self.rollouts,
+                "train_seconds": round(self.seconds, 1),
+            }
+            write_json(self.out / "metrics.json", figures)
             for leftover in self.out.glob("*.checkpoint"):
                 leftover.unlink()
-        kind = "GRPO" if self.phases[-1].group_size else "supervised"
+        kind = "GRPO" if self.rollouts else "supervised"
         scores = ", ".join(f"{name} {figures['score']:.1f} %" for name, figures in metrics.items())
-        return f"{self.name}: {len(history)} {kind} steps of {count(trained):,} parameters; validation {scores}"
-
-    def _answer(self, samples: Sequence[Sample], policy: InvocationPolicy) -> tuple[Metrics, list[dict[str, object]]]:
-        """The figures of greedy answers, and the first `LOGGED` of them."""
-        rollouts = []
-        for at in range(0, len(samples), BATCH):
-            batch = samples[at : at + BATCH]
-            limit = self.config.grpo.max_new_tokens
-            rollouts += generate(self.model, batch, policy, max_new_tokens=limit, seed=self.config.seed)
-        right = [score(sample, rollout.text) for sample, rollout in zip(samples, rollouts, strict=True)]
-        answers = [
-            {"question": s.question, "reference": s.answer, "answer": r.marked_text, "score": hit}
-            for s, r, hit in zip(samples[:LOGGED], rollouts[:LOGGED], right[:LOGGED], strict=True)
-        ]
-        return {"score": 100 * sum(right) / max(1, len(right)), **rollout_figures(rollouts)}, answers
+        return f"{self.name}: {len(self.history)} {kind} steps of {count:,} parameters; validation {scores}"
 
 
 def new_model(config: Config, inputs: Inputs) -> VisMemModel:
@@ -140,6 +142,11 @@ def trainable(model: VisMemModel, prefixes: tuple[str, ...]) -> dict[str, nn.Par
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes))
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_of(parameters: Parameters) -> int:
+    """How many numbers the parameters hold."""
+    return sum(parameter.numel() for parameter in parameters.values())
 
 
 def steps_of(steps: int, epochs: int, batch_size: int, samples: int) -> int:
@@ -161,19 +168,3 @@ def loop_settings(name: str, config: Config, stage: GrpoStageConfig, samples: in
         target_kl=stage.target_kl,
         checkpoint_every=grpo.checkpoint_every,
     )
-
-
-def count(trained: Parameters) -> int:
-    """How many numbers are trained."""
-    return sum(parameter.numel() for parameter in trained.values())
-
-
-def cost(trained: Parameters, samples: int, phases: Sequence[Phase]) -> Metrics:
-    """What training took: parameters, questions and sampled rollouts seen, wall seconds; resumed runs included."""
-    questions = [len(phase.history) * min(phase.batch_size, samples) for phase in phases]
-    return {
-        "trainable_parameters": count(trained),
-        "train_samples": sum(questions),
-        "train_rollouts": sum(seen * phase.group_size for seen, phase in zip(questions, phases, strict=True)),
-        "train_seconds": round(sum(row[SECONDS] for phase in phases for row in phase.history), 1),
-    }

@@ -16,7 +16,7 @@ from vismem.models.kinds import MemoryKind
 from vismem.training.loop import LoopSettings, check_shards
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import FORMATION, Inputs, Run, new_model, steps_of, trainable
-from vismem.training.supervised import Supervised, answer_with_memory
+from vismem.training.supervised import answer_with_memory
 
 
 class Formation(GrpoObjective):
@@ -45,34 +45,23 @@ class Formation(GrpoObjective):
 
 def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     """Train the formation of memories; writes the model's own weights, logs and metrics to `out`."""
-    run = Run("stage1", config, inputs, out, new_model)
-    check_shards(min(config.grpo.batch_size, len(run.samples)), run.accelerator)  # before the warm start, not after it
+    run, grpo, warm = Run("stage1", config, inputs, out, new_model), config.grpo, config.stage1.warm_start
+    check_shards(min(grpo.batch_size, len(run.samples)), run.accelerator)  # before the warm start, not after it
     trained = trainable(run.model, FORMATION)
-    warm = config.stage1.warm_start
-    supervised = Supervised(
-        run.model,
-        run.samples,
-        partial(answer_with_memory, at_start=warm.at_start),
-        config.seed,
-        run.accelerator,
-        batch_size=warm.batch_size,
-        micro_batch=config.grpo.micro_batch,
-        gradient_checkpointing=config.grpo.gradient_checkpointing,
-    )
+    written = partial(answer_with_memory, at_start=warm.at_start)
     settings = LoopSettings(
         "warm_start",
         warm.steps,
         warm.learning_rate,
         warmup_ratio=0.05,
         matrix_learning_rate=warm.matrix_learning_rate,
-        checkpoint_every=config.grpo.checkpoint_every,
+        checkpoint_every=grpo.checkpoint_every,
     )
-    run.train(supervised, trained, settings, warm.batch_size)
-    objective = Formation(run.model, run.samples, config.grpo, config.stage1, config.seed, run.accelerator, out)
-    run.train_grpo(objective, trained)
+    run.train_supervised(written, trained, settings, warm.batch_size, grpo.micro_batch)
+    run.train_grpo(Formation, config.stage1, trained)
     arms: dict[str, InvocationPolicy] = {
         "vanilla": Off(),
         "short": Random(probability=1.0, kinds=(MemoryKind.SHORT,), limit=1),  # at the answer's start
         "long": Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1),
     }
-    return run.finish(arms, trained)
+    return run.finish(arms)

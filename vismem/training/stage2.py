@@ -41,12 +41,9 @@ class Invocation(GrpoObjective):
 
     def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
         """S - alpha * (p_type + p_neg); tau_rev is decoded from the same seed with every kind swapped (Eq. 13-15)."""
-        group = self.stage.group_size
-        recorded = {
-            row_key(rollout.sample_id, index % group): decisions_of(self.model, rollout)
-            for index, rollout in enumerate(rollouts)
-        }
-        swapped = rewards
+        group, swapped = self.stage.group_size, rewards
+        keys = [row_key(rollout.sample_id, index % group) for index, rollout in enumerate(rollouts)]
+        recorded = {key: decisions_of(self.model, rollout) for key, rollout in zip(keys, rollouts, strict=True)}
         if any(recorded.values()) and self.stage.penalty > 0:
             reversed_rollouts = generate(
                 self.model,
@@ -65,21 +62,17 @@ class Invocation(GrpoObjective):
 def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     """Train when to invoke which memory; writes the complete model, both stages' curves and metrics to `out`."""
     settings = config.stage2
-    run = Run("stage2", config, inputs, out, _stage1_model)
+    stage1 = inputs["stage1"]
+    run = Run(
+        "stage2", config, inputs, out, lambda *_: VisMemModel.from_pretrained(stage1, inputs["base"], config.base.dtype)
+    )
     fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
     run.model.policy_lora.enabled = settings.policy_lora
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
-    objective = Invocation(run.model, run.samples, config.grpo, settings, config.seed, run.accelerator, out)
-    objective.prompts_need_gradient = settings.policy_lora
-    run.train_grpo(objective, trained, lr_scales={"tokens.end": settings.end_lr_scale})
-    for curve in inputs["stage1"].glob("*.csv"):
+    run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale})
+    for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
-    arms = {"vanilla": Off(), "vismem": Learned(), "random_50": Random(probability=0.5)}
-    return run.finish(arms, trained)
-
-
-def _stage1_model(config: Config, inputs: Inputs) -> VisMemModel:
-    return VisMemModel.from_pretrained(inputs["stage1"], inputs["base"], config.base.dtype)
+    return run.finish({"vanilla": Off(), "vismem": Learned(), "random_50": Random(probability=0.5)})
 
 
 def fit_invocation(
@@ -127,11 +120,10 @@ def _decisions(
         hidden = answer_states(model, prefill(model, batch), rollouts, sample)
         for row, rollout in enumerate(rollouts):
             for index, token in enumerate(rollout.token_ids):
-                before = rollout.token_ids[index - 1] if index else None
                 if token == LATENT or token in model.end_ids.values():
                     continue
                 states.append(hidden[row, index])
-                delimiter = before in model.delimiter_ids
+                delimiter = index > 0 and rollout.token_ids[index - 1] in model.delimiter_ids
                 between = stage.delimiter_probability if delimiter else ELSEWHERE
-                wanted.append(stage.start_probability if before is None else between)
+                wanted.append(between if index else stage.start_probability)
     return torch.stack(states), wanted

@@ -4,8 +4,7 @@ With a memory it is the warm start of stage I, an option of ours; without it is 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -24,29 +23,22 @@ from vismem.training.loop import Metrics, all_reduce_mean, batch_at, shard_batch
 Written = Callable[[VisMemModel, Sample, int], Rollout]  # a sample's reference answer, with a seed for its memory
 
 
+@dataclass(eq=False)
 class Supervised:
     """See loop.Objective: the mean cross-entropy of a batch of answers as `written` makes them.
 
     A micro-batch changes memory, not the result (except for dropout's random numbers).
     """
 
-    def __init__(
-        self,
-        model: VisMemModel,
-        samples: Sequence[Sample],
-        written: Written,
-        seed: int,
-        accelerator: Accelerator,
-        *,
-        batch_size: int,
-        micro_batch: int,
-        gradient_checkpointing: bool = False,
-    ) -> None:
-        self.model, self.samples, self.written, self.seed = model, samples, written, seed
-        self.batch_size, self.micro_batch = batch_size, micro_batch
-        self.gradient_checkpointing = gradient_checkpointing
-        self.accelerator = accelerator
-        self.prompts_need_gradient = False  # whether what is trained changes the prefill
+    model: VisMemModel
+    samples: Sequence[Sample]
+    written: Written
+    seed: int
+    accelerator: Accelerator
+    batch_size: int
+    micro_batch: int
+    gradient_checkpointing: bool = False
+    prompts_need_gradient: bool = False  # whether what is trained changes the prefill
 
     def collect(self, step: int) -> tuple[tuple[Sample, ...], list[Rollout]]:
         """Reference answers."""
@@ -57,18 +49,17 @@ class Supervised:
 
     def backward(self, batch: tuple[tuple[Sample, ...], list[Rollout]]) -> Metrics:
         """Add the gradient of the mean cross-entropy, micro-batch by micro-batch."""
-        every_sample, every_rollout = batch
-        mean = 0.0
+        mean, count = 0.0, len(batch[0])
         self.model.train()
         with self.model.checkpointed(self.gradient_checkpointing):
-            for first in range(0, len(every_sample), self.micro_batch):
-                samples = every_sample[first : first + self.micro_batch]
-                rollouts = every_rollout[first : first + self.micro_batch]
-                with nullcontext() if self.prompts_need_gradient else torch.no_grad():
+            for first in range(0, count, self.micro_batch):
+                part = slice(first, first + self.micro_batch)
+                samples, rollouts = batch[0][part], batch[1][part]
+                with torch.set_grad_enabled(self.prompts_need_gradient):
                     context = prefill(self.model, samples)
                 sample = torch.arange(len(samples), device=self.accelerator.device)
                 scores = score(self.model, context, rollouts, sample)
-                loss = -rollout_means(scores.text_logprobs, scores.text_mask).sum() / len(every_sample)
+                loss = -rollout_means(scores.text_logprobs, scores.text_mask).sum() / count
                 self.accelerator.backward(loss / self.accelerator.num_processes)
                 mean += float(loss.detach())
         self.model.eval()

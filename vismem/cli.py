@@ -200,7 +200,7 @@ def _run_models(arguments: argparse.Namespace) -> None:
 
 def _run_ui(arguments: argparse.Namespace) -> None:
     config, _ = _enter(arguments)
-    from vismem.registry.ui import serve_ui
+    from vismem.registry.server import serve_ui
 
     serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
 

@@ -12,8 +12,8 @@ from vismem.cli import main
 from vismem.errors import UserError
 from vismem.provenance import write_manifest
 from vismem.registry import release
+from vismem.registry.server import mlflow_server, model_page
 from vismem.registry.tracking import Store, aliased, open_store, versions
-from vismem.registry.ui import mlflow_server, model_page
 
 
 def test_a_registered_bundle_is_a_challenger_with_run_files_lineage_and_verdict(project: Project) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
-from vismem.registry.download import download_bundle
+from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import CHAMPION, aliased, open_store, plain_faults
 from vismem.serving.command import run_command
 from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 
 
-@plain_faults
+@plain_faults()
 def publish(config: Config, folder: Path) -> str:
     """Fetch the champion into `folder`, unless it is there undamaged, and make it current; return a line that says so.
 

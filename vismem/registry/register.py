@@ -18,8 +18,8 @@ from vismem.registry.tracking import (
     CHAMPION,
     Store,
     Version,
-    aliased,
     create_version,
+    find_version,
     open_store,
     plain_faults,
     versions,
@@ -40,7 +40,7 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     store = open_store(config.registry)
     known = next((v for v in versions(store) if v.tags.get("manifest_sha256") == tags["manifest_sha256"]), None)
     version = known or _new_version(store, config, inputs, metrics, tags)
-    champion = aliased(store, CHAMPION)
+    champion = find_version(store, CHAMPION)
     verdict = judge_version(store, version, champion, config.gate)
 
     RegisteredVersion(

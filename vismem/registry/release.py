@@ -12,20 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config
-from vismem.errors import UserError, mask_credentials
+from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release
 from vismem.registry.lock import promotion_lock
-from vismem.registry.tracking import (
-    CHALLENGER,
-    CHAMPION,
-    Store,
-    aliased,
-    get_version,
-    open_store,
-    plain_faults,
-    tracking_uri,
-    versions,
-)
+from vismem.registry.tracking import CHALLENGER, CHAMPION, Store, find_version, open_store, plain_faults, versions
 from vismem.registry.verdict import judge_version, publish_verdict, published_verdict, registered_gate
 
 HISTORY = "champion_history."
@@ -51,13 +41,13 @@ def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     record = RegisteredVersion.read(inputs["register"])
     store = open_store(config.registry)
     with promotion_lock(store) as check_held:
-        version = get_version(store, record.version) if record.name == store.model else None
+        version = find_version(store, record.version) if record.name == store.model else None
         if version is None or version.tags.get("manifest_sha256") != record.manifest_sha256:
             raise UserError(
                 f"{store.uri} does not hold {record.name} version {record.version} as {inputs['register']} describes "
                 "it: the store has changed since; run `vismem register` again"
             )
-        champion = aliased(store, CHAMPION)
+        champion = find_version(store, CHAMPION)
         if champion is not None and champion.version == version.version:  # also after a kill behind the move
             previous = _predecessor(history(store), version.version)
             verdict = published_verdict(store, version)
@@ -93,11 +83,11 @@ def rollback(config: Config) -> str:
     """
     store = open_store(config.registry)
     with promotion_lock(store) as check_held:
-        present = aliased(store, CHAMPION)
+        present = find_version(store, CHAMPION)
         moves = history(store)
         candidates = [move.version for move in reversed(moves)] if present is None else _before(moves, present.version)
         for number in candidates:
-            if get_version(store, number) is not None:
+            if find_version(store, number) is not None:
                 check_held()
                 _move(store, "rollback", number, present.version if present else None)
                 was = f"version {present.version}" if present else "a deleted version"
@@ -117,7 +107,7 @@ def history(store: Store) -> list[Move]:
 def models(config: Config) -> list[dict[str, str]]:
     """One row per version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
     store = open_store(config.registry)
-    named = {alias: aliased(store, alias) for alias in (CHAMPION, CHALLENGER)}
+    named = {alias: find_version(store, alias) for alias in (CHAMPION, CHALLENGER)}
     return [
         {
             "version": item.version,
@@ -134,17 +124,12 @@ def models(config: Config) -> list[dict[str, str]]:
 def show(config: Config, which: str) -> dict[str, Any]:
     """All that is known of a version, given by number or alias. UserError where there is none of that name."""
     store = open_store(config.registry)
-    version = get_version(store, which) if which.isdecimal() else aliased(store, which)
+    version = find_version(store, which)
     if version is None:
         known = ", ".join(item.version for item in versions(store)) or "none"
         raise UserError(f"no version or alias '{which}' of '{store.model}' in {store.uri}; versions: {known}")
     moves = [asdict(move) for move in history(store) if version.version in (move.version, move.previous)]
     return {"name": store.model, **asdict(version), "history": moves}
-
-
-def store_uri(config: Config) -> str:
-    """Where the store is, without credentials; see `tracking.tracking_uri`."""
-    return mask_credentials(tracking_uri(config.registry))
 
 
 def _predecessor(moves: list[Move], version: str) -> str | None:

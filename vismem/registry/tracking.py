@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,14 +162,16 @@ def versions(store: Store) -> list[Version]:
     return sorted(map(_version, found), key=lambda item: int(item.version), reverse=True)
 
 
-def get_version(store: Store, version: str) -> Version | None:
-    """The version with that number, or None where it is not there (any more)."""
-    return _or_none(lambda: store.client.get_model_version(store.model, version))
-
-
-def aliased(store: Store, alias: str) -> Version | None:
-    """The version that an alias names, or None. Deleting a version silently drops its aliases."""
-    return _or_none(lambda: store.client.get_model_version_by_alias(store.model, alias))
+def find_version(store: Store, which: str) -> Version | None:
+    """The version with that number or alias, or None. Deleting a version silently drops its aliases."""
+    look = store.client.get_model_version if which.isdecimal() else store.client.get_model_version_by_alias
+    try:
+        return _version(look(store.model, which))
+    except MlflowException as error:
+        # a missing alias is INVALID_PARAMETER_VALUE, a missing model or version RESOURCE_DOES_NOT_EXIST
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def _version(item: Any) -> Version:
@@ -181,16 +183,6 @@ def _version(item: Any) -> Version:
         created=float(item.creation_timestamp or 0) / 1000,
         tags=tags,
     )
-
-
-def _or_none(look: Callable[[], Any]) -> Version | None:
-    try:
-        return _version(look())
-    except MlflowException as error:
-        # a missing alias is INVALID_PARAMETER_VALUE, a missing model or version RESOURCE_DOES_NOT_EXIST
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from vismem.provenance import sha256_folder, write_manifest
 from vismem.records import Metrics, ParityReport, Validation
 from vismem.registry import release
 from vismem.registry.register import register
-from vismem.registry.tracking import Store, open_store
+from vismem.registry.tracking import Store, find_version, open_store
 
 KIND = {"per_answer": 0.5, "mean_position": None}
 USE = {"answers_with_memory": 50.0, "short": KIND, "long": KIND}
@@ -115,5 +115,5 @@ class Project:
         return open_store(self.config.registry)
 
     def champion(self) -> str | None:
-        version = release.current_champion(self.config)
+        version = find_version(self.store, "champion")
         return version.version if version else None

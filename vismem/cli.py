@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config, load_config
-from vismem.errors import UserError
+from vismem.errors import UserError, mask_credentials
 from vismem.launch import LaunchConfig, launch_step
 from vismem.params_file import render_params
 from vismem.ranks import is_main_rank
@@ -187,6 +187,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
 def _run_models(arguments: argparse.Namespace) -> None:
     config, _ = _enter(arguments)
     from vismem.registry import release
+    from vismem.registry.tracking import tracking_uri
 
     if arguments.action == "show":
         print(json.dumps(release.show(config, arguments.which), indent=2, ensure_ascii=False))
@@ -195,12 +196,13 @@ def _run_models(arguments: argparse.Namespace) -> None:
     else:
         from vismem.summary import print_models
 
-        print_models(release.models(config), config.registry.model_name, release.store_uri(config))
+        where = mask_credentials(tracking_uri(config.registry))
+        print_models(release.models(config), config.registry.model_name, where)
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:
     config, _ = _enter(arguments)
-    from vismem.registry.ui import serve_ui
+    from vismem.registry.server import serve_ui
 
     serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
 

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 from vismem.config import Config, Section
 from vismem.config.section import is_rare
@@ -22,33 +22,31 @@ def render_params(config: Config, every: bool = False) -> str:
 
     Keys that are `rare` and have their default are left out, unless `every` key is asked for.
     """
-    return HEADER + "\n".join(_section(config, 0, every)) + "\n"
+    return HEADER + "\n".join(_lines(config, "", every)) + "\n"
 
 
-def _section(section: Section, depth: int, every: bool) -> Iterator[str]:
-    """Lines of one section, indented by `depth` levels of two spaces."""
+def _lines(section: Section, indent: str, every: bool) -> Iterator[str]:
+    """The lines of a section's keys."""
     for name, field in type(section).model_fields.items():
-        value, key = getattr(section, name), f"{'  ' * depth}{field.alias or name}:"
+        value, line = getattr(section, name), f"{indent}{field.alias or name}:"
         if is_rare(field) and value == field.default and not every:
             continue
         if isinstance(value, Section):
-            if depth == 0:
+            if not indent:
                 yield ""
-                yield f"# {_first_line(value)}"
-            yield key
-            yield from _section(value, depth + 1, every)
-        elif isinstance(value, tuple) and value and all(isinstance(item, Section) for item in value):
-            yield key
-            for item in value:
-                indent = "  " * (depth + 1)
-                first, *rest = _section(item, depth + 2, every)
-                yield from _leaf(f"{indent}- {first.strip()}", _first_line(item), indent)
+            yield from _commented(line, _title(value), indent)
+            yield from _lines(value, f"{indent}  ", every)
+        elif name == "sources" and value:
+            yield line
+            for source in value:
+                first, *rest = _lines(source, f"{indent}    ", every)
+                yield from _commented(f"{indent}  - {first.strip()}", _title(source), f"{indent}  ")
                 yield from rest
         else:
-            yield from _leaf(f"{key} {_flow(value)}", field.description, "  " * depth)
+            yield from _commented(f"{line} {_flow(value)}", field.description, indent)
 
 
-def _leaf(line: str, description: str | None, indent: str) -> Iterator[str]:
+def _commented(line: str, description: str | None, indent: str) -> Iterator[str]:
     """A key with its value; the comment stands beside it, or above it where the line would be too long."""
     if not description:
         yield line
@@ -61,14 +59,11 @@ def _leaf(line: str, description: str | None, indent: str) -> Iterator[str]:
 
 def _flow(value: Any) -> str:
     """One value in YAML's flow style, on one line."""
-    if isinstance(value, Path):
-        value = value.as_posix()
-    if isinstance(value, tuple):
-        value = list(value)
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    plain = to_jsonable_python(value)
+    text: str = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
     text = text.strip().removesuffix("...").strip()
-    return text if "\n" not in text else json.dumps(value, ensure_ascii=False)  # JSON is YAML, always on one line
+    return text if "\n" not in text else json.dumps(plain, ensure_ascii=False)  # JSON is YAML, always on one line
 
 
-def _first_line(section: Section) -> str:
+def _title(section: Section) -> str:
     return (type(section).__doc__ or "").strip().splitlines()[0]

@@ -12,7 +12,6 @@ from vismem.errors import UserError
 from vismem.files import read_json, write_json
 
 SIGNIFICANT = 0.05  # McNemar's p below which a difference is shown
-SHOWN = 3  # problems of a file that its error names
 
 Sha256 = Annotated[str, Field(min_length=1)]
 Interval = tuple[float, float]
@@ -30,6 +29,9 @@ class Record(Part):
     FILE: ClassVar[str]
     STEP: ClassVar[str]
 
+    def __init_subclass__(cls, file: str, step: str) -> None:
+        cls.FILE, cls.STEP = file, step
+
     @classmethod
     def read(cls, folder: Path) -> Self:
         """The record in `folder`. UserError where the file is missing, not JSON, or lacks or adds a field."""
@@ -39,8 +41,8 @@ class Record(Part):
             return cls.model_validate(values)
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-            more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-            raise UserError(f"{path} is damaged ({'; '.join(problems[:SHOWN])}{more}): {hint}") from None
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise UserError(f"{path} is damaged ({'; '.join(problems[:3])}{more}): {hint}") from None
 
     def write(self, folder: Path) -> None:
         """Write the file into `folder`, in one replace."""
@@ -66,9 +68,7 @@ class Difference(Part):
         """What the interval and the test show; headline, report, colours and gate all go by it."""
         if self.exceeds(0.0):
             return "better"
-        low, high = self.ci95
-        mirrored = Difference(delta=-self.delta, ci95=(-high, -low), p=self.p)
-        return "worse" if mirrored.exceeds(0.0) else "not shown"
+        return "worse" if self.ci95[1] < 0 and self.p < SIGNIFICANT else "not shown"
 
 
 class KindUse(Part):
@@ -115,11 +115,8 @@ def _complete(scores: dict[str, float]) -> dict[str, float]:
     return scores
 
 
-class Metrics(Record):
+class Metrics(Record, file="metrics.json", step="evaluate"):
     """`metrics.json` of `evaluate`. Scores in percent; groups are `overall` and the capabilities that have items."""
-
-    FILE = "metrics.json"
-    STEP = "evaluate"
 
     n: int
     seed: int
@@ -170,11 +167,8 @@ class DataRule(Part):
     message: str
 
 
-class Validation(Record):
+class Validation(Record, file="validation.json", step="validate"):
     """`validation.json` of `validate`."""
-
-    FILE = "validation.json"
-    STEP = "validate"
 
     success: bool
     rows: AllRowCounts
@@ -183,11 +177,8 @@ class Validation(Record):
     task_mix: dict[str, dict[str, float]]  # split -> task -> share of its clean rows
 
 
-class ParityReport(Record):
+class ParityReport(Record, file="parity.json", step="export"):
     """`parity.json` of `export`: the ONNX runtime against torch."""
-
-    FILE = "parity.json"
-    STEP = "export"
 
     passed: bool
     items: int
@@ -199,11 +190,8 @@ class ParityReport(Record):
     seconds: dict[str, float]
 
 
-class RegisteredVersion(Record):
+class RegisteredVersion(Record, file="version.json", step="register"):
     """`version.json` of `register`: the version in the registry, and the champion that it was judged against."""
-
-    FILE = "version.json"
-    STEP = "register"
 
     name: str
     version: str
@@ -221,11 +209,8 @@ class Rule(Part):
     reason: str
 
 
-class Verdict(Record):
+class Verdict(Record, file="verdict.json", step="register"):
     """`verdict.json` of `register` and of `promote`: all rules of the gate; passed when every rule passed."""
-
-    FILE = "verdict.json"
-    STEP = "register"
 
     passed: bool
     rules: tuple[Rule, ...]
@@ -235,11 +220,8 @@ class Verdict(Record):
         return tuple(rule.reason for rule in self.rules if self.passed or not rule.passed)
 
 
-class Release(Record):
+class Release(Record, file="release.json", step="promote"):
     """`release.json` of `promote`: whether the version is champion, and why (not)."""
-
-    FILE = "release.json"
-    STEP = "promote"
 
     promoted: bool
     name: str

@@ -18,8 +18,8 @@ from vismem.locks import lock_folder
 from vismem.records import Release
 from vismem.registry import lock, release
 from vismem.registry.lock import promotion_lock
-from vismem.registry.tracking import aliased, get_version, versions
-from vismem.registry.ui import mlflow_server
+from vismem.registry.server import mlflow_server
+from vismem.registry.tracking import find_version, versions
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vismem.registry.release"])
@@ -52,7 +52,7 @@ def race(project: Project, places: tuple[int, ...], first: float) -> dict[str, R
 
 def check_race(project: Project, made: dict[str, Release], best: float) -> None:
     """The best is champion, every move was upwards from the champion before, and losers name who beat them."""
-    champion = aliased(project.store, "champion")
+    champion = find_version(project.store, "champion")
     assert champion is not None
     assert float(champion.tags["score"]) == best
     moves = release.history(project.store)
@@ -154,7 +154,7 @@ def test_a_killed_promotion_run_again_equals_the_unbroken_one(project: Project, 
     assert project.champion() == "2"
     moves = [(move.action, move.version, move.previous) for move in release.history(project.store)]
     assert moves == [("promote", "1", None), ("promote", "2", "1")]
-    version = get_version(project.store, "2")
+    version = find_version(project.store, "2")
     assert version is not None
     assert version.tags["verdict.champion"] == f"passed: {reason}"
     assert {path.name for path in out.iterdir()} == {"release.json", "verdict.json"}
@@ -184,7 +184,6 @@ def test_a_version_whose_champion_has_changed_is_judged_against_the_present_one(
     assert "champion version 2 70.00" in overtaken["reasons"][0]
     project.build(b"three", score=71.0)
     project.run("register", "late")
-    release.current_champion(project.config)
     assert project.run("promote", "late")["promoted"]
 
 

@@ -12,8 +12,8 @@ from vismem.cli import main
 from vismem.errors import UserError
 from vismem.provenance import write_manifest
 from vismem.registry import release
-from vismem.registry.tracking import Store, aliased, open_store, versions
-from vismem.registry.ui import mlflow_server, model_page
+from vismem.registry.server import mlflow_server, model_page
+from vismem.registry.tracking import Store, find_version, open_store, versions
 
 
 def test_a_registered_bundle_is_a_challenger_with_run_files_lineage_and_verdict(project: Project) -> None:
@@ -21,7 +21,7 @@ def test_a_registered_bundle_is_a_challenger_with_run_files_lineage_and_verdict(
     made = project.run("register")
     assert (made["name"], made["version"], made["passed"]) == ("vismem", "1", True)
     store = project.store
-    version = aliased(store, "challenger")
+    version = find_version(store, "challenger")
     assert version is not None
     assert (version.version, version.run_id, version.model_id) == ("1", made["run_id"], made["model_id"])
     assert made["model_id"].startswith("m-")
@@ -91,7 +91,7 @@ def test_a_refused_challenger_leaves_the_champion_and_says_why(project: Project)
     assert any("champion version 1 66.00" in reason for reason in refused["reasons"])
     assert "version 1 stays champion" in refused["line"]
     assert project.champion() == "1"
-    version = aliased(project.store, "challenger")
+    version = find_version(project.store, "challenger")
     assert version is not None
     assert version.tags["verdict"] == "refused"
     assert version.tags["verdict.gain"].startswith("broken: the overall gain over vanilla is +0.50")

@@ -187,6 +187,13 @@ def test_a_champion_scored_on_other_data_is_not_compared_and_refused_unless_aske
         assert f"gate.other_data says {setting}" in reason(judged, "champion")
 
 
+def test_data_are_the_same_only_where_the_whole_hash_is() -> None:
+    ours, theirs = (DATA | {"items_sha256": f"{'17e5' * 15}{end}"} for end in ("aaaa", "bbbb"))
+    for champion, expected in ((ours, []), (theirs, ["champion"])):
+        known = Champion(version="3", overall=1.0, n=600, **champion)
+        assert broken(verdict(changed("items_sha256", ours["items_sha256"]), known)) == expected
+
+
 def test_a_capability_without_items_is_named_and_none_at_all_is_a_refusal() -> None:
     without = scores(gain={name: values for name, values in GAIN.items() if name != "reasoning"})
     assert broken(verdict(without)) == []

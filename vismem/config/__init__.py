@@ -4,6 +4,14 @@
 [paper] arXiv 2511.11007 with its section; [ours] a choice the paper leaves open; [measured] see docs/results.
 """
 
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
 from vismem.config.data import (
     SOURCES,
     EasyVqaSource,
@@ -15,36 +23,36 @@ from vismem.config.data import (
     Source,
     ValidateConfig,
 )
-from vismem.config.models import DEFAULT_BASE, BaseConfig, InvocationConfig, MemoryConfig
-from vismem.config.preflight import PreflightConfig
 from vismem.config.release import (
     DeployConfig,
     EvaluateConfig,
     ExportConfig,
     GateConfig,
+    PreflightConfig,
     RegistryConfig,
 )
-from vismem.config.resolve import resolve
-from vismem.config.root import PROFILE_FOLDER, Config, load_config, load_params, merge, parse_config
-from vismem.config.section import Section
+from vismem.config.section import ROOT, Section
 from vismem.config.training import (
+    DEFAULT_BASE,
+    BaseConfig,
     BaselinesConfig,
     GrpoConfig,
     GrpoStageConfig,
+    InvocationConfig,
+    MemoryConfig,
     Stage1Config,
     Stage2Config,
     SupervisedConfig,
     WarmStartConfig,
 )
+from vismem.errors import UserError
 
 __all__ = [
     "DEFAULT_BASE",
-    "PROFILE_FOLDER",
     "SOURCES",
     "BaseConfig",
     "BaselinesConfig",
     "Config",
-    "DeployConfig",
     "EasyVqaSource",
     "EvaluateConfig",
     "ExportConfig",
@@ -56,7 +64,6 @@ __all__ = [
     "LmuDataSource",
     "MemoryConfig",
     "NlvrSource",
-    "PreflightConfig",
     "PrepareConfig",
     "RegistryConfig",
     "ScenesSource",
@@ -73,3 +80,135 @@ __all__ = [
     "parse_config",
     "resolve",
 ]
+PROFILE_FOLDER = Path("deploy/profiles")
+
+
+class Config(Section):
+    """All parameters."""
+
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    preflight: PreflightConfig = PreflightConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    validate_: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    base: BaseConfig = BaseConfig()
+    memory: MemoryConfig = MemoryConfig()
+    invocation: InvocationConfig = InvocationConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    stage1: Stage1Config = Stage1Config()
+    stage2: Stage2Config = Stage2Config()
+    baselines: BaselinesConfig = BaselinesConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    gate: GateConfig = GateConfig()
+    registry: RegistryConfig = RegistryConfig()
+    deploy: DeployConfig = DeployConfig()
+
+
+def load_config(path: Path, profile: str | None = None) -> Config:
+    """Read `path` (YAML) and overlay the named profile of `deploy/profiles/` beside it.
+
+    Raises UserError for a missing file, an unknown profile, an unknown key (naming the nearest right one) or a value
+    of the wrong type.
+    """
+    return parse_config(load_params(path, profile), str(path))
+
+
+def load_params(path: Path, profile: str | None = None) -> dict[str, Any]:
+    """The plain mapping behind `load_config`: the file's values with the profile's laid over them."""
+    values = _read_yaml(path)
+    return values if profile is None else merge(values, _read_profile(path.parent, profile))
+
+
+def resolve(profile: str = "", overrides: Mapping[str, Any] | None = None, root: Path | None = None) -> Config:
+    """The parameters of a Kubeflow run; what comes later wins: defaults, profile, overrides.
+
+    `overrides` may hold all that params.yaml may, as nested sections or dotted keys: {"stage1": {"steps": 30}} and
+    {"stage1.steps": 30} are the same. Profiles lie in `root`/deploy/profiles; by default the working folder's or else
+    the library's. UserError names every unknown key and every value of the wrong type.
+    """
+    if root is None:
+        root = Path.cwd() if PROFILE_FOLDER.is_dir() else ROOT
+    values = _read_profile(root, profile) if profile else {}
+    where = f"profile '{profile}' with overrides" if profile else "overrides"
+    return parse_config(merge(values, _nested(overrides or {})), where)
+
+
+def parse_config(values: dict[str, Any], where: str = "params") -> Config:
+    """Check a plain mapping and return the typed parameters. UserError lists every fault with its place."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(map(_explain, error.errors()))) from None
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Lay one mapping over another, key by key; lists are replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values with every dotted key as nested sections; later keys win."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _nested(value) if isinstance(value, Mapping) else value
+        for part in reversed(key.split(".")):
+            inner = {part: inner}
+        nested = merge(nested, inner)
+    return nested
+
+
+def _read_profile(root: Path, profile: str) -> dict[str, Any]:
+    """The plain values of a profile of `root`/deploy/profiles, laid over those of the profile that it `extends`.
+
+    UserError where there is no profile of that name, or where the extended one extends another.
+    """
+    files = {path.stem: path for path in sorted((root / PROFILE_FOLDER).glob("*.yaml"))}
+
+    def read(name: str) -> dict[str, Any]:
+        if name not in files:
+            known = f"{root / PROFILE_FOLDER} has: {', '.join(files)}"
+            raise UserError(f"unknown profile '{name}'{_nearest(name, files)}; {known}")
+        return _read_yaml(files[name])
+
+    values = read(profile)
+    if (below := values.pop("extends", None)) is None:
+        return values
+    extended = read(str(below))
+    if "extends" in extended:
+        raise UserError(f"profile '{profile}' extends '{below}', which extends '{extended['extends']}': name that one")
+    return merge(extended, values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"no parameter file {path}: run in the project's root, or name one with --params")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
+    return values
+
+
+def _explain(fault: Any) -> str:
+    """One of pydantic's faults in a sentence; for an unknown key with the nearest one of its section."""
+    where = ".".join(str(part) for part in fault["loc"] if part not in SOURCES)
+    *place, last = fault["loc"]
+    if fault["type"] != "extra_forbidden":
+        return f"'{where}': {fault['msg']} (got {fault['input']!r})"
+    section: type[Section] = Config
+    for part in place:  # section names, and for a source its index and kind
+        field = section.by_key().get(part)
+        inner = SOURCES.get(part) or (field and field.annotation)
+        section = inner if isinstance(inner, type) and issubclass(inner, Section) else section
+    return f"unknown key '{where}'{_nearest(str(last), section.by_key())}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,11 +1,13 @@
 """Where the questions come from, and what the data must satisfy."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from vismem.config.section import Section
+
+Split = Literal["train", "validation", "test"]
 
 
 class ScenesSource(Section):
@@ -37,7 +39,7 @@ class JsonlSource(Section):
 
     kind: Literal["jsonl"]
     path: Path = Field(description="the .jsonl file")
-    split: Literal["train", "validation", "test"]
+    split: Split
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
@@ -46,10 +48,8 @@ class NlvrSource(Section):
 
     kind: Literal["nlvr"]
     path: Path = Field(description="a folder of the repository (train/, dev/), or a .parquet file")
-    split: Literal["train", "validation", "test"]
-    directories: tuple[int, ...] = Field(
-        (), description="numbered image directories read; empty means all [NLVR README]"
-    )
+    split: Split
+    directories: tuple[int, ...] = Field((), description="numbered image directories read; empty: all [NLVR README]")
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
@@ -59,37 +59,30 @@ class LmuDataSource(Section):
     kind: Literal["lmudata"]
     name: str = Field(description="the file's name without .tsv, such as MMStar, BLINK, MUIRBench or MMMU_DEV_VAL")
     path: Path | None = Field(None, description="the folder of .tsv files; null: the environment's LMUData")
-    split: Literal["train", "validation", "test"]
+    split: Split
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
-SOURCES: dict[str, type[Section]] = {
-    "scenes": ScenesSource,
-    "easy_vqa": EasyVqaSource,
-    "jsonl": JsonlSource,
-    "nlvr": NlvrSource,
-    "lmudata": LmuDataSource,
-}
-Source = Annotated[ScenesSource | EasyVqaSource | JsonlSource | NlvrSource | LmuDataSource, Field(discriminator="kind")]
+AnySource = ScenesSource | EasyVqaSource | JsonlSource | NlvrSource | LmuDataSource
+Source = Annotated[AnySource, Field(discriminator="kind")]
+SOURCES: dict[str, type[Section]] = {get_args(s.model_fields["kind"].annotation)[0]: s for s in get_args(AnySource)}
 
 
 class PrepareConfig(Section):
     """Where the questions come from."""
 
     sources: tuple[Source, ...] = (ScenesSource(),)
-    rows_per_shard: int = Field(4096, ge=1, description="rows a Parquet shard")
+    rows_per_shard: int = Field(4096, ge=1, description="rows per Parquet shard")
 
 
 class ValidateConfig(Section):
     """What the data must satisfy. A broken rule of severity error stops the pipeline."""
 
-    min_pixels: int = Field(28, ge=1, description="least image side in pixels")
-    max_pixels: int = Field(4096, ge=1, description="largest image side in pixels")
+    min_pixels: int = Field(28, ge=1, description="min image side in pixels")
+    max_pixels: int = Field(4096, ge=1, description="max image side in pixels")
     max_question_chars: int = Field(4000, ge=1, description="longest question in characters")
     max_label_share: float = Field(0.6, gt=0, le=1, description="largest share of one answer within a split (warning)")
     max_quarantined: float = Field(0.05, ge=0, le=1, description="share of bad rows above which the step fails")
     max_task_drift: float = Field(0.1, ge=0, le=1, description="total variation distance of the task mix (warning)")
     task_profile: Path | None = Field(None, description="stored task mix, JSON {task: share}; null: the train split's")
-    required_splits: tuple[Literal["train", "validation", "test"], ...] = Field(
-        ("train", "validation", "test"), description="splits that must have rows"
-    )
+    required_splits: tuple[Split, ...] = Field(("train", "validation", "test"), description="splits that need rows")

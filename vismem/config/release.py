@@ -1,10 +1,20 @@
-"""Evaluation, export, gate, registry and serving."""
+"""Preflight, evaluation, export, gate, registry and serving."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from vismem.config.section import Section
+from vismem.config.section import Section, rare
+
+
+class PreflightConfig(Section):
+    """What `vismem preflight` looks for besides the registry and the base model; Kubeflow runs it first."""
+
+    environment: tuple[str, ...] = Field((), description="variables that must be set, like HF_TOKEN; values not shown")
+    buckets: tuple[str, ...] = Field((), description="S3 BUCKET[/PREFIX] to read and write at AWS_ENDPOINT_URL_S3")
+    gpus: int = Field(0, ge=0, description="CUDA devices that must be there")
+    free_disk_gb: float = Field(1.0, ge=0, description="free space that the outputs' disk must have, GB")
+    shared_memory_gb: float = rare(0.0, ge=0, description="min size of /dev/shm, GB; NCCL and data loaders use it")
 
 
 class EvaluateConfig(Section):
@@ -13,9 +23,9 @@ class EvaluateConfig(Section):
     arms: tuple[str, ...] = Field(
         ("vanilla", "vismem", "random_50", "short_only", "long_only"), description="decoding policies compared"
     )
-    limit: int | None = Field(None, ge=1, description="test items at most; null means all")
+    limit: int | None = Field(None, ge=1, description="max test items; null: all")
     batch_size: int = Field(64, ge=1, description="rows decoded together")
-    max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens")
+    max_new_tokens: int = Field(56, ge=1, description="max tokens of an answer")
     bootstrap: int = Field(2000, ge=100, description="bootstrap resamples of the items")
 
 
@@ -24,7 +34,7 @@ class ExportConfig(Section):
 
     opset: int = Field(18, description="ONNX opset")
     parity_items: int = Field(16, ge=1, description="test items decoded by both engines; greedy tokens must be equal")
-    tolerance: float = Field(1e-4, gt=0, description="largest absolute difference of a memory vector")
+    tolerance: float = Field(1e-4, gt=0, description="max absolute difference of a memory vector")
 
 
 class GateConfig(Section):
@@ -32,13 +42,9 @@ class GateConfig(Section):
 
     min_items: int = Field(200, ge=1, description="min number of test items behind the scores")
     min_gain: float = Field(1.0, description="min overall gain over vanilla, points")
-    min_gain_low: float = Field(
-        0.0, description="points that the whole 95 % interval of the gain must exceed; from 0 on, with p < 0.05"
-    )
+    min_gain_low: float = Field(0.0, description="what the gain's 95 % interval must exceed; from 0 on, also p < 0.05")
     max_capability_drop: float = Field(2.0, ge=0, description="max loss of any one capability, points")
-    max_time_overhead: float = Field(
-        1.5, ge=0, description="max overhead in seconds per sample over vanilla; 0.44 = +44 %, the paper's max"
-    )
+    max_time_overhead: float = Field(1.5, ge=0, description="max extra time per answer; 0.5 is +50 % [paper: 0.44]")
     champion_margin: float = Field(0.0, description="points by which the present champion must be exceeded")
     other_data: Literal["pass", "refuse"] = Field(
         "refuse", description="the champion rule where the champion was scored on other test data: no scores compare"
@@ -52,8 +58,7 @@ class RegistryConfig(Section):
     experiment: str = Field("vismem", description="experiment name")
     model_name: str = Field("vismem", description="registered model name")
     artifact_location: str | None = Field(
-        None,
-        description="where a new experiment's files go; null: mlartifacts/ beside a SQLite store, else the server's",
+        None, description="new experiments' files; null: mlartifacts/ beside a SQLite store, else the server's"
     )
     ui_port: int = Field(5000, ge=0, le=65535, description="port of `vismem ui`; 0: any free one")
 

@@ -1,15 +1,23 @@
 """What every group of parameters is."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+ROOT = Path(__file__).parents[2]  # the project: profiles, assets and the library side by side
+
 
 class Section(BaseModel):
     """A frozen group of parameters; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @classmethod
+    def by_key(cls) -> dict[str, FieldInfo]:
+        """The fields by the names that they have in `params.yaml`."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
 
 def rare(default: Any, **constraints: Any) -> Any:

@@ -1,8 +1,53 @@
-"""Both stages of training, and the baselines."""
+"""The base model, its memories, both stages of training, and the baselines."""
+
+from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
-from vismem.config.section import Section, rare
+from vismem.config.section import ROOT, Section, rare
+
+DEFAULT_BASE = "assets/tiny-vlm"
+Init = Literal["patches", "random"]
+
+
+class BaseConfig(Section):
+    """The vision-language model that goes in."""
+
+    model: str = Field(DEFAULT_BASE, description="folder or hub id for from_pretrained; the default comes with VisMem")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights' type")
+
+    def folder(self) -> Path | None:
+        """The model's folder, from the working folder or from the project's root; None: `model` is a hub id."""
+        places = (Path(self.model), ROOT / self.model)
+        return next((place for place in places if place.is_dir()), None)
+
+
+class MemoryConfig(Section):
+    """The latent memories (paper Sec. 3.3, Eq. 5-6 and 9-11)."""
+
+    queries: int = Field(8, ge=1, description="K, memory queries [paper 4.1]")
+    short_length: int = Field(8, ge=1, description="N_s, vectors of a short-term memory [paper 4.1]")
+    long_length: int = Field(16, ge=1, description="N_l, vectors of a long-term memory [paper 4.1]")
+    builder_layers: int = Field(2, ge=1, description="layers of the query builder [ours]")
+    builder_heads: int = Field(4, ge=1, description="attention heads of the query builder [ours]")
+    lora_rank: int = Field(16, ge=1, description="r [paper App.]")
+    lora_alpha: float = Field(32, gt=0, description="alpha, the scale is alpha / r [paper App.]")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="the adapters' dropout where supervised [paper App.: 0.1]")
+    short_init: Init = Field(
+        "patches", description="short M_init: added to the image's pooled patches, or random [paper]"
+    )
+    long_init: Init = Field("patches", description="long M_init: added to pooled image tokens, or random [paper]")
+    init_std: float = rare(0.02, gt=0, description="standard deviation of random initial values [ours]")
+
+
+class InvocationConfig(Section):
+    """When memory may be invoked (paper Sec. 3.2, Eq. 3-4)."""
+
+    delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
+    init_token: str = Field("\n", description="delimiter whose embedding the four new rows are copied from [ours]")
+    max_per_answer: int = Field(1, ge=0, description="max invocations per answer [measured]")
+    perturbation: float = rare(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 
 
 class GrpoConfig(Section):
@@ -11,9 +56,7 @@ class GrpoConfig(Section):
     epochs: int = Field(2, ge=1, description="passes over the train split, where a stage's steps is 0 [paper]")
     batch_size: int = Field(8, ge=1, description="prompts per step [paper]")
     micro_batch: int = Field(64, ge=1, description="rollouts per backward pass; changes memory, not the result")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in every backward pass; same result, less memory, slower"
-    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations; same result, less memory, slower")
     updates: int = Field(1, ge=1, description="optimiser steps per batch of rollouts [paper: 1]")
     clip_low: float = Field(0.2, gt=0, description="lower clip of the ratio [paper]")
     clip_high: float = Field(0.2, gt=0, description="upper clip of the ratio [paper]")
@@ -38,14 +81,12 @@ class GrpoStageConfig(Section):
 
 
 class WarmStartConfig(Section):
-    """Optional supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
+    """Supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
 
     steps: int = Field(1600, ge=0, description="steps; 0 leaves it out, as the paper does")
     batch_size: int = Field(32, ge=1, description="questions per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
-    matrix_learning_rate: float = Field(
-        0.007, ge=0, description="peak rate of Muon on the matrices; 0: AdamW on everything"
-    )
+    matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
     at_start: float = rare(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
 
 
@@ -70,12 +111,8 @@ class Stage2Config(GrpoStageConfig):
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.030, ge=0, description="beta [paper]")
     target_kl: float = Field(0.05, ge=0, description="KL per token that ends a batch's updates; 0: never [paper]")
-    start_probability: float = Field(
-        0.95, gt=0, lt=1, description="chance of a memory at the answer's start, before training [ours]"
-    )
-    delimiter_probability: float = Field(
-        0.01, gt=0, lt=1, description="chance of a memory after a delimiter, before training [ours]"
-    )
+    start_probability: float = Field(0.95, gt=0, lt=1, description="initial chance of memory at answer start [ours]")
+    delimiter_probability: float = Field(0.01, gt=0, lt=1, description="initial chance of memory at a delimiter [ours]")
     penalty: float = Field(0.3, ge=0, description="alpha, intensity of p_type + p_neg [paper Eq. 15]")
     end_lr_scale: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
     policy_lora: bool = Field(False, description="also train LoRA on the policy's q_proj and v_proj [ours]")
@@ -95,12 +132,10 @@ class SupervisedConfig(Section):
 
 
 class BaselinesConfig(Section):
-    """What VisMem is compared with: the same base fine-tuned on the same data, `vismem sft_lora` and so on [ours]."""
+    """What VisMem is compared with: the same base fine-tuned on the same data, `vismem sft_lora` etc. [ours]."""
 
     rank: int = Field(16, ge=1, description="r of sft_lora and grpo_lora, on q_proj and v_proj [paper App.]")
     alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout on the adapters' input, where supervised [paper App.: 0.1]"
-    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="the adapters' dropout where supervised [paper App.: 0.1]")
     supervised: SupervisedConfig = SupervisedConfig()
     grpo: GrpoStageConfig = GrpoStageConfig(steps=1000, learning_rate=1e-3)  # takes about as long as both stages

@@ -31,10 +31,15 @@ def judge(
     metrics: Metrics, validation: Validation, parity: ParityReport, champion: Champion | None, gate: GateConfig
 ) -> Verdict:
     """Judge a challenger by what evaluate, validate and export measured, against the present champion."""
-    gain = metrics.gain["overall"]
+    n, gain = metrics.n, metrics.gain["overall"]
     rules = (
-        _items(metrics.n, gate),
-        _gain(gain, gate),
+        _rule("items", n >= gate.min_items, f"the scores are of {n} test items; min {gate.min_items} are required"),
+        _rule(
+            "gain",
+            gain.delta >= gate.min_gain,
+            f"the overall gain over vanilla is {gain.delta:+.2f} points; min {gate.min_gain:+.2f} is required",
+            gain.delta,
+        ),
         _interval(gain, gate),
         _capabilities(metrics.gain, gate),
         _time(metrics.arms, gate),
@@ -45,21 +50,11 @@ def judge(
     return Verdict(passed=all(rule.passed for rule in rules), rules=rules)
 
 
-def _measured(name: str, passed: bool, reason: str, *figures: float) -> Rule:
+def _rule(name: str, passed: bool, reason: str, *figures: float) -> Rule:
     """The rule's outcome; broken whatever `passed` says where one of the figures that it read is not finite."""
     if not all(map(math.isfinite, figures)):
         return Rule(name=name, passed=False, reason=f"{reason}; a figure that is not finite cannot be judged")
     return Rule(name=name, passed=passed, reason=reason)
-
-
-def _items(n: int, gate: GateConfig) -> Rule:
-    reason = f"the scores are of {n} test items; min {gate.min_items} are required"
-    return _measured("items", n >= gate.min_items, reason)
-
-
-def _gain(gain: Difference, gate: GateConfig) -> Rule:
-    reason = f"the overall gain over vanilla is {gain.delta:+.2f} points; min {gate.min_gain:+.2f} is required"
-    return _measured("gain", gain.delta >= gate.min_gain, reason, gain.delta)
 
 
 def _interval(gain: Difference, gate: GateConfig) -> Rule:
@@ -70,13 +65,13 @@ def _interval(gain: Difference, gate: GateConfig) -> Rule:
         f"the gain's 95 % interval is {low:+.2f} to {high:+.2f} points, p = {gain.p:.3f}: {shown[gain.outcome]}; "
         f"it must be shown to exceed {gate.min_gain_low:+.2f}"
     )
-    return _measured("gain_interval", gain.exceeds(gate.min_gain_low), reason, low, high, gain.p)
+    return _rule("gain_interval", gain.exceeds(gate.min_gain_low), reason, low, high, gain.p)
 
 
 def _capabilities(gain: Mapping[str, Difference], gate: GateConfig) -> Rule:
     deltas = {name: gain[name].delta for name in CAPABILITIES if name in gain}
     if not deltas:
-        return _measured("capabilities", False, "no capability was scored apart, so that the total could hide a loss")
+        return _rule("capabilities", False, "no capability was scored apart, so that the total could hide a loss")
     worst = min(deltas, key=lambda name: deltas[name])
     missing = [name for name in CAPABILITIES if name not in deltas]
     note = f" (no items of {', '.join(missing)})" if missing else ""
@@ -85,27 +80,27 @@ def _capabilities(gain: Mapping[str, Difference], gate: GateConfig) -> Rule:
         f"by capability the change is {listed} points{note}; "
         f"the lowest, {worst}, must not lose more than {gate.max_capability_drop:.2f}"
     )
-    return _measured("capabilities", deltas[worst] >= -gate.max_capability_drop, reason, *deltas.values())
+    return _rule("capabilities", deltas[worst] >= -gate.max_capability_drop, reason, *deltas.values())
 
 
 def _time(arms: Mapping[str, Mapping[str, float]], gate: GateConfig) -> Rule:
     vanilla, vismem = (arms[arm]["seconds_per_sample"] for arm in ("vanilla", "vismem"))
     if vanilla <= 0 or vismem <= 0:
         reason = f"the seconds per sample are {vanilla} of vanilla and {vismem} of VisMem: no overhead can be computed"
-        return _measured("time", False, reason)
+        return _rule("time", False, reason)
     overhead = vismem / vanilla - 1
     reason = (
         f"an answer takes {vismem:.4f} s against vanilla's {vanilla:.4f} s, {overhead:+.1%}; "
         f"max {gate.max_time_overhead:+.1%} is allowed"
     )
-    return _measured("time", overhead <= gate.max_time_overhead, reason, vanilla, vismem)
+    return _rule("time", overhead <= gate.max_time_overhead, reason, vanilla, vismem)
 
 
 def _data(validation: Validation) -> Rule:
     broken = [rule.name for rule in validation.rules if not rule.success and rule.severity == "error"]
     if validation.success and not broken:
-        return _measured("data", True, "the data report has no broken rule of severity error")
-    return _measured("data", False, f"the data report is not green: {', '.join(broken) or 'it names no rule'}")
+        return _rule("data", True, "the data report has no broken rule of severity error")
+    return _rule("data", False, f"the data report is not green: {', '.join(broken) or 'it names no rule'}")
 
 
 def _parity(parity: ParityReport) -> Rule:
@@ -115,36 +110,37 @@ def _parity(parity: ParityReport) -> Rule:
         f"the ONNX runtime {word} ({parity.greedy_equal} of {parity.items} greedy decodings equal; "
         f"max difference of the memories {parity.max_memory_difference:.1e})"
     )
-    return _measured("parity", passed, reason, parity.max_memory_difference)
+    return _rule("parity", passed, reason, parity.max_memory_difference)
 
 
 def _champion(metrics: Metrics, champion: Champion | None, gate: GateConfig) -> Rule:
     score = round(metrics.arms["vismem"]["overall"], DIGITS)
+    passed = True
     if champion is None:
-        return _measured("champion", True, f"there is no champion to beat; this version scores {score:.2f}", score)
-    if champion.is_candidate:
-        return _measured("champion", True, f"this is the present champion itself, version {champion.version}", score)
-    if not math.isfinite(champion.overall):
+        reason = f"there is no champion to beat; this version scores {score:.2f}"
+    elif champion.is_candidate:
+        reason = f"this is the present champion itself, version {champion.version}"
+    elif not math.isfinite(champion.overall):
         reason = (
             f"champion version {champion.version} has no usable score in the registry, so that it cannot be compared "
             f"and is replaced by what passes the other rules; this version scores {score:.2f}"
         )
-        return _measured("champion", True, reason, score)
-    ours, theirs = ((of.n, of.test_sha256, of.items_sha256) for of in (metrics, champion))
-    if ours != theirs:
+    elif any(getattr(metrics, key) != getattr(champion, key) for key in ("n", "test_sha256", "items_sha256")):
+        passed = gate.other_data == "pass"
         reason = (
-            f"champion version {champion.version} was scored on other data ({_data_name(*theirs)}) than this version "
-            f"({_data_name(*ours)}), so that its {champion.overall:.2f} and the {score:.2f} here do not compare; "
+            f"champion version {champion.version} was scored on other data ({_data_name(champion)}) than this version "
+            f"({_data_name(metrics)}), so that its {champion.overall:.2f} and the {score:.2f} here do not compare; "
             f"gate.other_data says {gate.other_data}"
         )
-        return _measured("champion", gate.other_data == "pass", reason, score)
-    ahead = score - champion.overall
-    reason = (
-        f"this version scores {score:.2f}, champion version {champion.version} {champion.overall:.2f}: {ahead:+.2f} "
-        f"points; more than {gate.champion_margin:+.2f} is required"
-    )
-    return _measured("champion", ahead > gate.champion_margin, reason, score)
+    else:
+        ahead = score - champion.overall
+        passed = ahead > gate.champion_margin
+        reason = (
+            f"this version scores {score:.2f}, champion version {champion.version} {champion.overall:.2f}: "
+            f"{ahead:+.2f} points; more than {gate.champion_margin:+.2f} is required"
+        )
+    return _rule("champion", passed, reason, score)
 
 
-def _data_name(n: int, test_sha256: str, items_sha256: str) -> str:
-    return f"{n} items {items_sha256[:8] or 'unknown'} of test split {test_sha256[:8] or 'unknown'}"
+def _data_name(of: Metrics | Champion) -> str:
+    return f"{of.n} items {of.items_sha256[:8] or 'unknown'} of test split {of.test_sha256[:8] or 'unknown'}"

@@ -14,18 +14,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 
 from vismem.errors import UserError
 from vismem.locks import lock_folder
-from vismem.registry.tracking import SQLITE, Store, create_model_once
+from vismem.registry.tracking import Store, create_model_once
 
 LEASE = 180.0  # seconds; a promotion takes a few, so that who holds the lock for longer was killed
 POLL = 0.3
-SOURCE = "s3://none/none"  # MLflow asks for one; a ticket has no files
-ATTEMPTS = 10  # to draw a ticket: MLflow gives up after three collisions
 
 
 @contextlib.contextmanager
@@ -34,9 +31,8 @@ def promotion_lock(store: Store) -> Iterator[Callable[[], None]]:
 
     The check raises UserError where the lock was lost: this process slept for longer than the lease.
     """
-    if store.uri.startswith(SQLITE):
-        database = Path(store.uri.removeprefix(SQLITE)).resolve()
-        with lock_folder(database.with_name(f"{database.name}.promotion"), patience=LEASE):
+    if store.database:
+        with lock_folder(store.database.with_name(f"{store.database.name}.promotion"), patience=LEASE):
             yield lambda: None
         return
     name = f"{store.model}-promotion-lock"
@@ -49,26 +45,27 @@ def promotion_lock(store: Store) -> Iterator[Callable[[], None]]:
         _give_back(store, name, ticket)
 
 
-def _draw(store: Store, name: str) -> int:
+def _draw(store: Store, name: str, attempts: int = 10) -> int:
+    """A new ticket. MLflow gives up after three collisions, so that it is asked up to `attempts` times."""
     holder = f"held by {socket.gethostname()}, process {os.getpid()}"
-    for attempt in range(ATTEMPTS):
-        try:
-            return int(store.client.create_model_version(name, SOURCE, description=holder).version)
-        except MlflowException as error:
-            if "Giving up" not in str(error) or attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(random.uniform(0, POLL))
-    raise AssertionError("unreachable")
+    try:  # MLflow asks for a source; a ticket has no files
+        return int(store.client.create_model_version(name, "s3://none/none", description=holder).version)
+    except MlflowException as error:
+        if "Giving up" not in str(error) or attempts == 1:
+            raise
+    time.sleep(random.uniform(0, POLL))
+    return _draw(store, name, attempts - 1)
 
 
-def _tickets(store: Store, name: str) -> list[int]:
-    return sorted(int(item.version) for item in store.client.search_model_versions(f"name='{name}'"))
+def _first(store: Store, name: str) -> int:
+    """The lowest ticket; 0 where there is none."""
+    return min((int(item.version) for item in store.client.search_model_versions(f"name='{name}'")), default=0)
 
 
 def _wait(store: Store, name: str, ticket: int) -> None:
     """Return when `ticket` is the lowest. One that stays lowest for the lease, by our own clock, is given back."""
     holder, since = 0, 0.0
-    while (first := min(_tickets(store, name), default=0)) != ticket:
+    while (first := _first(store, name)) != ticket:
         now = time.monotonic()
         if first == 0 or first > ticket:
             raise UserError(f"the promotion waited for more than {LEASE:.0f} s and lost its turn: run it again")
@@ -81,7 +78,7 @@ def _wait(store: Store, name: str, ticket: int) -> None:
 
 
 def _check_held(store: Store, name: str, ticket: int) -> None:
-    if min(_tickets(store, name), default=0) != ticket:
+    if _first(store, name) != ticket:
         raise UserError(f"the promotion took more than {LEASE:.0f} s and lost {name}: nothing was moved, run it again")
 
 

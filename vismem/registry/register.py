@@ -18,8 +18,8 @@ from vismem.registry.tracking import (
     CHAMPION,
     Store,
     Version,
-    aliased,
     create_version,
+    find_version,
     open_store,
     plain_faults,
     versions,
@@ -27,7 +27,7 @@ from vismem.registry.tracking import (
 from vismem.registry.verdict import GATE, judge_version, publish_verdict
 
 
-@plain_faults
+@plain_faults()
 def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Register the bundle `inputs["export"]` and judge it; writes `version.json` and `verdict.json` into `out`.
 
@@ -36,46 +36,27 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     it is judged again, since gate and champion may have changed. A refusal by the gate is a result, not an error.
     """
     metrics, lineage = _checked(inputs)
-    tags = version_tags(inputs["export"], lineage, metrics)
+    tags = _version_tags(inputs["export"], lineage, metrics)
     store = open_store(config.registry)
-    known = versions(store, {"manifest_sha256": tags["manifest_sha256"]})
-    version = known[0] if known else _new_version(store, config, inputs, metrics, tags)
-    champion = aliased(store, CHAMPION)
+    known = next((v for v in versions(store) if v.tags.get("manifest_sha256") == tags["manifest_sha256"]), None)
+    version = known or _new_version(store, config, inputs, metrics, tags)
+    champion = find_version(store, CHAMPION)
     verdict = judge_version(store, version, champion, config.gate)
 
-    record = RegisteredVersion(
+    RegisteredVersion(
         name=store.model,
         version=version.version,
         run_id=version.run_id,
         model_id=version.model_id,
         manifest_sha256=tags["manifest_sha256"],
         judged_against=champion.version if champion else None,
-    )
-    record.write(out)
+    ).write(out)
     store.client.set_model_version_tag(store.model, version.version, GATE, config.gate.model_dump_json())
     publish_verdict(store, version, verdict, out)
     store.client.set_registered_model_alias(store.model, CHALLENGER, version.version)
     broken = [rule.name for rule in verdict.rules if not rule.passed]
     judged = "the gate passes it" if verdict.passed else f"the gate refuses it ({', '.join(broken)})"
     return f"{store.model} version {version.version} {'(registered before) ' if known else ''}as challenger: {judged}"
-
-
-def version_tags(bundle: Path, lineage: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
-    """What a version says about itself: where it came from, and the score by which it is compared later."""
-    git = lineage.get("git") or {}
-    params = json.dumps(lineage.get("params"), sort_keys=True).encode()
-    return {
-        "git_commit": str(git.get("commit") or "unknown"),
-        "git_dirty": str(git.get("dirty", "unknown")).lower(),
-        "data_sha256": str(lineage.get("data_sha256") or "unknown"),
-        "params_sha256": hashlib.sha256(params).hexdigest(),
-        "manifest_sha256": sha256_file(bundle / MANIFEST),
-        "test_sha256": metrics.test_sha256,
-        "items_sha256": metrics.items_sha256,
-        "n": str(metrics.n),
-        "score": f"{metrics.arms['vismem']['overall']:.{DIGITS}f}",
-        "gain": f"{metrics.gain['overall'].delta:.{DIGITS}f}",
-    }
 
 
 def _checked(inputs: Mapping[str, Path]) -> tuple[Metrics, dict[str, Any]]:
@@ -105,6 +86,24 @@ def _checked(inputs: Mapping[str, Path]) -> tuple[Metrics, dict[str, Any]]:
     return metrics, lineage
 
 
+def _version_tags(bundle: Path, lineage: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
+    """What a version says about itself: where it came from, and the score by which it is compared later."""
+    git = lineage.get("git") or {}
+    params = json.dumps(lineage.get("params"), sort_keys=True).encode()
+    return {
+        "git_commit": str(git.get("commit") or "unknown"),
+        "git_dirty": str(git.get("dirty", "unknown")).lower(),
+        "data_sha256": str(lineage.get("data_sha256") or "unknown"),
+        "params_sha256": hashlib.sha256(params).hexdigest(),
+        "manifest_sha256": sha256_file(bundle / MANIFEST),
+        "test_sha256": metrics.test_sha256,
+        "items_sha256": metrics.items_sha256,
+        "n": str(metrics.n),
+        "score": f"{metrics.arms['vismem']['overall']:.{DIGITS}f}",
+        "gain": f"{metrics.gain['overall'].delta:.{DIGITS}f}",
+    }
+
+
 def _new_version(
     store: Store, config: Config, inputs: Mapping[str, Path], metrics: Metrics, tags: Mapping[str, str]
 ) -> Version:
@@ -113,18 +112,11 @@ def _new_version(
         log_params(store, run_id, config.model_dump(mode="json", by_alias=True))
         for path in sorted(inputs["evaluate"].iterdir()):
             if path.name != "predictions":  # one row per item and arm: too many to look at there
-                _log_path(store, run_id, path, "evaluate")
+                store.client.log_artifact(run_id, str(path), "evaluate")
         for name in ("report.html", Validation.FILE):
-            _log_path(store, run_id, inputs["validate"] / name, "validate")
+            store.client.log_artifact(run_id, str(inputs["validate"] / name), "validate")
         model_id = log_model_folder(store, run_id, inputs["export"], {"base": config.base.model})
         log_metrics(store, run_id, model_id, metrics.model_dump(include={"n", "arms", "gain", "overhead"}))
         for curve in sorted((inputs["export"] / "training").glob("*.csv")):
             log_curve(store, run_id, curve)
         return create_version(store, run_id, model_id, tags)
-
-
-def _log_path(store: Store, run_id: str, path: Path, folder: str) -> None:
-    if path.is_dir():
-        store.client.log_artifacts(run_id, str(path), f"{folder}/{path.name}")
-    elif path.is_file():
-        store.client.log_artifact(run_id, str(path), folder)

@@ -12,23 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config
-from vismem.errors import UserError, mask_credentials
+from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release
-from vismem.registry.download import published_verdict
 from vismem.registry.lock import promotion_lock
-from vismem.registry.tracking import (
-    CHALLENGER,
-    CHAMPION,
-    Store,
-    Version,
-    aliased,
-    get_version,
-    open_store,
-    plain_faults,
-    tracking_uri,
-    versions,
-)
-from vismem.registry.verdict import judge_version, publish_verdict, registered_gate
+from vismem.registry.tracking import CHALLENGER, CHAMPION, Store, find_version, open_store, plain_faults, versions
+from vismem.registry.verdict import judge_version, publish_verdict, published_verdict, registered_gate
 
 HISTORY = "champion_history."
 
@@ -43,7 +31,7 @@ class Move:
     previous: str | None
 
 
-@plain_faults
+@plain_faults()
 def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Judge the registered version again and make it champion if it passes; writes `release.json` and `verdict.json`.
 
@@ -53,13 +41,13 @@ def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     record = RegisteredVersion.read(inputs["register"])
     store = open_store(config.registry)
     with promotion_lock(store) as check_held:
-        version = get_version(store, record.version) if record.name == store.model else None
+        version = find_version(store, record.version) if record.name == store.model else None
         if version is None or version.tags.get("manifest_sha256") != record.manifest_sha256:
             raise UserError(
                 f"{store.uri} does not hold {record.name} version {record.version} as {inputs['register']} describes "
                 "it: the store has changed since; run `vismem register` again"
             )
-        champion = aliased(store, CHAMPION)
+        champion = find_version(store, CHAMPION)
         if champion is not None and champion.version == version.version:  # also after a kill behind the move
             previous = _predecessor(history(store), version.version)
             verdict = published_verdict(store, version)
@@ -86,7 +74,7 @@ def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     return f"{store.model} version {version.version} is refused, {kept}: {'; '.join(release.reasons)}"
 
 
-@plain_faults
+@plain_faults()
 def rollback(config: Config) -> str:
     """Give the champion alias back to the version before the present one; return a line that says so.
 
@@ -95,11 +83,11 @@ def rollback(config: Config) -> str:
     """
     store = open_store(config.registry)
     with promotion_lock(store) as check_held:
-        present = aliased(store, CHAMPION)
+        present = find_version(store, CHAMPION)
         moves = history(store)
         candidates = [move.version for move in reversed(moves)] if present is None else _before(moves, present.version)
         for number in candidates:
-            if get_version(store, number) is not None:
+            if find_version(store, number) is not None:
                 check_held()
                 _move(store, "rollback", number, present.version if present else None)
                 was = f"version {present.version}" if present else "a deleted version"
@@ -109,34 +97,22 @@ def rollback(config: Config) -> str:
     )
 
 
-@plain_faults
-def current_champion(config: Config) -> Version | None:
-    """The present champion, or None."""
-    return aliased(open_store(config.registry), CHAMPION)
-
-
 def history(store: Store) -> list[Move]:
     """All moves of the champion alias, oldest first."""
     tags = store.client.get_registered_model(store.model).tags if versions(store) else {}
     return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY)]
 
 
-@plain_faults
+@plain_faults()
 def models(config: Config) -> list[dict[str, str]]:
     """One row per version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
     store = open_store(config.registry)
-    named: dict[str, list[str]] = {}
-    for alias in (CHAMPION, CHALLENGER):
-        if (version := aliased(store, alias)) is not None:
-            named.setdefault(version.version, []).append(alias)
+    named = {alias: find_version(store, alias) for alias in (CHAMPION, CHALLENGER)}
     return [
         {
             "version": item.version,
-            "aliases": ", ".join(named.get(item.version, [])),
-            "verdict": item.tags.get("verdict", ""),
-            "score": item.tags.get("score", ""),
-            "gain": item.tags.get("gain", ""),
-            "n": item.tags.get("n", ""),
+            "aliases": ", ".join(name for name, holder in named.items() if holder and holder.version == item.version),
+            **{name: item.tags.get(name, "") for name in ("verdict", "score", "gain", "n")},
             "created": datetime.fromtimestamp(item.created, UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "git_commit": item.tags.get("git_commit", "")[:10],
         }
@@ -144,21 +120,16 @@ def models(config: Config) -> list[dict[str, str]]:
     ]
 
 
-@plain_faults
+@plain_faults()
 def show(config: Config, which: str) -> dict[str, Any]:
     """All that is known of a version, given by number or alias. UserError where there is none of that name."""
     store = open_store(config.registry)
-    version = get_version(store, which) if which.isdecimal() else aliased(store, which)
+    version = find_version(store, which)
     if version is None:
         known = ", ".join(item.version for item in versions(store)) or "none"
         raise UserError(f"no version or alias '{which}' of '{store.model}' in {store.uri}; versions: {known}")
     moves = [asdict(move) for move in history(store) if version.version in (move.version, move.previous)]
     return {"name": store.model, **asdict(version), "history": moves}
-
-
-def store_uri(config: Config) -> str:
-    """Where the store is, without credentials; see `tracking.tracking_uri`."""
-    return mask_credentials(tracking_uri(config.registry))
 
 
 def _predecessor(moves: list[Move], version: str) -> str | None:
@@ -168,15 +139,10 @@ def _predecessor(moves: list[Move], version: str) -> str | None:
 
 def _before(moves: list[Move], version: str) -> list[str]:
     """The champions before `version` along the promotions, nearest first; each version at most once."""
-    chain: list[str] = []
-    seen, here = {version}, version
-    while True:
-        previous = _predecessor(moves, here)
-        if previous is None or previous in seen:
-            return chain
+    chain = [version]
+    while (previous := _predecessor(moves, chain[-1])) is not None and previous not in chain:
         chain.append(previous)
-        seen.add(previous)
-        here = previous
+    return chain[1:]
 
 
 def _move(store: Store, action: str, version: str, previous: str | None) -> None:

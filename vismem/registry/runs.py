@@ -1,6 +1,7 @@
-"""MLflow runs: parameters, metrics, curves and model folders of a registered version."""
+"""What the store keeps of a version beside its tags: a run with parameters, metrics and curves, and the bundle."""
 
 import csv
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +10,10 @@ from typing import Any
 
 from mlflow.entities import Metric, Param
 
-from vismem.errors import mask_credentials
-from vismem.registry.tracking import Store, experiment_id
+from vismem.errors import UserError, mask_credentials
+from vismem.provenance import MANIFEST, sha256_file, verify_manifest
+from vismem.registry.tracking import Store, Version, experiment_id, plain_faults
 
-METRICS_PER_REQUEST = 500
-PARAMS_PER_REQUEST = 100  # MLflow's limit
 LONGEST_PARAM = 6000
 
 
@@ -38,16 +38,15 @@ def tracked_run(store: Store, name: str, tags: Mapping[str, str]) -> Iterator[st
 
 def log_params(store: Store, run_id: str, values: Mapping[str, Any]) -> None:
     """Log a nested mapping as flat parameters, `stage1.batch_size` and so on, without credentials."""
-    flat = {key: mask_credentials(str(value))[:LONGEST_PARAM] for key, value in flatten(values, ".").items()}
-    params = [Param(key, value) for key, value in flat.items()]
-    for start in range(0, len(params), PARAMS_PER_REQUEST):
-        store.client.log_batch(run_id, params=params[start : start + PARAMS_PER_REQUEST])
+    flat = flatten(values, ".")
+    params = [Param(key, mask_credentials(str(value))[:LONGEST_PARAM]) for key, value in flat.items()]
+    store.client.log_batch(run_id, params=params)  # the client keeps to MLflow's limits per request
 
 
 def log_metrics(store: Store, run_id: str, model_id: str, values: Mapping[str, Any]) -> None:
     """Log the numbers of a nested mapping as `arms/vismem/overall` and so on, for the run and for the logged model."""
-    numbers = {key: value for key, value in flatten(values, "/").items() if isinstance(value, int | float)}
-    _send(store, run_id, [(key, float(value), 0) for key, value in numbers.items()], model_id)
+    numbers = [(key, float(value), 0) for key, value in flatten(values, "/").items() if isinstance(value, int | float)]
+    _log(store, run_id, numbers, model_id)
 
 
 def log_curve(store: Store, run_id: str, file: Path) -> None:
@@ -59,7 +58,7 @@ def log_curve(store: Store, run_id: str, file: Path) -> None:
             for name, value in row.items()
             if name != "step" and value
         ]
-    _send(store, run_id, points)
+    _log(store, run_id, points)
 
 
 def log_model_folder(store: Store, run_id: str, folder: Path, params: Mapping[str, str]) -> str:
@@ -78,28 +77,42 @@ def log_model_folder(store: Store, run_id: str, folder: Path, params: Mapping[st
     return model_id
 
 
+@plain_faults()
+def download_bundle(store: Store, version: Version, folder: Path) -> None:
+    """Put the bundle that `version` was registered with into `folder`, which must be there.
+
+    UserError where the store has lost it, or the files are not those that were registered.
+    """
+    location = store.client.get_logged_model(version.model_id).artifact_location
+    store.files(location).download_artifacts("", str(folder))
+    problems = verify_manifest(folder)
+    if not problems and sha256_file(folder / MANIFEST) != version.tags.get("manifest_sha256"):
+        problems = [f"{MANIFEST} is another than was registered"]
+    if problems:
+        raise UserError(
+            f"the files of {store.model} version {version.version} in {store.uri} are damaged: "
+            f"{'; '.join(problems[:5])}"
+        )
+
+
 def flatten(values: Mapping[str, Any], separator: str) -> dict[str, Any]:
     """`{"a": {"b": 1}, "c": [2, 3]}` as `{"a.b": 1, "c.0": 2, "c.1": 3}`; lists of plain words stay one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        nested: Mapping[str, Any] | None = None
+        if isinstance(value, list) and value and not isinstance(value[0], str):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
-            nested = value
-        elif isinstance(value, list) and value and not isinstance(value[0], str):
-            nested = {str(index): item for index, item in enumerate(value)}
-        if nested is None:
-            flat[key] = value
+            flat |= {f"{key}{separator}{below}": item for below, item in flatten(value, separator).items()}
         else:
-            flat |= {f"{key}{separator}{below}": item for below, item in flatten(nested, separator).items()}
+            flat[key] = value
     return flat
 
 
-def _send(store: Store, run_id: str, points: list[tuple[str, float, int]], model_id: str | None = None) -> None:
+def _log(store: Store, run_id: str, points: list[tuple[str, float, int]], model_id: str | None = None) -> None:
     """Log (name, value, step). MLflow allows letters, digits and `_-./: ` in a name."""
     now = int(time.time() * 1000)
-    metrics = []
-    for key, value, step in points:
-        name = "".join(char if char.isalnum() or char in "_-./: " else "_" for char in key)
-        metrics.append(Metric(name, value, now, step, model_id=model_id, run_id=run_id))
-    for start in range(0, len(metrics), METRICS_PER_REQUEST):
-        store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
+    metrics = [
+        Metric(re.sub(r"[^\w\-./: ]", "_", name), value, now, step, model_id=model_id, run_id=run_id)
+        for name, value, step in points
+    ]
+    store.client.log_batch(run_id, metrics=metrics)

@@ -1,11 +1,16 @@
-"""MLflow's server as a child process: its one command and its settings, for `vismem ui` and `vismem stack`."""
+"""MLflow's server as a child process, for `vismem ui` and `vismem stack`; the first serves the model's page."""
 
+import os
 import sys
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from vismem.services import HOST, NotYetError, Service, start_service
+from vismem.config import Config
+from vismem.errors import mask_credentials
+from vismem.registry.tracking import open_store, tracking_uri
+from vismem.services import HOST, NotYetError, Service, free_ports, start_service, until_stopped, watch
 
 
 def mlflow_command(port: int) -> list[str]:
@@ -37,3 +42,37 @@ def check_mlflow(address: str) -> None:
         urllib.request.urlopen(f"{address}/api/2.0/mlflow/experiments/search?max_results=1", timeout=5).close()
     except OSError as error:  # refused, timed out, or an HTTP error
         raise NotYetError(str(error)) from None
+
+
+@contextmanager
+def mlflow_server(config: Config, port: int, log: Path = Path("runs/mlflow-ui.log")) -> Iterator[tuple[str, Service]]:
+    """A running MLflow server on the store, for this machine only; yields its address and the service.
+
+    It has answered before this enters, and is stopped with all its children on leaving.
+    """
+    port = free_ports({"ui": port}, flag="--port (registry.ui_port in params.yaml)")["ui"]
+    store = open_store(config.registry)
+    address = f"http://{HOST}:{port}"
+    with start_mlflow(port, {**os.environ, **mlflow_settings(store.uri)}, log) as server:
+        server.wait_until(lambda: check_mlflow(address))
+        yield address, server
+
+
+def serve_ui(config: Config, port: int, write: Callable[[str], None] = print) -> None:
+    """Serve the store's pages until Ctrl-C or SIGTERM. A store behind http needs no server: its address is printed.
+
+    UserError where the port is in use, or the server does not come up or exits by itself.
+    """
+    uri = tracking_uri(config.registry)
+    if uri.startswith(("http://", "https://")):
+        write(f"the model's page: {mask_credentials(model_page(config, uri))}")
+        return
+    with until_stopped(write), mlflow_server(config, port) as (address, server):
+        write(f"the model's page: {model_page(config, address)}")
+        write(f"MLflow serves {mask_credentials(uri)}; log: {server.log}; stop with Ctrl-C")
+        watch([server])
+
+
+def model_page(config: Config, address: str) -> str:
+    """The registered model's page in an MLflow server at `address`, such as http://127.0.0.1:5000."""
+    return f"{address.rstrip('/')}/#/models/{config.registry.model_name}"

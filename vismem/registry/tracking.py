@@ -7,12 +7,11 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
@@ -21,13 +20,11 @@ from vismem.services import environment
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a dead server is reported in seconds, not minutes
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils import get_results_from_paginated_fn
 
-P = ParamSpec("P")
-R = TypeVar("R")
 SQLITE = "sqlite:///"
 CHALLENGER, CHAMPION = "challenger", "champion"  # aliases
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds, not minutes
@@ -41,12 +38,12 @@ class Version:
     run_id: str
     model_id: str
     created: float  # seconds since 1970
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Store:
-    """An open MLflow tracking and registry store, and the registered model that this project releases."""
+    """An MLflow tracking and registry store, and the registered model that this project releases."""
 
     client: Any  # MlflowClient
     uri: str
@@ -57,25 +54,28 @@ class Store:
         """The registered model's name."""
         return self.config.model_name
 
+    @property
+    def database(self) -> Path | None:
+        """The file of a SQLite store, else None."""
+        return Path(self.uri.removeprefix(SQLITE)).resolve() if self.uri.startswith(SQLITE) else None
+
+    def files(self, location: str) -> Any:
+        """MLflow's access to the files at the location of an experiment, a run or a logged model."""
+        return get_artifact_repository(location, self.uri, self.uri)
+
 
 def tracking_uri(config: RegistryConfig) -> str:
     """The store's address: the environment's MLFLOW_TRACKING_URI if set, else the parameter."""
     return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking_uri
 
 
-def plain_faults(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn what MLflow says in the midst of `function` (a server gone, a name refused) into a one-line UserError."""
-
-    @wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except MlflowException as error:
-            raise UserError(
-                f"MLflow: {_first_line(error)}; what was done so far stays, and can be done again"
-            ) from error
-
-    return wrapped
+@contextmanager
+def plain_faults() -> Iterator[None]:
+    """Turn what MLflow says within the block or function (a server gone, a name refused) into a one-line UserError."""
+    try:
+        yield
+    except MlflowException as error:
+        raise UserError(f"MLflow: {_first_line(error)}; what was done so far stays, and can be done again") from error
 
 
 def open_store(config: RegistryConfig) -> Store:
@@ -104,8 +104,8 @@ def ping(config: RegistryConfig) -> str:
     with environment(IMPATIENT):
         store = open_store(config)
         try:
-            experiment = store.client.get_experiment(experiment_id(store))
-            files = get_artifact_repository(experiment.artifact_location, store.uri, store.uri)
+            location = store.client.get_experiment(experiment_id(store)).artifact_location
+            files = store.files(location)
             with tempfile.TemporaryDirectory() as folder:
                 probe = Path(folder) / f"vismem-preflight-{uuid.uuid4().hex}"
                 probe.write_text(probe.name)
@@ -117,22 +117,19 @@ def ping(config: RegistryConfig) -> str:
             raise UserError(
                 f"the MLflow store {store.uri} answers, but takes no files ({_first_line(error)})"
             ) from None
-    return f"{store.uri} answers and takes files at {experiment.artifact_location}"
+    return f"{store.uri} answers and takes files at {location}"
 
 
 def experiment_id(store: Store) -> str:
     """The experiment's id; it is made at first use, with its files beside a SQLite store or where a parameter says."""
-    name = store.config.experiment
+    name, location = store.config.experiment, store.config.artifact_location
     if (known := store.client.get_experiment_by_name(name)) is not None:
         if known.lifecycle_stage != "active":
             raise UserError(f"MLflow experiment '{name}' is deleted: restore it, or set registry.experiment to another")
         return str(known.experiment_id)
-    location = store.config.artifact_location
-    if location is None and store.uri.startswith(SQLITE):
-        location = "mlartifacts"
-        database = Path(store.uri.removeprefix(SQLITE)).resolve()
-        location = (database.parent / location).as_uri()
-    elif location is not None and "://" not in location:
+    if location is None and store.database:
+        location = str(store.database.with_name("mlartifacts"))
+    if location is not None and "://" not in location:
         location = Path(location).resolve().as_uri()
     return str(store.client.create_experiment(name, artifact_location=location))
 
@@ -140,9 +137,10 @@ def experiment_id(store: Store) -> str:
 def create_version(store: Store, run_id: str, model_id: str, tags: Mapping[str, str]) -> Version:
     """Register a logged model as the next version."""
     create_model_once(store, store.model, "Latent vision memory for a vision-language model")
-    with _as_default(store.uri):
+    tags = {**tags, "model_id": model_id}
+    with environment({"MLFLOW_TRACKING_URI": store.uri}):  # a SQL registry looks up models:/ID there, not at its own
         made = store.client.create_model_version(
-            store.model, f"models:/{model_id}", run_id=run_id, model_id=model_id, tags={**tags, "model_id": model_id}
+            store.model, f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags
         )
     return _version(made)
 
@@ -156,43 +154,24 @@ def create_model_once(store: Store, name: str, description: str) -> None:
             raise
 
 
-def versions(store: Store, filter_tags: Mapping[str, str] | None = None) -> list[Version]:
-    """Registered versions, newest first; with `filter_tags` those that carry all of them."""
-    found: list[Version] = []
-    token: str | None = None
-    while True:
-        page = store.client.search_model_versions(f"name='{store.model}'", max_results=1000, page_token=token)
-        found += [_version(item) for item in page]
-        token = page.token
-        if not token:
-            break
-    wanted = (filter_tags or {}).items()
-    matching = [item for item in found if all(item.tags.get(key) == value for key, value in wanted)]
-    return sorted(matching, key=lambda item: int(item.version), reverse=True)
+def versions(store: Store) -> list[Version]:
+    """Registered versions, newest first."""
+    found = get_results_from_paginated_fn(
+        lambda size, token: store.client.search_model_versions(f"name='{store.model}'", size, page_token=token), 1000
+    )
+    return sorted(map(_version, found), key=lambda item: int(item.version), reverse=True)
 
 
-def get_version(store: Store, version: str) -> Version | None:
-    """The version with that number, or None where it is not there (any more)."""
-    return _or_none(lambda: _version(store.client.get_model_version(store.model, version)))
-
-
-def aliased(store: Store, alias: str) -> Version | None:
-    """The version that an alias names, or None. Deleting a version silently drops its aliases."""
-    return _or_none(lambda: _version(store.client.get_model_version_by_alias(store.model, alias)))
-
-
-@contextmanager
-def _as_default(uri: str) -> Iterator[None]:
-    """Make `uri` MLflow's global store for a moment: SQL registries look up `models:/ID` there, whatever the client."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
+def find_version(store: Store, which: str) -> Version | None:
+    """The version with that number or alias, or None. Deleting a version silently drops its aliases."""
+    look = store.client.get_model_version if which.isdecimal() else store.client.get_model_version_by_alias
     try:
-        yield
-    finally:
-        mlflow.set_tracking_uri("")
-        os.environ.pop("MLFLOW_TRACKING_URI", None)  # set_tracking_uri writes it, and open_store lets it win
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+        return _version(look(store.model, which))
+    except MlflowException as error:
+        # a missing alias is INVALID_PARAMETER_VALUE, a missing model or version RESOURCE_DOES_NOT_EXIST
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def _version(item: Any) -> Version:
@@ -204,16 +183,6 @@ def _version(item: Any) -> Version:
         created=float(item.creation_timestamp or 0) / 1000,
         tags=tags,
     )
-
-
-def _or_none(look: Callable[[], Version]) -> Version | None:
-    try:
-        return look()
-    except MlflowException as error:
-        # a missing alias is INVALID_PARAMETER_VALUE, a missing model or version RESOURCE_DOES_NOT_EXIST
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
 
 
 def _first_line(error: Exception) -> str:

@@ -1,21 +1,30 @@
 """Judges a registered version by what the registry holds of it, and publishes the verdict there."""
 
 import math
+import tempfile
 from pathlib import Path
+from typing import TypeVar
+
+from mlflow.exceptions import MlflowException
 
 from vismem.config import GateConfig
 from vismem.errors import UserError
-from vismem.records import Verdict
-from vismem.registry.download import registered_figures
+from vismem.records import Metrics, ParityReport, Record, Validation, Verdict
 from vismem.registry.gate import Champion, judge
 from vismem.registry.tracking import Store, Version
+from vismem.services import environment
 
 GATE = "gate"  # tag: the gate's parameters at registration, as JSON
+R = TypeVar("R", bound=Record)
 
 
 def judge_version(store: Store, version: Version, champion: Version | None, gate: GateConfig) -> Verdict:
     """Judge by the figures that the version was registered with. UserError where the registry has lost them."""
-    return judge(*registered_figures(store, version), _known(champion, version), gate)
+    run, model = _run_files(store, version), store.client.get_logged_model(version.model_id).artifact_location
+    metrics = _read(store, version, run, Metrics, "evaluate")
+    validation = _read(store, version, run, Validation, "validate")
+    parity = _read(store, version, model, ParityReport)
+    return judge(metrics, validation, parity, _known(champion, version), gate)
 
 
 def registered_gate(store: Store, version: Version) -> GateConfig:
@@ -23,6 +32,11 @@ def registered_gate(store: Store, version: Version) -> GateConfig:
     if GATE not in version.tags:
         raise UserError(f"{store.model} version {version.version} has no tag '{GATE}': run `vismem register` again")
     return GateConfig.model_validate_json(version.tags[GATE])
+
+
+def published_verdict(store: Store, version: Version) -> Verdict:
+    """The verdict that was published last. UserError where the store has lost it."""
+    return _read(store, version, _run_files(store, version), Verdict)
 
 
 def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Path) -> None:
@@ -58,3 +72,20 @@ def _known(champion: Version | None, candidate: Version) -> Champion | None:
         items_sha256=tags.get("items_sha256", ""),
         is_candidate=champion.version == candidate.version,
     )
+
+
+def _run_files(store: Store, version: Version) -> str:
+    return str(store.client.get_run(version.run_id).info.artifact_uri)
+
+
+def _read(store: Store, version: Version, location: str, record: type[R], folder: str = "") -> R:
+    path = f"{folder}/{record.FILE}".removeprefix("/")
+    try:
+        with tempfile.TemporaryDirectory() as here, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+            store.files(location).download_artifacts(path, here)
+            return record.read(Path(here) / folder)
+    except (MlflowException, OSError, UserError) as error:
+        raise UserError(
+            f"{store.uri} does not hold a whole {path} of {store.model} version {version.version} "
+            f"({' '.join(str(error).split())}): run `vismem evaluate`, `vismem export` and `vismem register` again"
+        ) from error

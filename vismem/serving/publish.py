@@ -14,13 +14,13 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
-from vismem.registry.download import download_bundle
-from vismem.registry.tracking import CHAMPION, aliased, open_store, plain_faults
+from vismem.registry.runs import download_bundle
+from vismem.registry.tracking import CHAMPION, find_version, open_store, plain_faults
 from vismem.serving.command import run_command
 from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 
 
-@plain_faults
+@plain_faults()
 def publish(config: Config, folder: Path) -> str:
     """Fetch the champion into `folder`, unless it is there undamaged, and make it current; return a line that says so.
 
@@ -28,7 +28,7 @@ def publish(config: Config, folder: Path) -> str:
     no champion, or the store's files are damaged; then nothing changes.
     """
     store = open_store(config.registry)
-    champion = aliased(store, CHAMPION)
+    champion = find_version(store, CHAMPION)
     if champion is None:
         raise UserError(f"'{store.model}' in {store.uri} has no champion yet: a version must pass the gate first")
     named = f"{store.model} version {champion.version}"

@@ -21,13 +21,13 @@ from vismem.registry.tracking import (
     create_version,
     find_version,
     open_store,
-    plain_faults,
+    translate_mlflow_errors,
     versions,
 )
 from vismem.registry.verdict import GATE, judge_version, publish_verdict
 
 
-@plain_faults()
+@translate_mlflow_errors()
 def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Register the bundle `inputs["export"]` and judge it; writes `version.json` and `verdict.json` into `out`.
 

@@ -15,7 +15,15 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release
 from vismem.registry.lock import promotion_lock
-from vismem.registry.tracking import CHALLENGER, CHAMPION, Store, find_version, open_store, plain_faults, versions
+from vismem.registry.tracking import (
+    CHALLENGER,
+    CHAMPION,
+    Store,
+    find_version,
+    open_store,
+    translate_mlflow_errors,
+    versions,
+)
 from vismem.registry.verdict import judge_version, publish_verdict, published_verdict, registered_gate
 
 HISTORY = "champion_history."
@@ -31,7 +39,7 @@ class Move:
     previous: str | None
 
 
-@plain_faults()
+@translate_mlflow_errors()
 def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Judge the registered version again and make it champion if it passes; writes `release.json` and `verdict.json`.
 
@@ -74,7 +82,7 @@ def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     return f"{store.model} version {version.version} is refused, {kept}: {'; '.join(release.reasons)}"
 
 
-@plain_faults()
+@translate_mlflow_errors()
 def rollback(config: Config) -> str:
     """Give the champion alias back to the version before the present one; return a line that says so.
 
@@ -103,7 +111,7 @@ def history(store: Store) -> list[Move]:
     return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY)]
 
 
-@plain_faults()
+@translate_mlflow_errors()
 def models(config: Config) -> list[dict[str, str]]:
     """One row per version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
     store = open_store(config.registry)
@@ -120,7 +128,7 @@ def models(config: Config) -> list[dict[str, str]]:
     ]
 
 
-@plain_faults()
+@translate_mlflow_errors()
 def show(config: Config, which: str) -> dict[str, Any]:
     """All that is known of a version, given by number or alias. UserError where there is none of that name."""
     store = open_store(config.registry)

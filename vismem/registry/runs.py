@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Param
 
 from vismem.errors import UserError, mask_credentials
 from vismem.provenance import MANIFEST, sha256_file, verify_manifest
-from vismem.registry.tracking import Store, Version, experiment_id, plain_faults
+from vismem.registry.tracking import Store, Version, experiment_id, translate_mlflow_errors
 
 LONGEST_PARAM = 6000
 
@@ -77,7 +77,7 @@ def log_model_folder(store: Store, run_id: str, folder: Path, params: Mapping[st
     return model_id
 
 
-@plain_faults()
+@translate_mlflow_errors()
 def download_bundle(store: Store, version: Version, folder: Path) -> None:
     """Put the bundle that `version` was registered with into `folder`, which must be there.
 

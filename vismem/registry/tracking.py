@@ -70,7 +70,7 @@ def tracking_uri(config: RegistryConfig) -> str:
 
 
 @contextmanager
-def plain_faults() -> Iterator[None]:
+def translate_mlflow_errors() -> Iterator[None]:
     """Turn what MLflow says within the block or function (a server gone, a name refused) into a one-line UserError."""
     try:
         yield

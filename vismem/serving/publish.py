@@ -15,12 +15,12 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import CHAMPION, find_version, open_store, plain_faults
+from vismem.registry.tracking import CHAMPION, find_version, open_store, translate_mlflow_errors
 from vismem.serving.command import run_command
 from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 
 
-@plain_faults()
+@translate_mlflow_errors()
 def publish(config: Config, folder: Path) -> str:
     """Fetch the champion into `folder`, unless it is there undamaged, and make it current; return a line that says so.
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vismem.data.fingerprint import SPLITS, ImageCache, ImageFacts, sample_sha256, seen_sha256
+from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA
 from vismem.evaluation.answers import reference_choice
 
@@ -103,7 +103,7 @@ def _open_shard(split: str, path: Path) -> Shard:
 
 
 def _shard_facts(shard: Shard, number: int, max_side: int, advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-    examine = ImageCache(max_side)
+    examine = image_cache(max_side)
     position = 0
     for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=BATCH, use_threads=False):
         for row in batch.to_pylist():

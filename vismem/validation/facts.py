@@ -55,9 +55,8 @@ def collect_facts(shards: Sequence[Shard], max_side: int, advance: Callable[[int
         numbered = enumerate(shards)
         parts = list(pool.map(lambda item: _table(_shard_facts(item[1], item[0], max_side, advance)), numbered))
     table = pd.concat([_table(()), *parts], ignore_index=True)
-    table["duplicate_of"] = pd.Series(_duplicates(table, shards), dtype=object)
-    table["leak"] = pd.Series(_leaks(table), dtype=object)
-    return table
+    facts = {"duplicate_of": _duplicates(table, shards), "leak": _leaks(table)}
+    return table.assign(**{name: column.astype(object) for name, column in facts.items()})
 
 
 def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -157,22 +156,16 @@ def _video_faults(fps: float | None, frames: Sequence[ImageFacts]) -> Iterator[s
         yield "frames of different sizes"
 
 
-def _duplicates(table: pd.DataFrame, shards: Sequence[Shard]) -> list[str | None]:
-    first: dict[str, str] = {}
-    found: list[str | None] = []
-    for shard, position, name in zip(table["shard"], table["position"], table["id"], strict=True):
-        found.append(first.get(name))
-        if name and name not in first:
-            first[name] = f"{shards[shard].name} row {position}"
-    return found
+def _duplicates(table: pd.DataFrame, shards: Sequence[Shard]) -> pd.Series:
+    """The place of the first row with the same id; missing where a row is the first, or has none."""
+    places = zip(table["shard"], table["position"], strict=True)
+    place = pd.Series([f"{shards[shard].name} row {position}" for shard, position in places], dtype=object)
+    return place.groupby(table["id"]).transform("first").where(table["id"].duplicated() & (table["id"] != ""))
 
 
-def _leaks(table: pd.DataFrame) -> list[str | None]:
-    owner: dict[bytes, str] = {}
-    for split, hashes in zip(table["split"], table["image_hashes"], strict=True):  # in order of precedence
-        for digest in hashes:
-            owner.setdefault(digest, split)
-    return [
-        next((owner[digest] for digest in hashes if owner[digest] != split), None)
-        for split, hashes in zip(table["split"], table["image_hashes"], strict=True)
-    ]
+def _leaks(table: pd.DataFrame) -> pd.Series:
+    """The first other split, of higher precedence, that shows one of a row's images; missing where none does."""
+    shown = table[["split", "image_hashes"]].explode("image_hashes").dropna()
+    owner = shown.groupby("image_hashes", sort=False)["split"].transform("first")  # in order of precedence
+    others = owner[owner != shown["split"]]
+    return others[~others.index.duplicated()]

@@ -12,7 +12,6 @@ from PIL import Image
 
 from vismem.config import ValidateConfig
 from vismem.data.fingerprint import SPLITS, examine_image
-from vismem.validation.expectations import Verdict
 from vismem.validation.facts import read_rows
 from vismem.validation.findings import Findings
 
@@ -34,10 +33,7 @@ def render(findings: Findings, settings: ValidateConfig) -> str:
     return page.render(
         errors=findings.errors,
         warnings=findings.warnings,
-        verdicts=[
-            {"rule": v.rule, "success": v.success, "found": _seen(v) if v.success else findings.messages[v.rule.name]}
-            for v in findings.verdicts
-        ],
+        verdicts=findings.verdicts,
         total=len(findings.rows),
         clean=len(clean),
         quarantined=len(findings.reasons),
@@ -51,16 +47,6 @@ def render(findings: Findings, settings: ValidateConfig) -> str:
         bad=[bad[index] | {"reason": findings.reasons[index]} for index in shown],
         settings=settings,
     )
-
-
-def _seen(verdict: Verdict) -> str:
-    """What was seen of a rule that holds: the min and max value, and how much was judged."""
-    column = verdict.rule.column
-    show = "{:.1%}" if column.endswith(("share", "drift")) else "{:,.0f} px" if column.endswith("side") else "{:,.0f}"
-    span = dict.fromkeys(show.format(value) for value in verdict.span or ())
-    seen = [f"{column.replace('chars', 'characters').replace('_', ' ')} {' to '.join(span)}"] if span else []
-    judged = [f"{verdict.judged:,} {verdict.rule.table} judged"] if verdict.judged != 1 else []
-    return "; ".join(seen + judged) or "nothing to judge"
 
 
 def _split(split: str, findings: Findings) -> dict[str, Any]:

@@ -70,15 +70,10 @@ def _split(split: str, findings: Findings) -> dict[str, Any]:
 
 def _tasks(findings: Findings) -> list[dict[str, Any]]:
     """The task mix as a table: one row a task, with its share of each split and of the profile."""
-    names = sorted({task for mix in (*findings.task_mix.values(), findings.profile) for task in mix})
-    return [
-        {
-            "name": name,
-            "shares": [findings.task_mix[split].get(name, 0.0) for split in reversed(SPLITS)],
-            "profile": findings.profile.get(name, 0.0),
-        }
-        for name in names
-    ]
+    mixes = [findings.task_mix[split] for split in reversed(SPLITS)]
+    names = sorted(set(findings.profile).union(*mixes))
+    shares = {name: [mix.get(name, 0.0) for mix in (*mixes, findings.profile)] for name in names}
+    return [{"name": name, "shares": each[:-1], "profile": each[-1]} for name, each in shares.items()]
 
 
 def _samples(findings: Findings) -> list[dict[str, Any]]:

@@ -47,8 +47,8 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         raise UserError(f"the data breaks {len(findings.errors)} rule(s):{listed}\nThe report is {out / 'report.html'}")
     _write_clean(findings, out)
     tail = f"; warnings: {', '.join(findings.warnings)}" if findings.warnings else ""
-    counts = f"{len(findings.clean)} clean, {len(findings.reasons)} in quarantine"
-    return f"validated {len(findings.rows)} rows: {counts}{tail}"
+    rows, clean, bad = map(len, (findings.rows, findings.clean, findings.reasons))
+    return f"validated {rows} rows: {clean} clean, {bad} in quarantine{tail}"
 
 
 def examine(settings: ValidateConfig, folder: Path, profile: Mix | None = None) -> Findings:

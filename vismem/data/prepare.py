@@ -1,7 +1,7 @@
 """The step `prepare`: the sources named in the parameters become Parquet shards per split, and `stats.json`."""
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,10 +47,7 @@ class _Split:
     examine: Callable[[bytes], ImageFacts]
     owners: dict[bytes, str]  # the split of each image, shared by all: the first that shows it
     images: set[bytes] = field(default_factory=set)
-    tasks: Counter[str] = field(default_factory=Counter)
-    capabilities: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    answers: Counter[str] = field(default_factory=Counter)
+    values: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by the field's name
     dropped: Counter[str] = field(default_factory=Counter)  # by the split that has the image
     digests: list[bytes] = field(default_factory=list)
 
@@ -67,22 +64,22 @@ class _Split:
             return False
         self.owners.update(dict.fromkeys(hashes, self.name))
         self.images.update(hashes)
-        self.tasks[sample.task] += 1
-        self.capabilities[sample.capability.value] += 1
-        self.sources[sample.source] += 1
-        self.answers[sample.answer] += 1
+        for name in ("task", "capability", "source", "answer"):
+            self.values[name][str(getattr(sample, name))] += 1
         self.digests.append(sample_sha256(sample.as_row()))
         return True
 
     def summary(self) -> dict[str, Any]:
         """The plain figures of `stats.json`, in a stable order."""
-        top = sorted(self.answers.items(), key=lambda item: (-item[1], item[0]))[:TOP_ANSWERS]
+        top = sorted(self.values["answer"].items(), key=lambda item: (-item[1], item[0]))[:TOP_ANSWERS]
         return {
             "rows": len(self.digests),
             "images": len(self.images),
-            **{name: dict(sorted(getattr(self, name).items())) for name in ("tasks", "capabilities", "sources")},
+            "tasks": dict(sorted(self.values["task"].items())),
+            "capabilities": dict(sorted(self.values["capability"].items())),
+            "sources": dict(sorted(self.values["source"].items())),
             "answers": dict(top),
-            "distinct_answers": len(self.answers),
+            "distinct_answers": len(self.values["answer"]),
             "dropped": dict(sorted(self.dropped.items())),
         }
 

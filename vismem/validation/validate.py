@@ -37,8 +37,7 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     for name in ("data", "quarantine"):
         shutil.rmtree(out / name, ignore_errors=True)  # of a killed or failed run
     settings = config.validate_
-    profile = _read_profile(settings.task_profile) if settings.task_profile else None
-    findings = examine(settings, inputs["prepare"], profile)
+    findings = examine(settings, inputs["prepare"])
     _record(findings).write(out)
     write_json(out / "task_profile.json", findings.task_mix["train"])
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
@@ -51,8 +50,9 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     return f"validated {rows} rows: {clean} clean, {bad} in quarantine{tail}"
 
 
-def examine(settings: ValidateConfig, folder: Path, profile: Mix | None = None) -> Findings:
-    """Judge the shards below `folder` by every rule; nothing is written. `profile` stands in for the train split's."""
+def examine(settings: ValidateConfig, folder: Path) -> Findings:
+    """Judge the shards below `folder` by every rule; nothing is written."""
+    stored = _read_profile(settings.task_profile) if settings.task_profile else None
     shards = find_shards(folder)
     good = [shard for shard in shards if shard.fault is None]
     with progress("validate rows", sum(shard.rows for shard in good)) as advance:
@@ -64,14 +64,15 @@ def examine(settings: ValidateConfig, folder: Path, profile: Mix | None = None) 
     reasons = _reasons(verdicts, rows)
     clean = rows.drop(index=list(reasons))
     task_mix = {split: _shares(clean.loc[clean["split"] == split, "task"]) for split in SPLITS}
-    against = dict(profile) if profile is not None else task_mix["train"]
-    splits = _split_table(clean, settings.required_splits, task_mix, against)
+    profile = task_mix["train"] if stored is None else stored
+    splits = _split_table(clean, settings.required_splits, task_mix, profile)
     share = len(reasons) / len(rows) if len(rows) else 0.0
     total = pd.DataFrame([{"rows": len(rows), "quarantined": len(reasons), "quarantined_share": share}])
     verdicts += judge({"splits": splits, "total": total}, every)
     tables |= {"splits": splits, "total": total}
-    verdicts = [replace(v, message=_message(v, tables[v.rule.table], good)) for v in verdicts]
-    return Findings(good, rows, splits, reasons, sorted(verdicts, key=lambda v: every.index(v.rule)), task_mix, against)
+    said = [replace(v, message=_message(v, tables[v.rule.table], good)) for v in verdicts]
+    said.sort(key=lambda verdict: every.index(verdict.rule))
+    return Findings(good, rows, splits, reasons, said, task_mix, profile)
 
 
 def _reasons(verdicts: Sequence[Verdict], rows: pd.DataFrame) -> dict[int, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vismem.config import JsonlSource, LmuDataSource, NlvrSource
-from vismem.data.readers import jsonl, lmudata, nlvr
+from vismem.data.readers import read
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 
@@ -23,7 +23,7 @@ def line(**fields: Any) -> str:
 
 def json_lines(folder: Path, text: str) -> Iterator[Sample]:
     (folder / "mine.jsonl").write_text(text)
-    return jsonl.read(JsonlSource(kind="jsonl", path=folder / "mine.jsonl", split="test"), "test", 0)
+    return read(JsonlSource(kind="jsonl", path=folder / "mine.jsonl", split="test"), "test", 0)
 
 
 def jsonl_image(folder: Path, name: str) -> Iterator[Sample]:
@@ -39,14 +39,14 @@ def lmudata_image(folder: Path, name: str) -> Iterator[Sample]:
     (folder / "BLINK.tsv").write_text(f"index\tquestion\tanswer\timage_path\n1\t?\ta\t../../{name}\n")
     if Path(name).is_absolute():
         (folder / "BLINK.tsv").write_text(f"index\tquestion\tanswer\timage_path\n1\t?\ta\t{name}\n")
-    return lmudata.read(LmuDataSource(kind="lmudata", name="BLINK", path=folder, split="test"), "test", 0)
+    return read(LmuDataSource(kind="lmudata", name="BLINK", path=folder, split="test"), "test", 0)
 
 
 def nlvr_image(folder: Path, name: str) -> Iterator[Sample]:
     """NLVR makes a path of its own of what a line says: here of the directory."""
     row = {"identifier": "1-0", "directory": str(Path("..") / Path(name).parent), "sentence": "?", "label": "true"}
     (folder / "train.json").write_text(json.dumps(row) + "\n")
-    return nlvr.read(NlvrSource(kind="nlvr", path=folder, split="test"), "test", 0)
+    return read(NlvrSource(kind="nlvr", path=folder, split="test"), "test", 0)
 
 
 READERS = (jsonl_image, jsonl_frame, lmudata_image, nlvr_image)
@@ -68,33 +68,33 @@ def refuse(rows: Iterator[Sample], where: str) -> None:
         list(rows)
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_a_file_inside_the_folder_is_read(folder: Path, read: Reader) -> None:
-    (found,) = read(folder, "more/train-1-0-0.png")
+@pytest.mark.parametrize("read_one", READERS)
+def test_a_file_inside_the_folder_is_read(folder: Path, read_one: Reader) -> None:
+    (found,) = read_one(folder, "more/train-1-0-0.png")
     assert [*found.images, *(frame for video in found.videos for frame in video.frames)] == [SECRET]
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_two_dots_that_lead_out_are_refused(folder: Path, read: Reader) -> None:
-    refuse(read(folder, "../beside/more/train-1-0-0.png"), "(line|row) 1")
+@pytest.mark.parametrize("read_one", READERS)
+def test_two_dots_that_lead_out_are_refused(folder: Path, read_one: Reader) -> None:
+    refuse(read_one(folder, "../beside/more/train-1-0-0.png"), "(line|row) 1")
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_a_link_that_leads_out_is_refused_and_one_that_stays_is_read(folder: Path, read: Reader) -> None:
+@pytest.mark.parametrize("read_one", READERS)
+def test_a_link_that_leads_out_is_refused_and_one_that_stays_is_read(folder: Path, read_one: Reader) -> None:
     for name, target in (("stays", "more"), ("leads", "../beside/more")):
         (folder / name).symlink_to(target)
-    assert len(list(read(folder, "stays/train-1-0-0.png"))) == 1
+    assert len(list(read_one(folder, "stays/train-1-0-0.png"))) == 1
     with pytest.raises(UserError, match=r"1: .*outside the source's folder"):
-        list(read(folder, "leads/train-1-0-0.png"))
+        list(read_one(folder, "leads/train-1-0-0.png"))
 
 
-@pytest.mark.parametrize("read", READERS[:3])
-def test_an_absolute_path_is_refused_unless_it_is_inside(folder: Path, read: Reader) -> None:
-    assert len(list(read(folder, str(folder / "more" / "train-1-0-0.png")))) == 1
-    refuse(read(folder, str(folder.parent / "beside" / "more" / "train-1-0-0.png")), "(line|row) 1")
+@pytest.mark.parametrize("read_one", READERS[:3])
+def test_an_absolute_path_is_refused_unless_it_is_inside(folder: Path, read_one: Reader) -> None:
+    assert len(list(read_one(folder, str(folder / "more" / "train-1-0-0.png")))) == 1
+    refuse(read_one(folder, str(folder.parent / "beside" / "more" / "train-1-0-0.png")), "(line|row) 1")
     gone = str(folder.parent / "beside" / "gone.png")
     with pytest.raises(UserError, match=f"{re.escape(gone)}.*outside"):  # nobody learns what is there
-        list(read(folder, gone))
+        list(read_one(folder, gone))
 
 
 def test_a_folder_of_frames_is_refused_outside_and_so_is_a_frame_in_it_that_is_a_link(folder: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from vismem.config import Config, LmuDataSource, PrepareConfig, ValidateConfig
 from vismem.data.collate import target_text
 from vismem.data.prepare import prepare
-from vismem.data.readers import lmudata
+from vismem.data.readers import read
 from vismem.data.sample import Capability, Sample, read_samples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
@@ -37,8 +37,8 @@ def write(folder: Path, *rows: dict[str, str], name: str = "BLINK") -> LmuDataSo
     return LmuDataSource(kind="lmudata", name=name, path=folder, split="test")
 
 
-def read(source: LmuDataSource) -> list[Sample]:
-    return list(lmudata.read(source, "test", 0))
+def read_all(source: LmuDataSource) -> list[Sample]:
+    return list(read(source, "test", 0))
 
 
 ROW = {
@@ -53,7 +53,7 @@ ROW = {
 
 
 def test_a_row_becomes_a_question_with_its_options_under_letters(tmp_path: Path) -> None:
-    (sample,) = read(write(tmp_path, ROW))
+    (sample,) = read_all(write(tmp_path, ROW))
     assert (sample.id, sample.task, sample.source) == ("BLINK-7", "c", "BLINK")
     assert sample.images == (png("red"),)
     assert sample.question == "Which\ncolour?\nA. None\nB. red"
@@ -63,7 +63,7 @@ def test_a_row_becomes_a_question_with_its_options_under_letters(tmp_path: Path)
 
 
 def test_an_empty_column_is_no_option_and_the_others_keep_their_letters(tmp_path: Path) -> None:
-    lettered, spelt = read(
+    lettered, spelt = read_all(
         write(tmp_path, {**ROW, "B": "", "C": "red", "D": "blue", "answer": "D"}, {**ROW, "B": "", "C": "red"})
     )
     assert lettered.question == "Which\ncolour?\nA. None\nC. red\nD. blue"
@@ -111,18 +111,18 @@ def test_images_come_as_base64_as_lists_by_index_and_as_files(tmp_path: Path) ->
         {"index": "5", "image": BLUE, "question": "?"},
     )
     red, blue = png("red"), png("blue")
-    assert [sample.images for sample in read(source)] == [(blue,), (red, blue), (blue,), (blue,), (blue,)]
-    assert len(read(source.model_copy(update={"limit": 2}))) == 2
-    assert list(lmudata.read(source, "train", 0)) == []
+    assert [sample.images for sample in read_all(source)] == [(blue,), (red, blue), (blue,), (blue,), (blue,)]
+    assert len(read_all(source.model_copy(update={"limit": 2}))) == 2
+    assert list(read(source, "train", 0)) == []
 
 
 def test_the_folder_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path, ROW).model_copy(update={"path": None})
     monkeypatch.delenv("LMUData", raising=False)
     with pytest.raises(UserError, match="set LMUData"):
-        read(source)
+        read_all(source)
     monkeypatch.setenv("LMUData", str(tmp_path))
-    assert len(read(source)) == 1
+    assert len(read_all(source)) == 1
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_the_folder_may_come_from_the_environment(tmp_path: Path, monkeypatch: p
 )
 def test_a_broken_file_is_refused_with_its_place(tmp_path: Path, rows: list[dict[str, str]], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read(write(tmp_path, *rows))
+        read_all(write(tmp_path, *rows))
 
 
 def test_a_missing_benchmark_names_those_that_are_there(tmp_path: Path) -> None:
     source = write(tmp_path, ROW)
     with pytest.raises(UserError, match="has BLINK"):
-        read(source.model_copy(update={"name": "MMStar"}))
+        read_all(source.model_copy(update={"name": "MMStar"}))
     with pytest.raises(UserError, match="judge"):
-        read(source.model_copy(update={"name": "MMVet"}))
+        read_all(source.model_copy(update={"name": "MMVet"}))

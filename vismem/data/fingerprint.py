@@ -6,7 +6,7 @@ Pixels rather than files are hashed, so that the same picture saved twice still 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +44,17 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
     return ImageFacts(hashlib.sha256(b"%dx%d:" % (width, height) + pixels).digest(), width, height)
 
 
-class ImageCache:
+def image_cache(max_side: int | None = None) -> Callable[[bytes], ImageFacts]:
     """`examine_image` that remembers the facts (not the pixels) of images seen before: many questions share one."""
+    seen: dict[bytes, ImageFacts] = {}
 
-    def __init__(self, max_side: int | None = None):
-        self._max_side = max_side
-        self._facts: dict[bytes, ImageFacts] = {}
-
-    def __call__(self, data: bytes) -> ImageFacts:
-        """The facts of an encoded image."""
+    def examine(data: bytes) -> ImageFacts:
         key = hashlib.sha256(data).digest()
-        facts = self._facts.get(key)
-        if facts is None:
-            facts = self._facts[key] = examine_image(data, self._max_side)
-        return facts
+        if key not in seen:
+            seen[key] = examine_image(data, max_side)
+        return seen[key]
+
+    return examine
 
 
 def seen_sha256(images: Sequence[ImageFacts], videos: Sequence[Sequence[ImageFacts]]) -> list[bytes]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import count, islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -75,30 +76,20 @@ SCHEMA = pa.schema(
 )
 
 
-def write_shards(samples: Iterable[Sample], folder: Path, rows_per_shard: int = 4096) -> int:
-    """Write samples as `part-00000.parquet`, ... (schema `SCHEMA`) into `folder`; return the number of rows.
+def write_shards(samples: Iterable[Sample], folder: Path, rows_per_shard: int = 4096) -> None:
+    """Write samples as `part-00000.parquet`, ... (schema `SCHEMA`) into `folder`.
 
     An empty iterable writes one shard with no rows, so that the split exists and can be judged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    written = part = 0
-
-    def flush() -> None:
-        nonlocal rows, part
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        shard = folder / f"part-{part:05d}.parquet"
-        pq.write_table(table, shard, compression="zstd", row_group_size=256)  # so that reading it needs little memory
-        part, rows = part + 1, []
-
-    for sample in samples:
-        rows.append(sample.as_row())
-        written += 1
-        if len(rows) == rows_per_shard:
-            flush()
-    if rows or part == 0:
-        flush()
-    return written
+    rows = (sample.as_row() for sample in samples)
+    for part in count():
+        shard = list(islice(rows, rows_per_shard))
+        if part and not shard:
+            break
+        table = pa.Table.from_pylist(shard, schema=SCHEMA)
+        # Small row groups, so that reading needs little memory.
+        pq.write_table(table, folder / f"part-{part:05d}.parquet", compression="zstd", row_group_size=256)
 
 
 def iterate_samples(folder: Path) -> Iterator[Sample]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from PIL import Image, ImageDraw
 
 from vismem.config import ScenesSource
-from vismem.data.sample import Capability, Sample
+from vismem.data.sample import Sample
 from vismem.data.tasks import BUILDERS, TASKS
 from vismem.data.tasks.layouts import CELLS, COLOURS, HELD_OUT, SHAPES, TEST_ONLY, Layout, Thing, World
 from vismem.errors import UserError
@@ -46,20 +46,20 @@ def generate(source: ScenesSource, split: str, seed: int, count: int | None = No
     names = (source.train_tasks if split == "train" else ()) or source.tasks or tuple(BUILDERS)
     world = world_of(source, split)
     for index in range(int(getattr(source, split)) if count is None else count):
-        rng = random.Random(f"{seed}/{split}/{index}")
+        world.rng.seed(f"{seed}/{split}/{index}")
         task = names[index % len(names)]
         puzzle = None
         while puzzle is None or not all(world.owns(layout) for layout in puzzle.layouts):
-            puzzle = BUILDERS[task](rng, world)
+            puzzle = BUILDERS[task](world)
         yield Sample(
             id=f"scenes-{split}-{index:06d}",
-            images=tuple(draw(layout, source.image_size, rng) for layout in puzzle.layouts),
+            images=tuple(draw(layout, source.image_size, world.rng) for layout in puzzle.layouts),
             question=puzzle.question,
             answer=puzzle.answer,
             choices=puzzle.choices,
-            rationale=puzzle.rationale,
+            rationale=f"{puzzle.rationale}.",
             task=task,
-            capability=Capability(TASKS[task]),
+            capability=TASKS[task],
             source="scenes",
             scene=truth(puzzle.layouts),
         )
@@ -95,20 +95,20 @@ def draw(layout: Layout, image_size: int, rng: random.Random) -> bytes:
 def _draw_shape(
     canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, int, int]
 ) -> None:
+    def box(width: float, height: float) -> tuple[float, float, float, float]:
+        return x - width, y - height, x + width, y + height
+
     if shape == "circle":
-        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        canvas.ellipse(box(radius, radius), fill=fill)
     elif shape == "square":
-        side = radius * 0.85
-        canvas.rectangle((x - side, y - side, x + side, y + side), fill=fill)
+        canvas.rectangle(box(radius * 0.85, radius * 0.85), fill=fill)
     elif shape == "cross":
-        arm = radius * 0.32
-        canvas.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
-        canvas.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
-    else:
-        corners, inner = {"triangle": (3, 0.0), "diamond": (4, 0.0), "star": (5, 0.42)}[shape]
-        points = []
-        for index in range(corners * (2 if inner else 1)):
-            angle = 2 * math.pi * index / (corners * (2 if inner else 1)) - math.pi / 2
-            reach = radius * (inner if inner and index % 2 else 1.0)
-            points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
-        canvas.polygon(points, fill=fill)
+        canvas.rectangle(box(radius, radius * 0.32), fill=fill)
+        canvas.rectangle(box(radius * 0.32, radius), fill=fill)
+    else:  # a star's every second point lies further in
+        number, inner = {"triangle": (3, 1.0), "star": (10, 0.42)}[shape]
+        turns = [2 * math.pi * index / number - math.pi / 2 for index in range(number)]
+        reach = [radius * (inner if index % 2 else 1.0) for index in range(number)]
+        canvas.polygon(
+            [(x + r * math.cos(t), y + r * math.sin(t)) for r, t in zip(reach, turns, strict=True)], fill=fill
+        )

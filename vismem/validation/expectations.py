@@ -1,10 +1,10 @@
 """The rules of the data and their judge, Great Expectations; this is the only module that imports it.
 
-It is imported when the judge is made (seconds), with its telemetry off.
+It is imported when it judges (seconds), with its telemetry off.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -45,16 +45,21 @@ class Verdict:
     success: bool
     judged: int
     rows: tuple[int, ...] = ()
-    span: tuple[float, float] | None = None  # min and max of a numeric column
+    span: tuple[float, ...] = ()  # min and max of a numeric column
+    message: str = ""  # what is said of it, once the other tables are judged
 
     @property
     def observed(self) -> str:
-        """What was seen, in few words."""
-        low, high = self.span or (0.0, 0.0)
-        value = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-        seen = [f"{self.rule.column} {value}"] if self.span else []
-        counted = [f"{len(self.rows):,} of {self.judged:,} {self.rule.table} break it"] if self.judged != 1 else []
-        return ", ".join(seen + counted) or "nothing to judge"
+        """What was seen: the min and max value, how much was judged, and how much of it breaks the rule."""
+        column, table = self.rule.column, self.rule.table
+        show = (
+            "{:.1%}" if column.endswith(("share", "drift")) else "{:,.0f} px" if column.endswith("side") else "{:,.0f}"
+        )
+        span = dict.fromkeys(show.format(value) for value in self.span)
+        seen = [f"{column.replace('chars', 'characters').replace('_', ' ')} {' to '.join(span)}"] if span else []
+        broken = f"{len(self.rows):,} of {self.judged:,} {table} break it" if self.rows else ""
+        counted = [broken or f"{self.judged:,} {table} judged"] if self.judged != 1 else []
+        return "; ".join(seen + counted) or "nothing to judge"
 
 
 NULL, BETWEEN, IN_SET = "ExpectColumnValuesToBeNull", "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"
@@ -104,53 +109,46 @@ def rules(config: ValidateConfig) -> tuple[Rule, ...]:
     )  # fmt: skip
 
 
-class Judge:
-    """Great Expectations with a context in memory."""
+def judge(tables: Mapping[str, pd.DataFrame], rules: Sequence[Rule]) -> list[Verdict]:
+    """Judge each table by the rules that are about it; RuntimeError if one cannot be evaluated."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "False"
+    import great_expectations as gx
+    from great_expectations.data_context.types import base
 
-    def __init__(self) -> None:
-        os.environ["GX_ANALYTICS_ENABLED"] = "False"
-        import great_expectations as gx
-        from great_expectations.data_context.types import base
-
-        # Its own default config makes a temporary folder for Data Docs (which load scripts from the net) and leaves it.
-        config = base.DataContextConfig(
-            store_backend_defaults=base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
-            progress_bars=base.ProgressBarsConfig(globally=False),
-            analytics_enabled=False,
-        )
-        self._gx = gx
-        self._context = gx.get_context(mode="ephemeral", project_config=config)
-        self._source = self._context.data_sources.add_pandas("facts")
-
-    def judge(self, table: str, facts: pd.DataFrame, rules: Sequence[Rule]) -> list[Verdict]:
-        """Judge those of `rules` that are about `table` (a name used once); RuntimeError if one cannot be evaluated."""
+    # Its own default config makes a temporary folder for Data Docs (which load scripts from the net) and leaves it.
+    config = base.DataContextConfig(
+        store_backend_defaults=base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+        progress_bars=base.ProgressBarsConfig(globally=False),
+        analytics_enabled=False,
+    )
+    context = gx.get_context(mode="ephemeral", project_config=config)
+    source = context.data_sources.add_pandas("facts")
+    verdicts: list[Verdict] = []
+    for table, facts in tables.items():
         ours = [rule for rule in rules if rule.table == table]
         if facts.empty:  # passes every rule in Great Expectations as well: the splits' rule asks for rows
-            return [Verdict(rule, True, 0) for rule in ours]
-        gx = self._gx
-        batch = self._source.add_dataframe_asset(table).add_batch_definition_whole_dataframe("all")
-        suite = self._context.suites.add(
-            gx.ExpectationSuite(name=table, expectations=[self._expectation(rule) for rule in ours])
-        )
-        definition = self._context.validation_definitions.add(
-            gx.ValidationDefinition(name=table, data=batch, suite=suite)
-        )
+            verdicts += [Verdict(rule, True, 0) for rule in ours]
+            continue
+        suite = context.suites.add(gx.ExpectationSuite(name=table, expectations=[_expectation(gx, r) for r in ours]))
+        batch = source.add_dataframe_asset(table).add_batch_definition_whole_dataframe("all")
+        definition = gx.ValidationDefinition(name=table, data=batch, suite=suite)
         # The judge sees only the columns it asks about, so that it need not copy the others.
-        columns = list(dict.fromkeys(rule.column for rule in ours))
-        found = definition.run(batch_parameters={"dataframe": facts[columns]}, result_format="COMPLETE")
+        seen = {"dataframe": facts[list(dict.fromkeys(rule.column for rule in ours))]}
+        found = context.validation_definitions.add(definition).run(batch_parameters=seen, result_format="COMPLETE")
         results = {result.expectation_config.meta["rule"]: result for result in found.results}
-        return [_verdict(rule, results[rule.name], facts) for rule in ours]
+        verdicts += [_verdict(rule, results[rule.name], facts) for rule in ours]
+    return verdicts
 
-    def _expectation(self, rule: Rule) -> Any:
-        make = getattr(self._gx.expectations, rule.expectation)
-        severity = "critical" if rule.severity is Severity.ERROR else "warning"
-        return make(column=rule.column, severity=severity, meta={"rule": rule.name}, **rule.arguments)
+
+def _expectation(gx: Any, rule: Rule) -> Any:
+    severity = "critical" if rule.severity is Severity.ERROR else "warning"
+    make = getattr(gx.expectations, rule.expectation)
+    return make(column=rule.column, severity=severity, meta={"rule": rule.name}, **rule.arguments)
 
 
 def _verdict(rule: Rule, result: Any, facts: pd.DataFrame) -> Verdict:
     if "unexpected_index_list" not in result.result:  # it is left out where the evaluation itself failed
         raise RuntimeError(f"rule {rule.name} could not be evaluated: {str(result.exception_info)[:2000]}")
     values = facts[rule.column].dropna()
-    numeric = rule.expectation == BETWEEN and not values.empty
-    span = (float(values.min()), float(values.max())) if numeric else None
+    span = (float(values.min()), float(values.max())) if rule.expectation == BETWEEN and not values.empty else ()
     return Verdict(rule, bool(result.success), len(facts), tuple(result.result["unexpected_index_list"]), span)

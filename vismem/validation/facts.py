@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vismem.data.fingerprint import SPLITS, ImageCache, ImageFacts, sample_sha256, seen_sha256
+from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA
 from vismem.evaluation.answers import reference_choice
 
@@ -55,9 +55,8 @@ def collect_facts(shards: Sequence[Shard], max_side: int, advance: Callable[[int
         numbered = enumerate(shards)
         parts = list(pool.map(lambda item: _table(_shard_facts(item[1], item[0], max_side, advance)), numbered))
     table = pd.concat([_table(()), *parts], ignore_index=True)
-    table["duplicate_of"] = pd.Series(_duplicates(table, shards), dtype=object)
-    table["leak"] = pd.Series(_leaks(table), dtype=object)
-    return table
+    facts = {"duplicate_of": _duplicates(table, shards), "leak": _leaks(table)}
+    return table.assign(**{name: column.astype(object) for name, column in facts.items()})
 
 
 def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -75,12 +74,12 @@ def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]
     return found
 
 
-_NUMBERS = ("shard", "position", "id_chars", "images", "question_chars", "answer_chars")
-_SIDES = ("least_side", "largest_side")  # missing where no image has a size
-_OTHERS = ("split", "id", "null_fault", "image_fault", "image_hashes", "answer", "answer_listed", "task", "capability")
-_COLUMNS = (
-    dict.fromkeys(_NUMBERS, "int64") | dict.fromkeys(_SIDES, "float64") | dict.fromkeys((*_OTHERS, "sha256"), "object")
-)
+_COLUMNS = {
+    **dict.fromkeys(("shard", "position", "id_chars", "images", "question_chars", "answer_chars"), "int64"),
+    **dict.fromkeys(("least_side", "largest_side"), "float64"),  # missing where no image has a size
+    **dict.fromkeys(("split", "id", "answer", "task", "capability", "sha256"), "object"),
+    **dict.fromkeys(("null_fault", "image_fault", "image_hashes", "answer_listed"), "object"),
+}
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -103,7 +102,7 @@ def _open_shard(split: str, path: Path) -> Shard:
 
 
 def _shard_facts(shard: Shard, number: int, max_side: int, advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-    examine = ImageCache(max_side)
+    examine = image_cache(max_side)
     position = 0
     for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=BATCH, use_threads=False):
         for row in batch.to_pylist():
@@ -117,11 +116,16 @@ def _row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -
     videos = [[examine(data or b"") for data in video["frames"] or ()] for video in row["videos"] or ()]
     every = [*images, *(facts for frames in videos for facts in frames)]
     sides = [side for facts in every if facts.width for side in (facts.width, facts.height)]
-    faults = [f"image {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
+    faults = _undecoded("image", images)
     for n, (video, frames) in enumerate(zip(row["videos"] or (), videos, strict=True), start=1):
         faults += [f"video {n} of {len(videos)}: {fault}" for fault in _video_faults(video["fps"], frames)]
     nulls = [f"'{name}'" for name in TEXT_COLUMNS if row[name] is None]
-    answer = row["answer"] or ""
+    answer, question, choices = (
+        row["answer"] or "",
+        row["question"] or "",
+        [choice or "" for choice in row["choices"] or ()],
+    )
+    listed = reference_choice(question, answer, choices) is not None  # as scoring reads it
     return {
         "id": row["id"] or "",
         "id_chars": len((row["id"] or "").strip()),
@@ -131,48 +135,39 @@ def _row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -
         "least_side": min(sides, default=None),
         "largest_side": max(sides, default=None),
         "image_hashes": tuple(seen_sha256(images, videos)),
-        "question_chars": len((row["question"] or "").strip()),
+        "question_chars": len(question.strip()),
         "answer": answer,
         "answer_chars": len(answer.strip()),
-        "answer_listed": _is_choice(row["question"] or "", answer, row["choices"] or ()),
+        "answer_listed": listed if any(choices) else None,
         "task": row["task"] or "",
         "capability": row["capability"] or "",
         "sha256": sample_sha256(row),
     }
 
 
-def _is_choice(question: str, answer: str, choices: Sequence[str | None]) -> bool | None:
-    """Whether the answer names one of the choices, as scoring reads it; None where none is offered."""
-    offered = [choice or "" for choice in choices]
-    return reference_choice(question, answer, offered) is not None if any(offered) else None
+def _undecoded(kind: str, images: Sequence[ImageFacts]) -> list[str]:
+    return [f"{kind} {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
 
 
-def _video_faults(fps: float | None, frames: Sequence[ImageFacts]) -> Iterator[str]:
-    if not frames:
-        yield "no frames"
+def _video_faults(fps: float | None, frames: Sequence[ImageFacts]) -> list[str]:
+    faults = [] if frames else ["no frames"]
     if not fps or not 0 < fps < math.inf:
-        yield f"{fps} frames per second"
-    yield from (f"frame {n} of {len(frames)}: {facts.fault}" for n, facts in enumerate(frames, start=1) if facts.fault)
-    if len({(facts.width, facts.height) for facts in frames if facts.fault is None}) > 1:
-        yield "frames of different sizes"
+        faults.append(f"{fps} frames per second")
+    faults += _undecoded("frame", frames)
+    sizes = {(facts.width, facts.height) for facts in frames if facts.fault is None}
+    return [*faults, "frames of different sizes"] if len(sizes) > 1 else faults
 
 
-def _duplicates(table: pd.DataFrame, shards: Sequence[Shard]) -> list[str | None]:
-    first: dict[str, str] = {}
-    found: list[str | None] = []
-    for shard, position, name in zip(table["shard"], table["position"], table["id"], strict=True):
-        found.append(first.get(name))
-        if name and name not in first:
-            first[name] = f"{shards[shard].name} row {position}"
-    return found
+def _duplicates(table: pd.DataFrame, shards: Sequence[Shard]) -> pd.Series:
+    """The place of the first row with the same id; missing where a row is the first, or has none."""
+    places = zip(table["shard"], table["position"], strict=True)
+    place = pd.Series([f"{shards[shard].name} row {position}" for shard, position in places], dtype=object)
+    return place.groupby(table["id"]).transform("first").where(table["id"].duplicated() & (table["id"] != ""))
 
 
-def _leaks(table: pd.DataFrame) -> list[str | None]:
-    owner: dict[bytes, str] = {}
-    for split, hashes in zip(table["split"], table["image_hashes"], strict=True):  # in order of precedence
-        for digest in hashes:
-            owner.setdefault(digest, split)
-    return [
-        next((owner[digest] for digest in hashes if owner[digest] != split), None)
-        for split, hashes in zip(table["split"], table["image_hashes"], strict=True)
-    ]
+def _leaks(table: pd.DataFrame) -> pd.Series:
+    """The first other split, of higher precedence, that shows one of a row's images; missing where none does."""
+    shown = table[["split", "image_hashes"]].explode("image_hashes").dropna()
+    owner = shown.groupby("image_hashes", sort=False)["split"].transform("first")  # in order of precedence
+    others = owner[owner != shown["split"]]
+    return others[~others.index.duplicated()]

@@ -19,7 +19,6 @@ class Findings:
     splits: pd.DataFrame  # one row per split, of its good rows
     reasons: dict[int, str]  # why a row (index of `rows`) is bad
     verdicts: list[Verdict]
-    messages: dict[str, str]  # of each rule
     task_mix: dict[str, dict[str, float]]  # split -> task -> share of its good rows
     profile: dict[str, float]  # task -> share, which drift is measured against
 
@@ -36,12 +35,12 @@ class Findings:
     @property
     def errors(self) -> list[str]:
         """The broken rules that stop the pipeline, each with its message."""
-        return [f"{name}: {self.messages[name]}" for name in self._broken(Severity.ERROR)]
+        return [f"{v.rule.name}: {v.message}" for v in self._broken(Severity.ERROR)]
 
     @property
     def warnings(self) -> list[str]:
         """The names of the broken rules that are only reported."""
-        return self._broken(Severity.WARNING)
+        return [v.rule.name for v in self._broken(Severity.WARNING)]
 
-    def _broken(self, severity: Severity) -> list[str]:
-        return [v.rule.name for v in self.verdicts if not v.success and v.rule.severity is severity]
+    def _broken(self, severity: Severity) -> list[Verdict]:
+        return [v for v in self.verdicts if not v.success and v.rule.severity is severity]

@@ -12,7 +12,6 @@ from PIL import Image
 
 from vismem.config import ValidateConfig
 from vismem.data.fingerprint import SPLITS, examine_image
-from vismem.validation.expectations import Verdict
 from vismem.validation.facts import read_rows
 from vismem.validation.findings import Findings
 
@@ -34,10 +33,7 @@ def render(findings: Findings, settings: ValidateConfig) -> str:
     return page.render(
         errors=findings.errors,
         warnings=findings.warnings,
-        verdicts=[
-            {"rule": v.rule, "success": v.success, "found": _seen(v) if v.success else findings.messages[v.rule.name]}
-            for v in findings.verdicts
-        ],
+        verdicts=findings.verdicts,
         total=len(findings.rows),
         clean=len(clean),
         quarantined=len(findings.reasons),
@@ -51,16 +47,6 @@ def render(findings: Findings, settings: ValidateConfig) -> str:
         bad=[bad[index] | {"reason": findings.reasons[index]} for index in shown],
         settings=settings,
     )
-
-
-def _seen(verdict: Verdict) -> str:
-    """What was seen of a rule that holds: the min and max value, and how much was judged."""
-    column = verdict.rule.column
-    show = "{:.1%}" if column.endswith(("share", "drift")) else "{:,.0f} px" if column.endswith("side") else "{:,.0f}"
-    span = dict.fromkeys(show.format(value) for value in verdict.span or ())
-    seen = [f"{column.replace('chars', 'characters').replace('_', ' ')} {' to '.join(span)}"] if span else []
-    judged = [f"{verdict.judged:,} {verdict.rule.table} judged"] if verdict.judged != 1 else []
-    return "; ".join(seen + judged) or "nothing to judge"
 
 
 def _split(split: str, findings: Findings) -> dict[str, Any]:
@@ -84,15 +70,10 @@ def _split(split: str, findings: Findings) -> dict[str, Any]:
 
 def _tasks(findings: Findings) -> list[dict[str, Any]]:
     """The task mix as a table: one row a task, with its share of each split and of the profile."""
-    names = sorted({task for mix in (*findings.task_mix.values(), findings.profile) for task in mix})
-    return [
-        {
-            "name": name,
-            "shares": [findings.task_mix[split].get(name, 0.0) for split in reversed(SPLITS)],
-            "profile": findings.profile.get(name, 0.0),
-        }
-        for name in names
-    ]
+    mixes = [findings.task_mix[split] for split in reversed(SPLITS)]
+    names = sorted(set(findings.profile).union(*mixes))
+    shares = {name: [mix.get(name, 0.0) for mix in (*mixes, findings.profile)] for name in names}
+    return [{"name": name, "shares": each[:-1], "profile": each[-1]} for name, each in shares.items()]
 
 
 def _samples(findings: Findings) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -16,12 +18,13 @@ from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.progress import progress
 from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
-from vismem.validation.expectations import Judge, Severity, Verdict, rules
+from vismem.validation.expectations import Severity, Verdict, judge, rules
 from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
 from vismem.validation.findings import Findings
 from vismem.validation.report import render
 
 QUARANTINE_SCHEMA = pa.schema([*SCHEMA, ("reason", pa.string()), ("split", pa.string())])
+Mix = Mapping[str, float]  # task -> share
 
 
 def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -34,8 +37,7 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     for name in ("data", "quarantine"):
         shutil.rmtree(out / name, ignore_errors=True)  # of a killed or failed run
     settings = config.validate_
-    profile = _read_profile(settings.task_profile) if settings.task_profile else None
-    findings = examine(settings, inputs["prepare"], profile)
+    findings = examine(settings, inputs["prepare"])
     _record(findings).write(out)
     write_json(out / "task_profile.json", findings.task_mix["train"])
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
@@ -44,32 +46,33 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         raise UserError(f"the data breaks {len(findings.errors)} rule(s):{listed}\nThe report is {out / 'report.html'}")
     _write_clean(findings, out)
     tail = f"; warnings: {', '.join(findings.warnings)}" if findings.warnings else ""
-    counts = f"{len(findings.clean)} clean, {len(findings.reasons)} in quarantine"
-    return f"validated {len(findings.rows)} rows: {counts}{tail}"
+    rows, clean, bad = map(len, (findings.rows, findings.clean, findings.reasons))
+    return f"validated {rows} rows: {clean} clean, {bad} in quarantine{tail}"
 
 
-def examine(settings: ValidateConfig, folder: Path, profile: Mapping[str, float] | None = None) -> Findings:
-    """Judge the shards below `folder` by every rule; nothing is written. `profile` stands in for the train split's."""
+def examine(settings: ValidateConfig, folder: Path) -> Findings:
+    """Judge the shards below `folder` by every rule; nothing is written."""
+    stored = _read_profile(settings.task_profile) if settings.task_profile else None
     shards = find_shards(folder)
     good = [shard for shard in shards if shard.fault is None]
     with progress("validate rows", sum(shard.rows for shard in good)) as advance:
         rows = collect_facts(good, settings.max_pixels, advance)
-    judge, every = Judge(), rules(settings)
+    every = rules(settings)
     shard_table = pd.DataFrame({"shard": [s.name for s in shards], "fault": [s.fault for s in shards]}, dtype=object)
-    verdicts = judge.judge("shards", shard_table, every) + judge.judge("rows", rows, every)
+    tables = {"shards": shard_table, "rows": rows}
+    verdicts = judge(tables, every)
     reasons = _reasons(verdicts, rows)
     clean = rows.drop(index=list(reasons))
     task_mix = {split: _shares(clean.loc[clean["split"] == split, "task"]) for split in SPLITS}
-    against = dict(profile) if profile is not None else task_mix["train"]
-    splits = _split_table(clean, settings, task_mix, against)
+    profile = task_mix["train"] if stored is None else stored
+    splits = _split_table(clean, settings.required_splits, task_mix, profile)
     share = len(reasons) / len(rows) if len(rows) else 0.0
     total = pd.DataFrame([{"rows": len(rows), "quarantined": len(reasons), "quarantined_share": share}])
-    verdicts += judge.judge("splits", splits, every) + judge.judge("total", total, every)
-    tables = {"shards": shard_table, "rows": rows, "splits": splits, "total": total}
-    order = {rule.name: number for number, rule in enumerate(every)}
-    verdicts.sort(key=lambda verdict: order[verdict.rule.name])
-    messages = {v.rule.name: _message(v, tables[v.rule.table], good) for v in verdicts}
-    return Findings(good, rows, splits, reasons, verdicts, messages, task_mix, against)
+    verdicts += judge({"splits": splits, "total": total}, every)
+    tables |= {"splits": splits, "total": total}
+    said = [replace(v, message=_message(v, tables[v.rule.table], good)) for v in verdicts]
+    said.sort(key=lambda verdict: every.index(verdict.rule))
+    return Findings(good, rows, splits, reasons, said, task_mix, profile)
 
 
 def _reasons(verdicts: Sequence[Verdict], rows: pd.DataFrame) -> dict[int, str]:
@@ -98,30 +101,20 @@ def _message(verdict: Verdict, table: pd.DataFrame, shards: Sequence[Shard]) -> 
 
 
 def _split_table(
-    clean: pd.DataFrame,
-    settings: ValidateConfig,
-    task_mix: Mapping[str, Mapping[str, float]],
-    profile: Mapping[str, float],
+    clean: pd.DataFrame, required: Sequence[str], task_mix: Mapping[str, Mix], profile: Mix
 ) -> pd.DataFrame:
-    table = []
+    table: list[tuple[Any, ...]] = []
     for split in SPLITS:
         answers = Counter(clean.loc[clean["split"] == split, "answer"])
         rows = answers.total()
         label, count = min(answers.items(), key=lambda item: (-item[1], item[0]), default=("", 0))
-        table.append(
-            {
-                "split": split,
-                "rows": rows,
-                "required_rows": float(rows) if split in settings.required_splits else None,
-                "label": label,
-                "label_share": count / rows if rows else None,
-                "task_drift": total_variation(task_mix[split], profile) if rows and profile else None,
-            }
-        )
-    return pd.DataFrame(table).astype(dict.fromkeys(("required_rows", "label_share", "task_drift"), "float64"))
+        drift = total_variation(task_mix[split], profile) if rows and profile else None
+        table.append((split, rows, label, rows if split in required else None, count / rows if rows else None, drift))
+    figures = ["required_rows", "label_share", "task_drift"]
+    return pd.DataFrame(table, columns=["split", "rows", "label", *figures]).astype(dict.fromkeys(figures, "float64"))
 
 
-def total_variation(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+def total_variation(one: Mix, other: Mix) -> float:
     """Half the summed absolute difference of two mixes: 0 for the same, 1 for mixes without a common task."""
     return sum(abs(one.get(task, 0.0) - other.get(task, 0.0)) for task in sorted({*one, *other})) / 2
 
@@ -139,27 +132,25 @@ def _read_profile(path: Path) -> dict[str, float]:
 
 
 def _record(findings: Findings) -> Validation:
-    bad = findings.rows.loc[list(findings.reasons), "split"].value_counts()
-    total = findings.rows["split"].value_counts()
-    counts = {split: (int(total.get(split, 0)), int(bad.get(split, 0))) for split in SPLITS}
+    total, clean = (Counter(facts["split"]) for facts in (findings.rows, findings.clean))
     return Validation(
         success=not findings.errors,
         rows=AllRowCounts(
             total=len(findings.rows),
             clean=len(findings.clean),
             quarantined=len(findings.reasons),
-            splits={s: RowCounts(total=t, clean=t - b, quarantined=b) for s, (t, b) in counts.items()},
+            splits={s: RowCounts(total=total[s], clean=clean[s], quarantined=total[s] - clean[s]) for s in SPLITS},
         ),
         data_sha256=findings.data_sha256,
         rules=tuple(
             DataRule(
-                name=verdict.rule.name,
-                severity=verdict.rule.severity.value,
-                success=verdict.success,
-                observed=verdict.observed,
-                message=findings.messages[verdict.rule.name],
+                name=v.rule.name,
+                severity=v.rule.severity.value,
+                success=v.success,
+                observed=v.observed,
+                message=v.message,
             )
-            for verdict in findings.verdicts
+            for v in findings.verdicts
         ),
         task_mix=findings.task_mix,
     )
@@ -167,35 +158,32 @@ def _record(findings: Findings) -> Validation:
 
 def _write_clean(findings: Findings, out: Path) -> None:
     """Write the good rows as shards with the names they had, and the bad ones, with their reasons, apart."""
-    for split in SPLITS:
-        (out / "data" / split).mkdir(parents=True, exist_ok=True)
     (out / "quarantine").mkdir(parents=True, exist_ok=True)
-    bad_rows = findings.rows.loc[list(findings.reasons)]
+    bad = findings.rows.loc[list(findings.reasons)]
     with pq.ParquetWriter(out / "quarantine" / "part-00000.parquet", QUARANTINE_SCHEMA, compression="zstd") as apart:
         for number, shard in enumerate(findings.shards):
-            here = bad_rows.loc[bad_rows["shard"] == number, "position"]
-            reasons = {int(position): findings.reasons[index] for index, position in here.items()}
+            positions = bad.loc[bad["shard"] == number, "position"]
+            reasons = {int(position): findings.reasons[index] for index, position in positions.items()}
             target = out / "data" / shard.split / shard.path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
             if reasons:
                 _sort_out(shard, reasons, target, apart)
             else:
                 shutil.copyfile(shard.path, target)
     for split in SPLITS:
-        if not any((out / "data" / split).iterdir()):
+        if not (out / "data" / split).exists():
             write_shards((), out / "data" / split)  # a split that is not required, and not there
 
 
 def _sort_out(shard: Shard, reasons: Mapping[int, str], target: Path, apart: pq.ParquetWriter) -> None:
+    start = 0
     with pq.ParquetWriter(target, SCHEMA, compression="zstd") as good:
-        start = 0
         for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=4 * BATCH):
-            here = [position for position in range(start, start + batch.num_rows) if position in reasons]
             # Columns by name: a shard may hold them in another order.
             rows = pa.Table.from_batches([batch]).select(SCHEMA.names)
-            kept = [n for n in range(batch.num_rows) if start + n not in reasons]
-            good.write_table(rows.take(pa.array(kept, pa.int64())))
-            if here:
-                bad = rows.take([position - start for position in here])
-                bad = bad.append_column("reason", pa.array([reasons[position] for position in here]))
-                apart.write_table(bad.append_column("split", pa.array([shard.split] * len(here))))
-            start += batch.num_rows
+            reason = pa.array([reasons.get(start + n) for n in range(len(rows))], pa.string())
+            good.write_table(rows.filter(reason.is_null()))
+            if reason.null_count < len(rows):
+                rows = rows.append_column("reason", reason).append_column("split", pa.array([shard.split] * len(rows)))
+                apart.write_table(rows.filter(reason.is_valid()))
+            start += len(rows)

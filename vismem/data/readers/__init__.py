@@ -1,1 +1,26 @@
-"""Readers of visual questions: one file a format, each with `read(source, split, seed)`."""
+"""Readers of visual questions: one file per format, and the choice among them."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from vismem.config import EasyVqaSource, JsonlSource, LmuDataSource, NlvrSource, ScenesSource
+from vismem.data.readers import easy_vqa, jsonl, lmudata, nlvr
+from vismem.data.sample import Sample
+from vismem.data.scenes import generate
+
+DRAWN: dict[type, Callable[[Any, str, int], Iterator[Sample]]] = {EasyVqaSource: easy_vqa.read, ScenesSource: generate}
+# Sources of one split.
+WHOLE: dict[type, Callable[[Any], Iterator[Sample]]] = {
+    JsonlSource: jsonl.read,
+    LmuDataSource: lmudata.read,
+    NlvrSource: nlvr.read,
+}
+
+
+def read(source: Any, split: str, seed: int) -> Iterator[Sample]:
+    """The source's samples for one split, in a fixed order, at most its limit. UserError where it cannot be read."""
+    if draw := DRAWN.get(type(source)):
+        yield from draw(source, split, seed)
+    elif split == source.split:
+        yield from islice(WHOLE[type(source)](source), source.limit)

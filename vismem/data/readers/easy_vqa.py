@@ -23,23 +23,19 @@ def read(source: EasyVqaSource, split: str, seed: int) -> Iterator[Sample]:
 
     Raises UserError where the wheel is not installed or has fewer questions than asked for.
     """
-    wanted = {"train": source.train, "validation": source.validation, "test": source.test}[split]
+    wanted = getattr(source, split)
     if wanted == 0:
         return
     part = _wheel_folder() / ("test" if split == "test" else "train")
     rows: list[tuple[str, str, int]] = read_json(part / "questions.json")
-    numbered = [
-        (number, *row)
-        for number, row in enumerate(rows)
-        if split == "test" or _held_out(row[2]) == (split == "validation")
-    ]
-    if wanted > len(numbered):
+    ours = [n for n, row in enumerate(rows) if split == "test" or _held_out(row[2]) == (split == "validation")]
+    if wanted > len(ours):
         raise UserError(
-            f"prepare.sources: easy_vqa has {len(numbered)} questions for {split}, {wanted} are asked for: "
-            f"lower `{split}`"
+            f"prepare.sources: easy_vqa has {len(ours)} questions for {split}, {wanted} are asked for: lower `{split}`"
         )
     # A generator of its own per split, so that asking for more of one split does not change another.
-    for number, question, answer, image in random.Random(f"{seed} easy_vqa {split}").sample(numbered, wanted):
+    for number in random.Random(f"{seed} easy_vqa {split}").sample(ours, wanted):
+        question, answer, image = rows[number]
         task, choices = _form(answer)
         yield Sample(
             id=f"easy_vqa-{part.name}-{number}",

@@ -11,12 +11,11 @@ import csv
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
 
 from vismem.config import LmuDataSource
-from vismem.data.readers.inside import inside
+from vismem.data.readers.files import inside, require_columns
 from vismem.data.sample import Capability, Sample, lettered
 from vismem.errors import UserError
 
@@ -25,13 +24,8 @@ LONGEST_INDEX = 64  # characters; a longer `image` is an image
 
 # Benchmarks of the paper's Table 1 with such a file, and the capability it counts them to.
 CAPABILITIES = {
-    "MMStar": Capability.UNDERSTANDING,
-    "MMT-Bench_VAL": Capability.UNDERSTANDING,
-    "BLINK": Capability.UNDERSTANDING,
-    "MUIRBench": Capability.UNDERSTANDING,
-    "MMMU_DEV_VAL": Capability.REASONING,
-    "LogicVista": Capability.REASONING,
-    "MathVista_MINI": Capability.REASONING,
+    **dict.fromkeys(("MMStar", "MMT-Bench_VAL", "BLINK", "MUIRBench"), Capability.UNDERSTANDING),
+    **dict.fromkeys(("MMMU_DEV_VAL", "LogicVista", "MathVista_MINI"), Capability.REASONING),
     "HallusionBench": Capability.GENERATION,
 }
 JUDGED = ("MMVet",)  # scored by a judge model, which is not here
@@ -39,27 +33,25 @@ JUDGED = ("MMVet",)  # scored by a judge model, which is not here
 Row = Mapping[str, str]
 
 
-def read(source: LmuDataSource, split: str, seed: int) -> Iterator[Sample]:
-    """Yield the answered questions in order if `split` is the source's; at most `source.limit`.
+def read(source: LmuDataSource) -> Iterator[Sample]:
+    """Yield the answered questions in order.
 
     UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column and an
     image that cannot be read or is outside the folder. HallusionBench counts single answers (aAcc).
     """
-    if split != source.split:
-        return
     if source.name in JUDGED:
         raise UserError(f"prepare.sources lmudata: {source.name} is scored by a judge model, which is not here")
     path = _file(source)
     named = {held for row in _rows(path) if (held := _held(row)) and len(held) <= LONGEST_INDEX}
     rows = _rows(path) if named else ()  # a file may be gigabytes
     shared = {row["index"]: _images(row, source, path, {}) for row in rows if row["index"] in named}
-    answered = (_sample(row, source, path, shared) for row in _rows(path) if row["answer"].strip())
-    yield from islice(answered, source.limit)
+    yield from (_sample(row, source, path, shared) for row in _rows(path) if row["answer"].strip())
 
 
 def _file(source: LmuDataSource) -> Path:
-    folder = source.path or Path(os.environ.get(VARIABLE, ""))
-    if not (source.path or os.environ.get(VARIABLE)) or not folder.is_dir():
+    given = source.path or os.environ.get(VARIABLE)
+    folder = Path(given or "")
+    if not given or not folder.is_dir():
         raise UserError(
             f"prepare.sources lmudata {source.name}: no folder {folder}: give `path`, or set {VARIABLE}, to the folder "
             "that holds the .tsv files"
@@ -75,9 +67,7 @@ def _rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # images are fields
     with path.open(newline="", encoding="utf-8") as lines:
         table = csv.DictReader(lines, delimiter="\t", restval="")
-        missing = [name for name in ("index", "question", "answer") if name not in (table.fieldnames or ())]
-        if missing:
-            raise UserError(f"{path}: no column {', '.join(missing)}; it has {', '.join(table.fieldnames or ())}")
+        require_columns(path, ("index", "question", "answer"), table.fieldnames or ())
         yield from table
 
 

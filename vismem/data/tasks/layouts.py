@@ -7,8 +7,8 @@ naming what stands in them.
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
@@ -19,8 +19,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
+VALUES: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "shape": SHAPES}
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 CELLS = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
+NUMBERS = tuple(str(number) for number in range(len(CELLS) + 1))
 SPLITS = ("pretrain", "train", "validation", "test")
 
 # Colour-shape pairs that the pretrain split never shows; the last two are shown by the test split only.
@@ -54,95 +56,85 @@ class Thing:
         return f"{self.colour} {self.shape}"
 
 
+Pair = tuple[str, str]  # a colour and a shape
 Layout = tuple[Thing, ...]  # one image, in reading order
 
 
 @dataclass(frozen=True)
 class World:
-    """What the scenes of one split may hold: the number of objects, the colour-shape pairs, the question forms."""
+    """What the scenes of one split may hold, and the random choices among that."""
 
     split: str
     min_objects: int
     max_objects: int
-    pairs: frozenset[tuple[str, str]]
+    pairs: frozenset[Pair]
+    rng: random.Random = field(default_factory=random.Random)
 
     @property
     def hard(self) -> bool:
         """Every split but pretrain."""
         return self.split != "pretrain"
 
-    def number(self, rng: random.Random, minimum: int = 1, maximum: int = 9) -> int:
-        """A number of objects within the split's range and the task's own bounds."""
-        low = max(self.min_objects, minimum)
-        return rng.randint(low, max(low, min(self.max_objects, maximum)))
-
     def owns(self, layout: Layout) -> bool:
         """Whether this split may show the layout; exactly one split may."""
         text = "|".join(f"{t.cell},{t.colour},{t.shape}" for t in layout)
         return SPLITS[hashlib.sha256(text.encode()).digest()[0] % len(SPLITS)] == self.split
 
-    def form(self, rng: random.Random, forms: tuple[str, ...]) -> str:
+    def form(self, forms: Sequence[str]) -> str:
         """One wording. The last is for a tenth of the test split, the one before it for all splits but pretrain."""
-        if self.split == "test" and rng.random() < 0.1:
+        if self.split == "test" and self.rng.random() < 0.1:
             return forms[-1]
-        return rng.choice(forms[:-1] if self.hard else forms[:-2])
+        return self.rng.choice(forms[:-1] if self.hard else forms[:-2])
+
+    def kind(self) -> str:
+        """By what objects are told apart."""
+        return self.rng.choice(("colour", "shape"))
+
+    def number(self, minimum: int = 1, maximum: int = 9) -> int:
+        """A number of objects within the split's range and the task's own bounds."""
+        low = max(self.min_objects, minimum)
+        return self.rng.randint(low, max(low, min(self.max_objects, maximum)))
+
+    def draw(self, number: int, kind: str = "colour", values: Sequence[str] = VALUES["colour"]) -> list[Pair]:
+        """Colour-shape pairs that the split may show, whose colour (or shape: `kind`) is one of `values`."""
+        allowed = {**VALUES, kind: values}
+        pairs: list[Pair] = []
+        while len(pairs) < number:
+            pair = (self.rng.choice(allowed["colour"]), self.rng.choice(allowed["shape"]))
+            if pair in self.pairs:
+                pairs.append(pair)
+        return pairs
+
+    def place(self, pairs: Sequence[Pair]) -> Layout:
+        """Put the pairs into random cells."""
+        cells = self.rng.sample(range(9), len(pairs))
+        return tuple(sorted(Thing(cell, *pair) for cell, pair in zip(cells, pairs, strict=True)))
+
+    def layout(self, maximum: int = 9) -> Layout:
+        """Any pairs in any cells, at most `maximum`."""
+        return self.place(self.draw(self.number(maximum=maximum)))
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A question with its layouts and its answer."""
+    """A question with its layouts and its answer. `blanks` are what its wording is filled with."""
 
     layouts: tuple[Layout, ...]
-    question: str
+    blanks: tuple[str, ...]
     answer: str
-    rationale: str = ""
+    rationale: str
     choices: tuple[str, ...] = ()
+    question: str = ""
 
 
-Builder = Callable[[random.Random, World], Puzzle | None]
-Pair = tuple[str, str]
-
-NUMBERS = tuple(str(number) for number in range(len(CELLS) + 1))
-
-
-def plural(noun: str) -> str:
-    """The plural of a shape's name."""
-    return noun + ("es" if noun.endswith("s") else "s")
+def without(kind: str, *values: str) -> tuple[str, ...]:
+    """The other colours, or shapes."""
+    return tuple(value for value in VALUES[kind] if value not in values)
 
 
-def values_of(kind: str) -> tuple[str, ...]:
-    """All colours, or all shapes."""
-    return {"colour": tuple(COLOURS), "shape": SHAPES}[kind]
-
-
-def only(kind: str, value: str) -> dict[str, tuple[str, ...]]:
-    """`draw_pair`'s argument for pairs with this colour or shape."""
-    return {f"{kind}s": (value,)}
-
-
-def without(kind: str, *values: str) -> dict[str, tuple[str, ...]]:
-    """`draw_pair`'s argument for pairs with none of these colours or shapes."""
-    return {f"{kind}s": tuple(value for value in values_of(kind) if value not in values)}
-
-
-def draw_pair(
-    rng: random.Random, world: World, colours: tuple[str, ...] = tuple(COLOURS), shapes: tuple[str, ...] = SHAPES
-) -> Pair:
-    """A colour and a shape that the world may show together."""
-    while (pair := (rng.choice(colours), rng.choice(shapes))) not in world.pairs:
-        pass
-    return pair
-
-
-def place(rng: random.Random, pairs: list[Pair]) -> Layout:
-    """Put the pairs into random cells."""
-    cells = rng.sample(range(9), len(pairs))
-    return tuple(sorted(Thing(cell, *pair) for cell, pair in zip(cells, pairs, strict=True)))
-
-
-def random_layout(rng: random.Random, world: World, maximum: int = 9) -> Layout:
-    """Any pairs in any cells, at most `maximum`."""
-    return place(rng, [draw_pair(rng, world) for _ in range(world.number(rng, maximum=maximum))])
+def plural(value: str) -> str:
+    """What objects of one colour or shape are called, such as "red shapes" or "crosses"."""
+    return f"{value} shapes" if value in COLOURS else value + ("es" if value.endswith("s") else "s")
 
 
 def times(layout: Layout, thing: Thing) -> int:
@@ -155,18 +147,13 @@ def names_of(things: Iterable[Thing]) -> str:
     return ", ".join(thing.name for thing in things)
 
 
-def name_or_empty(thing: Thing | None) -> str:
-    """The object's name, or "empty"."""
-    return thing.name if thing else "empty"
+def line_of(layout: Layout, cells: Iterable[int]) -> list[str]:
+    """What stands in each of the cells: an object's name, or "empty"."""
+    names = {thing.cell: thing.name for thing in layout}
+    return [names.get(cell, "empty") for cell in cells]
 
 
-def line_of(layout: Layout, cells: range) -> list[Thing | None]:
-    """What stands in each of the cells; None for an empty one."""
-    by_cell = {thing.cell: thing for thing in layout}
-    return [by_cell.get(cell) for cell in cells]
-
-
-def tally(value: str, kind: str, layout: Layout) -> str:
+def tally(value: str, layout: Layout) -> str:
     """The objects of one colour or shape, counted aloud: "red: 1 red circle, 2 red star", or "red: none"."""
-    found = [thing for thing in layout if value == getattr(thing, kind)]
-    return f"{value}: " + (", ".join(f"{number} {thing.name}" for number, thing in enumerate(found, 1)) or "none")
+    found = [thing.name for thing in layout if value in (thing.colour, thing.shape)]
+    return f"{value}: " + (", ".join(f"{number} {name}" for number, name in enumerate(found, 1)) or "none")

@@ -1,0 +1,64 @@
+"""What readers share: paths that stay inside their source's folder, JSON lines, columns that must be there."""
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vismem.errors import UserError
+
+
+def inside(folder: Path, path: Path, where: str) -> Path:
+    """`path`, a file or folder that the data names at `where`, once links and `..` are followed.
+
+    UserError if it is outside `folder`, whether or not it is there.
+    """
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
+        raise UserError(f"{where}: {str(path)!r} is no path: {error}") from None
+    if not target.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{where}: {path} leads to {target}, outside the source's folder {folder}: copy the file into that folder, "
+            "only what is inside is read"
+        )
+    return target
+
+
+def json_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's place and object; blank lines are skipped. An entry of `needed` is a key, or "KEY or KEY".
+
+    UserError, naming the line, for text that is not UTF-8, broken JSON, what is no object, and missing keys.
+    """
+    with path.open("rb") as lines:
+        for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)):
+            if line.strip():
+                row = _object(line, where)
+                if missing := [keys for keys in needed if not row.keys() & set(keys.split(" or "))]:
+                    there = _names(row) or "no keys"
+                    raise UserError(f"{where}: no {_names(missing)}; the line has {there}. Needed: {', '.join(needed)}")
+                yield where, row
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 text ({error.reason} at byte {error.start}): save the file as UTF-8"
+        raise UserError(f"{where}: {problem}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno}): one object per line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: an object {{...}} is needed, not a {type(row).__name__}")
+    return row
+
+
+def _names(keys: Collection[str]) -> str:
+    return ", ".join(f"'{key}'" for key in keys).replace(" or ", "' or '")
+
+
+def require_columns(path: Path, needed: Sequence[str], there: Collection[str]) -> None:
+    """UserError, naming both, where a table lacks columns."""
+    if missing := [name for name in needed if name not in there]:
+        lack = f"no column {', '.join(missing)}; it has {', '.join(there)}"
+        raise UserError(f"{path}: {lack}. Needed: {', '.join(needed)}")

@@ -99,11 +99,11 @@ def tables(figures: Values) -> dict[str, str]:
     return {
         "groups": table(["arm", *CAPABILITIES, *KINDS.values(), "says yes", "unparsed", "unfinished"], groups),
         "tasks": table(["task", "capability", "n", *map(label, shown)], tasks),
-        "costs": table(["arm", *COSTS.values(), "ms a sample", "over vanilla"], costs),
+        "costs": table(["arm", *COSTS.values(), "ms per sample", "over vanilla"], costs),
         "use": use_table("arm", use),
         "use_by_task": use_table("task", pooled["invocation"].get("tasks", {})),
         "validation": table(["step", "decoding", *columns(figures["seeds"])], validation),
-        "jobs": table(["step", "runs", "seconds a run"], [[k, len(v), f"{v.mean():.0f}"] for k, v in by_step]),
+        "jobs": table(["step", "runs", "seconds per run"], [[k, len(v), f"{v.mean():.0f}"] for k, v in by_step]),
         "parameters": table(["parameter", "value"], [[f"`{k}`", f"`{v}`"] for k, v in figures["parameters"].items()]),
     }
 

@@ -74,7 +74,7 @@ def summarise(
 
 
 def memory_use(answers: Sequence[Prediction]) -> dict[str, Any]:
-    """How memory was used: share of answers with any (percent), and by kind invocations an answer and mean place.
+    """How memory was used: share of answers with any (percent), and by kind invocations per answer and mean place.
 
     `mean_position` is the mean relative position in [0, 1], None where that kind was never invoked.
     """

@@ -25,7 +25,7 @@ WIDTH = 9.6  # inches: at the page's width, letters are as large as its text
 
 
 def score_plot(metrics: Metrics) -> bytes:
-    """Scores with 95 % intervals: a row an arm, a panel overall and for each capability; dashed, vanilla's score."""
+    """Scores with 95 % intervals: one row per arm, a panel overall and for each capability; dashed, vanilla's score."""
     arms, groups = list(metrics.arms), [OVERALL, *metrics.counts]
     figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(arms)), layout="constrained")
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
@@ -58,7 +58,7 @@ def task_plot(metrics: Metrics) -> bytes:
 
 
 def invocation_plot(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction]) -> bytes:
-    """VisMem's invocations an answer by task and kind, and where in the answer they stand (Figures 5 and 9)."""
+    """VisMem's invocations per answer by task and kind, and where in the answer they stand (Figures 5 and 9)."""
     figure = Figure(figsize=(WIDTH, 1.4 + 0.29 * max(len(tasks), 6)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     height, width = 0.36, 0.4 / BINS
@@ -70,12 +70,12 @@ def invocation_plot(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction
         right.bar(MIDDLES + side * width, shares, width, color=KIND_COLOURS[kind], label=name)
     name_rows(left, [task.replace("_", " ") for task in tasks])
     left.set_xlim(left=0)
-    left.set_xlabel("invocations an answer")
+    left.set_xlabel("invocations per answer")
     _clean(right)
     right.grid(axis="y", color=RULE)
     right.set_xlim(0, 1)
     right.set_xlabel("place in the answer (0 its start, 1 its end)")
-    right.set_ylabel("invocations an answer")
+    right.set_ylabel("invocations per answer")
     figure.legend(frameon=False, ncols=2, loc="outside upper center")
     return to_png(figure)
 

@@ -1,4 +1,4 @@
-"""The facts that rules judge: one light row a sample, streamed from the shards; images are looked at and let go."""
+"""The facts that rules judge: one light row per sample, streamed from the shards; images are looked at and let go."""
 
 import math
 import os

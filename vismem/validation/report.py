@@ -69,7 +69,7 @@ def _split(split: str, findings: Findings) -> dict[str, Any]:
 
 
 def _tasks(findings: Findings) -> list[dict[str, Any]]:
-    """The task mix as a table: one row a task, with its share of each split and of the profile."""
+    """The task mix as a table: one row per task, with its share of each split and of the profile."""
     mixes = [findings.task_mix[split] for split in reversed(SPLITS)]
     names = sorted(set(findings.profile).union(*mixes))
     shares = {name: [mix.get(name, 0.0) for mix in (*mixes, findings.profile)] for name in names}
@@ -77,7 +77,7 @@ def _tasks(findings: Findings) -> list[dict[str, Any]]:
 
 
 def _samples(findings: Findings) -> list[dict[str, Any]]:
-    """A few good rows a task, from the train split where it has the task."""
+    """A few good rows per task, from the train split where it has the task."""
     ordered = findings.clean.assign(rank=findings.clean["split"].map(("train", "validation", "test").index))
     ordered = ordered.sort_values(["rank", "shard", "position"], kind="stable")
     chosen = ordered.groupby("task", sort=True).head(SAMPLES_A_TASK)

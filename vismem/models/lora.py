@@ -25,7 +25,7 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The policy's adapter: its size, and whether it stands on every linear layer or on q_proj and v_proj only."""
+    """An adapter's size; for the policy's, whether it is on every linear layer or on q_proj and v_proj only."""
 
     rank: int
     alpha: float
@@ -39,21 +39,20 @@ class Lora(nn.Module):
     B starts at zero, so a fresh adapter changes nothing.
     """
 
-    def __init__(self, targets: list[LoraTarget], rank: int, alpha: float, dropout: float) -> None:
+    def __init__(self, targets: list[LoraTarget], settings: LoraSettings) -> None:
         super().__init__()
-        self.scale = alpha / rank
-        self.dropout = nn.Dropout(dropout)
+        self.settings, self.scale = settings, settings.alpha / settings.rank
+        self.dropout = nn.Dropout(settings.dropout)
         self.down = nn.ParameterDict()
         self.up = nn.ParameterDict()
-        self.targets = targets
         self.enabled = False
         self.handles = []
         for target in targets:
             key = f"{target.name}.{target.start}".replace(".", "_")
-            down = torch.empty(rank, target.module.in_features)
+            down = torch.empty(settings.rank, target.module.in_features)
             nn.init.kaiming_uniform_(down, a=5**0.5)
             self.down[key] = nn.Parameter(down)
-            self.up[key] = nn.Parameter(torch.zeros(target.stop - target.start, rank))
+            self.up[key] = nn.Parameter(torch.zeros(target.stop - target.start, settings.rank))
             self.handles.append(target.module.register_forward_hook(self._hook(key, target)))
 
     def remove(self) -> None:

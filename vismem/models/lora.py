@@ -7,7 +7,7 @@ one linear layer (Qwen2.5-VL) are adapted on slices of that layer's output, whic
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,23 +53,22 @@ class Lora(nn.Module):
             nn.init.kaiming_uniform_(down, a=5**0.5)
             self.down[key] = nn.Parameter(down)
             self.up[key] = nn.Parameter(torch.zeros(target.stop - target.start, settings.rank))
-            self.handles.append(target.module.register_forward_hook(self._hook(key, target)))
+            self.handles.append(target.module.register_forward_hook(partial(self._add, key, target)))
 
     def remove(self) -> None:
         """Take the adapter off the base for good."""
         for hook in self.handles:
             hook.remove()
 
-    def _hook(self, key: str, target: LoraTarget) -> Any:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.enabled:
-                return None
-            dtype = self.down[key].dtype
-            delta = self.scale * (self.dropout(inputs[0].to(dtype)) @ self.down[key].T @ self.up[key].T)
-            right = output.shape[-1] - target.stop
-            return output + nn.functional.pad(delta, (target.start, right)).to(output.dtype)
-
-        return add
+    def _add(
+        self, key: str, target: LoraTarget, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        """The forward hook of a target: its output with the adapter's part; None leaves the output as it is."""
+        if not self.enabled:
+            return None
+        down, up = self.down[key], self.up[key]
+        delta = self.scale * (self.dropout(inputs[0].to(down.dtype)) @ down.T @ up.T)
+        return output + nn.functional.pad(delta, (target.start, output.shape[-1] - target.stop)).to(output.dtype)
 
     @contextmanager
     def active(self, on: bool = True) -> Iterator[None]:

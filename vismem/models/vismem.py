@@ -15,7 +15,7 @@ from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.models.backbones import backbone_of, check_family
-from vismem.models.backbones.base import Backbone, PatchStream, Prompt
+from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
 from vismem.models.checkpointing import checkpointed
 from vismem.models.kinds import MemoryKind
 from vismem.models.lora import Lora, LoraSettings
@@ -40,7 +40,7 @@ class VisMemModel(nn.Module):
 
     def __init__(self, backbone: Backbone, memory: MemoryConfig, invocation: InvocationConfig, seed: int = 0) -> None:
         super().__init__()
-        self._backbone = [backbone]  # a list, so that the base is no submodule
+        self.backbone = backbone  # no nn.Module, so the base's weights are not registered
         self.memory_config, self.invocation_config = memory, invocation
         backbone.model.requires_grad_(False).eval()
         tokenizer = backbone.processor.tokenizer
@@ -62,11 +62,6 @@ class VisMemModel(nn.Module):
         self.recompute = False  # see `checkpointed`
         self.to(backbone.device)
         self.eval()
-
-    @property
-    def backbone(self) -> Backbone:
-        """The frozen base."""
-        return self._backbone[0]
 
     def _initial_rows(self) -> tuple[Tensor, Tensor]:
         """A delimiter's rows plus a small perturbation (paper Sec. 3.2)."""
@@ -133,14 +128,10 @@ class VisMemModel(nn.Module):
         """N_s or N_l."""
         return self.memory_config.short_length if kind is MemoryKind.SHORT else self.memory_config.long_length
 
-    def short_stream(self, vision: Any) -> PatchStream:
+    def short_stream(self, vision: VisionInput) -> PatchStream:
         """The prompts' patches inside the short former: computed once, read by every short memory."""
-
-        def read() -> PatchStream:
-            with self.short.lora.active():
-                return self.backbone.patch_stream(vision)
-
-        stream: PatchStream = self._run(read)
+        read = self.short.lora.active()(self.backbone.patch_stream)  # as a decorator: on again in the backward pass
+        stream: PatchStream = self._run(read, vision)
         return stream
 
     def long_prefix(self, prompt: Prompt) -> PrefixCache:

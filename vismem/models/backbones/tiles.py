@@ -3,7 +3,7 @@ learned positions inside the patch embeddings; and a language model with one-axi
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ class TiledBackbone(Backbone):
         self,
         hidden: Tensor,
         kept: list[tuple[Tensor, Tensor]] | None = None,
-        read: Iterable[tuple[Tensor, Tensor]] | None = None,
+        read: Iterable[Sequence[Tensor]] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, T, w) through all blocks, to what the projector takes of their states.
@@ -150,12 +150,12 @@ class TiledBackbone(Backbone):
         reads besides, under `mask` (B, 1, T, keys + T).
         """
         states = [hidden]
-        for block, others in zip(self.blocks, read or [None] * len(self.blocks), strict=True):
+        for block, others in zip(self.blocks, read or [()] * len(self.blocks), strict=True):
             query, key, value = self._qkv(block, hidden)
             if kept is not None:
                 kept.append((key, value))
             query, key, value = self._heads(query), self._heads(key), self._heads(value)
-            if others is not None:
+            if others:
                 key, value = torch.cat([others[0], key], dim=2), torch.cat([others[1], value], dim=2)
             attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             hidden = self._rest(block, hidden, attended.transpose(1, 2).flatten(2))
@@ -174,9 +174,8 @@ class TiledBackbone(Backbone):
 
     def project(self, hidden: Tensor) -> Tensor:
         rows, length, width = hidden.shape
-        projected: Tensor = self.model.model.multi_modal_projector(
-            hidden.reshape(rows, length // self.merge, self.merge * width)
-        )
+        merged = hidden.reshape(rows, length // self.merge, self.merge * width)
+        projected: Tensor = self.model.model.multi_modal_projector(merged)
         return projected
 
     def vision_targets(self) -> list[LoraTarget]:

@@ -111,7 +111,8 @@ def test_an_appended_memory_reads_all_patches_and_leaves_them_as_they_are(
     stream = backbone.patch_stream(prompt.vision)
     length = 2 * backbone.merge
     tokens = torch.randn(len(seeing), length, backbone.vision_width, generator=torch.Generator().manual_seed(1))
-    memory = backbone.memory_stream(tokens, None, stream, torch.arange(len(seeing)))
+    nowhere = torch.full((*tokens.shape[:2], 2), -1.0)
+    memory = backbone.memory_stream(tokens, nowhere, stream, torch.arange(len(seeing)))
     for row in range(len(seeing)):
         real = prompt.vision.mask[row]
         alone = VisionInput(
@@ -145,7 +146,7 @@ def _dense(backbone: Any, vision: VisionInput, tokens: Tensor) -> tuple[Tensor, 
     group = torch.arange(tiles).repeat_interleave(start.shape[1])
     hidden = torch.cat([start.flatten(0, 1)[None], tokens], dim=1)
     mask, states = _mask(group, length, True), [hidden]
-    for block in backbone.blocks:  # Hugging Face's own attention and feed-forward
+    for block in getattr(backbone.tower.encoder, backbone.layers_name):  # Hugging Face's own attention and feed-forward
         if backbone.family == "internvl":
             attended = block.attention(block.layernorm_before(hidden), attention_mask=mask)[0]
             hidden = hidden + block.lambda_1 * attended

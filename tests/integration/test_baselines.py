@@ -122,7 +122,7 @@ def test_a_matched_lora_has_about_as_many_parameters_as_vismem_s_formation(made:
     for name in ("sft_lora_matched", "grpo_lora_matched"):
         figures = json.loads((made[0][name] / "metrics.json").read_text())
         assert figures["trainable_parameters"] == pytest.approx(formation, rel=0.05)
-        assert made[1][name].policy_settings.every_linear, "q_proj and v_proj are too narrow for so many"
+        assert made[1][name].policy_lora.settings.every_linear, "q_proj and v_proj are too narrow for so many"
 
 
 def test_a_matched_lora_stands_on_q_and_v_where_they_are_wide_enough(

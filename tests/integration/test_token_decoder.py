@@ -8,7 +8,7 @@ import torch
 
 from vismem.generation.cache import RowCache
 from vismem.models.backbones.decoder import TokenDecoder
-from vismem.models.lora import Lora
+from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import load_base
 
@@ -21,7 +21,7 @@ def test_a_token_alone_gets_the_hidden_state_of_the_whole_model(variant: str, tm
     backbone = load_base(families.save_base(tmp_path, variant))
     language = backbone.model.model.language_model
     assert TokenDecoder.known(language), "or this test compares the model with itself"
-    adapter = Lora(backbone.language_targets(), rank=2, alpha=4, dropout=0.0)
+    adapter = Lora(backbone.language_targets(), LoraSettings(rank=2, alpha=4, dropout=0.0))
     for up in adapter.up.values():
         up.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     embeds = torch.randn(ROWS, READ + 1, backbone.width, generator=torch.Generator().manual_seed(0))
@@ -50,4 +50,4 @@ def test_an_unknown_decoder_is_left_to_hugging_face(tmp_path: Path) -> None:
     language = backbone.model.model.language_model
     language.config._attn_implementation = "eager"
     assert not TokenDecoder.known(language)
-    assert backbone._step == backbone.language
+    assert backbone.step == backbone.language

@@ -29,8 +29,7 @@ class LowRank(nn.Module):
 
 def adapters_of(lora: Lora) -> tuple[nn.ModuleList, nn.ModuleList]:
     """The adapters of all layers' queries, and those of their values; targets stand in that order in a layer."""
-    keys = [f"{target.name}.{target.start}".replace(".", "_") for target in lora.targets]
-    modules = [LowRank(lora.down[key], lora.up[key], lora.scale) for key in keys]
+    modules = [LowRank(down, lora.up[key], lora.scale) for key, down in lora.down.items()]
     return nn.ModuleList(modules[::2]), nn.ModuleList(modules[1::2])
 
 
@@ -112,9 +111,7 @@ class Decoder(nn.Module):
         last = hidden[:, -1]
         invoke = nn.functional.linear(last, self.tokens.head, self.tokens.bias)
         logits = torch.cat((self.lm_head(last), invoke), dim=-1)
-        kept = hidden[:, -self.long.length :]
-        unit = kept * torch.rsqrt(kept.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return logits, hidden, self.long.output(unit) * self.long.output_scale, present
+        return logits, hidden, self.long.read_out(hidden), present
 
 
 class VisionTower(nn.Module):

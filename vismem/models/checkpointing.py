@@ -6,7 +6,7 @@ are put back while it runs again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,36 +47,32 @@ class _LayerCache:
 
 
 def _recomputing(plain: Callable[..., Tensor], index: int, adapters: Sequence[Lora]) -> Callable[..., Tensor]:
+    """A layer's `forward` that is checkpointed where gradients are computed."""
+
     def forward(hidden: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return plain(hidden, *args, past_key_values=past_key_values, **kwargs)
 
         def run(hidden: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
-            if past_key_values is None:
-                return (plain(hidden, *args, past_key_values=None, **kwargs),)
             cache = _LayerCache(held)
             return (plain(hidden, *args, past_key_values=cache, **kwargs), *cache.added)
 
         held: tuple[Tensor, ...] = ()
         if past_key_values is not None and len(past_key_values.layers) > index:
             held = past_key_values.layers[index].keys, past_key_values.layers[index].values
+        again = _switched({adapter: adapter.enabled for adapter in adapters})  # around the second run
         output: Tensor
-        output, *added = checkpoint(run, hidden, *held, use_reentrant=False, context_fn=lambda: _as_now(adapters))
-        if added:
+        output, *added = checkpoint(run, hidden, *held, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+        if past_key_values is not None:
             past_key_values.update(*added, index)
         return output
 
     return forward
 
 
-def _as_now(adapters: Sequence[Lora]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `checkpoint`: nothing around the first run; around the second, the adapters as they are now."""
-    return nullcontext(), _switched(adapters, [adapter.enabled for adapter in adapters])
-
-
 @contextmanager
-def _switched(adapters: Sequence[Lora], switches: Sequence[bool]) -> Iterator[None]:
+def _switched(adapters: dict[Lora, bool]) -> Iterator[None]:
     with ExitStack() as stack:
-        for adapter, switch in zip(adapters, switches, strict=True):
-            stack.enter_context(adapter.active(switch))
+        for adapter, on in adapters.items():
+            stack.enter_context(adapter.active(on))
         yield

@@ -7,7 +7,7 @@ one linear layer (Qwen2.5-VL) are adapted on slices of that layer's output, whic
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The policy's adapter: its size, and whether it stands on every linear layer or on q_proj and v_proj only."""
+    """An adapter's size; for the policy's, whether it is on every linear layer or on q_proj and v_proj only."""
 
     rank: int
     alpha: float
@@ -39,38 +39,36 @@ class Lora(nn.Module):
     B starts at zero, so a fresh adapter changes nothing.
     """
 
-    def __init__(self, targets: list[LoraTarget], rank: int, alpha: float, dropout: float) -> None:
+    def __init__(self, targets: list[LoraTarget], settings: LoraSettings) -> None:
         super().__init__()
-        self.scale = alpha / rank
-        self.dropout = nn.Dropout(dropout)
+        self.settings, self.scale = settings, settings.alpha / settings.rank
+        self.dropout = nn.Dropout(settings.dropout)
         self.down = nn.ParameterDict()
         self.up = nn.ParameterDict()
-        self.targets = targets
         self.enabled = False
         self.handles = []
         for target in targets:
             key = f"{target.name}.{target.start}".replace(".", "_")
-            down = torch.empty(rank, target.module.in_features)
+            down = torch.empty(settings.rank, target.module.in_features)
             nn.init.kaiming_uniform_(down, a=5**0.5)
             self.down[key] = nn.Parameter(down)
-            self.up[key] = nn.Parameter(torch.zeros(target.stop - target.start, rank))
-            self.handles.append(target.module.register_forward_hook(self._hook(key, target)))
+            self.up[key] = nn.Parameter(torch.zeros(target.stop - target.start, settings.rank))
+            self.handles.append(target.module.register_forward_hook(partial(self._add, key, target)))
 
     def remove(self) -> None:
         """Take the adapter off the base for good."""
         for hook in self.handles:
             hook.remove()
 
-    def _hook(self, key: str, target: LoraTarget) -> Any:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.enabled:
-                return None
-            dtype = self.down[key].dtype
-            delta = self.scale * (self.dropout(inputs[0].to(dtype)) @ self.down[key].T @ self.up[key].T)
-            right = output.shape[-1] - target.stop
-            return output + nn.functional.pad(delta, (target.start, right)).to(output.dtype)
-
-        return add
+    def _add(
+        self, key: str, target: LoraTarget, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        """The forward hook of a target: its output with the adapter's part; None leaves the output as it is."""
+        if not self.enabled:
+            return None
+        down, up = self.down[key], self.up[key]
+        delta = self.scale * (self.dropout(inputs[0].to(down.dtype)) @ down.T @ up.T)
+        return output + nn.functional.pad(delta, (target.start, output.shape[-1] - target.stop)).to(output.dtype)
 
     @contextmanager
     def active(self, on: bool = True) -> Iterator[None]:

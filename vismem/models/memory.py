@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from vismem.config import MemoryConfig
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt
-from vismem.models.lora import Lora
+from vismem.models.lora import Lora, LoraSettings
 
 
 class BuilderLayer(nn.Module):
@@ -69,7 +69,7 @@ class ShortFormer(nn.Module):
     coarse second look. With 'random' they stand alone, at the identity position, as the paper writes.
     """
 
-    def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
+    def __init__(self, backbone: Backbone, config: MemoryConfig, adapter: LoraSettings) -> None:
         super().__init__()
         self.length, self.merge, self.patches = config.short_length, backbone.merge, config.short_init == "patches"
         width = backbone.vision_width
@@ -78,7 +78,7 @@ class ShortFormer(nn.Module):
         nn.init.zeros_(self.query.bias)
         random = torch.randn(self.merge * config.short_length, width) * config.init_std
         self.memory_init = nn.Parameter(torch.zeros_like(random) if self.patches else random)
-        self.lora = Lora(backbone.vision_targets(), config.lora_rank, config.lora_alpha, config.lora_dropout)
+        self.lora = Lora(backbone.vision_targets(), adapter)
 
     def forward(self, backbone: Backbone, queries: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
         """Queries (R, K, d), the samples' patch stream made with this adapter, rows' samples (R,): (R, N_s, d)."""
@@ -137,7 +137,7 @@ class LongFormer(nn.Module):
     initialised to the identity.
     """
 
-    def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
+    def __init__(self, backbone: Backbone, config: MemoryConfig, adapter: LoraSettings) -> None:
         super().__init__()
         width = backbone.width
         self.length, self.patches = config.long_length, config.long_init == "patches"
@@ -151,7 +151,7 @@ class LongFormer(nn.Module):
         nn.init.zeros_(self.output.weight) if self.patches else nn.init.eye_(self.output.weight)
         self.query_scale = nn.Parameter(scale.cpu().clone())
         self.output_scale = nn.Parameter(scale.cpu().clone())
-        self.lora = Lora(backbone.language_targets(), config.lora_rank, config.lora_alpha, config.lora_dropout)
+        self.lora = Lora(backbone.language_targets(), adapter)
 
     def prefill(self, backbone: Backbone, prompt: Prompt) -> PrefixCache:
         """Run as many first tokens as all prompts have through the language model, with this adapter."""
@@ -187,9 +187,14 @@ class LongFormer(nn.Module):
                 causal_mask(keys, keys.shape[1] - cached),
                 cache,
             )
-        last = hidden[:, -self.length :].to(self.output.weight.dtype)
-        result: Tensor = self.output(_unit_rms(last)) * self.output_scale
+        result = self.read_out(hidden.to(self.output.weight.dtype))
         return result + memory if self.patches else result
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Hidden states (R, T, d), of which the last N_l go into the embedding space (R, N_l, d)."""
+        last = hidden[:, -self.length :]
+        result: Tensor = self.output(last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6)) * self.output_scale
+        return result
 
 
 def pooling(visual: Tensor, slots: int) -> Tensor:
@@ -214,7 +219,3 @@ def causal_mask(keys: Tensor, queries: int | None = None) -> Tensor:
     key = torch.arange(keys.shape[1], device=keys.device)
     query = key[keys.shape[1] - queries if queries else 0 :, None]
     return (keys[:, None, None, :] & (key <= query)) | (key == query)
-
-
-def _unit_rms(hidden: Tensor) -> Tensor:
-    return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)

@@ -4,10 +4,8 @@ from typing import Any
 
 from vismem.models.kinds import MemoryKind
 
-INVOKE = {MemoryKind.SHORT: "<m_I^s>", MemoryKind.LONG: "<m_I^l>"}
-END = {MemoryKind.SHORT: "<m_E^s>", MemoryKind.LONG: "<m_E^l>"}
-MEMORY_TOKENS = (*INVOKE.values(), *END.values())
 KINDS = tuple(MemoryKind)  # the order of the invoke rows, and of the end rows
+MEMORY_TOKENS = ("<m_I^s>", "<m_I^l>", "<m_E^s>", "<m_E^l>")  # both invokes, both ends
 
 
 def add_memory_tokens(tokenizer: Any) -> tuple[int, int, int, int]:

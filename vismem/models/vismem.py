@@ -15,15 +15,13 @@ from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.models.backbones import backbone_of, check_family
-from vismem.models.backbones.base import Backbone, PatchStream, Prompt
+from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
 from vismem.models.checkpointing import checkpointed
 from vismem.models.kinds import MemoryKind
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer
 from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
-
-FORMAT = 1
 
 
 class TokenRows(nn.Module):
@@ -42,31 +40,28 @@ class VisMemModel(nn.Module):
 
     def __init__(self, backbone: Backbone, memory: MemoryConfig, invocation: InvocationConfig, seed: int = 0) -> None:
         super().__init__()
-        self._backbone = [backbone]  # a list, so that the base is no submodule
+        self.backbone = backbone  # no nn.Module, so the base's weights are not registered
         self.memory_config, self.invocation_config = memory, invocation
         backbone.model.requires_grad_(False).eval()
         tokenizer = backbone.processor.tokenizer
         self.memory_ids = add_memory_tokens(tokenizer)
-        self.invoke_ids = {kind: self.memory_ids[i] for i, kind in enumerate(KINDS)}
-        self.end_ids = {kind: self.memory_ids[2 + i] for i, kind in enumerate(KINDS)}
+        self.invoke_ids = dict(zip(KINDS, self.memory_ids[:2], strict=True))
+        self.end_ids = dict(zip(KINDS, self.memory_ids[2:], strict=True))
         self.delimiter_ids = delimiter_ids(tokenizer, invocation.delimiters)
-        self.stop_ids = _stop_ids(backbone)
+        stop = backbone.model.generation_config.eos_token_id
+        stop = tokenizer.eos_token_id if stop is None else stop
+        self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+        adapter = LoraSettings(memory.lora_rank, memory.lora_alpha, memory.lora_dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.tokens = TokenRows(*self._initial_rows())
             self.builder = QueryBuilder(backbone.width, memory)
-            self.short = ShortFormer(backbone, memory)
-            self.long = LongFormer(backbone, memory)
-            adapter = memory.lora_rank, memory.lora_alpha, memory.lora_dropout
-            self.policy_lora, self.policy_settings = Lora(backbone.language_targets(), *adapter), LoraSettings(*adapter)
+            self.short = ShortFormer(backbone, memory, adapter)
+            self.long = LongFormer(backbone, memory, adapter)
+            self.policy_lora = Lora(backbone.language_targets(), adapter)
         self.recompute = False  # see `checkpointed`
         self.to(backbone.device)
         self.eval()
-
-    @property
-    def backbone(self) -> Backbone:
-        """The frozen base."""
-        return self._backbone[0]
 
     def _initial_rows(self) -> tuple[Tensor, Tensor]:
         """A delimiter's rows plus a small perturbation (paper Sec. 3.2)."""
@@ -133,14 +128,10 @@ class VisMemModel(nn.Module):
         """N_s or N_l."""
         return self.memory_config.short_length if kind is MemoryKind.SHORT else self.memory_config.long_length
 
-    def short_stream(self, vision: Any) -> PatchStream:
+    def short_stream(self, vision: VisionInput) -> PatchStream:
         """The prompts' patches inside the short former: computed once, read by every short memory."""
-
-        def read() -> PatchStream:
-            with self.short.lora.active():
-                return self.backbone.patch_stream(vision)
-
-        stream: PatchStream = self._run(read)
+        read = self.short.lora.active()(self.backbone.patch_stream)  # as a decorator: on again in the backward pass
+        stream: PatchStream = self._run(read, vision)
         return stream
 
     def long_prefix(self, prompt: Prompt) -> PrefixCache:
@@ -183,10 +174,8 @@ class VisMemModel(nn.Module):
     def set_policy_lora(self, settings: LoraSettings) -> None:
         """Give the policy another adapter, fresh and off."""
         self.policy_lora.remove()
-        targets = self.backbone.language_targets(settings.every_linear)
-        self.policy_lora = Lora(targets, settings.rank, settings.alpha, settings.dropout).to(self.backbone.device)
-        self.policy_lora.eval()
-        self.policy_settings = settings
+        adapter = Lora(self.backbone.language_targets(settings.every_linear), settings)
+        self.policy_lora = adapter.to(self.backbone.device).eval()
 
     # --- files ---
 
@@ -194,13 +183,13 @@ class VisMemModel(nn.Module):
         """Write what VisMem adds: `vismem.json`, `memory.safetensors`, `policy.safetensors` and the processor."""
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
-            "format": FORMAT,
+            "format": 1,
             "family": self.backbone.family,
             "memory": self.memory_config.model_dump(mode="json"),
             "invocation": self.invocation_config.model_dump(mode="json"),
             "memory_ids": self.memory_ids,
             "policy_lora": self.policy_lora.enabled,
-            "policy_settings": asdict(self.policy_settings),
+            "policy_settings": asdict(self.policy_lora.settings),
         }
         write_json(folder / "vismem.json", settings)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
@@ -219,8 +208,8 @@ class VisMemModel(nn.Module):
         model = cls(backbone, MemoryConfig(**settings["memory"]), InvocationConfig(**settings["invocation"]))
         if model.memory_ids != tuple(settings["memory_ids"]):
             raise UserError(f"{base} has another tokenizer than the one that {folder} was trained with")
-        policy = LoraSettings(**settings.get("policy_settings", asdict(model.policy_settings)))
-        if policy != model.policy_settings:
+        policy = LoraSettings(**settings.get("policy_settings", asdict(model.policy_lora.settings)))
+        if policy != model.policy_lora.settings:
             model.set_policy_lora(policy)
         model.load_state_dict(
             load_file(Path(folder) / "memory.safetensors") | load_file(Path(folder) / "policy.safetensors")
@@ -241,10 +230,3 @@ def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error
     return backbone_of(model, processor)
-
-
-def _stop_ids(backbone: Backbone) -> tuple[int, ...]:
-    stop = backbone.model.generation_config.eos_token_id
-    if stop is None:
-        stop = backbone.processor.tokenizer.eos_token_id
-    return tuple(stop) if isinstance(stop, list) else (stop,)

@@ -24,4 +24,4 @@ def check_family(family: str) -> None:
 def backbone_of(model: Any, processor: Any) -> Backbone:
     """The backbone for a loaded Hugging Face model. UserError for a family that is not supported."""
     check_family(model.config.model_type)
-    return FAMILIES[model.config.model_type](model, processor)  # type: ignore[call-arg]
+    return FAMILIES[model.config.model_type](model, processor)

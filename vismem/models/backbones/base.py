@@ -41,9 +41,15 @@ class PatchStream:
     """The patches inside the vision encoder: their embeddings, and keys and values of every block."""
 
     embeds: Tensor  # (S, P, w) patch embeddings, before the first block
-    keys_values: list[tuple[Tensor, Tensor]]  # per block: (S, heads, P, head width) each; class tokens may come on top
+    keys_values: list[tuple[Tensor, Tensor]]  # per block: (S, heads, keys, head width) each: class tokens may be added
     hidden: Tensor  # (S, P, w) as the projector takes it
     vision: VisionInput
+    readable: Tensor  # (S, keys) False on padding
+
+    def memory_mask(self, sample: Tensor, length: int) -> Tensor:
+        """(R, 1, length, keys + length): memory tokens of samples `sample` (R,) read all real keys and each other."""
+        patches = self.readable[sample][:, None, None, :].expand(-1, -1, length, -1)
+        return torch.cat([patches, patches.new_ones(len(sample), 1, length, length)], dim=-1)
 
 
 @dataclass
@@ -65,26 +71,21 @@ class Prompt:
 class Backbone(ABC):
     """A VLM of one family, frozen. `model` is the Hugging Face model, `processor` its processor."""
 
-    family: str
     takes_video = False
     image_markers = 1  # tokens that open an image in a prompt, and as many that close it
-    model: Any
-    processor: Any
+    three_axes = False  # whether the language model's positions are time, height and width, or one number
+    merge: int  # g, patch tokens that the projector merges into one
+    blocks: Any  # of the vision encoder, as far as the projector needs them
+    heads: int  # of each of them
 
-    @property
-    def width(self) -> int:
-        """d, width of the language model."""
-        return int(self.model.config.text_config.hidden_size)
-
-    @property
-    def vision_width(self) -> int:
-        """w, width of the vision encoder."""
-        return int(self.model.config.vision_config.hidden_size)
-
-    @property
-    @abstractmethod
-    def merge(self) -> int:
-        """g, patch tokens that the projector merges into one."""
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.family: str = model.config.model_type
+        self.settings = model.config.vision_config
+        self.width = int(model.config.text_config.hidden_size)  # d, of the language model
+        self.vision_width = int(self.settings.hidden_size)  # w, of the vision encoder
+        self.embedding: nn.Embedding = model.get_input_embeddings()  # kept: Hugging Face searches at every call
+        self.head: nn.Linear = model.get_output_embeddings()
 
     @abstractmethod
     def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
@@ -98,7 +99,7 @@ class Backbone(ABC):
         """Run the patches through the vision encoder (with whatever adapter is active)."""
 
     @abstractmethod
-    def memory_stream(self, tokens: Tensor, positions: Tensor | None, stream: PatchStream, sample: Tensor) -> Tensor:
+    def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
         """Run extra tokens (R, T, w) beside the patches of samples `sample` (R,): they read patches, never reversely.
 
         `positions` (R, T, 2) are their rotary positions, negative for the identity; encoders without ignore them.
@@ -109,28 +110,21 @@ class Backbone(ABC):
     def project(self, hidden: Tensor) -> Tensor:
         """The family's own projector: (R, g * N, w) to (R, N, d)."""
 
-    @abstractmethod
     def language(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """Last hidden states (R, L, d) of embeddings (R, L, d); positions (3, R, L); mask (R, 1, L, keys) bool."""
-
-    def _language(self, embeds: Tensor, positions: Tensor, mask: Any, cache: Any) -> Tensor:
-        """`language`, with positions and mask as Hugging Face's language model takes them."""
         output = self.model.model.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions if self.three_axes else positions[0],
             past_key_values=cache,
             use_cache=cache is not None,
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def step(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """`language` for one token per row, faster where the decoder is a known one."""
-        return self._step(embeds, positions, mask, cache)
-
     @cached_property
-    def _step(self) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
+    def step(self) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
+        """`language` for one token per row, faster where the decoder is a known one."""
         language = self.model.model.language_model
         return TokenDecoder(language) if TokenDecoder.known(language) else self.language
 
@@ -147,24 +141,13 @@ class Backbone(ABC):
             if isinstance(linear, nn.Linear) and (every_linear or name.endswith((".q_proj", ".v_proj")))
         ]
 
-    def without_patches(self, vision: VisionInput, heads: int, blocks: int, states: int = 1) -> PatchStream:
-        """The stream of samples none of which has an image."""
+    def without_patches(self, vision: VisionInput, states: int = 1) -> PatchStream:
+        """The stream of samples none of which has an image; the projector takes `states` states of the encoder."""
         samples, weight = len(vision.image), self.embedding.weight
         embeds = weight.new_zeros(samples, 0, self.vision_width)
-        none = weight.new_zeros(samples, heads, 0, self.vision_width // heads)
-        return PatchStream(embeds, [(none, none)] * blocks, embeds.repeat(1, 1, states), vision)
-
-    @cached_property  # Hugging Face searches for them at every call
-    def embedding(self) -> nn.Embedding:
-        """The input embedding matrix."""
-        layer: nn.Embedding = self.model.get_input_embeddings()
-        return layer
-
-    @cached_property
-    def head(self) -> nn.Linear:
-        """The output head."""
-        layer: nn.Linear = self.model.get_output_embeddings()
-        return layer
+        none = weight.new_zeros(samples, self.heads, 0, self.vision_width // self.heads)
+        keys_values = [(none, none)] * len(self.blocks)
+        return PatchStream(embeds, keys_values, embeds.repeat(1, 1, states), vision, vision.mask)
 
     @property
     def device(self) -> torch.device:

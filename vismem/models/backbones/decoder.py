@@ -4,7 +4,7 @@ The arithmetic is Hugging Face's. Linear layers that adapters hang on are called
 weights are used. Attention reads each key once for all query heads that share it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,17 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 KNOWN = {"Qwen2Attention", "Qwen2_5_VLAttention", "Qwen3Attention", "LlamaAttention"}
 
 
-class _Layer(NamedTuple):
+class _Layer:
     """A decoder layer's parts: looking them up in modules at every token costs as much as small layers do."""
 
-    before: Any
-    query: Any
-    key: Any
-    value: Any
-    query_norm: Any  # of each head (Qwen3), else None
-    key_norm: Any
-    output: Any
-    after: Any
-    gate: Any
-    up: Any
-    down: Any
-    activation: Any
-    scale: float
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before, self.after = layer.input_layernorm, layer.post_attention_layernorm
+        self.query, self.key, self.value = attention.q_proj, attention.k_proj, attention.v_proj
+        self.query_norm = getattr(attention, "q_norm", None)  # of each head (Qwen3)
+        self.key_norm = getattr(attention, "k_norm", None)
+        self.output, self.scale = attention.o_proj, attention.scaling
+        self.gate, self.up, self.down, self.activation = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
 
 
 class TokenDecoder:
@@ -44,25 +39,7 @@ class TokenDecoder:
     def __init__(self, language: Any) -> None:
         self.rotary, self.norm = language.rotary_emb, language.norm
         self.width = language.layers[0].self_attn.head_dim
-        self.layers = [
-            _Layer(
-                layer.input_layernorm,
-                attention.q_proj,
-                attention.k_proj,
-                attention.v_proj,
-                getattr(attention, "q_norm", None),
-                getattr(attention, "k_norm", None),
-                attention.o_proj,
-                layer.post_attention_layernorm,
-                layer.mlp.gate_proj,
-                layer.mlp.up_proj,
-                layer.mlp.down_proj,
-                layer.mlp.act_fn,
-                attention.scaling,
-            )
-            for layer in language.layers
-            for attention in (layer.self_attn,)
-        ]
+        self.layers = [_Layer(layer) for layer in language.layers]
 
     def __call__(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Last hidden states (R, 1, d) of embeddings (R, 1, d); positions (3, R, 1); mask (R, 1, 1, keys) bool."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismem.errors import UserError
 from vismem.models.backbones.tiles import TiledBackbone
@@ -12,8 +12,7 @@ from vismem.models.backbones.tiles import TiledBackbone
 class InternVLBackbone(TiledBackbone):
     """See Backbone. Merge order is the pixel shuffle's: s x s neighbours, row by row, are one token's channels."""
 
-    family = "internvl"
-    layers_name, attention_name = "layer", "attention"
+    layers_name, attention_name, convolution_name = "layer", "attention", "patch_embeddings.projection"
 
     def __init__(self, model: Any, processor: Any) -> None:
         config = model.config
@@ -22,8 +21,8 @@ class InternVLBackbone(TiledBackbone):
                 "an InternVL needs vision_feature_layer to be one number and vision_feature_select_strategy 'default', "
                 f"but this one has {config.vision_feature_layer} and '{config.vision_feature_select_strategy}'"
             )
-        super().__init__(model, processor)
         self.side = int(1 / config.downsample_ratio)
+        super().__init__(model, processor)
 
     def _tiles(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
         tokens = (encoded["input_ids"] == self.model.config.image_token_id).sum(1)
@@ -32,14 +31,12 @@ class InternVLBackbone(TiledBackbone):
     def _features(self, hidden: Tensor, encoded: Any) -> Tensor:
         return self.project(hidden).flatten(0, 1)
 
-    def _embed(self, patches: Tensor) -> Tensor:
+    def _placed(self, embedded: Tensor) -> Tensor:
         embeddings = self.tower.embeddings
-        convolution = embeddings.patch_embeddings.projection
-        embedded = nn.functional.linear(patches, convolution.weight.flatten(1), convolution.bias)
-        tiles, count, _ = patches.shape
+        tiles, count, _ = embedded.shape
         hidden = torch.cat([embeddings.cls_token.expand(tiles, -1, -1), embedded], dim=1)
         if embeddings.position_embeddings is not None:
-            size = round(count**0.5) * self._patch_size
+            size = round(count**0.5) * self.patch_size
             positions = embeddings.interpolate_pos_encoding(hidden, size, size)
             hidden = hidden + torch.cat([positions[:, :1], positions[:, 1:][:, self._order(count)]], dim=1)
         return hidden

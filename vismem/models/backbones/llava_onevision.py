@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from vismem.errors import UserError
@@ -13,8 +13,7 @@ from vismem.models.backbones.tiles import TiledBackbone
 class LlavaOnevisionBackbone(TiledBackbone):
     """See Backbone. A sample's only image is cut into tiles; several images are one tile each, as in its training."""
 
-    family = "llava_onevision"
-    layers_name, attention_name = "layers", "self_attn"
+    layers_name, attention_name, convolution_name = "layers", "self_attn", "patch_embedding"
     image_markers = 0
     side = 1
 
@@ -53,11 +52,8 @@ class LlavaOnevisionBackbone(TiledBackbone):
         )
         return torch.cat(packed)
 
-    def _embed(self, patches: Tensor) -> Tensor:
-        embeddings = self.tower.embeddings
-        convolution = embeddings.patch_embedding
-        embedded = nn.functional.linear(patches, convolution.weight.flatten(1), convolution.bias)
-        hidden: Tensor = embedded + embeddings.position_embedding.weight
+    def _placed(self, embedded: Tensor) -> Tensor:
+        hidden: Tensor = embedded + self.tower.embeddings.position_embedding.weight
         return hidden
 
     def _qkv(self, block: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

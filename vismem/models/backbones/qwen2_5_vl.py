@@ -21,19 +21,15 @@ Pixels = tuple[Tensor, tuple[int, int, int]]  # an image's or video's patches (t
 class Qwen25VLBackbone(Backbone):
     """See Backbone. The vision encoder runs as dense masked attention over equal-length rows, batched over images."""
 
-    family = "qwen2_5_vl"
-    takes_video = True
+    takes_video = three_axes = True
 
     def __init__(self, model: Any, processor: Any) -> None:
-        self.model = model
-        self.processor = processor
+        super().__init__(model, processor)
         self.visual = model.model.visual
-        self.settings = model.config.vision_config
+        self.blocks, self.heads = self.visual.blocks, int(self.settings.num_heads)
+        self.merge = int(self.settings.spatial_merge_size) ** 2
+        self.frames = int(self.settings.temporal_patch_size)  # that make one temporal patch
         self._layout = lru_cache(maxsize=256)(self._layout_of)
-
-    @property
-    def merge(self) -> int:
-        return int(self.settings.spatial_merge_size) ** 2
 
     # --- the prompt ---
 
@@ -50,7 +46,7 @@ class Qwen25VLBackbone(Backbone):
         )
         encoded = processor.tokenizer(placed, padding=True, padding_side="right", return_tensors="pt").to(self.device)
         ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
-        seconds = [self._frames / clip.fps for row in videos for clip in row]
+        seconds = [self.frames / clip.fps for row in videos for clip in row]
         image, video = ids == settings.image_token_id, ids == settings.video_token_id
         positions, _ = self.model.model.get_rope_index(
             ids,
@@ -71,26 +67,18 @@ class Qwen25VLBackbone(Backbone):
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
         return Prompt(embeds, positions, mask, visual & mask, vision)
 
-    @property
-    def _frames(self) -> int:
-        """Frames that make one temporal patch."""
-        return int(self.settings.temporal_patch_size)
-
     def _pixels(self, images: list[Any]) -> list[Pixels]:
         """Each image's patches."""
         if not images:
             return []
-        processor, count = self.processor.image_processor, len(images)
+        processor, count, more = self.processor.image_processor, 1, {}
         if self._fit(images):  # one above the other they make one image, whose patches are theirs in order
-            planes = np.concatenate([np.asarray(image) for image in images]).transpose(2, 0, 1)
-            more = {"do_resize": False, "input_data_format": "channels_first"}
-            encoded = processor(images=[np.ascontiguousarray(planes)], return_tensors="pt", **more).to(self.device)
-            ((t, h, w),) = encoded["image_grid_thw"].tolist()
-            return [(cut, (t, h // count, w)) for cut in encoded["pixel_values"].chunk(count)]
-        encoded = processor(images=images, return_tensors="pt").to(self.device)
-        grids = encoded["image_grid_thw"].tolist()
+            count, more = len(images), {"do_resize": False, "input_data_format": "channels_first"}
+            images = [np.ascontiguousarray(np.concatenate([*map(np.asarray, images)]).transpose(2, 0, 1))]
+        encoded = processor(images=images, return_tensors="pt", **more).to(self.device)
+        grids = [(t, h // count, w) for t, h, w in encoded["image_grid_thw"].tolist() for _ in range(count)]
         patches = encoded["pixel_values"].split([t * h * w for t, h, w in grids])
-        return [(cut, (t, h, w)) for cut, (t, h, w) in zip(patches, grids, strict=True)]
+        return list(zip(patches, grids, strict=True))
 
     def _fit(self, images: list[Any]) -> bool:
         """Whether images are of one size, and of one that the processor would not change."""
@@ -104,13 +92,13 @@ class Qwen25VLBackbone(Backbone):
 
         In an image's patches the image stands once for every frame of a temporal patch: of each frame one is kept.
         """
-        frames = [*clip.frames, *clip.frames[-1:] * (-len(clip.frames) % self._frames)]
+        frames = [*clip.frames, *clip.frames[-1:] * (-len(clip.frames) % self.frames)]
         cut = self._pixels(frames)
         _, height, width = cut[0][1]
         area, channels, values = height * width, int(self.settings.in_channels), int(self.settings.patch_size) ** 2
-        frame = torch.stack([patches for patches, _ in cut]).view(-1, area, channels, self._frames, values)[:, :, :, 0]
-        time = len(frames) // self._frames
-        joined = frame.view(time, self._frames, area, channels, values).permute(0, 2, 3, 1, 4)
+        frame = torch.stack([patches for patches, _ in cut]).view(-1, area, channels, self.frames, values)[:, :, :, 0]
+        time = len(frames) // self.frames
+        joined = frame.view(time, self.frames, area, channels, values).permute(0, 2, 3, 1, 4)
         return joined.reshape(time * area, -1), (time, height, width)
 
     def _places(self, token: str, texts: list[str], rows: list[list[Pixels]]) -> list[str]:
@@ -164,33 +152,32 @@ class Qwen25VLBackbone(Backbone):
 
     def patch_stream(self, vision: VisionInput) -> PatchStream:
         if not vision.image.shape[1]:
-            return self.without_patches(vision, int(self.settings.num_heads), len(self.visual.blocks))
+            return self.without_patches(vision)
         kernel = self.visual.patch_embed.proj.weight.flatten(1)  # a convolution over one patch, several times faster so
         embeds = nn.functional.linear(vision.patches.to(kernel.dtype), kernel)
         rotary = self._rotary(vision.positions)
         same_image = vision.image[:, None, :, None] == vision.image[:, None, None, :]
         same_window = vision.window[:, None, :, None] == vision.window[:, None, None, :]
         hidden, kept = embeds, []
-        for index, block in enumerate(self.visual.blocks):
+        for index, block in enumerate(self.blocks):
             query, key, value = self._qkv(block, hidden, rotary)
             kept.append((key, value))
-            hidden = self._rest(block, hidden, query, key, value, same_image if self._full(index) else same_window)
-        return PatchStream(embeds, kept, hidden, vision)
+            mask = same_image if index in self.visual.fullatt_block_indexes else same_window
+            hidden = self._rest(block, hidden, query, key, value, mask)
+        return PatchStream(embeds, kept, hidden, vision, vision.mask)
 
-    def memory_stream(self, tokens: Tensor, positions: Tensor | None, stream: PatchStream, sample: Tensor) -> Tensor:
+    def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
         rows, length, _ = tokens.shape
-        if positions is None:
-            positions = torch.full((rows, length, 2), -1.0, device=tokens.device)
         rotary = self._rotary(positions)
-        own = torch.ones(rows, 1, length, length, dtype=torch.bool, device=tokens.device)
-        patches = stream.vision.mask[sample][:, None, None, :].expand(-1, -1, length, -1)
+        mask = stream.memory_mask(sample, length)
+        own = mask.new_ones(rows, 1, length, length)
         hidden = tokens.to(stream.embeds.dtype)
-        for index, (block, (key, value)) in enumerate(zip(self.visual.blocks, stream.keys_values, strict=True)):
+        for index, (block, (key, value)) in enumerate(zip(self.blocks, stream.keys_values, strict=True)):
             query, own_key, own_value = self._qkv(block, hidden, rotary)
-            if self._full(index):
+            if index in self.visual.fullatt_block_indexes:
                 keys = torch.cat([key[sample], own_key], dim=2)
                 values = torch.cat([value[sample], own_value], dim=2)
-                hidden = self._rest(block, hidden, query, keys, values, torch.cat([patches, own], dim=-1))
+                hidden = self._rest(block, hidden, query, keys, values, mask)
             else:
                 hidden = self._rest(block, hidden, query, own_key, own_value, own)
         return hidden
@@ -199,9 +186,6 @@ class Qwen25VLBackbone(Backbone):
         rows, length, width = hidden.shape
         merged: Tensor = self.visual.merger(hidden.reshape(rows * length, width))
         return merged.view(rows, length // self.merge, -1)
-
-    def _full(self, index: int) -> bool:
-        return index in self.visual.fullatt_block_indexes
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (R, T, head width); the identity where a position is negative."""
@@ -225,19 +209,11 @@ class Qwen25VLBackbone(Backbone):
         result: Tensor = hidden + block.mlp(block.norm2(hidden))
         return result
 
-    # --- the language model ---
-
-    def language(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        masks = {"full_attention": mask, "sliding_attention": mask}
-        return self._language(embeds, positions, masks, cache)
-
-    # --- where adapters go ---
-
     def vision_targets(self) -> list[LoraTarget]:
         width = self.vision_width
         return [
             LoraTarget(f"blocks.{i}.attn.qkv", block.attn.qkv, start, start + width)
-            for i, block in enumerate(self.visual.blocks)
+            for i, block in enumerate(self.blocks)
             for start in (0, 2 * width)
         ]
 

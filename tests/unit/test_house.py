@@ -25,7 +25,7 @@ check_untyped_defs = true
 follow_imports = silent
 """
 READ_BY_NAME = {  # getattr(source, split), getattr(config.deploy, name); pydantic reads `kind` to tell sources apart
-    *(("ScenesSource", split) for split in ("train", "validation", "test")),
+    *((f"{kind}Source", split) for kind in ("Scenes", "EasyVqa") for split in ("train", "validation", "test")),
     *(("DeployConfig", port) for port in ("http_port", "metrics_port")),
     *((f"{kind}Source", "kind") for kind in ("Scenes", "EasyVqa", "Jsonl", "Nlvr", "LmuData")),
 }
@@ -129,7 +129,7 @@ def unread(folder: Path, planted: str = "") -> set[tuple[str, str]]:
         removed |= _remove_parameters(file, set(sections))
     command = [sys.executable, "-m", "mypy", "vismem"]
     missed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
-    read = set(re.findall(r'"(\w+)" has no attribute "(\w+)"', missed))
+    read = set(re.findall(r'error: (?:Item )?"(\w+)"(?: of "[^"]+")? has no attribute "(\w+)"', missed))
     assert len(read) > 50, missed[-2000:]
     holders = {(base.__name__, name) for kind, name in read if kind in sections for base in sections[kind].__mro__}
     inherited = {

@@ -55,13 +55,9 @@ class InvocationPolicy:
     """Base class: which invoke tokens may be sampled, which invocations are forced, and what is inserted for them."""
 
     limit: int | None = None  # memories per answer; None: the model's max_per_answer
+    sampled: tuple[MemoryKind, ...] = ()  # kinds whose invoke token the model itself may emit
 
     # --- when a memory comes ---
-
-    @property
-    def sampled(self) -> tuple[MemoryKind, ...]:
-        """Kinds whose invoke token the model itself may emit."""
-        return ()
 
     def allowed(self, view: StepView) -> NDArray[np.bool_]:
         """(R, 2) where a short, where a long invoke token may be sampled."""
@@ -99,22 +95,12 @@ class Off(InvocationPolicy):
 
 @dataclass(frozen=True)
 class Learned(InvocationPolicy):
-    """The model decides by emitting invoke tokens: the complete method."""
+    """The model decides by emitting invoke tokens: the complete method.
 
-    @property
-    def sampled(self) -> tuple[MemoryKind, ...]:
-        return (MemoryKind.SHORT, MemoryKind.LONG)
+    With one kind in `sampled` the other's invocation is skipped and decoding continues (paper Table 3).
+    """
 
-
-@dataclass(frozen=True)
-class Only(InvocationPolicy):
-    """Short only, or long only: the other kind's invocation is skipped and decoding continues (paper Table 3)."""
-
-    kind: MemoryKind = MemoryKind.SHORT
-
-    @property
-    def sampled(self) -> tuple[MemoryKind, ...]:
-        return (self.kind,)
+    sampled: tuple[MemoryKind, ...] = KINDS
 
 
 @dataclass(frozen=True)
@@ -128,7 +114,7 @@ class Random(InvocationPolicy):
     probability: float = 0.5
     at_start: bool = True  # the answer's first position counts as a delimiter
     anywhere: float = 0.0
-    kinds: tuple[MemoryKind, ...] = (MemoryKind.SHORT, MemoryKind.LONG)
+    kinds: tuple[MemoryKind, ...] = KINDS
 
     def force(self, view: StepView, seed: int) -> Choices:
         """See InvocationPolicy; a row's random numbers depend on its key and its decision alone."""

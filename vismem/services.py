@@ -148,16 +148,14 @@ def watch(services: Iterable[Service]) -> NoReturn:
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables within the block, for what reads them then and for processes that start there."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager
@@ -199,16 +197,14 @@ def end_leftovers(folder: Path) -> None:
             process.kill()
 
 
-def free_ports(
-    wanted: Mapping[str, int], inner: Iterable[str] = (), *, host: str = HOST, flag: str = "--{name}-port"
-) -> dict[str, int]:
-    """The ports by name, a free one for each 0 and for each of `inner`. UserError where one asked for is in use.
+def free_ports(wanted: Mapping[str, int], *, host: str = HOST, flag: str = "--{name}-port") -> dict[str, int]:
+    """The ports by name, a free one for each 0. UserError where one asked for is in use.
 
     `flag` names the option that chooses another port; `{name}` in it is the port's name.
     """
     found: dict[str, int] = {}
     with ExitStack() as held:  # all at once, so that they differ
-        for name, port in {**wanted, **dict.fromkeys(inner, 0)}.items():
+        for name, port in wanted.items():
             listener = held.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

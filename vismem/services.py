@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +136,8 @@ def unprivileged_user() -> pwd.struct_passwd | None:
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
-def watch(services: Iterable[Service]) -> NoReturn:
+def watch(services: Sequence[Service]) -> NoReturn:
     """Wait until one of the services exits, and raise its UserError."""
-    services = list(services)
     while True:
         for service in services:
             service.check()
@@ -174,7 +173,6 @@ def exit_on_sigterm() -> Iterator[None]:
 @contextmanager
 def until_stopped(write: Callable[[str], None]) -> Iterator[None]:
     """A block that serves until Ctrl-C or SIGTERM; then it ends without an error and writes "stopped"."""
-
     try:
         with exit_on_sigterm():
             yield

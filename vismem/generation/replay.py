@@ -169,9 +169,8 @@ class _Pass:
             index = torch.tensor(rows, device=self.device)
             memory = self._form(kind, rows, index, chunk)
             self.latents.append(memory)
-            full = torch.zeros_like(piece).index_copy(0, index, pad(memory, (0, 0, 0, ids.shape[1] - memory.shape[1])))
-            chosen = torch.zeros_like(ids[:, :1], dtype=torch.bool).index_fill(0, index, True)
-            piece = torch.where(((ids == LATENT) & chosen)[..., None], full, piece)
+            places = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, index, True) & (ids == LATENT)
+            piece = piece.masked_scatter(places[..., None], memory)
         return piece
 
     def _form(self, kind: MemoryKind, rows: list[int], index: Tensor, chunk: int) -> Tensor:

@@ -58,9 +58,9 @@ def repro(params: Path, profile: str | None, arguments: Sequence[str]) -> int:
     if find_spec("dvc") is None:
         raise UserError("DVC is not installed here: pip install 'vismem[pipeline]', or run the steps one by one")
     parse_config(load_params(params, profile), str(params))  # before DVC, whose message would be longer and less plain
-    folder = params.resolve().parent if profile is None else make_workspace(params, profile)
+    root = params.resolve().parent
+    folder = root if profile is None else make_workspace(params, profile)
     if not (folder / "dvc.yaml").is_file():
-        root = params.resolve().parent
         raise UserError(f"no dvc.yaml in {root}: run in the project's root, or name it with --params")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", "dvc", "repro", *arguments]

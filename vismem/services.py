@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ MARK = "VISMEM_SERVICE_OF"  # a variable in a service's environment: the folder 
 
 class NotYetError(Exception):
     """A service does not answer yet."""
+
+
+def check_http(url: str) -> None:
+    """Ask a server for a page. NotYetError where it does not answer, or answers with an HTTP error."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError as error:
+        raise NotYetError(str(error)) from None
 
 
 def last_error(lines: Sequence[str]) -> str:

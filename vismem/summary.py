@@ -44,13 +44,13 @@ def print_summary(
 def verdict_lines(verdict: Verdict, release: Release) -> list[str]:
     """The gate's verdict: one line of outcome, then one per rule with its reason. Rich markup."""
     name = f"{release.name} version {release.version}"
-    head = (
-        f"[bold green]RELEASED[/]: the gate passed {name}; it is the champion"
-        if release.promoted
-        else f"[bold red]NOT RELEASED[/]: the gate refused {name}"
-    )
+    passed = f"[bold green]RELEASED[/]: the gate passed {name}; it is the champion"
+    refused = f"[bold red]NOT RELEASED[/]: the gate refused {name}"
     marks = {True: "[green]✓[/]", False: "[red]✗[/]"}
-    return [head, *(f"  {marks[rule.passed]} {escape(rule.reason)}" for rule in verdict.rules)]
+    return [
+        passed if release.promoted else refused,
+        *(f"  {marks[rule.passed]} {escape(rule.reason)}" for rule in verdict.rules),
+    ]
 
 
 def example_lines(smoke: Mapping[str, Any]) -> list[str]:

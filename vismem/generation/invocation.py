@@ -117,7 +117,7 @@ class Random(InvocationPolicy):
     kinds: tuple[MemoryKind, ...] = KINDS
 
     def force(self, view: StepView, seed: int) -> Choices:
-        """See InvocationPolicy; a row's random numbers depend on its key and its decision alone."""
+        """A row's random numbers depend on its key and its decision alone."""
         choice = super().force(view, seed)
         for row, key in enumerate(view.keys):
             at = int(view.decision[row])
@@ -141,11 +141,9 @@ class Replay(InvocationPolicy):
     swap: bool = False
 
     def allowed(self, view: StepView) -> NDArray[np.bool_]:
-        """See InvocationPolicy."""
         return np.tile((view.invocations == 0)[:, None], (1, 2))
 
     def force(self, view: StepView, seed: int) -> Choices:
-        """See InvocationPolicy."""
         choice = super().force(view, seed)
         for row, key in enumerate(view.keys):
             for decision, kind in (self.recorded or {}).get(key, ()):
@@ -159,7 +157,6 @@ class Swapped(Learned):
     """Control: the model decides where, and each memory is of the other kind than it asked for."""
 
     def invoked(self, sampled: MemoryKind) -> MemoryKind:
-        """See InvocationPolicy."""
         return sampled.other
 
 
@@ -168,7 +165,7 @@ class Noise(Learned):
     """Control: Gaussian noise of exactly the mean and standard deviation, over N and d, of the memory formed there."""
 
     def latents(self, memory: Tensor, view: StepView, seed: int) -> Tensor:
-        """See InvocationPolicy; a row's random numbers depend on its key and its decision alone."""
+        """A row's random numbers depend on its key and its decision alone."""
         shape = memory.shape[1:]
         drawn = [
             _generator(seed, key, f"noise {at}").standard_normal(shape)
@@ -190,7 +187,7 @@ class Shuffled(Learned):
     """
 
     def donors(self, samples: Sequence[Sample]) -> list[int]:
-        """See InvocationPolicy. UserError for a call with one sample."""
+        """UserError for a call with one sample."""
         count = len(samples)
         if count < 2:
             raise UserError(
@@ -213,5 +210,4 @@ class Relook(Off):
     """
 
     def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:
-        """See InvocationPolicy."""
         return shown_again(prompt, backbone.image_markers)

@@ -49,23 +49,14 @@ def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None
 
 def without_memory(rollout: Rollout) -> Rollout:
     """The same answer with every invocation left out: what the reference policy of stage I reads."""
-    keep: list[bool] = []
-    inside = False
-    starts = {invocation.position for invocation in rollout.invocations}
-    for position, token in enumerate(rollout.token_ids):
-        inside = inside or position in starts
-        keep.append(not inside)
-        closing = token != LATENT and position > 0 and rollout.token_ids[position - 1] == LATENT
-        inside = inside and not closing
-
-    return replace(
-        rollout,
-        token_ids=tuple(compress(rollout.token_ids, keep)),
-        loss_mask=tuple(compress(rollout.loss_mask, keep)),
-        logprobs=tuple(compress(rollout.logprobs, keep)),
-        invocations=(),
-        marked_text=rollout.text,
-    )
+    keep = [True] * len(rollout.token_ids)
+    for invocation in rollout.invocations:
+        end = invocation.position + 1  # behind the latents it becomes the end token's place
+        while rollout.token_ids[end] == LATENT:
+            end += 1
+        keep[invocation.position : end + 1] = [False] * (end + 1 - invocation.position)
+    kept = {name: tuple(compress(getattr(rollout, name), keep)) for name in ("token_ids", "loss_mask", "logprobs")}
+    return replace(rollout, **kept, invocations=(), marked_text=rollout.text)
 
 
 def decisions_of(model: VisMemModel, rollout: Rollout) -> tuple[tuple[int, MemoryKind], ...]:

@@ -8,6 +8,7 @@ gradient of a later token reaches the former that made an earlier latent (paper 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +52,12 @@ def without_memory(rollout: Rollout) -> Rollout:
     """The same answer with every invocation left out: what the reference policy of stage I reads."""
     keep = [True] * len(rollout.token_ids)
     for invocation in rollout.invocations:
-        end = invocation.position + 1  # behind the latents it becomes the end token's place
+        end = invocation.position + 1
         while rollout.token_ids[end] == LATENT:
-            end += 1
+            end += 1  # at last the end token's place
         keep[invocation.position : end + 1] = [False] * (end + 1 - invocation.position)
-    kept = {name: tuple(compress(getattr(rollout, name), keep)) for name in ("token_ids", "loss_mask", "logprobs")}
+    per_token = ("token_ids", "loss_mask", "logprobs")
+    kept: dict[str, Any] = {name: tuple(compress(getattr(rollout, name), keep)) for name in per_token}
     return replace(rollout, **kept, invocations=(), marked_text=rollout.text)
 
 

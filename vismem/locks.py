@@ -11,8 +11,6 @@ from pathlib import Path
 
 from vismem.errors import UserError
 
-POLL = 0.1  # seconds
-
 
 @contextmanager
 def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[int]:
@@ -31,7 +29,7 @@ def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[int]:
                     f"{folder} is in use: another run works there, or a step of one that was killed is still at it; "
                     "wait for it or end it, then start again"
                 )
-            time.sleep(POLL)
+            time.sleep(0.1)
         yield file
     finally:
         os.close(file)

@@ -96,9 +96,8 @@ def check_bucket(bucket: str) -> Finding:
 
     what, (name, _, prefix) = f"bucket {bucket}", bucket.removeprefix("s3://").partition("/")
     key = f"{prefix.strip('/')}/vismem-preflight-{uuid.uuid4().hex}".lstrip("/")
-    quick = ClientConfig(
-        connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS, retries={"total_max_attempts": 1}
-    )
+    once = {"total_max_attempts": 1}
+    quick = ClientConfig(connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS, retries=once)
     doing = "find"
     try:
         # a session of its own: the default one keeps the first credentials it saw

@@ -24,30 +24,23 @@ def progress(name: str, total: int | None = None, done: int = 0, *, quiet: bool 
     if quiet:
         yield lambda count=1, **figures: None
     elif sys.stderr.isatty():
-        with _bar() as bar:
+        left = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        right = TimeRemainingColumn(), TextColumn("{task.fields[figures]}")
+        with Progress(*left, *right, console=Console(stderr=True)) as bar:
             task = bar.add_task(name, total=total, completed=done, figures="")
             yield lambda count=1, **figures: bar.update(task, advance=count, figures=_text(figures))
     else:
-        yield _Lines(name, total, done).advance
+        written = time.monotonic()
 
+        def advance(count: int = 1, **figures: Any) -> None:
+            nonlocal done, written
+            done += count
+            if time.monotonic() - written >= LINE_SECONDS:
+                written = time.monotonic()
+                of = "" if total is None else f" of {total}"
+                print(f"{name}: {done}{of} {_text(figures)}".rstrip(), file=sys.stderr, flush=True)
 
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    more = (TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-    return Progress(*columns, *more, console=Console(stderr=True))
-
-
-class _Lines:
-    def __init__(self, name: str, total: int | None, done: int) -> None:
-        self.name, self.total, self.done = name, total, done
-        self.written = time.monotonic()
-
-    def advance(self, count: int = 1, **figures: Any) -> None:
-        self.done += count
-        if time.monotonic() - self.written >= LINE_SECONDS:
-            self.written = time.monotonic()
-            of = "" if self.total is None else f" of {self.total}"
-            print(f"{self.name}: {self.done}{of} {_text(figures)}".rstrip(), file=sys.stderr, flush=True)
+        yield advance
 
 
 def _text(figures: Mapping[str, Any]) -> str:

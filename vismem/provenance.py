@@ -16,9 +16,8 @@ from vismem.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 PACKAGES = (
-    "vismem", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "onnx",
-    "onnxscript", "onnxruntime", "pyarrow",
-)  # fmt: skip
+    "vismem torch transformers accelerate tokenizers safetensors numpy pillow onnx onnxscript onnxruntime pyarrow"
+)
 
 
 def sha256_file(path: Path) -> str:
@@ -29,10 +28,8 @@ def sha256_file(path: Path) -> str:
 
 def sha256_folder(folder: Path, pattern: str = "**/*") -> str:
     """Hex sha256 over the relative names and hashes of the files below `folder` that match, in sorted order."""
-    digest = hashlib.sha256()
-    for name, value in file_hashes(folder, pattern).items():
-        digest.update(f"{name}\0{value}\n".encode())
-    return digest.hexdigest()
+    lines = [f"{name}\0{value}\n" for name, value in file_hashes(folder, pattern).items()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def file_hashes(folder: Path, pattern: str = "**/*") -> dict[str, str]:
@@ -83,7 +80,7 @@ def git_state(folder: Path | None = None) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that an artifact's numbers depend on, where they are installed."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for package in PACKAGES:
+    for package in PACKAGES.split():
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,14 @@ MARK = "VISMEM_SERVICE_OF"  # a variable in a service's environment: the folder 
 
 class NotYetError(Exception):
     """A service does not answer yet."""
+
+
+def check_http(url: str) -> None:
+    """Ask a server for a page. NotYetError where it does not answer, or answers with an HTTP error."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError as error:
+        raise NotYetError(str(error)) from None
 
 
 def last_error(lines: Sequence[str]) -> str:
@@ -136,9 +145,8 @@ def unprivileged_user() -> pwd.struct_passwd | None:
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
-def watch(services: Iterable[Service]) -> NoReturn:
+def watch(services: Sequence[Service]) -> NoReturn:
     """Wait until one of the services exits, and raise its UserError."""
-    services = list(services)
     while True:
         for service in services:
             service.check()
@@ -148,16 +156,14 @@ def watch(services: Iterable[Service]) -> NoReturn:
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables within the block, for what reads them then and for processes that start there."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager
@@ -176,7 +182,6 @@ def exit_on_sigterm() -> Iterator[None]:
 @contextmanager
 def until_stopped(write: Callable[[str], None]) -> Iterator[None]:
     """A block that serves until Ctrl-C or SIGTERM; then it ends without an error and writes "stopped"."""
-
     try:
         with exit_on_sigterm():
             yield
@@ -199,16 +204,14 @@ def end_leftovers(folder: Path) -> None:
             process.kill()
 
 
-def free_ports(
-    wanted: Mapping[str, int], inner: Iterable[str] = (), *, host: str = HOST, flag: str = "--{name}-port"
-) -> dict[str, int]:
-    """The ports by name, a free one for each 0 and for each of `inner`. UserError where one asked for is in use.
+def free_ports(wanted: Mapping[str, int], *, host: str = HOST, flag: str = "--{name}-port") -> dict[str, int]:
+    """The ports by name, a free one for each 0. UserError where one asked for is in use.
 
     `flag` names the option that chooses another port; `{name}` in it is the port's name.
     """
     found: dict[str, int] = {}
     with ExitStack() as held:  # all at once, so that they differ
-        for name, port in {**wanted, **dict.fromkeys(inner, 0)}.items():
+        for name, port in wanted.items():
             listener = held.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

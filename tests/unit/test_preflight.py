@@ -42,7 +42,7 @@ KEYS = {"owner": ["Admin"], "reader": ["Read:data", "List:data"]}  # SeaweedFS's
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an S3 server with the bucket `data`, its `owner` and a `reader`; each one's key is its name."""
-    folder, ports = tmp_path_factory.mktemp("s3"), free_ports({"s3": 0}, inner=S3_INNER)
+    folder, ports = tmp_path_factory.mktemp("s3"), free_ports(dict.fromkeys(("s3", *S3_INNER), 0))
     people = [
         {"name": name, "credentials": [{"accessKey": name, "secretKey": f"{name}-secret"}], "actions": rights}
         for name, rights in KEYS.items()

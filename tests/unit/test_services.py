@@ -116,7 +116,7 @@ def test_what_a_killed_run_left_in_a_folder_is_ended_and_nothing_else(tmp_path: 
 
 
 def test_ports_differ_and_one_in_use_is_named_with_its_option() -> None:
-    found = free_ports({"mlflow": 0, "s3": 0}, inner=("master", "volume"))
+    found = free_ports(dict.fromkeys(("mlflow", "s3", "master", "volume"), 0))
     assert set(found) == {"mlflow", "s3", "master", "volume"}
     assert len(set(found.values())) == 4
     with socket.socket() as busy:

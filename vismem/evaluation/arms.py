@@ -39,7 +39,7 @@ def _random(percent: int, label: str) -> Arm:
 
 def _only(kind: MemoryKind) -> Arm:
     description = f"the trained policy, in which only {kind}-term memory can be invoked"
-    return Arm(f"{kind}_only", f"{kind} only", description, policies.Only(kind=kind))
+    return Arm(f"{kind}_only", f"{kind} only", description, policies.Learned(sampled=(kind,)))
 
 
 def _baseline(name: str, label: str, description: str) -> Arm:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vismem.generation.prompts import VisualStates, last_of, visual_states
 from vismem.models.backbones.base import PatchStream, Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import FormationInputs, PrefixCache, causal_mask
@@ -20,8 +19,9 @@ class Context:
 
     model: VisMemModel
     prompt: Prompt
-    visual: VisualStates
-    last: Tensor  # (S, d)
+    visual: Tensor  # (S, V, d) v_1..v_y of H: the hidden states at image and video tokens, packed to the left
+    visual_mask: Tensor  # (S, V)
+    last: Tensor  # (S, d) the hidden state of each prompt's last token
     cache: Any
     patches: PatchStream | None = None  # inside the short former
     prefix: PrefixCache | None = None  # inside the long former
@@ -30,7 +30,11 @@ class Context:
     def read(cls, model: VisMemModel, prompt: Prompt, cache: Any) -> "Context":
         """Run the prompts through the language model."""
         hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), cache)
-        return cls(model, prompt, visual_states(prompt, hidden), last_of(hidden, prompt.mask), cache)
+        order = prompt.visual.int().argsort(dim=1, descending=True, stable=True)
+        order = order[:, : int(prompt.visual.sum(1).max())]
+        visual = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
+        last = hidden[torch.arange(len(hidden), device=hidden.device), prompt.mask.sum(1) - 1]
+        return cls(model, prompt, visual, prompt.visual.gather(1, order), last, cache)
 
     def form(
         self, kind: MemoryKind, sample: Tensor, segment: tuple[Tensor, Tensor], stream: tuple[Tensor, Tensor, Tensor]
@@ -47,8 +51,8 @@ class Context:
         (states, states_mask), (embeds, positions, mask) = segment, stream
         inputs = FormationInputs(
             sample=sample,
-            cognitive=torch.cat([self.visual.hidden[sample], states], dim=1),
-            cognitive_mask=torch.cat([self.visual.mask[sample], states_mask], dim=1),
+            cognitive=torch.cat([self.visual[sample], states], dim=1),
+            cognitive_mask=torch.cat([self.visual_mask[sample], states_mask], dim=1),
             stream=embeds,
             positions=positions,
             stream_mask=mask,

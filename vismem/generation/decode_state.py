@@ -1,16 +1,49 @@
 """The state of R answers that are being decoded: KV cache, embeddings, hidden states and positions.
 
-Every row owns its slots: what is appended to some rows leaves the others as they are.
+Every row owns its slots and has its own length, so that one row's memory never moves another's.
 """
 
 import torch
 from torch import Tensor
 
-from vismem.generation.cache import RowCache
 from vismem.generation.context import Context
 from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+
+
+class RowCache:
+    """Keys and values per layer, (B, heads, capacity, head width). `place` says where the next forward pass writes.
+
+    It stands in for a Hugging Face cache: decoder layers call `update` only.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def place(self, slots: Tensor, limit: int, rows: Tensor | None = None) -> None:
+        """The next pass writes rows `rows` (R,) (all, if None) at `slots` (R, T) and reads the first `limit` slots."""
+        every = torch.arange(len(slots), device=slots.device)
+        self.written = (every if rows is None else rows)[:, None], slots
+        self.read = slice(None) if rows is None else rows, slice(None), slice(limit)  # all rows: a view, not a copy
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write (R, heads, T, head width) and return the first `limit` slots of the same rows."""
+        if layer == len(self.keys):
+            shape = (key.shape[0], key.shape[1], self.capacity, key.shape[3])
+            self.keys.append(key.new_zeros(shape))
+            self.values.append(value.new_zeros(shape))
+        rows, slots = self.written
+        self.keys[layer][rows, :, slots] = key.transpose(1, 2)
+        self.values[layer][rows, :, slots] = value.transpose(1, 2)
+        return self.keys[layer][self.read], self.values[layer][self.read]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) the given rows."""
+        self.keys = [layer[rows] for layer in self.keys]
+        self.values = [layer[rows] for layer in self.values]
 
 
 class DecodeState:
@@ -51,15 +84,11 @@ class DecodeState:
         forward = self.backbone.step if embeds.shape[1] == 1 else self.backbone.language
         hidden = forward(embeds, positions, mask, self.cache)
         if self.remember:
-            place = (torch.arange(len(slots), device=slots.device) if rows is None else rows)[:, None], slots
-            self.embeds[place], self.hidden[place] = embeds, hidden
-            self.positions[:, *place] = positions
+            self.embeds[self.cache.written], self.hidden[self.cache.written] = embeds, hidden
+            self.positions[:, *self.cache.written] = positions
         self.used[index] += embeds.shape[1]
         self.next[index] += embeds.shape[1]
-        if rows is None:
-            self.last = hidden[:, -1]
-        else:
-            self.last[rows] = hidden[:, -1]
+        self.last[index] = hidden[:, -1]
 
     def insert(self, memory: Tensor, end: int, rows: Tensor) -> None:
         """Append memories (R, N, d) and the token `end` to `rows` (R,): a new segment starts behind them."""

@@ -49,9 +49,7 @@ class _Row:
 
     key: str
     uniform: NDArray[np.float64]  # for sampling, one number per decision
-    tokens: list[int] = field(default_factory=list)
-    loss: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    tokens: list[tuple[int, bool, float]] = field(default_factory=list)  # id, in the loss or not, log-probability
     invocations: list[Invocation] = field(default_factory=list)
     decisions: int = 0
     answer_length: int = 0
@@ -59,47 +57,50 @@ class _Row:
     remembering: bool = False  # a memory was inserted, and no word has followed it yet
     finished: bool = False
 
-    def add(self, token: int, loss: bool, logprob: float) -> None:
-        self.tokens.append(token)
-        self.loss.append(loss)
-        self.logprobs.append(logprob)
-
-    def insert(self, tokens: Sequence[int]) -> None:
+    def insert(self, ids: Sequence[int]) -> None:
         """Tokens that nobody sampled."""
-        for token in tokens:
-            self.add(token, False, 0.0)
+        self.tokens += [(token, False, 0.0) for token in ids]
 
 
+@dataclass
 class _Decoder:
-    def __init__(
-        self,
-        model: VisMemModel,
-        samples: Sequence[Sample],
-        policy: InvocationPolicy,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        group_size: int,
-    ) -> None:
-        self.model, self.backbone, self.policy = model, model.backbone, policy
-        self.samples, self.group_size = samples, group_size
-        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+    """One call of `generate`, whose parameters these are."""
+
+    model: VisMemModel
+    samples: Sequence[Sample]
+    policy: InvocationPolicy
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        """Prefill: the prompts, and what the policy appends to them."""
+        model, policy, self.backbone = self.model, self.policy, self.model.backbone
         limit = model.invocation_config.max_per_answer if policy.limit is None else policy.limit
-        self.limit = min(limit, max_new_tokens)  # a word follows every memory
-        keys = [row_key(s.id, member) for s in samples for member in range(group_size)]
-        self.rows = [_Row(key, row_uniforms(seed, key, "sample", max_new_tokens + self.limit)) for key in keys]
+        self.limit = min(limit, self.max_new_tokens)  # a word follows every memory
+        keys = [row_key(sample.id, member) for sample in self.samples for member in range(self.group_size)]
+        decisions = self.max_new_tokens + self.limit
+        self.rows = [_Row(key, row_uniforms(self.seed, key, "sample", decisions)) for key in keys]
         self.active = self.rows  # still decoded, in the order of `state`
+        self.kinds = {token: kind for kind, token in model.invoke_ids.items()}
         self.delimiters, self.stops = set(model.delimiter_ids), set(model.stop_ids)
-        self.new_tokens = set(model.memory_ids)
-        donors = policy.donors(samples)
-        self.donors = None if donors is None else torch.tensor(donors, device=self.backbone.device)
+        donors, device = policy.donors(self.samples), self.backbone.device
+        self.donors = None if donors is None else torch.tensor(donors, device=device)
         self.donated: dict[MemoryKind, Tensor] = {}
-        self.standing = torch.arange(model.vocabulary + len(KINDS), device=self.backbone.device)
-        for index, kind in enumerate(KINDS):  # the column that stands where another was picked
-            self.standing[model.vocabulary + index] = model.vocabulary + KINDS.index(policy.invoked(kind))
+        invoked = torch.tensor([KINDS.index(policy.invoked(kind)) for kind in KINDS], device=device)
+        words = torch.arange(model.vocabulary, device=device)
+        self.standing = torch.cat([words, model.vocabulary + invoked])  # the column that stands where one was picked
+
+        self.prompt = encode(self.backbone, self.samples)
+        opened = policy.opened(self.prompt, self.backbone)
+        added = (opened.mask.sum(1) - self.prompt.mask.sum(1)).tolist()
+        for index, row in enumerate(self.rows):
+            row.insert([LATENT] * added[index // self.group_size])
+        room = self.max_new_tokens + self.limit * (max(map(model.length_of, KINDS)) + 2)
+        self.state = DecodeState(model, opened, self.group_size, room, remember=self.limit > 0)
 
     def run(self) -> list[Rollout]:
-        self._open()
         while True:
             columns, logprobs, forced = self._choose(self.model.logits(self.state.last))
             ids = self.model.token_of(columns)
@@ -108,7 +109,7 @@ class _Decoder:
             if not self.active:
                 return [self._rollout(index, row) for index, row in enumerate(self.rows)]
             tokens = ids.tolist()
-            embed = self.backbone.embedding if self.new_tokens.isdisjoint(tokens) else self.model.embed
+            embed = self.model.embed if self.kinds.keys() & tokens else self.backbone.embedding
             self.state.append(embed(ids)[:, None])
             for kind in KINDS:
                 rows = [index for index, token in enumerate(tokens) if token == self.model.invoke_ids[kind]]
@@ -116,16 +117,6 @@ class _Decoder:
                     self._insert(kind, torch.tensor(rows, device=ids.device))
 
     # --- the decode state ---
-
-    def _open(self) -> None:
-        """Prefill: the prompts, and what the policy appends to them."""
-        self.prompt = encode(self.backbone, self.samples)
-        opened = self.policy.opened(self.prompt, self.backbone)
-        added = (opened.mask.sum(1) - self.prompt.mask.sum(1)).tolist()
-        for index, row in enumerate(self.rows):
-            row.insert([LATENT] * added[index // self.group_size])
-        room = self.max_new_tokens + self.limit * (max(self.model.length_of(kind) for kind in KINDS) + 2)
-        self.state = DecodeState(self.model, opened, self.group_size, room, remember=self.limit > 0)
 
     def _insert(self, kind: MemoryKind, rows: Tensor) -> None:
         """Insert a memory and its end token behind the invoke token of each of `rows`."""
@@ -164,7 +155,7 @@ class _Decoder:
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
         """The next column of every active row, its log-probability, and whether the policy forced it."""
-        forced, invokes = None, logits[:, self.model.vocabulary :]
+        forced, invokes = np.full(len(self.active), NONE), logits[:, self.model.vocabulary :]
         if self.limit:
             view = _view(self.active)
             over = (view.invocations >= self.limit) | np.array([r.finished or r.remembering for r in self.active])
@@ -183,42 +174,41 @@ class _Decoder:
             cumulative = logprobs.double().exp().cumsum(-1)
             scaled = (torch.tensor(uniform, dtype=torch.double, device=logits.device) * cumulative[:, -1])[:, None]
             columns = torch.searchsorted(cumulative, scaled, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-        if forced is not None:
+        if self.limit:
             target = torch.from_numpy(forced).to(columns.device)
             columns = torch.where(target == NONE, self.standing[columns], self.model.vocabulary + target)
         chosen = logprobs.gather(1, columns[:, None])[:, 0]
-        return columns, chosen, [False] * len(columns) if forced is None else (forced != NONE).tolist()
+        return columns, chosen, (forced != NONE).tolist()
 
     def _record(self, tokens: list[int], logprobs: list[float], forced: list[bool]) -> None:
-        kinds = {token: kind for kind, token in self.model.invoke_ids.items()}
         for record, token, logprob, force in zip(self.active, tokens, logprobs, forced, strict=True):
             if record.finished:
                 continue
-            if token in kinds:
-                force = force or self.policy.invoked(kinds[token]) is not kinds[token]  # not what the model asked for
-                record.invocations.append(Invocation(len(record.tokens), kinds[token], force))
-                record.add(token, not force, 0.0 if force else logprob)
+            if kind := self.kinds.get(token):
+                force = force or self.policy.invoked(kind) is not kind  # not what the model asked for
+                record.invocations.append(Invocation(len(record.tokens), kind, force))
+                record.tokens.append((token, not force, 0.0 if force else logprob))
             else:
-                record.add(token, True, logprob)
+                record.tokens.append((token, True, logprob))
                 record.answer_length += 1
                 record.finished = token in self.stops or record.answer_length >= self.max_new_tokens
             record.decisions += 1
             record.after_delimiter = token in self.delimiters
-            record.remembering = token in kinds
+            record.remembering = kind is not None
 
     def _rollout(self, index: int, row: _Row) -> Rollout:
         tokenizer = self.backbone.processor.tokenizer
-        spoken = [t for t in row.tokens if t != LATENT and t not in self.model.memory_ids]
-        ends = set(self.model.end_ids.values())
-        marked = [t for t in row.tokens if t != LATENT and t not in ends and t not in self.stops]
+        ids, loss, logprobs = zip(*row.tokens, strict=True)
+        spoken = [token for token in ids if token != LATENT and token not in self.model.memory_ids]
+        hidden = {LATENT, *self.model.end_ids.values(), *self.stops}
         return Rollout(
             sample_id=self.samples[index // self.group_size].id,
-            token_ids=tuple(row.tokens),
-            loss_mask=tuple(row.loss),
-            logprobs=tuple(row.logprobs),
+            token_ids=ids,
+            loss_mask=loss,
+            logprobs=logprobs,
             invocations=tuple(row.invocations),
             text=tokenizer.decode(spoken, skip_special_tokens=True),
-            marked_text=tokenizer.decode(marked, skip_special_tokens=False),
+            marked_text=tokenizer.decode([token for token in ids if token not in hidden]),
             finished=bool(spoken) and spoken[-1] in self.stops,
             answer_length=row.answer_length,
         )

@@ -55,13 +55,9 @@ class InvocationPolicy:
     """Base class: which invoke tokens may be sampled, which invocations are forced, and what is inserted for them."""
 
     limit: int | None = None  # memories per answer; None: the model's max_per_answer
+    sampled: tuple[MemoryKind, ...] = ()  # kinds whose invoke token the model itself may emit
 
     # --- when a memory comes ---
-
-    @property
-    def sampled(self) -> tuple[MemoryKind, ...]:
-        """Kinds whose invoke token the model itself may emit."""
-        return ()
 
     def allowed(self, view: StepView) -> NDArray[np.bool_]:
         """(R, 2) where a short, where a long invoke token may be sampled."""
@@ -99,22 +95,12 @@ class Off(InvocationPolicy):
 
 @dataclass(frozen=True)
 class Learned(InvocationPolicy):
-    """The model decides by emitting invoke tokens: the complete method."""
+    """The model decides by emitting invoke tokens: the complete method.
 
-    @property
-    def sampled(self) -> tuple[MemoryKind, ...]:
-        return (MemoryKind.SHORT, MemoryKind.LONG)
+    With one kind in `sampled` the other's invocation is skipped and decoding continues (paper Table 3).
+    """
 
-
-@dataclass(frozen=True)
-class Only(InvocationPolicy):
-    """Short only, or long only: the other kind's invocation is skipped and decoding continues (paper Table 3)."""
-
-    kind: MemoryKind = MemoryKind.SHORT
-
-    @property
-    def sampled(self) -> tuple[MemoryKind, ...]:
-        return (self.kind,)
+    sampled: tuple[MemoryKind, ...] = KINDS
 
 
 @dataclass(frozen=True)
@@ -128,10 +114,10 @@ class Random(InvocationPolicy):
     probability: float = 0.5
     at_start: bool = True  # the answer's first position counts as a delimiter
     anywhere: float = 0.0
-    kinds: tuple[MemoryKind, ...] = (MemoryKind.SHORT, MemoryKind.LONG)
+    kinds: tuple[MemoryKind, ...] = KINDS
 
     def force(self, view: StepView, seed: int) -> Choices:
-        """See InvocationPolicy; a row's random numbers depend on its key and its decision alone."""
+        """A row's random numbers depend on its key and its decision alone."""
         choice = super().force(view, seed)
         for row, key in enumerate(view.keys):
             at = int(view.decision[row])
@@ -155,11 +141,9 @@ class Replay(InvocationPolicy):
     swap: bool = False
 
     def allowed(self, view: StepView) -> NDArray[np.bool_]:
-        """See InvocationPolicy."""
         return np.tile((view.invocations == 0)[:, None], (1, 2))
 
     def force(self, view: StepView, seed: int) -> Choices:
-        """See InvocationPolicy."""
         choice = super().force(view, seed)
         for row, key in enumerate(view.keys):
             for decision, kind in (self.recorded or {}).get(key, ()):
@@ -173,7 +157,6 @@ class Swapped(Learned):
     """Control: the model decides where, and each memory is of the other kind than it asked for."""
 
     def invoked(self, sampled: MemoryKind) -> MemoryKind:
-        """See InvocationPolicy."""
         return sampled.other
 
 
@@ -182,7 +165,7 @@ class Noise(Learned):
     """Control: Gaussian noise of exactly the mean and standard deviation, over N and d, of the memory formed there."""
 
     def latents(self, memory: Tensor, view: StepView, seed: int) -> Tensor:
-        """See InvocationPolicy; a row's random numbers depend on its key and its decision alone."""
+        """A row's random numbers depend on its key and its decision alone."""
         shape = memory.shape[1:]
         drawn = [
             _generator(seed, key, f"noise {at}").standard_normal(shape)
@@ -204,7 +187,7 @@ class Shuffled(Learned):
     """
 
     def donors(self, samples: Sequence[Sample]) -> list[int]:
-        """See InvocationPolicy. UserError for a call with one sample."""
+        """UserError for a call with one sample."""
         count = len(samples)
         if count < 2:
             raise UserError(
@@ -227,5 +210,4 @@ class Relook(Off):
     """
 
     def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:
-        """See InvocationPolicy."""
         return shown_again(prompt, backbone.image_markers)

@@ -1,4 +1,4 @@
-"""From samples to prompts and reference answers, and what the language model knows after reading a prompt.
+"""From samples to prompts and reference answers.
 
 `prompt_text` and `target_ids` are the only way from a sample's text to token ids: they keep user text from becoming
 special tokens.
@@ -6,12 +6,11 @@ special tokens.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,14 +20,6 @@ from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone, Clip, Prompt
 from vismem.serving.runtime.prompt import plain_text
-
-
-@dataclass
-class VisualStates:
-    """The last hidden states at the image and video tokens of S prompts, packed to the left: v_1..v_y of H."""
-
-    hidden: Tensor  # (S, V, d)
-    mask: Tensor  # (S, V)
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:
@@ -78,19 +69,6 @@ def _clip(video: Video, sample: Sample) -> Clip:
     return Clip(frames, video.fps)
 
 
-def visual_states(prompt: Prompt, hidden: Tensor) -> VisualStates:
-    """Pick the image and video tokens' hidden states out of the prompts' (S, L, d)."""
-    order = prompt.visual.int().argsort(dim=1, descending=True, stable=True)
-    longest = int(prompt.visual.sum(1).max())
-    mask = prompt.visual.gather(1, order)[:, :longest]
-    return VisualStates(hidden.gather(1, order[:, :longest, None].expand(-1, -1, hidden.shape[-1])), mask)
-
-
-def last_of(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(S, d) the hidden state of each row's last real token in right-padded (S, L, d)."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-
-
 def shown_again(prompt: Prompt, markers: int) -> Prompt:
     """The prompts, each followed by its images and videos once more, markers and what stands between them included.
 
@@ -109,10 +87,5 @@ def shown_again(prompt: Prompt, markers: int) -> Prompt:
     lengths = torch.tensor([len(row) for row in embeds], device=prompt.mask.device)
     mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
     visual = pad(prompt.visual, (0, mask.shape[1] - prompt.visual.shape[1]))
-    return Prompt(
-        pad_sequence(embeds, batch_first=True),
-        pad_sequence(positions, batch_first=True).permute(2, 0, 1),
-        mask,
-        visual,
-        prompt.vision,
-    )
+    padded = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
+    return Prompt(pad_sequence(embeds, batch_first=True), padded, mask, visual, prompt.vision)

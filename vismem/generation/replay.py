@@ -7,11 +7,13 @@ gradient of a later token reaches the former that made an earlier latent (paper 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from vismem.data.sample import Sample
@@ -48,23 +50,15 @@ def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None
 
 def without_memory(rollout: Rollout) -> Rollout:
     """The same answer with every invocation left out: what the reference policy of stage I reads."""
-    keep: list[bool] = []
-    inside = False
-    starts = {invocation.position for invocation in rollout.invocations}
-    for position, token in enumerate(rollout.token_ids):
-        inside = inside or position in starts
-        keep.append(not inside)
-        closing = token != LATENT and position > 0 and rollout.token_ids[position - 1] == LATENT
-        inside = inside and not closing
-
-    return replace(
-        rollout,
-        token_ids=tuple(compress(rollout.token_ids, keep)),
-        loss_mask=tuple(compress(rollout.loss_mask, keep)),
-        logprobs=tuple(compress(rollout.logprobs, keep)),
-        invocations=(),
-        marked_text=rollout.text,
-    )
+    keep = [True] * len(rollout.token_ids)
+    for invocation in rollout.invocations:
+        end = invocation.position + 1
+        while rollout.token_ids[end] == LATENT:
+            end += 1  # at last the end token's place
+        keep[invocation.position : end + 1] = [False] * (end + 1 - invocation.position)
+    per_token = ("token_ids", "loss_mask", "logprobs")
+    kept: dict[str, Any] = {name: tuple(compress(getattr(rollout, name), keep)) for name in per_token}
+    return replace(rollout, **kept, invocations=(), marked_text=rollout.text)
 
 
 def decisions_of(model: VisMemModel, rollout: Rollout) -> tuple[tuple[int, MemoryKind], ...]:
@@ -91,7 +85,9 @@ def score(
     `sampled_kinds` and `limit` are those of the policy that sampled: they decide which invoke tokens were barred.
     """
     limit = model.invocation_config.max_per_answer if limit is None else limit
-    parts, order = [], sorted(range(len(rollouts)), key=lambda row: _cuts(rollouts[row]))
+    # rows that are cut at like places go through the model together, so that little is padded
+    cuts = [[*(i.position for i in rollout.invocations), len(rollout.token_ids)] for rollout in rollouts]
+    parts, order = [], sorted(range(len(rollouts)), key=cuts.__getitem__)
     for start in range(0, len(order), ROWS_TOGETHER):
         rows = order[start : start + ROWS_TOGETHER]
         part = _Pass(model, context, [rollouts[row] for row in rows], sample[rows])
@@ -105,37 +101,25 @@ def score(
     return Scores(**whole, latents=[memory for part in parts for memory in part.latents])
 
 
-def _cuts(rollout: Rollout) -> list[int]:
-    """Where the answer is cut: rows cut at like places go through the model together, so that little is padded."""
-    return [*(invocation.position for invocation in rollout.invocations), len(rollout.token_ids)]
-
-
 def answer_states(model: VisMemModel, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> Tensor:
     """(R, T, d): the hidden state from which each token of the recorded answers was predicted."""
     return _Pass(model, context, rollouts, sample).hidden()
 
 
-@dataclass
-class _Chunk:
-    """A piece of R answers, right-padded: after a memory it begins with its latents and end token."""
-
-    start: list[int]  # first index in token_ids
-    stop: list[int]
-    opening: list[Invocation | None]  # the invocation whose latents begin it
-
-
 class _Pass:
+    """One pass over R answers. A chunk ends with an invoke token; the next one begins with the memory's latents."""
+
     def __init__(self, model: VisMemModel, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> None:
         self.model, self.context, self.rollouts, self.sample = model, context, rollouts, sample
         self.device = sample.device
-        self.longest = max(len(rollout.token_ids) for rollout in rollouts)
+        self.ids = _padded([rollout.token_ids for rollout in rollouts], torch.long).to(self.device)  # (R, T)
         self.latents: list[Tensor] = []
         # what has been read so far, right-padded: the prompt, then chunk after chunk
         self.keys = context.prompt.mask[sample]
         self.embeds = context.prompt.embeds[sample]
         self.positions = context.prompt.positions[:, sample]
-        self.seen = [context.last[sample][:, None]]  # hidden states
-        self.place = torch.zeros(len(sample), self.longest + 1, dtype=torch.long, device=self.device)  # in `seen`
+        self.seen = context.last[sample][:, None]  # hidden states
+        self.place = self.ids.new_zeros(len(sample), self.ids.shape[1] + 1)  # in `seen`
 
     def hidden(self) -> Tensor:
         """(R, T, d): the hidden state from which each token of the answer was predicted."""
@@ -144,109 +128,84 @@ class _Pass:
         for layer, held in enumerate(context.cache.layers):
             cache.update(held.keys[sample], held.values[sample], layer)
         following = context.prompt.next_position()[sample]
-        for chunk in self._chunks():
-            lengths = torch.tensor([b - a for a, b in zip(chunk.start, chunk.stop, strict=True)], device=self.device)
-            width = int(lengths.max())
-            piece = self._embed(chunk, width)
-            offset = torch.arange(width, device=self.device)
+        for chunk, (start, stop) in enumerate(pairwise(self._cuts().unbind(1))):
+            lengths = stop - start
+            offset = torch.arange(int(lengths.max()), device=self.device)
             real = offset < lengths[:, None]
+            token = start[:, None] + offset  # its index in the answer
+            piece = self._embed(self.ids.gather(1, token.clamp_max(self.ids.shape[1] - 1)).where(real, 0), chunk)
             at = (following[:, None] + offset).expand(3, -1, -1)
             self.keys = torch.cat([self.keys, real], dim=1)
-            mask = causal_mask(self.keys, width)
-            hidden = backbone.language(piece, at, mask, cache)
-            before = sum(part.shape[1] for part in self.seen)
-            start = torch.tensor(chunk.start, device=self.device)
+            hidden = backbone.language(piece, at, causal_mask(self.keys, len(offset)), cache)
             row, column = real.nonzero(as_tuple=True)
-            self.place[row, start[row] + column + 1] = before + column
-            self.seen.append(hidden)
+            self.place[row, token[real] + 1] = self.seen.shape[1] + column
+            self.seen = torch.cat([self.seen, hidden], dim=1)
             self.embeds = torch.cat([self.embeds, piece], dim=1)
             self.positions = torch.cat([self.positions, at], dim=2)
             following = following + lengths
-        states = torch.cat(self.seen, dim=1)
-        return states.gather(1, self.place[:, :-1, None].expand(-1, -1, states.shape[-1]))
+        return _states_at(self.seen, self.place[:, :-1])
 
-    def _chunks(self) -> list[_Chunk]:
-        chunks = []
-        for index in range(1 + max(len(rollout.invocations) for rollout in self.rollouts)):
-            start, stop, opening = [], [], []
-            for rollout in self.rollouts:
-                bounds = [0, *(i.position + 1 for i in rollout.invocations), len(rollout.token_ids)]
-                end = len(bounds) - 1
-                start.append(bounds[min(index, end)])
-                stop.append(bounds[min(index + 1, end)])
-                opening.append(rollout.invocations[index - 1] if 0 < index < end else None)
-            chunks.append(_Chunk(start, stop, opening))
-        return chunks
+    def _cuts(self) -> Tensor:
+        """(R, C + 1) the places in the answers between which the chunks lie; chunks that a row lacks are empty."""
+        cuts = [[0, *(i.position + 1 for i in r.invocations), len(r.token_ids)] for r in self.rollouts]
+        count = max(map(len, cuts))
+        return torch.tensor([row + row[-1:] * (count - len(row)) for row in cuts], device=self.device)
 
-    def _embed(self, chunk: _Chunk, width: int) -> Tensor:
-        """(R, width, d) embeddings of one chunk; memories that open it are formed here."""
-        ids = torch.zeros(len(self.rollouts), width, dtype=torch.long)
-        for row, (a, b) in enumerate(zip(chunk.start, chunk.stop, strict=True)):
-            ids[row, : b - a] = torch.tensor(self.rollouts[row].token_ids[a:b])
-        ids = ids.to(self.device)
+    def _embed(self, ids: Tensor, chunk: int) -> Tensor:
+        """(R, T, d) embeddings of one chunk's tokens (R, T); memories that begin it are formed here."""
         piece = self.model.embed(ids.clamp_min(0))
+        opening = [r.invocations[chunk - 1].kind if 0 < chunk <= len(r.invocations) else None for r in self.rollouts]
         for kind in KINDS:
-            rows = [row for row, opening in enumerate(chunk.opening) if opening is not None and opening.kind is kind]
+            rows = [row for row, found in enumerate(opening) if found is kind]
             if not rows:
                 continue
-            memory = self._form(kind, rows, chunk)
-            self.latents.append(memory)
             index = torch.tensor(rows, device=self.device)
-            full = torch.zeros_like(piece).index_copy(0, index, pad(memory, (0, 0, 0, width - memory.shape[1])))
-            chosen = torch.zeros(len(self.rollouts), 1, dtype=torch.bool, device=self.device)
-            chosen[rows] = True
-            piece = torch.where(((ids == LATENT) & chosen)[..., None], full, piece)
+            memory = self._form(kind, rows, index, chunk)
+            self.latents.append(memory)
+            places = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, index, True) & (ids == LATENT)
+            piece = piece.masked_scatter(places[..., None], memory)
         return piece
 
-    def _form(self, kind: MemoryKind, rows: list[int], chunk: _Chunk) -> Tensor:
-        index = torch.tensor(rows, device=self.device)
-        segments = [self._segment(row, chunk) for row in rows]
-        longest = max(b - a for a, b in segments)
-        first = torch.tensor([a for a, _ in segments], device=self.device)[:, None]
-        length = torch.tensor([b - a for a, b in segments], device=self.device)[:, None]
-        offset = torch.arange(longest, device=self.device)
-        states = torch.cat(self.seen, dim=1)[index]
-        where = self.place[index].gather(1, (first + offset + 1).clamp_max(self.longest))
-        segment = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
+    def _form(self, kind: MemoryKind, rows: list[int], index: Tensor, chunk: int) -> Tensor:
+        """(rows, N, d) memories of the rows whose invoke token ended the chunk before this one."""
+        bounds = []  # first and last + 1 index of each row's current segment, up to and including the invoke token
+        for row in rows:
+            *earlier, opening = self.rollouts[row].invocations[:chunk]
+            bounds.append((self._end(earlier[-1]) if earlier else 0, opening.position + 1))
+        first, stop = torch.tensor(bounds, device=self.device)[..., None].unbind(1)
+        offset = torch.arange(int((stop - first).max()), device=self.device)
+        where = self.place[index].gather(1, (first + offset + 1).clamp_max(self.ids.shape[1]))
+        segment = _states_at(self.seen[index], where), offset < stop - first
         stream = self.embeds[index], self.positions[:, index], self.keys[index]
-        return self.context.form(kind, self.sample[index], (segment, offset < length), stream)
+        return self.context.form(kind, self.sample[index], segment, stream)
 
-    def _segment(self, row: int, chunk: _Chunk) -> tuple[int, int]:
-        """First and last+1 index of the current segment, up to and including the invoke token."""
-        opening = chunk.opening[row]
-        assert opening is not None
-        earlier = [i for i in self.rollouts[row].invocations if i.position < opening.position]
-        start = earlier[-1].position + self.model.length_of(earlier[-1].kind) + 2 if earlier else 0
-        return start, opening.position + 1
+    def _end(self, invocation: Invocation) -> int:
+        """The index behind a memory and its end token."""
+        return invocation.position + self.model.length_of(invocation.kind) + 2
 
     def scores(self, sampled_kinds: tuple[MemoryKind, ...], limit: int, temperature: float) -> Scores:
         hidden = self.hidden()
-        rows, length = hidden.shape[:2]
-        ids = torch.full((rows, length), LATENT)
-        mask = torch.zeros(rows, length, dtype=torch.bool)
-        full = torch.zeros(rows, length, dtype=torch.bool)
+        mask = _padded([rollout.loss_mask for rollout in self.rollouts], torch.bool)
+        full = torch.zeros_like(mask)
         for row, rollout in enumerate(self.rollouts):
-            ids[row, : len(rollout.token_ids)] = torch.tensor(rollout.token_ids)
-            mask[row, : len(rollout.token_ids)] = torch.tensor(rollout.loss_mask)
             for invocation in rollout.invocations:  # a word comes first after every memory
-                full[row, invocation.position + self.model.length_of(invocation.kind) + 2 :][:1] = True
+                full[row, self._end(invocation) :][:1] = True
             if len(rollout.invocations) >= limit > 0:
                 full[row, rollout.invocations[limit - 1].position + 1 :] = True
-        ids, mask, full = ids.to(self.device), mask.to(self.device), full.to(self.device)
-        columns = self.model.column_of(ids)[mask]
+        mask, full = mask.to(self.device), full.to(self.device)
+        columns = self.model.column_of(self.ids)[mask]
         may_invoke = torch.tensor([kind in sampled_kinds and limit > 0 for kind in KINDS], device=self.device)
         barred = full[mask][:, None] | ~may_invoke
-        chosen, plain, entropy = token_scores(self.model, hidden[mask], columns, barred, temperature)
-        text = columns < self.model.vocabulary
+        found = token_scores(self.model, hidden[mask], columns, barred, temperature)
+        text_mask = torch.zeros_like(mask).masked_scatter(mask, columns < self.model.vocabulary)
+        chosen, plain, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
+        return Scores(chosen, plain, entropy, mask, text_mask, self.latents)
 
-        def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(rows, length).masked_scatter(mask, values)
 
-        return Scores(
-            logprobs=spread(chosen),
-            text_logprobs=spread(plain),
-            entropy=spread(entropy),
-            mask=mask,
-            text_mask=torch.zeros_like(mask).masked_scatter(mask, text),
-            latents=self.latents,
-        )
+def _padded(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
+
+
+def _states_at(states: Tensor, where: Tensor) -> Tensor:
+    """(R, T, d) of states (R, X, d) at `where` (R, T)."""
+    return states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import mask_credentials
 from vismem.registry.tracking import open_store, tracking_uri
-from vismem.services import HOST, NotYetError, Service, free_ports, start_service, until_stopped, watch
+from vismem.services import HOST, Service, check_http, free_ports, start_service, until_stopped, watch
 
 
 def mlflow_command(port: int) -> list[str]:
@@ -38,10 +37,7 @@ def start_mlflow(port: int, environment: Mapping[str, str], log: Path) -> Servic
 
 def check_mlflow(address: str) -> None:
     """Ask the server for an experiment. NotYetError where it does not answer, or not from its database."""
-    try:
-        urllib.request.urlopen(f"{address}/api/2.0/mlflow/experiments/search?max_results=1", timeout=5).close()
-    except OSError as error:  # refused, timed out, or an HTTP error
-        raise NotYetError(str(error)) from None
+    check_http(f"{address}/api/2.0/mlflow/experiments/search?max_results=1")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Starts a real tritonserver on a model repository, proves that it answers, and always stops it (`vismem serve`)."""
 
 import re
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.services import HOST, NotYetError, Service, free_ports, start_service, until_stopped, watch
+from vismem.services import HOST, Service, check_http, free_ports, start_service, until_stopped, watch
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask
 from vismem.serving.repository import check_repository
@@ -74,20 +73,13 @@ def triton_server(
         ) as service:
             address = HOST if host == "0.0.0.0" else host
             url = f"{address}:{ports['grpc']}"
-            service.wait_until(lambda: _check_ready(f"http://{address}:{ports['http']}"), READY_TIMEOUT)
+            service.wait_until(lambda: check_http(f"http://{address}:{ports['http']}/v2/health/ready"), READY_TIMEOUT)
             for model in models:  # one whose Python process has died still says READY
                 try:
                     ask(url, model, READY_TIMEOUT)
                 except UserError as error:
                     raise UserError(f"the server started, but does not answer: {error}; its log is {log}") from None
             yield TritonServer(repository, models, url, ports, service)
-
-
-def _check_ready(url: str) -> None:
-    try:
-        urllib.request.urlopen(f"{url}/v2/health/ready", timeout=5).close()
-    except OSError as error:  # not listening yet, or its models are loading
-        raise NotYetError(str(error)) from None
 
 
 def _find_error(lines: Sequence[str]) -> str:

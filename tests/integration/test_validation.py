@@ -46,11 +46,11 @@ BAD_ROWS: dict[str, tuple[Callable[[Sample], Sample], str]] = {
         lambda row: dataclasses.replace(row, images=(*row.images, noise()[:1500])),
         r"image 2 of 2: .*truncated",
     ),
-    "image_least_side": (
+    "image_min_side": (
         lambda row: dataclasses.replace(row, images=(encoded(9999, (40, 27)),)),
         "a side of 27 pixels, less than 28",
     ),
-    "image_largest_side": (
+    "image_max_side": (
         lambda row: dataclasses.replace(row, images=(encoded(9999, (101, 40)),)),
         "a side of 101 pixels, more than 100",
     ),
@@ -186,7 +186,7 @@ def test_the_report_reads_offline_and_shows_bad_text_as_text(tmp_path: Path) -> 
     assert 'alt=""' not in page
     for name in verdicts(tmp_path / "validate")["rules"]:
         assert name in page
-    for figures in ("required rows 1 to 20; 3 splits judged", "least side 32 px; 42 rows judged", "share 2.4%"):
+    for figures in ("required rows 1 to 20; 3 splits judged", "min side 32 px; 42 rows judged", "share 2.4%"):
         assert figures in page
 
 

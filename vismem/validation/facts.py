@@ -45,7 +45,7 @@ def collect_facts(shards: Sequence[Shard], max_side: int, advance: Callable[[int
 
     `advance` is called with the number of rows done, from several threads. Columns: split, shard (index into
     `shards`), position (row in the shard), id, id_chars, null_fault (names of null columns), duplicate_of (place of the
-    first row with the id), images (how many, videos among them), image_fault, least_side, largest_side (pixels),
+    first row with the id), images (how many, videos among them), image_fault, min_side, max_side (pixels),
     image_hashes, leak (the split of higher precedence that shows one of the images or videos), question_chars, answer,
     answer_chars, answer_listed (names a choice), task, capability, sha256. What does not apply or is not known is
     missing.
@@ -76,7 +76,7 @@ def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]
 
 _COLUMNS = {
     **dict.fromkeys(("shard", "position", "id_chars", "images", "question_chars", "answer_chars"), "int64"),
-    **dict.fromkeys(("least_side", "largest_side"), "float64"),  # missing where no image has a size
+    **dict.fromkeys(("min_side", "max_side"), "float64"),  # missing where no image has a size
     **dict.fromkeys(("split", "id", "answer", "task", "capability", "sha256"), "object"),
     **dict.fromkeys(("null_fault", "image_fault", "image_hashes", "answer_listed"), "object"),
 }
@@ -132,8 +132,8 @@ def _row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -
         "null_fault": ", ".join(nulls) or None,
         "images": len(images) + len(videos),
         "image_fault": "; ".join(faults) or None,
-        "least_side": min(sides, default=None),
-        "largest_side": max(sides, default=None),
+        "min_side": min(sides, default=None),
+        "max_side": max(sides, default=None),
         "image_hashes": tuple(seen_sha256(images, videos)),
         "question_chars": len(question.strip()),
         "answer": answer,

@@ -54,7 +54,7 @@ def _split(split: str, findings: Findings) -> dict[str, Any]:
     facts = findings.splits.set_index("split").loc[split]
     counts = Counter(ours["answer"])
     top = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:ANSWERS_SHOWN]
-    sides = (ours["least_side"].min(), ours["largest_side"].max()) if ours["least_side"].notna().any() else ()
+    sides = (ours["min_side"].min(), ours["max_side"].max()) if ours["min_side"].notna().any() else ()
     return {
         "name": split,
         "rows": int((findings.rows["split"] == split).sum()),

@@ -35,7 +35,7 @@ pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PR
 study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; resumes
 	.venv/bin/python -m recipes.study --write docs/results/embedded.md
 
-tiny-vlm: $(INSTALLED)  ## train the tiny VLM of assets/ and its memory anew; about half an hour
+tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; about half an hour
 	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory
 
 test: setup  ## all tests
@@ -58,7 +58,7 @@ stack: $(INSTALLED)  ## PostgreSQL, an S3 server and MLflow on both, until Ctrl-
 images:  ## build both container images; TORCH=cpu for machines without a GPU (deploy/docker/README.md)
 	deploy/docker/build.sh
 
-locks: setup  ## make the images' lock files anew, after a change of requirements; needs uv
+locks: setup  ## rewrite the images' lock files after a change of requirements; needs uv
 	deploy/docker/locks.sh
 
 test-containers: setup  ## build both images, run the smoke pipeline in containers and ask the served model

@@ -78,7 +78,7 @@ def measure(
     with Parts() as parts:
         parts.wrap(engine._Decoder, "_insert", "memory")
         for repeat, (number, part), turn in product(range(repeats), enumerate(batches), range(len(names))):
-            name = names[(turn + number + repeat) % len(names)]  # nobody always comes first
+            name = names[(turn + number + repeat) % len(names)]  # so that none is always first
             spent = parts.run(partial(sides[name], part, longest))
             first = parts.run(partial(sides[name], part, 1))
             seconds = {"whole": sum(spent.values()), "memory": spent.get("memory", 0.0), "first": sum(first.values())}

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
             add("--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"), help=about)
     command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it")
     command("summary", _run_summary, "scores, verdict and an example answer of the last run")
-    command("preflight", _run_preflight, "look whether a run can reach its end: secrets, buckets, registry, GPUs")
+    command("preflight", _run_preflight, "check that a run can complete: secrets, buckets, registry, GPUs")
 
     add = command("infer", _run_infer, "ask the served model about images")
     add("--image", type=Path, action="append", required=True, help="image file; may be repeated")

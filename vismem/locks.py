@@ -16,8 +16,8 @@ from vismem.errors import UserError
 def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[int]:
     """An exclusive lock on the folder; the processes that inherit it hold it too.
 
-    UserError where another holds it, also after `patience` seconds. Some network file systems have no locks: there it
-    only says so.
+    UserError where another holds it, also after `patience` seconds. On a file system
+    without locks, as some network file systems are, it prints a warning and locks nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""Checks, before GPU time is spent, that a run can reach its end: secrets, buckets, registry, base model, machine.
+"""Checks, before GPU time is spent, that a run can complete: secrets, buckets, registry, base model, machine.
 
 Every check runs, whatever the others find, and none waits longer than seconds for a service that does not answer.
 """

@@ -138,7 +138,7 @@ def _make_database(server: str) -> None:
 
 
 def _start_s3(weed: str, folder: Path, port: Mapping[str, int], environment: Mapping[str, str]) -> Service:
-    """Start SeaweedFS, without its last master's election state: that is bound to its port, and made anew."""
+    """Start SeaweedFS, without its last master's election state: that is bound to its port, and recreated."""
     data = folder / "s3"
     data.mkdir(exist_ok=True)
     for stale in data.glob("m[0-9]*"):

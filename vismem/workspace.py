@@ -68,7 +68,7 @@ def repro(params: Path, profile: str | None, arguments: Sequence[str]) -> int:
 
 
 def _rebase(value: Any, root: Path, folder: Path) -> Any:
-    """A parameter with the paths in it written anew, but for those below a linked folder: they read the same there."""
+    """A parameter with the paths in it rewritten, except those below a linked folder: they read the same there."""
     if isinstance(value, Section):
         return value.model_copy(update={name: _rebase(inner, root, folder) for name, inner in value})
     if isinstance(value, tuple):
@@ -81,7 +81,7 @@ def _rebase(value: Any, root: Path, folder: Path) -> Any:
 def _derive_dvc_config(root: Path, folder: Path) -> None:
     """Give the workspace the root's DVC settings, private ones too (`config.local`), and the root's cache.
 
-    Relative paths go on naming the same files, and who may read a file does not change. UserError for broken settings.
+    Relative paths still name the same files, and who may read a file does not change. UserError for broken settings.
     """
     from dvc.config import Config as DvcConfig
     from dvc.config import ConfigError

@@ -1,4 +1,4 @@
-"""Checks that a run can reach its end, before it costs GPU time."""
+"""Checks that a run can complete, before it costs GPU time."""
 
 from kfp import dsl
 

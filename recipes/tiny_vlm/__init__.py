@@ -1,1 +1,1 @@
-"""The tiny VLM of assets/: `python -m recipes.tiny_vlm --seed N --out DIR` trains it anew."""
+"""The tiny VLM of assets/: `python -m recipes.tiny_vlm --seed N --out DIR` trains it."""

@@ -54,7 +54,7 @@ class _Split:
     def take(self, sample: Sample) -> bool:
         """Count a row; False, and counted as dropped, where another split has one of its images or videos.
 
-        Images that do not decode are nobody's: their rows go on to `validate`, which quarantines them.
+        Images that do not decode belong to no split: their rows pass to `validate`, which quarantines them.
         """
         videos = [[self.examine(data) for data in video.frames] for video in sample.videos]
         hashes = seen_sha256([self.examine(data) for data in sample.images], videos)

@@ -129,7 +129,7 @@ def decode(
     """Answer `samples` greedily with every arm, each by its model of `models`. Only decoding is timed.
 
     The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike. Answers
-    so far go to the file `kept` from time to time, and are taken from there: a killed run goes on behind them.
+    so far go to the file `kept` from time to time, and are read from there: a killed run resumes behind them.
     """
     runs = _RUNS.validate_json(kept.read_bytes()) if kept and kept.is_file() else {arm.name: Run() for arm in arms}
     answered, saved = len(runs[arms[0].name].rollouts), time.monotonic()

@@ -1,4 +1,4 @@
-"""The one rollout engine: batched decoding in which each row invokes memories by itself (paper Sec. 3.2, Eq. 4).
+"""The one rollout engine: batched decoding in which each row invokes memories independently (paper Sec. 3.2, Eq. 4).
 
 Every row owns its slots in the cache. Rows that invoke a memory leave the others alone: their latents and end token
 are inserted in one pass over those rows only, and then all rows are decoded together again.
@@ -58,7 +58,7 @@ class _Row:
     finished: bool = False
 
     def insert(self, ids: Sequence[int]) -> None:
-        """Tokens that nobody sampled."""
+        """Tokens that were not sampled."""
         self.tokens += [(token, False, 0.0) for token in ids]
 
 

@@ -153,7 +153,7 @@ class VisMemModel(nn.Module):
 
     @contextmanager
     def checkpointed(self, on: bool = True) -> Iterator[None]:
-        """Within the block, what is run keeps few activations: the backward pass computes them anew (where `on`)."""
+        """Within the block, what is run keeps few activations: the backward pass recomputes them (where `on`)."""
         before, self.recompute = self.recompute, on
         layers = self.backbone.model.model.language_model.layers if on and not before else ()
         try:

@@ -43,8 +43,8 @@ class Move:
 def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Judge the registered version again and make it champion if it passes; writes `release.json` and `verdict.json`.
 
-    Figures and gate are those in the registry, and the champion is the present one: nobody else promotes meanwhile. A
-    refusal is a result with its reasons. UserError where the store does not hold the version that was registered.
+    Figures and gate are those in the registry; no other promotion runs meanwhile. A refusal is a result with its
+    reasons. UserError where the store does not hold the version that was registered.
     """
     record = RegisteredVersion.read(inputs["register"])
     store = open_store(config.registry)

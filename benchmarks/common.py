@@ -26,7 +26,7 @@ from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training import rollout, stage2
+from vismem.training import rollout
 from vismem.training.baselines import PolicyGrpo
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA, trainable
@@ -197,9 +197,9 @@ def now() -> float:
 
 def step_parts() -> Parts:
     """Clocks on the parts of a GRPO step: sampling, forming, the replay, the backward pass, the reference."""
-    parts = Parts("reference")
+    parts = Parts("reference", "swapped sampling")
     parts.wrap(rollout, "generate", "sampling")
-    parts.wrap(stage2, "generate", "swapped sampling")
+    parts.wrap(Invocation, "shaped", "swapped sampling")
     parts.wrap(rollout, "prefill", "reading prompts")
     parts.wrap(rollout, "score", "replay, forward")
     for objective in (GrpoObjective, Formation):

@@ -142,7 +142,7 @@ def paid(
         objective, _ = objective_of("stage2", base, group_size=len(rewards), penalty=penalty)
         sample = objective.samples[0]
         rollouts = [plain_or_invoking(objective.model, sample.id, invokes) for invokes in invoking]
-        patch.setattr("vismem.training.stage2.generate", lambda *_, **__: rollouts)
+        patch.setattr(objective, "sample", lambda *_: rollouts)
         patch.setattr("vismem.training.stage2.rewards_of", lambda *_: torch.tensor([swapped]))
         result: list[float] = objective.shaped(torch.tensor([rewards]), [sample], rollouts, 0)[0].tolist()
         return result

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import math
 import random
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from vismem.evaluation.arms import VISMEM, Arm, label, resolve_arms
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
-from vismem.files import write_json, write_text
+from vismem.files import empty_folder, write_json, write_text
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
@@ -163,8 +162,7 @@ def write(
     sources: Mapping[str, str],
 ) -> None:
     """Write all files of the step into `out`; leftovers of a killed run go."""
-    for leftover in out.iterdir():
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    empty_folder(out)
     for arm, answers in predictions.items():
         write_predictions(answers, out / "predictions" / f"{arm}.parquet")
     metrics.write(out)

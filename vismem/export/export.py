@@ -9,7 +9,7 @@ from vismem.evaluation.evaluate import pick
 from vismem.export.card import model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
-from vismem.files import write_json
+from vismem.files import empty_folder, write_json
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
@@ -23,8 +23,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     `parity.json`; `README.md`: the model card; `lineage.json`; `manifest.json`. Failed parity does not raise: the gate
     reads it. Raises UserError where metrics, test questions or a model that can be exported are missing.
     """
-    for leftover in out.iterdir():
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    empty_folder(out)
     metrics = Metrics.read(inputs["evaluate"])
     samples = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
     model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])  # float32, whatever it was trained in

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-import vismem
 from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource, resolve
+from vismem.config.section import ROOT  # in the image too, dvc.yaml lies beside the library
 from vismem.files import write_text
 from vismem.launch import LaunchConfig
 from vismem.params_file import render_params
@@ -18,7 +18,6 @@ from vismem.steps import BASELINES, BY_NAME, STEPS
 
 IDENTITY = "made_from"  # no section: what else the output depends on
 TASKS = ("preflight", *(step.name for step in STEPS))
-ROOT = Path(vismem.__file__).parents[1]  # in the image too, dvc.yaml lies beside the library
 
 
 def configure(

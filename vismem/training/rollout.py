@@ -82,15 +82,7 @@ class GrpoObjective:
         chosen = batch_at(step, len(self.samples), self.grpo.batch_size, self.seed)
         batch = tuple(self.samples[i] for i in shard_batch(chosen, self.accelerator))
         policy = self.policy(step)
-        rollouts = generate(
-            self.model,
-            batch,
-            policy,
-            max_new_tokens=self.grpo.max_new_tokens,
-            temperature=self.grpo.temperature,
-            seed=self.seed * 1_000_003 + step,
-            group_size=self.stage.group_size,
-        )
+        rollouts = self.sample(batch, policy, step)
         rewards = rewards_of(batch, rollouts)
         shaped = self.shaped(rewards, batch, rollouts, step)
         advantages = group_advantages(shaped, self.grpo.normalise_by_std).flatten()
@@ -103,6 +95,18 @@ class GrpoObjective:
             lines = answer_lines(batch[:1] * group, rollouts[:group], "reward", rewards[0].tolist())
             (folder / f"{step:06d}.jsonl").write_text(lines)
         return RolloutBatch(batch, tuple(rollouts), advantages, policy, all_reduce_mean(metrics, self.accelerator))
+
+    def sample(self, batch: Sequence[Sample], policy: InvocationPolicy, step: int) -> list[Rollout]:
+        """A group of answers for each prompt; the same policy samples the same ones again in the same step."""
+        return generate(
+            self.model,
+            batch,
+            policy,
+            max_new_tokens=self.grpo.max_new_tokens,
+            temperature=self.grpo.temperature,
+            seed=self.seed * 1_000_003 + step,
+            group_size=self.stage.group_size,
+        )
 
     def backward(self, batch: RolloutBatch) -> Metrics:
         """Add the gradient of the clipped objective and the KL term, micro-batch by micro-batch."""

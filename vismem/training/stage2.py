@@ -45,15 +45,7 @@ class Invocation(GrpoObjective):
         keys = [row_key(rollout.sample_id, index % group) for index, rollout in enumerate(rollouts)]
         recorded = {key: decisions_of(self.model, rollout) for key, rollout in zip(keys, rollouts, strict=True)}
         if any(recorded.values()) and self.stage.penalty > 0:
-            reversed_rollouts = generate(
-                self.model,
-                batch,
-                Replay(recorded=recorded, swap=True),
-                max_new_tokens=self.grpo.max_new_tokens,
-                temperature=self.grpo.temperature,
-                seed=self.seed * 1_000_003 + step,
-                group_size=group,
-            )
+            reversed_rollouts = self.sample(batch, Replay(recorded=recorded, swap=True), step)
             invoked = torch.tensor([bool(r.invocations) for r in rollouts]).view_as(rewards)
             swapped = torch.where(invoked, rewards_of(batch, reversed_rollouts), rewards)
         return rewards - self.stage.penalty * (type_penalty(rewards, swapped) + negative_penalty(rewards))

@@ -7,6 +7,7 @@ import tiny_families as families
 import torch
 
 from vismem.generation.decode_state import RowCache
+from vismem.models.backbones import decoder
 from vismem.models.backbones.decoder import TokenDecoder
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import causal_mask
@@ -15,7 +16,21 @@ from vismem.models.vismem import load_base
 ROWS, READ, LENGTHS = 3, 7, (7, 4, 6)
 
 
+@pytest.fixture(params=["as-on-a-cpu", "as-on-a-gpu"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's output in memory: on a GPU its heads may lie next to one another, not its rows."""
+    attend = decoder.scaled_dot_product_attention
+
+    def on_gpu(*args: torch.Tensor, **options: object) -> torch.Tensor:
+        attended: torch.Tensor = attend(*args, **options)
+        return attended.transpose(0, 1).contiguous().transpose(0, 1)
+
+    if request.param == "as-on-a-gpu":
+        monkeypatch.setattr(decoder, "scaled_dot_product_attention", on_gpu)
+
+
 @pytest.mark.parametrize("variant", families.VARIANTS)
+@pytest.mark.usefixtures("layout")
 @torch.no_grad()
 def test_a_token_alone_gets_the_hidden_state_of_the_whole_model(variant: str, tmp_path: Path) -> None:
     backbone = load_base(families.save_base(tmp_path, variant))

@@ -7,6 +7,7 @@ What each stage changes: `test_invariants`. Kills and seeds: `test_resume`. Micr
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -146,6 +147,26 @@ def paid(
         patch.setattr("vismem.training.stage2.rewards_of", lambda *_: torch.tensor([swapped]))
         result: list[float] = objective.shaped(torch.tensor([rewards]), [sample], rollouts, 0)[0].tolist()
         return result
+
+
+def test_the_counterfactual_has_the_random_numbers_of_the_answers_that_it_judges(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, _ = objective_of("stage2", tiny_base, group_size=24, penalty=0.5)
+    sample, drawn = objective.sample, []
+
+    def recorded(*arguments: Any) -> list[Rollout]:
+        drawn.append(sample(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(objective, "sample", recorded)
+    objective.collect(3)
+    answers, swapped = drawn
+    before = [min((i.position for i in ours.invocations), default=len(ours.token_ids)) for ours in answers]
+    assert sum(before) > 20, "or nothing is compared"
+    for ours, theirs, end in zip(answers, swapped, before, strict=True):
+        assert theirs.token_ids[:end] == ours.token_ids[:end]
+        assert [i.kind.other for i in theirs.invocations][:1] == [i.kind for i in ours.invocations][:1]
 
 
 def plain_or_invoking(model: VisMemModel, sample: str, invokes: bool) -> Rollout:

@@ -22,9 +22,8 @@ check_untyped_defs = true
 [mypy-pydantic.*,pydantic_core.*]
 follow_imports = silent
 """
-READ_BY_NAME = {  # getattr(source, split), getattr(config.deploy, name); pydantic reads `kind` to tell sources apart
+READ_BY_NAME = {  # getattr(source, split); pydantic reads `kind` to tell sources apart
     *((f"{kind}Source", split) for kind in ("Scenes", "EasyVqa") for split in ("train", "validation", "test")),
-    *(("DeployConfig", port) for port in ("http_port", "metrics_port")),
     *((f"{kind}Source", "kind") for kind in ("Scenes", "EasyVqa", "Jsonl", "Nlvr", "LmuData")),
 }
 

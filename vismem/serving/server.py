@@ -110,9 +110,9 @@ def serve(
     if not repository.is_dir():
         hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
         raise UserError(f"{repository} is not there: {hint}")
-    asked = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
-    chosen = config.deploy.model_dump() | {name: port for name, port in asked.items() if port is not None}
-    ports = {name: chosen[f"{name}_port"] for name in ("grpc", "http", "metrics")}
+    asked = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+    ports = {"grpc": config.deploy.grpc_port, "http": config.deploy.http_port, "metrics": config.deploy.metrics_port}
+    ports |= {name: port for name, port in asked.items() if port is not None}
     with until_stopped(write), triton_server(repository, log=log, host=host, ports=ports) as server:
         others = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
         write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({others})")

@@ -33,7 +33,7 @@ pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PR
 	.venv/bin/python pipelines/run_local.py --profile '$(PROFILE)'
 
 study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; resumes
-	.venv/bin/python -m recipes.study --write docs/results/embedded.md
+	.venv/bin/python -m recipes.study --profile full --write docs/results/embedded.md
 
 tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; about half an hour
 	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory

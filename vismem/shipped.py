@@ -1,4 +1,4 @@
-"""What comes with VisMem beside its code: in a wheel below `vismem/shipped/`, in a checkout at the repository's root."""
+"""What comes with VisMem beside its code: in a wheel below `vismem/shipped/`, in a checkout at the root."""
 
 from pathlib import Path
 

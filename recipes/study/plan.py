@@ -18,6 +18,7 @@ from vismem.files import write_text
 from vismem.params_file import render_params
 from vismem.steps import BASELINES, BY_NAME
 
+PROFILE = "full"  # what `make study` runs
 BASE = "tiny_vlm"  # the job that trains a base, and its output folder
 Values = dict[str, Any]
 

@@ -1,11 +1,11 @@
-"""Trains a memory for the tiny VLM with the library's own steps and default parameters."""
+"""Trains a memory for the tiny VLM with the library's own steps and the parameters of the profile `full`."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 from recipes.tiny_vlm.card import begin, write_card
-from vismem.config import BaseConfig, Config, EvaluateConfig, PrepareConfig, ScenesSource
+from vismem.config import Config, resolve
 from vismem.files import read_json
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder
@@ -15,14 +15,16 @@ TRAINED = ("prepare", "validate", "base", "stage1", "stage2")
 VALIDATION = 1200  # questions that the card's scores are from
 
 
-def default_config(base: Path, seed: int) -> Config:
-    """The default parameters, with a larger validation split, on which the two arms of the card are compared."""
-    return Config(
-        seed=seed,
-        prepare=PrepareConfig(sources=(ScenesSource(validation=VALIDATION, test=1),)),
-        base=BaseConfig(model=str(base)),
-        evaluate=EvaluateConfig(arms=("vanilla", "vismem")),
-    )
+def full_config(base: Path, seed: int) -> Config:
+    """The profile `full`, with a larger validation split, on which the two arms of the card are compared."""
+    full = resolve("full")
+    scenes = full.prepare.sources[0].model_copy(update={"validation": VALIDATION, "test": 1})
+    changes = {
+        "prepare.sources": [scenes.model_dump()],
+        "base.model": str(base),
+        "evaluate.arms": ["vanilla", "vismem"],
+    }
+    return resolve("full", {"seed": seed, **changes})
 
 
 def train_memory(out: Path, base: Path, config: Config, origin: dict[str, Any]) -> Path:

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from recipes.tiny_vlm import objectives, train
 from recipes.tiny_vlm.card import FACTS
-from recipes.tiny_vlm.memory import default_config, train_memory
+from recipes.tiny_vlm.memory import full_config, train_memory
 from recipes.tiny_vlm.objectives import Language, Vision, answer_loss, cell_labels, grids
 from recipes.tiny_vlm.scenes import SIDES, of_size, questions
 from recipes.tiny_vlm.sequences import IGNORED, lay_out
@@ -253,7 +253,7 @@ def test_a_memory_is_trained_on_it_by_the_library_s_own_steps(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.tiny_vlm.memory.VALIDATION", 13)
-    config = default_config(made, SEED)
+    config = full_config(made, SEED)
     source = config.prepare.sources[0].model_copy(update={"train": 13})
     config = config.model_copy(
         update={

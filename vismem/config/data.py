@@ -14,7 +14,7 @@ class ScenesSource(Section):
     """Generated scenes of coloured shapes with questions asked from the scene's own truth."""
 
     kind: Literal["scenes"] = "scenes"
-    train: int = Field(24000, ge=0, description="questions in the train split [ours]")
+    train: int = Field(12000, ge=0, description="questions in the train split [ours]")
     validation: int = Field(400, ge=0, description="questions in the validation split [ours]")
     test: int = Field(1200, ge=0, description="questions in the test split [ours]")
     image_size: int = Field(84, ge=56, description="pixels, both sides; a multiple of 28 [ours]")

@@ -20,9 +20,7 @@ class PreflightConfig(Section):
 class EvaluateConfig(Section):
     """Which arms answer the test split, and how their scores are compared."""
 
-    arms: tuple[str, ...] = Field(
-        ("vanilla", "vismem", "random_50", "short_only", "long_only"), description="decoding policies compared"
-    )
+    arms: tuple[str, ...] = Field(("vanilla", "vismem"), description="decoding policies compared")
     limit: int | None = Field(None, ge=1, description="max test items; null: all")
     batch_size: int = Field(64, ge=1, description="rows decoded together")
     max_new_tokens: int = Field(56, ge=1, description="max tokens of an answer")

@@ -83,7 +83,7 @@ class GrpoStageConfig(Section):
 class WarmStartConfig(Section):
     """Supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
 
-    steps: int = Field(1600, ge=0, description="steps; 0 leaves it out, as the paper does")
+    steps: int = Field(500, ge=0, description="steps; 0 leaves it out, as the paper does")
     batch_size: int = Field(32, ge=1, description="questions per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
@@ -93,7 +93,7 @@ class WarmStartConfig(Section):
 class Stage1Config(GrpoStageConfig):
     """Stage I, formation: trains the query builder and both formers; memory is invoked at random."""
 
-    steps: int = Field(40, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    steps: int = Field(5, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
     at_start: bool = rare(True, description="the answer's first position counts as a delimiter [ours]")
@@ -105,7 +105,7 @@ class Stage1Config(GrpoStageConfig):
 class Stage2Config(GrpoStageConfig):
     """Stage II, invocation: trains the new tokens' rows, optionally LoRA on the policy."""
 
-    steps: int = Field(120, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    steps: int = Field(30, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     group_size: int = Field(8, ge=2, description="G, rollouts per prompt [paper: 16]")
     learning_rate: float = Field(2e-2, gt=0, description="peak rate; only rows are trained [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
@@ -121,7 +121,7 @@ class Stage2Config(GrpoStageConfig):
 class SupervisedConfig(Section):
     """Supervised fine-tuning on the reference answers, from which VisMem's warm start also learns."""
 
-    steps: int = Field(1600, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    steps: int = Field(500, ge=0, description="steps; 0 means `epochs` passes over the train split")
     epochs: int = rare(2, ge=1, description="passes over the train split, where steps is 0")
     batch_size: int = Field(32, ge=1, description="questions per step")
     micro_batch: int = Field(64, ge=1, description="questions per backward pass; changes memory, not the result")
@@ -138,4 +138,4 @@ class BaselinesConfig(Section):
     alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")
     dropout: float = Field(0.0, ge=0, lt=1, description="the adapters' dropout where supervised [paper App.: 0.1]")
     supervised: SupervisedConfig = SupervisedConfig()
-    grpo: GrpoStageConfig = GrpoStageConfig(steps=1000, learning_rate=1e-3)  # takes about as long as both stages
+    grpo: GrpoStageConfig = GrpoStageConfig(steps=300, learning_rate=1e-3)  # takes about as long as both stages

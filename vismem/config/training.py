@@ -83,7 +83,7 @@ class GrpoStageConfig(Section):
 class WarmStartConfig(Section):
     """Supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
 
-    steps: int = Field(500, ge=0, description="steps; 0 leaves it out, as the paper does")
+    steps: int = Field(800, ge=0, description="steps; 0 leaves it out, as the paper does")
     batch_size: int = Field(32, ge=1, description="questions per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
@@ -121,7 +121,7 @@ class Stage2Config(GrpoStageConfig):
 class SupervisedConfig(Section):
     """Supervised fine-tuning on the reference answers, from which VisMem's warm start also learns."""
 
-    steps: int = Field(500, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    steps: int = Field(800, ge=0, description="steps; 0 means `epochs` passes over the train split")
     epochs: int = rare(2, ge=1, description="passes over the train split, where steps is 0")
     batch_size: int = Field(32, ge=1, description="questions per step")
     micro_batch: int = Field(64, ge=1, description="questions per backward pass; changes memory, not the result")

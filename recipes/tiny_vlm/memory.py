@@ -9,6 +9,7 @@ from vismem.config import BaseConfig, Config, EvaluateConfig, PrepareConfig, Sce
 from vismem.files import read_json
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder
+from vismem.sources import Base
 from vismem.steps import run_step
 
 TRAINED = ("prepare", "validate", "base", "stage1", "stage2")
@@ -42,6 +43,7 @@ def train_memory(out: Path, base: Path, config: Config, origin: dict[str, Any]) 
     metrics = read_json(work / "evaluate" / "metrics.json")
     shutil.rmtree(out, ignore_errors=True)
     VisMemModel.from_pretrained(work / "stage2", work / "base").save_pretrained(out)
+    Base(config.base.model, wanted["base_sha256"]).write(out)
     facts = {
         **started,
         "data_sha256": read_json(work / "validate" / "validation.json")["data_sha256"],

@@ -18,7 +18,8 @@ def main(folder: Path = FOLDER) -> None:
     (folder / "images").mkdir(exist_ok=True)
     lines = []
     for number, sample in enumerate(generate(ScenesSource(), "test", SEED, COUNT), 1):
-        names = [f"{number:02d}{letter}" for letter, _ in zip("ab", sample.images)] if len(sample.images) > 1 else [f"{number:02d}"]
+        letters = "ab" if len(sample.images) > 1 else ("",)
+        names = [f"{number:02d}{letter}" for letter in letters]
         for name, image in zip(names, sample.images, strict=True):
             (folder / "images" / f"{name}.png").write_bytes(image)
         row = {

@@ -1,13 +1,14 @@
 """Ask a trained model about images, in Python: load it by name, answer, stream, save, push to the hub.
 
-    from vismem import VisMem
+from vismem import VisMem
 
-    model = VisMem.from_pretrained("models:/vismem@champion")
-    print(model.answer("photo.png", "how many cups?").marked)
+model = VisMem.from_pretrained("models:/vismem@champion")
+print(model.answer("photo.png", "how many cups?").marked)
 """
 
 import io
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,16 @@ from vismem.errors import UserError
 from vismem.generation.engine import generate, stream
 from vismem.generation.invocation import InvocationPolicy, Learned, Off
 from vismem.generation.types import LATENT, Rollout
+from vismem.hub import push, read_card, write_card
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
+from vismem.provenance import sha256_folder, write_manifest
 from vismem.scope import Scope
 from vismem.serving.client import Token, marked, plain
 from vismem.serving.runtime.limits import RequestError, check_request
 from vismem.serving.runtime.prompt import TextStream
-from vismem.sources import Base, find_added, find_base
+from vismem.sources import WEIGHTS, Base, find_added, find_base
 
 AnyImage = str | Path | bytes | Image.Image
 Memory = bool | Literal["short", "long"]
@@ -69,8 +72,10 @@ class Answer(str):
 class VisMem:
     """A vision-language model with latent vision memory, ready to answer."""
 
-    def __init__(self, model: VisMemModel, base: Base, scope: Scope | None = None, card: str | None = None) -> None:
-        self.model, self.base, self.scope, self.card = model, base, scope, card
+    def __init__(self, model: VisMemModel, base: Base, place: str | Path, card: str | None = None) -> None:
+        """`base` is how the model refers to its base, `place` where that was loaded from; `card`: the model card."""
+        self.model, self.base, self.place, self.card = model, base, place, card
+        self.scope = Scope.read(Path(place))
 
     @classmethod
     def from_pretrained(
@@ -83,20 +88,18 @@ class VisMem:
         """Load a model by its name.
 
         `name`: a folder (a bundle, what stage1 or stage2 wrote beside its base, or "assets/tiny-vlm-memory", which
-        comes with VisMem), a hub id, or "models:/NAME@ALIAS" or "models:/NAME/VERSION" of the MLflow registry. `device`:
-        the first GPU where there is one, else the CPU. `base`: hub id or folder, where it is not as the model says.
+        comes with VisMem), a hub id, or "models:/NAME@ALIAS" or "models:/NAME/VERSION" of the MLflow registry.
+        `device`: the first GPU where there is one, else the CPU. `base`: hub id or folder, where it is not as the
+        model says.
         UserError for what is missing or damaged, and for a base that does not fit.
         """
         added = find_added(name)
-        reference = find_base(added) if base is None else Base(str(base))
-        place = reference.place(added)
+        reference, place = find_base(added, base)
         model = VisMemModel.from_pretrained(added, place, dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model.backbone.model.to(device)
         model.to(device)
-        cards = [folder / "README.md" for folder in (added, added.parent if added.name == "vismem" else added)]
-        card = next((path.read_text() for path in cards if path.is_file()), None)
-        return cls(model, reference, Scope.read(Path(place)), card)
+        return cls(model, reference, place, read_card(added))
 
     # --- answers ---
 
@@ -160,10 +163,30 @@ class VisMem:
         """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.client`."""
         sample = self._sample(images, question, max_new_tokens)
         policy = policy_of(memory)
-        ids = stream(
-            self.model, sample, policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
+        ids = stream(self.model, sample, policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         return self._text(ids)
+
+    # --- files ---
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what VisMem adds, its card and its manifest, for `from_pretrained` on any machine.
+
+        The base is referred to, or copied into `folder`/base where only this machine has it.
+        """
+        folder, base = Path(folder), self.base
+        self.model.save_pretrained(folder)
+        if not base.everywhere:
+            shutil.copytree(self.place, folder / "base", dirs_exist_ok=True)
+            base = Base("base", sha256_folder(folder / "base", WEIGHTS))
+        base.write(folder)
+        write_card(folder, self.card, base.model)
+        write_manifest(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, made if need be; returns its URL."""
+        return push(self.save_pretrained, repo_id, private, token)
+
+    # --- one request ---
 
     def _sample(self, images: AnyImage | Sequence[AnyImage], question: str, max_new_tokens: int) -> Sample:
         """The request, checked. What the base cannot read is said in the log, which Python shows on stderr."""

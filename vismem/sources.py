@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vismem.config import Config, load_config
+from vismem.config import DEFAULT_BASE, Config, load_config
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.provenance import MANIFEST, sha256_folder, verify_manifest
@@ -28,15 +28,24 @@ class Base:
     model: str
     sha256: str | None = None  # None for a hub id
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether other machines find it too."""
+        return self.model == DEFAULT_BASE or bool(HUB_ID.fullmatch(self.model) and not Path(self.model).is_dir())
+
     def write(self, folder: Path) -> None:
         """Write the reference into the folder of what VisMem adds."""
         write_json(folder / REFERENCE, {"model": self.model, "weights_sha256": self.sha256})
 
-    def place(self, beside: Path | None = None) -> str | Path:
-        """What to load. UserError where it is not on this machine, or its weights are others."""
-        candidates = [Path(self.model), shipped(self.model)]
-        folder = next((path for path in ([beside / self.model] if beside else []) + candidates if path.is_dir()), None)
-        if folder is None and HUB_ID.fullmatch(self.model) and self.sha256 is None:
+    def place(self, beside: Path = Path()) -> str | Path:
+        """What to load: a hub id or a folder. `beside` is the folder that refers to it.
+
+        UserError where it is not on this machine, or has other weights.
+        """
+        folder = next((path for path in (beside / self.model, Path(self.model)) if path.is_dir()), None)
+        if folder is None and self.model == DEFAULT_BASE:
+            folder = shipped(DEFAULT_BASE)
+        if folder is None and self.sha256 is None and HUB_ID.fullmatch(self.model):
             return self.model
         if folder is None:
             raise UserError(f"the base '{self.model}' is not on this machine: say where it is with base= (--base)")
@@ -61,15 +70,24 @@ def find_added(name: str | Path) -> Path:
     return added
 
 
-def find_base(added: Path) -> Base:
-    """The base of a folder of what VisMem adds. UserError where the folder does not say."""
+def find_base(added: Path, given: str | Path | None = None) -> tuple[Base, str | Path]:
+    """The base of a folder of what VisMem adds: how the folder refers to it, and what to load (`Base.place`).
+
+    `given`: hub id or folder, where it is not as the folder says. UserError where neither says, or it is not there.
+    """
+    beside = added.parent / "base"
     if (added / REFERENCE).is_file():
         named = read_json(added / REFERENCE)
-        return Base(named["model"], named["weights_sha256"])
-    beside = added.parent / "base"
-    if (beside / "config.json").is_file():
-        return Base(str(beside))
-    raise UserError(f"{added} does not say which base it belongs to ({REFERENCE}): name it with base= (--base)")
+        reference = Base(named["model"], named["weights_sha256"])
+    elif (beside / "config.json").is_file():
+        reference = Base(str(beside))
+    elif given is not None:
+        reference = Base(str(given))
+    else:
+        raise UserError(f"{added} does not say which base it belongs to ({REFERENCE}): name it with base= (--base)")
+    if given is None:
+        return reference, reference.place(added)
+    return reference, Base(str(given), reference.sha256 if Path(given).is_dir() else None).place()
 
 
 def _folder_of(name: str) -> Path:

@@ -48,7 +48,7 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token
     UserError where the hub does not answer or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever httpx it is built on
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a model with VisMem")
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the hub did not take '{repo_id}' ({reason}): `hf auth login` names an account") from None
     return str(url)

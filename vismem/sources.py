@@ -103,11 +103,10 @@ def _folder_of(name: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, ignore_patterns=[".gitattributes"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # all of the hub's errors are such
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no folder {name}, and no model '{name}' from the hub ({reason})") from None
 

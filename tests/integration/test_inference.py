@@ -148,7 +148,7 @@ def test_another_base_than_the_memory_s_is_refused(model: VisMem, tiny_base: Pat
 
 
 def test_a_name_without_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder .*nowhere/at/all: give a folder, a hub id"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere/at/all: give a folder, a hub id"):
         VisMem.from_pretrained(tmp_path / "nowhere/at/all")
     with pytest.raises(UserError, match="write models:/NAME@ALIAS"):
         VisMem.from_pretrained("models:/vismem")
@@ -165,10 +165,10 @@ def test_a_registered_version_is_fetched_once_and_verified(
     for name in ("models:/vismem@challenger", "models:/vismem/1"):
         assert answers(VisMem.from_pretrained(name)) == answers(model)
         shutil.rmtree(project.artifacts.parent / "mlartifacts", ignore_errors=True)
-    with pytest.raises(UserError, match="no version or alias '7' of 'vismem' .*versions: 1"):
+    with pytest.raises(UserError, match=r"no version or alias '7' of 'vismem' .*versions: 1"):
         VisMem.from_pretrained("models:/vismem/7")
     monkeypatch.chdir(tmp_path / "cache")
-    with pytest.raises(UserError, match="no MLflow registry sqlite:///mlflow.db"):
+    with pytest.raises(UserError, match=r"no MLflow registry sqlite:///mlflow.db"):
         VisMem.from_pretrained("models:/vismem@champion")
     assert list(Path().iterdir()) == [Path("vismem")]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,7 +29,7 @@ NEXT = (
 
 
 def ask(
-    images: Sequence[Path],
+    images: Sequence[str],
     question: str,
     *,
     model: str = DEFAULT_MODEL,
@@ -46,7 +47,12 @@ def ask(
     """
     disable_progress_bar()
     loaded = VisMem.from_pretrained(model, base=base)
-    given = {"memory": memory, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    given: dict[str, Any] = {
+        "memory": memory,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     if stream:
         for token in loaded.stream(images, question, **given):
             write(token.marked)

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     command("try", _run_try, "answer 20 example images with and without memory", options=False)
     add = command("ask", _run_ask, "ask a model about images, without a server", options=False)
     add("question", help="what to ask")
-    add("--image", type=Path, action="append", required=True, help="image file; may be repeated")
+    add("--image", action="append", required=True, help="image file; may be repeated")
     add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
     add("--base", help="hub id or folder of the model's base, where it is not as the model says")
     add("--stream", action="store_true", help="print the answer while it is decoded")

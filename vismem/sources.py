@@ -16,7 +16,7 @@ from vismem.shipped import shipped
 
 ADDED = "vismem.json"  # stands in every folder of what VisMem adds
 REFERENCE = "base.json"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 REGISTERED = re.compile(r"models:/(?P<model>[^/@]+)[/@](?P<version>[^/@]+)")
 WEIGHTS = "*.safetensors"
 

@@ -33,7 +33,8 @@ def train_memory(out: Path, base: Path, config: Config, origin: dict[str, Any]) 
     scores the validation split.
     """
     work = out.with_name(f"{out.name}.partial")
-    wanted = {"base_sha256": sha256_folder(base, "*.safetensors"), "parameters": config.model_dump(mode="json")}
+    reference = Base(config.base.model, sha256_folder(base, "*.safetensors"))
+    wanted = {"base_sha256": reference.sha256, "parameters": config.model_dump(mode="json")}
     started = begin(work, wanted, origin)
     for name in TRAINED:
         if not (work / name).is_dir():
@@ -43,7 +44,7 @@ def train_memory(out: Path, base: Path, config: Config, origin: dict[str, Any]) 
     metrics = read_json(work / "evaluate" / "metrics.json")
     shutil.rmtree(out, ignore_errors=True)
     VisMemModel.from_pretrained(work / "stage2", work / "base").save_pretrained(out)
-    Base(config.base.model, wanted["base_sha256"]).write(out)
+    reference.write(out)
     facts = {
         **started,
         "data_sha256": read_json(work / "validate" / "validation.json")["data_sha256"],

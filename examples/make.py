@@ -1,19 +1,27 @@
-"""Writes the example questions: `python -m examples.make` draws the first 20 of a seed that no split uses.
+"""Writes the examples: `python -m examples.make` draws the first 20 questions of a seed that no split uses.
 
-They come in the generator's order, with the test split's difficulty: none was picked.
+They come in the generator's order, with the test split's difficulty: none was picked. It also runs the notebook, whose
+outputs are what the model says.
 """
 
 import json
+import os
 from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
 
 from vismem.config import ScenesSource
 from vismem.data.scenes import generate
 
 SEED, COUNT = 100, 20
 FOLDER = Path(__file__).parent
+NOTEBOOK = FOLDER / "quickstart.ipynb"
+QUIET = {"PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def main(folder: Path = FOLDER) -> None:
+def write_questions(folder: Path) -> None:
     """Write `questions.jsonl` and `images/` into the folder."""
     (folder / "images").mkdir(exist_ok=True)
     lines = []
@@ -35,5 +43,13 @@ def main(folder: Path = FOLDER) -> None:
     (folder / "questions.jsonl").write_text("".join(lines))
 
 
+def run_notebook() -> Any:
+    """The notebook with fresh outputs. CellExecutionError where a cell fails."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(notebook, timeout=120, record_timing=False, coalesce_streams=True)
+    return client.execute(cwd=str(FOLDER), env={**os.environ, **QUIET, "PYTHONPATH": str(FOLDER.parent)})
+
+
 if __name__ == "__main__":
-    main()
+    write_questions(FOLDER)
+    nbformat.write(run_notebook(), NOTEBOOK)

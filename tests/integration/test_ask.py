@@ -4,11 +4,13 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
 from rich.console import Console
 
-from examples.make import main as make_examples
+from examples.make import NOTEBOOK, run_notebook, write_questions
 from vismem import ask, cli
 from vismem.inference import VisMem
 from vismem.shipped import shipped
@@ -83,7 +85,7 @@ def test_try_shows_every_example_with_both_answers_and_an_honest_score() -> None
 
 
 def test_the_examples_are_the_first_of_their_seed(tmp_path: Path) -> None:
-    make_examples(tmp_path)
+    write_questions(tmp_path)
     kept = shipped("examples")
     made = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     assert len(made) == 25
@@ -91,3 +93,18 @@ def test_the_examples_are_the_first_of_their_seed(tmp_path: Path) -> None:
     assert {path.name for path in (kept / "images").iterdir()} == {
         path.name for path in (tmp_path / "images").iterdir()
     }
+
+
+def test_the_notebook_runs_and_says_what_is_stored_in_it() -> None:
+    stored, fresh = nbformat.read(NOTEBOOK, as_version=4), run_notebook()
+    assert [cell.source for cell in fresh.cells] == [cell.source for cell in stored.cells]
+    assert texts(fresh) == texts(stored)
+    assert sum(len(cell) > 0 for cell in texts(stored)) > 5
+    assert any("image/jpeg" in output.get("data", {}) for cell in stored.cells for output in cell.get("outputs", []))
+
+
+def texts(notebook: Any) -> list[list[str]]:
+    """What every cell says; an object's address and a picture's bytes aside."""
+    outputs = [cell.get("outputs", []) for cell in notebook.cells]
+    shown = [[output.get("text") or output["data"]["text/plain"] for output in cell] for cell in outputs]
+    return [[text for text in cell if not text.startswith("<PIL")] for cell in shown]

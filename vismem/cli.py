@@ -71,6 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
     command("summary", _run_summary, "scores, verdict and an example answer of the last run")
     command("preflight", _run_preflight, "check that a run can complete: secrets, buckets, registry, GPUs")
 
+    command("try", _run_try, "answer 20 example images with and without memory", options=False)
+    add = command("ask", _run_ask, "ask a model about images, without a server", options=False)
+    add("question", help="what to ask")
+    add("--image", action="append", required=True, help="image file; may be repeated")
+    add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
+    add("--base", help="hub id or folder of the model's base, where it is not as the model says")
+    add("--stream", action="store_true", help="print the answer while it is decoded")
+    add("--no-memory", action="store_true", help="answer without latent memory")
+    add("--max-new-tokens", type=int, default=56, help="longest answer in tokens (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0: the most probable answer (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+
     add = command("infer", _run_infer, "ask the served model about images")
     add("--image", type=Path, action="append", required=True, help="image file; may be repeated")
     add("--prompt", required=True, help="the question")
@@ -150,6 +162,29 @@ def _run_preflight(arguments: argparse.Namespace) -> None:
     from vismem.preflight import preflight
 
     preflight(config, artifacts)
+
+
+def _run_try(arguments: argparse.Namespace) -> None:
+    from vismem.ask import try_examples
+    from vismem.summary import make_console
+
+    try_examples(make_console())
+
+
+def _run_ask(arguments: argparse.Namespace) -> None:
+    from vismem.ask import DEFAULT_MODEL, ask
+
+    ask(
+        arguments.image,
+        arguments.question,
+        model=arguments.model or DEFAULT_MODEL,
+        base=arguments.base,
+        stream=arguments.stream,
+        memory=not arguments.no_memory,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
 
 
 def _run_infer(arguments: argparse.Namespace) -> None:

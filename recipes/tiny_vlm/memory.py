@@ -9,6 +9,7 @@ from vismem.config import Config, resolve
 from vismem.files import read_json
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder
+from vismem.sources import Base
 from vismem.steps import run_step
 
 TRAINED = ("prepare", "validate", "base", "stage1", "stage2")
@@ -34,7 +35,8 @@ def train_memory(out: Path, base: Path, config: Config, origin: dict[str, Any]) 
     scores the validation split.
     """
     work = out.with_name(f"{out.name}.partial")
-    wanted = {"base_sha256": sha256_folder(base, "*.safetensors"), "parameters": config.model_dump(mode="json")}
+    reference = Base(config.base.model, sha256_folder(base, "*.safetensors"))
+    wanted = {"base_sha256": reference.sha256, "parameters": config.model_dump(mode="json")}
     started = begin(work, wanted, origin)
     for name in TRAINED:
         if not (work / name).is_dir():
@@ -44,6 +46,7 @@ def train_memory(out: Path, base: Path, config: Config, origin: dict[str, Any]) 
     metrics = read_json(work / "evaluate" / "metrics.json")
     shutil.rmtree(out, ignore_errors=True)
     VisMemModel.from_pretrained(work / "stage2", work / "base").save_pretrained(out)
+    reference.write(out)
     facts = {
         **started,
         "data_sha256": read_json(work / "validate" / "validation.json")["data_sha256"],

@@ -2,13 +2,15 @@
 
 import io
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 
 from PIL import Image
 
 from vismem.config import ScenesSource
 from vismem.data.sample import Sample
-from vismem.data.scenes import generate
+from vismem.data.scenes import BACKGROUND, generate
+from vismem.scope import Scope, words_of
 
 SQUARE = 84  # pixels per side of half of the pictures
 SIDES = (84, 112, 140, 168)  # of the others, width and height drawn apart; multiples of model.CELL
@@ -38,3 +40,15 @@ def resized(sample: Sample, width: int, height: int) -> Sample:
         Image.open(io.BytesIO(data)).resize((width, height), Image.Resampling.BOX).save(file, "PNG")
         files.append(file.getvalue())
     return replace(sample, images=tuple(files))
+
+
+def scope_of(samples: Iterable[Sample]) -> Scope:
+    """What a model that learnt from these questions reads."""
+    return Scope(
+        name="the tiny VLM",
+        pictures="pictures of coloured shapes on a plain light ground",
+        ground=BACKGROUND,
+        ground_share=0.4,  # nine of the largest circles leave half
+        sides=(SIDES[0], SIDES[-1]),
+        words=sorted({word for sample in samples for word in words_of(sample.question)}),
+    )

@@ -13,7 +13,7 @@ from torch import nn
 from recipes.tiny_vlm.card import STARTED, begin, write_card
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import Language, Vision
-from recipes.tiny_vlm.scenes import questions
+from recipes.tiny_vlm.scenes import questions, scope_of
 from recipes.tiny_vlm.scores import SIZES, score, score_validation
 from vismem.data.collate import target_text
 from vismem.data.fingerprint import sample_sha256
@@ -53,6 +53,7 @@ def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, A
     model = backbone.model.eval()
     model.save_pretrained(work)
     processor.save_pretrained(work)
+    scope_of(samples).write(work)
     facts = {
         **started,
         "data_sha256": hashlib.sha256(b"".join(sample_sha256(sample.as_row()) for sample in samples)).hexdigest(),

@@ -9,11 +9,12 @@ from vismem.evaluation.evaluate import pick
 from vismem.export.card import model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
-from vismem.files import empty_folder, write_json
+from vismem.files import empty_folder, read_json, write_json
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
 from vismem.serving.runtime.runtime import Runtime
+from vismem.sources import Base
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -28,6 +29,8 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     samples = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
     model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])  # float32, whatever it was trained in
     model.save_pretrained(out / "vismem")
+    source = read_json(inputs["base"] / "metrics.json", "run `vismem base` again")
+    Base(source["model"], source["source_sha256"]).write(out / "vismem")
     model.backbone.processor.save_pretrained(out / "processor")
     (out / "training").mkdir()
     for curve in inputs["stage2"].glob("*.csv"):

@@ -4,7 +4,7 @@ Every row owns its slots in the cache. Rows that invoke a memory leave the other
 are inserted in one pass over those rows only, and then all rows are decoded together again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,7 +40,27 @@ def generate(
     """
     if not samples:
         return []
-    return _Decoder(model, samples, policy, max_new_tokens, temperature, seed, group_size).run()
+    decoder = _Decoder(model, samples, policy, max_new_tokens, temperature, seed, group_size)
+    for _ in decoder.steps():
+        pass
+    return decoder.rollouts()
+
+
+@torch.inference_mode()
+def stream(
+    model: VisMemModel,
+    sample: Sample,
+    policy: InvocationPolicy,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Generator[int, None, Rollout]:
+    """Yield the tokens of one answer, words and invokes, when they are decoded; returns what `generate` returns."""
+    decoder = _Decoder(model, [sample], policy, max_new_tokens, temperature, seed, group_size=1)
+    for tokens in decoder.steps():
+        yield tokens[0]
+    return decoder.rollouts()[0]
 
 
 @dataclass
@@ -100,14 +120,16 @@ class _Decoder:
         room = self.max_new_tokens + self.limit * (max(map(model.length_of, KINDS)) + 2)
         self.state = DecodeState(model, opened, self.group_size, room, remember=self.limit > 0)
 
-    def run(self) -> list[Rollout]:
+    def steps(self) -> Iterator[list[int]]:
+        """Decode to the end; yields the next token of every active row."""
         while True:
             columns, logprobs, forced = self._choose(self.model.logits(self.state.last))
             ids = self.model.token_of(columns)
             self._record(ids.tolist(), logprobs.tolist(), forced)
+            yield ids.tolist()
             ids = self._drop_finished(ids)
             if not self.active:
-                return [self._rollout(index, row) for index, row in enumerate(self.rows)]
+                return
             tokens = ids.tolist()
             embed = self.model.embed if self.kinds.keys() & tokens else self.backbone.embedding
             self.state.append(embed(ids)[:, None])
@@ -115,6 +137,10 @@ class _Decoder:
                 rows = [index for index, token in enumerate(tokens) if token == self.model.invoke_ids[kind]]
                 if rows:
                     self._insert(kind, torch.tensor(rows, device=ids.device))
+
+    def rollouts(self) -> list[Rollout]:
+        """The rows' records, once all steps are done."""
+        return [self._rollout(index, row) for index, row in enumerate(self.rows)]
 
     # --- the decode state ---
 

@@ -11,6 +11,7 @@ from vismem.files import write_json
 from vismem.models.backbones import FAMILIES
 from vismem.models.processors import load_processor
 from vismem.provenance import MANIFEST, sha256_folder, verify_manifest
+from vismem.scope import Scope
 
 
 def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -40,7 +41,15 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     model.save_pretrained(out)
     load_processor(source).save_pretrained(out)
     fingerprint, count = sha256_folder(out, "*.safetensors"), model.num_parameters()
-    facts = {"model": name, "family": family, "parameters": count, "weights_sha256": fingerprint}
+    if folder is not None and (scope := Scope.read(folder)):
+        scope.write(out)
+    facts = {
+        "model": name,
+        "family": family,
+        "parameters": count,
+        "weights_sha256": fingerprint,
+        "source_sha256": None if folder is None else sha256_folder(folder, "*.safetensors"),  # before it was copied
+    }
     write_json(out / "metrics.json", facts)
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
     return f"base: {name}, {family} of {size} parameters, weights {fingerprint[:12]}, copied"

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pictures import TOKENS
 
-from vismem.config import Config, EvaluateConfig, ExportConfig
+from vismem.config import BaseConfig, Config, EvaluateConfig, ExportConfig
 from vismem.data.sample import write_shards
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import predict
@@ -22,6 +22,7 @@ from vismem.generation.invocation import Learned, Off
 from vismem.models.vismem import VisMemModel
 from vismem.records import Metrics
 from vismem.serving.runtime.runtime import Runtime
+from vismem.training.base import base
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,9 @@ def inputs(tiny_base, tmp_path_factory):
     }
     figures = summarise(answers, dict.fromkeys(answers, 0.01), seed=0, resamples=100)
     Metrics(**figures, **HASHES).write(root / "evaluate")
-    return {"base": tiny_base} | {name: root / name for name in ("stage2", "validate", "evaluate")}
+    (root / "base").mkdir()
+    base(Config(base=BaseConfig(model=str(tiny_base))), {}, root / "base")
+    return {name: root / name for name in ("base", "stage2", "validate", "evaluate")}
 
 
 @pytest.fixture(scope="session")

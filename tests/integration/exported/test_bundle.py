@@ -1,13 +1,18 @@
 """The exported bundle's files: weights once on disk, no trace of the machine, a card, a manifest that is verified."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import onnx
 import pytest
+import tiny
 import torch
+from pictures import TOKENS
+from PIL import Image
 
+from vismem import VisMem
 from vismem.errors import UserError
 from vismem.export.export import export
 from vismem.export.onnx import prompt_parts
@@ -57,6 +62,16 @@ def test_the_bundle_explains_itself(bundle, inputs):
     again = VisMemModel.from_pretrained(bundle / "vismem", inputs["base"])
     trained = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), trained.parameters(), strict=True))
+
+
+def test_a_bundle_finds_its_base_and_answers_in_torch_as_its_graphs_do(bundle, runtime):
+    loaded = VisMem.from_pretrained(bundle)
+    for sample in tiny.samples(4):
+        pictures = [Image.open(io.BytesIO(data)) for data in sample.images]
+        chunks = list(runtime.generate(pictures, sample.question, max_new_tokens=TOKENS))
+        answer = loaded.answer(sample.images, sample.question, max_new_tokens=TOKENS)
+        assert answer == "".join(chunk.text for chunk in chunks).strip()
+        assert [memory.kind for memory in answer.invocations] == [c.event for c in chunks if c.memory is not None]
 
 
 def test_missing_metrics_are_named(inputs, config, tmp_path):

@@ -1,0 +1,76 @@
+"""What a base says that it reads, and the doubts about anything else."""
+
+import io
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from recipes.tiny_vlm.model import MAX_PIXELS, MIN_PIXELS
+from recipes.tiny_vlm.scenes import questions, scope_of
+from vismem.config import Config
+from vismem.scope import Scope, size_after_resizing
+from vismem.shipped import shipped
+from vismem.training.base import base
+
+PROCESSOR = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+GROUND = (245, 245, 240)
+
+
+@pytest.fixture(scope="module")
+def scope() -> Scope:
+    found = Scope.read(shipped("assets/tiny-vlm"))
+    assert found is not None
+    return found
+
+
+def doubts(
+    scope: Scope, width: int, height: int, question: str = "what is at the top left?", colour=GROUND
+) -> list[str]:  # type: ignore[no-untyped-def]
+    return list(scope.doubts([Image.new("RGB", (width, height), colour)], question, PROCESSOR))
+
+
+def test_the_asset_s_scope_is_the_recipe_s(scope: Scope) -> None:
+    made = scope_of(questions(260, seed=0))
+    assert (list(made.sides), list(made.ground), made.pictures) == (scope.sides, scope.ground, scope.pictures)
+    assert list(made.words) == scope.words
+
+
+@pytest.mark.parametrize("size", [(84, 84), (168, 84), (28, 28), (640, 480), (672, 672)])
+def test_pictures_that_it_sees_as_it_learnt_raise_no_doubt(scope: Scope, size: tuple[int, int]) -> None:
+    assert doubts(scope, *size) == []
+
+
+@pytest.mark.parametrize(("size", "seen"), [((640, 320), "224 x 112"), ((112, 336), "84 x 280")])
+def test_a_picture_too_long_is_named_with_what_becomes_of_it(scope: Scope, size: tuple[int, int], seen: str) -> None:
+    (said,) = doubts(scope, *size)
+    assert f"this one of {size[0]} x {size[1]} it sees as {seen}: its answer means nothing" in said
+    width, height = size_after_resizing(size, PROCESSOR)
+    pixels = PROCESSOR(Image.new("RGB", size), return_tensors="np")["image_grid_thw"][0]
+    assert [1, height // 14, width // 14] == list(pixels)
+
+
+def test_a_picture_of_something_else_is_named(scope: Scope) -> None:
+    (said,) = doubts(scope, 84, 84, colour=(90, 120, 60))
+    assert said.startswith("the tiny VLM was trained on pictures of coloured shapes on a plain light ground")
+
+
+def test_unknown_words_are_named(scope: Scope) -> None:
+    (said,) = doubts(scope, 84, 84, "How many cups and red circles are there?")
+    assert "knows 70 words, not 'How', 'cups', 'and' (it reads lower case)" in said
+
+
+def test_scenes_of_every_split_raise_no_doubt(scope: Scope) -> None:
+    for sample in tiny.samples():
+        images = [Image.open(io.BytesIO(data)) for data in sample.images]
+        assert list(scope.doubts(images, sample.question, PROCESSOR)) == []
+
+
+def test_a_base_without_a_scope_raises_none_and_the_step_keeps_one(
+    scope: Scope, tiny_base: Path, tmp_path: Path
+) -> None:
+    assert Scope.read(tiny_base) is None
+    base(Config(), {}, tmp_path)
+    assert Scope.read(tmp_path) == scope

@@ -1,0 +1,62 @@
+"""Sharing a trained model on the Hugging Face hub: its card, and the upload."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from vismem.config import DEFAULT_BASE
+from vismem.errors import UserError
+
+CARD = "README.md"
+NEW_CARD = """---
+library_name: vismem
+pipeline_tag: image-text-to-text
+tags: [latent-memory, visual-question-answering]
+{base_model}---
+
+# VisMem on {base}
+
+Latent vision memory (VisMem, arXiv 2511.11007) for `{base}`. It has not been evaluated.
+
+```python
+from vismem import VisMem
+
+model = VisMem.from_pretrained("THIS REPOSITORY OR FOLDER")
+print(model.answer("photo.png", "what is in the picture?").marked)
+```
+
+`manifest.json` holds the sha256 of every file.
+"""
+
+
+def read_card(added: Path) -> str | None:
+    """The card of a folder of what VisMem adds, or of the bundle around it."""
+    folder = added.parent if added.name == "vismem" else added
+    card = folder / CARD
+    return card.read_text() if card.is_file() else None
+
+
+def write_card(folder: Path, card: str | None, base: str) -> None:
+    """Write the card, or where there is none, one that says how to load the model."""
+    named = f"base_model: {base}\n" if base not in (DEFAULT_BASE, "base") else ""
+    (folder / CARD).write_text(card or NEW_CARD.format(base=base, base_model=named))
+
+
+def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | None) -> str:
+    """Upload what `save` writes into a folder to a model repository, which is made if need be; returns its URL.
+
+    UserError where the hub does not answer or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever httpx it is built on
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a model with VisMem")
+        except (HTTPError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the hub did not take '{repo_id}' ({reason}): `hf auth login` names an account") from None
+    return str(url)

@@ -1,0 +1,248 @@
+"""Ask a trained model about images, in Python: load it by name, answer, stream, save, push to the hub.
+
+from vismem import VisMem
+
+model = VisMem.from_pretrained("models:/vismem@champion")
+print(model.answer("photo.png", "how many cups?").marked)
+"""
+
+import io
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from vismem.data.sample import Sample
+from vismem.errors import UserError
+from vismem.generation.engine import generate, stream
+from vismem.generation.invocation import InvocationPolicy, Learned, Off
+from vismem.generation.types import LATENT, Rollout
+from vismem.hub import push, read_card, write_card
+from vismem.models.kinds import MemoryKind
+from vismem.models.tokens import KINDS
+from vismem.models.vismem import VisMemModel
+from vismem.provenance import sha256_folder, write_manifest
+from vismem.scope import Scope
+from vismem.serving.client import Token, marked, plain
+from vismem.serving.runtime.limits import RequestError, check_request
+from vismem.serving.runtime.prompt import TextStream
+from vismem.sources import WEIGHTS, Base, find_added, find_base
+
+AnyImage = str | Path | bytes | Image.Image
+Memory = bool | Literal["short", "long"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Invoked:
+    """A memory that the model invoked: its kind, and how many characters of the answer stand before it."""
+
+    kind: str  # "short" or "long"
+    place: int
+
+
+class Answer(str):
+    """The answer's text, and how it came about."""
+
+    marked: str  # the text with ⟨short⟩ and ⟨long⟩ where memories were invoked
+    invocations: tuple[Invoked, ...]
+    tokens: int  # decoded, memories not counted
+    seconds: float  # that decoding took; of a batch, all of it
+    finished: bool  # ended by the model, not at max_new_tokens
+
+    @classmethod
+    def of(cls, pieces: Sequence[Token], rollout: Rollout, seconds: float) -> "Answer":
+        """From the pieces of its text and the record of its decoding."""
+        answer = cls(plain(pieces))
+        answer.marked, answer.tokens, answer.finished = marked(pieces), rollout.answer_length, rollout.finished
+        answer.invocations = tuple(
+            Invoked(piece.event, len(plain(pieces[:at]))) for at, piece in enumerate(pieces) if piece.event in KINDS
+        )
+        answer.seconds = seconds
+        return answer
+
+
+class VisMem:
+    """A vision-language model with latent vision memory, ready to answer."""
+
+    def __init__(self, model: VisMemModel, base: Base, place: str | Path, card: str | None = None) -> None:
+        """`base` is how the model refers to its base, `place` where that was loaded from; `card`: the model card."""
+        self.model, self.base, self.place, self.card = model, base, place, card
+        self.scope = Scope.read(Path(place))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str | torch.device | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        base: str | Path | None = None,
+    ) -> "VisMem":
+        """Load a model by its name.
+
+        `name`: a folder (a bundle, what stage1 or stage2 wrote beside its base, or "assets/tiny-vlm-memory", which
+        comes with VisMem), a hub id, or "models:/NAME@ALIAS" or "models:/NAME/VERSION" of the MLflow registry.
+        `device`: the first GPU where there is one, else the CPU. `base`: hub id or folder, where it is not as the
+        model says.
+        UserError for what is missing or damaged, and for a base that does not fit.
+        """
+        added = find_added(name)
+        reference, place = find_base(added, base)
+        model = VisMemModel.from_pretrained(added, place, dtype)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.backbone.model.to(device)
+        model.to(device)
+        return cls(model, reference, place, read_card(added))
+
+    # --- answers ---
+
+    def answer(
+        self,
+        images: AnyImage | Sequence[AnyImage],
+        question: str,
+        *,
+        memory: Memory = True,
+        max_new_tokens: int = 56,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Answer:
+        """Answer one question about one or more images (paths, PIL images, or encoded files as bytes).
+
+        `memory`: True, the model may invoke both kinds; "short" or "long", one of them; False, none. `temperature` 0
+        is greedy. UserError for an image that cannot be read and a request over the limits.
+        """
+        (answer,) = self.answers(
+            [(images, question)], memory=memory, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+        return answer
+
+    def answers(
+        self,
+        questions: Iterable[tuple[AnyImage | Sequence[AnyImage], str]],
+        *,
+        memory: Memory = True,
+        max_new_tokens: int = 56,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[Answer]:
+        """Answer (images, question) pairs, `batch_size` together; see `answer`. In float32 each is as it is alone."""
+        samples = [self._sample(images, question, max_new_tokens) for images, question in questions]
+        answers = []
+        for at in range(0, len(samples), batch_size):
+            started = time.perf_counter()
+            rollouts = generate(
+                self.model,
+                samples[at : at + batch_size],
+                policy_of(memory),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
+            seconds = time.perf_counter() - started
+            answers += [Answer.of(self._pieces(rollout), rollout, seconds) for rollout in rollouts]
+        return answers
+
+    def stream(
+        self,
+        images: AnyImage | Sequence[AnyImage],
+        question: str,
+        *,
+        memory: Memory = True,
+        max_new_tokens: int = 56,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[Token]:
+        """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.client`."""
+        sample = self._sample(images, question, max_new_tokens)
+        policy = policy_of(memory)
+        ids = stream(self.model, sample, policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return self._text(ids)
+
+    # --- files ---
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what VisMem adds, its card and its manifest, for `from_pretrained` on any machine.
+
+        The base is referred to, or copied into `folder`/base where only this machine has it.
+        """
+        folder, base = Path(folder), self.base
+        self.model.save_pretrained(folder)
+        if not base.everywhere:
+            shutil.copytree(self.place, folder / "base", dirs_exist_ok=True)
+            base = Base("base", sha256_folder(folder / "base", WEIGHTS))
+        base.write(folder)
+        write_card(folder, self.card, base.model)
+        write_manifest(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, made if need be; returns its URL."""
+        return push(self.save_pretrained, repo_id, private, token)
+
+    # --- one request ---
+
+    def _sample(self, images: AnyImage | Sequence[AnyImage], question: str, max_new_tokens: int) -> Sample:
+        """The request, checked. What the base cannot read is said in the log, which Python shows on stderr."""
+        several = [images] if isinstance(images, AnyImage) else list(images)
+        names = [
+            str(image) if isinstance(image, str | Path) else f"image {number} of {len(several)}"
+            for number, image in enumerate(several, 1)
+        ]
+        files = [encoded(image) for image in several]
+        try:
+            opened = check_request(files, question.encode(), max_new_tokens, names)
+            if self.scope:
+                for doubt in self.scope.doubts(opened, question, self.model.backbone.processor.image_processor):
+                    logger.warning(doubt)
+        except RequestError as error:
+            raise UserError(str(error)) from None
+        return Sample("", tuple(files), question, answer="")  # random numbers are drawn by the id: as the server does
+
+    def _pieces(self, rollout: Rollout) -> list[Token]:
+        hidden = {LATENT, *self.model.end_ids.values()}
+        return list(self._text(token for token in rollout.token_ids if token not in hidden))
+
+    def _text(self, ids: Iterable[int]) -> Iterator[Token]:
+        """The pieces of text that words and invokes make; an "end" comes last."""
+        text = TextStream(self.model.backbone.processor.tokenizer.backend_tokenizer)
+        kinds = {token: kind for kind, token in self.model.invoke_ids.items()}
+        for token in ids:
+            if token in kinds:
+                yield Token("", kinds[token].value)
+            elif piece := text.add(token):
+                yield Token(piece, "token")
+        if rest := text.finish():
+            yield Token(rest, "token")
+        yield Token("", "end")
+
+
+def policy_of(memory: Memory) -> InvocationPolicy:
+    """When memory is invoked. UserError for a kind that there is not."""
+    if isinstance(memory, bool):
+        return Learned() if memory else Off()
+    if memory not in KINDS:
+        raise UserError(f"memory={memory!r}: it is True, 'short', 'long' or False")
+    return Learned(sampled=(MemoryKind(memory),))
+
+
+def encoded(image: AnyImage) -> bytes:
+    """The image as an encoded file. UserError for a path without a file, and for a URL."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "PNG")
+        return file.getvalue()
+    if "://" in str(image):
+        raise UserError(f"{image} is a URL: download it first and give the file")
+    try:
+        return Path(image).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the image {image}: {error.strerror}") from None

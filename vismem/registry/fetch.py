@@ -1,0 +1,35 @@
+"""Fetches a registered version's bundle for use outside the pipeline, once: a cache keeps it by its manifest's hash."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from vismem.config import RegistryConfig
+from vismem.errors import UserError
+from vismem.registry.runs import download_bundle
+from vismem.registry.tracking import SQLITE, find_version, open_store, tracking_uri, translate_mlflow_errors, versions
+
+
+@translate_mlflow_errors()
+def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
+    """The folder in `cache` of the version with that number or alias.
+
+    UserError where there is no such store or version, or its files are damaged. An absent SQLite store is not made.
+    """
+    uri = tracking_uri(config)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise UserError(f"no MLflow registry {uri}: go to the project's folder, or set MLFLOW_TRACKING_URI")
+    store = open_store(config)
+    version = find_version(store, which)
+    if version is None:
+        known = ", ".join(item.version for item in versions(store)) or "none"
+        raise UserError(f"no version or alias '{which}' of '{store.model}' in {store.uri}; versions: {known}")
+    folder = cache / version.tags["manifest_sha256"]
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as made:
+            fresh = Path(made) / "bundle"
+            fresh.mkdir()
+            download_bundle(store, version, fresh)
+            os.rename(fresh, folder)
+    return folder

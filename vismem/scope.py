@@ -1,0 +1,79 @@
+"""What a base was trained to read, where it says so: a small base answers anything else with nonsense.
+
+A base says it in `scope.json` beside its weights; the recipe that trains it writes the file. Most bases have none.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vismem.files import read_json, write_json
+from vismem.serving.runtime.images import grid_of
+
+FILE = "scope.json"
+GROUND_TOLERANCE = 16  # levels per channel
+LOOKED_AT = (48, 48)  # pixels of a picture
+WORDS_SHOWN = 5  # unknown ones, in a message
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a base reads."""
+
+    name: str  # of the base, as in "the tiny VLM"
+    pictures: str  # what they show
+    ground: tuple[int, int, int]  # the colour of what stands behind all objects, red, green, blue
+    ground_share: float  # of a picture's pixels that have it, at least
+    sides: tuple[int, int]  # min and max side in pixels, after the processor's resizing
+    words: Collection[str]  # of its questions
+
+    @classmethod
+    def read(cls, base: Path) -> "Scope | None":
+        """The scope of the base in this folder; None: it does not say."""
+        return cls(**read_json(base / FILE)) if (base / FILE).is_file() else None
+
+    def write(self, base: Path) -> None:
+        """Write it beside the base's weights."""
+        write_json(base / FILE, asdict(self))
+
+    def doubts(self, images: Sequence[Image.Image], question: str, processor: Any) -> Iterator[str]:
+        """Why an answer would mean nothing, one line each; none where images and question are in scope.
+
+        `processor` is the base's, for images. RequestError for an image that it refuses.
+        """
+        trained = f"{self.name} was trained on {self.pictures}"
+        low, high = self.sides
+        for image in images:
+            width, height = size_after_resizing(image.size, processor)
+            if not low <= min(width, height) <= max(width, height) <= high:
+                found = f"this one of {image.width} x {image.height} it sees as {width} x {height}"
+                yield f"{trained}, of {low} to {high} pixels per side; {found}: its answer means nothing"
+            elif self._share_of_ground(image) < self.ground_share:
+                yield f"{trained}; this one of {image.width} x {image.height} is none: its answer means nothing"
+        if unknown := [word for word in dict.fromkeys(words_of(question)) if word not in self.words]:
+            shown = ", ".join(f"'{word}'" for word in unknown[:WORDS_SHOWN])
+            case = " (it reads lower case)" if any(word.lower() in self.words for word in unknown) else ""
+            yield f"{self.name} knows {len(self.words)} words, not {shown}{case}: its answer means nothing"
+
+    def _share_of_ground(self, image: Image.Image) -> float:
+        pixels = np.asarray(image.convert("RGB").resize(LOOKED_AT, Image.Resampling.NEAREST), np.int64)
+        return float((np.abs(pixels - self.ground) <= GROUND_TOLERANCE).all(-1).mean())
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a question."""
+    return re.findall(r"[^\W\d_]+", text)
+
+
+def size_after_resizing(size: tuple[int, int], processor: Any) -> tuple[int, int]:
+    """Width and height that the image processor of a Qwen2.5-VL gives an image of this size."""
+    low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
+    settings = {"do_resize": processor.do_resize, "min_pixels": low, "max_pixels": high}
+    settings |= {"patch_size": processor.patch_size, "merge_size": processor.merge_size}
+    rows, columns = grid_of(size, settings, "an image")
+    return columns * processor.patch_size, rows * processor.patch_size

@@ -186,18 +186,20 @@ def _run_serve(arguments: argparse.Namespace) -> None:
 
 def _run_models(arguments: argparse.Namespace) -> None:
     config, _ = _enter(arguments)
-    from vismem.registry import release
-    from vismem.registry.tracking import tracking_uri
+    from vismem.registry import listing
+    from vismem.registry.versions import tracking_uri
 
     if arguments.action == "show":
-        print(json.dumps(release.show(config, arguments.which), indent=2, ensure_ascii=False))
+        print(json.dumps(listing.show(config, arguments.which), indent=2, ensure_ascii=False))
     elif arguments.action == "rollback":
-        print(release.rollback(config))
+        from vismem.registry.release import rollback
+
+        print(rollback(config))
     else:
         from vismem.summary import print_models
 
         where = mask_credentials(tracking_uri(config.registry))
-        print_models(release.models(config), config.registry.model_name, where)
+        print_models(listing.models(config), config.registry.model_name, where)
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from vismem.files import read_json, write_json
 
 SIGNIFICANT = 0.05  # McNemar's p below which a difference is shown
 VANILLA, VISMEM = "vanilla", "vismem"  # the arms that every comparison is about
+EXAMPLE = "example"  # the images of deploy's example: example-1.png and so on
 OVERALL = "overall"  # the group of all items
 
 Sha256 = Annotated[str, Field(min_length=1)]

@@ -20,8 +20,12 @@ class RequestError(ValueError):
     """The request is at fault: what was wrong with it."""
 
 
-def check_request(files: Sequence[bytes], prompt: bytes, max_new_tokens: int) -> list[Image.Image]:
+def check_request(
+    files: Sequence[bytes], prompt: bytes, max_new_tokens: int, names: Sequence[str] = ()
+) -> list[Image.Image]:
     """Open the encoded images, of which only the headers are read: Pillow decodes an image when it is first used.
+
+    `names` are what a message calls the images; without, they are numbered.
 
     Raises RequestError with the first limit that the request exceeds, or for a prompt that is empty or not UTF-8.
     """
@@ -37,7 +41,7 @@ def check_request(files: Sequence[bytes], prompt: bytes, max_new_tokens: int) ->
         raise RequestError("PROMPT is empty: ask a question about the image")
     if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise RequestError(f"MAX_NEW_TOKENS is {max_new_tokens}: it must lie in 1..{MAX_NEW_TOKENS}")
-    names = [f"image {number} of {len(files)}" for number in range(1, len(files) + 1)]
+    names = names or [f"image {number} of {len(files)}" for number in range(1, len(files) + 1)]
     _check("bytes", [len(file) for file in files], names, MAX_IMAGE_BYTES, MAX_TOTAL_BYTES)
     images: list[Image.Image] = []
     for name, file in zip(names, files, strict=True):

@@ -8,34 +8,43 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from vismem.config import Config, load_config
+from vismem.config import Config, load_config, resolve
 from vismem.errors import UserError, mask_credentials
 from vismem.launch import LaunchConfig, launch_step
+from vismem.messages import Caller
 from vismem.params_file import render_params
+from vismem.parser import Commands, Parser, Version, describe, setting
 from vismem.ranks import is_main_rank
 from vismem.steps import BASELINES, SHARED, STEPS
-from vismem.workspace import make_workspace, repro
+from vismem.workspace import RUNS, make_workspace, rebase, repro, workspace_name
 
+PARAMS = Path("params.yaml")
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status."""
+    """Run one command; return its exit status (`vismem.parser.STATUSES`)."""
     parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "repro":
-        parser.error(f"unknown arguments: {' '.join(rest)}; `vismem {arguments.command} --help` shows the known ones")
-    arguments.rest = rest
+        arguments.parser.refuse(rest)
+    arguments.rest, arguments.caller = rest, Caller(Path.cwd(), getattr(arguments, "profile", None))
     try:
         status: int | None = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:  # OSError: a missing file, no permission, a full disk
         if os.environ.get("VISMEM_DEBUG"):
             raise
-        print(f"vismem {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"vismem {arguments.command}: {arguments.caller.explain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"vismem {arguments.command}: stopped", file=sys.stderr)
@@ -43,30 +52,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser; the steps' commands are made from `vismem.steps`."""
-    parser = argparse.ArgumentParser(prog="vismem", description="Latent vision memory for vision-language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    about = "Latent vision memory for vision-language models: train, evaluate, gate, release and serve it."
+    parser = Parser(prog="vismem", description=about)
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version")
+    common = Parser(add_help=False)
     add = common.add_argument
-    add("--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)")
-    add("--profile", help="a profile of deploy/profiles/; it works in runs/PROFILE/")
-    add("--artifacts", type=Path, help="folder of the steps' outputs (default: artifacts)")
+    add("--params", type=Path, default=PARAMS, metavar="FILE", help="parameter file (default: %(default)s)")
+    add("--profile", metavar="NAME", help="a profile of deploy/profiles/; it works in runs/NAME/")
+    about_set = "one parameter, as in stage1.steps=30 or prepare.sources.0.train=500; may be repeated"
+    add("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", dest="settings", help=about_set)
+    add("--artifacts", type=Path, metavar="FOLDER", help="folder of the steps' outputs (default: artifacts)")
+    commands = Commands(parser, common)
+    _add_steps(commands)
+    _add_others(commands)
+    parser.overview = commands.overview(about)
+    return parser
 
-    def command(name: str, run: Callable[..., int | None], about: str, options: bool = True) -> Callable[..., Any]:
-        made = commands.add_parser(name, parents=[common] if options else [], help=about)
-        made.set_defaults(run=run)
-        return made.add_argument
 
+def _add_steps(commands: Commands) -> None:
     for step in STEPS + BASELINES:
-        kind = "baseline, no step of the pipeline" if step in BASELINES else "step"
-        reads = ", ".join(step.inputs) or "the sources that the parameters name"
-        add = command(step.name, _run_step, f"{kind}: reads {reads}")
+        add = commands.add(step.name, _run_step, step.about, description=describe(step))
         about = "where another step's output is, if not in the artifacts' folder; may be repeated"
         add("--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER", help=about)
         if step.name in SHARED:
             about = "how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)"
             add("--processes", type=int, metavar="N", default=os.environ.get("VISMEM_PROCESSES", "1"), help=about)
+
+
+def _add_others(commands: Commands) -> None:
+    command = commands.add
     command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it")
     command("summary", _run_summary, "scores, verdict and an example answer of the last run")
     command("preflight", _run_preflight, "check that a run can complete: secrets, buckets, registry, GPUs")
@@ -84,13 +100,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
 
     add = command("infer", _run_infer, "ask the served model about images")
-    add("--image", type=Path, action="append", required=True, help="image file; may be repeated")
-    add("--prompt", required=True, help="the question")
+    add("question", nargs="?", help="what to ask; or give it with --prompt")
+    add("--prompt", metavar="QUESTION", help="what to ask")
+    add("--image", action="append", required=True, metavar="FILE", help="image file; may be repeated")
     add("--stream", action="store_true", help="print the answer while it is decoded")
     add("--no-memory", action="store_true", help="answer without latent memory")
-    add("--max-new-tokens", type=int, default=48, help="longest answer in tokens")
-    add("--url", help="gRPC host:port; default: this machine at deploy.grpc_port")
-    add("--model", help="served model's name; default: the released one, else the challenger")
+    add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer in tokens (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable answer (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    add("--timeout", type=float, default=60.0, metavar="S", help="longest wait for a piece of the answer (default: 60)")
+    about = "gRPC address of any server, no parameters needed; default: this machine at deploy.grpc_port"
+    add("--url", metavar="HOST:PORT", help=about)
+    add("--model", metavar="NAME", help="the served model's name; default: the one that the server has")
 
     add = command("serve", _run_serve, "serve the deployed model with Triton until Ctrl-C")
     add("--repository", type=Path, help="model repository; default: artifacts/deploy/model_repository")
@@ -114,16 +135,23 @@ def build_parser() -> argparse.ArgumentParser:
     add = command("params", _run_params, "print the parameters in force, each explained")
     add("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
     add("--all", action="store_true", help="also the keys that are seldom changed")
-    return parser
+
+    about = "print what makes a shell complete commands and options"
+    add = command("completion", _run_completion, about, options=False)
+    add("shell", choices=("bash", "zsh", "fish"), help='bash: eval "$(vismem completion bash)" in ~/.bashrc')
 
 
 def _enter(arguments: argparse.Namespace) -> tuple[Config, Path]:
     """The parameters and the artifacts' folder; with a profile, also change to its workspace."""
-    artifacts = arguments.artifacts.absolute() if arguments.artifacts else Path("artifacts")
+    artifacts = arguments.artifacts or Path("artifacts")
+    config = load_config(arguments.params, arguments.profile, dict(arguments.settings))
     if arguments.profile is None:
-        return load_config(arguments.params), artifacts
-    os.chdir(make_workspace(arguments.params, arguments.profile))
-    return load_config(Path("params.yaml")), artifacts
+        return config, artifacts
+    if arguments.artifacts:
+        artifacts = artifacts.absolute()
+    root, folder = arguments.params.resolve().parent, make_workspace(arguments.params, arguments.profile)
+    os.chdir(folder)
+    return rebase(config, root, folder), artifacts
 
 
 def _run_step(arguments: argparse.Namespace) -> int:
@@ -132,6 +160,7 @@ def _run_step(arguments: argparse.Namespace) -> int:
     launch = LaunchConfig() if processes == 1 else LaunchConfig("torchrun", processes)
     line = launch_step(arguments.command, config, artifacts, dict(arguments.input), launch)
     if is_main_rank():
+        line = arguments.caller.shown(line)
         print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
     return 0
 
@@ -146,15 +175,19 @@ def _named_folder(text: str) -> tuple[str, Path]:
 def _run_repro(arguments: argparse.Namespace) -> int:
     if arguments.artifacts is not None:
         raise UserError("--artifacts does not go with repro: dvc.yaml says where its outputs are")
-    return repro(arguments.params, arguments.profile, arguments.rest)
+    settings = dict(arguments.settings)
+    if settings:
+        folder = arguments.params.resolve().parent / RUNS / workspace_name(arguments.profile, settings)
+        shown = arguments.caller.path(folder)
+        print(f"repro: with --set this run is apart, in {shown}; `cd {shown}` for its summary", file=sys.stderr)
+    return repro(arguments.params, arguments.profile, arguments.rest, settings)
 
 
 def _run_summary(arguments: argparse.Namespace) -> None:
     from vismem.summary import print_summary
 
-    here = Path.cwd()
     config, artifacts = _enter(arguments)
-    print_summary(config, Path(os.path.relpath(artifacts.absolute(), here)), here, arguments.profile)
+    print_summary(config, artifacts, arguments.caller)
 
 
 def _run_preflight(arguments: argparse.Namespace) -> None:
@@ -188,20 +221,29 @@ def _run_ask(arguments: argparse.Namespace) -> None:
 
 
 def _run_infer(arguments: argparse.Namespace) -> None:
-    images = [image.absolute() for image in arguments.image]
-    config, _ = _enter(arguments)
+    if (arguments.question is None) == (arguments.prompt is None):
+        arguments.parser.error("give one question, at the end or with --prompt")
     from vismem.serving.client import main_infer
 
     main_infer(
-        config,
-        images,
-        arguments.prompt,
+        arguments.image,
+        arguments.question or arguments.prompt or "",
+        url=arguments.url or f"127.0.0.1:{_client_config(arguments).deploy.grpc_port}",
+        model=arguments.model,
         stream=arguments.stream,
         memory=not arguments.no_memory,
         max_new_tokens=arguments.max_new_tokens,
-        url=arguments.url,
-        model=arguments.model,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        timeout=arguments.timeout,
     )
+
+
+def _client_config(arguments: argparse.Namespace) -> Config:
+    """The parameters, or their defaults where nobody named any and the folder has none."""
+    if arguments.profile is None and arguments.params == PARAMS and not PARAMS.is_file():
+        return resolve(overrides=dict(arguments.settings))
+    return load_config(arguments.params, arguments.profile, dict(arguments.settings))
 
 
 def _run_serve(arguments: argparse.Namespace) -> None:
@@ -216,30 +258,34 @@ def _run_serve(arguments: argparse.Namespace) -> None:
         grpc_port=arguments.port,
         http_port=arguments.http_port,
         metrics_port=arguments.metrics_port,
+        write=lambda line: print(arguments.caller.shown(line), flush=True),
     )
 
 
 def _run_models(arguments: argparse.Namespace) -> None:
     config, _ = _enter(arguments)
-    from vismem.registry import release
-    from vismem.registry.tracking import tracking_uri
+    from vismem.registry import listing
+    from vismem.registry.versions import tracking_uri
 
     if arguments.action == "show":
-        print(json.dumps(release.show(config, arguments.which), indent=2, ensure_ascii=False))
+        print(json.dumps(listing.show(config, arguments.which), indent=2, ensure_ascii=False))
     elif arguments.action == "rollback":
-        print(release.rollback(config))
+        from vismem.registry.release import rollback
+
+        print(rollback(config))
     else:
         from vismem.summary import print_models
 
-        where = mask_credentials(tracking_uri(config.registry))
-        print_models(release.models(config), config.registry.model_name, where)
+        where = arguments.caller.shown(mask_credentials(tracking_uri(config.registry)))
+        print_models(listing.models(config), config.registry.model_name, where)
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:
     config, _ = _enter(arguments)
     from vismem.registry.server import serve_ui
 
-    serve_ui(config, config.registry.ui_port if arguments.port is None else arguments.port)
+    port = config.registry.ui_port if arguments.port is None else arguments.port
+    serve_ui(config, port, lambda line: print(arguments.caller.shown(line), flush=True))
 
 
 def _run_stack(arguments: argparse.Namespace) -> None:
@@ -249,9 +295,19 @@ def _run_stack(arguments: argparse.Namespace) -> None:
 
 
 def _run_params(arguments: argparse.Namespace) -> int:
-    config = Config() if arguments.defaults else load_config(arguments.params, arguments.profile)
+    overrides = dict(arguments.settings)
+    if arguments.defaults:
+        config = resolve(overrides=overrides)
+    else:
+        config = load_config(arguments.params, arguments.profile, overrides)
     print(render_params(config, arguments.all), end="")
     return 0
+
+
+def _run_completion(arguments: argparse.Namespace) -> None:
+    import shtab
+
+    print(shtab.complete(build_parser(), arguments.shell))
 
 
 if __name__ == "__main__":

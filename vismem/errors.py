@@ -1,6 +1,8 @@
-"""The error that is meant for the person at the keyboard, and the mask of secrets in what is shown."""
+"""The error that is meant for the person at the keyboard, and what its message is made with."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _IN_AUTHORITY = re.compile(r"""://(?:[^\s/"']*|[^\s/:@"']*:[^\s@"']*)@""")  # a password may hold a slash
 _IN_QUERY = re.compile(r"""(?<=[?&])((?:user|username|password|passwd|token|secret)=)[^\s&"']+""", re.IGNORECASE)
@@ -14,6 +16,12 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(mask_credentials(message))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'X'?)" with the known name that is most like `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def mask_credentials(text: str) -> str:

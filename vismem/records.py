@@ -12,6 +12,9 @@ from vismem.errors import UserError
 from vismem.files import read_json, write_json
 
 SIGNIFICANT = 0.05  # McNemar's p below which a difference is shown
+VANILLA, VISMEM = "vanilla", "vismem"  # the arms that every comparison is about
+EXAMPLE = "example"  # the images of deploy's example: example-1.png and so on
+OVERALL = "overall"  # the group of all items
 
 Sha256 = Annotated[str, Field(min_length=1)]
 Interval = tuple[float, float]
@@ -110,7 +113,7 @@ class YesNo(Part):
 
 
 def _complete(scores: dict[str, float]) -> dict[str, float]:
-    if missing := {"overall", "seconds_per_sample"} - set(scores):
+    if missing := {OVERALL, "seconds_per_sample"} - set(scores):
         raise ValueError(f"lacks {' and '.join(sorted(missing))}")
     return scores
 
@@ -138,7 +141,7 @@ class Metrics(Record, file="metrics.json", step="evaluate"):
 
     @model_validator(mode="after")
     def _vismem_has_a_gain(self) -> Self:
-        if "vismem" in self.arms and "overall" not in self.gain:
+        if VISMEM in self.arms and OVERALL not in self.gain:
             raise ValueError("gain lacks overall, and there is an arm vismem")
         return self
 

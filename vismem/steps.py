@@ -22,7 +22,7 @@ class Step:
     """One step: a function `(config, inputs, out) -> line` from folders and typed parameters to one folder.
 
     `inputs` are the steps whose folders it reads, `sections` the parameter sections that it depends on. Folders of
-    the steps in `optional` are handed over where they exist.
+    the steps in `optional` are handed over where they exist. `about` says what it does, as a command.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Step:
     inputs: tuple[str, ...]
     sections: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    about: str = ""
 
     def load(self) -> Callable[..., str]:
         """Import and return the step's function."""
@@ -38,28 +39,94 @@ class Step:
 
 
 _TRAINED = ("seed", "memory", "invocation", "grpo")  # of a baseline too: the memory says how much VisMem trains
-_NAMES = ("sft_lora", "sft_lora_matched", "grpo_lora", "grpo_lora_matched", "full")
+_TRAINS = {
+    "sft_lora": "train a LoRA on the reference answers",
+    "sft_lora_matched": "train sft_lora with as many parameters as VisMem trains",
+    "grpo_lora": "train a LoRA by GRPO",
+    "grpo_lora_matched": "train grpo_lora with as many parameters as VisMem trains",
+    "full": "train the whole language model on the reference answers",
+}
 BASELINES: tuple[Step, ...] = tuple(
-    Step(name, f"vismem.training.baselines:{name}", ("base", "validate"), (*_TRAINED, "baselines")) for name in _NAMES
+    Step(name, f"vismem.training.baselines:{name}", ("base", "validate"), (*_TRAINED, "baselines"), about=about)
+    for name, about in _TRAINS.items()
 )
 
 STEPS: tuple[Step, ...] = (
-    Step("prepare", "vismem.data.prepare:prepare", (), ("seed", "prepare")),
-    Step("validate", "vismem.validation.validate:validate", ("prepare",), ("validate",)),
-    Step("base", "vismem.training.base:base", (), ("base",)),
-    Step("stage1", "vismem.training.stage1:stage1", ("base", "validate"), (*_TRAINED, "stage1")),
-    Step("stage2", "vismem.training.stage2:stage2", ("base", "stage1", "validate"), ("seed", "grpo", "stage2")),
     Step(
-        "evaluate", "vismem.evaluation.evaluate:evaluate", ("base", "stage2", "validate"), ("seed", "evaluate"), _NAMES
+        "prepare",
+        "vismem.data.prepare:prepare",
+        (),
+        ("seed", "prepare"),
+        about="turn the data sources into questions with images, by split",
     ),
-    Step("export", "vismem.export.export:export", ("base", "stage2", "validate", "evaluate"), ("export",)),
-    Step("register", "vismem.registry.register:register", ("export", "evaluate", "validate"), ("gate", "registry")),
-    Step("promote", "vismem.registry.release:promote", ("register",), ("registry",)),
-    Step("deploy", "vismem.serving.deploy:deploy", ("export", "promote", "validate"), ("deploy",)),
+    Step(
+        "validate",
+        "vismem.validation.validate:validate",
+        ("prepare",),
+        ("validate",),
+        about="set bad rows apart, report on the data, stop if it is broken",
+    ),
+    Step(
+        "base",
+        "vismem.training.base:base",
+        (),
+        ("base",),
+        about="copy the base model, checked for vision and family",
+    ),
+    Step(
+        "stage1",
+        "vismem.training.stage1:stage1",
+        ("base", "validate"),
+        (*_TRAINED, "stage1"),
+        about="train how memories are formed; the base stays as it is",
+    ),
+    Step(
+        "stage2",
+        "vismem.training.stage2:stage2",
+        ("base", "stage1", "validate"),
+        ("seed", "grpo", "stage2"),
+        about="train when the model invokes which kind of memory",
+    ),
+    Step(
+        "evaluate",
+        "vismem.evaluation.evaluate:evaluate",
+        ("base", "stage2", "validate"),
+        ("seed", "evaluate"),
+        tuple(_TRAINS),
+        about="let every arm answer the test questions; scores and report",
+    ),
+    Step(
+        "export",
+        "vismem.export.export:export",
+        ("base", "stage2", "validate", "evaluate"),
+        ("export",),
+        about="pack weights, ONNX graphs, model card and lineage",
+    ),
+    Step(
+        "register",
+        "vismem.registry.register:register",
+        ("export", "evaluate", "validate"),
+        ("gate", "registry"),
+        about="make a version in MLflow, judged by the gate",
+    ),
+    Step(
+        "promote",
+        "vismem.registry.release:promote",
+        ("register",),
+        ("registry",),
+        about="make the version champion if the gate passes it",
+    ),
+    Step(
+        "deploy",
+        "vismem.serving.deploy:deploy",
+        ("export", "promote", "validate"),
+        ("deploy",),
+        about="write Triton's model repository and test it on a real server",
+    ),
 )
 
 BY_NAME: dict[str, Step] = {step.name: step for step in STEPS + BASELINES}
-SHARED = ("stage1", "stage2", *_NAMES)  # the steps that several processes can share
+SHARED = ("stage1", "stage2", *_TRAINS)  # the steps that several processes can share
 
 
 def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> str:

@@ -1,5 +1,6 @@
 """What a run came to, for the terminal: scores, the gate's verdict, one served answer, and where the reports are."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from vismem.config import Config
+from vismem.errors import UserError
 from vismem.files import read_json
-from vismem.records import Metrics, Release, Verdict
+from vismem.messages import Caller
+from vismem.records import EXAMPLE, Metrics, Release, Verdict
 
 REPORTS = {
     "the data": "validate/report.html",
@@ -19,26 +22,29 @@ REPORTS = {
 }
 
 
-def print_summary(
-    config: Config, artifacts: Path, here: Path, profile: str | None, console: Console | None = None
-) -> None:
-    """Print the last run's result from its artifacts. UserError where a step's output is missing.
+def print_summary(config: Config, artifacts: Path, caller: Caller, console: Console | None = None) -> None:
+    """Print the last run's result from its artifacts, with paths as the caller sees them.
 
-    `artifacts` is shown as given and meant from `here`, which may not be the working folder of a profile's run.
+    UserError where nothing was run yet, or a step's output is missing.
     """
     from vismem.evaluation.summary import headline, score_table
 
-    console, folder = console or make_console(), here / artifacts
-    metrics = Metrics.read(folder / "evaluate")
-    release, verdict = Release.read(folder / "promote"), Verdict.read(folder / "promote")
-    smoke = read_json(folder / "deploy" / "smoke.json", "run `vismem deploy` again")
+    console = console or make_console()
+    if not any((artifacts / record.STEP).is_dir() for record in (Metrics, Release)):
+        raise UserError(f"there is no run in {artifacts} yet: run `vismem repro`")
+    metrics = Metrics.read(artifacts / "evaluate")
+    release, verdict = Release.read(artifacts / "promote"), Verdict.read(artifacts / "promote")
+    smoke = read_json(artifacts / "deploy" / "smoke.json", "run `vismem deploy` again")
     console.print("", score_table(metrics), headline(metrics), "", sep="\n")
     console.print(*verdict_lines(verdict, release), "", *example_lines(smoke), "", sep="\n")
     for what, name in REPORTS.items():
-        if (folder / name).is_file():
-            console.print(f"{what + ':':<16}{escape(str(artifacts / name))}", soft_wrap=True)
-    ui = f"vismem ui --profile {profile}" if profile else "make ui"
+        if (artifacts / name).is_file():
+            console.print(f"{what + ':':<16}{escape(caller.path(artifacts / name))}", soft_wrap=True)
+    ui = f"vismem ui --profile {caller.profile}" if caller.profile else "make ui"
     console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `{ui}` opens it")
+    if images := sorted((artifacts / "deploy").glob(f"{EXAMPLE}-*")):
+        command = ask_command(caller, artifacts / "export", images, smoke["question"])
+        console.print("", "Ask it yourself:", escape(command), sep="\n", soft_wrap=True)
 
 
 def verdict_lines(verdict: Verdict, release: Release) -> list[str]:
@@ -62,6 +68,12 @@ def example_lines(smoke: Mapping[str, Any]) -> list[str]:
         f"  answer     {escape(smoke['answer_marked'])}",
         f"  reference  {escape(smoke['reference'])}",
     ]
+
+
+def ask_command(caller: Caller, model: Path, images: Sequence[Path], question: str) -> str:
+    """The command that asks a model of this machine a question, as the caller can paste it into their shell."""
+    named = [part for image in images for part in ("--image", caller.path(image))]
+    return shlex.join([*caller.program(), "ask", "--model", caller.path(model), *named, question])
 
 
 def print_models(rows: Sequence[Mapping[str, str]], name: str, store: str, console: Console | None = None) -> None:

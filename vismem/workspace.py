@@ -4,32 +4,35 @@ A profile's workspace holds its resolved `params.yaml`, a copy of `dvc.yaml`, li
 own `dvc.lock`, `artifacts/` and MLflow store. DVC's settings and cache are the root's; its artifacts stay as they are.
 """
 
+import hashlib
+import json
 import os
+import re
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vismem.config import Config, Section, load_params, parse_config
+from vismem.config import Config, Section, load_config
 from vismem.errors import UserError
 from vismem.params_file import render_params
 
 RUNS = "runs"
+LONGEST_NAME = 100
 LINKED = ("vismem", "assets", "deploy", "data")  # what stages depend on; dvc.yaml is the same in every workspace
 
 
-def make_workspace(params: Path, profile: str) -> Path:
-    """Write or refresh the workspace of a profile beside the parameter file; return its folder.
+def make_workspace(params: Path, profile: str | None, overrides: Mapping[str, Any] | None = None) -> Path:
+    """Write or refresh the workspace of a profile, overrides, or both, beside the parameter file; return its folder.
 
     Files are touched only where their content changes. UserError as from `load_config`.
     """
     root = params.resolve().parent
-    values = load_params(params, profile)
-    config = parse_config(values, f"{params} with profile '{profile}'")
-    folder = root / RUNS / profile
+    config = load_config(params, profile, overrides)
+    folder = root / RUNS / workspace_name(profile, overrides or {})
     (folder / ".dvc").mkdir(parents=True, exist_ok=True)
     for name in LINKED:
         link = folder / name
@@ -44,6 +47,15 @@ def make_workspace(params: Path, profile: str) -> Path:
     return folder
 
 
+def workspace_name(profile: str | None, overrides: Mapping[str, Any]) -> str:
+    """PROFILE, with overrides PROFILE~KEY-VALUE~...: runs with other parameters do not replace each other's outputs."""
+    values = sorted(f"{key}-{json.dumps(value, ensure_ascii=False, default=str)}" for key, value in overrides.items())
+    name = "~".join([profile or "params", *(re.sub(r"[^\w.-]+", "_", value).strip("_") for value in values)])
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 def rebase(config: Config, root: Path, folder: Path) -> Config:
     """The same parameters with every relative path, meant from `root`, written as seen from `folder`."""
     moved: Config = _rebase(config, root, folder)
@@ -53,13 +65,15 @@ def rebase(config: Config, root: Path, folder: Path) -> Config:
     return moved.model_copy(update={"base": moved.base.model_copy(update={"model": model})})
 
 
-def repro(params: Path, profile: str | None, arguments: Sequence[str]) -> int:
-    """Run `dvc repro ARGUMENTS` in the root or in the profile's workspace; return its exit status."""
+def repro(
+    params: Path, profile: str | None, arguments: Sequence[str], overrides: Mapping[str, Any] | None = None
+) -> int:
+    """Run `dvc repro ARGUMENTS` in the root, or in the workspace of a profile or overrides; return its exit status."""
     if find_spec("dvc") is None:
         raise UserError("DVC is not installed here: pip install 'vismem[pipeline]', or run the steps one by one")
-    parse_config(load_params(params, profile), str(params))  # before DVC, whose message would be longer and less plain
+    load_config(params, profile, overrides)  # before DVC, whose message would be longer and less plain
     root = params.resolve().parent
-    folder = root if profile is None else make_workspace(params, profile)
+    folder = make_workspace(params, profile, overrides) if profile or overrides else root
     if not (folder / "dvc.yaml").is_file():
         raise UserError(f"no dvc.yaml in {root}: run in the project's root, or name it with --params")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

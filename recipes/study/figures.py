@@ -10,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from vismem.evaluation.arms import VANILLA, VISMEM, label
+from vismem.evaluation.arms import label
 from vismem.evaluation.metrics import is_yes_no, summarise
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import paired_difference
+from vismem.records import VANILLA, VISMEM
 
 RANDOM = ("random_25", "random_50", "random_75", "random_100")
 ONLY = ("short_only", "long_only")

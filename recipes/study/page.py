@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from vismem.evaluation import plots
-from vismem.evaluation.arms import VANILLA, VISMEM, label
+from vismem.evaluation.arms import label
 from vismem.evaluation.metrics import CAPABILITIES
 from vismem.evaluation.summary import change
-from vismem.records import Difference
+from vismem.records import VANILLA, VISMEM, Difference
 from vismem.steps import BASELINES
 
 Values = Mapping[str, Any]

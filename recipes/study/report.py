@@ -14,11 +14,10 @@ from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, gain_plot, headline, render
 from recipes.study.plan import PROFILE, Settings, changed, parameters, trained_half
 from vismem.config import Config, resolve
-from vismem.evaluation.arms import VANILLA, VISMEM
 from vismem.evaluation.predictions import read_predictions
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import versions
-from vismem.records import Metrics
+from vismem.records import VANILLA, VISMEM, Metrics
 from vismem.steps import BASELINES
 
 

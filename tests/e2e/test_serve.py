@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from stand_in import ANSWER, IMAGE, make_repository
 
+from vismem.cli import main
 from vismem.config import parse_config
 from vismem.errors import UserError
 from vismem.serving.client import infer, main_infer
@@ -28,18 +29,35 @@ def test_a_port_in_use_is_named_with_its_flag(server: TritonServer, tmp_path: Pa
 
 
 def test_infer_prints_the_answer_with_its_memories_marked(server: TritonServer, tmp_path: Path) -> None:
-    config = parse_config({"deploy": {"grpc_port": server.ports["grpc"]}})
     (tmp_path / "a.png").write_bytes(IMAGE)
     for stream in (False, True):
         written: list[str] = []
-        main_infer(config, [tmp_path / "a.png"], "hi", stream=stream, max_new_tokens=3, write=written.append)
+        main_infer(
+            [f"{tmp_path}/a.png"], "hi", url=server.grpc_url, stream=stream, max_new_tokens=3, write=written.append
+        )
         assert "".join(written).strip() == "é0⟨short⟩ é1 é2"
         assert len(written) == (len(ANSWER) + 1 if stream else 1)
 
 
+def test_infer_works_from_an_empty_folder_with_nothing_but_an_address(
+    server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And passes sampling options on, which the server checks as it checks those of any client."""
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    monkeypatch.chdir(tmp_path)
+    asked = ("infer", "--url", server.grpc_url, "--image", "a.png", "--max-new-tokens", "3")
+    for question in (("hi",), ("--prompt", "hi")):
+        assert main([*asked, *question]) == 0
+        assert capsys.readouterr().out == "é0⟨short⟩ é1 é2\n"
+    for option, value in (("--temperature", "101"), ("--model", "other"), ("--seed", str(2**63))):
+        assert main([*asked, "hi", option, value]) == 1
+        assert value in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
+
+
 def test_infer_names_an_image_that_is_not_there(server: TritonServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read the image .*none.png: No such file"):
-        main_infer(parse_config({}), [tmp_path / "none.png"], "hi", url=server.grpc_url)
+        main_infer([f"{tmp_path}/none.png"], "hi", url=server.grpc_url)
 
 
 def test_infer_without_a_server_says_how_to_start_one(tmp_path: Path) -> None:
@@ -48,7 +66,7 @@ def test_infer_without_a_server_says_how_to_start_one(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     (tmp_path / "a.png").write_bytes(IMAGE)
     with pytest.raises(UserError, match=rf"no model server answers at 127.0.0.1:{port}: start one with `vismem serve`"):
-        main_infer(parse_config({"deploy": {"grpc_port": port}}), [tmp_path / "a.png"], "hi")
+        main_infer([f"{tmp_path}/a.png"], "hi", url=f"127.0.0.1:{port}")
 
 
 def test_a_model_that_does_not_load_ends_the_start_with_its_reason(tmp_path: Path) -> None:
@@ -74,7 +92,7 @@ def test_serve_runs_in_the_foreground_until_it_is_told_to_stop(tmp_path: Path) -
         url = line.split()[4]
         (tmp_path / "a.png").write_bytes(IMAGE)
         written: list[str] = []
-        main_infer(parse_config({}), [tmp_path / "a.png"], "hi", url=url, max_new_tokens=1, write=written.append)
+        main_infer([f"{tmp_path}/a.png"], "hi", url=url, max_new_tokens=1, write=written.append)
         assert written == ["é0\n"]
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read().splitlines()[-1] == "stopped"

@@ -16,12 +16,13 @@ from vismem.cli import build_parser
 from vismem.config import BaselinesConfig, Config, EvaluateConfig, GrpoConfig, GrpoStageConfig, SupervisedConfig
 from vismem.data.sample import read_samples
 from vismem.errors import UserError
-from vismem.evaluation.arms import ARMS, VANILLA
+from vismem.evaluation.arms import ARMS
 from vismem.evaluation.evaluate import decode, load_models
 from vismem.evaluation.predictions import read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.models.vismem import VisMemModel, load_base
+from vismem.records import VANILLA
 from vismem.steps import BASELINES, STEPS, run_step
 from vismem.training import baselines, loop
 from vismem.training.baselines import PolicyGrpo, matched_lora

@@ -12,13 +12,14 @@ from vismem.config import Config, EvaluateConfig
 from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
 from vismem.evaluation import evaluate as module
-from vismem.evaluation.arms import ARMS, VANILLA, VISMEM, Arm
+from vismem.evaluation.arms import ARMS, Arm
 from vismem.evaluation.evaluate import decode, evaluate
 from vismem.evaluation.predictions import read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel
+from vismem.records import VANILLA, VISMEM
 
 OWN = tuple(name for name, arm in ARMS.items() if arm.model == VISMEM)  # the arms of the trained model
 EAGER = 3.0  # offset of the invoke tokens' scores: the random model then invokes now and then

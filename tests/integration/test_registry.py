@@ -11,7 +11,7 @@ from project import Project
 from vismem.cli import main
 from vismem.errors import UserError
 from vismem.provenance import write_manifest
-from vismem.registry import release
+from vismem.registry import listing, release
 from vismem.registry.server import mlflow_server, model_page
 from vismem.registry.tracking import Store, find_version, open_store, versions
 
@@ -200,15 +200,38 @@ def test_promote_refuses_a_version_that_the_store_does_not_hold_as_registered(pr
 def test_the_listing_and_a_version_s_page_name_aliases_and_history(project: Project) -> None:
     project.release(b"one", score=66.0)
     project.release(b"two", score=60.0)
-    rows = release.models(project.config)
+    rows = listing.models(project.config)
     assert [(row["version"], row["aliases"], row["verdict"]) for row in rows] == [
         ("2", "challenger", "refused"),
         ("1", "champion", "passed"),
     ]
-    assert release.show(project.config, "champion")["version"] == "1"
-    assert [move["action"] for move in release.show(project.config, "1")["history"]] == ["promote"]
+    assert listing.show(project.config, "champion")["version"] == "1"
+    assert [move["action"] for move in listing.show(project.config, "1")["history"]] == ["promote"]
     with pytest.raises(UserError, match="no version or alias '7'"):
-        release.show(project.config, "7")
+        listing.show(project.config, "7")
+
+
+def test_the_tables_hold_what_mlflow_s_client_says(project: Project) -> None:
+    file, config = project.store.database, project.config.registry
+    assert file is not None
+    assert listing.read_tables(file, "vismem") == listing.ask_mlflow(config), "before the first version"
+    project.release(b"one", score=66.0)
+    project.release(b"two", score=68.0)
+    release.rollback(project.config)
+    project.run("register")
+    found = listing.read_tables(file, "vismem")
+    assert found == listing.ask_mlflow(config) == listing.read_listing(config)
+    assert (len(found.versions), len(found.tags)) == (2, 3)
+    project.store.client.delete_model_version("vismem", "1")  # the champion: its alias goes with it
+    found = listing.read_tables(file, "vismem")
+    assert found == listing.ask_mlflow(config)
+    assert found.aliases == {"challenger": "2"}
+
+
+def test_tables_that_are_not_mlflow_s_are_left_to_mlflow(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.release(b"one", score=66.0)
+    monkeypatch.setattr(listing, "_OURS", "name = ? AND no_such_column = 1")
+    assert [item.version for item in listing.read_listing(project.config.registry).versions] == ["1"]
 
 
 def test_the_command_line_lists_shows_and_rolls_back(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +274,8 @@ def test_the_ui_answers_on_its_page_and_is_gone_afterwards(project: Project) -> 
         url = f"{address}/api/2.0/mlflow/registered-models/get?name=vismem"
         with urllib.request.urlopen(url, timeout=30) as reply:
             assert json.load(reply)["registered_model"]["latest_versions"][0]["version"] == "1"
+        remote = project.config.registry.model_copy(update={"tracking_uri": address})
+        assert listing.read_listing(remote) == listing.read_listing(project.config.registry)
     assert server.process.poll() is not None
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)

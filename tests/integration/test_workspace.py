@@ -17,7 +17,7 @@ from PIL import Image
 from vismem.cli import main
 from vismem.config import parse_config
 from vismem.params_file import render_params
-from vismem.workspace import make_workspace, rebase
+from vismem.workspace import make_workspace, rebase, workspace_name
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = """
@@ -70,6 +70,28 @@ def test_a_profile_has_its_own_run_and_leaves_the_root_s_alone(root: Path) -> No
     assert (toy / "dvc.yaml").read_text() == PIPELINE
     assert (root / ".dvc" / "cache").is_dir()
     assert not (toy / ".dvc" / "cache").exists(), "the cache is shared"
+
+
+def test_a_run_with_settings_is_apart_and_dvc_sees_each_changed_parameter(root: Path) -> None:
+    params = (root / "params.yaml").read_text()
+    repro("--quiet")
+    for settings in (("--set", "seed=7"), ("--profile", "toy", "--set", "seed=8"), ("--set", "seed=9")):
+        for _ in range(2):
+            repro(*settings, "--quiet")
+    made = {path.parents[2].name: path.read_text()[:7] for path in (root / "runs").glob("*/artifacts/prepare/seed.txt")}
+    assert made == {"params~seed-7": "seed: 7", "toy~seed-8": "seed: 8", "params~seed-9": "seed: 9"}
+    assert [runs(folder) for folder in (root, *sorted((root / "runs").iterdir()))] == [1, 1, 1, 1]
+    assert (root / "artifacts" / "prepare" / "seed.txt").read_text() == "seed: 0\n"
+    assert (root / "params.yaml").read_text() == params
+
+
+def test_a_workspace_s_name_is_a_folder_s_whatever_the_settings_are() -> None:
+    assert workspace_name("toy", {}) == "toy"
+    one, other = ({"base.model": f"../../{letter * 200}"} for letter in "ab")
+    names = {workspace_name(None, one), workspace_name(None, other)}
+    assert len(names) == 2
+    assert all("/" not in name and len(name) < 255 for name in names)
+    assert workspace_name(None, {"a": 1, "b": 2}) == workspace_name(None, {"b": 2, "a": 1})
 
 
 def dvc(folder: Path, *arguments: str) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import write_json, write_text
+from vismem.messages import Caller
 from vismem.records import Release, Rule, Verdict
 from vismem.summary import example_lines, print_models, print_summary, verdict_lines
 
@@ -43,7 +44,7 @@ def artifacts(tmp_path: Path) -> Path:
 
 def test_a_refused_run_shows_scores_every_rule_the_example_and_the_reports_that_exist(artifacts: Path) -> None:
     console = Console(record=True, width=200, quiet=False, file=(artifacts / "out.txt").open("w"))
-    print_summary(Config(), Path(artifacts.name), artifacts.parent, "smoke", console)
+    print_summary(Config(), artifacts, Caller(artifacts.parent, "smoke"), console)
     text = console.export_text()
     for shown in (
         "60.0",
@@ -72,7 +73,7 @@ def test_a_release_is_called_one() -> None:
 def test_a_missing_result_names_the_step_to_run(artifacts: Path) -> None:
     (artifacts / "deploy" / "smoke.json").unlink()
     with pytest.raises(UserError, match=r"deploy/smoke\.json is not there: run `vismem deploy`"):
-        print_summary(Config(), artifacts, Path(), None)
+        print_summary(Config(), artifacts, Caller(artifacts))
 
 
 def test_an_empty_registry_says_what_to_run(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@
 [paper] arXiv 2511.11007 with its section; [ours] a choice the paper leaves open; [measured] see docs/results.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from vismem.config.training import (
     SupervisedConfig,
     WarmStartConfig,
 )
-from vismem.errors import UserError
+from vismem.errors import UserError, nearest
 
 __all__ = [
     "DEFAULT_BASE",
@@ -104,19 +103,23 @@ class Config(Section):
     deploy: DeployConfig = DeployConfig()
 
 
-def load_config(path: Path, profile: str | None = None) -> Config:
-    """Read `path` (YAML) and overlay the named profile of `deploy/profiles/` beside it.
+def load_config(path: Path, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read `path` (YAML), overlay the named profile of `deploy/profiles/` beside it, and then `overrides`.
 
-    Raises UserError for a missing file, an unknown profile, an unknown key (naming the nearest right one) or a value
-    of the wrong type.
+    `overrides` are as in `resolve`. Raises UserError for a missing file, an unknown profile, an unknown key (naming the
+    nearest right one) or a value of the wrong type.
     """
-    return parse_config(load_params(path, profile), str(path))
+    above = [*([f"profile '{profile}'"] if profile else []), *(["--set"] if overrides else [])]
+    where = f"{path} with {' and '.join(above)}" if above else str(path)
+    return parse_config(load_params(path, profile, overrides), where)
 
 
-def load_params(path: Path, profile: str | None = None) -> dict[str, Any]:
-    """The plain mapping behind `load_config`: the file's values with the profile's laid over them."""
+def load_params(path: Path, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The plain mapping behind `load_config`: the file's values with the profile's and the overrides laid over them."""
     values = _read_yaml(path)
-    return values if profile is None else merge(values, _read_profile(path.parent, profile))
+    if profile is not None:
+        values = merge(values, _read_profile(path.parent, profile))
+    return merge(values, _nested(overrides or {}))
 
 
 def resolve(profile: str = "", overrides: Mapping[str, Any] | None = None, root: Path | None = None) -> Config:
@@ -142,11 +145,17 @@ def parse_config(values: dict[str, Any], where: str = "params") -> Config:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lay one mapping over another, key by key; lists are replaced whole."""
+    """Lay one mapping over another, key by key; a list is replaced whole, or in those items whose index is a key."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        items = {str(index): item for index, item in enumerate(old)} if isinstance(old, list) else {}
+        if isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = merge(old, value)
+        elif isinstance(value, dict) and value and value.keys() <= items.keys():
+            merged[key] = list(merge(items, value).values())
+        else:
+            merged[key] = value
     return merged
 
 
@@ -171,7 +180,7 @@ def _read_profile(root: Path, profile: str) -> dict[str, Any]:
     def read(name: str) -> dict[str, Any]:
         if name not in files:
             known = f"{root / PROFILE_FOLDER} has: {', '.join(files)}"
-            raise UserError(f"unknown profile '{name}'{_nearest(name, files)}; {known}")
+            raise UserError(f"unknown profile '{name}'{nearest(name, files)}; {known}")
         return _read_yaml(files[name])
 
     values = read(profile)
@@ -206,9 +215,4 @@ def _explain(fault: Any) -> str:
         field = section.by_key().get(part)
         inner = SOURCES.get(part) or (field and field.annotation)
         section = inner if isinstance(inner, type) and issubclass(inner, Section) else section
-    return f"unknown key '{where}'{_nearest(str(last), section.by_key())}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    return f"unknown key '{where}'{nearest(str(last), section.by_key())}"

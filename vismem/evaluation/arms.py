@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from vismem.errors import UserError
 from vismem.generation import invocation as policies
 from vismem.models.kinds import MemoryKind
-
-VANILLA = "vanilla"
-VISMEM = "vismem"
+from vismem.records import VANILLA, VISMEM
 
 
 @dataclass(frozen=True)

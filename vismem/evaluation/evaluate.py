@@ -18,7 +18,7 @@ from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
-from vismem.evaluation.arms import VISMEM, Arm, label, resolve_arms
+from vismem.evaluation.arms import Arm, label, resolve_arms
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
@@ -28,7 +28,7 @@ from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
-from vismem.records import Metrics
+from vismem.records import VISMEM, Metrics
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
 ANSWERS, KEEP_EVERY = "answers.checkpoint", 30.0  # seconds: after a kill, no more is answered again

@@ -11,12 +11,11 @@ import numpy.typing as npt
 
 from vismem.data.sample import Capability
 from vismem.evaluation.answers import UNPARSED, normalise
-from vismem.evaluation.arms import VANILLA, VISMEM
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import Scores, bootstrap_interval, paired_difference
 from vismem.models.kinds import MemoryKind
+from vismem.records import OVERALL, VANILLA, VISMEM
 
-OVERALL = "overall"
 CAPABILITIES = tuple(capability.value for capability in Capability)
 
 Masks = dict[str, npt.NDArray[np.bool_]]

@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vismem.evaluation.arms import VANILLA, VISMEM, label
-from vismem.evaluation.metrics import OVERALL, invocation_places
+from vismem.evaluation.arms import label
+from vismem.evaluation.metrics import invocation_places
 from vismem.evaluation.predictions import Prediction
 from vismem.models.kinds import MemoryKind
-from vismem.records import MemoryUse, Metrics
+from vismem.records import OVERALL, VANILLA, VISMEM, MemoryUse, Metrics
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers. Vanilla is also a ring, for readers without colour.
 BLUE, ORANGE, GREY, RULE = "#0072B2", "#D55E00", "#7F7F7F", "#E3E7EC"

@@ -10,12 +10,12 @@ from markupsafe import Markup, escape
 
 from vismem.config import EvaluateConfig
 from vismem.evaluation.answers import normalise
-from vismem.evaluation.arms import ARMS, VANILLA, VISMEM, label
-from vismem.evaluation.metrics import OVERALL, is_yes_no
+from vismem.evaluation.arms import ARMS, label
+from vismem.evaluation.metrics import is_yes_no
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline, p_value
 from vismem.models.kinds import MemoryKind
-from vismem.records import Metrics
+from vismem.records import OVERALL, VANILLA, VISMEM, Metrics
 
 EXAMPLES = 4  # at most, of wins and of losses
 

@@ -4,9 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vismem.evaluation.arms import VANILLA, VISMEM
-from vismem.evaluation.metrics import OVERALL
-from vismem.records import Difference, Metrics
+from vismem.records import OVERALL, VANILLA, VISMEM, Difference, Metrics
 
 COLOURS = {"better": "green", "worse": "red", "not shown": "default"}
 

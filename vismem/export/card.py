@@ -7,10 +7,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vismem.config import DEFAULT_BASE, Config, GrpoConfig, GrpoStageConfig
 from vismem.evaluation.arms import ARMS, label
-from vismem.evaluation.metrics import CAPABILITIES, OVERALL
+from vismem.evaluation.metrics import CAPABILITIES
 from vismem.evaluation.summary import headline
 from vismem.models.vismem import VisMemModel
-from vismem.records import Metrics, ParityReport
+from vismem.records import OVERALL, Metrics, ParityReport
 
 
 def model_card(

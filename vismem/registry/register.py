@@ -14,10 +14,7 @@ from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
 from vismem.registry.gate import DIGITS
 from vismem.registry.runs import log_curve, log_metrics, log_model_folder, log_params, tracked_run
 from vismem.registry.tracking import (
-    CHALLENGER,
-    CHAMPION,
     Store,
-    Version,
     create_version,
     find_version,
     open_store,
@@ -25,6 +22,7 @@ from vismem.registry.tracking import (
     versions,
 )
 from vismem.registry.verdict import GATE, judge_version, publish_verdict
+from vismem.registry.versions import CHALLENGER, CHAMPION, Version
 
 
 @translate_mlflow_errors()

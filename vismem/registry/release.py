@@ -1,4 +1,4 @@
-"""The champion pointer: the step `promote`, rollback, and listings of the registered versions.
+"""The champion pointer: the step `promote`, and rollback.
 
 An MLflow alias is last-writer-wins and has no history, so every move is written down first, as a tag of its own on the
 registered model (`champion_history.TIME`: JSON with version, previous, action). Nothing rewrites such a tag.
@@ -6,37 +6,17 @@ registered model (`champion_history.TIME`: JSON with version, previous, action).
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release
 from vismem.registry.lock import promotion_lock
-from vismem.registry.tracking import (
-    CHALLENGER,
-    CHAMPION,
-    Store,
-    find_version,
-    open_store,
-    translate_mlflow_errors,
-    versions,
-)
+from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors, versions
 from vismem.registry.verdict import judge_version, publish_verdict, published_verdict, registered_gate
-
-HISTORY = "champion_history."
-
-
-@dataclass(frozen=True)
-class Move:
-    """One move of the champion alias."""
-
-    time: str  # UTC, ISO 8601
-    action: str  # "promote" or "rollback"
-    version: str
-    previous: str | None
+from vismem.registry.versions import CHAMPION, HISTORY, Move, moves
 
 
 @translate_mlflow_errors()
@@ -92,8 +72,8 @@ def rollback(config: Config) -> str:
     store = open_store(config.registry)
     with promotion_lock(store) as check_held:
         present = find_version(store, CHAMPION)
-        moves = history(store)
-        candidates = [move.version for move in reversed(moves)] if present is None else _before(moves, present.version)
+        past = history(store)
+        candidates = [move.version for move in reversed(past)] if present is None else _before(past, present.version)
         for number in candidates:
             if find_version(store, number) is not None:
                 check_held()
@@ -107,48 +87,18 @@ def rollback(config: Config) -> str:
 
 def history(store: Store) -> list[Move]:
     """All moves of the champion alias, oldest first."""
-    tags = store.client.get_registered_model(store.model).tags if versions(store) else {}
-    return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY)]
+    return moves(store.client.get_registered_model(store.model).tags) if versions(store) else []
 
 
-@translate_mlflow_errors()
-def models(config: Config) -> list[dict[str, str]]:
-    """One row per version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
-    store = open_store(config.registry)
-    named = {alias: find_version(store, alias) for alias in (CHAMPION, CHALLENGER)}
-    return [
-        {
-            "version": item.version,
-            "aliases": ", ".join(name for name, holder in named.items() if holder and holder.version == item.version),
-            **{name: item.tags.get(name, "") for name in ("verdict", "score", "gain", "n")},
-            "created": datetime.fromtimestamp(item.created, UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "git_commit": item.tags.get("git_commit", "")[:10],
-        }
-        for item in versions(store)
-    ]
-
-
-@translate_mlflow_errors()
-def show(config: Config, which: str) -> dict[str, Any]:
-    """All that is known of a version, given by number or alias. UserError where there is none of that name."""
-    store = open_store(config.registry)
-    version = find_version(store, which)
-    if version is None:
-        known = ", ".join(item.version for item in versions(store)) or "none"
-        raise UserError(f"no version or alias '{which}' of '{store.model}' in {store.uri}; versions: {known}")
-    moves = [asdict(move) for move in history(store) if version.version in (move.version, move.previous)]
-    return {"name": store.model, **asdict(version), "history": moves}
-
-
-def _predecessor(moves: list[Move], version: str) -> str | None:
+def _predecessor(past: list[Move], version: str) -> str | None:
     """The champion that the version's last promotion replaced."""
-    return next((m.previous for m in reversed(moves) if m.action == "promote" and m.version == version), None)
+    return next((m.previous for m in reversed(past) if m.action == "promote" and m.version == version), None)
 
 
-def _before(moves: list[Move], version: str) -> list[str]:
+def _before(past: list[Move], version: str) -> list[str]:
     """The champions before `version` along the promotions, nearest first; each version at most once."""
     chain = [version]
-    while (previous := _predecessor(moves, chain[-1])) is not None and previous not in chain:
+    while (previous := _predecessor(past, chain[-1])) is not None and previous not in chain:
         chain.append(previous)
     return chain[1:]
 

@@ -12,7 +12,8 @@ from mlflow.entities import Metric, Param
 
 from vismem.errors import UserError, mask_credentials
 from vismem.provenance import MANIFEST, sha256_file, verify_manifest
-from vismem.registry.tracking import Store, Version, experiment_id, translate_mlflow_errors
+from vismem.registry.tracking import Store, experiment_id, translate_mlflow_errors
+from vismem.registry.versions import Version
 
 LONGEST_PARAM = 6000
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.errors import mask_credentials
-from vismem.registry.tracking import open_store, tracking_uri
+from vismem.registry.tracking import open_store
+from vismem.registry.versions import tracking_uri
 from vismem.services import HOST, Service, check_http, free_ports, start_service, until_stopped, watch
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
+from vismem.registry.versions import Version, database, tracking_uri
 from vismem.services import environment
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -25,20 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils import get_results_from_paginated_fn
 
-SQLITE = "sqlite:///"
-CHALLENGER, CHAMPION = "challenger", "champion"  # aliases
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds, not minutes
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered model version."""
-
-    version: str
-    run_id: str
-    model_id: str
-    created: float  # seconds since 1970
-    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,16 +45,11 @@ class Store:
     @property
     def database(self) -> Path | None:
         """The file of a SQLite store, else None."""
-        return Path(self.uri.removeprefix(SQLITE)).resolve() if self.uri.startswith(SQLITE) else None
+        return database(self.uri)
 
     def files(self, location: str) -> Any:
         """MLflow's access to the files at the location of an experiment, a run or a logged model."""
         return get_artifact_repository(location, self.uri, self.uri)
-
-
-def tracking_uri(config: RegistryConfig) -> str:
-    """The store's address: the environment's MLFLOW_TRACKING_URI if set, else the parameter."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking_uri
 
 
 @contextmanager
@@ -83,8 +66,8 @@ def open_store(config: RegistryConfig) -> Store:
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry"):  # migrations, instant "waiting"
         logging.getLogger(noisy).setLevel(logging.WARNING)
     uri = tracking_uri(config)
-    if uri.startswith(SQLITE):
-        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+    if (file := database(uri)) is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
     try:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)

@@ -11,7 +11,8 @@ from vismem.config import GateConfig
 from vismem.errors import UserError
 from vismem.records import Metrics, ParityReport, Record, Validation, Verdict
 from vismem.registry.gate import Champion, judge
-from vismem.registry.tracking import Store, Version
+from vismem.registry.tracking import Store
+from vismem.registry.versions import Version
 from vismem.services import environment
 
 GATE = "gate"  # tag: the gate's parameters at registration, as JSON

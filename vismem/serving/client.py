@@ -1,7 +1,9 @@
 """Asks a served model over gRPC, and yields its answer piece by piece (`vismem infer`)."""
 
 import queue
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from vismem.config import Config
 from vismem.errors import UserError
 from vismem.serving.runtime.limits import RequestError, check_request
 
@@ -114,33 +115,34 @@ def infer(
 
 
 def main_infer(
-    config: Config,
-    images: Sequence[Path],
+    images: Sequence[str],
     prompt: str,
     *,
+    url: str,
+    model: str | None = None,
     stream: bool = False,
     memory: bool = True,
     max_new_tokens: int = 48,
-    url: str | None = None,
-    model: str | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    timeout: float = 60.0,
     write: Callable[[str], None] = partial(print, end="", flush=True),  # noqa: B008
 ) -> None:
-    """`vismem infer --image F [--image F ...] --prompt S [--stream] [--no-memory] [--max-new-tokens N] [--url U] ...`.
+    """`vismem infer --image F [--image F ...] QUESTION [--stream] [--no-memory] [--url HOST:PORT] ...`.
 
-    Writes the answer with its memory invocations marked, and a line's end; with `stream` piece by piece. The server is
-    the one on this machine at deploy.grpc_port unless `url` names another; the model is the released one or, where
-    only a refused challenger is served, that. Raises UserError (the CLI exits with 1).
+    Writes the answer with its memory invocations marked, and a line's end; with `stream` piece by piece. `images` name
+    files; without a `model` the server is asked which it has. Raises UserError (the CLI exits with 1).
     """
-    url = url or f"127.0.0.1:{config.deploy.grpc_port}"
+    files = read_images(images)
     try:
-        files = [image.read_bytes() for image in images]
-        check_request(files, prompt.encode(), max_new_tokens)
-    except OSError as error:
-        raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
+        check_request(files, prompt.encode(), max_new_tokens, images)
     except RequestError as error:
         raise UserError(str(error)) from None
-    model = model or find_model(url, config.deploy.model_name)
-    tokens = infer(url, model, files, prompt, stream=stream, memory=memory, max_new_tokens=max_new_tokens)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}: it must lie in 0..{2**63 - 1}")
+    model = model or find_model(url)
+    options: dict[str, Any] = {"temperature": temperature, "seed": seed, "timeout": timeout}
+    tokens = infer(url, model, files, prompt, stream=stream, memory=memory, max_new_tokens=max_new_tokens, **options)
     if stream:
         for token in tokens:
             write(token.marked)
@@ -149,11 +151,30 @@ def main_infer(
         write(marked(tokens) + "\n")
 
 
-def find_model(url: str, name: str) -> str:
-    """`name` if the server at `url` serves it, else its challenger if that is served, else UserError."""
+def read_images(names: Sequence[str]) -> list[bytes]:
+    """The bytes of image files that a person named. UserError for a URL, and for a file that cannot be read."""
+    if web := [name for name in names if re.match(r"\w+://?\w", name)]:
+        raise UserError(f"{web[0]} is an address, and --image takes a file: download it first")
+    try:
+        return [Path(name).read_bytes() for name in names]
+    except OSError as error:
+        raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
+
+
+def find_model(url: str, name: str | None = None) -> str:
+    """`name` if the server at `url` serves it, else its challenger if that is served, else UserError.
+
+    Without a name: the one model that the server has, or its one release beside challengers.
+    """
     import tritonclient.grpc as triton
 
     with triton.InferenceServerClient(url) as client:
+        if name is None:
+            known = _served(client, url)
+            released = [served for served in known if not served.endswith(challenger_name(""))]
+            if len(found := released or known) == 1:
+                return found[0]
+            raise UserError(f"the server at {url} serves {', '.join(found) or 'no model'}: name one with --model")
         for candidate in (name, challenger_name(name)):
             if _ready(client, url, candidate):
                 return candidate
@@ -165,14 +186,28 @@ def challenger_name(name: str) -> str:
     return f"{name}_challenger"
 
 
+def _served(client: Any, url: str) -> list[str]:
+    """The names of the models that a server counts requests of: its list of models is closed to clients."""
+    with _explained(url):
+        statistics = client.get_inference_statistics(client_timeout=10)
+    return sorted({model.name for model in statistics.model_stats})
+
+
 def _ready(client: Any, url: str, model: str) -> bool:
+    with _explained(url):
+        ready: bool = client.is_model_ready(model, client_timeout=10)
+    return ready
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn what Triton's client says within the block into a one-line UserError."""
     from tritonclient.utils import InferenceServerException
 
     try:
-        ready: bool = client.is_model_ready(model, client_timeout=10)
+        yield
     except InferenceServerException as error:
         if "UNAVAILABLE" in str(error.status()) or "DEADLINE" in str(error.status()):
             hint = "start one with `vismem serve` in another terminal, or name another with --url"
             raise UserError(f"no model server answers at {url}: {hint}") from None
         raise UserError(f"the server at {url}: {error.message()}") from None
-    return ready

@@ -1,5 +1,6 @@
 """Step deploy: the released version as a Triton model repository, smoke-tested over gRPC on a real tritonserver."""
 
+import io
 import shutil
 import statistics
 import time
@@ -8,19 +9,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
 from vismem.files import write_json
 from vismem.provenance import MANIFEST, sha256_file
-from vismem.records import Release
+from vismem.records import EXAMPLE, Release
 from vismem.serving.client import Token, challenger_name, infer, marked, plain
 from vismem.serving.repository import write_model_repository
 from vismem.serving.server import triton_server
 
 
 def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
-    """Write `model_repository/`, `smoke.json` and `tritonserver.log` into `out`; return the step's line.
+    """Write `model_repository/`, `smoke.json`, its example's images and `tritonserver.log`; return the step's line.
 
     Reads export (the bundle), promote (`release.json`) and validate (test questions). A version that the gate refused
     is deployed as NAME_challenger, for trying out. Raises UserError if the server does not start or a check fails.
@@ -39,11 +42,19 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         smoke = smoke_test(server.grpc_url, model, samples)
     served = {"model": model, "version": version, "promoted": promoted, "manifest_sha256": sha256_file(manifest)}
     write_json(out / "smoke.json", served | smoke)
+    example = next(sample for sample in samples if sample.id == smoke["id"])
+    for number, image in enumerate(example.images, start=1):
+        (out / f"{EXAMPLE}-{number}.{image_suffix(image)}").write_bytes(image)
     tested = f"{len(samples)} questions answered over gRPC, {smoke['latency_ms']['answer_p50']:.0f} ms at the median"
     if promoted:
         return f"deployed {model} version {version}: {tested}"
     reasons = "; ".join(release.reasons) or "no reason given"
     return f"NOT released, the gate refused version {version} ({reasons}): deployed as {model} for trying out; {tested}"
+
+
+def image_suffix(image: bytes) -> str:
+    """The file name's suffix that goes with an encoded image: png, jpeg or webp."""
+    return str(Image.open(io.BytesIO(image)).format).lower()
 
 
 def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -82,6 +93,7 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
     remembered = [any(token.event in ("short", "long") for token in tokens) for tokens in answers]
     example = remembered.index(True) if any(remembered) else 0  # one with a memory, if there is one
     return {
+        "id": samples[example].id,
         "question": samples[example].question,
         "answer_marked": marked(answers[example]),
         "answer": plain(answers[example]),

@@ -15,7 +15,8 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import CHAMPION, find_version, open_store, translate_mlflow_errors
+from vismem.registry.tracking import find_version, open_store, translate_mlflow_errors
+from vismem.registry.versions import CHAMPION
 from vismem.serving.command import run_command
 from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 

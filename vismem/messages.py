@@ -1,0 +1,65 @@
+"""What a message says to the person who called: one line, with paths and commands as they would type them."""
+
+import errno
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# A relative path, after the scheme of a SQLite store also a bare name; not a part of an address or of a longer path.
+_PATH = re.compile(r"(?<![\w/.:~-])(sqlite:///(?=[\w.])|)((?:[\w.~=-]+/)*[\w.~=-]*[\w~=-])")
+_COMMAND = re.compile(r"`vismem (?!infer|ask|try|init|stack|completion)([a-z]\w*(?: [^`]*)?)`")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Where a command was called, and the profile that it named: then the process works in the profile's workspace."""
+
+    folder: Path
+    profile: str | None = None
+
+    def explain(self, error: Exception) -> str:
+        """The error in one line."""
+        return self.shown(" ".join(_said(error).split()))
+
+    def shown(self, text: str) -> str:
+        """The text with paths as seen from the caller's folder, and with the profile in the commands that it names."""
+        if self.profile is None:
+            return text
+        with_profile = rf"`vismem \1 --profile {self.profile}`"
+        return _PATH.sub(self._moved, _COMMAND.sub(with_profile, text))
+
+    def path(self, path: Path) -> str:
+        """A path as seen from the caller's folder."""
+        return os.path.relpath(path.absolute(), self.folder)
+
+    def program(self) -> list[str]:
+        """What the caller types for `vismem`: the word where it is on the PATH, else this environment's script."""
+        script, found = Path(sys.executable).with_name("vismem"), shutil.which("vismem")
+        if found is not None and Path(found).parent.resolve() == script.parent.resolve():
+            return ["vismem"]
+        return [self.path(script)] if script.is_file() else [sys.executable, "-m", "vismem.cli"]
+
+    def _moved(self, found: re.Match[str]) -> str:
+        store, path = found.groups()
+        first, slash, rest = path.partition("/")
+        known = os.path.lexists(first) or first == "artifacts"
+        if not store and not (known and slash) and not (known and "." in first.strip(".")):
+            return found[0]
+        place = os.path.join(os.path.realpath(first), rest) if slash else os.path.abspath(path)
+        return f"{store}{os.path.relpath(place, self.folder)}"
+
+
+def _said(error: Exception) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    if error.errno not in FULL:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    place = Path(error.filename or ".").absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free / 1e6
+    what = f"cannot write {error.filename}, the disk is full" if error.filename else "the disk is full"
+    return f"{what}: {free:.1f} MB are free in {there}; free some and run the same command again"

@@ -1,0 +1,49 @@
+"""What a registered version is, and where the store is: for readers that do not import MLflow, which takes seconds."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vismem.config import RegistryConfig
+
+SQLITE = "sqlite:///"
+CHALLENGER, CHAMPION = "challenger", "champion"  # aliases
+HISTORY = "champion_history."
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered model version."""
+
+    version: str
+    run_id: str
+    model_id: str
+    created: float  # seconds since 1970
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of the champion alias."""
+
+    time: str  # UTC, ISO 8601
+    action: str  # "promote" or "rollback"
+    version: str
+    previous: str | None
+
+
+def tracking_uri(config: RegistryConfig) -> str:
+    """The store's address: the environment's MLFLOW_TRACKING_URI if set, else the parameter."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking_uri
+
+
+def database(uri: str) -> Path | None:
+    """The file of a SQLite store, else None."""
+    return Path(uri.removeprefix(SQLITE)).resolve() if uri.startswith(SQLITE) else None
+
+
+def moves(tags: Mapping[str, str]) -> list[Move]:
+    """All moves of the champion alias that a registered model's tags hold, oldest first."""
+    return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY)]

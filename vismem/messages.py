@@ -46,8 +46,8 @@ class Caller:
     def _moved(self, found: re.Match[str]) -> str:
         store, path = found.groups()
         first, slash, rest = path.partition("/")
-        known = os.path.lexists(first) or first == "artifacts"
-        if not store and not (known and slash) and not (known and "." in first.strip(".")):
+        known = slash and (os.path.lexists(first) or first == "artifacts")
+        if not (store or known):
             return found[0]
         place = os.path.join(os.path.realpath(first), rest) if slash else os.path.abspath(path)
         return f"{store}{os.path.relpath(place, self.folder)}"

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vismem.cli import build_parser, main
-from vismem.config import Config
+from vismem.config import Config, parse_config
 from vismem.params_file import render_params
 from vismem.steps import STEPS
 
-ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "mlflow", "dvc", "pandas", "matplotlib", "scipy", "pyarrow")
 
 
 @pytest.fixture
@@ -44,13 +45,26 @@ def test_there_is_a_command_for_every_step() -> None:
         assert (parsed.command, parsed.profile, parsed.artifacts) == (step.name, "smoke", Path("elsewhere"))
 
 
-def test_help_needs_nothing_heavy() -> None:
-    program = (
-        "import sys, vismem.cli; vismem.cli.build_parser().format_help(); "
-        "print([m for m in ('torch', 'transformers', 'mlflow', 'dvc', 'numpy', 'pyarrow') if m in sys.modules])"
+def test_what_people_look_at_needs_nothing_heavy(project: Path) -> None:
+    """`summary` and `models` with something to show: tests/integration/test_registry.py."""
+    calls = (
+        ["--help"],
+        ["params"],
+        ["summary"],
+        ["models"],
+        ["models", "show"],
+        ["completion", "bash"],
+        ["infer", "-h"],
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    program = (
+        "import sys, vismem.cli\n"
+        f"for call in {calls}:\n"
+        "    try: vismem.cli.main(call)\n"
+        "    except SystemExit: pass\n"
+        f"sys.exit(str([name for name in {HEAVY} if name in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
 def test_an_unknown_parameter_is_named_with_the_nearest(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,11 +110,19 @@ def test_repro_takes_no_artifacts_folder(project: Path, capsys: pytest.CaptureFi
 
 
 def test_a_summary_before_the_run_says_what_is_missing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "artifacts/evaluate/metrics.json is not there: run `vismem evaluate`" in failure(capsys, "summary")
+    assert failure(capsys, "summary").endswith("there is no run in artifacts yet: run `vismem repro`")
+    said = failure(capsys, "summary", "--profile", "smoke")
+    assert said.endswith("there is no run in runs/smoke/artifacts yet: run `vismem repro --profile smoke`")
 
 
 def test_a_missing_image_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "missing.png" in failure(capsys, "infer", "--image", "missing.png", "--prompt", "what is this?")
+    (project / "text.png").write_text("no picture")
+    for name, reason in (
+        ("missing.png", "cannot read the image missing.png: No such file or directory"),
+        ("text.png", "text.png (10 bytes) does not decode: it is no PNG, JPEG, WEBP file"),
+        ("https://host/a.png", "https://host/a.png is an address, and --image takes a file: download it first"),
+    ):
+        assert reason in failure(capsys, "infer", "--image", name, "what is this?")
 
 
 def test_serve_before_deploy_says_what_to_run(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +156,46 @@ def test_params_prints_what_is_in_force(project: Path, capsys: pytest.CaptureFix
 def test_a_profile_works_in_its_own_workspace(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stage1", "--profile", "smoke"]) == 1
     assert Path(os.getcwd()) == project / "runs" / "smoke"
-    assert "and artifacts/base is not there" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "and runs/smoke/artifacts/base is not there: run `vismem base --profile smoke`" in said, "seen from the root"
     assert "seed: 3" in (project / "runs" / "smoke" / "params.yaml").read_text()
     assert not (project / "artifacts").exists()
+
+
+def test_a_setting_is_in_force_for_one_command(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--set", "stage1.steps=7", "--set", "stage1.learning_rate=1e-4", "--set", "prepare.sources.0.train=9")
+    for profile in ((), ("--profile", "smoke")):
+        assert main(["params", *profile, *settings]) == 0
+        config = parse_config(yaml.safe_load(capsys.readouterr().out))
+        assert (config.seed, config.stage1.steps, config.stage1.learning_rate) == (3 if profile else 0, 7, 1e-4)
+        assert config.prepare.sources[0] == Config().prepare.sources[0].model_copy(update={"train": 9})
+    assert (project / "params.yaml").read_text() == render_params(Config())
+
+
+def test_a_setting_in_a_profile_s_workspace_names_files_as_the_caller_sees_them(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "[{kind: jsonl, path: mine/a.jsonl, split: test}]"
+    assert " mine/a.jsonl:" in failure(capsys, "prepare", "--profile", "smoke", "--set", f"prepare.sources={source}")
+    workspace = (project / "runs" / "smoke" / "params.yaml").read_text()
+    assert parse_config(yaml.safe_load(workspace)) == Config(seed=3), "a setting is the command's, not the workspace's"
+
+
+@pytest.mark.parametrize("command", ["prepare", "repro", "summary", "models", "infer", "params"])
+def test_a_wrong_setting_is_named_with_the_nearest(
+    project: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    image = ("--image", "a.png", "what?") if command == "infer" else ()
+    said = failure(capsys, command, "--set", "stage1.stepz=3", "--set", "sede=1", *image)
+    assert "params.yaml with --set: unknown key 'stage1.stepz' (did you mean 'steps'?)" in said
+    assert "unknown key 'sede' (did you mean 'seed'?)" in said
+    assert not (project / "runs").exists()
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(project: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vismem.cli", "params"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
-import yaml
+import shtab
 
 from vismem.errors import nearest
-from vismem.steps import BASELINES, STEPS, Step
 
-GROUPS = {
-    "Run": ("init", "plan", "preflight", "repro", "summary"),
-    "Ask": ("try", "ask", "infer", "serve"),
-    "Look and set up": ("models", "ui", "stack", "params", "completion"),
-    "Steps of the pipeline, in their order; `repro` runs them": tuple(step.name for step in STEPS),
-    "Baselines, with which the method is compared": tuple(step.name for step in BASELINES),
+COMPLETED = {  # by metavar
+    "FILE": shtab.FILE,
+    "FOLDER": shtab.DIRECTORY,
+    "PROFILE": shtab.cmd("ls deploy/profiles 2> /dev/null | sed -n s/[.]yaml$//p"),
 }
 STATUSES = {
     "0": "done",
@@ -30,6 +27,13 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the nearest right word. `overview` stands in for argparse's own help."""
 
     overview = ""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Argparse's; shells complete files for an option that takes one."""
+        action = super().add_argument(*names, **options)
+        if options.get("metavar") in COMPLETED:
+            action.complete = COMPLETED[options["metavar"]]  # type: ignore[attr-defined]
+        return action
 
     def format_help(self) -> str:
         """The overview, where there is one."""
@@ -55,29 +59,8 @@ class Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Exit with status 0."""
-        parser.exit(message=f"vismem {metadata.version('vismem')}\n")
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """Key and value of `KEY=VALUE`: a dotted key, and a value as in params.yaml."""
-    key, equals, value = text.partition("=")
-    if not (key.strip() and equals):
-        raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE, such as stage1.steps=30")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"the value of '{text}' is not valid YAML") from None
-
-
-def describe(step: Step) -> str:
-    """What a step does, reads, writes and depends on, for its help."""
-    reads = ", ".join(f"artifacts/{name}" for name in step.inputs) or "what the parameters name"
-    also = f" (and {', '.join(step.optional)} where they are)" if step.optional else ""
-    kind = "A step of the pipeline" if step in STEPS else "A baseline, no step of the pipeline"
-    return (
-        f"{sentence(step.about)} {kind}: it reads {reads}{also}, writes artifacts/{step.name}, and depends on these "
-        f"sections of the parameters: {', '.join(step.sections)}."
-    )
+        print(f"vismem {metadata.version('vismem')}")
+        parser.exit()
 
 
 def sentence(about: str) -> str:
@@ -88,19 +71,35 @@ def sentence(about: str) -> str:
 class Commands:
     """The commands of a parser, each in a group of the overview."""
 
-    def __init__(self, parser: Parser, common: Parser) -> None:
+    def __init__(self, parser: Parser, common: Parser, outputs: Parser) -> None:
         self._commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        self._common, self._abouts = common, dict[str, str]()
+        self._common, self._outputs = common, outputs
+        self._groups: dict[str, dict[str, str]] = {}
+
+    def group(self, title: str) -> Callable[..., Callable[..., Any]]:
+        """Begin a group; returns `add`."""
+        self._groups[title] = {}
+        return self.add
 
     def add(
-        self, name: str, run: Callable[..., int | None], about: str, *, options: bool = True, description: str = ""
+        self,
+        name: str,
+        run: Callable[..., int | None],
+        about: str,
+        *,
+        options: bool = True,
+        outputs: bool = False,
+        description: str = "",
     ) -> Callable[..., Any]:
-        """Make a command that calls `run`, with the common `options` or without; returns its `add_argument`."""
-        parents = [self._common] if options else []
+        """Make a command that calls `run`; returns its `add_argument`.
+
+        With `options` it takes those about parameters, with `outputs` the one for the folder of the steps' outputs.
+        """
+        parents = [self._common] * options + [self._outputs] * outputs
         said = description or sentence(about)
         made: Parser = self._commands.add_parser(name, parents=parents, help=about, description=said)
         made.set_defaults(run=run, parser=made)
-        self._abouts[name] = about
+        list(self._groups.values())[-1][name] = about
         return made.add_argument
 
     def overview(self, about: str) -> str:
@@ -108,9 +107,8 @@ class Commands:
 
         def lines() -> Iterator[str]:
             yield from ("usage: vismem COMMAND [OPTION ...]", "", about)
-            for title, names in GROUPS.items():
-                known = [name for name in names if name in self._abouts]
-                yield from ("", f"{title}:", *(f"  {name:<18}{self._abouts[name]}" for name in known))
+            for title, abouts in self._groups.items():
+                yield from ("", f"{title}:", *(f"  {name:<18}{said}" for name, said in abouts.items()))
             yield from ("", "`vismem COMMAND --help` explains a command, `vismem --version` prints the version.", "")
             yield from ("Exit status (of `repro` DVC's):", *(f"  {code:<4}{what}" for code, what in STATUSES.items()))
 

@@ -1,0 +1,7 @@
+"""`python -m vismem.cli`."""
+
+import sys
+
+from vismem.cli import main
+
+sys.exit(main())

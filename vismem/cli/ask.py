@@ -1,0 +1,107 @@
+"""The commands that ask a model, and that serve one to be asked."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vismem.cli.options import enter, load_or_defaults
+from vismem.cli.parser import Commands
+
+
+def add_commands(commands: Commands) -> None:
+    """Ask in this process, ask a server, and serve."""
+    command = commands.group("Ask")
+    command("try", _run_try, "answer 20 example images with and without memory", options=False)
+
+    add = command("ask", _run_ask, "ask a model about images, without a server", options=False)
+    _add_question(add, 56)
+    add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
+    add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
+
+    add = command("infer", _run_infer, "ask the served model about images")
+    _add_question(add, 48)
+    add("--timeout", type=float, default=60.0, metavar="S", help="longest wait for a piece of the answer (default: 60)")
+    about = "gRPC address of any server, no parameters needed; default: this machine at deploy.grpc_port"
+    add("--url", metavar="HOST:PORT", help=about)
+    add("--model", metavar="NAME", help="the served model's name; default: the one that the server has")
+
+    add = command("serve", _run_serve, "serve the deployed model with Triton until Ctrl-C", outputs=True)
+    add(
+        "--repository", type=Path, metavar="FOLDER", help="model repository; default: artifacts/deploy/model_repository"
+    )
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", "--grpc-port", type=int, help="gRPC port; default: deploy.grpc_port, 0: any free one")
+    add("--http-port", type=int, help="HTTP port; default: deploy.http_port")
+    add("--metrics-port", type=int, help="Prometheus port; default: deploy.metrics_port")
+
+
+def _add_question(add: Callable[..., Any], max_new_tokens: int) -> None:
+    """The question and how it is to be answered: the same for every command that asks."""
+    add("question", nargs="?", help="what to ask; or give it with --prompt")
+    add("--prompt", metavar="QUESTION", help="what to ask")
+    add("--image", action="append", required=True, metavar="FILE", help="image file; may be repeated")
+    add("--stream", action="store_true", help="print the answer while it is decoded")
+    add("--no-memory", action="store_true", help="answer without latent memory")
+    about = "longest answer in tokens (default: %(default)s)"
+    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=about)
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable answer (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+
+
+def _question(arguments: argparse.Namespace) -> str:
+    if (arguments.question is None) == (arguments.prompt is None):
+        arguments.parser.error("give one question, at the end or with --prompt")
+    return str(arguments.question if arguments.prompt is None else arguments.prompt)
+
+
+def _answering(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `_add_question` by the names that the library has for them."""
+    names = ("stream", "max_new_tokens", "temperature", "seed")
+    return {"memory": not arguments.no_memory, **{name: getattr(arguments, name) for name in names}}
+
+
+def _run_try(arguments: argparse.Namespace) -> None:
+    from vismem.ask import try_examples
+    from vismem.summary import make_console
+
+    try_examples(make_console())
+
+
+def _run_ask(arguments: argparse.Namespace) -> None:
+    question = _question(arguments)
+    from vismem.ask import DEFAULT_MODEL, ask
+
+    model = arguments.model or DEFAULT_MODEL
+    ask(arguments.image, question, model=model, base=arguments.base, **_answering(arguments))
+
+
+def _run_infer(arguments: argparse.Namespace) -> None:
+    question = _question(arguments)
+    from vismem.serving.client import main_infer
+
+    url = arguments.url or f"127.0.0.1:{load_or_defaults(arguments).deploy.grpc_port}"
+    main_infer(
+        arguments.image,
+        question,
+        url=url,
+        model=arguments.model,
+        timeout=arguments.timeout,
+        **_answering(arguments),
+    )
+
+
+def _run_serve(arguments: argparse.Namespace) -> None:
+    named = arguments.repository.absolute() if arguments.repository else None
+    config, artifacts = enter(arguments)
+    from vismem.serving.server import serve
+
+    serve(
+        config,
+        named or artifacts / "deploy" / "model_repository",
+        host=arguments.host,
+        grpc_port=arguments.port,
+        http_port=arguments.http_port,
+        metrics_port=arguments.metrics_port,
+        write=lambda line: print(arguments.caller.shown(line), flush=True),
+    )

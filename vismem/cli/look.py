@@ -1,0 +1,86 @@
+"""The commands that show the registry and the parameters, and that set things up."""
+
+import argparse
+import json
+from pathlib import Path
+
+from vismem.cli.options import enter, load
+from vismem.cli.parser import Commands
+from vismem.config import resolve
+from vismem.errors import mask_credentials
+from vismem.params_file import render_params
+
+STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
+
+
+def add_commands(commands: Commands) -> None:
+    """Registry, services, parameters, completion."""
+    command = commands.group("Look and set up")
+    add = command("models", _run_models, "registered versions: list, show, rollback")
+    add("action", choices=("list", "show", "rollback"), nargs="?", default="list")
+    add("which", nargs="?", default="champion", help="show: a version's number or alias")
+
+    add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
+    add("--port", type=int, help="default: registry.ui_port; 0: any free one")
+
+    add = command("stack", _run_stack, "run PostgreSQL, an S3 server and MLflow on both until Ctrl-C", options=False)
+    add(
+        "--data",
+        type=Path,
+        default=Path("runs/stack"),
+        metavar="FOLDER",
+        help="folder of all that they keep (default: %(default)s)",
+    )
+    for name, port in STACK_PORTS.items():
+        add(f"--{name}-port", type=int, default=port, help="0: any free one (default: %(default)s)")
+
+    add = command("params", _run_params, "print the parameters in force, each explained")
+    add("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
+    add("--all", action="store_true", help="also the keys that are seldom changed")
+
+    about = "print what makes a shell complete commands and options"
+    add = command("completion", _run_completion, about, options=False)
+    add("shell", choices=("bash", "zsh", "fish"), help='bash: eval "$(vismem completion bash)" in ~/.bashrc')
+
+
+def _run_models(arguments: argparse.Namespace) -> None:
+    config, _ = enter(arguments)
+    from vismem.registry import listing
+    from vismem.registry.versions import tracking_uri
+
+    if arguments.action == "show":
+        print(json.dumps(listing.show(config, arguments.which), indent=2, ensure_ascii=False))
+    elif arguments.action == "rollback":
+        from vismem.registry.release import rollback
+
+        print(rollback(config))
+    else:
+        from vismem.summary import print_models
+
+        where = arguments.caller.shown(mask_credentials(tracking_uri(config.registry)))
+        print_models(listing.models(config), config.registry.model_name, where)
+
+
+def _run_ui(arguments: argparse.Namespace) -> None:
+    config, _ = enter(arguments)
+    from vismem.registry.server import serve_ui
+
+    port = config.registry.ui_port if arguments.port is None else arguments.port
+    serve_ui(config, port, lambda line: print(arguments.caller.shown(line), flush=True))
+
+
+def _run_stack(arguments: argparse.Namespace) -> None:
+    from vismem.stack import serve_stack
+
+    serve_stack(arguments.data, {name: getattr(arguments, f"{name}_port") for name in STACK_PORTS})
+
+
+def _run_params(arguments: argparse.Namespace) -> None:
+    config = resolve(overrides=dict(arguments.settings)) if arguments.defaults else load(arguments)
+    print(render_params(config, arguments.all), end="")
+
+
+def _run_completion(arguments: argparse.Namespace) -> None:
+    import shtab
+
+    print(shtab.complete(arguments.root, arguments.shell))

@@ -1,0 +1,96 @@
+"""The commands that run the steps: all of them, one of them, and what comes before and after."""
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+from vismem.cli.options import enter
+from vismem.cli.parser import Commands, sentence
+from vismem.errors import UserError
+from vismem.launch import LaunchConfig, launch_step
+from vismem.ranks import is_main_rank
+from vismem.steps import BASELINES, SHARED, STEPS, Step
+from vismem.workspace import RUNS, repro, workspace_name
+
+
+def add_commands(commands: Commands) -> None:
+    """The whole pipeline, and what people do before and after it."""
+    command = commands.group("Run")
+    command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it", outputs=True)
+    command("summary", _run_summary, "scores, verdict and an example answer of the last run", outputs=True)
+    about = "check that a run can complete: secrets, buckets, registry, GPUs"
+    command("preflight", _run_preflight, about, outputs=True)
+
+
+def add_steps(commands: Commands) -> None:
+    """One command per step, and per baseline."""
+    groups = {
+        "Steps of the pipeline, in their order; `repro` runs them": STEPS,
+        "Baselines, with which the method is compared": BASELINES,
+    }
+    for title, steps in groups.items():
+        command = commands.group(title)
+        for step in steps:
+            add = command(step.name, _run_step, step.about, outputs=True, description=describe(step))
+            about = "where another step's output is, if not in the artifacts' folder; may be repeated"
+            add("--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER", help=about)
+            if step.name in SHARED:
+                about = "how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)"
+                default = os.environ.get("VISMEM_PROCESSES", "1")
+                add("--processes", type=int, metavar="N", default=default, help=about)
+
+
+def describe(step: Step) -> str:
+    """What a step does, reads, writes and depends on, for its help."""
+    reads = ", ".join(f"artifacts/{name}" for name in step.inputs) or "what the parameters name"
+    also = f" (and {', '.join(step.optional)} where they are)" if step.optional else ""
+    kind = "A step of the pipeline" if step in STEPS else "A baseline, no step of the pipeline"
+    return (
+        f"{sentence(step.about)} {kind}: it reads {reads}{also}, writes artifacts/{step.name}, and depends on these "
+        f"sections of the parameters: {', '.join(step.sections)}."
+    )
+
+
+def _run_step(arguments: argparse.Namespace) -> int:
+    config, artifacts = enter(arguments)
+    processes = getattr(arguments, "processes", 1)
+    launch = LaunchConfig() if processes == 1 else LaunchConfig("torchrun", processes)
+    line = launch_step(arguments.command, config, artifacts, dict(arguments.input), launch)
+    if is_main_rank():
+        line = arguments.caller.shown(line)
+        print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")
+    return 0
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not folder:
+        raise argparse.ArgumentTypeError(f"'{text}' is not STEP=FOLDER")
+    return name, Path(folder).absolute()
+
+
+def _run_repro(arguments: argparse.Namespace) -> int:
+    if arguments.artifacts is not None:
+        raise UserError("--artifacts does not go with repro: dvc.yaml says where its outputs are")
+    settings = dict(arguments.settings)
+    status = repro(arguments.params, arguments.profile, arguments.rest, settings)
+    if settings:
+        folder = arguments.params.resolve().parent / RUNS / workspace_name(arguments.profile, settings)
+        place = shlex.quote(arguments.caller.path(folder))
+        print(f"repro: with --set this run has a folder of its own; `cd {place}`, and `vismem summary` there")
+    return status
+
+
+def _run_summary(arguments: argparse.Namespace) -> None:
+    from vismem.summary import print_summary
+
+    config, artifacts = enter(arguments)
+    print_summary(config, artifacts, arguments.caller)
+
+
+def _run_preflight(arguments: argparse.Namespace) -> None:
+    config, artifacts = enter(arguments)
+    from vismem.preflight import preflight
+
+    preflight(config, artifacts)

@@ -31,7 +31,7 @@ def print_summary(config: Config, artifacts: Path, caller: Caller, console: Cons
 
     console = console or make_console()
     if not any((artifacts / record.STEP).is_dir() for record in (Metrics, Release)):
-        raise UserError(f"there is no run in {artifacts} yet: run `vismem repro`")
+        raise UserError(f"no run yet, {artifacts / 'evaluate'} is not there: run `vismem repro`")
     metrics = Metrics.read(artifacts / "evaluate")
     release, verdict = Release.read(artifacts / "promote"), Verdict.read(artifacts / "promote")
     smoke = read_json(artifacts / "deploy" / "smoke.json", "run `vismem deploy` again")

@@ -39,7 +39,8 @@ def test_deploy_serves_a_refused_version_as_challenger_and_says_so(inputs: dict[
     assert (tmp_path / "out" / "model_repository" / "vismem_challenger" / "4" / "model.py").is_file()
     smoke = json.loads((tmp_path / "out" / "smoke.json").read_text())
     assert (smoke["model"], smoke["version"], smoke["promoted"], smoke["items"]) == ("vismem_challenger", 4, False, 3)
-    assert smoke["question"] == "question 0"
+    assert (smoke["id"], smoke["question"]) == ("0", "question 0")
+    assert (tmp_path / "out" / "example-1.png").read_bytes() == IMAGE, "the summary names it in a command"
     assert smoke["answer_marked"].startswith("é0⟨short⟩ é1 é2")
     assert smoke["answer"].startswith("é0 é1 é2")
     assert smoke["reference"] == "0"

@@ -1,6 +1,8 @@
 """Register, judge, promote and roll back against a real MLflow store on SQLite, with a bundle of a few tiny files."""
 
 import json
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from typing import Any
@@ -226,6 +228,21 @@ def test_the_tables_hold_what_mlflow_s_client_says(project: Project) -> None:
     found = listing.read_tables(file, "vismem")
     assert found == listing.ask_mlflow(config)
     assert found.aliases == {"challenger": "2"}
+
+
+def test_the_listing_comes_without_mlflow(project: Project) -> None:
+    project.release(b"one", score=66.0)
+    settings = ["--params", str(project.artifacts.parent / "params.yaml")]
+    uri = {"tracking_uri": project.config.registry.tracking_uri}
+    (project.artifacts.parent / "params.yaml").write_text(json.dumps({"registry": uri}))
+    program = (
+        "import sys; from vismem.cli import main\n"
+        f"status = main(['models', *{settings}]) + main(['models', 'show', '1', *{settings}])\n"
+        "sys.exit(status or 'mlflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "champion" in done.stdout
+    assert project.config.registry.model_name in done.stdout
 
 
 def test_tables_that_are_not_mlflow_s_are_left_to_mlflow(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,9 +110,9 @@ def test_repro_takes_no_artifacts_folder(project: Path, capsys: pytest.CaptureFi
 
 
 def test_a_summary_before_the_run_says_what_is_missing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert failure(capsys, "summary").endswith("there is no run in artifacts yet: run `vismem repro`")
+    assert failure(capsys, "summary").endswith("no run yet, artifacts/evaluate is not there: run `vismem repro`")
     said = failure(capsys, "summary", "--profile", "smoke")
-    assert said.endswith("there is no run in runs/smoke/artifacts yet: run `vismem repro --profile smoke`")
+    assert said.endswith("no run yet, runs/smoke/artifacts/evaluate is not there: run `vismem repro --profile smoke`")
 
 
 def test_a_missing_image_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

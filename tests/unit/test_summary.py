@@ -60,6 +60,20 @@ def test_a_refused_run_shows_scores_every_rule_the_example_and_the_reports_that_
     ):
         assert shown in text
     assert "evaluate/report.html" not in text, "it was not written"
+    assert "Ask it yourself" not in text, "there is no picture"
+
+
+def test_the_summary_ends_with_a_command_to_paste(artifacts: Path) -> None:
+    for name in ("example-2.png", "example-1.jpeg"):
+        write_text(artifacts / "deploy" / name, "")
+    console = Console(record=True, width=20, file=(artifacts / "out.txt").open("w"))
+    print_summary(Config(), artifacts, Caller(artifacts.parent, "smoke"), console)
+    here = artifacts.name
+    line = lines(console)[-1]
+    assert line.endswith(
+        f"vismem ask --model {here}/export --image {here}/deploy/example-1.jpeg --image {here}/deploy/example-2.png "
+        "'which is [left]?'"
+    )
 
 
 def test_a_release_is_called_one() -> None:

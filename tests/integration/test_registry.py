@@ -1,8 +1,6 @@
 """Register, judge, promote and roll back against a real MLflow store on SQLite, with a bundle of a few tiny files."""
 
 import json
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from typing import Any
@@ -197,58 +195,6 @@ def test_promote_refuses_a_version_that_the_store_does_not_hold_as_registered(pr
     project.store.client.delete_model_version("vismem", "1")
     with pytest.raises(UserError, match="run `vismem register` again"):
         project.run("promote")
-
-
-def test_the_listing_and_a_version_s_page_name_aliases_and_history(project: Project) -> None:
-    project.release(b"one", score=66.0)
-    project.release(b"two", score=60.0)
-    rows = listing.models(project.config)
-    assert [(row["version"], row["aliases"], row["verdict"]) for row in rows] == [
-        ("2", "challenger", "refused"),
-        ("1", "champion", "passed"),
-    ]
-    assert listing.show(project.config, "champion")["version"] == "1"
-    assert [move["action"] for move in listing.show(project.config, "1")["history"]] == ["promote"]
-    with pytest.raises(UserError, match="no version or alias '7'"):
-        listing.show(project.config, "7")
-
-
-def test_the_tables_hold_what_mlflow_s_client_says(project: Project) -> None:
-    file, config = project.store.database, project.config.registry
-    assert file is not None
-    assert listing.read_tables(file, "vismem") == listing.ask_mlflow(config), "before the first version"
-    project.release(b"one", score=66.0)
-    project.release(b"two", score=68.0)
-    release.rollback(project.config)
-    project.run("register")
-    found = listing.read_tables(file, "vismem")
-    assert found == listing.ask_mlflow(config) == listing.read_listing(config)
-    assert (len(found.versions), len(found.tags)) == (2, 3)
-    project.store.client.delete_model_version("vismem", "1")  # the champion: its alias goes with it
-    found = listing.read_tables(file, "vismem")
-    assert found == listing.ask_mlflow(config)
-    assert found.aliases == {"challenger": "2"}
-
-
-def test_the_listing_comes_without_mlflow(project: Project) -> None:
-    project.release(b"one", score=66.0)
-    settings = ["--params", str(project.artifacts.parent / "params.yaml")]
-    uri = {"tracking_uri": project.config.registry.tracking_uri}
-    (project.artifacts.parent / "params.yaml").write_text(json.dumps({"registry": uri}))
-    program = (
-        "import sys; from vismem.cli import main\n"
-        f"status = main(['models', *{settings}]) + main(['models', 'show', '1', *{settings}])\n"
-        "sys.exit(status or 'mlflow' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "champion" in done.stdout
-    assert project.config.registry.model_name in done.stdout
-
-
-def test_tables_that_are_not_mlflow_s_are_left_to_mlflow(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.release(b"one", score=66.0)
-    monkeypatch.setattr(listing, "_OURS", "name = ? AND no_such_column = 1")
-    assert [item.version for item in listing.read_listing(project.config.registry).versions] == ["1"]
 
 
 def test_the_command_line_lists_shows_and_rolls_back(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_there_is_a_command_for_every_step() -> None:
 
 
 def test_what_people_look_at_needs_nothing_heavy(project: Path) -> None:
-    """`summary` and `models` with something to show: tests/integration/test_registry.py."""
+    """With something to show: test_summary.py, and tests/integration/test_listing.py."""
     calls = (
         ["--help"],
         ["params"],
@@ -54,7 +54,9 @@ def test_what_people_look_at_needs_nothing_heavy(project: Path) -> None:
         ["models"],
         ["models", "show"],
         ["completion", "bash"],
-        ["infer", "-h"],
+        ["infer", "--help"],
+        ["ask", "--help"],
+        ["stage1", "--help"],
     )
     program = (
         "import sys, vismem.cli\n"

@@ -54,6 +54,7 @@ def test_a_step_s_help_says_what_it_does_reads_writes_and_depends_on(capsys: pyt
         (("params", "--set", "seed={"), "the value of 'seed={' is not valid YAML"),
         (("infer", "--image", "a.png"), "give one question, at the end or with --prompt"),
         (("infer", "--image", "a.png", "one?", "--prompt", "two?"), "give one question, at the end or with --prompt"),
+        (("ask", "--image", "a.png"), "give one question, at the end or with --prompt"),
         (("models", "--artifacts"), "unknown argument --artifacts "),
     ],
 )

@@ -1,5 +1,7 @@
 """What a run prints at its end, from the files that its steps leave."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from vismem.messages import Caller
 from vismem.records import Release, Rule, Verdict
 from vismem.summary import example_lines, print_models, print_summary, verdict_lines
 
+HEAVY = ("torch", "transformers", "mlflow", "dvc", "pandas", "matplotlib", "scipy", "pyarrow")
 RULES = (
     Rule(name="gain", passed=True, reason="the gain is +6.00 points"),
     Rule(name="time", passed=False, reason="it takes [twice] as long"),
@@ -74,6 +77,18 @@ def test_the_summary_ends_with_a_command_to_paste(artifacts: Path) -> None:
         f"vismem ask --model {here}/export --image {here}/deploy/example-1.jpeg --image {here}/deploy/example-2.png "
         "'which is [left]?'"
     )
+
+
+def test_the_summary_needs_nothing_heavy(artifacts: Path) -> None:
+    write_text(artifacts / "params.yaml", "seed: 0\n")
+    program = (
+        "import sys; from vismem.cli import main\n"
+        "status = main(['summary', '--artifacts', '.'])\n"
+        f"sys.exit(status or [name for name in {HEAVY} if name in sys.modules] or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=artifacts, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "NOT RELEASED" in done.stdout
 
 
 def test_a_release_is_called_one() -> None:

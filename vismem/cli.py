@@ -16,7 +16,7 @@ from vismem.errors import UserError, mask_credentials
 from vismem.launch import LaunchConfig, launch_step
 from vismem.messages import Caller
 from vismem.params_file import render_params
-from vismem.parser import Commands, Parser, Version, describe, setting
+from vismem.parser import Commands, Parser, Version, add_request, describe, request_of, setting
 from vismem.ranks import is_main_rank
 from vismem.steps import BASELINES, SHARED, STEPS
 from vismem.workspace import RUNS, make_workspace, rebase, repro, workspace_name
@@ -90,24 +90,15 @@ def _add_others(commands: Commands) -> None:
     command("try", _run_try, "answer 20 example images with and without memory", options=False)
     add = command("ask", _run_ask, "ask a model about images, without a server", options=False)
     add("question", help="what to ask")
-    add("--image", action="append", required=True, help="image file; may be repeated")
-    add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
-    add("--base", help="hub id or folder of the model's base, where it is not as the model says")
-    add("--stream", action="store_true", help="print the answer while it is decoded")
-    add("--no-memory", action="store_true", help="answer without latent memory")
-    add("--max-new-tokens", type=int, default=56, help="longest answer in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0: the most probable answer (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    add_request(add, max_new_tokens=56)
+    about = "folder, hub id or models:/NAME@champion (default: %(default)s, which comes with VisMem)"
+    add("--model", metavar="NAME", default="assets/tiny-vlm-memory", help=about)
+    add("--base", metavar="NAME", help="hub id or folder of the model's base, where it is not as the model says")
 
     add = command("infer", _run_infer, "ask the served model about images")
     add("question", nargs="?", help="what to ask; or give it with --prompt")
     add("--prompt", metavar="QUESTION", help="what to ask")
-    add("--image", action="append", required=True, metavar="FILE", help="image file; may be repeated")
-    add("--stream", action="store_true", help="print the answer while it is decoded")
-    add("--no-memory", action="store_true", help="answer without latent memory")
-    add("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable answer (default: 0)")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    add_request(add, max_new_tokens=48)
     add("--timeout", type=float, default=60.0, metavar="S", help="longest wait for a piece of the answer (default: 60)")
     about = "gRPC address of any server, no parameters needed; default: this machine at deploy.grpc_port"
     add("--url", metavar="HOST:PORT", help=about)
@@ -205,19 +196,9 @@ def _run_try(arguments: argparse.Namespace) -> None:
 
 
 def _run_ask(arguments: argparse.Namespace) -> None:
-    from vismem.ask import DEFAULT_MODEL, ask
+    from vismem.ask import ask
 
-    ask(
-        arguments.image,
-        arguments.question,
-        model=arguments.model or DEFAULT_MODEL,
-        base=arguments.base,
-        stream=arguments.stream,
-        memory=not arguments.no_memory,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-    )
+    ask(arguments.image, arguments.question, arguments.model, arguments.base, **request_of(arguments))
 
 
 def _run_infer(arguments: argparse.Namespace) -> None:
@@ -230,12 +211,8 @@ def _run_infer(arguments: argparse.Namespace) -> None:
         arguments.question or arguments.prompt or "",
         url=arguments.url or f"127.0.0.1:{_client_config(arguments).deploy.grpc_port}",
         model=arguments.model,
-        stream=arguments.stream,
-        memory=not arguments.no_memory,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
         timeout=arguments.timeout,
+        **request_of(arguments),
     )
 
 

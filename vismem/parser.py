@@ -115,3 +115,19 @@ class Commands:
             yield from ("Exit status (of `repro` DVC's):", *(f"  {code:<4}{what}" for code, what in STATUSES.items()))
 
         return "\n".join(lines()) + "\n"
+
+
+def add_request(add: Callable[..., Any], max_new_tokens: int) -> None:
+    """What a question to a model may say, beside the question."""
+    add("--image", action="append", required=True, metavar="FILE", help="image file; may be repeated")
+    add("--stream", action="store_true", help="print the answer while it is decoded")
+    add("--no-memory", action="store_false", dest="memory", help="answer without latent memory")
+    about = "longest answer in tokens (default: %(default)s)"
+    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=about)
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable answer (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+
+
+def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_request` asked for, the images aside."""
+    return {name: getattr(arguments, name) for name in ("stream", "memory", "max_new_tokens", "temperature", "seed")}

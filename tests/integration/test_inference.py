@@ -17,9 +17,9 @@ from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
 from vismem.inference import Memory
+from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.serving.client import Token, marked, plain
-from vismem.sources import Base
 from vismem.training.base import base
 
 QUESTIONS = [(sample.images, sample.question) for sample in tiny.samples()]

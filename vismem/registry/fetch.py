@@ -7,7 +7,8 @@ from pathlib import Path
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import SQLITE, find_version, open_store, tracking_uri, translate_mlflow_errors, versions
+from vismem.registry.tracking import find_version, open_store, translate_mlflow_errors, versions
+from vismem.registry.versions import database, tracking_uri
 
 
 @translate_mlflow_errors()
@@ -17,7 +18,7 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     UserError where there is no such store or version, or its files are damaged. An absent SQLite store is not made.
     """
     uri = tracking_uri(config)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+    if (file := database(uri)) and not file.is_file():
         raise UserError(f"no MLflow registry {uri}: go to the project's folder, or set MLFLOW_TRACKING_URI")
     store = open_store(config)
     version = find_version(store, which)

@@ -23,7 +23,7 @@ from vismem.errors import UserError
 from vismem.generation.engine import generate, stream
 from vismem.generation.invocation import InvocationPolicy, Learned, Off
 from vismem.generation.types import LATENT, Rollout
-from vismem.hub import push, read_card, write_card
+from vismem.hub import push, read_card, write_card, write_code
 from vismem.models.kinds import MemoryKind
 from vismem.models.reference import WEIGHTS, Base
 from vismem.models.tokens import KINDS
@@ -182,6 +182,7 @@ class VisMem:
             base = Base("base", sha256_folder(folder / "base", WEIGHTS))
         base.write(folder)
         write_card(folder, self.card, base.model)
+        write_code(folder)
         write_manifest(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:

@@ -31,34 +31,25 @@ NEXT = (
 def ask(
     images: Sequence[str],
     question: str,
-    *,
     model: str = DEFAULT_MODEL,
     base: str | None = None,
-    memory: bool = True,
+    *,
     stream: bool = False,
-    max_new_tokens: int = 56,
-    temperature: float = 0.0,
-    seed: int = 0,
     write: Callable[[str], None] = partial(print, end="", flush=True),  # noqa: B008
+    **request: Any,
 ) -> None:
     """Write the answer with its memories marked, and a line's end; with `stream` piece by piece.
 
-    UserError as `VisMem.from_pretrained` and `VisMem.answer` raise it.
+    `request`: what `VisMem.answer` takes beside images and question. UserError as it and `from_pretrained` raise it.
     """
     disable_progress_bar()
     loaded = VisMem.from_pretrained(model, base=base)
-    given: dict[str, Any] = {
-        "memory": memory,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
     if stream:
-        for token in loaded.stream(images, question, **given):
+        for token in loaded.stream(images, question, **request):
             write(token.marked)
         write("\n")
     else:
-        write(loaded.answer(images, question, **given).marked + "\n")
+        write(loaded.answer(images, question, **request).marked + "\n")
 
 
 def try_examples(console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Sharing a trained model on the Hugging Face hub: its card, and the upload."""
+"""Sharing a trained model on the Hugging Face hub: its card, its code for transformers, and the upload."""
 
 import tempfile
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vismem.config import DEFAULT_BASE
 from vismem.errors import UserError
+from vismem.files import write_json, write_text
 
 CARD = "README.md"
 NEW_CARD = """---
@@ -40,6 +41,14 @@ def write_card(folder: Path, card: str | None, base: str) -> None:
     """Write the card, or where there is none, one that says how to load the model."""
     named = f"base_model: {base}\n" if base not in (DEFAULT_BASE, "base") else ""
     (folder / CARD).write_text(card or NEW_CARD.format(base=base, base_model=named))
+
+
+def write_code(folder: Path) -> None:
+    """Write what makes transformers' Auto classes find `vismem.automodel` from a saved folder."""
+    names = {"AutoConfig": "VisMemConfig", "AutoModelForImageTextToText": "VisMemForAnswers"}
+    auto_map = {name: f"modeling_vismem.{target}" for name, target in names.items()}
+    write_json(folder / "config.json", {"model_type": "vismem", "auto_map": auto_map})
+    write_text(folder / "modeling_vismem.py", f"from vismem.automodel import {', '.join(names.values())}\n")
 
 
 def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | None) -> str:

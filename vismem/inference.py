@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -23,16 +23,18 @@ from vismem.errors import UserError
 from vismem.generation.engine import generate, stream
 from vismem.generation.invocation import InvocationPolicy, Learned, Off
 from vismem.generation.types import LATENT, Rollout
-from vismem.hub import push, read_card, write_card
+from vismem.hub import push, read_card, write_card, write_code
 from vismem.models.kinds import MemoryKind
+from vismem.models.reference import WEIGHTS, Base
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.scope import Scope
 from vismem.serving.client import Token, marked, plain
+from vismem.serving.runtime.images import grid_of
 from vismem.serving.runtime.limits import RequestError, check_request
 from vismem.serving.runtime.prompt import TextStream
-from vismem.sources import WEIGHTS, Base, find_added, find_base
+from vismem.sources import find_added, find_base
 
 AnyImage = str | Path | bytes | Image.Image
 Memory = bool | Literal["short", "long"]
@@ -180,6 +182,7 @@ class VisMem:
             base = Base("base", sha256_folder(folder / "base", WEIGHTS))
         base.write(folder)
         write_card(folder, self.card, base.model)
+        write_code(folder)
         write_manifest(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -199,7 +202,8 @@ class VisMem:
         try:
             opened = check_request(files, question.encode(), max_new_tokens, names)
             if self.scope:
-                for doubt in self.scope.doubts(opened, question, self.model.backbone.processor.image_processor):
+                seen = [size_after_resizing(image.size, self.model.backbone.processor) for image in opened]
+                for doubt in self.scope.doubts(opened, seen, question):
                     logger.warning(doubt)
         except RequestError as error:
             raise UserError(str(error)) from None
@@ -246,3 +250,12 @@ def encoded(image: AnyImage) -> bytes:
         return Path(image).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the image {image}: {error.strerror}") from None
+
+
+def size_after_resizing(size: tuple[int, int], processor: Any) -> tuple[int, int]:
+    """Width and height in pixels that a Qwen2.5-VL's processor gives an image. RequestError for one that it refuses."""
+    images = processor.image_processor
+    settings = {name: getattr(images, name) for name in ("do_resize", "patch_size", "merge_size")}
+    settings |= {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
+    rows, columns = grid_of(size, settings, "an image")
+    return columns * images.patch_size, rows * images.patch_size

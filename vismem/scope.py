@@ -7,13 +7,11 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vismem.files import read_json, write_json
-from vismem.serving.runtime.images import grid_of
 
 FILE = "scope.json"
 GROUND_TOLERANCE = 16  # levels per channel
@@ -41,15 +39,14 @@ class Scope:
         """Write it beside the base's weights."""
         write_json(base / FILE, asdict(self))
 
-    def doubts(self, images: Sequence[Image.Image], question: str, processor: Any) -> Iterator[str]:
+    def doubts(self, images: Sequence[Image.Image], seen: Sequence[tuple[int, int]], question: str) -> Iterator[str]:
         """Why an answer would mean nothing, one line each; none where images and question are in scope.
 
-        `processor` is the base's, for images. RequestError for an image that it refuses.
+        `seen` are the sizes of the images (width, height) after the base's processor has resized them.
         """
         trained = f"{self.name} was trained on {self.pictures}"
         low, high = self.sides
-        for image in images:
-            width, height = size_after_resizing(image.size, processor)
+        for image, (width, height) in zip(images, seen, strict=True):
             if not low <= min(width, height) <= max(width, height) <= high:
                 found = f"this one of {image.width} x {image.height} it sees as {width} x {height}"
                 yield f"{trained}, of {low} to {high} pixels per side; {found}: its answer means nothing"
@@ -68,12 +65,3 @@ class Scope:
 def words_of(text: str) -> list[str]:
     """The words of a question."""
     return re.findall(r"[^\W\d_]+", text)
-
-
-def size_after_resizing(size: tuple[int, int], processor: Any) -> tuple[int, int]:
-    """Width and height that the image processor of a Qwen2.5-VL gives an image of this size."""
-    low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
-    settings = {"do_resize": processor.do_resize, "min_pixels": low, "max_pixels": high}
-    settings |= {"patch_size": processor.patch_size, "merge_size": processor.merge_size}
-    rows, columns = grid_of(size, settings, "an image")
-    return columns * processor.patch_size, rows * processor.patch_size

@@ -5,53 +5,16 @@ A folder says in `base.json` which base it belongs to; one that stage1 or stage2
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-from vismem.config import DEFAULT_BASE, Config, load_config
+from vismem.config import Config, load_config
 from vismem.errors import UserError
-from vismem.files import read_json, write_json
-from vismem.provenance import MANIFEST, sha256_folder, verify_manifest
+from vismem.models.reference import HUB_ID, REFERENCE, Base
+from vismem.provenance import MANIFEST, verify_manifest
 from vismem.shipped import shipped
 
 ADDED = "vismem.json"  # stands in every folder of what VisMem adds
-REFERENCE = "base.json"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 REGISTERED = re.compile(r"models:/(?P<model>[^/@]+)[/@](?P<version>[^/@]+)")
-WEIGHTS = "*.safetensors"
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base as a folder refers to it: a hub id, what comes with VisMem, or a folder; `sha256` of its weights."""
-
-    model: str
-    sha256: str | None = None  # None for a hub id
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether other machines find it too."""
-        return self.model == DEFAULT_BASE or bool(HUB_ID.fullmatch(self.model) and not Path(self.model).is_dir())
-
-    def write(self, folder: Path) -> None:
-        """Write the reference into the folder of what VisMem adds."""
-        write_json(folder / REFERENCE, {"model": self.model, "weights_sha256": self.sha256})
-
-    def place(self, beside: Path = Path()) -> str | Path:
-        """What to load: a hub id or a folder. `beside` is the folder that refers to it.
-
-        UserError where it is not on this machine, or has other weights.
-        """
-        folder = next((path for path in (beside / self.model, Path(self.model)) if path.is_dir()), None)
-        if folder is None and self.model == DEFAULT_BASE:
-            folder = shipped(DEFAULT_BASE)
-        if folder is None and self.sha256 is None and HUB_ID.fullmatch(self.model):
-            return self.model
-        if folder is None:
-            raise UserError(f"the base '{self.model}' is not on this machine: say where it is with base= (--base)")
-        if self.sha256 and sha256_folder(folder, WEIGHTS) != self.sha256:
-            raise UserError(f"{folder} has other weights than the base that the memory was trained on: give that one")
-        return folder
 
 
 def find_added(name: str | Path) -> Path:
@@ -76,14 +39,12 @@ def find_base(added: Path, given: str | Path | None = None) -> tuple[Base, str |
     `given`: hub id or folder, where it is not as the folder says. UserError where neither says, or it is not there.
     """
     beside = added.parent / "base"
-    if (added / REFERENCE).is_file():
-        named = read_json(added / REFERENCE)
-        reference = Base(named["model"], named["weights_sha256"])
-    elif (beside / "config.json").is_file():
+    reference = Base.read(added)
+    if reference is None and (beside / "config.json").is_file():
         reference = Base(str(beside))
-    elif given is not None:
+    if reference is None and given is not None:
         reference = Base(str(given))
-    else:
+    if reference is None:
         raise UserError(f"{added} does not say which base it belongs to ({REFERENCE}): name it with base= (--base)")
     if given is None:
         return reference, reference.place(added)
@@ -113,8 +74,10 @@ def _from_hub(name: str) -> Path:
 
 def _from_registry(name: str) -> Path:
     """Fetched once: the next call finds it in the cache."""
-    from vismem.registry.fetch import fetch_bundle
-
+    try:
+        from vismem.registry.fetch import fetch_bundle
+    except ModuleNotFoundError as error:
+        raise UserError(f"'{name}' needs MLflow (no module {error.name}): pip install 'vismem[pipeline]'") from None
     if (found := REGISTERED.fullmatch(name)) is None:
         raise UserError(f"'{name}' names no registered version: write models:/NAME@ALIAS or models:/NAME/VERSION")
     params = Path("params.yaml")

@@ -7,9 +7,9 @@ from typing import Any
 from recipes.tiny_vlm.card import begin, write_card
 from vismem.config import Config, resolve
 from vismem.files import read_json
+from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder
-from vismem.sources import Base
 from vismem.steps import run_step
 
 TRAINED = ("prepare", "validate", "base", "stage1", "stage2")

@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 import tiny
 import tiny_stages
+import torch
 from PIL import Image
 from project import Project
+from transformers import AutoModelForImageTextToText
 
 from vismem import VisMem
 from vismem.config import BaseConfig, Config
 from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
+from vismem.generation.prompts import prompt_text
 from vismem.inference import Memory
+from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.serving.client import Token, marked, plain
-from vismem.sources import Base
 from vismem.training.base import base
 
 QUESTIONS = [(sample.images, sample.question) for sample in tiny.samples()]
@@ -196,3 +199,22 @@ def test_no_hub_is_said_in_one_line(model: VisMem, monkeypatch: pytest.MonkeyPat
         VisMem.from_pretrained("someone/memory")
     with pytest.raises(UserError, match="the hub did not take 'someone/memory'"):
         model.push_to_hub("someone/memory")
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_transformers_loads_a_saved_model_and_generates_the_same_answers(
+    model: VisMem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: bool
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    pictures = [[Image.open(io.BytesIO(data)) for data in images] for images, _ in QUESTIONS]
+    texts = [prompt_text(loaded.processor, sample) for sample in tiny.samples()]
+    inputs = loaded.processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    made = loaded.generate(**inputs, max_new_tokens=LIMIT, memory=memory)
+    prompts = inputs["input_ids"]
+    assert made[:, : prompts.shape[1]].equal(prompts)
+    said = loaded.processor.batch_decode(made[:, prompts.shape[1] :], skip_special_tokens=True)
+    assert [text.strip() for text in said] == model.answers(QUESTIONS, max_new_tokens=LIMIT, memory=memory)
+    invokes = torch.isin(made, torch.tensor([*model.model.invoke_ids.values()])).any()
+    assert bool(invokes) == memory

@@ -10,11 +10,11 @@ from vismem.export.card import model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
 from vismem.files import empty_folder, read_json, write_json
+from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
 from vismem.serving.runtime.runtime import Runtime
-from vismem.sources import Base
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:

@@ -17,6 +17,7 @@ from vismem.generation.decode_state import DecodeState
 from vismem.generation.invocation import NONE, InvocationPolicy, StepView, row_key, row_uniforms
 from vismem.generation.prompts import encode
 from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
@@ -32,15 +33,16 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     group_size: int = 1,
+    prompt: Prompt | None = None,
 ) -> list[Rollout]:
     """Decode `group_size` answers per sample; rollouts come grouped by sample, in order.
 
     `temperature` 0 is greedy. Sampling depends on the seed, the sample's id and the member of the group, so an
-    answer is the same whatever else is in the batch.
+    answer is the same whatever else is in the batch. `prompt`: the samples' prompts, where they are encoded already.
     """
     if not samples:
         return []
-    decoder = _Decoder(model, samples, policy, max_new_tokens, temperature, seed, group_size)
+    decoder = _Decoder(model, samples, policy, max_new_tokens, temperature, seed, group_size, prompt)
     for _ in decoder.steps():
         pass
     return decoder.rollouts()
@@ -93,6 +95,7 @@ class _Decoder:
     temperature: float
     seed: int
     group_size: int
+    given: Prompt | None = None
 
     def __post_init__(self) -> None:
         """Prefill: the prompts, and what the policy appends to them."""
@@ -112,7 +115,7 @@ class _Decoder:
         words = torch.arange(model.vocabulary, device=device)
         self.standing = torch.cat([words, model.vocabulary + invoked])  # the column that stands where one was picked
 
-        self.prompt = encode(self.backbone, self.samples)
+        self.prompt = self.given or encode(self.backbone, self.samples)
         opened = policy.opened(self.prompt, self.backbone)
         added = (opened.mask.sum(1) - self.prompt.mask.sum(1)).tolist()
         for index, row in enumerate(self.rows):

@@ -1,6 +1,7 @@
 """Fetches a registered version's bundle for use outside the pipeline, once: a cache keeps it by its manifest's hash."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from vismem.errors import UserError
 from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import find_version, open_store, translate_mlflow_errors, versions
 from vismem.registry.versions import database, tracking_uri
+from vismem.services import environment
 
 
 @translate_mlflow_errors()
@@ -18,7 +20,7 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     UserError where there is no such store or version, or its files are damaged. An absent SQLite store is not made.
     """
     uri = tracking_uri(config)
-    if (file := database(uri)) is not None and not file.is_file():
+    if (file := database(uri)) and not file.is_file():
         raise UserError(f"no MLflow registry {uri}: go to the project's folder, or set MLFLOW_TRACKING_URI")
     store = open_store(config)
     version = find_version(store, which)
@@ -31,6 +33,7 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as made:
             fresh = Path(made) / "bundle"
             fresh.mkdir()
-            download_bundle(store, version, fresh)
+            with environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": str(sys.stderr.isatty())}):
+                download_bundle(store, version, fresh)
             os.rename(fresh, folder)
     return folder

@@ -9,11 +9,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import vismem
 from vismem.errors import UserError
 
 VARIABLE = "VISMEM_SERVING_PYTHON"
-DEFAULT_PYTHON = Path(vismem.__file__).parent.parent / ".venv-serving" / "bin" / "python"
+DEFAULT_PYTHON = Path(__file__).parents[2] / ".venv-serving" / "bin" / "python"
 
 _QUERY = """
 import importlib.util, json, os, sys, sysconfig

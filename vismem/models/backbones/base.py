@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vismem.errors import UserError
 from vismem.models.backbones.decoder import TokenDecoder
 from vismem.models.lora import LoraTarget
 
@@ -93,6 +94,13 @@ class Backbone(ABC):
 
         In a text, images stand before videos. A family that takes no video is given none.
         """
+
+    def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
+        """The prompts from what the processor makes of them: ids and mask (S, L), padded on any side, and the images.
+
+        UserError for a family that has not implemented it.
+        """
+        raise UserError(f"a base of family '{self.family}' takes images and text, not a processor's output")
 
     @abstractmethod
     def patch_stream(self, vision: VisionInput) -> PatchStream:

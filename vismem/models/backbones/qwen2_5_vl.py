@@ -35,7 +35,7 @@ class Qwen25VLBackbone(Backbone):
 
     def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
         # As the processor does it, but for videos, which it takes only where torchvision is installed.
-        processor, settings = self.processor, self.model.config
+        processor = self.processor
         each = iter(self._pixels([image for row in images for image in row]))
         pictures = [list(islice(each, len(row))) for row in images]
         clips = [[self._clip(clip) for clip in row] for row in videos]
@@ -45,7 +45,29 @@ class Qwen25VLBackbone(Backbone):
             videos_replacements=self._places(processor.video_token, texts, clips),
         )
         encoded = processor.tokenizer(placed, padding=True, padding_side="right", return_tensors="pt").to(self.device)
-        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+        return self._prompt(encoded["input_ids"], encoded["attention_mask"].bool(), pictures, clips, videos)
+
+    def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
+        lengths = mask.sum(1)
+        right = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # the padding's side
+        padded = ids.new_full(ids.shape, self.processor.tokenizer.pad_token_id)
+        padded[right] = ids[mask.bool()]
+        sizes = [tuple(grid) for grid in grids.tolist()]
+        parts = torch.split(pixels, [t * h * w for t, h, w in sizes])
+        each = iter(zip(parts, sizes, strict=True))
+        counts = (padded == self.model.config.vision_start_token_id).sum(1).tolist()
+        pictures = [list(islice(each, count)) for count in counts]
+        return self._prompt(padded, right, pictures, [[]] * len(ids), [[]] * len(ids))
+
+    def _prompt(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        pictures: list[list[Pixels]],
+        clips: list[list[Pixels]],
+        videos: list[list[Clip]],
+    ) -> Prompt:
+        settings = self.model.config
         seconds = [self.frames / clip.fps for row in videos for clip in row]
         image, video = ids == settings.image_token_id, ids == settings.video_token_id
         positions, _ = self.model.model.get_rope_index(

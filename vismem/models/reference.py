@@ -1,0 +1,56 @@
+"""How a folder of what VisMem adds refers to the base that it was trained on."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vismem.config import DEFAULT_BASE
+from vismem.errors import UserError
+from vismem.files import read_json, write_json
+from vismem.provenance import sha256_folder
+from vismem.shipped import shipped
+
+REFERENCE = "base.json"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+WEIGHTS = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base as a folder refers to it: a hub id, what comes with VisMem, or a folder; `sha256` of its weights."""
+
+    model: str
+    sha256: str | None = None  # None for a hub id
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether other machines find it too."""
+        return self.model == DEFAULT_BASE or bool(HUB_ID.fullmatch(self.model) and not Path(self.model).is_dir())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Base | None":
+        """The reference in a folder of what VisMem adds; None: it has none."""
+        if not (folder / REFERENCE).is_file():
+            return None
+        named = read_json(folder / REFERENCE)
+        return cls(named["model"], named["weights_sha256"])
+
+    def write(self, folder: Path) -> None:
+        """Write the reference into the folder of what VisMem adds."""
+        write_json(folder / REFERENCE, {"model": self.model, "weights_sha256": self.sha256})
+
+    def place(self, beside: Path = Path()) -> str | Path:
+        """What to load: a hub id or a folder. `beside` is the folder that refers to it.
+
+        UserError where it is not on this machine, or has other weights.
+        """
+        folder = next((path for path in (beside / self.model, Path(self.model)) if path.is_dir()), None)
+        if folder is None and self.model == DEFAULT_BASE:
+            folder = shipped(DEFAULT_BASE)
+        if folder is None and self.sha256 is None and HUB_ID.fullmatch(self.model):
+            return self.model
+        if folder is None:
+            raise UserError(f"the base '{self.model}' is not on this machine: say where it is with base= (--base)")
+        if self.sha256 and sha256_folder(folder, WEIGHTS) != self.sha256:
+            raise UserError(f"{folder} has other weights than the base that the memory was trained on: give that one")
+        return folder

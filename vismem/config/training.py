@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from vismem.config.section import ROOT, Section, rare
+from vismem.config.section import Section, rare
+from vismem.shipped import shipped
 
 DEFAULT_BASE = "assets/tiny-vlm"
 Init = Literal["patches", "random"]
@@ -18,8 +19,8 @@ class BaseConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights' type")
 
     def folder(self) -> Path | None:
-        """The model's folder, from the working folder or from the project's root; None: `model` is a hub id."""
-        places = (Path(self.model), ROOT / self.model)
+        """The model's folder, from the working folder or of what comes with VisMem; None: `model` is a hub id."""
+        places = (Path(self.model), shipped(self.model))
         return next((place for place in places if place.is_dir()), None)
 
 

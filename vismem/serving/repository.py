@@ -9,14 +9,13 @@ import re
 import shutil
 from pathlib import Path
 
-import vismem
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest
+from vismem.shipped import shipped
 
-PACKAGE = Path(vismem.__file__).parent
-MODEL_SOURCE = PACKAGE.parent / "deploy" / "triton" / "model.py"
-RUNTIME = PACKAGE / "serving" / "runtime"
+MODEL_SOURCE = shipped("deploy/triton/model.py")
+RUNTIME = Path(__file__).parent / "runtime"
 MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"
 
 CONFIG = """\
@@ -65,8 +64,6 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
         raise UserError(f"deploy.model_name '{name}': use letters, digits, '_', '-' and '.' only")
     if version < 1:
         raise UserError(f"model version {version}: Triton takes whole numbers from 1")
-    if not MODEL_SOURCE.is_file():
-        raise UserError(f"{MODEL_SOURCE} is missing: run from a checkout of the repository (pip install -e .)")
     if problems := verify_manifest(bundle):
         raise UserError(f"{bundle} is not what was exported: {'; '.join(problems)}; run `vismem export` again")
     model = repository / name

@@ -111,9 +111,15 @@ def test_a_profile_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
 
 
 def test_what_a_section_leaves_out_has_the_default_of_that_place() -> None:
-    assert parse_config({"baselines": {"grpo": {"steps": 7}}}).baselines.grpo == Config().baselines.grpo.model_copy(
-        update={"steps": 7}
-    )
+    """The defaults of a section are those of its type, wherever it stands: a file need not name every key."""
+
+    def check(section: Section) -> None:
+        assert type(section)() == section
+        for _, value in section:
+            if isinstance(value, Section):
+                check(value)
+
+    check(Config())
 
 
 def test_the_defaults_hold_where_the_working_folder_has_no_params_yaml(

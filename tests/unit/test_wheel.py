@@ -15,7 +15,7 @@ from vismem.kubeflow.parameters import code_fingerprint
 from vismem.params_file import render_params
 
 ROOT = Path(__file__).parents[2]
-BESIDE = ("assets", "deploy/profiles", "deploy/triton", "dvc.yaml")
+BESIDE = ("assets", "deploy/profiles", "deploy/triton", "dvc.yaml", "examples/images", "examples/questions.jsonl")
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:

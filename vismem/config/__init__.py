@@ -35,6 +35,7 @@ from vismem.config.training import (
     DEFAULT_BASE,
     BaseConfig,
     BaselinesConfig,
+    BaselinesGrpoConfig,
     GrpoConfig,
     GrpoStageConfig,
     InvocationConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "SOURCES",
     "BaseConfig",
     "BaselinesConfig",
+    "BaselinesGrpoConfig",
     "Config",
     "EasyVqaSource",
     "EvaluateConfig",
@@ -138,12 +140,9 @@ def resolve(profile: str = "", overrides: Mapping[str, Any] | None = None, root:
 
 
 def parse_config(values: dict[str, Any], where: str = "params") -> Config:
-    """Check a plain mapping and return the typed parameters. UserError lists every fault with its place.
-
-    What is left out has its default, also inside a section whose defaults are not those of its type.
-    """
+    """Check a plain mapping and return the typed parameters. UserError lists every fault with its place."""
     try:
-        return Config.model_validate(merge(Config().model_dump(by_alias=True), values))
+        return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(map(_explain, error.errors()))) from None
 

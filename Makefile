@@ -1,28 +1,33 @@
-# The two commands of the README, and those beside them. `make` alone lists all.
-PYTHON ?= python3
-SERVING_PYTHON ?= $(PYTHON)
-PIP_FLAGS ?=
+# What people do in a checkout. `make` alone lists it.
 
 # the tiny VLM is too small for more threads; with one, `make demo` is seed 0 of `make study`, to the last digit
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY = passive
-PIP = -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 VISMEM = .venv/bin/vismem
+ENVIRONMENTS = deploy/environments
 INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed
 
-.PHONY: help setup serving demo smoke pipeline study tiny-vlm test lint ui serve stack images locks test-containers
+.PHONY: help try setup serving demo demo-full smoke pipeline study tiny-vlm test lint docs ui serve stack images locks \
+	test-containers
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
-setup: $(INSTALLED) $(SERVING)  ## make both Python environments
+try: $(INSTALLED)  ## one minute: ask the tiny VLM about example images, with and without memory
+	@$(VISMEM) try
+
+setup: $(INSTALLED) $(SERVING)  ## make both Python environments: 3 GB on disk, 9 GB with a GPU; PYTHON= names the Python
 
 serving: $(SERVING)  ## make the environment that Triton runs in
 
 demo: setup  ## the whole job: from visual questions to a released model that answers over Triton
 	$(VISMEM) repro
 	$(VISMEM) summary
+
+demo-full: setup  ## the same at the size of the study, in runs/full/
+	$(VISMEM) repro --profile full
+	$(VISMEM) summary --profile full
 
 smoke: setup  ## the same at toy size, in runs/smoke/
 	$(VISMEM) repro --profile smoke
@@ -38,13 +43,16 @@ study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hou
 tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; about half an hour
 	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory
 
-test: setup  ## all tests
-	.venv/bin/python -m pytest
+# a file at a time: its tests share what they make. The longest files come first, so that no process ends alone.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+test: setup  ## all tests, in WORKERS= processes; `.venv/bin/pytest FILE` runs some of them in one
+	.venv/bin/python -m pytest --numprocesses '$(WORKERS)' --dist loadfile --no-loadscope-reorder
 
-lint: $(INSTALLED)  ## style and types
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+lint: $(INSTALLED)  ## style and types, as .pre-commit-config.yaml lists them
+	.venv/bin/pre-commit run --all-files
+
+docs: $(INSTALLED)  ## the documentation as a site, in site/; `.venv/bin/mkdocs serve` shows it while you write
+	.venv/bin/mkdocs build --strict
 
 ui: $(INSTALLED)  ## open MLflow and print the model's page
 	$(VISMEM) ui
@@ -58,21 +66,17 @@ stack: $(INSTALLED)  ## PostgreSQL, an S3 server and MLflow on both, until Ctrl-
 images:  ## build both container images; TORCH=cpu for machines without a GPU (deploy/docker/README.md)
 	deploy/docker/build.sh
 
-locks: setup  ## rewrite the images' lock files after a change of requirements; needs uv
-	deploy/docker/locks.sh
+locks: $(INSTALLED)  ## rewrite the lock files after a change of requirements; UPGRADE=1 for the newest versions
+	PATH="$$PATH:.venv/bin" $(ENVIRONMENTS)/locks.sh
 
 test-containers: setup  ## build both images, run the smoke pipeline in containers and ask the served model
 	.venv/bin/python -m pytest tests/containers
 
-# torch first and pinned: so pip takes one build of it, and everything else is resolved around that
-$(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) torch==2.13.0
-	.venv/bin/python $(PIP) -e '.[pipeline,export,kubeflow,stack,dev]'
-	touch $@
+$(INSTALLED): pyproject.toml $(wildcard $(ENVIRONMENTS)/*)
+	@$(ENVIRONMENTS)/setup.sh .venv
+	@touch $@
 
 # apart, because Triton's Python backend needs numpy < 2; without torch
-$(SERVING): deploy/triton/requirements.txt
-	$(SERVING_PYTHON) -m venv .venv-serving
-	.venv-serving/bin/python $(PIP) -r deploy/triton/requirements.txt
-	touch $@
+$(SERVING): deploy/triton/requirements.txt $(ENVIRONMENTS)/serve.lock $(ENVIRONMENTS)/setup.sh
+	@PYTHON="$${SERVING_PYTHON:-$$PYTHON}" $(ENVIRONMENTS)/setup.sh .venv-serving
+	@touch $@

@@ -5,7 +5,7 @@
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 FROM ${BASE} AS serving
-COPY deploy/docker/serve.lock /locks/
+COPY deploy/environments/serve.lock /locks/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/serving && \
     python3 -m pip --python /opt/serving/bin/python --disable-pip-version-check install --no-cache-dir \

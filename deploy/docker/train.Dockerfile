@@ -8,7 +8,7 @@ ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d
 # Triton's environment, apart because it needs numpy < 2: the deploy step smoke-tests the model on a real server.
 # The same lines as in serve.Dockerfile, so that both images are made from one layer.
 FROM ${BASE} AS serving
-COPY deploy/docker/serve.lock /locks/
+COPY deploy/environments/serve.lock /locks/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/serving && \
     python3 -m pip --python /opt/serving/bin/python --disable-pip-version-check install --no-cache-dir \
@@ -18,7 +18,7 @@ FROM ${BASE} AS packages
 # PyPI's torch is the CUDA build with its NVIDIA packages; the CPU build has another hash and lies on PyTorch's index.
 ARG TORCH=cuda
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY deploy/docker/build.lock deploy/docker/torch-$TORCH.lock deploy/docker/train.lock /locks/
+COPY deploy/environments/build.lock deploy/environments/torch-$TORCH.lock deploy/environments/train.lock /locks/
 # Two packages come as source only: setuptools, also from a lock, builds them without fetching anything unchecked.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/venv && \

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from vismem.cli import build_parser
-from vismem.config import BaselinesConfig, Config, EvaluateConfig, GrpoConfig, GrpoStageConfig, SupervisedConfig
+from vismem.config import BaselinesConfig, BaselinesGrpoConfig, Config, EvaluateConfig, GrpoConfig, SupervisedConfig
 from vismem.data.sample import read_samples
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS
@@ -32,7 +32,7 @@ from vismem.training.supervised import Supervised
 NAMES = [step.name for step in BASELINES]
 LORAS = [name for name in NAMES if name != "full"]
 GRPO = GrpoConfig(batch_size=2, max_new_tokens=10, checkpoint_every=2)
-STAGE = GrpoStageConfig(steps=4, group_size=4, learning_rate=1e-2)
+STAGE = BaselinesGrpoConfig(steps=4, group_size=4, learning_rate=1e-2)
 SUPERVISED = SupervisedConfig(steps=6, batch_size=4, learning_rate=1e-2, full_learning_rate=1e-3, warmup_ratio=0.2)
 CONFIG = Config(
     memory=tiny.MEMORY,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vismem.config import (
     BaselinesConfig,
+    BaselinesGrpoConfig,
     Config,
     GrpoConfig,
     GrpoStageConfig,
@@ -173,7 +174,7 @@ def test_every_parameter_of_training_is_read_while_training(
         stage1=Stage1Config(warm_start=warm, anywhere_after=0, **stage),
         stage2=Stage2Config(**stage),
         baselines=BaselinesConfig(
-            supervised=SupervisedConfig(steps=0, epochs=1, batch_size=2), grpo=GrpoStageConfig(**stage)
+            supervised=SupervisedConfig(steps=0, epochs=1, batch_size=2), grpo=BaselinesGrpoConfig(**stage)
         ),
     )
     inputs = {"base": tiny_base, "validate": tiny.save_data(tmp_path / "validate", count=3)}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vismem.config import Config, JsonlSource, ScenesSource, Section, load_config, merge, parse_config
+from vismem.config import Config, JsonlSource, ScenesSource, Section, load_config, merge, parse_config, resolve
 from vismem.config.section import is_rare
 from vismem.errors import UserError
 from vismem.params_file import render_params
@@ -108,6 +108,40 @@ def test_a_profile_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
         load_config(tmp_path / "params.yaml", "largest")
     with pytest.raises(UserError, match=r"unknown profile 'lage' \(did you mean 'large'\?\)"):
         load_config(tmp_path / "params.yaml", "odd")
+
+
+def test_what_a_section_leaves_out_has_the_default_of_that_place() -> None:
+    """The defaults of a section are those of its type, wherever it stands: a file need not name every key."""
+
+    def check(section: Section) -> None:
+        assert type(section)() == section
+        for _, value in section:
+            if isinstance(value, Section):
+                check(value)
+
+    check(Config())
+
+
+def test_the_defaults_hold_where_the_working_folder_has_no_params_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_config(ROOT / "params.yaml", "smoke")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("params.yaml")) == Config()
+    assert load_config(Path("params.yaml"), "smoke") == resolve("smoke") == expected
+
+
+def test_a_profile_of_the_project_hides_the_shipped_one_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deploy" / "profiles").mkdir(parents=True)
+    (tmp_path / "deploy" / "profiles" / "smoke.yaml").write_text("seed: 41\n")
+    (tmp_path / "params.yaml").write_text("memory: {queries: 3}\n")
+    monkeypatch.chdir(tmp_path)
+    own = load_config(Path("params.yaml"), "smoke")
+    assert (own.seed, own.memory.queries, own.stage1) == (41, 3, Config().stage1)
+    assert load_config(Path("params.yaml"), "full").memory.queries == 3
+    assert resolve("smoke").seed == 41
 
 
 def test_merge_changes_neither_side() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vismem.cli.options import enter, load_or_defaults
+from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
 
 
@@ -80,7 +80,7 @@ def _run_infer(arguments: argparse.Namespace) -> None:
     question = _question(arguments)
     from vismem.serving.client import main_infer
 
-    url = arguments.url or f"127.0.0.1:{load_or_defaults(arguments).deploy.grpc_port}"
+    url = arguments.url or f"127.0.0.1:{load(arguments).deploy.grpc_port}"
     main_infer(
         arguments.image,
         question,

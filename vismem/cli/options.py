@@ -8,17 +8,15 @@ from typing import Any
 import yaml
 
 from vismem.cli.parser import Parser
-from vismem.config import Config, load_config, resolve
+from vismem.config import PARAMS_FILE, Config, load_config
 from vismem.workspace import make_workspace, rebase
-
-PARAMS = Path("params.yaml")
 
 
 def common_options() -> Parser:
     """The options of commands that read parameters."""
     parser = Parser(add_help=False)
     add = parser.add_argument
-    add("--params", type=Path, default=PARAMS, metavar="FILE", help="parameter file (default: %(default)s)")
+    add("--params", type=Path, default=PARAMS_FILE, metavar="FILE", help="parameter file (default: %(default)s)")
     add("--profile", metavar="PROFILE", help="a profile of deploy/profiles/; it works in runs/PROFILE/")
     about = "one parameter, as in stage1.steps=30 or prepare.sources.0.train=500; may be repeated"
     add("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", dest="settings", help=about)
@@ -47,13 +45,6 @@ def setting(text: str) -> tuple[str, Any]:
 def load(arguments: argparse.Namespace) -> Config:
     """The parameters that the common options name."""
     return load_config(arguments.params, arguments.profile, dict(arguments.settings))
-
-
-def load_or_defaults(arguments: argparse.Namespace) -> Config:
-    """The same, but the defaults where nobody named any and the folder has none."""
-    if arguments.profile is None and arguments.params == PARAMS and not PARAMS.is_file():
-        return resolve(overrides=dict(arguments.settings))
-    return load(arguments)
 
 
 def enter(arguments: argparse.Namespace) -> tuple[Config, Path]:

@@ -53,6 +53,8 @@ def describe(step: Step) -> str:
 
 
 def _run_step(arguments: argparse.Namespace) -> int:
+    if not arguments.params.is_file():  # a step in the wrong folder would work with the defaults
+        raise UserError(f"no parameter file {arguments.params}: run in the project's root, or name one with --params")
     config, artifacts = enter(arguments)
     processes = getattr(arguments, "processes", 1)
     launch = LaunchConfig() if processes == 1 else LaunchConfig("torchrun", processes)

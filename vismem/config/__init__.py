@@ -30,11 +30,12 @@ from vismem.config.release import (
     PreflightConfig,
     RegistryConfig,
 )
-from vismem.config.section import ROOT, Section
+from vismem.config.section import Section
 from vismem.config.training import (
     DEFAULT_BASE,
     BaseConfig,
     BaselinesConfig,
+    BaselinesGrpoConfig,
     GrpoConfig,
     GrpoStageConfig,
     InvocationConfig,
@@ -45,12 +46,15 @@ from vismem.config.training import (
     WarmStartConfig,
 )
 from vismem.errors import UserError, nearest
+from vismem.shipped import shipped
 
 __all__ = [
     "DEFAULT_BASE",
+    "PARAMS_FILE",
     "SOURCES",
     "BaseConfig",
     "BaselinesConfig",
+    "BaselinesGrpoConfig",
     "Config",
     "EasyVqaSource",
     "EvaluateConfig",
@@ -79,7 +83,8 @@ __all__ = [
     "parse_config",
     "resolve",
 ]
-PROFILE_FOLDER = Path("deploy/profiles")
+PARAMS_FILE = Path("params.yaml")
+PROFILE_FOLDER = "deploy/profiles"
 
 
 class Config(Section):
@@ -104,10 +109,11 @@ class Config(Section):
 
 
 def load_config(path: Path, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read `path` (YAML), overlay the named profile of `deploy/profiles/` beside it, and then `overrides`.
+    """Read `path` (YAML), overlay the named profile and then `overrides`, which are as in `resolve`.
 
-    `overrides` are as in `resolve`. Raises UserError for a missing file, an unknown profile, an unknown key (naming the
-    nearest right one) or a value of the wrong type.
+    The profile is of `deploy/profiles/` beside `path` or else VisMem's own. Where `path` is the working folder's
+    `params.yaml` and there is none, the defaults hold. Raises UserError for another missing file, an unknown profile,
+    an unknown key (naming the nearest right one) or a value of the wrong type.
     """
     above = [*([f"profile '{profile}'"] if profile else []), *(["--set"] if overrides else [])]
     where = f"{path} with {' and '.join(above)}" if above else str(path)
@@ -116,7 +122,7 @@ def load_config(path: Path, profile: str | None = None, overrides: Mapping[str, 
 
 def load_params(path: Path, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The plain mapping behind `load_config`: the file's values with the profile's and the overrides laid over them."""
-    values = _read_yaml(path)
+    values = {} if path == PARAMS_FILE and not path.exists() else _read_yaml(path)
     if profile is not None:
         values = merge(values, _read_profile(path.parent, profile))
     return merge(values, _nested(overrides or {}))
@@ -126,12 +132,10 @@ def resolve(profile: str = "", overrides: Mapping[str, Any] | None = None, root:
     """The parameters of a Kubeflow run; what comes later wins: defaults, profile, overrides.
 
     `overrides` may hold all that params.yaml may, as nested sections or dotted keys: {"stage1": {"steps": 30}} and
-    {"stage1.steps": 30} are the same. Profiles lie in `root`/deploy/profiles; by default the working folder's or else
-    the library's. UserError names every unknown key and every value of the wrong type.
+    {"stage1.steps": 30} are the same. Profiles are those of `root`/deploy/profiles (default: the working folder's) or
+    else VisMem's own. UserError names every unknown key and every value of the wrong type.
     """
-    if root is None:
-        root = Path.cwd() if PROFILE_FOLDER.is_dir() else ROOT
-    values = _read_profile(root, profile) if profile else {}
+    values = _read_profile(root or Path(), profile) if profile else {}
     where = f"profile '{profile}' with overrides" if profile else "overrides"
     return parse_config(merge(values, _nested(overrides or {})), where)
 
@@ -171,16 +175,18 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_profile(root: Path, profile: str) -> dict[str, Any]:
-    """The plain values of a profile of `root`/deploy/profiles, laid over those of the profile that it `extends`.
+    """The plain values of a profile, laid over those of the profile that it `extends`.
+
+    Profiles are those of `root`/deploy/profiles, and of VisMem's own those that have another name.
 
     UserError where there is no profile of that name, or where the extended one extends another.
     """
-    files = {path.stem: path for path in sorted((root / PROFILE_FOLDER).glob("*.yaml"))}
+    folders = (shipped(PROFILE_FOLDER), root / PROFILE_FOLDER)  # the later wins
+    files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
     def read(name: str) -> dict[str, Any]:
         if name not in files:
-            known = f"{root / PROFILE_FOLDER} has: {', '.join(files)}"
-            raise UserError(f"unknown profile '{name}'{nearest(name, files)}; {known}")
+            raise UserError(f"unknown profile '{name}'{nearest(name, files)}; known: {', '.join(sorted(files))}")
         return _read_yaml(files[name])
 
     values = read(profile)

@@ -1,12 +1,9 @@
 """What every group of parameters is."""
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
-
-ROOT = Path(__file__).parents[2]  # the project: profiles, assets and the library side by side
 
 
 class Section(BaseModel):

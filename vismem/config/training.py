@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from vismem.config.section import ROOT, Section, rare
+from vismem.config.section import Section, rare
+from vismem.shipped import shipped
 
 DEFAULT_BASE = "assets/tiny-vlm"
 Init = Literal["patches", "random"]
@@ -18,8 +19,8 @@ class BaseConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights' type")
 
     def folder(self) -> Path | None:
-        """The model's folder, from the working folder or from the project's root; None: `model` is a hub id."""
-        places = (Path(self.model), ROOT / self.model)
+        """The model's folder, from the working folder or of what comes with VisMem; None: `model` is a hub id."""
+        places = (Path(self.model), shipped(self.model))
         return next((place for place in places if place.is_dir()), None)
 
 
@@ -131,6 +132,13 @@ class SupervisedConfig(Section):
     weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay")
 
 
+class BaselinesGrpoConfig(GrpoStageConfig):
+    """GRPO of grpo_lora: about as many rollouts as both stages take at the size of the study."""
+
+    steps: int = Field(300, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW, cosine decay [paper]")
+
+
 class BaselinesConfig(Section):
     """What VisMem is compared with: the same base fine-tuned on the same data, `vismem sft_lora` etc. [ours]."""
 
@@ -138,4 +146,4 @@ class BaselinesConfig(Section):
     alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")
     dropout: float = Field(0.0, ge=0, lt=1, description="the adapters' dropout where supervised [paper App.: 0.1]")
     supervised: SupervisedConfig = SupervisedConfig()
-    grpo: GrpoStageConfig = GrpoStageConfig(steps=300, learning_rate=1e-3)  # takes about as long as both stages
+    grpo: BaselinesGrpoConfig = BaselinesGrpoConfig()

@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 
 from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource, resolve
-from vismem.config.section import ROOT  # in the image too, dvc.yaml lies beside the library
 from vismem.files import write_text
 from vismem.launch import LaunchConfig
 from vismem.params_file import render_params
 from vismem.provenance import sha256_file
+from vismem.shipped import shipped
 from vismem.steps import BASELINES, BY_NAME, STEPS
 
+PACKAGES = Path(__file__).parents[2]  # where the folder `vismem` lies: a checkout, or site-packages
 IDENTITY = "made_from"  # no section: what else the output depends on
 TASKS = ("preflight", *(step.name for step in STEPS))
 
@@ -87,12 +88,19 @@ def _sections(name: str) -> set[str]:
     return set(step.sections).union(*(_sections(earlier) for earlier in step.inputs))
 
 
-def code_fingerprint(name: str, root: Path = ROOT) -> str:
-    """Hex sha256 over the code that the step uses, as dvc.yaml lists it among the stage's dependencies."""
-    deps = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]["deps"]
+def code_fingerprint(name: str, root: Path = PACKAGES) -> str:
+    """Hex sha256 over the code that the step uses, as dvc.yaml lists it among the stage's dependencies.
+
+    `root` holds the folder `vismem`; what a wheel carries elsewhere is found too.
+    """
+
+    def place(relative: str) -> Path:
+        return root / relative if (root / relative).exists() else shipped(relative)
+
+    deps = yaml.safe_load(place("dvc.yaml").read_text())["stages"][name]["deps"]
     code = [dep for dep in deps if dep != "data" and not dep.startswith("artifacts/")]  # not the inputs and sources
-    files = [file for dep in code for file in _files(root / dep) if file.suffix != ".pyc"]
-    return _sha256(f"{file.relative_to(root)} {sha256_file(file)}" for file in files)
+    files = [(dep, file) for dep in code for file in _files(place(dep)) if file.suffix != ".pyc"]
+    return _sha256(f"{dep}/{file.relative_to(place(dep)).as_posix()} {sha256_file(file)}" for dep, file in files)
 
 
 def sources_fingerprint(config: Config) -> str:

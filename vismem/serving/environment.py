@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vismem.errors import UserError
+from vismem.shipped import shipped
 
 VARIABLE = "VISMEM_SERVING_PYTHON"
 DEFAULT_PYTHON = Path(__file__).parents[2] / ".venv-serving" / "bin" / "python"
@@ -66,7 +67,11 @@ def find_serving_environment() -> ServingEnvironment:
     python = Path(os.path.abspath(named)) if named else DEFAULT_PYTHON  # not resolve(): that would leave the venv
     if not os.access(python, os.X_OK):
         source = f"{VARIABLE} names {python}" if named else f"the serving environment {python}"
-        raise UserError(f"{source}, and it is not there: run `make serving`, or set {VARIABLE} to its python")
+        needs = os.path.relpath(shipped("deploy/triton/requirements.txt"))
+        raise UserError(
+            f"{source}, and it is not there: run `make serving` in a checkout, or install what {needs} lists into an "
+            f"environment of its own, and set {VARIABLE} to its python"
+        )
     done = subprocess.run([python, "-I", "-c", _QUERY], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{python} does not run: {done.stderr.strip()[-300:]}; run `make serving` again")

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def score_panels(metrics: Metrics) -> list[Panel]:
     for group in (OVERALL, *metrics.counts):
         words = ", ".join(f"{label(arm)} {metrics.arms[arm][group]:.1f} %" for arm in arms)
         title = f"{group} (n = {metrics.counts.get(group, metrics.n)})"
-        panels.append(Panel(title, f"Score, {group}: {words}", _height(len(arms)), lambda axes, g=group: draw(axes, g)))
+        panels.append(Panel(title, f"Score, {group}: {words}", _height(len(arms)), partial(draw, group=group)))
     return panels
 
 
@@ -103,7 +104,7 @@ def task_panels(metrics: Metrics) -> list[Panel]:
     for capability in metrics.counts:
         names = [name for name, task in metrics.tasks.items() if task.capability == capability]
         words = f"Score of vanilla and VisMem in the {len(names)} tasks of {capability}; the table has the figures"
-        panels.append(Panel(capability, words, _height(len(names)), lambda axes, n=names: draw(axes, n)))
+        panels.append(Panel(capability, words, _height(len(names)), partial(draw, names=names)))
     return panels
 
 
@@ -140,8 +141,13 @@ def training_panels(curves: Mapping[str, pd.DataFrame]) -> list[Panel]:
 
     `curves`: by name, the tables that the training steps write; what is missing, empty or zero throughout is left out.
     """
-    stages = (("warm_start", "warm start", "loss"), ("stage1", "stage I", "reward"), ("stage1", "stage I", "kl"))
-    stages += (("stage2", "stage II", "reward"), ("stage2", "stage II", "kl"))
+    stages = (
+        ("warm_start", "warm start", "loss"),
+        ("stage1", "stage I", "reward"),
+        ("stage1", "stage I", "kl"),
+        ("stage2", "stage II", "reward"),
+        ("stage2", "stage II", "kl"),
+    )
     words = {"loss": "loss", "reward": "reward", "kl": "KL to the base"}
     panels = [
         _curve(f"{stage}: {words[column]}", curves[name], {column: BLUE})

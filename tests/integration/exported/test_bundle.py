@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from pictures import TOKENS
 from PIL import Image
 
@@ -72,6 +74,17 @@ def test_a_bundle_finds_its_base_and_answers_in_torch_as_its_graphs_do(bundle, r
         answer = loaded.answer(sample.images, sample.question, max_new_tokens=TOKENS)
         assert answer == "".join(chunk.text for chunk in chunks).strip()
         assert [memory.kind for memory in answer.invocations] == [c.event for c in chunks if c.memory is not None]
+
+
+def test_the_card_is_one_of_the_hub_and_shows_a_picture_that_is_there(bundle, inputs):
+    card = ModelCard.load(bundle / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("vismem", "image-text-to-text")
+    (result,) = card.data.eval_results
+    metrics = json.loads((inputs["evaluate"] / "metrics.json").read_text())
+    assert result.metric_value == round(metrics["arms"]["vismem"]["overall"], 1)
+    (picture,) = re.findall(r'<img src="([^"]+)"', card.text)
+    with Image.open(bundle / picture) as image:
+        assert (image.format, image.width) == ("PNG", 875)
 
 
 def test_missing_metrics_are_named(inputs, config, tmp_path):

@@ -209,7 +209,7 @@ def test_every_arm_has_a_row_of_its_own_in_the_chart_of_scores(predictions: dict
 
 def test_training_is_drawn_as_far_as_it_was_recorded() -> None:
     titles = [panel.title for panel in training_panels(CURVES)]
-    assert titles == ["warm start: loss", "stage II: reward", "stage II: invocations per answer"]
+    assert titles == ["warm start: loss", "stage II: reward", "stage II: memories per answer"]
     assert training_panels({}) == []
     assert training_panels({"stage2": CURVES["stage2"][:0]}) == []
 

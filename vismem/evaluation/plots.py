@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -19,6 +18,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from vismem.evaluation.arms import label
@@ -31,7 +31,7 @@ from vismem.records import OVERALL, VANILLA, VISMEM, MemoryUse, Metrics
 BLUE, ORANGE, GREY, RULE = "#0072B2", "#D55E00", "#7F7F7F", "#E3E7EC"
 INK, PAPER, BAND = "#1C2430", "#FFFFFF", "#C8C8C8"
 KIND_COLOURS = {MemoryKind.SHORT: BLUE, MemoryKind.LONG: ORANGE}
-KIND_COLUMNS = {f"invocations_{kind.value}": f"{kind.value}-term memory" for kind in KIND_COLOURS}  # of stage2.csv
+KIND_COLUMNS = {f"invocations_{kind.value}": f"{kind.value}-term" for kind in KIND_COLOURS}  # of stage2.csv
 # In a page a colour is a variable of its style sheet, so that a chart follows the page into the dark.
 VARIABLES = {BLUE: "blue", ORANGE: "orange", GREY: "grey", RULE: "line", INK: "ink", PAPER: "paper", BAND: "band"}
 STYLE = {
@@ -45,6 +45,7 @@ STYLE = {
     "grid.color": RULE,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "text.parse_math": False,  # a task may have any name
+    **{"legend.frameon": False, "legend.handlelength": 1, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2},
     "svg.fonttype": "none",
     "svg.hashsalt": "vismem",  # the same bytes for the same chart
 }
@@ -116,7 +117,7 @@ def invocation_panels(tasks: Mapping[str, MemoryUse], answers: Sequence[Predicti
         for kind, side in sides.items():
             rates = [getattr(use, kind.value).per_answer for use in tasks.values()]
             places = np.arange(len(tasks)) + side * 0.36
-            axes.barh(places, rates, 0.36, color=KIND_COLOURS[kind], label=f"{kind.value}-term memory")
+            axes.barh(places, rates, 0.36, color=KIND_COLOURS[kind], label=f"{kind.value}-term")
         name_rows(axes, [_short(task) for task in tasks])
         axes.set_xlim(left=0)
         axes.set_xlabel("invocations per answer")
@@ -156,7 +157,7 @@ def training_panels(curves: Mapping[str, pd.DataFrame]) -> list[Panel]:
     ]
     if "stage2" in curves and len(curves["stage2"]):
         columns = dict(zip(KIND_COLUMNS, KIND_COLOURS.values(), strict=True))
-        panels.append(_curve("stage II: invocations per answer", curves["stage2"], columns))
+        panels.append(_curve("stage II: memories per answer", curves["stage2"], columns))
     return panels
 
 
@@ -175,7 +176,7 @@ def _curve(title: str, table: pd.DataFrame, columns: Mapping[str, str]) -> Panel
             mean = table[column].rolling(2 * window + 1, center=True, min_periods=1).mean()
             axes.plot(table["step"], mean, color=colour, linewidth=1.8, label=KIND_COLUMNS.get(column))
         axes.grid(axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
         axes.set_xlabel("step")
 
     return Panel(title, f"{title}, over {len(table)} steps", 2.0, draw)
@@ -264,17 +265,14 @@ def to_svg(panel: Panel) -> Markup:
 def to_sheet(panels: Sequence[Panel]) -> bytes:
     """The panels below each other as PNG."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.25 * WIDTH, sum(panel.height for panel in panels)), layout="constrained")
+        size = (1.25 * WIDTH, sum(panel.height for panel in panels))
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.07))
         rows = figure.subplots(len(panels), 1, height_ratios=[panel.height for panel in panels], squeeze=False)[:, 0]
         for axes, panel in zip(rows, panels, strict=True):
             panel.draw(axes)
             axes.set_title(panel.title)
-        names: dict[str, Any] = {}
-        for axes in rows:
-            handles, labels = axes.get_legend_handles_labels()
-            names |= dict(zip(labels, handles, strict=True))
-        if names:
-            figure.legend(names.values(), names, frameon=False, ncols=2, loc="outside upper center")
+            if axes.get_legend_handles_labels()[1]:  # beside the title
+                axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
         return to_png(figure)
 
 

@@ -23,7 +23,8 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 
     `vismem/`: what VisMem adds to the base; `processor/`; `onnx/`: four graphs, the weights once, `runtime.json`;
     `parity.json`; `README.md`, the model card, with `scores.png`; `lineage.json`; `manifest.json`. Failed parity does
-    not raise: the gate reads it. Raises UserError where metrics, test questions or a model that can be exported are missing.
+    not raise: the gate reads it. Raises UserError where metrics, test questions or a model that can be exported are
+    missing.
     """
     empty_folder(out)
     metrics = Metrics.read(inputs["evaluate"])

@@ -143,7 +143,7 @@ def test_every_question_is_in_the_page_as_each_arm_answered_it_with_what_the_fil
 
 
 def test_a_hostile_question_runs_nothing(predictions: dict[str, list[Prediction]]) -> None:
-    hostile = "</script></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac"
+    hostile = "$\\frac$</script></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
     for arm, answers in predictions.items():
         texts = dict.fromkeys(("task", "question", "reference", "text", "marked_text", "extracted"), hostile)
         predictions[arm] = [dataclasses.replace(answers[0], **texts), *answers[1:]]

@@ -1,7 +1,8 @@
 """Sharing a trained model on the Hugging Face hub: its card, its code for transformers, and the upload."""
 
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vismem.config import DEFAULT_BASE
@@ -9,6 +10,7 @@ from vismem.errors import UserError
 from vismem.files import write_json, write_text
 
 CARD = "README.md"
+PICTURE = re.compile(r'<img src="([\w.-]+)"')  # one beside the card
 NEW_CARD = """---
 library_name: vismem
 pipeline_tag: image-text-to-text
@@ -30,17 +32,21 @@ print(model.answer("photo.png", "what is in the picture?").marked)
 """
 
 
-def read_card(added: Path) -> str | None:
-    """The card of a folder of what VisMem adds, or of the bundle around it."""
+def read_card(added: Path) -> dict[str, bytes]:
+    """The card of a folder of what VisMem adds, or of the bundle around it, and its pictures, by name; of none, {}."""
     folder = added.parent if added.name == "vismem" else added
     card = folder / CARD
-    return card.read_text() if card.is_file() else None
+    if not card.is_file():
+        return {}
+    pictures = [folder / name for name in PICTURE.findall(card.read_text())]
+    return {file.name: file.read_bytes() for file in (card, *pictures) if file.is_file()}
 
 
-def write_card(folder: Path, card: str | None, base: str) -> None:
-    """Write the card, or where there is none, one that says how to load the model."""
+def write_card(folder: Path, card: Mapping[str, bytes], base: str) -> None:
+    """Write the card and its pictures, or where there is none, a card that says how to load the model."""
     named = f"base_model: {base}\n" if base not in (DEFAULT_BASE, "base") else ""
-    (folder / CARD).write_text(card or NEW_CARD.format(base=base, base_model=named))
+    for name, data in (card or {CARD: NEW_CARD.format(base=base, base_model=named).encode()}).items():
+        (folder / name).write_bytes(data)
 
 
 def write_code(folder: Path) -> None:

@@ -10,7 +10,7 @@ import io
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +74,14 @@ class Answer(str):
 class VisMem:
     """A vision-language model with latent vision memory, ready to answer."""
 
-    def __init__(self, model: VisMemModel, base: Base, place: str | Path, card: str | None = None) -> None:
-        """`base` is how the model refers to its base, `place` where that was loaded from; `card`: the model card."""
-        self.model, self.base, self.place, self.card = model, base, place, card
+    def __init__(
+        self, model: VisMemModel, base: Base, place: str | Path, card: Mapping[str, bytes] | None = None
+    ) -> None:
+        """`base` is how the model refers to its base, `place` where that was loaded from.
+
+        `card`: the model card and its pictures, by file name.
+        """
+        self.model, self.base, self.place, self.card = model, base, place, card or {}
         self.scope = Scope.read(Path(place))
 
     @classmethod

@@ -1,23 +1,33 @@
-"""Headline, tables, plots and the report from hand-made predictions."""
+"""Headline, tables, charts and the report from hand-made predictions."""
 
+import base64
+import dataclasses
+import hashlib
 import io
 import math
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from handmade import hand_made, recorded
 from PIL import Image
 from rich.console import Console
 
 from vismem.config import Config
+from vismem.evaluation import report
 from vismem.evaluation.arms import ARMS
 from vismem.evaluation.evaluate import write
-from vismem.evaluation.plots import score_plot
+from vismem.evaluation.plots import Panel, evaluation_charts, score_panels, to_svg, training_panels
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.report import disagreements, examples, mark_memories
 from vismem.evaluation.summary import headline, score_table
 from vismem.records import Difference, Metrics
+
+STEPS = pd.DataFrame({"step": range(4), "loss": [0.4, 0.3, 0.2, 0.1], "reward": 0.5, "kl": 0.0})
+CURVES = {"warm_start": STEPS, "stage2": STEPS.assign(invocations_short=0.2, invocations_long=0.9)}
 
 
 @pytest.fixture
@@ -33,6 +43,29 @@ def metrics(predictions: dict[str, list[Prediction]]) -> Metrics:
 def with_gain(metrics: Metrics, **values: Any) -> Metrics:
     better = Difference(**{"delta": 5.0, "ci95": (2.0, 8.0), "p": 0.0004, **values})
     return metrics.model_copy(update={"gain": {**metrics.gain, "overall": better}})
+
+
+def png(colour: str, side: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def page_of(predictions: dict[str, list[Prediction]], pictures: dict[str, list[bytes]] | None = None) -> str:
+    charts: dict[str, list[Panel]] = {"scores": [], "tasks": []}
+    return report.render(recorded(predictions), predictions, charts, pictures or {}, {}, Config().evaluate)
+
+
+class Elements(HTMLParser):
+    """The elements of a page: tag and attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
 
 
 def test_the_headline_claims_no_more_than_the_interval_and_the_test(metrics: Metrics) -> None:
@@ -57,17 +90,18 @@ def test_the_step_writes_a_page_that_needs_no_network(
 ) -> None:
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "leftover.parquet").write_bytes(b"")
-    write(Config(), tmp_path, predictions, metrics, {"item-1": [b"\x89PNG"]}, {"base model": "hand"})
+    pictures = {"item-1": [b"\x89PNG", png("red")]}
+    charts = evaluation_charts(metrics, predictions, CURVES)
+    write(Config(), tmp_path, predictions, metrics, charts, pictures, {"base model": "hand"})
     page = (tmp_path / "report.html").read_text()
-    assert "http:" not in page
-    assert "https:" not in page
-    assert "<script" not in page
+    assert not re.search(r"""(src|href)=["'](?!#)""", page)
+    assert not re.search(r"url\((?!data:|#)", page)
     assert "&lt;b&gt;?" in page
     assert '<span class="chip short">short-term memory</span>' in page
-    assert 'alt=""' not in page
+    assert "does not decode" in page
     assert "\N{MINUS SIGN}50.0" in page, "a loss has a true minus"
-    assert page.count("data:image/png;base64,") >= 3
     assert headline(metrics) in page
+    assert page.count("<svg") == sum(map(len, charts.values())) == 4 + 3 + 2 + 3
     assert Metrics.read(tmp_path) == metrics
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
@@ -75,7 +109,7 @@ def test_the_step_writes_a_page_that_needs_no_network(
         "scores.json",
         "report.html",
         *(f"predictions/{arm}.parquet" for arm in predictions),
-        *(f"plots/{name}" for name in ("scores.png", "tasks.png", "invocation.png")),
+        *(f"plots/{name}.png" for name in charts),
         *(f"plots/{name}" for name in ("scores.csv", "invocation_position.csv")),
     }
     scores = (tmp_path / "plots" / "scores.csv").read_text().splitlines()
@@ -88,19 +122,96 @@ def test_a_report_needs_no_vismem_arm(tmp_path: Path, predictions: dict[str, lis
     del predictions["vismem"]
     metrics = recorded(predictions)
     assert (metrics.gain, metrics.invocation) == ({}, None)
-    write(Config(), tmp_path, predictions, metrics, {}, {})
+    charts = {name: panels[:1] for name, panels in evaluation_charts(metrics, predictions, {}).items()}
+    write(Config(), tmp_path, predictions, metrics, charts, {}, {})
     assert "Vanilla answers 50.0 %" in (tmp_path / "report.html").read_text()
 
 
-def test_every_arm_has_a_row_of_its_own_in_the_plot_of_scores(predictions: dict[str, list[Prediction]]) -> None:
-    def height(arms: list[str]) -> int:
-        answers = {arm: predictions["vanilla"] for arm in arms}
-        with Image.open(io.BytesIO(score_plot(recorded(answers, resamples=10)))) as image:
-            return image.height
+def test_every_question_is_in_the_page_as_each_arm_answered_it_with_what_the_filters_read(
+    predictions: dict[str, list[Prediction]],
+) -> None:
+    page = page_of(predictions)
+    cards = [attributes for tag, attributes in Elements(page).found if tag == "article"][-8:]
+    assert [card["data-task"] for card in cards] == [answer.task for answer in predictions["vanilla"]]
+    rights = ["".join(str(int(arm[place].score)) for arm in predictions.values()) for place in range(8)]
+    assert [card["data-right"] for card in cards] == rights
+    assert [card["data-memory"] for card in cards] == ["nsn", "nbn", "nsn", "nnn", "nln", *["nnn"] * 3]
+    reordered = dict(reversed(predictions.items()))
+    form = next(attributes for tag, attributes in Elements(page_of(reordered)).found if tag == "form")
+    assert form["data-vanilla"] == "2"
+    assert "hidden" in form, "without JavaScript there are no filters, and all cards are shown"
+
+
+def test_a_hostile_question_runs_nothing(predictions: dict[str, list[Prediction]]) -> None:
+    hostile = "$\\frac$</script></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+    for arm, answers in predictions.items():
+        texts = dict.fromkeys(("task", "question", "reference", "text", "marked_text", "extracted"), hostile)
+        predictions[arm] = [dataclasses.replace(answers[0], **texts), *answers[1:]]
+    metrics = recorded(predictions)
+    provenance = {hostile: hostile}
+    charts = evaluation_charts(metrics, predictions, CURVES)
+    page = report.render(metrics, predictions, charts, {}, provenance, Config().evaluate)
+    elements = Elements(page).found
+    assert [attributes for tag, attributes in elements if tag == "script"] == [{}]
+    assert not [
+        tag for tag, attributes in elements if tag == "img" or any(name.startswith("on") for name in attributes)
+    ]
+    policy = next(str(attributes["content"]) for tag, attributes in elements if "http-equiv" in attributes)
+    script = page.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_a_picture_is_in_the_page_once_and_a_large_one_as_a_thumbnail(
+    predictions: dict[str, list[Prediction]],
+) -> None:
+    small, large = png("red"), png("blue", 600)
+    page = page_of(predictions, {f"item-{place}": [small, large] for place in range(8)})
+    addresses = re.findall(r"url\(data:image/(\w+);base64,([^)]+)\)", page)
+    assert [kind for kind, _ in addresses] == ["png", "jpeg"]
+    assert base64.b64decode(addresses[0][1]) == small
+    with Image.open(io.BytesIO(base64.b64decode(addresses[1][1]))) as image:
+        assert image.size == (168, 168)
+
+
+def test_a_page_of_too_many_answers_shows_some_and_says_so(
+    predictions: dict[str, list[Prediction]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = page_of(predictions)
+    assert "of the 8 questions, drawn at random" not in whole
+    monkeypatch.setattr(report, "LARGEST", 3_000)
+    part = page_of(predictions)
+    shown = part.count("<article") - (whole.count("<article") - 8)
+    assert 0 < shown < 8
+    assert f"{shown} of the 8 questions, drawn at random" in part
+
+
+def test_a_chart_is_the_same_text_every_time_and_has_no_colour_of_its_own(
+    predictions: dict[str, list[Prediction]], metrics: Metrics
+) -> None:
+    """Its colours are the page's, so that it follows the page into the dark."""
+    for panels in evaluation_charts(metrics, predictions, CURVES).values():
+        text = to_svg(panels[-1])
+        assert to_svg(panels[-1]) == text
+        assert re.findall(r"#[0-9a-f]{6}\b", text) == []
+    pictures = {"item-1": [png("red")]}
+    assert page_of(predictions, pictures) == page_of(predictions, pictures)
+
+
+def test_every_arm_has_a_row_of_its_own_in_the_chart_of_scores(predictions: dict[str, list[Prediction]]) -> None:
+    def height(arms: list[str]) -> float:
+        return score_panels(recorded({arm: predictions["vanilla"] for arm in arms}, resamples=10))[0].height
 
     two, twelve, all_arms = height(["vanilla", "vismem"]), height(list(ARMS)[:12]), height(list(ARMS))
-    assert (twelve - two) / 10 == pytest.approx((all_arms - twelve) / (len(ARMS) - 12), abs=1)
+    assert (twelve - two) / 10 == pytest.approx((all_arms - twelve) / (len(ARMS) - 12))
     assert twelve > two
+
+
+def test_training_is_drawn_as_far_as_it_was_recorded() -> None:
+    titles = [panel.title for panel in training_panels(CURVES)]
+    assert titles == ["warm start: loss", "stage II: reward", "stage II: memories per answer"]
+    assert training_panels({}) == []
+    assert training_panels({"stage2": CURVES["stage2"][:0]}) == []
 
 
 def test_as_many_losses_as_wins_are_shown(predictions: dict[str, list[Prediction]]) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,6 +171,21 @@ def test_a_stage_depends_on_the_defaults_that_params_yaml_leaves_out() -> None:
 def test_dvc_yaml_names_code_that_exists() -> None:
     named = {dep for stage in pipeline().values() for dep in stage["deps"] if not dep.startswith("artifacts/")}
     assert [dep for dep in sorted(named) if not (ROOT / dep).exists()] == []
+
+
+def test_the_page_of_dvc_plots_shows_pictures_and_loads_nothing(tmp_path: Path) -> None:
+    from dvc.config import Config as DvcConfig
+    from dvc_render import ImageRenderer, render_html
+
+    plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
+    assert {Path(plot).suffix for plot in plots} == {".png"}, "DVC draws a table with scripts from the network"
+    folder = ROOT / ".dvc"
+    template = folder / DvcConfig(str(folder), validate=False).load_one("repo")["plots"]["html_template"]
+    images = [ImageRenderer([{"rev": "workspace", "src": f"static/{Path(plot).name}"}], plot) for plot in plots]
+    page = Path(render_html(images, tmp_path / "index.html", html_template=template)).read_text()
+    assert sorted(re.findall(r'src="([^"]+)"', page)) == sorted(f"static/{Path(plot).name}" for plot in plots)
+    assert "http" not in page
+    assert "{" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL), "every placeholder is filled"
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)

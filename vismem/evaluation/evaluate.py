@@ -65,7 +65,8 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     pictures = {s.id: (*s.images, *(video.frames[0] for video in s.videos)) for s in samples}
-    write(config, out, predictions, metrics, pictures, sources)
+    charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
+    write(config, out, predictions, metrics, charts, pictures, sources)
     return headline(metrics)
 
 
@@ -158,6 +159,7 @@ def write(
     out: Path,
     predictions: Mapping[str, Sequence[Prediction]],
     metrics: Metrics,
+    charts: Mapping[str, Sequence[plots.Panel]],
     pictures: Mapping[str, Sequence[bytes]],
     sources: Mapping[str, str],
 ) -> None:
@@ -167,7 +169,7 @@ def write(
         write_predictions(answers, out / "predictions" / f"{arm}.parquet")
     metrics.write(out)
     write_json(out / "scores.json", headline_figures(metrics))
-    images = plots.write_plots(metrics, predictions, out / "plots")
+    plots.write_plots(charts, metrics, predictions, out / "plots")
     git = git_state()
     provenance = {
         **sources,
@@ -176,7 +178,7 @@ def write(
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    write_text(out / "report.html", report.render(metrics, predictions, images, pictures, provenance, config.evaluate))
+    write_text(out / "report.html", report.render(metrics, predictions, charts, pictures, provenance, config.evaluate))
 
 
 def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:

@@ -1,60 +1,110 @@
-"""`report.html`: one self-contained page that reads offline, from metrics, predictions and plots."""
+"""`report.html`: one self-contained page that reads offline, from metrics, predictions and charts."""
 
-import base64
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from vismem.config import EvaluateConfig
 from vismem.evaluation.answers import normalise
 from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import is_yes_no
+from vismem.evaluation.plots import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline, p_value
 from vismem.models.kinds import MemoryKind
+from vismem.pages import page_environment, thumbnail
 from vismem.records import OVERALL, VANILLA, VISMEM, Metrics
 
 EXAMPLES = 4  # at most, of wins and of losses
+LARGEST = 10_000_000  # bytes of answers and their pictures in the page; of more, as many as fit are drawn at random
+SCRIPT = Path(__file__).with_name("report.js")
+
+
+class Cards:
+    """Answered questions as HTML. A picture that several questions share is embedded once, as a class of the style."""
+
+    def __init__(self, predictions: Mapping[str, Sequence[Prediction]], pictures: Mapping[str, Sequence[bytes]]):
+        self.environment = page_environment("vismem.evaluation")
+        self.environment.filters |= {f.__name__: f for f in (label, mark_memories, p_value, signed)}
+        self.rules: list[str] = []  # of the style sheet, one per picture
+        self.size = 0  # bytes of all cards and rules so far
+        self._macro = self.environment.get_template("card.html.j2").module.card  # type: ignore[attr-defined]
+        self._predictions, self._pictures = predictions, pictures
+        self._classes: dict[bytes, str] = {}
+
+    def card(self, place: int, arms: Iterable[str]) -> Markup:
+        """The question at `place` as `arms` answered it; its pictures are in `rules` from now on."""
+        answers = {arm: self._predictions[arm][place] for arm in arms}
+        asked = next(iter(answers.values()))
+        classes = [self._class(data) for data in self._pictures.get(asked.id, ())]
+        card = Markup(self._macro(asked, answers, classes, [_memory(answer) for answer in answers.values()]))
+        self.size += len(card.encode())
+        return card
+
+    def _class(self, data: bytes) -> str:
+        """The picture's class; of one that does not decode, none."""
+        if data not in self._classes:
+            address = thumbnail(data)
+            self._classes[data] = f"p{len(self._classes)}" if address else ""
+            self.rules += [f".{self._classes[data]}{{background-image:url({address})}}"] if address else []
+            self.size += len(address or "")
+        return self._classes[data]
 
 
 def render(
     metrics: Metrics,
     predictions: Mapping[str, Sequence[Prediction]],
-    plots: Mapping[str, bytes],
+    charts: Mapping[str, Sequence[Panel]],
     pictures: Mapping[str, Sequence[bytes]],
     provenance: Mapping[str, str],
     settings: EvaluateConfig,
 ) -> str:
-    """The page. `plots`: PNGs by name; `pictures`: a sample's id to its images, at least those of `examples`.
+    """The page. `charts`: panels by name; `pictures`: a sample's id to its images.
 
-    Everything that came from data is escaped; images are embedded.
+    Everything that came from data is escaped; pictures are embedded, as thumbnails.
     """
-    loader = PackageLoader("vismem.evaluation", ".")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)  # a missing figure is a fault
-    environment.filters |= {f.__name__: f for f in (data_uri, label, mark_memories, p_value, signed)}
+    cards = Cards(predictions, pictures)
     wins, losses = disagreements(predictions)
-    shown_wins, shown_losses = examples(wins, losses, metrics.seed)
+    shown_wins, shown_losses = (
+        [cards.card(place, (VISMEM, VANILLA)) for place in places] for places in examples(wins, losses, metrics.seed)
+    )
+    answers = all_answers(cards, metrics.arms, metrics)
     references = [normalise(answer.reference) for answer in predictions[VANILLA] if is_yes_no(answer)]
-    page: str = environment.get_template("report.html.j2").render(
+    page: str = cards.environment.get_template("report.html.j2").render(
         metrics=metrics,
         headline=headline(metrics),
         groups=[OVERALL, *metrics.counts],
         yes_is_right=100 * references.count("yes") / max(len(references), 1),
         arms=[ARMS[arm] for arm in metrics.arms],
         differences=({VISMEM: metrics.gain} if metrics.gain else {}) | metrics.ablations,
-        plots=plots,
-        pictures=pictures,
-        wins=[{arm: predictions[arm][place] for arm in (VISMEM, VANILLA)} for place in shown_wins],
-        losses=[{arm: predictions[arm][place] for arm in (VISMEM, VANILLA)} for place in shown_losses],
+        charts={name: [(panel.words, to_svg(panel)) for panel in panels] for name, panels in charts.items()},
+        wins=shown_wins,
+        losses=shown_losses,
         win_count=len(wins),
         loss_count=len(losses),
+        answers=answers,
+        largest=LARGEST,
+        picture_style=Markup("\n".join(cards.rules)),
         provenance=provenance,
         settings=settings,
+        script=Markup(SCRIPT.read_text()),
     )
     return page
+
+
+def all_answers(cards: Cards, arms: Iterable[str], metrics: Metrics) -> list[Markup]:
+    """A card for every question, in order; where they would be larger than LARGEST, for some drawn at random."""
+    order, shown = list(range(metrics.n)), {}
+    random.Random(metrics.seed).shuffle(order)
+    for place in order:
+        card = cards.card(place, arms)
+        if cards.size > LARGEST:
+            break
+        shown[place] = card
+    return [card for _, card in sorted(shown.items())]
 
 
 def disagreements(predictions: Mapping[str, Sequence[Prediction]]) -> tuple[list[int], list[int]]:
@@ -81,12 +131,12 @@ def mark_memories(marked_text: str) -> Markup:
     return Markup(re.sub(r"\s{2,}", " ", text).strip())
 
 
-def data_uri(image: bytes) -> str:
-    """A PNG or JPEG as an address that holds the image itself."""
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
-
-
 def signed(value: float) -> str:
     """With its sign, a true minus: as wide as a plus."""
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _memory(answer: Prediction) -> str:
+    """The kinds of memory that an answer invoked, as one letter for the page's filter: s, l, b(oth) or n(one)."""
+    kinds = {event.kind for event in answer.invocations}
+    return "b" if len(kinds) > 1 else next(iter(kinds), "none")[0]

@@ -1,8 +1,9 @@
 """The model card: what a bundle is, how good, from what, its limits and how to run it, as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vismem.config import DEFAULT_BASE, Config, GrpoConfig, GrpoStageConfig
@@ -10,13 +11,15 @@ from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import CAPABILITIES
 from vismem.evaluation.summary import headline
 from vismem.models.vismem import VisMemModel
-from vismem.records import OVERALL, Metrics, ParityReport
+from vismem.records import OVERALL, VISMEM, Metrics, ParityReport
+
+PICTURE = "scores.png"  # beside the card
 
 
 def model_card(
     config: Config, model: VisMemModel, metrics: Metrics, parity: ParityReport, lineage: Mapping[str, Any]
 ) -> str:
-    """The card's text. `lineage` is that of `vismem.provenance`.
+    """The card's text, with the metadata that the Hugging Face hub reads. `lineage` is that of `vismem.provenance`.
 
     Raises jinja2.UndefinedError where it lacks a figure that the card shows.
     """
@@ -39,12 +42,16 @@ def model_card(
     size = {name: sum(value.numel() for value in part.parameters()) for name, part in model.named_children()}
     policy = size["tokens"] + (size["policy_lora"] if model.policy_lora.enabled else 0)
     memory = size["builder"] + size["short"] + size["long"]
+    sources = [
+        f"{source.kind} ({path.name})" if (path := getattr(source, "path", None)) else source.kind
+        for source in config.prepare.sources
+    ]
     return environment.get_template("card.md.j2").render(
         base_name="the tiny VLM" if tiny else shown,
-        licence="apache-2.0" if tiny else "other",
+        metadata=_metadata(config.base.model if hub else None, "apache-2.0" if tiny else "other", metrics, sources),
+        picture=PICTURE,
         base_licence="Apache-2.0 (trained by this project)" if tiny else "as published by their authors",
         base=f"`{DEFAULT_BASE}`, a tiny Qwen2.5-VL trained by this project" if tiny else shown,
-        hub_base=config.base.model if hub else "",
         tiny=tiny,
         model=model,
         parameters={
@@ -52,10 +59,7 @@ def model_card(
             "memory": _count(memory),
             "policy": _count(policy),
         },
-        sources=[
-            f"{source.kind} ({path.name})" if (path := getattr(source, "path", None)) else source.kind
-            for source in config.prepare.sources
-        ],
+        sources=sources,
         stages=(_stage(config.stage1, config.grpo), _stage(config.stage2, config.grpo)),
         max_positions=model.backbone.model.config.text_config.max_position_embeddings,
         headline=headline(metrics),
@@ -68,6 +72,35 @@ def model_card(
         parity=parity,
         lineage=lineage,
     )
+
+
+def _metadata(base: str | None, licence: str, metrics: Metrics, sources: Sequence[str]) -> str:
+    """The card's front matter: what the hub lists, finds and ranks a model by. `base`: its hub id, where it has one."""
+    results = [
+        EvalResult(
+            task_type="visual-question-answering",
+            dataset_type=sources[0].split()[0],
+            dataset_name=f"{', '.join(sources)}: {metrics.n} test questions",
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name="accuracy (%)",
+            metric_value=round(metrics.arms[arm][OVERALL], 1),
+        )
+        for arm in metrics.arms
+        if arm == VISMEM
+    ]
+    card = ModelCardData(
+        model_name="VisMem",
+        license=licence,
+        library_name="vismem",
+        pipeline_tag="image-text-to-text",
+        tags=["latent-memory", "visual-question-answering", "onnx"],
+        metrics=["accuracy"],
+        eval_results=results,
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+    )
+    return card.to_yaml()
 
 
 def _stage(stage: GrpoStageConfig, grpo: GrpoConfig) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.evaluation.evaluate import pick
-from vismem.export.card import model_card
+from vismem.evaluation.plots import score_panels, to_sheet
+from vismem.export.card import PICTURE, model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
 from vismem.files import empty_folder, read_json, write_json
@@ -21,8 +22,9 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Write the bundle into `out` and return the step's line.
 
     `vismem/`: what VisMem adds to the base; `processor/`; `onnx/`: four graphs, the weights once, `runtime.json`;
-    `parity.json`; `README.md`: the model card; `lineage.json`; `manifest.json`. Failed parity does not raise: the gate
-    reads it. Raises UserError where metrics, test questions or a model that can be exported are missing.
+    `parity.json`; `README.md`, the model card, with `scores.png`; `lineage.json`; `manifest.json`. Failed parity does
+    not raise: the gate reads it. Raises UserError where metrics, test questions or a model that can be exported are
+    missing.
     """
     empty_folder(out)
     metrics = Metrics.read(inputs["evaluate"])
@@ -40,6 +42,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     parity = check_parity(model, runtime, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
+    (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))
     write_json(out / "lineage.json", origin | {"files": file_hashes(out)})
     write_manifest(out)

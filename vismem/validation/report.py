@@ -1,22 +1,16 @@
 """`report.html` of the step `validate`: one self-contained page that reads offline."""
 
-import base64
-import io
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment
-from PIL import Image
 
 from vismem.config import ValidateConfig
-from vismem.data.fingerprint import SPLITS, examine_image
+from vismem.data.fingerprint import SPLITS
+from vismem.pages import page_environment, thumbnail
 from vismem.validation.facts import read_rows
 from vismem.validation.findings import Findings
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
-THUMBNAIL = 168  # pixels, longest side
 SAMPLES_A_TASK = 2
 TASKS_SHOWN = 24
 QUARANTINED_SHOWN = 50
@@ -29,24 +23,28 @@ def render(findings: Findings, settings: ValidateConfig) -> str:
     shown = list(findings.reasons)[:QUARANTINED_SHOWN]
     bad = _load(findings, findings.rows.loc[shown])
     splits = [_split(split, findings) for split in reversed(SPLITS)]
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
-    return page.render(
-        errors=findings.errors,
-        warnings=findings.warnings,
-        verdicts=findings.verdicts,
-        total=len(findings.rows),
-        clean=len(clean),
-        quarantined=len(findings.reasons),
-        images=len({digest for hashes in clean["image_hashes"] for digest in hashes}),
-        answers=clean["answer"].nunique(),
-        data_sha256=findings.data_sha256,
-        splits=splits,
-        top_share=max((answer["share"] for split in splits for answer in split["answers"]), default=1.0),
-        tasks=_tasks(findings),
-        samples=_samples(findings),
-        bad=[bad[index] | {"reason": findings.reasons[index]} for index in shown],
-        settings=settings,
+    page: str = (
+        page_environment("vismem.validation")
+        .get_template("report.html.j2")
+        .render(
+            errors=findings.errors,
+            warnings=findings.warnings,
+            verdicts=findings.verdicts,
+            total=len(findings.rows),
+            clean=len(clean),
+            quarantined=len(findings.reasons),
+            images=len({digest for hashes in clean["image_hashes"] for digest in hashes}),
+            answers=clean["answer"].nunique(),
+            data_sha256=findings.data_sha256,
+            splits=splits,
+            top_share=max((answer["share"] for split in splits for answer in split["answers"]), default=1.0),
+            tasks=_tasks(findings),
+            samples=_samples(findings),
+            bad=[bad[index] | {"reason": findings.reasons[index]} for index in shown],
+            settings=settings,
+        )
     )
+    return page
 
 
 def _split(split: str, findings: Findings) -> dict[str, Any]:
@@ -93,20 +91,7 @@ def _load(findings: Findings, chosen: pd.DataFrame) -> dict[int, dict[str, Any]]
         shard = findings.shards[int(number)]
         rows = read_rows(shard.path, ours["position"])
         for index, position in ours["position"].items():
-            thumbnails = [_thumbnail(data or b"") for data in (rows[position]["images"] or ())[:4]]
+            thumbnails = [thumbnail(data or b"") for data in (rows[position]["images"] or ())[:4]]
             place = {"split": shard.split, "place": f"{shard.name} row {position}"}
             loaded[int(index)] = rows[position] | {"thumbnails": thumbnails} | place
     return loaded
-
-
-def _thumbnail(data: bytes) -> str | None:
-    """A data URI of a small PNG; None for an image that does not decode."""
-    facts = examine_image(data, max_side=10_000)
-    if facts.fault is not None or max(facts.width, facts.height) > 10_000:
-        return None
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    small.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -2,17 +2,22 @@
 
 import io
 import json
+import re
+import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import onnx
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from pictures import TOKENS
 from PIL import Image
 
 from vismem import VisMem
+from vismem.cli import main
 from vismem.errors import UserError
 from vismem.export.export import export
 from vismem.export.onnx import prompt_parts
@@ -72,6 +77,38 @@ def test_a_bundle_finds_its_base_and_answers_in_torch_as_its_graphs_do(bundle, r
         answer = loaded.answer(sample.images, sample.question, max_new_tokens=TOKENS)
         assert answer == "".join(chunk.text for chunk in chunks).strip()
         assert [memory.kind for memory in answer.invocations] == [c.event for c in chunks if c.memory is not None]
+
+
+def test_the_card_is_one_of_the_hub_and_shows_a_picture_that_goes_with_it(bundle, inputs, tmp_path):
+    VisMem.from_pretrained(bundle).save_pretrained(tmp_path)
+    metrics = json.loads((inputs["evaluate"] / "metrics.json").read_text())
+    for folder in (bundle, tmp_path):
+        card = ModelCard.load(folder / "README.md")
+        assert (card.data.library_name, card.data.pipeline_tag) == ("vismem", "image-text-to-text")
+        (result,) = card.data.eval_results
+        assert result.metric_value == round(metrics["arms"]["vismem"]["overall"], 1)
+        (picture,) = re.findall(r'<img src="([^"]+)"', card.text)
+        with Image.open(folder / picture) as image:
+            assert image.format == "PNG"
+        assert verify_manifest(folder) == []
+
+
+def test_the_card_s_examples_run_as_they_stand(bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("photo.png").write_bytes(tiny.samples(1)[0].images[0])
+    card = (bundle / "README.md").read_text().replace("PATH OF THIS FOLDER", str(bundle))
+    python, without_torch = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    (command,) = re.findall(r"```bash\n(.*?)```", card, flags=re.DOTALL)
+    texts = []
+    for run in (
+        partial(exec, python, {}),
+        partial(main, shlex.split(command.replace("\\\n", " "))[1:]),
+        partial(exec, without_torch, {}),
+    ):
+        run()
+        texts.append(capsys.readouterr().out.strip())
+    assert texts[0] == texts[1] != ""
+    assert texts[2] != ""
 
 
 def test_missing_metrics_are_named(inputs, config, tmp_path):

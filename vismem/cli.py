@@ -83,6 +83,19 @@ def _add_steps(commands: Commands) -> None:
 
 def _add_others(commands: Commands) -> None:
     command = commands.add
+    about = "start with your own questions: check and split them, and write a profile for them"
+    add = command("init", _run_init, about, options=False)
+    add("name", metavar="NAME", help="of the new profile, and of its folder in data/")
+    about = "JSON lines with image (a path beside the file), prompt, answer; may be repeated"
+    add("--data", type=Path, action="append", required=True, metavar="FILE", help=about)
+    add("--test", type=Path, metavar="FILE", help="more such lines, which are the test split as they are")
+    add("--validation", type=Path, metavar="FILE", help="the same for the validation split")
+    add("--images", type=Path, metavar="FOLDER", help="where images' paths start; default: each file's folder")
+    add("--base", metavar="HUB_OR_PATH", help="the model that goes in; default: base.model of the parameters")
+    add("--seed", type=int, metavar="N", help="of the split and of the run; default: that of the parameters")
+    add("--force", action="store_true", help="replace what an earlier `vismem init` wrote under this name")
+    add("--params", type=Path, default=PARAMS, metavar="FILE", help="parameter file (default: %(default)s)")
+
     command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it")
     command("summary", _run_summary, "scores, verdict and an example answer of the last run")
     command("preflight", _run_preflight, "check that a run can complete: secrets, buckets, registry, GPUs")
@@ -170,6 +183,14 @@ def _named_folder(text: str) -> tuple[str, Path]:
     if not folder:
         raise argparse.ArgumentTypeError(f"'{text}' is not STEP=FOLDER")
     return name, Path(folder).absolute()
+
+
+def _run_init(arguments: argparse.Namespace) -> None:
+    from vismem.init import Request, init
+
+    names = ("name", "base", "seed", "images", "test", "validation", "force")
+    given = {name: getattr(arguments, name) for name in names}
+    print(init(arguments.params, Request(data=tuple(arguments.data), **given)))
 
 
 def _run_repro(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,125 @@
+"""What `vismem init` tells: what the rows are, what was left out, what to watch, and what to run next."""
+
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vismem.config import Config
+from vismem.init.bases import Base
+from vismem.init.profile import Setting, counts_of, minutes
+from vismem.init.rows import Row, Rows
+from vismem.init.splits import SHARES, Splits
+
+SHOWN = 5  # rows of a kind that are named
+ENOUGH_TRAIN = 200  # train questions below which a memory learns next to nothing
+
+
+def describe(
+    name: str, rows: Rows, splits: Splits, base: Base, settings: Sequence[Setting], below: Config, wrote: Sequence[Path]
+) -> str:
+    """The text for the terminal. `wrote` are the folder of data and the profile, as seen from where the user stands."""
+    kept = [row for of in splits.rows.values() for row in of]
+    parts = [
+        f"{rows.total} rows: {len(kept)} kept, {len(rows.bad)} bad, {len(rows.duplicates)} asked before, "
+        f"{len(splits.leaks)} left out",
+        *_listed("bad", rows.bad),
+        *_listed("before", rows.duplicates),
+        *_listed("left out", splits.leaks),
+        *([f"  ids        given to {rows.named} rows that had none"] if rows.named else []),
+        f"  images     {_images(kept)}",
+        f"  answers    {_answers(kept)}",
+        f"  splits     {counts_of(splits.rows)}: {_made(splits)}",
+        "",
+        *(f"! {line}" for line in [*_notes(splits, below), *base.cannot_read(kept), *filter(None, [base.unknown])]),
+        "",
+        f"Wrote {wrote[0]}/ and {wrote[1]}, which explains every value.",
+        "",
+        *_next(name, base, settings, len(splits.rows["test"]), below),
+    ]
+    return "\n".join(line for n, line in enumerate(parts) if line or parts[n - 1])
+
+
+def _listed(what: str, lines: Sequence[str]) -> Iterator[str]:
+    if lines:
+        yield f"  {what + ':':<10} {lines[0]}"
+        yield from (f"  {'':<10} {line}" for line in lines[1:SHOWN])
+        if len(lines) > SHOWN:
+            yield f"  {'':<10} and {len(lines) - SHOWN} more; init.json has all"
+
+
+def _images(rows: Sequence[Row]) -> str:
+    sides = Counter(size for row in rows for size in row.sides)
+    pictures = {picture for row in rows for picture in row.pictures}
+    if not sides:
+        return "none"
+    (first, count), *more = sides.most_common()
+    sizes = "{} x {} pixels".format(*first)
+    if more:
+        low, high = ([side(size[n] for size in sides) for n in (0, 1)] for side in (min, max))
+        sizes = f"widths {low[0]} to {high[0]}, heights {low[1]} to {high[1]} pixels; {sizes} {count} times"
+    return f"{len(pictures)} different in {len(rows)} questions, {sizes}"
+
+
+def _answers(rows: Sequence[Row]) -> str:
+    kinds = Counter(_kind(row) for row in rows)
+    answer, count = Counter(row.answer.casefold() for row in rows).most_common(1)[0]
+    listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    return f"{listed}; the most frequent is '{answer}', {count / len(rows):.0%}: always saying it scores as much"
+
+
+def _kind(row: Row) -> str:
+    answer = row.answer.strip()
+    if row.values.get("choices"):
+        return "of several choices"
+    if answer.casefold() in ("yes", "no"):
+        return "yes or no"
+    if re.fullmatch(r"[-+]?\d[\d.,]*", answer):
+        return "numbers"
+    return "single words" if len(answer.split()) == 1 else "of several words"
+
+
+def _made(splits: Splits) -> str:
+    if not splits.made:
+        return "as the data names them; no image is in two"
+    shares = " and ".join(f"{SHARES[split]:.0%} for {split}" for split in splits.made)
+    return f"{shares}, by a hash of the images; no image is in two"
+
+
+def _notes(splits: Splits, below: Config) -> Iterator[str]:
+    test, train, needed = len(splits.rows["test"]), len(splits.rows["train"]), below.gate.min_items
+    if test < needed:
+        yield (
+            f"{test} test questions are too few to show that one model is better than another: the gate asks for "
+            f"{needed} (gate.min_items), and will refuse the model. That is about {needed / SHARES['test']:,.0f} "
+            "questions in all, or a file for --test"
+        )
+    if train < ENOUGH_TRAIN:
+        yield f"{train} train questions are enough to see that all steps work, and too few to learn from"
+    for split, rows in splits.rows.items():
+        answer, count = Counter(row.answer.casefold() for row in rows).most_common(1)[0]
+        if count / len(rows) > below.validate_.max_label_share and len(rows) > 1:
+            yield f"'{answer}' is the answer to {count / len(rows):.0%} of the {split} questions"
+
+
+def _next(name: str, base: Base, settings: Sequence[Setting], test: int, below: Config) -> Iterator[str]:
+    program = _program()
+    if base.small:
+        about = minutes(settings, test, below)
+        yield f"Next, about {about} minute{'s'[: about > 1]} on two CPU cores:"
+    else:
+        yield "Next, on a machine with a GPU (how long it takes there is not known here):"
+    yield f"  {program} repro --profile {name}{'' if base.exports else ' evaluate'}"
+    if base.exports:
+        yield f"  {program} summary --profile {name}"
+    else:
+        yield "  (the ONNX export, and with it serving, knows Qwen2.5-VL only: this run ends with the scores)"
+
+
+def _program() -> str:
+    """How the user called this program: by its path where the shell would not find it."""
+    called = sys.argv[0]
+    found = shutil.which("vismem")
+    return called if Path(called).name == "vismem" and (found is None or not Path(found).samefile(called)) else "vismem"

@@ -17,12 +17,11 @@ from vismem.errors import UserError
 from vismem.files import write_text
 from vismem.init.bases import look_at
 from vismem.init.profile import LARGE, MARK, render_profile, settings_of
-from vismem.init.report import describe
+from vismem.init.report import RECORD, describe
 from vismem.init.rows import File, Row, Rows, read_rows
 from vismem.init.splits import Splits, split_rows
 from vismem.provenance import sha256_file
 
-RECORD = "init.json"  # in data/NAME: where its rows came from
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 
 
@@ -66,7 +65,7 @@ def init(params: Path, request: Request) -> str:
     splits = split_rows(rows.good, seed)
     settings = settings_of(request.name, base, splits.rows, below, _seen_from(rows.images, root), seed)
     command = f"vismem {shlex.join(sys.argv[1:])}" if sys.argv[1:2] == ["init"] else "vismem init"
-    text = render_profile(request.name, command, base, settings, below)
+    text = render_profile(request.name, command, base, settings)
     _write(target, profile, _files(rows, splits, request), text)
     here = Path.cwd()
     wrote = [Path(os.path.relpath(path, here)) for path in (target, profile)]

@@ -105,7 +105,11 @@ def look_at(config: BaseConfig) -> Base:
         settings = _read(config.model, folder, "config.json")
     except OSError as error:
         why = str(error).strip().splitlines()[0]
-        return Base(config.model, small=False, unknown=f"{config.model} could not be looked at ({why})")
+        return Base(
+            config.model,
+            small=False,
+            unknown=f"{config.model} cannot be looked at ({why}): it is taken for a large one",
+        )
     if "vision_config" not in settings:
         raise UserError(f"base.model '{config.model}' has no vision: a vision-language model is needed")
     text = settings.get("text_config", settings)

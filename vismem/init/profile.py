@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from vismem.config import DEFAULT_BASE, Config, Section
+from vismem.config import DEFAULT_BASE, Config
 from vismem.config.data import Split
 from vismem.init.bases import Base
 from vismem.init.rows import Row
@@ -20,7 +20,7 @@ KEPT = 0.95  # of the test rows: what `validate` may set apart at most, see vali
 ROOM = 8  # tokens beyond the longest reference answer
 OWN_WORDS = 128  # tokens that a large base may write before its answer
 STEP_SECONDS = {"stage1.warm_start.steps": 0.3, "stage1.steps": 3.0, "stage2.steps": 1.0}  # tiny VLM, one CPU thread
-ANSWER_SECONDS, START_SECONDS = 0.02, 70.0  # per test question and arm; of all steps together, to start
+ANSWER_SECONDS, START_SECONDS = 0.02, 50.0  # per test question and arm; of all steps together, to start
 
 
 @dataclass(frozen=True)
@@ -101,33 +101,31 @@ def minutes(settings: Sequence[Setting], test: int, config: Config) -> int:
     return max(1, round((START_SECONDS + steps + test * len(config.evaluate.arms) * ANSWER_SECONDS) / 60))
 
 
-def render_profile(name: str, command: str, base: Base, settings: list[Setting], below: Config) -> str:
-    """The profile's text. A value that `below` has already stands there as a comment, so that it can be changed."""
+def render_profile(name: str, command: str, base: Base, settings: Sequence[Setting]) -> str:
+    """The profile's text: above each key what it means, and why it has its value."""
     lines = [
         f"{MARK} for your own data: `vismem repro --profile {name}` runs it in runs/{name}/.",
         *_comment(f"Made by: {command}"),
         *_comment(
-            "It overlays params.yaml. Above each key stands what it means, and why it has this value for your data. A "
-            "key that is commented out has this value anyway; it is here to be changed."
+            "It overlays params.yaml. Above each key stands what it means, then why it has its value for your data. "
+            "Change what you like; what is not here is as in params.yaml."
         ),
     ]
     if not base.small:
-        lines += [*_comment("The paper's settings for large models, written for GPUs."), f"extends: {LARGE}"]
-    known = {setting.key: _find(below, setting.key) for setting in settings}
-    changed = [setting.key for setting in settings if setting.value != known[setting.key][1]]
+        lines += [
+            *_comment("Below it lies the profile with the paper's settings for large models."),
+            f"extends: {LARGE}",
+        ]
     shown = ""
     for setting in settings:
         *place, key = setting.key.split(".")
         for depth in range(len(place)):
             here = ".".join(place[: depth + 1])
             if not f"{shown}.".startswith(f"{here}."):
-                empty = not any(other.startswith(f"{here}.") for other in changed)
-                lines.append(f"{'  ' * depth}{'# ' if empty else ''}{place[depth]}:")
+                lines += ([""] if depth == 0 else []) + [f"{'  ' * depth}{place[depth]}:"]
         shown, indent = ".".join(place), "  " * len(place)
-        about, _ = known[setting.key]
-        lines += [f"{indent}{line}" for line in (*_comment(f"{about}."), *_comment(f"Here: {setting.why}."))]
-        mark = "" if setting.key in changed else "# "
-        lines += [f"{indent}{mark}{line}" for line in _lines(key, setting.value)]
+        explained = [*_comment(_meaning(setting.key)), *_comment(f"Here: {setting.why}.")]
+        lines += [f"{indent}{line}" for line in (*explained, *_lines(key, setting.value))]
     return "\n".join(lines) + "\n"
 
 
@@ -148,14 +146,16 @@ def _flow(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _find(config: Section, key: str) -> tuple[str, Any]:
-    """The description and the value of a dotted key; sources have none to compare with."""
-    value: Any = config
+def _meaning(key: str) -> str:
+    """What a dotted key means, with its unit: its description, or its section's; without the value's source."""
+    section: Any = Config
     about = ""
     for part in key.split("."):
-        field = type(value).by_key()[part]
-        value, about = getattr(value, part), field.description or ""
-    return about.partition(" [")[0], value
+        field = section.by_key()[part]
+        about = field.description or (section.__doc__ or "").splitlines()[0]
+        section = field.annotation
+    meaning = about.partition(" [")[0].rstrip(".")
+    return f"{meaning[0].upper()}{meaning[1:]}."
 
 
 def counts_of(rows: Mapping[Split, list[Row]]) -> str:

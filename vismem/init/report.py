@@ -13,6 +13,7 @@ from vismem.init.profile import Setting, counts_of, minutes
 from vismem.init.rows import Row, Rows
 from vismem.init.splits import SHARES, Splits
 
+RECORD = "init.json"  # in data/NAME: where its rows came from, and all that was left out
 SHOWN = 5  # rows of a kind that are named
 ENOUGH_TRAIN = 200  # train questions below which a memory learns next to nothing
 
@@ -22,12 +23,11 @@ def describe(
 ) -> str:
     """The text for the terminal. `wrote` are the folder of data and the profile, as seen from where the user stands."""
     kept = [row for of in splits.rows.values() for row in of]
+    left_out = {"bad": rows.bad, "asked before": rows.duplicates, "with an image of another split": splits.leaks}
+    counted = [f"{len(lines)} {what}" for what, lines in left_out.items() if lines]
     parts = [
-        f"{rows.total} rows: {len(kept)} kept, {len(rows.bad)} bad, {len(rows.duplicates)} asked before, "
-        f"{len(splits.leaks)} left out",
-        *_listed("bad", rows.bad),
-        *_listed("before", rows.duplicates),
-        *_listed("left out", splits.leaks),
+        f"{rows.total} rows, {len(kept)} good" + "".join(f", {one}" for one in counted),
+        *(line for what, lines in left_out.items() for line in _listed(what, lines)),
         *([f"  ids        given to {rows.named} rows that had none"] if rows.named else []),
         f"  images     {_images(kept)}",
         f"  answers    {_answers(kept)}",
@@ -44,10 +44,10 @@ def describe(
 
 def _listed(what: str, lines: Sequence[str]) -> Iterator[str]:
     if lines:
-        yield f"  {what + ':':<10} {lines[0]}"
-        yield from (f"  {'':<10} {line}" for line in lines[1:SHOWN])
-        if len(lines) > SHOWN:
-            yield f"  {'':<10} and {len(lines) - SHOWN} more; init.json has all"
+        yield f"  {what}:"
+        yield from (f"    {line}" for line in lines[:SHOWN])
+    if len(lines) > SHOWN:
+        yield f"    and {len(lines) - SHOWN} more, all in {RECORD}"
 
 
 def _images(rows: Sequence[Row]) -> str:
@@ -67,7 +67,7 @@ def _answers(rows: Sequence[Row]) -> str:
     kinds = Counter(_kind(row) for row in rows)
     answer, count = Counter(row.answer.casefold() for row in rows).most_common(1)[0]
     listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-    return f"{listed}; the most frequent is '{answer}', {count / len(rows):.0%}: always saying it scores as much"
+    return f"{listed}; '{answer}' is the most frequent, {count / len(rows):.0%}: who always says it scores that"
 
 
 def _kind(row: Row) -> str:

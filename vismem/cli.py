@@ -190,7 +190,7 @@ def _run_init(arguments: argparse.Namespace) -> None:
 
     names = ("name", "base", "seed", "images", "test", "validation", "force")
     given = {name: getattr(arguments, name) for name in names}
-    print(init(arguments.params, Request(data=tuple(arguments.data), **given)))
+    print(init(arguments.params, Request(data=tuple(arguments.data), **given), arguments.caller))
 
 
 def _run_repro(arguments: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     serving = Path(os.environ.get(VARIABLE, DEFAULT_PYTHON))
     if not serving.exists():
         pytest.fail(f"{serving} is missing: run `make serving`")
-    (tmp_path / ".venv").symlink_to(sys.prefix)
+    _environment(tmp_path / ".venv")
     (tmp_path / ".venv-serving").symlink_to(serving.parents[1])
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path.parent / "site"))
     monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path.parent / "global"))
@@ -39,6 +39,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+def _environment(folder: Path) -> None:
+    """A second face of this environment, whose `vismem` has it for its own: it prints paths of the copy."""
+    (folder / "bin").mkdir(parents=True)
+    for file in Path(sys.prefix).iterdir():
+        if file.name != "bin":
+            (folder / file.name).symlink_to(file)
+    for file in Path(sys.prefix, "bin").iterdir():
+        (folder / "bin" / file.name).symlink_to(file)
+    script = folder / "bin" / "vismem"
+    lines = script.read_text().splitlines(keepends=True)
+    script.unlink()
+    script.write_text(f"#!{folder / 'bin' / 'python'}\n" + "".join(lines[1:]))
+    script.chmod(0o755)
 
 
 def blocks() -> Iterator[tuple[str, str]]:

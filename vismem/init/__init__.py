@@ -20,6 +20,7 @@ from vismem.init.profile import LARGE, MARK, render_profile, settings_of
 from vismem.init.report import RECORD, describe
 from vismem.init.rows import File, Row, Rows, read_rows
 from vismem.init.splits import Splits, split_rows
+from vismem.messages import Caller
 from vismem.provenance import sha256_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
@@ -39,13 +40,13 @@ class Request:
     force: bool = False
 
     def files(self) -> list[File]:
-        """Every file that is named."""
-        named: list[tuple[Path | None, Split | None]] = [(path, None) for path in self.data]
-        named += [(self.validation, "validation"), (self.test, "test")]
+        """Every file that is named; what is tested comes first, so that it stays where it is asked twice."""
+        named: list[tuple[Path | None, Split | None]] = [(self.test, "test"), (self.validation, "validation")]
+        named += [(path, None) for path in self.data]
         return [File(path, self.images or path.parent, split) for path, split in named if path is not None]
 
 
-def init(params: Path, request: Request) -> str:
+def init(params: Path, request: Request, caller: Caller) -> str:
     """Write data/NAME/ and deploy/profiles/NAME.yaml beside the parameter file; return what to tell the user.
 
     Both are there whole or not at all, and what is there already is replaced only with `force`, and only where `init`
@@ -57,7 +58,7 @@ def init(params: Path, request: Request) -> str:
     _check_free(request, target, profile)
     base = look_at(config.base.model_copy(update={"model": _base_model(request.base, config, root)}))
     below = config if base.small else load_config(params, LARGE)
-    rows = read_rows(request.files(), config.validate_)
+    rows = read_rows(request.files(), config.validate_, base.doubts)
     if not rows.good:
         named = ", ".join(str(file.path) for file in request.files())
         raise UserError(f"no good row in {named}: {'; '.join(rows.bad[:3]) or 'no rows at all'}")
@@ -67,9 +68,8 @@ def init(params: Path, request: Request) -> str:
     command = f"vismem {shlex.join(sys.argv[1:])}" if sys.argv[1:2] == ["init"] else "vismem init"
     text = render_profile(request.name, command, base, settings)
     _write(target, profile, _files(rows, splits, request), text)
-    here = Path.cwd()
-    wrote = [Path(os.path.relpath(path, here)) for path in (target, profile)]
-    return describe(request.name, rows, splits, base, settings, below, wrote)
+    wrote = [caller.path(path) for path in (target, profile)]
+    return describe(shlex.join(caller.program()), request.name, rows, splits, base, settings, below, wrote)
 
 
 def _check_free(request: Request, target: Path, profile: Path) -> None:

@@ -1,25 +1,29 @@
-"""What a base model takes, from its small files only: its family, its tokenizer, the pictures that it sees unchanged.
+"""What a base model takes, from its small files only: its family, its tokenizer, the pictures and words that it reads.
 
 No weights are read, and nothing of transformers is imported.
 """
 
+import io
 import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from PIL import Image
+
 from vismem.config import BaseConfig
+from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.init.rows import Row
+from vismem.scope import Scope, size_after_resizing
+from vismem.serving.runtime.limits import RequestError
 
 SMALL_WIDTH = 512  # hidden size below which a base trains on a CPU, with the settings of params.yaml
-SMALL_ASPECT = 2.0  # width to height, or height to width, that such a base has learnt; see assets/tiny-vlm/README.md
 CHARS_PER_TOKEN = 3  # of a tokenizer that could not be loaded; few languages need more tokens
 
 
@@ -30,7 +34,8 @@ class Base:
     model: str  # as `base.model` has it
     small: bool  # whether a CPU can train it
     tokenizer: Any = None  # tokenizers.Tokenizer
-    pixels: tuple[int, int] | None = None  # area between which a picture is seen as it is
+    processor: Any = None  # its settings for images, where it is of Qwen's kind
+    scope: Scope | None = None  # what it was trained to read, where it says so
     exports: bool = True  # whether its family can be exported and served
     unknown: str = ""
 
@@ -41,56 +46,35 @@ class Base:
         encoded = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return max(len(one.ids) for one in encoded)
 
-    def cannot_read(self, rows: Sequence[Row]) -> list[str]:
-        """What of the rows the base does not see or know as it is, one sentence each."""
-        return [*self._sizes(rows), *self._aspects(rows), *self._words(rows)]
+    def doubts(self, sample: Sample) -> list[str]:
+        """Why the base's answer to this question would mean nothing, one line each; none where nothing is known."""
+        if self.processor is None:
+            return []
+        images = [Image.open(io.BytesIO(data)) for data in sample.images]
+        try:
+            for image in images:
+                size_after_resizing(image.size, self.processor)
+            return list(self.scope.doubts(images, sample.question, self.processor)) if self.scope else []
+        except RequestError as error:
+            return [str(error)]
 
-    def _sizes(self, rows: Sequence[Row]) -> Iterable[str]:
+    def resized(self, rows: Sequence[Row]) -> Iterator[str]:
+        """How the base sees pictures that are too large or too small for it, one sentence each."""
         sizes = Counter(size for row in rows for size in row.sides)
-        if self.pixels is None or not sizes:
+        if self.processor is None or not sizes:
             return
-        low, high = self.pixels
-        for what, limit, seen, outside in (
-            ("large", high, "shrunk", {size: n for size, n in sizes.items() if math.prod(size) > high}),
-            ("small", low, "enlarged", {size: n for size, n in sizes.items() if math.prod(size) < low}),
+        low, high = self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
+        for what, seen, outside in (
+            ("large", "shrunk", {size: n for size, n in sizes.items() if math.prod(size) > high}),
+            ("small", "enlarged", {size: n for size, n in sizes.items() if math.prod(size) < low}),
         ):
             if outside:
-                width, height = (max if what == "large" else min)(outside, key=math.prod)
-                scale = math.sqrt(limit / (width * height))
+                size = (max if what == "large" else min)(outside, key=math.prod)
+                shown = "{} x {}".format(*size_after_resizing(size, self.processor))
                 yield (
                     f"{sum(outside.values())} of {sizes.total()} images are too {what} for the base, which sees "
-                    f"{low:,} to {high:,} pixels (84 x 84 are 7,056): they are {seen}, one of {width} x {height} to "
-                    f"about {width * scale:.0f} x {height * scale:.0f}"
-                    + ("; what is not to be recognised then is lost: cut out what matters" if what == "large" else "")
+                    f"{low:,} to {high:,} pixels: they are {seen}, one of {size[0]} x {size[1]} to {shown}"
                 )
-
-    def _aspects(self, rows: Sequence[Row]) -> Iterable[str]:
-        if self.small and (long := [s for row in rows for s in row.sides if max(s) > SMALL_ASPECT * min(s)]):
-            width, height = max(long, key=lambda size: max(size) / min(size))
-            total = sum(len(row.sides) for row in rows)
-            yield (
-                f"{len(long)} of {total} images are more than {SMALL_ASPECT:g} times as long on one side as on the "
-                f"other, such as {width} x {height}: the base has learnt none like that"
-            )
-
-    def _words(self, rows: Sequence[Row]) -> Iterable[str]:
-        """Words that a small base has never read: its tokenizer cuts them into pieces."""
-        if not self.small or self.tokenizer is None:
-            return
-        used = Counter(word for row in rows for word in re.findall(r"[^\W\d_]+", f"{row.question} {row.target}"))
-        known = partial(_is_known, self.tokenizer.get_vocab(with_added_tokens=False))
-        strange = [word for word, _ in used.most_common() if not known(word)]
-        if strange:
-            shown = ", ".join(f"'{word}'" for word in strange[:5])
-            yield (
-                f"{len(strange)} of {len(used)} words are not in the base's vocabulary, such as {shown}: it spells "
-                "them and does not know what they mean"
-            )
-
-
-def _is_known(vocabulary: dict[str, int], word: str) -> bool:
-    """Whether a byte-level vocabulary has the word whole, inside a sentence or at its start."""
-    return f"Ġ{word}" in vocabulary or word in vocabulary or len(word) == 1
 
 
 def look_at(config: BaseConfig) -> Base:
@@ -117,7 +101,8 @@ def look_at(config: BaseConfig) -> Base:
         config.model,
         small=text.get("hidden_size", SMALL_WIDTH) < SMALL_WIDTH,
         tokenizer=_tokenizer(config.model, folder),
-        pixels=_pixels(config.model, folder),
+        processor=_processor(config.model, folder),
+        scope=Scope.read(folder) if folder else None,
         exports=settings.get("model_type") == "qwen2_5_vl",
     )
 
@@ -157,16 +142,20 @@ def _tokenizer(model: str, folder: Path | None) -> Any:
         return None
 
 
-def _pixels(model: str, folder: Path | None) -> tuple[int, int] | None:
-    """The bounds of Qwen's processors; other families cut pictures into tiles."""
+def _processor(model: str, folder: Path | None) -> Any:
+    """The settings of a processor of Qwen's kind; other families cut pictures into tiles."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         try:
             values = _read(model, folder, name)
         except OSError:
             continue
         values = values.get("image_processor", values)
-        size = values.get("size", {})
-        bounds = size.get("shortest_edge", values.get("min_pixels")), size.get("longest_edge", values.get("max_pixels"))
-        if "merge_size" in values and None not in bounds:
-            return bounds
+        size = values.get("size") or {}
+        low, high = (
+            size.get(key, values.get(old))
+            for key, old in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
+        )
+        if "merge_size" in values and low and high:
+            bounds = {"shortest_edge": low, "longest_edge": high}
+            return SimpleNamespace(**{"do_resize": True, **values, "size": bounds})
     return None

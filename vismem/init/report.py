@@ -1,11 +1,8 @@
 """What `vismem init` tells: what the rows are, what was left out, what to watch, and what to run next."""
 
 import re
-import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from vismem.config import Config
 from vismem.init.bases import Base
@@ -19,35 +16,54 @@ ENOUGH_TRAIN = 200  # train questions below which a memory learns next to nothin
 
 
 def describe(
-    name: str, rows: Rows, splits: Splits, base: Base, settings: Sequence[Setting], below: Config, wrote: Sequence[Path]
+    program: str,
+    name: str,
+    rows: Rows,
+    splits: Splits,
+    base: Base,
+    settings: Sequence[Setting],
+    below: Config,
+    wrote: Sequence[str],
 ) -> str:
-    """The text for the terminal. `wrote` are the folder of data and the profile, as seen from where the user stands."""
+    """The text for the terminal. `program` is what the user types for `vismem`, `wrote` is where it all is."""
     kept = [row for of in splits.rows.values() for row in of]
     left_out = {"bad": rows.bad, "asked before": rows.duplicates, "with an image of another split": splits.leaks}
     counted = [f"{len(lines)} {what}" for what, lines in left_out.items() if lines]
     parts = [
         f"{rows.total} rows, {len(kept)} good" + "".join(f", {one}" for one in counted),
-        *(line for what, lines in left_out.items() for line in _listed(what, lines)),
-        *([f"  ids        given to {rows.named} rows that had none"] if rows.named else []),
+        *(line for what, lines in left_out.items() for line in _listed(what, lines, f"{wrote[0]}/{RECORD}")),
+        *(
+            [f"  ids        given to {rows.named} {'row' if rows.named == 1 else 'rows'} that had none"]
+            if rows.named
+            else []
+        ),
         f"  images     {_images(kept)}",
         f"  answers    {_answers(kept)}",
         f"  splits     {counts_of(splits.rows)}: {_made(splits)}",
         "",
-        *(f"! {line}" for line in [*_notes(splits, below), *base.cannot_read(kept), *filter(None, [base.unknown])]),
+        *(
+            f"! {line}"
+            for line in [
+                *_notes(splits, below),
+                *_doubts(kept),
+                *base.resized([row for row in kept if not row.doubts]),
+                *filter(None, [base.unknown]),
+            ]
+        ),
         "",
         f"Wrote {wrote[0]}/ and {wrote[1]}, which explains every value.",
         "",
-        *_next(name, base, settings, len(splits.rows["test"]), below),
+        *_next(program, name, base, settings, len(splits.rows["test"]), below),
     ]
     return "\n".join(line for n, line in enumerate(parts) if line or parts[n - 1])
 
 
-def _listed(what: str, lines: Sequence[str]) -> Iterator[str]:
+def _listed(what: str, lines: Sequence[str], record: str) -> Iterator[str]:
     if lines:
         yield f"  {what}:"
         yield from (f"    {line}" for line in lines[:SHOWN])
     if len(lines) > SHOWN:
-        yield f"    and {len(lines) - SHOWN} more, all in {RECORD}"
+        yield f"    and {len(lines) - SHOWN} more, all in {record}"
 
 
 def _images(rows: Sequence[Row]) -> str:
@@ -104,8 +120,14 @@ def _notes(splits: Splits, below: Config) -> Iterator[str]:
             yield f"'{answer}' is the answer to {count / len(rows):.0%} of the {split} questions"
 
 
-def _next(name: str, base: Base, settings: Sequence[Setting], test: int, below: Config) -> Iterator[str]:
-    program = _program()
+def _doubts(rows: Sequence[Row]) -> Iterator[str]:
+    doubted = [row for row in rows if row.doubts]
+    if doubted:
+        first = doubted[0]
+        yield f"{len(doubted)} of {len(rows)} questions the base cannot read. {first.where}: {'; '.join(first.doubts)}"
+
+
+def _next(program: str, name: str, base: Base, settings: Sequence[Setting], test: int, below: Config) -> Iterator[str]:
     if base.small:
         about = minutes(settings, test, below)
         yield f"Next, about {about} minute{'s'[: about > 1]} on two CPU cores:"
@@ -116,10 +138,3 @@ def _next(name: str, base: Base, settings: Sequence[Setting], test: int, below: 
         yield f"  {program} summary --profile {name}"
     else:
         yield "  (the ONNX export, and with it serving, knows Qwen2.5-VL only: this run ends with the scores)"
-
-
-def _program() -> str:
-    """How the user called this program: by its path where the shell would not find it."""
-    called = sys.argv[0]
-    found = shutil.which("vismem")
-    return called if Path(called).name == "vismem" and (found is None or not Path(found).samefile(called)) else "vismem"

@@ -12,6 +12,7 @@ from vismem.data.collate import target_text
 from vismem.data.fingerprint import ImageFacts, image_cache
 from vismem.data.readers import jsonl
 from vismem.data.readers.files import json_object, numbered_lines
+from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.progress import progress
 from vismem.validation.rows import row_faults
@@ -42,6 +43,7 @@ class Row:
     question: str
     answer: str
     target: str  # what the model learns to write: rationale, mark, answer
+    doubts: tuple[str, ...] = ()  # why the base cannot read it
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Rows:
         return len(self.good) + len(self.bad) + len(self.duplicates)
 
 
-def read_rows(files: Sequence[File], settings: ValidateConfig) -> Rows:
-    """Check every row of the files by itself and against those before it.
+def read_rows(files: Sequence[File], settings: ValidateConfig, doubts: Callable[[Sample], Sequence[str]]) -> Rows:
+    """Check every row of the files by itself and against those before it; `doubts` are the base's.
 
     A row is a duplicate where its id, or its question about the same images, was there before. UserError for a file
     that cannot be read; what is wrong with a row is counted.
@@ -76,7 +78,7 @@ def read_rows(files: Sequence[File], settings: ValidateConfig) -> Rows:
             for where, line in numbered_lines(file.path):
                 advance()
                 try:
-                    row, had_id = _row(file, where, line, rows.images, settings, examine)
+                    row, had_id = _row(file, where, line, rows.images, settings, examine, doubts)
                 except UserError as fault:
                     rows.bad.append(str(fault))
                     continue
@@ -100,6 +102,7 @@ def _row(
     images: Path,
     settings: ValidateConfig,
     examine: Callable[[bytes], ImageFacts],
+    doubts: Callable[[Sample], Sequence[str]],
 ) -> tuple[Row, bool]:
     """The row, and whether it had an id. UserError, one line, with what is wrong."""
     values = json_object(line, where, NEEDED)
@@ -121,6 +124,7 @@ def _row(
         question=sample.question,
         answer=sample.answer,
         target=target_text(sample),
+        doubts=tuple(doubts(sample)),
     )
     return replace(row, values={**row.values, "id": sample.id}), had_id
 

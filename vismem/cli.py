@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "repro":
         arguments.parser.refuse(rest)
-    arguments.rest, arguments.caller = rest, Caller(Path.cwd(), getattr(arguments, "profile", None))
+    arguments.rest, arguments.caller = rest, Caller.of(getattr(arguments, "profile", None))
     try:
         status: int | None = arguments.run(arguments)
         sys.stdout.flush()
@@ -201,7 +201,8 @@ def _run_repro(arguments: argparse.Namespace) -> int:
         folder = arguments.params.resolve().parent / RUNS / workspace_name(arguments.profile, settings)
         shown = arguments.caller.path(folder)
         print(f"repro: with --set this run is apart, in {shown}; `cd {shown}` for its summary", file=sys.stderr)
-    return repro(arguments.params, arguments.profile, arguments.rest, settings)
+    with arguments.caller.known():  # the steps name paths as this caller sees them
+        return repro(arguments.params, arguments.profile, arguments.rest, settings)
 
 
 def _run_summary(arguments: argparse.Namespace) -> None:

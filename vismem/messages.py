@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+CALLED_FROM, CALLED_WITH = "VISMEM_CALLED_FROM", "VISMEM_CALLED_WITH"  # variables: a folder and a profile
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # A relative path, after the scheme of a SQLite store also a bare name; not a part of an address or of a longer path.
 _PATH = re.compile(r"(?<![\w/.:~-])(sqlite:///(?=[\w.])|)((?:[\w.~=-]+/)*[\w.~=-]*[\w~=-])")
@@ -20,6 +23,23 @@ class Caller:
 
     folder: Path
     profile: str | None = None
+
+    @classmethod
+    def of(cls, profile: str | None) -> "Caller":
+        """The caller of this process; of a step that `vismem repro` runs in a workspace, the one who called that."""
+        folder, named = os.environ.get(CALLED_FROM), os.environ.get(CALLED_WITH)
+        return cls(Path(folder), named) if folder and named else cls(Path.cwd(), profile)
+
+    @contextmanager
+    def known(self) -> Iterator[None]:
+        """Within the block, the processes that this one starts know who called."""
+        if self.profile:
+            os.environ.update({CALLED_FROM: str(self.folder), CALLED_WITH: self.profile})
+        try:
+            yield
+        finally:
+            for name in (CALLED_FROM, CALLED_WITH):
+                os.environ.pop(name, None)
 
     def explain(self, error: Exception) -> str:
         """The error in one line."""

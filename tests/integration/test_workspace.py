@@ -16,6 +16,7 @@ from PIL import Image
 
 from vismem.cli import main
 from vismem.config import parse_config
+from vismem.messages import Caller
 from vismem.params_file import render_params
 from vismem.workspace import make_workspace, rebase, workspace_name
 
@@ -149,6 +150,20 @@ def test_a_profile_s_run_is_repeated_for_a_changed_code_or_data_file_and_for_not
     (root / "data" / "mine.jsonl").write_text("{}\n")
     repro("--profile", "toy", "--quiet")
     assert (runs(toy), runs(root)) == (3, 0)
+
+
+def test_a_step_of_a_profile_s_run_names_paths_as_the_caller_sees_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fails = f"{sys.executable} -m vismem.cli stage1"
+    (root / "dvc.yaml").write_text(PIPELINE.replace("mkdir -p", f"{fails} || mkdir -p"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (root / "deploy" / "there").mkdir()
+    monkeypatch.chdir(root / "deploy" / "there")
+    repro("--params", "../../params.yaml", "--profile", "toy", "--quiet")
+    said = "../../runs/toy/artifacts/base is not there: run `vismem base --profile toy`"
+    assert said in capfd.readouterr().err
+    assert Caller.of(None) == Caller(root / "deploy" / "there"), "and no longer, once it has ended"
 
 
 def test_a_failing_stage_gives_a_status_and_keeps_the_last_good_output(root: Path) -> None:

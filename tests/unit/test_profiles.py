@@ -9,10 +9,12 @@ import yaml
 
 from vismem.config import SOURCES, Config, load_config
 from vismem.evaluation.arms import resolve_arms
+from vismem.init.profile import MARK
 from vismem.models.backbones import FAMILIES
 
 ROOT = Path(__file__).parents[2]
-FILES = {path.stem: path for path in sorted((ROOT / "deploy" / "profiles").glob("*.yaml"))}
+ALL = {path.stem: path for path in sorted((ROOT / "deploy" / "profiles").glob("*.yaml"))}
+FILES = {name: path for name, path in ALL.items() if not path.read_text().startswith(MARK)}  # not a user's own
 PAPER = {
     "internvl3_5_8b": ("OpenGVLab/InternVL3_5-8B-HF", "internvl"),
     "llava_onevision_7b": ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision"),

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and arguments.command != "repro":
         arguments.parser.refuse(rest)
     arguments.rest, arguments.root = rest, parser
-    arguments.caller = Caller(Path.cwd(), getattr(arguments, "profile", None))
+    arguments.caller = Caller.of(getattr(arguments, "profile", None))
     try:
         status: int | None = arguments.run(arguments)
         sys.stdout.flush()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vismem.cli.options import enter
 from vismem.cli.parser import Commands, sentence
+from vismem.config import PARAMS_FILE
 from vismem.errors import UserError
 from vismem.launch import LaunchConfig, launch_step
 from vismem.ranks import is_main_rank
@@ -17,6 +18,19 @@ from vismem.workspace import RUNS, repro, workspace_name
 def add_commands(commands: Commands) -> None:
     """The whole pipeline, and what people do before and after it."""
     command = commands.group("Run")
+    about = "start with your own questions: check and split them, and write a profile for them"
+    add = command("init", _run_init, about, options=False)
+    add("name", metavar="NAME", help="of the new profile, and of its folder in data/")
+    about = "JSON lines with image (a path beside the file), prompt, answer; may be repeated"
+    add("--data", type=Path, action="append", required=True, metavar="FILE", help=about)
+    add("--test", type=Path, metavar="FILE", help="more such lines, which are the test split as they are")
+    add("--validation", type=Path, metavar="FILE", help="the same for the validation split")
+    add("--images", type=Path, metavar="FOLDER", help="where images' paths start; default: each file's folder")
+    add("--base", metavar="HUB_OR_PATH", help="the model that goes in; default: base.model of the parameters")
+    add("--seed", type=int, metavar="N", help="of the split and of the run; default: that of the parameters")
+    add("--force", action="store_true", help="replace what an earlier `vismem init` wrote under this name")
+    add("--params", type=Path, default=PARAMS_FILE, metavar="FILE", help="parameter file (default: %(default)s)")
+
     command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it", outputs=True)
     command("summary", _run_summary, "scores, verdict and an example answer of the last run", outputs=True)
     about = "check that a run can complete: secrets, buckets, registry, GPUs"
@@ -72,11 +86,20 @@ def _named_folder(text: str) -> tuple[str, Path]:
     return name, Path(folder).absolute()
 
 
+def _run_init(arguments: argparse.Namespace) -> None:
+    from vismem.init import Request, init
+
+    names = ("name", "base", "seed", "images", "test", "validation", "force")
+    given = {name: getattr(arguments, name) for name in names}
+    print(init(arguments.params, Request(data=tuple(arguments.data), **given), arguments.caller))
+
+
 def _run_repro(arguments: argparse.Namespace) -> int:
     if arguments.artifacts is not None:
         raise UserError("--artifacts does not go with repro: dvc.yaml says where its outputs are")
     settings = dict(arguments.settings)
-    status = repro(arguments.params, arguments.profile, arguments.rest, settings)
+    with arguments.caller.known():  # the steps name paths as this caller sees them
+        status = repro(arguments.params, arguments.profile, arguments.rest, settings)
     if settings:
         folder = arguments.params.resolve().parent / RUNS / workspace_name(arguments.profile, settings)
         place = shlex.quote(arguments.caller.path(folder))

@@ -39,6 +39,7 @@ class JsonlSource(Section):
 
     kind: Literal["jsonl"]
     path: Path = Field(description="the .jsonl file")
+    images: Path | None = Field(None, description="the folder that images' paths start at; null: the file's")
     split: Split
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 

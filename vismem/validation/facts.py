@@ -106,12 +106,13 @@ def _shard_facts(shard: Shard, number: int, max_side: int, advance: Callable[[in
     position = 0
     for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=BATCH, use_threads=False):
         for row in batch.to_pylist():
-            yield {"split": shard.split, "shard": number, "position": position} | _row_facts(row, examine)
+            yield {"split": shard.split, "shard": number, "position": position} | row_facts(row, examine)
             position += 1
         advance(batch.num_rows)
 
 
-def _row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -> dict[str, Any]:
+def row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -> dict[str, Any]:
+    """The facts that a row of `SCHEMA` has by itself, whatever the other rows are; see `collect_facts`."""
     images = [examine(data or b"") for data in row["images"] or ()]
     videos = [[examine(data or b"") for data in video["frames"] or ()] for video in row["videos"] or ()]
     every = [*images, *(facts for frames in videos for facts in frames)]

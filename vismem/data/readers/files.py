@@ -26,18 +26,27 @@ def inside(folder: Path, path: Path, where: str) -> Path:
 
 
 def json_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place and object; blank lines are skipped. An entry of `needed` is a key, or "KEY or KEY".
+    """Each line's place and object; blank lines are skipped. UserError as from `json_object`."""
+    for where, line in numbered_lines(path):
+        yield where, json_object(line, where, needed)
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each line's place, such as "train.jsonl, line 3", and bytes; blank lines are skipped."""
+    with path.open("rb") as lines:
+        yield from ((f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def json_object(line: bytes, where: str, needed: Sequence[str]) -> dict[str, Any]:
+    """The object in one line. An entry of `needed` is a key, or "KEY or KEY".
 
     UserError, naming the line, for text that is not UTF-8, broken JSON, what is no object, and missing keys.
     """
-    with path.open("rb") as lines:
-        for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)):
-            if line.strip():
-                row = _object(line, where)
-                if missing := [keys for keys in needed if not row.keys() & set(keys.split(" or "))]:
-                    there = _names(row) or "no keys"
-                    raise UserError(f"{where}: no {_names(missing)}; the line has {there}. Needed: {', '.join(needed)}")
-                yield where, row
+    row = _object(line, where)
+    if missing := [keys for keys in needed if not row.keys() & set(keys.split(" or "))]:
+        there = _names(row) or "no keys"
+        raise UserError(f"{where}: no {_names(missing)}; the line has {there}. Needed: {', '.join(needed)}")
+    return row
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Your own questions as JSON lines: one object per line, images as paths inside the file's folder.
+"""Your own questions as JSON lines: one object per line, images as paths inside the file's folder, or the source's.
 
 Needed: `id`, `image` or `images` or `videos`, `prompt`, `answer`. Optional: `choices`, `rationale`, `task`,
 `capability`. Other keys are ignored. Bytes are taken as they are: whether they decode is for `validate` to judge.
@@ -23,27 +23,32 @@ NEEDED = ("id", "image or images or videos", "prompt", "answer")
 def read(source: JsonlSource) -> Iterator[Sample]:
     """Yield the file's questions in order.
 
-    Raises UserError, naming file and line, for a missing file or image, an image outside the file's folder,
+    Raises UserError, naming file and line, for a missing file or image, an image outside the folder of images,
     broken JSON, and a missing or mistyped key.
     """
-    path = source.path
+    path, folder = source.path, source.images or source.path.parent
     if not path.is_file():
         raise UserError(f"no JSONL file {path}: check `path` in prepare.sources (paths start at the working folder)")
     for where, row in json_lines(path, NEEDED):
-        capability, known = row.get("capability", Capability.UNDERSTANDING), [str(known) for known in Capability]
-        _require(capability in known, where, f"'capability' must be one of {', '.join(known)}", capability)
-        yield Sample(
-            id=_text(row, "id", where),
-            images=tuple(_image(path.parent, name, where) for name in _image_names(row, where)),
-            question=_text(row, "prompt", where),
-            answer=_text(row, "answer", where),
-            choices=tuple(_list(row, "choices", where)),
-            rationale=_text(row, "rationale", where),
-            task=_text(row, "task", where) or "vqa",
-            capability=Capability(capability),
-            source=f"jsonl:{path.name}",
-            videos=tuple(_video(value, path.parent, where) for value in _list(row, "videos", where, dict)),
-        )
+        yield sample_of(row, folder, where, f"jsonl:{path.name}")
+
+
+def sample_of(row: dict[str, Any], folder: Path, where: str, source: str) -> Sample:
+    """The sample that one line's object describes; its images are in `folder`. UserError as from `read`."""
+    capability, known = row.get("capability", Capability.UNDERSTANDING), [str(known) for known in Capability]
+    _require(capability in known, where, f"'capability' must be one of {', '.join(known)}", capability)
+    return Sample(
+        id=_text(row, "id", where),
+        images=tuple(_image(folder, name, where) for name in _image_names(row, where)),
+        question=_text(row, "prompt", where),
+        answer=_text(row, "answer", where),
+        choices=tuple(_list(row, "choices", where)),
+        rationale=_text(row, "rationale", where),
+        task=_text(row, "task", where) or "vqa",
+        capability=Capability(capability),
+        source=source,
+        videos=tuple(_video(value, folder, where) for value in _list(row, "videos", where, dict)),
+    )
 
 
 def _image_names(row: dict[str, Any], where: str) -> list[str]:
@@ -73,7 +78,7 @@ def _video(value: dict[str, Any], folder: Path, where: str) -> Video:
 def _image(folder: Path, name: str | Path, where: str) -> bytes:
     file = inside(folder, folder / name, where)
     if not file.is_file():
-        raise UserError(f"{where}: no image file {folder / name}: paths are relative to the folder of the .jsonl file")
+        raise UserError(f"{where}: no image file {folder / name}: its path starts at {folder}")
     return file.read_bytes()
 
 

@@ -1,0 +1,161 @@
+"""What a base model takes, from its small files only: its family, its tokenizer, the pictures and words that it reads.
+
+No weights are read, and nothing of transformers is imported.
+"""
+
+import io
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from PIL import Image
+
+from vismem.config import BaseConfig
+from vismem.data.sample import Sample
+from vismem.errors import UserError
+from vismem.files import read_json
+from vismem.init.rows import Row
+from vismem.scope import Scope, size_after_resizing
+from vismem.serving.runtime.limits import RequestError
+
+SMALL_WIDTH = 512  # hidden size below which a base trains on a CPU, with the settings of params.yaml
+CHARS_PER_TOKEN = 3  # of a tokenizer that could not be loaded; few languages need more tokens
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of the model that goes in. `unknown` says why the rest is not; empty where it is."""
+
+    model: str  # as `base.model` has it
+    small: bool  # whether a CPU can train it
+    tokenizer: Any = None  # tokenizers.Tokenizer
+    processor: Any = None  # its settings for images, where it is of Qwen's kind
+    scope: Scope | None = None  # what it was trained to read, where it says so
+    exports: bool = True  # whether its family can be exported and served
+    unknown: str = ""
+
+    def longest(self, texts: Iterable[str]) -> int:
+        """How many tokens the longest text has; without a tokenizer a guess that is rather too high."""
+        if self.tokenizer is None:
+            return max(len(text) // CHARS_PER_TOKEN + 1 for text in texts)
+        encoded = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return max(len(one.ids) for one in encoded)
+
+    def doubts(self, sample: Sample) -> list[str]:
+        """Why the base's answer to this question would mean nothing, one line each; none where nothing is known."""
+        if self.processor is None:
+            return []
+        images = [Image.open(io.BytesIO(data)) for data in sample.images]
+        try:
+            for image in images:
+                size_after_resizing(image.size, self.processor)
+            return list(self.scope.doubts(images, sample.question, self.processor)) if self.scope else []
+        except RequestError as error:
+            return [str(error)]
+
+    def resized(self, rows: Sequence[Row]) -> Iterator[str]:
+        """How the base sees pictures that are too large or too small for it, one sentence each."""
+        sizes = Counter(size for row in rows for size in row.sides)
+        if self.processor is None or not sizes:
+            return
+        low, high = self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
+        for what, seen, outside in (
+            ("large", "shrunk", {size: n for size, n in sizes.items() if math.prod(size) > high}),
+            ("small", "enlarged", {size: n for size, n in sizes.items() if math.prod(size) < low}),
+        ):
+            if outside:
+                size = (max if what == "large" else min)(outside, key=math.prod)
+                shown = "{} x {}".format(*size_after_resizing(size, self.processor))
+                yield (
+                    f"{sum(outside.values())} of {sizes.total()} images are too {what} for the base, which sees "
+                    f"{low:,} to {high:,} pixels: they are {seen}, one of {size[0]} x {size[1]} to {shown}"
+                )
+
+
+def look_at(config: BaseConfig) -> Base:
+    """What is known of `base.model`, a folder or a hub id. UserError for what is no vision-language model.
+
+    A hub that cannot be reached is no error: the model is then taken for a large one.
+    """
+    folder = config.folder()
+    if folder is None and Path(config.model).is_absolute():
+        raise UserError(f"no folder {config.model}: --base takes a model's folder or a hub id")
+    try:
+        settings = _read(config.model, folder, "config.json")
+    except OSError as error:
+        why = str(error).strip().splitlines()[0]
+        return Base(
+            config.model,
+            small=False,
+            unknown=f"{config.model} cannot be looked at ({why}): it is taken for a large one",
+        )
+    if "vision_config" not in settings:
+        raise UserError(f"base.model '{config.model}' has no vision: a vision-language model is needed")
+    text = settings.get("text_config", settings)
+    return Base(
+        config.model,
+        small=text.get("hidden_size", SMALL_WIDTH) < SMALL_WIDTH,
+        tokenizer=_tokenizer(config.model, folder),
+        processor=_processor(config.model, folder),
+        scope=Scope.read(folder) if folder else None,
+        exports=settings.get("model_type") == "qwen2_5_vl",
+    )
+
+
+def _file(model: str, folder: Path | None, name: str) -> Path:
+    """A small file of the model; OSError where it is not to be had."""
+    if folder is not None:
+        if (folder / name).is_file():
+            return folder / name
+        raise FileNotFoundError(f"{folder} has no {name}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns at each of its tries
+    try:
+        return Path(hf_hub_download(model, name))
+    except (HFValidationError, RepositoryNotFoundError):
+        raise UserError(
+            f"no folder '{model}', and no model of that name on the hub (or it asks for a login: `hf auth login`): "
+            "--base takes a model's folder or a hub id"
+        ) from None
+    except HfHubHTTPError as error:  # no such file, or no access to it
+        raise OSError(str(error)) from None
+
+
+def _read(model: str, folder: Path | None, name: str) -> dict[str, Any]:
+    values: dict[str, Any] = read_json(_file(model, folder, name))
+    return values
+
+
+def _tokenizer(model: str, folder: Path | None) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(_file(model, folder, "tokenizer.json")))
+    except OSError:
+        return None
+
+
+def _processor(model: str, folder: Path | None) -> Any:
+    """The settings of a processor of Qwen's kind; other families cut pictures into tiles."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        try:
+            values = _read(model, folder, name)
+        except OSError:
+            continue
+        values = values.get("image_processor", values)
+        size = values.get("size") or {}
+        low, high = (
+            size.get(key, values.get(old))
+            for key, old in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
+        )
+        if "merge_size" in values and low and high:
+            bounds = {"shortest_edge": low, "longest_edge": high}
+            return SimpleNamespace(**{"do_resize": True, **values, "size": bounds})
+    return None

@@ -1,0 +1,167 @@
+"""The rows of a user's files, checked one by one: what is good, and what is wrong with the others."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vismem.config import ValidateConfig
+from vismem.config.data import Split
+from vismem.data.collate import target_text
+from vismem.data.fingerprint import ImageFacts, image_cache
+from vismem.data.readers import jsonl
+from vismem.data.readers.files import json_object, numbered_lines
+from vismem.data.sample import Sample
+from vismem.errors import UserError
+from vismem.progress import progress
+from vismem.validation.rows import row_faults
+
+NEEDED = tuple(key for key in jsonl.NEEDED if key != "id")  # a missing id is given
+SPLITS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the user's, the folder of its images, and the split that all of its rows are for."""
+
+    path: Path
+    images: Path
+    split: Split | None = None  # None: rows say it, or it is chosen
+
+
+@dataclass(frozen=True)
+class Row:
+    """A good row."""
+
+    where: str  # "train.jsonl, line 3", the path as the user gave it
+    values: dict[str, Any]  # as it will be written: the user's keys, an id, paths from the common folder of images
+    split: Split | None
+    pictures: tuple[bytes, ...]  # by their pixels, hashes
+    group: str | None  # what must not be parted besides: the row's key `group`
+    sides: tuple[tuple[int, int], ...]  # width and height of each image and frame, pixels
+    question: str
+    answer: str
+    target: str  # what the model learns to write: rationale, mark, answer
+    doubts: tuple[str, ...] = ()  # why the base cannot read it
+
+
+@dataclass
+class Rows:
+    """What the files hold."""
+
+    images: Path  # the folder that the paths in `good` start at
+    good: list[Row] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)  # one line each: where and what
+    duplicates: list[str] = field(default_factory=list)
+    named: int = 0  # rows that got an id
+
+    @property
+    def total(self) -> int:
+        """Every row that is not blank."""
+        return len(self.good) + len(self.bad) + len(self.duplicates)
+
+
+def read_rows(files: Sequence[File], settings: ValidateConfig, doubts: Callable[[Sample], Sequence[str]]) -> Rows:
+    """Check every row of the files by itself and against those before it; `doubts` are the base's.
+
+    A row is a duplicate where its id, or its question about the same images, was there before. UserError for a file
+    that cannot be read; what is wrong with a row is counted.
+    """
+    for file in files:
+        _require_file(file.path)
+    rows = Rows(Path(os.path.commonpath([file.images.absolute() for file in files])))
+    examine = image_cache(settings.max_pixels)
+    ids, asked = dict[str, str](), dict[tuple[object, ...], Row]()
+    with progress("check rows") as advance:
+        for file in files:
+            for where, line in numbered_lines(file.path):
+                advance()
+                try:
+                    row, had_id = _row(file, where, line, rows.images, settings, examine, doubts)
+                except UserError as fault:
+                    rows.bad.append(str(fault))
+                    continue
+                key = (row.pictures, " ".join(row.question.split()))
+                if first := ids.get(row.values["id"]):
+                    rows.duplicates.append(f"{where}: the id '{row.values['id']}' is that of {first}")
+                elif before := asked.get(key):
+                    other = "" if before.answer == row.answer else f", with another answer ('{before.answer}')"
+                    rows.duplicates.append(f"{where}: the same question about the same images as {before.where}{other}")
+                else:
+                    ids[row.values["id"]], asked[key] = where, row
+                    rows.good.append(row)
+                    rows.named += not had_id
+    return rows
+
+
+def _row(
+    file: File,
+    where: str,
+    line: bytes,
+    images: Path,
+    settings: ValidateConfig,
+    examine: Callable[[bytes], ImageFacts],
+    doubts: Callable[[Sample], Sequence[str]],
+) -> tuple[Row, bool]:
+    """The row, and whether it had an id. UserError, one line, with what is wrong."""
+    values = json_object(line, where, NEEDED)
+    had_id = str(values.get("id") or "").strip() != ""
+    if not had_id:
+        values["id"] = _new_id(file.path.absolute(), images, where)
+    sample = jsonl.sample_of(values, file.images, where, file.path.name)
+    faults, facts = row_faults(sample, settings, examine)
+    if faults:
+        raise UserError(f"{where}: {'; '.join(faults)}")
+    seen = [examine(data) for data in (*sample.images, *(frame for video in sample.videos for frame in video.frames))]
+    row = Row(
+        where=where,
+        values=_moved(values, Path(os.path.relpath(file.images.absolute(), images))),
+        split=file.split or _split(values, where),
+        pictures=facts["image_hashes"],
+        group=None if values.get("group") is None else str(values["group"]),
+        sides=tuple((facts.width, facts.height) for facts in seen),
+        question=sample.question,
+        answer=sample.answer,
+        target=target_text(sample),
+        doubts=tuple(doubts(sample)),
+    )
+    return replace(row, values={**row.values, "id": sample.id}), had_id
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        there = ", ".join(sorted(file.name for file in path.glob("*.jsonl"))[:5]) or "no .jsonl file"
+        hint = "; a benchmark's .tsv is a source of its own, see data/README.md" if any(path.glob("*.tsv")) else ""
+        raise UserError(f"{path} is a folder: name the .jsonl file in it; it has {there}{hint}")
+    if path.suffix == ".tsv":
+        raise UserError(f"{path} is a table: `vismem init` takes JSON lines; for VLMEvalKit's files see data/README.md")
+    if not path.is_file():
+        raise UserError(f"no file {path}: one JSON object per line is needed, see data/README.md")
+
+
+def _new_id(path: Path, images: Path, where: str) -> str:
+    """An id from the file's name and the line, with its folder where files come from several."""
+    name = path.relative_to(images) if path.is_relative_to(images) else Path(path.name)
+    return "-".join((*name.with_suffix("").parts, where.rpartition(" ")[2]))
+
+
+def _split(values: dict[str, Any], where: str) -> Split | None:
+    name = values.get("split")
+    if name is None:
+        return None
+    if name not in SPLITS:
+        raise UserError(f"{where}: 'split' must be one of {', '.join(SPLITS)}, got {name!r}")
+    return SPLITS[name]  # type: ignore[return-value]
+
+
+def _moved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The row with its paths, meant from `folder`, as seen from the folder above; absolute ones stay."""
+
+    def move(value: Any) -> Any:
+        return [move(item) for item in value] if isinstance(value, list) else (folder / value).as_posix()
+
+    moved = {key: move(value) if key in ("image", "images") and value else value for key, value in values.items()}
+    if values.get("videos"):
+        moved["videos"] = [{**video, "frames": move(video["frames"])} for video in values["videos"]]
+    return moved

@@ -9,7 +9,12 @@ from pathlib import Path
 from vismem.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SAID = ("No space left on device", "Disk quota exceeded", "File too large", "disk is full")  # by libraries in C and Rust
+SAID = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "disk is full",
+)  # by libraries in C and Rust
 
 
 @contextmanager

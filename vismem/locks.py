@@ -83,7 +83,9 @@ def _holder(file: Path) -> str:
             "wait for it or end it, then start again"
         )
     where, kill = ("", f"`kill {pid}`") if here else (f" on {host}", f"`kill {pid}` there")
-    return f" by process {pid}{where} since {time.strftime('%Y-%m-%d %H:%M:%S', since)}: wait for it, or end it ({kill})"
+    return (
+        f" by process {pid}{where} since {time.strftime('%Y-%m-%d %H:%M:%S', since)}: wait for it, or end it ({kill})"
+    )
 
 
 def _alive(pid: int) -> bool:

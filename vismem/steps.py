@@ -144,7 +144,9 @@ def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pa
     if is_rank() and name not in SHARED:
         raise UserError(f"'{name}' runs in one process, not under torchrun. Shared: {', '.join(SHARED)}")
     folders = input_folders(name, artifacts, inputs)
-    with _output_folder(name, config, artifacts, folders) if main else nullcontext(artifacts / f"{name}.partial") as out:
+    with (
+        _output_folder(name, config, artifacts, folders) if main else nullcontext(artifacts / f"{name}.partial") as out
+    ):
         ranks.wait()
         line = BY_NAME[name].load()(config, folders, out)
         ranks.wait()

@@ -20,7 +20,17 @@ from vismem.errors import UserError
 from vismem.steps import STEPS, Step, run_step
 
 ROOT = Path(__file__).parents[2]
-SHARED = ("disk", "errors", "files", "locks", "progress", "provenance", "ranks", "records", "steps")  # no change in what a step computes
+SHARED = (
+    "disk",
+    "errors",
+    "files",
+    "locks",
+    "progress",
+    "provenance",
+    "ranks",
+    "records",
+    "steps",
+)  # no change in what a step computes
 CONTRACT = ("vismem/__init__.py", "vismem/config/*.py", *(f"vismem/{name}.py" for name in SHARED))
 
 # --- steps for these tests, loaded by name as the real ones are -------------------------------------------------------

@@ -11,6 +11,7 @@ from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
 from vismem.files import empty_folder, read_json, write_json
 from vismem.models.vismem import VisMemModel
+from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
 from vismem.serving.runtime.runtime import Runtime
@@ -37,7 +38,8 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         shutil.copy(curve, out / "training")
     write_graphs(model, out / "onnx", config.export.opset)
     runtime, tokens = Runtime(out, verified=True), config.evaluate.max_new_tokens
-    parity = check_parity(model, runtime, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
+    with progress("export: parity with torch"):
+        parity = check_parity(model, runtime, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))

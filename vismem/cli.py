@@ -19,7 +19,7 @@ from vismem.params_file import render_params
 from vismem.parser import Commands, Parser, Version, describe, setting
 from vismem.ranks import is_main_rank
 from vismem.steps import BASELINES, SHARED, STEPS
-from vismem.workspace import RUNS, make_workspace, rebase, repro, workspace_name
+from vismem.workspace import RUNS, make_workspace, rebase, workspace_name
 
 PARAMS = Path("params.yaml")
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
@@ -175,6 +175,8 @@ def _named_folder(text: str) -> tuple[str, Path]:
 def _run_repro(arguments: argparse.Namespace) -> int:
     if arguments.artifacts is not None:
         raise UserError("--artifacts does not go with repro: dvc.yaml says where its outputs are")
+    from vismem.repro import repro
+
     settings = dict(arguments.settings)
     if settings:
         folder = arguments.params.resolve().parent / RUNS / workspace_name(arguments.profile, settings)

@@ -107,7 +107,7 @@ class Display:
 
     def __init__(self, config: Config, *, quiet: bool, whole: bool) -> None:
         self.config, self.whole = config, whole
-        self.steps = list(yaml.safe_load(Path("dvc.yaml").read_text())["stages"])
+        self.steps = _step_names(Path("dvc.yaml"))
         self.times, self.live = Times(PLACE / "seconds.json", config), LiveRun(Path("artifacts"))
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.step, self.began, self.ran = "", time.monotonic(), 0
@@ -201,6 +201,14 @@ def _no_orphans() -> Iterator[None]:
                 step.terminate()
         psutil.wait_procs(steps, timeout=10)
         raise
+
+
+def _step_names(file: Path) -> list[str]:
+    """The pipeline's steps in order; of a file that is broken, none: DVC says what is wrong with it."""
+    try:
+        return list(yaml.safe_load(file.read_text())["stages"])
+    except (yaml.YAMLError, KeyError, TypeError):
+        return []
 
 
 def _exit_status(error: BaseException | None) -> int | None:

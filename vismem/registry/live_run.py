@@ -6,7 +6,6 @@ happens, and closes the run when its stdin ends. `register` goes on with the run
 
 import os
 import select
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,7 +15,8 @@ from vismem.registry import LIVE_RUN
 from vismem.steps import STEPS
 
 REGISTER = "register"
-SECONDS = 20.0  # for the child's last words; a registry that does not answer costs no more
+ANSWER_SECONDS = 60.0  # for the id of the run; a registry that does not answer costs the child a few
+END_SECONDS = 5.0  # for closing the run; what takes longer the child does without us
 _NAMES = [step.name for step in STEPS]
 BEFORE = _NAMES[: _NAMES.index(REGISTER)]  # steps whose output makes another bundle
 
@@ -60,11 +60,8 @@ class LiveRun:
         if self.child is not None:
             with suppress(OSError):
                 self.child.stdin.close()  # type: ignore[union-attr]
-            try:
-                self.child.wait(SECONDS)
-            except subprocess.TimeoutExpired:
-                self.child.send_signal(signal.SIGKILL)
-                self.child.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self.child.wait(END_SECONDS)
             self.child.stdout.close()  # type: ignore[union-attr]
         self.child, self.handed_over = None, True
 
@@ -77,5 +74,5 @@ class LiveRun:
     def _answer(self) -> str:
         """The id of the run, or nothing where it could not be opened."""
         stdout = self.child.stdout  # type: ignore[union-attr]
-        ready, _, _ = select.select([stdout], [], [], SECONDS)
+        ready, _, _ = select.select([stdout], [], [], ANSWER_SECONDS)
         return stdout.readline().strip() if ready else ""  # type: ignore[union-attr]

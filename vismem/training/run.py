@@ -128,7 +128,7 @@ class Run:
                 "train_seconds": round(self.seconds, 1),
             }
             write_json(self.out / "metrics.json", figures)
-            for leftover in self.out.glob("*.checkpoint"):
+            for leftover in (*self.out.glob("*.checkpoint"), *self.out.glob(".*.new")):  # the latter of a kill
                 leftover.unlink()
         kind = "GRPO" if self.rollouts else "supervised"
         scores = ", ".join(f"{name} {figures['score']:.1f} %" for name, figures in metrics.items())

@@ -20,12 +20,11 @@ class Times:
     def __init__(self, file: Path, config: Config) -> None:
         self.file, self.config = file, config
         try:
-            self.kept = dict(read_json(file))
-        except (UserError, TypeError, ValueError):  # none yet, or damaged: it is only a guess
+            self.kept = {name: (float(seconds), str(of)) for name, (seconds, of) in read_json(file).items()}
+        except (UserError, AttributeError, TypeError, ValueError):  # none yet, or damaged: it is only a guess
             self.kept = {}
-        usual = usual_seconds(config)
-        known = {name: kept["seconds"] for name, kept in self.kept.items() if kept["of"] == self._made_of(name)}
-        self.expected: dict[str, float] = {**usual, **known}
+        known = {name: seconds for name, (seconds, of) in self.kept.items() if of == self._made_of(name)}
+        self.expected: dict[str, float] = {**usual_seconds(config), **known}
         self.took, self.guessed = 0.0, 0.0
         self.running: tuple[str, float] | None = None
 
@@ -42,7 +41,7 @@ class Times:
         if name in self.expected:
             self.took, self.guessed = self.took + seconds, self.guessed + self.expected[name]
         if name in BY_NAME:
-            self.kept[name] = {"seconds": round(seconds, 1), "of": self._made_of(name)}
+            self.kept[name] = (round(seconds, 1), self._made_of(name))
             write_json(self.file, self.kept)
 
     def left(self, names: list[str]) -> float | None:
@@ -61,7 +60,7 @@ class Times:
             step = BY_NAME[waiting.pop()]
             needed.update(step.sections)
             waiting += step.inputs
-        values = self.config.model_dump(mode="json", by_alias=True, include=None)
+        values = self.config.model_dump(mode="json", by_alias=True)
         chosen = {section: values[section] for section in sorted(needed - {"seed"})}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from vismem.config import DEFAULT_BASE, Config
@@ -42,7 +43,8 @@ class Times:
             self.took, self.guessed = self.took + seconds, self.guessed + self.expected[name]
         if name in BY_NAME:
             self.kept[name] = (round(seconds, 1), self._made_of(name))
-            write_json(self.file, self.kept)
+            with suppress(OSError):  # a full disk: the step has its output, and this is only a guess
+                write_json(self.file, self.kept)
 
     def left(self, names: list[str]) -> float | None:
         """Expected seconds of these steps, or None where one was never run with such parameters."""

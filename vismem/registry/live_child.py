@@ -125,17 +125,17 @@ def follow(run: Run, told: TextIO, answer: TextIO) -> None:
     outcome = "KILLED"
     for line in _lines(told):
         what, _, which = line.partition(" ")
-        if line == "begin register":
+        if not line:
+            run.update()
+        elif line == "begin register":
             print(run.hand_over(), file=answer, flush=True)
-            continue
-        if what == "begin":
+        elif what == "begin":
             run.curves.begin(which)
         elif what == "done":
             run.curves.done(which)
         elif what == "end":
             outcome = which
             break
-        run.update()
     run.close(outcome)
 
 

@@ -37,7 +37,7 @@ class Child:
 
     def hand_over(self) -> str:
         """The id that `register` gets."""
-        self.tell("begin register")
+        self.tell("begin register 0")
         with self.answered:
             self.answered.wait_for(lambda: self.answer.getvalue().endswith("\n"), 60)
         return self.answer.getvalue().strip()
@@ -95,12 +95,11 @@ def test_register_goes_on_with_the_live_run_and_leaves_it_as_one_of_its_own(
 ) -> None:
     alone = Project(tmp_path / "alone")
     (tmp_path / "alone" / "mlflow.db").write_bytes(empty_database.read_bytes())
-    alone.config = alone.config.model_copy(update={"seed": project.config.seed})
     for one in (alone, project):
         one.build(b"one")
     monkeypatch.setattr(live_child, "SECONDS", 0.01)
     with child(project) as told:
-        told.tell("begin stage1")
+        told.tell("begin stage1 0")
         write_curve(project, "stage1.partial", "step,reward,kl\n0,0.25,\n")
         run_id = wait_for_metric(project, "stage1/reward", 0.25)
         assert project.store.client.get_run(run_id).info.status == "RUNNING"
@@ -121,7 +120,7 @@ def test_register_goes_on_with_the_live_run_and_leaves_it_as_one_of_its_own(
 def wait_for_metric(project: Project, name: str, value: float) -> str:
     """The id of the run whose metric has reached the value."""
     waited = threading.Event()
-    for _ in range(2000):
+    for _ in range(500):
         for run in runs(project):
             if run.data.metrics.get(name) == value:
                 return str(run.info.run_id)
@@ -132,9 +131,9 @@ def wait_for_metric(project: Project, name: str, value: float) -> str:
 @pytest.mark.parametrize(
     ("lines", "status"),
     [
-        (["begin stage1", "end FAILED"], "FAILED"),
-        (["begin stage1"], "KILLED"),
-        (["begin stage1", "end FINISHED"], "FINISHED"),
+        (["begin stage1 0", "end FAILED"], "FAILED"),
+        (["begin stage1 0"], "KILLED"),
+        (["begin stage1 0", "end FINISHED"], "FINISHED"),
     ],
 )
 def test_a_run_ends_as_the_pipeline_did_and_killed_where_nobody_says(
@@ -151,7 +150,7 @@ def test_the_next_run_closes_what_a_killed_child_left_and_no_other_workspace_s(
     for folder in ("artifacts", "other/artifacts"):
         assert Run(project.config, tmp_path / folder).update()
     with child(project) as told:
-        told.tell("begin stage1", "end FINISHED")
+        told.tell("begin stage1 0", "end FINISHED")
     assert sorted(run.info.status for run in runs(project)) == ["FINISHED", "KILLED", "RUNNING"]
 
 
@@ -161,7 +160,7 @@ def test_register_opens_its_own_run_where_the_live_one_is_not_its(
 ) -> None:
     project.build(b"one")
     with child(project) as told:
-        told.tell("begin stage1")
+        told.tell("begin stage1 0")
         live = told.hand_over()
         if change == "params":
             project.config = project.config.model_copy(update={"seed": 7})
@@ -182,7 +181,7 @@ def test_a_registry_that_does_not_answer_is_said_once_and_no_run_is_handed_over(
     nowhere = project.config.registry.model_copy(update={"tracking_uri": "http://127.0.0.1:9"})
     project.config = project.config.model_copy(update={"registry": nowhere})
     with child(project) as told:
-        told.tell("begin stage1", "done stage1")
+        told.tell("begin stage1 0", "done stage1")
         assert told.hand_over() == ""
         told.tell("end FAILED")
     (line,) = capsys.readouterr().err.splitlines()
@@ -192,18 +191,18 @@ def test_a_registry_that_does_not_answer_is_said_once_and_no_run_is_handed_over(
 def test_a_curve_of_a_killed_run_waits_until_it_is_written_again_and_each_point_is_read_once(project: Project) -> None:
     curves = Curves(project.artifacts)
     write_curve(project, "stage1.partial", "step,reward\n0,9.0\n")
-    curves.begin("stage1")
+    file = project.artifacts / "stage1.partial" / "stage1.csv"
+    os.utime(file, ns=(5, 5))
+    curves.begin("stage1", 5)
     curves.look()
     assert curves.points == []
     write_curve(project, "stage1.partial", "step,reward\n0,0.5\n")
-    file = project.artifacts / "stage1.partial" / "stage1.csv"
-    os.utime(file, ns=(1, 1))  # a file system with coarse times
     curves.look()
     curves.look()
     (project.artifacts / "stage1.partial").rename(project.artifacts / "stage1")
     write_curve(project, "stage1", "step,reward\n0,0.5\n1,0.75\n")
     curves.done("stage1")
-    curves.begin("stage2")
+    curves.begin("stage2", 0)
     write_curve(project, "stage2.partial", "step,reward\n0,0.5\n1,0.75\n")  # stage II keeps stage I's curve
     curves.look()
     assert curves.points == [("stage1/reward", 0.5, 0), ("stage1/reward", 0.75, 1)]

@@ -33,18 +33,17 @@ class Curves:
     def __init__(self, artifacts: Path) -> None:
         self.artifacts = artifacts
         self.folder: Path | None = None  # of the step that runs
-        self.old: dict[Path, int] = {}  # files there from before it began: of a killed run, perhaps of other parameters
+        self.old = 0  # the time of the newest file that was there before it began, in ns
         self.points: list[Point] = []
         self.last: dict[str, int] = {}  # the last step read, by curve
 
-    def begin(self, step: str) -> None:
-        """A step begins to run."""
-        self.folder = self.artifacts / f"{step}.partial"
-        self.old = {file: file.stat().st_mtime_ns for file in self.folder.glob("*.csv")}
+    def begin(self, step: str, old: int) -> None:
+        """A step begins to run; its files that are not newer than `old` are of a killed run."""
+        self.folder, self.old = self.artifacts / f"{step}.partial", old
 
     def done(self, step: str) -> None:
         """A step has its output."""
-        self._read(self.artifacts / step, {})
+        self._read(self.artifacts / step, 0)
         self.folder = None
 
     def look(self) -> None:
@@ -52,10 +51,10 @@ class Curves:
         if self.folder is not None:
             self._read(self.folder, self.old)
 
-    def _read(self, folder: Path, old: dict[Path, int]) -> None:
+    def _read(self, folder: Path, old: int) -> None:
         for file in sorted(folder.glob("*.csv")):
             with suppress(FileNotFoundError):  # the step ends at this moment
-                if old.get(file) == file.stat().st_mtime_ns:
+                if file.stat().st_mtime_ns <= old:
                     continue
                 new = [point for point in read_curve(file) if point[2] > self.last.get(file.stem, -1)]
                 self.points += new
@@ -124,18 +123,17 @@ def follow(run: Run, told: TextIO, answer: TextIO) -> None:
     """Keep the run until `told` ends; without a last line that says how, the parent was killed."""
     outcome = "KILLED"
     for line in _lines(told):
-        what, _, which = line.partition(" ")
-        if not line:
-            run.update()
-        elif line == "begin register":
-            print(run.hand_over(), file=answer, flush=True)
-        elif what == "begin":
-            run.curves.begin(which)
-        elif what == "done":
-            run.curves.done(which)
-        elif what == "end":
-            outcome = which
-            break
+        match line.split():
+            case ["begin", "register", _]:
+                print(run.hand_over(), file=answer, flush=True)
+            case ["begin", step, old]:
+                run.curves.begin(step, int(old))
+            case ["done", step]:
+                run.curves.done(step)
+            case ["end", outcome]:
+                break
+            case _:
+                run.update()
     run.close(outcome)
 
 

@@ -43,7 +43,8 @@ class LiveRun:
             )
             for line in self.said:
                 self._tell(line)
-        self._tell(f"begin {step}")
+        curves = (self.artifacts / f"{step}.partial").glob("*.csv")  # of a killed run, perhaps of other parameters
+        self._tell(f"begin {step} {max((file.stat().st_mtime_ns for file in curves), default=0)}")
         if step == REGISTER and self.child is not None and (run_id := self._answer()):
             os.environ[LIVE_RUN] = run_id
 

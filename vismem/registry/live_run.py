@@ -27,7 +27,7 @@ class LiveRun:
     def __init__(self, artifacts: Path) -> None:
         self.artifacts = artifacts
         self.child: subprocess.Popen[str] | None = None
-        self.said: list[str] = []  # before the child began
+        self.before: list[str] = []  # what is to be told once the child is there
         self.handed_over = False
 
     def begin(self, step: str) -> None:
@@ -41,7 +41,7 @@ class LiveRun:
                 bufsize=1,
                 start_new_session=True,  # Ctrl-C is for us
             )
-            for line in self.said:
+            for line in self.before:
                 self._tell(line)
         curves = (self.artifacts / f"{step}.partial").glob("*.csv")  # of a killed run, perhaps of other parameters
         self._tell(f"begin {step} {max((file.stat().st_mtime_ns for file in curves), default=0)}")
@@ -67,8 +67,9 @@ class LiveRun:
         self.child, self.handed_over = None, True
 
     def _tell(self, line: str) -> None:
-        self.said.append(line)
-        if self.child is not None:
+        if self.child is None:
+            self.before.append(line)
+        else:
             with suppress(OSError):  # it is gone: then there is no live run
                 self.child.stdin.write(f"{line}\n")  # type: ignore[union-attr]
 

@@ -25,12 +25,17 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file in one move: who reads meanwhile sees the old text or the new one. Its folder is made."""
+    """Replace the file in one move: who reads meanwhile sees the old text or the new one. Its folder is made.
+
+    OSError, with the file's name, where it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         fresh.write_text(text)
         os.replace(fresh, path)
+    except OSError as error:  # one of writing has no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         fresh.unlink(missing_ok=True)
 

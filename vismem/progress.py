@@ -1,6 +1,7 @@
 """The one progress display: a bar on a terminal, else a plain line from time to time."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINE_SECONDS = 20.0  # min time between two plain lines
+LINE_SECONDS = 20.0  # between two plain lines
 
 Advance = Callable[..., None]
 
@@ -19,7 +20,7 @@ def progress(name: str, total: int | None = None, done: int = 0, *, quiet: bool 
     """Show on stderr how far long work is; yields `advance(count=1, **figures)`, to be called after each part of it.
 
     `total` is None where it is not known; `done` is what an earlier run did; `quiet` shows nothing. The latest
-    `figures`, numbers or texts, stand beside the count.
+    `figures`, numbers or texts, stand beside the count. A plain line comes every LINE_SECONDS, advanced or not.
     """
     if quiet:
         yield lambda count=1, **figures: None
@@ -30,17 +31,47 @@ def progress(name: str, total: int | None = None, done: int = 0, *, quiet: bool 
             task = bar.add_task(name, total=total, completed=done, figures="")
             yield lambda count=1, **figures: bar.update(task, advance=count, figures=_text(figures))
     else:
-        written = time.monotonic()
+        started, before, latest = time.monotonic(), done, ""
 
         def advance(count: int = 1, **figures: Any) -> None:
-            nonlocal done, written
-            done += count
-            if time.monotonic() - written >= LINE_SECONDS:
-                written = time.monotonic()
-                of = "" if total is None else f" of {total}"
-                print(f"{name}: {done}{of} {_text(figures)}".rstrip(), file=sys.stderr, flush=True)
+            nonlocal done, latest
+            done, latest = done + count, _text(figures)
 
-        yield advance
+        def write() -> None:
+            left = _time_left(time.monotonic() - started, done - before, None if total is None else total - done)
+            counted = f"{done} of {total}" if total is not None else f"{done}" if done else "in progress"
+            print(f"{name}: {' '.join(filter(None, [counted, latest]))}{left}", file=sys.stderr, flush=True)
+
+        with every(LINE_SECONDS, write):
+            yield advance
+
+
+@contextmanager
+def every(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` every so many seconds, in a thread, until the block ends."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            act()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def about(seconds: float) -> str:
+    """A time that is not known exactly, in words: `about 3 min`."""
+    return f"about {round(seconds / 60)} min" if seconds >= 90 else "about 1 min" if seconds >= 45 else "under 1 min"
+
+
+def _time_left(seconds: float, done: int, left: int | None) -> str:
+    """`, about 3 min left`, where it can be told from what was done in so many seconds."""
+    return f", {about(left * seconds / done)} left" if done > 0 and left is not None and left > 0 else ""
 
 
 def _text(figures: Mapping[str, Any]) -> str:

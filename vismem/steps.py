@@ -7,12 +7,15 @@ import hashlib
 import json
 import pkgutil
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from vismem.config import Config
+from vismem.disk import explain_full_disk
 from vismem.errors import UserError
+from vismem.locks import lock_file
 from vismem.provenance import sha256_folder
 from vismem.ranks import is_main_rank, is_rank, join_ranks
 
@@ -141,21 +144,34 @@ def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pa
     if is_rank() and name not in SHARED:
         raise UserError(f"'{name}' runs in one process, not under torchrun. Shared: {', '.join(SHARED)}")
     folders = input_folders(name, artifacts, inputs)
-    partial, note = artifacts / f"{name}.partial", artifacts / f"{name}.partial.id"
-    if main:
-        made_of = identity(name, config, folders)
-        if partial.is_dir() and not (note.is_file() and note.read_text() == made_of):
-            shutil.rmtree(partial)  # what a killed run left behind was made from other inputs or parameters
-        partial.mkdir(parents=True, exist_ok=True)
-        note.write_text(made_of)
-    ranks.wait()
-    line = BY_NAME[name].load()(config, folders, partial)
-    ranks.wait()
-    if main:
-        replace_folder(partial, artifacts / name)
-        note.unlink()
+    with (
+        _output_folder(name, config, artifacts, folders) if main else nullcontext(artifacts / f"{name}.partial") as out
+    ):
+        ranks.wait()
+        line = BY_NAME[name].load()(config, folders, out)
+        ranks.wait()
     ranks.leave()
     return line
+
+
+@contextmanager
+def _output_folder(name: str, config: Config, artifacts: Path, folders: Mapping[str, Path]) -> Iterator[Path]:
+    """The folder that a step writes to, locked; it becomes `artifacts/NAME` at the block's end.
+
+    What a killed run left there stays if it was made from the same inputs and parameters. UserError where another
+    process makes the same output, or the disk is full.
+    """
+    partial, note, lock = (artifacts / f"{name}.{kind}" for kind in ("partial", "partial.id", "lock"))
+    with lock_file(lock, str(partial)), explain_full_disk(partial, artifacts / name):
+        made_of = identity(name, config, folders)
+        if partial.is_dir() and not (note.is_file() and note.read_text() == made_of):
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        note.write_text(made_of)
+        yield partial
+        replace_folder(partial, artifacts / name)
+        note.unlink()
+        lock.unlink()
 
 
 def replace_folder(fresh: Path, out: Path) -> None:

@@ -9,9 +9,7 @@ import json
 import os
 import re
 import stat
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,22 +61,6 @@ def rebase(config: Config, root: Path, folder: Path) -> Config:
         return moved
     model = _rebase(Path(config.base.model), root, folder).as_posix()
     return moved.model_copy(update={"base": moved.base.model_copy(update={"model": model})})
-
-
-def repro(
-    params: Path, profile: str | None, arguments: Sequence[str], overrides: Mapping[str, Any] | None = None
-) -> int:
-    """Run `dvc repro ARGUMENTS` in the root, or in the workspace of a profile or overrides; return its exit status."""
-    if find_spec("dvc") is None:
-        raise UserError("DVC is not installed here: pip install 'vismem[pipeline]', or run the steps one by one")
-    load_config(params, profile, overrides)  # before DVC, whose message would be longer and less plain
-    root = params.resolve().parent
-    folder = make_workspace(params, profile, overrides) if profile or overrides else root
-    if not (folder / "dvc.yaml").is_file():
-        raise UserError(f"no dvc.yaml in {root}: run in the project's root, or name it with --params")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [sys.executable, "-m", "dvc", "repro", *arguments]
-    return subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, check=False).returncode
 
 
 def _rebase(value: Any, root: Path, folder: Path) -> Any:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_stages import objective_of
 
-from vismem.config import Config, GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.config import BaseConfig, Config, GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import read_samples
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Random
@@ -25,7 +25,8 @@ from vismem.generation.replay import prefill, score
 from vismem.generation.types import Invocation as Invoked
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
-from vismem.models.vismem import VisMemModel
+from vismem.models.vismem import VisMemModel, load_base
+from vismem.training.base import base
 from vismem.training.run import FORMATION, trainable
 from vismem.training.stage1 import Formation, stage1
 from vismem.training.stage2 import Invocation, fit_invocation, stage2
@@ -48,6 +49,33 @@ def stages(
         inputs[name] = tmp_path_factory.mktemp(name)
         step(CONFIG, inputs, inputs[name])
     return inputs
+
+
+def test_a_curve_can_be_followed_while_it_grows(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds at any step is the beginning of what it holds at the end."""
+    seen: list[str] = []
+    collect = Formation.collect
+
+    def look(self: Formation, step: int) -> Any:
+        seen.append(curve.read_text() if curve.is_file() else "")
+        return collect(self, step)
+
+    curve = tmp_path / "stage1.csv"
+    monkeypatch.setattr(Formation, "collect", look)
+    monkeypatch.setattr("vismem.training.loop.CURVE_SECONDS", 0.0)
+    stage1(CONFIG, {"base": tiny_base, "validate": tiny_data}, tmp_path)
+    assert [len(text.splitlines()) for text in seen] == [0, 2, 3, 4]
+    assert all(curve.read_text().startswith(text) for text in seen)
+
+
+def test_a_base_is_loaded_and_saved_in_silence(
+    tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base(Config(base=BaseConfig(model=str(tiny_base))), {}, tmp_path)
+    load_base(tmp_path)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])

@@ -45,6 +45,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ".dvcignore").write_text("__pycache__/\n")
     (tmp_path / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vismem.registry.live_run.BEFORE", [])  # no run in MLflow, which takes seconds to import
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "global"))
     return tmp_path

@@ -18,11 +18,12 @@ from vismem import steps
 from vismem.config import Config
 from vismem.config.section import is_rare
 from vismem.errors import UserError
+from vismem.locks import lock_file
 from vismem.steps import STEPS, Step, run_step
 
 ROOT = Path(__file__).parents[2]
 # no change in what a step computes
-SHARED = ("errors", "files", "progress", "provenance", "ranks", "records", "shipped", "steps")
+SHARED = ("disk", "errors", "files", "locks", "progress", "provenance", "ranks", "records", "shipped", "steps")
 CONTRACT = ("vismem/__init__.py", "vismem/config/*.py", *(f"vismem/{name}.py" for name in SHARED))
 
 # --- steps for these tests, loaded by name as the real ones are -------------------------------------------------------
@@ -113,6 +114,15 @@ def test_a_checkpoint_made_from_other_inputs_is_thrown_away(tmp_path: Path) -> N
     with pytest.raises(UserError, match="no luck"):
         run_step("failing", Config(), tmp_path)
     assert not (tmp_path / "failing.partial" / "checkpoint").exists()
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_an_output_that_another_process_makes_is_left_to_it(tmp_path: Path) -> None:
+    said = rf"first\.partial is in use by process {os.getpid()} since"
+    with lock_file(tmp_path / "first.lock", "first"), pytest.raises(UserError, match=said):
+        run_step("first", Config(), tmp_path)
+    assert run_step("first", Config(), tmp_path) == "made a file"
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
 @pytest.mark.usefixtures("tiny_steps")

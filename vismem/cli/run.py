@@ -12,7 +12,7 @@ from vismem.errors import UserError
 from vismem.launch import LaunchConfig, launch_step
 from vismem.ranks import is_main_rank
 from vismem.steps import BASELINES, SHARED, STEPS, Step
-from vismem.workspace import RUNS, repro, workspace_name
+from vismem.workspace import RUNS, workspace_name
 
 
 def add_commands(commands: Commands) -> None:
@@ -97,6 +97,8 @@ def _run_init(arguments: argparse.Namespace) -> None:
 def _run_repro(arguments: argparse.Namespace) -> int:
     if arguments.artifacts is not None:
         raise UserError("--artifacts does not go with repro: dvc.yaml says where its outputs are")
+    from vismem.repro import repro
+
     settings = dict(arguments.settings)
     with arguments.caller.known():  # the steps name paths as this caller sees them
         status = repro(arguments.params, arguments.profile, arguments.rest, settings)

@@ -13,6 +13,7 @@ from vismem.export.parity import check_parity
 from vismem.files import empty_folder, read_json, write_json
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
+from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
 from vismem.serving.runtime.runtime import Runtime
@@ -39,7 +40,8 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         shutil.copy(curve, out / "training")
     write_graphs(model, out / "onnx", config.export.opset)
     runtime, tokens = Runtime(out, verified=True), config.evaluate.max_new_tokens
-    parity = check_parity(model, runtime, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
+    with progress("export: parity with torch"):
+        parity = check_parity(model, runtime, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
     (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))

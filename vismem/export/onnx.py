@@ -23,6 +23,7 @@ from vismem.files import write_json
 from vismem.generation.prompts import prompt_text
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+from vismem.progress import progress
 from vismem.serving.runtime.bundle import FORMAT
 
 WEIGHTS = "weights.bin"
@@ -77,8 +78,11 @@ def write_graphs(model: VisMemModel, folder: Path, opset: int) -> None:
         for name, tensor in (("embedding", model.backbone.embedding.weight), ("memory_rows", rows)):
             array = tensor.detach().numpy()
             settings["tensors"][name] = {"offset": weights.add(array), "shape": list(array.shape)}
-        for graph in graphs_of(model):
-            onnx_ir.save(_exported(graph, weights, opset), folder / f"{graph.name}.onnx")
+        graphs = graphs_of(model)
+        with progress("export: graphs", len(graphs)) as advance:
+            for graph in graphs:
+                onnx_ir.save(_exported(graph, weights, opset), folder / f"{graph.name}.onnx")
+                advance()
     write_json(folder / "runtime.json", settings)
 
 

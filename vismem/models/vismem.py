@@ -18,6 +18,7 @@ from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
 from vismem.models.checkpointing import checkpointed
 from vismem.models.kinds import MemoryKind
+from vismem.models.loading import no_weight_bars
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer
 from vismem.models.processors import load_processor
@@ -224,7 +225,8 @@ def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
 
     try:
         check_family(AutoConfig.from_pretrained(str(base)).model_type)
-        model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
+        with no_weight_bars():
+            model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
         processor = load_processor(base)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -12,7 +12,7 @@ from vismem.files import read_json
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manifest
 from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
 from vismem.registry.gate import DIGITS
-from vismem.registry.runs import log_curve, log_metrics, log_model_folder, log_params, tracked_run
+from vismem.registry.runs import log_curve, log_metrics, log_model_folder, tracked_run
 from vismem.registry.tracking import (
     Store,
     create_version,
@@ -106,8 +106,8 @@ def _new_version(
     store: Store, config: Config, inputs: Mapping[str, Path], metrics: Metrics, tags: Mapping[str, str]
 ) -> Version:
     run_tags = {**tags, "mlflow.source.git.commit": tags["git_commit"], "mlflow.source.name": "vismem register"}
-    with tracked_run(store, f"{store.model} {tags['manifest_sha256'][:8]}", run_tags) as run_id:
-        log_params(store, run_id, config.model_dump(mode="json", by_alias=True))
+    params = config.model_dump(mode="json", by_alias=True)
+    with tracked_run(store, f"{store.model} {tags['manifest_sha256'][:8]}", run_tags, params) as run_id:
         for path in sorted(inputs["evaluate"].iterdir()):
             if path.name != "predictions":  # one row per item and arm: too many to look at there
                 store.client.log_artifact(run_id, str(path), "evaluate")

@@ -1,35 +1,47 @@
 """What the store keeps of a version beside its tags: a run with parameters, metrics and curves, and the bundle."""
 
 import csv
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 
 from vismem.errors import UserError, mask_credentials
 from vismem.provenance import MANIFEST, sha256_file, verify_manifest
+from vismem.registry import LIVE_RUN
 from vismem.registry.tracking import Store, experiment_id, translate_mlflow_errors
 from vismem.registry.versions import Version
 
 LONGEST_PARAM = 6000
 
+Point = tuple[str, float, int]  # a metric's name, value and step
+
 
 @contextmanager
-def tracked_run(store: Store, name: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """A run that ends FINISHED, or FAILED where the block raises; yields its id.
+def tracked_run(store: Store, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> Iterator[str]:
+    """A run with these tags and parameters that ends FINISHED, or FAILED where the block raises; yields its id.
 
-    One with the same tags that still says RUNNING was left by a process that was killed: it ends KILLED.
+    It is the live run of `vismem repro` where there is one with the same parameters, else a new one. One with the same
+    tags that still says RUNNING was left by a process that was killed: it ends KILLED.
     """
     experiment = experiment_id(store)
     same = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     for left in store.client.search_runs([experiment], f"attributes.status = 'RUNNING' and {same}"):
         store.client.set_terminated(left.info.run_id, "KILLED")
-    run_id = str(store.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
+    run_id = _live_run(store, experiment, params)
+    if run_id is None:
+        run_id = str(store.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
     try:
+        store.client.update_run(run_id, name=name)
+        for key, value in tags.items():
+            store.client.set_tag(run_id, key, value)
+        log_params(store, run_id, params)
         yield run_id
     except BaseException:
         store.client.set_terminated(run_id, "FAILED")
@@ -37,29 +49,55 @@ def tracked_run(store: Store, name: str, tags: Mapping[str, str]) -> Iterator[st
     store.client.set_terminated(run_id, "FINISHED")
 
 
+def _live_run(store: Store, experiment: str, params: Mapping[str, Any]) -> str | None:
+    """The id of the run that `vismem repro` has opened in this store, unless its parameters have changed since."""
+    run_id = os.environ.get(LIVE_RUN)
+    if not run_id:
+        return None
+    try:
+        run = store.client.get_run(run_id)
+    except MlflowException:
+        return None  # in another store
+    open_here = run.info.status == "RUNNING" and run.info.experiment_id == experiment
+    return run_id if open_here and run.data.params == _shown_params(params) else None
+
+
 def log_params(store: Store, run_id: str, values: Mapping[str, Any]) -> None:
     """Log a nested mapping as flat parameters, `stage1.batch_size` and so on, without credentials."""
-    flat = flatten(values, ".")
-    params = [Param(key, mask_credentials(str(value))[:LONGEST_PARAM]) for key, value in flat.items()]
+    params = [Param(key, value) for key, value in _shown_params(values).items()]
     store.client.log_batch(run_id, params=params)  # the client keeps to MLflow's limits per request
+
+
+def _shown_params(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: mask_credentials(str(value))[:LONGEST_PARAM] for key, value in flatten(values, ".").items()}
 
 
 def log_metrics(store: Store, run_id: str, model_id: str, values: Mapping[str, Any]) -> None:
     """Log the numbers of a nested mapping as `arms/vismem/overall` and so on, for the run and for the logged model."""
     numbers = [(key, float(value), 0) for key, value in flatten(values, "/").items() if isinstance(value, int | float)]
-    _log(store, run_id, numbers, model_id)
+    log_points(store, run_id, numbers, model_id)
 
 
 def log_curve(store: Store, run_id: str, file: Path) -> None:
-    """Log a stage's curve (CSV with a column `step`) as `stage1/reward` and so on, one value per step."""
+    """Log a stage's curve (CSV with a column `step`) as `stage1/reward` and so on, one value per step.
+
+    What a live run has of it already is not logged twice.
+    """
+    points = read_curve(file)
+    known = {name for name, _, _ in points} & store.client.get_run(run_id).data.metrics.keys()
+    logged = {(name, point.step) for name in known for point in store.client.get_metric_history(run_id, name)}
+    log_points(store, run_id, [point for point in points if (point[0], point[2]) not in logged])
+
+
+def read_curve(file: Path) -> list[Point]:
+    """The points of a stage's curve."""
     with file.open(newline="") as lines:
-        points = [
+        return [
             (f"{file.stem}/{name}", float(value), int(row["step"]))
             for row in csv.DictReader(lines)
             for name, value in row.items()
             if name != "step" and value
         ]
-    _log(store, run_id, points)
 
 
 def log_model_folder(store: Store, run_id: str, folder: Path, params: Mapping[str, str]) -> str:
@@ -109,8 +147,8 @@ def flatten(values: Mapping[str, Any], separator: str) -> dict[str, Any]:
     return flat
 
 
-def _log(store: Store, run_id: str, points: list[tuple[str, float, int]], model_id: str | None = None) -> None:
-    """Log (name, value, step). MLflow allows letters, digits and `_-./: ` in a name."""
+def log_points(store: Store, run_id: str, points: Sequence[Point], model_id: str | None = None) -> None:
+    """Log points. MLflow allows letters, digits and `_-./: ` in a name."""
     now = int(time.time() * 1000)
     metrics = [
         Metric(re.sub(r"[^\w\-./: ]", "_", name), value, now, step, model_id=model_id, run_id=run_id)

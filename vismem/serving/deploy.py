@@ -15,6 +15,7 @@ from vismem.config import Config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
 from vismem.files import write_json
+from vismem.progress import progress
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import EXAMPLE, Release
 from vismem.serving.client import Token, challenger_name, infer, marked, plain
@@ -38,7 +39,8 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     samples = list(islice((sample for sample in rows if not sample.videos), 8))  # a bundle takes images only
     if not samples:
         raise UserError(f"{inputs['validate']}/data/test has no row without a video to smoke-test the server with")
-    with triton_server(repository, log=out / "tritonserver.log") as server:
+    server_log = out / "tritonserver.log"
+    with progress("deploy: tritonserver"), triton_server(repository, log=server_log) as server:
         smoke = smoke_test(server.grpc_url, model, samples)
     served = {"model": model, "version": version, "promoted": promoted, "manifest_sha256": sha256_file(manifest)}
     write_json(out / "smoke.json", served | smoke)

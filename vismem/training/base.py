@@ -1,5 +1,6 @@
 """The step `base`: finds the vision-language model that goes in, checks it and keeps a copy with its fingerprint."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import write_json
 from vismem.models.backbones import FAMILIES
+from vismem.models.loading import no_weight_bars
 from vismem.models.processors import load_processor
+from vismem.progress import progress
 from vismem.provenance import MANIFEST, sha256_folder, verify_manifest
 from vismem.scope import Scope
 
@@ -37,9 +40,10 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             f"base.model '{name}' is of family '{family}', for which vismem/models/backbones has no file; "
             f"supported: {', '.join(FAMILIES)}"
         )
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=config.base.dtype)
-    model.save_pretrained(out)
-    load_processor(source).save_pretrained(out)
+    with no_weight_bars(), progress("base", quiet=sys.stderr.isatty()):  # there the hub's own bar shows a download
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=config.base.dtype)
+        model.save_pretrained(out)
+        load_processor(source).save_pretrained(out)
     fingerprint, count = sha256_folder(out, "*.safetensors"), model.num_parameters()
     if folder is not None and (scope := Scope.read(folder)):
         scope.write(out)

@@ -13,6 +13,7 @@ from torch import nn
 
 from vismem.config import Config
 from vismem.generation.invocation import InvocationPolicy, Off
+from vismem.models.loading import no_weight_bars
 from vismem.models.lora import LoraSettings
 from vismem.models.processors import load_processor
 from vismem.models.vismem import VisMemModel
@@ -42,7 +43,8 @@ def full(config: Config, inputs: Inputs, out: Path) -> str:
     _train_supervised(run, trained, config.baselines.supervised.full_learning_rate)
 
     def save(folder: Path) -> None:
-        base.model.save_pretrained(folder)
+        with no_weight_bars():
+            base.model.save_pretrained(folder)
         load_processor(inputs["base"]).save_pretrained(folder)
 
     return run.finish({run.name: Off()}, save)

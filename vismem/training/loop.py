@@ -5,6 +5,7 @@ that was killed and resumed equals one that was not.
 """
 
 import csv
+import io
 import json
 import math
 import time
@@ -22,11 +23,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vismem.errors import UserError
+from vismem.files import write_text
 from vismem.progress import progress
 from vismem.training.optimizers import optimizers
 
 Metrics = dict[str, float]
 SHOWN = ("loss", "reward", "kl", "accuracy")  # beside the progress, where an objective has them
+CURVE_SECONDS = 2.0  # between two writes of the curve, which others may follow
 SECONDS = "seconds"  # of a step, in the history; left out of the curve, which is the same from the same seed
 
 
@@ -87,6 +90,7 @@ def train(
     quiet = not accelerator.is_main_process
     if history:
         Console(quiet=quiet, stderr=True).print(f"{settings.name}: resumed at step {len(history)}")
+    curve, written = out / f"{settings.name}.csv", 0.0
     with progress(settings.name, settings.steps, len(history), quiet=quiet) as advance:
         for step in range(len(history), settings.steps):
             started = time.perf_counter()
@@ -107,19 +111,23 @@ def train(
             advance(**{name: metrics[name] for name in SHOWN if name in metrics})
             if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
                 checkpoint.save(history)
+            if time.monotonic() - written >= CURVE_SECONDS and accelerator.is_main_process:
+                _write_curve(curve, history)
+                written = time.monotonic()
     if accelerator.is_main_process:
         checkpoint.save(history)
-        _write_curve(out / f"{settings.name}.csv", history)
+        _write_curve(curve, history)
     return history
 
 
 def _write_curve(file: Path, history: list[Metrics]) -> None:
     """One line per step; a figure that a step does not have stays empty."""
     names = [name for name in dict.fromkeys(name for row in history for name in row) if name != SECONDS]
-    with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({name: round(value, 6) for name, value in row.items()} for row in history)
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({name: round(value, 6) for name, value in row.items()} for row in history)
+    write_text(file, lines.getvalue())
 
 
 def shard_batch(chosen: Sequence[int], accelerator: Accelerator) -> list[int]:

@@ -16,6 +16,7 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
+from vismem.progress import progress
 from vismem.training.loop import SECONDS, LoopSettings, Metrics, train
 from vismem.training.rollout import GrpoObjective, answer_lines, rollout_figures
 from vismem.training.supervised import Supervised, Written
@@ -102,11 +103,14 @@ class Run:
         """
         checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
         metrics: dict[str, Metrics] = {}
-        lines = ""
+        lines, quiet = "", not self.accelerator.is_main_process
         for name, policy in arms.items():
             rollouts: list[Rollout] = []
-            for at in range(0, len(checked), BATCH):
-                rollouts += generate(self.model, checked[at : at + BATCH], policy, max_new_tokens=limit, seed=seed)
+            with progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
+                for at in range(0, len(checked), BATCH):
+                    batch = checked[at : at + BATCH]
+                    rollouts += generate(self.model, batch, policy, max_new_tokens=limit, seed=seed)
+                    advance(len(batch))
             right = [score(sample, rollout.text) for sample, rollout in zip(checked, rollouts, strict=True)]
             metrics[name] = {"score": 100 * sum(right) / max(1, len(right)), **rollout_figures(rollouts)}
             lines += answer_lines(checked[:LOGGED], rollouts[:LOGGED], "score", right[:LOGGED], arm=name)
@@ -124,7 +128,7 @@ class Run:
                 "train_seconds": round(self.seconds, 1),
             }
             write_json(self.out / "metrics.json", figures)
-            for leftover in self.out.glob("*.checkpoint"):
+            for leftover in (*self.out.glob("*.checkpoint"), *self.out.glob(".*.new")):  # the latter of a kill
                 leftover.unlink()
         kind = "GRPO" if self.rollouts else "supervised"
         scores = ", ".join(f"{name} {figures['score']:.1f} %" for name, figures in metrics.items())

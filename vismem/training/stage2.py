@@ -21,6 +21,7 @@ from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random,
 from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.vismem import VisMemModel
+from vismem.progress import progress
 from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
@@ -58,7 +59,8 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     run = Run(
         "stage2", config, inputs, out, lambda *_: VisMemModel.from_pretrained(stage1, inputs["base"], config.base.dtype)
     )
-    fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
+    with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
+        fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
     run.model.policy_lora.enabled = settings.policy_lora
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
     run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale})

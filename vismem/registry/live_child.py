@@ -1,0 +1,159 @@
+"""The child of `vismem repro` that keeps an MLflow run of the training: live_run.py starts it.
+
+It follows the curves that the training steps write, and sends what is new every few seconds. Where the store does not
+answer it tries again; no training waits for it.
+"""
+
+import logging
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from mlflow.exceptions import MlflowException
+
+from vismem.config import Config, load_config
+from vismem.errors import UserError
+from vismem.provenance import git_state
+from vismem.registry.runs import Point, log_params, log_points, read_curve
+from vismem.registry.tracking import IMPATIENT, Store, experiment_id, open_store
+from vismem.services import environment
+
+SECONDS = 2.0  # between two looks at the curves
+WORKSPACE = "vismem.workspace"  # tag of a run that is open: where it trains
+
+
+class Curves:
+    """The points of the curves that were not sent yet."""
+
+    def __init__(self, artifacts: Path) -> None:
+        self.artifacts = artifacts
+        self.folder: Path | None = None  # of the step that runs
+        self.old = 0  # the time of the newest file that was there before it began, in ns
+        self.points: list[Point] = []
+        self.last: dict[str, int] = {}  # the last step read, by curve
+
+    def begin(self, step: str, old: int) -> None:
+        """A step begins to run; its files that are not newer than `old` are of a killed run."""
+        self.folder, self.old = self.artifacts / f"{step}.partial", old
+
+    def done(self, step: str) -> None:
+        """A step has its output."""
+        self._read(self.artifacts / step, 0)
+        self.folder = None
+
+    def look(self) -> None:
+        """Read what is new of the step that runs."""
+        if self.folder is not None:
+            self._read(self.folder, self.old)
+
+    def _read(self, folder: Path, old: int) -> None:
+        for file in sorted(folder.glob("*.csv")):
+            with suppress(FileNotFoundError):  # the step ends at this moment
+                if file.stat().st_mtime_ns <= old:
+                    continue
+                new = [point for point in read_curve(file) if point[2] > self.last.get(file.stem, -1)]
+                self.points += new
+                self.last[file.stem] = max((point[2] for point in new), default=self.last.get(file.stem, -1))
+
+
+class Run:
+    """The run in the store, opened as soon as that answers."""
+
+    def __init__(self, config: Config, artifacts: Path) -> None:
+        self.config, self.curves = config, Curves(artifacts)
+        self.workspace = f"{socket.gethostname()}:{artifacts.resolve()}"
+        self.store: Store | None = None
+        self.run_id = ""
+        self.told = False
+
+    def update(self) -> bool:
+        """Send what is new; whether the store has everything."""
+        self.curves.look()
+        try:
+            with environment(IMPATIENT):
+                if not self.run_id:
+                    self._open()
+                if self.curves.points and self.store:
+                    log_points(self.store, self.run_id, self.curves.points)
+                    self.curves.points = []
+        except (UserError, MlflowException, OSError) as error:
+            if not self.told:
+                line = " ".join(str(error).split())
+                print(f"no live curves: {line}; the training goes on without", file=sys.stderr, flush=True)
+            self.told = True
+            return False
+        return True
+
+    def hand_over(self) -> str:
+        """The run's id, when all is sent; nothing where that cannot be done."""
+        if not self.update():
+            return ""
+        with suppress(MlflowException):
+            self.store.client.delete_tag(self.run_id, WORKSPACE)  # type: ignore[union-attr]
+        return self.run_id
+
+    def close(self, outcome: str) -> None:
+        """End the run, unless it has ended."""
+        self.update()
+        if self.store and self.run_id:
+            with environment(IMPATIENT), suppress(MlflowException):
+                if self.store.client.get_run(self.run_id).info.status == "RUNNING":
+                    self.store.client.set_terminated(self.run_id, outcome)
+
+    def _open(self) -> None:
+        """Open the run; one that still says RUNNING in this workspace was left by a killed process, and ends KILLED."""
+        self.store = store = open_store(self.config.registry)
+        experiment = experiment_id(store)
+        mine = f"attributes.status = 'RUNNING' and tags.`{WORKSPACE}` = '{self.workspace}'"
+        for left in store.client.search_runs([experiment], mine):
+            store.client.set_terminated(left.info.run_id, "KILLED")
+        tags = {WORKSPACE: self.workspace, "mlflow.source.name": "vismem repro"}
+        tags["mlflow.source.git.commit"] = str(git_state()["commit"] or "unknown")
+        made = store.client.create_run(experiment, tags=tags, run_name=f"{store.model} in training")
+        log_params(store, str(made.info.run_id), self.config.model_dump(mode="json", by_alias=True))
+        self.run_id = str(made.info.run_id)
+
+
+def follow(run: Run, told: TextIO, answer: TextIO) -> None:
+    """Keep the run until `told` ends; without a last line that says how, the parent was killed."""
+    outcome = "KILLED"
+    for line in _lines(told):
+        match line.split():
+            case ["begin", "register", _]:
+                print(run.hand_over(), file=answer, flush=True)
+            case ["begin", step, old]:
+                run.curves.begin(step, int(old))
+            case ["done", step]:
+                run.curves.done(step)
+            case ["end", outcome]:
+                break
+            case _:
+                run.update()
+    run.close(outcome)
+
+
+def _lines(told: TextIO) -> Iterator[str]:
+    """The lines, and an empty one whenever none came for SECONDS."""
+    waiting: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in told:
+            waiting.put(line.strip())
+        waiting.put("end KILLED")
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            yield waiting.get(timeout=SECONDS)
+        except queue.Empty:
+            yield ""
+
+
+if __name__ == "__main__":
+    logging.disable(logging.ERROR)  # what matters is said in one line
+    follow(Run(load_config(Path("params.yaml")), Path(sys.argv[1])), sys.stdin, sys.stdout)

@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,13 +11,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from recipes.tiny_vlm.model import MAX_PIXELS, MIN_PIXELS
 from recipes.tiny_vlm.scenes import questions, scope_of
 from vismem.config import Config
-from vismem.inference import size_after_resizing
 from vismem.scope import Scope
+from vismem.serving.runtime.images import size_after_resizing
 from vismem.shipped import shipped
 from vismem.training.base import base
 
 IMAGES = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
-PROCESSOR = SimpleNamespace(image_processor=IMAGES)
 GROUND = (245, 245, 240)
 
 
@@ -32,7 +30,7 @@ def scope() -> Scope:
 def doubts(
     scope: Scope, width: int, height: int, question: str = "what is at the top left?", colour=GROUND
 ) -> list[str]:  # type: ignore[no-untyped-def]
-    seen = size_after_resizing((width, height), PROCESSOR)
+    seen = size_after_resizing((width, height), IMAGES)
     return list(scope.doubts([Image.new("RGB", (width, height), colour)], [seen], question))
 
 
@@ -51,7 +49,7 @@ def test_pictures_that_it_sees_as_it_learnt_raise_no_doubt(scope: Scope, size: t
 def test_a_picture_too_long_is_named_with_what_becomes_of_it(scope: Scope, size: tuple[int, int], seen: str) -> None:
     (said,) = doubts(scope, *size)
     assert f"this one of {size[0]} x {size[1]} it sees as {seen}: its answer means nothing" in said
-    width, height = size_after_resizing(size, PROCESSOR)
+    width, height = size_after_resizing(size, IMAGES)
     pixels = IMAGES(Image.new("RGB", size), return_tensors="np")["image_grid_thw"][0]
     assert [1, height // 14, width // 14] == list(pixels)
 
@@ -69,7 +67,7 @@ def test_unknown_words_are_named(scope: Scope) -> None:
 def test_scenes_of_every_split_raise_no_doubt(scope: Scope) -> None:
     for sample in tiny.samples():
         images = [Image.open(io.BytesIO(data)) for data in sample.images]
-        seen = [size_after_resizing(image.size, PROCESSOR) for image in images]
+        seen = [size_after_resizing(image.size, IMAGES) for image in images]
         assert list(scope.doubts(images, seen, sample.question)) == []
 
 

@@ -7,7 +7,6 @@ keyboard can mend ends as one line on stderr, with status 1 (VISMEM_DEBUG=1 show
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from vismem.cli import ask, look, run
 from vismem.cli.options import common_options, output_options

@@ -185,6 +185,6 @@ def test_every_parameter_of_training_is_read_while_training(
         BY_NAME[name].load()(config, inputs, inputs[name])
     monkeypatch.undo()
     sections = (MemoryConfig, InvocationConfig, WarmStartConfig, Stage1Config, Stage2Config, BaselinesConfig)
-    for section in (*sections, SupervisedConfig, GrpoConfig, GrpoStageConfig):
+    for section in (*sections, SupervisedConfig, GrpoConfig, BaselinesGrpoConfig):
         unread = {name for name in section.model_fields if (section, name) not in read}
         assert unread == set(), section.__name__

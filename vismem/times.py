@@ -57,7 +57,8 @@ class Times:
         """The parameters that a step's time hangs on: its own and those of all steps before it."""
         if name not in BY_NAME:
             return ""
-        needed, waiting = set(), [name]
+        needed: set[str] = set()
+        waiting = [name]
         while waiting:
             step = BY_NAME[waiting.pop()]
             needed.update(step.sections)

@@ -110,6 +110,6 @@ class Commands:
             for title, abouts in self._groups.items():
                 yield from ("", f"{title}:", *(f"  {name:<18}{said}" for name, said in abouts.items()))
             yield from ("", "`vismem COMMAND --help` explains a command, `vismem --version` prints the version.", "")
-            yield from ("Exit status (of `repro` DVC's):", *(f"  {code:<4}{what}" for code, what in STATUSES.items()))
+            yield from ("Exit status:", *(f"  {code:<4}{what}" for code, what in STATUSES.items()))
 
         return "\n".join(lines()) + "\n"

@@ -75,6 +75,7 @@ class LiveRun:
 
     def _answer(self) -> str:
         """The id of the run, or nothing where it could not be opened."""
-        stdout = self.child.stdout  # type: ignore[union-attr]
-        ready, _, _ = select.select([stdout], [], [], ANSWER_SECONDS)
-        return stdout.readline().strip() if ready else ""  # type: ignore[union-attr]
+        assert self.child is not None
+        assert self.child.stdout is not None
+        ready, _, _ = select.select([self.child.stdout], [], [], ANSWER_SECONDS)
+        return self.child.stdout.readline().strip() if ready else ""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.scope import Scope
 from vismem.serving.client import Token, marked, plain
-from vismem.serving.runtime.images import grid_of
+from vismem.serving.runtime.images import size_after_resizing
 from vismem.serving.runtime.limits import RequestError, check_request
 from vismem.serving.runtime.prompt import TextStream
 from vismem.sources import find_added, find_base
@@ -207,7 +207,9 @@ class VisMem:
         try:
             opened = check_request(files, question.encode(), max_new_tokens, names)
             if self.scope:
-                seen = [size_after_resizing(image.size, self.model.backbone.processor) for image in opened]
+                seen = [
+                    size_after_resizing(image.size, self.model.backbone.processor.image_processor) for image in opened
+                ]
                 for doubt in self.scope.doubts(opened, seen, question):
                     logger.warning(doubt)
         except RequestError as error:
@@ -255,12 +257,3 @@ def encoded(image: AnyImage) -> bytes:
         return Path(image).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the image {image}: {error.strerror}") from None
-
-
-def size_after_resizing(size: tuple[int, int], processor: Any) -> tuple[int, int]:
-    """Width and height in pixels that a Qwen2.5-VL's processor gives an image. RequestError for one that it refuses."""
-    images = processor.image_processor
-    settings = {name: getattr(images, name) for name in ("do_resize", "patch_size", "merge_size")}
-    settings |= {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
-    rows, columns = grid_of(size, settings, "an image")
-    return columns * images.patch_size, rows * images.patch_size

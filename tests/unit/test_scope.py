@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,13 +11,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from recipes.tiny_vlm.model import MAX_PIXELS, MIN_PIXELS
 from recipes.tiny_vlm.scenes import questions, scope_of
 from vismem.config import Config
-from vismem.inference import size_after_resizing
 from vismem.scope import Scope
+from vismem.serving.runtime.images import size_after_resizing
 from vismem.shipped import shipped
 from vismem.training.base import base
 
-IMAGES = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
-PROCESSOR = SimpleNamespace(image_processor=IMAGES)
+PROCESSOR = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
 GROUND = (245, 245, 240)
 
 
@@ -52,7 +50,7 @@ def test_a_picture_too_long_is_named_with_what_becomes_of_it(scope: Scope, size:
     (said,) = doubts(scope, *size)
     assert f"this one of {size[0]} x {size[1]} it sees as {seen}: its answer means nothing" in said
     width, height = size_after_resizing(size, PROCESSOR)
-    pixels = IMAGES(Image.new("RGB", size), return_tensors="np")["image_grid_thw"][0]
+    pixels = PROCESSOR(Image.new("RGB", size), return_tensors="np")["image_grid_thw"][0]
     assert [1, height // 14, width // 14] == list(pixels)
 
 

@@ -20,7 +20,8 @@ from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.init.rows import Row
-from vismem.scope import Scope, size_after_resizing
+from vismem.scope import Scope
+from vismem.serving.runtime.images import size_after_resizing
 from vismem.serving.runtime.limits import RequestError
 
 SMALL_WIDTH = 512  # hidden size below which a base trains on a CPU, with the settings of params.yaml
@@ -52,9 +53,8 @@ class Base:
             return []
         images = [Image.open(io.BytesIO(data)) for data in sample.images]
         try:
-            for image in images:
-                size_after_resizing(image.size, self.processor)
-            return list(self.scope.doubts(images, sample.question, self.processor)) if self.scope else []
+            seen = [size_after_resizing(image.size, self.processor) for image in images]
+            return list(self.scope.doubts(images, seen, sample.question)) if self.scope else []
         except RequestError as error:
             return [str(error)]
 

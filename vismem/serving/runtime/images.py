@@ -66,6 +66,14 @@ def grid_of(size: tuple[int, int], settings: Mapping[str, Any], name: str) -> tu
     return rows * merge, columns * merge
 
 
+def size_after_resizing(size: tuple[int, int], processor: Any) -> tuple[int, int]:
+    """`grid_of` in pixels, width and height. `processor` has the attributes of transformers' Qwen2VLImageProcessor."""
+    settings = {name: getattr(processor, name) for name in ("do_resize", "patch_size", "merge_size")}
+    settings |= {"min_pixels": processor.size["shortest_edge"], "max_pixels": processor.size["longest_edge"]}
+    rows, columns = grid_of(size, settings, "an image")
+    return columns * processor.patch_size, rows * processor.patch_size
+
+
 def _flat_patches(image: Image.Image, settings: Mapping[str, Any]) -> NDArray[np.float32]:
     """(P, channels * temporal * patch * patch); rescaled in double precision and normalised in single."""
     pixels = np.array(image, np.float64)  # (height, width, channels)

@@ -55,6 +55,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = os.path.normpath(here / link)
         if (ROOT / target).is_dir() and f"{target}/README.md" in BESIDE:
             target = f"{target}/README.md"
+        if target == "params.yaml":
+            target = "docs/parameters.md"
         name = target if target in BESIDE else target.removeprefix("docs/")
         if name == target and target not in BESIDE:
             return text
@@ -68,7 +70,7 @@ def parameters_page() -> str:
     lines = [
         "# Parameters",
         "`params.yaml` holds them; a profile of `deploy/profiles/` overlays it. `vismem params --all` prints those",
-        "in force. In brackets: where a default comes from. [paper] is arXiv 2511.11007, [ours] a choice that it leaves",
+        "in force. In brackets where a default comes from: [paper] is arXiv 2511.11007, [ours] a choice it leaves",
         "open, [measured] is explained under [Results](results/README.md).",
         "",
         *_table(Config()),

@@ -129,11 +129,14 @@ def _docstring(node: ast.ClassDef | ast.FunctionDef) -> list[str]:
 
 
 def commands_page() -> str:
-    """The help of every command."""
+    """The help of the program and of every command."""
     parser = build_parser()
-    commands: Any = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    lines = ["# Command line", "`vismem COMMAND --help` prints the same.", ""]
-    for name, command in commands.choices.items():
-        about = next((action.help for action in commands._choices_actions if action.dest == name), "")
-        lines += [f"## {name}", f"{about}", "", "```text", command.format_help().rstrip(), "```", ""]
+    commands = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    lines = ["# Command line", "`vismem --help` and `vismem COMMAND --help` print the same.", "", *_help(parser)]
+    for name, command in commands.items():
+        lines += [f"## {name}", *_help(command)]
     return "\n".join(lines)
+
+
+def _help(parser: argparse.ArgumentParser) -> list[str]:
+    return ["```text", parser.format_help().rstrip(), "```", ""]

@@ -20,11 +20,12 @@ from vismem.shipped import shipped
 
 DEFAULT_MODEL = "assets/tiny-vlm-memory"  # comes with VisMem
 EXAMPLES = "examples/questions.jsonl"
+FIRST = "images/01.png"
 MARKS = {1.0: "[green]✓[/]", 0.0: "[red]✗[/]"}  # by score
-NEXT = (
-    ("make demo", "train, test, release and serve such a model: minutes on 2 cores"),
-    ("vismem ask --image F QUESTION", "ask about a picture of your own; --model names a model of your own"),
-    ("vismem init NAME --data FILE", "start with your own questions"),
+NEXT = (  # of the program, the first picture and its question
+    ("{} repro", "train, test, release and serve such a model, as `make demo` does: minutes on 2 cores"),
+    ('{} ask --image {} "{}"', "ask about a picture; --model names a model of your own"),
+    ("{} init NAME --data FILE", "start with your own questions"),
 )
 
 
@@ -52,8 +53,11 @@ def ask(
         write(loaded.answer(images, question, **request).marked + "\n")
 
 
-def try_examples(console: Console) -> None:
-    """Answer the examples that come with VisMem, with memory and without; print both beside the references."""
+def try_examples(console: Console, program: str) -> None:
+    """Answer the examples that come with VisMem, with memory and without; print both beside the references.
+
+    `program` is what the caller types for `vismem`.
+    """
     disable_progress_bar()
     samples = examples()
     model = VisMem.from_pretrained(DEFAULT_MODEL)
@@ -64,9 +68,13 @@ def try_examples(console: Console) -> None:
     about = f"The {len(samples)} questions of {shown}; ⟨short⟩ and ⟨long⟩ stand where a memory was invoked"
     console.print(escape(about), example_table(samples, *arms), score_line(samples, *arms), "", sep="\n")
     console.print("Next:")
-    width = max(len(command) for command, _ in NEXT)
     for command, about in NEXT:
-        console.print(f"  [bold]{escape(command.ljust(width))}[/]  {about}", soft_wrap=True)
+        console.print(
+            f"  {about}",
+            f"    [bold]{escape(command.format(program, shown / FIRST, samples[0].question))}[/]",
+            sep="\n",
+            soft_wrap=True,
+        )
 
 
 def examples() -> list[Sample]:

@@ -1,6 +1,7 @@
 """`vismem ask` and `vismem try`, in a folder without parameters or repository."""
 
 import io
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_what_the_base_cannot_read_is_said_and_imports_stay_few() -> None:
 
 def test_try_shows_every_example_with_both_answers_and_an_honest_score() -> None:
     console = Console(file=io.StringIO(), width=1000)
-    ask.try_examples(console)
+    ask.try_examples(console, "PROGRAM")
     text = console.file.getvalue()  # type: ignore[attr-defined]
     samples = ask.examples()
     assert len(samples) == 20
@@ -82,6 +83,9 @@ def test_try_shows_every_example_with_both_answers_and_an_honest_score() -> None
     assert f"Right: {right[0]} of 20 with memory, {right[1]} without." in text
     assert any("⟨long⟩" in row[2] for row in rows)
     assert not any("⟨" in row[3] for row in rows)
+    (suggested,) = (shlex.split(line) for line in text.splitlines() if line.strip().startswith("PROGRAM ask"))
+    assert Path(suggested[3]).is_file()
+    assert suggested[:3] + suggested[4:] == ["PROGRAM", "ask", "--image", samples[0].question]
 
 
 def test_the_examples_are_the_first_of_their_seed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The commands that ask a model, and that serve one to be asked."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _run_try(arguments: argparse.Namespace) -> None:
     from vismem.ask import try_examples
     from vismem.summary import make_console
 
-    try_examples(make_console())
+    try_examples(make_console(), shlex.join(arguments.caller.program()))
 
 
 def _run_ask(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from vismem.init.rows import File, Row, Rows, read_rows
 from vismem.init.splits import Splits, split_rows
 from vismem.messages import Caller
 from vismem.provenance import sha256_file
+from vismem.times import tiny_vlm_seconds
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 
@@ -68,8 +69,10 @@ def init(params: Path, request: Request, caller: Caller) -> str:
     command = f"vismem {shlex.join(sys.argv[1:])}" if sys.argv[1:2] == ["init"] else "vismem init"
     text = render_profile(request.name, command, base, settings)
     _write(target, profile, _files(rows, splits, request), text)
+    made = load_config(params, overrides={one.key: one.value for one in settings})
+    seconds = sum(tiny_vlm_seconds(made, {split: len(of) for split, of in splits.rows.items()}).values())
     wrote = [caller.path(path) for path in (target, profile)]
-    return describe(shlex.join(caller.program()), request.name, rows, splits, base, settings, below, wrote)
+    return describe(shlex.join(caller.program()), request.name, rows, splits, base, seconds, below, wrote)
 
 
 def _check_free(request: Request, target: Path, profile: Path) -> None:

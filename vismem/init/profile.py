@@ -19,8 +19,6 @@ PASSES = 8  # of the warm start over the train split; the default of a large one
 KEPT = 0.95  # of the test rows: what `validate` may set apart at most, see validate.max_quarantined
 ROOM = 8  # tokens beyond the longest reference answer
 OWN_WORDS = 128  # tokens that a large base may write before its answer
-STEP_SECONDS = {"stage1.warm_start.steps": 0.3, "stage1.steps": 3.0, "stage2.steps": 1.0}  # tiny VLM, one CPU thread
-ANSWER_SECONDS, START_SECONDS = 0.02, 50.0  # per test question and arm; of all steps together, to start
 
 
 @dataclass(frozen=True)
@@ -93,12 +91,6 @@ def min_items(test: int, config: Config) -> int:
 def bounded(steps: int, most: int) -> int:
     """Steps between 10 and the default, or the default where that is lower."""
     return min(most, max(10, steps))
-
-
-def minutes(settings: Sequence[Setting], test: int, config: Config) -> int:
-    """About how long `vismem repro` takes with the tiny VLM on a CPU, in whole minutes."""
-    steps = sum(STEP_SECONDS[one.key] * float(one.value) for one in settings if one.key in STEP_SECONDS)
-    return max(1, round((START_SECONDS + steps + test * len(config.evaluate.arms) * ANSWER_SECONDS) / 60))
 
 
 def render_profile(name: str, command: str, base: Base, settings: Sequence[Setting]) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from vismem.config import Config
 from vismem.init.bases import Base
-from vismem.init.profile import Setting, counts_of, minutes
+from vismem.init.profile import counts_of
 from vismem.init.rows import Row, Rows
 from vismem.init.splits import SHARES, Splits
+from vismem.progress import about
 
 RECORD = "init.json"  # in data/NAME: where its rows came from, and all that was left out
 SHOWN = 5  # rows of a kind that are named
@@ -21,11 +22,12 @@ def describe(
     rows: Rows,
     splits: Splits,
     base: Base,
-    settings: Sequence[Setting],
+    seconds: float,
     below: Config,
     wrote: Sequence[str],
 ) -> str:
-    """The text for the terminal. `program` is what the user types for `vismem`, `wrote` is where it all is."""
+    """The text for the terminal. `program` is what the user types for `vismem`, `seconds` how long a
+    small base takes, `wrote` where it all is."""
     kept = [row for of in splits.rows.values() for row in of]
     left_out = {"bad": rows.bad, "asked before": rows.duplicates, "with an image of another split": splits.leaks}
     counted = [f"{len(lines)} {what}" for what, lines in left_out.items() if lines]
@@ -53,7 +55,7 @@ def describe(
         "",
         f"Wrote {wrote[0]}/ and {wrote[1]}, which explains every value.",
         "",
-        *_next(program, name, base, settings, len(splits.rows["test"]), below),
+        *_next(program, name, base, seconds),
     ]
     return "\n".join(line for n, line in enumerate(parts) if line or parts[n - 1])
 
@@ -127,10 +129,9 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{len(doubted)} of {len(rows)} questions the base cannot read. {first.where}: {'; '.join(first.doubts)}"
 
 
-def _next(program: str, name: str, base: Base, settings: Sequence[Setting], test: int, below: Config) -> Iterator[str]:
+def _next(program: str, name: str, base: Base, seconds: float) -> Iterator[str]:
     if base.small:
-        about = minutes(settings, test, below)
-        yield f"Next, about {about} minute{'s'[: about > 1]} on two CPU cores:"
+        yield f"Next, {about(seconds)} on two CPU cores:"
     else:
         yield "Next, on a machine with a GPU (how long it takes there is not known here):"
     yield f"  {program} repro --profile {name}{'' if base.exports else ' evaluate'}"

@@ -43,7 +43,7 @@ def test_every_container_says_what_it_needs_and_only_training_asks_for_a_gpu(ove
 @overlays
 def test_images_are_those_that_the_overlay_names(overlay: str) -> None:
     found = {container["image"] for _, container in containers(overlay)}
-    assert found == {f"registry.example.com/{name}:0.1.0" for name in ("vismem-train", "vismem-serve")}
+    assert found == {f"registry.example.com/{name}:0.2.0" for name in ("vismem-train", "vismem-serve")}
 
 
 @overlays

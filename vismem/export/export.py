@@ -10,7 +10,7 @@ from vismem.evaluation.plots import score_panels, to_sheet
 from vismem.export.card import PICTURE, model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
-from vismem.files import empty_folder, read_json, write_json
+from vismem.files import empty_folder, write_json
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
@@ -32,8 +32,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     samples = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
     model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])  # float32, whatever it was trained in
     model.save_pretrained(out / "vismem")
-    source = read_json(inputs["base"] / "metrics.json", "run `vismem base` again")
-    Base(source["model"], source["source_sha256"]).write(out / "vismem")
+    Base.of_step(inputs["base"]).write(out / "vismem")
     model.backbone.processor.save_pretrained(out / "processor")
     (out / "training").mkdir()
     for curve in inputs["stage2"].glob("*.csv"):

@@ -35,6 +35,12 @@ class Base:
         named = read_json(folder / REFERENCE)
         return cls(named["model"], named["weights_sha256"])
 
+    @classmethod
+    def of_step(cls, folder: Path) -> "Base":
+        """Where the copy that the step `base` wrote came from."""
+        facts = read_json(folder / "metrics.json", "run `vismem base` again")
+        return cls(facts["model"], facts["source_sha256"])
+
     def write(self, folder: Path) -> None:
         """Write the reference into the folder of what VisMem adds."""
         write_json(folder / REFERENCE, {"model": self.model, "weights_sha256": self.sha256})

@@ -111,9 +111,9 @@ def train(
             advance(**{name: metrics[name] for name in SHOWN if name in metrics})
             if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
                 checkpoint.save(history)
-            if time.monotonic() - written >= CURVE_SECONDS and accelerator.is_main_process:
+            if time.perf_counter() - written >= CURVE_SECONDS and accelerator.is_main_process:
                 _write_curve(curve, history)
-                written = time.monotonic()
+                written = time.perf_counter()
     if accelerator.is_main_process:
         checkpoint.save(history)
         _write_curve(curve, history)

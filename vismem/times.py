@@ -86,16 +86,16 @@ def tiny_vlm_seconds(config: Config, counts: Mapping[str, int]) -> dict[str, flo
         return group * (steps * prompts or config.grpo.epochs * counts["train"])
 
     return {
-        "prepare": 4 + 0.0022 * rows,
-        "validate": 8 + 0.0004 * rows,
-        "base": 5,
-        "stage1": 9
-        + 0.0055 * warm.steps * warm.batch_size
+        "prepare": 5 + 0.0005 * rows,
+        "validate": 7 + 0.00014 * rows,
+        "base": 8,
+        "stage1": 14
+        + 0.0083 * warm.steps * warm.batch_size
         + 0.008 * rollouts(config.stage1.steps, config.stage1.group_size),
         "stage2": 9 + 0.013 * rollouts(config.stage2.steps, config.stage2.group_size),
-        "evaluate": 6 + 0.004 * test * len(config.evaluate.arms),
-        "export": 25,
-        "register": 8,
-        "promote": 4,
-        "deploy": 8,
+        "evaluate": 11 + 0.005 * test * len(config.evaluate.arms),
+        "export": 28,
+        "register": 5,
+        "promote": 5,
+        "deploy": 6,
     }

@@ -52,6 +52,11 @@ class Record(Part):
         write_json(folder / self.FILE, self.model_dump(mode="json"))
 
 
+def p_value(p: float) -> str:
+    """A p-value as people write it; never 0."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 class Difference(Part):
     """A paired difference from vanilla in percentage points, its 95 % interval, and McNemar's p."""
 

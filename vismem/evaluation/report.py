@@ -13,10 +13,10 @@ from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import is_yes_no
 from vismem.evaluation.plots import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
-from vismem.evaluation.summary import headline, p_value
+from vismem.evaluation.summary import headline
 from vismem.models.kinds import MemoryKind
 from vismem.pages import page_environment, thumbnail
-from vismem.records import OVERALL, VANILLA, VISMEM, Metrics
+from vismem.records import OVERALL, VANILLA, VISMEM, Metrics, p_value
 
 EXAMPLES = 4  # at most, of wins and of losses
 LARGEST = 10_000_000  # bytes of answers and their pictures in the page; of more, as many as fit are drawn at random

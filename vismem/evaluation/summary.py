@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vismem.records import OVERALL, VANILLA, VISMEM, Difference, Metrics
+from vismem.records import OVERALL, VANILLA, VISMEM, Difference, Metrics, p_value
 
 COLOURS = {"better": "green", "worse": "red", "not shown": "default"}
 
@@ -35,11 +35,6 @@ def change(difference: Difference) -> str:
     """A paired difference, as `+5.3 points (95 % interval +2.1 to +8.4, p = 0.012)`."""
     low, high = difference.ci95
     return f"{difference.delta:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {p_value(difference.p)})"
-
-
-def p_value(p: float) -> str:
-    """A p-value as people write it; never 0."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def score_table(metrics: Metrics) -> Table:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vismem.config import GateConfig
-from vismem.records import Difference, Metrics, ParityReport, Rule, Validation, Verdict
+from vismem.records import Difference, Metrics, ParityReport, Rule, Validation, Verdict, p_value
 
 CAPABILITIES = ("understanding", "reasoning", "generation")
 DIGITS = 4  # of a score, as the registry keeps a champion's
@@ -62,7 +62,7 @@ def _interval(gain: Difference, gate: GateConfig) -> Rule:
     low, high = gain.ci95
     shown = {"better": "a gain is shown", "worse": "a loss is shown", "not shown": "no difference can be shown"}
     reason = (
-        f"the gain's 95 % interval is {low:+.2f} to {high:+.2f} points, p = {gain.p:.3f}: {shown[gain.outcome]}; "
+        f"the gain's 95 % interval is {low:+.2f} to {high:+.2f} points, {p_value(gain.p)}: {shown[gain.outcome]}; "
         f"it must be shown to exceed {gate.min_gain_low:+.2f}"
     )
     return _rule("gain_interval", gain.exceeds(gate.min_gain_low), reason, low, high, gain.p)

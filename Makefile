@@ -43,8 +43,9 @@ study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hou
 tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; about half an hour
 	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory
 
-# a file at a time: its tests share what they make. The longest files come first, so that no process ends alone.
-WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+# A file at a time: its tests share what they make. The longest files come first, so that no process ends alone, and there
+# is one more process than cores, since some tests wait for servers.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4)))
 test: setup  ## all tests, in WORKERS= processes; `.venv/bin/pytest FILE` runs some of them in one
 	.venv/bin/python -m pytest --numprocesses '$(WORKERS)' --dist loadfile --no-loadscope-reorder
 

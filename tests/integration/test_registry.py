@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from vismem.errors import UserError
 from vismem.provenance import write_manifest
 from vismem.registry import listing, release
 from vismem.registry.server import mlflow_server, model_page
-from vismem.registry.tracking import Store, find_version, open_store, versions
+from vismem.registry.tracking import Store, experiment_id, find_version, open_store, versions
 
 
 def test_a_registered_bundle_is_a_challenger_with_run_files_lineage_and_verdict(project: Project) -> None:
@@ -253,3 +254,19 @@ def test_what_mlflow_refuses_in_the_midst_is_one_plain_error_and_a_failed_run(pr
     client = project.store.client
     (run,) = client.search_runs([client.get_experiment_by_name("vismem").experiment_id])
     assert run.info.status == "FAILED"
+
+
+def test_of_two_that_make_the_experiment_at_once_the_slower_takes_what_the_other_made(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, slower = project.store.client, open_store(project.config.registry)
+    known = type(client).get_experiment_by_name
+    answers = [lambda name: None]  # what the slower sees before the other has made it
+    monkeypatch.setattr(
+        slower.client,
+        "get_experiment_by_name",
+        lambda name: (answers.pop() if answers else partial(known, client))(name),
+    )
+    made = experiment_id(project.store)
+    assert experiment_id(slower) == made
+    assert [one.name for one in client.search_experiments()].count("vismem") == 1

@@ -114,7 +114,12 @@ def experiment_id(store: Store) -> str:
         location = str(store.database.with_name("mlartifacts"))
     if location is not None and "://" not in location:
         location = Path(location).resolve().as_uri()
-    return str(store.client.create_experiment(name, artifact_location=location))
+    try:
+        return str(store.client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return experiment_id(store)  # another process was quicker
 
 
 def create_version(store: Store, run_id: str, model_id: str, tags: Mapping[str, str]) -> Version:

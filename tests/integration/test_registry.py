@@ -3,7 +3,6 @@
 import json
 import urllib.error
 import urllib.request
-from functools import partial
 from typing import Any
 
 import pytest
@@ -260,13 +259,12 @@ def test_of_two_that_make_the_experiment_at_once_the_slower_takes_what_the_other
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, slower = project.store.client, open_store(project.config.registry)
-    known = type(client).get_experiment_by_name
-    answers = [lambda name: None]  # what the slower sees before the other has made it
-    monkeypatch.setattr(
-        slower.client,
-        "get_experiment_by_name",
-        lambda name: (answers.pop() if answers else partial(known, client))(name),
-    )
+    seen = [None]  # by the slower, before the other has made it
+
+    def get(name: str) -> Any:
+        return seen.pop() if seen else client.get_experiment_by_name(name)
+
+    monkeypatch.setattr(slower.client, "get_experiment_by_name", get)
     made = experiment_id(project.store)
     assert experiment_id(slower) == made
     assert [one.name for one in client.search_experiments()].count("vismem") == 1

@@ -36,6 +36,8 @@ COPY pyproject.toml README.md LICENSE params.yaml dvc.yaml /opt/vismem/
 COPY assets /opt/vismem/assets
 COPY deploy/profiles /opt/vismem/deploy/profiles
 COPY deploy/triton /opt/vismem/deploy/triton
+COPY examples/images /opt/vismem/examples/images
+COPY examples/questions.jsonl /opt/vismem/examples/
 COPY vismem /opt/vismem/vismem
 RUN python3 -m pip --python /opt/venv/bin/python --disable-pip-version-check install --no-cache-dir \
       --no-deps --no-build-isolation --no-index --editable /opt/vismem

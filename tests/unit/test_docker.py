@@ -64,6 +64,12 @@ def test_an_image_holds_the_profiles_beside_the_library_where_a_pod_looks_for_th
     )
 
 
+def test_the_training_image_copies_all_that_the_library_s_build_puts_into_it() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    copied = {word for line in instructions("train.Dockerfile") if line.startswith("COPY") for word in line.split()}
+    assert {*build["packages"], *build["force-include"]} <= copied
+
+
 def build(**settings: str) -> list[str]:
     """What `make images` would run: the engine is `echo`."""
     environment = {"PATH": "/usr/bin:/bin", "ENGINE": "echo", **settings}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from vismem.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+FULL = (*NO_SPACE, errno.EFBIG)
 SAID = (
     "No space left on device",
     "Disk quota exceeded",
@@ -46,11 +47,17 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _sizes(partial: Path, out: Path) -> str:
-    there = next(path for path in (partial.absolute(), *partial.absolute().parents) if path.is_dir())
-    free = f"{megabytes(shutil.disk_usage(there).free)} free at {there}"
+    size, there = free_space(partial)
+    free = f"{megabytes(size)} free at {there}"
     if out.is_dir():
         return f"{free}, and {out} takes {megabytes(folder_size(out))}; it stays as it was. Free some and run again"
     return f"{free}, after {megabytes(folder_size(partial))} of the output. Free some and run again"
+
+
+def free_space(path: Path) -> tuple[int, Path]:
+    """Free bytes on the disk of a path that need not exist, and the nearest folder above it that does."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(there).free, there
 
 
 def folder_size(folder: Path) -> int:

@@ -30,7 +30,7 @@ from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.scope import Scope
-from vismem.serving.client import Token, marked, plain
+from vismem.serving.client import Token, marked, plain, read_image
 from vismem.serving.runtime.images import size_after_resizing
 from vismem.serving.runtime.limits import RequestError, check_request
 from vismem.serving.runtime.prompt import TextStream
@@ -252,7 +252,4 @@ def encoded(image: AnyImage) -> bytes:
         return file.getvalue()
     if "://" in str(image):
         raise UserError(f"{image} is a URL: download it first and give the file")
-    try:
-        return Path(image).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the image {image}: {error.strerror}") from None
+    return read_image(image)

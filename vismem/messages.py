@@ -1,6 +1,5 @@
 """What a message says to the person who called: one line, with paths and commands as they would type them."""
 
-import errno
 import os
 import re
 import shutil
@@ -10,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vismem.disk import NO_SPACE, free_space, megabytes
+
 CALLED_FROM, CALLED_WITH = "VISMEM_CALLED_FROM", "VISMEM_CALLED_WITH"  # variables: a folder and a profile
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # A relative path, after the scheme of a SQLite store also a bare name; not a part of an address or of a longer path.
 _PATH = re.compile(r"(?<![\w/.:~-])(sqlite:///(?=[\w.])|)((?:[\w.~=-]+/)*[\w.~=-]*[\w~=-])")
 _COMMAND = re.compile(r"`vismem (?!infer|ask|try|init|stack|completion)([a-z]\w*(?: [^`]*)?)`")
@@ -76,10 +76,8 @@ class Caller:
 def _said(error: Exception) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
-    if error.errno not in FULL:
+    if error.errno not in NO_SPACE:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    place = Path(error.filename or ".").absolute()
-    there = next(folder for folder in (place, *place.parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free / 1e6
+    free, there = free_space(Path(error.filename or "."))
     what = f"cannot write {error.filename}, the disk is full" if error.filename else "the disk is full"
-    return f"{what}: {free:.1f} MB are free in {there}; free some and run the same command again"
+    return f"{what}: {megabytes(free)} are free in {there}; free some and run the same command again"

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from vismem.config import BaseConfig, Config, RegistryConfig
+from vismem.disk import free_space
 from vismem.errors import UserError, mask_credentials
 from vismem.files import read_json, write_text
 
@@ -170,8 +171,8 @@ def check_gpus(wanted: int) -> Finding:
 
 def check_disk(folder: Path, wanted_gb: float) -> Finding:
     """Whether the disk of `folder` (which need not exist yet) has `wanted_gb` free."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free / GB
+    size, there = free_space(folder)
+    free = size / GB
     seen = f"{free:.1f} GB free at {there}, {wanted_gb:g} GB asked for"
     return Finding("disk", free >= wanted_gb, seen, "free some, use a larger volume, or lower preflight.free_disk_gb")
 

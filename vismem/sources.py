@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from vismem.config import Config, load_config
+from vismem.config import PARAMS_FILE, load_config
 from vismem.errors import UserError
 from vismem.models.reference import HUB_ID, REFERENCE, Base
 from vismem.provenance import MANIFEST, verify_manifest
@@ -80,8 +80,6 @@ def _from_registry(name: str) -> Path:
         raise UserError(f"'{name}' needs MLflow (no module {error.name}): pip install 'vismem[pipeline]'") from None
     if (found := REGISTERED.fullmatch(name)) is None:
         raise UserError(f"'{name}' names no registered version: write models:/NAME@ALIAS or models:/NAME/VERSION")
-    params = Path("params.yaml")
-    config = load_config(params) if params.is_file() else Config()
-    registry = config.registry.model_copy(update={"model_name": found["model"]})
+    registry = load_config(PARAMS_FILE).registry.model_copy(update={"model_name": found["model"]})
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vismem"
     return fetch_bundle(registry, found["version"], cache)

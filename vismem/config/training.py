@@ -133,7 +133,7 @@ class SupervisedConfig(Section):
 
 
 class BaselinesGrpoConfig(GrpoStageConfig):
-    """GRPO of grpo_lora: about as many rollouts as both stages take at the size of the study."""
+    """GRPO of grpo_lora: by default it takes about as long as both stages."""
 
     steps: int = Field(300, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW, cosine decay [paper]")

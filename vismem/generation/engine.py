@@ -128,8 +128,9 @@ class _Decoder:
         while True:
             columns, logprobs, forced = self._choose(self.model.logits(self.state.last))
             ids = self.model.token_of(columns)
-            self._record(ids.tolist(), logprobs.tolist(), forced)
-            yield ids.tolist()
+            tokens = ids.tolist()
+            self._record(tokens, logprobs.tolist(), forced)
+            yield tokens
             ids = self._drop_finished(ids)
             if not self.active:
                 return

@@ -9,7 +9,7 @@ from vismem.config import RegistryConfig
 from vismem.errors import UserError
 from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import find_version, open_store, translate_mlflow_errors, versions
-from vismem.registry.versions import database, tracking_uri
+from vismem.registry.versions import database, tracking_uri, unknown_version
 from vismem.services import environment
 
 
@@ -25,8 +25,7 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     store = open_store(config)
     version = find_version(store, which)
     if version is None:
-        known = ", ".join(item.version for item in versions(store)) or "none"
-        raise UserError(f"no version or alias '{which}' of '{store.model}' in {store.uri}; versions: {known}")
+        raise unknown_version(which, store.model, store.uri, versions(store))
     folder = cache / version.tags["manifest_sha256"]
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vismem.config import Config, RegistryConfig
-from vismem.errors import UserError
-from vismem.registry.versions import CHALLENGER, CHAMPION, Version, database, moves, tracking_uri
+from vismem.registry.versions import CHALLENGER, CHAMPION, Version, database, moves, tracking_uri, unknown_version
 
 _OURS = "name = ? AND workspace = 'default'"
 
@@ -56,10 +55,7 @@ def show(config: Config, which: str) -> dict[str, Any]:
     listing, name = read_listing(config.registry), config.registry.model_name
     version = listing.find(which)
     if version is None:
-        known = ", ".join(item.version for item in listing.versions) or "none"
-        raise UserError(
-            f"no version or alias '{which}' of '{name}' in {tracking_uri(config.registry)}; versions: {known}"
-        )
+        raise unknown_version(which, name, tracking_uri(config.registry), listing.versions)
     history = [asdict(move) for move in moves(listing.tags) if version.version in (move.version, move.previous)]
     return {"name": name, **asdict(version), "history": history}
 

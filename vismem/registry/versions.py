@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vismem.config import RegistryConfig
+from vismem.errors import UserError
 
 SQLITE = "sqlite:///"
 CHALLENGER, CHAMPION = "challenger", "champion"  # aliases
@@ -47,3 +48,9 @@ def database(uri: str) -> Path | None:
 def moves(tags: Mapping[str, str]) -> list[Move]:
     """All moves of the champion alias that a registered model's tags hold, oldest first."""
     return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY)]
+
+
+def unknown_version(which: str, model: str, uri: str, versions: Iterable[Version]) -> UserError:
+    """The error for a number or alias that no version of the model has."""
+    known = ", ".join(item.version for item in versions) or "none"
+    return UserError(f"no version or alias '{which}' of '{model}' in {uri}; versions: {known}")

@@ -155,10 +155,15 @@ def read_images(names: Sequence[str]) -> list[bytes]:
     """The bytes of image files that a person named. UserError for a URL, and for a file that cannot be read."""
     if web := [name for name in names if re.match(r"\w+://?\w", name)]:
         raise UserError(f"{web[0]} is an address, and --image takes a file: download it first")
+    return [read_image(name) for name in names]
+
+
+def read_image(name: str | Path) -> bytes:
+    """The bytes of an image file. UserError for one that cannot be read."""
     try:
-        return [Path(name).read_bytes() for name in names]
+        return Path(name).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
+        raise UserError(f"cannot read the image {name}: {error.strerror}") from None
 
 
 def find_model(url: str, name: str | None = None) -> str:

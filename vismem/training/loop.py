@@ -29,7 +29,8 @@ from vismem.training.optimizers import optimizers
 
 Metrics = dict[str, float]
 SHOWN = ("loss", "reward", "kl", "accuracy")  # beside the progress, where an objective has them
-CURVE_SECONDS = 2.0  # between two writes of the curve, which others may follow
+CURVE_SECONDS = 2.0  # at least, between two writes of the curve, which others may follow
+CURVE_SHARE = 0.02  # of the time, at most, for writing it again and again
 SECONDS = "seconds"  # of a step, in the history; left out of the curve, which is the same from the same seed
 
 
@@ -90,7 +91,7 @@ def train(
     quiet = not accelerator.is_main_process
     if history:
         Console(quiet=quiet, stderr=True).print(f"{settings.name}: resumed at step {len(history)}")
-    curve, written = out / f"{settings.name}.csv", 0.0
+    curve, due = out / f"{settings.name}.csv", 0.0
     with progress(settings.name, settings.steps, len(history), quiet=quiet) as advance:
         for step in range(len(history), settings.steps):
             started = time.perf_counter()
@@ -111,9 +112,10 @@ def train(
             advance(**{name: metrics[name] for name in SHOWN if name in metrics})
             if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
                 checkpoint.save(history)
-            if time.perf_counter() - written >= CURVE_SECONDS and accelerator.is_main_process:
+            if (now := time.perf_counter()) >= due and accelerator.is_main_process:
                 _write_curve(curve, history)
-                written = time.perf_counter()
+                done = time.perf_counter()
+                due = done + max(CURVE_SECONDS, (done - now) / CURVE_SHARE)
     if accelerator.is_main_process:
         checkpoint.save(history)
         _write_curve(curve, history)

@@ -99,12 +99,14 @@ def test_the_model_may_sample_only_the_kinds_that_the_policy_leaves_to_it(
     assert policy.allowed(view(2)).tolist() == [[MemoryKind.SHORT in kinds, MemoryKind.LONG in kinds]] * 2
 
 
-def test_a_replay_forces_what_was_recorded_or_the_other_kind_and_samples_only_before_it() -> None:
+def test_a_replay_forces_what_was_recorded_or_the_other_kind_and_declines_all_else() -> None:
     recorded = {row_key("s0", 0): [(3, MemoryKind.SHORT)], row_key("s1", 0): [(4, MemoryKind.SHORT)]}
     assert Replay(recorded=recorded).force(view(2), seed=0).tolist() == [SHORT, NONE]
     assert Replay(recorded=recorded, swap=True).force(view(2), seed=0).tolist() == [LONG, NONE]
-    assert Replay(recorded=recorded).allowed(view(1)).all()
-    assert not Replay(recorded=recorded).allowed(view(1, invocations=1)).any()
+    for invocations in (0, 1):  # it samples from the same distribution as the recording
+        assert Replay(recorded=recorded).allowed(view(1, invocations=invocations)).all()
+    assert Replay(recorded=recorded).declines
+    assert not any(policy.declines for policy in (Off(), Random(), Learned(), Swapped(), Noise(), Shuffled()))
 
 
 def test_only_swapped_changes_the_kind_that_was_asked_for() -> None:

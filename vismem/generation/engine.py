@@ -195,20 +195,33 @@ class _Decoder:
             forced[over] = NONE
         else:
             invokes.fill_(-torch.inf)
-        if self.temperature == 0:
-            logprobs = logits.log_softmax(-1)
-            columns = logprobs.argmax(-1)
-        else:
-            logprobs = (logits / self.temperature).log_softmax(-1)
-            uniform = [record.uniform[record.decisions] for record in self.active]
-            cumulative = logprobs.double().exp().cumsum(-1)
-            scaled = (torch.tensor(uniform, dtype=torch.double, device=logits.device) * cumulative[:, -1])[:, None]
-            columns = torch.searchsorted(cumulative, scaled, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+        logprobs = (logits / (self.temperature or 1.0)).log_softmax(-1)
+        columns = self._drawn(logprobs)
         if self.limit:
             target = torch.from_numpy(forced).to(columns.device)
             columns = torch.where(target == NONE, self.standing[columns], self.model.vocabulary + target)
         chosen = logprobs.gather(1, columns[:, None])[:, 0]
         return columns, chosen, (forced != NONE).tolist()
+
+    def _drawn(self, logprobs: Tensor) -> Tensor:
+        """(R,) the next column of every active row, given the log-probabilities (R, V + 2).
+
+        A row whose invoke token the policy declines draws a word with the same uniform number, rescaled within the
+        invoke tokens' share, in which it is uniform again.
+        """
+        vocabulary, declines = self.model.vocabulary, self.policy.declines
+        if self.temperature == 0:
+            columns = logprobs.argmax(-1)
+            return columns.where(columns < vocabulary, logprobs[:, :vocabulary].argmax(-1)) if declines else columns
+        uniform = [record.uniform[record.decisions] for record in self.active]
+        cumulative = logprobs.double().exp().cumsum(-1)
+        total, words = cumulative[:, -1], cumulative[:, vocabulary - 1]
+        drawn = torch.tensor(uniform, dtype=torch.double, device=logprobs.device) * total
+        columns = _column_at(cumulative, drawn)
+        if declines:
+            again = (drawn - words) / (total - words) * words
+            columns = columns.where(columns < vocabulary, _column_at(cumulative[:, :vocabulary], again))
+        return columns
 
     def _record(self, tokens: list[int], logprobs: list[float], forced: list[bool]) -> None:
         for record, token, logprob, force in zip(self.active, tokens, logprobs, forced, strict=True):
@@ -242,6 +255,12 @@ class _Decoder:
             finished=bool(spoken) and spoken[-1] in self.stops,
             answer_length=row.answer_length,
         )
+
+
+def _column_at(cumulative: Tensor, at: Tensor) -> Tensor:
+    """(R,) the first column whose cumulative probability (R, columns) exceeds `at` (R,)."""
+    found = torch.searchsorted(cumulative.contiguous(), at[:, None], right=True)[:, 0]
+    return found.clamp_max(cumulative.shape[1] - 1)
 
 
 def _view(records: Sequence[_Row]) -> StepView:

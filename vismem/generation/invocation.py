@@ -56,6 +56,7 @@ class InvocationPolicy:
 
     limit: int | None = None  # memories per answer; None: the model's max_per_answer
     sampled: tuple[MemoryKind, ...] = ()  # kinds whose invoke token the model itself may emit
+    declines: bool = False  # every invoke token that the model emits is declined: a word is decoded in its place
 
     # --- when a memory comes ---
 
@@ -131,17 +132,16 @@ class Random(InvocationPolicy):
 
 
 @dataclass(frozen=True)
-class Replay(InvocationPolicy):
+class Replay(Learned):
     """Memories at recorded decisions of each row: as they were, or every kind swapped (tau_rev of Eq. 14).
 
-    Up to the first of them the model samples as `Learned` does, so the same seed gives the same answer until there.
+    The model samples from the distribution of `Learned`, and an invoke token that it samples elsewhere is declined. So
+    the same seed gives the recorded answer itself, and with `swap` the same answer up to its first memory.
     """
 
+    declines: bool = True
     recorded: Mapping[str, Sequence[tuple[int, MemoryKind]]] | None = None
     swap: bool = False
-
-    def allowed(self, view: StepView) -> NDArray[np.bool_]:
-        return np.tile((view.invocations == 0)[:, None], (1, 2))
 
     def force(self, view: StepView, seed: int) -> Choices:
         choice = super().force(view, seed)

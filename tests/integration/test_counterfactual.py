@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vismem.config import GrpoConfig, Stage2Config
 from vismem.generation.engine import generate
-from vismem.generation.invocation import Learned, Replay, row_key
+from vismem.generation.invocation import InvocationPolicy, Learned, Off, Replay, row_key
 from vismem.generation.prompts import encode
 from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.types import Rollout
@@ -35,14 +35,14 @@ def eager(tiny_base: Path) -> VisMemModel:
     model = tiny.vismem(tiny_base, limit=max(LIMITS))
     with torch.no_grad():
         model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(2)))
-        plain = generate(model, tiny.samples(), Learned(limit=0), max_new_tokens=TOKENS)
+        plain = generate(model, tiny.samples(), Off(), max_new_tokens=TOKENS)
         states = answer_states(model, prefill(model, tiny.samples()), plain, torch.arange(len(plain)))
         words, invokes = model.logit_parts(states.flatten(0, 1))
         model.tokens.bias.copy_((words.amax(1, keepdim=True) - invokes).quantile(1 / 5, dim=0))
     return model.requires_grad_(False)
 
 
-def answers(model: VisMemModel, policy: Learned, temperature: float, seed: int) -> list[Rollout]:
+def answers(model: VisMemModel, policy: InvocationPolicy, temperature: float, seed: int) -> list[Rollout]:
     return generate(
         model, tiny.samples(), policy, max_new_tokens=TOKENS, temperature=temperature, seed=seed, group_size=GROUP
     )
@@ -79,6 +79,12 @@ def test_a_replay_is_the_recorded_answer_and_a_swapped_one_is_until_its_first_me
         decided = [place for place, _ in decisions_of(eager, ours)]
         assert [place for place, _ in decisions_of(eager, theirs)] == decided[: len(theirs.invocations)]
         assert theirs.finished or len(theirs.invocations) == len(kinds), "missing only behind the end of the answer"
+
+
+def test_a_greedy_replay_of_no_memory_is_the_answer_without_memory(eager: VisMemModel) -> None:
+    assert any(r.invocations for r in answers(eager, Learned(), 0.0, 0))
+    plain, declined = (answers(eager, policy, 0.0, 0) for policy in (Off(), Replay(recorded={})))
+    assert [r.token_ids for r in declined] == [r.token_ids for r in plain]
 
 
 def test_words_in_the_place_of_declined_memories_are_drawn_as_among_words_alone(tiny_base: Path) -> None:

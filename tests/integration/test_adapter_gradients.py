@@ -69,10 +69,10 @@ def test_the_reference_of_a_lora_is_the_base(tiny_base: Path, tiny_data: Path) -
     batch = objective.collect(0)
     rows = torch.arange(2).repeat_interleave(STAGE.group_size)
     with torch.no_grad():
-        reference = objective.reference(prefill(model, batch.samples), batch.samples, batch.rollouts, rows)
+        reference = objective.reference(batch.policy, prefill(model, batch.samples), batch.rollouts, rows)
         base = tiny.vismem(tiny_base)
         scores = score(base, prefill(base, batch.samples), batch.rollouts, rows)
-    assert torch.allclose(reference, scores.text_logprobs[scores.text_mask], atol=1e-5)
+    assert torch.allclose(reference.logprobs, scores.logprobs, atol=1e-5)
     assert model.policy_lora.enabled
 
 

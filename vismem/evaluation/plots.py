@@ -149,11 +149,11 @@ def training_panels(curves: Mapping[str, pd.DataFrame]) -> list[Panel]:
         ("stage2", "stage II", "reward"),
         ("stage2", "stage II", "kl"),
     )
-    words = {"loss": "loss", "reward": "reward", "kl": "KL to the base"}
+    words = {"loss": "loss", "reward": "reward", "kl": "KL to the reference policy"}
     panels = [
         _curve(f"{stage}: {words[column]}", curves[name], {column: BLUE})
         for name, stage, column in stages
-        if name in curves and curves[name][column].any()
+        if name in curves and column in curves[name] and curves[name][column].any()
     ]
     if "stage2" in curves and len(curves["stage2"]):
         columns = dict(zip(KIND_COLUMNS, KIND_COLOURS.values(), strict=True))

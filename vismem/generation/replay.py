@@ -35,10 +35,8 @@ class Scores:
     """Per-token results of R answers, right-padded to T tokens of `Rollout.token_ids`."""
 
     logprobs: Tensor  # (R, T) of the recorded tokens, under the temperature and the bars of the sampling
-    text_logprobs: Tensor  # (R, T) the same without the invoke tokens in the vocabulary, for the KL term
     entropy: Tensor  # (R, T) nats
     mask: Tensor  # (R, T) bool: sampled tokens, the loss mask
-    text_mask: Tensor  # (R, T) bool: sampled tokens other than invoke tokens
     latents: list[Tensor]  # the memories formed, (rows, N, d) each; of one answer in the order of its invocations
 
 
@@ -82,7 +80,8 @@ def score(
 ) -> Scores:
     """Score recorded answers; `sample` (R,) says which of the context's prompts each answer belongs to.
 
-    `sampled_kinds` and `limit` are those of the policy that sampled: they decide which invoke tokens were barred.
+    `sampled_kinds` and `limit` are those of the policy that sampled: they decide which invoke tokens were barred. By
+    default all are, so a word's log-probability is that among words.
     """
     limit = model.invocation_config.max_per_answer if limit is None else limit
     # rows that are cut at like places go through the model together, so that little is padded
@@ -96,7 +95,7 @@ def score(
     back = torch.tensor(order, device=sample.device).argsort()
     whole = {
         name: torch.cat([pad(getattr(part, name), (0, longest - part.mask.shape[1])) for part in parts])[back]
-        for name in ("logprobs", "text_logprobs", "entropy", "mask", "text_mask")
+        for name in ("logprobs", "entropy", "mask")
     }
     return Scores(**whole, latents=[memory for part in parts for memory in part.latents])
 
@@ -197,9 +196,8 @@ class _Pass:
         may_invoke = torch.tensor([kind in sampled_kinds and limit > 0 for kind in KINDS], device=self.device)
         barred = full[mask][:, None] | ~may_invoke
         found = token_scores(self.model, hidden[mask], columns, barred, temperature)
-        text_mask = torch.zeros_like(mask).masked_scatter(mask, columns < self.model.vocabulary)
-        chosen, plain, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
-        return Scores(chosen, plain, entropy, mask, text_mask, self.latents)
+        chosen, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
+        return Scores(chosen, entropy, mask, self.latents)
 
 
 def _padded(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:

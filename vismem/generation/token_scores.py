@@ -11,27 +11,25 @@ MAX_LOGITS = 2**26  # held at a time
 
 def token_scores(
     model: VisMemModel, hidden: Tensor, columns: Tensor, barred: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For n tokens, each (n,): log-probability, the same among words only (0 for an invoke token), and entropy.
+) -> tuple[Tensor, Tensor]:
+    """For n tokens, each (n,): log-probability and entropy.
 
     `hidden` (n, d), `columns` (n,), `barred` (n, 2) which invoke tokens may not follow. Many tokens of a large
     vocabulary go through the head piece by piece, and again in the backward pass, so that their logits are never held.
     """
 
-    def piece(hidden: Tensor, columns: Tensor, barred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def piece(hidden: Tensor, columns: Tensor, barred: Tensor) -> tuple[Tensor, Tensor]:
         words, invoke = model.logit_parts(hidden)
         if temperature != 1:
             words, invoke = words / temperature, invoke / temperature
         invoke = invoke.masked_fill(barred, -torch.inf)
-        words_total = words.logsumexp(-1)
-        total = torch.cat([words_total[:, None], invoke], dim=1).logsumexp(-1)
+        total = torch.cat([words.logsumexp(-1, keepdim=True), invoke], dim=1).logsumexp(-1)
         is_word = columns < model.vocabulary
         at_word = words.gather(1, torch.where(is_word, columns, 0)[:, None])[:, 0]
         at_invoke = invoke.gather(1, torch.where(is_word, 0, columns - model.vocabulary)[:, None])[:, 0]
         with torch.no_grad():
             shares = [_surprise(words, total), _surprise(invoke, total)]
-        chosen = torch.where(is_word, at_word, at_invoke) - total
-        return chosen, torch.where(is_word, at_word - words_total, 0), shares[0] + shares[1]
+        return torch.where(is_word, at_word, at_invoke) - total, shares[0] + shares[1]
 
     size = max(1, MAX_LOGITS // model.vocabulary)
     if len(hidden) <= size:
@@ -40,8 +38,8 @@ def token_scores(
         checkpoint(piece, *parts, use_reentrant=False)
         for parts in zip(*(torch.split(values, size) for values in (hidden, columns, barred)), strict=True)
     ]
-    chosen, plain, entropy = (torch.cat(values) for values in zip(*pieces, strict=True))
-    return chosen, plain, entropy
+    chosen, entropy = (torch.cat(values) for values in zip(*pieces, strict=True))
+    return chosen, entropy
 
 
 def _surprise(logits: Tensor, total: Tensor) -> Tensor:

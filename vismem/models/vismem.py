@@ -1,7 +1,7 @@
 """A frozen VLM with latent vision memory: form memories, embed and score the grown vocabulary, save and load."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -168,9 +168,16 @@ class VisMemModel(nn.Module):
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
-    def reference(self) -> AbstractContextManager[None]:
-        """The reference policy within the block: the same weights, the policy's adapter off."""
-        return self.policy_lora.active(False)
+    @contextmanager
+    def reference(self, rows: TokenRows | None = None) -> Iterator[None]:
+        """The reference policy within the block: the policy's adapter off, and where given other new tokens' `rows`."""
+        own = self.tokens
+        self.tokens = own if rows is None else rows
+        try:
+            with self.policy_lora.active(False):
+                yield
+        finally:
+            self.tokens = own
 
     def set_policy_lora(self, settings: LoraSettings) -> None:
         """Give the policy another adapter, fresh and off."""

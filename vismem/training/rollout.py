@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vismem.data.sample import Sample
 from vismem.generation.context import Context
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy
-from vismem.generation.replay import prefill, score
+from vismem.generation.replay import Scores, prefill, score
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
@@ -51,6 +52,10 @@ class GrpoObjective:
     out: Path | None = None
     prompts_need_gradient: bool = False  # whether what is trained changes the prefill
 
+    def __post_init__(self) -> None:
+        """The reference policy's rows are those from which training starts."""
+        self.first_rows = deepcopy(self.model.tokens).requires_grad_(False)
+
     # --- what a stage decides ---
 
     def policy(self, step: int) -> InvocationPolicy:
@@ -62,18 +67,33 @@ class GrpoObjective:
         return rewards
 
     def reference(
-        self, context: Context, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor
-    ) -> Tensor:
-        """(tokens,) log-probabilities of the rollouts' words under the reference policy, row after row.
+        self, policy: InvocationPolicy, context: Context, rollouts: Sequence[Rollout], sample: Tensor
+    ) -> Scores:
+        """The rollouts under the reference policy; its sampled tokens are theirs, in the same order.
 
-        `context` is the samples' prefill under the policy being trained. By default the reference reads the same
-        embeddings, memories included, with the policy's adapter off.
+        By default it is the policy as training found it: the new tokens' rows of then, the adapter off, memories formed
+        at the recorded places. `context` is the prompts' prefill under the policy being trained.
         """
-        with self.model.reference():
-            if self.prompts_need_gradient:  # the context was prefilled with the policy's adapter
-                context = prefill(self.model, samples, context.prompt)
-            scores = score(self.model, context, rollouts, sample, temperature=self.grpo.temperature)
-        return scores.text_logprobs[scores.text_mask]
+        with self.model.reference(self.first_rows):
+            if self.prompts_need_gradient:  # the prefill is the adapter's, what memories read of the prompts is not
+                context = replace(
+                    prefill(self.model, (), context.prompt), patches=context.patches, prefix=context.prefix
+                )
+            return self.scores(policy, context, rollouts, sample)
+
+    def scores(
+        self, policy: InvocationPolicy, context: Context, rollouts: Sequence[Rollout], sample: Tensor
+    ) -> Scores:
+        """The rollouts under the model as it is; `policy` sampled them, `sample` (R,) are their prompts."""
+        return score(
+            self.model,
+            context,
+            rollouts,
+            sample,
+            sampled_kinds=policy.sampled,
+            limit=policy.limit,
+            temperature=self.grpo.temperature,
+        )
 
     # --- loop.Objective ---
 
@@ -124,7 +144,7 @@ class GrpoObjective:
                         with torch.set_grad_enabled(self.prompts_need_gradient):
                             context = prefill(self.model, samples)
                     context = replace(context, patches=None, prefix=None)  # computed with gradient for each micro-batch
-                    added = self._micro_batch(batch, samples, context, first, slice(start, min(start + rows, end)))
+                    added = self._micro_batch(batch, context, first, slice(start, min(start + rows, end)))
                     for name, value in added.items():
                         sums[name] += value
         sums = all_reduce_sum(sums, self.accelerator)
@@ -132,35 +152,28 @@ class GrpoObjective:
         loss = sums.pop("loss") / len(batch.rollouts) / self.accelerator.num_processes
         return {**batch.metrics, "loss": loss, **{name: value / max(1, tokens) for name, value in sums.items()}}
 
-    def _micro_batch(
-        self, batch: RolloutBatch, samples: Sequence[Sample], context: Context, first: int, rows: slice
-    ) -> Metrics:
-        """Add the gradient of some rollouts, and return sums to log. `samples` are the prompts from number `first`."""
+    def _micro_batch(self, batch: RolloutBatch, context: Context, first: int, rows: slice) -> Metrics:
+        """Add the gradient of some rollouts, and return sums to log. `context`: the prompts from number `first`."""
         device = self.accelerator.device
         rollouts, advantages = batch.rollouts[rows], batch.advantages[rows].to(device)
         sample = torch.arange(rows.start, rows.stop, device=device) // self.stage.group_size - first
-        scores = score(
-            self.model,
-            context,
-            rollouts,
-            sample,
-            sampled_kinds=batch.policy.sampled,
-            limit=batch.policy.limit,
-            temperature=self.grpo.temperature,
-        )
+        scores = self.scores(batch.policy, context, rollouts, sample)
         old = padded([r.logprobs for r in rollouts], scores.logprobs)
         term = policy_term(scores.logprobs, old, advantages, scores.mask, self.grpo.clip_low, self.grpo.clip_high)
-        with torch.no_grad():
-            reference = self.reference(context, samples, rollouts, sample)
-        words = torch.zeros_like(scores.text_logprobs).masked_scatter(scores.text_mask, reference)
-        kl = kl_term(scores.text_logprobs, words)
-        loss = term.loss + self.stage.kl_coefficient * rollout_means(kl, scores.text_mask).sum()
+        loss, logged = term.loss, {}
+        if self.stage.kl_coefficient > 0:
+            with torch.no_grad():
+                found = self.reference(batch.policy, context, rollouts, sample)
+            reference = torch.zeros_like(scores.logprobs).masked_scatter(scores.mask, found.logprobs[found.mask])
+            kl = kl_term(scores.logprobs, reference)
+            loss = loss + self.stage.kl_coefficient * rollout_means(kl, scores.mask).sum()
+            logged["kl"] = float((kl.detach() * scores.mask).sum())
         if loss.requires_grad:  # not where no row of the micro-batch invoked
             self.accelerator.backward(loss / len(batch.rollouts) / self.accelerator.num_processes)
         return {
             "loss": float(loss.detach()),
             "tokens": float(term.tokens),
-            "kl": float((kl.detach() * scores.text_mask).sum()),
+            **logged,
             "update_kl": float((kl_term(scores.logprobs.detach(), old) * scores.mask).sum()),
             "clip_fraction": float(term.clipped),
             "entropy": float((scores.entropy * scores.mask).sum()),

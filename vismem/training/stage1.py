@@ -7,10 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from vismem.config import Config, Stage1Config
-from vismem.data.sample import Sample
 from vismem.generation.context import Context
 from vismem.generation.invocation import InvocationPolicy, Off, Random
-from vismem.generation.replay import score, without_memory
+from vismem.generation.replay import Scores, without_memory
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.training.loop import LoopSettings, check_shards
@@ -35,12 +34,10 @@ class Formation(GrpoObjective):
         )
 
     def reference(
-        self, context: Context, samples: Sequence[Sample], rollouts: Sequence[Rollout], sample: Tensor
-    ) -> Tensor:
-        """See GrpoObjective; the policy is frozen, so its prefill serves here too."""
-        bare = [without_memory(rollout) for rollout in rollouts]
-        scores = score(self.model, context, bare, sample, temperature=self.grpo.temperature)
-        return scores.text_logprobs[scores.text_mask]
+        self, policy: InvocationPolicy, context: Context, rollouts: Sequence[Rollout], sample: Tensor
+    ) -> Scores:
+        """The same words without any memory. The policy is frozen, so its prefill serves here too."""
+        return self.scores(policy, context, [without_memory(rollout) for rollout in rollouts], sample)
 
 
 def stage1(config: Config, inputs: Inputs, out: Path) -> str:

@@ -59,7 +59,7 @@ class Supervised:
                     context = prefill(self.model, samples)
                 sample = torch.arange(len(samples), device=self.accelerator.device)
                 scores = score(self.model, context, rollouts, sample)
-                loss = -rollout_means(scores.text_logprobs, scores.text_mask).sum() / count
+                loss = -rollout_means(scores.logprobs, scores.mask).sum() / count
                 self.accelerator.backward(loss / self.accelerator.num_processes)
                 mean += float(loss.detach())
         self.model.eval()

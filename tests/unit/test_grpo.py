@@ -34,8 +34,24 @@ def test_advantages_without_the_standard_deviation_are_only_centred() -> None:
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_a_group_of_equal_rewards_has_no_advantages(normalise: bool) -> None:
-    assert_close(group_advantages(torch.ones(1, 4), normalise), torch.zeros(1, 4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "rewards",
+    [[1.0] * 4, [0.1 + 0.2, 0.3, 0.3, 0.3], [0.3] * 3, [0.7] * 7, [1 - 0.9, 0.1, 0.1], [100.1 - 100, 0.1, 0.1]],
+)
+def test_a_group_of_equal_rewards_has_no_advantages_not_even_of_rounding(
+    rewards: list[float], dtype: torch.dtype, normalise: bool
+) -> None:
+    """Beside a group that has some: each has its own threshold."""
+    both = torch.tensor([rewards, [1.0, *[0.0] * (len(rewards) - 1)]], dtype=dtype)
+    found = group_advantages(both, normalise)
+    assert torch.equal(found[0], torch.zeros(len(rewards), dtype=dtype))
+    assert found[1].all()
+
+
+def test_a_small_difference_of_rewards_is_no_rounding() -> None:
+    found = group_advantages(torch.tensor([[0.5, 0.5, 0.5, 0.501]]))
+    assert_close(found, torch.tensor([[-(3**-0.5)] * 3 + [3**0.5]]), atol=5e-3, rtol=0)
 
 
 def clipped_objective() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,6 +77,30 @@ def test_the_objective_has_no_gradient_where_it_is_clipped_or_masked() -> None:
     policy_term(logprobs, *rest, clip_low=0.2, clip_high=0.3).loss.backward()
     assert logprobs.grad is not None
     assert_close(logprobs.grad, torch.tensor([[0.0, -0.5 / 3, -1.1 / 3], [1.5, 0.0, 0.0]]))
+
+
+def test_k3_draws_the_policy_to_the_reference_and_punishes_what_only_the_reference_says_the_most() -> None:
+    # d(k3) / d(log pi) = 1 - ref / pi: for pi = 1/2, ref = 1/4 it is 1/2; for pi = 1/4, ref = 1/2 it is -1.
+    policy, reference = torch.tensor([0.5, 0.25]).log().requires_grad_(), torch.tensor([0.25, 0.5]).log()
+    kl_term(policy, reference).sum().backward()
+    assert policy.grad is not None
+    assert_close(policy.grad, torch.tensor([0.5, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gain", "moves"),
+    [(1.5, 1.0, 1.3, False), (1.5, -1.0, -1.5, True), (0.5, 1.0, 0.5, True), (0.5, -1.0, -0.8, False)],
+)
+def test_the_clip_stops_only_what_has_gone_far_enough(
+    ratio: float, advantage: float, gain: float, moves: bool
+) -> None:
+    """Up for a rewarded token, down for an unrewarded one; on the other side it never holds the policy back."""
+    logprobs, old = torch.full((1, 1), log(ratio) - 1.0, requires_grad=True), torch.full((1, 1), -1.0)
+    term = policy_term(logprobs, old, torch.tensor([advantage]), torch.ones(1, 1, dtype=torch.bool), 0.2, 0.3)
+    term.loss.backward()
+    assert float(term.loss.detach()) == pytest.approx(-gain)
+    assert logprobs.grad is not None
+    assert float(logprobs.grad) == pytest.approx(-ratio * advantage if moves else 0.0)
 
 
 def test_kl_is_estimated_by_k3_and_is_never_negative() -> None:

@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
+SAME = 1e-5  # standard deviation of a group's scores up to which they are one score, and their difference is rounding
 
 
 def group_advantages(rewards: Tensor, normalise_by_std: bool = True) -> Tensor:
-    """A = (S - mean) / (std + eps) within each group; `rewards` (B, G), returns (B, G). Without std: S - mean."""
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if not normalise_by_std:
-        return centred
-    return centred / (rewards.std(dim=1, keepdim=True, correction=0) + EPSILON)
+    """A = (S - mean) / (std + eps) within each group; `rewards` (B, G), returns (B, G). Without std: S - mean.
+
+    Exactly 0 throughout a group whose standard deviation is at most `SAME`: dividing by it would make advantages of
+    rounding errors, such as that of 0.1 + 0.2 against 0.3.
+    """
+    deviation = rewards.std(dim=1, keepdim=True, correction=0)
+    centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(deviation <= SAME, 0.0)
+    return centred / (deviation + EPSILON) if normalise_by_std else centred
 
 
 def type_penalty(rewards: Tensor, swapped: Tensor) -> Tensor:

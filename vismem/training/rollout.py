@@ -105,16 +105,17 @@ class GrpoObjective:
         rollouts = self.sample(batch, policy, step)
         rewards = rewards_of(batch, rollouts)
         shaped = self.shaped(rewards, batch, rollouts, step)
-        advantages = group_advantages(shaped, self.grpo.normalise_by_std).flatten()
+        advantages = group_advantages(shaped, self.grpo.normalise_by_std)
         metrics = {"reward": float(rewards.mean()), **rollout_figures(rollouts)}
         metrics["penalty"] = float((rewards - shaped).mean())
-        metrics["zero_variance_groups"] = float((shaped.std(dim=1, correction=0) == 0).float().mean())
+        metrics["zero_variance_groups"] = float((advantages == 0).all(dim=1).float().mean())
         if self.out and step % self.grpo.sample_every == 0 and self.accelerator.is_main_process:
             group, folder = self.stage.group_size, self.out / "samples"
             folder.mkdir(exist_ok=True)
             lines = answer_lines(batch[:1] * group, rollouts[:group], "reward", rewards[0].tolist())
             (folder / f"{step:06d}.jsonl").write_text(lines)
-        return RolloutBatch(batch, tuple(rollouts), advantages, policy, all_reduce_mean(metrics, self.accelerator))
+        figures = all_reduce_mean(metrics, self.accelerator)
+        return RolloutBatch(batch, tuple(rollouts), advantages.flatten(), policy, figures)
 
     def sample(self, batch: Sequence[Sample], policy: InvocationPolicy, step: int) -> list[Rollout]:
         """A group of answers for each prompt; the same policy samples the same ones again in the same step."""

@@ -1,4 +1,4 @@
-"""Objectives of both stages on a tiny model that invokes often."""
+"""Objectives of both stages, and of the GRPO baseline, on a tiny model that invokes often."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 from vismem.config import GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config
 from vismem.generation.replay import prefill
 from vismem.models.vismem import VisMemModel
+from vismem.training.baselines import PolicyGrpo
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA, trainable
 from vismem.training.stage1 import Formation
@@ -22,6 +23,9 @@ STAGES: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] 
     "stage1": (Formation, Stage1Config(anywhere_after=0, anywhere_share=0.6, **STAGE), FORMATION),
     "stage2": (Invocation, Stage2Config(**STAGE), INVOCATION),
     "stage2 with a LoRA": (Invocation, Stage2Config(policy_lora=True, **STAGE), INVOCATION + POLICY_LORA),
+}
+BASELINE: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] = {
+    "grpo_lora": (PolicyGrpo, GrpoStageConfig(**STAGE), POLICY_LORA)
 }
 
 
@@ -39,8 +43,8 @@ def eager_model(base: Path) -> VisMemModel:
 
 
 def objective_of(stage: str, base: Path, **changes: Any) -> tuple[GrpoObjective, dict[str, nn.Parameter]]:
-    """The objective of a stage and what it trains. `changes` are of its own settings or of GRPO's."""
-    kind, config, trained = STAGES[stage]
+    """The objective of a stage, or of the baseline, and what it trains. `changes` are of its settings or of GRPO's."""
+    kind, config, trained = (STAGES | BASELINE)[stage]
     model = eager_model(base)
     model.policy_lora.enabled = POLICY_LORA[0] in trained
     common = {name: value for name, value in changes.items() if name in GrpoConfig.model_fields}

@@ -34,11 +34,13 @@ class MemoryConfig(Section):
     builder_heads: int = Field(4, ge=1, description="attention heads of the query builder [ours]")
     lora_rank: int = Field(16, ge=1, description="r [paper App.]")
     lora_alpha: float = Field(32, gt=0, description="alpha, the scale is alpha / r [paper App.]")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="the adapters' dropout where supervised [paper App.: 0.1]")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="the formers', in the warm start only [paper App.: 0.1]")
     short_init: Init = Field(
-        "patches", description="short M_init: added to the image's pooled patches, or random [paper]"
+        "patches", description="short M_init: added to the image's pooled patches, or random [paper: random]"
     )
-    long_init: Init = Field("patches", description="long M_init: added to pooled image tokens, or random [paper]")
+    long_init: Init = Field(
+        "patches", description="long M_init: added to pooled image tokens, or random [paper: random]"
+    )
     init_std: float = rare(0.02, gt=0, description="standard deviation of random initial values [ours]")
 
 
@@ -47,7 +49,7 @@ class InvocationConfig(Section):
 
     delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
     init_token: str = Field("\n", description="delimiter whose embedding the four new rows are copied from [ours]")
-    max_per_answer: int = Field(1, ge=0, description="max invocations per answer [measured]")
+    max_per_answer: int = Field(1, ge=0, description="max invocations per answer [measured] [paper: no limit]")
     perturbation: float = rare(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 
 
@@ -59,8 +61,8 @@ class GrpoConfig(Section):
     micro_batch: int = Field(64, ge=1, description="rollouts per backward pass; changes memory, not the result")
     gradient_checkpointing: bool = Field(False, description="recompute activations; same result, less memory, slower")
     updates: int = Field(1, ge=1, description="optimiser steps per batch of rollouts [paper: 1]")
-    clip_low: float = Field(0.2, gt=0, description="lower clip of the ratio [paper]")
-    clip_high: float = Field(0.2, gt=0, description="upper clip of the ratio [paper]")
+    clip_low: float = Field(0.2, gt=0, description="lower clip of the ratio; works from `updates` 2 on [paper]")
+    clip_high: float = Field(0.2, gt=0, description="upper clip of the ratio; works from `updates` 2 on [paper]")
     max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens, latents not counted")
     weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay [ours]")
     max_grad_norm: float = rare(1.0, gt=0, description="gradient norm clip [ours]")
@@ -78,13 +80,15 @@ class GrpoStageConfig(Section):
     learning_rate: float = Field(5e-5, gt=0, description="peak rate of AdamW, cosine decay [paper]")
     warmup_ratio: float = Field(0.2, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.015, ge=0, description="beta [paper]")
-    target_kl: float = Field(0.03, ge=0, description="KL per token that ends a batch's updates; 0: never [paper]")
+    target_kl: float = Field(
+        0.03, ge=0, description="KL per token that ends a batch's updates, from `grpo.updates` 2 on; 0: never [paper]"
+    )
 
 
 class WarmStartConfig(Section):
     """Supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
 
-    steps: int = Field(800, ge=0, description="steps; 0 leaves it out, as the paper does")
+    steps: int = Field(800, ge=0, description="steps; 0 leaves it out [paper: 0]")
     batch_size: int = Field(32, ge=1, description="questions per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
@@ -97,7 +101,7 @@ class Stage1Config(GrpoStageConfig):
     steps: int = Field(5, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
-    at_start: bool = rare(True, description="the answer's first position counts as a delimiter [ours]")
+    at_start: bool = rare(True, description="the answer's first position counts as a delimiter [paper: false]")
     anywhere_after: float = rare(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
     anywhere_share: float = rare(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
     warm_start: WarmStartConfig = WarmStartConfig()
@@ -108,15 +112,24 @@ class Stage2Config(GrpoStageConfig):
 
     steps: int = Field(30, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     group_size: int = Field(8, ge=2, description="G, rollouts per prompt [paper: 16]")
-    learning_rate: float = Field(2e-2, gt=0, description="peak rate; only rows are trained [paper: 1e-5]")
+    learning_rate: float = Field(2e-2, gt=0, description="peak rate of the new tokens' rows [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
-    kl_coefficient: float = Field(0.030, ge=0, description="beta [paper]")
-    target_kl: float = Field(0.05, ge=0, description="KL per token that ends a batch's updates; 0: never [paper]")
-    start_probability: float = Field(0.95, gt=0, lt=1, description="initial chance of memory at answer start [ours]")
-    delimiter_probability: float = Field(0.01, gt=0, lt=1, description="initial chance of memory at a delimiter [ours]")
-    penalty: float = Field(0.3, ge=0, description="alpha, intensity of p_type + p_neg [paper Eq. 15]")
+    kl_coefficient: float = Field(0.030, ge=0, description="beta, to the policy of the stage's start [paper]")
+    target_kl: float = Field(
+        0.05, ge=0, description="KL per token that ends a batch's updates, from `grpo.updates` 2 on; 0: never [paper]"
+    )
+    start_probability: float = Field(
+        0.95, gt=0, lt=1, description="initial chance of memory at answer start, fitted [paper: a delimiter's row]"
+    )
+    delimiter_probability: float = Field(
+        0.01, gt=0, lt=1, description="initial chance of memory at a delimiter, fitted [paper: a delimiter's row]"
+    )
+    penalty: float = Field(
+        0.3, ge=0, description="alpha of p_type + p_neg; `grpo.normalise_by_std` undoes p_neg of 0/1 scores [paper]"
+    )
     end_lr_scale: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
     policy_lora: bool = Field(False, description="also train LoRA on the policy's q_proj and v_proj [ours]")
+    policy_learning_rate: float = Field(1e-3, gt=0, description="peak rate of that LoRA, where it is on [paper: 1e-5]")
 
 
 class SupervisedConfig(Section):
@@ -136,7 +149,7 @@ class BaselinesGrpoConfig(GrpoStageConfig):
     """GRPO of grpo_lora: by default it takes about as long as both stages."""
 
     steps: int = Field(300, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
-    learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW, cosine decay [paper]")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW, cosine decay [ours]")
 
 
 class BaselinesConfig(Section):
@@ -144,6 +157,6 @@ class BaselinesConfig(Section):
 
     rank: int = Field(16, ge=1, description="r of sft_lora and grpo_lora, on q_proj and v_proj [paper App.]")
     alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")
-    dropout: float = Field(0.0, ge=0, lt=1, description="the adapters' dropout where supervised [paper App.: 0.1]")
+    dropout: float = Field(0.0, ge=0, lt=1, description="the adapters', in sft_lora only [paper App.: 0.1]")
     supervised: SupervisedConfig = SupervisedConfig()
     grpo: BaselinesGrpoConfig = BaselinesGrpoConfig()

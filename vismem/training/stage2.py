@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -61,9 +62,13 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     )
     with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
         fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
+    for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
+        broadcast(row.data, from_process=0)
     run.model.policy_lora.enabled = settings.policy_lora
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
-    run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale})
+    lora_scale = settings.policy_learning_rate / settings.learning_rate
+    scales = {name: lora_scale for name in trained if name.startswith(POLICY_LORA)}
+    run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
     return run.finish({"vanilla": Off(), "vismem": Learned(), "random_50": Random(probability=0.5)})

@@ -1,0 +1,135 @@
+"""Every objective learns the right way: a rewarded answer becomes likelier, an unrewarded one less likely."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_stages
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vismem.config import Config, Stage2Config
+from vismem.generation.replay import prefill
+from vismem.models.lora import LoraSettings
+from vismem.training.grpo import rollout_means
+from vismem.training.loop import LoopSettings, Metrics, Objective, train
+from vismem.training.rewards import rewards_of
+from vismem.training.rollout import GrpoObjective, RolloutBatch
+from vismem.training.run import FORMATION, POLICY_LORA, Parameters, trainable
+from vismem.training.stage2 import stage2
+from vismem.training.supervised import Supervised, answer_with_memory, plain_answer
+
+OBJECTIVES = (*tiny_stages.STAGES, *tiny_stages.BASELINE)
+ONE_STEP = LoopSettings("step", steps=1, learning_rate=1e-4, warmup_ratio=0.0)
+pytestmark = pytest.mark.usefixtures("scores_differ")
+
+
+@dataclass
+class OneBatch:
+    """An objective whose every step has the same batch."""
+
+    objective: GrpoObjective
+    batch: RolloutBatch
+
+    def collect(self, step: int) -> RolloutBatch:
+        return self.batch
+
+    def backward(self, batch: RolloutBatch) -> Metrics:
+        return self.objective.backward(batch)
+
+
+def learn(objective: Objective, trained: Parameters, folder: Path) -> None:
+    """One small step of the real loop and optimiser."""
+    train(objective, trained, ONE_STEP, folder, Accelerator(cpu=True))
+
+
+@torch.no_grad()
+def likelihoods(objective: GrpoObjective, batch: RolloutBatch) -> Tensor:
+    """(R,) mean log-probability of each answer's sampled tokens."""
+    rows = torch.arange(len(batch.rollouts)) // objective.stage.group_size
+    found = objective.scores(batch.policy, prefill(objective.model, batch.samples), batch.rollouts, rows)
+    return rollout_means(found.logprobs, found.mask)
+
+
+def made(name: str, base: Path) -> tuple[GrpoObjective, Parameters]:
+    """Without a KL term and penalties: the reward is all there is to learn from."""
+    changes = {"penalty": 0.0} if name.startswith("stage2") else {}
+    return tiny_stages.objective_of(name, base, kl_coefficient=0.0, batch_size=1, group_size=8, **changes)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_answer_with_a_positive_advantage_becomes_likelier_and_one_with_a_negative_less_likely(
+    name: str, advantage: float, tiny_base: Path, tmp_path: Path
+) -> None:
+    objective, trained = made(name, tiny_base)
+    batch = objective.collect(0)
+    row = next((row for row, r in enumerate(batch.rollouts) if r.invocations), 0)  # stage I moves no others
+    alone = torch.zeros(8).index_fill(0, torch.tensor([row]), advantage)
+    batch = replace(batch, advantages=alone)
+    before = likelihoods(objective, batch)[row]
+    learn(OneBatch(objective, batch), trained, tmp_path)
+    change = float(likelihoods(objective, batch)[row] - before)
+    assert abs(change) > 1e-5
+    assert (change > 0) == (advantage > 0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rewarded_answers_gain_on_unrewarded_ones_of_their_group(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    objective, trained = made(name, tiny_base)
+    batch = objective.collect(0)
+    rewarded = rewards_of(batch.samples, list(batch.rollouts))[0] == 1
+    assert 0 < int(rewarded.sum()) < 8
+    gaps = []
+    for _ in range(2):
+        found = likelihoods(objective, batch)
+        gaps.append(float(found[rewarded].mean() - found[~rewarded].mean()))
+        if len(gaps) == 1:
+            learn(objective, trained, tmp_path)
+    assert gaps[1] > gaps[0] + 1e-5
+
+
+WRITTEN = {
+    "warm start": (partial(answer_with_memory, at_start=0.5), FORMATION),
+    "sft_lora": (plain_answer, POLICY_LORA),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_supervised_training_makes_its_batch_likelier(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    written, names = WRITTEN[name]
+    model = tiny.vismem(tiny_base)
+    model.set_policy_lora(LoraSettings(4, 8.0, 0.0))
+    model.policy_lora.enabled = names == POLICY_LORA
+    trained = trainable(model, names)
+    objective = Supervised(model, tiny.samples(), written, 0, Accelerator(cpu=True), 8, 8)
+    objective.prompts_need_gradient = model.policy_lora.enabled
+    losses = [objective.backward(objective.collect(0))["loss"]]
+    learn(objective, trained, tmp_path)
+    losses.append(objective.backward(objective.collect(0))["loss"])
+    assert losses[1] < losses[0] - 1e-5
+
+
+def test_each_part_of_the_policy_learns_at_its_own_rate_in_stage2(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """AdamW's first step is the rate itself, whatever the gradient."""
+    tiny.vismem(tiny_base).save_pretrained(tmp_path / "stage1")
+    rates = {"learning_rate": 1e-2, "end_lr_scale": 0.3, "policy_learning_rate": 2e-3}
+    stage = Stage2Config(steps=1, group_size=8, policy_lora=True, **rates)
+    config = Config(memory=tiny.MEMORY, grpo=tiny_stages.GRPO, stage2=stage)
+    (tmp_path / "stage2").mkdir()
+    inputs = {"base": tiny_base, "validate": tiny_data, "stage1": tmp_path / "stage1"}
+    stage2(config, inputs, tmp_path / "stage2")
+    before, after = (load_file(tmp_path / name / "policy.safetensors") for name in ("stage1", "stage2"))
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in after}
+    assert moved["tokens.invoke"] == pytest.approx(1e-2, rel=0.05)
+    assert moved["tokens.end"] == pytest.approx(0.3 * 1e-2, rel=0.05)
+    ups = [size for name, size in moved.items() if ".up." in name]
+    assert ups == pytest.approx([2e-3] * len(ups), rel=0.05)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vismem.config import Config, Stage2Config
-from vismem.generation.replay import prefill
+from vismem.generation.replay import prefill, score
 from vismem.models.lora import LoraSettings
 from vismem.training.grpo import rollout_means
 from vismem.training.loop import LoopSettings, Metrics, Objective, train
@@ -110,10 +110,16 @@ def test_supervised_training_makes_its_batch_likelier(name: str, tiny_base: Path
     trained = trainable(model, names)
     objective = Supervised(model, tiny.samples(), written, 0, Accelerator(cpu=True), 8, 8)
     objective.prompts_need_gradient = model.policy_lora.enabled
-    losses = [objective.backward(objective.collect(0))["loss"]]
-    learn(objective, trained, tmp_path)
-    losses.append(objective.backward(objective.collect(0))["loss"])
-    assert losses[1] < losses[0] - 1e-5
+    samples, answers = objective.collect(0)
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            scores = score(model, prefill(model, samples), answers, torch.arange(8))
+        found.append(float(rollout_means(scores.logprobs, scores.mask).mean()))
+        if len(found) == 1:
+            assert objective.backward((samples, answers))["loss"] == pytest.approx(-found[0], rel=1e-5)
+            learn(objective, trained, tmp_path)
+    assert found[1] > found[0] + 1e-5
 
 
 def test_each_part_of_the_policy_learns_at_its_own_rate_in_stage2(

@@ -109,7 +109,7 @@ def test_entropy_and_word_scores_are_those_of_the_distributions(eager: VisMemMod
     words = first[:, : eager.vocabulary].log_softmax(-1)
     among_words = score(eager, context, rollouts, sample, temperature=0.7).logprobs
     spoken = [row for row, rollout in enumerate(rollouts) if rollout.token_ids[0] not in eager.memory_ids]
-    assert len(spoken) > 2
+    assert spoken
     for row in spoken:
         assert float(among_words[row, 0]) == pytest.approx(float(words[row, rollouts[row].token_ids[0]]), abs=1e-4)
 

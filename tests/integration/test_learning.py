@@ -1,10 +1,8 @@
 """Every objective learns the right way: a rewarded answer becomes likelier, an unrewarded one less likely."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny

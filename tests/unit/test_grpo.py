@@ -91,9 +91,7 @@ def test_k3_draws_the_policy_to_the_reference_and_punishes_what_only_the_referen
     ("ratio", "advantage", "gain", "moves"),
     [(1.5, 1.0, 1.3, False), (1.5, -1.0, -1.5, True), (0.5, 1.0, 0.5, True), (0.5, -1.0, -0.8, False)],
 )
-def test_the_clip_stops_only_what_has_gone_far_enough(
-    ratio: float, advantage: float, gain: float, moves: bool
-) -> None:
+def test_the_clip_stops_only_what_has_gone_far_enough(ratio: float, advantage: float, gain: float, moves: bool) -> None:
     """Up for a rewarded token, down for an unrewarded one; on the other side it never holds the policy back."""
     logprobs, old = torch.full((1, 1), log(ratio) - 1.0, requires_grad=True), torch.full((1, 1), -1.0)
     term = policy_term(logprobs, old, torch.tensor([advantage]), torch.ones(1, 1, dtype=torch.bool), 0.2, 0.3)

@@ -81,9 +81,7 @@ class GrpoObjective:
                 )
             return self.scores(policy, context, rollouts, sample)
 
-    def scores(
-        self, policy: InvocationPolicy, context: Context, rollouts: Sequence[Rollout], sample: Tensor
-    ) -> Scores:
+    def scores(self, policy: InvocationPolicy, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> Scores:
         """The rollouts under the model as it is; `policy` sampled them, `sample` (R,) are their prompts."""
         return score(
             self.model,

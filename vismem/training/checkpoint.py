@@ -76,11 +76,9 @@ class Curve:
         UserError where the file has fewer.
         """
         self.file = file
-        self.names: list[str] = []
+        self.names: list[str] = []  # none: the first step replaces what a killed training left
         if steps:
             self._cut(steps)
-        else:
-            file.unlink(missing_ok=True)
 
     def _cut(self, steps: int) -> None:
         kept: list[int] = []

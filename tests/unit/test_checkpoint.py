@@ -102,12 +102,26 @@ def test_a_line_that_was_half_written_is_not_read_and_is_cut_on_resuming(tmp_pat
 def test_a_curve_that_lacks_steps_of_its_checkpoint_is_an_error(tmp_path: Path) -> None:
     run(tmp_path)
     file = tmp_path / "run.csv"
-    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:4]))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="has 6 steps"):
+        run(tmp_path)
+    file.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
     with pytest.raises(UserError, match=r"run\.csv has 3 steps and the checkpoint beside it 7: delete both"):
         run(tmp_path)
     file.unlink()
     with pytest.raises(UserError, match="has 0 steps"):
         run(tmp_path)
+
+
+def test_the_curve_is_on_the_disk_before_a_checkpoint_that_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(Curve, "sync", lambda _: order.append("curve"))
+    monkeypatch.setattr(Checkpoint, "save", lambda *_: order.append("checkpoint"))
+    run(tmp_path)
+    assert order == ["curve", "checkpoint"] * 3
 
 
 def test_a_checkpoint_of_another_version_is_an_error(tmp_path: Path) -> None:

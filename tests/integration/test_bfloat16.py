@@ -1,4 +1,4 @@
-"""A base in bfloat16: what is trained is float32 all the same, and is trained as on a base in float32."""
+"""A base in bfloat16: what is trained is float32 all the same; answers depend on their batch only at near ties."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from vismem.config import (
     SupervisedConfig,
     WarmStartConfig,
 )
-from vismem.models.vismem import load_base
+from vismem.generation.engine import generate
+from vismem.generation.invocation import Off
+from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.baselines import full, grpo_lora, sft_lora
 from vismem.training.run import FORMATION, POLICY_LORA
 from vismem.training.stage1 import stage1
@@ -76,3 +78,16 @@ def test_full_fine_tuning_moves_the_weights_that_it_moves_in_float32(
     assert (twin != 0).float().mean() > 0.3
     assert (found[twin != 0] != 0).float().mean() > 0.99
     assert (found - twin).norm() < 0.2 * twin.norm()
+
+
+def test_an_answer_is_another_in_a_batch_only_from_a_near_tie_on(tiny_base: Path) -> None:
+    samples = tiny.samples(24)
+    model = VisMemModel(load_base(tiny_base, "bfloat16"), tiny.MEMORY, CONFIG.invocation)
+    together = generate(model, samples, Off(), max_new_tokens=12)
+    assert together == generate(model, samples, Off(), max_new_tokens=12)
+    for sample, ours in zip(samples, together, strict=True):
+        alone = generate(model, [sample], Off(), max_new_tokens=12)[0]
+        for step, pair in enumerate(zip(alone.logprobs, ours.logprobs, strict=False)):
+            assert pair[0] == pytest.approx(pair[1], abs=0.1), "of the likeliest tokens, be they the same or not"
+            if alone.token_ids[step] != ours.token_ids[step]:
+                break

@@ -14,11 +14,10 @@ from torch import nn
 
 # Tables of vectors rather than maps between spaces, which Muon is for.
 TABLES = ("embed_tokens.weight", "head.weight", "position_embedding.weight", "_init")
-Parameters = Mapping[str, nn.Parameter]
 
 
 @contextmanager
-def master_weights(parameters: Parameters) -> Iterator[dict[str, nn.Parameter]]:
+def master_weights(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
     """The weights to optimise: each parameter itself or, where it is of a lower precision, a float32 copy of it.
 
     Within the block such a parameter's gradient moves to its copy as soon as it is made, so micro-batches add up in
@@ -28,7 +27,8 @@ def master_weights(parameters: Parameters) -> Iterator[dict[str, nn.Parameter]]:
     for name, weight in parameters.items():
         if weight.dtype.itemsize < torch.float32.itemsize:
             masters[name] = nn.Parameter(weight.detach().float())
-            hooks.append(weight.register_post_accumulate_grad_hook(partial(_move_gradient, masters[name])))
+            move = partial(_move_gradient, masters[name])
+            hooks.append(weight.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
     try:
         yield masters
     finally:
@@ -43,7 +43,7 @@ def _move_gradient(master: nn.Parameter, weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def round_masters(masters: Parameters, parameters: Parameters) -> None:
+def round_masters(masters: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.Parameter]) -> None:
     """Give the parameters the values of their masters, rounded to their precision."""
     for name, weight in parameters.items():
         if masters[name] is not weight:
@@ -51,7 +51,7 @@ def round_masters(masters: Parameters, parameters: Parameters) -> None:
 
 
 def optimizers(
-    parameters: Parameters, learning_rate: float, matrix_learning_rate: float, weight_decay: float
+    parameters: Mapping[str, nn.Parameter], learning_rate: float, matrix_learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """AdamW on all parameters; with a `matrix_learning_rate`, Muon on the matrices and AdamW on the rest.
 

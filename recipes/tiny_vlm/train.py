@@ -97,6 +97,6 @@ def fit(
             weight_decay=0.01,
             checkpoint_every=settings.checkpoint_every,
         )
-        history = train(objective, dict(module.named_parameters()), loop, work, Accelerator(cpu=True))
-        losses[name] = round(history[-1]["loss"], 4)
+        state = train(objective, dict(module.named_parameters()), loop, work, Accelerator(cpu=True))
+        losses[name] = round(state.last["loss"], 4)
     return losses

@@ -80,7 +80,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_or_its_result_resumes_as_if_n
         Path(file).write_bytes(b"half a fi")
         raise KeyboardInterrupt
 
-    for place in ("vismem.training.loop.save_file", "vismem.models.vismem.save_file"):
+    for place in ("vismem.training.checkpoint.save_file", "vismem.models.vismem.save_file"):
         with monkeypatch.context() as patch:
             patch.setattr(place, half)
             with pytest.raises(KeyboardInterrupt):

@@ -64,7 +64,6 @@ def test_a_curve_can_be_followed_while_it_grows(
 
     curve = tmp_path / "stage1.csv"
     monkeypatch.setattr(Formation, "collect", look)
-    monkeypatch.setattr("vismem.training.loop.CURVE_SECONDS", 0.0)
     stage1(CONFIG, {"base": tiny_base, "validate": tiny_data}, tmp_path)
     assert [len(text.splitlines()) for text in seen] == [0, 2, 3, 4]
     assert all(curve.read_text().startswith(text) for text in seen)

@@ -38,7 +38,9 @@ def generate(
     """Decode `group_size` answers per sample; rollouts come grouped by sample, in order.
 
     `temperature` 0 is greedy. Sampling depends on the seed, the sample's id and the member of the group, so an
-    answer is the same whatever else is in the batch. `prompt`: the samples' prompts, where they are encoded already.
+    answer is the same whatever else is in the batch. In float32, that is: on a bfloat16 base it may change where the
+    likeliest tokens are within 0.1 nats, since kernels add in another order for other shapes. `prompt`: the samples'
+    prompts, where they are encoded already.
     """
     if not samples:
         return []

@@ -94,7 +94,7 @@ def read_curve(file: Path) -> list[Point]:
     with file.open(newline="") as lines:
         return [
             (f"{file.stem}/{name}", float(value), int(row["step"]))
-            for row in csv.DictReader(lines)
+            for row in csv.DictReader(line for line in lines if line.endswith("\n"))  # a last one may be half written
             for name, value in row.items()
             if name != "step" and value
         ]

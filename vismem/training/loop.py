@@ -1,12 +1,9 @@
 """The one training loop: what is trained, and how a batch is made and scored, is the objective's.
 
-Everything random is drawn from the seed and the step, and checkpoints hold parameters and optimiser state, so a run
-that was killed and resumed equals one that was not.
+Everything random is drawn from the seed and the step, and checkpoints hold weights and optimiser state, so a run that
+was killed and resumed equals one that was not.
 """
 
-import csv
-import io
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,20 +15,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from vismem.errors import UserError
-from vismem.files import write_text
 from vismem.progress import progress
-from vismem.training.optimizers import optimizers
+from vismem.training.checkpoint import Checkpoint, Curve, TrainState
+from vismem.training.optimizers import master_weights, optimizers, round_masters
 
 Metrics = dict[str, float]
 SHOWN = ("loss", "reward", "kl", "accuracy")  # beside the progress, where an objective has them
-CURVE_SECONDS = 2.0  # at least, between two writes of the curve, which others may follow
-CURVE_SHARE = 0.02  # of the time, at most, for writing it again and again
-SECONDS = "seconds"  # of a step, in the history; left out of the curve, which is the same from the same seed
 
 
 class Objective(Protocol):
@@ -75,61 +67,51 @@ def train(
     out: Path,
     accelerator: Accelerator,
     lr_scales: Mapping[str, float] | None = None,
-) -> list[Metrics]:
-    """Optimise `parameters`; returns one dict per step, also written to `out/NAME.csv`.
+) -> TrainState:
+    """Optimise `parameters`; every step's figures are in `out/NAME.csv`.
 
     `lr_scales` multiply the learning rates of single parameters, by name. A checkpoint in `out` is resumed.
     """
-    weights = list(parameters.values())
-    used = optimizers(parameters, settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay)
-    groups = [group for optimizer in used for group in optimizer.param_groups]
-    for group in groups:
-        group["peak"] *= (lr_scales or {}).get(group["name"], 1.0)
-    checkpoint = _Checkpoint(out / f"{settings.name}.checkpoint", used)
-    history = checkpoint.load()
-    broadcast_parameters(weights, len(history), checkpoint.file, accelerator)
-    quiet = not accelerator.is_main_process
-    if history:
-        Console(quiet=quiet, stderr=True).print(f"{settings.name}: resumed at step {len(history)}")
-    curve, due = out / f"{settings.name}.csv", 0.0
-    with progress(settings.name, settings.steps, len(history), quiet=quiet) as advance:
-        for step in range(len(history), settings.steps):
-            started = time.perf_counter()
-            batch = objective.collect(step)
-            for _ in range(settings.updates):
-                for parameter in weights:
-                    parameter.grad = None
-                metrics = objective.backward(batch)
-                if 0 < settings.target_kl < metrics.get("update_kl", 0.0):
-                    break
-                all_reduce_gradients(weights, accelerator)
-                metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
-                for group in groups:
-                    group["lr"] = group["peak"] * lr_scale(step, settings)
-                for optimizer in used:
-                    optimizer.step()
-            history.append({"step": step, **metrics, SECONDS: time.perf_counter() - started})
-            advance(**{name: metrics[name] for name in SHOWN if name in metrics})
-            if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
-                checkpoint.save(history)
-            if (now := time.perf_counter()) >= due and accelerator.is_main_process:
-                _write_curve(curve, history)
-                done = time.perf_counter()
-                due = done + max(CURVE_SECONDS, (done - now) / CURVE_SHARE)
-    if accelerator.is_main_process:
-        checkpoint.save(history)
-        _write_curve(curve, history)
-    return history
-
-
-def _write_curve(file: Path, history: list[Metrics]) -> None:
-    """One line per step; a figure that a step does not have stays empty."""
-    names = [name for name in dict.fromkeys(name for row in history for name in row) if name != SECONDS]
-    lines = io.StringIO(newline="")
-    writer = csv.DictWriter(lines, names, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows({name: round(value, 6) for name, value in row.items()} for row in history)
-    write_text(file, lines.getvalue())
+    main = accelerator.is_main_process
+    with master_weights(parameters) as masters:
+        weights = list(masters.values())
+        used = optimizers(masters, settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay)
+        groups = [group for optimizer in used for group in optimizer.param_groups]
+        for group in groups:
+            group["peak"] *= (lr_scales or {}).get(group["name"], 1.0)
+        checkpoint = Checkpoint(out / f"{settings.name}.checkpoint", used)
+        state = checkpoint.load()
+        broadcast_parameters(weights, state.steps, checkpoint.file, accelerator)
+        round_masters(masters, parameters)
+        curve = Curve(out / f"{settings.name}.csv", state.steps) if main else None
+        if state.steps:
+            Console(quiet=not main, stderr=True).print(f"{settings.name}: resumed at step {state.steps}")
+        with progress(settings.name, settings.steps, state.steps, quiet=not main) as advance:
+            for step in range(state.steps, settings.steps):
+                started = time.perf_counter()
+                batch = objective.collect(step)
+                for _ in range(settings.updates):
+                    for weight in weights:
+                        weight.grad = None
+                    metrics = objective.backward(batch)
+                    if 0 < settings.target_kl < metrics.get("update_kl", 0.0):
+                        break
+                    all_reduce_gradients(weights, accelerator)
+                    metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
+                    for group in groups:
+                        group["lr"] = group["peak"] * lr_scale(step, settings)
+                    for optimizer in used:
+                        optimizer.step()
+                    round_masters(masters, parameters)
+                seconds = time.perf_counter() - started
+                state = TrainState(step + 1, state.seconds + seconds, {"step": step, **metrics})
+                advance(**{name: metrics[name] for name in SHOWN if name in metrics})
+                if curve is not None:
+                    curve.append(state.last)
+                    if state.steps % settings.checkpoint_every == 0 or state.steps == settings.steps:
+                        curve.sync()
+                        checkpoint.save(state)
+    return state
 
 
 def shard_batch(chosen: Sequence[int], accelerator: Accelerator) -> list[int]:
@@ -182,40 +164,6 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], accelerator: Accele
             parameter.grad = torch.zeros_like(parameter)
         if accelerator.num_processes > 1:
             parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
-
-
-class _Checkpoint:
-    """Parameters, the optimisers' state and the history so far, in one safetensors file, replaced in one move."""
-
-    def __init__(self, file: Path, used: Sequence[torch.optim.Optimizer]) -> None:
-        self.file = file
-        self.held = {group["name"]: (group["params"][0], each.state) for each in used for group in each.param_groups}
-
-    def load(self) -> list[Metrics]:
-        """Restore what `save` wrote; returns the history, empty where there is no file."""
-        if not self.file.is_file():
-            return []
-        with safe_open(self.file, framework="pt") as file, torch.no_grad():
-            keys = file.keys()
-            for name, (parameter, state) in self.held.items():
-                parameter.copy_(file.get_tensor(f"parameter/{name}"))
-                for kind in [key.removesuffix(f"/{name}") for key in keys if key.endswith(f"/{name}")]:
-                    if kind != "parameter":
-                        device = "cpu" if kind == "step" else parameter.device
-                        state[parameter][kind] = file.get_tensor(f"{kind}/{name}").to(device)
-            history: list[Metrics] = json.loads(file.metadata()["history"])
-        return history
-
-    def save(self, history: list[Metrics]) -> None:
-        """Write everything that `load` restores."""
-        tensors = {
-            f"{kind}/{name}": value.detach().cpu().contiguous()
-            for name, (parameter, state) in self.held.items()
-            for kind, value in {"parameter": parameter, **state[parameter]}.items()
-        }
-        fresh = self.file.with_suffix(".new")
-        save_file(tensors, fresh, metadata={"history": json.dumps(history)})
-        fresh.replace(self.file)
 
 
 def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:

@@ -1,6 +1,12 @@
-"""The optimisers of every training here: AdamW, and where a rate for matrices is given, Muon on the matrices."""
+"""The optimisers of every training here: AdamW, and where a rate for matrices is given, Muon on the matrices.
 
-from collections.abc import Mapping
+They update float32 weights only. The unit of a bfloat16 weight's last place is 2^-8 to 2^-7 of it: added to it, most
+updates would round away.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +14,40 @@ from torch import nn
 
 # Tables of vectors rather than maps between spaces, which Muon is for.
 TABLES = ("embed_tokens.weight", "head.weight", "position_embedding.weight", "_init")
+
+
+@contextmanager
+def master_weights(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
+    """The weights to optimise: each parameter itself or, where it is of a lower precision, a float32 copy of it.
+
+    Within the block such a parameter's gradient moves to its copy as soon as it is made, so micro-batches add up in
+    float32. `round_masters` brings the copies back. Bytes per parameter with AdamW: 18, of them 2 its own.
+    """
+    masters, hooks = dict(parameters), []
+    for name, weight in parameters.items():
+        if weight.dtype.itemsize < torch.float32.itemsize:
+            masters[name] = nn.Parameter(weight.detach().float())
+            move = partial(_move_gradient, masters[name])
+            hooks.append(weight.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
+    try:
+        yield masters
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _move_gradient(master: nn.Parameter, weight: torch.Tensor) -> None:
+    assert weight.grad is not None
+    gradient, weight.grad = weight.grad.float(), None
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+
+@torch.no_grad()
+def round_masters(masters: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give the parameters the values of their masters, rounded to their precision."""
+    for name, weight in parameters.items():
+        if masters[name] is not weight:
+            weight.copy_(masters[name])
 
 
 def optimizers(

@@ -17,7 +17,7 @@ from vismem.generation.invocation import InvocationPolicy
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
-from vismem.training.loop import SECONDS, LoopSettings, Metrics, train
+from vismem.training.loop import LoopSettings, Metrics, train
 from vismem.training.rollout import GrpoObjective, answer_lines, rollout_figures
 from vismem.training.supervised import Supervised, Written
 
@@ -90,10 +90,10 @@ class Run:
         """Run one phase; returns how many questions it saw."""
         objective.prompts_need_gradient = any(not name.startswith(FORMATION + INVOCATION) for name in trained)
         self.trained = trained
-        self.history = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
-        seen = len(self.history) * min(batch_size, len(self.samples))
+        self.state = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
+        seen = self.state.steps * min(batch_size, len(self.samples))
         self.questions += seen
-        self.seconds += sum(row[SECONDS] for row in self.history)
+        self.seconds += self.state.seconds
         return seen
 
     def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
@@ -121,7 +121,7 @@ class Run:
             figures = {
                 "validation": metrics,
                 "n": len(checked),
-                "last_step": {name: value for name, value in self.history[-1].items() if name != SECONDS},
+                "last_step": self.state.last,
                 "trainable_parameters": count,
                 "train_samples": self.questions,
                 "train_rollouts": self.rollouts,
@@ -132,7 +132,7 @@ class Run:
                 leftover.unlink()
         kind = "GRPO" if self.rollouts else "supervised"
         scores = ", ".join(f"{name} {figures['score']:.1f} %" for name, figures in metrics.items())
-        return f"{self.name}: {len(self.history)} {kind} steps of {count:,} parameters; validation {scores}"
+        return f"{self.name}: {self.state.steps} {kind} steps of {count:,} parameters; validation {scores}"
 
 
 def new_model(config: Config, inputs: Inputs) -> VisMemModel:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def mutate(module: str, tests: list[str]) -> tuple[int, list[Mutant]]:
 
 def judge(module: str, count: int, alive: list[Mutant]) -> bool:
     """Print what came of a module's mutants; whether that is a failure."""
-    known = {key for key in accepted() if key[0].startswith(f"{_dotted(module)}.")}
+    known = {key for key in accepted() if key[0].startswith(f"{dotted(module)}.")}
     found = {(mutant.function, mutant.change) for mutant in alive if mutant.fate == "survived"}
     new = [mutant for mutant in alive if mutant.fate != "survived" or (mutant.function, mutant.change) not in known]
     share = 1 - len(alive) / count
@@ -116,22 +116,23 @@ def _mutmut(folder: Path, *arguments: str, output: int | None = None) -> str:
 def _described(folder: Path, name: str, code: int | None) -> Mutant:
     diff = _mutmut(folder, "show", name, output=subprocess.PIPE)
     fate = "survived" if code == SURVIVED else f"neither killed nor survived (exit code {code})"
-    return Mutant(_function(name), "\n".join(_changed(diff)), fate)
+    return Mutant(function_of(name), change_of(diff), fate)
 
 
-def _changed(diff: str) -> Iterator[str]:
-    for line in diff.splitlines():
-        if line[:1] in ("-", "+") and not line.startswith(("--- ", "+++ ")) and line[1:].strip():
-            yield f"{line[0]} {line[1:].strip()}"
+def change_of(diff: str) -> str:
+    """The changed lines of a unified diff, as `Mutant.change` has them."""
+    changed = [line for line in diff.splitlines() if line.startswith(("-", "+")) and line[:4] not in ("--- ", "+++ ")]
+    return "\n".join(f"{line[0]} {line[1:].strip()}" for line in changed)
 
 
-def _function(mutant: str) -> str:
-    """The function in mutmut's name of a mutant: module.x_function__mutmut_1, module.xǁClassǁmethod__mutmut_1."""
+def function_of(mutant: str) -> str:
+    """The function in mutmut's name of a mutant: module.x_function__mutmut_1 or module.xǁClassǁmethod__mutmut_1."""
     module, _, name = mutant.partition("__mutmut_")[0].removeprefix("vismem.").rpartition(".")
     return f"{module}.{name.removeprefix('x_').removeprefix('xǁ').replace('ǁ', '.')}"
 
 
-def _dotted(module: str) -> str:
+def dotted(module: str) -> str:
+    """A module's name within the package, from its path."""
     return module.removesuffix(".py").replace("/", ".").removeprefix("vismem.")
 
 

@@ -64,20 +64,21 @@ def merged(adapter: Lora, targets: list[LoraTarget]) -> Iterator[None]:
 
 
 def test_queries_are_read_by_a_pre_norm_transformer_from_the_states_and_each_other() -> None:
-    config = MemoryConfig(queries=4, builder_layers=2, builder_heads=2, init_std=0.5)
+    config = MemoryConfig(queries=4, builder_layers=2, builder_heads=4, init_std=0.5)
     builder = QueryBuilder(WIDTH, config)
     for parameter in builder.parameters():  # biases and norms off their initial values
         parameter.data += noise(*parameter.shape) * 0.1
     hidden = torch.cat([noise(3, 5, WIDTH), builder.query_init.expand(3, -1, -1)], dim=1)
     real = torch.arange(5) < torch.tensor(REAL)[:, None]
+    assert len(builder.layers) == 2
     for layer in builder.layers:
-        hidden = as_torch(layer)(hidden, src_mask=barred(real, 4).repeat_interleave(2, dim=0))
+        hidden = as_torch(layer)(hidden, src_mask=barred(real, 4).repeat_interleave(4, dim=0))
     assert_close(builder(noise(3, 5, WIDTH), real), builder.norm(hidden[:, 5:]), atol=1e-5, rtol=1e-5)
 
 
 def as_torch(layer: nn.Module) -> nn.Module:
     """torch's own transformer layer with the weights of one of the builder's."""
-    theirs = nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
+    theirs = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
     names = {"norm1": layer.norm1, "norm2": layer.norm2, "linear1": layer.up, "linear2": layer.down}
     for name, ours in {**names, "self_attn.out_proj": layer.out}.items():
         theirs.get_submodule(name).load_state_dict(ours.state_dict())
@@ -188,6 +189,12 @@ def test_a_long_memory_is_read_by_the_language_model_behind_the_row_and_its_quer
 def slots(tokens: int, count: int) -> list[list[int]]:
     """The tokens of each slot, fewer tokens than slots: slots in their order repeat tokens in theirs."""
     return [[slot * tokens // count] for slot in range(count)]
+
+
+def test_hidden_states_are_divided_by_their_root_mean_square_with_an_epsilon(model: VisMemModel) -> None:
+    hidden = torch.full((1, 8, WIDTH), 1e-3)  # the mean square is 1e-6, and as much is added
+    expected = torch.full((6, WIDTH), 0.5**0.5) @ model.long.output.weight.T * model.long.output_scale
+    assert_close(model.long.read_out(hidden)[0], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_a_memory_of_either_kind_comes_from_its_former_with_the_queries_of_the_states(

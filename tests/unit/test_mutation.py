@@ -72,3 +72,16 @@ def test_a_mutant_is_named_by_its_function_and_the_lines_that_it_changes() -> No
     assert run.function_of("vismem.models.lora.xǁLoraǁ_add__mutmut_3") == "models.lora.Lora._add"
     diff = "--- vismem/a.py\n+++ vismem/a.py\n@@ -1,2 +1,2 @@\n def f():\n-    return 1\n+    return 2\n"
     assert run.change_of(diff) == "- return 1\n+ return 2"
+
+
+def test_a_change_of_strict_or_of_a_device_alone_is_not_counted() -> None:
+    change = "- for a, b in zip(f(x, y), b, strict=True):\n+ for a, b in zip({}):"
+    for unseen in ("f(x, y), b, ", "f(x, y), b, strict=False", "f(x, y), b, strict=None"):
+        assert run.no_test_can_see(change.format(unseen))
+    for seen in ("f(x, y), strict=True", "None, b, strict=True", "f(x, ), b, strict=True"):
+        assert not run.no_test_can_see(change.format(seen))
+    change = "- key = torch.arange(keys.shape[1], device=keys.device)[None]\n+ key = torch.arange({})[None]"
+    assert run.no_test_can_see(change.format("keys.shape[1], device=None"))
+    assert run.no_test_can_see(change.format("keys.shape[1], "))
+    assert not run.no_test_can_see(change.format("keys.shape[2], device=keys.device"))
+    assert not run.no_test_can_see("- a(b, c)\n+ a(b, )")

@@ -19,7 +19,7 @@ class Texts:
     """A tokenizer whose tokens are these texts."""
 
     all_special_ids = (0, 3)
-    texts = ("<s>.", "a", "a.", "<e>,", ".", "a. ", ".a", "?!\n", ",  ", "a.\t")
+    texts = ("<s>.", "a", "a.", "<e>,", ".", "a. ", ".a", "?!\n", ",  ", "a.\t", "a.X")
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -32,8 +32,10 @@ def test_a_reference_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
 def test_the_step_base_says_where_its_copy_came_from(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run `vismem base` again$"):
         Base.of_step(tmp_path)
-    (tmp_path / "metrics.json").write_text('{"model": "org/name", "source_sha256": null, "parameters": 1}')
-    assert Base.of_step(tmp_path) == Base("org/name")
+    for digest in (None, "5a5a"):
+        facts = {"model": "org/name", "source_sha256": digest, "parameters": 1}
+        (tmp_path / "metrics.json").write_text(json.dumps(facts))
+        assert Base.of_step(tmp_path) == Base("org/name", digest)
 
 
 def test_a_folder_beside_the_reference_comes_before_one_of_the_working_folder(

@@ -186,6 +186,19 @@ def test_a_long_memory_is_read_by_the_language_model_behind_the_row_and_its_quer
             assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_long_memory_is_the_same_with_the_first_tokens_of_its_prompt_read_before(model: VisMemModel) -> None:
+    former, backbone, queries = model.long, model.backbone, noise(3, 4, WIDTH)
+    prompt = encode(backbone, families.samples()[:2])
+    rows = (prompt.embeds[SAMPLES], prompt.positions[:, SAMPLES], prompt.mask[SAMPLES], prompt.visual[SAMPLES])
+    prefix = former.prefill(backbone, prompt)
+    assert prefix.length == min(prompt.mask.sum(1).tolist()) < prompt.mask.shape[1]
+    alone, cached = (
+        former(backbone, queries, FormationInputs(SAMPLES, noise(1), noise(1), *rows, None, read))
+        for read in (None, prefix)
+    )
+    assert_close(cached, alone, atol=1e-5, rtol=1e-4)
+
+
 def slots(tokens: int, count: int) -> list[list[int]]:
     """The tokens of each slot, fewer tokens than slots: slots in their order repeat tokens in theirs."""
     return [[slot * tokens // count] for slot in range(count)]

@@ -1,5 +1,6 @@
 """How memories are formed, against torch's own layers and sums by hand (paper Sec. 3.3, Eq. 5-6 and 9-11)."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,9 +205,12 @@ def slots(tokens: int, count: int) -> list[list[int]]:
     return [[slot * tokens // count] for slot in range(count)]
 
 
-def test_hidden_states_are_divided_by_their_root_mean_square_with_an_epsilon(model: VisMemModel) -> None:
-    hidden = torch.full((1, 8, WIDTH), 1e-3)  # the mean square is 1e-6, and as much is added
-    expected = torch.full((6, WIDTH), 0.5**0.5) @ model.long.output.weight.T * model.long.output_scale
+def test_each_hidden_state_is_divided_by_its_root_mean_square_with_an_epsilon(model: VisMemModel) -> None:
+    scale = torch.tensor([1e-3, 1.0, 2.0, 3.0, 4.0, 5.0])  # the first one's mean square is 1e-6, and as much is added
+    hidden = torch.cat([torch.zeros(2), scale])[None, :, None].expand(1, 8, WIDTH)
+    expected = torch.full((6, WIDTH), 1.0)
+    expected[0] = 0.5**0.5
+    expected = expected @ model.long.output.weight.T * model.long.output_scale
     assert_close(model.long.read_out(hidden)[0], expected, atol=1e-6, rtol=1e-4)
 
 
@@ -218,6 +222,20 @@ def test_a_memory_of_either_kind_comes_from_its_former_with_the_queries_of_the_s
     short = model.short(model.backbone, queries, inputs.patches, inputs.sample)
     assert torch.equal(model.form(MemoryKind.SHORT, inputs), short)
     assert torch.equal(model.form(MemoryKind.LONG, inputs), model.long(model.backbone, queries, inputs))
+
+
+def test_memories_on_a_base_in_bfloat16_are_those_in_float32_but_for_rounding(
+    model: VisMemModel, inputs: FormationInputs, tiny_base: Path
+) -> None:
+    low = VisMemModel(load_base(tiny_base, "bfloat16"), model.memory_config, model.invocation_config)
+    low.load_state_dict(model.state_dict())
+    patches = low.short_stream(encode(low.backbone, families.samples()[:2]).vision)
+    stream, states = inputs.stream.bfloat16(), inputs.cognitive.bfloat16()
+    rounded = dataclasses.replace(inputs, cognitive=states, stream=stream, patches=patches)
+    for kind in MemoryKind:
+        expected, found = model.form(kind, inputs), low.form(kind, rounded)
+        assert found.dtype == torch.bfloat16
+        assert rms(found.float() - expected) < 0.1 * rms(expected), kind
 
 
 # --- what is initial ---
@@ -240,6 +258,8 @@ def test_initial_vectors_are_zero_beside_patches_and_random_alone(fresh: VisMemM
     assert (rms(short.memory_init), rms(long.memory_init)) == pytest.approx(spread, rel=0.1)
     assert rms(short.query.weight) == pytest.approx(0.3, rel=0.1)
     assert not short.query.bias.any()
+    for adapter in (short.lora, long.lora):
+        assert not any(matrix.any() for matrix in adapter.up.values())
 
 
 def test_queries_and_what_is_read_are_first_brought_to_the_scale_of_embeddings(fresh: VisMemModel) -> None:

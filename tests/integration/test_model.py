@@ -13,10 +13,11 @@ from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.models.kinds import MemoryKind
 from vismem.models.lora import LoraSettings
+from vismem.models.tokens import delimiter_ids
 from vismem.models.vismem import TokenRows, VisMemModel, load_base
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(tiny_base: Path) -> VisMemModel:
     return tiny.vismem(tiny_base).requires_grad_(False)
 
@@ -32,6 +33,8 @@ def test_the_four_new_tokens_are_embedded_by_their_own_rows_and_all_others_by_th
     short, long, short_end, long_end = model.memory_ids
     assert model.invoke_ids == {MemoryKind.SHORT: short, MemoryKind.LONG: long}
     assert model.end_ids == {MemoryKind.SHORT: short_end, MemoryKind.LONG: long_end}
+    words = model.backbone.processor.tokenizer
+    assert model.delimiter_ids == delimiter_ids(words, model.invocation_config.delimiters) != ()
     embeds = model.embed(torch.tensor([[long_end, 5, short], [0, long, short_end]]))
     table, tokens = model.backbone.embedding.weight, model.tokens
     expected = [tokens.end[1], table[5], tokens.invoke[0], table[0], tokens.invoke[1], tokens.end[0]]
@@ -50,6 +53,25 @@ def test_logits_are_the_base_s_then_two_of_the_invokes_own_head(model: VisMemMod
     assert torch.isneginf(logits[..., barred]).all()
     own = hidden @ model.tokens.head.T + torch.tensor([3.0, -4.0])
     assert torch.equal(logits[..., model.vocabulary :], own)
+
+
+def test_rows_of_the_base_s_own_for_memory_tokens_are_neither_sampled_nor_embedded(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """Published models have more rows than their tokenizers have tokens."""
+    base = load_base(tiny_base)
+    tokens = len(base.processor.tokenizer)
+    base.model.resize_token_embeddings(tokens + 8)
+    base.model.save_pretrained(tmp_path)
+    base.processor.save_pretrained(tmp_path)
+    model = tiny.vismem(tmp_path)
+    assert model.memory_ids == tuple(range(tokens, tokens + 4))
+    logits = model.logits(torch.ones(2, model.backbone.width))
+    assert torch.isneginf(logits).nonzero().tolist() == [[row, id] for row in (0, 1) for id in model.memory_ids]
+    expected = torch.cat([model.tokens.invoke, model.tokens.end])
+    assert torch.equal(model.embed(torch.tensor(model.memory_ids)), expected)
+    last = torch.tensor([tokens + 7])
+    assert torch.equal(model.embed(last), model.backbone.embedding(last))
 
 
 def test_columns_and_tokens_are_each_other_s_inverse(model: VisMemModel) -> None:
@@ -109,6 +131,13 @@ def test_only_what_vismem_adds_is_trainable(tiny_base: Path) -> None:
     assert (model.length_of(MemoryKind.SHORT), model.length_of(MemoryKind.LONG)) == (4, 6)
     assert not model.policy_lora.enabled
     assert not model.recompute
+
+
+def test_the_reference_is_the_policy_without_its_adapter(model: VisMemModel) -> None:
+    model.policy_lora.enabled = True
+    with model.reference():
+        assert model.policy_lora.enabled is False
+    assert model.policy_lora.enabled
 
 
 def test_token_rows_take_the_first_two_of_each_matrix_for_invokes_and_the_rest_for_ends() -> None:

@@ -10,7 +10,7 @@ SERVING = .venv-serving/.installed
 COMPILED = .venv/.compiled
 
 .PHONY: help try setup serving demo demo-full smoke pipeline study tiny-vlm test lint docs ui serve stack images locks \
-	test-containers
+	test-containers mutants
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
@@ -49,6 +49,9 @@ tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; about
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4)))
 test: setup  ## all tests, in WORKERS= processes; `.venv/bin/pytest FILE` runs some of them in one
 	.venv/bin/python -m pytest --numprocesses '$(WORKERS)' --dist loadfile --no-loadscope-reorder
+
+mutants: $(INSTALLED)  ## break the code in many small ways and count what no test notices; MODULE= for one, half an hour for all
+	.venv/bin/python tests/mutation/run.py $(MODULE)
 
 lint: $(INSTALLED)  ## style and types, as .pre-commit-config.yaml lists them
 	.venv/bin/pre-commit run --all-files

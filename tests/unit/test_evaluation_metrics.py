@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from handmade import SECONDS, hand_made
 
@@ -14,6 +15,7 @@ from vismem.evaluation.evaluate import pick
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.plots import position_counts
 from vismem.evaluation.predictions import Prediction, predict, read_predictions, relative_positions, write_predictions
+from vismem.evaluation.statistics import bootstrap_interval
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.kinds import MemoryKind
 
@@ -60,6 +62,24 @@ def test_gains_are_paired_differences_with_the_exact_p(metrics: dict) -> None:
     assert metrics["ablations"]["short_only"]["reasoning"] == {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
 
 
+def test_every_arm_has_the_interval_of_each_of_its_scores(predictions: dict[str, list[Prediction]]) -> None:
+    metrics = summarise(predictions, SECONDS, seed=7, resamples=500)
+    score = 100 * np.array([answer.score for answer in predictions["vismem"]])
+    groups = {"overall": slice(0, 8), "understanding": slice(0, 4), "reasoning": slice(4, 6), "generation": slice(6, 8)}
+    expected = {name: list(bootstrap_interval(score[group], resamples=500, seed=7)) for name, group in groups.items()}
+    assert metrics["intervals"]["vismem"] == expected
+    assert set(metrics["intervals"]) == set(predictions)
+
+
+def test_without_the_arm_of_vismem_there_is_no_gain_and_no_use_of_memory(
+    predictions: dict[str, list[Prediction]],
+) -> None:
+    del predictions["vismem"]
+    metrics = summarise(predictions, SECONDS, seed=7, resamples=100)
+    assert (metrics["gain"], metrics["yes_no"]["gain"], metrics["invocation"]) == ({}, {}, None)
+    assert set(metrics["ablations"]) == {"short_only"}
+
+
 def test_tasks_stand_in_the_order_of_the_capabilities(metrics: dict) -> None:
     assert list(metrics["tasks"]) == ["count", "match", "chain", "exists"]
     assert metrics["tasks"]["count"]["n"] == 3
@@ -102,12 +122,15 @@ def test_a_capability_without_items_is_left_out(predictions: dict[str, list[Pred
     assert set(metrics["gain"]) == {"overall", "understanding", "reasoning"}
     assert "generation" not in metrics["arms"]["vismem"]
     assert metrics["yes_no"]["n"] == 0
+    assert metrics["yes_no"]["arms"]["vismem"].keys() == {"overall", "without"}
 
 
 def test_arms_on_different_items_are_an_error(predictions: dict[str, list[Prediction]]) -> None:
     predictions["vismem"] = predictions["vismem"][::-1]
     with pytest.raises(ValueError, match="other items"):
         summarise(predictions, SECONDS, seed=0, resamples=100)
+    with pytest.raises(ValueError, match=r"^there are no predictions to summarise$"):
+        summarise({"vanilla": []}, SECONDS, seed=0, resamples=100)
 
 
 def test_predictions_come_back_from_parquet_as_they_were(

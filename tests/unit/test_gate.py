@@ -199,3 +199,92 @@ def test_a_capability_without_items_is_named_and_none_at_all_is_a_refusal() -> N
     assert broken(verdict(without)) == []
     assert "no items of reasoning" in reason(verdict(without), "capabilities")
     assert broken(verdict(scores(gain={"overall": GAIN["overall"]}))) == ["capabilities"]
+
+
+def test_a_verdict_reads_as_sentences() -> None:
+    assert verdict().reasons() == (
+        "the scores are of 600 test items; min 600 are required",
+        "the overall gain over vanilla is +6.00 points; min +1.00 is required",
+        "the gain's 95 % interval is +3.50 to +8.50 points, p = 0.001: a gain is shown; "
+        "it must be shown to exceed +0.00",
+        "by capability the change is understanding +9.00, reasoning +7.00, generation -1.50 points; "
+        "the lowest, generation, must not lose more than 2.00",
+        "an answer takes 0.1200 s against vanilla's 0.1000 s, +20.0%; max +50.0% is allowed",
+        "the data report has no broken rule of severity error",
+        "the ONNX runtime gives the same answers as torch (4 of 4 greedy decodings equal; "
+        "max difference of the memories 1.0e-06)",
+        "this version scores 66.00, champion version 3 64.00: +2.00 points; more than +0.50 is required",
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "p", "shown"),
+    [
+        ([-5.0, -1.0], 0.001, ", p = 0.001: a loss is shown; "),
+        ([-1.0, 5.0], 0.4, ", p = 0.400: no difference can be shown; "),
+    ],
+)
+def test_the_interval_s_reason_says_what_is_shown(ends: list[float], p: float, shown: str) -> None:
+    judged = verdict(changed("gain.overall", {"delta": 5.0, "ci95": ends, "p": p}))
+    assert broken(judged) == ["gain_interval"]
+    assert shown in reason(judged, "gain_interval")
+
+
+@pytest.mark.parametrize("ends", [[-math.inf, 8.5], [3.5, math.inf]])
+def test_an_interval_with_one_end_that_is_not_finite_cannot_be_judged(ends: list[float]) -> None:
+    judged = verdict(changed("gain.overall.ci95", ends))
+    assert broken(judged) == ["gain_interval"]
+    assert reason(judged, "gain_interval").endswith("a figure that is not finite cannot be judged")
+
+
+@pytest.mark.parametrize("lowest", ["understanding", "reasoning", "generation"])
+def test_the_capability_that_loses_most_is_the_one_that_is_judged(lowest: str) -> None:
+    judged = verdict(changed(f"gain.{lowest}.delta", -3.0))
+    assert broken(judged) == ["capabilities"]
+    assert f"the lowest, {lowest}, must not lose more than 2.00" in reason(judged, "capabilities")
+
+
+def test_capabilities_without_items_are_listed_in_their_order() -> None:
+    some = scores(gain={name: GAIN[name] for name in ("overall", "understanding")})
+    assert "understanding +9.00 points (no items of reasoning, generation); " in reason(verdict(some), "capabilities")
+    none = verdict(scores(gain={"overall": GAIN["overall"]}))
+    expected = "no capability was scored apart, so that the total could hide a loss"
+    assert reason(none, "capabilities") == expected
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "vismem"])
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_seconds_that_are_not_positive_break_the_time_rule(arm: str, seconds: float) -> None:
+    judged = verdict(changed(f"arms.{arm}.seconds_per_sample", seconds))
+    assert broken(judged) == ["time"]
+    assert reason(judged, "time").endswith("no overhead can be computed")
+
+
+def test_an_overhead_at_its_limit_is_allowed() -> None:
+    metrics = changed("arms.vismem.seconds_per_sample", 0.125)  # a quarter more than vanilla's 0.1
+    assert broken(verdict(metrics, gate={"max_time_overhead": 0.25})) == []
+    assert broken(verdict(metrics, gate={"max_time_overhead": 0.24})) == ["time"]
+
+
+def test_every_broken_rule_of_the_data_is_named() -> None:
+    found = {"severity": "error", "observed": "", "message": "", "success": False}
+    for names, listed in ((["schema", "unique ids"], "schema, unique ids"), ([], "it names no rule")):
+        report = {**VALIDATION.model_dump(), "success": False, "rules": [found | {"name": name} for name in names]}
+        judged = verdict(validation=type(VALIDATION).model_validate(report))
+        assert broken(judged) == ["data"]
+        assert reason(judged, "data") == f"the data report is not green: {listed}"
+
+
+def test_one_decoding_is_enough_for_parity_and_a_difference_is_said() -> None:
+    assert broken(verdict(parity=PARITY.model_copy(update={"items": 1, "greedy_equal": 1}))) == []
+    judged = verdict(parity=PARITY.model_copy(update={"greedy_equal": 3}))
+    assert reason(judged, "parity").startswith("the ONNX runtime does not reproduce torch (3 of 4 greedy")
+
+
+def test_the_data_of_both_versions_are_named_by_the_start_of_their_hashes() -> None:
+    other = Champion(version="3", overall=64.0, n=500, test_sha256="0123456789", items_sha256="")
+    judged = verdict(changed("items_sha256", "abcdefghijk").model_copy(update={"test_sha256": ""}), other)
+    assert reason(judged, "champion").startswith(
+        "champion version 3 was scored on other data (500 items unknown of test split 01234567) "
+        "than this version (600 items abcdefgh of test split unknown)"
+    )

@@ -33,6 +33,11 @@ def test_advantages_without_the_standard_deviation_are_only_centred() -> None:
     assert_close(group_advantages(rewards, normalise_by_std=False), expected)
 
 
+def test_epsilon_is_added_to_the_standard_deviation() -> None:
+    # Deviations of 1e-6 from the mean, so std 1e-6 too: 1e-6 / (1e-6 + 1e-6).
+    assert_close(group_advantages(torch.tensor([[0.0, 2e-6]])), torch.tensor([[-0.5, 0.5]]))
+
+
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(

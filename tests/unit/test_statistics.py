@@ -59,6 +59,21 @@ def test_the_bootstrap_agrees_with_every_resample_of_three_items() -> None:
     assert (low, high) == pytest.approx((np.percentile(means, 20), np.percentile(means, 80)))
 
 
+@pytest.mark.parametrize("resamples", [3, 20, 1000])
+def test_the_interval_ends_at_the_percentiles_of_the_means_of_the_drawn_items(resamples: int) -> None:
+    scores = np.random.default_rng(1).random(40)
+    drawn = np.random.default_rng(4).integers(0, 40, size=(resamples, 40))
+    means = scores[drawn].mean(axis=1)
+    found = bootstrap_interval(scores, resamples=resamples, seed=4)
+    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=1e-12)
+
+
+def test_the_interval_of_a_difference_is_that_of_the_items_differences() -> None:
+    arm, reference = np.random.default_rng(2).random((2, 30))
+    found = paired_difference(arm, reference, resamples=50, seed=9).ci95
+    assert found == bootstrap_interval(arm - reference, resamples=50, seed=9)
+
+
 def test_the_interval_has_the_normal_width_and_depends_on_the_seed_alone() -> None:
     scores = np.array([1.0] * 300 + [0.0] * 700)
     low, high = bootstrap_interval(scores, resamples=4000, seed=5)

@@ -1,0 +1,82 @@
+"""Where a folder of what VisMem adds finds its base again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vismem.config import DEFAULT_BASE
+from vismem.errors import UserError
+from vismem.models.reference import Base
+from vismem.provenance import sha256_folder
+from vismem.shipped import shipped
+
+
+def base_in(folder: Path, weights: bytes = b"weights") -> str:
+    """Write a folder with weights; their hash, as a reference has it."""
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    digest = sha256_folder(folder)
+    (folder / "README.md").write_text("no weights")
+    return digest
+
+
+def test_a_reference_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+    assert Base.read(tmp_path) is None
+    for base in (Base("org/name"), Base("base", "5a5a")):
+        base.write(tmp_path)
+        assert Base.read(tmp_path) == base
+    assert json.loads((tmp_path / "base.json").read_text()) == {"model": "base", "weights_sha256": "5a5a"}
+
+
+def test_the_step_base_says_where_its_copy_came_from(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run `vismem base` again$"):
+        Base.of_step(tmp_path)
+    for digest in (None, "5a5a"):
+        facts = {"model": "org/name", "source_sha256": digest, "parameters": 1}
+        (tmp_path / "metrics.json").write_text(json.dumps(facts))
+        assert Base.of_step(tmp_path) == Base("org/name", digest)
+
+
+def test_a_folder_beside_the_reference_comes_before_one_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base_in(tmp_path / "base")
+    assert Base("base").place(tmp_path / "memory") == Path("base")
+    base_in(tmp_path / "memory" / "base")
+    assert Base("base").place(tmp_path / "memory") == tmp_path / "memory" / "base"
+    assert Base("base").place() == Path("base")
+
+
+def test_the_base_that_comes_with_vismem_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Base(DEFAULT_BASE).place() == shipped(DEFAULT_BASE)
+    assert Base(DEFAULT_BASE, sha256_folder(shipped(DEFAULT_BASE), "*.safetensors")).place() == shipped(DEFAULT_BASE)
+    base_in(tmp_path / DEFAULT_BASE)
+    assert Base(DEFAULT_BASE).place() == Path(DEFAULT_BASE), "a folder of that name comes first"
+
+
+def test_only_weights_are_compared_and_others_are_refused(tmp_path: Path) -> None:
+    digest = base_in(tmp_path / "base")
+    assert Base("base", digest).place(tmp_path) == tmp_path / "base"
+    with pytest.raises(UserError, match="/base has other weights than the base that the memory was trained on"):
+        Base("base", "5a5a").place(tmp_path)
+
+
+def test_a_hub_id_is_left_to_the_hub_but_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    assert Base("org/name").place(tmp_path) == "org/name"
+    for gone in (Base("./gone"), Base("org/name/more"), Base("org/name", "5a5a"), Base("gone")):
+        with pytest.raises(UserError, match=f"^the base '{gone.model}' is not on this machine: say where it is with"):
+            gone.place(tmp_path)
+
+
+def test_hub_ids_and_what_comes_with_vismem_are_found_by_other_machines_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base_in(tmp_path / "org" / "here")
+    found = {name: Base(name).everywhere for name in (DEFAULT_BASE, "org/name", "org/here", "./base", "base")}
+    assert found == {DEFAULT_BASE: True, "org/name": True, "org/here": False, "./base": False, "base": False}

@@ -207,7 +207,7 @@ class VisMem:
         ]
         files = [encoded(image) for image in several]
         try:
-            opened = check_request(files, question.encode(), max_new_tokens, names)
+            opened = check_request(files, question.encode(errors="surrogatepass"), max_new_tokens, names)
             Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(question)
             if self.scope:
                 processor = self.model.backbone.processor.image_processor

@@ -27,6 +27,7 @@ NEVER_CACHED = {"configure", "preflight", "register", "promote", "deploy", "summ
 NETWORK = {"prepare", "base", "register", "promote"}
 SECRETS = {
     "preflight": ["s3_secret", "mlflow_secret", "huggingface_secret"],
+    "validate": ["huggingface_secret"],
     "base": ["huggingface_secret"],
     "register": ["s3_secret", "mlflow_secret"],
     "promote": ["mlflow_secret"],

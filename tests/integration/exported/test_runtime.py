@@ -24,7 +24,7 @@ from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.runtime.images import cut_patches, grid_of
 from vismem.serving.runtime.limits import RequestError
 from vismem.serving.runtime.prompt import TextStream, tokenise
-from vismem.serving.runtime.runtime import Runtime
+from vismem.serving.runtime.runtime import Answer, Runtime
 
 
 @pytest.mark.parametrize("size", [(84, 84), (56, 200), (301, 99), (30, 28), (640, 480)])
@@ -151,6 +151,26 @@ def test_without_memory_nothing_is_invoked_and_torch_says_the_same(model, runtim
     assert {chunk.event for chunk in chunks} == {"token", "end"}
     expected = generate(model, [sample], Off(), max_new_tokens=TOKENS)[0].token_ids
     assert tuple(chunk.token for chunk in chunks[:-1]) == expected
+
+
+def test_the_bases_own_columns_of_memory_tokens_never_win(model, runtime, monkeypatch):
+    own = list(model.memory_ids)
+    assert max(own) < model.vocabulary, "as in real Qwen's head, which is padded"
+    feed = Answer._feed
+
+    def fed(self, *given):
+        logits = feed(self, *given)
+        logits[own] = 1e3
+        return logits
+
+    for sample in tiny.samples()[:3]:
+        for options in ({}, {"temperature": 1.0}, {"memory": False}):
+            given = pictures(sample), sample.question
+            expected = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
+            with monkeypatch.context() as patch:
+                patch.setattr(Answer, "_feed", fed)
+                found = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
+            assert found == expected
 
 
 def test_no_more_memories_are_invoked_than_an_answer_may_have(model, runtime):

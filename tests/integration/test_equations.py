@@ -24,11 +24,12 @@ Formed = list[tuple[MemoryKind, FormationInputs, Tensor]]
 
 @pytest.fixture(scope="module")
 def model(tiny_base: Path) -> VisMemModel:
-    """Moved off its initial weights, so that no part is zero or one."""
+    """Moved off its initial weights, the base's norms too, so that no part is zero or one."""
     model = tiny_stages.eager_model(tiny_base)
     generator = torch.Generator().manual_seed(1)
+    norms = [weight for name, weight in model.backbone.model.named_parameters() if "norm" in name]
     with torch.no_grad():
-        for parameter in (*model.short.parameters(), *model.long.parameters(), *model.builder.parameters()):
+        for parameter in (*model.short.parameters(), *model.long.parameters(), *model.builder.parameters(), *norms):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.requires_grad_(False)
 
@@ -180,6 +181,40 @@ def test_a_short_memory_starts_from_the_images_patches_and_goes_through_the_proj
             torch.testing.assert_close(memory, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_adapter_adds_its_scaled_product_to_the_queries_and_the_values_and_to_nothing_else(
+    model: VisMemModel,
+) -> None:
+    backbone, width = model.backbone, model.backbone.vision_width
+    language, memory = backbone.model.model.language_model, model.memory_config
+    fused = [(block.attn.qkv, ((0, width), (2 * width, 3 * width))) for block in backbone.blocks]
+    projections = [
+        (projection, ((0, projection.out_features),))
+        for layer in language.layers
+        for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj)
+    ]
+    others = [
+        module
+        for module in backbone.model.modules()
+        if isinstance(module, nn.Linear) and all(module is not target for target, _ in fused + projections)
+    ]
+    for lora, targets in ((model.short.lora, fused), (model.long.lora, projections), (model.policy_lora, projections)):
+        keys = iter(lora.down)
+        for module, columns in targets:
+            x = torch.randn(5, module.in_features, generator=torch.Generator().manual_seed(0))
+            expected = module(x)
+            for start, stop in columns:
+                key = next(keys)
+                added = x @ lora.down[key].T @ lora.up[key].T
+                expected[:, start:stop] += memory.lora_alpha / memory.lora_rank * added
+            with lora.active():
+                torch.testing.assert_close(module(x), expected)
+        assert list(keys) == [], "no other target"
+        for module in others:
+            x = torch.ones(1, module.in_features)
+            with lora.active():
+                assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
 # --- where training starts ---
 
 
@@ -198,8 +233,18 @@ def test_an_untrained_memory_is_a_second_look_and_its_scales_are_the_embeddings(
             assert not model.short.memory_init.any()
         else:
             torch.testing.assert_close(formed[0].square().mean(-1).sqrt(), rms.expand(16), atol=1e-4, rtol=1e-3)
-            assert float(model.long.memory_init.std()) == pytest.approx(float(rms), rel=0.3)
-            assert float(model.short.memory_init.std()) == pytest.approx(memory.init_std, rel=0.3)
+            assert model.long.memory_init.std().item() == pytest.approx(rms.item(), rel=0.3)
+            assert model.short.memory_init.std().item() == pytest.approx(memory.init_std, rel=0.3)
+
+
+def test_each_kinds_tokens_are_its_own(model: VisMemModel) -> None:
+    tokenizer = model.backbone.processor.tokenizer
+    for kind, letter in ((MemoryKind.SHORT, "s"), (MemoryKind.LONG, "l")):
+        pair = [model.invoke_ids[kind], model.end_ids[kind]]
+        assert tokenizer.convert_ids_to_tokens(pair) == [f"<m_I^{letter}>", f"<m_E^{letter}>"]
+    rows = torch.cat([model.tokens.invoke, model.tokens.end])
+    assert torch.equal(model.embed(torch.tensor(model.memory_ids)), rows)
+    assert model.memory_ids == (*model.invoke_ids.values(), *model.end_ids.values())
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 0.1])

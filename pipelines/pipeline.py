@@ -148,7 +148,7 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
     resumes = place.shared_volume  # from its checkpoints there; without, a retry would train from the start
     placed: dict[str, dict[str, Any]] = {
         "prepare": {"retried": True},
-        "validate": {},
+        "validate": {"retried": True, "secrets": ("huggingface_secret",)},
         "base": {"gpus": evaluate, "retried": True, "secrets": ("huggingface_secret",)},
         "stage1": {"gpus": train, "retried": resumes},
         "stage2": {"gpus": train, "retried": resumes},

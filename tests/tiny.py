@@ -12,6 +12,7 @@ from vismem.data.collate import target_text
 from vismem.data.sample import Sample, write_shards
 from vismem.data.scenes import generate
 from vismem.files import read_json
+from vismem.models.tokens import MEMORY_TOKENS
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.provenance import file_hashes, verify_manifest
 
@@ -27,11 +28,16 @@ def samples(count: int = 12) -> tuple[Sample, ...]:
 
 
 def save_base(folder: Path, seed: int = 0) -> Path:
-    """Write a tiny random Qwen2.5-VL in Hugging Face format."""
+    """Write a tiny random Qwen2.5-VL in Hugging Face format.
+
+    As real Qwen's, its head has more rows than the tokenizer has tokens: here four, whose ids the memory tokens get.
+    """
     processor = build_processor([s.question for s in samples()] + [target_text(s) for s in samples()])
     model = build_model(SIZE, processor, seed)
+    model.resize_token_embeddings(len(processor.tokenizer) + len(MEMORY_TOKENS), mean_resizing=False)
     with torch.no_grad():  # a head that starts from the embeddings would only repeat the last word
-        model.lm_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+        head = model.lm_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+        head[-len(MEMORY_TOKENS) :] = 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vismem.data.sample import Sample
+from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.types import LATENT
 from vismem.inference import Memory, VisMem, policy_of
@@ -55,8 +56,16 @@ class VisMemForAnswers(PreTrainedModel):  # type: ignore[misc]
         seed: int = 0,
         memory: Memory = True,
     ) -> Tensor:
-        """(B, L + T): the prompts (B, L), each followed by its answer and padding; see `VisMem.answer`."""
+        """(B, L + T): the prompts (B, L), each followed by its answer and padding; see `VisMem.answer`.
+
+        The ids are taken as they are: whoever makes them keeps users' text from holding the model's own tokens, as
+        `VisMem.answer` does. UserError for a memory token among them, and where image tokens and images do not match.
+        """
         backbone = self.added.backbone
+        if torch.isin(input_ids, torch.tensor(self.added.memory_ids, device=input_ids.device)).any():
+            raise UserError(
+                "input_ids hold a memory token, which only the model itself writes: take it out of the text"
+            )
         prompt = backbone.prompt_of(input_ids, attention_mask, pixel_values, image_grid_thw)
         rollouts = generate(
             self.added,

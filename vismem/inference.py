@@ -34,6 +34,7 @@ from vismem.serving.client import Token, marked, plain, read_image
 from vismem.serving.runtime.images import size_after_resizing
 from vismem.serving.runtime.limits import RequestError, check_request
 from vismem.serving.runtime.prompt import TextStream
+from vismem.serving.runtime.reserved import Reserved
 from vismem.sources import find_added, find_base
 
 AnyImage = str | Path | bytes | Image.Image
@@ -123,7 +124,8 @@ class VisMem:
         """Answer one question about one or more images (paths, PIL images, or encoded files as bytes).
 
         `memory`: True, the model may invoke both kinds; "short" or "long", one of them; False, none. `temperature` 0
-        is greedy. UserError for an image that cannot be read and a request over the limits.
+        is greedy. UserError for an image that cannot be read, a question that holds one of the model's own tokens (such
+        as `<m_I^s>` or `<|im_end|>`), and a request over the limits.
         """
         (answer,) = self.answers(
             [(images, question)], memory=memory, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -205,7 +207,8 @@ class VisMem:
         ]
         files = [encoded(image) for image in several]
         try:
-            opened = check_request(files, question.encode(), max_new_tokens, names)
+            opened = check_request(files, question.encode(errors="surrogatepass"), max_new_tokens, names)
+            Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(question)
             if self.scope:
                 processor = self.model.backbone.processor.image_processor
                 seen = [size_after_resizing(image.size, processor) for image in opened]

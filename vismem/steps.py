@@ -66,7 +66,7 @@ STEPS: tuple[Step, ...] = (
         "validate",
         "vismem.validation.validate:validate",
         ("prepare",),
-        ("validate",),
+        ("base", "validate"),  # texts are checked by the base's tokenizer
         about="set bad rows apart, report on the data, stop if it is broken",
     ),
     Step(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from vismem.config import parse_config
 from vismem.data.sample import Sample, iterate_samples
+from vismem.errors import UserError
 from vismem.export.onnx import write_graphs
 from vismem.provenance import write_manifest
 from vismem.records import Release
@@ -92,6 +94,14 @@ def test_sampling_and_memory_options_reach_the_runtime(server: TritonServer, run
     for options in ({"temperature": 1.0, "seed": 5}, {"temperature": 1.0, "seed": 6}, {"memory": False}):
         expected = in_process(runtime, sample, max_new_tokens=TOKENS, **options)
         assert served(server, sample, max_new_tokens=TOKENS, **options) == expected, options
+
+
+def test_a_question_that_holds_one_of_the_models_own_tokens_is_refused_with_its_name(server: TritonServer) -> None:
+    image = tiny.samples()[0].images
+    for token in ("<m_I^s>", "<|image_pad|>", "<|im_end|>"):
+        for stream in (True, False):
+            with pytest.raises(UserError, match=f"PROMPT holds {re.escape(token)}, one of the model's own tokens"):
+                tuple(infer(server.grpc_url, "vismem_challenger", image, f"a {token}?", stream=stream))
 
 
 def test_an_image_with_transparency_is_seen_as_in_training(server: TritonServer, runtime: Runtime) -> None:

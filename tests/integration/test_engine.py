@@ -196,7 +196,8 @@ def test_a_memory_is_followed_by_its_own_end_token_and_ends_are_never_sampled(ea
 def test_every_delimiter_gets_a_memory_where_nothing_limits_them(
     eager: VisMemModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eager, "delimiter_ids", tuple(range(0, eager.vocabulary, 3)))
+    words = sorted({*range(eager.vocabulary)} - {*eager.memory_ids})
+    monkeypatch.setattr(eager, "delimiter_ids", tuple(words[::3]))
     policy = Random(limit=UNLIMITED, probability=1.0)
     rollouts = generate(eager, tiny.samples(), policy, max_new_tokens=12, temperature=1.0)
     assert max(len(r.invocations) for r in rollouts) > eager.invocation_config.max_per_answer

@@ -14,6 +14,7 @@ from project import Project
 from transformers import AutoModelForImageTextToText
 
 from vismem import VisMem
+from vismem.automodel import VisMemConfig, VisMemForAnswers
 from vismem.config import BaseConfig, Config
 from vismem.errors import UserError
 from vismem.generation.engine import generate
@@ -114,9 +115,14 @@ def test_what_is_wrong_with_a_request_is_said(model: VisMem, tmp_path: Path) -> 
         (b"no image", "what?", "image 1 of 1 .* does not decode"),
         (QUESTIONS[0][0], " ", "PROMPT is empty"),
         ([], "what?", "0 images"),
+        (QUESTIONS[0][0], "is <m_I^s> red?", r"PROMPT holds <m_I\^s>, one of the model's own tokens"),
+        (QUESTIONS[0][0], "is it?<|im_end|>", r"PROMPT holds <\|im_end\|>, one of the model's own tokens"),
+        (QUESTIONS[0][0], "is it \ud800?", "PROMPT is not UTF-8 text"),
     ):
         with pytest.raises(UserError, match=said):
             model.answer(image, question)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=said):
+            model.stream(image, question)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="memory='medium'"):
         model.answer(*QUESTIONS[0], memory="medium")  # type: ignore[arg-type]
 
@@ -218,3 +224,32 @@ def test_transformers_loads_a_saved_model_and_generates_the_same_answers(
     assert [text.strip() for text in said] == model.answers(QUESTIONS, max_new_tokens=LIMIT, memory=memory)
     invokes = torch.isin(made, torch.tensor([*model.model.invoke_ids.values()])).any()
     assert bool(invokes) == memory
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<m_I^s>", "a memory token"),
+        ("<m_E^l>", "a memory token"),
+        ("<|vision_start|>", "image tokens"),
+        ("<|image_pad|>", "image tokens"),
+        ("<|vision_start|><|image_pad|><|vision_end|>", "image tokens"),
+        ("<|video_pad|>", "tokens of a video"),
+    ],
+)
+def test_ids_with_a_memorys_an_images_or_a_videos_token_of_the_users_are_refused(
+    model: VisMem, text: str, said: str
+) -> None:
+    """As transformers' own processor makes them of a text that nobody kept plain."""
+    generating = VisMemForAnswers(VisMemConfig(), model)
+    processor = generating.processor
+    sample = tiny.samples()[0]
+    pictures = [Image.open(io.BytesIO(data)) for data in sample.images]
+    prompt = prompt_text(processor, sample)
+    inputs = processor(text=[prompt], images=[pictures], return_tensors="pt")
+    added = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    generating.generate(**inputs, max_new_tokens=1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], added], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with pytest.raises(UserError, match=said):
+        generating.generate(**inputs, max_new_tokens=1)

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from prepared import broken_rules, encoded, good, noise, quarantined, run, shards, verdicts
 
-from vismem.config import Config, EasyVqaSource, JsonlSource, NlvrSource, PrepareConfig
+from vismem.config import BaseConfig, Config, EasyVqaSource, JsonlSource, NlvrSource, PrepareConfig
 from vismem.data.prepare import prepare
 from vismem.data.sample import SCHEMA, Sample, Video, read_samples
 from vismem.errors import UserError
+from vismem.models.small_files import read_tokenizer
+from vismem.models.tokens import MEMORY_TOKENS
 from vismem.validation.validate import total_variation
 
 NLVR = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "nlvr"
@@ -41,7 +43,11 @@ def test_the_hash_of_clean_data_is_the_one_that_prepare_gave(tmp_path: Path) -> 
 BAD_ROWS: dict[str, tuple[Callable[[Sample], Sample], str]] = {
     "ids_filled": (lambda row: dataclasses.replace(row, id=" "), "empty id"),
     "ids_unique": (lambda row: dataclasses.replace(row, id="test-3"), "same id as test/part-00000 row 3"),
-    "images_present": (lambda row: dataclasses.replace(row, images=()), "no image"),
+    "images_present": (lambda row: dataclasses.replace(row, images=()), "no image: .* about images"),
+    "no_videos": (
+        lambda row: dataclasses.replace(row, videos=(Video((encoded(1),), 2.0),)),
+        "has a video: a released model takes images only",
+    ),
     "images_decode": (
         lambda row: dataclasses.replace(row, images=(*row.images, noise()[:1500])),
         r"image 2 of 2: .*truncated",
@@ -55,6 +61,10 @@ BAD_ROWS: dict[str, tuple[Callable[[Sample], Sample], str]] = {
         "a side of 101 pixels, more than 100",
     ),
     "question_length": (lambda row: dataclasses.replace(row, question="x" * 51), "51 characters, not 1 to 50"),
+    "texts_plain": (
+        lambda row: dataclasses.replace(row, question="Is it <m_I^s>?", rationale="<|im_end|>"),
+        r"<m_I\^s> in 'question', <\|im_end\|> in 'rationale': one of the base's own tokens",
+    ),
     "answers_filled": (lambda row: dataclasses.replace(row, answer=" ", choices=()), "empty answer"),
     "answers_among_choices": (lambda row: dataclasses.replace(row, answer="c"), "'c' is none of the choices"),
     "capability_known": (
@@ -89,22 +99,28 @@ def test_a_row_that_breaks_a_rule_goes_to_quarantine_with_the_reason_and_the_res
     assert read_samples(tmp_path / "validate" / "data" / "test") == read_samples(source / "test")
 
 
-def test_a_row_may_have_a_video_whose_frames_are_images_of_one_size_at_a_rate(tmp_path: Path) -> None:
-    frames = (encoded(1100), encoded(1101))
-    videos = {
-        "good": Video(frames, 0.5),
-        "video 1 of 1: no frames": Video((), 2.0),
-        "video 1 of 1: 0.0 frames per second": Video(frames, 0.0),
-        "video 1 of 1: nan frames per second": Video(frames, float("nan")),
-        "video 1 of 1: frame 3 of 3: no bytes": Video((*frames, b""), 2.0),
-        "video 1 of 1: frames of different sizes": Video((*frames, encoded(1102, (40, 32))), 2.0),
-    }
-    clips = enumerate(videos.values())
-    rows = [dataclasses.replace(good("train", n), images=(), videos=(video,)) for n, video in clips]
-    shards(tmp_path, train=rows)
-    run(tmp_path, max_quarantined=0.9)
-    assert [row["reason"].removeprefix("images_decode: ") for row in quarantined(tmp_path)] == [*videos][1:]
-    assert read_samples(tmp_path / "validate" / "data" / "train") == rows[:1]
+def test_no_text_of_a_clean_row_holds_one_of_the_bases_own_tokens(tmp_path: Path) -> None:
+    """Whatever token, in whatever text of the row; and in quarantine it is named with the text that holds it."""
+    tokens = read_tokenizer(BaseConfig()).get_added_tokens_decoder().values()
+    written = [*MEMORY_TOKENS, *(token.content for token in tokens)]
+    assert {"<|image_pad|>", "<|vision_start|>", "<|video_pad|>", "<|im_end|>"} <= set(written)
+    spoils: list[Callable[[Sample, str], Sample]] = [
+        lambda row, text: dataclasses.replace(row, question=f"{row.question}{text}"),
+        lambda row, text: dataclasses.replace(row, answer=text, choices=()),
+        lambda row, text: dataclasses.replace(row, choices=("a", "b", f"a {text}")),
+        lambda row, text: dataclasses.replace(row, rationale=f"so {text}, so"),
+    ]
+    rows = [spoil(good("train", n), token) for n, token in enumerate(written) for spoil in spoils]
+    rows = [dataclasses.replace(row, id=str(n)) for n, row in enumerate(rows)]
+    shards(tmp_path, train=[good("train", 99), *rows])
+    run(tmp_path, max_quarantined=1.0)
+    expected = [
+        f"texts_plain: {token} in '{field}': one of the base's own tokens"
+        for token in written
+        for field in ("question", "answer", "choices", "rationale")
+    ]
+    assert [row["reason"] for row in quarantined(tmp_path)] == expected
+    assert len(read_samples(tmp_path / "validate" / "data" / "train")) == 1
 
 
 def test_a_row_that_breaks_two_rules_is_quarantined_once_with_both_reasons(tmp_path: Path) -> None:

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from prepared import broken_rules, encoded, good, run, shards, stopped
 
-from vismem.data.sample import Video, read_samples
+from vismem.config import BaseConfig, Config
+from vismem.data.sample import read_samples
+from vismem.errors import UserError
+from vismem.validation.validate import validate
 
 
 def test_an_empty_required_split_stops_the_pipeline(tmp_path: Path) -> None:
@@ -67,15 +71,12 @@ def test_an_image_of_the_test_split_in_train_stops_the_pipeline_even_in_another_
     assert broken_rules(found) == ["no_leakage"]
 
 
-def test_a_video_of_the_test_split_in_train_stops_the_pipeline_a_shared_frame_does_not(tmp_path: Path) -> None:
-    black, own, other = encoded(0), encoded(1100), encoded(3100)
-    test = dataclasses.replace(good("test", 0), images=(), videos=(Video((black, other), 2.0),))
-    train = dataclasses.replace(good("train", 0), images=(), videos=(Video((black, own), 2.0),))
-    shards(tmp_path, train=[train, good("train", 1)], test=[test, good("test", 1)])
-    assert run(tmp_path)["success"] is True
-    leaked = dataclasses.replace(train, videos=test.videos)
-    shards(tmp_path, train=[leaked, good("train", 1)], test=[test, good("test", 1)])
-    assert broken_rules(stopped(tmp_path, "no_leakage: 1 of train")) == ["no_leakage"]
+def test_a_base_whose_tokenizer_is_not_there_is_named(tmp_path: Path) -> None:
+    shards(tmp_path)
+    (tmp_path / "base").mkdir()
+    config = Config(base=BaseConfig(model=str(tmp_path / "base")))
+    with pytest.raises(UserError, match=rf"base\.model '{tmp_path}/base' has no tokenizer\.json"):
+        validate(config, {"prepare": tmp_path / "prepare"}, tmp_path)
 
 
 def test_a_failed_run_leaves_no_data_of_an_earlier_one(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ SPEC, PLATFORM = yaml.safe_load_all(COMPILED.read_text())
 INPUTS = SPEC["root"]["inputDefinitions"]["parameters"]
 TRAINS = ("preflight", "base", "stage1", "stage2", "evaluate", "export", "deploy")
 NEVER_CACHED = {"configure", "preflight", "register", "promote", "deploy", "summary"}
-NETWORK = {"prepare", "base", "register", "promote"}
+NETWORK = {"prepare", "validate", "base", "register", "promote"}
 SECRETS = {
     "preflight": ["s3_secret", "mlflow_secret", "huggingface_secret"],
+    "validate": ["huggingface_secret"],
     "base": ["huggingface_secret"],
     "register": ["s3_secret", "mlflow_secret"],
     "promote": ["mlflow_secret"],

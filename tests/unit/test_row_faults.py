@@ -7,14 +7,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, models
 
 from vismem.config import ValidateConfig
 from vismem.data.fingerprint import image_cache
 from vismem.data.sample import Sample, Video, write_shards
+from vismem.serving.runtime.reserved import Reserved
 from vismem.validation.rows import row_faults
 from vismem.validation.validate import examine
 
 SETTINGS = ValidateConfig(max_pixels=100, max_question_chars=20)
+RESERVED = Reserved(Tokenizer(models.WordLevel()), ("<image>", "<m_I^s>"))
 
 
 def png(width: int, height: int) -> bytes:
@@ -35,7 +38,8 @@ ROWS = {
     "long question": Sample("h", (png(45, 45),), "how many are there in all?", "2"),
     "no answer": Sample("i", (png(46, 46),), "how many?", ""),
     "other answer": Sample("j", (png(47, 47),), "how many?", "3", choices=("1", "2")),
-    "unsteady video": Sample("k", (), "how many?", "2", videos=(Video((png(48, 48), png(49, 49)), 0.0),)),
+    "video": Sample("k", (png(48, 48),), "how many?", "2", videos=(Video((png(49, 49),), 2.0),)),
+    "token": Sample("m", (png(50, 50),), "an <image>?", "2", rationale="<image> <m_I^s>"),
     "two faults": Sample("l", (png(20, 20),), "how many?", ""),
 }
 
@@ -46,13 +50,13 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder: Path = tmp_path_factory.mktemp("prepared")
     for split, rows in (("train", ROWS.values()), ("validation", ()), ("test", ())):
         write_shards(rows, folder / split)
-    findings = examine(SETTINGS, folder)
+    findings = examine(SETTINGS, folder, RESERVED)
     names = pd.Series(list(ROWS))
     return {names[position]: findings.reasons.get(index, "") for index, position in findings.rows["position"].items()}
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_s_faults_are_those_that_the_judge_finds(name: str, judged: dict[str, str]) -> None:
-    faults, _ = row_faults(ROWS[name], SETTINGS, image_cache(SETTINGS.max_pixels))
+    faults, _ = row_faults(ROWS[name], SETTINGS, image_cache(SETTINGS.max_pixels), RESERVED)
     assert re.sub(r"(^|; )[a-z_]+: ", r"\1", judged[name]) == "; ".join(faults)  # without the rules' names
     assert bool(faults) == (name not in ("good", "choices"))

@@ -19,19 +19,19 @@ from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone, Clip, Prompt
-from vismem.serving.runtime.prompt import plain_text
+from vismem.serving.runtime.reserved import Reserved
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:
     """The chat-formatted prompt of a sample; the only special tokens in it are the chat template's."""
-    plain = replace(sample, question=plain_text(sample.question, processor.tokenizer.get_added_vocab()))
+    plain = replace(sample, question=Reserved(processor.tokenizer.backend_tokenizer).plain(sample.question))
     text: str = processor.apply_chat_template(prompt_messages(plain), tokenize=False, add_generation_prompt=True)
     return text
 
 
 def target_ids(tokenizer: Any, sample: Sample) -> list[int]:
     """The reference answer as token ids, none of them special; the end of the turn is not included."""
-    text = plain_text(target_text(sample), tokenizer.get_added_vocab())
+    text = Reserved(tokenizer.backend_tokenizer).plain(target_text(sample))
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

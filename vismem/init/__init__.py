@@ -59,7 +59,7 @@ def init(params: Path, request: Request, caller: Caller) -> str:
     _check_free(request, target, profile)
     base = look_at(config.base.model_copy(update={"model": _base_model(request.base, config, root)}))
     below = config if base.small else load_config(params, LARGE)
-    rows = read_rows(request.files(), config.validate_, base.doubts)
+    rows = read_rows(request.files(), config.validate_, base.doubts, base.reserved())
     if not rows.good:
         named = ", ".join(str(file.path) for file in request.files())
         raise UserError(f"no good row in {named}: {'; '.join(rows.bad[:3]) or 'no rows at all'}")

@@ -4,7 +4,6 @@ No weights are read, and nothing of transformers is imported.
 """
 
 import io
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,11 +17,13 @@ from PIL import Image
 from vismem.config import BaseConfig
 from vismem.data.sample import Sample
 from vismem.errors import UserError
-from vismem.files import read_json
 from vismem.init.rows import Row
+from vismem.models.small_files import read_small, read_tokenizer
+from vismem.models.tokens import MEMORY_TOKENS
 from vismem.scope import Scope
 from vismem.serving.runtime.images import size_after_resizing
 from vismem.serving.runtime.limits import RequestError
+from vismem.serving.runtime.reserved import Reserved
 
 SMALL_WIDTH = 512  # hidden size below which a base trains on a CPU, with the settings of params.yaml
 CHARS_PER_TOKEN = 3  # of a tokenizer that could not be loaded; few languages need more tokens
@@ -46,6 +47,10 @@ class Base:
             return max(len(text) // CHARS_PER_TOKEN + 1 for text in texts)
         encoded = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return max(len(one.ids) for one in encoded)
+
+    def reserved(self) -> Reserved | None:
+        """Its own tokens, those that VisMem adds among them; None where its tokenizer is not known."""
+        return None if self.tokenizer is None else Reserved(self.tokenizer, MEMORY_TOKENS)
 
     def doubts(self, sample: Sample) -> list[str]:
         """Why the base's answer to this question would mean nothing, one line each; none where nothing is known."""
@@ -86,7 +91,7 @@ def look_at(config: BaseConfig) -> Base:
     if folder is None and Path(config.model).is_absolute():
         raise UserError(f"no folder {config.model}: --base takes a model's folder or a hub id")
     try:
-        settings = _read(config.model, folder, "config.json")
+        settings = read_small(config, "config.json")
     except OSError as error:
         why = str(error).strip().splitlines()[0]
         return Base(
@@ -100,53 +105,25 @@ def look_at(config: BaseConfig) -> Base:
     return Base(
         config.model,
         small=text.get("hidden_size", SMALL_WIDTH) < SMALL_WIDTH,
-        tokenizer=_tokenizer(config.model, folder),
-        processor=_processor(config.model, folder),
+        tokenizer=_tokenizer(config),
+        processor=_processor(config),
         scope=Scope.read(folder) if folder else None,
         exports=settings.get("model_type") == "qwen2_5_vl",
     )
 
 
-def _file(model: str, folder: Path | None, name: str) -> Path:
-    """A small file of the model; OSError where it is not to be had."""
-    if folder is not None:
-        if (folder / name).is_file():
-            return folder / name
-        raise FileNotFoundError(f"{folder} has no {name}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns at each of its tries
+def _tokenizer(config: BaseConfig) -> Any:
     try:
-        return Path(hf_hub_download(model, name))
-    except (HFValidationError, RepositoryNotFoundError):
-        raise UserError(
-            f"no folder '{model}', and no model of that name on the hub (or it asks for a login: `hf auth login`): "
-            "--base takes a model's folder or a hub id"
-        ) from None
-    except HfHubHTTPError as error:  # no such file, or no access to it
-        raise OSError(str(error)) from None
-
-
-def _read(model: str, folder: Path | None, name: str) -> dict[str, Any]:
-    values: dict[str, Any] = read_json(_file(model, folder, name))
-    return values
-
-
-def _tokenizer(model: str, folder: Path | None) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(_file(model, folder, "tokenizer.json")))
+        return read_tokenizer(config)
     except OSError:
         return None
 
 
-def _processor(model: str, folder: Path | None) -> Any:
+def _processor(config: BaseConfig) -> Any:
     """The settings of a processor of Qwen's kind; other families cut pictures into tiles."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         try:
-            values = _read(model, folder, name)
+            values = read_small(config, name)
         except OSError:
             continue
         values = values.get("image_processor", values)

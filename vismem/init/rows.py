@@ -15,6 +15,7 @@ from vismem.data.readers.files import json_object, numbered_lines
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.progress import progress
+from vismem.serving.runtime.reserved import Reserved
 from vismem.validation.rows import row_faults
 
 NEEDED = tuple(key for key in jsonl.NEEDED if key != "id")  # a missing id is given
@@ -39,7 +40,7 @@ class Row:
     split: Split | None
     pictures: tuple[bytes, ...]  # by their pixels, hashes
     group: str | None  # what must not be parted besides: the row's key `group`
-    sides: tuple[tuple[int, int], ...]  # width and height of each image and frame, pixels
+    sides: tuple[tuple[int, int], ...]  # width and height of each image, pixels
     question: str
     answer: str
     target: str  # what the model learns to write: rationale, mark, answer
@@ -62,8 +63,15 @@ class Rows:
         return len(self.good) + len(self.bad) + len(self.duplicates)
 
 
-def read_rows(files: Sequence[File], settings: ValidateConfig, doubts: Callable[[Sample], Sequence[str]]) -> Rows:
-    """Check every row of the files by itself and against those before it; `doubts` are the base's.
+def read_rows(
+    files: Sequence[File],
+    settings: ValidateConfig,
+    doubts: Callable[[Sample], Sequence[str]],
+    reserved: Reserved | None = None,
+) -> Rows:
+    """Check every row of the files by itself and against those before it.
+
+    `doubts` are the base's, `reserved` its own tokens, where they are known.
 
     A row is a duplicate where its id, or its question about the same images, was there before. UserError for a file
     that cannot be read; what is wrong with a row is counted.
@@ -78,7 +86,7 @@ def read_rows(files: Sequence[File], settings: ValidateConfig, doubts: Callable[
             for where, line in numbered_lines(file.path):
                 advance()
                 try:
-                    row, had_id = _row(file, where, line, rows.images, settings, examine, doubts)
+                    row, had_id = _row(file, where, line, rows.images, settings, examine, doubts, reserved)
                 except UserError as fault:
                     rows.bad.append(str(fault))
                     continue
@@ -103,6 +111,7 @@ def _row(
     settings: ValidateConfig,
     examine: Callable[[bytes], ImageFacts],
     doubts: Callable[[Sample], Sequence[str]],
+    reserved: Reserved | None,
 ) -> tuple[Row, bool]:
     """The row, and whether it had an id. UserError, one line, with what is wrong."""
     values = json_object(line, where, NEEDED)
@@ -110,10 +119,10 @@ def _row(
     if not had_id:
         values["id"] = _new_id(file.path.absolute(), images, where)
     sample = jsonl.sample_of(values, file.images, where, file.path.name)
-    faults, facts = row_faults(sample, settings, examine)
+    faults, facts = row_faults(sample, settings, examine, reserved)
     if faults:
         raise UserError(f"{where}: {'; '.join(faults)}")
-    seen = [examine(data) for data in (*sample.images, *(frame for video in sample.videos for frame in video.frames))]
+    seen = [examine(data) for data in sample.images]
     row = Row(
         where=where,
         values=_moved(values, Path(os.path.relpath(file.images.absolute(), images))),
@@ -161,7 +170,4 @@ def _moved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     def move(value: Any) -> Any:
         return [move(item) for item in value] if isinstance(value, list) else (folder / value).as_posix()
 
-    moved = {key: move(value) if key in ("image", "images") and value else value for key, value in values.items()}
-    if values.get("videos"):
-        moved["videos"] = [{**video, "frames": move(video["frames"])} for video in values["videos"]]
-    return moved
+    return {key: move(value) if key in ("image", "images") and value else value for key, value in values.items()}

@@ -135,7 +135,7 @@ def main_infer(
     """
     files = read_images(images)
     try:
-        check_request(files, prompt.encode(), max_new_tokens, images)
+        check_request(files, prompt.encode(errors="surrogatepass"), max_new_tokens, images)
     except RequestError as error:
         raise UserError(str(error)) from None
     if not 0 <= seed < 2**63:

@@ -1,10 +1,10 @@
 """The facts that rules judge: one light row per sample, streamed from the shards; images are looked at and let go."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA
 from vismem.evaluation.answers import reference_choice
+from vismem.serving.runtime.reserved import Reserved
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
 BATCH = 64  # rows of images in memory at once, a thread
@@ -40,20 +41,23 @@ def find_shards(folder: Path) -> list[Shard]:
     return [_open_shard(split, path) for split in SPLITS for path in sorted((folder / split).glob("part-*.parquet"))]
 
 
-def collect_facts(shards: Sequence[Shard], max_side: int, advance: Callable[[int], None]) -> pd.DataFrame:
+def collect_facts(
+    shards: Sequence[Shard], max_side: int, reserved: Reserved, advance: Callable[[int], None]
+) -> pd.DataFrame:
     """One row of facts for each sample of faultless shards, in the shards' order (a row's number is its index).
 
-    `advance` is called with the number of rows done, from several threads. Columns: split, shard (index into
-    `shards`), position (row in the shard), id, id_chars, null_fault (names of null columns), duplicate_of (place of the
-    first row with the id), images (how many, videos among them), image_fault, min_side, max_side (pixels),
-    image_hashes, leak (the split of higher precedence that shows one of the images or videos), question_chars, answer,
-    answer_chars, answer_listed (names a choice), task, capability, sha256. What does not apply or is not known is
-    missing.
+    `reserved` are the base's own tokens. `advance` is called with the number of rows done, from several threads.
+    Columns: split, shard (index into `shards`), position (row in the shard), id, id_chars, null_fault (names of null
+    columns), token_fault (the base's own tokens in texts), duplicate_of (place of the first row with the id), images
+    and videos (how many), image_fault, min_side, max_side (pixels), image_hashes, leak (the split of higher precedence
+    that shows one of the images), question_chars, answer, answer_chars, answer_listed (names a choice), task,
+    capability, sha256. What does not apply or is not known is missing.
     """
     # Decoding and hashing release the interpreter lock, so threads do for large images, and cost nothing for small.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         numbered = enumerate(shards)
-        parts = list(pool.map(lambda item: _table(_shard_facts(item[1], item[0], max_side, advance)), numbered))
+        read = partial(_shard_facts, max_side=max_side, reserved=reserved, advance=advance)
+        parts = list(pool.map(lambda item: _table(read(item[1], item[0])), numbered))
     table = pd.concat([_table(()), *parts], ignore_index=True)
     facts = {"duplicate_of": _duplicates(table, shards), "leak": _leaks(table)}
     return table.assign(**{name: column.astype(object) for name, column in facts.items()})
@@ -75,10 +79,10 @@ def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]
 
 
 _COLUMNS = {
-    **dict.fromkeys(("shard", "position", "id_chars", "images", "question_chars", "answer_chars"), "int64"),
+    **dict.fromkeys(("shard", "position", "id_chars", "images", "videos", "question_chars", "answer_chars"), "int64"),
     **dict.fromkeys(("min_side", "max_side"), "float64"),  # missing where no image has a size
     **dict.fromkeys(("split", "id", "answer", "task", "capability", "sha256"), "object"),
-    **dict.fromkeys(("null_fault", "image_fault", "image_hashes", "answer_listed"), "object"),
+    **dict.fromkeys(("null_fault", "token_fault", "image_fault", "image_hashes", "answer_listed"), "object"),
 }
 
 
@@ -101,25 +105,28 @@ def _open_shard(split: str, path: Path) -> Shard:
     return Shard(split, path, file.metadata.num_rows, "; ".join(faults) or None)
 
 
-def _shard_facts(shard: Shard, number: int, max_side: int, advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+def _shard_facts(
+    shard: Shard, number: int, max_side: int, reserved: Reserved, advance: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
     examine = image_cache(max_side)
     position = 0
     for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=BATCH, use_threads=False):
         for row in batch.to_pylist():
-            yield {"split": shard.split, "shard": number, "position": position} | row_facts(row, examine)
+            yield {"split": shard.split, "shard": number, "position": position} | row_facts(row, examine, reserved)
             position += 1
         advance(batch.num_rows)
 
 
-def row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) -> dict[str, Any]:
-    """The facts that a row of `SCHEMA` has by itself, whatever the other rows are; see `collect_facts`."""
+def row_facts(
+    row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts], reserved: Reserved | None
+) -> dict[str, Any]:
+    """The facts that a row of `SCHEMA` has by itself, whatever the other rows are; see `collect_facts`.
+
+    Videos are counted, not looked at. `reserved`: None where the base's tokenizer is not known.
+    """
     images = [examine(data or b"") for data in row["images"] or ()]
-    videos = [[examine(data or b"") for data in video["frames"] or ()] for video in row["videos"] or ()]
-    every = [*images, *(facts for frames in videos for facts in frames)]
-    sides = [side for facts in every if facts.width for side in (facts.width, facts.height)]
-    faults = _undecoded("image", images)
-    for n, (video, frames) in enumerate(zip(row["videos"] or (), videos, strict=True), start=1):
-        faults += [f"video {n} of {len(videos)}: {fault}" for fault in _video_faults(video["fps"], frames)]
+    sides = [side for facts in images if facts.width for side in (facts.width, facts.height)]
+    faults = [f"image {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
     nulls = [f"'{name}'" for name in TEXT_COLUMNS if row[name] is None]
     answer, question, choices = (
         row["answer"] or "",
@@ -131,11 +138,13 @@ def row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) ->
         "id": row["id"] or "",
         "id_chars": len((row["id"] or "").strip()),
         "null_fault": ", ".join(nulls) or None,
-        "images": len(images) + len(videos),
+        "token_fault": _tokens_of_the_base(row, reserved) if reserved else None,
+        "images": len(images),
+        "videos": len(row["videos"] or ()),
         "image_fault": "; ".join(faults) or None,
         "min_side": min(sides, default=None),
         "max_side": max(sides, default=None),
-        "image_hashes": tuple(seen_sha256(images, videos)),
+        "image_hashes": tuple(seen_sha256(images, ())),
         "question_chars": len(question.strip()),
         "answer": answer,
         "answer_chars": len(answer.strip()),
@@ -146,17 +155,12 @@ def row_facts(row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts]) ->
     }
 
 
-def _undecoded(kind: str, images: Sequence[ImageFacts]) -> list[str]:
-    return [f"{kind} {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
-
-
-def _video_faults(fps: float | None, frames: Sequence[ImageFacts]) -> list[str]:
-    faults = [] if frames else ["no frames"]
-    if not fps or not 0 < fps < math.inf:
-        faults.append(f"{fps} frames per second")
-    faults += _undecoded("frame", frames)
-    sizes = {(facts.width, facts.height) for facts in frames if facts.fault is None}
-    return [*faults, "frames of different sizes"] if len(sizes) > 1 else faults
+def _tokens_of_the_base(row: Mapping[str, Any], reserved: Reserved) -> str | None:
+    """The first of the base's own tokens in each text that a prompt or a reference answer is made of."""
+    texts = [(name, row[name]) for name in ("question", "answer", "rationale")]
+    texts += [("choices", choice) for choice in row["choices"] or ()]
+    found = {name: token for name, text in texts if text and (token := reserved.find(text))}
+    return ", ".join(f"{token} in '{name}'" for name, token in found.items()) or None
 
 
 def _duplicates(table: pd.DataFrame, shards: Sequence[Shard]) -> pd.Series:

@@ -11,18 +11,20 @@ import pandas as pd
 from vismem.config import ValidateConfig
 from vismem.data.fingerprint import ImageFacts
 from vismem.data.sample import Sample
+from vismem.serving.runtime.reserved import Reserved
 from vismem.validation.expectations import BETWEEN, NULL, Rule, Severity, rules
 from vismem.validation.facts import row_facts
 
 
 def row_faults(
-    sample: Sample, settings: ValidateConfig, examine: Callable[[bytes], ImageFacts]
+    sample: Sample, settings: ValidateConfig, examine: Callable[[bytes], ImageFacts], reserved: Reserved | None
 ) -> tuple[list[str], dict[str, Any]]:
     """What is wrong with the sample, one phrase per broken rule, and its facts (`facts.row_facts`).
 
-    Rules that compare it with other rows (unique ids, no image in two splits) are not asked.
+    Rules that compare it with other rows (unique ids, no image in two splits) are not asked, nor the one about the
+    base's own tokens without `reserved`.
     """
-    facts = row_facts(sample.as_row(), examine)
+    facts = row_facts(sample.as_row(), examine, reserved)
     asked = [rule for rule in rules(settings) if rule.severity is Severity.QUARANTINE and rule.column in facts]
     return [rule.broken.format(**facts) for rule in asked if _breaks(rule, facts[rule.column])], facts
 

@@ -11,13 +11,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vismem.config import Config, ValidateConfig
+from vismem.config import BaseConfig, Config, ValidateConfig
 from vismem.data.fingerprint import SPLITS
 from vismem.data.sample import SCHEMA, write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
+from vismem.models.small_files import read_tokenizer
+from vismem.models.tokens import MEMORY_TOKENS
 from vismem.progress import progress
 from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
+from vismem.serving.runtime.reserved import Reserved
 from vismem.validation.expectations import Severity, Verdict, judge, rules
 from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
 from vismem.validation.findings import Findings
@@ -37,7 +40,7 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     for name in ("data", "quarantine"):
         shutil.rmtree(out / name, ignore_errors=True)  # of a killed or failed run
     settings = config.validate_
-    findings = examine(settings, inputs["prepare"])
+    findings = examine(settings, inputs["prepare"], _reserved(config.base))
     _record(findings).write(out)
     write_json(out / "task_profile.json", findings.task_mix["train"])
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
@@ -50,13 +53,25 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     return f"validated {rows} rows: {clean} clean, {bad} in quarantine{tail}"
 
 
-def examine(settings: ValidateConfig, folder: Path) -> Findings:
-    """Judge the shards below `folder` by every rule; nothing is written."""
+def _reserved(base: BaseConfig) -> Reserved:
+    """The base's own tokens, those that VisMem adds among them. UserError where its tokenizer cannot be read."""
+    try:
+        return Reserved(read_tokenizer(base), MEMORY_TOKENS)
+    except OSError as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"base.model '{base.model}' has no tokenizer.json to check texts by ({why}): give a base that has one, or "
+            "reach the hub"
+        ) from None
+
+
+def examine(settings: ValidateConfig, folder: Path, reserved: Reserved) -> Findings:
+    """Judge the shards below `folder` by every rule, with a base that has these tokens; nothing is written."""
     stored = _read_profile(settings.task_profile) if settings.task_profile else None
     shards = find_shards(folder)
     good = [shard for shard in shards if shard.fault is None]
     with progress("validate rows", sum(shard.rows for shard in good)) as advance:
-        rows = collect_facts(good, settings.max_pixels, advance)
+        rows = collect_facts(good, settings.max_pixels, reserved, advance)
     every = rules(settings)
     shard_table = pd.DataFrame({"shard": [s.name for s in shards], "fault": [s.fault for s in shards]}, dtype=object)
     tables = {"shards": shard_table, "rows": rows}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.runtime.images import cut_patches, grid_of
 from vismem.serving.runtime.limits import RequestError
 from vismem.serving.runtime.prompt import TextStream, tokenise
-from vismem.serving.runtime.runtime import Runtime
+from vismem.serving.runtime.runtime import Answer, Runtime
 
 
 @pytest.mark.parametrize("size", [(84, 84), (56, 200), (301, 99), (30, 28), (640, 480)])
@@ -57,20 +58,14 @@ def test_ids_positions_and_windows_are_those_of_the_torch_side(model, bundle, ru
         assert np.array_equal(ours[:, None] == ours[None], same.numpy())
 
 
-def test_a_hostile_question_holds_no_special_token_and_torch_reads_the_same(model, runtime):
-    tokenizer, settings = runtime.bundle.tokenizer, runtime.bundle.settings
-    added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
-    assert set(added.values()) >= {"<m_I^s>", "<m_E^l>", "<|image_pad|>", "<|video_pad|>", "<|im_end|>"}
-    question = "which <|im_<|im_end|>end|> " + "".join(added.values()) + " is it?"
-    special = [
-        [number for number in tokenise(tokenizer, settings, text, [(6, 6)]).ids if number in added]
-        for text in ("which is it?", question)
-    ]
-    assert special[0] == special[1]
-    sample = Sample(id="x", images=encoded(noise(84, 84)), question=question, answer="")
-    expected = encode(model.backbone, [sample])
-    prompt = tokenise(tokenizer, settings, question, [(6, 6)])
-    assert torch.equal(model.embed(torch.tensor(prompt.ids))[~prompt.visual], expected.embeds[0][~expected.visual[0]])
+def test_a_question_that_holds_any_of_the_models_own_tokens_is_refused_before_any_graph_runs(runtime, monkeypatch):
+    monkeypatch.setattr(runtime.bundle, "vision", None)
+    monkeypatch.setattr(runtime.bundle, "decoder", None)
+    added = {token.content for token in runtime.bundle.tokenizer.get_added_tokens_decoder().values()}
+    assert added >= {"<m_I^s>", "<m_E^l>", "<|image_pad|>", "<|video_pad|>", "<|im_end|>"}
+    for token in sorted(added):
+        with pytest.raises(RequestError, match=f"PROMPT holds {re.escape(token)}, one of the model's own tokens"):
+            runtime.generate([noise(84, 84)], f"which {token} is it?")
 
 
 def test_an_image_that_ends_too_early_is_refused_before_any_graph_runs(runtime, monkeypatch):
@@ -156,6 +151,26 @@ def test_without_memory_nothing_is_invoked_and_torch_says_the_same(model, runtim
     assert {chunk.event for chunk in chunks} == {"token", "end"}
     expected = generate(model, [sample], Off(), max_new_tokens=TOKENS)[0].token_ids
     assert tuple(chunk.token for chunk in chunks[:-1]) == expected
+
+
+def test_the_bases_own_columns_of_memory_tokens_never_win(model, runtime, monkeypatch):
+    own = list(model.memory_ids)
+    assert max(own) < model.vocabulary, "as in real Qwen's head, which is padded"
+    feed = Answer._feed
+
+    def fed(self, *given):
+        logits = feed(self, *given)
+        logits[own] = 1e3
+        return logits
+
+    for sample in tiny.samples()[:3]:
+        for options in ({}, {"temperature": 1.0}, {"memory": False}):
+            given = pictures(sample), sample.question
+            expected = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
+            with monkeypatch.context() as patch:
+                patch.setattr(Answer, "_feed", fed)
+                found = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
+            assert found == expected
 
 
 def test_no_more_memories_are_invoked_than_an_answer_may_have(model, runtime):

@@ -57,7 +57,19 @@ class Qwen25VLBackbone(Backbone):
         each = iter(zip(parts, sizes, strict=True))
         counts = (padded == self.model.config.vision_start_token_id).sum(1).tolist()
         pictures = [list(islice(each, count)) for count in counts]
+        self._check_tokens(padded, pictures, len(parts) - sum(counts))
         return self._prompt(padded, right, pictures, [[]] * len(ids), [[]] * len(ids))
+
+    def _check_tokens(self, ids: Tensor, pictures: list[list[Pixels]], left: int) -> None:
+        """UserError where ids (S, L) have other image tokens than the images' patches need, or any of a video."""
+        settings = self.model.config
+        needed = [sum(len(patches) // self.merge for patches, _ in row) for row in pictures]
+        found = (ids == settings.image_token_id).sum(1).tolist()
+        if left or needed != found or (ids == settings.video_token_id).any():
+            raise UserError(
+                f"input_ids have {found} image tokens a prompt where the images make {needed}, or tokens of a video: "
+                "each image stands once in the text, and nowhere else may the text hold such a token"
+            )
 
     def _prompt(
         self,

@@ -1,6 +1,6 @@
 """A question and its images to token ids and three-axis positions; token ids back to text, piece by piece."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from .reserved import Reserved
+
 Integers = NDArray[np.int64]
-ZERO_WIDTH_SPACE = "\u200b"
 
 
 @dataclass(frozen=True)
@@ -22,25 +23,16 @@ class Prompt:
     visual: NDArray[np.bool_]  # (L,) True at image tokens
 
 
-def plain_text(text: str, tokens: Iterable[str]) -> str:
-    """User text that no tokenizer reads as a special token; text without any of `tokens` is returned as it is.
-
-    `tokens` are the contents of the tokenizer's added tokens. Each occurrence gets a zero width space (U+200B) after
-    its first character, the longest tokens first, until none is left. A single character cannot be split and stays.
-    """
-    for token in sorted(tokens, key=len, reverse=True):
-        while len(token) > 1 and token in text:
-            text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
-    return text
-
-
 def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], question: str, grids: Sequence[tuple[int, int]]) -> Prompt:
-    """The chat prompt of `question`, as `plain_text`, after images of `grids` patches. `settings` is runtime.json."""
+    """The chat prompt of `question` after images of `grids` patches. `settings` is runtime.json.
+
+    RequestError for a question that holds one of the tokenizer's own tokens.
+    """
+    Reserved(tokenizer).check(question)
     parts, merge = settings["prompt"], settings["image"]["merge_size"]
-    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     merged = [(rows // merge, columns // merge) for rows, columns in grids]
     images = (parts["image"].replace(parts["image_token"], parts["image_token"] * rows * n) for rows, n in merged)
-    text = parts["before"] + "".join(images) + plain_text(question, added) + parts["after"]
+    text = parts["before"] + "".join(images) + question + parts["after"]
     ids = np.array(tokenizer.encode(text).ids, np.int64)
     visual = ids == settings["tokens"]["image"]
     return Prompt(ids, _positions(visual, merged), visual)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vismem.data.sample import Sample
 from vismem.data.answer_forms import AnswerKind, answer_form, normalise
+from vismem.data.sample import Sample
 from vismem.evaluation.answers import UNPARSED, Extraction, extract, score
 
 ANIMALS = ("a cat", "a dog", "a fox", "an owl")

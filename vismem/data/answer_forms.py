@@ -22,6 +22,7 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[A-Za-z])[)\]]?[.:]*")
 _BETWEEN = re.compile(r"\s*(?:[,;/&\n]|\band\b)+\s*", re.IGNORECASE)
 _LETTERS = re.compile(r"[A-Z](?:\s*(?:,|;|/|&|and)?\s*[A-Z])*")
 _WRAPPED = re.compile(r"^\\(?:text|mathrm|mathbf|textbf)\s*\{(.*)\}$", re.DOTALL | re.IGNORECASE)
+_AROUND = " \t\n\"'`$*\u201c\u201d\u2018\u2019"
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\w)")
 
 
@@ -69,7 +70,11 @@ class AnswerForm:
         valid = self.options or UNSEEN
         bare = strip(text)
         parts = [part for part in _BETWEEN.split(bare) if part]
-        if len(parts) == 1 and re.fullmatch(r"[A-Z]{2,}", bare.upper()) and sorted(set(bare.upper())) == [*bare.upper()]:
+        if (
+            len(parts) == 1
+            and re.fullmatch(r"[A-Z]{2,}", bare.upper())
+            and sorted(set(bare.upper())) == [*bare.upper()]
+        ):
             parts = [*bare]
         found = set[str]()
         for part in parts:
@@ -134,10 +139,10 @@ def without_article(text: str) -> str:
 
 
 def strip(text: str) -> str:
-    """Without outer spaces, quotes, dollars, marks of bold type, `\\text{}` and final stops."""
-    bare = text.strip(" \t\n\"'`$*\u201c\u201d\u2018\u2019")
+    """Without outer spaces, quotes, dollars, stars, `\\(`, `\\text{}` and final stops."""
+    bare = re.sub(r"\\[()\[\]]", "", text).strip(_AROUND)
     wrapped = _WRAPPED.match(bare)
-    return (wrapped[1] if wrapped else bare).strip().rstrip(".,;!?").rstrip(" \t\n\"'`$*\u201c\u201d\u2018\u2019")
+    return (wrapped[1] if wrapped else bare).strip().rstrip(".,;!?").rstrip(_AROUND)
 
 
 def _polar(texts: Iterable[str]) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Numbers in text: what a reference writes ("1,234", "50%", "2 1/2", "12 cm", "three") and what a model says around them.
+"""Numbers in text: as a reference writes them ("1,234", "50%", "2 1/2", "12 cm", "three"), and in a model's sentence.
 
 Values are exact fractions. Nothing is evaluated and every form has a length limit, so untrusted text costs little. What
 may be no number, or more than one, is None: "3:4", "1,5", "more than 12", "12 or 13".
@@ -51,36 +51,38 @@ _UNITS = {
     "$": "dollars|dollar|usd",
     "cent": "cents",
 }
-_PREFIXED = {f"{prefix}{symbol}" for prefix in "kcmnμ" for symbol in ("m", "g", "l", "s", "v", "w", "n", "j", "pa", "hz")}
+_PREFIXED = {
+    f"{prefix}{symbol}" for prefix in "kcmnμ" for symbol in ("m", "g", "l", "s", "v", "w", "n", "j", "pa", "hz")
+}
 _UNIT_OF = {alias: unit for unit, names in _UNITS.items() for alias in (unit, *names.split("|"))}
 _UNIT_OF = {**{symbol: symbol for symbol in _PREFIXED}, **_UNIT_OF}
 _POWERS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 
-_ONES = "zero one two three four five six seven eight nine".split()
-_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+_TEENS = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _SMALL = {word: value for value, word in enumerate(_ONES + _TEENS)}
-_SMALL |= {word: 10 * (n + 2) for n, word in enumerate(_TENS)} | {"a": 1, "an": 1, "none": 0}
+_SMALL |= {word: 10 * (n + 2) for n, word in enumerate(_TENS)} | {"a": 1, "none": 0}
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
-_PARTS = dict(zip("half third quarter fifth sixth seventh eighth ninth tenth".split(), range(2, 11), strict=True))
-_PARTS |= {f"{word}s": value for word, value in _PARTS.items()} | {"halves": 2, "fourth": 4, "fourths": 4}
+_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+_PARTS |= {f"{word}s": value for word, value in _PARTS.items()} | {"halves": 2}
 
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d{1,30})"
 _FRACTION = rf"(?:(?P<mixed>{_WHOLE})\s+)?(?P<over>\d{{1,9}})\s?/\s?(?P<under>\d{{1,9}})"
 _DECIMAL = rf"(?P<decimal>{_WHOLE}(?:\.\d{{0,30}})?|\.\d{{1,30}})"
-_POWER_OF_TEN = r"(?:e(?P<e>[-+]?\d{1,2})|\s?[×x*]\s?10\s?\^\s?\{?(?P<power>[-+]?\d{1,2})\}?)"
+_POWER_OF_TEN = r"(?:e(?P<e>[-+]?\d{1,2})|\s?[x*]\s?10\s?\^\s?\{?(?P<power>[-+]?\d{1,2})\}?)"
 _SCALE = "|".join(_SCALES)
 _DIGITS = rf"(?:{_FRACTION}|{_DECIMAL}{_POWER_OF_TEN}?)(?:\s+(?P<scale>{_SCALE})\b)?"
 _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[-\s](?:{'|'.join(_ONES[1:])}))?|{'|'.join(_TEENS + _ONES)})"
 _BELOW_1000 = rf"(?:(?:a|{_BELOW_100})\s+(?:hundred|dozen)(?:\s+(?:and\s+)?{_BELOW_100})?|{_BELOW_100})"
 _SPELT = rf"(?:a|{_BELOW_1000})\s+(?:thousand|million|billion)(?:\s+(?:and\s+)?{_BELOW_1000})?|{_BELOW_1000}"
-_SPELT_PART = rf"(?P<parts>a|an|{'|'.join(_ONES[1:])})[-\s](?P<part>{'|'.join(_PARTS)})|(?P<half>half)"
+_SPELT_PART = rf"(?P<parts>a(?=\shalf|\squarter)|{'|'.join(_ONES[1:])})[-\s](?P<part>{'|'.join(_PARTS)})|(?P<half>half)"
 _UNIT = "|".join(re.escape(alias) for alias in sorted(_UNIT_OF, key=len, reverse=True))
 _NUMBER = re.compile(
-    rf"(?<![\w.^])(?<!\d[,/:×*+-])(?P<sign>(?<![\d)])[-+]|(?:minus|negative)\s+)?(?P<money>[€£¥]\s?)?"
+    rf"(?<![\w.^])(?<!\d[,/:*+-])(?P<sign>(?<![\d)])[-+]|(?:minus|negative)\s+)?(?P<money>[€£¥]\s?)?"
     rf"(?:{_DIGITS}|\b(?:{_SPELT_PART}|(?P<spelt>{_SPELT}|none))\b)"
     rf"(?:\s?-?\s?(?:(?P<shape>square|sq|cubic)\.?\s+)?(?P<unit>{_UNIT})(?:\^?(?P<exponent>[23])(?!\d))?(?!\w))?"
-    r"(?!\w)(?![.,/:×*+^-]\d)"
+    r"(?!\w)(?![.,/:*+^-]\d)"
 )
 _LABEL = re.compile(
     r"\b(?:figure|fig\.?|image|picture|photo|panel|step|table|page|question|equation|chapter|example|option|choice)"
@@ -90,11 +92,14 @@ _BOUND = re.compile(  # what stands before a number that is a limit or denied
     r"(?:\bthan|\bleast|\bmost|\bover|\bunder|\babove|\bbelow|\bbetween|\bup\s+to|\bnearly|\balmost|\bexcept|[<>≤≥]|(?:^|\s)-)"
     r"\s*(?:about\s+|exactly\s+)?$|(?:\bnot\b|n't\b|\bnever\b|\bcannot\b|\bneither\b|\bnor\b|\bwithout\b)[^,;.!?]*$"
 )
-_OPEN_END = re.compile(r"^\s*(?:[+×*/^√π\\-]|(?:or|to|and)\s+(?:more|less|fewer|so|\d))")
-_COUNTED_ONE = re.compile(r"(?:^\W*|\b(?:is|are|was|were|only|exactly|just|see|count|has|have|be|of|than)\s+)$")
+_OPEN_END = re.compile(r"^\s*(?:[+*/^√π\\-]|(?:or|to|and)\s+(?:more|less|fewer|so|\d))")
+_COUNTED_ONE = re.compile(r"(?:^\W*|\b(?:is|are|was|were|only|exactly|just|see|count|has|have|be|of|than|about)\s+)$")
 _PRONOUN = re.compile(r"^\s+(?:of|that|which|who|with|on|in|at|to)\b")
 _NEXT = re.compile(r"^\s*(?:and|or|maybe|perhaps|possibly|to)\b")
-_CUT = re.compile(r"[,;(](?!\d{3})|\.\s|\b(?:because|since|as)\b")
+_CUT = re.compile(r"[,;(](?!\d{3})|[.:]\s|\s-\s|\b(?:because|since|as)\b")
+
+
+LONGEST = 300  # characters of a sentence that states a number
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Number:
 
 def parse_number(text: str) -> Number | None:
     """The number that the text is, with its unit; None where there is anything else."""
-    found = _NUMBER.fullmatch(_plain(text).strip(" .!"))
+    found = _NUMBER.fullmatch(_plain(text).strip(" .!")) if len(text) <= LONGEST else None
     return _number(found) if found else None
 
 
@@ -119,11 +124,14 @@ def read_number(text: str, *, leading: bool = False) -> Number | None:
     Numbers of figures, options and the like do not count, nor do ordinals and names like "A4". Where there is an equals
     sign, what stands behind the last one is read. None where a number is denied, a bound, or one of several.
     """
+    if len(text) > LONGEST:
+        return None
     plain = re.split("[=≈]", _plain(text))[-1]
     number = _only_number(plain)
     if number is None and leading and (cut := _CUT.search(plain)):
         rest = plain[cut.end() :]
-        if not _NEXT.match(rest) and not _NUMBER.match(rest.lstrip()):
+        listed = cut[0] in ",;" and _NUMBER.match(rest.lstrip())
+        if not listed and not _NEXT.match(rest):
             number = _only_number(plain[: cut.start()])
     return number
 
@@ -131,9 +139,9 @@ def read_number(text: str, *, leading: bool = False) -> Number | None:
 def same_number(reply: Number, reference: Number) -> bool:
     """Whether a reply's number is the reference's.
 
-    Whole numbers and powers of ten must be equal; a reference with decimals is met by what rounds to it, and a reference
-    that is a fraction by its decimals, two at least. A unit may be left out, but must not be another. A percentage where
-    the other names none may be meant as such or as its hundredth.
+    Whole numbers and powers of ten must be equal. A reference with decimals is met by what rounds to it, and a
+    fraction by its decimals, two at least. A unit may be left out, but must not be another. Where one is a percentage
+    and the other has no unit, it may be meant as such or as its hundredth.
     """
     left, right = reply.unit, reference.unit
     degrees = "°" in (left, right) and left[:1] == right[:1]
@@ -154,7 +162,7 @@ def _only_number(plain: str) -> Number | None:
     for match in _matches(plain):
         before, behind = plain[: match.start()], plain[match.end() :]
         rest, end = rest + plain[end : match.start()] + " ", match.end()
-        if _LABEL.search(before) or (match[0] == "one" and not _is_count(before, behind)):
+        if _LABEL.search(before) or (match[0] in ("one", "half") and not _is_count(before, behind)):
             continue
         number = _number(match)
         if number is None or _BOUND.search(before) or _OPEN_END.match(behind):
@@ -171,7 +179,7 @@ def _matches(plain: str) -> Iterator[re.Match[str]]:
 
 
 def _is_count(before: str, behind: str) -> bool:
-    """Whether a "one" between these counts something, and is no pronoun."""
+    """Whether "one" or "half" between these is a number, and no pronoun or side."""
     return _COUNTED_ONE.search(before) is not None and _PRONOUN.match(behind) is None
 
 
@@ -181,12 +189,13 @@ def _plain(text: str) -> str:
     text = re.sub(r"[⁰¹²³⁴-⁹]+", lambda found: f"^{found[0]}", text)
     text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))|\\[,!;:]|\\(?:left|right)|\\[()\[\]]", "", text)
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("{,}", ",")
-    text = re.sub(r"[\u2212\u2010-\u2014]", "-", text)
+    text = re.sub(r"[\u2212\u2010-\u2014]", "-", text).replace("\u00d7", "*")
     text = re.sub(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\s*\^\s*(?:\{\s*)?\\circ(?:\s*\})?|\s*\\degree|\s+(?=°)", "°", text).replace("°°", "°")
-    text = text.replace(r"\%", "%").replace(r"\times", "×").replace(r"\cdot", "×").replace(r"\approx", "≈")
-    return " ".join(re.sub(r"(?:\bus|\bc|\ba)?\\?\$|[*`\"]", "", text).split())
+    text = text.replace(r"\%", "%").replace(r"\times", "*").replace(r"\cdot", "*").replace(r"\approx", "≈")
+    text = re.sub(r"(?:\bus|\bc|\ba)?\\?\$|[`\"]|(?<![\d ])\*|\*(?![\d ])", "", text)
+    return " ".join(text.split())
 
 
 def _number(found: re.Match[str]) -> Number | None:

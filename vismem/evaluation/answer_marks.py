@@ -7,15 +7,20 @@ _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _FINAL = re.compile(r"\bfinal\s+answer\s*(?::|\bis\b)\s*:?", re.IGNORECASE)
 _OF = r"(?:\s+(?:to|for|of)\s+(?:this|the|your|that)(?:\s+\w+)?\s+(?:question|problem))?"
 _STATED = re.compile(
-    rf"\b(?:answer{_OF}\s*:|(?:answer|option|choice){_OF}\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be)\b\s*:?)",
+    rf"\b(?:answers?{_OF}\s*:|(?:answer|option|choice){_OF}\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be)\b\s*:?|"
+    rf"(?:answers|correct\s+(?:options|choices)){_OF}\s+are\b\s*:?)",
     re.IGNORECASE,
 )
-_BOXED = re.compile(r"\\boxed\s*\{", re.IGNORECASE)
+_BRACE = re.compile(r"\\boxed\s*\{|[{}]", re.IGNORECASE)
 
 
 def without_thoughts(text: str) -> str:
-    """What was said after thinking; what never came out of its thoughts says nothing. Bold type is dropped too."""
-    return _THOUGHT.sub(" ", text).replace("**", "").strip()
+    """What was said after thinking, in single spaces and line breaks, without bold type.
+
+    What never came out of its thoughts says nothing.
+    """
+    said = re.sub(r"[^\S\n]+", " ", _THOUGHT.sub(" ", text).replace("**", ""))
+    return re.sub(r"\n[ \n]*", "\n", said).strip()
 
 
 def last_marked(text: str) -> tuple[str, str] | None:
@@ -37,12 +42,10 @@ def _line_behind(mark: re.Match[str]) -> str:
 
 def _boxes(text: str) -> list[tuple[int, str]]:
     """Start and content of every closed `\\boxed{...}`, nested braces included."""
-    boxes = []
-    for found in _BOXED.finditer(text):
-        depth = 1
-        for end in range(found.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                boxes.append((found.start(), text[found.end() : end]))
-                break
+    boxes, unclosed = [], list[re.Match[str]]()
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            unclosed.append(brace)
+        elif unclosed and (opening := unclosed.pop())[0] != "{":
+            boxes.append((opening.start(), text[opening.end() : brace.start()]))
     return boxes

@@ -26,7 +26,7 @@ from vismem.evaluation.answer_marks import last_marked, without_thoughts
 UNPARSED = "unparsed"
 
 _FILLER = re.compile(
-    r"^(?:(?:most\s+)?(?:clearly|definitely|likely|probably|therefore|thus|obviously|simply|then|so|either|both|the|"
+    r"^(?:(?:most\s+)?(?:it['\u2019]s|it\s+is|i\s+(?:would\s+)?(?:choose|pick|select|say)|clearly|definitely|likely|probably|therefore|thus|obviously|simply|then|so|either|both|the|"
     r"correct|options?|choices?|letters?|answers?)\b\s*:?\s*)+",
     re.IGNORECASE,
 )
@@ -35,13 +35,19 @@ _LEADING = re.compile(
     r"(?=[ \t]+(?:because|since|as|which|due)\b)|\s*\Z))",
     re.IGNORECASE,
 )
-_ANOTHER = re.compile(r"^(?:(?:or|and|nor|not|&|/)\s*)?[(\[]?[A-Za-z](?:[)\].:,;/]|\s*\Z|\s+(?:or|and|&)\b)|^or\b", re.IGNORECASE)
-_DENIED = re.compile(r"^(?:(?:is|was|seems|looks)\s*)?(?:not\b|n't|wrong|incorrect|false)", re.IGNORECASE)
-_IS_RIGHT = re.compile(
-    r"(?P<before>\w*)\s*(?:^|(?<=[\s(\[]))(?P<letter>[A-Za-z])[)\]]?\s+(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|answer)\b",
+_ANOTHER = re.compile(
+    r"^(?:(?:or|and|nor|&|/)\s*)?[(\[]?[A-Za-z](?:[)\].:,;/]|\s*\Z|\s+(?:or|and|&)\b)|^or\b", re.IGNORECASE
+)
+_DENIED = re.compile(
+    r"^(?:(?:is|was|seems|looks)\s*)?(?:not\b(?!\s+(?:option\s+)?[(\[]?[a-z]\b)|n't|wrong|incorrect|false)",
     re.IGNORECASE,
 )
-_HEDGE = ("or", "and", "nor", "neither", "if", "whether", "than", "why", "not")
+_IS_RIGHT = re.compile(
+    r"(?:^|(?<=[\s(\[]))(?P<letter>[A-Z])[)\]]?\s+(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|answer)\b",
+    re.IGNORECASE,
+)
+_ALL_RIGHT = re.compile(r"\s+(?:is|are)\s+(?:both\s+|all\s+)?(?:the\s+)?(?:correct|right)(?:\s+\w+)?$", re.IGNORECASE)
+_HEDGED = re.compile(r"\b(?:or|and|nor|neither|if|whether|than|why|not)\s+[(\[]?$", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|no|never|cannot|neither|nor|without|except|than|instead\s+of)\b|n't\b", re.IGNORECASE)
 _CLAUSES = re.compile(r"[,;:!?\n]|\.(?:\s|$)")
 _SENTENCES = re.compile(  # not behind "St." or an initial
@@ -90,7 +96,7 @@ def extract(text: str, form: AnswerForm) -> Extraction:
 
 
 def is_correct(sample: Sample, extraction: Extraction) -> bool:
-    """Whether an extraction agrees with the sample's answer: numbers by value, words by `normalise`, but for articles."""
+    """Whether an extraction agrees with the sample's answer: numbers by value, words by `normalise`."""
     form = answer_form(sample.question, sample.answer, sample.choices)
     expected = reference_value(form, sample.answer) or sample.answer
     if extraction.value is None:
@@ -104,9 +110,9 @@ def is_correct(sample: Sample, extraction: Extraction) -> bool:
 
 def _read_choice(region: str, rule: str, form: AnswerForm) -> Extraction:
     """The whole region or its beginning; then its first or last line, an option called right, one option's words."""
-    if value := form.option(region) or _leading(region, form, alone=not rule):
+    if value := form.option(region) or _leading(region, form):
         return Extraction(value, rule or "whole reply")
-    if not rule and (edge := _edge_line(region, lambda line: form.option(line) or _leading(line, form, alone=True))):
+    if not rule and (edge := _edge_line(region, lambda line: form.option(line) or _leading(line, form))):
         return edge
     if form.by_letter and (value := _called_right(region, form)):
         return Extraction(value, "option is right")
@@ -121,7 +127,7 @@ def _read_choice(region: str, rule: str, form: AnswerForm) -> Extraction:
 
 
 def _read_letters(region: str, rule: str, form: AnswerForm) -> Extraction:
-    if value := form.letters(_FILLER.sub("", strip(region))):
+    if value := form.letters(_FILLER.sub("", _ALL_RIGHT.sub("", strip(region)))):
         return Extraction(value, rule or "whole reply")
     return UNREAD if rule else _edge_line(region, form.letters) or UNREAD
 
@@ -177,8 +183,8 @@ def _edge_line(text: str, answer: Callable[[str], str | None]) -> Extraction | N
     return None
 
 
-def _leading(text: str, form: AnswerForm, *, alone: bool) -> str | None:
-    """The option whose letter begins the text, as in "(B) because ..."; with `alone` only if no other has a label."""
+def _leading(text: str, form: AnswerForm) -> str | None:
+    """The option whose letter begins the text, as in "(B) because ...", if no other has a label."""
     bare = _FILLER.sub("", strip(text))
     found = _LEADING.match(bare) if form.by_letter else None
     if found is None:
@@ -187,15 +193,18 @@ def _leading(text: str, form: AnswerForm, *, alone: bool) -> str | None:
     rest = bare[found.end() :].strip(" -\u2013\u2014")
     others = {label["letter"].upper() for label in LABELS.finditer(bare)} & {*form.options} - {letter}
     option, named = form.options.get(letter), form.option(rest) if len(rest) > 1 else None
-    if named not in (None, option) or _DENIED.match(rest) or (alone and others):
+    if named not in (None, option) or _DENIED.match(rest) or others:
         return None
     return None if named is None and _ANOTHER.match(rest) else option
 
 
 def _called_right(text: str, form: AnswerForm) -> str | None:
     """The only option of which the text says "X is correct"."""
-    found = [f for f in _IS_RIGHT.finditer(text) if f["before"].casefold() not in _HEDGE]
-    letters = {one["letter"].upper() for one in found}
+    said = (
+        (found["letter"].upper(), text[max(0, found.start() - 12) : found.start()])
+        for found in _IS_RIGHT.finditer(text)
+    )
+    letters = {letter for letter, before in said if not _HEDGED.search(before)}
     return form.options.get(letters.pop()) if len(letters) == 1 else None
 
 

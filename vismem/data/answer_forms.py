@@ -49,12 +49,12 @@ class AnswerForm:
     def option(self, text: str) -> str | None:
         """The text of the option that `text`, as a whole, is: its words, its number or its letter, or all of them."""
         bare = strip(text)
-        wanted = normalise(bare)
-        for same in (lambda option: normalise(option) == wanted, lambda option: without_article(option) == wanted):
-            if wanted and (found := [option for option in self.options.values() if same(option)]):
-                return found[0]
+        for same in (normalise, without_article):
+            for option in self.options.values():
+                if same(bare) and same(option) == same(bare):
+                    return option
         if number := parse_number(bare):
-            equal = [o for o in self.options.values() if (own := parse_number(o)) and same_number(number, own)]
+            equal = [o for o in self.options.values() if (its := parse_number(o)) and same_number(number, its)]
             if len(equal) == 1:
                 return equal[0]
         if self.by_letter and (letter := _LETTER.fullmatch(bare)):
@@ -68,19 +68,15 @@ class AnswerForm:
     def letters(self, text: str) -> str | None:
         """The set of letters that `text`, as a whole, names, as "A, C"; None where anything else is there."""
         valid = self.options or UNSEEN
-        bare = strip(text)
-        parts = [part for part in _BETWEEN.split(bare) if part]
-        if (
-            len(parts) == 1
-            and re.fullmatch(r"[A-Z]{2,}", bare.upper())
-            and sorted(set(bare.upper())) == [*bare.upper()]
-        ):
-            parts = [*bare]
+        together = strip(text).upper()
+        parts: Iterable[str] = filter(None, _BETWEEN.split(strip(text)))
+        if together.isalpha() and [*together] == sorted({*together}):  # "AC"
+            parts = together
         found = set[str]()
         for part in parts:
             letter = _LETTER.fullmatch(part.strip())
             named = letter["letter"].upper() if letter else self._letter_of(part)
-            if named not in valid:
+            if named is None or named not in valid:
                 return None
             found.add(named)
         return ", ".join(sorted(found)) or None

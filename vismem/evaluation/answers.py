@@ -92,7 +92,17 @@ def extract(text: str, form: AnswerForm) -> Extraction:
     """
     region = without_thoughts(text)
     region, rule = last_marked(region) or (region, "")
-    return _READERS[form.kind](region, rule, form)
+    match form.kind:
+        case AnswerKind.CHOICE:
+            return _read_choice(region, rule, form)
+        case AnswerKind.LETTERS:
+            return _read_letters(region, rule, form)
+        case AnswerKind.YES_NO:
+            return _read_polar(region, rule, form)
+        case AnswerKind.NUMBER:
+            return _read_number(region, rule)
+        case AnswerKind.TEXT:
+            return _read_text(region, rule)
 
 
 def is_correct(sample: Sample, extraction: Extraction) -> bool:
@@ -135,38 +145,33 @@ def _read_letters(region: str, rule: str, form: AnswerForm) -> Extraction:
 def _read_polar(region: str, rule: str, form: AnswerForm) -> Extraction:
     """Yes or no as the first word of the region; without a mark also of its last sentence, if both say the same."""
     sentences = [sentence for sentence in _SENTENCES.split(strip(region)) if sentence.strip()]
-    said = [found["word"].casefold() for s in (sentences[:1], sentences[-1:]) for t in s if (found := _POLAR.match(t))]
-    words = form.polar or ()
-    if not said or len({*said}) > 1 or said[0] not in words:
+    edges = (*sentences[:1], *sentences[-1:])
+    said = [found["word"].casefold() for edge in edges if (found := _POLAR.match(edge))]
+    if len({*said}) != 1 or said[0] not in (form.polar or ()):
         return UNREAD
     whole = normalise(strip(region)) == said[0]
     return Extraction(form.option(said[0]) or said[0], rule or ("whole reply" if whole else "first word"))
 
 
-def _read_number(region: str, rule: str, form: AnswerForm) -> Extraction:
+def _read_number(region: str, rule: str) -> Extraction:
     """The only number behind a mark, or of a reply that is one sentence; else of the first or last line alone."""
-    del form
     if rule or _is_sentence(region):
         number = read_number(region, leading=bool(rule))
         whole = "whole reply" if parse_number(strip(region)) else "one number"
         return Extraction(number.text, rule or whole) if number else UNREAD
-    return _edge_line(region, lambda line: number.text if (number := parse_number(strip(line))) else None) or UNREAD
+    return _edge_line(region, _number_text) or UNREAD
 
 
-def _read_text(region: str, rule: str, form: AnswerForm) -> Extraction:
+def _number_text(line: str) -> str | None:
+    """The text of the number that a line is."""
+    number = parse_number(strip(line))
+    return number.text if number else None
+
+
+def _read_text(region: str, rule: str) -> Extraction:
     """What stands behind a mark, or the whole reply where it is one sentence."""
-    del form
     words = strip(_LEAD_IN.sub("", strip(region)))
     return Extraction(words, rule or "whole reply") if words and (rule or _is_sentence(region)) else UNREAD
-
-
-_READERS: dict[AnswerKind, Callable[[str, str, AnswerForm], Extraction]] = {
-    AnswerKind.CHOICE: _read_choice,
-    AnswerKind.LETTERS: _read_letters,
-    AnswerKind.YES_NO: _read_polar,
-    AnswerKind.NUMBER: _read_number,
-    AnswerKind.TEXT: _read_text,
-}
 
 
 def _is_sentence(text: str) -> bool:
@@ -200,11 +205,11 @@ def _leading(text: str, form: AnswerForm) -> str | None:
 
 def _called_right(text: str, form: AnswerForm) -> str | None:
     """The only option of which the text says "X is correct"."""
-    said = (
-        (found["letter"].upper(), text[max(0, found.start() - 12) : found.start()])
+    letters = {
+        found["letter"].upper()
         for found in _IS_RIGHT.finditer(text)
-    )
-    letters = {letter for letter, before in said if not _HEDGED.search(before)}
+        if not _HEDGED.search(text[max(0, found.start() - 12) : found.start()])
+    }
     return form.options.get(letters.pop()) if len(letters) == 1 else None
 
 

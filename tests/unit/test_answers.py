@@ -2,11 +2,16 @@
 
 import pytest
 
+from vismem.data.answer_forms import AnswerKind, answer_form, normalise
 from vismem.data.sample import Sample
-from vismem.evaluation.answers import UNPARSED, extract, normalise, score
+from vismem.evaluation.answers import UNPARSED, Extraction, extract, score
 
 ANIMALS = ("a cat", "a dog", "a fox", "an owl")
 COLOURS = ("red", "blue", "green")
+
+
+def read(text: str, choices: tuple[str, ...], answer: str = "B") -> Extraction:
+    return extract(text, answer_form("Which?", answer, choices))
 
 
 @pytest.mark.parametrize(
@@ -23,15 +28,14 @@ COLOURS = ("red", "blue", "green")
         ("(b).", "a dog", "whole reply"),
         ("an owl", "an owl", "whole reply"),
         ("C\nbecause it has a red tail", "a fox", "first line"),
-        ("I see a tail, so it must be C", "a fox", "one letter"),
-        ("A tail and fur. Therefore B", "a dog", "one letter"),
+        ("because it has a red tail\nC", "a fox", "last line"),
+        ("It has a tail, so C is correct.", "a fox", "option is right"),
         ("this looks like a fox to me", "a fox", "one option"),
         ("<think>A? The answer is A.</think> answer: B", "a dog", "answer stated"),
-        ("The answer is clear: B", "a dog", "one letter"),
     ],
 )
 def test_each_rule_reads_its_form(text: str, value: str, rule: str) -> None:
-    found = extract(text, ANIMALS)
+    found = read(text, ANIMALS)
     assert (found.value, found.rule) == (value, rule)
 
 
@@ -41,6 +45,8 @@ def test_each_rule_reads_its_form(text: str, value: str, rule: str) -> None:
         "",
         "answer:",
         "It is A or B",
+        "I see a tail, so it must be C",  # a letter in prose is no answer
+        "The answer is clear: B",
         "answer: E",  # there are only four options
         "Option A is tempting, but the answer is E",  # an earlier letter must not be taken instead
         "The answer is B. No: the answer is none of these",
@@ -51,32 +57,51 @@ def test_each_rule_reads_its_form(text: str, value: str, rule: str) -> None:
     ],
 )
 def test_what_no_rule_can_read_is_unparsed(text: str) -> None:
-    assert extract(text, ANIMALS) == extract("", ANIMALS)
-    assert extract(text, ANIMALS).rule == UNPARSED
+    assert read(text, ANIMALS) == Extraction(None, UNPARSED)
 
 
-def test_our_own_format_is_read_behind_its_last_marker() -> None:
-    assert extract("3 red, 2 blue, answer: red", COLOURS).value == "red"
-    assert extract("answer: red, wait, answer: blue", COLOURS).value == "blue"
-    assert extract("first red circle, then blue square. answer: circle, square", ()).value == "circle, square"
+def test_our_own_format_is_read_behind_its_last_mark() -> None:
+    assert read("3 red, 2 blue, answer: red", COLOURS, "red").value == "red"
+    assert read("answer: red, wait, answer: blue", COLOURS, "red").value == "blue"
+    words = "first red circle, then blue square. answer: circle, square"
+    assert read(words, (), "circle, square").value == "circle, square"
 
 
 def test_an_option_inside_a_longer_one_does_not_count_twice() -> None:
-    assert extract("I think the red circle it is", ("red", "red circle", "blue")).value == "red circle"
-    assert extract("red or blue", COLOURS).rule == UNPARSED
+    assert read("I think the red circle it is", ("red", "red circle", "blue"), "red").value == "red circle"
+    assert read("red or blue", COLOURS, "red").rule == UNPARSED
 
 
-def test_yes_and_no_inside_a_sentence_are_no_answer() -> None:
-    assert extract("there is no red circle left of", ("yes", "no")).rule == UNPARSED
-    assert extract("No, there is none", ("yes", "no")).value == "no"
-    assert extract("yes", ("yes", "no")).value == "yes"
-
-
-def test_an_open_answer_needs_a_marker_or_must_be_the_whole_reply() -> None:
-    assert extract("3.", ()).value == "3"
-    assert extract("The answer is 3.5", ()).value == "3.5"
-    assert extract("first 3, then 4", ()).rule == UNPARSED
-    assert extract("answer: ", ()).rule == UNPARSED
+@pytest.mark.parametrize(
+    ("question", "answer", "choices", "kind"),
+    [
+        ("Which?", "a fox", ANIMALS, AnswerKind.CHOICE),
+        ("Which?", "C", ANIMALS, AnswerKind.CHOICE),
+        ("Which?", "A, C", ANIMALS, AnswerKind.LETTERS),
+        ("Which?", "a horse", ANIMALS, AnswerKind.CHOICE),  # for `validate` to find
+        ("Which? (A) 5 (B) 6", "6", (), AnswerKind.CHOICE),
+        ("Which? a) 5 b) 6", "B", (), AnswerKind.CHOICE),
+        ("Which? (A) 5 (B) 6", "7", (), AnswerKind.NUMBER),
+        ("Which? (A) 5 (B) 6", "A and B", (), AnswerKind.LETTERS),
+        ("Which of the figures?", "D", (), AnswerKind.LETTERS),
+        ("Is it?", "Yes.", (), AnswerKind.YES_NO),
+        ("Is it?", "no", ("yes", "no"), AnswerKind.YES_NO),
+        ("Is it?\nA. yes\nB. no", "no", ("yes", "no"), AnswerKind.CHOICE),
+        ("How many?", "three", (), AnswerKind.NUMBER),
+        ("How much?", "$1,234.50", (), AnswerKind.NUMBER),
+        ("How much?", "12 cm", (), AnswerKind.NUMBER),
+        ("How many?", "2", ("1", "2"), AnswerKind.CHOICE),
+        ("When?", "12:30", (), AnswerKind.TEXT),
+        ("What?", "12 apples", (), AnswerKind.TEXT),
+        ("What?", "the second", (), AnswerKind.TEXT),
+        ("Who?", "NASA", (), AnswerKind.TEXT),
+        ("What?", "", (), AnswerKind.TEXT),
+    ],
+)
+def test_the_kind_of_an_answer_follows_from_question_reference_and_choices(
+    question: str, answer: str, choices: tuple[str, ...], kind: AnswerKind
+) -> None:
+    assert answer_form(question, answer, choices).kind is kind
 
 
 def test_letters_count_only_where_the_question_offers_them() -> None:
@@ -94,6 +119,7 @@ def test_the_score_is_exact_after_case_spacing_and_final_stop() -> None:
     assert score(sample, "answer: Red  circle , blue square .") == 1.0
     assert score(sample, "answer: red circle") == 0.0
     assert score(sample, "answer: red circle, blue square, red circle") == 0.0
+    assert score(sample, "red circle, blue square") == 1.0
     assert normalise(" A  cat !") == "a cat"
 
 

@@ -164,3 +164,15 @@ def test_pictures_that_the_base_shrinks_are_counted() -> None:
     assert large.startswith("1 of 3 images are too large for the base")
     assert large.endswith("they are shrunk, one of 2000 x 1000 to 1400 x 700")
     assert small.endswith("they are enlarged, one of 20 x 20 to 56 x 56")
+
+
+def test_a_large_base_is_told_how_to_answer_what_the_rows_ask_and_the_tiny_one_is_not(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, _ = written(capsys, "--base", "Qwen/Qwen2.5-VL-7B-Instruct")
+    made, paper = (load_config(project / "params.yaml", name).prepare for name in ("own", "qwen2_5_vl_7b"))
+    assert made.instructions == paper.instructions
+    kinds = yaml.safe_load(text)["prepare"]["instructions"]
+    assert set(kinds) == {"choice", "yes_no", "text"}
+    assert "of your questions are answered so" in text
+    assert "instructions" not in yaml.safe_load(written(capsys, "--force")[0])["prepare"]

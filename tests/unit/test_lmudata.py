@@ -69,7 +69,7 @@ def test_an_empty_column_is_no_option_and_the_others_keep_their_letters(tmp_path
     assert lettered.question == "Which\ncolour?\nA. None\nC. red\nD. blue"
     scores = {reply: score(lettered, reply) for reply in ("D", "blue", "D. blue", "C", "B", "E", "", "answer:")}
     assert [reply for reply, points in scores.items() if points] == ["D", "blue", "D. blue"]
-    assert score(lettered, "I see a sky, so it must be D") == 1.0
+    assert [score(lettered, text) for text in ("So D is correct.", "Figure D shows a sky")] == [1.0, 0.0]
     assert spelt.choices == ("None", "", "red"), "what follows the last option is not kept"
     assert {reply: score(spelt, reply) for reply in ("B", "C", "")} == dict.fromkeys(("B", "C", ""), 0.0)
 

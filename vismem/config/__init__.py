@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from vismem.config.data import (
     SOURCES,
     EasyVqaSource,
+    InstructionsConfig,
     JsonlSource,
     LmuDataSource,
     NlvrSource,
@@ -62,6 +63,7 @@ __all__ = [
     "GateConfig",
     "GrpoConfig",
     "GrpoStageConfig",
+    "InstructionsConfig",
     "InvocationConfig",
     "JsonlSource",
     "LmuDataSource",

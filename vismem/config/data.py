@@ -69,10 +69,23 @@ Source = Annotated[AnySource, Field(discriminator="kind")]
 SOURCES: dict[str, type[Section]] = {get_args(s.model_fields["kind"].annotation)[0]: s for s in get_args(AnySource)}
 
 
+class InstructionsConfig(Section):
+    """What `prepare` writes behind a question, by the kind of its answer; an empty text adds nothing."""
+
+    choice: str = Field(
+        "", description="one option; those that a question does not show are added under letters [ours]"
+    )
+    letters: str = Field("", description="several options, by their letters [ours]")
+    yes_no: str = Field("", description="yes or no, true or false [ours]")
+    number: str = Field("", description="a number, perhaps with a unit [ours]")
+    text: str = Field("", description="any other words [ours]")
+
+
 class PrepareConfig(Section):
     """Where the questions come from."""
 
     sources: tuple[Source, ...] = (ScenesSource(),)
+    instructions: InstructionsConfig = InstructionsConfig()
     rows_per_shard: int = Field(4096, ge=1, description="rows per Parquet shard")
 
 

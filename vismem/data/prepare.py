@@ -9,6 +9,7 @@ from typing import Any
 
 from vismem.config import Config
 from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_sha256, seen_sha256
+from vismem.data.instructions import instructed
 from vismem.data.readers import read
 from vismem.data.sample import Sample, write_shards
 from vismem.files import write_json
@@ -87,7 +88,8 @@ class _Split:
 def _rows(config: Config, split: _Split, advance: Advance) -> Iterator[Sample]:
     """The rows of all sources, in order, that the split may have."""
     for source in config.prepare.sources:
-        for sample in read(source, split.name, config.seed):
+        for asked in read(source, split.name, config.seed):
+            sample = instructed(asked, config.prepare.instructions)
             if split.take(sample):
                 advance(split=split.name)
                 yield sample

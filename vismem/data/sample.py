@@ -1,7 +1,7 @@
 """The one sample type: a visual question, its images and videos and what is known about its answer."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import count, islice
@@ -57,6 +57,11 @@ class Sample:
 def lettered(choices: Sequence[str]) -> dict[str, str]:
     """The choices that are offered, by letter: A is the first, and one that is empty takes its letter with it."""
     return {letter: choice for letter, choice in zip(ascii_uppercase, choices, strict=False) if choice}
+
+
+def option_lines(options: Mapping[str, str]) -> list[str]:
+    """Options as a question shows them, one a line under its letter."""
+    return [f"{letter}. {option}" for letter, option in options.items()]
 
 
 SCHEMA = pa.schema(

@@ -1,29 +1,66 @@
-"""Reading an answer out of a generated text, and scoring it: 1 for correct, 0 otherwise.
+"""Reading an answer out of a generated text, and scoring it: 1 for correct, 0 otherwise. The reward is this score.
 
-The rules stand in a fixed order, from the most explicit to the least, and never guess: what no rule can read is
-unparsed, and unparsed is wrong. The rule that read an answer is kept, so that a report can show how arms differ in it.
+How depends on the form of the answer (`vismem.data.answer_forms`). The rules stand in a fixed order, from the most
+explicit to the least, and never guess: what no rule can read is unparsed, and unparsed is wrong. The rule that read an
+answer is kept, so that a report can show how arms differ in it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from vismem.data.sample import Sample, lettered
+from vismem.data.answer_forms import (
+    LABELS,
+    AnswerForm,
+    AnswerKind,
+    answer_form,
+    normalise,
+    reference_value,
+    strip,
+    without_article,
+)
+from vismem.data.numbers import parse_number, read_number, same_number
+from vismem.data.sample import Sample
+from vismem.evaluation.answer_marks import last_marked, without_thoughts
 
 UNPARSED = "unparsed"
 
-_THOUGHT = re.compile(r"<think>.*?</think>|^.*</think>|<think>.*", re.DOTALL | re.IGNORECASE)
-_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
-_FINAL = re.compile(r"\bfinal\s+answer\s*(?::|\bis\b)\s*:?", re.IGNORECASE)
-_STATED = re.compile(r"\b(?:answer\s*:|(?:answer|option|choice)\s+is\b\s*:?)", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\s*\{")
-_WRAPPED = re.compile(r"^\\(?:text|mathrm|mathbf)\s*\{(.*)\}$", re.DOTALL)
-_LONE_LETTER = re.compile(r"^\(?(?P<letter>[A-Za-z])(?:[).:]+)?$")
-_LABELLED = re.compile(r"^(?P<open>\()?(?P<letter>[A-Za-z])(?(open)\)|[).:])\s+\S")
-_WORD = r"[AI]\s+(?!(?:or|and|nor|is|because)\b)[a-z]"  # the article or the pronoun, with the word behind it
-_STANDALONE = re.compile(rf"(?<![\w'\u2019-])(?!{_WORD})([A-Z])(?![\w'\u2019-])")
-_SEVERAL_CLAUSES = re.compile(r"[,;:!?\n]|\.(?:\s|$)")
-_LETTERED = re.compile(r"(?:^|[\s(])A[).:].*?(?:^|[\s(])B[).:]", re.DOTALL | re.MULTILINE)
+_FILLER = re.compile(
+    r"^(?:(?:most\s+)?(?:it['\u2019]s|it\s+is|i\s+(?:would\s+)?(?:choose|pick|select|say)|clearly|definitely|likely|probably|therefore|thus|obviously|simply|then|so|either|both|the|"
+    r"correct|options?|choices?|letters?|answers?)\b\s*:?\s*)+",
+    re.IGNORECASE,
+)
+_LEADING = re.compile(
+    r"^(?:[(\[](?P<closed>[A-Za-z])[)\]][.:,;]*|(?P<open>[A-Za-z])(?:[).:,;]+(?=\s|$)|(?=[ \t]+[-\u2013\u2014]+\s)|"
+    r"(?=[ \t]+(?:because|since|as|which|due)\b)|\s*\Z))",
+    re.IGNORECASE,
+)
+_ANOTHER = re.compile(
+    r"^(?:(?:or|and|nor|&|/)\s*)?[(\[]?[A-Za-z](?:[)\].:,;/]|\s*\Z|\s+(?:or|and|&)\b)|^or\b", re.IGNORECASE
+)
+_DENIED = re.compile(
+    r"^(?:(?:is|was|seems|looks)\s*)?(?:not\b(?!\s+(?:option\s+)?[(\[]?[a-z]\b)|n't|wrong|incorrect|false)",
+    re.IGNORECASE,
+)
+_IS_RIGHT = re.compile(
+    r"(?:^|(?<=[\s(\[]))(?P<letter>[A-Z])[)\]]?\s+(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|answer)\b",
+    re.IGNORECASE,
+)
+_ALL_RIGHT = re.compile(r"\s+(?:is|are)\s+(?:both\s+|all\s+)?(?:the\s+)?(?:correct|right)(?:\s+\w+)?$", re.IGNORECASE)
+_HEDGED = re.compile(r"\b(?:or|and|nor|neither|if|whether|than|why|not)\s+[(\[]?$", re.IGNORECASE)
+_NEGATION = re.compile(r"\b(?:not|no|never|cannot|neither|nor|without|except|than|instead\s+of)\b|n't\b", re.IGNORECASE)
+_CLAUSES = re.compile(r"[,;:!?\n]|\.(?:\s|$)")
+_SENTENCES = re.compile(  # not behind "St." or an initial
+    r"\n+|[!?]\s+|(?<!\bst)(?<!\bdr)(?<!\bmr)(?<!\bmrs)(?<!\bvs)(?<!\bfig)(?<!\b[a-z])\.\s+", re.IGNORECASE
+)
+_POLAR = re.compile(
+    r"^(?:(?:so|thus|therefore|hence|then|well|overall|in\s+conclusion)\b\W*)*(?P<word>yes|no|true|false)(?!\w)"
+    r"(?=\W*$|\s*[.,;:!)\]\"\u2014-]|\s+(?:it|there|they|he|she|we|i|you|this|that|these|those|the|because|since|as)\b)",
+    re.IGNORECASE,
+)
+_LEAD_IN = re.compile(
+    r"^(?:it|this|that|he|she|they|these|those|there)(?:['\u2019](?:s|re)|\s+(?:is|are|was|were))\s+", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -37,130 +74,160 @@ class Extraction:
 UNREAD = Extraction(None, UNPARSED)
 
 
-def extract(text: str, choices: Sequence[str], *, letters: bool = True) -> Extraction:
-    """Read the answer out of `text`.
-
-    With `choices` the value is one of them, named by its text or, if `letters`, by its letter (A is the first).
-    Without, the value is what an explicit marker introduces, or the whole reply where it is a single clause.
-    Where a marker introduces nothing readable, the weaker rules look only behind it, never at what went before.
-    """
-    region = _THOUGHT.sub(" ", text).replace("**", "").strip()
-    marked = _last_marked(region)
-    if marked is not None:
-        region, rule = marked
-        value = _resolve(region, choices, letters) if choices else (_strip(region) or None)
-        if value is not None:
-            return Extraction(value, rule)
-    if choices:
-        return _read_choice(region, choices, letters)
-    reply = _strip(region)
-    readable = marked is None and reply and not _SEVERAL_CLAUSES.search(reply)
-    return Extraction(reply, "whole reply") if readable else UNREAD
-
-
 def score(sample: Sample, text: str) -> float:
-    """1.0 if the answer read out of `text` equals the sample's, 0.0 otherwise (case, spacing and final stops aside)."""
+    """1.0 if the answer read out of `text` equals the sample's, 0.0 otherwise."""
     return float(is_correct(sample, read(sample, text)))
 
 
 def read(sample: Sample, text: str) -> Extraction:
-    """`extract` with the sample's choices; letters count only where the question or the answer uses them."""
-    return extract(text, sample.choices, letters=_uses_letters(sample.question, sample.answer))
+    """`extract` with the form of the sample's answer."""
+    return extract(text, answer_form(sample.question, sample.answer, sample.choices))
+
+
+def extract(text: str, form: AnswerForm) -> Extraction:
+    """Read an answer of the given form out of `text`.
+
+    The value is the text of an option, letters as "A, C", yes or no, or a number or words as they were written. Where a
+    mark introduces nothing readable, the weaker rules look only behind it, never at what went before.
+    """
+    region = without_thoughts(text)
+    region, rule = last_marked(region) or (region, "")
+    match form.kind:
+        case AnswerKind.CHOICE:
+            return _read_choice(region, rule, form)
+        case AnswerKind.LETTERS:
+            return _read_letters(region, rule, form)
+        case AnswerKind.YES_NO:
+            return _read_polar(region, rule, form)
+        case AnswerKind.NUMBER:
+            return _read_number(region, rule)
+        case AnswerKind.TEXT:
+            return _read_text(region, rule)
 
 
 def is_correct(sample: Sample, extraction: Extraction) -> bool:
-    """Whether an extraction agrees with the sample's answer, exactly after `normalise`."""
-    expected = reference_choice(sample.question, sample.answer, sample.choices) or sample.answer
-    return extraction.value is not None and normalise(extraction.value) == normalise(expected)
+    """Whether an extraction agrees with the sample's answer: numbers by value, words by `normalise`."""
+    form = answer_form(sample.question, sample.answer, sample.choices)
+    expected = reference_value(form, sample.answer) or sample.answer
+    if extraction.value is None:
+        return False
+    if form.kind is AnswerKind.NUMBER:
+        said, wanted = parse_number(extraction.value), parse_number(expected)
+        return said is not None and wanted is not None and same_number(said, wanted)
+    same = without_article if form.kind is AnswerKind.TEXT else normalise
+    return same(extraction.value) == same(expected)
 
 
-def reference_choice(question: str, answer: str, choices: Sequence[str]) -> str | None:
-    """The choice that a reference answer names, by its text or by its letter; None where it names none."""
-    return _resolve(answer, choices, _uses_letters(question, answer))
+def _read_choice(region: str, rule: str, form: AnswerForm) -> Extraction:
+    """The whole region or its beginning; then its first or last line, an option called right, one option's words."""
+    if value := form.option(region) or _leading(region, form):
+        return Extraction(value, rule or "whole reply")
+    if not rule and (edge := _edge_line(region, lambda line: form.option(line) or _leading(line, form))):
+        return edge
+    if form.by_letter and (value := _called_right(region, form)):
+        return Extraction(value, "option is right")
+    if form.polar:
+        return _read_polar(region, rule, form)
+    if all(parse_number(option) for option in form.options.values()):
+        number = read_number(region, leading=bool(rule)) if rule or _is_sentence(region) else None
+        value = form.option(number.text) if number else None
+        return Extraction(value, rule or "one number") if value else UNREAD
+    value = _mentioned(region, form)
+    return Extraction(value, "one option") if value else UNREAD
 
 
-def normalise(text: str) -> str:
-    """Lower case, single spaces, none before punctuation, no final punctuation."""
-    joined = re.sub(r"\s+([,.;:!?])", r"\1", " ".join(text.split()))
-    return joined.casefold().rstrip(" .,;:!?")
+def _read_letters(region: str, rule: str, form: AnswerForm) -> Extraction:
+    if value := form.letters(_FILLER.sub("", _ALL_RIGHT.sub("", strip(region)))):
+        return Extraction(value, rule or "whole reply")
+    return UNREAD if rule else _edge_line(region, form.letters) or UNREAD
 
 
-def _last_marked(text: str) -> tuple[str, str] | None:
-    """The text behind the last explicit marker, and the rule's name; boxed, tagged and final go before stated."""
-    strong = [(start, content, "boxed") for start, content in _boxes(text)]
-    strong += [(found.start(), found[1], "answer tag") for found in _TAGGED.finditer(text)]
-    strong += [(found.start(), _line_behind(found), "final answer") for found in _FINAL.finditer(text)]
-    if strong:
-        _, content, rule = max(strong)
-        return content.strip(), rule
-    stated = list(_STATED.finditer(text))
-    return (_line_behind(stated[-1]), "answer stated") if stated else None
+def _read_polar(region: str, rule: str, form: AnswerForm) -> Extraction:
+    """Yes or no as the first word of the region; without a mark also of its last sentence, if both say the same."""
+    sentences = [sentence for sentence in _SENTENCES.split(strip(region)) if sentence.strip()]
+    edges = (*sentences[:1], *sentences[-1:])
+    said = [found["word"].casefold() for edge in edges if (found := _POLAR.match(edge))]
+    if len({*said}) != 1 or said[0] not in (form.polar or ()):
+        return UNREAD
+    whole = normalise(strip(region)) == said[0]
+    return Extraction(form.option(said[0]) or said[0], rule or ("whole reply" if whole else "first word"))
 
 
-def _line_behind(marker: re.Match[str]) -> str:
-    """What stands behind a marker, up to the end of the first line that is not empty."""
-    return marker.string[marker.end() :].strip().split("\n", 1)[0].strip()
+def _read_number(region: str, rule: str) -> Extraction:
+    """The only number behind a mark, or of a reply that is one sentence; else of the first or last line alone."""
+    if rule or _is_sentence(region):
+        number = read_number(region, leading=bool(rule))
+        whole = "whole reply" if parse_number(strip(region)) else "one number"
+        return Extraction(number.text, rule or whole) if number else UNREAD
+    return _edge_line(region, _number_text) or UNREAD
 
 
-def _boxes(text: str) -> list[tuple[int, str]]:
-    """Start and content of every closed `\\boxed{...}`, nested braces included."""
-    boxes = []
-    for found in _BOXED.finditer(text):
-        depth = 1
-        for end in range(found.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                boxes.append((found.start(), text[found.end() : end]))
-                break
-    return boxes
+def _number_text(line: str) -> str | None:
+    """The text of the number that a line is."""
+    number = parse_number(strip(line))
+    return number.text if number else None
 
 
-def _read_choice(region: str, choices: Sequence[str], letters: bool) -> Extraction:
-    """The rules without a marker: the whole reply, its first line, one standalone letter, one option's text."""
-    for rule, part in (("whole reply", region), ("first line", region.split("\n", 1)[0])):
-        if (value := _resolve(part, choices, letters)) is not None:
-            return Extraction(value, rule)
-    named = _STANDALONE.findall(region) if letters else ()
-    by_letter = [choice for letter, choice in lettered(choices).items() if letter in named]
-    for rule, found in (("one letter", by_letter), ("one option", _mentioned(region, choices))):
-        if found:
-            return Extraction(found[0], rule) if len(found) == 1 else UNREAD
-    return UNREAD
+def _read_text(region: str, rule: str) -> Extraction:
+    """What stands behind a mark, or the whole reply where it is one sentence."""
+    words = strip(_LEAD_IN.sub("", strip(region)))
+    return Extraction(words, rule or "whole reply") if words and (rule or _is_sentence(region)) else UNREAD
 
 
-def _resolve(text: str, choices: Sequence[str], letters: bool) -> str | None:
-    """The choice that `text`, as a whole, names: by its text, its letter, or a letter with a label's mark."""
-    stripped = _strip(text)
-    for choice in choices:
-        if choice and normalise(choice) == normalise(stripped):
-            return choice
-    found = _LONE_LETTER.match(stripped) or _LABELLED.match(stripped) if letters else None
-    return lettered(choices).get(found["letter"].upper()) if found else None
+def _is_sentence(text: str) -> bool:
+    return bool(strip(text)) and len(_SENTENCES.split(strip(text))) == 1
 
 
-def _strip(text: str) -> str:
-    """Without outer spaces, quotes, dollars, `\\text{}` and final stops."""
-    bare = text.strip(" \t\n\"'`$*\u201c\u201d\u2018\u2019")
-    wrapped = _WRAPPED.match(bare)
-    return (wrapped[1] if wrapped else bare).strip().rstrip(".,;!?").rstrip()
+def _edge_line(text: str, answer: Callable[[str], str | None]) -> Extraction | None:
+    """The answer that the first or the last line is, where no other line is another one."""
+    lines = [answer(line) for line in text.split("\n") if line.strip()]
+    if len({*lines} - {None}) == 1:
+        for line, rule in ((lines[0], "first line"), (lines[-1], "last line")):
+            if line is not None:
+                return Extraction(line, rule)
+    return None
 
 
-def _mentioned(text: str, choices: Sequence[str]) -> list[str]:
-    """The choices whose text occurs, longest first, so that "red circle" does not also count as "red".
+def _leading(text: str, form: AnswerForm) -> str | None:
+    """The option whose letter begins the text, as in "(B) because ...", if no other has a label."""
+    bare = _FILLER.sub("", strip(text))
+    found = _LEADING.match(bare) if form.by_letter else None
+    if found is None:
+        return form.option(bare) if bare != strip(text) else None
+    letter = (found["closed"] or found["open"]).upper()
+    rest = bare[found.end() :].strip(" -\u2013\u2014")
+    others = {label["letter"].upper() for label in LABELS.finditer(bare)} & {*form.options} - {letter}
+    option, named = form.options.get(letter), form.option(rest) if len(rest) > 1 else None
+    if named not in (None, option) or _DENIED.match(rest) or others:
+        return None
+    return None if named is None and _ANOTHER.match(rest) else option
 
-    "yes" and "no" count only as the first or last word: inside a sentence they are not an answer.
+
+def _called_right(text: str, form: AnswerForm) -> str | None:
+    """The only option of which the text says "X is correct"."""
+    letters = {
+        found["letter"].upper()
+        for found in _IS_RIGHT.finditer(text)
+        if not _HEDGED.search(text[max(0, found.start() - 12) : found.start()])
+    }
+    return form.options.get(letters.pop()) if len(letters) == 1 else None
+
+
+def _mentioned(text: str, form: AnswerForm) -> str | None:
+    """The only option whose text occurs, undenied, and no other's label beside it. Options of one letter are no words.
+
+    The longest go first, so that "red circle" does not also count as "red".
     """
-    rest = normalise(text)
-    mentioned = []
-    for choice in sorted(choices, key=len, reverse=True):
-        wanted = re.escape(normalise(choice))
-        pattern = rf"^{wanted}\b|\b{wanted}$" if wanted in ("yes", "no") else rf"(?<!\w){wanted}(?!\w)"
-        if wanted and re.search(pattern, rest):
-            mentioned.append(choice)
-            rest = re.sub(pattern, " | ", rest)
-    return mentioned
-
-
-def _uses_letters(question: str, answer: str) -> bool:
-    """Whether the question shows its options under letters, or the answer is a letter."""
-    return bool(_LETTERED.search(question)) or _LONE_LETTER.match(answer.strip()) is not None
+    labels = (form.options.get(label["letter"].upper()) for label in LABELS.finditer(text)) if form.by_letter else ()
+    named = {label for label in labels if label}
+    clauses = [normalise(clause) for clause in _CLAUSES.split(text)]
+    rest, mentioned = normalise(text), False
+    for option in sorted(form.options.values(), key=len, reverse=True):
+        wanted = normalise(option)
+        pattern = re.compile(rf"(?<![\w-]){re.escape(wanted)}(?![\w-]|[.,]\d)")
+        if len(wanted) > 1 and pattern.search(rest):
+            if any((at := pattern.search(clause)) and _NEGATION.search(clause[: at.start()]) for clause in clauses):
+                return None
+            named.add(option)
+            mentioned, rest = True, pattern.sub(" | ", rest)
+    return named.pop() if mentioned and len(named) == 1 else None

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vismem.data.answer_forms import normalise
 from vismem.data.sample import Capability
-from vismem.evaluation.answers import UNPARSED, normalise
+from vismem.evaluation.answers import UNPARSED
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import Scores, bootstrap_interval, paired_difference
 from vismem.models.kinds import MemoryKind

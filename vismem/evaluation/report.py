@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from vismem.config import EvaluateConfig
-from vismem.evaluation.answers import normalise
+from vismem.data.answer_forms import normalise
 from vismem.evaluation.arms import ARMS, label
 from vismem.evaluation.metrics import is_yes_no
 from vismem.evaluation.plots import Panel, to_svg

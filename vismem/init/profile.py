@@ -1,6 +1,7 @@
 """The profile for a user's data: every value is computed from the rows and the base, and explained beside it."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ import yaml
 
 from vismem.config import DEFAULT_BASE, Config
 from vismem.config.data import Split
+from vismem.data.answer_forms import AnswerKind, answer_form
+from vismem.data.collate import ANSWER_MARK
+from vismem.data.instructions import instruction_for
 from vismem.init.bases import Base
 from vismem.init.rows import Row
 
@@ -18,7 +22,6 @@ LARGE = "qwen2_5_vl_7b"  # the profile with the paper's settings, for all famili
 PASSES = 8  # of the warm start over the train split; the default of a large one is about two
 KEPT = 0.95  # of the test rows: what `validate` may set apart at most, see validate.max_quarantined
 ROOM = 8  # tokens beyond the longest reference answer
-OWN_WORDS = 128  # tokens that a large base may write before its answer
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def settings_of(
     train, test, grpo = len(rows["train"]), len(rows["test"]), config.grpo
     longest = base.longest(row.target for split in rows.values() for row in split)
     counted = "by the base's tokenizer" if base.tokenizer else "guessed from its characters"
-    tokens = answer_tokens(longest, base, config)
+    tokens = answer_tokens(longest, config)
     limit = f"your longest answer has {longest} ({counted}), and the base's own words need room too"
     sources = [
         {"kind": "jsonl", "path": f"data/{name}/{split}.jsonl", "images": images.as_posix(), "split": split}
@@ -63,6 +66,7 @@ def settings_of(
     return [
         Setting("seed", seed, "also decides which images are in which split"),
         Setting("prepare.sources", sources, f"your questions as `vismem init` split them, {counts_of(rows)}"),
+        *_instructions(rows, config),
         Setting(
             "base.model", base.model, "as --base named it" if base.model != DEFAULT_BASE else "no --base was named"
         ),
@@ -76,11 +80,19 @@ def settings_of(
     ]
 
 
-def answer_tokens(longest: int, base: Base, config: Config) -> int:
-    """The limit of an answer's tokens; a multiple of 8. A small base writes what params.yaml leaves room for."""
-    if base.small:
-        return max(config.grpo.max_new_tokens, _up(longest + ROOM))
-    return _up(longest + ROOM + OWN_WORDS)
+def _instructions(rows: Mapping[Split, list[Row]], config: Config) -> Iterator[Setting]:
+    """The instruction for each kind of answer that the rows ask for; none where the base is told nothing."""
+    asked = [(row.question, row.answer, tuple(row.values.get("choices") or ())) for of in rows.values() for row in of]
+    kinds = Counter(answer_form(*one).kind for one in asked)
+    for kind in AnswerKind:
+        if kinds[kind] and (text := instruction_for(kind, config.prepare.instructions)):
+            why = f'{kinds[kind]} of your questions are answered so; the answer is read behind "{ANSWER_MARK}"'
+            yield Setting(f"prepare.instructions.{kind.value}", text, why)
+
+
+def answer_tokens(longest: int, config: Config) -> int:
+    """The limit of an answer's tokens: what `config` leaves room for, or the longest answer in a multiple of 8."""
+    return max(config.grpo.max_new_tokens, _up(longest + ROOM))
 
 
 def min_items(test: int, config: Config) -> int:

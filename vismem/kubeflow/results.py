@@ -106,7 +106,7 @@ def write_confusion(evaluate: str, page: str) -> tuple[list[str], list[list[int]
     """
     import pyarrow.parquet as pq
 
-    from vismem.evaluation.answers import normalise
+    from vismem.data.answer_forms import normalise
 
     file = Path(evaluate) / "predictions" / "vismem.parquet"
     rows = pq.read_table(file, columns=["reference", "extracted"]).to_pylist() if file.is_file() else []

@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vismem.data.answer_forms import answer_form, reference_value
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA
-from vismem.evaluation.answers import reference_choice
 from vismem.serving.runtime.reserved import Reserved
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
@@ -128,12 +128,9 @@ def row_facts(
     sides = [side for facts in images if facts.width for side in (facts.width, facts.height)]
     faults = [f"image {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
     nulls = [f"'{name}'" for name in TEXT_COLUMNS if row[name] is None]
-    answer, question, choices = (
-        row["answer"] or "",
-        row["question"] or "",
-        [choice or "" for choice in row["choices"] or ()],
-    )
-    listed = reference_choice(question, answer, choices) is not None  # as scoring reads it
+    answer, question = row["answer"] or "", row["question"] or ""
+    choices = tuple(choice or "" for choice in row["choices"] or ())
+    listed = reference_value(answer_form(question, answer, choices), answer) is not None  # as scoring reads it
     return {
         "id": row["id"] or "",
         "id_chars": len((row["id"] or "").strip()),

@@ -16,7 +16,7 @@ from string import ascii_uppercase
 
 from vismem.config import LmuDataSource
 from vismem.data.readers.files import inside, require_columns
-from vismem.data.sample import Capability, Sample, lettered
+from vismem.data.sample import Capability, Sample, lettered, option_lines
 from vismem.errors import UserError
 
 VARIABLE = "LMUData"  # of the environment, VLMEvalKit's own
@@ -75,8 +75,7 @@ def _sample(row: Row, source: LmuDataSource, path: Path, shared: Mapping[str, tu
     choices = [row.get(letter, "") for letter in ascii_uppercase]
     while choices and not choices[-1]:
         choices.pop()
-    options = [f"{letter}. {text}" for letter, text in lettered(choices).items()]
-    parts = [row.get("hint", ""), row["question"], *options]
+    parts = [row.get("hint", ""), row["question"], *option_lines(lettered(choices))]
     return Sample(
         id=f"{source.name}-{row['index']}",
         images=_images(row, source, path, shared),

@@ -1,0 +1,169 @@
+"""What kind of answer a question asks for, derived from question, reference and choices: the only place that knows.
+
+`prepare` picks the instruction for it, `validate` looks for the reference among the options, and evaluation and reward
+read answers by it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from string import ascii_uppercase
+
+from vismem.data.numbers import parse_number, same_number
+from vismem.data.sample import lettered
+
+POLAR = (("yes", "no"), ("true", "false"))
+UNSEEN = dict.fromkeys("ABCDEFGH", "")  # letters that count where the options are in the picture
+
+LABELS = re.compile(r"(?:^|(?<=[\s,;:]))[(\[]?(?P<letter>[A-Z])(?:[)\]][.:]?|[.:])", re.IGNORECASE | re.MULTILINE)
+_LETTER = re.compile(r"[(\[]?(?P<letter>[A-Za-z])[)\]]?[.:]*")
+_BETWEEN = re.compile(r"\s*(?:[,;/&\n]|\band\b)+\s*", re.IGNORECASE)
+_LETTERS = re.compile(r"[A-Z](?:\s*(?:,|;|/|&|and)?\s*[A-Z])*")
+_WRAPPED = re.compile(r"^\\(?:text|mathrm|mathbf|textbf)\s*\{(.*)\}$", re.DOTALL | re.IGNORECASE)
+_AROUND = " \t\n\"'`$*\u201c\u201d\u2018\u2019"
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\w)")
+
+
+class AnswerKind(StrEnum):
+    """How an answer is given, and so how it is read."""
+
+    CHOICE = "choice"  # one of the options, by its text or its letter
+    LETTERS = "letters"  # a set of options, by their letters
+    YES_NO = "yes_no"  # yes or no, true or false
+    NUMBER = "number"  # a number, perhaps with a unit
+    TEXT = "text"  # anything else: the words of the reference
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """The kind of answer that a question asks for, and what may be answered."""
+
+    kind: AnswerKind
+    options: Mapping[str, str]  # letter: text, of the options that are offered
+    by_letter: bool = False  # whether an option may be named by its letter
+    shown: bool = False  # whether the question shows the options under their letters
+    polar: tuple[str, str] | None = None  # the two words where these are asked for
+
+    def option(self, text: str) -> str | None:
+        """The text of the option that `text`, as a whole, is: its words, its number or its letter, or all of them."""
+        bare = strip(text)
+        for same in (normalise, without_article):
+            for option in self.options.values():
+                if same(bare) and same(option) == same(bare):
+                    return option
+        if number := parse_number(bare):
+            equal = [o for o in self.options.values() if (its := parse_number(o)) and same_number(number, its)]
+            if len(equal) == 1:
+                return equal[0]
+        if self.by_letter and (letter := _LETTER.fullmatch(bare)):
+            return self.options.get(letter["letter"].upper())
+        if self.by_letter and (labelled := _LETTER.match(bare)):
+            own = self.options.get(labelled["letter"].upper())
+            rest = bare[labelled.end() :].strip(" -\u2013\u2014")
+            return own if own and normalise(strip(rest)) == normalise(own) else None
+        return None
+
+    def letters(self, text: str) -> str | None:
+        """The set of letters that `text`, as a whole, names, as "A, C"; None where anything else is there."""
+        valid = self.options or UNSEEN
+        together = strip(text).upper()
+        parts: Iterable[str] = filter(None, _BETWEEN.split(strip(text)))
+        if together.isalpha() and [*together] == sorted({*together}):  # "AC"
+            parts = together
+        found = set[str]()
+        for part in parts:
+            letter = _LETTER.fullmatch(part.strip())
+            named = letter["letter"].upper() if letter else self._letter_of(part)
+            if named is None or named not in valid:
+                return None
+            found.add(named)
+        return ", ".join(sorted(found)) or None
+
+    def _letter_of(self, text: str) -> str | None:
+        option = self.option(text)
+        return next((letter for letter, own in self.options.items() if own == option), None)
+
+
+@lru_cache(maxsize=4096)  # the answers of a group are read one by one
+def answer_form(question: str, answer: str, choices: Sequence[str]) -> AnswerForm:
+    """The form of the answer to a question. `choices`: a tuple; an empty one is not offered.
+
+    Options that stand in the question only ("A. red B. blue") count where the reference is one of them.
+    """
+    options = lettered(choices) or _shown_options(question)
+    shown = _shows(question, options)
+    own = {option.strip().upper(): option for option in options.values()}
+    letters_only = bool(own) and all(len(letter) == 1 and letter in ascii_uppercase for letter in own)
+    options = own if letters_only else options
+    by_letter = shown or letters_only or _LETTER.fullmatch(answer.strip()) is not None
+    polar = _polar(options.values() if options else (answer,))
+    form = AnswerForm(AnswerKind.CHOICE, options, by_letter, shown, polar)
+    several = _LETTERS.fullmatch(answer.strip()) is not None and len(form.letters(answer) or "") > 1
+    if options and form.option(answer) is None and several:
+        return AnswerForm(AnswerKind.LETTERS, options, True, shown)
+    if any(choices) or (options and form.option(answer) is not None):
+        return AnswerForm(AnswerKind.YES_NO, options, polar=polar) if polar and not by_letter else form
+    if polar := _polar((answer,)):
+        return AnswerForm(AnswerKind.YES_NO, {}, polar=polar)
+    if parse_number(answer):
+        return AnswerForm(AnswerKind.NUMBER, {})
+    if _LETTERS.fullmatch(answer.strip()) and AnswerForm(AnswerKind.LETTERS, {}).letters(answer):
+        return AnswerForm(AnswerKind.LETTERS, {}, True)
+    return AnswerForm(AnswerKind.TEXT, {})
+
+
+def reference_value(form: AnswerForm, answer: str) -> str | None:
+    """The reference as an answer of its form is read; None where it is none of the options."""
+    if form.kind is AnswerKind.LETTERS:
+        return form.letters(answer)
+    if form.options:
+        return form.option(answer)
+    return normalise(answer) if form.polar else answer
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, none before punctuation, no final punctuation."""
+    joined = re.sub(r"\s+([,.;:!?])", r"\1", " ".join(text.split()))
+    return joined.casefold().rstrip(" .,;:!?")
+
+
+def without_article(text: str) -> str:
+    """`normalise`, without a leading article."""
+    return _ARTICLE.sub("", normalise(text))
+
+
+def strip(text: str) -> str:
+    """Without outer spaces, quotes, dollars, stars, `\\(`, `\\text{}` and final stops."""
+    bare = re.sub(r"\\[()\[\]]", "", text).strip(_AROUND)
+    wrapped = _WRAPPED.match(bare)
+    return (wrapped[1] if wrapped else bare).strip().rstrip(".,;!?").rstrip(_AROUND)
+
+
+def _polar(texts: Iterable[str]) -> tuple[str, str] | None:
+    """The pair of words of which all `texts` are one."""
+    words = {normalise(text) for text in texts}
+    return next((pair for pair in POLAR if words <= set(pair)), None)
+
+
+def _shows(question: str, options: Mapping[str, str]) -> bool:
+    """Whether the question shows the first two of the options under their letters."""
+    labels = [found["letter"].upper() for found in LABELS.finditer(question)]
+    wanted = [*options][:2]
+    return len(wanted) == 2 and wanted[0] in labels and wanted[1] in labels[labels.index(wanted[0]) :]
+
+
+def _shown_options(question: str) -> dict[str, str]:
+    """The options that a question shows under the letters A, B, ..., each up to the next one or its line's end."""
+    labels, wanted = list[re.Match[str]](), iter(ascii_uppercase)
+    letter = next(wanted)
+    for found in LABELS.finditer(question):
+        if found["letter"].upper() == letter:
+            labels.append(found)
+            letter = next(wanted, "")
+    if len(labels) < 2:
+        return {}
+    ends = [found.start() for found in labels[1:]] + [len(question)]
+    texts = [strip(question[label.end() : end].strip().split("\n")[0]) for label, end in zip(labels, ends, strict=True)]
+    return dict(zip(ascii_uppercase, texts, strict=False)) if all(texts) else {}

@@ -39,6 +39,9 @@ class MemoryConfig(Section):
         "patches", description="short M_init: added to the image's pooled patches, or random [paper]"
     )
     long_init: Init = Field("patches", description="long M_init: added to pooled image tokens, or random [paper]")
+    prompt_pixels: int | None = Field(
+        None, ge=1, description="max pixels of an image in the prompt; short memories read all; null: no max [ours]"
+    )
     init_std: float = rare(0.02, gt=0, description="standard deviation of random initial values [ours]")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vismem.models.backbones.base import Clip
+from vismem.serving.runtime.images import coarse_grid
 
 Pixels = tuple[Tensor, tuple[int, int, int]]  # an image's or video's patches (t * h * w, values), and t, h and w
 
@@ -50,17 +51,25 @@ class Patches:
 
         One that has no more stays as it is; none becomes less than one merged patch high or wide.
         """
-        frames: dict[tuple[int, int], list[Image.Image]] = {}  # of those that are shrunk, by row and place
-        for number, row in enumerate(rows):
-            for place, (patches, grid) in enumerate(row):
-                height, width = (count * self.processor.patch_size for count in grid[1:])
-                less = smart_resize(height, width, self._block, 0, pixels)
-                if less != (height, width):
-                    whole = self._frames_of(patches, grid)
-                    frames[number, place] = [frame.resize(less[::-1], self.processor.resample) for frame in whole]
-        each = iter(self.images([frame for several in frames.values() for frame in several], resize=False))
-        cut = {place: self._joined(list(islice(each, len(several)))) for place, several in frames.items()}
-        return [[cut.get((number, at), item) for at, item in enumerate(row)] for number, row in enumerate(rows)]
+        items = [item for row in rows for item in row]
+        smaller = [self._smaller(item, pixels) for item in items]
+        cut = iter(self.images([frame for frames in smaller for frame in frames], resize=False))
+        coarse = []
+        for item, frames in zip(items, smaller, strict=True):
+            each = list(islice(cut, len(frames)))
+            times = item[1][0] * self.frames // max(1, len(frames))  # that a frame is repeated
+            coarse.append(self._joined([one for one in each for _ in range(times)]) if frames else item)
+        found = iter(coarse)
+        return [list(islice(found, len(row))) for row in rows]
+
+    def _smaller(self, item: Pixels, pixels: int) -> list[Image.Image]:
+        """The frames of an image or video that has more than so many pixels, resized; of another none."""
+        (_, rows, columns), processor = item[1], self.processor
+        coarse = coarse_grid((rows, columns), pixels, processor.patch_size, processor.merge_size)
+        if coarse == (rows, columns):
+            return []
+        size = (coarse[1] * processor.patch_size, coarse[0] * processor.patch_size)
+        return [frame.resize(size, processor.resample) for frame in self._frames_of(*item)]
 
     @property
     def _block(self) -> int:
@@ -68,11 +77,13 @@ class Patches:
         return int(self.processor.patch_size * self.processor.merge_size)
 
     def _frames_of(self, patches: Tensor, grid: tuple[int, int, int]) -> list[Image.Image]:
-        """The frames that the patches were cut from, to the bit; an image fills a temporal patch with equal ones."""
-        (time, height, width), side, merge = grid, self.processor.patch_size, self.processor.merge_size
+        """The frames that the patches were cut from, to the bit; of an image, which fills its temporal patch, one."""
+        time, height, width = grid
+        side, merge = self.processor.patch_size, self.processor.merge_size
         blocks = patches.view(time, height // merge, width // merge, merge, merge, -1, self.frames, side, side)
-        cells = blocks.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(time * self.frames, height * side, width * side, -1)
-        values = cells.float().cpu().numpy()
+        cells = blocks.permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
+        cells = cells[:, :1] if cells.equal(cells[:, :1].expand_as(cells)) else cells
+        values = cells.reshape(-1, height * side, width * side, cells.shape[-1]).float().cpu().numpy()
         if self.processor.do_normalize:
             values = values * np.float32(self.processor.image_std) + np.float32(self.processor.image_mean)
         if self.processor.do_rescale:

@@ -61,7 +61,7 @@ class Prompt:
     positions: Tensor  # (3, S, L)
     mask: Tensor  # (S, L) bool
     visual: Tensor  # (S, L) bool, True at image and video tokens
-    vision: VisionInput
+    vision: VisionInput  # of the whole images, also where `embeds` has coarse ones
 
     def next_position(self) -> Tensor:
         """(S,) the position of the first answer token: the largest of the prompt, plus one."""

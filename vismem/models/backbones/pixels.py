@@ -25,7 +25,8 @@ class Patches:
         """Each PIL image's patches; without `resize`, of the image as it is."""
         if not images:
             return []
-        count, more = 1, {} if resize else {"do_resize": False}
+        count = 1
+        more: dict[str, Any] = {} if resize else {"do_resize": False}
         if self.fit(images, resize):  # one above the other they make one image, whose patches are theirs in order
             count, more = len(images), {"do_resize": False, "input_data_format": "channels_first"}
             images = [np.ascontiguousarray(np.concatenate([*map(np.asarray, images)]).transpose(2, 0, 1))]

@@ -128,7 +128,10 @@ def test_a_qwen_prompt_is_that_of_the_images_shrunk_beforehand(
 ) -> None:
     backbone, other = load_base(tiny_base), load_base(tiny_base)
     backbone.prompt_pixels = pixels
-    samples = families.samples() + families.video_samples()
+    video, *_ = families.video_samples()
+    first, last, *_ = video.videos[0].frames
+    slow = dataclasses.replace(video, videos=(Video((first, first, last, last), 2.0),))  # a pair is one temporal patch
+    samples = (*families.samples(), *families.video_samples(), slow)
     small = [
         dataclasses.replace(
             sample,

@@ -32,7 +32,7 @@ class InternVLBackbone(TiledBackbone):
         """Cut anew into fewer tiles, as many as fit; from three on, one of them is the thumbnail."""
         processor = self.processor.image_processor
         fit = pixels // (processor.size["height"] * processor.size["width"])
-        most = min(processor.max_patches, fit - 1) if fit > 2 else 1
+        most = max(1, min(processor.max_patches, fit - 1))
         return self._encoded(texts, images, max_patches=most, min_patches=min(processor.min_patches, most))
 
     def _features(self, hidden: Tensor, encoded: Any) -> Tensor:

@@ -39,6 +39,7 @@ def prediction(place: int, right: int, invocations: tuple[InvocationRecord, ...]
         invocations=invocations,
         answer_length=4,
         finished=place != 5,
+        visual_tokens=place + 2,
     )
 
 

@@ -124,7 +124,10 @@ def _complete(scores: dict[str, float]) -> dict[str, float]:
 
 
 class Metrics(Record, file="metrics.json", step="evaluate"):
-    """`metrics.json` of `evaluate`. Scores in percent; groups are `overall` and the capabilities that have items."""
+    """`metrics.json` of `evaluate`. Scores in percent; groups are `overall` and the capabilities that have items.
+
+    An arm has `visual_tokens` too: those of images and videos before its answers, on average.
+    """
 
     n: int
     seed: int

@@ -289,8 +289,8 @@ def test_pictures_get_the_pixels_that_the_processor_gives_each(
     images = [Image.fromarray(torch.randint(256, s, generator=noise, dtype=torch.uint8).numpy()) for s in shapes]
     processor = backbone.processor.image_processor
     monkeypatch.setattr(processor, "size", {"shortest_edge": 28**2, "longest_edge": 112**2})
-    assert backbone._fit(images) == (sizes == [(56, 84)] * 3)
-    for image, (patches, grid) in zip(images, backbone._pixels(images), strict=True):
+    assert backbone.patches.fit(images) == (sizes == [(56, 84)] * 3)
+    for image, (patches, grid) in zip(images, backbone.patches.images(images), strict=True):
         expected = processor(images=[image], return_tensors="pt")
         assert torch.equal(patches, expected["pixel_values"])
         assert list(grid) == expected["image_grid_thw"][0].tolist()

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("scores_differ")
 def test_every_setting_of_the_memory_reaches_the_model(tiny_base: Path) -> None:
     memory = MemoryConfig(
         queries=3, short_length=5, long_length=7, builder_layers=3, builder_heads=8, lora_rank=6, lora_alpha=9.0,
-        lora_dropout=0.35, short_init="random", long_init="random", init_std=0.5,
+        lora_dropout=0.35, short_init="random", long_init="random", init_std=0.5, prompt_pixels=784,
     )  # fmt: skip
     invocation = InvocationConfig(delimiters=(";", ":"), init_token=";", max_per_answer=1, perturbation=0.0)
     model = VisMemModel(load_base(tiny_base), memory, invocation)
@@ -49,6 +49,7 @@ def test_every_setting_of_the_memory_reaches_the_model(tiny_base: Path) -> None:
     assert [model.length_of(kind) for kind in (MemoryKind.SHORT, MemoryKind.LONG)] == [5, 7]
     assert (len(model.short.memory_init), len(model.long.memory_init)) == (5 * model.backbone.merge, 7)
     assert len(model.builder.layers) == 3
+    assert model.backbone.prompt_pixels == 784
     assert {layer.heads for layer in model.builder.layers} == {8}
     for lora in (model.short.lora, model.long.lora):
         assert {weight.shape[0] for weight in lora.down.values()} == {6}

@@ -39,6 +39,7 @@ def test_scores_are_percent_of_items_by_capability_and_overall(metrics: dict) ->
         "reasoning": 50.0,
         "generation": 50.0,
         "seconds_per_sample": 0.02,
+        "visual_tokens": 5.5,
     }
     assert metrics["arms"]["vismem"] == {
         "overall": 75.0,
@@ -46,6 +47,7 @@ def test_scores_are_percent_of_items_by_capability_and_overall(metrics: dict) ->
         "reasoning": 0.0,
         "generation": 100.0,
         "seconds_per_sample": 0.025,
+        "visual_tokens": 5.5,
     }
     assert metrics["overhead"] == {"vismem": pytest.approx(0.25), "short_only": pytest.approx(0.0)}
     assert metrics["counts"] == {"understanding": 4, "reasoning": 2, "generation": 2}

@@ -1,6 +1,6 @@
 """How the model is told to answer: an instruction behind the question, by the kind of its answer.
 
-`prepare` writes it into the sample, so training, evaluation, export and the probes of serving see one and the same text.
+`prepare` writes it into the sample, so training, evaluation, export and the probes of serving see one text.
 """
 
 from dataclasses import replace

@@ -45,6 +45,7 @@ def _baseline(name: str, label: str, description: str) -> Arm:
 
 
 _MATCHED = "the same with as many parameters as VisMem's formation"
+_FULL_RESOLUTION = "the base model, no memory, its images not shrunk to memory.prompt_pixels"
 _ARMS = (
     Arm(VANILLA, "vanilla", "the base model, no memory", policies.Off(), base=True),
     Arm(VISMEM, "VisMem", "memory where the trained policy asks for it", policies.Learned()),
@@ -55,6 +56,7 @@ _ARMS = (
     Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", policies.Noise()),
     Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", policies.Shuffled()),
     Arm("relook", "relook", "the base model, no memory, its images shown once more", policies.Relook(), base=True),
+    Arm("full_resolution", "full resolution", _FULL_RESOLUTION, policies.FullResolution(), base=True),
     _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
     _baseline("sft_lora_matched", "SFT-LoRA, matched", _MATCHED),
     _baseline("grpo_lora", "GRPO-LoRA", "a LoRA of the base, trained by GRPO"),

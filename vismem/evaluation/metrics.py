@@ -50,7 +50,14 @@ def summarise(
         "n": len(items),
         "seed": seed,
         "counts": {name: int(mask.sum()) for name, mask in groups.items() if name != OVERALL},
-        "arms": {arm: {**_means(scores[arm], groups), "seconds_per_sample": float(seconds[arm])} for arm in scores},
+        "arms": {
+            arm: {
+                **_means(scores[arm], groups),
+                "seconds_per_sample": float(seconds[arm]),
+                "visual_tokens": float(np.mean([answer.visual_tokens for answer in answers])),
+            }
+            for arm, answers in predictions.items()
+        },
         "intervals": {
             arm: {name: list(bootstrap_interval(values[mask], **options)) for name, mask in groups.items()}
             for arm, values in scores.items()

@@ -43,6 +43,7 @@ class Prediction:
     invocations: tuple[InvocationRecord, ...]
     answer_length: int
     finished: bool
+    visual_tokens: int = 0  # of the images and videos before the answer
 
 
 _TYPES: dict[Any, Any] = {str: "string", str | None: "string", int: "int64", float: "float64", bool: "bool"}
@@ -75,6 +76,7 @@ def predict(sample: Sample, rollout: Rollout) -> Prediction:
             for event, place in zip(rollout.invocations, places, strict=True)
         ),
         answer_length=rollout.answer_length,
+        visual_tokens=rollout.visual_tokens,
         finished=rollout.finished,
     )
 

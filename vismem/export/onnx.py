@@ -166,6 +166,7 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
             "std": list(images.image_std),
             "min_pixels": images.size["shortest_edge"],
             "max_pixels": images.size["longest_edge"],
+            "prompt_pixels": backbone.prompt_pixels,
             "window_size": backbone.model.model.visual.window_size,
         },
     }

@@ -117,8 +117,9 @@ class _Decoder:
         words = torch.arange(model.vocabulary, device=device)
         self.standing = torch.cat([words, model.vocabulary + invoked])  # the column that stands where one was picked
 
-        self.prompt = self.given or encode(self.backbone, self.samples)
-        opened = policy.opened(self.prompt, self.backbone)
+        self.prompt = self.given or encode(self.backbone, self.samples, policy.whole)
+        opened = policy.opened(self.prompt, self.backbone, self.samples)
+        self.visual_tokens = opened.visual.sum(1).tolist()
         added = (opened.mask.sum(1) - self.prompt.mask.sum(1)).tolist()
         for index, row in enumerate(self.rows):
             row.insert([LATENT] * added[index // self.group_size])
@@ -256,6 +257,7 @@ class _Decoder:
             marked_text=tokenizer.decode([token for token in ids if token not in hidden]),
             finished=bool(spoken) and spoken[-1] in self.stops,
             answer_length=row.answer_length,
+            visual_tokens=self.visual_tokens[index // self.group_size],
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vismem.data.sample import Sample
 from vismem.errors import UserError
-from vismem.generation.prompts import shown_again
+from vismem.generation.prompts import encode, shown_again
 from vismem.models.backbones.base import Backbone, Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
@@ -57,6 +57,7 @@ class InvocationPolicy:
     limit: int | None = None  # memories per answer; None: the model's max_per_answer
     sampled: tuple[MemoryKind, ...] = ()  # kinds whose invoke token the model itself may emit
     declines: bool = False  # every invoke token that the model emits is declined: a word is decoded in its place
+    whole: bool = False  # the prompt shows whole images, whatever `memory.prompt_pixels` says
 
     # --- when a memory comes ---
 
@@ -70,8 +71,8 @@ class InvocationPolicy:
 
     # --- what is inserted ---
 
-    def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:
-        """The prompts as the answers are decoded behind them; what is added at a row's end counts as latents."""
+    def opened(self, prompt: Prompt, backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
+        """The samples' prompts as answers are decoded behind them; what is added at a row's end counts as latents."""
         return prompt
 
     def invoked(self, sampled: MemoryKind) -> MemoryKind:
@@ -204,10 +205,18 @@ class Shuffled(Learned):
 
 @dataclass(frozen=True)
 class Relook(Off):
-    """Control: no memory, but the prompt's images and videos once more at the answer's start.
+    """Control: no memory, but the prompt's images and videos once more, and whole, at the answer's start.
 
-    The costly alternative that memory must be measured against: their tokens, encoded already, are all read again.
+    The costly alternative that memory must be measured against: all their tokens are read behind the prompt.
     """
 
-    def opened(self, prompt: Prompt, backbone: Backbone) -> Prompt:
-        return shown_again(prompt, backbone.image_markers)
+    def opened(self, prompt: Prompt, backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
+        whole = prompt if backbone.prompt_pixels is None else encode(backbone, samples, whole=True)
+        return shown_again(prompt, whole, backbone.image_markers)
+
+
+@dataclass(frozen=True)
+class FullResolution(Off):
+    """Control: no memory, whole images in the prompt: what a coarse prompt is compared with, in score and in time."""
+
+    whole: bool = True

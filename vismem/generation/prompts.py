@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vismem.data.collate import prompt_messages, target_text
@@ -36,9 +35,10 @@ def target_ids(tokenizer: Any, sample: Sample) -> list[int]:
     return ids
 
 
-def encode(backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
+def encode(backbone: Backbone, samples: Sequence[Sample], whole: bool = False) -> Prompt:
     """The chat-formatted prompts of the samples, with their images and videos.
 
+    Images of more than the backbone's `prompt_pixels` are coarse in them, unless `whole`.
     UserError for a video where the family takes none, or whose frames are of different sizes.
     """
     for sample in samples:
@@ -51,7 +51,7 @@ def encode(backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
     texts = [prompt_text(backbone.processor, sample) for sample in samples]
     images = [[_decode(data) for data in sample.images] for sample in samples]
     videos = [[_clip(video, sample) for video in sample.videos] for sample in samples]
-    return backbone.prompt(texts, images, videos)
+    return backbone.prompt(texts, images, videos, whole)
 
 
 def _decode(data: bytes) -> Image.Image:
@@ -69,23 +69,25 @@ def _clip(video: Video, sample: Sample) -> Clip:
     return Clip(frames, video.fps)
 
 
-def shown_again(prompt: Prompt, markers: int) -> Prompt:
-    """The prompts, each followed by its images and videos once more, markers and what stands between them included.
+def shown_again(prompt: Prompt, shown: Prompt, markers: int) -> Prompt:
+    """The prompts, each followed by the images and videos of `shown`, markers and what stands between them included.
 
-    Embeddings are the prompt's own, positions too, moved behind it as one block. `markers` tokens open an image, and as
-    many close it. In `visual` only the first look counts. Prompts without any stay as they are.
+    `shown` are the same prompts, encoded whole perhaps. Embeddings are theirs, positions too, moved behind the prompt
+    as one block. `markers` tokens open an image, and as many close it. `visual` marks both looks. Prompts without any
+    stay as they are.
     """
     following = prompt.next_position()
-    embeds, positions = [], []
+    embeds, positions, visual = [], [], []
     for row, length in enumerate(prompt.mask.sum(1).tolist()):
-        seen = prompt.visual[row].nonzero()[:, 0].tolist()
+        seen = shown.visual[row].nonzero()[:, 0].tolist()
         block = slice(seen[0] - markers, seen[-1] + 1 + markers) if seen else slice(0, 0)
-        again = prompt.positions[:, row, block]
-        embeds.append(torch.cat([prompt.embeds[row, :length], prompt.embeds[row, block]]))
+        again = shown.positions[:, row, block]
+        embeds.append(torch.cat([prompt.embeds[row, :length], shown.embeds[row, block]]))
+        visual.append(torch.cat([prompt.visual[row, :length], shown.visual[row, block]]))
         moved = again - again[:, :1] + following[row]
         positions.append(torch.cat([prompt.positions[:, row, :length], moved], dim=1).T)
     lengths = torch.tensor([len(row) for row in embeds], device=prompt.mask.device)
     mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    visual = pad(prompt.visual, (0, mask.shape[1] - prompt.visual.shape[1]))
     padded = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
-    return Prompt(pad_sequence(embeds, batch_first=True), padded, mask, visual, prompt.vision)
+    both = pad_sequence(visual, batch_first=True)
+    return Prompt(pad_sequence(embeds, batch_first=True), padded, mask, both, prompt.vision)

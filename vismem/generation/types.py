@@ -29,3 +29,4 @@ class Rollout:
     marked_text: str  # decoded answer with <m_I^s>, <m_I^l> left in where memories were invoked
     finished: bool  # ended with the end-of-answer token rather than at the length limit
     answer_length: int  # sampled tokens, latents, markers and end tokens not counted
+    visual_tokens: int = 0  # of the images and videos before the answer; 0 where it was not decoded

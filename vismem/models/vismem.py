@@ -43,6 +43,7 @@ class VisMemModel(nn.Module):
         super().__init__()
         self.backbone = backbone  # no nn.Module, so the base's weights are not registered
         self.memory_config, self.invocation_config = memory, invocation
+        backbone.prompt_pixels = memory.prompt_pixels
         backbone.model.requires_grad_(False).eval()
         tokenizer = backbone.processor.tokenizer
         self.memory_ids = add_memory_tokens(tokenizer)
@@ -213,7 +214,8 @@ class VisMemModel(nn.Module):
         backbone = load_base(base, dtype)
         if backbone.family != settings["family"]:
             raise UserError(f"{folder} was trained on {settings['family']}, but {base} is {backbone.family}")
-        model = cls(backbone, MemoryConfig(**settings["memory"]), InvocationConfig(**settings["invocation"]))
+        memory = {"prompt_pixels": None} | settings["memory"]  # a folder from before there was a maximum has none
+        model = cls(backbone, MemoryConfig(**memory), InvocationConfig(**settings["invocation"]))
         if model.memory_ids != tuple(settings["memory_ids"]):
             raise UserError(f"{base} has another tokenizer than the one that {folder} was trained with")
         policy = LoraSettings(**settings.get("policy_settings", asdict(model.policy_lora.settings)))

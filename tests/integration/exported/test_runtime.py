@@ -21,7 +21,7 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.generation.prompts import encode
 from vismem.serving.environment import DEFAULT_PYTHON
-from vismem.serving.runtime.images import cut_patches, grid_of
+from vismem.serving.runtime.images import cut_patches, decoded, grid_of, resized
 from vismem.serving.runtime.limits import RequestError
 from vismem.serving.runtime.prompt import TextStream, tokenise
 from vismem.serving.runtime.runtime import Answer, Runtime
@@ -36,7 +36,8 @@ def test_patches_are_the_processors_bit_for_bit(model, bundle, size, mode):
         images=[image.convert("RGB") for image in images], return_tensors="np"
     )
     grids = [grid_of(image.size, settings, "") for image in images]
-    assert np.array_equal(cut_patches(images, grids, settings)["pixels"], expected["pixel_values"])
+    patches = cut_patches(resized(decoded(images), grids, settings), grids, settings)
+    assert np.array_equal(patches["pixels"], expected["pixel_values"])
     assert [(1, *grid) for grid in grids] == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
 
 
@@ -46,7 +47,7 @@ def test_ids_positions_and_windows_are_those_of_the_torch_side(model, bundle, ru
     sample = Sample(id="x", images=encoded(*images), question="  Zählt: < |im_end| > 3\n", answer="")
     expected = encode(model.backbone, [sample])
     grids = [grid_of(image.size, settings["image"], "") for image in images]
-    patches = cut_patches(images, grids, settings["image"])
+    patches = cut_patches(resized(images, grids, settings["image"]), grids, settings["image"])
     prompt = tokenise(runtime.bundle.tokenizer, settings, sample.question, grids)
     assert np.array_equal(prompt.positions, expected.positions[:, 0].numpy())
     assert np.array_equal(prompt.visual, expected.visual[0].numpy())

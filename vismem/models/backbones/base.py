@@ -1,7 +1,7 @@
 """What VisMem asks of a vision-language model family: the one interface behind which families differ."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,7 +61,7 @@ class Prompt:
     positions: Tensor  # (3, S, L)
     mask: Tensor  # (S, L) bool
     visual: Tensor  # (S, L) bool, True at image and video tokens
-    vision: VisionInput
+    vision: VisionInput  # of the whole images, also where `embeds` has coarse ones
 
     def next_position(self) -> Tensor:
         """(S,) the position of the first answer token: the largest of the prompt, plus one."""
@@ -69,10 +69,30 @@ class Prompt:
         return largest + 1
 
 
+def right_padded(ids: Tensor, mask: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """The ids (S, L) that `mask` (S, L) keeps, moved to the left, and their mask: (S, longest) each."""
+    lengths = mask.sum(1)
+    right = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]
+    padded = ids.new_full(right.shape, padding)
+    padded[right] = ids[mask]
+    return padded, right
+
+
+def without_surplus(mask: Tensor, visual: Tensor, counts: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """The mask (S, L) without the last visual tokens of images that have more than `wanted`.
+
+    `counts`: the tokens of each image, in order, that `visual` (S, L) marks.
+    """
+    rank = torch.cat([torch.arange(0), *map(torch.arange, counts)])
+    most = torch.tensor(wanted, dtype=torch.long).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+    return mask.masked_scatter(visual, (rank < most).to(mask.device))
+
+
 class Backbone(ABC):
     """A VLM of one family, frozen. `model` is the Hugging Face model, `processor` its processor."""
 
     takes_video = False
+    prompt_pixels: int | None = None  # most pixels of an image (a video's frame) in a prompt; None: no maximum
     image_markers = 1  # tokens that open an image in a prompt, and as many that close it
     three_axes = False  # whether the language model's positions are time, height and width, or one number
     merge: int  # g, patch tokens that the projector merges into one
@@ -89,10 +109,14 @@ class Backbone(ABC):
         self.head: nn.Linear = model.get_output_embeddings()
 
     @abstractmethod
-    def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
+    def prompt(
+        self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
+    ) -> Prompt:
         """Encode chat-formatted texts with their PIL images and videos; runs the vision encoder once.
 
-        In a text, images stand before videos. A family that takes no video is given none.
+        An image of more than `prompt_pixels` is shown coarse, unless `whole`: the family says how. The prompt's
+        `vision` is whole in any case. In a text, images stand before videos. A family that takes no video is given
+        none.
         """
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:

@@ -28,6 +28,13 @@ class InternVLBackbone(TiledBackbone):
         tokens = (encoded["input_ids"] == self.model.config.image_token_id).sum(1)
         return encoded["pixel_values"], (tokens // self.processor.image_seq_length).tolist()
 
+    def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
+        """Cut anew into fewer tiles, as many as fit; from three on, one of them is the thumbnail."""
+        processor = self.processor.image_processor
+        fit = pixels // (processor.size["height"] * processor.size["width"])
+        most = max(1, min(processor.max_patches, fit - 1))
+        return self._encoded(texts, images, max_patches=most, min_patches=min(processor.min_patches, most))
+
     def _features(self, hidden: Tensor, encoded: Any) -> Tensor:
         return self.project(hidden).flatten(0, 1)
 

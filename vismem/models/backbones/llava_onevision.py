@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from vismem.errors import UserError
+from vismem.models.backbones.base import right_padded, without_surplus
 from vismem.models.backbones.tiles import TiledBackbone
 
 
@@ -27,6 +28,8 @@ class LlavaOnevisionBackbone(TiledBackbone):
 
     def _tile_counts(self, encoded: Any) -> list[int]:
         """Tiles of each image; the processor cuts only an image that is alone in its sample."""
+        if "tiles" in encoded:
+            return list(encoded["tiles"])
         alone = [count == 1 for count in encoded["batch_num_images"].tolist() for _ in range(count)]
         pinpoints, size = self.model.config.image_grid_pinpoints, self.settings.image_size
         return [
@@ -39,6 +42,19 @@ class LlavaOnevisionBackbone(TiledBackbone):
         pixels = torch.cat([image[:count] for image, count in zip(encoded["pixel_values"], counts, strict=True)])
         each = iter(counts)
         return pixels, [sum(next(each) for _ in row) for row in images]
+
+    def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
+        """Of an image whose tiles do not fit only the first is left, the view of all of it, and one line end."""
+        processor, ids, mask = self.processor, encoded["input_ids"], encoded["attention_mask"].bool()
+        area, counts = self.settings.image_size**2, self._tile_counts(encoded)
+        tiles = [count if count * area <= pixels else 1 for count in counts]
+        places = [processor.replace_image_token(encoded, number) for number in range(len(tiles))]
+        tokens = [place.count(processor.image_token) for place in places]
+        view = processor.num_image_tokens + 1 - (processor.vision_feature_select_strategy == "default")
+        left = [view if kept == 1 else token for token, kept in zip(tokens, tiles, strict=True)]
+        mask = without_surplus(mask, mask & (ids == self.model.config.image_token_id), tokens, left)
+        ids, mask = right_padded(ids, mask, processor.tokenizer.pad_token_id)
+        return {**encoded, "input_ids": ids, "attention_mask": mask, "tiles": tiles}
 
     def _features(self, hidden: Tensor, encoded: Any) -> Tensor:
         projected: Tensor = self.project(hidden)

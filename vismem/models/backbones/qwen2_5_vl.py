@@ -4,22 +4,30 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from vismem.errors import UserError
-from vismem.models.backbones.base import Backbone, Clip, PatchStream, Prompt, VisionInput
+from vismem.models.backbones.base import (
+    Backbone,
+    Clip,
+    PatchStream,
+    Prompt,
+    VisionInput,
+    right_padded,
+    without_surplus,
+)
+from vismem.models.backbones.pixels import Patches, Pixels
 from vismem.models.lora import LoraTarget
-
-Pixels = tuple[Tensor, tuple[int, int, int]]  # an image's or video's patches (t * h * w, values), and t, h and w
 
 
 class Qwen25VLBackbone(Backbone):
-    """See Backbone. The vision encoder runs as dense masked attention over equal-length rows, batched over images."""
+    """See Backbone. The vision encoder runs as dense masked attention over equal-length rows, batched over images.
+
+    A coarse image is the whole one, as the processor resizes it, resized once more by the same rule and filter.
+    """
 
     takes_video = three_axes = True
 
@@ -31,34 +39,38 @@ class Qwen25VLBackbone(Backbone):
         self.frames = int(self.settings.temporal_patch_size)  # that make one temporal patch
         self._layout = lru_cache(maxsize=256)(self._layout_of)
 
+    @property
+    def patches(self) -> Patches:
+        """Cuts images and videos into patches."""
+        return Patches(self.processor.image_processor, self.frames, self.device)
+
     # --- the prompt ---
 
-    def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
+    def prompt(
+        self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
+    ) -> Prompt:
         # As the processor does it, but for videos, which it takes only where torchvision is installed.
         processor = self.processor
-        each = iter(self._pixels([image for row in images for image in row]))
+        each = iter(self.patches.images([image for row in images for image in row]))
         pictures = [list(islice(each, len(row))) for row in images]
-        clips = [[self._clip(clip) for clip in row] for row in videos]
+        clips = [[self.patches.video(clip) for clip in row] for row in videos]
         placed, _ = processor.get_text_with_replacements(
             list(texts),
             images_replacements=self._places(processor.image_token, texts, pictures),
             videos_replacements=self._places(processor.video_token, texts, clips),
         )
         encoded = processor.tokenizer(placed, padding=True, padding_side="right", return_tensors="pt").to(self.device)
-        return self._prompt(encoded["input_ids"], encoded["attention_mask"].bool(), pictures, clips, videos)
+        return self._prompt(encoded["input_ids"], encoded["attention_mask"].bool(), pictures, clips, videos, whole)
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
-        lengths = mask.sum(1)
-        right = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # the padding's side
-        padded = ids.new_full(ids.shape, self.processor.tokenizer.pad_token_id)
-        padded[right] = ids[mask.bool()]
+        padded, right = right_padded(ids, mask.bool(), self.processor.tokenizer.pad_token_id)
         sizes = [tuple(grid) for grid in grids.tolist()]
         parts = torch.split(pixels, [t * h * w for t, h, w in sizes])
         each = iter(zip(parts, sizes, strict=True))
         counts = (padded == self.model.config.vision_start_token_id).sum(1).tolist()
         pictures = [list(islice(each, count)) for count in counts]
         self._check_tokens(padded, pictures, len(parts) - sum(counts))
-        return self._prompt(padded, right, pictures, [[]] * len(ids), [[]] * len(ids))
+        return self._prompt(padded, right, pictures, [[]] * len(ids), [[]] * len(ids), whole=False)
 
     def _check_tokens(self, ids: Tensor, pictures: list[list[Pixels]], left: int) -> None:
         """UserError where ids (S, L) have other image tokens than the images' patches need, or any of a video."""
@@ -78,8 +90,18 @@ class Qwen25VLBackbone(Backbone):
         pictures: list[list[Pixels]],
         clips: list[list[Pixels]],
         videos: list[list[Clip]],
+        whole: bool,
     ) -> Prompt:
+        """The prompts whose ids (S, L) have a token for every merged patch of the whole images and videos."""
         settings = self.model.config
+        vision = shown = self._vision_input(_rows(pictures, clips))
+        if self.prompt_pixels is not None and not whole:
+            visual = mask & ((ids == settings.image_token_id) | (ids == settings.video_token_id))
+            counts = self._counts(pictures, clips)
+            pictures, clips = (self.patches.shrunk(rows, self.prompt_pixels) for rows in (pictures, clips))
+            mask = without_surplus(mask, visual, counts, self._counts(pictures, clips))
+            ids, mask = right_padded(ids, mask, self.processor.tokenizer.pad_token_id)
+            shown = self._vision_input(_rows(pictures, clips))
         seconds = [self.frames / clip.fps for row in videos for clip in row]
         image, video = ids == settings.image_token_id, ids == settings.video_token_id
         positions, _ = self.model.model.get_rope_index(
@@ -92,48 +114,16 @@ class Qwen25VLBackbone(Backbone):
         )
         embeds = self.embedding(ids)
         visual = image | video
-        rows = [[*seen, *watched] for seen, watched in zip(pictures, clips, strict=True)]
-        vision = self._vision_input(rows)
-        if vision.image.shape[1]:
-            single = self._vision_input([[item] for row in rows for item in row])
-            padded = min(single, vision, key=lambda packed: packed.mask.numel())  # the less padding, the faster
+        if shown.image.shape[1]:
+            single = self._vision_input([[item] for row in _rows(pictures, clips) for item in row])
+            padded = min(single, shown, key=lambda packed: packed.mask.numel())  # the less padding, the faster
             features = self.project(self.patch_stream(padded).hidden)[padded.mask[:, :: self.merge]]
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
         return Prompt(embeds, positions, mask, visual & mask, vision)
 
-    def _pixels(self, images: list[Any]) -> list[Pixels]:
-        """Each image's patches."""
-        if not images:
-            return []
-        processor, count, more = self.processor.image_processor, 1, {}
-        if self._fit(images):  # one above the other they make one image, whose patches are theirs in order
-            count, more = len(images), {"do_resize": False, "input_data_format": "channels_first"}
-            images = [np.ascontiguousarray(np.concatenate([*map(np.asarray, images)]).transpose(2, 0, 1))]
-        encoded = processor(images=images, return_tensors="pt", **more).to(self.device)
-        grids = [(t, h // count, w) for t, h, w in encoded["image_grid_thw"].tolist() for _ in range(count)]
-        patches = encoded["pixel_values"].split([t * h * w for t, h, w in grids])
-        return list(zip(patches, grids, strict=True))
-
-    def _fit(self, images: list[Any]) -> bool:
-        """Whether images are of one size, and of one that the processor would not change."""
-        processor, size = self.processor.image_processor, images[0].size
-        side = processor.patch_size * processor.merge_size
-        bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
-        return all(image.size == size for image in images) and smart_resize(*size, side, *bounds) == size
-
-    def _clip(self, clip: Clip) -> Pixels:
-        """A video's patches, of several frames each; its last frame is repeated until they are full.
-
-        In an image's patches the image stands once for every frame of a temporal patch: of each frame one is kept.
-        """
-        frames = [*clip.frames, *clip.frames[-1:] * (-len(clip.frames) % self.frames)]
-        cut = self._pixels(frames)
-        _, height, width = cut[0][1]
-        area, channels, values = height * width, int(self.settings.in_channels), int(self.settings.patch_size) ** 2
-        frame = torch.stack([patches for patches, _ in cut]).view(-1, area, channels, self.frames, values)[:, :, :, 0]
-        time = len(frames) // self.frames
-        joined = frame.view(time, self.frames, area, channels, values).permute(0, 2, 3, 1, 4)
-        return joined.reshape(time * area, -1), (time, height, width)
+    def _counts(self, pictures: list[list[Pixels]], clips: list[list[Pixels]]) -> list[int]:
+        """The tokens of each image and video, in the order of the prompts."""
+        return [len(patches) // self.merge for row in _rows(pictures, clips) for patches, _ in row]
 
     def _places(self, token: str, texts: list[str], rows: list[list[Pixels]]) -> list[str]:
         """What stands for each image (or each video) in the texts: its token, once for every merged patch."""
@@ -250,6 +240,11 @@ class Qwen25VLBackbone(Backbone):
             for i, block in enumerate(self.blocks)
             for start in (0, 2 * width)
         ]
+
+
+def _rows(pictures: list[list[Pixels]], clips: list[list[Pixels]]) -> list[list[Pixels]]:
+    """Each sample's images, then its videos."""
+    return [[*seen, *watched] for seen, watched in zip(pictures, clips, strict=True)]
 
 
 def _grids(rows: list[list[Pixels]]) -> Tensor | None:

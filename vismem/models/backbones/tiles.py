@@ -46,6 +46,10 @@ class TiledBackbone(Backbone):
         """The processor's pixels as (B, channels, height, width), and how many of the B tiles each sample has."""
 
     @abstractmethod
+    def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
+        """The same prompts, encoded with fewer tiles: of each image at most `pixels`, but one tile at least."""
+
+    @abstractmethod
     def _features(self, hidden: Tensor, encoded: Any) -> Tensor:
         """All tiles' selected states (B, n, w), in merge order, to the prompts' image features (tokens, d)."""
 
@@ -67,20 +71,31 @@ class TiledBackbone(Backbone):
 
     # --- the prompt ---
 
-    def prompt(self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]]) -> Prompt:
-        padding = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-        encoded = self.processor(text=texts, images=images if any(images) else None, **padding).to(self.device)
-        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+    def prompt(
+        self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
+    ) -> Prompt:
+        encoded = self._encoded(texts, images)
+        shown = encoded
+        if self.prompt_pixels is not None and not whole and any(images):
+            shown = self._coarse(encoded, texts, images, self.prompt_pixels)
+        ids, mask = shown["input_ids"], shown["attention_mask"].bool()
         embeds, visual = self.embedding(ids), ids == self.model.config.image_token_id
         positions = (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
         patches, counts = embeds.new_zeros(0, 0, 1), [0] * len(texts)
         if any(images):
             pixels, counts = self._tiles(encoded, images)
-            patches = self._patches(pixels.to(embeds.dtype))
-            hidden = self._run(self._embed(patches))
-            features = self._features(hidden[:, -patches.shape[1] :], encoded)
+            patches = seen = self._patches(pixels.to(embeds.dtype))
+            if shown is not encoded:
+                seen = self._patches(self._tiles(shown, images)[0].to(embeds.dtype))
+            hidden = self._run(self._embed(seen))
+            features = self._features(hidden[:, -seen.shape[1] :], shown)
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
         return Prompt(embeds, positions, mask, visual & mask, self._vision_input(patches, counts))
+
+    def _encoded(self, texts: list[str], images: list[list[Any]], **more: Any) -> Any:
+        """What the processor makes of them, on the model's device."""
+        padding = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+        return self.processor(text=texts, images=images if any(images) else None, **padding, **more).to(self.device)
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """Tiles (B, channels, height, width) to flattened patches (B, n, values) in merge order."""

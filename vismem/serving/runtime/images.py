@@ -13,30 +13,44 @@ from PIL import Image
 
 from .limits import RequestError
 
+Grid = tuple[int, int]  # rows and columns of patches
 
-def cut_patches(
-    images: Sequence[Image.Image], grids: Sequence[tuple[int, int]], settings: Mapping[str, Any]
-) -> dict[str, NDArray[Any]]:
-    """Resize, normalise and cut at least one image. `settings` is the "image" section of runtime.json.
 
-    `grids`: patches of each image, as `grid_of` gives them. Returns the inputs of the vision graph, image after image,
-    the merger's 2x2 blocks together: `pixels` (P, channels * temporal * patch * patch), `positions` (P, 2) row and
-    column within the image, `windows` (P,) unique over all images, `images` (P,). Raises RequestError for an image that
-    does not decode.
-    """
-    parts, windows = [], 0
-    for number, (image, grid) in enumerate(zip(images, grids, strict=True)):
+def decoded(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The images as RGB. Raises RequestError for one that does not decode."""
+    found = []
+    for number, image in enumerate(images):
         try:
-            pixels = image.convert("RGB")
+            found.append(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             name = f"image {number + 1} of {len(images)}"
             raise RequestError(f"{name} does not decode: {error}; send the complete file") from None
-        if settings["do_resize"]:
-            rows, columns = (side * settings["patch_size"] for side in grid)
-            pixels = pixels.resize((columns, rows), resample=settings["resample"])
+    return found
+
+
+def resized(images: Sequence[Image.Image], grids: Sequence[Grid], settings: Mapping[str, Any]) -> list[Image.Image]:
+    """The decoded images as large as their grids of patches; one that already is stays as it is."""
+    sizes = [(columns * settings["patch_size"], rows * settings["patch_size"]) for rows, columns in grids]
+    return [
+        image if image.size == size else image.resize(size, resample=settings["resample"])
+        for image, size in zip(images, sizes, strict=True)
+    ]
+
+
+def cut_patches(
+    images: Sequence[Image.Image], grids: Sequence[Grid], settings: Mapping[str, Any]
+) -> dict[str, NDArray[Any]]:
+    """Normalise and cut at least one image. `settings` is the "image" section of runtime.json.
+
+    `images` are as large as their `grids`: see `resized`. Returns the inputs of the vision graph, image after image,
+    the merger's 2x2 blocks together: `pixels` (P, channels * temporal * patch * patch), `positions` (P, 2) row and
+    column within the image, `windows` (P,) unique over all images, `images` (P,).
+    """
+    parts, windows = [], 0
+    for number, (image, grid) in enumerate(zip(images, grids, strict=True)):
         positions, own_windows = _places(grid, settings)
         parts.append(
-            (_flat_patches(pixels, settings), positions, own_windows + windows, np.full(len(positions), number))
+            (_flat_patches(image, settings), positions, own_windows + windows, np.full(len(positions), number))
         )
         windows += int(own_windows.max()) + 1
     joined = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -64,6 +78,20 @@ def grid_of(size: tuple[int, int], settings: Mapping[str, Any], name: str) -> tu
         grow = math.sqrt(low / (height * width))
         rows, columns = (math.ceil(side * grow / block) for side in (height, width))
     return rows * merge, columns * merge
+
+
+def coarse_grid(grid: Grid, pixels: int, patch: int, merge: int) -> Grid:
+    """The grid of an image of `grid` patches once it is shrunk to at most `pixels`; where it has no more, its own.
+
+    The rule is the processor's own (see `grid_of`); no side becomes less than one merged patch. `patch`: pixels along
+    a patch's side; `merge`: patches along the side of what is merged.
+    """
+    height, width = (side * patch for side in grid)
+    if height * width <= pixels:
+        return grid
+    shrink, block = math.sqrt(height * width / pixels), patch * merge
+    rows, columns = (max(1, math.floor(side / shrink / block)) * merge for side in (height, width))
+    return rows, columns
 
 
 def size_after_resizing(size: tuple[int, int], processor: Any) -> tuple[int, int]:

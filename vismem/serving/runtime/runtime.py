@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .bundle import Bundle
-from .images import cut_patches, grid_of
+from .images import coarse_grid, cut_patches, decoded, grid_of, resized
 from .limits import RequestError
 from .prompt import TextStream, tokenise
 
@@ -43,7 +43,7 @@ class Runtime:
         """Open `bundle` with `threads` threads per answer. Raises BundleError if it is missing or damaged.
 
         `verified`: the caller has just verified or written the bundle; its files are not hashed again. `max_patches`:
-        limit of a request's image patches after resizing; None: no limit.
+        limit of a request's image patches after resizing, whole and coarse ones together; None: no limit.
         """
         self.bundle = Bundle(Path(bundle), threads, verified)
         self.max_patches = max_patches
@@ -78,12 +78,15 @@ class Answer:
     def __init__(self, runtime: Runtime, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> None:
         bundle, settings, max_patches = runtime.bundle, runtime.bundle.settings, runtime.max_patches
         self.memory_settings, self.tokens, decoder = settings["memory"], settings["tokens"], settings["decoder"]
-        grids = [grid_of(image.size, settings["image"], f"image {i + 1}") for i, image in enumerate(images)]
-        patches = sum(rows * columns for rows, columns in grids)
+        seen = settings["image"]
+        grids = shown = [grid_of(image.size, seen, f"image {i + 1}") for i, image in enumerate(images)]
+        if (pixels := seen.get("prompt_pixels")) is not None:  # bundles from before there was a maximum lack it
+            shown = [coarse_grid(grid, pixels, seen["patch_size"], seen["merge_size"]) for grid in grids]
+        patches = sum(rows * columns for rows, columns in (grids if shown == grids else [*grids, *shown]))
         if max_patches is not None and patches > max_patches:
             raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
         self.bundle, self.max_new_tokens = bundle, max_new_tokens
-        self.prompt = tokenise(bundle.tokenizer, settings, question, grids)
+        self.prompt = tokenise(bundle.tokenizer, settings, question, shown)
         longest = max(self.memory_settings[f"{kind}_length"] for kind in KINDS)
         room = max_new_tokens + self.memory_settings["max_per_answer"] * (longest + 2)
         if (needed := int(self.prompt.positions.max()) + 1 + room) > decoder["max_positions"]:
@@ -91,7 +94,12 @@ class Answer:
                 f"the question, its images and {max_new_tokens} tokens need {needed} positions, "
                 f"the model has {decoder['max_positions']}: send less, or ask for less"
             )
-        self.patches = cut_patches(images, grids, settings["image"])
+        whole = decoded(images)
+        if seen["do_resize"]:
+            whole = resized(whole, grids, seen)
+        self.patches = self.shown = cut_patches(whole, grids, seen)  # of the whole images, and of those in the prompt
+        if shown != grids:
+            self.shown = cut_patches(resized(whole, shown, seen), shown, seen)
         capacity = len(self.prompt.ids) + room
         self.embeddings: Floats = np.zeros((capacity, settings["width"]), np.float32)
         self.hidden = np.zeros_like(self.embeddings)
@@ -106,7 +114,7 @@ class Answer:
         random = np.random.default_rng((seed, zlib.crc32(b"#0"), zlib.crc32(b"sample")))  # the training engine's
         text = TextStream(self.bundle.tokenizer)
         embeddings = self._embed(self.prompt.ids)
-        embeddings[self.prompt.visual] = self._see(0.0)["features"]
+        embeddings[self.prompt.visual] = self._see(self.shown, 0.0)["features"]
         logits = self._feed(embeddings, self.prompt.positions)
         segment, vocabulary = self.used, len(logits) - 2
         own = [token for token in (*self.tokens["invoke"], *self.tokens["end"]) if token < vocabulary]
@@ -195,9 +203,9 @@ class Answer:
         return memory + tokens[-length:] if pool else memory
 
     def _short(self, queries: Floats) -> Floats:
-        """Queries and memory tokens beside the patches in the vision encoder, its LoRA on."""
+        """Queries and memory tokens beside the whole images' patches in the vision encoder, its LoRA on."""
         if not self.short_stream:  # the patches with the adapter on: once per answer
-            stream = self._see(1.0)
+            stream = self._see(self.patches, 1.0)
             slots, merge = self.memory_settings["short_length"], self.memory_settings["merge"]
             count = len(stream["patch_embeds"]) // merge
             pool = self.memory_settings["pool_patches"]  # else M_init stands alone, at the identity position
@@ -210,8 +218,8 @@ class Answer:
             self.short_stream = stream | {"pooled": pooled, "positions": np.concatenate([identity, places])}
         return self.bundle.short(queries=queries, **self.short_stream)["memory"]
 
-    def _see(self, adapter: float) -> dict[str, NDArray[Any]]:
-        return self.bundle.vision(**self.patches, adapter=np.array([adapter], np.float32))
+    def _see(self, patches: Mapping[str, NDArray[Any]], adapter: float) -> dict[str, NDArray[Any]]:
+        return self.bundle.vision(**patches, adapter=np.array([adapter], np.float32))
 
 
 def sample(logits: Floats, temperature: float, random: np.random.Generator) -> int:

@@ -1,0 +1,104 @@
+"""A bundle whose prompts are coarse: the same tokens and memories as torch, whatever the images' sizes."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+from pictures import TOKENS, encoded, noise, pictures
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from vismem.export.onnx import runtime_settings
+from vismem.export.parity import check_parity, decode_runtime, decode_torch
+from vismem.files import write_json
+from vismem.generation.prompts import encode
+from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import VisMemModel
+from vismem.serving.runtime.images import coarse_grid
+from vismem.serving.runtime.limits import RequestError
+from vismem.serving.runtime.runtime import Answer, Runtime
+
+LIMIT = 9 * 28**2  # pixels: an image of 84 x 84 fits
+
+
+@pytest.fixture(scope="module")
+def coarse(inputs, tmp_path_factory):
+    folder = shutil.copytree(inputs["stage2"], tmp_path_factory.mktemp("coarse") / "stage2")
+    settings = json.loads((folder / "vismem.json").read_text())
+    settings["memory"]["prompt_pixels"] = LIMIT
+    write_json(folder / "vismem.json", settings)
+    return VisMemModel.from_pretrained(folder, inputs["base"])
+
+
+@pytest.fixture(scope="module")
+def coarse_bundle(bundle, model, coarse, tmp_path_factory):
+    """The graphs do not depend on the maximum: only runtime.json is another."""
+    folder = shutil.copytree(bundle, tmp_path_factory.mktemp("bundle") / "coarse", copy_function=os.link)
+    settings = runtime_settings(coarse)
+    written, expected = folder / "onnx" / "runtime.json", runtime_settings(model)
+    expected["image"]["prompt_pixels"] = LIMIT
+    assert settings == expected
+    settings["tensors"] = json.loads(written.read_text())["tensors"]
+    written.unlink()
+    write_json(written, settings)
+    return folder
+
+
+SIZES = [(84, 84)], [(200, 90)], [(130, 60), (84, 84), (60, 190)], [(168, 168), (168, 168)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["fits", "large", "mixed", "two"])
+def test_coarse_prompts_give_torchs_tokens_and_memories(coarse, coarse_bundle, sizes):
+    images = encoded(*(noise(*size, seed) for seed, size in enumerate(sizes)))
+    sample = replace(tiny.samples()[0], id="x", images=images)
+    forced = {0: MemoryKind.SHORT, 2: MemoryKind.LONG, 4: MemoryKind.SHORT}
+    expected, reference = decode_torch(coarse, sample, forced, TOKENS)
+    tokens, memories = decode_runtime(coarse, Runtime(coarse_bundle, verified=True), sample, forced, TOKENS)
+    assert tokens == expected
+    assert len(memories) == 3
+    for ours, theirs in zip(memories, reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_the_runtime_reads_torchs_pixels_to_the_bit(coarse, coarse_bundle):
+    images = encoded(noise(200, 90), noise(84, 84, 1))
+    sample = replace(tiny.samples()[0], images=images)
+    expected = encode(coarse.backbone, [sample])
+    answer = Answer(Runtime(coarse_bundle, verified=True), pictures(sample), sample.question, TOKENS)
+    assert np.array_equal(answer.patches["pixels"], expected.vision.patches[0].numpy())
+    assert np.array_equal(answer.prompt.visual, expected.visual[0].numpy())
+    assert np.array_equal(answer.prompt.positions, expected.positions[:, 0].numpy())
+    assert len(answer.shown["pixels"]) == 4 * answer.prompt.visual.sum() < len(answer.patches["pixels"])
+
+
+def test_a_bundle_from_before_the_maximum_answers_as_ever(runtime, model, monkeypatch):
+    sample = replace(tiny.samples()[0], images=encoded(noise(200, 90)))
+    monkeypatch.delitem(runtime.bundle.settings["image"], "prompt_pixels")
+    assert decode_runtime(model, runtime, sample, {}, TOKENS)[0] == decode_torch(model, sample, {}, TOKENS)[0]
+
+
+def test_whole_and_coarse_patches_count_against_the_servers_limit(coarse_bundle):
+    images = [noise(168, 168), noise(84, 84)]  # 144 and 36 patches; in the prompt 36 and 36
+    allowed = Runtime(coarse_bundle, verified=True, max_patches=252)
+    assert next(allowed.generate(images, "what?")).event == "token"
+    with pytest.raises(RequestError, match="the images make 252 patches: the limit is 251"):
+        Runtime(coarse_bundle, verified=True, max_patches=251).generate(images, "what?")
+
+
+def test_parity_is_of_coarse_prompts_on_both_sides(coarse, model, coarse_bundle):
+    samples = [replace(s, images=encoded(noise(168, 112, i))) for i, s in enumerate(tiny.samples()[:2])]
+    runtime = Runtime(coarse_bundle, verified=True)
+    assert check_parity(coarse, runtime, samples, max_new_tokens=6, tolerance=1e-4).passed
+    assert not check_parity(model, runtime, samples, max_new_tokens=6, tolerance=1e-4).passed
+
+
+def test_a_coarse_image_has_the_size_of_the_processors_own_rule():
+    for rows in range(2, 60, 2):
+        for columns in range(2, 60, 6):
+            for pixels in (1, 784, 9999, 50_000, 196 * rows * columns, 196 * rows * columns - 1):
+                expected = smart_resize(14 * rows, 14 * columns, 28, 0, pixels)
+                assert coarse_grid((rows, columns), pixels, 14, 2) == (expected[0] // 14, expected[1] // 14)
+    assert coarse_grid((2, 600), 28**2 * 30, 14, 2) == (2, 188), "one that the processor's function refuses"

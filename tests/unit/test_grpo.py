@@ -34,8 +34,8 @@ def test_advantages_without_the_standard_deviation_are_only_centred() -> None:
 
 
 def test_epsilon_is_added_to_the_standard_deviation() -> None:
-    # Deviations of 1e-6 from the mean, so std 1e-6 too: 1e-6 / (1e-6 + 1e-6).
-    assert_close(group_advantages(torch.tensor([[0.0, 2e-6]])), torch.tensor([[-0.5, 0.5]]))
+    # Deviations of 2e-5 from the mean, so std 2e-5 too: 2e-5 / (2e-5 + 1e-6).
+    assert_close(group_advantages(torch.tensor([[0.0, 4e-5]])), torch.tensor([[-20 / 21, 20 / 21]]))
 
 
 @pytest.mark.parametrize("normalise", [True, False])

@@ -95,7 +95,6 @@ CHANGES: tuple[tuple[str, str, Any], ...] = (
     ("stage1", "anywhere_after", 1.0),
     ("stage1", "anywhere_share", 0.1),
     ("stage2 with a LoRA", "kl_coefficient", 0.5),
-    ("stage2", "penalty", 2.0),
 )
 
 
@@ -110,6 +109,11 @@ def test_no_setting_of_grpo_is_read_under_another_s_key(
 ) -> None:
     assert getattr(GRPO if name in GrpoConfig.model_fields else STAGES[stage][1], name) != value
     assert not torch.allclose(outcome(stage, tiny_base, **{name: value}), usual[stage], rtol=1e-3)
+
+
+def test_the_penalty_counts_where_advantages_are_not_normalised(tiny_base: Path) -> None:
+    usual, more = (outcome("stage2", tiny_base, normalise_by_std=False, penalty=penalty) for penalty in (0.3, 2.0))
+    assert not torch.allclose(more, usual, rtol=1e-3)
 
 
 def test_settings_that_are_to_change_nothing_change_nothing(usual: Mapping[str, Tensor], tiny_base: Path) -> None:

@@ -114,7 +114,7 @@ class Number:
 
 def parse_number(text: str) -> Number | None:
     """The number that the text is, with its unit; None where there is anything else."""
-    found = _NUMBER.fullmatch(_plain(text).strip(" .!")) if len(text) <= LONGEST else None
+    found = _NUMBER.fullmatch(_plain(text).rstrip(" .!")) if len(text) <= LONGEST else None
     return _number(found) if found else None
 
 

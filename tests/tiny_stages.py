@@ -1,5 +1,6 @@
 """Objectives of both stages, and of the GRPO baseline, on a tiny model that invokes often."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ STAGES: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] 
 BASELINE: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] = {
     "grpo_lora": (PolicyGrpo, GrpoStageConfig(**STAGE), POLICY_LORA)
 }
+
+
+class Slope:
+    """An objective of one weight whose gradient grows from step to step. `figures`: what it logs of weight and step."""
+
+    def __init__(self, figures: Callable[[float, int], dict[str, float]]) -> None:
+        self.weight, self.figures = nn.Parameter(torch.ones(1)), figures
+
+    def collect(self, step: int) -> int:
+        return step
+
+    def backward(self, batch: int) -> dict[str, float]:
+        (self.weight * (batch + 1)).sum().backward()
+        return self.figures(float(self.weight.detach()), batch)
 
 
 def eager_model(base: Path) -> VisMemModel:

@@ -11,6 +11,7 @@ import tiny
 import tiny_families as families
 import torch
 from PIL import Image
+from replayed import assert_replayed
 from torch import Tensor
 
 from vismem.config import Config
@@ -208,16 +209,7 @@ def test_replay_scores_what_decoding_scored_and_the_gradient_reaches_every_part_
     rollouts = generate(model, asked, RANDOM, max_new_tokens=8, temperature=1.0, seed=5)
     assert {i.kind for r in rollouts for i in r.invocations} == set(MemoryKind)
     scores = score(model, prefill(model, asked), rollouts, torch.arange(len(rollouts)))
-    for row, rollout in enumerate(rollouts):
-        for index, (sampled, expected) in enumerate(zip(rollout.loss_mask, rollout.logprobs, strict=True)):
-            if sampled:
-                assert float(scores.logprobs[row, index].detach()) == pytest.approx(expected, abs=1e-4)
-    model.zero_grad()
-    scores.logprobs.sum().backward()
-    for name, parameter in model.named_parameters():
-        if name.startswith(("short.", "long.", "builder.")):
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().max() > 0, name
+    assert_replayed(model, rollouts, scores)
     assert all(weight.grad is None for weight in model.backbone.model.parameters())
 
 

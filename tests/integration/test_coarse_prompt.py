@@ -10,6 +10,7 @@ import tiny
 import tiny_families as families
 import torch
 from PIL import Image
+from replayed import assert_replayed
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -243,16 +244,7 @@ def test_replay_scores_what_decoding_scored_and_the_gradient_reaches_both_former
     rollouts = generate(coarse, samples, RANDOM, max_new_tokens=8, temperature=1.0, seed=5)
     assert {i.kind for r in rollouts for i in r.invocations} == set(MemoryKind)
     scores = score(coarse, prefill(coarse, samples), rollouts, torch.arange(len(rollouts)))
-    for row, rollout in enumerate(rollouts):
-        for index, (sampled, expected) in enumerate(zip(rollout.loss_mask, rollout.logprobs, strict=True)):
-            if sampled:
-                assert float(scores.logprobs[row, index].detach()) == pytest.approx(expected, abs=1e-4)
-    coarse.zero_grad()
-    scores.logprobs.sum().backward()
-    for name, parameter in coarse.named_parameters():
-        if name.startswith(("short.", "long.", "builder.")):
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().max() > 0, name
+    assert_replayed(coarse, rollouts, scores)
 
 
 def test_a_short_memory_tells_apart_images_that_are_the_same_in_the_prompt(tiny_base: Path) -> None:

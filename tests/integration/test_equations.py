@@ -1,12 +1,12 @@
 """What a memory is formed from and how, against the paper's equations written out by hand (Eq. 3, 5, 6, 9-11)."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import tiny_stages
 import torch
+from replayed import Formed, recorded
 from torch import Tensor, nn
 
 from vismem.config import InvocationConfig, MemoryConfig
@@ -19,8 +19,6 @@ from vismem.models.memory import FormationInputs, QueryBuilder, causal_mask, poo
 from vismem.models.tokens import delimiter_ids
 from vismem.models.vismem import VisMemModel, load_base
 
-Formed = list[tuple[MemoryKind, FormationInputs, Tensor]]
-
 
 @pytest.fixture(scope="module")
 def model(tiny_base: Path) -> VisMemModel:
@@ -32,20 +30,6 @@ def model(tiny_base: Path) -> VisMemModel:
         for parameter in (*model.short.parameters(), *model.long.parameters(), *model.builder.parameters(), *norms):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.requires_grad_(False)
-
-
-def recorded(model: VisMemModel, work: Any) -> tuple[Any, Formed]:
-    """What `work` returns, and every memory that it forms, with what it was formed from."""
-    found: Formed = []
-    with pytest.MonkeyPatch.context() as patch:
-        form = model.form
-
-        def recording(kind: MemoryKind, inputs: FormationInputs) -> Tensor:
-            found.append((kind, inputs, form(kind, inputs)))
-            return found[-1][2]
-
-        patch.setattr(model, "form", recording)
-        return work(), found
 
 
 @pytest.fixture(scope="module")

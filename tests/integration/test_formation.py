@@ -6,6 +6,7 @@ import pytest
 import tiny
 import tiny_stages
 import torch
+from replayed import Formed, recorded
 from torch import Tensor
 
 from vismem.config import MemoryConfig
@@ -13,7 +14,7 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Random
 from vismem.generation.replay import answer_states, prefill, score
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import FormationInputs, QueryBuilder, causal_mask
+from vismem.models.memory import QueryBuilder, causal_mask
 from vismem.models.vismem import VisMemModel
 
 TOKENS = 8
@@ -28,18 +29,10 @@ def model(tiny_base: Path) -> VisMemModel:
 
 
 @pytest.fixture(scope="module")
-def formed(model: VisMemModel) -> list[tuple[MemoryKind, FormationInputs, Tensor]]:
+def formed(model: VisMemModel) -> Formed:
     """Every memory of some answers that the policy's adapter decoded, with what it was formed from."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        form = model.form
-
-        def recording(kind: MemoryKind, inputs: FormationInputs) -> Tensor:
-            found.append((kind, inputs, form(kind, inputs)))
-            return found[-1][2]
-
-        patch.setattr(model, "form", recording)
-        generate(model, tiny.samples()[:4], Random(probability=1.0, anywhere=0.5), max_new_tokens=TOKENS)
+    policy = Random(probability=1.0, anywhere=0.5)
+    _, found = recorded(model, lambda: generate(model, tiny.samples()[:4], policy, max_new_tokens=TOKENS))
     assert {kind for kind, _, _ in found} == set(MemoryKind)
     assert model.policy_lora.enabled
     return found
@@ -48,9 +41,7 @@ def formed(model: VisMemModel) -> list[tuple[MemoryKind, FormationInputs, Tensor
 # --- adapters ---
 
 
-def test_a_memory_is_the_same_whether_the_policys_own_adapter_is_on_or_off(
-    model: VisMemModel, formed: list[tuple[MemoryKind, FormationInputs, Tensor]]
-) -> None:
+def test_a_memory_is_the_same_whether_the_policys_own_adapter_is_on_or_off(model: VisMemModel, formed: Formed) -> None:
     for kind, inputs, memory in formed:
         with model.policy_lora.active(False):
             assert torch.equal(model.form(kind, inputs), memory)
@@ -77,9 +68,7 @@ def test_prompts_are_read_for_memories_with_their_formers_adapter_and_no_other(m
     assert not torch.equal(stream.hidden, bare.hidden)
 
 
-def test_each_former_runs_with_its_own_adapter_and_without_the_others(
-    model: VisMemModel, formed: list[tuple[MemoryKind, FormationInputs, Tensor]]
-) -> None:
+def test_each_former_runs_with_its_own_adapter_and_without_the_others(model: VisMemModel, formed: Formed) -> None:
     own = {MemoryKind.SHORT: model.short.lora, MemoryKind.LONG: model.long.lora}
     for kind, inputs, memory in formed:
         for lora in (model.short.lora, model.long.lora, model.policy_lora):

@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from tiny_stages import GRPO, STAGE, STAGES, objective_of
-from torch import Tensor, nn
+from tiny_stages import GRPO, STAGE, STAGES, Slope, objective_of
+from torch import Tensor
 
 from vismem.config import (
     BaselinesConfig,
@@ -131,20 +131,6 @@ def test_every_setting_of_the_loop_arrives_under_its_own_name() -> None:
     assert loop_settings("name", passes, stage.model_copy(update={"steps": 0}), samples=40).steps == 15
 
 
-class Slope:
-    """An objective whose gradient grows from step to step, and whose policy moves away from the one that sampled."""
-
-    def __init__(self) -> None:
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def collect(self, step: int) -> int:
-        return step
-
-    def backward(self, batch: int) -> dict[str, float]:
-        (self.weight * (batch + 1)).sum().backward()
-        return {"update_kl": 0.1}
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", 0.2), ("warmup_ratio", 0.9), ("weight_decay", 0.5), ("max_grad_norm", 0.1), ("updates", 2),
@@ -154,7 +140,7 @@ def test_every_setting_of_the_loop_moves_the_training(name: str, value: float, t
     usual = {"steps": 4, "learning_rate": 0.1, "warmup_ratio": 0.1, "max_grad_norm": 2.5}
     ends = []
     for settings in (usual, usual | {name: value}):
-        slope, run = Slope(), f"run{len(ends)}"
+        slope, run = Slope(lambda *_: {"update_kl": 0.1}), f"run{len(ends)}"
         loop.train(slope, {"w": slope.weight}, loop.LoopSettings(run, **settings), tmp_path, Accelerator(cpu=True))  # type: ignore[arg-type]
         ends.append(float(slope.weight.detach()))
     assert ends[0] != pytest.approx(ends[1], abs=1e-6)

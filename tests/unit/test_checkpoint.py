@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from tiny_stages import Slope
 from torch import nn
 
 from vismem.errors import UserError
@@ -20,22 +21,13 @@ SETTINGS = LoopSettings("run", steps=7, learning_rate=0.1, warmup_ratio=0.1, che
 LONG = 400_000
 
 
-class Slope:
-    """One weight, and figures of which the last appears only at step 4."""
-
-    def __init__(self) -> None:
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def collect(self, step: int) -> int:
-        return step
-
-    def backward(self, batch: int) -> dict[str, float]:
-        (self.weight * (batch + 1)).sum().backward()
-        return {"loss": float(self.weight.detach()) / 3, **({"late": 1.0} if batch >= 4 else {})}
+def figures(weight: float, step: int) -> dict[str, float]:
+    """The last appears only at step 4."""
+    return {"loss": weight / 3, **({"late": 1.0} if step >= 4 else {})}
 
 
 def run(out: Path, settings: LoopSettings = SETTINGS) -> TrainState:
-    slope = Slope()
+    slope = Slope(figures)
     return train(slope, {"weight": slope.weight}, settings, out, Accelerator(cpu=True))
 
 

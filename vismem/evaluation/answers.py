@@ -26,8 +26,9 @@ from vismem.evaluation.answer_marks import last_marked, without_thoughts
 UNPARSED = "unparsed"
 
 _FILLER = re.compile(
-    r"^(?:(?:most\s+)?(?:it['\u2019]s|it\s+is|i\s+(?:would\s+)?(?:choose|pick|select|say)|clearly|definitely|likely|probably|therefore|thus|obviously|simply|then|so|either|both|the|"
-    r"correct|options?|choices?|letters?|answers?)\b\s*:?\s*)+",
+    r"^(?:(?:most\s+)?(?:it['\u2019]s|it\s+is|i\s+(?:would\s+)?(?:choose|pick|select|say)|clearly|definitely|likely|"
+    r"probably|therefore|thus|obviously|simply|then|so|either|both|the|correct|options?|choices?|letters?|answers?)"
+    r"\b\s*:?\s*)+",
     re.IGNORECASE,
 )
 _LEADING = re.compile(

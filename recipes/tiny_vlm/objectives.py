@@ -1,39 +1,46 @@
 """The two phases in which the tiny VLM learns: first to see, then to speak about what it sees.
 
 Vision: the vision tower and the projector learn to turn each cell of generated scenes into the sum of the (untrained)
-embeddings of the words for its colour, shape, row and column; then they are frozen. Language: the language model
-learns to answer; in a share of the batches the images appear again inside the answer.
+embeddings of the words for its colour, shape, texture, row and column; then they are frozen. Language: the language
+model learns to answer, mostly from coarse images, and in a share of the answers the whole images appear again.
 """
 
-import io
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from recipes.tiny_vlm.model import CELL, EMBEDDING_STD
-from recipes.tiny_vlm.sequences import IGNORED, Sequences, lay_out
-from vismem.data.collate import target_text
+from recipes.tiny_vlm.sequences import IGNORED, Page, Sequences, Table, cells_of, grids, lay_out, stack
 from vismem.data.sample import Sample
-from vismem.data.tasks.layouts import COLOURS, COLUMNS, ROWS, SHAPES
+from vismem.data.scenes import layouts_of
+from vismem.data.tasks.layouts import COLOURS, COLUMNS, ROWS, SHAPES, TEXTURES, Layout
 from vismem.generation.prompts import encode
 from vismem.models.backbones.base import Backbone
+from vismem.serving.runtime.images import coarse_grid
 from vismem.training.loop import Metrics
 
 VISION_BATCH = 64  # questions per step
-CHUNK = 16  # questions of similar length in one forward pass; changes the speed, not the gradient
+CHUNK = 16  # questions of similar length in one forward pass on a CPU; changes the speed, not the gradient
 # What is said of a cell, by kind.
-WORDS = {"colour": ("empty", *COLOURS), "shape": ("empty", *SHAPES), "row": ROWS, "column": COLUMNS}
+WORDS = {
+    "colour": ("empty", *COLOURS),
+    "shape": ("empty", *SHAPES),
+    "texture": TEXTURES,
+    "row": ROWS,
+    "column": COLUMNS,
+}
+T = TypeVar("T")
+NOTHING = -1  # the label of a kind that is not to be said
 
 
 class Vision:
     """See loop.Objective: each visual token becomes the sum of the embeddings of its cell's words, at their scale.
 
+    Every other step shows coarse images, of whose textures nothing is left and nothing is to be said.
     (Trained as classifiers, the features collapse into a dozen directions that hardly show places, and the language
     model takes far longer to learn to look things up.)
     """
@@ -42,30 +49,40 @@ class Vision:
         self.backbone, self.samples, self.seed = backbone, samples, seed
         self.words = [torch.stack([_embedding_of(backbone, word) for word in kind]) for kind in WORDS.values()]
 
-    def collect(self, step: int) -> list[Sample]:
-        """The questions of a step, without their text."""
+    def collect(self, step: int) -> tuple[list[Sample], bool]:
+        """The questions of a step, without their text, and whether their images are shown whole."""
         rng = random.Random(f"{self.seed}/vision/{step}")
         chosen = [replace(sample, question="") for sample in rng.choices(self.samples, k=VISION_BATCH)]
-        return sorted(chosen, key=visual_tokens)
+        return sorted(chosen, key=visual_tokens), step % 2 == 0
 
-    def backward(self, batch: list[Sample]) -> Metrics:
+    def backward(self, batch: tuple[list[Sample], bool]) -> Metrics:
         """Add the gradient of the mean squared error; 1.0 is as bad as no features at all."""
-        tokens, total = sum(map(visual_tokens, batch)), 0.0
-        for chunk in _chunks(batch):
-            prompt = encode(self.backbone, chunk)
-            features = prompt.embeds[prompt.visual]
-            loss = (features - self._targets(chunk)).square().sum() / (tokens * features.shape[1] * EMBEDDING_STD**2)
+        samples, whole = batch
+        targets = [self._targets(chunk, whole) for chunk in _chunks(samples, self.backbone.device)]
+        count, total = sum(map(Tensor.numel, targets)), 0.0
+        for chunk, target in zip(_chunks(samples, self.backbone.device), targets, strict=True):
+            prompt = encode(self.backbone, chunk, whole)
+            loss = (prompt.embeds[prompt.visual] - target).square().sum() / (count * EMBEDDING_STD**2)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return {"loss": total}
 
-    def _targets(self, samples: Sequence[Sample]) -> Tensor:
+    def _targets(self, samples: Sequence[Sample], whole: bool) -> Tensor:
         """(tokens, d) what the visual tokens of the samples should be."""
-        scenes = [scene for sample in samples for scene in sample.scene_truth()]
-        sizes = [grid for sample in samples for grid in grids(sample)]
-        labels = torch.cat([cell_labels(scene, *grid) for scene, grid in zip(scenes, sizes, strict=True)])
-        summed: Tensor = torch.stack([kind[labels[:, index]] for index, kind in enumerate(self.words)]).sum(0)
-        return summed / math.sqrt(len(self.words))
+        labels = torch.cat([self._labels(sample, whole) for sample in samples]).to(self.backbone.device)
+        said = (
+            kind[label.clamp(min=0)] * (label != NOTHING)[:, None]
+            for kind, label in zip(self.words, labels.unbind(1), strict=True)
+        )
+        return torch.stack([*said]).sum(0) / 2
+
+    def _labels(self, sample: Sample, whole: bool) -> Tensor:
+        """(tokens, 5) `cell_labels` of the images as they are shown."""
+        found = []
+        for grid, layout in zip(grids(sample), layouts_of(sample), strict=True):
+            shown = grid if whole else shown_grid(grid, self.backbone.prompt_pixels)
+            found.append(cell_labels(layout, *shown, textures=shown == grid))
+        return torch.cat(found)
 
 
 @dataclass
@@ -73,70 +90,66 @@ class Language:
     """See loop.Objective: the mean cross-entropy of the answers' tokens."""
 
     backbone: Backbone
-    samples: Sequence[Sample]
+    pages: Sequence[Page]
+    features: Tensor  # that the pages show
     seed: int
     batch_size: int
-    interleave: float  # share of the batches that show the images again
 
-    def collect(self, step: int) -> tuple[list[Sample], random.Random | None]:
-        """The questions of a step and, where their images appear again, the generator that says how."""
+    def collect(self, step: int) -> list[Table]:
+        """The sequences of a step, by length."""
         rng = random.Random(f"{self.seed}/language/{step}")
-        chosen = sorted(rng.choices(self.samples, k=self.batch_size), key=_length)
-        return chosen, rng if rng.random() < self.interleave else None
+        return sorted((lay_out(page, rng) for page in rng.choices(self.pages, k=self.batch_size)), key=len)
 
-    def backward(self, batch: tuple[list[Sample], random.Random | None]) -> Metrics:
-        """Add the gradient of the mean over the batch."""
-        samples, rng = batch
-        chunks = [lay_out(self.backbone, chunk, rng) for chunk in _chunks(samples)]
-        learnt = sum(int((chunk.labels != IGNORED).sum()) for chunk in chunks)
-        total = 0.0
-        for chunk in chunks:
-            loss = answer_loss(self.backbone, chunk) / learnt
+    def backward(self, batch: list[Table]) -> Metrics:
+        """Add the gradient of the mean over the batch's tokens."""
+        learnt = sum(int(table[:, 2].sum()) for table in batch)
+        total = torch.zeros((), device=self.features.device)
+        for chunk in _chunks(batch, self.features.device):
+            loss = answer_loss(self.backbone, stack(self.backbone, self.features, chunk)) / learnt
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return {"loss": total}
+            total += loss.detach()
+        return {"loss": float(total)}
 
 
 def answer_loss(backbone: Backbone, batch: Sequences) -> Tensor:
     """Summed cross-entropy of the answers' tokens."""
     length = batch.mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool, device=batch.mask.device).tril()
     hidden = backbone.language(batch.embeds, batch.positions, causal & batch.mask[:, None, None, :])
     learnt = batch.labels != IGNORED
     loss: Tensor = nn.functional.cross_entropy(backbone.head(hidden[learnt]), batch.labels[learnt], reduction="sum")
     return loss
 
 
-def cell_labels(scene: dict[str, Any], height: int, width: int) -> Tensor:
-    """(tokens, 4) indices into WORDS of the cell in which the centre of each visual token lies."""
-    at = {(thing["row"], thing["column"]): thing for thing in scene["objects"]}
+def shown_grid(grid: tuple[int, int], pixels: int | None) -> tuple[int, int]:
+    """Height and width in visual tokens of an image in a prompt of at most `pixels`."""
+    if pixels is None:
+        return grid
+    height, width = coarse_grid((2 * grid[0], 2 * grid[1]), pixels, CELL // 2, 2)
+    return height // 2, width // 2
+
+
+def cell_labels(layout: Layout, height: int, width: int, textures: bool = True) -> Tensor:
+    """(tokens, 5) indices into WORDS of the cell in which the centre of each visual token lies, or NOTHING."""
+    at = {thing.cell: thing for thing in layout}
     rows = []
-    for index in range(height * width):
-        row, column = (2 * (index // width) + 1) * 3 // (2 * height), (2 * (index % width) + 1) * 3 // (2 * width)
-        here = {"row": ROWS[row], "column": COLUMNS[column]}
-        thing = {"colour": "empty", "shape": "empty", **at.get((row, column), {}), **here}
-        rows.append([values.index(thing[name]) for name, values in WORDS.items()])
+    for cell in cells_of(height, width).tolist():
+        kinds = [0, 0, NOTHING]
+        if thing := at.get(cell):
+            texture = WORDS["texture"].index(thing.texture) if textures else NOTHING
+            kinds = [WORDS["colour"].index(thing.colour), WORDS["shape"].index(thing.shape), texture]
+        rows.append([*kinds, *divmod(cell, 3)])
     return torch.tensor(rows)
 
 
-def grids(sample: Sample) -> list[tuple[int, int]]:
-    """Height and width of each image in visual tokens; sides are multiples of CELL."""
-    sizes = [Image.open(io.BytesIO(image)).size for image in sample.images]
-    return [(height // CELL, width // CELL) for width, height in sizes]
-
-
 def visual_tokens(sample: Sample) -> int:
-    """Visual tokens of all images of a sample."""
+    """Visual tokens of all whole images of a sample."""
     return sum(height * width for height, width in grids(sample))
 
 
-def _length(sample: Sample) -> int:
-    """About the tokens of prompt and answer: a word and the space behind it are five to six letters long."""
-    return visual_tokens(sample) + (len(sample.question) + len(target_text(sample))) // 6
-
-
-def _chunks(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
-    return [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
+def _chunks(items: Sequence[T], device: torch.device) -> list[Sequence[T]]:
+    size = CHUNK if device.type == "cpu" else len(items)
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _embedding_of(backbone: Backbone, word: str) -> Tensor:

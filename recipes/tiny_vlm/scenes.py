@@ -1,45 +1,47 @@
 """The questions that the tiny VLM learns from and is scored on: generated scenes in pictures of several sizes."""
 
-import io
+import os
 import random
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-
-from PIL import Image
+from functools import partial
 
 from vismem.config import ScenesSource
 from vismem.data.sample import Sample
-from vismem.data.scenes import BACKGROUND, generate
+from vismem.data.scenes import BACKGROUND, draw, generate, layouts_of
 from vismem.scope import Scope, words_of
 
-SQUARE = 84  # pixels per side of half of the pictures
-SIDES = (84, 112, 140, 168)  # of the others, width and height drawn apart; multiples of model.CELL
+SIDE = 168  # pixels of three quarters of the pictures, which are all square
+SIDES = (84, 112, 140, 168)  # of the others; multiples of model.CELL
+BLOCK = 500  # questions that a process draws at a time
 
 
 def questions(count: int, seed: int) -> list[Sample]:
-    """`count` questions of the pretrain split, in which the last half has pictures of all sizes of SIDES."""
-    rng = random.Random(f"{seed}/sizes")
-    half = (count + 1) // 2
-    square = of_size(half, 2 * seed, SQUARE, SQUARE)
-    drawn = generate(ScenesSource(image_size=SIDES[-1]), "pretrain", 2 * seed + 1, count - half)
-    return square + [resized(sample, rng.choice(SIDES), rng.choice(SIDES)) for sample in drawn]
+    """`count` questions of the pretrain split, of which every fourth block of BLOCK has pictures of all SIDES."""
+    blocks = [(first, min(BLOCK, count - first)) for first in range(0, count, BLOCK)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return [sample for block in pool.map(partial(_block, seed), *zip(*blocks, strict=True)) for sample in block]
 
 
-def of_size(count: int, seed: int, width: int, height: int) -> list[Sample]:
+def _block(seed: int, first: int, count: int) -> list[Sample]:
+    rng = random.Random(f"{seed}/sizes/{first}")
+    drawn = generate(ScenesSource(image_size=SIDE), "pretrain", seed, count, first)
+    if first // BLOCK % 4:
+        return list(drawn)
+    return [redrawn(sample, rng.choice(SIDES), rng) for sample in drawn]
+
+
+def of_size(count: int, seed: int, side: int) -> list[Sample]:
     """`count` questions of the pretrain split in pictures of one size."""
-    square = width == height == SQUARE
-    drawn = generate(ScenesSource(image_size=SQUARE if square else SIDES[-1]), "pretrain", seed, count)
-    return list(drawn) if square else [resized(sample, width, height) for sample in drawn]
+    rng = random.Random(f"{seed}/{side}")
+    drawn = generate(ScenesSource(image_size=SIDE), "pretrain", seed, count)
+    return [redrawn(sample, side, rng) for sample in drawn]
 
 
-def resized(sample: Sample, width: int, height: int) -> Sample:
-    """The sample with its images stretched or shrunk to this size."""
-    files = []
-    for data in sample.images:
-        file = io.BytesIO()
-        Image.open(io.BytesIO(data)).resize((width, height), Image.Resampling.BOX).save(file, "PNG")
-        files.append(file.getvalue())
-    return replace(sample, images=tuple(files))
+def redrawn(sample: Sample, side: int, rng: random.Random) -> Sample:
+    """The sample with its scenes drawn in this many pixels a side."""
+    return replace(sample, images=tuple(draw(layout, side, rng) for layout in layouts_of(sample)))
 
 
 def scope_of(samples: Iterable[Sample]) -> Scope:

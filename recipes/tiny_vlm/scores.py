@@ -1,48 +1,53 @@
-"""What the tiny VLM answers without memory, by Hugging Face's own `generate`."""
+"""What the tiny VLM answers without memory: from coarse prompts, and where it also sees the whole images."""
 
-import io
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from PIL import Image
-
-from recipes.tiny_vlm.scenes import of_size
-from vismem.config import ScenesSource
-from vismem.data.collate import answer_part
+from recipes.tiny_vlm.scenes import SIDE, of_size
+from vismem.config import InvocationConfig, MemoryConfig, ScenesSource
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate
-from vismem.generation.prompts import prompt_text
+from vismem.data.tasks import NEEDS
+from vismem.evaluation.answers import score as grade
+from vismem.generation.engine import generate as decode
+from vismem.generation.invocation import FullResolution, Off, Relook
+from vismem.models.backbones.base import Backbone
+from vismem.models.vismem import VisMemModel
 
 FRESH = 1_000_000  # a seed whose questions no training has seen
-SIZES = ((84, 84), (56, 56), (112, 112), (168, 168), (168, 84), (84, 168), (140, 112))  # width, height
-BATCH = 52
-MAX_NEW_TOKENS = 56
+SIDES = (84, 112, 140, 168)  # pixels
+WAYS = {"coarse": Off(), "coarse, then whole": Relook(), "whole": FullResolution()}
+BATCH = 64
+MAX_NEW_TOKENS = 120
+
+Scores = dict[str, dict[str, float]]  # percent right by way of looking and need, and "all"
 
 
-def score(model: Any, processor: Any, count: int, sizes: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Percent of right answers by picture size, on `count` fresh questions of the pretrain split each."""
+def score(backbone: Backbone, prompt_pixels: int, count: int, sides: Sequence[int]) -> dict[str, float]:
+    """Percent of right answers from coarse prompts by pixels a side, on `count` fresh pretrain questions each."""
+    off = {"coarse": WAYS["coarse"]}
     return {
-        f"{width} x {height}": accuracy(model, processor, of_size(count, FRESH, width, height))
-        for width, height in sizes
+        f"{side} x {side}": accuracy(backbone, prompt_pixels, of_size(count, FRESH, side), off)["coarse"]["all"]
+        for side in sides
     }
 
 
-def score_validation(model: Any, processor: Any, count: int) -> float:
-    """Percent of right answers on the validation split, whose scenes hold more objects and other wordings."""
-    return accuracy(model, processor, list(generate(ScenesSource(), "validation", 0, count)))
+def score_split(backbone: Backbone, prompt_pixels: int, split: str, count: int) -> Scores:
+    """On fresh pretrain questions, or those of the validation split: more objects, other wordings."""
+    source = ScenesSource(image_size=SIDE)
+    return accuracy(backbone, prompt_pixels, list(generate(source, split, FRESH, count)), WAYS)
 
 
-@torch.no_grad()
-def accuracy(model: Any, processor: Any, samples: Sequence[Sample]) -> float:
-    """Percent of greedy answers that equal the reference answer."""
-    texts: list[str] = []
-    for start in range(0, len(samples), BATCH):
-        batch = samples[start : start + BATCH]
-        prompts = [prompt_text(processor, sample) for sample in batch]
-        images = [[Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images] for sample in batch]
-        encoded = processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
-        made = model.generate(**encoded, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        texts += processor.batch_decode(made[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = sum(answer_part(text) == sample.answer for sample, text in zip(samples, texts, strict=True))
-    return round(100 * right / max(1, len(samples)), 2)
+def accuracy(backbone: Backbone, prompt_pixels: int, samples: Sequence[Sample], ways: dict[str, Off]) -> Scores:
+    """Percent of greedy answers that are right."""
+    model = VisMemModel(backbone, MemoryConfig(prompt_pixels=prompt_pixels), InvocationConfig())
+    scores: Scores = {}
+    for way, policy in ways.items():
+        right = defaultdict[str, list[float]](list)
+        for start in range(0, len(samples), BATCH):
+            batch = samples[start : start + BATCH]
+            for sample, answer in zip(batch, decode(model, batch, policy, max_new_tokens=MAX_NEW_TOKENS), strict=True):
+                for group in ("all", NEEDS[sample.task], sample.task):
+                    right[group].append(grade(sample, answer.text))
+        scores[way] = {group: round(100 * sum(found) / len(found), 2) for group, found in right.items()}
+    return scores

@@ -1,27 +1,56 @@
-"""Training sequences: prompts with their answers, inside which the images may appear again.
+"""Training sequences: prompts with their answers, inside which the images may appear again, whole.
 
 As in the interleaved documents that real vision-language models were trained on, and as the memories of VisMem will
-appear.
+appear: in the middle of an answer, a few vectors at a time.
 """
 
+import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from recipes.tiny_vlm.model import CELL
 from vismem.data.sample import Sample
-from vismem.generation.prompts import encode, target_ids
-from vismem.models.backbones.base import Backbone
+from vismem.data.scenes import layouts_of
+from vismem.generation.prompts import encode, prompt_text, target_ids
+from vismem.models.backbones.base import Backbone, Prompt
 
 DELIMITERS = (",", ".", ";", ":")
-STRIP_SHARE = 0.6  # of the images shown again
-MAX_SHOWN = 3  # times per answer
-LONGEST_MEMORY = 18  # slots that a strip of few image tokens may have
+WHOLE_SHARE = 0.25  # of the prompts that show whole images
+PLAIN_SHARE = 0.4  # of the answers in which nothing is shown again
+OFTEN = (0.15, 0.4, 0.8)  # of the others: the chance of a look at the answer's start and at each delimiter
+BLOCK_SHARE = 0.2  # of the looks that show the images as they are, the others being strips
+MAX_SHOWN = 8  # looks in an answer
+SLOTS = (4, 18)  # of a strip, the smallest and largest number
+SCATTERED_SHARE = 0.3  # of the strips that show tokens from anywhere, the others showing some objects' tokens
+ENCODED = 128  # questions at a time
 IGNORED = -100  # the label of a token that is not learnt
+
+# Of each token of a sequence: 1 + its place in the features, or 0 for a word; id; whether it is learnt; position.
+Table = NDArray[np.int32]  # (L, 6)
+
+
+@dataclass(frozen=True)
+class Page:
+    """One question, ready to be laid out."""
+
+    coarse: Table  # the prompt with coarse images
+    whole: Table  # the prompt with whole images
+    block: slice  # of `whole`: the images with their markers
+    images: NDArray[np.int64]  # places in the features of the whole images' tokens
+    objects: tuple[NDArray[np.int64], ...]  # for each object, those of its cell
+    answer: Table  # positions counted from 0
+    breaks: tuple[int, ...]  # the answer's start, after each of its delimiters, and its end
+    line_break: int  # the token that opens and closes a strip
 
 
 @dataclass(frozen=True)
@@ -34,80 +63,130 @@ class Sequences:
     labels: Tensor  # (R, L) the token that follows, where it belongs to the answer; else IGNORED
 
 
-def lay_out(backbone: Backbone, samples: Sequence[Sample], rng: random.Random | None) -> Sequences:
-    """Encode the samples; with `rng`, each shows its images again at up to MAX_SHOWN delimiters of its answer.
-
-    It shows them either as they are in the prompt or as a strip (see `strip`).
-    """
-    prompt = encode(backbone, samples)
+@torch.no_grad()
+def pages(backbone: Backbone, samples: Sequence[Sample]) -> tuple[list[Page], Tensor]:
+    """Every question as a page, and the features (V, d) of the image tokens that the pages show, coarse and whole."""
     tokenizer = backbone.processor.tokenizer
     delimiters = set(tokenizer.convert_tokens_to_ids(list(DELIMITERS)))
     line_break = tokenizer("\n")["input_ids"][0]
-    rows = []
-    for index, sample in enumerate(samples):
-        answer = [*target_ids(tokenizer, sample), tokenizer.eos_token_id]
-        visual = prompt.visual[index].nonzero().flatten().tolist()
-        row = _Row(prompt.positions[:, index, : int(prompt.mask[index].sum())], visual)
-        breaks = (0, *(at + 1 for at, token in enumerate(answer) if token in delimiters))
-        again = rng.sample(breaks, rng.randint(1, min(MAX_SHOWN, len(breaks)))) if rng and visual else ()
-        for at, token in enumerate(answer):
-            if rng and at in again and rng.random() < STRIP_SHARE:
-                row.strip(rng, line_break)
-            elif at in again:
-                row.block(backbone.image_markers)
-            row.token(token, learn=True)
-        rows.append(row)
-    return _stack(backbone, prompt.embeds, rows)
+    pad_id = backbone.model.config.image_token_id
+    made, features, count = list[Page](), list[Tensor](), 0
+    for start in range(0, len(samples), ENCODED):
+        batch = samples[start : start + ENCODED]
+        views = encode(backbone, batch), encode(backbone, batch, whole=True)
+        for row, sample in enumerate(batch):
+            ids = tokenizer(prompt_text(backbone.processor, sample), add_special_tokens=False)["input_ids"]
+            text = [token for token in ids if token != pad_id]
+            tables = []
+            for view in views:
+                tables.append(_prompt_table(view, row, text, count))
+                features.append(view.embeds[row][view.visual[row]])
+                count += len(features[-1])
+            places = tables[1][:, 0].nonzero()[0]
+            first = count - len(places)
+            answer = [*target_ids(tokenizer, sample), tokenizer.eos_token_id]
+            made.append(
+                Page(
+                    *tables,
+                    block=slice(places[0] - backbone.image_markers, places[-1] + 1 + backbone.image_markers),
+                    images=np.arange(first, count),
+                    objects=tuple(first + tokens for tokens in object_tokens(sample)),
+                    answer=_words(answer, learnt=True),
+                    breaks=(0, *(at + 1 for at, token in enumerate(answer[:-1]) if token in delimiters), len(answer)),
+                    line_break=line_break,
+                )
+            )
+    return made, torch.cat(features)
 
 
-def strip(places: Sequence[int], rng: random.Random) -> list[int]:
-    """Image tokens in order, at least half of `places`; with more slots than places, some repeat.
-
-    A memory that starts from image tokens, whether fewer or more than there are, is then nothing new to the base.
-    """
-    slots = rng.randint((len(places) + 1) // 2, max(len(places), LONGEST_MEMORY))
-    kept = sorted(rng.sample(places, min(slots, len(places))))
-    return [kept[slot * len(kept) // slots] for slot in range(slots)]
-
-
-class _Row:
-    """One sequence under construction: its prompt, then answer tokens and parts of the prompt again."""
-
-    def __init__(self, positions: Tensor, visual: list[int]) -> None:
-        self.prompt: list[tuple[int, int, int]] = positions.T.tolist()
-        self.visual = visual  # places of the image tokens in the prompt
-        # Of each token: 1 + its place in the prompt, or 0 for one of the answer; id; whether it is learnt; position.
-        self.tokens: list[tuple[int, ...]] = [(1 + at, 0, 0, *axes) for at, axes in enumerate(self.prompt)]
-        self.next = 1 + max(max(axes) for axes in self.prompt)
-
-    def token(self, token: int, learn: bool = False) -> None:
-        self.tokens.append((0, token, learn, *(self.next,) * 3))
-        self.next += 1
-
-    def block(self, markers: int) -> None:
-        """The images with their markers, in the positions that they have relative to each other."""
-        span = range(self.visual[0] - markers, self.visual[-1] + 1 + markers)
-        shift = self.next - self.prompt[span[0]][0]
-        for place in span:
-            position = [axis + shift for axis in self.prompt[place]]
-            self.tokens.append((1 + place, 0, 0, *position))
-            self.next = max(self.next, 1 + max(position))
-
-    def strip(self, rng: random.Random, line_break: int) -> None:
-        """A strip of the images' tokens, one position each, between two line breaks."""
-        self.token(line_break)
-        for place in strip(self.visual, rng):
-            self.tokens.append((1 + place, 0, 0, *(self.next,) * 3))
-            self.next += 1
-        self.token(line_break)
+def lay_out(page: Page, rng: random.Random | None) -> Table:
+    """The question with its answer; with `rng`, in one of the ways of the constants above, else coarse and plain."""
+    whole = rng is not None and rng.random() < WHOLE_SHARE
+    often = 0.0 if rng is None or rng.random() < PLAIN_SHARE else rng.choice(OFTEN)
+    prompt = page.whole if whole else page.coarse
+    parts, following, shown = [prompt], 1 + int(prompt[:, 3:].max()), 0
+    for first, last in pairwise(page.breaks):
+        looks = [page.answer[first:last]]
+        if rng is not None and shown < MAX_SHOWN and rng.random() < often:
+            looks.insert(0, _block(page) if rng.random() < BLOCK_SHARE else _strip(page, rng))
+            shown += 1
+        for part in looks:
+            moved = part.copy()
+            moved[:, 3:] += following - part[0, 3:]
+            parts.append(moved)
+            following = 1 + int(moved[:, 3:].max())
+    return np.concatenate(parts)
 
 
-def _stack(backbone: Backbone, prompts: Tensor, rows: Sequence[_Row]) -> Sequences:
-    """The rows as one batch, embedded; `prompts` (R, prompt length, d)."""
-    table = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True, padding_value=-1)
-    mask = table[..., 0] >= 0
-    place, ids, learn, *positions = table.clamp(min=0).unbind(-1)
-    labels = pad(ids.where(learn.bool(), IGNORED)[:, 1:], (0, 1), value=IGNORED)
-    shown = prompts.gather(1, (place - 1).clamp(min=0)[..., None].expand(-1, -1, prompts.shape[-1]))
-    embeds = torch.where((place > 0)[..., None], shown, backbone.embedding(ids))
+def stack(backbone: Backbone, features: Tensor, tables: Sequence[Table]) -> Sequences:
+    """The sequences as one batch, embedded."""
+    rows = pad_sequence([torch.from_numpy(table) for table in tables], batch_first=True, padding_value=-1)
+    rows = rows.to(features.device).long()
+    mask = rows[..., 0] >= 0
+    place, ids, learnt, *positions = rows.clamp(min=0).unbind(-1)
+    labels = pad(ids.where(learnt.bool(), IGNORED)[:, 1:], (0, 1), value=IGNORED)
+    words = backbone.embedding(ids)
+    embeds = torch.where((place > 0)[..., None], features[(place - 1).clamp(min=0)].to(words.dtype), words)
     return Sequences(embeds, torch.stack(positions), mask, labels)
+
+
+def object_tokens(sample: Sample) -> list[NDArray[np.int64]]:
+    """For each object of a sample, which tokens of all its whole images in order have their centres in its cell."""
+    found, before = [], 0
+    for (height, width), layout in zip(grids(sample), layouts_of(sample), strict=True):
+        cells = cells_of(height, width)
+        found += [before + (cells == thing.cell).nonzero()[0] for thing in layout]
+        before += height * width
+    return found
+
+
+def grids(sample: Sample) -> list[tuple[int, int]]:
+    """Height and width of each whole image in visual tokens; sides are multiples of CELL."""
+    sizes = [Image.open(io.BytesIO(image)).size for image in sample.images]
+    return [(height // CELL, width // CELL) for width, height in sizes]
+
+
+def cells_of(height: int, width: int) -> NDArray[np.int64]:
+    """(tokens) the cell in which the centre of each token of an image lies."""
+    row, column = (np.arange(side) * 2 + 1 for side in (height, width))
+    return (3 * (row * 3 // (2 * height))[:, None] + column * 3 // (2 * width)).reshape(-1)
+
+
+def _prompt_table(view: Prompt, row: int, text: Sequence[int], before: int) -> Table:
+    """One prompt of a view; its image tokens' features come after `before` others, its other tokens are `text`."""
+    length = int(view.mask[row].sum())
+    visual = view.visual[row, :length].cpu().numpy()
+    table = np.zeros((length, 6), dtype=np.int32)
+    table[visual, 0] = 1 + before + np.arange(visual.sum())
+    table[~visual, 1] = text
+    table[:, 3:] = view.positions[:, row, :length].T.cpu().numpy()
+    return table
+
+
+def _words(ids: Sequence[int], learnt: bool = False) -> Table:
+    table = np.zeros((len(ids), 6), dtype=np.int32)
+    table[:, 1], table[:, 2], table[:, 3:] = ids, learnt, np.arange(len(ids))[:, None]
+    return table
+
+
+def _block(page: Page) -> Table:
+    """The whole images with their markers, in the positions that they have relative to each other."""
+    return page.whole[page.block]
+
+
+def _strip(page: Page, rng: random.Random) -> Table:
+    """Some of the whole images' tokens, one position each, between two line breaks.
+
+    With more slots than tokens, some repeat, so that a memory of any length is nothing new to the base.
+    """
+    slots = rng.randint(*SLOTS)
+    if rng.random() < SCATTERED_SHARE:
+        kept = rng.sample(page.images.tolist(), rng.randint(1, min(slots, len(page.images))))
+    else:
+        chosen = rng.sample(page.objects, rng.randint(1, min(4, len(page.objects))))
+        kept = np.concatenate(chosen).tolist()
+        kept = rng.sample(kept, min(slots, len(kept)))
+    kept.sort()
+    table = _words([page.line_break] * (slots + 2))
+    table[1:-1, 0] = [1 + kept[slot * len(kept) // slots] for slot in range(slots)]
+    return table

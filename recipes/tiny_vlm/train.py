@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -14,12 +15,13 @@ from recipes.tiny_vlm.card import STARTED, begin, write_card
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import Language, Vision
 from recipes.tiny_vlm.scenes import questions, scope_of
-from recipes.tiny_vlm.scores import SIZES, score, score_validation
+from recipes.tiny_vlm.scores import SIDES, score, score_split
+from recipes.tiny_vlm.sequences import pages
 from vismem.data.collate import target_text
 from vismem.data.fingerprint import sample_sha256
 from vismem.data.sample import Sample
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
-from vismem.training.loop import LoopSettings, train
+from vismem.training.loop import LoopSettings, Objective, train
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,15 @@ class Settings:
     """How much and how fast it learns."""
 
     size: Size = field(default_factory=Size)
-    questions: int = 24_000
-    vision_steps: int = 350
-    language_steps: int = 1800
-    batch_size: int = 48  # questions per language step
+    prompt_pixels: int = 84 * 84  # of a coarse image, at most
+    questions: int = 36_000
+    vision_steps: int = 800
+    language_steps: int = 8000
+    batch_size: int = 64  # questions per language step
     learning_rate: float = 4e-3  # peak of AdamW
     matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices
-    interleave: float = 0.5  # share of language batches that show the images again
     checkpoint_every: int = 100
-    scored: int = 260  # fresh questions per picture size
+    scored: int = 460  # fresh questions per picture size and per split
 
 
 def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, Any]) -> Path:
@@ -61,9 +63,11 @@ def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, A
         "loss": losses,
         "scores": {
             "questions": settings.scored,
-            "sizes": score(model, processor, settings.scored, SIZES),
-            "validation_questions": settings.scored,
-            "validation": score_validation(model, processor, settings.scored),
+            "sizes": score(backbone, settings.prompt_pixels, settings.scored, SIDES),
+            "splits": {
+                split: score_split(backbone, settings.prompt_pixels, split, settings.scored)
+                for split in ("pretrain", "validation")
+            },
         },
     }
     for leftover in (*work.glob("*.checkpoint"), work / STARTED):
@@ -77,15 +81,13 @@ def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, A
 def fit(
     backbone: Qwen25VLBackbone, samples: Sequence[Sample], seed: int, settings: Settings, work: Path
 ) -> dict[str, float]:
-    """Train vision, then language; return the last loss of each phase."""
-    model = backbone.model
-    speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
-    language = Language(backbone, samples, seed, settings.batch_size, settings.interleave)
+    """Train vision, then language; return the last loss of each phase. On a GPU where there is one."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    model = backbone.model.to(accelerator.device)
+    backbone.prompt_pixels = settings.prompt_pixels
     losses = {}
-    for name, objective, module, steps in (
-        ("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps),
-        ("language", language, speaking, settings.language_steps),
-    ):
+
+    def learn(name: str, objective: Objective, module: nn.Module, steps: int) -> None:
         model.requires_grad_(False)
         module.requires_grad_(True)
         loop = LoopSettings(
@@ -97,6 +99,11 @@ def fit(
             weight_decay=0.01,
             checkpoint_every=settings.checkpoint_every,
         )
-        state = train(objective, dict(module.named_parameters()), loop, work, Accelerator(cpu=True))
-        losses[name] = round(state.last["loss"], 4)
+        losses[name] = round(train(objective, dict(module.named_parameters()), loop, work, accelerator).last["loss"], 4)
+
+    learn("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps)
+    speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
+    laid = pages(backbone, samples)
+    learn("language", Language(backbone, *laid, seed, settings.batch_size), speaking, settings.language_steps)
+    model.requires_grad_(False).cpu()
     return losses

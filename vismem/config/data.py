@@ -17,10 +17,9 @@ class ScenesSource(Section):
     train: int = Field(12000, ge=0, description="questions in the train split [ours]")
     validation: int = Field(400, ge=0, description="questions in the validation split [ours]")
     test: int = Field(1200, ge=0, description="questions in the test split [ours]")
-    image_size: int = Field(84, ge=56, description="pixels, both sides; a multiple of 28 [ours]")
-    min_objects: int = Field(3, ge=1, description="min objects in a scene of the tiny VLM's training [ours]")
-    max_objects: int = Field(5, ge=1, description="max objects in a scene of the tiny VLM's training [ours]")
-    extra_objects: int = Field(2, ge=0, description="max additional objects in train/validation/test scenes [ours]")
+    image_size: int = Field(168, ge=56, description="pixels, both sides; a multiple of 28 [ours]")
+    min_objects: int = Field(4, ge=1, description="min objects in a scene [ours]")
+    max_objects: int = Field(7, ge=1, description="max objects in a scene [ours]")
     tasks: tuple[str, ...] = Field((), description="task names to draw from; empty means all")
     train_tasks: tuple[str, ...] = Field((), description="tasks of the train split only; empty means as `tasks`")
 

@@ -7,8 +7,8 @@ naming what stands in them.
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
@@ -19,22 +19,14 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
+TEXTURES = ("plain", "lined", "barred", "checked")  # too fine for a coarse view
 VALUES: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "shape": SHAPES}
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 CELLS = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
+MOVES = {"up": ("above", -1, 0), "down": ("below", 1, 0), "left": ("left of", 0, -1), "right": ("right of", 0, 1)}
+SIGNS = dict(zip(MOVES, TEXTURES, strict=True))  # the texture that says where to go
 NUMBERS = tuple(str(number) for number in range(len(CELLS) + 1))
 SPLITS = ("pretrain", "train", "validation", "test")
-
-# Colour-shape pairs that the pretrain split never shows; the last two are shown by the test split only.
-HELD_OUT = (
-    ("green", "circle"),
-    ("purple", "square"),
-    ("red", "triangle"),
-    ("black", "star"),
-    ("yellow", "circle"),
-    ("blue", "cross"),
-)
-TEST_ONLY = HELD_OUT[-2:]
 
 
 @dataclass(frozen=True, order=True)
@@ -44,6 +36,7 @@ class Thing:
     cell: int
     colour: str
     shape: str
+    texture: str
 
     @property
     def place(self) -> str:
@@ -67,24 +60,12 @@ class World:
     split: str
     min_objects: int
     max_objects: int
-    pairs: frozenset[Pair]
     rng: random.Random = field(default_factory=random.Random)
-
-    @property
-    def hard(self) -> bool:
-        """Every split but pretrain."""
-        return self.split != "pretrain"
 
     def owns(self, layout: Layout) -> bool:
         """Whether this split may show the layout; exactly one split may."""
         text = "|".join(f"{t.cell},{t.colour},{t.shape}" for t in layout)
         return SPLITS[hashlib.sha256(text.encode()).digest()[0] % len(SPLITS)] == self.split
-
-    def form(self, forms: Sequence[str]) -> str:
-        """One wording. The last is for a tenth of the test split, the one before it for all splits but pretrain."""
-        if self.split == "test" and self.rng.random() < 0.1:
-            return forms[-1]
-        return self.rng.choice(forms[:-1] if self.hard else forms[:-2])
 
     def kind(self) -> str:
         """By what objects are told apart."""
@@ -96,19 +77,18 @@ class World:
         return self.rng.randint(low, max(low, min(self.max_objects, maximum)))
 
     def draw(self, number: int, kind: str = "colour", values: Sequence[str] = VALUES["colour"]) -> list[Pair]:
-        """Colour-shape pairs that the split may show, whose colour (or shape: `kind`) is one of `values`."""
+        """Colour-shape pairs whose colour (or shape: `kind`) is one of `values`."""
         allowed = {**VALUES, kind: values}
-        pairs: list[Pair] = []
-        while len(pairs) < number:
-            pair = (self.rng.choice(allowed["colour"]), self.rng.choice(allowed["shape"]))
-            if pair in self.pairs:
-                pairs.append(pair)
-        return pairs
+        return [(self.rng.choice(allowed["colour"]), self.rng.choice(allowed["shape"])) for _ in range(number)]
 
     def place(self, pairs: Sequence[Pair]) -> Layout:
         """Put the pairs into random cells."""
         cells = self.rng.sample(range(9), len(pairs))
-        return tuple(sorted(Thing(cell, *pair) for cell, pair in zip(cells, pairs, strict=True)))
+        return tuple(sorted(self.thing(cell, pair) for cell, pair in zip(cells, pairs, strict=True)))
+
+    def thing(self, cell: int, pair: Pair) -> Thing:
+        """An object in this cell, of any texture."""
+        return Thing(cell, *pair, self.rng.choice(TEXTURES))
 
     def layout(self, maximum: int = 9) -> Layout:
         """Any pairs in any cells, at most `maximum`."""
@@ -125,6 +105,35 @@ class Puzzle:
     rationale: str
     choices: tuple[str, ...] = ()
     question: str = ""
+
+
+def walk(
+    world: World, length: int, number: int, signs: Mapping[str, str] | None = None
+) -> tuple[Layout, list[Thing], list[str]] | None:
+    """A layout of `number` objects, those on a walk of `length` steps between neighbours, and the steps.
+
+    No cell is entered twice; None where the walk drawn has no way on. With `signs` each object that is left on the walk
+    has the texture that stands for the step.
+    """
+    cells, moves = [world.rng.randrange(9)], list[str]()
+    while len(moves) < length:
+        row, column = divmod(cells[-1], 3)
+        steps = [
+            (move, 3 * (row + down) + column + right)
+            for move, (_, down, right) in MOVES.items()
+            if 0 <= row + down < 3 and 0 <= column + right < 3
+        ]
+        free = [step for step in steps if step[1] not in cells]
+        if not free:
+            return None
+        move, cell = world.rng.choice(free)
+        moves.append(move)
+        cells.append(cell)
+    taken = cells + world.rng.sample([cell for cell in range(9) if cell not in cells], number - length - 1)
+    by_cell = {cell: world.thing(cell, pair) for cell, pair in zip(taken, world.draw(number), strict=True)}
+    for cell, move in zip(cells, moves, strict=False):
+        by_cell[cell] = replace(by_cell[cell], texture=signs[move]) if signs else by_cell[cell]
+    return tuple(sorted(by_cell.values())), [by_cell[cell] for cell in cells], moves
 
 
 def without(kind: str, *values: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from vismem.serving.runtime.images import coarse_grid
 from vismem.training.loop import Metrics
 
 VISION_BATCH = 64  # questions per step
-CHUNK = 16  # questions of similar length in one forward pass on a CPU; changes the speed, not the gradient
+CHUNK = {"cpu": 16, "cuda": 96}  # questions of similar length in one forward pass; the speed, not the gradient
 # What is said of a cell, by kind.
 WORDS = {
     "colour": ("empty", *COLOURS),
@@ -148,7 +148,7 @@ def visual_tokens(sample: Sample) -> int:
 
 
 def _chunks(items: Sequence[T], device: torch.device) -> list[Sequence[T]]:
-    size = CHUNK if device.type == "cpu" else len(items)
+    size = CHUNK[device.type]
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 

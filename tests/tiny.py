@@ -17,13 +17,15 @@ from vismem.models.vismem import VisMemModel, load_base
 from vismem.provenance import file_hashes, verify_manifest
 
 SIZE = Size(width=32, layers=2, heads=2, vision_width=32, vision_layers=2)
-MEMORY = MemoryConfig(queries=4, short_length=4, long_length=6, builder_layers=1, builder_heads=2, lora_rank=4)
+MEMORY = MemoryConfig(
+    queries=4, short_length=4, long_length=6, builder_layers=1, builder_heads=2, lora_rank=4, prompt_pixels=None
+)
 
 
 @lru_cache
 def samples(count: int = 12) -> tuple[Sample, ...]:
     """A few scene questions, multi-image ones among them."""
-    source = ScenesSource(train=count, validation=0, test=0)
+    source = ScenesSource(train=count, validation=0, test=0, image_size=84, tasks=())
     return tuple(generate(source, "train", seed=0))
 
 

@@ -26,7 +26,7 @@ def questions(count: int, seed: int) -> list[Sample]:
 
 def _block(seed: int, first: int, count: int) -> list[Sample]:
     rng = random.Random(f"{seed}/sizes/{first}")
-    drawn = generate(ScenesSource(image_size=SIDE), "pretrain", seed, count, first)
+    drawn = generate(ScenesSource(image_size=SIDE, tasks=()), "pretrain", seed, count, first)
     if first // BLOCK % 4:
         return list(drawn)
     return [redrawn(sample, rng.choice(SIDES), rng) for sample in drawn]
@@ -35,7 +35,7 @@ def _block(seed: int, first: int, count: int) -> list[Sample]:
 def of_size(count: int, seed: int, side: int) -> list[Sample]:
     """`count` questions of the pretrain split in pictures of one size."""
     rng = random.Random(f"{seed}/{side}")
-    drawn = generate(ScenesSource(image_size=SIDE), "pretrain", seed, count)
+    drawn = generate(ScenesSource(image_size=SIDE, tasks=()), "pretrain", seed, count)
     return [redrawn(sample, side, rng) for sample in drawn]
 
 

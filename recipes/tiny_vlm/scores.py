@@ -34,7 +34,7 @@ def score(backbone: Backbone, prompt_pixels: int, count: int, sides: Sequence[in
 
 def score_split(backbone: Backbone, prompt_pixels: int, split: str, count: int) -> Scores:
     """On fresh pretrain questions, or those of the validation split: more objects, other wordings."""
-    source = ScenesSource(image_size=SIDE)
+    source = ScenesSource(image_size=SIDE, tasks=())
     return accuracy(backbone, prompt_pixels, list(generate(source, split, FRESH, count)), WAYS)
 
 

@@ -20,7 +20,14 @@ class ScenesSource(Section):
     image_size: int = Field(168, ge=56, description="pixels, both sides; a multiple of 28 [ours]")
     min_objects: int = Field(4, ge=1, description="min objects in a scene [ours]")
     max_objects: int = Field(7, ge=1, description="max objects in a scene [ours]")
-    tasks: tuple[str, ...] = Field((), description="task names to draw from; empty means all")
+    tasks: tuple[str, ...] = Field(
+        (
+            "count", "retrieve", "compare", "chain",
+            "texture", "same", "follow", "tour",
+            "alone", "differ", "link", "route",
+        ),
+        description="task names to draw from, in equal shares; empty means all",
+    )  # fmt: skip
     train_tasks: tuple[str, ...] = Field((), description="tasks of the train split only; empty means as `tasks`")
 
 

@@ -42,7 +42,7 @@ class MemoryConfig(Section):
         "patches", description="long M_init: added to pooled image tokens, or random [paper: random]"
     )
     prompt_pixels: int | None = Field(
-        None,
+        7056,
         ge=1,
         description="max pixels of an image in the prompt, short memories read it whole; null: no max [ours]",
     )
@@ -68,7 +68,7 @@ class GrpoConfig(Section):
     updates: int = Field(1, ge=1, description="optimiser steps per batch of rollouts [paper: 1]")
     clip_low: float = Field(0.2, gt=0, description="lower clip of the ratio; works from `updates` 2 on [paper]")
     clip_high: float = Field(0.2, gt=0, description="upper clip of the ratio; works from `updates` 2 on [paper]")
-    max_new_tokens: int = Field(56, ge=1, description="longest answer in tokens, latents not counted")
+    max_new_tokens: int = Field(120, ge=1, description="longest answer in tokens, latents not counted")
     weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay [ours]")
     max_grad_norm: float = rare(1.0, gt=0, description="gradient norm clip [ours]")
     normalise_by_std: bool = rare(True, description="divide advantages by the group's standard deviation [paper]")

@@ -51,7 +51,10 @@ def vismem(base: Path, memory: MemoryConfig = MEMORY, limit: int = 3, seed: int 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (".up." in name and not name.startswith("policy_lora")) or name == "long.output.weight":
+            if (".up." in name and not name.startswith("policy_lora")) or name in (
+                "long.output.weight",
+                "short.wanted.weight",
+            ):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from vismem.models.backbones import backbone_of
 from vismem.models.backbones.base import Backbone, VisionInput
 from vismem.models.backbones.tiles import TiledBackbone
 from vismem.models.kinds import MemoryKind
+from vismem.models.memory import OWN
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.base import base as copy_base
 
@@ -177,8 +179,13 @@ def test_as_many_memory_tokens_as_image_tokens_start_as_the_patches_themselves(b
     tokens = encode(backbone, [sample]).vision.mask.shape[1] // backbone.merge
     model = tiny.vismem(base, tiny.MEMORY.model_copy(update={"short_length": tokens}))
     stream = model.backbone.patch_stream(encode(model.backbone, [sample]).vision)
-    pooled, _ = model.short._pool(stream)
-    torch.testing.assert_close(pooled, stream.embeds)
+    real = stream.vision.mask[:, :: backbone.merge]
+    with torch.no_grad():
+        model.short.wanted.weight.zero_()
+        weight = model.short.look(torch.ones(1, 4, backbone.width), backbone.project(stream.hidden), real)
+    assert weight.argmax(-1).tolist() == [list(range(tokens))]
+    apart = weight[0].diagonal() / weight[0].roll(1, 1).diagonal()
+    torch.testing.assert_close(apart, torch.full_like(apart, math.exp(OWN)))
 
 
 def test_with_invocation_off_the_text_equals_hugging_face_generate(

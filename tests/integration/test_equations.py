@@ -6,6 +6,7 @@ import pytest
 import tiny
 import tiny_stages
 import torch
+from looks import looked
 from replayed import Formed, recorded
 from torch import Tensor, nn
 
@@ -153,10 +154,9 @@ def test_a_short_memory_starts_from_the_images_patches_and_goes_through_the_proj
                 continue
             assert inputs.patches is not None
             queries = model.builder(inputs.cognitive, inputs.cognitive_mask)
-            merged = inputs.patches.embeds[0].reshape(-1, short.merge * backbone.vision_width)
-            places = inputs.patches.vision.positions[0].float().reshape(-1, short.merge * 2)
-            tokens = short.memory_init + shares(merged, short.length).reshape(-1, backbone.vision_width)
-            positions = shares(places, short.length).reshape(-1, 2)
+            seen = backbone.project(inputs.patches.hidden)[0]
+            tokens = short.memory_init + looked(short, queries[0], seen, inputs.patches.embeds[0])
+            positions = looked(short, queries[0], seen, inputs.patches.vision.positions[0].float())
             sequence = torch.cat([short.query(queries), tokens[None]], dim=1)
             place = torch.cat([torch.full((queries.shape[1], 2), -1.0), positions])[None]
             with short.lora.active():

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import tiny_families as families
 import torch
+from looks import looked
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -136,7 +137,7 @@ def test_tokens_are_repeated_where_there_are_fewer_than_slots_and_none_give_zero
 # --- the memories ---
 
 
-def test_a_short_memory_is_read_beside_its_patches_from_their_means(
+def test_a_short_memory_is_read_beside_its_patches_from_where_its_queries_look(
     model: VisMemModel, inputs: FormationInputs
 ) -> None:
     former, backbone, queries, patches = model.short, model.backbone, noise(3, 4, WIDTH), inputs.patches
@@ -149,19 +150,13 @@ def test_a_short_memory_is_read_beside_its_patches_from_their_means(
             start, places = former.memory_init, torch.full((4 * backbone.merge, 2), -1.0)
             if former.patches:
                 real = patches.vision.mask[sample]
-                start = start + means(stream.embeds[sample, real], backbone.merge)
-                places = means(patches.vision.positions[sample, real].float(), backbone.merge)
+                seen = backbone.project(stream.hidden)[sample, real[:: backbone.merge]]
+                start = start + looked(former, queries[row], seen, stream.embeds[sample, real])
+                places = looked(former, queries[row], seen, patches.vision.positions[sample, real].float())
             tokens = torch.cat([former.query(queries[row]), start])
             positions = torch.cat([torch.full((4, 2), -1.0), places])
             hidden = backbone.memory_stream(tokens[None], positions[None], stream, SAMPLES[row : row + 1])
             assert_close(found[row], backbone.project(hidden[:, 4:])[0], atol=1e-4, rtol=1e-3)
-
-
-def means(patches: Tensor, merge: int) -> Tensor:
-    """(4 * g, w) means of P patches: P / g tokens of g patches each are divided among 4 slots in their order."""
-    tokens = patches.view(-1, merge, patches.shape[-1])
-    slots = [[token for token in range(len(tokens)) if token * 4 // len(tokens) == slot] for slot in range(4)]
-    return torch.cat([tokens[slot].mean(0) for slot in slots])
 
 
 def test_a_long_memory_is_read_by_the_language_model_behind_the_row_and_its_queries(

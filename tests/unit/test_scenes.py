@@ -325,6 +325,7 @@ def test_answers_are_balanced_and_among_their_choices(samples: list[Sample]) -> 
         "compare": 0.4,
         "count": 0.35,
         "alone": 0.45,
+        "textured": 0.5,
     }
     for task, counts in answers.items():
         assert max(counts.values()) <= limits.get(task, 0.3) * counts.total(), task

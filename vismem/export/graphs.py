@@ -188,18 +188,27 @@ class ShortMemory(VisionTower):
 
     def __init__(self, model: VisMemModel) -> None:
         super().__init__(model)
-        self.project, self.init = model.short.query, model.short.memory_init
+        self.short = model.short
 
-    def forward(self, queries: Tensor, pooled: Tensor, positions: Tensor, stream: list[Tensor]) -> Tensor:
+    def forward(
+        self, queries: Tensor, positions: Tensor, features: Tensor, patch_embeds: Tensor, stream: list[Tensor]
+    ) -> Tensor:
         """One memory (N_s, d).
 
-        queries (K, d); pooled (g * N_s, w): what is added to M_init, pooled patch embeddings or zeros; positions
-        (K + g * N_s, 2) float, (0, 0) for the identity; stream: as VisionEncoder gives it with its adapter on.
+        queries (K, d); positions (P, 2) float of the patches; features, patch_embeds and stream: as VisionEncoder gives
+        them with its adapter on. Where M_init stands alone, of these only queries and stream are inputs.
         """
-        x = torch.cat((self.project(queries), self.init + pooled))
-        x, _ = self.run(x, positions, torch.ones(1), (None, None), stream)
-        memory: Tensor = self.merger(x[-self.init.shape[0] :])
-        return memory
+        memory = self.short.memory_init
+        places = queries.new_zeros(len(queries) + len(memory), 2)  # the identity
+        if self.short.patches:
+            real = torch.ones_like(features[None, :, 0], dtype=torch.bool)
+            weight = self.short.look(queries[None], features[None], real)
+            memory = memory + self.short.seen(weight, patch_embeds[None])[0]
+            places = torch.cat((places[: len(queries)], self.short.seen(weight, positions[None])[0]))
+        x = torch.cat((self.short.query(queries), memory))
+        x, _ = self.run(x, places, torch.ones(1), (None, None), stream)
+        result: Tensor = self.merger(x[len(queries) :])
+        return result
 
 
 class Builder(nn.Module):

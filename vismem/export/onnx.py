@@ -89,7 +89,7 @@ def write_graphs(model: VisMemModel, folder: Path, opset: int) -> None:
 def graphs_of(model: VisMemModel) -> list[Graph]:
     """The four graphs with example arguments; every axis that varies between requests is dynamic."""
     decoder, vision = Decoder(model), VisionEncoder(model)
-    width, count, tokens = model.backbone.width, model.memory_config.queries, model.short.memory_init.shape[0]
+    width, count = model.backbone.width, model.memory_config.queries
     past = [torch.randn(2, decoder.kv_heads, 3, decoder.head_dim) for _ in range(2 * len(decoder.layers))]
     past_names = [f"{part}_{layer}" for layer in range(len(decoder.layers)) for part in ("key", "value")]
     patches = 4 * model.backbone.merge
@@ -110,9 +110,15 @@ def graphs_of(model: VisMemModel) -> list[Graph]:
         Graph(
             "short",
             ShortMemory(model),
-            (torch.randn(count, width), torch.randn(tokens, vision.width), torch.rand(count + tokens, 2), stream),
-            (None, None, None, [{1: DYNAMIC}] * len(stream)),
-            ("queries", "pooled", "positions", *stream_names),
+            (
+                torch.randn(count, width),
+                torch.rand(patches, 2),
+                torch.randn(patches // model.backbone.merge, width),
+                torch.randn(patches, vision.width),
+                stream,
+            ),
+            (None, rows, rows, rows, [{1: DYNAMIC}] * len(stream)),
+            ("queries", "positions", "features", "patch_embeds", *stream_names),
             ("memory",),
         ),
         Graph("builder", Builder(model), (torch.randn(7, width),), (rows,), ("state",), ("queries", "long_tokens")),
@@ -147,8 +153,7 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
             "queries": model.memory_config.queries,
             "short_length": model.length_of(MemoryKind.SHORT),
             "long_length": model.length_of(MemoryKind.LONG),
-            "merge": backbone.merge,
-            "pool_patches": model.short.patches,
+            "look": model.short.patches,
             "pool_images": model.long.patches,
             "max_per_answer": model.invocation_config.max_per_answer,
         },

@@ -11,6 +11,8 @@ from vismem.config import MemoryConfig
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.lora import Lora, LoraSettings
 
+OWN = 5.0  # score of the token that a slot of a short memory first looks at, above all others
+
 
 class BuilderLayer(nn.Module):
     """One pre-norm transformer layer: self-attention and feed-forward, each with a residual."""
@@ -64,9 +66,10 @@ class QueryBuilder(nn.Module):
 class ShortFormer(nn.Module):
     """F_s: a LoRA adapter over the frozen vision encoder, then the VLM's own projector (Eq. 9-10).
 
-    M_init has g * N_s vectors, since the projector merges g into one. With short_init 'patches' they are added to
-    pooled patch embeddings of the row's images, at those patches' mean positions; so an untrained short memory is a
-    coarse second look. With 'random' they stand alone, at the identity position, as the paper writes.
+    M_init has g * N_s vectors, since the projector merges g into one. With short_init 'patches' they are added to the
+    patch embeddings of a look at the row's images (`look`), at those patches' positions; so an untrained short memory
+    shows N_s of the images' tokens, evenly spaced, and training moves the look to where the queries want it. With
+    'random' they stand alone, at the identity position, as the paper writes.
     """
 
     def __init__(self, backbone: Backbone, config: MemoryConfig, adapter: LoraSettings) -> None:
@@ -78,6 +81,8 @@ class ShortFormer(nn.Module):
         nn.init.zeros_(self.query.bias)
         random = torch.randn(self.merge * config.short_length, width) * config.init_std
         self.memory_init = nn.Parameter(torch.zeros_like(random) if self.patches else random)
+        self.wanted = nn.Linear(backbone.width, backbone.width, bias=False)
+        nn.init.zeros_(self.wanted.weight)
         self.lora = Lora(backbone.vision_targets(), adapter)
 
     def forward(self, backbone: Backbone, queries: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
@@ -86,23 +91,37 @@ class ShortFormer(nn.Module):
         memory = self.memory_init.expand(rows, -1, -1)
         positions = torch.full((rows, count + memory.shape[1], 2), -1.0, device=queries.device)
         if self.patches:
-            pooled, places = self._pool(stream)
-            memory = memory + pooled[sample].to(memory.dtype)
-            positions[:, count:] = places[sample]
+            features, real = backbone.project(stream.hidden), stream.vision.mask[:, :: self.merge]
+            weight = self.look(queries, features[sample], real[sample])
+            memory = memory + self.seen(weight, stream.embeds[sample])
+            positions[:, count:] = self.seen(weight, stream.vision.positions[sample].to(weight.dtype))
         tokens = torch.cat([self.query(queries), memory], dim=1)
         with self.lora.active():
             hidden = backbone.memory_stream(tokens, positions, stream, sample)
         return backbone.project(hidden[:, count:])
 
-    def _pool(self, stream: PatchStream) -> tuple[Tensor, Tensor]:
-        """Mean patch embedding (S, g * N_s, w) and position (S, g * N_s, 2): merged tokens divided evenly."""
-        samples, length, width = stream.embeds.shape
-        tokens = length // self.merge
-        weight = pooling(stream.vision.mask[:, :: self.merge], self.length).to(stream.embeds.dtype)
-        groups = stream.embeds.view(samples, tokens, self.merge * width)
-        pooled = (weight @ groups).view(samples, self.length * self.merge, width)
-        places = stream.vision.positions.to(weight.dtype).view(samples, tokens, self.merge * 2)
-        return pooled, (weight @ places).view(samples, self.length * self.merge, 2)
+    def look(self, queries: Tensor, features: Tensor, real: Tensor) -> Tensor:
+        """Where the slots look: (R, N_s, T) weights over the tokens of the rows' images, each slot's sum 1 (0 without images).
+
+        queries (R, K, d); features (R, T, d) of the image tokens, those that are no padding marked in real (R, T). A
+        slot first looks at the middle one of its share of the tokens; the scaled product of its query with the tokens'
+        features, each over its own scale, moves it.
+        """
+        features = features.to(queries.dtype)
+        keys = features * torch.rsqrt(features.pow(2).mean(-1, keepdim=True) + 1e-6)
+        slot = torch.arange(self.length, device=real.device)
+        middle = (2 * slot + 1) * real.sum(1, keepdim=True) // (2 * self.length)
+        own = middle[..., None] == torch.arange(features.shape[1], device=real.device)
+        wanted = self.wanted(queries[:, slot * queries.shape[1] // self.length])
+        scores = OWN * own + wanted @ keys.transpose(1, 2) / wanted.shape[-1] ** 0.5
+        shares = scores.masked_fill(~real[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+        return shares * real[:, None]  # rows without images have none to look at
+
+    def seen(self, weight: Tensor, patches: Tensor) -> Tensor:
+        """(R, g * N_s, n) what the slots see of patches (R, g * T, n): the weighted mean of tokens of g patches."""
+        rows, count, width = patches.shape
+        seen = weight.to(patches.dtype) @ patches.reshape(rows, count // self.merge, self.merge * width)
+        return seen.view(rows, self.length * self.merge, width)
 
 
 @dataclass

@@ -205,17 +205,10 @@ class Answer:
     def _short(self, queries: Floats) -> Floats:
         """Queries and memory tokens beside the whole images' patches in the vision encoder, its LoRA on."""
         if not self.short_stream:  # the patches with the adapter on: once per answer
-            stream = self._see(self.patches, 1.0)
-            slots, merge = self.memory_settings["short_length"], self.memory_settings["merge"]
-            count = len(stream["patch_embeds"]) // merge
-            pool = self.memory_settings["pool_patches"]  # else M_init stands alone, at the identity position
-            weight = shares(slots, count) if pool else np.zeros((slots, count), np.float32)
-            pooled, places = (
-                (weight @ values.reshape(count, -1)).reshape(slots * merge, -1)
-                for values in (stream["patch_embeds"], self.patches["positions"])
-            )
-            identity = np.zeros((len(queries), 2), np.float32)
-            self.short_stream = stream | {"pooled": pooled, "positions": np.concatenate([identity, places])}
+            self.short_stream = self._see(self.patches, 1.0) | {"positions": self.patches["positions"]}
+            if not self.memory_settings["look"]:  # M_init stands alone, at the identity position
+                for name in ("positions", "features", "patch_embeds"):
+                    del self.short_stream[name]
         return self.bundle.short(queries=queries, **self.short_stream)["memory"]
 
     def _see(self, patches: Mapping[str, NDArray[Any]], adapter: float) -> dict[str, NDArray[Any]]:

@@ -14,7 +14,7 @@ from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, gain_plot, headline, render
 from recipes.study.plan import PROFILE, Settings, changed, parameters, trained_half
 from vismem.config import Config, resolve
-from vismem.evaluation.predictions import read_predictions
+from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import versions
 from vismem.records import VANILLA, VISMEM, Metrics
@@ -67,7 +67,7 @@ def write_report(
 
 def read_answers(place: Path, arms: Sequence[str]) -> Answers:
     """The answers that a repetition's evaluation wrote."""
-    return {arm: read_predictions(place / "evaluate" / "predictions" / f"{arm}.parquet") for arm in arms}
+    return {arm: read_predictions(predictions_file(place / "evaluate", arm)) for arm in arms}
 
 
 def training(folders: Sequence[Path], steps: Sequence[str]) -> Mapping[str, Any]:

@@ -38,9 +38,9 @@ def mean_memories(answers: Mapping[int, Answers]) -> dict[str, float]:
 
 
 def random_rates(scores: pd.DataFrame, memories: Mapping[str, float]) -> tuple[str | None, str | None]:
-    """Of the rates of random invocation the one with the best score, and the one nearest to VisMem's number of memories.
+    """The rate of random invocation with the best score, and the one nearest to VisMem's number of memories.
 
-    None where no rate was run, or no arm VisMem.
+    The latter is chosen by numbers of memories alone, no score. None where no rate was run, or no arm VisMem.
     """
     rates = [arm for arm in RANDOM if arm in scores]
     if not rates or VISMEM not in scores:

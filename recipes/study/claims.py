@@ -1,6 +1,6 @@
-"""The study's claims: that one arm, or the mean of several, scores above another; ids are those of docs/results/plan.md.
+"""The study's claims: that one arm, or the mean of several, scores above another.
 
-Claims about the same thing share an id: it holds where all of them do.
+Their ids are those of docs/results/plan.md. Claims that share an id make one claim, which holds where all of them do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,19 @@ RANDOM = ("random_25", "random_50", "random_75", "random_100")
 ONLY = ("short_only", "long_only")
 FORCED = ("forced_short", "forced_long")
 LEARNED, STEP_BY_STEP = (VISMEM,), ("M1", "M2", "M3")  # of whose claims M4 is made
-PLAN_IDS = {"sft_lora": "F1", "sft_lora_matched": "F2", "grpo_lora": "F4"}
+AIM = 15.0  # points over vanilla
+PLAN_IDS = {  # of VisMem against a baseline
+    "sft_lora": "F1",
+    "sft_lora_matched": "F2",
+    "sft_lora_vision": "F3",
+    "grpo_lora": "F4",
+    "grpo_lora_vision": "F4",
+    "sft_lora_long": "F5",
+    "grpo_lora_long": "F5",
+    "static_prefix": "M10",
+    "continuous": "M10",
+}
+TRANSFER_IDS = {VANILLA: "T1", "sft_lora": "T2"}  # on tasks that were not trained on
 
 Values = dict[str, Any]
 
@@ -52,7 +64,7 @@ def order(best: str | None, nearest: str | None) -> list[Claim]:
     """
     claims = [
         Claim("", "VisMem is above vanilla", LEARNED, (VANILLA,)),
-        Claim("M7", "VisMem is at least 15 points above vanilla", LEARNED, (VANILLA,), margin=15.0),
+        Claim("M7", f"VisMem is at least {AIM:g} points above vanilla", LEARNED, (VANILLA,), margin=AIM),
         *(Claim("M1", f"VisMem is above {label(arm)}", LEARNED, (arm,)) for arm in ONLY),
     ]
     sides: list[tuple[str, Sequence[str], Sequence[str]]] = [("the mean of the rates", RANDOM, ("", "", ""))]
@@ -78,9 +90,9 @@ def by_need() -> list[Claim]:
     return claims
 
 
-def vismem_above(arms: Sequence[str]) -> list[Claim]:
-    """VisMem compared with each of the arms."""
-    return [Claim(PLAN_IDS.get(arm, ""), f"VisMem is above {label(arm)}", LEARNED, (arm,)) for arm in arms]
+def vismem_above(arms: Sequence[str], ids: Mapping[str, str]) -> list[Claim]:
+    """VisMem compared with each of the arms; `ids`: the plan's, by arm."""
+    return [Claim(ids.get(arm, ""), f"VisMem is above {label(arm)}", LEARNED, (arm,)) for arm in arms]
 
 
 def judge(claims: Sequence[Claim], scores: pd.DataFrame, resamples: int) -> list[Values]:

@@ -11,7 +11,17 @@ from typing import Any
 import pandas as pd
 
 from recipes.study import budgets
-from recipes.study.claims import CONTENT, by_need, compare, judge, order, vismem_above, whole_order
+from recipes.study.claims import (
+    CONTENT,
+    PLAN_IDS,
+    TRANSFER_IDS,
+    by_need,
+    compare,
+    judge,
+    order,
+    vismem_above,
+    whole_order,
+)
 from vismem.evaluation.metrics import is_yes_no, summarise
 from vismem.evaluation.predictions import Prediction
 from vismem.records import VANILLA, VISMEM
@@ -44,7 +54,7 @@ def study_figures(
         "order": order(*budgets.random_rates(scores, memories)),
         "need": by_need(),
         "content": CONTENT,
-        "baselines": vismem_above(baselines),
+        "baselines": vismem_above(baselines, PLAN_IDS),
     }
     judged = {name: judge(wanted, scores, resamples) for name, wanted in claims.items()}
     return {
@@ -66,10 +76,14 @@ def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str], res
     """
     scores = score_table(answers)
     known = scores.index.get_level_values("task").isin(trained)
-    claims = vismem_above([arm for arm in scores if arm != VISMEM])
+    others = [arm for arm in scores if arm != VISMEM]
     halves = {
-        name: {"n": len(half), "arms": arm_figures(half, resamples), "claims": judge(claims, half, resamples)}
-        for name, half in (("trained", scores[known]), ("untrained", scores[~known]))
+        name: {
+            "n": len(half),
+            "arms": arm_figures(half, resamples),
+            "claims": judge(vismem_above(others, ids), half, resamples),
+        }
+        for name, half, ids in (("trained", scores[known], {}), ("untrained", scores[~known], TRANSFER_IDS))
         if len(half)
     }
     return {"tasks": list(trained), "halves": halves}

@@ -11,7 +11,7 @@ import psutil
 
 from recipes.study.figures import Answers, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
-from recipes.study.page import COSTS, gain_plot, headline, render
+from recipes.study.page import COSTS, headline, pictures, render
 from recipes.study.plan import PROFILE, Settings, changed, parameters, trained_half
 from vismem.config import Config, resolve
 from vismem.evaluation.predictions import predictions_file, read_predictions
@@ -58,10 +58,10 @@ def write_report(
         "transfer": transfer_figures(moved, half, resamples) if moved else None,
     }
     write_json(folder / "report.json", figures)
-    pages = {folder / "report.md": folder / "study.png", **({write: write.with_suffix(".png")} if write else {})}
-    for page, picture in pages.items():
-        write_text(page, render(figures, picture.name))
-        picture.write_bytes(gain_plot(figures["arms"]))
+    for page, name in {folder / "report.md": "study", **({write: write.stem} if write else {})}.items():
+        write_text(page, render(figures, name))
+        for file, picture in pictures(figures, name).items():
+            (page.parent / file).write_bytes(picture)
     return f"{headline(figures)} Report: {write or folder / 'report.md'}"
 
 

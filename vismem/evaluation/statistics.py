@@ -27,9 +27,10 @@ def bootstrap_interval(scores: Scores, *, resamples: int, seed: int, coverage: f
 
 
 def share_interval(part: Scores, whole: Scores, *, resamples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval (95 %) of sum(part) / sum(whole), both (n,): items are drawn, each with both figures.
+    """Percentile bootstrap interval (95 %) of sum(part) / sum(whole), both (n,).
 
-    A draw in which the sum of `whole` is 0 says nothing and is left out. ValueError where all draws are.
+    Items are drawn, each with both figures. A draw in which the sum of `whole` is 0 says nothing and is left out;
+    ValueError where all draws are.
     """
     parts, wholes = (_resampled_means(values, resamples, seed) for values in (part, whole))
     drawn = wholes != 0

@@ -46,7 +46,7 @@ MARKERS = {  # the tokens that open and close an image in a prompt
 
 @pytest.fixture(scope="module", params=tuple(MARKERS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisMemModel:
-    """A model that likes each kind best at one place in eight."""
+    """A model that would sooner have each kind than all words together, at one place in eight."""
     model = tiny.vismem(families.save_base(tmp_path_factory.mktemp(request.param), request.param))
     plain = generate(model, families.samples(), Off(), max_new_tokens=TOKENS)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(2)))
         logits = model.logits(states)
         words, invokes = logits[:, : model.vocabulary], logits[:, model.vocabulary :]
-        model.tokens.bias.copy_((words.amax(1, keepdim=True) - invokes).quantile(1 / 8, dim=0))
+        model.tokens.bias.copy_((words.logsumexp(1, keepdim=True) - invokes).quantile(1 / 8, dim=0))
     return model.requires_grad_(False)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from recipes.study.plan import BASE, Settings, changed, parameters, plan, traine
 from recipes.study.report import training
 from vismem.config import Config, EasyVqaSource, ScenesSource, parse_config
 from vismem.data.sample import Capability
-from vismem.data.tasks import TASKS
+from vismem.data.tasks import NEEDS, TASKS
 from vismem.evaluation.predictions import Prediction
 
 RESAMPLES = 200
@@ -191,6 +192,26 @@ def test_a_claim_that_fails_is_reported_as_failed() -> None:
     held["claims"]["order"][0] |= {"holds": 0, "reversed": 2, "verdict": "reversed"}
     claim = row(render(held, "study"), "VisMem is above vanilla")
     assert claim[:4] == ["VisMem is above vanilla", "", "reversed", "0 of 2 seeds; the opposite in 2"]
+
+
+def test_the_page_shows_needs_numbers_of_memories_and_the_oracle_only_where_they_were_run() -> None:
+    arms = ("vanilla", "vismem", "no_memory", "as_short", "as_long", "vismem@1", "short_only", "long_only")
+    need = [next(task for task in NEEDS if NEEDS[task] == kind) for kind in ("coarse", "detail", "compute", "compute")]
+    rows = answers(dict(zip(arms, ("0000", "1110", "1000", "1100", "0010", "1100", "1110", "1010"), strict=True)))
+    rows = {arm: [replace(a, task=task) for a, task in zip(said, need, strict=True)] for arm, said in rows.items()}
+    page = render(figures(rows, rows), "study")
+    assert "| arm | coarse (n = 2) | gain | detail (n = 2) | gain | compute (n = 4) | gain |" in page
+    assert row(page, "VisMem, at most 1")
+    assert "](study-memories.png)" in page
+    assert row(page, "VisMem | none")[:3] == ["VisMem", "none", "0.00"]
+    assert row(page, "VisMem | none")[3].startswith("25.0 (")
+    assert "the best of the three: 75.0 %. It is an upper bound, chosen with the answer known" in page
+    assert "The learned choice has 75.0 %. That is 100 % (100 to 100) of the way" in page
+    assert "Against the best single choice (all as short) it has +25.0 (" in page
+    plain = render(figures(), "study")
+    for heading in ("## By what a question needs", "## Accuracy against number", "## The learned choice"):
+        assert heading in page
+        assert heading not in plain
 
 
 def test_the_aim_is_fifteen_points_and_an_interval_above_0_in_every_seed() -> None:

@@ -22,7 +22,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.records import VANILLA, VISMEM
 
 OWN = (*(name for name, arm in ARMS.items() if arm.model == VISMEM), "vismem@1")  # the arms of the trained model
-EAGER = 3.0  # offset of the invoke tokens' scores: the random model then invokes now and then
+EAGER = 5.0  # offset of the invoke tokens' scores: the random model then invokes now and then
 CONFIG = Config(
     seed=3,
     evaluate=EvaluateConfig(arms=OWN, limit=9, batch_size=4, max_new_tokens=10, bootstrap=100),

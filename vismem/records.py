@@ -20,6 +20,11 @@ Sha256 = Annotated[str, Field(min_length=1)]
 Interval = tuple[float, float]
 
 
+def portable(name: str) -> str:
+    """An arm's name where `@` may not stand, in files' and metrics' names: `vismem@1` becomes `vismem-at-most-1`."""
+    return name.replace("@", "-at-most-")
+
+
 class Part(BaseModel):
     """A part of a record: frozen, and without fields that it does not know."""
 

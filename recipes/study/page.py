@@ -10,12 +10,13 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from recipes.study.budgets import lines_plot
+from recipes.study.claims import AIM
 from vismem.evaluation import plots
-from vismem.evaluation.arms import label
+from vismem.evaluation.arms import find_arm, label
 from vismem.evaluation.metrics import CAPABILITIES
 from vismem.evaluation.summary import change
 from vismem.records import VANILLA, VISMEM, Difference
-from vismem.steps import BASELINES
 
 Values = Mapping[str, Any]
 
@@ -26,7 +27,6 @@ COSTS = {
     "train_seconds": "training seconds",
 }  # of a training step's metrics.json
 KINDS = {"without": "all but yes/no", "only": "yes/no only"}
-MEMORYLESS = (VANILLA, *(step.name for step in BASELINES))
 SHOWN_BY_TASK = (VANILLA, VISMEM, "short_only", "long_only", "sft_lora", "grpo_lora", "full")
 
 
@@ -55,14 +55,22 @@ def gain_plot(arms: Values) -> bytes:
     return plots.to_png(figure)
 
 
-def render(figures: Values, picture: str) -> str:
-    """The page; `picture` is the plot's file name beside it."""
+def pictures(figures: Values, name: str) -> dict[str, bytes]:
+    """The page's plots as PNG by their file names beside it: the gains, and where limits were compared the budgets."""
+    plots_of = {f"{name}.png": gain_plot(figures["arms"])}
+    return plots_of | ({f"{name}-memories.png": lines_plot(figures["budgets"])} if figures["budgets"] else {})
+
+
+def render(figures: Values, name: str) -> str:
+    """The page; `name` is that of its plots (`pictures`)."""
     loader = PackageLoader("recipes.study", ".")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)  # a missing figure is a fault
     environment.filters |= {f.__name__: f for f in (difference, claim_table, arm_table, gain_table)}
     page = environment.get_template("report.md.j2").render(
         **figures,
-        picture=picture,
+        name=name,
+        aim=AIM,
+        label=label,
         headline=headline(figures),
         duration=timedelta(seconds=round(figures["wall_seconds"])),
         kinds=KINDS,
@@ -94,11 +102,19 @@ def tables(figures: Values) -> dict[str, str]:
         for step, runs in cost["validation"].items()
         for arm in runs[0] or ()
     ]
+    limits = [
+        [label(placement), point["limit"] or ("none" if point["limit"] == 0 else "the model's own"),
+         f"{point['memories']:.2f}", interval(point)]
+        for placement, points in figures["budgets"].items()
+        for point in points
+    ]  # fmt: skip
     by_step = pd.Series(figures["jobs"]).groupby(lambda job: job.split("/")[1])
-    use = {label(arm): row for arm, row in pooled["invocation_by_arm"].items() if arm not in MEMORYLESS}
+    use = {label(arm): row for arm, row in pooled["invocation_by_arm"].items() if not memoryless(arm)}
     return {
         "groups": table(["arm", *CAPABILITIES, *KINDS.values(), "says yes", "unparsed", "unfinished"], groups),
         "tasks": table(["task", "capability", "n", *map(label, shown)], tasks),
+        "needs": need_table(figures["needs"]),
+        "limits": table(["placement", "limit", "memories an answer", "score"], limits),
         "costs": table(["arm", *COSTS.values(), "ms per sample", "over vanilla"], costs),
         "use": use_table("arm", use),
         "use_by_task": use_table("task", pooled["invocation"].get("tasks", {})),
@@ -125,14 +141,39 @@ def gain_table(arms: Values) -> str:
     return table(["arm", *columns(arms[VANILLA]["seeds"])], rows)
 
 
+def need_table(needs: Values) -> str:
+    """Each arm's score by what a question needs, and its gain over vanilla there; nothing where none is known."""
+    header = ["arm"] + [cell for need, row in needs.items() for cell in (f"{need} (n = {row['n']})", "gain")]
+    rows = []
+    for arm in next(iter(needs.values()))["arms"] if needs else ():
+        gains = ["" if arm == VANILLA else difference(row["gains"][arm]["pooled"]) for row in needs.values()]
+        scores = numbers(row["arms"][arm] for row in needs.values())
+        rows.append([label(arm), *(cell for pair in zip(scores, gains, strict=True) for cell in pair)])
+    return table(header, rows)
+
+
 def claim_table(claims: Sequence[Values]) -> str:
-    """In how many seeds each claim holds, and in how many its opposite does."""
+    """What each claim came to, in how many seeds it holds, and in how many its opposite does."""
     rows = []
     for claim in claims:
         opposite = f"; the opposite in {claim['reversed']}" if claim["reversed"] else ""
         holds = f"{claim['holds']} of {len(claim['seeds'])} seeds{opposite}"
-        rows.append([claim["text"], holds, *map(difference, (claim["pooled"], *claim["seeds"].values()))])
-    return table(["claim", "holds in", "difference, pooled", *columns(claims[0]["seeds"])], rows)
+        rows.append(
+            [
+                claim["text"],
+                claim["id"],
+                claim["verdict"],
+                holds,
+                *map(difference, (claim["pooled"], *claim["seeds"].values())),
+            ]
+        )
+    return table(["claim", "plan", "verdict", "holds in", "difference, pooled", *columns(claims[0]["seeds"])], rows)
+
+
+def memoryless(arm: str) -> bool:
+    """Whether the arm has no memory at all."""
+    found = find_arm(arm)
+    return found is not None and found.policy.limit == 0
 
 
 def use_table(first: str, uses: Values) -> str:
@@ -154,6 +195,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def difference(found: Values) -> str:
     """A difference with its interval: `+5.3 (+2.1 to +8.4)`."""
     return f"{found['delta']:+.1f} ({found['ci95'][0]:+.1f} to {found['ci95'][1]:+.1f})"
+
+
+def interval(found: Values) -> str:
+    """A score with its interval: `55.3 (52.1 to 58.4)`."""
+    return f"{found['score']:.1f} ({found['ci95'][0]:.1f} to {found['ci95'][1]:.1f})"
 
 
 def numbers(values: Iterable[float | None], form: str = "{:.1f}") -> list[str]:

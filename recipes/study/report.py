@@ -11,10 +11,10 @@ import psutil
 
 from recipes.study.figures import Answers, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
-from recipes.study.page import COSTS, gain_plot, headline, render
+from recipes.study.page import COSTS, headline, pictures, render
 from recipes.study.plan import PROFILE, Settings, changed, parameters, trained_half
 from vismem.config import Config, resolve
-from vismem.evaluation.predictions import read_predictions
+from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import versions
 from vismem.records import VANILLA, VISMEM, Metrics
@@ -58,16 +58,16 @@ def write_report(
         "transfer": transfer_figures(moved, half, resamples) if moved else None,
     }
     write_json(folder / "report.json", figures)
-    pages = {folder / "report.md": folder / "study.png", **({write: write.with_suffix(".png")} if write else {})}
-    for page, picture in pages.items():
-        write_text(page, render(figures, picture.name))
-        picture.write_bytes(gain_plot(figures["arms"]))
+    for page, name in {folder / "report.md": "study", **({write: write.stem} if write else {})}.items():
+        write_text(page, render(figures, name))
+        for file, picture in pictures(figures, name).items():
+            (page.parent / file).write_bytes(picture)
     return f"{headline(figures)} Report: {write or folder / 'report.md'}"
 
 
 def read_answers(place: Path, arms: Sequence[str]) -> Answers:
     """The answers that a repetition's evaluation wrote."""
-    return {arm: read_predictions(place / "evaluate" / "predictions" / f"{arm}.parquet") for arm in arms}
+    return {arm: read_predictions(predictions_file(place / "evaluate", arm)) for arm in arms}
 
 
 def training(folders: Sequence[Path], steps: Sequence[str]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from vismem.data.collate import prompt_messages
 from vismem.generation import replay, token_scores
 from vismem.generation.engine import generate
-from vismem.generation.invocation import UNLIMITED, InvocationPolicy, Learned, Off, Random, Replay, row_key
+from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.replay import decisions_of, prefill, score, without_memory
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
@@ -193,18 +193,16 @@ def test_a_memory_is_followed_by_its_own_end_token_and_ends_are_never_sampled(ea
         assert not followers & set(eager.memory_ids), "a word comes first after every memory"
 
 
-def test_every_delimiter_gets_a_memory_where_nothing_limits_them(
-    eager: VisMemModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_delimiter_gets_a_memory_within_the_limit(eager: VisMemModel, monkeypatch: pytest.MonkeyPatch) -> None:
     words = sorted({*range(eager.vocabulary)} - {*eager.memory_ids})
     monkeypatch.setattr(eager, "delimiter_ids", tuple(words[::3]))
-    policy = Random(limit=UNLIMITED, probability=1.0)
-    rollouts = generate(eager, tiny.samples(), policy, max_new_tokens=12, temperature=1.0)
-    assert max(len(r.invocations) for r in rollouts) > eager.invocation_config.max_per_answer
+    rollouts = generate(eager, tiny.samples(), Random(probability=1.0), max_new_tokens=12, temperature=1.0)
+    most = eager.invocation_config.max_per_answer
     for rollout in rollouts:
         last = len(rollout.token_ids) - 1
         due = [0, *(i + 1 for i, t in enumerate(rollout.token_ids) if t in eager.delimiter_ids and i < last)]
-        assert [i.position for i in rollout.invocations] == due
+        assert [i.position for i in rollout.invocations] == due[:most]
+    assert max(len(r.invocations) for r in rollouts) == most
 
 
 EVERYWHERE = Random(probability=1.0, anywhere=1.0)
@@ -212,7 +210,8 @@ EVERYWHERE = Random(probability=1.0, anywhere=1.0)
 
 @pytest.mark.parametrize("policy", [EVERYWHERE, Learned(), *(Learned(sampled=(kind,)) for kind in MemoryKind)])
 def test_an_answer_gets_no_more_memories_than_the_limit(eager: VisMemModel, policy: InvocationPolicy) -> None:
-    for limit, most in ((None, eager.invocation_config.max_per_answer), (1, 1), (0, 0)):
+    own = eager.invocation_config.max_per_answer
+    for limit, most in ((None, own), (own + 5, own), (1, 1), (0, 0)):
         chosen = dataclasses.replace(policy, limit=limit)
         rollouts = generate(eager, tiny.samples(), chosen, max_new_tokens=12, temperature=1.0)
         found = max(len(r.invocations) for r in rollouts)

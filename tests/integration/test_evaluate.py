@@ -14,15 +14,15 @@ from vismem.errors import UserError
 from vismem.evaluation import evaluate as module
 from vismem.evaluation.arms import ARMS, Arm
 from vismem.evaluation.evaluate import decode, evaluate
-from vismem.evaluation.predictions import read_predictions
+from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.records import VANILLA, VISMEM
 
-OWN = tuple(name for name, arm in ARMS.items() if arm.model == VISMEM)  # the arms of the trained model
-EAGER = 3.0  # offset of the invoke tokens' scores: the random model then invokes now and then
+OWN = (*(name for name, arm in ARMS.items() if arm.model == VISMEM), "vismem@1")  # the arms of the trained model
+EAGER = 5.0  # offset of the invoke tokens' scores: the random model then invokes now and then
 CONFIG = Config(
     seed=3,
     evaluate=EvaluateConfig(arms=OWN, limit=9, batch_size=4, max_new_tokens=10, bootstrap=100),
@@ -48,7 +48,7 @@ def result(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_every_arm_answers_the_same_questions(result: Path) -> None:
-    answers = {arm: read_predictions(result / "predictions" / f"{arm}.parquet") for arm in OWN}
+    answers = {arm: read_predictions(predictions_file(result, arm)) for arm in OWN}
     ids = [answer.id for answer in answers[VANILLA]]
     assert len(ids) == 9
     assert all([answer.id for answer in rows] == ids for rows in answers.values())
@@ -57,6 +57,10 @@ def test_every_arm_answers_the_same_questions(result: Path) -> None:
     assert kinds["short_only"] <= {"short"}
     assert kinds["long_only"] <= {"long"}
     assert kinds["random_100"] == {"short", "long"}
+    assert kinds["no_memory"] == set()
+    for kind in ("short", "long"):
+        assert kinds[f"as_{kind}"] <= {kind}
+        assert kinds[f"forced_{kind}"] == kinds[f"start_{kind}"] == {kind}
     assert kinds[VISMEM]
     forced = {arm: {e.forced for answer in rows for e in answer.invocations} for arm, rows in answers.items()}
     assert forced["random_100"] == {True}
@@ -108,8 +112,8 @@ def test_a_killed_evaluation_goes_on_behind_its_answers_and_ends_like_an_unbroke
     assert len(answered) == 3 * len(OWN), "warm-up and two rounds of three"
     assert _without_seconds(tmp_path / "metrics.json") == _without_seconds(result / "metrics.json")
     for arm in OWN:
-        file = f"predictions/{arm}.parquet"
-        assert read_predictions(tmp_path / file) == read_predictions(result / file)
+        again, unbroken = (read_predictions(predictions_file(folder, arm)) for folder in (tmp_path, result))
+        assert again == unbroken
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in result.iterdir())
 
 
@@ -136,6 +140,8 @@ def test_vanilla_is_the_base_even_where_the_policy_has_an_adapter(inputs: dict[s
     assert _texts(generate(adapted, samples, Off(), max_new_tokens=10)) != wanted
     assert _texts(decode({VISMEM: adapted}, [ARMS[VANILLA]], samples, CONFIG)[VANILLA].rollouts) == wanted
     assert adapted.policy_lora.enabled
+    off = decode({VISMEM: adapted}, [ARMS["no_memory"]], samples, CONFIG)["no_memory"].rollouts
+    assert _texts(off) == _texts(generate(adapted, samples, Off(), max_new_tokens=10)), "its adapter is on"
 
 
 def test_a_fault_leaves_no_output(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample
 from vismem.errors import UserError
+from vismem.evaluation.arms import ARMS, find_arm
 from vismem.export.parity import recorded_memories
 from vismem.generation.engine import generate
 from vismem.generation.invocation import (
@@ -33,6 +34,7 @@ from vismem.models.backbones.base import Backbone
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
+from vismem.records import VISMEM
 
 TOKENS = 8
 MARKERS = {  # the tokens that open and close an image in a prompt
@@ -44,7 +46,7 @@ MARKERS = {  # the tokens that open and close an image in a prompt
 
 @pytest.fixture(scope="module", params=tuple(MARKERS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisMemModel:
-    """A model that likes each kind best at one place in eight."""
+    """A model that would sooner have each kind than all words together, at one place in eight."""
     model = tiny.vismem(families.save_base(tmp_path_factory.mktemp(request.param), request.param))
     plain = generate(model, families.samples(), Off(), max_new_tokens=TOKENS)
     with torch.no_grad():
@@ -53,7 +55,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(2)))
         logits = model.logits(states)
         words, invokes = logits[:, : model.vocabulary], logits[:, model.vocabulary :]
-        model.tokens.bias.copy_((words.amax(1, keepdim=True) - invokes).quantile(1 / 8, dim=0))
+        model.tokens.bias.copy_((words.logsumexp(1, keepdim=True) - invokes).quantile(1 / 8, dim=0))
     return model.requires_grad_(False)
 
 
@@ -162,6 +164,67 @@ def test_shuffled_repeats_and_needs_two_samples(model: VisMemModel) -> None:
     assert answers(model, Shuffled()) == answers(model, Shuffled())
     with pytest.raises(UserError, match="only one"):
         answers(model, Shuffled(), families.samples()[:1])
+
+
+# --- kinds and limits ---
+
+
+@pytest.mark.parametrize("kind", MemoryKind)
+def test_forced_arms_form_their_kind_at_the_start_and_at_every_delimiter(
+    model: VisMemModel, kind: MemoryKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = sorted({*range(model.vocabulary)} - {*model.memory_ids})
+    monkeypatch.setattr(model, "delimiter_ids", tuple(words[::2]))
+    most = model.invocation_config.max_per_answer
+    counts = set()
+    for name, limit in ((f"forced_{kind}", most), (f"forced_{kind}@2", 2), (f"start_{kind}", 1)):
+        for rollout in answers(model, policy_of(name), temperature=1.0):
+            last = len(rollout.token_ids) - 1
+            due = [0, *(i + 1 for i, t in enumerate(rollout.token_ids) if t in model.delimiter_ids and i < last)]
+            assert [i.position for i in rollout.invocations] == due[:limit]
+            assert {(i.kind, i.forced) for i in rollout.invocations} == {(kind, True)}
+            counts.add(len(rollout.invocations))
+    assert counts == {*range(1, most + 1)}
+
+
+@pytest.mark.parametrize("kind", MemoryKind)
+def test_as_a_kind_forms_that_kind_at_the_place_where_the_model_first_asks(
+    model: VisMemModel, kind: MemoryKind
+) -> None:
+    learned, all_one = (
+        answers(model, policy_of(name), group_size=4, temperature=1.0) for name in (VISMEM, f"as_{kind}")
+    )
+    assert {i.kind for r in learned for i in r.invocations} == set(MemoryKind)
+    assert {i.kind for r in all_one for i in r.invocations} == {kind}
+    for expected, rollout in zip(learned, all_one, strict=True):
+        if {i.kind for i in expected.invocations} <= {kind}:
+            assert rollout.token_ids == expected.token_ids
+        else:
+            place = next(n for n, i in enumerate(expected.invocations) if i.kind is not kind)
+            start = expected.invocations[place].position
+            assert rollout.invocations[place].position == start
+            assert rollout.token_ids[:start] == expected.token_ids[:start]
+
+
+def test_no_answer_of_any_arm_has_more_memories_than_the_limit(
+    model: VisMemModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal budgets: whatever the placement, and whatever limit an arm's name asks for."""
+    monkeypatch.setattr(model, "delimiter_ids", tuple(range(model.vocabulary)))
+    own, reached = model.invocation_config.max_per_answer, 0
+    for name, arm in ARMS.items():
+        limits = {"": own} | ({} if arm.policy.limit is not None else {"@1": 1, f"@{own + 2}": own})
+        for at, most in limits.items():
+            many = max(len(r.invocations) for r in answers(model, policy_of(name + at), temperature=1.0))
+            assert many <= most, name + at
+            reached += many == own
+    assert reached > len(ARMS) // 3
+
+
+def policy_of(name: str) -> InvocationPolicy:
+    arm = find_arm(name)
+    assert arm, name
+    return arm.policy
 
 
 # --- relook ---

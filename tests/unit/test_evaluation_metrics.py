@@ -10,12 +10,20 @@ from handmade import SECONDS, hand_made
 
 from vismem.data.sample import Capability, Sample, write_shards
 from vismem.errors import UserError
-from vismem.evaluation.arms import ARMS, resolve_arms
+from vismem.evaluation.arms import ARMS, label, resolve_arms
 from vismem.evaluation.evaluate import pick
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.plots import position_counts
-from vismem.evaluation.predictions import Prediction, predict, read_predictions, relative_positions, write_predictions
+from vismem.evaluation.predictions import (
+    Prediction,
+    predict,
+    predictions_file,
+    read_predictions,
+    relative_positions,
+    write_predictions,
+)
 from vismem.evaluation.statistics import bootstrap_interval
+from vismem.generation.invocation import Learned
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.kinds import MemoryKind
 
@@ -188,6 +196,44 @@ def test_an_unknown_arm_is_refused_with_the_nearest_name() -> None:
         resolve_arms(("vismem",))
     with pytest.raises(UserError, match="named twice"):
         resolve_arms(("vanilla", "vanilla"))
+
+
+def test_an_arm_with_a_limit_is_the_same_policy_with_that_limit() -> None:
+    vanilla, one, two = resolve_arms(("vanilla", "vismem@1", "random_50@12"))
+    assert vanilla == ARMS["vanilla"]
+    assert (one.name, one.label, one.policy) == ("vismem@1", "VisMem, at most 1", Learned(limit=1))
+    assert (two.name, two.label) == ("random_50@12", "random 50 %, at most 12")
+    assert two.policy == replace(ARMS["random_50"].policy, limit=12)
+    assert "at most 12 per answer" in two.description
+    assert label("vismem@1") == "VisMem, at most 1"
+    assert label("gone@1") == "gone@1", "of an older file"
+    assert predictions_file(Path("out"), "vismem@1").name == "vismem-at-most-1.parquet"
+    names = [f"{arm}{limit}" for arm in ARMS for limit in ("", "@1", "@2")]
+    assert len({predictions_file(Path("out"), name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vismen@2", "did you mean 'vismem@2'"),
+        ("vismem@0", "from 1 on"),
+        ("vismem@01", "from 1 on"),
+        ("vismem@", "from 1 on"),
+        ("vismem@1@2", "from 1 on"),
+        ("no_memory@1", "'no_memory' has a limit of its own, 0"),
+        ("start_short@2", "'start_short' has a limit of its own, 1"),
+        ("sft_lora@1", "'sft_lora' has a limit of its own, 0"),
+    ],
+)
+def test_a_limit_that_an_arm_cannot_have_is_refused(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        resolve_arms(("vanilla", name))
+
+
+def test_only_arms_that_need_nothing_trained_are_the_bare_base() -> None:
+    assert {name for name, arm in ARMS.items() if arm.base} == {"vanilla", "relook", "full_resolution"}
+    for name, arm in ARMS.items():
+        assert arm.base == arm.description.startswith("the base model"), name
 
 
 def test_a_limit_draws_the_same_items_for_the_same_seed(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from vismem.generation.invocation import (
     Learned,
     Noise,
     Off,
+    OfKind,
     Random,
     Relook,
     Replay,
@@ -88,6 +89,7 @@ def test_a_rows_draw_does_not_depend_on_the_rows_beside_it_but_on_seed_and_place
         (Random(), ()),
         (Learned(), (MemoryKind.SHORT, MemoryKind.LONG)),
         (Swapped(), (MemoryKind.SHORT, MemoryKind.LONG)),
+        (OfKind(kind=MemoryKind.LONG), (MemoryKind.SHORT, MemoryKind.LONG)),
         (Learned(sampled=(MemoryKind.SHORT,)), (MemoryKind.SHORT,)),
         (Learned(sampled=(MemoryKind.LONG,)), (MemoryKind.LONG,)),
     ],
@@ -109,10 +111,11 @@ def test_a_replay_forces_what_was_recorded_or_the_other_kind_and_declines_all_el
     assert not any(policy.declines for policy in (Off(), Random(), Learned(), Swapped(), Noise(), Shuffled()))
 
 
-def test_only_swapped_changes_the_kind_that_was_asked_for() -> None:
+def test_a_control_of_kinds_changes_the_kind_that_was_asked_for() -> None:
     for kind in MemoryKind:
         assert Learned().invoked(kind) is kind
         assert Swapped().invoked(kind) is kind.other
+        assert {OfKind(kind=kind).invoked(asked) for asked in MemoryKind} == {kind}
 
 
 def test_noise_has_the_memorys_mean_and_spread_and_is_drawn_row_by_row() -> None:

@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from vismem.evaluation.statistics import bootstrap_interval, mcnemar, paired_difference
+from vismem.evaluation.statistics import bootstrap_interval, mcnemar, paired_difference, share_interval
 
 
 def arms(both: int, only_arm: int, only_reference: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,3 +105,18 @@ def test_no_items_or_unpaired_items_are_an_error() -> None:
         bootstrap_interval(np.array([]), resamples=100, seed=0)
     with pytest.raises(ValueError, match="same items"):
         mcnemar(np.ones(3), np.ones(4))
+
+
+def test_a_share_has_the_interval_of_the_ratio_of_paired_sums() -> None:
+    part, whole = np.array([1.0, 0.0, 3.0, 1.0]), np.array([2.0, 1.0, 4.0, 1.0])
+    low, high = share_interval(part, whole, resamples=400, seed=3)
+    assert low < part.sum() / whole.sum() < high
+    assert low >= 0
+    assert high <= 1, "no draw can have more of the part than of the whole"
+    assert share_interval(0.5 * whole, whole, resamples=400, seed=3) == pytest.approx((0.5, 0.5))
+
+
+def test_a_share_of_nothing_is_left_out_of_the_draws_and_refused_where_all_are() -> None:
+    assert share_interval(np.array([0.0, 1.0]), np.array([0.0, 2.0]), resamples=100, seed=0) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="share of 0"):
+        share_interval(np.zeros(3), np.zeros(3), resamples=100, seed=0)

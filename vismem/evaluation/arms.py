@@ -4,8 +4,9 @@ A new arm is one more entry in `_ARMS`.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vismem.errors import UserError
 from vismem.generation import invocation as policies
@@ -30,14 +31,29 @@ class Arm:
 
 def _random(percent: int, label: str) -> Arm:
     chance = "" if percent == 100 else f" with probability {percent / 100:g}"
-    description = f"a memory, short or long with equal chance, at the start and every delimiter{chance}; no limit"
-    policy = policies.Random(limit=policies.UNLIMITED, probability=percent / 100)
-    return Arm(f"random_{percent}", label, description, policy)
+    description = f"the trained policy; a memory, short or long with equal chance, at the start and delimiters{chance}"
+    return Arm(f"random_{percent}", label, description, policies.Random(probability=percent / 100))
 
 
 def _only(kind: MemoryKind) -> Arm:
     description = f"the trained policy, in which only {kind}-term memory can be invoked"
     return Arm(f"{kind}_only", f"{kind} only", description, policies.Learned(sampled=(kind,)))
+
+
+def _placed(kind: MemoryKind) -> tuple[Arm, ...]:
+    """The arms in which every memory is of one kind, where the policy's own choice does not make it so."""
+    forced, at_start = (policies.Random(probability=1.0, kinds=(kind,), limit=limit) for limit in (None, 1))
+    everywhere = f"the trained policy; a {kind}-term memory at the start and at every delimiter"
+    return (
+        Arm(f"forced_{kind}", f"forced {kind}", everywhere, forced),
+        Arm(f"start_{kind}", f"{kind} at the start", f"the trained policy; one {kind}-term memory, first", at_start),
+        Arm(
+            f"as_{kind}",
+            f"all as {kind}",
+            f"the trained policy asks; each memory formed is {kind}-term",
+            policies.OfKind(kind=kind),
+        ),
+    )
 
 
 def _baseline(name: str, label: str, description: str) -> Arm:
@@ -52,6 +68,9 @@ _ARMS = (
     *(_random(percent, f"random {percent} %") for percent in (25, 50, 75)),
     _random(100, "every delimiter"),
     *map(_only, MemoryKind),
+    *_placed(MemoryKind.SHORT),
+    *_placed(MemoryKind.LONG),
+    Arm("no_memory", "memory off", "the trained policy, its adapter on, without memory", policies.Off()),
     Arm("swapped", "swapped", "the trained policy asks; each memory formed is of the other kind", policies.Swapped()),
     Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", policies.Noise()),
     Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", policies.Shuffled()),
@@ -67,19 +86,53 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 
 
 def resolve_arms(names: Sequence[str]) -> list[Arm]:
-    """The arms by name, in order. UserError for an unknown or repeated name, or where vanilla is missing."""
+    """The arms by name, in order; `vismem@2` is the arm `vismem` with at most two memories per answer.
+
+    UserError for an unknown or repeated name, a limit that an arm cannot have, or where vanilla is missing.
+    """
     for name in names:
-        if name not in ARMS:
-            close = difflib.get_close_matches(name, ARMS, n=1, cutoff=0.0)[0]
-            known = ", ".join(ARMS)
-            raise UserError(f"evaluate.arms: unknown arm '{name}' (did you mean '{close}'?); there are {known}")
         if list(names).count(name) > 1:
             raise UserError(f"evaluate.arms: '{name}' is named twice; name every arm once")
+    arms = [_resolved(name) for name in names]
     if VANILLA not in names:
         raise UserError(f"evaluate.arms: '{VANILLA}' is missing; every other arm is compared with it, so add it")
-    return [ARMS[name] for name in names]
+    return arms
+
+
+def find_arm(name: str) -> Arm | None:
+    """The arm of that name, `@N` for a limit of N memories per answer included; None for an unknown one."""
+    own, at, limit = name.partition("@")
+    arm = ARMS.get(own)
+    if arm is None or not at:
+        return arm
+    if arm.policy.limit is not None or not re.fullmatch("[1-9][0-9]*", limit):
+        return None
+    return replace(
+        arm,
+        name=name,
+        label=f"{arm.label}, at most {limit}",
+        description=f"{arm.description}; at most {limit} per answer",
+        policy=replace(arm.policy, limit=int(limit)),
+    )
 
 
 def label(name: str) -> str:
     """An arm's name as reports show it; an unknown one (from an older file) stays as it is."""
-    return ARMS[name].label if name in ARMS else name
+    arm = find_arm(name)
+    return arm.label if arm else name
+
+
+def _resolved(name: str) -> Arm:
+    arm = find_arm(name)
+    if arm:
+        return arm
+    own, at, limit = name.partition("@")
+    if own in ARMS:
+        raise UserError(
+            f"evaluate.arms: '{name}' is no arm: behind @ stands a limit of memories per answer, from 1 on"
+            if ARMS[own].policy.limit is None
+            else f"evaluate.arms: '{name}' is no arm: '{own}' has a limit of its own, {ARMS[own].policy.limit}"
+        )
+    close = difflib.get_close_matches(own, ARMS, n=1, cutoff=0.0)[0]
+    known = ", ".join(ARMS)
+    raise UserError(f"evaluate.arms: unknown arm '{name}' (did you mean '{close + at + limit}'?); there are {known}")

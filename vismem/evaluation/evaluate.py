@@ -20,7 +20,7 @@ from vismem.errors import UserError
 from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, label, resolve_arms
 from vismem.evaluation.metrics import summarise
-from vismem.evaluation.predictions import Prediction, predict, write_predictions
+from vismem.evaluation.predictions import Prediction, predict, predictions_file, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
 from vismem.files import empty_folder, write_json, write_text
 from vismem.generation.engine import generate
@@ -166,7 +166,7 @@ def write(
     """Write all files of the step into `out`; leftovers of a killed run go."""
     empty_folder(out)
     for arm, answers in predictions.items():
-        write_predictions(answers, out / "predictions" / f"{arm}.parquet")
+        write_predictions(answers, predictions_file(out, arm))
     metrics.write(out)
     write_json(out / "scores.json", headline_figures(metrics))
     plots.write_plots(charts, metrics, predictions, out / "plots")

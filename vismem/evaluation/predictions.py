@@ -1,4 +1,4 @@
-"""One answered question of one arm, a row of `predictions/<arm>.parquet`, and where in it memory was invoked."""
+"""One answered question of one arm, a row of `predictions_file`, and where in it memory was invoked."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from vismem.data.sample import Sample
 from vismem.evaluation.answers import is_correct, read
 from vismem.generation.types import LATENT, Rollout
+from vismem.records import portable
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ def relative_positions(rollout: Rollout) -> list[float]:
         is_text[event.position : end + 1] = False
     count = max(int(is_text.sum()), 1)
     return [int(is_text[: event.position].sum()) / count for event in rollout.invocations]
+
+
+def predictions_file(folder: Path, arm: str) -> Path:
+    """The file of an arm's predictions in the output of `evaluate`."""
+    return folder / "predictions" / f"{portable(arm)}.parquet"
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from vismem.config import EvaluateConfig
 from vismem.data.answer_forms import normalise
-from vismem.evaluation.arms import ARMS, label
+from vismem.evaluation.arms import label, resolve_arms
 from vismem.evaluation.metrics import is_yes_no
 from vismem.evaluation.plots import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
@@ -78,7 +78,7 @@ def render(
         headline=headline(metrics),
         groups=[OVERALL, *metrics.counts],
         yes_is_right=100 * references.count("yes") / max(len(references), 1),
-        arms=[ARMS[arm] for arm in metrics.arms],
+        arms=resolve_arms(list(metrics.arms)),
         differences=({VISMEM: metrics.gain} if metrics.gain else {}) | metrics.ablations,
         charts={name: [(panel.words, to_svg(panel)) for panel in panels] for name, panels in charts.items()},
         wins=shown_wins,

@@ -23,14 +23,36 @@ def bootstrap_interval(scores: Scores, *, resamples: int, seed: int, coverage: f
     """
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"scores must be a non-empty vector, not of shape {scores.shape}")
+    return _percentiles(_resampled_means(scores, resamples, seed), coverage)
+
+
+def share_interval(part: Scores, whole: Scores, *, resamples: int, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval (95 %) of sum(part) / sum(whole), both (n,).
+
+    Items are drawn, each with both figures. A draw in which the sum of `whole` is 0 says nothing and is left out;
+    ValueError where all draws are.
+    """
+    parts, wholes = (_resampled_means(values, resamples, seed) for values in (part, whole))
+    drawn = wholes != 0
+    if not drawn.any():
+        raise ValueError("the share of 0 is not defined")
+    return _percentiles(parts[drawn] / wholes[drawn], 0.95)
+
+
+def _resampled_means(scores: Scores, resamples: int, seed: int) -> Scores:
+    """(resamples,) means of n items drawn with replacement: the same items for the same n and seed."""
     rng = np.random.default_rng(seed)
     count, means = len(scores), np.empty(resamples)
     chunk = max(1, _CELLS // count)
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         means[start : start + size] = scores[rng.integers(0, count, size=(size, count))].mean(axis=1)
+    return means
+
+
+def _percentiles(values: Scores, coverage: float) -> tuple[float, float]:
     tail = 100 * (1 - coverage) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)
 
 

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vismem.config import DEFAULT_BASE, Config, GrpoConfig, GrpoStageConfig
-from vismem.evaluation.arms import ARMS, label
+from vismem.evaluation.arms import find_arm, label
 from vismem.evaluation.metrics import CAPABILITIES
 from vismem.evaluation.summary import headline
 from vismem.models.vismem import VisMemModel
@@ -65,7 +65,7 @@ def model_card(
         headline=headline(metrics),
         groups=[name for name in (*CAPABILITIES, OVERALL) if name in next(iter(arms.values()))],
         label=label,
-        descriptions={name: ARMS[name].description for name in arms if name in ARMS},
+        descriptions={name: arm.description for name in arms if (arm := find_arm(name))},
         score=score,
         gain=gain,
         metrics=metrics,

@@ -102,8 +102,7 @@ class _Decoder:
     def __post_init__(self) -> None:
         """Prefill: the prompts, and what the policy appends to them."""
         model, policy, self.backbone = self.model, self.policy, self.model.backbone
-        limit = model.invocation_config.max_per_answer if policy.limit is None else policy.limit
-        self.limit = min(limit, self.max_new_tokens)  # a word follows every memory
+        self.limit = min(model.limit(policy.limit), self.max_new_tokens)  # a word follows every memory
         keys = [row_key(sample.id, member) for sample in self.samples for member in range(self.group_size)]
         decisions = self.max_new_tokens + self.limit
         self.rows = [_Row(key, row_uniforms(self.seed, key, "sample", decisions)) for key in keys]

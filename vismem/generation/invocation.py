@@ -4,7 +4,6 @@ The engine knows no arms: vanilla, ablations, controls and training curricula (p
 policies. First those that differ in when a memory is formed, then the controls, which insert something else instead.
 """
 
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 
 NONE = -1
-UNLIMITED = sys.maxsize  # as a policy's limit: memories wherever it asks for them
 Choices = NDArray[np.int64]  # per row: NONE, 0 (short) or 1 (long)
 
 
@@ -54,7 +52,7 @@ def _generator(seed: int, key: str, use: str) -> np.random.Generator:
 class InvocationPolicy:
     """Base class: which invoke tokens may be sampled, which invocations are forced, and what is inserted for them."""
 
-    limit: int | None = None  # memories per answer; None: the model's max_per_answer
+    limit: int | None = None  # max memories per answer, within the model's own limit; None: that limit
     sampled: tuple[MemoryKind, ...] = ()  # kinds whose invoke token the model itself may emit
     declines: bool = False  # every invoke token that the model emits is declined: a word is decoded in its place
     whole: bool = False  # the prompt shows whole images, whatever `memory.prompt_pixels` says
@@ -159,6 +157,16 @@ class Swapped(Learned):
 
     def invoked(self, sampled: MemoryKind) -> MemoryKind:
         return sampled.other
+
+
+@dataclass(frozen=True)
+class OfKind(Learned):
+    """Control: the model decides where, and each memory is of one kind, whichever it asked for."""
+
+    kind: MemoryKind = MemoryKind.SHORT
+
+    def invoked(self, sampled: MemoryKind) -> MemoryKind:
+        return self.kind
 
 
 @dataclass(frozen=True)

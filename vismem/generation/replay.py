@@ -83,7 +83,7 @@ def score(
     `sampled_kinds` and `limit` are those of the policy that sampled: they decide which invoke tokens were barred. By
     default all are, so a word's log-probability is that among words.
     """
-    limit = model.invocation_config.max_per_answer if limit is None else limit
+    limit = model.limit(limit)
     # rows that are cut at like places go through the model together, so that little is padded
     cuts = [[*(i.position for i in rollout.invocations), len(rollout.token_ids)] for rollout in rollouts]
     parts, order = [], sorted(range(len(rollouts)), key=cuts.__getitem__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder
-from vismem.records import Metrics, ParityReport, RegisteredVersion, Release, Validation, Verdict
+from vismem.records import Metrics, ParityReport, RegisteredVersion, Release, Validation, Verdict, portable
 
 Values = dict[str, Any]
 REPORTS = {"validate": "report.html", "evaluate": "report.html", "export": "README.md"}
@@ -54,7 +54,9 @@ def _read(name: str, folder: Path) -> tuple[Values, Values]:
         case "evaluate":
             metrics = Metrics.read(folder)
             scores = {
-                f"{arm}_{group}": score for arm, groups in metrics.arms.items() for group, score in groups.items()
+                f"{portable(arm)}_{group}": score
+                for arm, groups in metrics.arms.items()
+                for group, score in groups.items()
             }
             if gain := metrics.gain.get("overall"):
                 scores |= {"gain": gain.delta, "gain_low": gain.ci95[0], "gain_high": gain.ci95[1], "gain_p": gain.p}

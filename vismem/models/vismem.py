@@ -126,6 +126,11 @@ class VisMemModel(nn.Module):
 
     # --- formation ---
 
+    def limit(self, asked: int | None) -> int:
+        """Memories per answer at most: `asked`, but never more than the model's own `invocation.max_per_answer`."""
+        own = self.invocation_config.max_per_answer
+        return own if asked is None else min(asked, own)
+
     def length_of(self, kind: MemoryKind) -> int:
         """N_s or N_l."""
         return self.memory_config.short_length if kind is MemoryKind.SHORT else self.memory_config.long_length

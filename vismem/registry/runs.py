@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from vismem.errors import UserError, mask_credentials
 from vismem.provenance import MANIFEST, sha256_file, verify_manifest
+from vismem.records import portable
 from vismem.registry import LIVE_RUN
 from vismem.registry.tracking import Store, experiment_id, translate_mlflow_errors
 from vismem.registry.versions import Version
@@ -74,7 +75,8 @@ def _shown_params(values: Mapping[str, Any]) -> dict[str, str]:
 
 def log_metrics(store: Store, run_id: str, model_id: str, values: Mapping[str, Any]) -> None:
     """Log the numbers of a nested mapping as `arms/vismem/overall` and so on, for the run and for the logged model."""
-    numbers = [(key, float(value), 0) for key, value in flatten(values, "/").items() if isinstance(value, int | float)]
+    found = flatten(values, "/").items()
+    numbers = [(portable(key), float(value), 0) for key, value in found if isinstance(value, int | float)]
     log_points(store, run_id, numbers, model_id)
 
 

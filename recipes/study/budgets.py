@@ -1,0 +1,144 @@
+"""What memory does by its number, by the need of a question, and against the best that a choice could do. Pure.
+
+All of it from predictions of the arms; scores in percent.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from recipes.study.claims import RANDOM, compare
+from vismem.data.tasks import NEEDS
+from vismem.evaluation import plots
+from vismem.evaluation.arms import label
+from vismem.evaluation.predictions import Prediction
+from vismem.evaluation.statistics import bootstrap_interval, share_interval
+from vismem.records import VANILLA, VISMEM
+
+PLACEMENTS = (VISMEM, "random_50", "forced_short", "forced_long")
+CHOICES = ("no_memory", "as_short", "as_long")  # what the learned policy chooses among
+KINDS_OF_NEED = ("coarse", "detail", "compute")
+COLOURS = dict(zip(PLACEMENTS, (plots.BLUE, plots.GREY, "#009E73", plots.ORANGE), strict=True))
+
+Values = dict[str, Any]
+Answers = Mapping[str, Sequence[Prediction]]
+
+
+def mean_memories(answers: Mapping[int, Answers]) -> dict[str, float]:
+    """Memories per answer by arm, over the questions of all seeds."""
+    arms = next(iter(answers.values()))
+    return {
+        arm: float(np.mean([len(answer.invocations) for rows in answers.values() for answer in rows[arm]]))
+        for arm in arms
+    }
+
+
+def random_rates(scores: pd.DataFrame, memories: Mapping[str, float]) -> tuple[str | None, str | None]:
+    """The rate of random invocation with the best score, and the one nearest to VisMem's number of memories.
+
+    The latter is chosen by numbers of memories alone, no score. None where no rate was run, or no arm VisMem.
+    """
+    rates = [arm for arm in RANDOM if arm in scores]
+    if not rates or VISMEM not in scores:
+        return None, None
+    best = max(rates, key=lambda arm: float(scores[arm].mean()))
+    return best, min(rates, key=lambda arm: abs(memories[arm] - memories[VISMEM]))
+
+
+def lines(scores: pd.DataFrame, memories: Mapping[str, float], resamples: int) -> dict[str, list[Values]]:
+    """{placement: [{arm, limit, memories (mean per answer), score, ci95}]}: each placement's score over the limits.
+
+    Limits are 0 (`no_memory`), those of the arms `PLACEMENT@N`, and None for the model's own; a placement without such
+    an arm is left out.
+    """
+    found = {}
+    for placement in PLACEMENTS:
+        limited = [arm for arm in scores if arm.startswith(f"{placement}@")]
+        if not limited:
+            continue
+        limits: dict[str, int | None] = {"no_memory": 0}
+        limits |= {arm: int(arm.partition("@")[2]) for arm in sorted(limited, key=lambda a: int(a.partition("@")[2]))}
+        limits[placement] = None
+        found[placement] = [
+            {
+                "arm": arm,
+                "limit": limit,
+                "memories": memories[arm],
+                "score": float(scores[arm].mean()),
+                "ci95": bootstrap_interval(scores[arm].to_numpy(), resamples=resamples, seed=0),
+            }
+            for arm, limit in limits.items()
+            if arm in scores
+        ]
+    return found
+
+
+def lines_plot(placements: Mapping[str, Sequence[Values]]) -> bytes:
+    """Accuracy over the mean number of memories per answer, a line per placement, with 95 % intervals, as PNG."""
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for placement, points in placements.items():
+        x, y = [point["memories"] for point in points], [point["score"] for point in points]
+        spans = np.abs(np.array([point["ci95"] for point in points]).T - np.array(y))
+        axes.errorbar(
+            x, y, spans, color=COLOURS[placement], label=label(placement), marker="o", markersize=4, capsize=2
+        )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=plots.RULE)
+    axes.set_xlim(left=-0.1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("mean number of memories per answer")
+    axes.set_ylabel("score (%), with the 95 % interval")
+    axes.legend(frameon=False)
+    return plots.to_png(figure)
+
+
+def needs(scores: pd.DataFrame, resamples: int) -> dict[str, Values]:
+    """{need: {n, arms {arm: score}, gains {arm: `compare` with vanilla}}} of the needs whose tasks were asked."""
+    found = {}
+    of = scores.index.get_level_values("task").map(lambda task: NEEDS.get(task, ""))
+    for need in KINDS_OF_NEED:
+        rows = scores[of == need]
+        if len(rows):
+            gains = {arm: compare(rows, [arm], [VANILLA], resamples) for arm in rows if arm != VANILLA}
+            found[need] = {"n": len(rows), "arms": rows.mean().to_dict(), "gains": gains}
+    return found
+
+
+def oracle(scores: pd.DataFrame, resamples: int) -> Values | None:
+    """How far the learned choice of kind gets towards the best of none, all short and all long, question by question.
+
+    {arms {arm: score}, mean (of the three), best (arm), learned, oracle, share, share_ci95, seeds {seed: {share,
+    share_ci95}}, over_best (`compare` of learned with the best single one)}. `share`: of the way from the mean of the
+    three to the oracle, in percent; None where the three never differ. None where an arm was not run.
+    """
+    if not {VISMEM, *CHOICES} <= set(scores):
+        return None
+    means = {arm: float(scores[arm].mean()) for arm in CHOICES}
+    best = max(means, key=means.__getitem__)
+    return {
+        "arms": means,
+        "best": best,
+        "learned": float(scores[VISMEM].mean()),
+        "oracle": float(scores[list(CHOICES)].max(axis=1).mean()),
+        **_share(scores, resamples),
+        "seeds": {int(seed): _share(rows, resamples) for seed, rows in scores.groupby(level="seed")},
+        "over_best": compare(scores, [VISMEM], [best], resamples),
+    }
+
+
+def _share(scores: pd.DataFrame, resamples: int) -> Values:
+    three = scores[list(CHOICES)]
+    way, gone = (side.to_numpy() - three.mean(axis=1).to_numpy() for side in (three.max(axis=1), scores[VISMEM]))
+    if not way.any():
+        return {"mean": float(three.to_numpy().mean()), "share": None, "share_ci95": None}
+    interval = share_interval(100 * gone, way, resamples=resamples, seed=0)
+    return {
+        "mean": float(three.to_numpy().mean()),
+        "share": float(100 * gone.sum() / way.sum()),
+        "share_ci95": interval,
+    }

@@ -1,0 +1,197 @@
+"""The study's claims and what they rest on: budgets of memories, needs and the oracle, each worked out by hand."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from handmade import prediction
+
+from recipes.study import budgets
+from recipes.study.claims import Claim, by_need, judge, order, verdict, vismem_above, whole_order
+from recipes.study.figures import Answers, score_table, study_figures
+from recipes.study.page import memoryless, need_table, pictures
+from vismem.data.tasks import NEEDS
+from vismem.evaluation.predictions import InvocationRecord
+
+RESAMPLES = 200
+ONE = InvocationRecord(0, "short", True, 0.0)
+TASK = {need: next(task for task in NEEDS if NEEDS[task] == need) for need in budgets.KINDS_OF_NEED}
+
+
+def answers(rights: dict[str, str], memories: dict[str, str] | None = None, tasks: list[str] | None = None) -> Answers:
+    """One seed's; "1101" is an arm's score on each item, `memories` its number of them on each."""
+    used, asked = memories or {}, tasks or ["hand"] * len(rights["vanilla"])
+    return {
+        arm: [
+            replace(prediction(0, int(right), (ONE,) * int(many)), id=f"q{place}", task=asked[place])
+            for place, (right, many) in enumerate(zip(row, used.get(arm, "0" * len(row)), strict=True))
+        ]
+        for arm, row in rights.items()
+    }
+
+
+def table(rights: dict[str, str], tasks: list[str] | None = None) -> pd.DataFrame:
+    return score_table({0: answers(rights, tasks=tasks)})
+
+
+# --- the oracle ---
+
+KINDS = {"vanilla": "0000", "no_memory": "1000", "as_short": "1100", "as_long": "0010", "vismem": "1110"}
+
+
+def test_the_oracle_is_the_best_of_the_three_question_by_question() -> None:
+    found = budgets.oracle(table(KINDS), RESAMPLES)
+    assert found is not None
+    assert found["arms"] == {"no_memory": 25.0, "as_short": 50.0, "as_long": 25.0}
+    assert (found["best"], found["learned"], found["oracle"]) == ("as_short", 75.0, 75.0)
+    assert found["mean"] == pytest.approx(100 / 3)
+    assert found["share"] == pytest.approx(100.0)
+    assert found["share_ci95"] == pytest.approx((100.0, 100.0))
+    assert found["over_best"]["pooled"]["delta"] == 25.0
+
+
+@pytest.mark.parametrize(
+    ("learned", "share"),
+    [("1100", 100 * (50 - 100 / 3) / (75 - 100 / 3)), ("1000", -20.0), ("1111", 160.0), ("0000", -80.0)],
+)
+def test_the_learned_share_of_the_way_from_the_mean_to_the_oracle(learned: str, share: float) -> None:
+    found = budgets.oracle(table({**KINDS, "vismem": learned}), RESAMPLES)
+    assert found is not None
+    assert found["share"] == pytest.approx(share)
+    assert found["share_ci95"][0] <= found["share"] <= found["share_ci95"][1]
+    assert found["seeds"][0]["share"] == found["share"]
+
+
+def test_without_one_of_the_three_there_is_no_oracle_and_where_none_differs_no_share() -> None:
+    for arm in ("no_memory", "as_short", "as_long", "vismem"):
+        assert budgets.oracle(table({a: row for a, row in KINDS.items() if a != arm}), RESAMPLES) is None
+    found = budgets.oracle(table({**dict.fromkeys(KINDS, "0101"), "vismem": "1101"}), RESAMPLES)
+    assert found is not None
+    assert (found["share"], found["oracle"], found["mean"]) == (None, 50.0, 50.0)
+
+
+# --- numbers of memories ---
+
+LIMITED = {
+    "vanilla": "0000", "no_memory": "1000", "vismem@10": "1110", "vismem@2": "1100", "vismem": "1111",
+    "random_50": "1010", "forced_short@1": "0110", "random_25": "1110", "random_100": "0000",
+}  # fmt: skip
+USED = {"vismem": "3214", "vismem@2": "2212", "vismem@10": "3213", "random_50": "2222", "random_25": "1111"}
+
+
+def test_a_placement_has_a_point_for_every_limit_that_was_run() -> None:
+    by_seed = {0: answers(LIMITED, USED)}
+    memories = budgets.mean_memories(by_seed)
+    assert (memories["vismem"], memories["vismem@2"], memories["no_memory"]) == (2.5, 1.75, 0.0)
+    found = budgets.lines(score_table(by_seed), memories, RESAMPLES)
+    points = {name: [(p["limit"], p["memories"], p["score"]) for p in row] for name, row in found.items()}
+    assert points == {
+        "vismem": [(0, 0.0, 25.0), (2, 1.75, 50.0), (10, 2.25, 75.0), (None, 2.5, 100.0)],
+        "forced_short": [(0, 0.0, 25.0), (1, 0.0, 50.0)],
+    }
+    assert found["vismem"][-1]["ci95"] == (100.0, 100.0)
+    assert budgets.lines_plot(found).startswith(b"\x89PNG")
+
+
+def test_without_an_arm_of_a_limit_there_is_no_line_and_no_chart() -> None:
+    figures = study_figures({0: answers({"vanilla": "10", "vismem": "11"})}, {0: {"vanilla": 1, "vismem": 1}}, [], 100)
+    assert figures["budgets"] == {}
+    assert list(pictures(figures, "study")) == ["study.png"]
+    rights = {"vanilla": "10", "vismem": "11", "vismem@1": "11"}
+    limited = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, [], 100)
+    assert list(pictures(limited, "study")) == ["study.png", "study-memories.png"]
+
+
+def test_the_rate_of_random_invocation_is_the_best_or_the_nearest_in_memories() -> None:
+    scores, memories = table(LIMITED), budgets.mean_memories({0: answers(LIMITED, USED)})
+    assert budgets.random_rates(scores, memories) == ("random_25", "random_50"), "VisMem has 2.5 memories"
+    assert budgets.random_rates(scores[["vanilla", "vismem"]], memories) == (None, None)
+    assert budgets.random_rates(scores[["vanilla", "random_25"]], memories) == (None, None)
+
+
+# --- needs ---
+
+
+def test_needs_are_apart_and_other_tasks_have_none() -> None:
+    tasks = [*[TASK["detail"]] * 2, *[TASK["compute"]] * 4, "hand"]
+    found = budgets.needs(table({"vanilla": "1000001", "short_only": "1110000"}, tasks), RESAMPLES)
+    assert list(found) == ["detail", "compute"]
+    assert (found["detail"]["n"], found["compute"]["n"]) == (2, 4)
+    assert found["detail"]["arms"] == {"vanilla": 50.0, "short_only": 100.0}
+    assert found["compute"]["arms"] == {"vanilla": 0.0, "short_only": 25.0}
+    assert list(found["detail"]["gains"]) == ["short_only"]
+    assert found["compute"]["gains"]["short_only"]["pooled"]["delta"] == 25.0
+    lines = need_table(found).splitlines()
+    assert lines[0] == "| arm | detail (n = 2) | gain | compute (n = 4) | gain |"
+    assert lines[2] == "| vanilla | 50.0 |  | 0.0 |  |"
+    assert lines[3].startswith("| short only | 100.0 | +50.0 (")
+    assert budgets.needs(table({"vanilla": "10", "short_only": "11"}), RESAMPLES) == {}
+    assert need_table({}) == ""
+
+
+def test_each_kind_of_memory_is_judged_on_the_tasks_that_it_is_for() -> None:
+    tasks = [*[TASK["detail"]] * 3, *[TASK["compute"]] * 2, TASK["coarse"]]
+    rights = {"vanilla": "000000", "short_only": "111000", "long_only": "000110"}
+    rights |= {"forced_short": "110110", "forced_long": "111000"}
+    judged = {(c["id"], c["text"]): c for c in judge(by_need(), table(rights, tasks), RESAMPLES)}
+    assert {key: c["pooled"]["delta"] for key, c in judged.items()} == {
+        ("", "short only gains more than long only on detail tasks"): 100.0,
+        ("", "long only gains more than short only on compute tasks"): 100.0,
+        ("M5", "forced short gains more than forced long on detail tasks"): pytest.approx(-100 / 3),
+        ("M6", "forced long gains more than forced short on compute tasks"): -100.0,
+    }
+    assert [c["verdict"] for c in judged.values()] == ["holds", "holds", "not shown", "reversed"]
+    assert judge(by_need(), table(rights), RESAMPLES) == [], "no question of a known need"
+
+
+# --- claims ---
+
+
+@pytest.mark.parametrize(
+    ("held", "against", "count", "margin", "delta", "said"),
+    [
+        (2, 0, 3, 0.0, 1.0, "holds"),
+        (1, 0, 3, 0.0, 1.0, "not shown"),
+        (1, 2, 3, 0.0, -1.0, "reversed"),
+        (0, 1, 3, 0.0, -1.0, "not shown"),
+        (3, 0, 3, 15.0, 15.0, "holds"),
+        (3, 0, 3, 15.0, 14.9, "not shown"),
+        (2, 0, 3, 15.0, 20.0, "not shown"),
+        (1, 0, 1, 0.0, 1.0, "holds"),
+    ],
+)
+def test_a_claim_holds_in_two_thirds_of_the_seeds_and_one_with_a_margin_in_all(
+    held: int, against: int, count: int, margin: float, delta: float, said: str
+) -> None:
+    found = {"seeds": dict.fromkeys(range(count)), "holds": held, "reversed": against, "pooled": {"delta": delta}}
+    assert verdict(found, margin) == said
+
+
+def test_the_order_is_judged_step_by_step_and_as_a_whole() -> None:
+    arms = ("vanilla", "random_50", "short_only", "long_only", "vismem")
+    climbing = dict(zip(arms, ("1" * count + "0" * (30 - count) for count in (0, 8, 16, 16, 30)), strict=True))
+    flat = {**climbing, "long_only": climbing["vismem"]}
+    for seeds, held, said in (
+        ((climbing, climbing, flat), [0, 1], "holds"),
+        ((climbing, flat, flat), [0], "not shown"),
+    ):
+        scores = score_table({seed: answers(rights) for seed, rights in enumerate(seeds)})
+        judged = judge(order("random_50", "random_50"), scores, RESAMPLES)
+        assert [c["id"] for c in judged if c["id"]] == ["M7", "M1", "M1", "M2", "M2", "M3"]
+        assert whole_order(judged) == {"seeds": [0, 1, 2], "holds": held, "verdict": said}
+    assert whole_order(judged[:-2]) is None, "one of the five was not judged"
+
+
+def test_an_id_of_the_plan_has_one_claim_of_one_meaning() -> None:
+    claims = [*order("random_25", "random_50"), *by_need(), *vismem_above(["sft_lora"], {"sft_lora": "F1"})]
+    assert len({claim.text for claim in claims}) == len(claims)
+    nearest = {c.text: (c.above, c.below) for c in claims if c.id in ("M2", "M3")}
+    assert {below for _, below in nearest.values()} == {("random_50",), ("vanilla",)}
+    assert all(isinstance(claim, Claim) and claim.margin in (0.0, 15.0) for claim in claims)
+
+
+def test_arms_without_memory_are_known_by_their_policy() -> None:
+    for arm in ("vanilla", "no_memory", "relook", "sft_lora"):
+        assert memoryless(arm)
+    for arm in ("vismem", "vismem@1", "random_50", "start_long", "of an older study"):
+        assert not memoryless(arm)

@@ -40,10 +40,11 @@ def _only(kind: MemoryKind) -> Arm:
     return Arm(f"{kind}_only", f"{kind} only", description, policies.Learned(sampled=(kind,)))
 
 
-def _baseline(name: str, label: str, description: str) -> Arm:
-    return Arm(name, label, description, policies.Off(), model=name)
+def _baseline(name: str, label: str, description: str, policy: policies.InvocationPolicy | None = None) -> Arm:
+    return Arm(name, label, description, policy or policies.Off(), model=name)
 
 
+_AT_START = policies.Random(limit=1, probability=1.0, kinds=(MemoryKind.SHORT,))
 _MATCHED = "the same with as many parameters as VisMem's formation"
 _FULL_RESOLUTION = "the base model, no memory, its images not shrunk to memory.prompt_pixels"
 _ARMS = (
@@ -61,6 +62,12 @@ _ARMS = (
     _baseline("sft_lora_matched", "SFT-LoRA, matched", _MATCHED),
     _baseline("grpo_lora", "GRPO-LoRA", "a LoRA of the base, trained by GRPO"),
     _baseline("grpo_lora_matched", "GRPO-LoRA, matched", _MATCHED),
+    _baseline(
+        "static_prefix",
+        "static prefix",
+        "learned vectors at the answer's start, as many as a short and a long memory; the base is frozen",
+        _AT_START,
+    ),
     _baseline("full", "full fine-tuning", "the base's language model, trained on the reference answers"),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,6 +38,8 @@ class TokenRows(nn.Module):
 
 class VisMemModel(nn.Module):
     """The base stays outside the module's parameters: `parameters()` and `state_dict()` are what VisMem adds."""
+
+    variant = "vismem"  # what `save_pretrained` calls it; see `vismem.models.variants`
 
     def __init__(self, backbone: Backbone, memory: MemoryConfig, invocation: InvocationConfig, seed: int = 0) -> None:
         super().__init__()
@@ -193,6 +195,7 @@ class VisMemModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "format": 1,
+            "variant": self.variant,
             "family": self.backbone.family,
             "memory": self.memory_config.model_dump(mode="json"),
             "invocation": self.invocation_config.model_dump(mode="json"),
@@ -208,9 +211,11 @@ class VisMemModel(nn.Module):
         self.backbone.processor.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> "VisMemModel":
+    def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> Self:
         """Load a base and lay what `save_pretrained` wrote over it."""
         settings = read_json(Path(folder) / "vismem.json", "give a folder that stage1, stage2 or export wrote")
+        if (variant := settings.get("variant", VisMemModel.variant)) != cls.variant:
+            raise UserError(f"{folder} holds the model '{variant}', which only `vismem evaluate` decodes")
         backbone = load_base(base, dtype)
         if backbone.family != settings["family"]:
             raise UserError(f"{folder} was trained on {settings['family']}, but {base} is {backbone.family}")

@@ -1,10 +1,12 @@
 """The baselines: fine-tuning of the same base with the same data, engine, rewards and training loop as VisMem.
 
 `sft_lora` and `grpo_lora` train a LoRA of the policy on q_proj and v_proj, the `matched` ones a LoRA with as many
-parameters as VisMem's formation. `full` trains the language model with its embeddings and head. The vision encoder and
+parameters as VisMem's formation. `static_prefix` trains vectors without content, which stand where a memory is forced
+at the answer's start. `full` trains the language model with its embeddings and head. The vision encoder and
 the projector stay frozen, as in VisMem, so every arm is given the same image features.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +14,22 @@ from rich.console import Console
 from torch import nn
 
 from vismem.config import Config
+from vismem.data.sample import Sample
+from vismem.evaluation.arms import ARMS
 from vismem.generation.invocation import InvocationPolicy, Off
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.kinds import MemoryKind
 from vismem.models.loading import no_weight_bars
 from vismem.models.lora import LoraSettings
 from vismem.models.processors import load_processor
+from vismem.models.variants import StaticPrefix
 from vismem.models.vismem import VisMemModel
 from vismem.training.loop import LoopSettings
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import (
     FORMATION,
     POLICY_LORA,
+    PREFIX,
     Inputs,
     Parameters,
     Run,
@@ -30,7 +38,7 @@ from vismem.training.run import (
     steps_of,
     trainable,
 )
-from vismem.training.supervised import plain_answer
+from vismem.training.supervised import Written, plain_answer
 
 
 def full(config: Config, inputs: Inputs, out: Path) -> str:
@@ -76,7 +84,29 @@ grpo_lora = partial(_train_lora, "grpo_lora")
 grpo_lora_matched = partial(_train_lora, "grpo_lora_matched")
 
 
-def _train_supervised(run: Run, trained: Parameters, learning_rate: float) -> None:
+def static_prefix(config: Config, inputs: Inputs, out: Path) -> str:
+    """Learned vectors at the answer's start, as many as a short and a long memory together; the base is frozen."""
+    run = Run("static_prefix", config, inputs, out, partial(new_model, kind=StaticPrefix))
+    trained = trainable(run.model, PREFIX)
+    _announce(run, trained, "the vectors of a static prefix")
+    _train_supervised(run, trained, config.baselines.supervised.prefix_learning_rate, answer_behind_memory)
+    return run.finish({run.name: ARMS[run.name].policy})
+
+
+def answer_behind_memory(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
+    """The reference answer of one sample with a memory forced at its start, short by its tokens."""
+    plain, kind = plain_answer(model, sample), MemoryKind.SHORT
+    memory = (model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind])
+    return replace(
+        plain,
+        token_ids=memory + plain.token_ids,
+        loss_mask=(False,) * len(memory) + plain.loss_mask,
+        logprobs=(0.0,) * len(memory) + plain.logprobs,
+        invocations=(Invocation(0, kind, forced=True),),
+    )
+
+
+def _train_supervised(run: Run, trained: Parameters, learning_rate: float, written: Written = plain_answer) -> None:
     settings = run.config.baselines.supervised
     loop = LoopSettings(
         run.name,
@@ -86,7 +116,7 @@ def _train_supervised(run: Run, trained: Parameters, learning_rate: float) -> No
         weight_decay=settings.weight_decay,
         checkpoint_every=run.config.grpo.checkpoint_every,
     )
-    run.train_supervised(plain_answer, trained, loop, settings.batch_size, settings.micro_batch)
+    run.train_supervised(written, trained, loop, settings.batch_size, settings.micro_batch)
 
 
 def _announce(run: Run, trained: Parameters, what: str) -> None:

@@ -48,6 +48,7 @@ _TRAINS = {
     "grpo_lora": "train a LoRA by GRPO",
     "grpo_lora_matched": "train grpo_lora with as many parameters as VisMem trains",
     "static_prefix": "train vectors without content for the answer's start",
+    "continuous": "train a memory of the image alone for the answer's start",
     "full": "train the whole language model on the reference answers",
 }
 BASELINES: tuple[Step, ...] = tuple(

@@ -15,7 +15,7 @@ from torch import Tensor
 from vismem.config import Config, Stage2Config
 from vismem.generation.replay import prefill, score
 from vismem.models.lora import LoraSettings
-from vismem.models.variants import StaticPrefix
+from vismem.models.variants import Continuous, StaticPrefix
 from vismem.models.vismem import VisMemModel
 from vismem.training.baselines import answer_behind_memory
 from vismem.training.grpo import rollout_means
@@ -100,8 +100,9 @@ WRITTEN = {
     "warm start": (partial(answer_with_memory, at_start=0.5), FORMATION),
     "sft_lora": (plain_answer, POLICY_LORA),
     "static_prefix": (answer_behind_memory, PREFIX),
+    "continuous": (answer_behind_memory, ("builder.", "short.")),
 }
-KINDS = {"static_prefix": StaticPrefix}
+KINDS = {"static_prefix": StaticPrefix, "continuous": Continuous}
 
 
 @pytest.mark.parametrize("name", WRITTEN)

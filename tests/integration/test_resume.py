@@ -38,7 +38,7 @@ CONFIG = Config(
         grpo=BaselinesGrpoConfig(steps=3, **STAGE),
     ),
 )
-BASELINES = ("static_prefix",)
+BASELINES = ("static_prefix", "continuous")
 STEPS: dict[str, Callable[..., str]] = {
     "stage1": stage1,
     "stage2": stage2,

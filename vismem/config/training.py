@@ -146,6 +146,9 @@ class SupervisedConfig(Section):
     micro_batch: int = Field(64, ge=1, description="questions per backward pass; changes memory, not the result")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
     prefix_learning_rate: float = Field(1e-2, gt=0, description="peak rate of static_prefix's vectors")
+    matrix_learning_rate: float = Field(
+        0.007, ge=0, description="peak rate of Muon on continuous's matrices, as in the warm start; 0: AdamW on all"
+    )
     full_learning_rate: float = Field(1e-3, gt=0, description="peak rate of full fine-tuning")
     warmup_ratio: float = rare(0.05, ge=0, le=1, description="share of the steps that warm up")
     weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay")

@@ -68,6 +68,12 @@ _ARMS = (
         "learned vectors at the answer's start, as many as a short and a long memory; the base is frozen",
         _AT_START,
     ),
+    _baseline(
+        "continuous",
+        "continuous",
+        "a memory formed once from the image alone, at the answer's start; the base is frozen",
+        _AT_START,
+    ),
     _baseline("full", "full fine-tuning", "the base's language model, trained on the reference answers"),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}

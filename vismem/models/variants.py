@@ -1,5 +1,6 @@
 """Models that VisMem is compared with: another memory is inserted at an answer's start, the rest is as it is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.models.backbones.base import Backbone, PatchStream, VisionInput
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import FormationInputs
+from vismem.models.memory import FormationInputs, packed
 from vismem.models.vismem import VisMemModel
 
 
@@ -40,7 +41,22 @@ class StaticPrefix(VisMemModel):
         return self.prefix.to(self.backbone.embedding.weight.dtype).expand(len(inputs.sample), -1, -1)
 
 
-VARIANTS: dict[str, type[VisMemModel]] = {kind.variant: kind for kind in (VisMemModel, StaticPrefix)}
+class Continuous(VisMemModel):
+    """A short memory of the images alone, as CoMEM's (arXiv 2505.17670): its queries read nothing of the question.
+
+    The cognitive state H are the prompt's image features themselves, as the projector gives them to the language model.
+    """
+
+    variant = "continuous"
+
+    def form(self, kind: MemoryKind, inputs: FormationInputs) -> Tensor:
+        """Short memories (R, N_s, d) of the rows' images, wherever they are formed."""
+        assert kind is MemoryKind.SHORT, "a long memory reads the question"
+        features, mask = packed(inputs.stream, inputs.stream_visual)
+        return super().form(kind, replace(inputs, cognitive=features, cognitive_mask=mask))
+
+
+VARIANTS: dict[str, type[VisMemModel]] = {kind.variant: kind for kind in (VisMemModel, StaticPrefix, Continuous)}
 
 
 def load_variant(folder: Path, base: Path | str, dtype: str = "float32") -> VisMemModel:

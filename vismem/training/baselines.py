@@ -2,7 +2,8 @@
 
 `sft_lora` and `grpo_lora` train a LoRA of the policy on q_proj and v_proj, the `matched` ones a LoRA with as many
 parameters as VisMem's formation. `static_prefix` trains vectors without content, which stand where a memory is forced
-at the answer's start. `full` trains the language model with its embeddings and head. The vision encoder and
+at the answer's start; `continuous` trains VisMem's query builder and short former to form that memory from the images
+alone. `full` trains the language model with its embeddings and head. The vision encoder and
 the projector stay frozen, as in VisMem, so every arm is given the same image features.
 """
 
@@ -22,7 +23,7 @@ from vismem.models.kinds import MemoryKind
 from vismem.models.loading import no_weight_bars
 from vismem.models.lora import LoraSettings
 from vismem.models.processors import load_processor
-from vismem.models.variants import StaticPrefix
+from vismem.models.variants import Continuous, StaticPrefix
 from vismem.models.vismem import VisMemModel
 from vismem.training.loop import LoopSettings
 from vismem.training.rollout import GrpoObjective
@@ -93,6 +94,16 @@ def static_prefix(config: Config, inputs: Inputs, out: Path) -> str:
     return run.finish({run.name: ARMS[run.name].policy})
 
 
+def continuous(config: Config, inputs: Inputs, out: Path) -> str:
+    """A memory formed once from the images alone, at the answer's start; the base is frozen."""
+    settings = config.baselines.supervised
+    run = Run("continuous", config, inputs, out, partial(new_model, kind=Continuous))
+    trained = trainable(run.model, ("builder.", "short."))
+    _announce(run, trained, "query builder and short former")
+    _train_supervised(run, trained, settings.learning_rate, answer_behind_memory, settings.matrix_learning_rate)
+    return run.finish({run.name: ARMS[run.name].policy})
+
+
 def answer_behind_memory(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
     """The reference answer of one sample with a memory forced at its start, short by its tokens."""
     plain, kind = plain_answer(model, sample), MemoryKind.SHORT
@@ -106,13 +117,20 @@ def answer_behind_memory(model: VisMemModel, sample: Sample, seed: int = 0) -> R
     )
 
 
-def _train_supervised(run: Run, trained: Parameters, learning_rate: float, written: Written = plain_answer) -> None:
+def _train_supervised(
+    run: Run,
+    trained: Parameters,
+    learning_rate: float,
+    written: Written = plain_answer,
+    matrix_learning_rate: float = 0.0,
+) -> None:
     settings = run.config.baselines.supervised
     loop = LoopSettings(
         run.name,
         steps_of(settings.steps, settings.epochs, settings.batch_size, len(run.samples)),
         learning_rate,
         settings.warmup_ratio,
+        matrix_learning_rate,
         weight_decay=settings.weight_decay,
         checkpoint_every=run.config.grpo.checkpoint_every,
     )

@@ -99,6 +99,7 @@ def test_rewarded_answers_gain_on_unrewarded_ones_of_their_group(name: str, tiny
 WRITTEN = {
     "warm start": (partial(answer_with_memory, at_start=0.5), FORMATION),
     "sft_lora": (plain_answer, POLICY_LORA),
+    "sft_lora_vision": (plain_answer, ("policy_lora.down.vision", "policy_lora.up.vision")),  # that part alone
     "static_prefix": (answer_behind_memory, PREFIX),
     "continuous": (answer_behind_memory, ("builder.", "short.")),
 }
@@ -109,8 +110,8 @@ KINDS = {"static_prefix": StaticPrefix, "continuous": Continuous}
 def test_supervised_training_makes_its_batch_likelier(name: str, tiny_base: Path, tmp_path: Path) -> None:
     written, names = WRITTEN[name]
     model = tiny.vismem(tiny_base, kind=KINDS.get(name, VisMemModel))
-    model.set_policy_lora(LoraSettings(4, 8.0, 0.0))
-    model.policy_lora.enabled = names == POLICY_LORA
+    model.set_policy_lora(LoraSettings(4, 8.0, 0.0, vision=name == "sft_lora_vision"))
+    model.policy_lora.enabled = names[0].startswith(POLICY_LORA)
     trained = trainable(model, names)
     objective = Supervised(model, tiny.samples(), written, 0, Accelerator(cpu=True), 8, 8)
     objective.prompts_need_gradient = model.policy_lora.enabled

@@ -38,7 +38,7 @@ CONFIG = Config(
         grpo=BaselinesGrpoConfig(steps=3, **STAGE),
     ),
 )
-BASELINES = ("static_prefix", "continuous")
+BASELINES = ("static_prefix", "continuous", "sft_lora_vision", "grpo_lora_vision")
 STEPS: dict[str, Callable[..., str]] = {
     "stage1": stage1,
     "stage2": stage2,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,8 +134,8 @@ class VisMemModel(nn.Module):
 
     def short_stream(self, vision: VisionInput) -> PatchStream:
         """The prompts' patches inside the short former: computed once, read by every short memory."""
-        read = self.short.lora.active()(self.backbone.patch_stream)  # as a decorator: on again in the backward pass
-        stream: PatchStream = self._run(read, vision)
+        read = self.policy_lora.active(False)(self.short.lora.active()(self.backbone.patch_stream))
+        stream: PatchStream = self._run(read, vision)  # decorated: as it is now in the backward pass too
         return stream
 
     def long_prefix(self, prompt: Prompt) -> PrefixCache:
@@ -149,7 +149,8 @@ class VisMemModel(nn.Module):
         with self.policy_lora.active(False):
             if kind is MemoryKind.SHORT:
                 assert inputs.patches is not None
-                memory = self._run(self.short, self.backbone, queries, inputs.patches, inputs.sample)
+                short = self.policy_lora.active(False)(self.short)  # in the backward pass too
+                memory = self._run(short, self.backbone, queries, inputs.patches, inputs.sample)
             else:
                 memory = self.long(self.backbone, queries, inputs)
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
@@ -185,7 +186,10 @@ class VisMemModel(nn.Module):
     def set_policy_lora(self, settings: LoraSettings) -> None:
         """Give the policy another adapter, fresh and off."""
         self.policy_lora.remove()
-        adapter = Lora(self.backbone.language_targets(settings.every_linear), settings)
+        targets = self.backbone.language_targets(settings.every_linear)
+        if settings.vision:
+            targets += [replace(target, name=f"vision.{target.name}") for target in self.backbone.vision_targets()]
+        adapter = Lora(targets, settings)
         self.policy_lora = adapter.to(self.backbone.device).eval()
 
     # --- files ---

@@ -1,10 +1,11 @@
 """The baselines: fine-tuning of the same base with the same data, engine, rewards and training loop as VisMem.
 
 `sft_lora` and `grpo_lora` train a LoRA of the policy on q_proj and v_proj, the `matched` ones a LoRA with as many
-parameters as VisMem's formation. `static_prefix` trains vectors without content, which stand where a memory is forced
-at the answer's start; `continuous` trains VisMem's query builder and short former to form that memory from the images
-alone. `full` trains the language model with its embeddings and head. The vision encoder and
-the projector stay frozen, as in VisMem, so every arm is given the same image features.
+parameters as VisMem's formation, the `vision` ones a LoRA on q and v of the vision encoder too. `sft_lora_long` trains
+for about as many seconds as VisMem. `static_prefix` trains vectors without content, which stand where a memory is
+forced at the answer's start; `continuous` trains VisMem's query builder and short former to form that memory from the
+images alone. `full` trains the language model with its embeddings and head. The projector stays frozen, as in
+VisMem, and but for the `vision` ones the vision encoder too, so that every arm is given the same image features.
 """
 
 from dataclasses import replace
@@ -66,14 +67,16 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
     if name.endswith("_matched"):
         adapter = matched_lora(run.model, settings.alpha / settings.rank, settings.dropout)
     else:
-        adapter = LoraSettings(settings.rank, settings.alpha, settings.dropout)
+        adapter = LoraSettings(settings.rank, settings.alpha, settings.dropout, vision=name.endswith("_vision"))
     run.model.set_policy_lora(adapter)
     run.model.policy_lora.enabled = True
     trained = trainable(run.model, POLICY_LORA)
     layers = "all linear layers" if adapter.every_linear else "q and v"
+    layers += ", the vision encoder's too" if adapter.vision else ""
     _announce(run, trained, f"LoRA of rank {adapter.rank} on {layers}")
     if name.startswith("sft"):
-        _train_supervised(run, trained, settings.supervised.learning_rate)
+        times = settings.supervised.longer if name.endswith("_long") else 1.0
+        _train_supervised(run, trained, settings.supervised.learning_rate, times=times)
     else:
         run.train_grpo(PolicyGrpo, settings.grpo, trained)
     return run.finish({name: Off()})
@@ -81,8 +84,11 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
 
 sft_lora = partial(_train_lora, "sft_lora")
 sft_lora_matched = partial(_train_lora, "sft_lora_matched")
+sft_lora_long = partial(_train_lora, "sft_lora_long")
+sft_lora_vision = partial(_train_lora, "sft_lora_vision")
 grpo_lora = partial(_train_lora, "grpo_lora")
 grpo_lora_matched = partial(_train_lora, "grpo_lora_matched")
+grpo_lora_vision = partial(_train_lora, "grpo_lora_vision")
 
 
 def static_prefix(config: Config, inputs: Inputs, out: Path) -> str:
@@ -123,11 +129,12 @@ def _train_supervised(
     learning_rate: float,
     written: Written = plain_answer,
     matrix_learning_rate: float = 0.0,
+    times: float = 1.0,
 ) -> None:
     settings = run.config.baselines.supervised
     loop = LoopSettings(
         run.name,
-        steps_of(settings.steps, settings.epochs, settings.batch_size, len(run.samples)),
+        round(times * steps_of(settings.steps, settings.epochs, settings.batch_size, len(run.samples))),
         learning_rate,
         settings.warmup_ratio,
         matrix_learning_rate,

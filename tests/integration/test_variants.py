@@ -40,25 +40,30 @@ def asked_otherwise() -> tuple[Sample, Sample, Sample]:
 def test_a_continuous_memory_is_the_same_for_two_questions_about_one_image_and_another_for_another(
     tiny_base: Path,
 ) -> None:
-    same, otherwise, elsewhere = memories(tiny.vismem(tiny_base, kind=Continuous), [*asked_otherwise()])
-    assert torch.equal(same, otherwise)
-    assert not torch.allclose(same, elsewhere, atol=1e-3)
-    vismem, asked = memories(tiny.vismem(tiny_base), [*asked_otherwise()[:2]])
-    assert not torch.equal(vismem, asked), "VisMem's own memory depends on the question"
+    first, otherwise, elsewhere = asked_otherwise()
+    samples = [first, otherwise, replace(first, question=""), elsewhere]
+    memory, *same, another = memories(tiny.vismem(tiny_base, kind=Continuous), samples)
+    for one in same:
+        torch.testing.assert_close(one, memory, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(another, memory, atol=1e-2)
+    vismem, asked = memories(tiny.vismem(tiny_base), samples[:2])
+    assert not torch.allclose(vismem, asked, atol=1e-4), "VisMem's own memory depends on the question"
 
 
-def test_a_continuous_memory_s_queries_read_the_image(tiny_base: Path) -> None:
-    """Not its patches alone, which the short former reads."""
+def test_a_continuous_memory_s_queries_read_the_visual_hidden_states_alone(tiny_base: Path) -> None:
+    """All of them, in a batch with more and with fewer images too."""
     model = tiny.vismem(tiny_base, kind=Continuous)
     seen = []
     model.builder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    same, _, elsewhere = asked_otherwise()
-    memories(model, [same, elsewhere])
-    (state, mask), (another, _) = seen
-    prompt = prefill(model, [same]).prompt
-    assert mask.all()
-    assert torch.equal(state[0], prompt.embeds[0, prompt.visual[0]])
-    assert not torch.equal(state, another)
+    samples = tiny.samples()[:6]
+    assert {len(sample.images) for sample in samples} == {1, 2}
+    context = prefill(model, samples)
+    answers = [answer_behind_memory(model, sample) for sample in samples]
+    score(model, context, answers, torch.arange(6))
+    ((state, mask),) = seen
+    order = sorted(range(6), key=lambda row: len(answers[row].token_ids))  # in which they are scored
+    assert torch.equal(mask, context.visual_mask[order])
+    assert torch.equal(state[mask], context.visual[order][mask])
 
 
 def test_a_static_prefix_is_its_vectors_whatever_is_shown_and_asked(tiny_base: Path) -> None:

@@ -21,11 +21,11 @@ from vismem.training.baselines import PolicyGrpo
 from vismem.training.run import POLICY_LORA, trainable
 from vismem.training.supervised import Supervised, plain_answer
 
-FAMILIES = ("qwen2_5_vl", "internvl", "llava_onevision")
 PIXELS = {"qwen2_5_vl": 784, "internvl": 1, "llava_onevision": 1}  # coarse: as few tokens as there can be
+pytestmark = pytest.mark.usefixtures("scores_differ")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=tiny_families.VARIANTS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_families.save_base(tmp_path_factory.mktemp(request.param) / "base", request.param)
 
@@ -78,6 +78,25 @@ def test_every_matrix_of_it_gets_a_gradient_and_nothing_else_does(base: Path) ->
     assert [name for name, weight in model.backbone.model.named_parameters() if weight.grad is not None] == []
 
 
+def test_the_gradient_through_the_encoder_is_the_loss_s(base: Path) -> None:
+    """By central differences along it, in the encoder's part alone."""
+    model = adapted(base)
+    trainable(model, ("policy_lora.down.vision", "policy_lora.up.vision"))
+    objective = Supervised(model, tiny_families.samples(), plain_answer, 0, Accelerator(cpu=True), 2, 2)
+    objective.prompts_need_gradient = True
+    batch = objective.collect(0)
+    objective.backward(batch)
+    slopes = {weight: weight.grad.clone() for weight in model.parameters() if weight.grad is not None}
+    size = float(sum(slope.pow(2).sum() for slope in slopes.values())) ** 0.5
+    losses = []
+    for way in (1e-2, -2e-2):
+        with torch.no_grad():
+            for weight, slope in slopes.items():
+                weight += way / size * slope
+        losses.append(objective.backward(batch)["loss"])
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(size, rel=0.05)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_off_while_memories_are_formed_and_in_their_gradient(
@@ -119,3 +138,24 @@ def test_the_reference_of_grpo_sees_the_base_s_image_features(base: Path) -> Non
         own = score(model, prefill(model, samples), answers, rows)
     torch.testing.assert_close(reference.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(own.logprobs, expected.logprobs, atol=1e-3)
+
+
+def test_its_first_update_has_ratio_one_and_micro_batches_of_one_prompt_add_up(base: Path) -> None:
+    """So answers are sampled, and scored again, with the adapter on in the encoder; its reference is not."""
+    gradients = []
+    for micro in (4, 64):
+        model = adapted(base, spread=0.0)
+        trained = trainable(model, POLICY_LORA)
+        settings = GrpoConfig(batch_size=2, max_new_tokens=8, micro_batch=micro)
+        objective = PolicyGrpo(
+            model, tiny_families.samples()[:4], settings, GrpoStageConfig(group_size=4), 0, Accelerator(cpu=True)
+        )
+        objective.prompts_need_gradient = True
+        move(model, 0.3)
+        metrics = objective.backward(objective.collect(0))
+        assert metrics["update_kl"] == pytest.approx(0, abs=1e-8)
+        assert metrics["kl"] > 1e-4
+        gradients.append({name: weight.grad for name, weight in trained.items() if weight.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == trained.keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-3, msg=name)

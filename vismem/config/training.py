@@ -142,7 +142,7 @@ class SupervisedConfig(Section):
 
     steps: int = Field(800, ge=0, description="steps; 0 means `epochs` passes over the train split")
     epochs: int = rare(2, ge=1, description="passes over the train split, where steps is 0")
-    longer: float = Field(3.0, gt=0, description="steps of sft_lora_long relative to sft_lora's")
+    longer: float = Field(3.0, gt=0, description="sft_lora_long's steps, relative to sft_lora's [measured]")
     batch_size: int = Field(32, ge=1, description="questions per step")
     micro_batch: int = Field(64, ge=1, description="questions per backward pass; changes memory, not the result")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")

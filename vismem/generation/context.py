@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from vismem.data.sample import Sample
 from vismem.models.backbones.base import PatchStream, Prompt
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import FormationInputs, PrefixCache, causal_mask, packed
+from vismem.models.memory import FormationInputs, PrefixCache, causal_mask
 from vismem.models.vismem import VisMemModel
 
 
@@ -33,8 +33,11 @@ class Context:
     def read(cls, model: VisMemModel, prompt: Prompt, cache: Any) -> "Context":
         """Run the prompts through the language model."""
         hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask), cache)
+        order = prompt.visual.int().argsort(dim=1, descending=True, stable=True)
+        order = order[:, : int(prompt.visual.sum(1).max())]
+        visual = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
         last = hidden[torch.arange(len(hidden), device=hidden.device), prompt.mask.sum(1) - 1]
-        return cls(model, prompt, *packed(hidden, prompt.visual), last, cache)
+        return cls(model, prompt, visual, prompt.visual.gather(1, order), last, cache)
 
     def form(
         self, kind: MemoryKind, sample: Tensor, segment: tuple[Tensor, Tensor], stream: tuple[Tensor, Tensor, Tensor]

@@ -197,12 +197,6 @@ class LongFormer(nn.Module):
         return result
 
 
-def packed(states: Tensor, marked: Tensor) -> tuple[Tensor, Tensor]:
-    """The marked ones (R, V, d) of states (R, T, d), in order and right-padded, and their mask (R, V)."""
-    order = marked.int().argsort(dim=1, descending=True, stable=True)[:, : int(marked.sum(1).max())]
-    return states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])), marked.gather(1, order)
-
-
 def pooling(visual: Tensor, slots: int) -> Tensor:
     """(R, slots, T) weights that divide the marked tokens of (R, T) evenly among slots, in order.
 

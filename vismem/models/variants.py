@@ -11,7 +11,7 @@ from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.models.backbones.base import Backbone, PatchStream, VisionInput
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import FormationInputs, packed
+from vismem.models.memory import FormationInputs
 from vismem.models.vismem import VisMemModel
 
 
@@ -44,7 +44,8 @@ class StaticPrefix(VisMemModel):
 class Continuous(VisMemModel):
     """A short memory of the images alone, as CoMEM's (arXiv 2505.17670): its queries read nothing of the question.
 
-    The cognitive state H are the prompt's image features themselves, as the projector gives them to the language model.
+    Of the cognitive state H only the visual hidden states are left. In every prompt images stand before the question,
+    so the causal language model computes them without it, as from a prompt that holds the images alone.
     """
 
     variant = "continuous"
@@ -52,8 +53,10 @@ class Continuous(VisMemModel):
     def form(self, kind: MemoryKind, inputs: FormationInputs) -> Tensor:
         """Short memories (R, N_s, d) of the rows' images, wherever they are formed."""
         assert kind is MemoryKind.SHORT, "a long memory reads the question"
-        features, mask = packed(inputs.stream, inputs.stream_visual)
-        return super().form(kind, replace(inputs, cognitive=features, cognitive_mask=mask))
+        counts = inputs.stream_visual.sum(1)  # of the states that H begins with
+        visual = slice(int(counts.max()))
+        mask = torch.arange(visual.stop, device=counts.device) < counts[:, None]
+        return super().form(kind, replace(inputs, cognitive=inputs.cognitive[:, visual], cognitive_mask=mask))
 
 
 VARIANTS: dict[str, type[VisMemModel]] = {kind.variant: kind for kind in (VisMemModel, StaticPrefix, Continuous)}

@@ -45,9 +45,15 @@ def save_base(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def vismem(base: Path, memory: MemoryConfig = MEMORY, limit: int = 3, seed: int = 0) -> VisMemModel:
-    """VisMem on that base. What starts at zero is moved off it, so that an adapter left on would show."""
-    model = VisMemModel(load_base(base), memory, InvocationConfig(max_per_answer=limit), seed)
+def vismem(
+    base: Path,
+    memory: MemoryConfig = MEMORY,
+    limit: int = 3,
+    seed: int = 0,
+    kind: type[VisMemModel] = VisMemModel,
+) -> VisMemModel:
+    """VisMem, or a variant of it. What starts at zero is moved off it, so that an adapter left on would show."""
+    model = kind(load_base(base), memory, InvocationConfig(max_per_answer=limit), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

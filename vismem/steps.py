@@ -45,8 +45,13 @@ _TRAINED = ("seed", "memory", "invocation", "grpo")  # of a baseline too: the me
 _TRAINS = {
     "sft_lora": "train a LoRA on the reference answers",
     "sft_lora_matched": "train sft_lora with as many parameters as VisMem trains",
+    "sft_lora_long": "train sft_lora for as many seconds as VisMem, about",
+    "sft_lora_vision": "train sft_lora with a LoRA of the vision encoder too",
     "grpo_lora": "train a LoRA by GRPO",
     "grpo_lora_matched": "train grpo_lora with as many parameters as VisMem trains",
+    "grpo_lora_vision": "train grpo_lora with a LoRA of the vision encoder too",
+    "static_prefix": "train vectors without content for the answer's start",
+    "continuous": "train a memory of the image alone for the answer's start",
     "full": "train the whole language model on the reference answers",
 }
 BASELINES: tuple[Step, ...] = tuple(

@@ -15,11 +15,14 @@ from torch import Tensor
 from vismem.config import Config, Stage2Config
 from vismem.generation.replay import prefill, score
 from vismem.models.lora import LoraSettings
+from vismem.models.variants import Continuous, StaticPrefix
+from vismem.models.vismem import VisMemModel
+from vismem.training.baselines import answer_behind_memory
 from vismem.training.grpo import rollout_means
 from vismem.training.loop import LoopSettings, Metrics, Objective, train
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective, RolloutBatch
-from vismem.training.run import FORMATION, POLICY_LORA, Parameters, trainable
+from vismem.training.run import FORMATION, POLICY_LORA, PREFIX, Parameters, trainable
 from vismem.training.stage2 import stage2
 from vismem.training.supervised import Supervised, answer_with_memory, plain_answer
 
@@ -96,15 +99,19 @@ def test_rewarded_answers_gain_on_unrewarded_ones_of_their_group(name: str, tiny
 WRITTEN = {
     "warm start": (partial(answer_with_memory, at_start=0.5), FORMATION),
     "sft_lora": (plain_answer, POLICY_LORA),
+    "sft_lora_vision": (plain_answer, ("policy_lora.down.vision", "policy_lora.up.vision")),  # that part alone
+    "static_prefix": (answer_behind_memory, PREFIX),
+    "continuous": (answer_behind_memory, ("builder.", "short.")),
 }
+KINDS = {"static_prefix": StaticPrefix, "continuous": Continuous}
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_supervised_training_makes_its_batch_likelier(name: str, tiny_base: Path, tmp_path: Path) -> None:
     written, names = WRITTEN[name]
-    model = tiny.vismem(tiny_base)
-    model.set_policy_lora(LoraSettings(4, 8.0, 0.0))
-    model.policy_lora.enabled = names == POLICY_LORA
+    model = tiny.vismem(tiny_base, kind=KINDS.get(name, VisMemModel))
+    model.set_policy_lora(LoraSettings(4, 8.0, 0.0, vision=name == "sft_lora_vision"))
+    model.policy_lora.enabled = names[0].startswith(POLICY_LORA)
     trained = trainable(model, names)
     objective = Supervised(model, tiny.samples(), written, 0, Accelerator(cpu=True), 8, 8)
     objective.prompts_need_gradient = model.policy_lora.enabled

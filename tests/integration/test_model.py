@@ -166,7 +166,7 @@ def test_memory_and_policy_are_written_apart_and_come_back(model: VisMemModel, t
     assert not again.policy_lora.enabled
     settings = read_json(folder / "vismem.json")
     assert settings.keys() == {
-        "format", "family", "memory", "invocation", "memory_ids", "policy_lora", "policy_settings"
+        "format", "variant", "family", "memory", "invocation", "memory_ids", "policy_lora", "policy_settings"
     }  # fmt: skip
     assert (settings["format"], settings["family"]) == (1, "qwen2_5_vl")
 

@@ -1,4 +1,4 @@
-"""Both stages killed at any step and resumed, and repeated from the same seed: the same files."""
+"""Both stages, and baselines, killed at any step and resumed, and repeated from the same seed: the same files."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,17 @@ import tiny
 import torch
 from torch import Tensor
 
-from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.config import (
+    BaselinesConfig,
+    BaselinesGrpoConfig,
+    Config,
+    GrpoConfig,
+    Stage1Config,
+    Stage2Config,
+    SupervisedConfig,
+    WarmStartConfig,
+)
+from vismem.steps import BY_NAME
 from vismem.training.stage1 import stage1
 from vismem.training.stage2 import stage2
 
@@ -20,8 +30,20 @@ CONFIG = Config(
     grpo=GrpoConfig(batch_size=2, max_new_tokens=8, checkpoint_every=2),
     stage1=Stage1Config(steps=3, warm_start=WarmStartConfig(steps=3, batch_size=4), **STAGE),
     stage2=Stage2Config(steps=4, policy_lora=True, **STAGE),
+    baselines=BaselinesConfig(
+        rank=4,
+        alpha=8,
+        dropout=0.1,
+        supervised=SupervisedConfig(steps=3, batch_size=4),
+        grpo=BaselinesGrpoConfig(steps=3, **STAGE),
+    ),
 )
-STEPS: dict[str, Callable[..., str]] = {"stage1": stage1, "stage2": stage2}
+BASELINES = ("static_prefix", "continuous", "sft_lora_vision", "grpo_lora_vision")
+STEPS: dict[str, Callable[..., str]] = {
+    "stage1": stage1,
+    "stage2": stage2,
+    **{name: BY_NAME[name].load() for name in BASELINES},
+}
 pytestmark = pytest.mark.usefixtures("scores_differ")
 
 
@@ -48,7 +70,11 @@ def test_the_same_seed_gives_the_same_files(unbroken: dict[str, Path], tmp_path:
         assert contents(out) == contents(unbroken[name]), name
 
 
-KILLS = [(name, at) for name, steps in (("stage1", 6), ("stage2", 4)) for at in range(steps)]
+KILLS = [
+    (name, at)
+    for name, steps in (("stage1", 6), ("stage2", 4), *((name, 3) for name in BASELINES))
+    for at in range(steps)
+]
 
 
 @pytest.mark.parametrize(("name", "at"), KILLS)

@@ -170,7 +170,7 @@ def test_every_parameter_of_training_is_read_while_training(
     )
     inputs = {"base": tiny_base, "validate": tiny.save_data(tmp_path / "validate", count=3)}
     monkeypatch.setattr(Section, "__getattribute__", recording, raising=False)
-    for name in ("stage1", "stage2", "sft_lora", "grpo_lora", "full"):
+    for name in ("stage1", "stage2", "sft_lora", "sft_lora_long", "grpo_lora", "static_prefix", "continuous", "full"):
         inputs[name] = tmp_path / name
         inputs[name].mkdir()
         BY_NAME[name].load()(config, inputs, inputs[name])

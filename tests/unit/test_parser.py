@@ -76,10 +76,15 @@ def test_bash_completes_commands_options_and_profiles(capsys: pytest.CaptureFixt
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out + (
         'typed() { COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); _shtab_vismem "$1" "${@: -1}"; echo "${COMPREPLY[*]}"; }\n'
-        "typed vismem sta; typed vismem stage1 --pro; typed vismem stage1 --profile s; typed vismem models ro\n"
+        "typed vismem stag; typed vismem stage1 --pro; typed vismem stage1 --profile s; typed vismem models ro\n"
     )
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["stack stage1 stage2", "--profile --processes", "smoke", "rollback"]
+    assert done.stdout.splitlines() == [
+        "stack stage1 stage2 static_prefix",
+        "--profile --processes",
+        "smoke",
+        "rollback",
+    ]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

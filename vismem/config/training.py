@@ -142,9 +142,14 @@ class SupervisedConfig(Section):
 
     steps: int = Field(800, ge=0, description="steps; 0 means `epochs` passes over the train split")
     epochs: int = rare(2, ge=1, description="passes over the train split, where steps is 0")
+    longer: float = Field(3.0, gt=0, description="sft_lora_long's steps, relative to sft_lora's [measured]")
     batch_size: int = Field(32, ge=1, description="questions per step")
     micro_batch: int = Field(64, ge=1, description="questions per backward pass; changes memory, not the result")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
+    prefix_learning_rate: float = Field(1e-2, gt=0, description="peak rate of static_prefix's vectors")
+    matrix_learning_rate: float = Field(
+        0.007, ge=0, description="peak rate of Muon on continuous's matrices, as in the warm start; 0: AdamW on all"
+    )
     full_learning_rate: float = Field(1e-3, gt=0, description="peak rate of full fine-tuning")
     warmup_ratio: float = rare(0.05, ge=0, le=1, description="share of the steps that warm up")
     weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay")

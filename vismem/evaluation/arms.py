@@ -56,11 +56,13 @@ def _placed(kind: MemoryKind) -> tuple[Arm, ...]:
     )
 
 
-def _baseline(name: str, label: str, description: str) -> Arm:
-    return Arm(name, label, description, policies.Off(), model=name)
+def _baseline(name: str, label: str, description: str, policy: policies.InvocationPolicy | None = None) -> Arm:
+    return Arm(name, label, description, policy or policies.Off(), model=name)
 
 
+_AT_START = policies.Random(limit=1, probability=1.0, kinds=(MemoryKind.SHORT,))
 _MATCHED = "the same with as many parameters as VisMem's formation"
+_VISION = "the same with a LoRA of the vision encoder, trained together"
 _FULL_RESOLUTION = "the base model, no memory, its images not shrunk to memory.prompt_pixels"
 _ARMS = (
     Arm(VANILLA, "vanilla", "the base model, no memory", policies.Off(), base=True),
@@ -78,8 +80,23 @@ _ARMS = (
     Arm("full_resolution", "full resolution", _FULL_RESOLUTION, policies.FullResolution(), base=True),
     _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
     _baseline("sft_lora_matched", "SFT-LoRA, matched", _MATCHED),
+    _baseline("sft_lora_long", "SFT-LoRA, longer", "the same, trained for about as many seconds as VisMem"),
+    _baseline("sft_lora_vision", "SFT-LoRA, vision too", _VISION),
     _baseline("grpo_lora", "GRPO-LoRA", "a LoRA of the base, trained by GRPO"),
     _baseline("grpo_lora_matched", "GRPO-LoRA, matched", _MATCHED),
+    _baseline("grpo_lora_vision", "GRPO-LoRA, vision too", _VISION),
+    _baseline(
+        "static_prefix",
+        "static prefix",
+        "learned vectors at the answer's start, as many as a short and a long memory; the base is frozen",
+        _AT_START,
+    ),
+    _baseline(
+        "continuous",
+        "continuous",
+        "a memory formed once from the image alone, at the answer's start; the base is frozen",
+        _AT_START,
+    ),
     _baseline("full", "full fine-tuning", "the base's language model, trained on the reference answers"),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}

@@ -25,6 +25,7 @@ from vismem.evaluation.summary import headline, headline_figures
 from vismem.files import empty_folder, write_json, write_text
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
+from vismem.models.variants import load_variant
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
@@ -100,7 +101,7 @@ def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config)
                 f"run `vismem {arm.model}` first, or leave the arm out"
             )
         if (folder / "vismem.json").is_file():
-            model = VisMemModel.from_pretrained(folder, inputs["base"], config.base.dtype)
+            model = load_variant(folder, inputs["base"], config.base.dtype)
         else:
             model = VisMemModel(load_base(folder, config.base.dtype), config.memory, config.invocation)
         model.backbone.model.to(device)

@@ -1,5 +1,6 @@
 """Prefilled prompts, and the memories that are formed on them, in decoding and in replay alike (paper Sec. 3.3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vismem.data.sample import Sample
 from vismem.models.backbones.base import PatchStream, Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import FormationInputs, PrefixCache, causal_mask
@@ -23,6 +25,7 @@ class Context:
     visual_mask: Tensor  # (S, V)
     last: Tensor  # (S, d) the hidden state of each prompt's last token
     cache: Any
+    samples: Sequence[Sample] = ()  # whose prompts they are, where they were encoded here
     patches: PatchStream | None = None  # inside the short former
     prefix: PrefixCache | None = None  # inside the long former
 

@@ -43,7 +43,7 @@ class Scores:
 def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None = None) -> Context:
     """Run the prompts through the vision encoder (unless `prompt` holds them encoded) and the language model once."""
     prompt = prompt or encode(model.backbone, samples)
-    return Context.read(model, prompt, DynamicCache())
+    return replace(Context.read(model, prompt, DynamicCache()), samples=samples)
 
 
 def without_memory(rollout: Rollout) -> Rollout:

@@ -25,12 +25,17 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """An adapter's size; for the policy's, whether it is on every linear layer or on q_proj and v_proj only."""
+    """An adapter's size; for the policy's, where it is.
+
+    On every linear layer of the language model or on q_proj and v_proj only, and with `vision` on the vision encoder's
+    q and v too.
+    """
 
     rank: int
     alpha: float
     dropout: float
     every_linear: bool = False
+    vision: bool = False
 
 
 class Lora(nn.Module):

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,6 +38,8 @@ class TokenRows(nn.Module):
 
 class VisMemModel(nn.Module):
     """The base stays outside the module's parameters: `parameters()` and `state_dict()` are what VisMem adds."""
+
+    variant = "vismem"  # what `save_pretrained` calls it; see `vismem.models.variants`
 
     def __init__(self, backbone: Backbone, memory: MemoryConfig, invocation: InvocationConfig, seed: int = 0) -> None:
         super().__init__()
@@ -137,8 +139,8 @@ class VisMemModel(nn.Module):
 
     def short_stream(self, vision: VisionInput) -> PatchStream:
         """The prompts' patches inside the short former: computed once, read by every short memory."""
-        read = self.short.lora.active()(self.backbone.patch_stream)  # as a decorator: on again in the backward pass
-        stream: PatchStream = self._run(read, vision)
+        read = self.policy_lora.active(False)(self.short.lora.active()(self.backbone.patch_stream))
+        stream: PatchStream = self._run(read, vision)  # decorated: as it is now in the backward pass too
         return stream
 
     def long_prefix(self, prompt: Prompt) -> PrefixCache:
@@ -152,7 +154,8 @@ class VisMemModel(nn.Module):
         with self.policy_lora.active(False):
             if kind is MemoryKind.SHORT:
                 assert inputs.patches is not None
-                memory = self._run(self.short, self.backbone, queries, inputs.patches, inputs.sample)
+                short = self.policy_lora.active(False)(self.short)  # in the backward pass too
+                memory = self._run(short, self.backbone, queries, inputs.patches, inputs.sample)
             else:
                 memory = self.long(self.backbone, queries, inputs)
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
@@ -188,7 +191,10 @@ class VisMemModel(nn.Module):
     def set_policy_lora(self, settings: LoraSettings) -> None:
         """Give the policy another adapter, fresh and off."""
         self.policy_lora.remove()
-        adapter = Lora(self.backbone.language_targets(settings.every_linear), settings)
+        targets = self.backbone.language_targets(settings.every_linear)
+        if settings.vision:
+            targets += [replace(target, name=f"vision.{target.name}") for target in self.backbone.vision_targets()]
+        adapter = Lora(targets, settings)
         self.policy_lora = adapter.to(self.backbone.device).eval()
 
     # --- files ---
@@ -198,6 +204,7 @@ class VisMemModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "format": 1,
+            "variant": self.variant,
             "family": self.backbone.family,
             "memory": self.memory_config.model_dump(mode="json"),
             "invocation": self.invocation_config.model_dump(mode="json"),
@@ -213,9 +220,11 @@ class VisMemModel(nn.Module):
         self.backbone.processor.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> "VisMemModel":
+    def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> Self:
         """Load a base and lay what `save_pretrained` wrote over it."""
         settings = read_json(Path(folder) / "vismem.json", "give a folder that stage1, stage2 or export wrote")
+        if (variant := settings.get("variant", VisMemModel.variant)) != cls.variant:
+            raise UserError(f"{folder} holds the model '{variant}', which only `vismem evaluate` decodes")
         backbone = load_base(base, dtype)
         if backbone.family != settings["family"]:
             raise UserError(f"{folder} was trained on {settings['family']}, but {base} is {backbone.family}")

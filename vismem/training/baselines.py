@@ -1,10 +1,14 @@
 """The baselines: fine-tuning of the same base with the same data, engine, rewards and training loop as VisMem.
 
 `sft_lora` and `grpo_lora` train a LoRA of the policy on q_proj and v_proj, the `matched` ones a LoRA with as many
-parameters as VisMem's formation. `full` trains the language model with its embeddings and head. The vision encoder and
-the projector stay frozen, as in VisMem, so every arm is given the same image features.
+parameters as VisMem's formation, the `vision` ones a LoRA on q and v of the vision encoder too. `sft_lora_long` trains
+for about as many seconds as VisMem. `static_prefix` trains vectors without content, which stand where a memory is
+forced at the answer's start; `continuous` trains VisMem's query builder and short former to form that memory from the
+images alone. `full` trains the language model with its embeddings and head. The projector stays frozen, as in
+VisMem, and but for the `vision` ones the vision encoder too, so that every arm is given the same image features.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +16,22 @@ from rich.console import Console
 from torch import nn
 
 from vismem.config import Config
+from vismem.data.sample import Sample
+from vismem.evaluation.arms import ARMS
 from vismem.generation.invocation import InvocationPolicy, Off
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.kinds import MemoryKind
 from vismem.models.loading import no_weight_bars
 from vismem.models.lora import LoraSettings
 from vismem.models.processors import load_processor
+from vismem.models.variants import Continuous, StaticPrefix
 from vismem.models.vismem import VisMemModel
 from vismem.training.loop import LoopSettings
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import (
     FORMATION,
     POLICY_LORA,
+    PREFIX,
     Inputs,
     Parameters,
     Run,
@@ -30,7 +40,7 @@ from vismem.training.run import (
     steps_of,
     trainable,
 )
-from vismem.training.supervised import plain_answer
+from vismem.training.supervised import Written, plain_answer
 
 
 def full(config: Config, inputs: Inputs, out: Path) -> str:
@@ -57,14 +67,16 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
     if name.endswith("_matched"):
         adapter = matched_lora(run.model, settings.alpha / settings.rank, settings.dropout)
     else:
-        adapter = LoraSettings(settings.rank, settings.alpha, settings.dropout)
+        adapter = LoraSettings(settings.rank, settings.alpha, settings.dropout, vision=name.endswith("_vision"))
     run.model.set_policy_lora(adapter)
     run.model.policy_lora.enabled = True
     trained = trainable(run.model, POLICY_LORA)
     layers = "all linear layers" if adapter.every_linear else "q and v"
+    layers += ", the vision encoder's too" if adapter.vision else ""
     _announce(run, trained, f"LoRA of rank {adapter.rank} on {layers}")
     if name.startswith("sft"):
-        _train_supervised(run, trained, settings.supervised.learning_rate)
+        times = settings.supervised.longer if name.endswith("_long") else 1.0
+        _train_supervised(run, trained, settings.supervised.learning_rate, times=times)
     else:
         run.train_grpo(PolicyGrpo, settings.grpo, trained)
     return run.finish({name: Off()})
@@ -72,21 +84,64 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
 
 sft_lora = partial(_train_lora, "sft_lora")
 sft_lora_matched = partial(_train_lora, "sft_lora_matched")
+sft_lora_long = partial(_train_lora, "sft_lora_long")
+sft_lora_vision = partial(_train_lora, "sft_lora_vision")
 grpo_lora = partial(_train_lora, "grpo_lora")
 grpo_lora_matched = partial(_train_lora, "grpo_lora_matched")
+grpo_lora_vision = partial(_train_lora, "grpo_lora_vision")
 
 
-def _train_supervised(run: Run, trained: Parameters, learning_rate: float) -> None:
+def static_prefix(config: Config, inputs: Inputs, out: Path) -> str:
+    """Learned vectors at the answer's start, as many as a short and a long memory together; the base is frozen."""
+    run = Run("static_prefix", config, inputs, out, partial(new_model, kind=StaticPrefix))
+    trained = trainable(run.model, PREFIX)
+    _announce(run, trained, "the vectors of a static prefix")
+    _train_supervised(run, trained, config.baselines.supervised.prefix_learning_rate, answer_behind_memory)
+    return run.finish({run.name: ARMS[run.name].policy})
+
+
+def continuous(config: Config, inputs: Inputs, out: Path) -> str:
+    """A memory formed once from the images alone, at the answer's start; the base is frozen."""
+    settings = config.baselines.supervised
+    run = Run("continuous", config, inputs, out, partial(new_model, kind=Continuous))
+    trained = trainable(run.model, ("builder.", "short."))
+    _announce(run, trained, "query builder and short former")
+    _train_supervised(run, trained, settings.learning_rate, answer_behind_memory, settings.matrix_learning_rate)
+    return run.finish({run.name: ARMS[run.name].policy})
+
+
+def answer_behind_memory(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
+    """The reference answer of one sample with a memory forced at its start, short by its tokens."""
+    plain, kind = plain_answer(model, sample), MemoryKind.SHORT
+    memory = (model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind])
+    return replace(
+        plain,
+        token_ids=memory + plain.token_ids,
+        loss_mask=(False,) * len(memory) + plain.loss_mask,
+        logprobs=(0.0,) * len(memory) + plain.logprobs,
+        invocations=(Invocation(0, kind, forced=True),),
+    )
+
+
+def _train_supervised(
+    run: Run,
+    trained: Parameters,
+    learning_rate: float,
+    written: Written = plain_answer,
+    matrix_learning_rate: float = 0.0,
+    times: float = 1.0,
+) -> None:
     settings = run.config.baselines.supervised
     loop = LoopSettings(
         run.name,
-        steps_of(settings.steps, settings.epochs, settings.batch_size, len(run.samples)),
+        round(times * steps_of(settings.steps, settings.epochs, settings.batch_size, len(run.samples))),
         learning_rate,
         settings.warmup_ratio,
+        matrix_learning_rate,
         weight_decay=settings.weight_decay,
         checkpoint_every=run.config.grpo.checkpoint_every,
     )
-    run.train_supervised(plain_answer, trained, loop, settings.batch_size, settings.micro_batch)
+    run.train_supervised(written, trained, loop, settings.batch_size, settings.micro_batch)
 
 
 def _announce(run: Run, trained: Parameters, what: str) -> None:

@@ -76,9 +76,9 @@ class GrpoObjective:
         """
         with self.model.reference(self.first_rows):
             if self.prompts_need_gradient:  # the prefill is the adapter's, what memories read of the prompts is not
-                context = replace(
-                    prefill(self.model, (), context.prompt), patches=context.patches, prefix=context.prefix
-                )
+                seen = None if self.model.policy_lora.settings.vision else context.prompt  # image features are its too
+                own = prefill(self.model, context.samples, seen)
+                context = replace(own, patches=context.patches, prefix=context.prefix)
             return self.scores(policy, context, rollouts, sample)
 
     def scores(self, policy: InvocationPolicy, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> Scores:

@@ -23,6 +23,7 @@ from vismem.training.supervised import Supervised, Written
 
 FORMATION = ("builder.", "short.", "long.")  # prefixes of the parameters that stage I trains
 INVOCATION = ("tokens.",)  # and stage II
+PREFIX = ("prefix",)  # and the baseline static_prefix
 POLICY_LORA = ("policy_lora.",)  # and stage II with `policy_lora`, and the LoRA baselines
 CHECKED = 256  # validation questions answered for metrics.json
 LOGGED = 20  # of them in samples.jsonl, per arm
@@ -88,7 +89,7 @@ class Run:
         lr_scales: Mapping[str, float] | None = None,
     ) -> int:
         """Run one phase; returns how many questions it saw."""
-        objective.prompts_need_gradient = any(not name.startswith(FORMATION + INVOCATION) for name in trained)
+        objective.prompts_need_gradient = any(not name.startswith(FORMATION + INVOCATION + PREFIX) for name in trained)
         self.trained = trained
         self.state = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
         seen = self.state.steps * min(batch_size, len(self.samples))
@@ -135,10 +136,10 @@ class Run:
         return f"{self.name}: {self.state.steps} {kind} steps of {count:,} parameters; validation {scores}"
 
 
-def new_model(config: Config, inputs: Inputs) -> VisMemModel:
-    """VisMem, untrained, on the base of the inputs."""
+def new_model(config: Config, inputs: Inputs, kind: type[VisMemModel] = VisMemModel) -> VisMemModel:
+    """VisMem or a variant of it, untrained, on the base of the inputs."""
     backbone = load_base(inputs["base"], config.base.dtype)
-    return VisMemModel(backbone, config.memory, config.invocation, config.seed)
+    return kind(backbone, config.memory, config.invocation, config.seed)
 
 
 def trainable(model: VisMemModel, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:

@@ -1,0 +1,88 @@
+"""The memories that VisMem's are compared with: what they are made of, and what they leave alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from vismem.data.sample import Sample
+from vismem.errors import UserError
+from vismem.evaluation.arms import ARMS
+from vismem.generation.engine import generate
+from vismem.generation.replay import prefill, score
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
+from vismem.models.variants import Continuous, StaticPrefix
+from vismem.models.vismem import VisMemModel
+from vismem.training.baselines import answer_behind_memory
+
+KINDS = (StaticPrefix, Continuous)
+
+
+def memories(model: VisMemModel, samples: list[Sample]) -> torch.Tensor:
+    """(R, N, d): the memory at each reference answer's start, one sample at a time."""
+    found = []
+    for sample in samples:
+        answer = answer_behind_memory(model, sample)
+        found += score(model, prefill(model, [sample]), [answer], torch.tensor([0])).latents
+    return torch.cat(found).detach()
+
+
+def asked_otherwise() -> tuple[Sample, Sample, Sample]:
+    """Two questions about one image, and the first one about another image."""
+    first, other = [sample for sample in tiny.samples() if len(sample.images) == 1][:2]
+    assert first.images != other.images
+    return first, replace(first, question=f"{other.question} And where is it?"), replace(first, images=other.images)
+
+
+def test_a_continuous_memory_is_the_same_for_two_questions_about_one_image_and_another_for_another(
+    tiny_base: Path,
+) -> None:
+    first, otherwise, elsewhere = asked_otherwise()
+    samples = [first, otherwise, replace(first, question=""), elsewhere]
+    memory, *same, another = memories(tiny.vismem(tiny_base, kind=Continuous), samples)
+    for one in same:
+        torch.testing.assert_close(one, memory, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(another, memory, atol=1e-2)
+    vismem, asked = memories(tiny.vismem(tiny_base), samples[:2])
+    assert not torch.allclose(vismem, asked, atol=1e-4), "VisMem's own memory depends on the question"
+
+
+def test_a_continuous_memory_s_queries_read_the_visual_hidden_states_alone(tiny_base: Path) -> None:
+    """All of them, in a batch with more and with fewer images too."""
+    model = tiny.vismem(tiny_base, kind=Continuous)
+    seen = []
+    model.builder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    samples = tiny.samples()[:6]
+    assert {len(sample.images) for sample in samples} == {1, 2}
+    context = prefill(model, samples)
+    answers = [answer_behind_memory(model, sample) for sample in samples]
+    score(model, context, answers, torch.arange(6))
+    ((state, mask),) = seen
+    order = sorted(range(6), key=lambda row: len(answers[row].token_ids))  # in which they are scored
+    assert torch.equal(mask, context.visual_mask[order])
+    assert torch.equal(state[mask], context.visual[order][mask])
+
+
+def test_a_static_prefix_is_its_vectors_whatever_is_shown_and_asked(tiny_base: Path) -> None:
+    model = tiny.vismem(tiny_base, kind=StaticPrefix)
+    assert len(model.prefix) == tiny.MEMORY.short_length + tiny.MEMORY.long_length
+    assert torch.equal(memories(model, [*asked_otherwise()]), model.prefix.detach().expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_begins_with_the_memory_and_has_no_other(kind: type[VisMemModel], tiny_base: Path) -> None:
+    model, short = tiny.vismem(tiny_base, kind=kind), MemoryKind.SHORT
+    memory = (model.invoke_ids[short], *[LATENT] * model.length_of(short), model.end_ids[short])
+    for rollout in generate(model, tiny.samples()[:4], ARMS[kind.variant].policy, max_new_tokens=20):
+        assert rollout.token_ids[: len(memory)] == memory
+        assert [invocation.position for invocation in rollout.invocations] == [0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_variant_is_not_loaded_as_vismem(kind: type[VisMemModel], tiny_base: Path, tmp_path: Path) -> None:
+    tiny.vismem(tiny_base, kind=kind).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=kind.variant):
+        VisMemModel.from_pretrained(tmp_path, tiny_base)

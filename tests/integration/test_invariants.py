@@ -130,7 +130,7 @@ def full_pass(model: VisMemModel, base: Backbone, sample: Sample, rollout: Rollo
 
 
 def test_greedy_text_before_the_first_invocation_is_that_of_the_model_without_memory(model: VisMemModel) -> None:
-    late = Random(probability=0.4, anywhere=0.5, at_start=False)
+    late = Random(probability=0.4, anywhere=0.5)
     plain = generate(model, families.samples(), Off(), max_new_tokens=10)
     invoking = generate(model, families.samples(), late, max_new_tokens=10)
     starts = [r.invocations[0].position for r in invoking if r.invocations]

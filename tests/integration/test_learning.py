@@ -94,7 +94,7 @@ def test_rewarded_answers_gain_on_unrewarded_ones_of_their_group(name: str, tiny
 
 
 WRITTEN = {
-    "warm start": (partial(answer_with_memory, at_start=0.5), FORMATION),
+    "warm start": (partial(answer_with_memory, probability=0.4), FORMATION),
     "sft_lora": (plain_answer, POLICY_LORA),
 }
 

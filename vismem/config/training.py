@@ -54,7 +54,7 @@ class InvocationConfig(Section):
 
     delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
     init_token: str = Field("\n", description="delimiter whose embedding the four new rows are copied from [ours]")
-    max_per_answer: int = Field(1, ge=0, description="max invocations per answer [measured] [paper: no limit]")
+    max_per_answer: int = Field(4, ge=0, description="max invocations per answer [ours] [paper: no limit]")
     perturbation: float = rare(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 
 
@@ -97,7 +97,9 @@ class WarmStartConfig(Section):
     batch_size: int = Field(32, ge=1, description="questions per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
-    at_start: float = rare(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
+    invoke_probability: float = Field(
+        0.4, ge=0, le=1, description="chance of a memory at the start or a delimiter [ours]"
+    )
 
 
 class Stage1Config(GrpoStageConfig):
@@ -106,7 +108,6 @@ class Stage1Config(GrpoStageConfig):
     steps: int = Field(5, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
-    at_start: bool = rare(True, description="the answer's first position counts as a delimiter [paper: false]")
     anywhere_after: float = rare(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
     anywhere_share: float = rare(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
     warm_start: WarmStartConfig = WarmStartConfig()

@@ -29,7 +29,6 @@ class Formation(GrpoObjective):
         anywhere = step >= self.stage.anywhere_after * steps
         return Random(
             probability=self.stage.invoke_probability,
-            at_start=self.stage.at_start,
             anywhere=self.stage.anywhere_share if anywhere else 0.0,
         )
 
@@ -45,7 +44,7 @@ def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     run, grpo, warm = Run("stage1", config, inputs, out, new_model), config.grpo, config.stage1.warm_start
     check_shards(min(grpo.batch_size, len(run.samples)), run.accelerator)  # before the warm start, not after it
     trained = trainable(run.model, FORMATION)
-    written = partial(answer_with_memory, at_start=warm.at_start)
+    written = partial(answer_with_memory, probability=warm.invoke_probability)
     settings = LoopSettings(
         "warm_start",
         warm.steps,

@@ -51,7 +51,7 @@ class Decoder(nn.Module):
     axes: Tensor
 
     def __init__(self, model: VisMemModel) -> None:
-        """The policy's own adapter is in it only where stage II trained one."""
+        """The policy's own adapter is in it only where training switched it on."""
         super().__init__()
         language = model.backbone.model.model.language_model
         config, rotary = language.config, language.rotary_emb

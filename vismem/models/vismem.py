@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ class TokenRows(nn.Module):
         self.end = nn.Parameter(embedding[2:].clone())
         self.head = nn.Parameter(head[:2].clone())  # end tokens are never sampled: they need no head
         self.bias = nn.Parameter(torch.zeros(2))
+
+
+class PolicyWeights(nn.Module):
+    """A frozen copy of the policy's own weights: the new tokens' rows, and its adapter's matrices."""
+
+    def __init__(self, tokens: TokenRows, lora: Lora) -> None:
+        super().__init__()
+        self.tokens, self.down, self.up = deepcopy(tokens), deepcopy(lora.down), deepcopy(lora.up)
+        self.requires_grad_(False)
 
 
 class VisMemModel(nn.Module):
@@ -170,12 +180,16 @@ class VisMemModel(nn.Module):
         return function(*args)
 
     @contextmanager
-    def reference(self, rows: TokenRows | None = None) -> Iterator[None]:
-        """The reference policy within the block: the policy's adapter off, and where given other new tokens' `rows`."""
-        own = self.tokens
-        self.tokens = own if rows is None else rows
-        try:
+    def reference(self, start: PolicyWeights | None = None) -> Iterator[None]:
+        """The reference policy within the block: the policy with the weights of `start`; by default the bare base."""
+        if start is None:
             with self.policy_lora.active(False):
+                yield
+            return
+        own = self.tokens
+        self.tokens = start.tokens
+        try:
+            with self.policy_lora.weights(start.down, start.up):
                 yield
         finally:
             self.tokens = own

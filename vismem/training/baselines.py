@@ -95,7 +95,7 @@ def _announce(run: Run, trained: Parameters, what: str) -> None:
 
 
 class PolicyGrpo(GrpoObjective):
-    """GRPO of the policy's own adapter, without memory. The reference is the base: the same policy, adapter off."""
+    """GRPO of the policy's own adapter, without memory. The reference is the policy as training found it."""
 
     def policy(self, step: int) -> InvocationPolicy:
         """No memory."""

@@ -23,6 +23,7 @@ from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
+from vismem.records import VANILLA
 from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
@@ -64,14 +65,14 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
-    run.model.policy_lora.enabled = settings.policy_lora
+    run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
     lora_scale = settings.policy_learning_rate / settings.learning_rate
     scales = {name: lora_scale for name in trained if name.startswith(POLICY_LORA)}
     run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
-    return run.finish({"vanilla": Off(), "vismem": Learned(), "random_50": Random(probability=0.5)})
+    return run.finish({VANILLA: Off(), "vismem": Learned(), "random_50": Random(probability=0.5)})
 
 
 def fit_invocation(

@@ -98,8 +98,9 @@ class WarmStartConfig(Section):
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
     invoke_probability: float = Field(
-        0.4, ge=0, le=1, description="chance of a memory at the start or a delimiter [ours]"
+        0.4, ge=0, le=1, description="chance of a memory at the answer's start and at a delimiter [ours]"
     )
+    policy_lora: bool = Field(True, description="also train LoRA on the policy's q_proj and v_proj, the reader [ours]")
 
 
 class Stage1Config(GrpoStageConfig):

@@ -112,6 +112,9 @@ class Stage1Config(GrpoStageConfig):
     anywhere_after: float = rare(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
     anywhere_share: float = rare(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
     warm_start: WarmStartConfig = WarmStartConfig()
+    start_from: Path | None = Field(
+        None, description="folder of an earlier stage1, stage2 or export to continue from; null: a fresh memory"
+    )
 
 
 class Stage2Config(GrpoStageConfig):
@@ -126,10 +129,10 @@ class Stage2Config(GrpoStageConfig):
         0.05, ge=0, description="KL per token that ends a batch's updates, from `grpo.updates` 2 on; 0: never [paper]"
     )
     start_probability: float = Field(
-        0.95, gt=0, lt=1, description="initial chance of memory at answer start, fitted [paper: a delimiter's row]"
+        0.2, gt=0, lt=1, description="initial chance of memory at answer start, fitted [paper: a delimiter's row]"
     )
     delimiter_probability: float = Field(
-        0.01, gt=0, lt=1, description="initial chance of memory at a delimiter, fitted [paper: a delimiter's row]"
+        0.2, gt=0, lt=1, description="initial chance of memory at a delimiter, fitted [paper: a delimiter's row]"
     )
     penalty: float = Field(
         0.3, ge=0, description="alpha of p_type + p_neg; `grpo.normalise_by_std` undoes p_neg of 0/1 scores [paper]"
@@ -165,5 +168,8 @@ class BaselinesConfig(Section):
     rank: int = Field(16, ge=1, description="r of sft_lora and grpo_lora, on q_proj and v_proj [paper App.]")
     alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")
     dropout: float = Field(0.0, ge=0, lt=1, description="the adapters', in sft_lora only [paper App.: 0.1]")
+    start_from: Path | None = Field(
+        None, description="folder of an earlier LoRA baseline to continue from; null: a fresh LoRA"
+    )
     supervised: SupervisedConfig = SupervisedConfig()
     grpo: BaselinesGrpoConfig = BaselinesGrpoConfig()

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from vismem.config import Config
+from vismem.errors import UserError
 from vismem.generation.invocation import InvocationPolicy, Off
 from vismem.models.loading import no_weight_bars
 from vismem.models.lora import LoraSettings
@@ -35,6 +36,8 @@ from vismem.training.supervised import plain_answer
 
 def full(config: Config, inputs: Inputs, out: Path) -> str:
     """The language model, embeddings and head learn the reference answers; `out` becomes a Hugging Face folder."""
+    if config.baselines.start_from is not None:
+        raise UserError("full has no LoRA to start from (baselines.start_from): set base.model to what it wrote")
     run = Run("full", config, inputs, out, new_model)
     base = run.model.backbone
     modules = nn.ModuleDict({"language_model": base.model.model.language_model, "lm_head": base.head})
@@ -59,6 +62,8 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
     else:
         adapter = LoraSettings(settings.rank, settings.alpha, settings.dropout)
     run.model.set_policy_lora(adapter)
+    if settings.start_from is not None:
+        run.model.load_policy_lora(settings.start_from)
     run.model.policy_lora.enabled = True
     trained = trainable(run.model, POLICY_LORA)
     layers = "all linear layers" if adapter.every_linear else "q and v"

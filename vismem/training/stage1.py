@@ -16,6 +16,7 @@ from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.replay import Scores, without_memory
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import VisMemModel
 from vismem.records import VANILLA
 from vismem.training.loop import LoopSettings, check_shards
 from vismem.training.rollout import GrpoObjective
@@ -44,9 +45,17 @@ class Formation(GrpoObjective):
         return self.scores(policy, context, [without_memory(rollout) for rollout in rollouts], sample)
 
 
+def _first_model(config: Config, inputs: Inputs) -> VisMemModel:
+    """The model that training starts from: a fresh one, or the earlier one of `stage1.start_from`."""
+    model = new_model(config, inputs)
+    if config.stage1.start_from is not None:
+        model.load_weights(config.stage1.start_from)
+    return model
+
+
 def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     """Train the formation of memories; writes the model's own weights, logs and metrics to `out`."""
-    run, grpo, warm = Run("stage1", config, inputs, out, new_model), config.grpo, config.stage1.warm_start
+    run, grpo, warm = Run("stage1", config, inputs, out, _first_model), config.grpo, config.stage1.warm_start
     check_shards(min(grpo.batch_size, len(run.samples)), run.accelerator)  # before the warm start, not after it
     reader = warm.policy_lora and warm.steps > 0
     run.model.policy_lora.enabled |= reader

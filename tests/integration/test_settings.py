@@ -93,7 +93,6 @@ CHANGES: tuple[tuple[str, str, Any], ...] = (
     ("stage1", "invoke_probability", 0.9),
     ("stage1", "anywhere_after", 1.0),
     ("stage1", "anywhere_share", 0.1),
-    ("stage2 with a LoRA", "kl_coefficient", 0.5),
 )
 
 

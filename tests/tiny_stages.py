@@ -22,7 +22,9 @@ GRPO = GrpoConfig(batch_size=2, max_new_tokens=8)
 STAGE: dict[str, Any] = {"steps": 4, "group_size": 4, "kl_coefficient": 0.1}
 STAGES: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] = {
     "stage1": (Formation, Stage1Config(anywhere_after=0, anywhere_share=0.6, **STAGE), FORMATION),
+    "stage1 with a reader": (Formation, Stage1Config(anywhere_after=0, anywhere_share=0.6, **STAGE), FORMATION),
     "stage2": (Invocation, Stage2Config(**STAGE), INVOCATION),
+    "stage2 with a reader": (Invocation, Stage2Config(**STAGE), INVOCATION),
     "stage2 with a LoRA": (Invocation, Stage2Config(policy_lora=True, **STAGE), INVOCATION + POLICY_LORA),
 }
 BASELINE: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] = {
@@ -58,13 +60,16 @@ def eager_model(base: Path) -> VisMemModel:
 
 
 def objective_of(stage: str, base: Path, **changes: Any) -> tuple[GrpoObjective, dict[str, nn.Parameter]]:
-    """The objective of a stage, or of the baseline, and what it trains. `changes` are of its settings or of GRPO's."""
+    """The objective of a stage, or of the baseline, and what it trains; a reader is on, and frozen.
+
+    `changes` are of its settings or of GRPO's.
+    """
     kind, config, trained = (STAGES | BASELINE)[stage]
     model = eager_model(base)
-    model.policy_lora.enabled = POLICY_LORA[0] in trained
+    model.policy_lora.enabled = POLICY_LORA[0] in trained or "reader" in stage
     common = {name: value for name, value in changes.items() if name in GrpoConfig.model_fields}
     own = {name: value for name, value in changes.items() if name not in common}
     grpo, config = GRPO.model_copy(update=common), config.model_copy(update=own)
     made = kind(model, tiny.samples(), grpo, config, 0, Accelerator(cpu=True))
-    made.prompts_need_gradient = model.policy_lora.enabled
+    made.prompts_need_gradient = POLICY_LORA[0] in trained
     return made, trainable(model, trained)

@@ -204,6 +204,10 @@ def input_folders(name: str, artifacts: Path, inputs: Mapping[str, Path] | None 
 def identity(name: str, config: Config, folders: Mapping[str, Path]) -> str:
     """What a step's output is made of: its parameters and the content of its inputs, as one hash."""
     values = config.model_dump(mode="json", by_alias=True)
-    parts = [{section: values[section] for section in BY_NAME[name].sections}]
+    sections = {section: values[section] for section in BY_NAME[name].sections}
+    parts: list[object] = [sections]
+    for section in sections.values():  # an earlier training that this one continues
+        start = section.get("start_from") if isinstance(section, dict) else None
+        parts += [sha256_folder(Path(start))] if start and Path(start).is_dir() else []
     parts += [{needed: sha256_folder(folder)} for needed, folder in sorted(folders.items())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

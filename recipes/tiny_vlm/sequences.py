@@ -82,12 +82,14 @@ def pages(backbone: Backbone, samples: Sequence[Sample]) -> tuple[list[Page], Te
                 tables.append(_prompt_table(view, row, text, count))
                 features.append(view.embeds[row][view.visual[row]])
                 count += len(features[-1])
-            places = tables[1][:, 0].nonzero()[0]
+            coarse, whole = tables
+            places = whole[:, 0].nonzero()[0]
             first = count - len(places)
             answer = [*target_ids(tokenizer, sample), tokenizer.eos_token_id]
             made.append(
                 Page(
-                    *tables,
+                    coarse,
+                    whole,
                     block=slice(places[0] - backbone.image_markers, places[-1] + 1 + backbone.image_markers),
                     images=np.arange(first, count),
                     objects=tuple(first + tokens for tokens in object_tokens(sample)),

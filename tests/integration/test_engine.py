@@ -169,7 +169,7 @@ def _in_order(latents: list[torch.Tensor], invocations: tuple) -> list[torch.Ten
 
 def test_nothing_changes_before_the_first_invocation(eager: VisMemModel) -> None:
     plain = generate(eager, tiny.samples(), Off(), max_new_tokens=16)
-    forced = generate(eager, tiny.samples(), Random(probability=0.3, anywhere=0.5, at_start=False), max_new_tokens=16)
+    forced = generate(eager, tiny.samples(), Random(probability=0.3, anywhere=0.5), max_new_tokens=16)
     invoked = [r for r in forced if r.invocations]
     assert invoked
     for before, after in zip(plain, forced, strict=True):

@@ -267,7 +267,7 @@ def test_the_gradients_of_the_processes_add_up_to_that_of_one(kind: type, tiny_b
             model = tiny.vismem(tiny_base)
             parameters = trainable(model, ("tokens.",) if kind is Invocation else FORMATION)
             if kind is Supervised:
-                written = partial(answer_with_memory, at_start=0.5)
+                written = partial(answer_with_memory, probability=0.4)
                 objective: Any = Supervised(model, samples, written, 0, accelerator, batch_size=4, micro_batch=4)
             else:
                 stage = STAGE1 if kind is Formation else CONFIG.stage2

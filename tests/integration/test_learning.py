@@ -97,7 +97,7 @@ def test_rewarded_answers_gain_on_unrewarded_ones_of_their_group(name: str, tiny
 
 
 WRITTEN = {
-    "warm start": (partial(answer_with_memory, at_start=0.5), FORMATION),
+    "warm start": (partial(answer_with_memory, probability=0.4), FORMATION),
     "sft_lora": (plain_answer, POLICY_LORA),
     "sft_lora_vision": (plain_answer, ("policy_lora.down.vision", "policy_lora.up.vision")),  # that part alone
     "static_prefix": (answer_behind_memory, PREFIX),

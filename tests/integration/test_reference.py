@@ -17,7 +17,7 @@ from vismem.training import rollout
 from vismem.training.rollout import GrpoObjective, RolloutBatch
 
 KINDS = tuple(MemoryKind)
-STAGES = ("stage2", "stage2 with a LoRA")
+STAGES = ("stage2", "stage2 with a reader", "stage2 with a LoRA")
 Parameters = dict[str, nn.Parameter]
 pytestmark = pytest.mark.usefixtures("scores_differ")
 
@@ -27,7 +27,7 @@ def moved(stage: str, base: Path, **changes: Any) -> tuple[GrpoObjective, Parame
     objective, trained = tiny_stages.objective_of(stage, base, **changes)
     objective.model.double()
     objective.model.backbone.model.double()
-    objective.first_rows.double()
+    objective.start.double()
     batch = objective.collect(0)
     assert {i.kind for r in batch.rollouts for i in r.invocations} == set(KINDS)
     generator = torch.Generator().manual_seed(1)
@@ -38,7 +38,7 @@ def moved(stage: str, base: Path, **changes: Any) -> tuple[GrpoObjective, Parame
 
 
 GROUPS = ("tokens.invoke", "tokens.end", "tokens.head", "tokens.bias", "policy_lora.")
-CASES = [(stage, name) for stage in STAGES for name in GROUPS if stage != "stage2" or name.startswith("tokens.")]
+CASES = [(stage, name) for stage in STAGES for name in GROUPS if "LoRA" in stage or name.startswith("tokens.")]
 
 
 @pytest.mark.parametrize(("stage", "name"), CASES)
@@ -88,7 +88,7 @@ def loss_at(
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_reference_is_the_policy_before_training_whatever_training_does(stage: str, tiny_base: Path) -> None:
     objective, _, batch = moved(stage, tiny_base)
-    start, _ = tiny_stages.objective_of("stage2", tiny_base)  # the same rows, its adapter off
+    start, _ = tiny_stages.objective_of(stage, tiny_base)  # the same rows, the same adapter
     start.model.double()
     start.model.backbone.model.double()
     rows = torch.arange(len(batch.samples)).repeat_interleave(objective.stage.group_size)
@@ -121,8 +121,11 @@ def test_kl_is_k3_of_every_sampled_token_invocations_included(stage: str, tiny_b
     assert objective.backward(batch)["kl"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_at_the_start_of_stage2_kl_is_zero_and_after_a_step_of_the_rows_it_is_not(tiny_base: Path) -> None:
-    objective, trained = tiny_stages.objective_of("stage2", tiny_base)
+@pytest.mark.parametrize("stage", STAGES)
+def test_at_the_start_of_stage2_kl_is_zero_and_after_a_step_of_the_policy_it_is_not(
+    stage: str, tiny_base: Path
+) -> None:
+    objective, trained = tiny_stages.objective_of(stage, tiny_base)
     batch = objective.collect(0)
     assert objective.backward(batch)["kl"] == 0
     assert all(p.grad is not None and p.grad.any() for p in trained.values())

@@ -91,10 +91,8 @@ CHANGES: tuple[tuple[str, str, Any], ...] = (
     ("stage1", "temperature", 0.7),
     ("stage1", "max_new_tokens", 5),
     ("stage1", "invoke_probability", 0.9),
-    ("stage1", "at_start", False),
     ("stage1", "anywhere_after", 1.0),
     ("stage1", "anywhere_share", 0.1),
-    ("stage2 with a LoRA", "kl_coefficient", 0.5),
 )
 
 

@@ -101,9 +101,8 @@ def test_hostile_samples_are_answered_and_trained_on_with_only_the_memories_that
     for rollout in generate(model, bad, Learned(), max_new_tokens=8, temperature=1.0):
         assert rollout.answer_length
     for sample in bad:
-        written = answer_with_memory(model, sample, seed=0, at_start=0.5)
-        (invocation,) = written.invocations
-        marks = (model.invoke_ids[invocation.kind], model.end_ids[invocation.kind])
+        written = answer_with_memory(model, sample, seed=0, probability=0.4)
+        marks = [ids[i.kind] for i in written.invocations for ids in (model.invoke_ids, model.end_ids)]
         assert sorted(special_ids(model, list(written.token_ids))) == sorted((*marks, model.stop_ids[0]))
 
 

@@ -47,10 +47,9 @@ def test_at_one_hundred_percent_a_memory_comes_at_every_delimiter_and_nowhere_el
     assert share(Random(probability=1.0), view(50, after_delimiter=False)) == 0
 
 
-def test_the_start_counts_as_a_delimiter_unless_told_otherwise() -> None:
+def test_the_start_counts_as_a_delimiter() -> None:
     start = view(50, decision=0, after_delimiter=False)
     assert share(Random(probability=1.0), start) == 1
-    assert share(Random(probability=1.0, at_start=False), start) == 0
 
 
 @pytest.mark.parametrize("percent", [25, 50, 75])

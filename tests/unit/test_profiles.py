@@ -53,10 +53,10 @@ def test_a_value_that_repeats_the_default_is_noticed() -> None:
     profile = {
         "seed": 1,
         "memory": {"queries": 8, "lora_rank": 4},
-        "stage1": {"warm_start": {"at_start": 1.0}},
+        "stage1": {"warm_start": {"batch_size": 32}},
         "prepare": {"sources": [{"kind": "scenes", "image_size": 84, "train": 5}]},
     }
-    found = ["memory.queries", "stage1.warm_start.at_start", "prepare.sources.scenes.image_size"]
+    found = ["memory.queries", "stage1.warm_start.batch_size", "prepare.sources.scenes.image_size"]
     assert list(repeated(profile, defaults)) == found
 
 
@@ -116,7 +116,7 @@ def test_the_profiles_of_large_models_name_every_difference_from_the_paper(name:
 def test_a_value_that_is_not_the_paper_s_is_noticed() -> None:
     assert list(differences(Config(grpo=GrpoConfig(batch_size=9, updates=2)).grpo)) == ["batch_size", "updates"]
     assert list(differences(Config().stage1, "stage1.")) == [
-        "stage1.learning_rate", "stage1.at_start", "stage1.warm_start.steps"
+        "stage1.learning_rate", "stage1.warm_start.steps"
     ]  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class InvocationConfig(Section):
 
     delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
     init_token: str = Field("\n", description="delimiter whose embedding the four new rows are copied from [ours]")
-    max_per_answer: int = Field(1, ge=0, description="max invocations per answer [measured] [paper: no limit]")
+    max_per_answer: int = Field(4, ge=0, description="max invocations per answer [ours] [paper: no limit]")
     perturbation: float = rare(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 
 
@@ -97,7 +97,10 @@ class WarmStartConfig(Section):
     batch_size: int = Field(32, ge=1, description="questions per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
-    at_start: float = rare(1.0, ge=0, le=1, description="share of memories at the answer's start, else at a delimiter")
+    invoke_probability: float = Field(
+        0.4, ge=0, le=1, description="chance of a memory at the answer's start and at a delimiter [ours]"
+    )
+    policy_lora: bool = Field(True, description="also train LoRA on the policy's q_proj and v_proj, the reader [ours]")
 
 
 class Stage1Config(GrpoStageConfig):
@@ -106,10 +109,12 @@ class Stage1Config(GrpoStageConfig):
     steps: int = Field(5, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
-    at_start: bool = rare(True, description="the answer's first position counts as a delimiter [paper: false]")
     anywhere_after: float = rare(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
     anywhere_share: float = rare(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
     warm_start: WarmStartConfig = WarmStartConfig()
+    start_from: Path | None = Field(
+        None, description="folder of an earlier stage1, stage2 or export to continue from; null: a fresh memory"
+    )
 
 
 class Stage2Config(GrpoStageConfig):
@@ -124,10 +129,10 @@ class Stage2Config(GrpoStageConfig):
         0.05, ge=0, description="KL per token that ends a batch's updates, from `grpo.updates` 2 on; 0: never [paper]"
     )
     start_probability: float = Field(
-        0.95, gt=0, lt=1, description="initial chance of memory at answer start, fitted [paper: a delimiter's row]"
+        0.2, gt=0, lt=1, description="initial chance of memory at answer start, fitted [paper: a delimiter's row]"
     )
     delimiter_probability: float = Field(
-        0.01, gt=0, lt=1, description="initial chance of memory at a delimiter, fitted [paper: a delimiter's row]"
+        0.2, gt=0, lt=1, description="initial chance of memory at a delimiter, fitted [paper: a delimiter's row]"
     )
     penalty: float = Field(
         0.3, ge=0, description="alpha of p_type + p_neg; `grpo.normalise_by_std` undoes p_neg of 0/1 scores [paper]"
@@ -168,5 +173,8 @@ class BaselinesConfig(Section):
     rank: int = Field(16, ge=1, description="r of sft_lora and grpo_lora, on q_proj and v_proj [paper App.]")
     alpha: float = Field(32, gt=0, description="alpha at that rank; other ranks keep the scale alpha / r [paper App.]")
     dropout: float = Field(0.0, ge=0, lt=1, description="the adapters', in sft_lora only [paper App.: 0.1]")
+    start_from: Path | None = Field(
+        None, description="folder of an earlier LoRA baseline to continue from; null: a fresh LoRA"
+    )
     supervised: SupervisedConfig = SupervisedConfig()
     grpo: BaselinesGrpoConfig = BaselinesGrpoConfig()

@@ -51,7 +51,7 @@ class Decoder(nn.Module):
     axes: Tensor
 
     def __init__(self, model: VisMemModel) -> None:
-        """The policy's own adapter is in it only where stage II trained one."""
+        """The policy's own adapter is in it only where training switched it on."""
         super().__init__()
         language = model.backbone.model.model.language_model
         config, rotary = language.config, language.rotary_emb
@@ -198,7 +198,7 @@ class ShortMemory(VisionTower):
         queries (K, d); positions (P, 2) float of the patches; features, patch_embeds and stream: as VisionEncoder gives
         them with its adapter on. Where M_init stands alone, of these only queries and stream are inputs.
         """
-        memory = self.short.memory_init
+        memory: Tensor = self.short.memory_init
         places = queries.new_zeros(len(queries) + len(memory), 2)  # the identity
         if self.short.patches:
             real = torch.ones_like(features[None, :, 0], dtype=torch.bool)

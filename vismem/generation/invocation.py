@@ -107,12 +107,11 @@ class Learned(InvocationPolicy):
 class Random(InvocationPolicy):
     """A memory with chance `probability` at each delimiter, short or long with equal chance (paper Table 9).
 
-    At 1 it comes at every delimiter, up to the limit. `anywhere` is the chance, at every other position, relative to
-    `probability` (the stage I curriculum).
+    The answer's start counts as a delimiter. At 1 it comes at every delimiter, up to the limit. `anywhere` is the
+    chance, at every other position, relative to `probability` (the stage I curriculum).
     """
 
     probability: float = 0.5
-    at_start: bool = True  # the answer's first position counts as a delimiter
     anywhere: float = 0.0
     kinds: tuple[MemoryKind, ...] = KINDS
 
@@ -121,8 +120,7 @@ class Random(InvocationPolicy):
         choice = super().force(view, seed)
         for row, key in enumerate(view.keys):
             at = int(view.decision[row])
-            delimiter = view.after_delimiter[row] or (at == 0 and self.at_start)
-            chance = self.probability * (1.0 if delimiter else self.anywhere)
+            chance = self.probability * (1.0 if view.after_delimiter[row] or at == 0 else self.anywhere)
             if chance > 0:
                 coin, kind = row_uniforms(seed, key, f"invoke {at}", 2)
                 if coin < chance:

@@ -83,3 +83,13 @@ class Lora(nn.Module):
             yield
         finally:
             self.enabled = before
+
+    @contextmanager
+    def weights(self, down: nn.ParameterDict, up: nn.ParameterDict) -> Iterator[None]:
+        """Within the block, the adapters have the matrices A of `down` and B of `up`, which are named as their own."""
+        own = self.down, self.up
+        self.down, self.up = down, up
+        try:
+            yield
+        finally:
+            self.down, self.up = own

@@ -101,7 +101,7 @@ class ShortFormer(nn.Module):
         return backbone.project(hidden[:, count:])
 
     def look(self, queries: Tensor, features: Tensor, real: Tensor) -> Tensor:
-        """Where the slots look: (R, N_s, T) weights over the tokens of the rows' images, each slot's sum 1 (0 without images).
+        """Where the slots look: (R, N_s, T) weights over the rows' image tokens, each slot's sum 1; 0 without images.
 
         queries (R, K, d); features (R, T, d) of the image tokens, those that are no padding marked in real (R, T). A
         slot first looks at the middle one of its share of the tokens; the scaled product of its query with the tokens'
@@ -115,7 +115,8 @@ class ShortFormer(nn.Module):
         wanted = self.wanted(queries[:, slot * queries.shape[1] // self.length])
         scores = OWN * own + wanted @ keys.transpose(1, 2) / wanted.shape[-1] ** 0.5
         shares = scores.masked_fill(~real[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-        return shares * real[:, None]  # rows without images have none to look at
+        weight: Tensor = shares * real[:, None]
+        return weight
 
     def seen(self, weight: Tensor, patches: Tensor) -> Tensor:
         """(R, g * N_s, n) what the slots see of patches (R, g * T, n): the weighted mean of tokens of g patches."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,8 @@ from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, Query
 from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
+FREE = ("lora_dropout", "init_std", "prompt_pixels")  # of a memory's settings, those that its weights do not show
+
 
 class TokenRows(nn.Module):
     """The four new rows of the embedding matrix and of the output head (Eq. 3), in the order of MEMORY_TOKENS."""
@@ -34,6 +37,15 @@ class TokenRows(nn.Module):
         self.end = nn.Parameter(embedding[2:].clone())
         self.head = nn.Parameter(head[:2].clone())  # end tokens are never sampled: they need no head
         self.bias = nn.Parameter(torch.zeros(2))
+
+
+class PolicyWeights(nn.Module):
+    """A frozen copy of the policy's own weights: the new tokens' rows, and its adapter's matrices."""
+
+    def __init__(self, tokens: TokenRows, lora: Lora) -> None:
+        super().__init__()
+        self.tokens, self.down, self.up = deepcopy(tokens), deepcopy(lora.down), deepcopy(lora.up)
+        self.requires_grad_(False)
 
 
 class VisMemModel(nn.Module):
@@ -178,12 +190,16 @@ class VisMemModel(nn.Module):
         return function(*args)
 
     @contextmanager
-    def reference(self, rows: TokenRows | None = None) -> Iterator[None]:
-        """The reference policy within the block: the policy's adapter off, and where given other new tokens' `rows`."""
-        own = self.tokens
-        self.tokens = own if rows is None else rows
-        try:
+    def reference(self, start: PolicyWeights | None = None) -> Iterator[None]:
+        """The reference policy within the block: the policy with the weights of `start`; by default the bare base."""
+        if start is None:
             with self.policy_lora.active(False):
+                yield
+            return
+        own = self.tokens
+        self.tokens = start.tokens
+        try:
+            with self.policy_lora.weights(start.down, start.up):
                 yield
         finally:
             self.tokens = own
@@ -222,24 +238,54 @@ class VisMemModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> Self:
         """Load a base and lay what `save_pretrained` wrote over it."""
-        settings = read_json(Path(folder) / "vismem.json", "give a folder that stage1, stage2 or export wrote")
+        backbone = load_base(base, dtype)
+        settings = _read_saved(folder, backbone)
         if (variant := settings.get("variant", VisMemModel.variant)) != cls.variant:
             raise UserError(f"{folder} holds the model '{variant}', which only `vismem evaluate` decodes")
-        backbone = load_base(base, dtype)
-        if backbone.family != settings["family"]:
-            raise UserError(f"{folder} was trained on {settings['family']}, but {base} is {backbone.family}")
         memory = {"prompt_pixels": None} | settings["memory"]  # a folder from before there was a maximum has none
         model = cls(backbone, MemoryConfig(**memory), InvocationConfig(**settings["invocation"]))
-        if model.memory_ids != tuple(settings["memory_ids"]):
-            raise UserError(f"{base} has another tokenizer than the one that {folder} was trained with")
-        policy = LoraSettings(**settings.get("policy_settings", asdict(model.policy_lora.settings)))
-        if policy != model.policy_lora.settings:
-            model.set_policy_lora(policy)
-        model.load_state_dict(
+        model.load_weights(folder)
+        return model
+
+    def load_weights(self, folder: Path) -> None:
+        """Take over all weights that `save_pretrained` wrote, and the policy's adapter, on or off as it was.
+
+        UserError where they are of another family or tokenizer, or of a memory of other sizes.
+        """
+        settings = _read_saved(folder, self.backbone)
+        if self.memory_ids != tuple(settings["memory_ids"]):
+            raise UserError(f"the base has another tokenizer than the one that {folder} was trained with")
+        own = self.memory_config.model_dump(mode="json")
+        other = [name for name, value in settings["memory"].items() if name not in FREE and value != own[name]]
+        if other:
+            values = ", ".join(f"memory.{name} {settings['memory'][name]}" for name in other)
+            raise UserError(f"{folder} has another memory than params.yaml: set {values}")
+        policy = LoraSettings(**settings.get("policy_settings", asdict(self.policy_lora.settings)))
+        if policy != self.policy_lora.settings:
+            self.set_policy_lora(policy)
+        self.load_state_dict(
             load_file(Path(folder) / "memory.safetensors") | load_file(Path(folder) / "policy.safetensors")
         )
-        model.policy_lora.enabled = settings["policy_lora"]
-        return model
+        self.policy_lora.enabled = settings["policy_lora"]
+
+    def load_policy_lora(self, folder: Path) -> None:
+        """Take over the weights of the policy's adapter alone. UserError where it is another one than this model's."""
+        settings = _read_saved(folder, self.backbone)
+        own, other = asdict(self.policy_lora.settings), settings.get("policy_settings", {})
+        if not settings["policy_lora"] or any(other[key] != own[key] for key in ("rank", "alpha", "every_linear")):
+            raise UserError(f"{folder} has no LoRA of this size: give a folder that the same baseline wrote")
+        weights = load_file(Path(folder) / "policy.safetensors")
+        kept = {name: value for name, value in weights.items() if name.startswith("policy_lora.")}
+        self.load_state_dict(self.state_dict() | kept)
+
+
+def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
+    """The settings that `save_pretrained` wrote. UserError for a folder without them, or of another family."""
+    file = Path(folder) / "vismem.json"
+    settings: dict[str, Any] = read_json(file, "give a folder that stage1, stage2 or export wrote")
+    if backbone.family != settings["family"]:
+        raise UserError(f"{folder} was trained on {settings['family']}, but the base is {backbone.family}")
+    return settings
 
 
 def load_base(base: Path | str, dtype: str = "float32") -> Backbone:

@@ -17,6 +17,7 @@ from torch import nn
 
 from vismem.config import Config
 from vismem.data.sample import Sample
+from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS
 from vismem.generation.invocation import InvocationPolicy, Off
 from vismem.generation.types import LATENT, Invocation, Rollout
@@ -45,6 +46,8 @@ from vismem.training.supervised import Written, plain_answer
 
 def full(config: Config, inputs: Inputs, out: Path) -> str:
     """The language model, embeddings and head learn the reference answers; `out` becomes a Hugging Face folder."""
+    if config.baselines.start_from is not None:
+        raise UserError("full has no LoRA to start from (baselines.start_from): set base.model to what it wrote")
     run = Run("full", config, inputs, out, new_model)
     base = run.model.backbone
     modules = nn.ModuleDict({"language_model": base.model.model.language_model, "lm_head": base.head})
@@ -69,6 +72,8 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
     else:
         adapter = LoraSettings(settings.rank, settings.alpha, settings.dropout, vision=name.endswith("_vision"))
     run.model.set_policy_lora(adapter)
+    if settings.start_from is not None:
+        run.model.load_policy_lora(settings.start_from)
     run.model.policy_lora.enabled = True
     trained = trainable(run.model, POLICY_LORA)
     layers = "all linear layers" if adapter.every_linear else "q and v"
@@ -150,7 +155,7 @@ def _announce(run: Run, trained: Parameters, what: str) -> None:
 
 
 class PolicyGrpo(GrpoObjective):
-    """GRPO of the policy's own adapter, without memory. The reference is the base: the same policy, adapter off."""
+    """GRPO of the policy's own adapter, without memory. The reference is the policy as training found it."""
 
     def policy(self, step: int) -> InvocationPolicy:
         """No memory."""

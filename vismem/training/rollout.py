@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from vismem.generation.invocation import InvocationPolicy
 from vismem.generation.replay import Scores, prefill, score
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
-from vismem.models.vismem import VisMemModel
+from vismem.models.vismem import PolicyWeights, VisMemModel
 from vismem.training.grpo import group_advantages, kl_term, policy_term, rollout_means
 from vismem.training.loop import Metrics, all_reduce_mean, all_reduce_sum, batch_at, shard_batch
 from vismem.training.rewards import rewards_of
@@ -53,8 +52,8 @@ class GrpoObjective:
     prompts_need_gradient: bool = False  # whether what is trained changes the prefill
 
     def __post_init__(self) -> None:
-        """The reference policy's rows are those from which training starts."""
-        self.first_rows = deepcopy(self.model.tokens).requires_grad_(False)
+        """The reference policy's weights are those from which training starts."""
+        self.start = PolicyWeights(self.model.tokens, self.model.policy_lora)
 
     # --- what a stage decides ---
 
@@ -71,10 +70,10 @@ class GrpoObjective:
     ) -> Scores:
         """The rollouts under the reference policy; its sampled tokens are theirs, in the same order.
 
-        By default it is the policy as training found it: the new tokens' rows of then, the adapter off, memories formed
+        By default it is the policy as training found it: the new tokens' rows and the adapter of then, memories formed
         at the recorded places. `context` is the prompts' prefill under the policy being trained.
         """
-        with self.model.reference(self.first_rows):
+        with self.model.reference(self.start):
             if self.prompts_need_gradient:  # the prefill is the adapter's, what memories read of the prompts is not
                 seen = None if self.model.policy_lora.settings.vision else context.prompt  # image features are its too
                 own = prefill(self.model, context.samples, seen)

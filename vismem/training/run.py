@@ -1,6 +1,7 @@
 """One step of training from its inputs to its metrics: what stage I, stage II and the baselines share."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from vismem.generation.invocation import InvocationPolicy
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
+from vismem.records import VANILLA
 from vismem.training.loop import LoopSettings, Metrics, train
 from vismem.training.rollout import GrpoObjective, answer_lines, rollout_figures
 from vismem.training.supervised import Supervised, Written
@@ -24,7 +26,7 @@ from vismem.training.supervised import Supervised, Written
 FORMATION = ("builder.", "short.", "long.")  # prefixes of the parameters that stage I trains
 INVOCATION = ("tokens.",)  # and stage II
 PREFIX = ("prefix",)  # and the baseline static_prefix
-POLICY_LORA = ("policy_lora.",)  # and stage II with `policy_lora`, and the LoRA baselines
+POLICY_LORA = ("policy_lora.",)  # and with `policy_lora` the warm start and stage II, and the LoRA baselines
 CHECKED = 256  # validation questions answered for metrics.json
 LOGGED = 20  # of them in samples.jsonl, per arm
 BATCH = 64  # answered at a time
@@ -54,6 +56,7 @@ class Run:
         self.model = model(config, inputs)
         self.model.backbone.model.to(self.accelerator.device)
         self.model.to(self.accelerator.device)
+        self.trained: dict[str, nn.Parameter] = {}
         self.questions, self.rollouts, self.seconds = 0, 0, 0.0  # of all phases, resumed runs included
 
     def train_grpo(
@@ -90,7 +93,7 @@ class Run:
     ) -> int:
         """Run one phase; returns how many questions it saw."""
         objective.prompts_need_gradient = any(not name.startswith(FORMATION + INVOCATION + PREFIX) for name in trained)
-        self.trained = trained
+        self.trained |= trained
         self.state = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
         seen = self.state.steps * min(batch_size, len(self.samples))
         self.questions += seen
@@ -100,14 +103,16 @@ class Run:
     def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
         """Answer validation questions in each arm; write the model, `metrics.json` and `samples.jsonl`.
 
-        `save` writes the model, where `save_pretrained` would not. Returns steps and scores in one line.
+        Vanilla is the bare base. `save` writes the model, where `save_pretrained` would not. Returns steps and scores
+        in one line.
         """
         checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
         metrics: dict[str, Metrics] = {}
         lines, quiet = "", not self.accelerator.is_main_process
         for name, policy in arms.items():
             rollouts: list[Rollout] = []
-            with progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
+            bare = self.model.reference() if name == VANILLA else nullcontext()
+            with bare, progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
                 for at in range(0, len(checked), BATCH):
                     batch = checked[at : at + BATCH]
                     rollouts += generate(self.model, batch, policy, max_new_tokens=limit, seed=seed)

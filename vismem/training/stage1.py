@@ -1,4 +1,8 @@
-"""The step `stage1`: memory formation. The policy is frozen; query builder and both formers are trained (Sec. 3.4)."""
+"""The step `stage1`: memory formation. The policy is frozen; query builder and both formers are trained (Sec. 3.4).
+
+An option of ours, the supervised warm start before it, also trains a LoRA of the policy, which learns to read memories;
+it stays on, and frozen, in what follows.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,9 +16,11 @@ from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.replay import Scores, without_memory
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import VisMemModel
+from vismem.records import VANILLA
 from vismem.training.loop import LoopSettings, check_shards
 from vismem.training.rollout import GrpoObjective
-from vismem.training.run import FORMATION, Inputs, Run, new_model, steps_of, trainable
+from vismem.training.run import FORMATION, POLICY_LORA, Inputs, Run, new_model, steps_of, trainable
 from vismem.training.supervised import answer_with_memory
 
 
@@ -29,7 +35,6 @@ class Formation(GrpoObjective):
         anywhere = step >= self.stage.anywhere_after * steps
         return Random(
             probability=self.stage.invoke_probability,
-            at_start=self.stage.at_start,
             anywhere=self.stage.anywhere_share if anywhere else 0.0,
         )
 
@@ -40,12 +45,21 @@ class Formation(GrpoObjective):
         return self.scores(policy, context, [without_memory(rollout) for rollout in rollouts], sample)
 
 
+def _first_model(config: Config, inputs: Inputs) -> VisMemModel:
+    """The model that training starts from: a fresh one, or the earlier one of `stage1.start_from`."""
+    model = new_model(config, inputs)
+    if config.stage1.start_from is not None:
+        model.load_weights(config.stage1.start_from)
+    return model
+
+
 def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     """Train the formation of memories; writes the model's own weights, logs and metrics to `out`."""
-    run, grpo, warm = Run("stage1", config, inputs, out, new_model), config.grpo, config.stage1.warm_start
+    run, grpo, warm = Run("stage1", config, inputs, out, _first_model), config.grpo, config.stage1.warm_start
     check_shards(min(grpo.batch_size, len(run.samples)), run.accelerator)  # before the warm start, not after it
-    trained = trainable(run.model, FORMATION)
-    written = partial(answer_with_memory, at_start=warm.at_start)
+    reader = warm.policy_lora and warm.steps > 0
+    run.model.policy_lora.enabled |= reader
+    written = partial(answer_with_memory, probability=warm.invoke_probability)
     settings = LoopSettings(
         "warm_start",
         warm.steps,
@@ -54,10 +68,11 @@ def stage1(config: Config, inputs: Inputs, out: Path) -> str:
         matrix_learning_rate=warm.matrix_learning_rate,
         checkpoint_every=grpo.checkpoint_every,
     )
+    trained = trainable(run.model, FORMATION + (POLICY_LORA if reader else ()))
     run.train_supervised(written, trained, settings, warm.batch_size, grpo.micro_batch)
-    run.train_grpo(Formation, config.stage1, trained)
+    run.train_grpo(Formation, config.stage1, trainable(run.model, FORMATION))
     arms: dict[str, InvocationPolicy] = {
-        "vanilla": Off(),
+        VANILLA: Off(),
         "short": Random(probability=1.0, kinds=(MemoryKind.SHORT,), limit=1),  # at the answer's start
         "long": Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1),
     }

@@ -23,6 +23,7 @@ from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
+from vismem.records import VANILLA
 from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
@@ -30,6 +31,7 @@ from vismem.training.run import INVOCATION, POLICY_LORA, Inputs, Run, trainable
 
 FITTED = 256  # train questions whose answers the head's rows are fitted on
 ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
+START, DELIMITER, BETWEEN = range(3)  # sorts of places in an answer
 
 
 class Invocation(GrpoObjective):
@@ -64,14 +66,14 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
-    run.model.policy_lora.enabled = settings.policy_lora
+    run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
     lora_scale = settings.policy_learning_rate / settings.learning_rate
     scales = {name: lora_scale for name in trained if name.startswith(POLICY_LORA)}
     run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
-    return run.finish({"vanilla": Off(), "vismem": Learned(), "random_50": Random(probability=0.5)})
+    return run.finish({VANILLA: Off(), "vismem": Learned(), "random_50": Random(probability=0.5)})
 
 
 def fit_invocation(
@@ -82,11 +84,12 @@ def fit_invocation(
     `stage.start_probability` holds at the answer's start, `stage.delimiter_probability` after delimiters; each is
     divided equally between the two kinds. It is fitted on answers of up to `max_new_tokens` tokens.
     """
-    states, wanted = _decisions(model, samples, stage, max_new_tokens, seed)
+    states, places = _decisions(model, samples, max_new_tokens, seed)
+    wanted = [stage.start_probability, stage.delimiter_probability, ELSEWHERE]
     others = torch.cat([model.backbone.head(part).double().logsumexp(-1) for part in torch.split(states, 512)])
-    features, target = states.double(), torch.tensor(wanted, dtype=torch.double, device=states.device)
-    _, sort, counts = torch.unique(target, return_inverse=True, return_counts=True)
-    weight = 1 / counts[sort] / len(counts)  # all sorts of places weigh the same
+    features, place = states.double(), torch.tensor(places, device=states.device)
+    target = torch.tensor(wanted, dtype=torch.double, device=states.device)[place]
+    weight = 1 / place.bincount(minlength=3).double()[place] / 3  # all sorts of places weigh the same
     row = torch.zeros(features.shape[1], dtype=torch.double, device=states.device, requires_grad=True)
     bias = others.mean().detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([row, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -106,10 +109,10 @@ def fit_invocation(
 
 @torch.no_grad()
 def _decisions(
-    model: VisMemModel, samples: Sequence[Sample], stage: Stage2Config, max_new_tokens: int, seed: int
-) -> tuple[Tensor, list[float]]:
-    """(n, d) hidden states from which sampled answers were decided, and the chance of a memory wanted at each."""
-    states, wanted = [], []
+    model: VisMemModel, samples: Sequence[Sample], max_new_tokens: int, seed: int
+) -> tuple[Tensor, list[int]]:
+    """(n, d) hidden states from which sampled answers were decided, and where: START, DELIMITER or BETWEEN."""
+    states, places = [], []
     for at in range(0, len(samples), 32):
         batch = samples[at : at + 32]
         rollouts = generate(
@@ -123,6 +126,5 @@ def _decisions(
                     continue
                 states.append(hidden[row, index])
                 delimiter = index > 0 and rollout.token_ids[index - 1] in model.delimiter_ids
-                between = stage.delimiter_probability if delimiter else ELSEWHERE
-                wanted.append(between if index else stage.start_probability)
-    return torch.stack(states), wanted
+                places.append((DELIMITER if delimiter else BETWEEN) if index else START)
+    return torch.stack(states), places

@@ -1,6 +1,6 @@
-"""Supervised training: cross-entropy of reference answers, with one memory in them or without.
+"""Supervised training: cross-entropy of reference answers, with memories in them or without.
 
-With a memory it is the warm start of stage I, an option of ours; without it is supervised fine-tuning, a baseline.
+With memories it is the warm start of stage I, an option of ours; without it is supervised fine-tuning, a baseline.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from vismem.generation.invocation import row_key, row_uniforms
 from vismem.generation.prompts import target_ids
 from vismem.generation.replay import prefill, score
 from vismem.generation.types import LATENT, Invocation, Rollout
-from vismem.models.kinds import MemoryKind
+from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import rollout_means
 from vismem.training.loop import Metrics, all_reduce_mean, batch_at, shard_batch
 
-Written = Callable[[VisMemModel, Sample, int], Rollout]  # a sample's reference answer, with a seed for its memory
+Written = Callable[[VisMemModel, Sample, int], Rollout]  # a sample's reference answer, with a seed for its memories
 
 
 @dataclass(eq=False)
@@ -83,20 +83,32 @@ def plain_answer(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
     )
 
 
-def answer_with_memory(model: VisMemModel, sample: Sample, seed: int, at_start: float) -> Rollout:
-    """The same with one memory: with chance `at_start` at its start, else after a random delimiter."""
+def answer_with_memory(model: VisMemModel, sample: Sample, seed: int, probability: float) -> Rollout:
+    """The same with memories at its start and after delimiters, each with chance `probability`, short or long.
+
+    There is at least one, and there are at most `max_per_answer`: where none came up, or too many, the places are a
+    uniform choice. All is drawn from the seed and the sample's id.
+    """
     plain = plain_answer(model, sample)
-    words = plain.token_ids
-    delimiters = set(model.delimiter_ids)
-    breaks = [i + 1 for i, before in enumerate(words[:-1]) if before in delimiters]
-    early, place, coin = row_uniforms(seed, row_key(sample.id, 0), "warm start", 3)
-    at = 0 if early < at_start or not breaks else breaks[int(place * len(breaks))]
-    kind = MemoryKind.SHORT if coin < 0.5 else MemoryKind.LONG
-    memory = (model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind])
+    words, delimiters = plain.token_ids, set(model.delimiter_ids)
+    places = [0, *(i + 1 for i, before in enumerate(words[:-1]) if before in delimiters)]
+    coins, order, kinds = row_uniforms(seed, row_key(sample.id, 0), "warm start", 3 * len(places)).reshape(3, -1)
+    shuffled = order.argsort()
+    drawn = [at for at in shuffled if coins[at] < probability][: model.invocation_config.max_per_answer]
+    chosen = {places[at]: KINDS[int(2 * kinds[at])] for at in drawn or shuffled[:1]}
+    ids: list[int] = []
+    mask: list[bool] = []
+    invocations = []
+    for index, word in enumerate(words):
+        if kind := chosen.get(index):
+            memory = [model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind]]
+            invocations.append(Invocation(len(ids), kind, forced=True))
+            ids, mask = ids + memory, mask + [False] * len(memory)
+        ids, mask = [*ids, word], [*mask, True]
     return replace(
         plain,
-        token_ids=words[:at] + memory + words[at:],
-        loss_mask=(True,) * at + (False,) * len(memory) + (True,) * (len(words) - at),
-        logprobs=(0.0,) * (len(words) + len(memory)),
-        invocations=(Invocation(at, kind, forced=True),),
+        token_ids=tuple(ids),
+        loss_mask=tuple(mask),
+        logprobs=(0.0,) * len(ids),
+        invocations=tuple(invocations),
     )

@@ -1,0 +1,132 @@
+"""Continuing from an earlier memory, or an earlier LoRA: training starts from its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from vismem import steps
+from vismem.config import BaselinesConfig, BaselinesGrpoConfig, Config, GrpoConfig, Stage1Config, SupervisedConfig
+from vismem.config import WarmStartConfig as Warm
+from vismem.errors import UserError
+from vismem.files import read_json, write_json
+from vismem.steps import run_step
+from vismem.training import loop
+
+STAGE: dict[str, Any] = {"steps": 3, "group_size": 4, "learning_rate": 1e-2}
+CONFIG = Config(
+    memory=tiny.MEMORY,
+    grpo=GrpoConfig(batch_size=2, max_new_tokens=8, checkpoint_every=1),
+    stage1=Stage1Config(warm_start=Warm(steps=2, batch_size=4), **STAGE),
+    baselines=BaselinesConfig(
+        rank=4, alpha=8, supervised=SupervisedConfig(steps=3, batch_size=4), grpo=BaselinesGrpoConfig(**STAGE)
+    ),
+)
+NAMES = ("stage1", "sft_lora", "grpo_lora")
+pytestmark = pytest.mark.usefixtures("scores_differ")
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"base": tiny_base, "validate": tiny.save_data(tmp_path_factory.mktemp("validate"), count=4)}
+
+
+@pytest.fixture(scope="module")
+def earlier(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, scores_differ: None) -> Path:
+    artifacts = tmp_path_factory.mktemp("earlier")
+    for name in NAMES:
+        run_step(name, CONFIG, artifacts, inputs)
+    return artifacts
+
+
+def continued(name: str, folder: Path) -> Config:
+    """The parameters of a step that continues from `folder`, with other questions first."""
+    section = "stage1" if name == "stage1" else "baselines"
+    changed = getattr(CONFIG, section).model_copy(update={"start_from": folder})
+    return CONFIG.model_copy(update={section: changed, "seed": 5})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "memory.safetensors") | load_file(folder / "policy.safetensors")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_starts_from_the_weights_of_the_folder(
+    name: str, earlier: Path, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    train = loop.train
+
+    def looking(objective: Any, parameters: Any, *arguments: Any) -> Any:
+        seen.append({key: value.detach().clone() for key, value in objective.model.state_dict().items()})
+        return train(objective, parameters, *arguments)
+
+    monkeypatch.setattr("vismem.training.run.train", looking)
+    run_step(name, continued(name, earlier / name), tmp_path, inputs)
+    before = weights(earlier / name)
+    start = {key: value for key, value in before.items() if name == "stage1" or key.startswith("policy_lora.")}
+    assert all(torch.equal(value, seen[0][key]) for key, value in start.items())
+    after = weights(tmp_path / name)
+    assert any(not torch.equal(value, after[key]) for key, value in before.items())
+    assert read_json(tmp_path / name / "vismem.json")["policy_lora"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_killed_continuation_resumes_exactly(
+    name: str, earlier: Path, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, clip, calls = continued(name, earlier / name), torch.nn.utils.clip_grad_norm_, []
+    run_step(name, config, tmp_path / "whole", inputs)
+
+    def clip_or_die(*arguments: Any, **more: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return clip(*arguments, **more)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run_step(name, config, tmp_path / "killed", inputs)
+    run_step(name, config, tmp_path / "killed", inputs)
+    whole, resumed = weights(tmp_path / "whole" / name), weights(tmp_path / "killed" / name)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_whose_content_changed_makes_another_step(name: str, tmp_path: Path) -> None:
+    (tmp_path / "policy.safetensors").write_bytes(b"one")
+    config = continued(name, tmp_path)
+    first = steps.identity(name, config, {})
+    assert steps.identity(name, config, {}) == first
+    (tmp_path / "policy.safetensors").write_bytes(b"two")
+    assert steps.identity(name, config, {}) != first
+
+
+def test_a_memory_of_another_size_family_or_tokenizer_is_refused(
+    earlier: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    saved = read_json(earlier / "stage1" / "vismem.json")
+    cases = {
+        r"set memory\.long_length 7": {"memory": saved["memory"] | {"long_length": 7}},
+        "trained on internvl": {"family": "internvl"},
+        "another tokenizer": {"memory_ids": [1, 2, 3, 4]},
+    }
+    for message, change in cases.items():
+        write_json(tmp_path / "vismem.json", saved | change)
+        with pytest.raises(UserError, match=message):
+            run_step("stage1", continued("stage1", tmp_path), tmp_path / "out", inputs)
+    with pytest.raises(UserError, match="give a folder that stage1, stage2 or export wrote"):
+        run_step("stage1", continued("stage1", tmp_path / "none"), tmp_path / "out", inputs)
+
+
+def test_a_lora_of_another_size_or_none_is_refused(earlier: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
+    saved = read_json(earlier / "sft_lora" / "vismem.json")
+    for change in ({"policy_settings": saved["policy_settings"] | {"rank": 2}}, {"policy_lora": False}):
+        write_json(tmp_path / "vismem.json", saved | change)
+        with pytest.raises(UserError, match="no LoRA of this size"):
+            run_step("sft_lora", continued("sft_lora", tmp_path), tmp_path / "out", inputs)
+    with pytest.raises(UserError, match=r"set base\.model"):
+        run_step("full", continued("full", tmp_path), tmp_path / "out", inputs)

@@ -18,7 +18,7 @@ from vismem.provenance import file_hashes, verify_manifest
 
 SIZE = Size(width=32, layers=2, heads=2, vision_width=32, vision_layers=2)
 MEMORY = MemoryConfig(
-    queries=4, short_length=4, long_length=6, builder_layers=1, builder_heads=2, lora_rank=4, prompt_pixels=None
+    queries=4, short_length=4, long_length=6, builder_layers=1, builder_heads=2, lora_rank=4, prompt_pixels=0
 )
 
 

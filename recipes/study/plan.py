@@ -13,13 +13,12 @@ from pydantic import Field
 
 from recipes.study.jobs import Job
 from vismem.config import Config, ScenesSource, Section, Source
-from vismem.data.tasks import TASKS
+from vismem.data.tasks import NEEDS
 from vismem.files import write_text
 from vismem.params_file import render_params
 from vismem.steps import BASELINES, BY_NAME
 
 PROFILE = "full"  # what `make study` runs
-BASE = "tiny_vlm"  # the job that trains a base, and its output folder
 Values = dict[str, Any]
 
 
@@ -36,7 +35,6 @@ class Settings(Section):
     )  # fmt: skip
     transfer_seeds: int = Field(2, ge=0, description="repetitions that also train on half of the tasks")
     transfer_arms: tuple[str, ...] = Field(("vanilla", "vismem", "sft_lora"), description="arms of those")
-    base_steps: int | None = Field(None, ge=1, description="steps of each phase that trains a base, for toy sizes")
     jobs: int = Field(2, ge=1, description="steps that run at a time, one thread each")
 
 
@@ -61,43 +59,36 @@ def changed(before: Values, now: Values, place: str = "") -> dict[str, tuple[Any
 def plan(config: Config, settings: Settings, folder: Path) -> list[Job]:
     """Write the parameters of each repetition and return all jobs, named FOLDER/STEP.
 
-    Evaluations are timed jobs: no training runs beside them. Where `base.model` is the default, each seed trains a base
-    of its own by `recipes.tiny_vlm`; any other base is the same in all seeds.
+    Evaluations are timed jobs: no training runs beside them. The base is the same in all seeds: a seed draws other
+    questions and trains anew on them.
     """
     scenes = tuple(source for source in config.prepare.sources if isinstance(source, ScenesSource))
-    steps = str(settings.base_steps)
-    toy = ("--steps", steps, "--vision-steps", steps) if settings.base_steps else ()
     jobs: list[Job] = []
     for number in range(settings.seeds):
         seed = config.seed + number
-        base, variant = None, config.model_copy(update={"seed": seed})
-        if config.base.model == Config().base.model:
-            base = f"seed-{seed}/{BASE}"
-            out = os.fspath((folder / base).absolute())
-            jobs.append(Job(base, (sys.executable, "-m", "recipes.tiny_vlm", "--seed", str(seed), "--out", out, *toy)))
-            variant = variant.model_copy(update={"base": config.base.model_copy(update={"model": out})})
-        jobs += _steps(variant, settings.arms, folder, f"seed-{seed}", base)
+        variant = config.model_copy(update={"seed": seed})
+        jobs += _steps(variant, settings.arms, folder, f"seed-{seed}")
         if scenes and number < settings.transfer_seeds:
             halves = tuple(source.model_copy(update={"train_tasks": trained_half(source)}) for source in scenes)
             half = variant.model_copy(update={"prepare": config.prepare.model_copy(update={"sources": halves})})
-            jobs += _steps(half, settings.transfer_arms, folder, f"transfer-{seed}", base)
+            jobs += _steps(half, settings.transfer_arms, folder, f"transfer-{seed}")
     return jobs
 
 
 def trained_half(source: Source) -> tuple[str, ...]:
-    """The tasks that transfer trains on: every other one of each capability, in the order of `vismem.data.tasks`.
+    """The tasks that transfer trains on: every other one of each need, in the order of `vismem.data.tasks`.
 
-    A capability with a single task in the source is trained on. No tasks for a source other than scenes.
+    A need with a single task in the source is trained on. No tasks for a source other than scenes.
     """
-    tasks = (source.tasks or tuple(TASKS)) if isinstance(source, ScenesSource) else ()
+    tasks = (source.tasks or tuple(NEEDS)) if isinstance(source, ScenesSource) else ()
     chosen: list[str] = []
-    for capability in dict.fromkeys(TASKS.values()):
-        chosen += [task for task in TASKS if TASKS[task] == capability and task in tasks][::2]
+    for need in dict.fromkeys(NEEDS.values()):
+        chosen += [task for task in NEEDS if NEEDS[task] == need and task in tasks][::2]
     return tuple(chosen)
 
 
-def _steps(config: Config, arms: tuple[str, ...], folder: Path, name: str, base: str | None) -> list[Job]:
-    """The steps of one repetition; `base` names the job that makes its base, if any."""
+def _steps(config: Config, arms: tuple[str, ...], folder: Path, name: str) -> list[Job]:
+    """The steps of one repetition."""
     params = folder / name / "params.yaml"
     evaluate = config.evaluate.model_copy(update={"arms": arms})
     write_text(params, render_params(config.model_copy(update={"evaluate": evaluate})))
@@ -106,7 +97,7 @@ def _steps(config: Config, arms: tuple[str, ...], folder: Path, name: str, base:
     jobs = []
     for step in ("prepare", "validate", "base", "stage1", "stage2", *baselines, "evaluate"):
         inputs = BY_NAME[step].inputs + (baselines if step == "evaluate" else ())
-        needs = [f"{name}/{needed}" for needed in inputs] + ([base] if step == "base" and base else [])
+        needs = [f"{name}/{needed}" for needed in inputs]
         command = (sys.executable, "-m", "vismem.cli", step, *options)
         jobs.append(Job(f"{name}/{step}", command, tuple(needs), timed=step == "evaluate"))
     return jobs

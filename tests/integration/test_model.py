@@ -13,8 +13,9 @@ from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.models.kinds import MemoryKind
 from vismem.models.lora import LoraSettings
+from vismem.models.policy import TokenRows
 from vismem.models.tokens import delimiter_ids
-from vismem.models.vismem import TokenRows, VisMemModel, load_base
+from vismem.models.vismem import VisMemModel, load_base
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_bash_completes_commands_options_and_profiles(capsys: pytest.CaptureFixt
     )
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "stack stage1 stage2 static_prefix",
+        "stage1 stage2",
         "--profile --processes",
         "smoke",
         "rollback",

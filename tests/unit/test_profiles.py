@@ -54,7 +54,7 @@ def test_a_value_that_repeats_the_default_is_noticed() -> None:
         "seed": 1,
         "memory": {"queries": 8, "lora_rank": 4},
         "stage1": {"warm_start": {"batch_size": 32}},
-        "prepare": {"sources": [{"kind": "scenes", "image_size": 84, "train": 5}]},
+        "prepare": {"sources": [{"kind": "scenes", "image_size": 168, "train": 5}]},
     }
     found = ["memory.queries", "stage1.warm_start.batch_size", "prepare.sources.scenes.image_size"]
     assert list(repeated(profile, defaults)) == found

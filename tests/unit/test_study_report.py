@@ -12,11 +12,10 @@ from recipes.study.__main__ import main
 from recipes.study.claims import compare, judge, order
 from recipes.study.figures import Answers, score_table, study_figures, transfer_figures
 from recipes.study.page import render, table
-from recipes.study.plan import BASE, Settings, changed, parameters, plan, trained_half
+from recipes.study.plan import Settings, changed, parameters, plan, trained_half
 from recipes.study.report import training
 from vismem.config import Config, EasyVqaSource, ScenesSource, parse_config
-from vismem.data.sample import Capability
-from vismem.data.tasks import NEEDS, TASKS
+from vismem.data.tasks import NEEDS
 from vismem.evaluation.predictions import Prediction
 
 RESAMPLES = 200
@@ -230,31 +229,17 @@ def test_a_cell_cannot_break_its_table() -> None:
 # --- the plan ---
 
 PLAN = parse_config({"seed": 5, "prepare": {"sources": [{"kind": "scenes"}, {"kind": "easy_vqa"}]}})
-TOY = Settings(
-    seeds=2, transfer_seeds=1, arms=("vanilla", "vismem", "sft_lora"), transfer_arms=("vanilla", "vismem"), base_steps=3
-)
+TOY = Settings(seeds=2, transfer_seeds=1, arms=("vanilla", "vismem", "sft_lora"), transfer_arms=("vanilla", "vismem"))
 
 
 def test_the_plan_has_every_step_of_every_seed_and_transfer_shares_the_base(tmp_path: Path) -> None:
     jobs = {job.name: job for job in plan(PLAN, TOY, tmp_path)}
     steps = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "evaluate")
-    wanted = {f"seed-{seed}/{step}" for seed in (5, 6) for step in (BASE, *steps)}
+    wanted = {f"seed-{seed}/{step}" for seed in (5, 6) for step in steps}
     wanted |= {f"transfer-5/{step}" for step in steps if step != "sft_lora"}
     assert set(jobs) == wanted
     assert jobs["seed-6/evaluate"].needs == tuple(f"seed-6/{n}" for n in ("base", "stage2", "validate", "sft_lora"))
-    assert jobs["transfer-5/base"].needs == (f"seed-5/{BASE}",)
     assert {name for name, job in jobs.items() if job.timed} == {name for name in jobs if name.endswith("/evaluate")}
-
-
-def test_every_seed_trains_a_base_of_its_own_unless_another_is_named(tmp_path: Path) -> None:
-    (job,) = [job for job in plan(PLAN, TOY, tmp_path) if job.name == f"seed-6/{BASE}"]
-    base = str(tmp_path / "seed-6" / BASE)
-    wanted = ("-m", "recipes.tiny_vlm", "--seed", "6", "--out", base, "--steps", "3", "--vision-steps", "3")
-    assert job.command[1:] == wanted
-    assert read_params(tmp_path / "seed-6").base.model == base
-    named = PLAN.model_copy(update={"base": PLAN.base.model_copy(update={"model": "some/hub-id"})})
-    assert not [job for job in plan(named, TOY, tmp_path / "named") if job.name.endswith(BASE)]
-    assert read_params(tmp_path / "named" / "seed-6").base.model == "some/hub-id"
 
 
 def test_every_repetition_has_its_parameters_written_out(tmp_path: Path) -> None:
@@ -264,18 +249,19 @@ def test_every_repetition_has_its_parameters_written_out(tmp_path: Path) -> None
     assert six.prepare == PLAN.prepare
     (source,) = moved.prepare.sources
     assert isinstance(source, ScenesSource)
-    assert (source.train_tasks, source.tasks) == (trained_half(ScenesSource()), ())
+    assert (source.train_tasks, source.tasks) == (trained_half(ScenesSource()), ScenesSource().tasks)
     assert moved.evaluate.arms == ("vanilla", "vismem")
-    assert moved.base.model == str(tmp_path / "seed-5" / BASE)
+    assert six.base == moved.base == PLAN.base
 
 
-def test_both_halves_of_the_tasks_have_all_capabilities() -> None:
-    half = set(trained_half(ScenesSource()))
-    for capability in Capability:
-        inside = [task in half for task in TASKS if TASKS[task] == capability]
+@pytest.mark.parametrize("source", [ScenesSource(), ScenesSource(tasks=())])
+def test_both_halves_of_the_tasks_have_all_needs(source: ScenesSource) -> None:
+    half = set(trained_half(source))
+    for need in set(NEEDS.values()):
+        inside = [task in half for task in source.tasks or NEEDS if NEEDS[task] == need]
         assert inside.count(False) > 0
         assert inside.count(True) - inside.count(False) in (0, 1)
-    assert trained_half(ScenesSource(tasks=("count", "chain", "exists"))) == ("count", "chain", "exists")
+    assert trained_half(ScenesSource(tasks=("count", "texture", "alone"))) == ("count", "alone", "texture")
     assert trained_half(EasyVqaSource()) == ()
 
 

@@ -41,10 +41,8 @@ class MemoryConfig(Section):
     long_init: Init = Field(
         "patches", description="long M_init: added to pooled image tokens, or random [paper: random]"
     )
-    prompt_pixels: int | None = Field(
-        7056,
-        ge=1,
-        description="max pixels of an image in the prompt, short memories read it whole; null: no max [ours]",
+    prompt_pixels: int = Field(
+        7056, ge=0, description="max pixels of an image in the prompt, short memories read it whole; 0: no max [ours]"
     )
     init_std: float = rare(0.02, gt=0, description="standard deviation of random initial values [ours]")
 

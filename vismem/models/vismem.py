@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,30 +21,11 @@ from vismem.models.kinds import MemoryKind
 from vismem.models.loading import no_weight_bars
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer
+from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FREE = ("lora_dropout", "init_std", "prompt_pixels")  # of a memory's settings, those that its weights do not show
-
-
-class TokenRows(nn.Module):
-    """The four new rows of the embedding matrix and of the output head (Eq. 3), in the order of MEMORY_TOKENS."""
-
-    def __init__(self, embedding: Tensor, head: Tensor) -> None:
-        super().__init__()
-        self.invoke = nn.Parameter(embedding[:2].clone())
-        self.end = nn.Parameter(embedding[2:].clone())
-        self.head = nn.Parameter(head[:2].clone())  # end tokens are never sampled: they need no head
-        self.bias = nn.Parameter(torch.zeros(2))
-
-
-class PolicyWeights(nn.Module):
-    """A frozen copy of the policy's own weights: the new tokens' rows, and its adapter's matrices."""
-
-    def __init__(self, tokens: TokenRows, lora: Lora) -> None:
-        super().__init__()
-        self.tokens, self.down, self.up = deepcopy(tokens), deepcopy(lora.down), deepcopy(lora.up)
-        self.requires_grad_(False)
 
 
 class VisMemModel(nn.Module):
@@ -57,7 +37,7 @@ class VisMemModel(nn.Module):
         super().__init__()
         self.backbone = backbone  # no nn.Module, so the base's weights are not registered
         self.memory_config, self.invocation_config = memory, invocation
-        backbone.prompt_pixels = memory.prompt_pixels
+        backbone.prompt_pixels = memory.prompt_pixels or None
         backbone.model.requires_grad_(False).eval()
         tokenizer = backbone.processor.tokenizer
         self.memory_ids = add_memory_tokens(tokenizer)
@@ -242,7 +222,7 @@ class VisMemModel(nn.Module):
         settings = _read_saved(folder, backbone)
         if (variant := settings.get("variant", VisMemModel.variant)) != cls.variant:
             raise UserError(f"{folder} holds the model '{variant}', which only `vismem evaluate` decodes")
-        memory = {"prompt_pixels": None} | settings["memory"]  # a folder from before there was a maximum has none
+        memory = {"prompt_pixels": 0} | settings["memory"]  # a folder from before there was a maximum has none
         model = cls(backbone, MemoryConfig(**memory), InvocationConfig(**settings["invocation"]))
         model.load_weights(folder)
         return model

@@ -17,7 +17,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample, Video
 from vismem.evaluation.arms import ARMS
-from vismem.files import read_json, write_json
 from vismem.generation.engine import generate
 from vismem.generation.invocation import FullResolution, Off, Random, Relook
 from vismem.generation.prompts import encode, prompt_text, shown_again
@@ -269,14 +268,8 @@ def test_a_short_memory_tells_apart_images_that_are_the_same_in_the_prompt(tiny_
 # --- files ---
 
 
-def test_the_maximum_is_saved_and_a_folder_from_before_it_has_none(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_maximum_is_saved(tiny_base: Path, tmp_path: Path) -> None:
     limited(tiny_base, 1234).save_pretrained(tmp_path)
     loaded = VisMemModel.from_pretrained(tmp_path, tiny_base)
     assert loaded.memory_config.prompt_pixels == loaded.backbone.prompt_pixels == 1234
     assert load_base(tiny_base).prompt_pixels is None
-    settings = read_json(tmp_path / "vismem.json", "")
-    del settings["memory"]["prompt_pixels"]
-    write_json(tmp_path / "vismem.json", settings)
-
-    old = VisMemModel.from_pretrained(tmp_path, tiny_base)
-    assert (old.memory_config.prompt_pixels, old.backbone.prompt_pixels) == (0, None)

@@ -25,6 +25,7 @@ from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
+FORMAT = 2  # of what `save_pretrained` writes; in 1 a short memory started from means of patches
 FREE = ("lora_dropout", "init_std", "prompt_pixels")  # of a memory's settings, those that its weights do not show
 
 
@@ -199,7 +200,7 @@ class VisMemModel(nn.Module):
         """Write what VisMem adds: `vismem.json`, `memory.safetensors`, `policy.safetensors` and the processor."""
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
-            "format": 1,
+            "format": FORMAT,
             "variant": self.variant,
             "family": self.backbone.family,
             "memory": self.memory_config.model_dump(mode="json"),
@@ -222,8 +223,7 @@ class VisMemModel(nn.Module):
         settings = _read_saved(folder, backbone)
         if (variant := settings.get("variant", VisMemModel.variant)) != cls.variant:
             raise UserError(f"{folder} holds the model '{variant}', which only `vismem evaluate` decodes")
-        memory = {"prompt_pixels": 0} | settings["memory"]  # a folder from before there was a maximum has none
-        model = cls(backbone, MemoryConfig(**memory), InvocationConfig(**settings["invocation"]))
+        model = cls(backbone, MemoryConfig(**settings["memory"]), InvocationConfig(**settings["invocation"]))
         model.load_weights(folder)
         return model
 
@@ -263,6 +263,8 @@ def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
     """The settings that `save_pretrained` wrote. UserError for a folder without them, or of another family."""
     file = Path(folder) / "vismem.json"
     settings: dict[str, Any] = read_json(file, "give a folder that stage1, stage2 or export wrote")
+    if settings["format"] != FORMAT:
+        raise UserError(f"{folder} has format {settings['format']}, this release reads {FORMAT}: train it anew")
     if backbone.family != settings["family"]:
         raise UserError(f"{folder} was trained on {settings['family']}, but the base is {backbone.family}")
     return settings

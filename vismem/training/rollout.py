@@ -18,7 +18,8 @@ from vismem.generation.invocation import InvocationPolicy
 from vismem.generation.replay import Scores, prefill, score
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
-from vismem.models.vismem import PolicyWeights, VisMemModel
+from vismem.models.policy import PolicyWeights
+from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import group_advantages, kl_term, policy_term, rollout_means
 from vismem.training.loop import Metrics, all_reduce_mean, all_reduce_sum, batch_at, shard_batch
 from vismem.training.rewards import rewards_of

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 Array = NDArray[Any]
 
 

@@ -6,11 +6,17 @@ from torch import Tensor
 from vismem.models.memory import OWN, ShortFormer
 
 
-def looked(former: ShortFormer, queries: Tensor, features: Tensor, patches: Tensor) -> Tensor:
-    """(g * N_s, n) what the slots see of one row's patches (g * T, n); queries (K, d), features (T, d)."""
+def looked(former: ShortFormer, queries: Tensor, said: Tensor, features: Tensor, patches: Tensor) -> Tensor:
+    """(g * N_s, n) what the slots see of one row's patches (g * T, n).
+
+    queries (K, d); said (n, d), the states of the current segment; features (T, d).
+    """
+    mean = torch.stack([state / (state.square().mean() + 1e-6).sqrt() for state in said]).mean(0)
+    segment = mean / (mean.square().mean() + 1e-6).sqrt()
     tokens, found = patches.reshape(len(features), -1), []
     for slot in range(former.length):
-        wanted = former.wanted.weight @ queries[slot * len(queries) // former.length]
+        query = queries[slot * len(queries) // former.length]
+        wanted = former.wanted.weight @ torch.cat([segment, query])
         scores = []
         for place, feature in enumerate(features):
             own = place == (2 * slot + 1) * len(features) // (2 * former.length)

@@ -182,7 +182,9 @@ def test_as_many_memory_tokens_as_image_tokens_start_as_the_patches_themselves(b
     real = stream.vision.mask[:, :: backbone.merge]
     with torch.no_grad():
         model.short.wanted.weight.zero_()
-        weight = model.short.look(torch.ones(1, 4, backbone.width), backbone.project(stream.hidden), real)
+        weight = model.short.look(
+            torch.ones(1, 4, backbone.width), torch.ones(1, backbone.width), backbone.project(stream.hidden), real
+        )
     assert weight.argmax(-1).tolist() == [list(range(tokens))]
     apart = weight[0].diagonal() / weight[0].roll(1, 1).diagonal()
     torch.testing.assert_close(apart, torch.full_like(apart, math.exp(OWN)))

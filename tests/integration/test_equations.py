@@ -155,8 +155,9 @@ def test_a_short_memory_starts_from_the_images_patches_and_goes_through_the_proj
             assert inputs.patches is not None
             queries = model.builder(inputs.cognitive, inputs.cognitive_mask)
             seen = backbone.project(inputs.patches.hidden)[0]
-            tokens = short.memory_init + looked(short, queries[0], seen, inputs.patches.embeds[0])
-            positions = looked(short, queries[0], seen, inputs.patches.vision.positions[0].float())
+            said = inputs.cognitive[0, inputs.segment_mask[0]]
+            tokens = short.memory_init + looked(short, queries[0], said, seen, inputs.patches.embeds[0])
+            positions = looked(short, queries[0], said, seen, inputs.patches.vision.positions[0].float())
             sequence = torch.cat([short.query(queries), tokens[None]], dim=1)
             place = torch.cat([torch.full((queries.shape[1], 2), -1.0), positions])[None]
             with short.lora.active():

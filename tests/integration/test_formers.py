@@ -17,7 +17,7 @@ from vismem.config import InvocationConfig, MemoryConfig
 from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
 from vismem.models.lora import Lora, LoraTarget
-from vismem.models.memory import FormationInputs, QueryBuilder, causal_mask, pooling
+from vismem.models.memory import FormationInputs, QueryBuilder, causal_mask, pooling, summary
 from vismem.models.vismem import VisMemModel, load_base
 
 WIDTH = 32  # of the tiny model
@@ -44,7 +44,8 @@ def inputs(model: VisMemModel) -> FormationInputs:
     vision = encode(model.backbone, families.samples()[:2]).vision
     assert len(set(vision.mask.sum(1).tolist())) == 2, "one sample should be padded"
     patches = model.short_stream(vision)
-    return FormationInputs(SAMPLES, states, real, stream, positions, real, visual, patches)
+    said = real & (torch.arange(max(REAL)) > 0)
+    return FormationInputs(SAMPLES, states, real, said, stream, positions, real, visual, patches)
 
 
 def noise(*shape: int) -> Tensor:
@@ -142,7 +143,7 @@ def test_a_short_memory_is_read_beside_its_patches_from_where_its_queries_look(
 ) -> None:
     former, backbone, queries, patches = model.short, model.backbone, noise(3, 4, WIDTH), inputs.patches
     assert patches is not None
-    found = former(backbone, queries, patches, inputs.sample)
+    found = former(backbone, queries, summary(inputs.cognitive, inputs.segment_mask), patches, inputs.sample)
     assert found.shape == (3, 4, WIDTH)
     with merged(former.lora, backbone.vision_targets()):
         stream = backbone.patch_stream(patches.vision)
@@ -151,8 +152,9 @@ def test_a_short_memory_is_read_beside_its_patches_from_where_its_queries_look(
             if former.patches:
                 real = patches.vision.mask[sample]
                 seen = backbone.project(stream.hidden)[sample, real[:: backbone.merge]]
-                start = start + looked(former, queries[row], seen, stream.embeds[sample, real])
-                places = looked(former, queries[row], seen, patches.vision.positions[sample, real].float())
+                said = inputs.cognitive[row, inputs.segment_mask[row]]
+                start = start + looked(former, queries[row], said, seen, stream.embeds[sample, real])
+                places = looked(former, queries[row], said, seen, patches.vision.positions[sample, real].float())
             tokens = torch.cat([former.query(queries[row]), start])
             positions = torch.cat([torch.full((4, 2), -1.0), places])
             hidden = backbone.memory_stream(tokens[None], positions[None], stream, SAMPLES[row : row + 1])
@@ -184,12 +186,12 @@ def test_a_long_memory_is_read_by_the_language_model_behind_the_row_and_its_quer
 
 def test_a_long_memory_is_the_same_with_the_first_tokens_of_its_prompt_read_before(model: VisMemModel) -> None:
     former, backbone, queries = model.long, model.backbone, noise(3, 4, WIDTH)
-    prompt = encode(backbone, families.samples()[:2])
+    prompt = encode(backbone, families.samples()[2:4])
     rows = (prompt.embeds[SAMPLES], prompt.positions[:, SAMPLES], prompt.mask[SAMPLES], prompt.visual[SAMPLES])
     prefix = former.prefill(backbone, prompt)
     assert prefix.length == min(prompt.mask.sum(1).tolist()) < prompt.mask.shape[1]
     alone, cached = (
-        former(backbone, queries, FormationInputs(SAMPLES, noise(1), noise(1), *rows, None, read))
+        former(backbone, queries, FormationInputs(SAMPLES, noise(1), noise(1), noise(1), *rows, None, read))
         for read in (None, prefix)
     )
     assert_close(cached, alone, atol=1e-5, rtol=1e-4)
@@ -214,7 +216,8 @@ def test_a_memory_of_either_kind_comes_from_its_former_with_the_queries_of_the_s
 ) -> None:
     queries = model.builder(inputs.cognitive, inputs.cognitive_mask)
     assert inputs.patches is not None
-    short = model.short(model.backbone, queries, inputs.patches, inputs.sample)
+    said = summary(inputs.cognitive, inputs.segment_mask)
+    short = model.short(model.backbone, queries, said, inputs.patches, inputs.sample)
     assert torch.equal(model.form(MemoryKind.SHORT, inputs), short)
     assert torch.equal(model.form(MemoryKind.LONG, inputs), model.long(model.backbone, queries, inputs))
 

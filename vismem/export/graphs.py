@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vismem.models.lora import Lora
+from vismem.models.memory import summary
 from vismem.models.vismem import VisMemModel
 
 MASKED = -1e9  # finite: a row that sees nothing must not become NaN
@@ -191,18 +192,26 @@ class ShortMemory(VisionTower):
         self.short = model.short
 
     def forward(
-        self, queries: Tensor, positions: Tensor, features: Tensor, patch_embeds: Tensor, stream: list[Tensor]
+        self,
+        queries: Tensor,
+        segment: Tensor,
+        positions: Tensor,
+        features: Tensor,
+        patch_embeds: Tensor,
+        stream: list[Tensor],
     ) -> Tensor:
         """One memory (N_s, d).
 
-        queries (K, d); positions (P, 2) float of the patches; features, patch_embeds and stream: as VisionEncoder gives
-        them with its adapter on. Where M_init stands alone, of these only queries and stream are inputs.
+        queries (K, d); segment (T, d), the current segment's hidden states; positions (P, 2) float of the patches;
+        features, patch_embeds and stream: as VisionEncoder gives them with its adapter on. Where M_init stands alone,
+        of these only queries and stream are inputs.
         """
         memory: Tensor = self.short.memory_init
         places = queries.new_zeros(len(queries) + len(memory), 2)  # the identity
         if self.short.patches:
             real = torch.ones_like(features[None, :, 0], dtype=torch.bool)
-            weight = self.short.look(queries[None], features[None], real)
+            said = summary(segment[None], torch.ones_like(segment[None, :, 0]))
+            weight = self.short.look(queries[None], said, features[None], real)
             memory = memory + self.short.seen(weight, patch_embeds[None])[0]
             places = torch.cat((places[: len(queries)], self.short.seen(weight, positions[None])[0]))
         x = torch.cat((self.short.query(queries), memory))

@@ -56,6 +56,7 @@ class Context:
             sample=sample,
             cognitive=torch.cat([self.visual[sample], states], dim=1),
             cognitive_mask=torch.cat([self.visual_mask[sample], states_mask], dim=1),
+            segment_mask=pad(states_mask, (self.visual.shape[1], 0)),
             stream=embeds,
             positions=positions,
             stream_mask=mask,

@@ -11,7 +11,8 @@ from vismem.config import MemoryConfig
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.lora import Lora, LoraSettings
 
-OWN = 5.0  # score of the token that a slot of a short memory first looks at, above all others
+OWN = 5.0  # score of the token that a slot of a short memory has of its own, above all others
+LIKE = 2.0  # by which the likeness of what is being said and a token adds to its score, before training
 
 
 class BuilderLayer(nn.Module):
@@ -68,8 +69,8 @@ class ShortFormer(nn.Module):
 
     M_init has g * N_s vectors, since the projector merges g into one. With short_init 'patches' they are added to the
     patch embeddings of a look at the row's images (`look`), at those patches' positions; so an untrained short memory
-    shows N_s of the images' tokens, evenly spaced, and training moves the look to where the queries want it. With
-    'random' they stand alone, at the identity position, as the paper writes.
+    shows the images' tokens that are most like what is being said, and training moves the look. With 'random' they
+    stand alone, at the identity position, as the paper writes.
     """
 
     def __init__(self, backbone: Backbone, config: MemoryConfig, adapter: LoraSettings) -> None:
@@ -81,18 +82,23 @@ class ShortFormer(nn.Module):
         nn.init.zeros_(self.query.bias)
         random = torch.randn(self.merge * config.short_length, width) * config.init_std
         self.memory_init = nn.Parameter(torch.zeros_like(random) if self.patches else random)
-        self.wanted = nn.Linear(backbone.width, backbone.width, bias=False)
-        nn.init.zeros_(self.wanted.weight)
+        self.wanted = nn.Linear(2 * backbone.width, backbone.width, bias=False)
+        nn.init.eye_(self.wanted.weight)  # of the segment, not of Q
+        self.wanted.weight.data *= LIKE
         self.lora = Lora(backbone.vision_targets(), adapter)
 
-    def forward(self, backbone: Backbone, queries: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
-        """Queries (R, K, d), the samples' patch stream made with this adapter, rows' samples (R,): (R, N_s, d)."""
+    def forward(
+        self, backbone: Backbone, queries: Tensor, segment: Tensor, stream: PatchStream, sample: Tensor
+    ) -> Tensor:
+        """Queries (R, K, d), `summary` of the segment (R, d), the samples' patch stream made with this adapter, rows'
+        samples (R,): (R, N_s, d).
+        """
         rows, count, _ = queries.shape
         memory = self.memory_init.expand(rows, -1, -1)
         positions = torch.full((rows, count + memory.shape[1], 2), -1.0, device=queries.device)
         if self.patches:
             features, real = backbone.project(stream.hidden), stream.vision.mask[:, :: self.merge]
-            weight = self.look(queries, features[sample], real[sample])
+            weight = self.look(queries, segment, features[sample], real[sample])
             memory = memory + self.seen(weight, stream.embeds[sample])
             positions[:, count:] = self.seen(weight, stream.vision.positions[sample].to(weight.dtype))
         tokens = torch.cat([self.query(queries), memory], dim=1)
@@ -100,19 +106,20 @@ class ShortFormer(nn.Module):
             hidden = backbone.memory_stream(tokens, positions, stream, sample)
         return backbone.project(hidden[:, count:])
 
-    def look(self, queries: Tensor, features: Tensor, real: Tensor) -> Tensor:
+    def look(self, queries: Tensor, segment: Tensor, features: Tensor, real: Tensor) -> Tensor:
         """Where the slots look: (R, N_s, T) weights over the rows' image tokens, each slot's sum 1; 0 without images.
 
-        queries (R, K, d); features (R, T, d) of the image tokens, those that are no padding marked in real (R, T). A
-        slot first looks at the middle one of its share of the tokens; the scaled product of its query with the tokens'
-        features, each over its own scale, moves it.
+        queries (R, K, d); segment (R, d); features (R, T, d) of the image tokens, those that are no padding marked in
+        real (R, T). A slot has a token of its own, the middle one of its share of them. What it wants, a linear map of
+        segment and query, is compared with the tokens' features, each over its own scale: at first, the segment is.
         """
         features = features.to(queries.dtype)
         keys = features * torch.rsqrt(features.pow(2).mean(-1, keepdim=True) + 1e-6)
         slot = torch.arange(self.length, device=real.device)
         middle = (2 * slot + 1) * real.sum(1, keepdim=True) // (2 * self.length)
         own = middle[..., None] == torch.arange(features.shape[1], device=real.device)
-        wanted = self.wanted(queries[:, slot * queries.shape[1] // self.length])
+        asked = queries[:, slot * queries.shape[1] // self.length]
+        wanted = self.wanted(torch.cat([segment[:, None].expand_as(asked), asked], dim=-1))
         scores = OWN * own + wanted @ keys.transpose(1, 2) / wanted.shape[-1] ** 0.5
         shares = scores.masked_fill(~real[:, None], torch.finfo(scores.dtype).min).softmax(-1)
         weight: Tensor = shares * real[:, None]
@@ -140,6 +147,7 @@ class FormationInputs:
     sample: Tensor  # (R,) index of each row's prompt
     cognitive: Tensor  # (R, T, d) H: visual hidden states, then those of the current segment, right-padded
     cognitive_mask: Tensor  # (R, T)
+    segment_mask: Tensor  # (R, T) the same without the visual ones
     stream: Tensor  # (R, X, d) the row's embeddings so far, right-padded (long-term memory)
     positions: Tensor  # (3, R, X)
     stream_mask: Tensor  # (R, X)
@@ -215,6 +223,17 @@ class LongFormer(nn.Module):
         last = hidden[:, -self.length :]
         result: Tensor = self.output(last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6)) * self.output_scale
         return result
+
+
+def summary(states: Tensor, mask: Tensor) -> Tensor:
+    """(R, d) the mean of the marked states (R, T, d), each over its root mean square, over its own; 0 of none.
+
+    Hidden states point to the words that come next, so it is near the words of what is being said.
+    """
+    states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)
+    mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+    result: Tensor = mean * torch.rsqrt(mean.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return result
 
 
 def pooling(visual: Tensor, slots: int) -> Tensor:

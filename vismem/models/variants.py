@@ -56,7 +56,10 @@ class Continuous(VisMemModel):
         counts = inputs.stream_visual.sum(1)  # of the states that H begins with
         visual = slice(int(counts.max()))
         mask = torch.arange(visual.stop, device=counts.device) < counts[:, None]
-        return super().form(kind, replace(inputs, cognitive=inputs.cognitive[:, visual], cognitive_mask=mask))
+        seen = replace(
+            inputs, cognitive=inputs.cognitive[:, visual], cognitive_mask=mask, segment_mask=torch.zeros_like(mask)
+        )
+        return super().form(kind, seen)
 
 
 VARIANTS: dict[str, type[VisMemModel]] = {kind.variant: kind for kind in (VisMemModel, StaticPrefix, Continuous)}

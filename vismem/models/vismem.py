@@ -20,7 +20,7 @@ from vismem.models.checkpointing import checkpointed
 from vismem.models.kinds import MemoryKind
 from vismem.models.loading import no_weight_bars
 from vismem.models.lora import Lora, LoraSettings
-from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer
+from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer, summary
 from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
@@ -148,7 +148,8 @@ class VisMemModel(nn.Module):
             if kind is MemoryKind.SHORT:
                 assert inputs.patches is not None
                 short = self.policy_lora.active(False)(self.short)  # in the backward pass too
-                memory = self._run(short, self.backbone, queries, inputs.patches, inputs.sample)
+                segment = summary(inputs.cognitive.to(queries.dtype), inputs.segment_mask)
+                memory = self._run(short, self.backbone, queries, segment, inputs.patches, inputs.sample)
             else:
                 memory = self.long(self.backbone, queries, inputs)
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)

@@ -188,8 +188,9 @@ class Answer:
     def _form(self, kind: Kind, segment: int) -> Floats:
         """(N, d): from the visual hidden states and those of the answer since position `segment` (Eq. 5, 9-11)."""
         visual = self.hidden[: len(self.prompt.ids)][self.prompt.visual]
-        built = self.bundle.builder(state=np.concatenate([visual, self.hidden[segment : self.used]]))
-        return self._short(built["queries"]) if kind == "short" else self._long(built["long_tokens"])
+        said = self.hidden[segment : self.used]
+        built = self.bundle.builder(state=np.concatenate([visual, said]))
+        return self._short(built["queries"], said) if kind == "short" else self._long(built["long_tokens"])
 
     def _long(self, tokens: Floats) -> Floats:
         """The whole stream and the tokens through the language model, its LoRA on."""
@@ -202,14 +203,15 @@ class Answer:
         memory: Floats = self._decode(sequence, positions, len(sequence), 1.0, self.no_past)["memory"][0]
         return memory + tokens[-length:] if pool else memory
 
-    def _short(self, queries: Floats) -> Floats:
+    def _short(self, queries: Floats, segment: Floats) -> Floats:
         """Queries and memory tokens beside the whole images' patches in the vision encoder, its LoRA on."""
         if not self.short_stream:  # the patches with the adapter on: once per answer
             self.short_stream = self._see(self.patches, 1.0) | {"positions": self.patches["positions"]}
-            if not self.memory_settings["look"]:  # M_init stands alone, at the identity position
-                for name in ("positions", "features", "patch_embeds"):
-                    del self.short_stream[name]
-        return self.bundle.short(queries=queries, **self.short_stream)["memory"]
+        inputs = {"queries": queries, "segment": segment, **self.short_stream}
+        if not self.memory_settings["look"]:  # M_init stands alone, at the identity position
+            for name in ("segment", "positions", "features", "patch_embeds"):
+                del inputs[name]
+        return self.bundle.short(**inputs)["memory"]
 
     def _see(self, patches: Mapping[str, NDArray[Any]], adapter: float) -> dict[str, NDArray[Any]]:
         return self.bundle.vision(**patches, adapter=np.array([adapter], np.float32))

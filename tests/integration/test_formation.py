@@ -176,12 +176,16 @@ def test_the_bases_own_columns_of_memory_tokens_are_barred(padded: VisMemModel) 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_replay_scores_words_among_words_and_invokes_alone(padded: VisMemModel, temperature: float) -> None:
+def test_replay_scores_words_among_words_and_invokes_alone(
+    padded: VisMemModel, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = padded.invocation_config.model_copy(update={"max_per_answer": TOKENS})  # no limit that matters
+    monkeypatch.setattr(padded, "invocation_config", own)
     samples, kinds = tiny.samples(), tuple(MemoryKind)
-    rollouts = generate(padded, samples, Learned(limit=9), max_new_tokens=TOKENS, temperature=temperature, seed=5)
+    rollouts = generate(padded, samples, Learned(), max_new_tokens=TOKENS, temperature=temperature, seed=5)
     context, row = prefill(padded, samples), torch.arange(len(samples))
-    scores = score(padded, context, rollouts, row, sampled_kinds=kinds, limit=9, temperature=temperature)
-    barred = score(padded, context, rollouts, row, limit=9, temperature=temperature)  # as the policy Random samples
+    scores = score(padded, context, rollouts, row, sampled_kinds=kinds, temperature=temperature)
+    barred = score(padded, context, rollouts, row, temperature=temperature)  # as the policy Random samples
     logits = by_hand(padded, answer_states(padded, context, rollouts, row)) / temperature
     words = logits[..., : padded.vocabulary].log_softmax(-1)
     for index, rollout in enumerate(rollouts):

@@ -209,7 +209,7 @@ class Qwen25VLBackbone(Backbone):
     def project(self, hidden: Tensor) -> Tensor:
         rows, length, width = hidden.shape
         merged: Tensor = self.visual.merger(hidden.reshape(rows * length, width))
-        return merged.view(rows, length // self.merge, merged.shape[-1])
+        return merged.view(rows, length // self.merge, merged.shape[-1])  # a call without images has length 0
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (R, T, head width); the identity where a position is negative."""

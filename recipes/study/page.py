@@ -65,7 +65,7 @@ def render(figures: Values, name: str) -> str:
     """The page; `name` is that of its plots (`pictures`)."""
     loader = PackageLoader("recipes.study", ".")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)  # a missing figure is a fault
-    environment.filters |= {f.__name__: f for f in (difference, claim_table, arm_table, gain_table)}
+    environment.filters |= {f.__name__: f for f in (difference, claim_table, arm_table, gain_table, stage_table)}
     page = environment.get_template("report.md.j2").render(
         **figures,
         name=name,
@@ -150,6 +150,16 @@ def need_table(needs: Values) -> str:
         scores = numbers(row["arms"][arm] for row in needs.values())
         rows.append([label(arm), *(cell for pair in zip(scores, gains, strict=True) for cell in pair)])
     return table(header, rows)
+
+
+def stage_table(stages: Values) -> str:
+    """Each arm's score on the first stage's tasks after each stage, and what it lost."""
+    rows = []
+    for arm, row in stages["arms"].items():
+        less = difference(stages["less"][arm]["pooled"]) if arm in stages["less"] else ""
+        rows.append([label(arm), *numbers(row["scores"]), difference(row["lost"]["pooled"]), less])
+    count = len(next(iter(stages["arms"].values()))["scores"])
+    return table(["arm", *(f"stage {k}" for k in range(1, count + 1)), "lost", "more than VisMem"], rows)
 
 
 def claim_table(claims: Sequence[Values]) -> str:

@@ -1,6 +1,7 @@
 """The study's settings, and its jobs: every seed has a folder with the outputs of the steps, `seed-N/`.
 
-`transfer-N/` holds those of the models that are trained on half of the tasks, on the same base. No choice is made
+`transfer-N/` holds those of the models that are trained on half of the tasks, `stages-N-K/` those of stage K of four
+that follow each other, each on other tasks. No choice is made
 here, and the test split is answered once, by the step `evaluate`.
 """
 
@@ -19,6 +20,7 @@ from vismem.params_file import render_params
 from vismem.steps import BASELINES, BY_NAME
 
 PROFILE = "full"  # what `make study` runs
+STAGES = 4  # of continual learning (paper Table 8)
 Values = dict[str, Any]
 
 
@@ -28,13 +30,18 @@ class Settings(Section):
     seeds: int = Field(3, ge=1, description="repetitions, with the seeds `seed`, `seed` + 1 and so on")
     arms: tuple[str, ...] = Field(
         (
-            "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_75", "random_100",
-            "relook", "noise", "shuffled", "swapped", "sft_lora", "grpo_lora",
+            "vanilla", "vismem", "vismem@1", "vismem@2", "no_memory", "short_only", "long_only", "as_short", "as_long",
+            "random_25", "random_50", "random_75", "random_100", "random_50@1", "random_50@2", "start_short",
+            "start_long", "forced_short", "forced_short@1", "forced_short@2", "forced_long", "forced_long@1",
+            "forced_long@2", "relook", "full_resolution", "noise", "shuffled", "swapped", "static_prefix", "continuous",
+            "sft_lora", "sft_lora_matched", "sft_lora_long", "sft_lora_vision", "grpo_lora", "grpo_lora_vision",
         ),
         description="arms that answer the test split; those named like a baseline are also trained",
     )  # fmt: skip
     transfer_seeds: int = Field(2, ge=0, description="repetitions that also train on half of the tasks")
     transfer_arms: tuple[str, ...] = Field(("vanilla", "vismem", "sft_lora"), description="arms of those")
+    stage_seeds: int = Field(1, ge=0, description="repetitions that also train in four stages, each on other tasks")
+    stage_arms: tuple[str, ...] = Field(("vanilla", "vismem", "sft_lora", "grpo_lora"), description="arms of those")
     jobs: int = Field(2, ge=1, description="steps that run at a time, one thread each")
 
 
@@ -72,6 +79,12 @@ def plan(config: Config, settings: Settings, folder: Path) -> list[Job]:
             halves = tuple(source.model_copy(update={"train_tasks": trained_half(source)}) for source in scenes)
             half = variant.model_copy(update={"prepare": config.prepare.model_copy(update={"sources": halves})})
             jobs += _steps(half, settings.transfer_arms, folder, f"transfer-{seed}")
+        if scenes and number < settings.stage_seeds:
+            for stage, trained in enumerate(stage_tasks(scenes[0]), 1):
+                first = scenes[0].model_copy(update={"tasks": stage_tasks(scenes[0])[0], "train_tasks": trained})
+                staged = variant.model_copy(update={"prepare": config.prepare.model_copy(update={"sources": (first,)})})
+                before = f"stages-{seed}-{stage - 1}" if stage > 1 else None
+                jobs += _steps(staged, settings.stage_arms, folder, f"stages-{seed}-{stage}", before)
     return jobs
 
 
@@ -87,8 +100,14 @@ def trained_half(source: Source) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _steps(config: Config, arms: tuple[str, ...], folder: Path, name: str) -> list[Job]:
-    """The steps of one repetition."""
+def stage_tasks(source: ScenesSource) -> list[tuple[str, ...]]:
+    """The tasks of each of the STAGES, as many of each need as the source's order gives."""
+    tasks = source.tasks or tuple(NEEDS)
+    return [tasks[stage::STAGES] for stage in range(STAGES)]
+
+
+def _steps(config: Config, arms: tuple[str, ...], folder: Path, name: str, before: str | None = None) -> list[Job]:
+    """The steps of one repetition; each training starts from what the same one left in `before`, if that is given."""
     params = folder / name / "params.yaml"
     evaluate = config.evaluate.model_copy(update={"arms": arms})
     write_text(params, render_params(config.model_copy(update={"evaluate": evaluate})))
@@ -98,6 +117,11 @@ def _steps(config: Config, arms: tuple[str, ...], folder: Path, name: str) -> li
     for step in ("prepare", "validate", "base", "stage1", "stage2", *baselines, "evaluate"):
         inputs = BY_NAME[step].inputs + (baselines if step == "evaluate" else ())
         needs = [f"{name}/{needed}" for needed in inputs]
-        command = (sys.executable, "-m", "vismem.cli", step, *options)
+        start: tuple[str, ...] = ()
+        if before and step in ("stage1", *baselines):
+            section, made = ("stage1", f"{before}/stage2") if step == "stage1" else ("baselines", f"{before}/{step}")
+            start = ("--set", f"{section}.start_from={(folder / made).absolute()}")
+            needs.append(made)
+        command = (sys.executable, "-m", "vismem.cli", step, *options, *start)
         jobs.append(Job(f"{name}/{step}", command, tuple(needs), timed=step == "evaluate"))
     return jobs

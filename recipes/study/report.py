@@ -13,6 +13,7 @@ from recipes.study.figures import Answers, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, headline, pictures, render
 from recipes.study.plan import PROFILE, Settings, changed, parameters, trained_half
+from recipes.study.stages import stage_figures
 from vismem.config import Config, resolve
 from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.files import read_json, write_json, write_text
@@ -30,6 +31,10 @@ def write_report(
         {int(place.name.removeprefix(kind)): place for place in evaluated if place.name.startswith(kind)}
         for kind in ("seed-", "transfer-")
     )
+    stages: dict[int, list[Answers]] = {}
+    for place in evaluated:  # in the order of the stages
+        if place.name.startswith("stages-"):
+            stages.setdefault(int(place.name.split("-")[1]), []).append(read_answers(place, settings.stage_arms))
     answers = {seed: read_answers(place, settings.arms) for seed, place in seeds.items()}
     moved = {seed: read_answers(place, settings.transfer_arms) for seed, place in halves.items()}
     seconds = {
@@ -56,6 +61,7 @@ def write_report(
         **study_figures(answers, seconds, baselines, resamples),
         "training": {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()},
         "transfer": transfer_figures(moved, half, resamples) if moved else None,
+        "stages": stage_figures(stages, resamples) if stages else None,
     }
     write_json(folder / "report.json", figures)
     for page, name in {folder / "report.md": "study", **({write: write.stem} if write else {})}.items():

@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
-from recipes.study.__main__ import main
 from recipes.study.claims import compare, judge, order
 from recipes.study.figures import Answers, score_table, study_figures, transfer_figures
-from recipes.study.page import render, table
-from recipes.study.plan import Settings, changed, parameters, plan, trained_half
+from recipes.study.page import render, stage_table, table
+from recipes.study.plan import Settings, changed, parameters
 from recipes.study.report import training
-from vismem.config import Config, EasyVqaSource, ScenesSource, parse_config
+from recipes.study.stages import stage_figures
+from vismem.config import Config, parse_config
 from vismem.data.tasks import NEEDS
 from vismem.evaluation.predictions import Prediction
 
@@ -161,6 +160,7 @@ def figures(*seeds: Answers) -> dict:
             }
         },
         "transfer": moved,
+        "stages": None,
     }  # fmt: skip
 
 
@@ -226,50 +226,16 @@ def test_a_cell_cannot_break_its_table() -> None:
     assert table(["a"], [["x|y"]]).splitlines()[-1] == r"| x\|y |"
 
 
-# --- the plan ---
-
-PLAN = parse_config({"seed": 5, "prepare": {"sources": [{"kind": "scenes"}, {"kind": "easy_vqa"}]}})
-TOY = Settings(seeds=2, transfer_seeds=1, arms=("vanilla", "vismem", "sft_lora"), transfer_arms=("vanilla", "vismem"))
-
-
-def test_the_plan_has_every_step_of_every_seed_and_transfer_shares_the_base(tmp_path: Path) -> None:
-    jobs = {job.name: job for job in plan(PLAN, TOY, tmp_path)}
-    steps = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "evaluate")
-    wanted = {f"seed-{seed}/{step}" for seed in (5, 6) for step in steps}
-    wanted |= {f"transfer-5/{step}" for step in steps if step != "sft_lora"}
-    assert set(jobs) == wanted
-    assert jobs["seed-6/evaluate"].needs == tuple(f"seed-6/{n}" for n in ("base", "stage2", "validate", "sft_lora"))
-    assert {name for name, job in jobs.items() if job.timed} == {name for name in jobs if name.endswith("/evaluate")}
-
-
-def test_every_repetition_has_its_parameters_written_out(tmp_path: Path) -> None:
-    plan(PLAN, TOY, tmp_path)
-    six, moved = (read_params(tmp_path / name) for name in ("seed-6", "transfer-5"))
-    assert (six.seed, six.evaluate.arms) == (6, ("vanilla", "vismem", "sft_lora"))
-    assert six.prepare == PLAN.prepare
-    (source,) = moved.prepare.sources
-    assert isinstance(source, ScenesSource)
-    assert (source.train_tasks, source.tasks) == (trained_half(ScenesSource()), ScenesSource().tasks)
-    assert moved.evaluate.arms == ("vanilla", "vismem")
-    assert six.base == moved.base == PLAN.base
-
-
-@pytest.mark.parametrize("source", [ScenesSource(), ScenesSource(tasks=())])
-def test_both_halves_of_the_tasks_have_all_needs(source: ScenesSource) -> None:
-    half = set(trained_half(source))
-    for need in set(NEEDS.values()):
-        inside = [task in half for task in source.tasks or NEEDS if NEEDS[task] == need]
-        assert inside.count(False) > 0
-        assert inside.count(True) - inside.count(False) in (0, 1)
-    assert trained_half(ScenesSource(tasks=("count", "texture", "alone"))) == ("count", "alone", "texture")
-    assert trained_half(EasyVqaSource()) == ()
-
-
-def test_an_unknown_arm_is_named_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--arms", "vanilla", "vismen", "--out", str(tmp_path / "study")]) == 1
-    assert "unknown arm 'vismen' (did you mean 'vismem'?)" in capsys.readouterr().err
-    assert not (tmp_path / "study").exists()
-
-
-def read_params(folder: Path) -> Config:
-    return parse_config(yaml.safe_load((folder / "params.yaml").read_text()))
+def test_what_stages_leave_of_the_first_ones_tasks() -> None:
+    first = answers({"vanilla": "1000", "vismem": "1110", "sft_lora": "1111"})
+    later = answers({"vanilla": "1000", "vismem": "1101", "sft_lora": "1000"})
+    found = stage_figures({0: [first, first, later], 1: [first, first, first]}, RESAMPLES)
+    assert found["n"] == 8
+    assert found["arms"]["vismem"]["scores"] == [75.0, 75.0, 75.0]
+    assert found["arms"]["sft_lora"]["scores"] == [100.0, 100.0, 62.5]
+    assert found["arms"]["sft_lora"]["lost"]["pooled"]["delta"] == 37.5
+    assert found["less"]["sft_lora"]["seeds"][0]["delta"] == 75.0
+    assert (found["less"].keys(), found["changed"]) == ({"sft_lora"}, 0)
+    assert "| SFT-LoRA | 100.0 | 100.0 | 62.5 | +37.5 (" in stage_table(found)
+    other = answers({"vanilla": "0000", "vismem": "1101", "sft_lora": "1000"})
+    assert stage_figures({0: [first, other]}, RESAMPLES)["changed"] == 1

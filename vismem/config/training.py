@@ -36,7 +36,7 @@ class MemoryConfig(Section):
     lora_alpha: float = Field(32, gt=0, description="alpha, the scale is alpha / r [paper App.]")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="the formers', in the warm start only [paper App.: 0.1]")
     short_init: Init = Field(
-        "patches", description="short M_init: added to the image's pooled patches, or random [paper: random]"
+        "patches", description="short M_init: added to the patches looked at, or random [paper: random]"
     )
     long_init: Init = Field(
         "patches", description="long M_init: added to pooled image tokens, or random [paper: random]"

@@ -250,6 +250,7 @@ def _exact_norm(self: Qwen2_5_VLRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
 
 def test_the_gradient_through_a_memory_equals_a_numerical_one(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", _exact_norm)  # Hugging Face's computes in float32
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # so do its rotary positions
     model = tiny.vismem(tiny_base)
     model.backbone.model.double()
     model.double()

@@ -95,7 +95,7 @@ class ShortFormer(nn.Module):
         """
         rows, count, _ = queries.shape
         memory = self.memory_init.expand(rows, -1, -1)
-        positions = torch.full((rows, count + memory.shape[1], 2), -1.0, device=queries.device)
+        positions = queries.new_full((rows, count + memory.shape[1], 2), -1.0)
         if self.patches:
             features, real = backbone.project(stream.hidden), stream.vision.mask[:, :: self.merge]
             weight = self.look(queries, segment, features[sample], real[sample])

@@ -212,12 +212,14 @@ class Qwen25VLBackbone(Backbone):
         return merged.view(rows, length // self.merge, merged.shape[-1])  # a call without images has length 0
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (R, T, head width); the identity where a position is negative."""
-        rows, length, _ = positions.shape
-        cos, sin = self.visual.rotary_pos_emb(positions, positions.reshape(rows * length, 2))
-        identity = (positions[..., :1] < 0).reshape(rows * length, 1)
-        cos, sin = cos.masked_fill(identity, 1.0), sin.masked_fill(identity, 0.0)
-        return cos.view(rows, length, -1), sin.view(rows, length, -1)
+        """cos and sin (R, T, head width); the identity where a position is negative.
+
+        Hugging Face's own has no gradient, and a look has positions that are learnt.
+        """
+        rotary = self.visual.rotary_pos_emb
+        angles = (positions.clamp(min=0)[..., None] * rotary.inv_freq).flatten(-2)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
     def _qkv(self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         rows, length, _ = hidden.shape

@@ -100,7 +100,7 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(
 
 
 def test_entropy_and_word_scores_are_those_of_the_distributions(eager: VisMemModel) -> None:
-    rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=8, temperature=0.7, seed=5)
+    rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=8, temperature=0.7, seed=3)
     context, sample = prefill(eager, tiny.samples()), torch.arange(len(rollouts))
     scores = score(eager, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
     first = eager.logits(context.last) / 0.7

@@ -2,12 +2,14 @@
 
 Vision: the vision tower and the projector learn to turn each cell of generated scenes into the sum of the (untrained)
 embeddings of the words for its colour, shape, texture, row and column; then they are frozen. Language: the language
-model learns to answer, mostly from coarse images, and in a share of the answers the whole images appear again.
+model learns to answer, mostly from coarse images, and in a share of the answers the whole images appear again; at the
+end of it, more often where they are needed.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -94,11 +96,18 @@ class Language:
     features: Tensor  # that the pages show
     seed: int
     batch_size: int
+    detail: bool = False  # half of the questions need detail, and are asked so that they can be answered
+
+    def __post_init__(self) -> None:
+        share = sum(page.detail for page in self.pages) / len(self.pages)
+        weight = (1 - share) / share if self.detail else 1.0
+        self.weights = list(accumulate(weight if page.detail else 1.0 for page in self.pages))
 
     def collect(self, step: int) -> list[Table]:
         """The sequences of a step, by length."""
-        rng = random.Random(f"{self.seed}/language/{step}")
-        return sorted((lay_out(page, rng) for page in rng.choices(self.pages, k=self.batch_size)), key=len)
+        rng = random.Random(f"{self.seed}/{'detail' if self.detail else 'language'}/{step}")
+        drawn = rng.choices(self.pages, cum_weights=self.weights, k=self.batch_size)
+        return sorted((lay_out(page, rng, self.detail) for page in drawn), key=len)
 
     def backward(self, batch: list[Table]) -> Metrics:
         """Add the gradient of the mean over the batch's tokens."""

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from recipes.tiny_vlm.model import CELL
 from vismem.data.sample import Sample
 from vismem.data.scenes import layouts_of
+from vismem.data.tasks import NEEDS
 from vismem.generation.prompts import encode, prompt_text, target_ids
 from vismem.models.backbones.base import Backbone, Prompt
 
@@ -29,6 +30,7 @@ WHOLE_SHARE = 0.25  # of the prompts that show whole images
 PLAIN_SHARE = 0.4  # of the answers in which nothing is shown again
 OFTEN = (0.15, 0.4, 0.8)  # of the others: the chance of a look at the answer's start and at each delimiter
 BLOCK_SHARE = 0.2  # of the looks that show the images as they are, the others being strips
+FIRST_BLOCK_SHARE = 0.6  # the same, of the looks at the start of answers that need one
 MAX_SHOWN = 8  # looks in an answer
 SLOTS = (4, 18)  # of a strip, the smallest and largest number
 SCATTERED_SHARE = 0.3  # of the strips that show tokens from anywhere, the others showing some objects' tokens
@@ -51,6 +53,7 @@ class Page:
     answer: Table  # positions counted from 0
     breaks: tuple[int, ...]  # the answer's start, after each of its delimiters, and its end
     line_break: int  # the token that opens and closes a strip
+    detail: bool  # whether only the whole images answer it
 
 
 @dataclass(frozen=True)
@@ -96,21 +99,27 @@ def pages(backbone: Backbone, samples: Sequence[Sample]) -> tuple[list[Page], Te
                     answer=_words(answer, learnt=True),
                     breaks=(0, *(at + 1 for at, token in enumerate(answer[:-1]) if token in delimiters), len(answer)),
                     line_break=line_break,
+                    detail=NEEDS[sample.task] == "detail",
                 )
             )
     return made, torch.cat(features)
 
 
-def lay_out(page: Page, rng: random.Random | None) -> Table:
-    """The question with its answer; with `rng`, in one of the ways of the constants above, else coarse and plain."""
+def lay_out(page: Page, rng: random.Random | None, answerable: bool = False) -> Table:
+    """The question with its answer; with `rng`, in one of the ways of the constants above, else coarse and plain.
+
+    `answerable`: what needs detail is asked with the whole images in the prompt or a look at the answer's start.
+    """
     whole = rng is not None and rng.random() < WHOLE_SHARE
     often = 0.0 if rng is None or rng.random() < PLAIN_SHARE else rng.choice(OFTEN)
     prompt = page.whole if whole else page.coarse
     parts, following, shown = [prompt], 1 + int(prompt[:, 3:].max()), 0
     for first, last in pairwise(page.breaks):
         looks = [page.answer[first:last]]
-        if rng is not None and shown < MAX_SHOWN and rng.random() < often:
-            looks.insert(0, _block(page) if rng.random() < BLOCK_SHARE else _strip(page, rng))
+        needed = answerable and page.detail and not whole and first == 0
+        if rng is not None and shown < MAX_SHOWN and (needed or rng.random() < often):
+            share = FIRST_BLOCK_SHARE if needed else BLOCK_SHARE
+            looks.insert(0, _block(page) if rng.random() < share else _strip(page, rng))
             shown += 1
         for part in looks:
             moved = part.copy()

@@ -33,6 +33,7 @@ class Settings:
     questions: int = 36_000
     vision_steps: int = 800
     language_steps: int = 8000
+    detail_steps: int = 3000
     batch_size: int = 64  # questions per language step
     learning_rate: float = 4e-3  # peak of AdamW
     matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices
@@ -105,5 +106,6 @@ def fit(
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
     laid = pages(backbone, samples)
     learn("language", Language(backbone, *laid, seed, settings.batch_size), speaking, settings.language_steps)
+    learn("detail", Language(backbone, *laid, seed, settings.batch_size, detail=True), speaking, settings.detail_steps)
     model.requires_grad_(False).cpu()
     return losses

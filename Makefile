@@ -9,7 +9,7 @@ INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed
 COMPILED = .venv/.compiled
 
-.PHONY: help try setup serving demo demo-full smoke pipeline study tiny-vlm test lint docs ui serve stack images locks \
+.PHONY: help try setup serving demo smoke pipeline study tiny-vlm test lint docs ui serve stack images locks \
 	test-containers mutants
 
 help:  ## list the targets
@@ -26,10 +26,6 @@ demo: setup  ## the whole job: from visual questions to a released model that an
 	$(VISMEM) repro
 	$(VISMEM) summary
 
-demo-full: setup  ## the same at the size of the study, in runs/full/
-	$(VISMEM) repro --profile full
-	$(VISMEM) summary --profile full
-
 smoke: setup  ## the same at toy size, in runs/smoke/
 	$(VISMEM) repro --profile smoke
 	$(VISMEM) summary --profile smoke
@@ -39,7 +35,7 @@ pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PR
 	.venv/bin/python pipelines/run_local.py --profile '$(PROFILE)'
 
 study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; resumes
-	.venv/bin/python -m recipes.study --profile full --write docs/results/embedded.md
+	.venv/bin/python -m recipes.study --write docs/results/embedded.md
 
 tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; about half an hour
 	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory

@@ -19,7 +19,6 @@ from vismem.files import write_text
 from vismem.params_file import render_params
 from vismem.steps import BASELINES, BY_NAME
 
-PROFILE = "full"  # what `make study` runs
 STAGES = 4  # of continual learning (paper Table 8)
 Values = dict[str, Any]
 

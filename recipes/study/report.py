@@ -12,7 +12,7 @@ import psutil
 from recipes.study.figures import Answers, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, headline, pictures, render
-from recipes.study.plan import PROFILE, Settings, changed, parameters, trained_half
+from recipes.study.plan import Settings, changed, parameters, trained_half
 from recipes.study.stages import stage_figures
 from vismem.config import Config, resolve
 from vismem.evaluation.predictions import predictions_file, read_predictions
@@ -44,7 +44,7 @@ def write_report(
     baselines = [step.name for step in BASELINES if step.name in settings.arms]
     trained_by = {VISMEM: ("stage1", "stage2"), **{name: (name,) for name in baselines}}
     records = {name: record for name, record in read_records(folder).items() if name in {job.name for job in jobs}}
-    differing = changed(parameters(resolve(PROFILE), Settings()), parameters(config, settings))
+    differing = changed(parameters(resolve(), Settings()), parameters(config, settings))
     half = [task for source in config.prepare.sources for task in trained_half(source)]
     resamples = config.evaluate.bootstrap
     figures = {

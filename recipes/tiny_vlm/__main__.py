@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from recipes.tiny_vlm.memory import full_config, train_memory
+from recipes.tiny_vlm.memory import memory_config, train_memory
 from recipes.tiny_vlm.train import Settings, train_tiny_vlm
 from vismem.provenance import git_state
 
@@ -25,7 +25,7 @@ def main() -> None:
         settings = Settings(language_steps=arguments.steps, vision_steps=arguments.vision_steps)
         print("model:", train_tiny_vlm(arguments.out, arguments.seed, settings, origin))
     if arguments.memory:
-        config = full_config(arguments.out, arguments.seed)
+        config = memory_config(arguments.out, arguments.seed)
         print("memory:", train_memory(arguments.memory, arguments.out, config, origin))
 
 

@@ -1,4 +1,4 @@
-"""Trains a memory for the tiny VLM with the library's own steps and the parameters of the profile `full`."""
+"""Trains a memory for the tiny VLM with the library's own steps and their default parameters."""
 
 import shutil
 from pathlib import Path
@@ -16,16 +16,15 @@ TRAINED = ("prepare", "validate", "base", "stage1", "stage2")
 VALIDATION = 1200  # questions that the card's scores are from
 
 
-def full_config(base: Path, seed: int) -> Config:
-    """The profile `full`, with a larger validation split, on which the two arms of the card are compared."""
-    full = resolve("full")
-    scenes = full.prepare.sources[0].model_copy(update={"validation": VALIDATION, "test": 1})
+def memory_config(base: Path, seed: int) -> Config:
+    """The defaults with a larger validation split, on which the two arms of the card are compared."""
+    scenes = resolve().prepare.sources[0].model_copy(update={"validation": VALIDATION, "test": 1})
     changes = {
         "prepare.sources": [scenes.model_dump()],
         "base.model": str(base),
         "evaluate.arms": ["vanilla", "vismem"],
     }
-    return resolve("full", {"seed": seed, **changes})
+    return resolve(overrides={"seed": seed, **changes})
 
 
 def train_memory(out: Path, base: Path, config: Config, origin: dict[str, Any]) -> Path:

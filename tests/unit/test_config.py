@@ -140,7 +140,7 @@ def test_a_profile_of_the_project_hides_the_shipped_one_of_its_name(
     monkeypatch.chdir(tmp_path)
     own = load_config(Path("params.yaml"), "smoke")
     assert (own.seed, own.memory.queries, own.stage1) == (41, 3, Config().stage1)
-    assert load_config(Path("params.yaml"), "full").memory.queries == 3
+    assert load_config(Path("params.yaml"), "internvl3_5_8b").memory.queries == 3
     assert resolve("smoke").seed == 41
 
 

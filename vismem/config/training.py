@@ -28,8 +28,8 @@ class MemoryConfig(Section):
     """The latent memories (paper Sec. 3.3, Eq. 5-6 and 9-11)."""
 
     queries: int = Field(8, ge=1, description="K, memory queries [paper 4.1]")
-    short_length: int = Field(8, ge=1, description="N_s, vectors of a short-term memory [paper 4.1]")
-    long_length: int = Field(16, ge=1, description="N_l, vectors of a long-term memory [paper 4.1]")
+    short_length: int = Field(4, ge=1, description="N_s, vectors of a short-term memory [paper: 8]")
+    long_length: int = Field(8, ge=1, description="N_l, vectors of a long-term memory [paper: 16]")
     builder_layers: int = Field(2, ge=1, description="layers of the query builder [ours]")
     builder_heads: int = Field(4, ge=1, description="attention heads of the query builder [ours]")
     lora_rank: int = Field(16, ge=1, description="r [paper App.]")
@@ -91,7 +91,7 @@ class GrpoStageConfig(Section):
 class WarmStartConfig(Section):
     """Supervised start of stage I: cross-entropy of the reference answer through the memories [ours]."""
 
-    steps: int = Field(800, ge=0, description="steps; 0 leaves it out [paper: 0]")
+    steps: int = Field(400, ge=0, description="steps; 0 leaves it out [paper: 0]")
     batch_size: int = Field(32, ge=1, description="questions per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
@@ -104,7 +104,7 @@ class WarmStartConfig(Section):
 class Stage1Config(GrpoStageConfig):
     """Stage I, formation: trains the query builder and both formers; memory is invoked at random."""
 
-    steps: int = Field(5, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    steps: int = Field(20, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
     anywhere_after: float = rare(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
@@ -118,7 +118,7 @@ class Stage1Config(GrpoStageConfig):
 class Stage2Config(GrpoStageConfig):
     """Stage II, invocation: trains the new tokens' rows, optionally LoRA on the policy."""
 
-    steps: int = Field(30, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    steps: int = Field(80, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     group_size: int = Field(8, ge=2, description="G, rollouts per prompt [paper: 16]")
     learning_rate: float = Field(2e-2, gt=0, description="peak rate of the new tokens' rows [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
@@ -143,7 +143,7 @@ class Stage2Config(GrpoStageConfig):
 class SupervisedConfig(Section):
     """Supervised fine-tuning on the reference answers, from which VisMem's warm start also learns."""
 
-    steps: int = Field(800, ge=0, description="steps; 0 means `epochs` passes over the train split")
+    steps: int = Field(400, ge=0, description="steps; 0 means `epochs` passes over the train split")
     epochs: int = rare(2, ge=1, description="passes over the train split, where steps is 0")
     longer: float = Field(3.0, gt=0, description="sft_lora_long's steps, relative to sft_lora's [measured]")
     batch_size: int = Field(32, ge=1, description="questions per step")
@@ -161,7 +161,7 @@ class SupervisedConfig(Section):
 class BaselinesGrpoConfig(GrpoStageConfig):
     """GRPO of grpo_lora: by default it takes about as long as both stages."""
 
-    steps: int = Field(300, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    steps: int = Field(150, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW, cosine decay [ours]")
 
 

@@ -28,6 +28,7 @@ class Scope:
     ground: tuple[int, int, int]  # the colour of what stands behind all objects, red, green, blue
     ground_share: float  # of a picture's pixels that have it, at least
     sides: tuple[int, int]  # min and max side in pixels, after the processor's resizing
+    square: bool  # whether all sides were equal then
     words: Collection[str]  # of its questions
 
     @classmethod
@@ -47,9 +48,11 @@ class Scope:
         trained = f"{self.name} was trained on {self.pictures}"
         low, high = self.sides
         for image, (width, height) in zip(images, seen, strict=True):
-            if not low <= min(width, height) <= max(width, height) <= high:
+            fits = low <= min(width, height) <= max(width, height) <= high
+            if not fits or (self.square and width != height):
                 found = f"this one of {image.width} x {image.height} it sees as {width} x {height}"
-                yield f"{trained}, of {low} to {high} pixels per side; {found}: its answer means nothing"
+                sides = f"of {low} to {high} pixels per side{', square' if self.square else ''}"
+                yield f"{trained}, {sides}; {found}: its answer means nothing"
             elif self._share_of_ground(image) < self.ground_share:
                 yield f"{trained}; this one of {image.width} x {image.height} is none: its answer means nothing"
         if unknown := [word for word in dict.fromkeys(words_of(question)) if word not in self.words]:

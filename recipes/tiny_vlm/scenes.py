@@ -52,5 +52,6 @@ def scope_of(samples: Iterable[Sample]) -> Scope:
         ground=BACKGROUND,
         ground_share=0.4,  # nine of the largest circles leave half
         sides=(SIDES[0], SIDES[-1]),
+        square=True,
         words=sorted({word for sample in samples for word in words_of(sample.question)}),
     )

@@ -23,16 +23,27 @@ STAGE = GrpoStageConfig(steps=4, group_size=4, learning_rate=1e-2)
 pytestmark = pytest.mark.usefixtures("scores_differ")
 
 
-def adapted(base: Path, spread: float = 0.05) -> tuple[VisMemModel, dict[str, torch.nn.Parameter]]:
-    """A model with an adapter that does something, and its parameters."""
+def fresh(base: Path) -> VisMemModel:
+    """A model with an adapter as training of a baseline starts with: it changes nothing yet."""
     model = tiny.vismem(base)
     torch.manual_seed(0)
     model.set_policy_lora(LoraSettings(4, 8.0, 0.0, every_linear=True))
     model.policy_lora.enabled = True
+    return model
+
+
+def spread(model: VisMemModel, std: float = 0.05) -> None:
+    """Let the adapter do something."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for up in model.policy_lora.up.values():
-            up.normal_(0, spread, generator=generator) if spread else up.zero_()
+            up.normal_(0, std, generator=generator)
+
+
+def adapted(base: Path) -> tuple[VisMemModel, dict[str, torch.nn.Parameter]]:
+    """A model with an adapter that does something, and its parameters."""
+    model = fresh(base)
+    spread(model)
     return model, trainable(model, POLICY_LORA)
 
 
@@ -46,7 +57,7 @@ def grpo(model: VisMemModel, data: Path, **changes: Any) -> PolicyGrpo:
 def test_the_first_update_of_a_lora_has_ratio_one(
     tiny_base: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = adapted(tiny_base)
+    model = fresh(tiny_base)
     seen = []
 
     def policy_term(logprobs: torch.Tensor, old: torch.Tensor, advantages: Any, mask: torch.Tensor, *clip: Any) -> Any:
@@ -55,17 +66,19 @@ def test_the_first_update_of_a_lora_has_ratio_one(
 
     monkeypatch.setattr("vismem.training.rollout.policy_term", policy_term)
     objective = grpo(model, tiny_data)
+    spread(model)  # as if trained: the reference is the policy as it was before
     metrics = objective.backward(objective.collect(0))
     ratio = torch.cat(seen)
     assert len(ratio) > 100
     assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-5)
     assert metrics["clip_fraction"] == 0
-    assert metrics["kl"] > 1e-3, "the reference is the base without the adapter"
+    assert metrics["kl"] > 1e-3, "the reference is the base"
 
 
 def test_the_reference_of_a_lora_is_the_base(tiny_base: Path, tiny_data: Path) -> None:
-    model, _ = adapted(tiny_base, spread=0.5)
+    model = fresh(tiny_base)
     objective = grpo(model, tiny_data, batch_size=2)
+    spread(model, 0.5)
     batch = objective.collect(0)
     rows = torch.arange(2).repeat_interleave(STAGE.group_size)
     with torch.no_grad():
@@ -77,8 +90,7 @@ def test_the_reference_of_a_lora_is_the_base(tiny_base: Path, tiny_data: Path) -
 
 
 def test_a_fresh_adapter_is_the_reference(tiny_base: Path, tiny_data: Path) -> None:
-    model, _ = adapted(tiny_base, spread=0.0)
-    objective = grpo(model, tiny_data, batch_size=2)
+    objective = grpo(fresh(tiny_base), tiny_data, batch_size=2)
     assert objective.backward(objective.collect(0))["kl"] == 0
 
 

@@ -31,14 +31,14 @@ TOKENS = 14
 
 @pytest.fixture(scope="module")
 def eager(tiny_base: Path) -> VisMemModel:
-    """A model that likes each kind best at one place in five, with no limit of its own that matters here."""
+    """A model that likes each kind best at one place in four, with no limit of its own that matters here."""
     model = tiny.vismem(tiny_base, limit=max(LIMITS))
     with torch.no_grad():
         model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(2)))
         plain = generate(model, tiny.samples(), Off(), max_new_tokens=TOKENS)
         states = answer_states(model, prefill(model, tiny.samples()), plain, torch.arange(len(plain)))
         words, invokes = model.logit_parts(states.flatten(0, 1))
-        model.tokens.bias.copy_((words.amax(1, keepdim=True) - invokes).quantile(1 / 5, dim=0))
+        model.tokens.bias.copy_((words.amax(1, keepdim=True) - invokes).quantile(1 / 4, dim=0))
     return model.requires_grad_(False)
 
 

@@ -135,7 +135,7 @@ def test_at_the_start_of_stage2_kl_is_zero_and_after_a_step_of_the_policy_it_is_
 
 def test_beta_draws_invocation_back_to_where_it_started(tiny_base: Path) -> None:
     """With no advantages there is nothing else in the loss."""
-    objective, trained, batch = moved("stage2", tiny_base)
+    objective, trained, batch = moved("stage2", tiny_base, kl_coefficient=1.0)
     batch = RolloutBatch(batch.samples, batch.rollouts, torch.zeros_like(batch.advantages), batch.policy, {})
     optimizer, found = torch.optim.SGD(trained.values(), lr=0.1), []
     for _ in range(4):

@@ -15,7 +15,7 @@ from recipes.study.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 TOY = {
-    "base": {"model": str(ROOT / "assets" / "tiny-vlm")},  # named, so that no seed trains one of its own
+    "base": {"model": str(ROOT / "assets" / "tiny-vlm")},
     "prepare": {"sources": [{"kind": "scenes", "train": 26, "validation": 13, "test": 26}]},
     "memory": {"queries": 2, "short_length": 2, "long_length": 2, "builder_layers": 1, "lora_rank": 2},
     "grpo": {"batch_size": 2, "max_new_tokens": 4},
@@ -25,7 +25,7 @@ TOY = {
     "evaluate": {"max_new_tokens": 4, "bootstrap": 100},
 }  # fmt: skip
 ONE_SEED = [
-    *("--seeds", "1", "--transfer-seeds", "0"),
+    *("--seeds", "1", "--transfer-seeds", "0", "--stage-seeds", "0"),
     *("--arms", "vanilla", "vismem", "shuffled", "sft_lora"),
 ]
 STEPS = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "evaluate")

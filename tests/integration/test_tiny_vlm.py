@@ -21,7 +21,14 @@ from vismem.models.vismem import VisMemModel
 from vismem.provenance import file_hashes
 
 SETTINGS = Settings(
-    size=tiny.SIZE, questions=46, vision_steps=4, language_steps=4, batch_size=4, checkpoint_every=2, scored=2
+    size=tiny.SIZE,
+    questions=46,
+    vision_steps=4,
+    language_steps=4,
+    detail_steps=4,
+    batch_size=4,
+    checkpoint_every=2,
+    scored=2,
 )
 SEED = 3
 ORIGIN = {"command": "the command", "git": {"commit": "0123abc", "dirty": False}}
@@ -41,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, few_images: None) -> Path:
 
 
 def test_each_phase_trains_its_own_part_and_lowers_its_loss(tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, vision_steps=30, language_steps=30)
+    settings = dataclasses.replace(SETTINGS, vision_steps=30, language_steps=30, detail_steps=30)
     out = train_tiny_vlm(tmp_path / "made", SEED, settings, ORIGIN)
     for phase in ("vision", "language"):
         lines = [line.split(",") for line in (out / f"{phase}.csv").read_text().splitlines()[1:]]

@@ -16,7 +16,7 @@ from vismem.data.sample import Sample, Video, read_samples, write_shards
 from vismem.errors import UserError
 from vismem.export.parity import decode_runtime
 from vismem.generation.prompts import encode
-from vismem.models.memory import causal_mask
+from vismem.models.memory import causal_mask, summary
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.serving.runtime.limits import RequestError
 
@@ -78,12 +78,15 @@ def test_a_video_of_one_frame_is_read_as_the_image_is(model: VisMemModel) -> Non
 
 
 def test_a_short_memory_reads_every_frame_of_a_video(model: VisMemModel) -> None:
+    states = torch.randn(1, 3, model.backbone.width, generator=torch.Generator().manual_seed(0))
+    segment = summary(states, torch.ones(1, 3))
+
     def memory(*frames: bytes) -> torch.Tensor:
         backbone = model.backbone
         with model.short.lora.active():
             stream = backbone.patch_stream(encode(backbone, [with_video(*frames)]).vision)
         queries = torch.zeros(1, 4, backbone.width)
-        return model.short(backbone, queries, stream, torch.tensor([0]))
+        return model.short(backbone, queries, segment, stream, torch.tensor([0]))
 
     formed = memory(*FRAMES)
     assert formed.isfinite().all()

@@ -30,6 +30,7 @@ SETTINGS = Settings(
     checkpoint_every=2,
     scored=2,
 )
+STEPS = SETTINGS.vision_steps + SETTINGS.language_steps + SETTINGS.detail_steps
 SEED = 3
 ORIGIN = {"command": "the command", "git": {"commit": "0123abc", "dirty": False}}
 
@@ -50,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, few_images: None) -> Path:
 def test_each_phase_trains_its_own_part_and_lowers_its_loss(tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, vision_steps=30, language_steps=30, detail_steps=30)
     out = train_tiny_vlm(tmp_path / "made", SEED, settings, ORIGIN)
-    for phase in ("vision", "language"):
+    for phase in ("vision", "language", "detail"):
         lines = [line.split(",") for line in (out / f"{phase}.csv").read_text().splitlines()[1:]]
         assert len(lines) == 30
         assert float(lines[-1][1]) < 0.8 * float(lines[0][1])
@@ -75,7 +76,7 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_other_weights(made:
     assert file_hashes(other)["model.safetensors"] != file_hashes(made)["model.safetensors"]
 
 
-@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("at", range(STEPS))
 def test_a_run_killed_at_any_step_and_resumed_equals_the_one_that_was_not(
     at: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +94,7 @@ def test_a_run_killed_at_any_step_and_resumed_equals_the_one_that_was_not(
         train_tiny_vlm(out, SEED, SETTINGS, ORIGIN)
     assert not out.exists()
     train_tiny_vlm(out, SEED, SETTINGS, ORIGIN)
-    assert len(calls) - (at + 1) <= 8 - at + 1, "it resumed from a checkpoint"
+    assert len(calls) - (at + 1) <= STEPS - at + 1, "it resumed from a checkpoint"
     assert file_hashes(out) == file_hashes(made)
 
 

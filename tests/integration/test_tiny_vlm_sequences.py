@@ -16,7 +16,18 @@ from recipes.tiny_vlm import objectives, scenes
 from recipes.tiny_vlm.model import build_model, build_processor
 from recipes.tiny_vlm.objectives import NOTHING, Language, Vision, answer_loss, cell_labels
 from recipes.tiny_vlm.scenes import SIDES, of_size, questions
-from recipes.tiny_vlm.sequences import SLOTS, Page, _strip, grids, lay_out, pages, stack
+from recipes.tiny_vlm.sequences import (
+    FIRST_BLOCK_SHARE,
+    SLOTS,
+    WHOLE_SHARE,
+    Page,
+    Table,
+    _strip,
+    grids,
+    lay_out,
+    pages,
+    stack,
+)
 from vismem.data.collate import prompt_messages, target_text
 from vismem.data.sample import Sample
 from vismem.data.scenes import draw, layouts_of
@@ -152,6 +163,55 @@ def test_looks_show_the_whole_images_tokens_and_only_the_answer_is_learnt(
             axes = rest[:, 3:]
             assert (axes.max(1)[1:] >= axes.min(1)[:-1]).all(), f"time goes forward in {sample.id}"
     assert min(seen["whole"], seen["coarse"], seen["looks"]) > 0.15 * 20 * len(samples)
+
+
+def test_a_question_that_needs_detail_is_asked_so_that_it_can_be_answered(laid: tuple[list[Page], Tensor]) -> None:
+    seen = Counter[str]()
+    for number, page in enumerate(laid[0]):
+        plain = lay_out(page, None)
+        for draw_ in range(40):
+            asked, otherwise = (lay_out(page, random.Random(f"{number}/{draw_}"), is_) for is_ in (True, False))
+            assert asked[asked[:, 2] > 0, 1].tolist() == plain[plain[:, 2] > 0, 1].tolist(), "the same answer"
+            if not page.detail:
+                assert np.array_equal(asked, otherwise)
+                continue
+            assert (asked[:, 0] > 0).sum() >= (page.coarse[:, 0] > 0).sum()
+            if np.array_equal(asked[: len(page.whole)], page.whole):
+                seen["whole"] += 1
+                assert np.array_equal(asked, otherwise)
+                continue
+            first = int(asked[:, 2].argmax())  # of the answer's own tokens
+            look = asked[len(page.coarse) : first]
+            assert set(look[look[:, 0] > 0, 0] - 1) <= set(page.images)
+            assert (look[:, 0] > 0).any(), "a look, before a word is said"
+            seen["block" if len(look) == page.block.stop - page.block.start else "strip"] += 1
+    assert sum(seen.values()) >= 40 * 10
+    assert seen["whole"] / sum(seen.values()) == pytest.approx(WHOLE_SHARE, abs=0.06)
+    assert seen["block"] / (seen["block"] + seen["strip"]) == pytest.approx(FIRST_BLOCK_SHARE, abs=0.06)
+
+
+@pytest.mark.parametrize("detail", [True, False])
+def test_the_last_phase_draws_half_of_its_questions_from_those_that_need_detail(
+    backbone: Qwen25VLBackbone, laid: tuple[list[Page], Tensor], monkeypatch: pytest.MonkeyPatch, detail: bool
+) -> None:
+    drawn: list[int] = []
+
+    def lay(page: Page, rng: random.Random, answerable: bool) -> Table:
+        assert answerable == detail
+        drawn.append(next(number for number, other in enumerate(laid[0]) if other is page))
+        return lay_out(page, rng, answerable)
+
+    monkeypatch.setattr(objectives, "lay_out", lay)
+    Language(backbone, *laid, 0, 4000, detail).collect(0)
+    counts = Counter(drawn)
+    needing = {number for number, page in enumerate(laid[0]) if page.detail}
+    natural = len(needing) / len(laid[0])
+    assert abs(natural - 0.5) > 0.1, "the two must be told apart"
+    share = 0.5 if detail else natural
+    for part, size in ((needing, share), (set(counts) - needing, 1 - share)):
+        assert sum(counts[number] for number in part) / 4000 == pytest.approx(size, abs=0.04)
+        for number in part:
+            assert counts[number] == pytest.approx(4000 * size / len(part), rel=0.6), "each as often as the others"
 
 
 def test_a_strip_shows_some_objects_or_scattered_tokens_in_order(laid: tuple[list[Page], Tensor]) -> None:

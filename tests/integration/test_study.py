@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ from recipes.study.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 TOY = {
-    "base": {"model": str(ROOT / "assets" / "tiny-vlm")},
+    "base": {"model": "tiny"},
     "prepare": {"sources": [{"kind": "scenes", "train": 26, "validation": 13, "test": 26}]},
     "memory": {"queries": 2, "short_length": 2, "long_length": 2, "builder_layers": 1, "lora_rank": 2},
     "grpo": {"batch_size": 2, "max_new_tokens": 4},
@@ -32,11 +34,17 @@ STEPS = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "evaluat
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(TOY))
+def project(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(tiny_base, tmp_path / "tiny")
+    write(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # recipes are not installed
     return tmp_path
+
+
+def write(project: Path, **changes: Any) -> None:
+    """Write the parameters, some of them changed."""
+    (project / "params.yaml").write_text(yaml.safe_dump({**TOY, **changes}))
 
 
 def finished(folder: Path) -> list[str]:
@@ -79,12 +87,12 @@ def test_a_killed_study_goes_on_where_it_was_and_a_finished_one_has_nothing_to_d
 
     before = contents(seed)
     assert main(ONE_SEED) == 0
-    (project / "params.yaml").write_text(yaml.safe_dump({**TOY, "stage2": {"steps": 2, "group_size": 2}}))
+    write(project, stage2={"steps": 2, "group_size": 2})
     capsys.readouterr()
     assert main(ONE_SEED) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "runs/study was started with other parameters (stage2.steps was 1, is 2): name another folder" in said
-    (project / "params.yaml").write_text(yaml.safe_dump(TOY))
+    write(project)
     assert main(ONE_SEED) == 0
     assert contents(seed) == before, "a refusal costs nothing that was finished"
     assert len(finished(folder)) == len(STEPS)
@@ -92,7 +100,7 @@ def test_a_killed_study_goes_on_where_it_was_and_a_finished_one_has_nothing_to_d
 
 def test_a_step_that_fails_stops_the_study_with_its_reason(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = {"kind": "jsonl", "path": "gone.jsonl", "split": "train"}
-    (project / "params.yaml").write_text(yaml.safe_dump({**TOY, "prepare": {"sources": [source]}}))
+    write(project, prepare={"sources": [source]})
     assert main(ONE_SEED) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "study: seed-0/prepare" in said

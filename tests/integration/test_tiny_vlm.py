@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from recipes.tiny_vlm import objectives, train
 from recipes.tiny_vlm.card import FACTS
-from recipes.tiny_vlm.memory import full_config, train_memory
+from recipes.tiny_vlm.memory import memory_config, train_memory
 from recipes.tiny_vlm.train import Settings, train_tiny_vlm
 from vismem.config import GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.files import read_json
@@ -113,7 +113,7 @@ def test_a_memory_is_trained_on_it_by_the_library_s_own_steps(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.tiny_vlm.memory.VALIDATION", 13)
-    config = full_config(made, SEED)
+    config = memory_config(made, SEED)
     source = config.prepare.sources[0].model_copy(update={"train": 13})
     config = config.model_copy(
         update={

@@ -95,9 +95,7 @@ def test_a_stage_says_what_its_training_took(name: str, samples: int, rollouts: 
     assert figures["trainable_parameters"] == sum(w.numel() for n, w in held.items() if n.startswith(trained))
 
 
-@pytest.mark.parametrize(
-    ("name", "both"), [("stage1", {"random_50"}), ("stage2", {"vismem", "vismem_sampled"})]
-)
+@pytest.mark.parametrize(("name", "both"), [("stage1", {"random_50"}), ("stage2", {"vismem", "vismem_sampled"})])
 def test_a_stage_keeps_the_scores_of_the_same_questions_from_before_grpo_and_after(
     name: str, both: set[str], stages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

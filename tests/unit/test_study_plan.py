@@ -57,12 +57,16 @@ def test_stages_follow_each_other_on_other_tasks_and_are_asked_about_the_first_o
     settings = TOY.model_copy(
         update={"seeds": 1, "transfer_seeds": 0, "stage_seeds": 1, "stage_arms": ("vanilla", "vismem", "sft_lora")}
     )
-    jobs = {job.name: job for job in plan(PLAN, settings, tmp_path)}
+    steps = {"stage1": {"warm_start": {"steps": 100}}, "stage2": {"steps": 10}}
+    config = parse_config({"seed": 5, "prepare": {"sources": [{"kind": "scenes"}]}, **steps})
+    jobs = {job.name: job for job in plan(config, settings, tmp_path)}
     groups = stage_tasks(ScenesSource())
     assert sorted(task for group in groups for task in group) == sorted(ScenesSource().tasks)
     for stage, group in enumerate(groups, 1):
         assert {NEEDS[task] for task in group} == set(NEEDS.values())
-        (source,) = read_params(tmp_path / f"stages-5-{stage}").prepare.sources
+        params = read_params(tmp_path / f"stages-5-{stage}")
+        (source,) = params.prepare.sources
+        assert (params.stage1.warm_start.steps, params.stage2.steps) == (25, 3), "a quarter of 100, and of 10"
         assert isinstance(source, ScenesSource)
         assert (source.tasks, source.train_tasks) == (groups[0], group)
         for step, start in (("stage1", "stage2"), ("sft_lora", "sft_lora")):

@@ -43,13 +43,17 @@ def mean_memories(answers: Mapping[int, Answers]) -> dict[str, float]:
     }
 
 
-def nearest_rate(memories: Mapping[str, float]) -> str:
-    """The rate of random invocation whose number of memories is nearest to VisMem's; the scores play no part.
+def checked_memories(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Memories per answer by arm, mean over runs, on validation questions: of `validation` in stage II's metrics."""
+    return {
+        arm: float(np.mean([run[arm]["invocations_short"] + run[arm]["invocations_long"] for run in runs]))
+        for arm in runs[0]
+    }
 
-    The middle one where none was run, or no arm VisMem.
-    """
-    rates = [arm for arm in RANDOM if arm in memories] if VISMEM in memories else []
-    return min(rates, key=lambda arm: abs(memories[arm] - memories[VISMEM])) if rates else RANDOM[1]
+
+def nearest_rate(memories: Mapping[str, float]) -> str:
+    """The rate of random invocation whose number of memories is nearest to VisMem's; the scores play no part."""
+    return min(RANDOM, key=lambda arm: abs(memories[arm] - memories[VISMEM]))
 
 
 def lines(scores: pd.DataFrame, memories: Mapping[str, float], resamples: int) -> dict[str, list[Values]]:

@@ -24,14 +24,15 @@ def study_figures(
     answers: Mapping[int, Answers],
     seconds: Mapping[int, Mapping[str, float]],
     lengths: Mapping[str, int],
+    random: str,
     resamples: int,
 ) -> Values:
     """The figures of all arms, tasks and claims; `answers` and `seconds` (per question, by arm) are by seed.
 
-    `lengths`: vectors of a memory by kind. arms {arm: `arm_figures`, by seed the milliseconds and the tokens per
-    question (visual ones and memories' vectors), overhead (over vanilla, by seed)}; pooled: `summarise` of all
-    questions; yes_no_tasks: those whose every question is answered yes or no; random: the arm that stands for random
-    invocation; claims: `judge` of those about arms, and M4; budgets, needs and oracle: `recipes.study.budgets`.
+    `lengths`: vectors of a memory by kind; `random`: the arm that stands for random invocation. arms {arm:
+    `arm_figures`, by seed the milliseconds and the tokens per question (visual ones and memories' vectors), overhead
+    (over vanilla, by seed)}; pooled: `summarise` of all questions; yes_no_tasks: those whose every question is answered
+    yes or no; claims: `judge` of those about arms, and M4; budgets, needs and oracle: `recipes.study.budgets`.
     """
     scores, times = score_table(answers), pd.DataFrame(seconds)
     mean_seconds, overhead = times.mean(axis=1).to_dict(), times / times.loc[VANILLA] - 1
@@ -49,7 +50,6 @@ def study_figures(
     }
     asked = pooled[VANILLA]
     memories = budgets.mean_memories(answers)
-    random = budgets.nearest_rate(memories)
     judged = judge(of_arms(random), scores, resamples)
     return {
         "arms": arms,

@@ -56,7 +56,7 @@ def aims(plan: Sequence[Values]) -> str:
 def tally(plan: Sequence[Values]) -> str:
     """How many claims of the plan came to each verdict."""
     counts = pd.Series([claim["verdict"] for claim in plan]).value_counts(sort=False)
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
 
 
 def gain_plot(arms: Values) -> bytes:
@@ -144,7 +144,8 @@ def plan_table(plan: Sequence[Values]) -> str:
     """Every claim of the plan: what was predicted, what came out."""
     rows = []
     for claim in plan:
-        found = [f"{part['text']}: {result(part)}" for part in claim["parts"] if result(part)]
+        results = [(part["text"], result(part)) for part in claim["parts"]]
+        found = [f"{text}: {said or NOT_RUN}" for text, said in results] if any(said for _, said in results) else []
         rows.append([claim["id"], claim["claim"], claim["prediction"], "; ".join(found), f"**{claim['verdict']}**"])
     lines = table(["", "claim", "prediction", "found", "verdict"], rows).splitlines()
     return "\n".join([*lines[:1], "| --- | --- | --- | --- | --- |", *lines[2:]])

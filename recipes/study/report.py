@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from recipes.study.budgets import checked_memories, nearest_rate
 from recipes.study.figures import Answers, check_figures, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, headline, pictures, render
@@ -52,6 +53,8 @@ def write_report(
     half = [task for source in config.prepare.sources for task in trained_half(source)]
     resamples = config.evaluate.bootstrap
     lengths = {"short": config.memory.short_length, "long": config.memory.long_length}
+    trained = {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()}
+    random = nearest_rate(checked_memories(trained[VISMEM]["validation"]["stage2"]))
     figures = {
         "command": command,
         "machine": machine(),
@@ -63,8 +66,8 @@ def write_report(
         "parameters": {name: value for name, (_, value) in differing.items()},
         "seeds": list(seeds),
         "items": {seed: len(rows[VANILLA]) for seed, rows in answers.items()},
-        **study_figures(answers, seconds, lengths, resamples),
-        "training": {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()},
+        **study_figures(answers, seconds, lengths, random, resamples),
+        "training": trained,
         "transfer": transfer_figures(moved, half, resamples) if moved else None,
         "checks": checks(seeds, resamples),
         "stages": stage_figures(stages, resamples) if stages else None,

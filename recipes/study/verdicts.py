@@ -73,8 +73,8 @@ def _at_equal_seconds(claim: Values, training: Values) -> Values:
     own, method = (training.get(claim[side], {}).get("train_seconds") for side in ("below", "above"))
     if claim["found"] is None or own is None or not method:
         return {**claim, "verdict": NOT_RUN}
-    noted = {**claim, "note": f"trained {own / method:.2f} times as long as {label(VISMEM)}"}
-    return noted if own / method >= AS_LONG else {**noted, "verdict": NOT_RUN}
+    enough, note = own >= AS_LONG * method, f"trained {own / method:.2f} times as long as {label(VISMEM)}"
+    return {**claim, "note": note} if enough else {**claim, "note": f"{note}: too short", "verdict": NOT_RUN}
 
 
 def _converged(base: Values) -> list[Values]:

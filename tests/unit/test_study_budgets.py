@@ -96,21 +96,21 @@ def test_a_placement_has_a_point_for_every_arm_that_was_run() -> None:
 
 def test_without_memory_off_there_is_no_line_and_no_chart() -> None:
     rights = {"vanilla": "10", "vismem": "11", "vismem@1": "11"}
-    figures = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, 100)
+    figures = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, "random_50", 100)
     assert figures["budgets"] == {}
     assert list(pictures(figures, "study")) == ["study.png"]
     rights["no_memory"] = "00"
-    limited = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, 100)
+    limited = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, "random_50", 100)
     assert list(pictures(limited, "study")) == ["study.png", "study-memories.png"]
 
 
-def test_random_invocation_is_the_rate_nearest_to_the_method_in_memories_whatever_it_scores() -> None:
-    memories = budgets.mean_memories({0: answers(LIMITED, USED)})
-    assert budgets.nearest_rate(memories) == "random_50", "VisMem has 2.5 memories, random 25 % scores more"
-    assert budgets.nearest_rate({**memories, "vismem": 1.4}) == "random_25"
-    assert budgets.nearest_rate({**memories, "vismem": 3.1}) == "random_100"
-    for without in ({"vismem": 1.0}, {"random_25": 1.0}):
-        assert budgets.nearest_rate(without) == "random_50", "judged as not run"
+def test_random_invocation_is_the_rate_nearest_to_the_method_in_memories_on_validation() -> None:
+    used = {"vismem": (2, 0.5), "random_25": (0.5, 0.5), "random_50": (1, 1), "random_100": (2, 2)}
+    run = {arm: {"invocations_short": s, "invocations_long": n, "score": 0.0} for arm, (s, n) in used.items()}
+    memories = budgets.checked_memories([run, {**run, "vismem": {**run["vismem"], "invocations_short": 3}}])
+    assert memories == {"vismem": 3.0, "random_25": 1.0, "random_50": 2.0, "random_100": 4.0}
+    for learned, nearest in ((1.4, "random_25"), (1.6, "random_50"), (2.9, "random_50"), (3.1, "random_100")):
+        assert budgets.nearest_rate({**memories, "vismem": learned}) == nearest
 
 
 # --- needs ---

@@ -32,7 +32,7 @@ def answers(rights: dict[str, str], tasks: str | None = None) -> Answers:
 def figures_of(*seeds: Answers) -> dict:
     """The study's figures; the arms of seed s take 10, 20, 30 ... milliseconds per question, times 1 + s."""
     seconds = {s: {arm: 0.01 * (1 + place) * (1 + s) for place, arm in enumerate(rows)} for s, rows in enumerate(seeds)}
-    return study_figures(dict(enumerate(seeds)), seconds, {"short": 4, "long": 8}, RESAMPLES)
+    return study_figures(dict(enumerate(seeds)), seconds, {"short": 4, "long": 8}, "random_25", RESAMPLES)
 
 
 def answer(place: int, right: int, task: str) -> Prediction:
@@ -202,7 +202,7 @@ def test_the_page_says_what_became_of_every_claim_near_its_top() -> None:
     assert row(claims, "M7")[4] == "**not shown**", "one seed's interval is not above 0"
     assert row(claims, "G2") == ["G2", *PLAN["G2"].values(), "", "**not run**"]
     assert row(claims, "VisMem - vanilla")[:3] == ["VisMem - vanilla", "M7", "not shown"]
-    assert f"Of {len(PLAN)} claims: " in claims
+    assert f"The {len(PLAN)} claims: " in claims
     assert "at least 15 points above vanilla (M7): not shown; above SFT-LoRA (F1): not run." in page
 
 

@@ -174,7 +174,7 @@ def test_equal_seconds_are_judged_only_where_the_baseline_had_them() -> None:
     for given, said in ((rights, "holds"), (turned, "reversed")):
         long, grpo = of("F5", claims=judge(of_arms("random_50"), scores(given), RESAMPLES), training=training)
         assert (long["verdict"], long["note"]) == (said, "trained 0.90 times as long as VisMem")
-        assert (grpo["verdict"], grpo["note"]) == ("not run", "trained 0.89 times as long as VisMem")
+        assert (grpo["verdict"], grpo["note"]) == ("not run", "trained 0.89 times as long as VisMem: too short")
     unknown = of("F5", claims=judge(of_arms("random_50"), scores(rights), RESAMPLES), training={})
     assert {part["verdict"] for part in unknown} == {"not run"}
 
@@ -280,11 +280,11 @@ def test_the_table_lists_every_claim_once_with_its_figures() -> None:
     lines = plan_table(listed).splitlines()
     assert len(lines) == 4
     assert lines[2].startswith("| M1 | both | +3 | VisMem - vanilla: +0.0 (")
-    assert lines[2].endswith("), above 0 in 1 of 2, below in 1 | **not shown** |")
+    assert lines[2].endswith("), above 0 in 1 of 2, below in 1; VisMem - other: not run | **not shown** |")
     assert lines[3] == "| M2 | one | +2 |  | **not run** |"
     assert part_table(listed, [0, 1]).splitlines()[2].startswith("| VisMem - vanilla | M1 | not shown | +0.0 (")
     assert "| +100.0 (+100.0 to +100.0) | -100.0 (-100.0 to -100.0) |" in part_table(listed, [0, 1])
-    assert tally(listed) == "1 not shown, 1 not run"
+    assert tally(listed) == "not shown 1, not run 1"
 
 
 def test_the_aims_are_the_verdicts_of_their_claims() -> None:

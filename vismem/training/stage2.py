@@ -77,7 +77,8 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
     run.check(AFTER, SAMPLED, Learned(), temperature=1.0)
-    return run.finish({VANILLA: Off(), VISMEM: Learned(), "random_50": Random(probability=0.5)})
+    random = {f"random_{percent}": Random(probability=percent / 100) for percent in (25, 50, 100)}
+    return run.finish({VANILLA: Off(), VISMEM: Learned(), **random})
 
 
 def fit_invocation(

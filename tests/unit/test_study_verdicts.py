@@ -179,23 +179,29 @@ def test_equal_seconds_are_judged_only_where_the_baseline_had_them() -> None:
     assert {part["verdict"] for part in unknown} == {"not run"}
 
 
-def checked(before: str, after: str) -> dict[str, Any]:
-    given = {"before": [float(x) for x in before], "after": [float(x) for x in after]}
-    arms = {when: dict.fromkeys(("random_50", "vismem", "vismem_sampled"), row) for when, row in given.items()}
-    return check_figures({0: arms}, 640, RESAMPLES)
+def checked(name: str, before: str, after: str) -> dict[str, Any]:
+    """The arm of that name moves, the others stay."""
+    others = {arm: [0.0] * 20 for arm in ("random_50", "vismem", "vismem_sampled")}
+    given = {when: {**others, name: [float(x) for x in row]} for when, row in (("before", before), ("after", after))}
+    return check_figures({0: given}, 640, RESAMPLES)
 
 
-@pytest.mark.parametrize("id_", ["R1", "R2"])
-def test_grpo_improves_where_the_same_questions_score_more_after_it(id_: str) -> None:
+@pytest.mark.parametrize(("id_", "name"), [("R1", "random_50"), ("R2", "vismem_sampled")])
+def test_grpo_improves_where_the_same_questions_score_more_after_it(id_: str, name: str) -> None:
     low, high = "0" * 20, "0" * 10 + "1" * 10
     for before, after, said, delta in (
         (low, high, "holds", 50.0), (high, low, "reversed", -50.0), (low, low, "not shown", 0.0),
     ):  # fmt: skip
-        (row,) = of(id_, checks=checked(before, after))
+        (row,) = of(id_, checks=checked(name, before, after))
         assert (row["verdict"], row["found"]["pooled"]["delta"]) == (said, delta)
         assert row["note"].startswith("640 rollouts, 20 validation questions")
-        assert ("greedy" in row["note"]) == (id_ == "R2")
     assert of(id_)[0]["verdict"] == "not run"
+
+
+def test_greedy_answers_stand_beside_sampled_ones_and_decide_nothing() -> None:
+    (row,) = of("R2", checks=checked("vismem", "0" * 20, "1" * 20))
+    assert row["verdict"] == "not shown"
+    assert row["note"].endswith("; greedy +100.0 (+100.0 to +100.0)")
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def together(verdicts: Sequence[str]) -> str:
 
 def whole_order(judged: Sequence[Values]) -> Values:
     """The part of M4: in which seeds all intervals of M1, M2 and M3 are above 0. {id, text, verdict, said}."""
-    steps, text = [claim for claim in judged if claim["id"] in STEP_BY_STEP], "all five parts of M1 to M3 in one seed"
+    steps, text = [claim for claim in judged if claim["id"] in STEP_BY_STEP], "all five comparisons of M1 to M3"
     if not steps or any(claim["found"] is None for claim in steps):
         return {"id": "M4", "text": text, "verdict": NOT_RUN, "said": ""}
     seeds = list(steps[0]["found"]["seeds"])

@@ -45,8 +45,12 @@ def test_pictures_that_it_sees_as_it_learnt_raise_no_doubt(scope: Scope, size: t
     assert doubts(scope, *size) == []
 
 
-@pytest.mark.parametrize(("size", "seen"), [((640, 320), "224 x 112"), ((112, 336), "84 x 280"), ((168, 84), "168 x 84")])
-def test_a_picture_that_is_not_square_is_named_with_what_becomes_of_it(scope: Scope, size: tuple[int, int], seen: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "seen"), [((640, 320), "224 x 112"), ((112, 336), "84 x 280"), ((168, 84), "168 x 84")]
+)
+def test_a_picture_that_is_not_square_is_named_with_what_becomes_of_it(
+    scope: Scope, size: tuple[int, int], seen: str
+) -> None:
     (said,) = doubts(scope, *size)
     assert f"this one of {size[0]} x {size[1]} it sees as {seen}: its answer means nothing" in said
     width, height = size_after_resizing(size, IMAGES)

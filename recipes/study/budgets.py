@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from recipes.study.claims import RANDOM, compare
+from recipes.study.claims import compare
 from vismem.data.tasks import NEEDS
 from vismem.evaluation import plots
 from vismem.evaluation.arms import label
@@ -19,7 +19,13 @@ from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import bootstrap_interval, share_interval
 from vismem.records import VANILLA, VISMEM
 
-PLACEMENTS = (VISMEM, "random_50", "forced_short", "forced_long")
+RANDOM = ("random_25", "random_50", "random_100")  # rates of random invocation
+PLACEMENTS = {  # of memories: the arms that have ever more of them
+    VISMEM: ("no_memory", "vismem@1", "vismem@2", VISMEM),
+    "random": ("no_memory", *RANDOM),
+    "forced_short": ("no_memory", "forced_short"),
+    "forced_long": ("no_memory", "forced_long"),
+}
 CHOICES = ("no_memory", "as_short", "as_long")  # what the learned policy chooses among
 KINDS_OF_NEED = ("coarse", "detail", "compute")
 COLOURS = dict(zip(PLACEMENTS, (plots.BLUE, plots.GREY, "#009E73", plots.ORANGE), strict=True))
@@ -37,43 +43,37 @@ def mean_memories(answers: Mapping[int, Answers]) -> dict[str, float]:
     }
 
 
-def random_rates(scores: pd.DataFrame, memories: Mapping[str, float]) -> tuple[str | None, str | None]:
-    """The rate of random invocation with the best score, and the one nearest to VisMem's number of memories.
+def checked_memories(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Memories per answer by arm, mean over runs, on validation questions: of `validation` in stage II's metrics."""
+    return {
+        arm: float(np.mean([run[arm]["invocations_short"] + run[arm]["invocations_long"] for run in runs]))
+        for arm in runs[0]
+    }
 
-    The latter is chosen by numbers of memories alone, no score. None where no rate was run, or no arm VisMem.
-    """
-    rates = [arm for arm in RANDOM if arm in scores]
-    if not rates or VISMEM not in scores:
-        return None, None
-    best = max(rates, key=lambda arm: float(scores[arm].mean()))
-    return best, min(rates, key=lambda arm: abs(memories[arm] - memories[VISMEM]))
+
+def nearest_rate(memories: Mapping[str, float]) -> str:
+    """The rate of random invocation whose number of memories is nearest to VisMem's; the scores play no part."""
+    return min(RANDOM, key=lambda arm: abs(memories[arm] - memories[VISMEM]))
 
 
 def lines(scores: pd.DataFrame, memories: Mapping[str, float], resamples: int) -> dict[str, list[Values]]:
-    """{placement: [{arm, limit, memories (mean per answer), score, ci95}]}: each placement's score over the limits.
+    """{placement: [{arm, memories (mean per answer), score, ci95}]}: each placement's score as its memories grow.
 
-    Limits are 0 (`no_memory`), those of the arms `PLACEMENT@N`, and None for the model's own; a placement without such
-    an arm is left out.
+    All begin at `no_memory`; a placement of which nothing else was run is left out.
     """
     found = {}
-    for placement in PLACEMENTS:
-        limited = [arm for arm in scores if arm.startswith(f"{placement}@")]
-        if not limited:
-            continue
-        limits: dict[str, int | None] = {"no_memory": 0}
-        limits |= {arm: int(arm.partition("@")[2]) for arm in sorted(limited, key=lambda a: int(a.partition("@")[2]))}
-        limits[placement] = None
-        found[placement] = [
-            {
-                "arm": arm,
-                "limit": limit,
-                "memories": memories[arm],
-                "score": float(scores[arm].mean()),
-                "ci95": bootstrap_interval(scores[arm].to_numpy(), resamples=resamples, seed=0),
-            }
-            for arm, limit in limits.items()
-            if arm in scores
-        ]
+    for placement, arms in PLACEMENTS.items():
+        run = [arm for arm in arms if arm in scores]
+        if run[:1] == ["no_memory"] and len(run) > 1:
+            found[placement] = [
+                {
+                    "arm": arm,
+                    "memories": memories[arm],
+                    "score": float(scores[arm].mean()),
+                    "ci95": bootstrap_interval(scores[arm].to_numpy(), resamples=resamples, seed=0),
+                }
+                for arm in run
+            ]
     return found
 
 
@@ -104,7 +104,7 @@ def needs(scores: pd.DataFrame, resamples: int) -> dict[str, Values]:
     for need in KINDS_OF_NEED:
         rows = scores[of == need]
         if len(rows):
-            gains = {arm: compare(rows, [arm], [VANILLA], resamples) for arm in rows if arm != VANILLA}
+            gains = {arm: compare(rows, arm, VANILLA, resamples) for arm in rows if arm != VANILLA}
             found[need] = {"n": len(rows), "arms": rows.mean().to_dict(), "gains": gains}
     return found
 
@@ -127,7 +127,7 @@ def oracle(scores: pd.DataFrame, resamples: int) -> Values | None:
         "oracle": float(scores[list(CHOICES)].max(axis=1).mean()),
         **_share(scores, resamples),
         "seeds": {int(seed): _share(rows, resamples) for seed, rows in scores.groupby(level="seed")},
-        "over_best": compare(scores, [VISMEM], [best], resamples),
+        "over_best": compare(scores, VISMEM, best, resamples),
     }
 
 

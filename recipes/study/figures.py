@@ -1,7 +1,7 @@
 """What several seeds' evaluations show together: arms, claims and transfer as plain values. Pure; scores in percent.
 
 A pooled interval is over the questions of all seeds. The spread over seeds is reported beside it, since each seed also
-trains another base and another memory.
+trains anew, on other questions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,38 +11,38 @@ from typing import Any
 import pandas as pd
 
 from recipes.study import budgets
-from recipes.study.claims import (
-    CONTENT,
-    PLAN_IDS,
-    TRANSFER_IDS,
-    by_need,
-    compare,
-    judge,
-    order,
-    vismem_above,
-    whole_order,
-)
+from recipes.study.claims import TRANSFER, compare, judge, of_arms, whole_order
 from vismem.evaluation.metrics import is_yes_no, summarise
 from vismem.evaluation.predictions import Prediction
-from vismem.records import VANILLA, VISMEM
+from vismem.records import VANILLA
 
 Values = dict[str, Any]
 Answers = Mapping[str, Sequence[Prediction]]  # by arm: the same questions in the same order, vanilla among the arms
 
 
 def study_figures(
-    answers: Mapping[int, Answers], seconds: Mapping[int, Mapping[str, float]], baselines: Sequence[str], resamples: int
+    answers: Mapping[int, Answers],
+    seconds: Mapping[int, Mapping[str, float]],
+    lengths: Mapping[str, int],
+    random: str,
+    resamples: int,
 ) -> Values:
     """The figures of all arms, tasks and claims; `answers` and `seconds` (per question, by arm) are by seed.
 
-    arms {arm: `arm_figures`, seconds (mean of the seeds), overhead (over vanilla, by seed)}; pooled: `summarise` of all
-    questions; yes_no_tasks: those whose every question is answered yes or no; claims {group: `judge`}; whole_order (the
-    plan's M4); budgets, needs and oracle: `recipes.study.budgets`.
+    `lengths`: vectors of a memory by kind; `random`: the arm that stands for random invocation. arms {arm:
+    `arm_figures`, by seed the milliseconds and the tokens per question (visual ones and memories' vectors), overhead
+    (over vanilla, by seed)}; pooled: `summarise` of all questions; yes_no_tasks: those whose every question is answered
+    yes or no; claims: `judge` of those about arms, and M4; budgets, needs and oracle: `recipes.study.budgets`.
     """
     scores, times = score_table(answers), pd.DataFrame(seconds)
     mean_seconds, overhead = times.mean(axis=1).to_dict(), times / times.loc[VANILLA] - 1
     arms = {
-        arm: {**figures, "seconds": mean_seconds[arm], "overhead": overhead.loc[arm].tolist()}
+        arm: {
+            **figures,
+            "milliseconds": (1000 * times.loc[arm]).to_dict(),
+            "tokens": {seed: tokens_read(rows[arm], lengths) for seed, rows in answers.items()},
+            "overhead": overhead.loc[arm].tolist(),
+        }
         for arm, figures in arm_figures(scores, resamples).items()
     }
     pooled = {  # seeds ask other questions under the same ids
@@ -50,43 +50,55 @@ def study_figures(
     }
     asked = pooled[VANILLA]
     memories = budgets.mean_memories(answers)
-    claims = {
-        "order": order(*budgets.random_rates(scores, memories)),
-        "need": by_need(),
-        "content": CONTENT,
-        "baselines": vismem_above(baselines, PLAN_IDS),
-    }
-    judged = {name: judge(wanted, scores, resamples) for name, wanted in claims.items()}
+    judged = judge(of_arms(random), scores, resamples)
     return {
         "arms": arms,
         "pooled": summarise(pooled, mean_seconds, seed=min(answers), resamples=resamples),
         "yes_no_tasks": sorted({a.task for a in asked} - {a.task for a in asked if not is_yes_no(a)}),
-        "claims": judged,
-        "whole_order": whole_order(judged["order"]),
+        "random": random,
+        "claims": [*judged, whole_order(judged)],
         "budgets": budgets.lines(scores, memories, resamples),
         "needs": budgets.needs(scores, resamples),
         "oracle": budgets.oracle(scores, resamples),
     }
 
 
+def tokens_read(answers: Sequence[Prediction], lengths: Mapping[str, int]) -> float:
+    """Visual tokens before an answer and vectors of memories in it, on average."""
+    vectors = sum(lengths[event.kind] for answer in answers for event in answer.invocations)
+    return (sum(answer.visual_tokens for answer in answers) + vectors) / len(answers)
+
+
 def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str], resamples: int) -> Values:
     """Figures of models trained on half of the tasks: on the tasks `trained` on, and on the others.
 
-    {tasks, halves {"trained" or "untrained": {n, arms (`arm_figures`), claims}}}; a half without questions is left out.
+    {tasks, halves {"trained" or "untrained": {n, arms (`arm_figures`)}}, claims: `judge` on the untrained tasks}; a
+    half without questions is left out.
     """
     scores = score_table(answers)
     known = scores.index.get_level_values("task").isin(trained)
-    others = [arm for arm in scores if arm != VISMEM]
     halves = {
-        name: {
-            "n": len(half),
-            "arms": arm_figures(half, resamples),
-            "claims": judge(vismem_above(others, ids), half, resamples),
-        }
-        for name, half, ids in (("trained", scores[known], {}), ("untrained", scores[~known], TRANSFER_IDS))
+        name: {"n": len(half), "arms": arm_figures(half, resamples)}
+        for name, half in (("trained", scores[known]), ("untrained", scores[~known]))
         if len(half)
     }
-    return {"tasks": list(trained), "halves": halves}
+    return {"tasks": list(trained), "halves": halves, "claims": judge(TRANSFER, scores[~known], resamples)}
+
+
+def check_figures(checks: Mapping[int, Mapping[str, Values]], rollouts: float, resamples: int) -> Values:
+    """What GRPO changed on validation questions: {check: {n, rollouts, found: `compare` of after with before}}.
+
+    `checks`: a step's `checks.json` by seed, of which the arms count that were asked at both times.
+    """
+    found = {}
+    for name in next(iter(checks.values()))["before"]:
+        tables = {
+            seed: 100 * pd.DataFrame({when: check[when][name] for when in ("before", "after")})
+            for seed, check in checks.items()
+        }
+        table = pd.concat(tables, names=["seed"])
+        found[name] = {"n": len(table), "rollouts": rollouts, "found": compare(table, "after", "before", resamples)}
+    return found
 
 
 def score_table(answers: Mapping[int, Answers]) -> pd.DataFrame:
@@ -108,6 +120,6 @@ def arm_figures(scores: pd.DataFrame, resamples: int) -> Values:
     for arm in scores:
         seeds = {int(seed): float(rows.mean()) for seed, rows in scores[arm].groupby(level="seed")}
         spread = float(pd.Series(seeds).std()) if len(seeds) > 1 else None
-        gain = compare(scores, [arm], [VANILLA], resamples) if arm != VANILLA else None
+        gain = compare(scores, arm, VANILLA, resamples) if arm != VANILLA else None
         figures[arm] = {"seeds": seeds, "mean": sum(seeds.values()) / len(seeds), "spread": spread, "gain": gain}
     return figures

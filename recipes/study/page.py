@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from recipes.study.budgets import lines_plot
-from recipes.study.claims import AIM
+from recipes.study.claims import NOT_RUN, together
 from vismem.evaluation import plots
 from vismem.evaluation.arms import find_arm, label
 from vismem.evaluation.metrics import CAPABILITIES
@@ -27,6 +27,11 @@ COSTS = {
     "train_seconds": "training seconds",
 }  # of a training step's metrics.json
 KINDS = {"without": "all but yes/no", "only": "yes/no only"}
+AIMS = {  # what the study is to show: by claims of the plan
+    "VisMem above each kind alone above random above vanilla": ("M4",),
+    "at least 15 points above vanilla": ("M7",),
+    "above SFT-LoRA": ("F1",),
+}
 SHOWN_BY_TASK = (VANILLA, VISMEM, "short_only", "long_only", "sft_lora", "grpo_lora", "full")
 
 
@@ -38,6 +43,20 @@ def headline(figures: Values) -> str:
         return f"Vanilla answers {arms[VANILLA]['mean']:.1f} % {asked} correctly."
     score, gain = arms[VISMEM]["mean"], change(Difference(**arms[VISMEM]["gain"]["pooled"]))
     return f"VisMem answers {score:.1f} % {asked} correctly, vanilla {arms[VANILLA]['mean']:.1f} %: {gain}."
+
+
+def aims(plan: Sequence[Values]) -> str:
+    """What became of each of AIMS."""
+    verdict = {claim["id"]: claim["verdict"] for claim in plan}
+    return "; ".join(
+        f"{aim} ({', '.join(ids)}): {together([verdict.get(id_, NOT_RUN) for id_ in ids])}" for aim, ids in AIMS.items()
+    )
+
+
+def tally(plan: Sequence[Values]) -> str:
+    """How many claims of the plan came to each verdict."""
+    counts = pd.Series([claim["verdict"] for claim in plan]).value_counts(sort=False)
+    return ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
 
 
 def gain_plot(arms: Values) -> bytes:
@@ -65,13 +84,14 @@ def render(figures: Values, name: str) -> str:
     """The page; `name` is that of its plots (`pictures`)."""
     loader = PackageLoader("recipes.study", ".")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)  # a missing figure is a fault
-    environment.filters |= {f.__name__: f for f in (difference, claim_table, arm_table, gain_table, stage_table)}
+    environment.filters |= {f.__name__: f for f in (difference, arm_table, stage_table)}
     page = environment.get_template("report.md.j2").render(
         **figures,
         name=name,
-        aim=AIM,
         label=label,
         headline=headline(figures),
+        aims=aims(figures["plan"]),
+        tally=tally(figures["plan"]),
         duration=timedelta(seconds=round(figures["wall_seconds"])),
         kinds=KINDS,
         gain=figures["arms"].get(VISMEM, {}).get("gain"),
@@ -85,43 +105,74 @@ def tables(figures: Values) -> dict[str, str]:
     arms, pooled, training = (figures[name] for name in ("arms", "pooled", "training"))
     shown = [arm for arm in SHOWN_BY_TASK if arm in arms]
     groups, costs, tasks = [], [], []
-    for arm, row in arms.items():
-        name, apart = label(arm), pooled["yes_no"]["arms"][arm]
+    for arm in shown:
+        apart = pooled["yes_no"]["arms"][arm]
         by_group = [*map(pooled["arms"][arm].get, CAPABILITIES), *map(apart.get, KINDS)]
         said, rest = numbers([apart.get("says_yes")], "{:.0f} %"), [pooled["unparsed"][arm], pooled["unfinished"][arm]]
-        groups.append([name, *numbers(by_group), *said, *numbers(rest)])
+        groups.append([label(arm), *numbers(by_group), *said, *numbers(rest)])
+    for arm, row in arms.items():
         spent = numbers(map(training.get(arm, {}).get, COSTS), "{:,.0f}")
         overhead = "" if arm == VANILLA else f"{np.mean(row['overhead']):+.0%}"
-        costs.append([name, *spent, f"{1000 * row['seconds']:.1f}", overhead])
+        tokens, time = (np.mean([*row[unit].values()]) for unit in ("tokens", "milliseconds"))
+        costs.append([label(arm), *spent, *numbers([tokens, time]), overhead])
     for task, row in pooled["tasks"].items():
         name = task.replace("_", " ") + (" (yes/no)" if task in figures["yes_no_tasks"] else "")
-        tasks.append([name, row["capability"], row["n"], *numbers(map(row["arms"].get, shown))])
-    validation = [
-        [step, label(arm), *numbers(run[arm]["score"] for run in runs)]
-        for cost in training.values()
-        for step, runs in cost["validation"].items()
-        for arm in runs[0] or ()
-    ]
+        tasks.append([name, row["n"], *numbers(map(row["arms"].get, shown))])
     limits = [
-        [label(placement), point["limit"] or ("none" if point["limit"] == 0 else "the model's own"),
-         f"{point['memories']:.2f}", interval(point)]
+        [label(placement), label(point["arm"]), f"{point['memories']:.2f}", interval(point)]
         for placement, points in figures["budgets"].items()
         for point in points
-    ]  # fmt: skip
+    ]
     by_step = pd.Series(figures["jobs"]).groupby(lambda job: job.split("/")[1])
     use = {label(arm): row for arm, row in pooled["invocation_by_arm"].items() if not memoryless(arm)}
     return {
+        "plan": plan_table(figures["plan"]),
+        "parts": part_table(figures["plan"], figures["seeds"]),
         "groups": table(["arm", *CAPABILITIES, *KINDS.values(), "says yes", "unparsed", "unfinished"], groups),
-        "tasks": table(["task", "capability", "n", *map(label, shown)], tasks),
+        "tasks": table(["task", "n", *map(label, shown)], tasks),
         "needs": need_table(figures["needs"]),
-        "limits": table(["placement", "limit", "memories an answer", "score"], limits),
-        "costs": table(["arm", *COSTS.values(), "ms per sample", "over vanilla"], costs),
+        "limits": table(["placement", "arm", "memories an answer", "score"], limits),
+        "costs": table(["arm", *COSTS.values(), "visual tokens", "ms per question", "over vanilla"], costs),
         "use": use_table("arm", use),
-        "use_by_task": use_table("task", pooled["invocation"].get("tasks", {})),
-        "validation": table(["step", "decoding", *columns(figures["seeds"])], validation),
+        "use_by_task": use_table("task", pooled["invocation"].get("tasks", {}) if pooled["invocation"] else {}),
         "jobs": table(["step", "runs", "seconds per run"], [[k, len(v), f"{v.mean():.0f}"] for k, v in by_step]),
         "parameters": table(["parameter", "value"], [[f"`{k}`", f"`{v}`"] for k, v in figures["parameters"].items()]),
     }
+
+
+def plan_table(plan: Sequence[Values]) -> str:
+    """Every claim of the plan: what was predicted, what came out."""
+    rows = []
+    for claim in plan:
+        results = [(part["text"], result(part)) for part in claim["parts"]]
+        found = [f"{text}: {said or NOT_RUN}" for text, said in results] if any(said for _, said in results) else []
+        rows.append([claim["id"], claim["claim"], claim["prediction"], "; ".join(found), f"**{claim['verdict']}**"])
+    lines = table(["", "claim", "prediction", "found", "verdict"], rows).splitlines()
+    return "\n".join([*lines[:1], "| --- | --- | --- | --- | --- |", *lines[2:]])
+
+
+def result(part: Values) -> str:
+    """A part's figures: the pooled difference with its interval, and in how many seeds that is above 0."""
+    found = part.get("found")
+    if found:
+        seeds = f"above 0 in {found['holds']} of {len(found['seeds'])}"
+        seeds += f", below in {found['reversed']}" if found["reversed"] else ""
+        said = f"{difference(found['pooled'])}, {seeds}"
+    else:
+        said = part.get("said", "")
+    return said + (f" ({part['note']})" if part.get("note") else "")
+
+
+def part_table(plan: Sequence[Values], seeds: Sequence[int]) -> str:
+    """The differences of all parts by seed; a part that other seeds were asked has empty cells."""
+    rows = [
+        [part["text"], claim["id"], part["verdict"], difference(found["pooled"]),
+         *(difference(found["seeds"][seed]) if seed in found["seeds"] else "" for seed in seeds)]
+        for claim in plan
+        for part in claim["parts"]
+        if (found := part.get("found"))
+    ]  # fmt: skip
+    return table(["difference, in points", "claim", "verdict", "pooled", *columns(seeds)], rows)
 
 
 def arm_table(arms: Values) -> str:
@@ -132,13 +183,6 @@ def arm_table(arms: Values) -> str:
         gain = difference(row["gain"]["pooled"]) if row["gain"] else ""
         rows.append([label(arm), f"{row['mean']:.1f}{spread}", *numbers(row["seeds"].values()), gain])
     return table(["arm", "mean ± spread", *columns(arms[VANILLA]["seeds"]), "gain"], rows)
-
-
-def gain_table(arms: Values) -> str:
-    """Each arm's gain over vanilla by seed."""
-    gains = {arm: row["gain"]["seeds"].values() for arm, row in arms.items() if row["gain"]}
-    rows = [[label(arm), *map(difference, seeds)] for arm, seeds in gains.items()]
-    return table(["arm", *columns(arms[VANILLA]["seeds"])], rows)
 
 
 def need_table(needs: Values) -> str:
@@ -160,24 +204,6 @@ def stage_table(stages: Values) -> str:
         rows.append([label(arm), *numbers(row["scores"]), difference(row["lost"]["pooled"]), less])
     count = len(next(iter(stages["arms"].values()))["scores"])
     return table(["arm", *(f"stage {k}" for k in range(1, count + 1)), "lost", "more than VisMem"], rows)
-
-
-def claim_table(claims: Sequence[Values]) -> str:
-    """What each claim came to, in how many seeds it holds, and in how many its opposite does."""
-    rows = []
-    for claim in claims:
-        opposite = f"; the opposite in {claim['reversed']}" if claim["reversed"] else ""
-        holds = f"{claim['holds']} of {len(claim['seeds'])} seeds{opposite}"
-        rows.append(
-            [
-                claim["text"],
-                claim["id"],
-                claim["verdict"],
-                holds,
-                *map(difference, (claim["pooled"], *claim["seeds"].values())),
-            ]
-        )
-    return table(["claim", "plan", "verdict", "holds in", "difference, pooled", *columns(claims[0]["seeds"])], rows)
 
 
 def memoryless(arm: str) -> bool:

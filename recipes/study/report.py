@@ -9,17 +9,22 @@ from typing import Any
 
 import psutil
 
-from recipes.study.figures import Answers, study_figures, transfer_figures
+from recipes.study.budgets import checked_memories, nearest_rate
+from recipes.study.figures import Answers, check_figures, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, headline, pictures, render
 from recipes.study.plan import Settings, changed, parameters, trained_half
 from recipes.study.stages import stage_figures
+from recipes.study.verdicts import PLAN, read_plan, verdicts
 from vismem.config import Config, resolve
 from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import versions
 from vismem.records import VANILLA, VISMEM, Metrics
 from vismem.steps import BASELINES
+from vismem.training.run import CHECKS
+
+ROOT = Path(__file__).parents[2]
 
 
 def write_report(
@@ -47,6 +52,9 @@ def write_report(
     differing = changed(parameters(resolve(), Settings()), parameters(config, settings))
     half = [task for source in config.prepare.sources for task in trained_half(source)]
     resamples = config.evaluate.bootstrap
+    lengths = {"short": config.memory.short_length, "long": config.memory.long_length}
+    trained = {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()}
+    random = nearest_rate(checked_memories(trained[VISMEM]["validation"]["stage2"]))
     figures = {
         "command": command,
         "machine": machine(),
@@ -58,11 +66,14 @@ def write_report(
         "parameters": {name: value for name, (_, value) in differing.items()},
         "seeds": list(seeds),
         "items": {seed: len(rows[VANILLA]) for seed, rows in answers.items()},
-        **study_figures(answers, seconds, baselines, resamples),
-        "training": {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()},
+        **study_figures(answers, seconds, lengths, random, resamples),
+        "training": trained,
         "transfer": transfer_figures(moved, half, resamples) if moved else None,
+        "checks": checks(seeds, resamples),
         "stages": stage_figures(stages, resamples) if stages else None,
+        "base": base_facts(config),
     }
+    figures["plan"] = verdicts(read_plan(ROOT / PLAN), figures)
     write_json(folder / "report.json", figures)
     for page, name in {folder / "report.md": "study", **({write: write.stem} if write else {})}.items():
         write_text(page, render(figures, name))
@@ -74,6 +85,23 @@ def write_report(
 def read_answers(place: Path, arms: Sequence[str]) -> Answers:
     """The answers that a repetition's evaluation wrote."""
     return {arm: read_predictions(predictions_file(place / "evaluate", arm)) for arm in arms}
+
+
+def checks(seeds: Mapping[int, Path], resamples: int) -> Mapping[str, Any]:
+    """What GRPO changed in both stages: `check_figures` of what each kept, with the answers that all seeds sampled."""
+    found: dict[str, Any] = {}
+    for step in ("stage1", "stage2"):
+        rollouts = sum(read_json(place / step / "metrics.json")["train_rollouts"] for place in seeds.values())
+        kept = {seed: read_json(place / step / CHECKS) for seed, place in seeds.items()}
+        found |= check_figures(kept, rollouts, resamples)
+    return found
+
+
+def base_facts(config: Config) -> Mapping[str, Any]:
+    """What the base says of its own training; nothing where it says nothing."""
+    folder = config.base.folder()
+    facts = folder / "training.json" if folder else None
+    return read_json(facts) if facts and facts.is_file() else {}
 
 
 def training(folders: Sequence[Path], steps: Sequence[str]) -> Mapping[str, Any]:

@@ -21,12 +21,12 @@ def stage_figures(answers: Mapping[int, Sequence[Answers]], resamples: int) -> V
     arms = {
         arm: {
             "scores": [float(stage[arm].mean()) for stage in stages],
-            "lost": compare(pd.DataFrame({"first": first[arm], "last": last[arm]}), ["first"], ["last"], resamples),
+            "lost": compare(pd.DataFrame({"first": first[arm], "last": last[arm]}), "first", "last", resamples),
         }
         for arm in first
     }
     lost = first - last
-    less = {arm: compare(lost, [arm], [VISMEM], resamples) for arm in first if arm not in (VANILLA, VISMEM)}
+    less = {arm: compare(lost, arm, VISMEM, resamples) for arm in first if arm not in (VANILLA, VISMEM)}
     changed = sum(
         before.text != after.text
         for rows in answers.values()

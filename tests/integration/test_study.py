@@ -78,6 +78,11 @@ def test_a_killed_study_goes_on_where_it_was_and_a_finished_one_has_nothing_to_d
     }
     assert report["arms"]["vismem"]["gain"]["pooled"] == metrics["gain"]["overall"]
     assert report["training"]["vismem"]["train_seconds"] > 0
+    verdicts = {claim["id"]: claim["verdict"] for claim in report["plan"]}
+    assert {id_ for id_, verdict in verdicts.items() if verdict != "not run"} <= {"M7", "M9", "F1", "R1", "R2"}
+    assert (verdicts["F2"], verdicts["C1"], verdicts["T1"]) == ("not run",) * 3
+    for id_ in ("M7", "F1", "R1", "R2"):
+        assert verdicts[id_] != "not run"
     assert report["training"]["sft_lora"]["trainable_parameters"] > 0
     assert (project / "docs" / "result.md").read_text() == (folder / "report.md").read_text().replace(
         "study.png", "result.png"

@@ -26,6 +26,7 @@ from vismem.generation.types import Invocation as Invoked
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel, load_base
+from vismem.training import run
 from vismem.training.base import base
 from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA, trainable
 from vismem.training.stage1 import Formation, stage1
@@ -92,6 +93,35 @@ def test_a_stage_says_what_its_training_took(name: str, samples: int, rollouts: 
     held = load_file(stages[name] / "memory.safetensors") | load_file(stages[name] / "policy.safetensors")
     trained = FORMATION + POLICY_LORA if name == "stage1" else INVOCATION
     assert figures["trainable_parameters"] == sum(w.numel() for n, w in held.items() if n.startswith(trained))
+
+
+@pytest.mark.parametrize(("name", "both"), [("stage1", {"random_50"}), ("stage2", {"vismem", "vismem_sampled"})])
+def test_a_stage_keeps_the_scores_of_the_same_questions_from_before_grpo_and_after(
+    name: str, both: set[str], stages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What GRPO itself changed is the difference of the two, question by question."""
+    steps: list[int] = []
+    collect = run.GrpoObjective.collect
+
+    def count(self: Any, step: int) -> Any:
+        steps.append(step)
+        return collect(self, step)
+
+    monkeypatch.setattr(run.GrpoObjective, "collect", count)
+    monkeypatch.setattr(run, "score", lambda *_: float(len(steps)))
+    {"stage1": stage1, "stage2": stage2}[name](CONFIG, stages, tmp_path)
+    checks, figures = (json.loads((tmp_path / file).read_text()) for file in ("checks.json", "metrics.json"))
+    assert set(checks["before"]) == both
+    assert all(scores == [0.0] * figures["n"] for scores in checks["before"].values())
+    assert both <= set(checks["after"])
+    assert all(scores == [4.0] * figures["n"] for scores in checks["after"].values())
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_scores_kept_are_those_that_metrics_sum_up(name: str, stages: dict[str, Path]) -> None:
+    checks, figures = (json.loads((stages[name] / file).read_text()) for file in ("checks.json", "metrics.json"))
+    for arm, found in figures["validation"].items():
+        assert 100 * sum(checks["after"][arm]) / figures["n"] == pytest.approx(found["score"])
 
 
 def test_stage2_leaves_the_policy_s_adapter_where_it_is_not_asked_for(stages: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""The study's claims and what they rest on: budgets of memories, needs and the oracle, each worked out by hand."""
+"""What the study's claims rest on: budgets of memories, needs and the oracle, each worked out by hand."""
 
 from dataclasses import replace
 
@@ -7,7 +7,6 @@ import pytest
 from handmade import prediction
 
 from recipes.study import budgets
-from recipes.study.claims import Claim, by_need, judge, order, verdict, vismem_above, whole_order
 from recipes.study.figures import Answers, score_table, study_figures
 from recipes.study.page import memoryless, need_table, pictures
 from vismem.data.tasks import NEEDS
@@ -73,40 +72,45 @@ def test_without_one_of_the_three_there_is_no_oracle_and_where_none_differs_no_s
 # --- numbers of memories ---
 
 LIMITED = {
-    "vanilla": "0000", "no_memory": "1000", "vismem@10": "1110", "vismem@2": "1100", "vismem": "1111",
-    "random_50": "1010", "forced_short@1": "0110", "random_25": "1110", "random_100": "0000",
+    "vanilla": "0000", "no_memory": "1000", "vismem@2": "1100", "vismem": "1111", "random_50": "1010",
+    "forced_short": "0110", "random_25": "1110", "random_100": "0000",
 }  # fmt: skip
-USED = {"vismem": "3214", "vismem@2": "2212", "vismem@10": "3213", "random_50": "2222", "random_25": "1111"}
+USED = {"vismem": "3214", "vismem@2": "2212", "random_50": "2222", "random_25": "1111", "random_100": "4444"}
 
 
-def test_a_placement_has_a_point_for_every_limit_that_was_run() -> None:
+def test_a_placement_has_a_point_for_every_arm_that_was_run() -> None:
     by_seed = {0: answers(LIMITED, USED)}
     memories = budgets.mean_memories(by_seed)
     assert (memories["vismem"], memories["vismem@2"], memories["no_memory"]) == (2.5, 1.75, 0.0)
     found = budgets.lines(score_table(by_seed), memories, RESAMPLES)
-    points = {name: [(p["limit"], p["memories"], p["score"]) for p in row] for name, row in found.items()}
+    points = {name: [(p["arm"], p["memories"], p["score"]) for p in row] for name, row in found.items()}
+    start = ("no_memory", 0.0, 25.0)
     assert points == {
-        "vismem": [(0, 0.0, 25.0), (2, 1.75, 50.0), (10, 2.25, 75.0), (None, 2.5, 100.0)],
-        "forced_short": [(0, 0.0, 25.0), (1, 0.0, 50.0)],
+        "vismem": [start, ("vismem@2", 1.75, 50.0), ("vismem", 2.5, 100.0)],
+        "random": [start, ("random_25", 1.0, 75.0), ("random_50", 2.0, 50.0), ("random_100", 4.0, 0.0)],
+        "forced_short": [start, ("forced_short", 0.0, 50.0)],
     }
     assert found["vismem"][-1]["ci95"] == (100.0, 100.0)
     assert budgets.lines_plot(found).startswith(b"\x89PNG")
 
 
-def test_without_an_arm_of_a_limit_there_is_no_line_and_no_chart() -> None:
-    figures = study_figures({0: answers({"vanilla": "10", "vismem": "11"})}, {0: {"vanilla": 1, "vismem": 1}}, [], 100)
+def test_without_memory_off_there_is_no_line_and_no_chart() -> None:
+    rights = {"vanilla": "10", "vismem": "11", "vismem@1": "11"}
+    figures = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, "random_50", 100)
     assert figures["budgets"] == {}
     assert list(pictures(figures, "study")) == ["study.png"]
-    rights = {"vanilla": "10", "vismem": "11", "vismem@1": "11"}
-    limited = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, [], 100)
+    rights["no_memory"] = "00"
+    limited = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, "random_50", 100)
     assert list(pictures(limited, "study")) == ["study.png", "study-memories.png"]
 
 
-def test_the_rate_of_random_invocation_is_the_best_or_the_nearest_in_memories() -> None:
-    scores, memories = table(LIMITED), budgets.mean_memories({0: answers(LIMITED, USED)})
-    assert budgets.random_rates(scores, memories) == ("random_25", "random_50"), "VisMem has 2.5 memories"
-    assert budgets.random_rates(scores[["vanilla", "vismem"]], memories) == (None, None)
-    assert budgets.random_rates(scores[["vanilla", "random_25"]], memories) == (None, None)
+def test_random_invocation_is_the_rate_nearest_to_the_method_in_memories_on_validation() -> None:
+    used = {"vismem": (2, 0.5), "random_25": (0.5, 0.5), "random_50": (1, 1), "random_100": (2, 2)}
+    run = {arm: {"invocations_short": s, "invocations_long": n, "score": 0.0} for arm, (s, n) in used.items()}
+    memories = budgets.checked_memories([run, {**run, "vismem": {**run["vismem"], "invocations_short": 3}}])
+    assert memories == {"vismem": 3.0, "random_25": 1.0, "random_50": 2.0, "random_100": 4.0}
+    for learned, nearest in ((1.4, "random_25"), (1.6, "random_50"), (2.9, "random_50"), (3.1, "random_100")):
+        assert budgets.nearest_rate({**memories, "vismem": learned}) == nearest
 
 
 # --- needs ---
@@ -127,67 +131,6 @@ def test_needs_are_apart_and_other_tasks_have_none() -> None:
     assert lines[3].startswith("| short only | 100.0 | +50.0 (")
     assert budgets.needs(table({"vanilla": "10", "short_only": "11"}), RESAMPLES) == {}
     assert need_table({}) == ""
-
-
-def test_each_kind_of_memory_is_judged_on_the_tasks_that_it_is_for() -> None:
-    tasks = [*[TASK["detail"]] * 3, *[TASK["compute"]] * 2, TASK["coarse"]]
-    rights = {"vanilla": "000000", "short_only": "111000", "long_only": "000110"}
-    rights |= {"forced_short": "110110", "forced_long": "111000"}
-    judged = {(c["id"], c["text"]): c for c in judge(by_need(), table(rights, tasks), RESAMPLES)}
-    assert {key: c["pooled"]["delta"] for key, c in judged.items()} == {
-        ("", "short only gains more than long only on detail tasks"): 100.0,
-        ("", "long only gains more than short only on compute tasks"): 100.0,
-        ("M5", "forced short gains more than forced long on detail tasks"): pytest.approx(-100 / 3),
-        ("M6", "forced long gains more than forced short on compute tasks"): -100.0,
-    }
-    assert [c["verdict"] for c in judged.values()] == ["holds", "holds", "not shown", "reversed"]
-    assert judge(by_need(), table(rights), RESAMPLES) == [], "no question of a known need"
-
-
-# --- claims ---
-
-
-@pytest.mark.parametrize(
-    ("held", "against", "count", "margin", "delta", "said"),
-    [
-        (2, 0, 3, 0.0, 1.0, "holds"),
-        (1, 0, 3, 0.0, 1.0, "not shown"),
-        (1, 2, 3, 0.0, -1.0, "reversed"),
-        (0, 1, 3, 0.0, -1.0, "not shown"),
-        (3, 0, 3, 15.0, 15.0, "holds"),
-        (3, 0, 3, 15.0, 14.9, "not shown"),
-        (2, 0, 3, 15.0, 20.0, "not shown"),
-        (1, 0, 1, 0.0, 1.0, "holds"),
-    ],
-)
-def test_a_claim_holds_in_two_thirds_of_the_seeds_and_one_with_a_margin_in_all(
-    held: int, against: int, count: int, margin: float, delta: float, said: str
-) -> None:
-    found = {"seeds": dict.fromkeys(range(count)), "holds": held, "reversed": against, "pooled": {"delta": delta}}
-    assert verdict(found, margin) == said
-
-
-def test_the_order_is_judged_step_by_step_and_as_a_whole() -> None:
-    arms = ("vanilla", "random_50", "short_only", "long_only", "vismem")
-    climbing = dict(zip(arms, ("1" * count + "0" * (30 - count) for count in (0, 8, 16, 16, 30)), strict=True))
-    flat = {**climbing, "long_only": climbing["vismem"]}
-    for seeds, held, said in (
-        ((climbing, climbing, flat), [0, 1], "holds"),
-        ((climbing, flat, flat), [0], "not shown"),
-    ):
-        scores = score_table({seed: answers(rights) for seed, rights in enumerate(seeds)})
-        judged = judge(order("random_50", "random_50"), scores, RESAMPLES)
-        assert [c["id"] for c in judged if c["id"]] == ["M7", "M1", "M1", "M2", "M2", "M3"]
-        assert whole_order(judged) == {"seeds": [0, 1, 2], "holds": held, "verdict": said}
-    assert whole_order(judged[:-2]) is None, "one of the five was not judged"
-
-
-def test_an_id_of_the_plan_has_one_claim_of_one_meaning() -> None:
-    claims = [*order("random_25", "random_50"), *by_need(), *vismem_above(["sft_lora"], {"sft_lora": "F1"})]
-    assert len({claim.text for claim in claims}) == len(claims)
-    nearest = {c.text: (c.above, c.below) for c in claims if c.id in ("M2", "M3")}
-    assert {below for _, below in nearest.values()} == {("random_50",), ("vanilla",)}
-    assert all(isinstance(claim, Claim) and claim.margin in (0.0, 15.0) for claim in claims)
 
 
 def test_arms_without_memory_are_known_by_their_policy() -> None:

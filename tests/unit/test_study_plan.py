@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from recipes.study.__main__ import main
+from recipes.study.claims import TRANSFER, of_arms
 from recipes.study.plan import Settings, plan, stage_tasks, trained_half
 from vismem.config import Config, EasyVqaSource, ScenesSource, parse_config
 from vismem.data.tasks import NEEDS
@@ -57,12 +58,16 @@ def test_stages_follow_each_other_on_other_tasks_and_are_asked_about_the_first_o
     settings = TOY.model_copy(
         update={"seeds": 1, "transfer_seeds": 0, "stage_seeds": 1, "stage_arms": ("vanilla", "vismem", "sft_lora")}
     )
-    jobs = {job.name: job for job in plan(PLAN, settings, tmp_path)}
+    steps = {"stage1": {"warm_start": {"steps": 100}}, "stage2": {"steps": 10}}
+    config = parse_config({"seed": 5, "prepare": {"sources": [{"kind": "scenes"}]}, **steps})
+    jobs = {job.name: job for job in plan(config, settings, tmp_path)}
     groups = stage_tasks(ScenesSource())
     assert sorted(task for group in groups for task in group) == sorted(ScenesSource().tasks)
     for stage, group in enumerate(groups, 1):
         assert {NEEDS[task] for task in group} == set(NEEDS.values())
-        (source,) = read_params(tmp_path / f"stages-5-{stage}").prepare.sources
+        params = read_params(tmp_path / f"stages-5-{stage}")
+        (source,) = params.prepare.sources
+        assert (params.stage1.warm_start.steps, params.stage2.steps) == (25, 3), "a quarter of 100, and of 10"
         assert isinstance(source, ScenesSource)
         assert (source.tasks, source.train_tasks) == (groups[0], group)
         for step, start in (("stage1", "stage2"), ("sft_lora", "sft_lora")):
@@ -71,6 +76,30 @@ def test_stages_follow_each_other_on_other_tasks_and_are_asked_about_the_first_o
             assert (earlier in job.needs) == (stage > 1)
             assert (f"{section}.start_from={tmp_path / earlier}" in job.command) == (stage > 1)
         assert "--set" not in jobs[f"stages-5-{stage}/stage2"].command
+
+
+def test_claims_compare_what_the_plan_says() -> None:
+    vismem = {
+        "M1": "short_only long_only", "M7": "vanilla", "M8": "no_memory", "M9": "shuffled noise swapped",
+        "M10": "static_prefix continuous", "F1": "sft_lora", "F2": "sft_lora_matched", "F3": "sft_lora_vision",
+        "F4": "grpo_lora grpo_lora_vision", "F5": "sft_lora_long grpo_lora",
+    }  # fmt: skip
+    wanted = {(id_, "vismem", arm, None) for id_, arms in vismem.items() for arm in arms.split()}
+    wanted |= {
+        ("G1", "relook", "vanilla", "detail"),
+        ("M2", "short_only", "random_25", None),
+        ("M2", "long_only", "random_25", None),
+        ("M3", "random_25", "vanilla", None),
+        ("M5", "forced_short", "forced_long", "detail"),
+        ("M6", "forced_long", "forced_short", "compute"),
+    }
+    claims = of_arms("random_25")
+    assert {(claim.id, claim.above, claim.below, claim.need) for claim in claims} == wanted
+    assert len(claims) == len(wanted)
+    assert {claim.id: claim.margin for claim in claims if claim.margin} == {"G1": 15.0, "M7": 15.0}
+    assert [(claim.id, claim.above, claim.below) for claim in TRANSFER] == [
+        ("T1", "vismem", "vanilla"), ("T2", "vismem", "sft_lora"),
+    ]  # fmt: skip
 
 
 def test_an_unknown_arm_is_named_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

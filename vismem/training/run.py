@@ -29,6 +29,8 @@ PREFIX = ("prefix",)  # and the baseline static_prefix
 POLICY_LORA = ("policy_lora.",)  # and with `policy_lora` the warm start and stage II, and the LoRA baselines
 CHECKED = 256  # validation questions answered for metrics.json
 LOGGED = 20  # of them in samples.jsonl, per arm
+CHECKS = "checks.json"  # the score of each, before GRPO and after all training
+BEFORE, AFTER = "before", "after"
 BATCH = 64  # answered at a time
 
 Inputs = Mapping[str, Path]
@@ -58,6 +60,7 @@ class Run:
         self.model.to(self.accelerator.device)
         self.trained: dict[str, nn.Parameter] = {}
         self.questions, self.rollouts, self.seconds = 0, 0, 0.0  # of all phases, resumed runs included
+        self.checks: dict[str, dict[str, list[float]]] = {BEFORE: {}, AFTER: {}}
 
     def train_grpo(
         self,
@@ -100,30 +103,44 @@ class Run:
         self.seconds += self.state.seconds
         return seen
 
-    def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
-        """Answer validation questions in each arm; write the model, `metrics.json` and `samples.jsonl`.
+    def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
+        """Answer the first CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
 
-        Vanilla is the bare base. `save` writes the model, where `save_pretrained` would not. Returns steps and scores
-        in one line.
+        Vanilla is the bare base. The same numbers are drawn at both times, so that scores are paired question by
+        question.
         """
         checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
+        quiet = not self.accelerator.is_main_process
+        rollouts: list[Rollout] = []
+        bare = self.model.reference() if name == VANILLA else nullcontext()
+        with bare, progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
+            for at in range(0, len(checked), BATCH):
+                batch = checked[at : at + BATCH]
+                rollouts += generate(
+                    self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed
+                )
+                advance(len(batch))
+        self.checks[when][name] = [score(s, rollout.text) for s, rollout in zip(checked, rollouts, strict=True)]
+        return rollouts
+
+    def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
+        """Answer validation questions in each arm; write the model, `metrics.json`, CHECKS and `samples.jsonl`.
+
+        `save` writes the model, where `save_pretrained` would not. Returns steps and scores in one line.
+        """
+        checked = self.validation[:CHECKED]
         metrics: dict[str, Metrics] = {}
-        lines, quiet = "", not self.accelerator.is_main_process
+        lines = ""
         for name, policy in arms.items():
-            rollouts: list[Rollout] = []
-            bare = self.model.reference() if name == VANILLA else nullcontext()
-            with bare, progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
-                for at in range(0, len(checked), BATCH):
-                    batch = checked[at : at + BATCH]
-                    rollouts += generate(self.model, batch, policy, max_new_tokens=limit, seed=seed)
-                    advance(len(batch))
-            right = [score(sample, rollout.text) for sample, rollout in zip(checked, rollouts, strict=True)]
+            rollouts = self.check(AFTER, name, policy)
+            right = self.checks[AFTER][name]
             metrics[name] = {"score": 100 * sum(right) / max(1, len(right)), **rollout_figures(rollouts)}
             lines += answer_lines(checked[:LOGGED], rollouts[:LOGGED], "score", right[:LOGGED], arm=name)
         count = count_of(self.trained)
         if self.accelerator.is_main_process:
             (save or self.model.save_pretrained)(self.out)
             write_text(self.out / "samples.jsonl", lines)
+            write_json(self.out / CHECKS, self.checks)
             figures = {
                 "validation": metrics,
                 "n": len(checked),

@@ -20,7 +20,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.records import VANILLA
 from vismem.training.loop import LoopSettings, check_shards
 from vismem.training.rollout import GrpoObjective
-from vismem.training.run import FORMATION, POLICY_LORA, Inputs, Run, new_model, steps_of, trainable
+from vismem.training.run import BEFORE, FORMATION, POLICY_LORA, Inputs, Run, new_model, steps_of, trainable
 from vismem.training.supervised import answer_with_memory
 
 
@@ -70,10 +70,13 @@ def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     )
     trained = trainable(run.model, FORMATION + (POLICY_LORA if reader else ()))
     run.train_supervised(written, trained, settings, warm.batch_size, grpo.micro_batch)
+    random = Random(probability=0.5)
+    run.check(BEFORE, "random_50", random)
     run.train_grpo(Formation, config.stage1, trainable(run.model, FORMATION))
     arms: dict[str, InvocationPolicy] = {
         VANILLA: Off(),
         "short": Random(probability=1.0, kinds=(MemoryKind.SHORT,), limit=1),  # at the answer's start
         "long": Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1),
+        "random_50": random,
     }
     return run.finish(arms)

@@ -23,14 +23,15 @@ from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
-from vismem.records import VANILLA
+from vismem.records import VANILLA, VISMEM
 from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
-from vismem.training.run import INVOCATION, POLICY_LORA, Inputs, Run, trainable
+from vismem.training.run import AFTER, BEFORE, INVOCATION, POLICY_LORA, Inputs, Run, trainable
 
 FITTED = 256  # train questions whose answers the head's rows are fitted on
 ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
+SAMPLED = "vismem_sampled"  # the check in which the policy samples, as in training
 START, DELIMITER, BETWEEN = range(3)  # sorts of places in an answer
 
 
@@ -70,10 +71,14 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
     lora_scale = settings.policy_learning_rate / settings.learning_rate
     scales = {name: lora_scale for name in trained if name.startswith(POLICY_LORA)}
+    run.check(BEFORE, VISMEM, Learned())
+    run.check(BEFORE, SAMPLED, Learned(), temperature=1.0)
     run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
-    return run.finish({VANILLA: Off(), "vismem": Learned(), "random_50": Random(probability=0.5)})
+    run.check(AFTER, SAMPLED, Learned(), temperature=1.0)
+    random = {f"random_{percent}": Random(probability=percent / 100) for percent in (25, 50, 100)}
+    return run.finish({VANILLA: Off(), VISMEM: Learned(), **random})
 
 
 def fit_invocation(

@@ -19,10 +19,13 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="take the model that is in --out, train the memory only")
     parser.add_argument("--steps", type=int, default=Settings.language_steps, help="of the language phase")
     parser.add_argument("--vision-steps", type=int, default=Settings.vision_steps)
+    parser.add_argument("--detail-steps", type=int, default=Settings.detail_steps)
     arguments = parser.parse_args()
     origin = {"command": shlex.join(["python", "-m", "recipes.tiny_vlm", *sys.argv[1:]]), "git": git_state()}
     if not arguments.keep:
-        settings = Settings(language_steps=arguments.steps, vision_steps=arguments.vision_steps)
+        settings = Settings(
+            language_steps=arguments.steps, vision_steps=arguments.vision_steps, detail_steps=arguments.detail_steps
+        )
         print("model:", train_tiny_vlm(arguments.out, arguments.seed, settings, origin))
     if arguments.memory:
         config = memory_config(arguments.out, arguments.seed)

@@ -33,7 +33,7 @@ class Settings:
     questions: int = 36_000
     vision_steps: int = 800
     language_steps: int = 8000
-    detail_steps: int = 3000
+    detail_steps: int = 3000  # of the same, at the end, detail being asked more and with what answers it
     batch_size: int = 64  # questions per language step
     learning_rate: float = 4e-3  # peak of AdamW
     matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices

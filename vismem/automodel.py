@@ -17,6 +17,7 @@ from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.types import LATENT
 from vismem.inference import Memory, VisMem, policy_of
+from vismem.serving.runtime.limits import NEW_TOKENS
 
 
 class VisMemConfig(PretrainedConfig):  # type: ignore[misc]
@@ -50,7 +51,7 @@ class VisMemForAnswers(PreTrainedModel):  # type: ignore[misc]
         image_grid_thw: Tensor,
         *,
         mm_token_type_ids: Tensor | None = None,
-        max_new_tokens: int = 56,
+        max_new_tokens: int = NEW_TOKENS,
         do_sample: bool = False,
         temperature: float = 1.0,
         seed: int = 0,

@@ -32,7 +32,7 @@ from vismem.provenance import sha256_folder, write_manifest
 from vismem.scope import Scope
 from vismem.serving.client import Token, marked, plain, read_image
 from vismem.serving.runtime.images import size_after_resizing
-from vismem.serving.runtime.limits import RequestError, check_request
+from vismem.serving.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.serving.runtime.prompt import TextStream
 from vismem.serving.runtime.reserved import Reserved
 from vismem.sources import find_added, find_base
@@ -117,7 +117,7 @@ class VisMem:
         question: str,
         *,
         memory: Memory = True,
-        max_new_tokens: int = 56,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Answer:
@@ -137,7 +137,7 @@ class VisMem:
         questions: Iterable[tuple[AnyImage | Sequence[AnyImage], str]],
         *,
         memory: Memory = True,
-        max_new_tokens: int = 56,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 16,
@@ -165,7 +165,7 @@ class VisMem:
         question: str,
         *,
         memory: Memory = True,
-        max_new_tokens: int = 56,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Iterator[Token]:

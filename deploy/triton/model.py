@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-DEFAULTS = {"MAX_NEW_TOKENS": 48, "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": True, "STREAM": True}  # of optional inputs
+# Of optional inputs; MAX_NEW_TOKENS is NEW_TOKENS of vismem.serving.runtime.limits.
+DEFAULTS = {"MAX_NEW_TOKENS": 120, "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": True, "STREAM": True}
 sys.dont_write_bytecode = True  # the repository stays as it was written
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 

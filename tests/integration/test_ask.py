@@ -37,7 +37,7 @@ def test_an_answer_has_its_memories_marked_and_streams_the_same(capsys: pytest.C
     answer = run(capsys, "ask", "--image", IMAGE, QUESTION)
     expected = VisMem.from_pretrained(ask.DEFAULT_MODEL).answer(IMAGE, QUESTION)
     assert answer == expected.marked + "\n"
-    assert "⟨long⟩" in answer
+    assert "⟨short⟩" in answer
     assert run(capsys, "ask", "--image", IMAGE, QUESTION, "--stream") == answer
     without = run(capsys, "ask", "--image", IMAGE, QUESTION, "--no-memory")
     assert "⟨" not in without
@@ -67,7 +67,7 @@ def test_what_the_base_cannot_read_is_said_and_imports_stay_few() -> None:
     command = [sys.executable, "-c", program, "ask", "--image", IMAGE, "how many cups are there?"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert done.stderr == "the tiny VLM knows 70 words, not 'cups': its answer means nothing\n"
+    assert done.stderr == "the tiny VLM knows 94 words, not 'cups': its answer means nothing\n"
 
 
 def test_try_shows_every_example_with_both_answers_and_an_honest_score() -> None:
@@ -81,7 +81,7 @@ def test_try_shows_every_example_with_both_answers_and_an_honest_score() -> None
     assert [row[4] for row in rows] == [sample.answer for sample in samples]
     right = [sum(row[arm].startswith("✓") for row in rows) for arm in (2, 3)]
     assert f"Right: {right[0]} of 20 with memory, {right[1]} without." in text
-    assert any("⟨long⟩" in row[2] for row in rows)
+    assert any("⟨short⟩" in row[2] for row in rows)
     assert not any("⟨" in row[3] for row in rows)
     (suggested,) = (shlex.split(line) for line in text.splitlines() if line.strip().startswith("PROGRAM ask"))
     assert Path(suggested[3]).is_file()
@@ -92,7 +92,7 @@ def test_the_examples_are_the_first_of_their_seed(tmp_path: Path) -> None:
     write_questions(tmp_path)
     kept = shipped("examples")
     made = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
-    assert len(made) == 25
+    assert len(made) == 21
     assert all((tmp_path / name).read_bytes() == (kept / name).read_bytes() for name in made)
     assert {path.name for path in (kept / "images").iterdir()} == {
         path.name for path in (tmp_path / "images").iterdir()

@@ -217,7 +217,9 @@ def test_an_untrained_memory_is_a_second_look_and_its_scales_are_the_embeddings(
             torch.testing.assert_close(formed[0], shares(seen, model.long.length))
             assert not model.short.memory_init.any()
         else:
-            torch.testing.assert_close(formed[0].square().mean(-1).sqrt(), rms.expand(16), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                formed[0].square().mean(-1).sqrt(), rms.expand(memory.long_length), atol=1e-4, rtol=1e-3
+            )
             assert model.long.memory_init.std().item() == pytest.approx(rms.item(), rel=0.3)
             assert model.short.memory_init.std().item() == pytest.approx(memory.init_std, rel=0.3)
 

@@ -18,6 +18,7 @@ from vismem.serving.repository import (
     repository_problems,
     write_model_repository,
 )
+from vismem.serving.runtime.limits import NEW_TOKENS
 
 
 @pytest.fixture
@@ -114,6 +115,13 @@ def test_a_name_that_triton_would_not_take_is_refused(name: str, bundle: Path, t
 def test_a_version_below_one_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model version 0"):
         write_model_repository(bundle, tmp_path / "repository", "vismem", 0)
+
+
+def test_what_a_request_leaves_out_is_the_same_in_triton_s_files_as_elsewhere(bundle: Path, tmp_path: Path) -> None:
+    model = write_model_repository(bundle, tmp_path, "vismem", 1)
+    assert f'"MAX_NEW_TOKENS": {NEW_TOKENS},' in (model / "1" / "model.py").read_text()
+    assert re.search(rf'"MAX_NEW_TOKENS".*# {NEW_TOKENS}$', (model / "config.pbtxt").read_text(), re.MULTILINE)
+    assert f"| optional, {NEW_TOKENS} |" in Path("deploy/triton/README.md").read_text()
 
 
 def test_the_served_files_import_only_what_the_serving_environment_holds() -> None:

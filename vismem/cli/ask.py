@@ -8,6 +8,7 @@ from typing import Any
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
+from vismem.serving.runtime.limits import NEW_TOKENS
 
 
 def add_commands(commands: Commands) -> None:
@@ -16,12 +17,12 @@ def add_commands(commands: Commands) -> None:
     command("try", _run_try, "answer 20 example images with and without memory", options=False)
 
     add = command("ask", _run_ask, "ask a model about images, without a server", options=False)
-    _add_question(add, 56)
+    _add_question(add)
     add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
     add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
 
     add = command("infer", _run_infer, "ask the served model about images")
-    _add_question(add, 48)
+    _add_question(add)
     add("--timeout", type=float, default=60.0, metavar="S", help="longest wait for a piece of the answer (default: 60)")
     about = "gRPC address of any server, no parameters needed; default: this machine at deploy.grpc_port"
     add("--url", metavar="HOST:PORT", help=about)
@@ -37,7 +38,7 @@ def add_commands(commands: Commands) -> None:
     add("--metrics-port", type=int, help="Prometheus port; default: deploy.metrics_port")
 
 
-def _add_question(add: Callable[..., Any], max_new_tokens: int) -> None:
+def _add_question(add: Callable[..., Any]) -> None:
     """The question and how it is to be answered: the same for every command that asks."""
     add("question", nargs="?", help="what to ask; or give it with --prompt")
     add("--prompt", metavar="QUESTION", help="what to ask")
@@ -45,7 +46,7 @@ def _add_question(add: Callable[..., Any], max_new_tokens: int) -> None:
     add("--stream", action="store_true", help="print the answer while it is decoded")
     add("--no-memory", action="store_true", help="answer without latent memory")
     about = "longest answer in tokens (default: %(default)s)"
-    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=about)
+    add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=about)
     add("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable answer (default: 0)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
 

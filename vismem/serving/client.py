@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vismem.errors import UserError
-from vismem.serving.runtime.limits import RequestError, check_request
+from vismem.serving.runtime.limits import NEW_TOKENS, RequestError, check_request
 
 REASONS = {  # part of a server's message: what it means for the caller
     "Exceeds maximum queue size": "it is busy, its queue is full: try again later",
@@ -52,7 +52,7 @@ def infer(
     prompt: str,
     *,
     stream: bool = True,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
     memory: bool = True,
@@ -122,7 +122,7 @@ def main_infer(
     model: str | None = None,
     stream: bool = False,
     memory: bool = True,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
     timeout: float = 60.0,

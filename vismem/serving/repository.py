@@ -12,6 +12,7 @@ from pathlib import Path
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest
+from vismem.serving.runtime.limits import NEW_TOKENS
 from vismem.shipped import shipped
 
 MODEL_SOURCE = shipped("deploy/triton/model.py")
@@ -38,7 +39,7 @@ dynamic_batching {{
 input [
   {{ name: "IMAGE", data_type: TYPE_STRING, dims: [ -1 ] }},  # encoded image files, in the prompt's order
   {{ name: "PROMPT", data_type: TYPE_STRING, dims: [ 1 ] }},  # the question, UTF-8
-  {{ name: "MAX_NEW_TOKENS", data_type: TYPE_INT32, dims: [ 1 ], optional: true }},  # 48
+  {{ name: "MAX_NEW_TOKENS", data_type: TYPE_INT32, dims: [ 1 ], optional: true }},  # {new_tokens}
   {{ name: "TEMPERATURE", data_type: TYPE_FP32, dims: [ 1 ], optional: true }},  # 0: greedy
   {{ name: "SEED", data_type: TYPE_INT64, dims: [ 1 ], optional: true }},  # 0
   {{ name: "MEMORY", data_type: TYPE_BOOL, dims: [ 1 ], optional: true }},  # true; false: never invoke memory
@@ -70,7 +71,7 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     folder = model / str(version)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (model / "config.pbtxt").write_text(CONFIG.format(name=name))
+    (model / "config.pbtxt").write_text(CONFIG.format(name=name, new_tokens=NEW_TOKENS))
     shutil.copyfile(MODEL_SOURCE, folder / "model.py")
     package = folder / "vismem" / "serving" / "runtime"
     shutil.copytree(runtime, package, ignore=shutil.ignore_patterns("__pycache__"))

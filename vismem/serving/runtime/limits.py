@@ -12,6 +12,7 @@ MAX_IMAGE_PIXELS = 50_000_000
 MAX_TOTAL_PIXELS = 64_000_000
 MAX_PROMPT_BYTES = 65_536  # as UTF-8
 MAX_NEW_TOKENS = 2_048
+NEW_TOKENS = 120  # the longest answer where a request does not say
 MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .bundle import Bundle
 from .images import coarse_grid, cut_patches, decoded, grid_of, resized
-from .limits import RequestError
+from .limits import NEW_TOKENS, RequestError
 from .prompt import TextStream, tokenise
 
 Floats = NDArray[np.float32]
@@ -53,7 +53,7 @@ class Runtime:
         images: Sequence[Image.Image],
         prompt: str,
         *,
-        max_new_tokens: int = 48,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
         memory: bool = True,

@@ -34,10 +34,10 @@ PROFILE ?= smoke
 pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PROFILE= for the full size
 	.venv/bin/python pipelines/run_local.py --profile '$(PROFILE)'
 
-study: $(INSTALLED)  ## the evidence: every arm with three seeds, one to two hours on 2 cores; resumes
+study: $(INSTALLED)  ## the evidence: every arm with three seeds, about three hours on 2 cores; resumes
 	.venv/bin/python -m recipes.study --write docs/results/embedded.md
 
-tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; about half an hour
+tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; three hours
 	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory
 
 # A file at a time: its tests share what they make. The longest files come first, so that no process ends alone, and there

@@ -86,16 +86,16 @@ def tiny_vlm_seconds(config: Config, counts: Mapping[str, int]) -> dict[str, flo
         return group * (steps * prompts or config.grpo.epochs * counts["train"])
 
     return {
-        "prepare": 5 + 0.0005 * rows,
+        "prepare": 2 + 0.0022 * rows,
         "validate": 7 + 0.00014 * rows,
-        "base": 8,
-        "stage1": 14
-        + 0.0083 * warm.steps * warm.batch_size
-        + 0.008 * rollouts(config.stage1.steps, config.stage1.group_size),
-        "stage2": 9 + 0.013 * rollouts(config.stage2.steps, config.stage2.group_size),
-        "evaluate": 11 + 0.005 * test * len(config.evaluate.arms),
-        "export": 28,
-        "register": 5,
-        "promote": 5,
+        "base": 5,
+        "stage1": 25
+        + 0.024 * warm.steps * warm.batch_size
+        + 0.024 * rollouts(config.stage1.steps, config.stage1.group_size),
+        "stage2": 40 + 0.03 * rollouts(config.stage2.steps, config.stage2.group_size),
+        "evaluate": 11 + 0.007 * test * len(config.evaluate.arms),
+        "export": 23,
+        "register": 4,
+        "promote": 4,
         "deploy": 6,
     }

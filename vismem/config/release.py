@@ -42,7 +42,7 @@ class GateConfig(Section):
     min_gain: float = Field(1.0, description="min overall gain over vanilla, points")
     min_gain_low: float = Field(0.0, description="what the gain's 95 % interval must exceed; from 0 on, also p < 0.05")
     max_capability_drop: float = Field(2.0, ge=0, description="max loss of any one capability, points")
-    max_time_overhead: float = Field(1.5, ge=0, description="max extra time per answer; 0.5 is +50 % [paper: 0.44]")
+    max_time_overhead: float = Field(3.0, ge=0, description="max extra time per answer; 0.5 is +50 % [paper: 0.44]")
     champion_margin: float = Field(0.0, description="points by which the present champion must be exceeded")
     other_data: Literal["pass", "refuse"] = Field(
         "refuse", description="the champion rule where the champion was scored on other test data: no scores compare"

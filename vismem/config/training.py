@@ -118,7 +118,7 @@ class Stage1Config(GrpoStageConfig):
 class Stage2Config(GrpoStageConfig):
     """Stage II, invocation: trains the new tokens' rows, optionally LoRA on the policy."""
 
-    steps: int = Field(80, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    steps: int = Field(160, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     group_size: int = Field(8, ge=2, description="G, rollouts per prompt [paper: 16]")
     learning_rate: float = Field(2e-2, gt=0, description="peak rate of the new tokens' rows [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")

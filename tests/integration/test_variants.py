@@ -6,16 +6,21 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from replayed import recorded
 
+from vismem.config import InvocationConfig
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS
+from vismem.files import read_json, write_json
 from vismem.generation.engine import generate
+from vismem.generation.invocation import Random
+from vismem.generation.prompts import encode
 from vismem.generation.replay import prefill, score
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
-from vismem.models.variants import Continuous, StaticPrefix
-from vismem.models.vismem import VisMemModel
+from vismem.models.variants import Continuous, StaticPrefix, load_variant
+from vismem.models.vismem import VisMemModel, load_base
 from vismem.training.baselines import answer_behind_memory
 
 KINDS = (StaticPrefix, Continuous)
@@ -86,3 +91,71 @@ def test_a_variant_is_not_loaded_as_vismem(kind: type[VisMemModel], tiny_base: P
     tiny.vismem(tiny_base, kind=kind).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=kind.variant):
         VisMemModel.from_pretrained(tmp_path, tiny_base)
+
+
+@pytest.mark.parametrize("kind", [VisMemModel, *KINDS])
+def test_each_variant_comes_back_as_itself(kind: type[VisMemModel], tiny_base: Path, tmp_path: Path) -> None:
+    model = tiny.vismem(tiny_base, kind=kind)
+    model.save_pretrained(tmp_path)
+    again = load_variant(tmp_path, tiny_base)
+    assert type(again) is kind
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert again.backbone.embedding.weight.dtype == torch.float32
+    assert load_variant(tmp_path, str(tiny_base), "bfloat16").backbone.embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_folder_without_the_variant_s_name_is_vismem_and_an_unknown_name_is_refused(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    tiny.vismem(tiny_base).save_pretrained(tmp_path)
+    file = tmp_path / "vismem.json"
+    settings = read_json(file)
+    del settings["variant"]
+    write_json(file, settings)
+    assert type(load_variant(tmp_path, tiny_base)) is VisMemModel
+    write_json(file, settings | {"variant": "other"})
+    with pytest.raises(UserError) as refused:
+        load_variant(tmp_path, tiny_base)
+    assert str(refused.value) == f"{file}: unknown variant 'other'; there are vismem, static_prefix, continuous"
+    file.unlink()
+    with pytest.raises(UserError, match=r"give a folder that a training wrote$"):
+        load_variant(tmp_path, tiny_base)
+
+
+def test_a_static_prefix_starts_at_the_embeddings_scale_and_its_seed_alone_decides_it(tiny_base: Path) -> None:
+    backbone = load_base(tiny_base)
+    memory = tiny.MEMORY.model_copy(update={"short_length": 40, "long_length": 60})
+    first, again, other = (StaticPrefix(backbone, memory, InvocationConfig(), seed).prefix for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    default, zero = (StaticPrefix(backbone, memory, InvocationConfig(), *seed).prefix for seed in ((), (0,)))
+    assert torch.equal(default, zero)
+    scale = backbone.embedding.weight.square().mean().sqrt()
+    assert float((first.square().mean().sqrt() / scale).detach()) == pytest.approx(1, rel=0.1)
+    assert first.dtype == torch.float32
+    model = StaticPrefix(backbone, memory, InvocationConfig(max_per_answer=2), 3)
+    assert (model.memory_config, model.limit(None)) == (memory, 2)
+    expected = VisMemModel(backbone, memory, InvocationConfig(), 3).state_dict()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.items()), "the rest as VisMem"
+
+
+def test_a_static_prefix_is_inserted_in_the_base_s_type_and_reads_no_image(tiny_base: Path) -> None:
+    model = StaticPrefix(load_base(tiny_base, "bfloat16"), tiny.MEMORY, InvocationConfig())
+    prompt = encode(model.backbone, tiny.samples()[:2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.backbone, "patch_stream", None)
+        policy, samples = ARMS["static_prefix"].policy, tiny.samples()[:2]
+        _, ((_, _, formed),) = recorded(
+            model, lambda: generate(model, samples, policy, max_new_tokens=2, prompt=prompt)
+        )
+        stream = model.short_stream(prompt.vision)
+    assert formed.dtype == torch.bfloat16
+    assert torch.equal(formed, model.prefix.to(torch.bfloat16).expand(2, -1, -1))
+    assert stream.vision is prompt.vision
+
+
+def test_a_continuous_memory_is_a_short_one(tiny_base: Path) -> None:
+    model = tiny.vismem(tiny_base, kind=Continuous)
+    policy = Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1)
+    with pytest.raises(AssertionError, match=r"^a long memory reads the question$"):
+        generate(model, tiny.samples()[:1], policy, max_new_tokens=2)

@@ -54,10 +54,12 @@ def main() -> int:
     tests = modules()
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
     parser.add_argument("module", nargs="*", metavar="MODULE", help=f"one of {', '.join(tests)}; all if left out")
-    chosen = parser.parse_args().module or list(tests)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time; all cores if left out")
+    arguments = parser.parse_args()
+    chosen = arguments.module or list(tests)
     if unknown := [module for module in chosen if module not in tests]:
         parser.error(f"modules.toml names no tests for {', '.join(unknown)}; it has {', '.join(tests)}")
-    return int(any([judge(module, *mutate(module, tests[module])) for module in chosen]))
+    return int(any([judge(module, *mutate(module, tests[module], arguments.jobs)) for module in chosen]))
 
 
 def modules() -> dict[str, list[str]]:
@@ -71,8 +73,8 @@ def accepted() -> dict[tuple[str, str], str]:
     return {(entry["function"], change.strip()): entry["reason"] for entry in entries for change in entry["changes"]}
 
 
-def mutate(module: str, tests: list[str]) -> tuple[int, list[Mutant]]:
-    """Run all mutants of a module in a copy of the checkout; their number, and those that were not killed.
+def mutate(module: str, tests: list[str], jobs: int) -> tuple[int, list[Mutant]]:
+    """Run all mutants of a module in a copy of the checkout, `jobs` at a time; their number, and the ones not killed.
 
     Those that `no_test_can_see` are not counted, unless one does: a looser `zip` is the same for sequences of equal
     length, and another device is, where there is one.
@@ -85,7 +87,7 @@ def mutate(module: str, tests: list[str]) -> tuple[int, list[Mutant]]:
     with (folder / "pyproject.toml").open("a") as file:
         file.write(SETTINGS.format(module=json.dumps([module]), tests=json.dumps(tests)))
     print(f"{module}: the mutants run in {folder.relative_to(ROOT)}", flush=True)
-    _mutmut(folder, "run")
+    _mutmut(folder, "run", "--max-children", str(jobs))
     codes = json.loads((folder / "mutants" / f"{module}.meta").read_text())["exit_code_by_key"]
     alive = [_described(folder, name, code) for name, code in codes.items() if code not in KILLED]
     counted = [mutant for mutant in alive if not no_test_can_see(mutant.change)]

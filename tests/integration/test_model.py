@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from vismem.config import InvocationConfig
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
+from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
 from vismem.models.lora import LoraSettings
-from vismem.models.policy import TokenRows
+from vismem.models.memory import causal_mask
+from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.tokens import delimiter_ids
 from vismem.models.vismem import VisMemModel, load_base
 
@@ -139,6 +141,30 @@ def test_the_reference_is_the_policy_without_its_adapter(model: VisMemModel) -> 
     with model.reference():
         assert model.policy_lora.enabled is False
     assert model.policy_lora.enabled
+
+
+def test_the_policy_s_weights_are_kept_as_they_were_and_the_reference_has_them(model: VisMemModel) -> None:
+    model.policy_lora.enabled = True
+    model.requires_grad_(True)
+    prompt = encode(model.backbone, tiny.samples()[:2])
+
+    def scores() -> torch.Tensor:
+        hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
+        return model.logits(hidden).detach()
+
+    before, start = scores(), PolicyWeights(model.tokens, model.policy_lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("tokens.", "policy_lora.")):
+                parameter += 0.1
+    changed = scores()
+    assert not torch.equal(changed, before)
+    with model.reference(start):
+        assert torch.equal(scores(), before)
+    assert torch.equal(scores(), changed)
+    assert len(list(start.parameters())) == 4 + len(list(model.policy_lora.parameters()))
+    assert not any(parameter.requires_grad for parameter in start.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_token_rows_take_the_first_two_of_each_matrix_for_invokes_and_the_rest_for_ends() -> None:

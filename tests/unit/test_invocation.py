@@ -103,6 +103,7 @@ def test_the_model_may_sample_only_the_kinds_that_the_policy_leaves_to_it(
 def test_a_replay_forces_what_was_recorded_or_the_other_kind_and_declines_all_else() -> None:
     recorded = {row_key("s0", 0): [(3, MemoryKind.SHORT)], row_key("s1", 0): [(4, MemoryKind.SHORT)]}
     assert Replay(recorded=recorded).force(view(2), seed=0).tolist() == [SHORT, NONE]
+    assert Replay(recorded=recorded).force(view(3), seed=0).tolist() == [SHORT, NONE, NONE], "one was not recorded"
     assert Replay(recorded=recorded, swap=True).force(view(2), seed=0).tolist() == [LONG, NONE]
     for invocations in (0, 1):  # it samples from the same distribution as the recording
         assert Replay(recorded=recorded).allowed(view(1, invocations=invocations)).all()
@@ -148,5 +149,9 @@ def test_a_donor_is_the_next_sample_with_other_images_cyclically() -> None:
 
 
 def test_a_sample_alone_has_no_donor() -> None:
-    with pytest.raises(UserError, match="at least two"):
+    with pytest.raises(UserError) as refused:
         Shuffled().donors([_sample("a", b"1")])
+    assert str(refused.value) == (
+        "shuffled memories come from another sample of the same call, and there is only one: "
+        "decode at least two together (evaluate.batch_size, evaluate.limit)"
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
-from vismem.generation import invocation
+from vismem.generation import invocation, prompts
 from vismem.generation.invocation import FullResolution, InvocationPolicy, Off, Relook
 from vismem.generation.prompts import encode, shown_again, target_ids
 from vismem.models.backbones.base import Clip, Prompt
@@ -57,8 +57,8 @@ class Recorder:
         self.processor = SimpleNamespace(tokenizer=Words(), apply_chat_template=self._template)
 
     def _template(self, messages: Any, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert not tokenize
-        assert add_generation_prompt
+        assert tokenize is False
+        assert add_generation_prompt is True
         (message,) = messages
         return " ".join(part.get("text", part["type"]) for part in message["content"])
 
@@ -92,12 +92,16 @@ def test_reserved_tokens_in_a_question_or_an_answer_are_taken_apart() -> None:
     assert 5 not in ids
 
 
-def test_a_family_without_video_takes_images_and_says_which_families_take_videos() -> None:
+def test_a_family_without_video_takes_images_and_says_which_families_take_videos(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    families = {name: SimpleNamespace(takes_video=takes) for name, takes in (("a", True), ("b", False), ("c", True))}
+    monkeypatch.setattr(prompts, "FAMILIES", families)
     assert encoded(SHOWN, takes_video=False)[0] == ["image image what?"]
     with pytest.raises(UserError) as refused:
         encoded(SHOWN, FILMED, takes_video=False)
     assert str(refused.value) == (
-        "sample 'filmed' has a video, which a base of family 'made_up' does not take here; families that do: qwen2_5_vl"
+        "sample 'filmed' has a video, which a base of family 'made_up' does not take here; families that do: a, c"
     )
 
 

@@ -9,8 +9,9 @@ from vismem.data.sample import Sample
 from vismem.data.scenes import generate
 from vismem.data.tasks import NEEDS
 from vismem.evaluation.answers import score as grade
+from vismem.generation.controls import FullResolution, Relook
 from vismem.generation.engine import generate as decode
-from vismem.generation.invocation import FullResolution, Off, Relook
+from vismem.generation.invocation import Off
 from vismem.models.backbones.base import Backbone
 from vismem.models.vismem import VisMemModel
 

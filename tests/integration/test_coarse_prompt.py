@@ -17,8 +17,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample, Video
 from vismem.evaluation.arms import ARMS
+from vismem.generation.controls import FullResolution, Relook
 from vismem.generation.engine import generate
-from vismem.generation.invocation import FullResolution, Off, Random, Relook
+from vismem.generation.invocation import Off, Random
 from vismem.generation.prompts import encode, prompt_text, shown_again
 from vismem.generation.replay import prefill, score
 from vismem.generation.types import LATENT

@@ -14,19 +14,9 @@ from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS, find_arm
 from vismem.export.parity import recorded_memories
+from vismem.generation.controls import Noise, Relook, Shuffled, Swapped
 from vismem.generation.engine import generate
-from vismem.generation.invocation import (
-    InvocationPolicy,
-    Learned,
-    Noise,
-    Off,
-    Relook,
-    Replay,
-    Shuffled,
-    StepView,
-    Swapped,
-    row_key,
-)
+from vismem.generation.invocation import InvocationPolicy, Learned, Off, Replay, StepView, row_key
 from vismem.generation.prompts import encode
 from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.types import LATENT, Rollout

@@ -8,21 +8,8 @@ import torch
 
 from vismem.data.sample import Sample
 from vismem.errors import UserError
-from vismem.generation.invocation import (
-    NONE,
-    InvocationPolicy,
-    Learned,
-    Noise,
-    Off,
-    OfKind,
-    Random,
-    Relook,
-    Replay,
-    Shuffled,
-    StepView,
-    Swapped,
-    row_key,
-)
+from vismem.generation.controls import Noise, OfKind, Relook, Shuffled, Swapped
+from vismem.generation.invocation import NONE, InvocationPolicy, Learned, Off, Random, Replay, StepView, row_key
 from vismem.models.kinds import MemoryKind
 
 SHORT, LONG = 0, 1

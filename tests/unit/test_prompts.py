@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
-from vismem.generation import invocation, prompts
-from vismem.generation.invocation import FullResolution, InvocationPolicy, Off, Relook
+from vismem.generation import controls, prompts
+from vismem.generation.controls import FullResolution, Relook
+from vismem.generation.invocation import InvocationPolicy, Off
 from vismem.generation.prompts import encode, shown_again, target_ids
 from vismem.models.backbones.base import Clip, Prompt
 
@@ -182,7 +183,7 @@ def test_relook_shows_what_is_whole_and_encodes_it_only_where_the_prompt_is_coar
         return shown
 
     shown = whole
-    monkeypatch.setattr(invocation, "encode", encoding)
+    monkeypatch.setattr(controls, "encode", encoding)
     for backbone, expected in ((Recorder(), prompt), (Recorder(prompt_pixels=7), whole)):
         opened = Relook().opened(prompt, backbone, [SHOWN])  # type: ignore[arg-type]
         assert torch.equal(opened.embeds, shown_again(prompt, expected, 1).embeds)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vismem.errors import UserError
+from vismem.generation import controls
 from vismem.generation import invocation as policies
 from vismem.models.kinds import MemoryKind
 from vismem.records import VANILLA, VISMEM
@@ -51,7 +52,7 @@ def _placed(kind: MemoryKind) -> tuple[Arm, ...]:
             f"as_{kind}",
             f"all as {kind}",
             f"the trained policy asks; each memory formed is {kind}-term",
-            policies.OfKind(kind=kind),
+            controls.OfKind(kind=kind),
         ),
     )
 
@@ -73,11 +74,11 @@ _ARMS = (
     *_placed(MemoryKind.SHORT),
     *_placed(MemoryKind.LONG),
     Arm("no_memory", "memory off", "the trained policy, its adapter on, without memory", policies.Off()),
-    Arm("swapped", "swapped", "the trained policy asks; each memory formed is of the other kind", policies.Swapped()),
-    Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", policies.Noise()),
-    Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", policies.Shuffled()),
-    Arm("relook", "relook", "the base model, no memory, its images shown once more", policies.Relook(), base=True),
-    Arm("full_resolution", "full resolution", _FULL_RESOLUTION, policies.FullResolution(), base=True),
+    Arm("swapped", "swapped", "the trained policy asks; each memory formed is of the other kind", controls.Swapped()),
+    Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", controls.Noise()),
+    Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", controls.Shuffled()),
+    Arm("relook", "relook", "the base model, no memory, its images shown once more", controls.Relook(), base=True),
+    Arm("full_resolution", "full resolution", _FULL_RESOLUTION, controls.FullResolution(), base=True),
     _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
     _baseline("sft_lora_matched", "SFT-LoRA, matched", _MATCHED),
     _baseline("sft_lora_long", "SFT-LoRA, longer", "the same, trained for about as many seconds as VisMem"),

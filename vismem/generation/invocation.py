@@ -1,24 +1,24 @@
 """Invocation policies: whether a memory is formed at each position of an answer, and what is inserted there.
 
 The engine knows no arms: vanilla, ablations, controls and training curricula (paper Table 3 and 9, Sec. 3.4) are
-policies. First those that differ in when a memory is formed, then the controls, which insert something else instead.
+policies. Here are those that differ in when a memory is formed; those that insert something else are in `controls`.
+Numpy alone.
 """
 
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from vismem.data.sample import Sample
-from vismem.errors import UserError
-from vismem.generation.prompts import encode, shown_again
-from vismem.models.backbones.base import Backbone, Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
+
+if TYPE_CHECKING:
+    from vismem.data.sample import Sample
+    from vismem.models.backbones.base import Backbone, Prompt
 
 NONE = -1
 Choices = NDArray[np.int64]  # per row: NONE, 0 (short) or 1 (long)
@@ -41,10 +41,11 @@ def row_key(sample_id: str, member: int) -> str:
 
 def row_uniforms(seed: int, key: str, use: str, count: int) -> NDArray[np.float64]:
     """`count` uniform numbers in [0, 1) that depend only on the seed, the row's key and the name of their use."""
-    return _generator(seed, key, use).random(count)
+    return row_generator(seed, key, use).random(count)
 
 
-def _generator(seed: int, key: str, use: str) -> np.random.Generator:
+def row_generator(seed: int, key: str, use: str) -> np.random.Generator:
+    """The generator of these and other random numbers."""
     return np.random.default_rng((seed, zlib.crc32(key.encode()), zlib.crc32(use.encode())))
 
 
@@ -69,7 +70,7 @@ class InvocationPolicy:
 
     # --- what is inserted ---
 
-    def opened(self, prompt: Prompt, backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
+    def opened(self, prompt: "Prompt", backbone: "Backbone", samples: Sequence["Sample"]) -> "Prompt":
         """The samples' prompts as answers are decoded behind them; what is added at a row's end counts as latents."""
         return prompt
 
@@ -77,12 +78,12 @@ class InvocationPolicy:
         """The kind that is invoked where the model emitted the invoke token of `sampled`."""
         return sampled
 
-    def donors(self, samples: Sequence[Sample]) -> list[int] | None:
+    def donors(self, samples: Sequence["Sample"]) -> list[int] | None:
         """For each sample of a call, the one whose memory its answers are given; None: each forms its own."""
         return None
 
-    def latents(self, memory: Tensor, view: StepView, seed: int) -> Tensor:
-        """What is inserted in R rows where `memory` (R, N, d) was formed: the same shape."""
+    def latents(self, memory: Any, view: StepView, seed: int) -> Any:
+        """What is inserted in R rows where `memory` (R, N, d) was formed: the same shape, an executor's array."""
         return memory
 
 
@@ -147,82 +148,3 @@ class Replay(Learned):
                 if decision == view.decision[row]:
                     choice[row] = KINDS.index(kind.other if self.swap else kind)
         return choice
-
-
-@dataclass(frozen=True)
-class Swapped(Learned):
-    """Control: the model decides where, and each memory is of the other kind than it asked for."""
-
-    def invoked(self, sampled: MemoryKind) -> MemoryKind:
-        return sampled.other
-
-
-@dataclass(frozen=True)
-class OfKind(Learned):
-    """Control: the model decides where, and each memory is of one kind, whichever it asked for."""
-
-    kind: MemoryKind = MemoryKind.SHORT
-
-    def invoked(self, sampled: MemoryKind) -> MemoryKind:
-        return self.kind
-
-
-@dataclass(frozen=True)
-class Noise(Learned):
-    """Control: Gaussian noise of exactly the mean and standard deviation, over N and d, of the memory formed there."""
-
-    def latents(self, memory: Tensor, view: StepView, seed: int) -> Tensor:
-        """A row's random numbers depend on its key and its decision alone."""
-        shape = memory.shape[1:]
-        drawn = [
-            _generator(seed, key, f"noise {at}").standard_normal(shape)
-            for key, at in zip(view.keys, view.decision.tolist(), strict=True)
-        ]
-        noise = torch.from_numpy(np.stack(drawn)).to(memory.device, torch.float32)
-        scale = memory.float().std((1, 2), keepdim=True) / noise.std((1, 2), keepdim=True)
-        centred = noise - noise.mean((1, 2), keepdim=True)
-        return (memory.float().mean((1, 2), keepdim=True) + scale * centred).to(memory.dtype)
-
-
-@dataclass(frozen=True)
-class Shuffled(Learned):
-    """Control: another sample's memory of the same kind, as that sample forms it at its own answer's start.
-
-    The donor is the next sample of the `generate` call, cyclically, that shows something else; where all show the same,
-    the next one. So, unlike all other policies, this one depends on the batch by nature: its answers are the same only
-    beside the same samples.
-    """
-
-    def donors(self, samples: Sequence[Sample]) -> list[int]:
-        """UserError for a call with one sample."""
-        count = len(samples)
-        if count < 2:
-            raise UserError(
-                "shuffled memories come from another sample of the same call, and there is only one: "
-                "decode at least two together (evaluate.batch_size, evaluate.limit)"
-            )
-        shown = [(sample.images, sample.videos) for sample in samples]
-        found = []
-        for own in range(count):
-            others = [other % count for other in range(own + 1, own + count)]
-            found.append(next((other for other in others if shown[other] != shown[own]), others[0]))
-        return found
-
-
-@dataclass(frozen=True)
-class Relook(Off):
-    """Control: no memory, but the prompt's images and videos once more, and whole, at the answer's start.
-
-    The costly alternative that memory must be measured against: all their tokens are read behind the prompt.
-    """
-
-    def opened(self, prompt: Prompt, backbone: Backbone, samples: Sequence[Sample]) -> Prompt:
-        whole = prompt if backbone.prompt_pixels is None else encode(backbone, samples, whole=True)
-        return shown_again(prompt, whole, backbone.image_markers)
-
-
-@dataclass(frozen=True)
-class FullResolution(Off):
-    """Control: no memory, whole images in the prompt: what a coarse prompt is compared with, in score and in time."""
-
-    whole: bool = True

@@ -1,0 +1,119 @@
+"""The decode loop: rows of many requests come and go, and each is decoded as it is alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from vismem.data.sample import Sample
+from vismem.generation.controls import Noise, Swapped
+from vismem.generation.engine import generate, rollout_of
+from vismem.generation.invocation import Learned, Off, Random
+from vismem.generation.loop import DecodeLoop, Request, Row
+from vismem.generation.torch_executor import TorchExecutor
+from vismem.generation.types import Rollout
+from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import VisMemModel
+
+SAMPLES = tiny.samples()
+RANDOM = Random(probability=0.5, anywhere=0.5)
+REQUESTS = (  # each with settings of its own
+    Request(SAMPLES[:3], Learned(), max_new_tokens=12, seed=3),
+    Request(SAMPLES[3:4], Off(), max_new_tokens=5, temperature=0.7, seed=1),
+    Request(SAMPLES[4:6], RANDOM, max_new_tokens=9, temperature=1.0, seed=2, group_size=3),
+    Request(SAMPLES[4:6], RANDOM, max_new_tokens=11, seed=4),
+    Request(SAMPLES[:2], Learned(sampled=(MemoryKind.LONG,)), max_new_tokens=14, temperature=1.0, seed=7),
+    Request(SAMPLES[6:8], Swapped(limit=1), max_new_tokens=8),
+    Request(SAMPLES[8:9], Noise(), max_new_tokens=16, temperature=1.3, seed=5, group_size=2),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path) -> VisMemModel:
+    """A model that likes to invoke."""
+    model = tiny.vismem(tiny_base, seed=1)
+    with torch.no_grad():
+        model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(0)))
+    return model.requires_grad_(False)
+
+
+def alone(model: VisMemModel, request: Request) -> list[Rollout]:
+    options = {name: getattr(request, name) for name in ("max_new_tokens", "temperature", "seed", "group_size")}
+    return generate(model, request.samples, request.policy, **options)
+
+
+def check(model: VisMemModel, rows: Sequence[Row], request: Request) -> None:
+    for row, expected in zip(rows, alone(model, request), strict=True):
+        found = rollout_of(model, row)
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert replace(found, logprobs=expected.logprobs) == expected
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 7])
+@torch.inference_mode()
+def test_a_request_s_answers_are_the_same_alone_and_among_others_that_come_and_go(
+    model: VisMemModel, every: int
+) -> None:
+    """One joins `every` so many steps; the last when others have long finished."""
+    loop, joined, shared = DecodeLoop(TorchExecutor(model)), [], 0
+    for request in REQUESTS:
+        joined.append(loop.join(request))
+        for _ in range(every):
+            shared += len({id(row.request) for row, _ in loop.step()}) > 1
+    while loop.step():
+        shared += 1
+    assert shared > 3, "rows of several requests should be decoded together"
+    assert sum(len(row.invocations) for rows in joined for row in rows) > 10
+    for rows, request in zip(joined, REQUESTS, strict=True):
+        check(model, rows, request)
+    assert loop.rows == []
+
+
+@torch.inference_mode()
+def test_a_row_that_leaves_is_decoded_no_further_and_the_others_as_before(model: VisMemModel) -> None:
+    loop = DecodeLoop(TorchExecutor(model))
+    rows = loop.join(REQUESTS[0])
+    before = [token for row, token in [*loop.step(), *loop.step()] if row is rows[1]]
+    loop.leave(rows[1])
+    while decided := loop.step():
+        assert rows[1] not in [row for row, _ in decided]
+    assert rollout_of(model, rows[1]).token_ids[:1] == tuple(before[:1])
+    assert rows[1].decisions == len(before) == 2
+    expected = alone(model, REQUESTS[0])
+    assert [rollout_of(model, row).token_ids for row in rows[::2]] == [e.token_ids for e in expected[::2]]
+
+
+@torch.inference_mode()
+def test_rows_that_join_take_the_places_of_those_that_ended(model: VisMemModel) -> None:
+    """However many come one after another, no more is allocated than for those that are there together."""
+    executor = TorchExecutor(model)
+    loop = DecodeLoop(executor)
+    for _ in range(4):
+        rows = loop.join(Request(SAMPLES[:4], Random(probability=0.5), max_new_tokens=6))
+        loop.step()
+        loop.leave(rows[0])
+        (late,) = loop.join(Request(SAMPLES[5:6], Learned(), max_new_tokens=6))
+        assert loop.rows == [*rows[1:], late]
+        while loop.step():
+            pass
+    assert {len(held) for held in (*executor.state.cache.keys, executor.state.embeds)} == {4}
+
+
+@torch.inference_mode()
+def test_a_loop_without_rows_decides_nothing(model: VisMemModel) -> None:
+    loop = DecodeLoop(TorchExecutor(model))
+    assert loop.step() == []
+    (row,) = loop.join(Request(SAMPLES[:1], Off(), max_new_tokens=1))
+    assert [found for found, _ in loop.step()] == [row]
+    assert row.finished
+    assert loop.step() == []
+
+
+def test_samples_of_one_name_are_drawn_alike(model: VisMemModel) -> None:
+    """Random numbers hang on the name alone: a server names all its questions alike, so an answer can be repeated."""
+    twin: Sample = replace(SAMPLES[0], id="")
+    first, second = generate(model, [twin, twin], Learned(), max_new_tokens=10, temperature=1.0, seed=4)
+    assert first.token_ids == second.token_ids

@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 import struct
 import urllib.request
 import zlib
@@ -13,7 +12,7 @@ from PIL import Image
 
 from vismem.provenance import write_manifest
 from vismem.serving.client import Token, infer
-from vismem.serving.repository import RUNTIME, write_model_repository
+from vismem.serving.repository import copy_library, write_model_repository
 from vismem.serving.server import TritonServer
 
 STAND_IN = """
@@ -96,13 +95,13 @@ HOSTILE = {  # a request's options, and the reason for which it is refused
 
 def make_repository(folder: Path, name: str = "vismem", runtime: str = STAND_IN) -> Path:
     """A repository with the stand-in runtime, moved after it was written, as a step's output is."""
-    bundle, package = folder / "bundle", folder / "runtime"
+    bundle, library = folder / "bundle", folder / "vismem"
     bundle.mkdir(parents=True)
-    shutil.copytree(RUNTIME, package, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_library(folder)
     (bundle / "word.txt").write_text("é")
     write_manifest(bundle)
-    (package / "runtime.py").write_text(runtime)
-    write_model_repository(bundle, folder / "partial", name, 7, runtime=package)
+    (library / "serving" / "runtime" / "runtime.py").write_text(runtime)
+    write_model_repository(bundle, folder / "partial", name, 7, library=library)
     return (folder / "partial").rename(folder / "model_repository")
 
 

@@ -21,8 +21,8 @@ from vismem.serving.server import TritonServer
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Outputs of export, promote and validate, the smallest that deploy reads; the runtime is the stand-in."""
     make_repository(tmp_path / "made")
-    runtime = tmp_path / "made" / "runtime"
-    monkeypatch.setattr(deploy_step, "write_model_repository", partial(write_model_repository, runtime=runtime))
+    library = tmp_path / "made" / "vismem"
+    monkeypatch.setattr(deploy_step, "write_model_repository", partial(write_model_repository, library=library))
     rows = [Sample(id=str(i), images=(IMAGE,), question=f"question {i}", answer=str(i)) for i in range(3)]
     write_shards(rows, tmp_path / "validate" / "data" / "test")
     (tmp_path / "promote").mkdir()

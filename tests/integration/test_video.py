@@ -14,7 +14,7 @@ import torch
 from vismem.data.collate import prompt_messages
 from vismem.data.sample import Sample, Video, read_samples, write_shards
 from vismem.errors import UserError
-from vismem.export.parity import decode_runtime
+from vismem.export.parity import prepared
 from vismem.generation.prompts import encode
 from vismem.models.memory import causal_mask, summary
 from vismem.models.vismem import VisMemModel, load_base
@@ -132,9 +132,9 @@ def test_a_chat_template_that_does_not_place_the_video_is_refused(
         encode(model.backbone, [CLIP])
 
 
-def test_parity_says_that_a_bundle_takes_no_video(model: VisMemModel) -> None:
+def test_parity_says_that_a_bundle_takes_no_video() -> None:
     with pytest.raises(RequestError, match="images only"):
-        decode_runtime(model, None, CLIP, {}, max_new_tokens=1)  # type: ignore[arg-type]
+        prepared(None, CLIP, max_new_tokens=1)  # type: ignore[arg-type]
 
 
 def test_samples_with_videos_come_back_from_parquet(tmp_path: Path) -> None:

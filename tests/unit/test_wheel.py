@@ -74,15 +74,15 @@ def test_what_comes_with_the_library_is_found_where_there_is_no_repository(insta
         "import json\n"
         "from vismem.config import Config\n"
         "from vismem.kubeflow.parameters import code_fingerprint\n"
-        "from vismem.serving.repository import MODEL_SOURCE, RUNTIME\n"
-        "places = [str(place) for place in (Config().base.folder(), MODEL_SOURCE, RUNTIME) if place.exists()]\n"
+        "from vismem.serving.repository import LIBRARY, MODEL_SOURCE\n"
+        "places = [str(place) for place in (Config().base.folder(), MODEL_SOURCE, LIBRARY) if place.exists()]\n"
         "print(json.dumps([*places, code_fingerprint('deploy')]))\n"
     )
     *places, fingerprint = json.loads(elsewhere(installed, tmp_path, "-c", program))
     assert [str(Path(place).relative_to(installed)) for place in places] == [
         "vismem/shipped/assets/tiny-vlm",
         "vismem/shipped/deploy/triton/model.py",
-        "vismem/serving/runtime",
+        "vismem",
     ]
     assert fingerprint == code_fingerprint("deploy")
 

@@ -16,7 +16,8 @@ from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
-from vismem.serving.runtime.runtime import Runtime
+from vismem.serving.runtime.bundle import Bundle
+from vismem.serving.runtime.executor import OnnxExecutor
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -38,9 +39,9 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     for curve in inputs["stage2"].glob("*.csv"):
         shutil.copy(curve, out / "training")
     write_graphs(model, out / "onnx", config.export.opset)
-    runtime, tokens = Runtime(out, verified=True), config.evaluate.max_new_tokens
+    graphs, tokens = OnnxExecutor(Bundle(out, threads=1, verified=True)), config.evaluate.max_new_tokens
     with progress("export: parity with torch"):
-        parity = check_parity(model, runtime, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
+        parity = check_parity(model, graphs, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
     (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))

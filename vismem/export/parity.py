@@ -1,37 +1,38 @@
-"""Does the runtime say what torch says? Greedy tokens must be equal, memories within a tolerance."""
+"""Do the graphs say what torch says? Greedy tokens must be equal, memories within a tolerance."""
 
 import io
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from vismem.data.sample import Sample
-from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
-from vismem.generation.types import LATENT
+from vismem.generation.loop import DecodeLoop, Executor, Request
+from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import FormationInputs
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.records import ParityReport
+from vismem.serving.runtime.executor import OnnxExecutor, Question
 from vismem.serving.runtime.limits import RequestError
-from vismem.serving.runtime.runtime import Kind, Runtime
 
 Memories = list[NDArray[np.float32]]
 Decoding = tuple[tuple[int, ...], Memories]  # an answer's token ids, LATENT where a memory vector stands; its memories
 
 
 def check_parity(
-    model: VisMemModel, runtime: Runtime, samples: Sequence[Sample], *, max_new_tokens: int, tolerance: float
+    model: VisMemModel, graphs: OnnxExecutor, samples: Sequence[Sample], *, max_new_tokens: int, tolerance: float
 ) -> ParityReport:
-    """Decode every sample twice in both engines and compare the answers and the memories.
+    """Decode every sample by both executors and compare the answers and the memories.
 
     Once the model invokes as it likes, once both memories are forced at the answer's start, so that formation is
     compared even where the policy never invokes. `max_memory_difference` is the largest absolute difference of any
@@ -41,16 +42,17 @@ def check_parity(
     differences: list[str] = []
     distances: list[float] = []
     seconds = {"torch": 0.0, "runtime": 0.0}
+    reference = TorchExecutor(model)
     for place, sample in enumerate(samples):
         known = len(differences)
         # One memory at the answer's start and the other after its first word, the order changing from item to item.
         both = {0: KINDS[place % 2], 2: KINDS[place % 2].other}
         for forced in ({}, both):
             start = time.perf_counter()
-            expected, reference = decode_torch(model, sample, forced, max_new_tokens)
+            expected, memories = decode(reference, sample, forced, max_new_tokens)
             middle = time.perf_counter()
             try:
-                tokens, memories = decode_runtime(model, runtime, sample, forced, max_new_tokens)
+                tokens, found = decode(graphs, prepared(graphs, sample, max_new_tokens), forced, max_new_tokens)
             except RequestError as error:
                 differences.append(f"{sample.id}: the runtime refuses it: {error}")
                 continue
@@ -58,7 +60,7 @@ def check_parity(
             seconds["runtime"] += time.perf_counter() - middle
             if tokens != expected:
                 differences.append(f"{sample.id}: {first_difference(expected, tokens)}")
-            distances += map(memory_difference, memories, reference)
+            distances += map(memory_difference, found, memories)
         equal += len(differences) == known
     worst = max(distances, default=0.0)
     return ParityReport(
@@ -73,50 +75,43 @@ def check_parity(
     )
 
 
-def decode_torch(model: VisMemModel, sample: Sample, forced: dict[int, MemoryKind], max_new_tokens: int) -> Decoding:
-    """The training engine's greedy answer, a batch of one."""
-    key = row_key(sample.id, 0)
-    policy: InvocationPolicy = Replay(recorded={key: list(forced.items())}) if forced else Learned()
-    with recorded_memories(model) as memories:
-        return generate(model, [sample], policy, max_new_tokens=max_new_tokens)[0].token_ids, memories
-
-
-def decode_runtime(
-    model: VisMemModel, runtime: Runtime, sample: Sample, forced: dict[int, MemoryKind], max_new_tokens: int
-) -> Decoding:
-    """The runtime's greedy answer, in the training engine's notation. RequestError for a video: it takes none."""
+def prepared(graphs: OnnxExecutor, sample: Sample, max_new_tokens: int) -> Question:
+    """The sample as the graphs' executor takes it. RequestError for a video: it takes none."""
     if sample.videos:
         raise RequestError("an exported bundle answers questions about images only, and this one has a video")
     images = [Image.open(io.BytesIO(data)) for data in sample.images]
-    force: dict[int, Kind] = {decision: kind.value for decision, kind in forced.items()}
-    tokens: list[int] = []
-    memories: Memories = []
-    chunks = runtime.generate(images, sample.question, max_new_tokens=max_new_tokens, memory=not forced, force=force)
-    for chunk in chunks:
-        if chunk.token is not None:
-            tokens.append(chunk.token)
-        if chunk.memory is not None:
-            memories.append(chunk.memory)
-            tokens += [LATENT] * len(chunk.memory) + [model.end_ids[MemoryKind(chunk.event)]]
-    return tuple(tokens), memories
+    return replace(graphs.prepare(images, sample.question, max_new_tokens), id=sample.id)
+
+
+@torch.inference_mode()
+def decode(executor: Executor, sample: Any, forced: dict[int, MemoryKind], max_new_tokens: int) -> Decoding:
+    """An executor's greedy answer, by itself. `forced`: the decisions, from 0, at which memories are inserted."""
+    recorded = {row_key(sample.id, 0): list(forced.items())}
+    policy: InvocationPolicy = Replay(recorded=recorded) if forced else Learned()
+    loop = DecodeLoop(executor)
+    with recorded_memories(executor) as memories:
+        (row,) = loop.join(Request([sample], policy, max_new_tokens))
+        while loop.step():
+            pass
+    return tuple(token for token, _, _ in row.tokens), memories
 
 
 @contextmanager
-def recorded_memories(model: VisMemModel) -> Iterator[Memories]:
-    """Within the block, every memory that `model` forms for its first row is kept."""
+def recorded_memories(executor: Executor) -> Iterator[Memories]:
+    """Within the block, every memory that `executor` forms for its first row is kept."""
     kept: Memories = []
-    original = model.form
+    original = executor.form
 
-    def form(kind: MemoryKind, inputs: FormationInputs) -> Tensor:
-        memory = original(kind, inputs)
-        kept.append(memory[0].float().cpu().numpy())
+    def form(kind: MemoryKind, rows: Sequence[int]) -> Any:
+        memory = original(kind, rows)
+        kept.append(np.asarray(torch.as_tensor(memory[0]).float().cpu()))
         return memory
 
-    model.form = form  # type: ignore[method-assign]
+    executor.form = form  # type: ignore[method-assign]
     try:
         yield kept
     finally:
-        del model.form
+        del executor.form
 
 
 def memory_difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:

@@ -16,7 +16,16 @@ from vismem.serving.runtime.limits import NEW_TOKENS
 from vismem.shipped import shipped
 
 MODEL_SOURCE = shipped("deploy/triton/model.py")
-RUNTIME = Path(__file__).parent / "runtime"
+LIBRARY = Path(__file__).parents[1]
+SERVED = (  # of the library, what lies beside a served bundle: nothing of it imports torch
+    "generation/invocation.py",
+    "generation/loop.py",
+    "generation/slots.py",
+    "generation/types.py",
+    "models/kinds.py",
+    "models/tokens.py",
+    "serving/runtime/*.py",
+)
 MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"
 
 CONFIG = """\
@@ -54,10 +63,10 @@ version_policy {{ latest {{ num_versions: 1 }} }}
 """
 
 
-def write_model_repository(bundle: Path, repository: Path, name: str, version: int, *, runtime: Path = RUNTIME) -> Path:
+def write_model_repository(bundle: Path, repository: Path, name: str, version: int, *, library: Path = LIBRARY) -> Path:
     """Write `repository/name/version` for an exported bundle, and return `repository/name`.
 
-    Layout: `config.pbtxt`; `manifest.json`; `VERSION/model.py`, `VERSION/vismem/serving/runtime/`, `VERSION/bundle/`
+    Layout: `config.pbtxt`; `manifest.json`; `VERSION/model.py`, `VERSION/vismem/`, `VERSION/bundle/`
     (hard links where the file system allows, else copies). Other versions already there are kept. Raises UserError for
     a name or version that Triton would not take, a missing bundle, or a bundle whose files differ from its manifest.
     """
@@ -73,10 +82,7 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     folder.mkdir(parents=True)
     (model / "config.pbtxt").write_text(CONFIG.format(name=name, new_tokens=NEW_TOKENS))
     shutil.copyfile(MODEL_SOURCE, folder / "model.py")
-    package = folder / "vismem" / "serving" / "runtime"
-    shutil.copytree(runtime, package, ignore=shutil.ignore_patterns("__pycache__"))
-    for parent in (package.parent, package.parent.parent):
-        (parent / "__init__.py").write_text('"""Of the library, only serving/runtime lies here."""\n')
+    copy_library(folder, library)
     own = file_hashes(folder)
     shutil.copytree(bundle, folder / "bundle", copy_function=_link_or_copy)
     bundled = read_json(bundle / MANIFEST)["files"] | {MANIFEST: sha256_file(bundle / MANIFEST)}
@@ -87,6 +93,16 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     files["config.pbtxt"] = sha256_file(model / "config.pbtxt")
     write_json(model / MANIFEST, {"files": dict(sorted(files.items()))})
     return model
+
+
+def copy_library(folder: Path, library: Path = LIBRARY) -> None:
+    """Write `folder`/vismem with the files of SERVED."""
+    for file in (path for pattern in SERVED for path in sorted(library.glob(pattern))):
+        place = folder / "vismem" / file.relative_to(library)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+        for package in place.relative_to(folder).parents[:-1]:
+            (folder / package / "__init__.py").touch()
 
 
 def repository_problems(repository: Path) -> list[str]:

@@ -1,11 +1,24 @@
-"""Images for the exported model."""
+"""Images for the exported model, and its answers by either executor."""
 
 import io
 
 import numpy as np
 from PIL import Image
 
+from vismem.export.parity import decode, prepared
+from vismem.generation.torch_executor import TorchExecutor
+from vismem.serving.runtime.executor import OnnxExecutor
+
 TOKENS = 16
+
+
+def by_torch(model, sample, forced=None):
+    return decode(TorchExecutor(model), sample, forced or {}, TOKENS)
+
+
+def by_graphs(bundle, sample, forced=None):
+    executor = OnnxExecutor(bundle)
+    return decode(executor, prepared(executor, sample, TOKENS), forced or {}, TOKENS)
 
 
 def pictures(sample):

@@ -8,18 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
-from pictures import TOKENS, encoded, noise, pictures
+from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vismem.export.onnx import runtime_settings
-from vismem.export.parity import check_parity, decode_runtime, decode_torch
+from vismem.export.parity import check_parity
 from vismem.files import write_json
 from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+from vismem.serving.runtime.bundle import Bundle
+from vismem.serving.runtime.executor import OnnxExecutor
 from vismem.serving.runtime.images import coarse_grid
 from vismem.serving.runtime.limits import RequestError
-from vismem.serving.runtime.runtime import Answer, Runtime
+from vismem.serving.runtime.runtime import Runtime
 
 LIMIT = 9 * 28**2  # pixels: an image of 84 x 84 fits
 
@@ -55,8 +57,8 @@ def test_coarse_prompts_give_torchs_tokens_and_memories(coarse, coarse_bundle, s
     images = encoded(*(noise(*size, seed) for seed, size in enumerate(sizes)))
     sample = replace(tiny.samples()[0], id="x", images=images)
     forced = {0: MemoryKind.SHORT, 2: MemoryKind.LONG, 4: MemoryKind.SHORT}
-    expected, reference = decode_torch(coarse, sample, forced, TOKENS)
-    tokens, memories = decode_runtime(coarse, Runtime(coarse_bundle, verified=True), sample, forced, TOKENS)
+    expected, reference = by_torch(coarse, sample, forced)
+    tokens, memories = by_graphs(Bundle(coarse_bundle, threads=1, verified=True), sample, forced)
     assert tokens == expected
     assert len(memories) == 3
     for ours, theirs in zip(memories, reference, strict=True):
@@ -67,17 +69,18 @@ def test_the_runtime_reads_torchs_pixels_to_the_bit(coarse, coarse_bundle):
     images = encoded(noise(200, 90), noise(84, 84, 1))
     sample = replace(tiny.samples()[0], images=images)
     expected = encode(coarse.backbone, [sample])
-    answer = Answer(Runtime(coarse_bundle, verified=True), pictures(sample), sample.question, TOKENS)
-    assert np.array_equal(answer.patches["pixels"], expected.vision.patches[0].numpy())
-    assert np.array_equal(answer.prompt.visual, expected.visual[0].numpy())
-    assert np.array_equal(answer.prompt.positions, expected.positions[:, 0].numpy())
-    assert len(answer.shown["pixels"]) == 4 * answer.prompt.visual.sum() < len(answer.patches["pixels"])
+    executor = OnnxExecutor(Bundle(coarse_bundle, threads=1, verified=True))
+    found = executor.prepare(pictures(sample), sample.question, TOKENS)
+    assert np.array_equal(found.whole["pixels"], expected.vision.patches[0].numpy())
+    assert np.array_equal(found.prompt.visual, expected.visual[0].numpy())
+    assert np.array_equal(found.prompt.positions, expected.positions[:, 0].numpy())
+    assert len(found.shown["pixels"]) == 4 * found.prompt.visual.sum() < len(found.whole["pixels"])
 
 
 def test_a_bundle_from_before_the_maximum_answers_as_ever(runtime, model, monkeypatch):
     sample = replace(tiny.samples()[0], images=encoded(noise(200, 90)))
     monkeypatch.delitem(runtime.bundle.settings["image"], "prompt_pixels")
-    assert decode_runtime(model, runtime, sample, {}, TOKENS)[0] == decode_torch(model, sample, {}, TOKENS)[0]
+    assert by_graphs(runtime.bundle, sample)[0] == by_torch(model, sample)[0]
 
 
 def test_whole_and_coarse_patches_count_against_the_servers_limit(coarse_bundle):
@@ -90,9 +93,9 @@ def test_whole_and_coarse_patches_count_against_the_servers_limit(coarse_bundle)
 
 def test_parity_is_of_coarse_prompts_on_both_sides(coarse, model, coarse_bundle):
     samples = [replace(s, images=encoded(noise(168, 112, i))) for i, s in enumerate(tiny.samples()[:2])]
-    runtime = Runtime(coarse_bundle, verified=True)
-    assert check_parity(coarse, runtime, samples, max_new_tokens=6, tolerance=1e-4).passed
-    assert not check_parity(model, runtime, samples, max_new_tokens=6, tolerance=1e-4).passed
+    executor = OnnxExecutor(Bundle(coarse_bundle, threads=1, verified=True))
+    assert check_parity(coarse, executor, samples, max_new_tokens=6, tolerance=1e-4).passed
+    assert not check_parity(model, executor, samples, max_new_tokens=6, tolerance=1e-4).passed
 
 
 def test_a_coarse_image_has_the_size_of_the_processors_own_rule():

@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from pictures import TOKENS, encoded, noise, pictures
+from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vismem.data.sample import Sample
 from vismem.export.graphs import Decoder
-from vismem.export.parity import check_parity, decode_runtime, decode_torch, memory_difference
+from vismem.export.parity import check_parity, memory_difference
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
+from vismem.generation.loop import Request
 from vismem.generation.prompts import encode
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
 from vismem.serving.runtime.bundle import Graph
-from vismem.serving.runtime.runtime import Answer
+from vismem.serving.runtime.executor import OnnxExecutor
 
 
 def test_greedy_tokens_are_torchs_and_memories_agree_within_the_tolerance(bundle):
@@ -35,8 +36,8 @@ def test_images_of_any_size_and_number_give_torchs_tokens_and_memories(model, ru
     images = encoded(noise(84, 84), noise(130, 60, 1), noise(60, 190, 2))
     sample = Sample(id="x", images=images, question="naïve: 色?\nwhich image has more", answer="")
     forced = {0: MemoryKind.LONG, 2: MemoryKind.SHORT, 5: MemoryKind.LONG}
-    expected, reference = decode_torch(model, sample, forced, TOKENS)
-    tokens, memories = decode_runtime(model, runtime, sample, forced, TOKENS)
+    expected, reference = by_torch(model, sample, forced)
+    tokens, memories = by_graphs(runtime.bundle, sample, forced)
     assert tokens == expected
     assert len(memories) == 3
     for ours, theirs in zip(memories, reference, strict=True):
@@ -57,7 +58,9 @@ def test_parity_reports_a_model_that_differs_and_does_not_raise(model, runtime, 
     with torch.no_grad():
         other.long.memory_init.add_(1.0)
         other.backbone.head.weight[5].mul_(50)
-    parity = check_parity(other, runtime, tiny.samples()[:2], max_new_tokens=TOKENS, tolerance=1e-4)
+    parity = check_parity(
+        other, OnnxExecutor(runtime.bundle), tiny.samples()[:2], max_new_tokens=TOKENS, tolerance=1e-4
+    )
     assert parity.passed is False
     assert parity.greedy_equal < 2
     assert parity.max_memory_difference > 1e-4
@@ -155,6 +158,6 @@ def test_the_visual_states_in_the_runtime_are_those_of_one_torch_pass(model, run
     prompt = encode(model.backbone, [sample])
     with torch.no_grad():
         hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
-    answer = Answer(runtime, pictures(sample), sample.question, 4)
-    next(answer.run(0.0, 0, False, {}))  # nothing but the prompt has been fed when the first word comes
-    np.testing.assert_allclose(answer.hidden[: answer.used], hidden[0].numpy(), atol=1e-5)
+    graphs = OnnxExecutor(runtime.bundle)
+    graphs.join(Request([graphs.prepare(pictures(sample), sample.question, 4)], Learned(), 4), limit=3)
+    np.testing.assert_allclose(graphs.hidden[0, : graphs.slots.used[0]], hidden[0].numpy(), atol=1e-5)

@@ -1,30 +1,34 @@
-"""The runtime: its preprocessing is the processor's, it needs neither torch nor VisMem, and its answers end well."""
+"""The runtime: its preprocessing is the processor's, it needs no torch, and many answers at once are each as alone."""
 
+import contextlib
 import io
+import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from pictures import TOKENS, encoded, noise, pictures
+from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
 from PIL import Image, ImageFile
 
-import vismem.serving.runtime as runtime_package
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.generation.prompts import encode
+from vismem.generation.types import LATENT
+from vismem.models.kinds import MemoryKind
 from vismem.serving.environment import DEFAULT_PYTHON
+from vismem.serving.repository import copy_library
 from vismem.serving.runtime.images import cut_patches, decoded, grid_of, resized
 from vismem.serving.runtime.limits import RequestError
 from vismem.serving.runtime.prompt import TextStream, tokenise
-from vismem.serving.runtime.runtime import Answer, Runtime
+from vismem.serving.runtime.runtime import Runtime
 
 
 @pytest.mark.parametrize("size", [(84, 84), (56, 200), (301, 99), (30, 28), (640, 480)])
@@ -108,42 +112,44 @@ def test_pieces_of_text_join_to_the_decoded_text_and_never_split_a_character(mod
 
 ALONE = """
 import pathlib, sys
-for name in ("torch", "transformers", "vismem"):
+for name in ("torch", "transformers", "pydantic"):
     sys.modules[name] = None
 from PIL import Image, ImageFile
-from alone.runtime import Runtime
+from vismem.serving.runtime.runtime import Runtime
 folder, bundle, question = sys.argv[1:]
 images = [Image.open(file) for file in sorted(pathlib.Path(folder).glob("*.png"))]
-answer = Runtime(bundle).generate(images, question, max_new_tokens=8, force={2: "short"})
+answer = Runtime(bundle).generate(images, question, max_new_tokens=8)
 print([chunk.token for chunk in answer])
 """
 
 
 @pytest.mark.parametrize("python", [Path(sys.executable), DEFAULT_PYTHON], ids=["ours", "serving, numpy 1"])
-def test_the_runtime_works_where_torch_transformers_and_vismem_cannot_be_imported(python, bundle, runtime, tmp_path):
+def test_the_runtime_works_by_what_a_server_gets_of_vismem_alone_and_without_torch(python, bundle, runtime, tmp_path):
     if not python.is_file():
         pytest.skip("no serving environment: `make serving`")
     sample = tiny.samples()[0]
-    shutil.copytree(Path(runtime_package.__file__).parent, tmp_path / "alone")
+    copy_library(tmp_path)
     for number, data in enumerate(sample.images):
         (tmp_path / f"{number}.png").write_bytes(data)
     command = [str(python), "-c", ALONE, str(tmp_path), str(bundle), sample.question]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    here = runtime.generate(pictures(sample), sample.question, max_new_tokens=8, force={2: "short"})
+    here = runtime.generate(pictures(sample), sample.question, max_new_tokens=8)
     assert done.stdout.strip() == str([chunk.token for chunk in here])
 
 
 def test_chunks_tell_the_answer_piece_by_piece(model, runtime):
-    sample = tiny.samples()[1]
-    force = {1: "long", 3: "short"}
-    chunks = list(runtime.generate(pictures(sample), sample.question, max_new_tokens=6, memory=False, force=force))
-    assert [c.event for c in chunks[:4]] == ["token", "long", "token", "short"]
-    assert chunks[-1].event == "end"
-    assert [c.memory.shape for c in chunks if c.memory is not None] == [(6, 32), (4, 32)]
-    words = [c.token for c in chunks if c.event == "token"]
-    assert len(words) == 6 or words[-1] in model.stop_ids
-    assert "".join(c.text for c in chunks) == model.backbone.processor.decode(words, skip_special_tokens=True)
+    invoked = 0
+    for sample in tiny.samples():
+        chunks = list(runtime.generate(pictures(sample), sample.question, max_new_tokens=TOKENS))
+        hidden = {LATENT, *model.end_ids.values()}
+        expected = [token for token in by_torch(model, sample)[0] if token not in hidden]
+        assert [chunk.token for chunk in chunks[:-1]] == expected
+        kinds = {token: kind.value for kind, token in model.invoke_ids.items()}
+        assert [chunk.event for chunk in chunks] == [*(kinds.get(token, "token") for token in expected), "end"]
+        assert "".join(c.text for c in chunks) == model.backbone.processor.decode(expected, skip_special_tokens=True)
+        invoked += len(kinds.keys() & expected)
+    assert invoked
 
 
 def test_without_memory_nothing_is_invoked_and_torch_says_the_same(model, runtime):
@@ -157,39 +163,91 @@ def test_without_memory_nothing_is_invoked_and_torch_says_the_same(model, runtim
 def test_the_bases_own_columns_of_memory_tokens_never_win(model, runtime, monkeypatch):
     own = list(model.memory_ids)
     assert max(own) < model.vocabulary, "as in real Qwen's head, which is padded"
-    feed = Answer._feed
+    decoder = runtime.bundle.decoder
 
-    def fed(self, *given):
-        logits = feed(self, *given)
-        logits[own] = 1e3
-        return logits
+    def fed(**given):
+        out = decoder(**given)
+        out["logits"][:, own] = 1e3
+        return out
 
     for sample in tiny.samples()[:3]:
         for options in ({}, {"temperature": 1.0}, {"memory": False}):
             given = pictures(sample), sample.question
             expected = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
             with monkeypatch.context() as patch:
-                patch.setattr(Answer, "_feed", fed)
+                patch.setattr(runtime.bundle, "decoder", fed)
                 found = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
             assert found == expected
 
 
 def test_no_more_memories_are_invoked_than_an_answer_may_have(model, runtime):
-    sample = tiny.samples()[3]
-    force = dict.fromkeys(range(10), "short")
-    chunks = list(runtime.generate(pictures(sample), sample.question, max_new_tokens=4, force=force))
-    assert sum(chunk.event == "short" for chunk in chunks) == model.invocation_config.max_per_answer == 3
+    forced = dict.fromkeys(range(10), MemoryKind.SHORT)
+    tokens, memories = by_graphs(runtime.bundle, tiny.samples()[3], forced)
+    assert len(memories) == model.invocation_config.max_per_answer == 3
+    assert tokens == by_torch(model, tiny.samples()[3], forced)[0]
 
 
-def test_closing_the_iterator_ends_the_answer(runtime, monkeypatch):
+def test_answers_together_are_each_as_alone_however_many_come_and_go(runtime):
+    """Four times as many as there are places, of several settings; every third is left in the middle."""
+    asked = [
+        (sample, {"max_new_tokens": 4 + 3 * (at % 5), "temperature": float(at % 2), "seed": at, "memory": at % 4 != 3})
+        for at, sample in enumerate(tiny.samples() * 2)
+    ]
+    several = Runtime(runtime.bundle.folder, verified=True, rows=6)
+
+    def answer(at, of):
+        sample, options = asked[at]
+        with contextlib.closing(of.generate(pictures(sample), sample.question, **options)) as chunks:
+            return list(itertools.islice(chunks, 2 if at % 3 == 2 else None))
+
+    alone = [answer(at, runtime) for at in range(len(asked))]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(answer, range(len(asked)), [several] * len(asked)))
+    assert together == alone
+    assert {chunk.event for chunks in alone for chunk in chunks} == {"token", "short", "long", "end"}
+
+
+def test_an_answer_that_nobody_reads_any_more_is_not_decoded_on(runtime, monkeypatch):
+    sample, calls, decoder = tiny.samples()[0], [], runtime.bundle.decoder
+    chunks = runtime.generate(pictures(sample), sample.question, max_new_tokens=2000, memory=False)
+    monkeypatch.setattr(runtime.bundle, "decoder", lambda **given: calls.append(1) or decoder(**given))
+    runtime.executor.stops, stops = frozenset(), runtime.executor.stops
+    try:
+        next(chunks)
+        chunks.close()
+        assert list(chunks) == []
+        whole = list(runtime.generate(pictures(sample), sample.question, max_new_tokens=3, memory=False))
+    finally:
+        runtime.executor.stops = stops
+    assert len(whole) == 4
+    assert len(calls) < 100
+
+
+def test_an_iterator_that_was_never_begun_asks_for_nothing(runtime):
     sample = tiny.samples()[0]
-    chunks = runtime.generate(pictures(sample), sample.question, max_new_tokens=TOKENS, memory=False)
-    next(chunks)
-    calls = []
-    monkeypatch.setattr(runtime.bundle, "decoder", lambda **values: calls.append(values))
-    chunks.close()
-    assert list(chunks) == []
-    assert calls == []
+    runtime.generate(pictures(sample), sample.question).close()
+    assert not runtime.waiting
+
+
+def test_a_fault_reaches_its_callers_and_the_next_are_answered(runtime, monkeypatch):
+    sample = tiny.samples()[0]
+
+    def ask():
+        return list(runtime.generate(pictures(sample), sample.question, max_new_tokens=4))
+
+    expected = ask()
+    for part in ("vision", "decoder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.bundle, part, lambda **_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                ask()
+        assert ask() == expected
+    decoder, left = runtime.bundle.decoder, iter([True, True])  # it fails in the middle of the answer
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.bundle, "decoder", lambda **given: decoder(**given) if next(left, None) else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ask()
+    assert ask() == expected
 
 
 def test_requests_that_cannot_be_answered_are_refused_before_any_work(runtime):

@@ -44,7 +44,7 @@ class Bundle:
         Raises BundleError for a folder without manifest.json, another format, or a file that is missing, damaged or
         not in the manifest.
         """
-        onnx = folder / "onnx"
+        self.folder, onnx = folder, folder / "onnx"
         if not verified:
             _verify(folder)
         self.settings: dict[str, Any] = json.loads((onnx / "runtime.json").read_text())

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
-from .limits import RequestError
+from vismem.serving.runtime.limits import RequestError
 
 ZERO_WIDTH_SPACE = "\u200b"
 

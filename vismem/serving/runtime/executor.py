@@ -1,0 +1,284 @@
+"""The executor over an exported bundle's ONNX graphs, for the CPU: what decodes where there is no torch.
+
+Formation runs in the vision, short, builder and decoder graphs (paper Sec. 3.3), a row at a time; decoding in the
+decoder graph, all rows together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vismem.generation.invocation import NONE
+from vismem.generation.loop import Asked, Request
+from vismem.generation.slots import Slots
+from vismem.models.kinds import MemoryKind
+from vismem.models.tokens import KINDS
+from vismem.serving.runtime.bundle import Bundle
+from vismem.serving.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
+from vismem.serving.runtime.limits import RequestError
+from vismem.serving.runtime.prompt import Prompt, tokenise
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(eq=False)
+class Question:
+    """A question that is ready for its prefill, and what its memories read of its images."""
+
+    prompt: Prompt
+    shown: dict[str, NDArray[Any]]  # patches of the images in the prompt, as `cut_patches` gives them
+    whole: dict[str, NDArray[Any]]  # and of the whole images
+    id: str = ""  # random numbers are drawn by it
+    stream: dict[str, NDArray[Any]] = field(default_factory=dict)  # the whole ones inside the short former, once read
+
+
+class OnnxExecutor:
+    """See `vismem.generation.loop.Executor`. Policies that look for delimiters find none: a bundle names none."""
+
+    slots: Slots
+    questions: list[Question]  # of each row
+    logits: list[Floats]  # (V + 2,) of each row's next token
+    past: dict[str, Floats]  # keys and values, (allocated rows, heads, capacity, head width) each
+    embeddings: Floats  # (allocated rows, capacity, d); so are `hidden`, and `positions` (allocated rows, capacity, 3)
+    hidden: Floats
+    positions: Floats
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle, settings = bundle, bundle.settings
+        self.memory, self.tokens, self.decoder = settings["memory"], settings["tokens"], settings["decoder"]
+        self.kinds = dict(zip(self.tokens["invoke"], KINDS, strict=True))
+        self.ends = dict(zip(KINDS, self.tokens["end"], strict=True))
+        self.delimiters: frozenset[int] = frozenset()
+        self.stops = frozenset(self.tokens["stop"])
+        self.lengths = {kind: int(self.memory[f"{kind}_length"]) for kind in KINDS}
+        nothing: Floats = np.zeros((1, self.decoder["kv_heads"], 0, self.decoder["head_width"]), np.float32)
+        self.no_past = {name: nothing for name in bundle.decoder.inputs if name.startswith("past_")}
+        self._empty()
+
+    def limit(self, asked: int | None) -> int:
+        own = int(self.memory["max_per_answer"])
+        return own if asked is None else min(own, asked)
+
+    def room(self, max_new_tokens: int, limit: int) -> int:
+        """Slots and positions that an answer may take behind its prompt."""
+        return max_new_tokens + limit * (max(self.lengths.values()) + 2)
+
+    def prepare(
+        self, images: Sequence[Image.Image], question: str, max_new_tokens: int, max_patches: int | None = None
+    ) -> Question:
+        """Decode, resize and cut the images, and tokenise the prompt; no graph runs, and no row changes.
+
+        `max_patches`: of the images after resizing, whole and coarse ones together; None: no limit. RequestError for
+        an unusable request.
+        """
+        seen, settings = self.bundle.settings["image"], self.bundle.settings
+        grids = shown = [grid_of(image.size, seen, f"image {i + 1}") for i, image in enumerate(images)]
+        if (pixels := seen.get("prompt_pixels")) is not None:  # bundles from before there was a maximum lack it
+            shown = [coarse_grid(grid, pixels, seen["patch_size"], seen["merge_size"]) for grid in grids]
+        patches = sum(rows * columns for rows, columns in (grids if shown == grids else [*grids, *shown]))
+        if max_patches is not None and patches > max_patches:
+            raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
+        prompt = tokenise(self.bundle.tokenizer, settings, question, shown)
+        needed = int(prompt.positions.max()) + 1 + self.room(max_new_tokens, self.limit(None))
+        if needed > self.decoder["max_positions"]:
+            raise RequestError(
+                f"the question, its images and {max_new_tokens} tokens need {needed} positions, "
+                f"the model has {self.decoder['max_positions']}: send less, or ask for less"
+            )
+        pictures = decoded(images)
+        if seen["do_resize"]:
+            pictures = resized(pictures, grids, seen)
+        whole = cut_patches(pictures, grids, seen)
+        coarse = whole if shown == grids else cut_patches(resized(pictures, shown, seen), shown, seen)
+        return Question(prompt, coarse, whole)
+
+    # --- loop.Executor ---
+
+    def join(self, request: Request, limit: int) -> tuple[list[int], list[int]]:
+        """Prefill a request's rows, of which each has a question of its own. Where it raises, no row has changed."""
+        filled = [self._prefill(question) for question in request.samples]
+        room = self.room(request.max_new_tokens, limit)
+        for question, (embeddings, out) in zip(request.samples, filled, strict=True):
+            length, row = len(embeddings), len(self.questions)
+            self._grow(row + 1, length + room)
+            for name, held in self.past.items():
+                held[row, :, :length] = out[f"present_{name[5:]}"][0]
+            self.embeddings[row, :length], self.hidden[row, :length] = embeddings, out["hidden"][0]
+            self.positions[row, :length] = question.prompt.positions.T
+            self.logits.append(out["logits"][0])
+            self.slots.join([length], [int(question.prompt.positions.max()) + 1])
+            self.questions.append(question)
+        return [int(question.prompt.visual.sum()) for question in request.samples], [0] * len(request.samples)
+
+    def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
+        scores = np.stack(self.logits)
+        count = scores.shape[1] - len(KINDS)
+        scores[:, [token for token in (*self.kinds, *self.ends.values()) if token < count]] = -np.inf
+        scores[:, count:][asked.barred] = -np.inf
+        scores /= np.where(asked.temperature > 0, asked.temperature, 1.0).astype(np.float32)[:, None]
+        scores -= scores.max(1, keepdims=True)
+        tokens, logprobs = [], []
+        for row, score in enumerate(scores):
+            weight, end = np.exp(score.astype(np.float64)), count if asked.declines[row] else len(score)
+            if asked.temperature[row] == 0:
+                column = int(score[:end].argmax())
+            else:
+                column = _drawn(weight, end, asked.uniform[row])
+            if column >= count:
+                column = count + int(asked.standing[row, column - count])
+            if asked.forced[row] != NONE:
+                column = count + int(asked.forced[row])
+            tokens.append(column if column < count else self.tokens["invoke"][column - count])
+            logprobs.append(float(score[column] - np.log(weight.sum())))
+        return tokens, logprobs
+
+    def append(self, tokens: Sequence[int]) -> None:
+        self._feed(self._embed(tokens)[:, None], range(len(tokens)))
+
+    def form(self, kind: MemoryKind, rows: Sequence[int]) -> Floats:
+        return np.stack([self._form(kind, row) for row in rows])
+
+    def insert(self, kind: MemoryKind, rows: Sequence[int], memory: Floats) -> None:
+        ends = self._embed([self.ends[kind]] * len(rows))[:, None]
+        self._feed(np.concatenate([memory, ends], axis=1), rows)
+        self.slots.open_segment(rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        if not rows:  # nothing stays allocated
+            return self._empty()
+        index = list(rows)
+        self.slots.keep(rows)
+        self.questions, self.logits = [self.questions[row] for row in rows], [self.logits[row] for row in rows]
+        for held in (*self.past.values(), self.embeddings, self.hidden, self.positions):
+            held[: len(rows)] = held[index]
+
+    # --- the rows ---
+
+    def _empty(self) -> None:
+        self.slots, self.questions, self.logits = Slots(), [], []
+        self.past = {name: nothing[:0] for name, nothing in self.no_past.items()}
+        self.embeddings = self.hidden = np.zeros((0, 0, self.bundle.settings["width"]), np.float32)
+        self.positions = np.zeros((0, 0, 3), np.float32)
+
+    def _grow(self, rows: int, capacity: int) -> None:
+        self.past = {name: _grown(held, rows, capacity, slots=2) for name, held in self.past.items()}
+        for name in ("embeddings", "hidden", "positions"):
+            setattr(self, name, _grown(getattr(self, name), rows, capacity, slots=1))
+
+    def _prefill(self, question: Question) -> tuple[Floats, dict[str, Floats]]:
+        """Embeddings (L, d) of a prompt, and what the decoder makes of them."""
+        prompt = question.prompt
+        embeddings = self._embed(prompt.ids)
+        embeddings[prompt.visual] = self._see(question.shown, 0.0)["features"]
+        return embeddings, self._decode(embeddings, prompt.positions, 0.0)
+
+    def _feed(self, embeddings: Floats, rows: Sequence[int]) -> None:
+        """Append (R, T, d) to `rows`."""
+        count, added, _ = embeddings.shape
+        slots, positions = self.slots.take(added, rows)
+        limit, own = int(slots[:, 0].max()), np.array(rows)[:, None]
+        mask = np.concatenate([np.arange(limit) < slots[:, :1], np.ones((count, added), bool)], axis=1)
+        out = self.bundle.decoder(
+            embeddings=embeddings,
+            mask=mask.astype(np.float32),
+            positions=np.broadcast_to(positions, (3, count, added)).astype(np.float32),
+            adapter=np.zeros(count, np.float32),
+            **{name: held[own[:, 0], :, :limit] for name, held in self.past.items()},
+        )
+        for name, held in self.past.items():
+            held[own, :, slots] = out[f"present_{name[5:]}"][:, :, limit:].transpose(0, 2, 1, 3)
+        self.embeddings[own, slots], self.hidden[own, slots] = embeddings, out["hidden"]
+        self.positions[own, slots] = positions[..., None]
+        for row, logits in zip(rows, out["logits"], strict=True):
+            self.logits[row] = logits
+
+    def _embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Floats:
+        """(n, d); the four memory tokens have rows of their own."""
+        table = self.bundle.embedding
+        rows: Floats = np.array(table[np.minimum(ids, len(table) - 1)], np.float32)
+        for place, token in enumerate((*self.tokens["invoke"], *self.tokens["end"])):
+            rows[np.asarray(ids) == token] = self.bundle.memory_rows[place]
+        return rows
+
+    # --- memories ---
+
+    def _form(self, kind: MemoryKind, row: int) -> Floats:
+        """(N, d): from the visual hidden states and those of the answer's current segment."""
+        question, used = self.questions[row], self.slots.used[row]
+        visual = self.hidden[row, : len(question.prompt.ids)][question.prompt.visual]
+        said = self.hidden[row, self.slots.segment[row] : used]
+        built = self.bundle.builder(state=np.concatenate([visual, said]))
+        if kind is MemoryKind.SHORT:
+            return self._short(question, built["queries"], said)
+        return self._long(row, built["long_tokens"])
+
+    def _long(self, row: int, tokens: Floats) -> Floats:
+        """The whole stream and the tokens through the language model, its LoRA on."""
+        length, pool, used = self.lengths[MemoryKind.LONG], self.memory["pool_images"], self.slots.used[row]
+        prompt, stream = self.questions[row].prompt, self.embeddings[row, :used]
+        if pool:  # M_init stands on pooled image tokens, and so does the memory
+            seen = stream[: len(prompt.ids)][prompt.visual]
+            tokens[-length:] += shares(length, len(seen)) @ seen
+        after = np.broadcast_to(self.slots.next[row] + np.arange(len(tokens)), (3, len(tokens)))
+        positions = np.concatenate([self.positions[row, :used].T, after], axis=1)
+        memory: Floats = self._decode(np.concatenate([stream, tokens]), positions, 1.0)["memory"][0]
+        return memory + tokens[-length:] if pool else memory
+
+    def _short(self, question: Question, queries: Floats, said: Floats) -> Floats:
+        """Queries and memory tokens beside the whole images' patches in the vision encoder, its LoRA on."""
+        if not question.stream:  # the patches with the adapter on: once per answer
+            question.stream = self._see(question.whole, 1.0) | {"positions": question.whole["positions"]}
+        inputs = {"queries": queries, "segment": said, **question.stream}
+        if not self.memory["look"]:  # M_init stands alone, at the identity position
+            for name in ("segment", "positions", "features", "patch_embeds"):
+                del inputs[name]
+        return self.bundle.short(**inputs)["memory"]
+
+    def _see(self, patches: Mapping[str, NDArray[Any]], adapter: float) -> dict[str, NDArray[Any]]:
+        return self.bundle.vision(**patches, adapter=np.array([adapter], np.float32))
+
+    def _decode(self, embeddings: Floats, positions: NDArray[Any], adapter: float) -> dict[str, Floats]:
+        """The decoder over a whole stream (n, d) at positions (3, n)."""
+        return self.bundle.decoder(
+            embeddings=embeddings[None],
+            mask=np.ones((1, len(embeddings)), np.float32),
+            positions=np.ascontiguousarray(positions[:, None], np.float32),
+            adapter=np.array([adapter], np.float32),
+            **self.no_past,
+        )
+
+
+def _drawn(weight: NDArray[np.float64], end: int, uniform: float) -> int:
+    """A column of weights (V + 2,), drawn by a uniform number; one from `end` on is declined, and another drawn.
+
+    The same number serves again, rescaled within the declined columns' share, in which it is uniform.
+    """
+    cumulative = weight.cumsum()
+    at = uniform * cumulative[-1]
+    column = min(int(np.searchsorted(cumulative, at, side="right")), len(weight) - 1)
+    if column >= end:
+        kept = cumulative[end - 1]
+        again = (at - kept) / (cumulative[-1] - kept) * kept
+        column = min(int(np.searchsorted(cumulative[:end], again, side="right")), end - 1)
+    return column
+
+
+def shares(slots: int, count: int) -> Floats:
+    """(slots, count) weights that share `count` tokens out evenly to slots, in order: means, or copies if too few."""
+    token, slot = np.arange(count)[None], np.arange(slots)[:, None]
+    share = token * slots // count == slot if count >= slots else slot * count // slots == token
+    weight: Floats = share.astype(np.float32)
+    weight /= weight.sum(1, keepdims=True)
+    return weight
+
+
+def _grown(held: Floats, rows: int, capacity: int, slots: int) -> Floats:
+    """`held` with at least `rows` rows, along axis 0, and `capacity` slots, along axis `slots`; new ones are zero."""
+    rows, capacity = max(rows, held.shape[0]), max(capacity, held.shape[slots])
+    added = [(0, 0)] * held.ndim
+    added[0], added[slots] = (0, rows - held.shape[0]), (0, capacity - held.shape[slots])
+    return np.pad(held, added) if (rows, capacity) != (held.shape[0], held.shape[slots]) else held

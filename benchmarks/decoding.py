@@ -24,6 +24,7 @@ from vismem.config import InvocationConfig, MemoryConfig
 from vismem.data.sample import Sample, iterate_samples
 from vismem.generation import engine
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
+from vismem.generation.loop import DecodeLoop
 from vismem.generation.prompts import prompt_text
 from vismem.models.vismem import VisMemModel, load_base
 
@@ -76,7 +77,7 @@ def measure(
     assert made[HUGGING_FACE] == made[VANILLA], "with memory off the answers must be those of Hugging Face"
     names, turns = list(sides), []
     with Parts() as parts:
-        parts.wrap(engine._Decoder, "_insert", "memory")
+        parts.wrap(DecodeLoop, "_remember", "memory")
         for repeat, (number, part), turn in product(range(repeats), enumerate(batches), range(len(names))):
             name = names[(turn + number + repeat) % len(names)]  # so that none is always first
             spent = parts.run(partial(sides[name], part, longest))

@@ -25,7 +25,7 @@ class Chunk:
     event: str
 
 class Runtime:
-    def __init__(self, bundle, threads, verified, max_patches):
+    def __init__(self, bundle, threads, verified, max_patches, rows):
         self.word = (bundle / "word.txt").read_text()
         self.left = 0  # answers that were given up half way
         self.asked = 0

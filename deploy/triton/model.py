@@ -57,12 +57,12 @@ class TritonPythonModel:
         from vismem.serving.runtime.runtime import Runtime
 
         self.check_request = check_request
-        workers = int(os.environ.get("VISMEM_WORKERS", "2"))  # answers at a time
-        threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime, per answer
+        workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together
+        threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime
         queue = json.loads(args["model_config"])["dynamic_batching"]["default_queue_policy"]
         self.deadline = int(queue["default_timeout_microseconds"]) / 1e6  # seconds
         max_patches = int(os.environ.get("VISMEM_MAX_PATCHES", MAX_PATCHES))
-        self.runtime = Runtime(folder / "bundle", threads, verified=True, max_patches=max_patches)
+        self.runtime = Runtime(folder / "bundle", threads, verified=True, max_patches=max_patches, rows=workers)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
         self.stopping = False

@@ -15,5 +15,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     if not DEFAULT_PYTHON.exists() and VARIABLE not in os.environ:
         pytest.fail(f"{DEFAULT_PYTHON} is missing: run `make serving`")
     folder = tmp_path_factory.mktemp("triton")
-    with triton_server(make_repository(folder), log=folder / "server.log") as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISMEM_WORKERS", "2")  # so that two answers keep it busy
+        with triton_server(make_repository(folder), log=folder / "server.log") as running:
+            yield running

@@ -27,13 +27,15 @@ Floats = NDArray[np.float32]
 
 @dataclass(eq=False)
 class Question:
-    """A question that is ready for its prefill, and what its memories read of its images."""
+    """A question that is ready for its prefill, and what is read of it once."""
 
     prompt: Prompt
     shown: dict[str, NDArray[Any]]  # patches of the images in the prompt, as `cut_patches` gives them
     whole: dict[str, NDArray[Any]]  # and of the whole images
     id: str = ""  # random numbers are drawn by it
-    stream: dict[str, NDArray[Any]] = field(default_factory=dict)  # the whole ones inside the short former, once read
+    embeddings: Floats | None = None  # (L, d) of the prompt
+    read: dict[str, Floats] = field(default_factory=dict)  # what the decoder makes of them
+    stream: dict[str, NDArray[Any]] = field(default_factory=dict)  # the whole images inside the short former
 
 
 class OnnxExecutor:
@@ -96,20 +98,35 @@ class OnnxExecutor:
         coarse = whole if shown == grids else cut_patches(resized(pictures, shown, seen), shown, seen)
         return Question(prompt, coarse, whole)
 
+    def read(self, question: Question, memory: bool) -> None:
+        """Run the prompt through the graphs, and with `memory` the images through the short former's.
+
+        Other threads than the one that decodes may do so before the question joins; no row changes.
+        """
+        embeddings = self._embed(question.prompt.ids)
+        embeddings[question.prompt.visual] = self._see(question.shown, 0.0)["features"]
+        question.read = self._decode(embeddings, question.prompt.positions, 0.0)
+        question.embeddings = embeddings
+        if memory:
+            self._read_images(question)
+
     # --- loop.Executor ---
 
     def join(self, request: Request, limit: int) -> tuple[list[int], list[int]]:
         """Prefill a request's rows, of which each has a question of its own. Where it raises, no row has changed."""
-        filled = [self._prefill(question) for question in request.samples]
+        for question in request.samples:
+            if question.embeddings is None:
+                self.read(question, memory=False)
         room = self.room(request.max_new_tokens, limit)
-        for question, (embeddings, out) in zip(request.samples, filled, strict=True):
-            length, row = len(embeddings), len(self.questions)
+        for question in request.samples:
+            length, row, out = len(question.prompt.ids), len(self.questions), question.read
             self._grow(row + 1, length + room)
             for name, held in self.past.items():
                 held[row, :, :length] = out[f"present_{name[5:]}"][0]
-            self.embeddings[row, :length], self.hidden[row, :length] = embeddings, out["hidden"][0]
+            self.embeddings[row, :length], self.hidden[row, :length] = question.embeddings, out["hidden"][0]
             self.positions[row, :length] = question.prompt.positions.T
             self.logits.append(out["logits"][0])
+            question.embeddings, question.read = None, {}  # the row has them
             self.slots.join([length], [int(question.prompt.positions.max()) + 1])
             self.questions.append(question)
         return [int(question.prompt.visual.sum()) for question in request.samples], [0] * len(request.samples)
@@ -169,13 +186,6 @@ class OnnxExecutor:
         for name in ("embeddings", "hidden", "positions"):
             setattr(self, name, _grown(getattr(self, name), rows, capacity, slots=1))
 
-    def _prefill(self, question: Question) -> tuple[Floats, dict[str, Floats]]:
-        """Embeddings (L, d) of a prompt, and what the decoder makes of them."""
-        prompt = question.prompt
-        embeddings = self._embed(prompt.ids)
-        embeddings[prompt.visual] = self._see(question.shown, 0.0)["features"]
-        return embeddings, self._decode(embeddings, prompt.positions, 0.0)
-
     def _feed(self, embeddings: Floats, rows: Sequence[int]) -> None:
         """Append (R, T, d) to `rows`."""
         count, added, _ = embeddings.shape
@@ -230,13 +240,17 @@ class OnnxExecutor:
 
     def _short(self, question: Question, queries: Floats, said: Floats) -> Floats:
         """Queries and memory tokens beside the whole images' patches in the vision encoder, its LoRA on."""
-        if not question.stream:  # the patches with the adapter on: once per answer
-            question.stream = self._see(question.whole, 1.0) | {"positions": question.whole["positions"]}
+        self._read_images(question)
         inputs = {"queries": queries, "segment": said, **question.stream}
         if not self.memory["look"]:  # M_init stands alone, at the identity position
             for name in ("segment", "positions", "features", "patch_embeds"):
                 del inputs[name]
         return self.bundle.short(**inputs)["memory"]
+
+    def _read_images(self, question: Question) -> None:
+        """The whole images with the short former's adapter on: once per question."""
+        if not question.stream:
+            question.stream = self._see(question.whole, 1.0) | {"positions": question.whole["positions"]}
 
     def _see(self, patches: Mapping[str, NDArray[Any]], adapter: float) -> dict[str, NDArray[Any]]:
         return self.bundle.vision(**patches, adapter=np.array([adapter], np.float32))

@@ -86,6 +86,7 @@ class Runtime:
 
     def _chunks(self, request: Request) -> Iterator[Chunk]:
         answer, text = _Answer(request), TextStream(self.bundle.tokenizer)
+        self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
         with self.changed:
             self.waiting.append(answer)
             if self.thread is None:

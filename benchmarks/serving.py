@@ -22,7 +22,7 @@ from PIL import Image
 from vismem.data.sample import Sample
 from vismem.export.onnx import write_graphs
 from vismem.inference import VisMem
-from vismem.serving.runtime.runtime import Runtime
+from vismem.serving.answering import Runtime
 
 STREAMS = (1, 2, 4, 8, 16)
 

@@ -100,7 +100,7 @@ def make_repository(folder: Path, name: str = "vismem", runtime: str = STAND_IN)
     copy_library(folder)
     (bundle / "word.txt").write_text("é")
     write_manifest(bundle)
-    (library / "serving" / "runtime" / "runtime.py").write_text(runtime)
+    (library / "serving" / "answering.py").write_text(runtime)
     write_model_repository(bundle, folder / "partial", name, 7, library=library)
     return (folder / "partial").rename(folder / "model_repository")
 

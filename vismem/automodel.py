@@ -17,7 +17,7 @@ from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.types import LATENT
 from vismem.inference import Memory, VisMem, policy_of
-from vismem.serving.runtime.limits import NEW_TOKENS
+from vismem.runtime.limits import NEW_TOKENS
 
 
 class VisMemConfig(PretrainedConfig):  # type: ignore[misc]

@@ -29,12 +29,12 @@ from vismem.models.reference import WEIGHTS, Base
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
+from vismem.runtime.images import size_after_resizing
+from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
+from vismem.runtime.prompt import TextStream
+from vismem.runtime.reserved import Reserved
 from vismem.scope import Scope
 from vismem.serving.client import Token, marked, plain, read_image
-from vismem.serving.runtime.images import size_after_resizing
-from vismem.serving.runtime.limits import NEW_TOKENS, RequestError, check_request
-from vismem.serving.runtime.prompt import TextStream
-from vismem.serving.runtime.reserved import Reserved
 from vismem.sources import find_added, find_base
 
 AnyImage = str | Path | bytes | Image.Image

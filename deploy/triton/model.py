@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Of optional inputs; MAX_NEW_TOKENS is NEW_TOKENS of vismem.serving.runtime.limits.
+# Of optional inputs; MAX_NEW_TOKENS is NEW_TOKENS of vismem.runtime.limits.
 DEFAULTS = {"MAX_NEW_TOKENS": 120, "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": True, "STREAM": True}
 sys.dont_write_bytecode = True  # the repository stays as it was written
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
@@ -53,8 +53,8 @@ class TritonPythonModel:
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # this file's own, written before its first line ran
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
-        from vismem.serving.runtime.limits import MAX_PATCHES, check_request
-        from vismem.serving.runtime.runtime import Runtime
+        from vismem.runtime.limits import MAX_PATCHES, check_request
+        from vismem.serving.answering import Runtime
 
         self.check_request = check_request
         workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together

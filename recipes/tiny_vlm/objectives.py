@@ -22,7 +22,7 @@ from vismem.data.scenes import layouts_of
 from vismem.data.tasks.layouts import COLOURS, COLUMNS, ROWS, SHAPES, TEXTURES, Layout
 from vismem.generation.prompts import encode
 from vismem.models.backbones.base import Backbone
-from vismem.serving.runtime.images import coarse_grid
+from vismem.runtime.images import coarse_grid
 from vismem.training.loop import Metrics
 
 VISION_BATCH = 64  # questions per step

@@ -18,9 +18,9 @@ from vismem.errors import UserError
 from vismem.export.onnx import write_graphs
 from vismem.provenance import write_manifest
 from vismem.records import Release
+from vismem.serving.answering import Runtime
 from vismem.serving.client import Token, infer, marked, plain
 from vismem.serving.deploy import deploy
-from vismem.serving.runtime.runtime import Runtime
 from vismem.serving.server import TritonServer, triton_server
 
 TOKENS = 12

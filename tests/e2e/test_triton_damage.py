@@ -25,9 +25,9 @@ def add(file: Path) -> None:
 DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "settings": ("7/bundle/word.txt", cut, "has changed"),
     "bundle_manifest": ("7/bundle/manifest.json", cut, "has changed"),
-    "code": ("7/vismem/serving/runtime/prompt.py", cut, "has changed"),
+    "code": ("7/vismem/runtime/prompt.py", cut, "has changed"),
     "model": ("7/model.py", cut, "has changed"),
-    "missing": ("7/vismem/serving/runtime/limits.py", Path.unlink, "is missing"),
+    "missing": ("7/vismem/runtime/limits.py", Path.unlink, "is missing"),
     "unknown": ("7/numpy.py", add, "is not in manifest.json"),
     "linked": ("7/numpy", lambda path: path.symlink_to("/etc/hostname"), "is not in manifest.json"),
 }

@@ -19,7 +19,7 @@ from vismem.generation.prompts import encode, prompt_text, target_ids
 from vismem.models.small_files import read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
 from vismem.models.vismem import VisMemModel
-from vismem.serving.runtime.reserved import ZERO_WIDTH_SPACE
+from vismem.runtime.reserved import ZERO_WIDTH_SPACE
 from vismem.training.supervised import answer_with_memory, plain_answer
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from vismem.export.parity import prepared
 from vismem.generation.prompts import encode
 from vismem.models.memory import causal_mask, summary
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.serving.runtime.limits import RequestError
+from vismem.runtime.limits import RequestError
 
 CLIP, MIXED, TWO = families.video_samples()
 FRAMES = CLIP.videos[0].frames

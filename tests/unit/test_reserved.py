@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
-from vismem.serving.runtime.limits import RequestError
-from vismem.serving.runtime.reserved import ZERO_WIDTH_SPACE, Reserved
+from vismem.runtime.limits import RequestError
+from vismem.runtime.reserved import ZERO_WIDTH_SPACE, Reserved
 
 SPECIAL = ("<m_I^s>", "<|im_end|>", "<|im_end|><|endoftext|>", "<|endoftext|>", "|")
 ADDED = ("aa", "<K;>", "\u00e9\u00e9", "  ")
@@ -93,6 +93,6 @@ def test_a_prompt_that_holds_one_is_refused_with_its_name() -> None:
 def test_limits_and_prompts_are_used_without_the_runtimes_other_packages() -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = sys.modules['torch'] = None\n"
-        "import vismem.serving.runtime.prompt, vismem.serving.runtime.limits"
+        "import vismem.runtime.prompt, vismem.runtime.limits"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

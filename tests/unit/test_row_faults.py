@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from vismem.config import ValidateConfig
 from vismem.data.fingerprint import image_cache
 from vismem.data.sample import Sample, Video, write_shards
-from vismem.serving.runtime.reserved import Reserved
+from vismem.runtime.reserved import Reserved
 from vismem.validation.rows import row_faults
 from vismem.validation.validate import examine
 

@@ -11,8 +11,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from recipes.tiny_vlm.model import MAX_PIXELS, MIN_PIXELS
 from recipes.tiny_vlm.scenes import questions, scope_of
 from vismem.config import Config
+from vismem.runtime.images import size_after_resizing
 from vismem.scope import Scope
-from vismem.serving.runtime.images import size_after_resizing
 from vismem.shipped import shipped
 from vismem.training.base import base
 

@@ -10,6 +10,7 @@ import pytest
 
 from vismem.errors import UserError
 from vismem.provenance import sha256_file, write_manifest
+from vismem.runtime.limits import NEW_TOKENS
 from vismem.serving.repository import (
     MANIFEST_VARIABLE,
     MODEL_SOURCE,
@@ -18,7 +19,6 @@ from vismem.serving.repository import (
     repository_problems,
     write_model_repository,
 )
-from vismem.serving.runtime.limits import NEW_TOKENS
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_repository_holds_configuration_model_runtime_and_bundle(bundle: Path,
     assert folder == tmp_path / "repository" / "vismem"
     copy_library(tmp_path / "library")
     library = {f"3/{file}" for file in files(tmp_path / "library")}
-    assert {"3/vismem/generation/loop.py", "3/vismem/serving/runtime/limits.py", "3/vismem/__init__.py"} <= library
+    assert {"3/vismem/generation/loop.py", "3/vismem/runtime/limits.py", "3/vismem/__init__.py"} <= library
     packed = {f"3/bundle/{file}" for file in files(bundle)}
     assert files(folder) == {"config.pbtxt", "manifest.json", "3/model.py"} | library | packed
     assert (folder / "3" / "model.py").read_bytes() == MODEL_SOURCE.read_bytes()
@@ -164,7 +164,7 @@ LOADED = (
     "config.pbtxt",
     "manifest.json",
     "1/model.py",
-    "1/vismem/serving/runtime/prompt.py",
+    "1/vismem/runtime/prompt.py",
     "1/bundle/onnx/weights.bin",
     "1/bundle/manifest.json",
 )
@@ -184,9 +184,7 @@ def test_a_changed_or_missing_file_of_a_repository_is_named(name: str, bundle: P
         check_repository(repository)
 
 
-@pytest.mark.parametrize(
-    "name", ["1/numpy.py", "1/vismem/serving/runtime/more.py", "1/bundle/onnx/more.onnx", "2/model.py"]
-)
+@pytest.mark.parametrize("name", ["1/numpy.py", "1/vismem/runtime/more.py", "1/bundle/onnx/more.onnx", "2/model.py"])
 def test_an_unknown_file_or_linked_folder_in_a_repository_is_named(name: str, bundle: Path, tmp_path: Path) -> None:
     extra = write_model_repository(bundle, tmp_path / "repository", "vismem", 1) / name
     extra.parent.mkdir(exist_ok=True)

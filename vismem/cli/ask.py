@@ -8,7 +8,7 @@ from typing import Any
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
-from vismem.serving.runtime.limits import NEW_TOKENS
+from vismem.runtime.limits import NEW_TOKENS
 
 
 def add_commands(commands: Commands) -> None:

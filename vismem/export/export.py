@@ -11,13 +11,13 @@ from vismem.export.card import PICTURE, model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
 from vismem.files import empty_folder, write_json
+from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
-from vismem.serving.runtime.bundle import Bundle
-from vismem.serving.runtime.executor import OnnxExecutor
+from vismem.runtime.bundle import Bundle
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:

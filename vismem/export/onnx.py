@@ -24,7 +24,7 @@ from vismem.generation.prompts import prompt_text
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
-from vismem.serving.runtime.bundle import FORMAT
+from vismem.runtime.bundle import FORMAT
 
 WEIGHTS = "weights.bin"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them

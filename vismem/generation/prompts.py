@@ -18,7 +18,7 @@ from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone, Clip, Prompt
-from vismem.serving.runtime.reserved import Reserved
+from vismem.runtime.reserved import Reserved
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:

@@ -20,10 +20,10 @@ from vismem.errors import UserError
 from vismem.init.rows import Row
 from vismem.models.small_files import read_small, read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
+from vismem.runtime.images import size_after_resizing
+from vismem.runtime.limits import RequestError
+from vismem.runtime.reserved import Reserved
 from vismem.scope import Scope
-from vismem.serving.runtime.images import size_after_resizing
-from vismem.serving.runtime.limits import RequestError
-from vismem.serving.runtime.reserved import Reserved
 
 SMALL_WIDTH = 512  # hidden size below which a base trains on a CPU, with the settings of params.yaml
 CHARS_PER_TOKEN = 3  # of a tokenizer that could not be loaded; few languages need more tokens

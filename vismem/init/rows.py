@@ -15,7 +15,7 @@ from vismem.data.readers.files import json_object, numbered_lines
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.progress import progress
-from vismem.serving.runtime.reserved import Reserved
+from vismem.runtime.reserved import Reserved
 from vismem.validation.rows import row_faults
 
 NEEDED = tuple(key for key in jsonl.NEEDED if key != "id")  # a missing id is given

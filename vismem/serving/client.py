@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vismem.errors import UserError
-from vismem.serving.runtime.limits import NEW_TOKENS, RequestError, check_request
+from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 
 REASONS = {  # part of a server's message: what it means for the caller
     "Exceeds maximum queue size": "it is busy, its queue is full: try again later",

@@ -12,7 +12,7 @@ from pathlib import Path
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest
-from vismem.serving.runtime.limits import NEW_TOKENS
+from vismem.runtime.limits import NEW_TOKENS
 from vismem.shipped import shipped
 
 MODEL_SOURCE = shipped("deploy/triton/model.py")
@@ -20,11 +20,13 @@ LIBRARY = Path(__file__).parents[1]
 SERVED = (  # of the library, what lies beside a served bundle: nothing of it imports torch
     "generation/invocation.py",
     "generation/loop.py",
+    "generation/onnx_executor.py",
     "generation/slots.py",
     "generation/types.py",
     "models/kinds.py",
     "models/tokens.py",
-    "serving/runtime/*.py",
+    "runtime/*.py",
+    "serving/answering.py",
 )
 MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"
 

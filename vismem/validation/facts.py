@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from vismem.data.answer_forms import answer_form, reference_value
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA
-from vismem.serving.runtime.reserved import Reserved
+from vismem.runtime.reserved import Reserved
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
 BATCH = 64  # rows of images in memory at once, a thread

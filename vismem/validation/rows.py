@@ -11,7 +11,7 @@ import pandas as pd
 from vismem.config import ValidateConfig
 from vismem.data.fingerprint import ImageFacts
 from vismem.data.sample import Sample
-from vismem.serving.runtime.reserved import Reserved
+from vismem.runtime.reserved import Reserved
 from vismem.validation.expectations import BETWEEN, NULL, Rule, Severity, rules
 from vismem.validation.facts import row_facts
 

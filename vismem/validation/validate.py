@@ -20,7 +20,7 @@ from vismem.models.small_files import read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
 from vismem.progress import progress
 from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
-from vismem.serving.runtime.reserved import Reserved
+from vismem.runtime.reserved import Reserved
 from vismem.validation.expectations import Severity, Verdict, judge, rules
 from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
 from vismem.validation.findings import Findings

@@ -21,7 +21,7 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned, Off
 from vismem.models.vismem import VisMemModel
 from vismem.records import Metrics
-from vismem.serving.runtime.runtime import Runtime
+from vismem.serving.answering import Runtime
 from vismem.training.base import base
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from vismem.export.parity import decode, prepared
+from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.torch_executor import TorchExecutor
-from vismem.serving.runtime.executor import OnnxExecutor
 
 TOKENS = 16
 

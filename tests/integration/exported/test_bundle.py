@@ -24,8 +24,8 @@ from vismem.export.onnx import prompt_parts
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import verify_manifest
-from vismem.serving.runtime.bundle import BundleError
-from vismem.serving.runtime.runtime import Runtime
+from vismem.runtime.bundle import BundleError
+from vismem.serving.answering import Runtime
 
 
 def test_every_weight_lies_on_disk_once(bundle, model):

@@ -14,14 +14,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from vismem.export.onnx import runtime_settings
 from vismem.export.parity import check_parity
 from vismem.files import write_json
+from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
-from vismem.serving.runtime.bundle import Bundle
-from vismem.serving.runtime.executor import OnnxExecutor
-from vismem.serving.runtime.images import coarse_grid
-from vismem.serving.runtime.limits import RequestError
-from vismem.serving.runtime.runtime import Runtime
+from vismem.runtime.bundle import Bundle
+from vismem.runtime.images import coarse_grid
+from vismem.runtime.limits import RequestError
+from vismem.serving.answering import Runtime
 
 LIMIT = 9 * 28**2  # pixels: an image of 84 x 84 fits
 

@@ -15,13 +15,13 @@ from vismem.export.parity import check_parity, memory_difference
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
 from vismem.generation.loop import Request
+from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.prompts import encode
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
-from vismem.serving.runtime.bundle import Graph
-from vismem.serving.runtime.executor import OnnxExecutor
+from vismem.runtime.bundle import Graph
 
 
 def test_greedy_tokens_are_torchs_and_memories_agree_within_the_tolerance(bundle):

@@ -23,12 +23,12 @@ from vismem.generation.invocation import Off
 from vismem.generation.prompts import encode
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
+from vismem.runtime.images import cut_patches, decoded, grid_of, resized
+from vismem.runtime.limits import RequestError
+from vismem.runtime.prompt import TextStream, tokenise
+from vismem.serving.answering import Runtime
 from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.repository import copy_library
-from vismem.serving.runtime.images import cut_patches, decoded, grid_of, resized
-from vismem.serving.runtime.limits import RequestError
-from vismem.serving.runtime.prompt import TextStream, tokenise
-from vismem.serving.runtime.runtime import Runtime
 
 
 @pytest.mark.parametrize("size", [(84, 84), (56, 200), (301, 99), (30, 28), (640, 480)])
@@ -115,7 +115,7 @@ import pathlib, sys
 for name in ("torch", "transformers", "pydantic"):
     sys.modules[name] = None
 from PIL import Image, ImageFile
-from vismem.serving.runtime.runtime import Runtime
+from vismem.serving.answering import Runtime
 folder, bundle, question = sys.argv[1:]
 images = [Image.open(file) for file in sorted(pathlib.Path(folder).glob("*.png"))]
 answer = Runtime(bundle).generate(images, question, max_new_tokens=8)

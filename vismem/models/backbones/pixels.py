@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vismem.models.backbones.base import Clip
-from vismem.serving.runtime.images import coarse_grid
+from vismem.runtime.images import coarse_grid
 
 Pixels = tuple[Tensor, tuple[int, int, int]]  # an image's or video's patches (t * h * w, values), and t, h and w
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from vismem.generation.invocation import InvocationPolicy, Learned, Off
 from vismem.generation.loop import DecodeLoop, Request, Row
-from vismem.serving.runtime.bundle import Bundle
-from vismem.serving.runtime.executor import OnnxExecutor
-from vismem.serving.runtime.limits import NEW_TOKENS, RequestError
-from vismem.serving.runtime.prompt import TextStream
+from vismem.generation.onnx_executor import OnnxExecutor
+from vismem.runtime.bundle import Bundle
+from vismem.runtime.limits import NEW_TOKENS, RequestError
+from vismem.runtime.prompt import TextStream
 
 ROWS = 8  # answers at a time
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
-from vismem.serving.runtime.limits import RequestError
+from vismem.runtime.limits import RequestError
 
 ZERO_WIDTH_SPACE = "\u200b"
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vismem.serving.runtime.limits import RequestError
+from vismem.runtime.limits import RequestError
 
 Grid = tuple[int, int]  # rows and columns of patches
 

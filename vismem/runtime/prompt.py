@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from vismem.serving.runtime.reserved import Reserved
+from vismem.runtime.reserved import Reserved
 
 Integers = NDArray[np.int64]
 

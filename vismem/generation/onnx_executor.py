@@ -17,10 +17,10 @@ from vismem.generation.loop import Asked, Request
 from vismem.generation.slots import Slots
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
-from vismem.serving.runtime.bundle import Bundle
-from vismem.serving.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
-from vismem.serving.runtime.limits import RequestError
-from vismem.serving.runtime.prompt import Prompt, tokenise
+from vismem.runtime.bundle import Bundle
+from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
+from vismem.runtime.limits import RequestError
+from vismem.runtime.prompt import Prompt, tokenise
 
 Floats = NDArray[np.float32]
 

@@ -25,7 +25,11 @@ class Chunk:
     event: str
 
 class Runtime:
-    def __init__(self, bundle, threads, verified, max_patches, rows):
+    @classmethod
+    def open(cls, bundle, threads, verified, max_patches, rows):
+        return cls(bundle)
+
+    def __init__(self, bundle):
         self.word = (bundle / "word.txt").read_text()
         self.left = 0  # answers that were given up half way
         self.asked = 0

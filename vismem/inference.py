@@ -21,10 +21,9 @@ from PIL import Image
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.generation.engine import generate, stream
-from vismem.generation.invocation import InvocationPolicy, Learned, Off
+from vismem.generation.invocation import MODES, InvocationPolicy
 from vismem.generation.types import LATENT, Rollout
 from vismem.hub import push, read_card, write_card, write_code
-from vismem.models.kinds import MemoryKind
 from vismem.models.reference import WEIGHTS, Base
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
@@ -238,11 +237,10 @@ class VisMem:
 
 def policy_of(memory: Memory) -> InvocationPolicy:
     """When memory is invoked. UserError for a kind that there is not."""
-    if isinstance(memory, bool):
-        return Learned() if memory else Off()
-    if memory not in KINDS:
+    mode = ("learned" if memory else "off") if isinstance(memory, bool) else memory
+    if mode not in MODES:
         raise UserError(f"memory={memory!r}: it is True, 'short', 'long' or False")
-    return Learned(sampled=(MemoryKind(memory),))
+    return MODES[mode]
 
 
 def encoded(image: AnyImage) -> bytes:

@@ -62,7 +62,7 @@ class TritonPythonModel:
         queue = json.loads(args["model_config"])["dynamic_batching"]["default_queue_policy"]
         self.deadline = int(queue["default_timeout_microseconds"]) / 1e6  # seconds
         max_patches = int(os.environ.get("VISMEM_MAX_PATCHES", MAX_PATCHES))
-        self.runtime = Runtime(folder / "bundle", threads, verified=True, max_patches=max_patches, rows=workers)
+        self.runtime = Runtime.open(folder / "bundle", threads, verified=True, max_patches=max_patches, rows=workers)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
         self.stopping = False

@@ -59,7 +59,7 @@ def server(deployed: Path) -> Iterator[TritonServer]:
 
 @pytest.fixture(scope="module")
 def runtime(inputs: dict[str, Path]) -> Runtime:
-    return Runtime(inputs["export"])
+    return Runtime.open(inputs["export"])
 
 
 def in_process(runtime: Runtime, sample: Sample, **options: object) -> tuple[Token, ...]:

@@ -17,13 +17,14 @@ from PIL import Image
 from vismem.data.sample import Sample
 from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
 from vismem.generation.loop import DecodeLoop, Executor, Request
-from vismem.generation.onnx_executor import OnnxExecutor, Question
+from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.records import ParityReport
 from vismem.runtime.limits import RequestError
+from vismem.runtime.question import Question
 
 Memories = list[NDArray[np.float32]]
 Decoding = tuple[tuple[int, ...], Memories]  # an answer's token ids, LATENT where a memory vector stands; its memories

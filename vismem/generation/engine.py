@@ -75,5 +75,5 @@ def rollout_of(model: VisMemModel, row: Row) -> Rollout:
         marked_text=tokenizer.decode([token for token in ids if token not in hidden]),
         finished=bool(spoken) and spoken[-1] in model.stop_ids,
         answer_length=row.answer_length,
-        visual_tokens=row.visual_tokens,
+        visual_tokens=row.prompt.visual,
     )

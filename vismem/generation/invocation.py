@@ -104,6 +104,13 @@ class Learned(InvocationPolicy):
     sampled: tuple[MemoryKind, ...] = KINDS
 
 
+MODES: dict[str, InvocationPolicy] = {  # what a request may ask for, by name
+    "learned": Learned(),
+    "off": Off(),
+    **{kind.value: Learned(sampled=(kind,)) for kind in KINDS},
+}
+
+
 @dataclass(frozen=True)
 class Random(InvocationPolicy):
     """A memory with chance `probability` at each delimiter, short or long with equal chance (paper Table 9).

@@ -30,6 +30,15 @@ class Request:
     prompt: Any = None  # the samples' prompts, where they are encoded already
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """A sample's prompt, in tokens."""
+
+    length: int
+    visual: int  # of them, of images and videos
+    added: int = 0  # of them, appended by the policy: they count as the answer's latents
+
+
 @dataclass(eq=False)
 class Row:
     """One answer in the making, and its record."""
@@ -39,7 +48,7 @@ class Row:
     key: str
     limit: int  # memories at most
     uniform: NDArray[np.float64]  # for sampling, one number per decision
-    visual_tokens: int = 0  # before the answer
+    prompt: Prefilled
     tokens: list[tuple[int, bool, float]] = field(default_factory=list)  # id, in the loss or not, log-probability
     invocations: list[Invocation] = field(default_factory=list)
     decisions: int = 0
@@ -81,8 +90,8 @@ class Executor(Protocol):
     def limit(self, asked: int | None) -> int:
         """Memories per answer at most, where a policy asks for `asked`."""
 
-    def join(self, request: Request, limit: int) -> tuple[list[int], list[int]]:
-        """Prefill a request's rows. Of each sample: its visual tokens, and the latents that its policy appends."""
+    def join(self, request: Request, limit: int) -> list[Prefilled]:
+        """Prefill a request's rows; what each sample's prompt is. `limit`: memories per answer at most."""
 
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
         """The next token of every row, and its log-probability under the sampling distribution."""
@@ -112,14 +121,13 @@ class DecodeLoop:
         """Add a request's rows, grouped by sample, in order; they take the places of finished ones."""
         self._feed(tidy=True)
         limit = min(self.executor.limit(request.policy.limit), request.max_new_tokens)  # a word follows every memory
-        visual_tokens, added = self.executor.join(request, limit)
         rows = []
-        for sample, seen, latents in zip(request.samples, visual_tokens, added, strict=True):
+        for sample, prompt in zip(request.samples, self.executor.join(request, limit), strict=True):
             for member in range(request.group_size):
                 key = row_key(sample.id, member)
                 uniform = row_uniforms(request.seed, key, "sample", request.max_new_tokens + limit)
-                rows.append(Row(request, sample.id, key, limit, uniform, seen))
-                rows[-1].insert([LATENT] * latents)
+                rows.append(Row(request, sample.id, key, limit, uniform, prompt))
+                rows[-1].insert([LATENT] * prompt.added)
         self.rows += rows
         return rows
 

@@ -5,7 +5,7 @@ decoder graph, all rows together.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,29 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem.generation.invocation import NONE
-from vismem.generation.loop import Asked, Request
+from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.slots import Slots
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.runtime.bundle import Bundle
-from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
-from vismem.runtime.limits import RequestError
-from vismem.runtime.prompt import Prompt, tokenise
+from vismem.runtime.question import Question, prepare
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(eq=False)
-class Question:
-    """A question that is ready for its prefill, and what is read of it once."""
-
-    prompt: Prompt
-    shown: dict[str, NDArray[Any]]  # patches of the images in the prompt, as `cut_patches` gives them
-    whole: dict[str, NDArray[Any]]  # and of the whole images
-    id: str = ""  # random numbers are drawn by it
-    embeddings: Floats | None = None  # (L, d) of the prompt
-    read: dict[str, Floats] = field(default_factory=dict)  # what the decoder makes of them
-    stream: dict[str, NDArray[Any]] = field(default_factory=dict)  # the whole images inside the short former
 
 
 class OnnxExecutor:
@@ -49,8 +34,12 @@ class OnnxExecutor:
     hidden: Floats
     positions: Floats
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle, settings = bundle, bundle.settings
+    running = nullcontext
+
+    def __init__(self, bundle: Bundle, max_patches: int | None = None) -> None:
+        """`max_patches`: of a question's images after resizing, whole and coarse ones together; None: no limit."""
+        self.bundle, self.max_patches, settings = bundle, max_patches, bundle.settings
+        self.tokenizer = bundle.tokenizer
         self.memory, self.tokens, self.decoder = settings["memory"], settings["tokens"], settings["decoder"]
         self.kinds = dict(zip(self.tokens["invoke"], KINDS, strict=True))
         self.ends = dict(zip(KINDS, self.tokens["end"], strict=True))
@@ -69,34 +58,9 @@ class OnnxExecutor:
         """Slots and positions that an answer may take behind its prompt."""
         return max_new_tokens + limit * (max(self.lengths.values()) + 2)
 
-    def prepare(
-        self, images: Sequence[Image.Image], question: str, max_new_tokens: int, max_patches: int | None = None
-    ) -> Question:
-        """Decode, resize and cut the images, and tokenise the prompt; no graph runs, and no row changes.
-
-        `max_patches`: of the images after resizing, whole and coarse ones together; None: no limit. RequestError for
-        an unusable request.
-        """
-        seen, settings = self.bundle.settings["image"], self.bundle.settings
-        grids = shown = [grid_of(image.size, seen, f"image {i + 1}") for i, image in enumerate(images)]
-        if (pixels := seen.get("prompt_pixels")) is not None:  # bundles from before there was a maximum lack it
-            shown = [coarse_grid(grid, pixels, seen["patch_size"], seen["merge_size"]) for grid in grids]
-        patches = sum(rows * columns for rows, columns in (grids if shown == grids else [*grids, *shown]))
-        if max_patches is not None and patches > max_patches:
-            raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
-        prompt = tokenise(self.bundle.tokenizer, settings, question, shown)
-        needed = int(prompt.positions.max()) + 1 + self.room(max_new_tokens, self.limit(None))
-        if needed > self.decoder["max_positions"]:
-            raise RequestError(
-                f"the question, its images and {max_new_tokens} tokens need {needed} positions, "
-                f"the model has {self.decoder['max_positions']}: send less, or ask for less"
-            )
-        pictures = decoded(images)
-        if seen["do_resize"]:
-            pictures = resized(pictures, grids, seen)
-        whole = cut_patches(pictures, grids, seen)
-        coarse = whole if shown == grids else cut_patches(resized(pictures, shown, seen), shown, seen)
-        return Question(prompt, coarse, whole)
+    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Question:
+        """Decode and cut the images, and tokenise the prompt; no graph runs. RequestError for an unusable request."""
+        return prepare(self.bundle, images, question, self.room(max_new_tokens, self.limit(None)), self.max_patches)
 
     def read(self, question: Question, memory: bool) -> None:
         """Run the prompt through the graphs, and with `memory` the images through the short former's.
@@ -112,7 +76,7 @@ class OnnxExecutor:
 
     # --- loop.Executor ---
 
-    def join(self, request: Request, limit: int) -> tuple[list[int], list[int]]:
+    def join(self, request: Request, limit: int) -> list[Prefilled]:
         """Prefill a request's rows, of which each has a question of its own. Where it raises, no row has changed."""
         for question in request.samples:
             if question.embeddings is None:
@@ -129,7 +93,8 @@ class OnnxExecutor:
             question.embeddings, question.read = None, {}  # the row has them
             self.slots.join([length], [int(question.prompt.positions.max()) + 1])
             self.questions.append(question)
-        return [int(question.prompt.visual.sum()) for question in request.samples], [0] * len(request.samples)
+        prompts = [question.prompt for question in request.samples]
+        return [Prefilled(len(prompt.ids), int(prompt.visual.sum())) for prompt in prompts]
 
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
         scores = np.stack(self.logits)

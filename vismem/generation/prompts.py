@@ -54,7 +54,9 @@ def encode(backbone: Backbone, samples: Sequence[Sample], whole: bool = False) -
     return backbone.prompt(texts, images, videos, whole)
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes | Image.Image) -> Image.Image:
+    if isinstance(data, Image.Image):  # of a question that was prepared
+        return data
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 

@@ -3,19 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from vismem.data.sample import Sample
 from vismem.generation.context import Context
 from vismem.generation.decode_state import DecodeState
 from vismem.generation.invocation import NONE
-from vismem.generation.loop import Asked, Request
+from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.prompts import encode
 from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.images import decoded
+from vismem.runtime.reserved import Reserved
 
 
 @dataclass(eq=False)
@@ -31,22 +36,35 @@ class _Source:
 class TorchExecutor:
     """See `loop.Executor`. Its methods are called in inference mode."""
 
+    running = torch.inference_mode
+
     def __init__(self, model: VisMemModel) -> None:
         self.model, self.backbone = model, model.backbone
         self.kinds = {token: kind for kind, token in model.invoke_ids.items()}
         self.ends, self.limit = model.end_ids, model.limit
         self.delimiters, self.stops = frozenset(model.delimiter_ids), frozenset(model.stop_ids)
+        self.tokenizer = self.backbone.processor.tokenizer.backend_tokenizer
         self.state = DecodeState(model)
         self.sources: list[_Source] = []  # of each row
 
-    def join(self, request: Request, limit: int) -> tuple[list[int], list[int]]:
+    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Sample:
+        """A question for `join`, its images decoded. RequestError for an unusable one."""
+        Reserved(self.tokenizer).check(question)
+        pictures: Any = tuple(decoded(images))
+        return Sample("", pictures, question, answer="")  # random numbers are drawn by the id
+
+    def read(self, sample: Sample, memory: bool) -> None:
+        """Nothing: adapters are switches of the whole model, so no other thread runs it."""
+
+    def join(self, request: Request, limit: int) -> list[Prefilled]:
         policy, samples = request.policy, request.samples
         prompt = request.prompt or encode(self.backbone, samples, policy.whole)
         opened = policy.opened(prompt, self.backbone, samples)
         room = request.max_new_tokens + limit * (max(map(self.model.length_of, KINDS)) + 2)
         context = self.state.join(opened, request.group_size, room, remember=limit > 0)
         self.sources += [_Source(context, prompt, policy.donors(samples))] * (len(samples) * request.group_size)
-        return opened.visual.sum(1).tolist(), (opened.mask.sum(1) - prompt.mask.sum(1)).tolist()
+        lengths, before, visual = (each.sum(1).tolist() for each in (opened.mask, prompt.mask, opened.visual))
+        return [Prefilled(n, seen, n - own) for n, seen, own in zip(lengths, visual, before, strict=True)]
 
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
         logits, vocabulary = self.model.logits(self.state.last), self.model.vocabulary

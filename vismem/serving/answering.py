@@ -1,23 +1,48 @@
-"""Answers questions from an exported bundle, many at a time: one thread decodes, each caller reads its own pieces."""
+"""Answers questions, many at a time: one thread decodes, each caller reads the pieces of its own answer."""
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from PIL import Image
+from tokenizers import Tokenizer
 
-from vismem.generation.invocation import InvocationPolicy, Learned, Off
-from vismem.generation.loop import DecodeLoop, Request, Row
-from vismem.generation.onnx_executor import OnnxExecutor
-from vismem.runtime.bundle import Bundle
+from vismem.generation.invocation import MODES
+from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.limits import NEW_TOKENS, RequestError
 from vismem.runtime.prompt import TextStream
 
 ROWS = 8  # answers at a time
+
+
+class Served(Executor, Protocol):
+    """An executor that takes questions from outside."""
+
+    tokenizer: Tokenizer
+
+    def running(self) -> AbstractContextManager[object]:
+        """What the thread that decodes runs in."""
+
+    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Any:
+        """A sample for a request, with its images decoded; RequestError for an unusable one. Any thread may call it."""
+
+    def read(self, sample: Any, memory: bool) -> None:
+        """What can be computed of a sample before it joins, by any thread; `memory`: memories may be formed on it."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took."""
+
+    finish: Literal["stop", "length"]  # ended by the model or a stop string, or at its limit
+    prompt_tokens: int
+    tokens: int  # words, memories not counted
+    memories: dict[str, int]  # by kind
 
 
 @dataclass(frozen=True)
@@ -27,6 +52,33 @@ class Chunk:
     text: str
     event: Literal["token", "short", "long", "end"]
     token: int | None = None  # the id behind it: a word, or an invoke token
+    usage: Usage | None = None  # of the "end"
+
+
+class _Text:
+    """Text as it comes, up to the first stop string; what may be the beginning of one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.stream, self.stop = TextStream(tokenizer), [text for text in stop if text]
+        self.held, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """What is certain with this token."""
+        return self._passed(self.stream.add(token), last=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return "" if self.stopped else self._passed(self.stream.finish(), last=True)
+
+    def _passed(self, new: str, last: bool) -> str:
+        text = self.held + new
+        if places := [place for stop in self.stop if (place := text.find(stop)) >= 0]:
+            self.stopped = True
+            return text[: min(places)]
+        begun = [size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        certain = len(text) if last else len(text) - max(begun, default=0)
+        self.held = text[certain:]
+        return text[:certain]
 
 
 @dataclass(eq=False)
@@ -35,31 +87,38 @@ class _Answer:
 
     request: Request
     tokens: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)  # None: it is finished
+    row: Row | None = None  # once it has joined
     gone: bool = False  # nobody reads it any more
 
 
 class Runtime:
-    """A bundle, ready to answer. It may be used by several threads at once; their answers are decoded together."""
+    """An executor, ready to answer. It may be used by several threads at once; their answers are decoded together."""
 
-    def __init__(
-        self,
+    def __init__(self, executor: Served, rows: int = ROWS) -> None:
+        """`rows`: answers that are decoded at a time; others wait."""
+        self.executor, self.rows = executor, rows
+        self.waiting: deque[_Answer] = deque()
+        self.changed = threading.Condition()  # of `waiting`
+        self.thread: threading.Thread | None = None
+
+    @classmethod
+    def open(
+        cls,
         bundle: Path | str,
         threads: int = 1,
         verified: bool = False,
         max_patches: int | None = None,
         rows: int = ROWS,
-    ) -> None:
-        """Open `bundle` with `threads` threads. Raises BundleError if it is missing or damaged.
+    ) -> "Runtime":
+        """A runtime over a bundle's graphs, with `threads` threads. BundleError for one that is missing or damaged.
 
         `verified`: the caller has just verified or written the bundle; its files are not hashed again. `max_patches`:
-        limit of a request's image patches after resizing, whole and coarse ones together; None: no limit. `rows`:
-        answers that are decoded at a time; others wait.
+        see OnnxExecutor.
         """
-        self.bundle, self.max_patches, self.rows = Bundle(Path(bundle), threads, verified), max_patches, rows
-        self.executor = OnnxExecutor(self.bundle)
-        self.waiting: deque[_Answer] = deque()
-        self.changed = threading.Condition()  # of `waiting`
-        self.thread: threading.Thread | None = None
+        from vismem.generation.onnx_executor import OnnxExecutor
+        from vismem.runtime.bundle import Bundle
+
+        return cls(OnnxExecutor(Bundle(Path(bundle), threads, verified), max_patches), rows)
 
     def generate(
         self,
@@ -69,37 +128,49 @@ class Runtime:
         max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
-        memory: bool = True,
+        memory: bool | str = True,
+        stop: Sequence[str] = (),
     ) -> Iterator[Chunk]:
         """Yield the answer's chunks; closing the iterator ends the work at the next token.
 
-        `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` False bars the model from
-        invoking. Raises RequestError for an unusable request, before the first chunk.
+        `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of `MODES`, or
+        True for "learned" and False for "off". The answer ends before the first of the `stop` strings. Raises
+        RequestError for an unusable request, before the first chunk.
         """
         if not images:
             raise RequestError("no image: send at least one with the question")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-        question = self.executor.prepare(images, prompt, max_new_tokens, self.max_patches)
-        policy: InvocationPolicy = Learned() if memory else Off()
-        return self._chunks(Request([question], policy, max_new_tokens, temperature, seed))
+        mode = ("learned" if memory else "off") if isinstance(memory, bool) else memory
+        if mode not in MODES:
+            raise RequestError(f"memory is '{mode}': it must be one of {', '.join(MODES)}")
+        sample = self.executor.prepare(images, prompt, max_new_tokens)
+        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
 
-    def _chunks(self, request: Request) -> Iterator[Chunk]:
-        answer, text = _Answer(request), TextStream(self.bundle.tokenizer)
+    def _chunks(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
         self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
+        answer, text = _Answer(request), _Text(self.executor.tokenizer, stop)
         with self.changed:
             self.waiting.append(answer)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
                 self.thread.start()
             self.changed.notify()
+        words, memories = 0, Counter[str]()
         try:
-            while (token := answer.tokens.get()) is not None:
+            while not text.stopped and (token := answer.tokens.get()) is not None:
                 if isinstance(token, BaseException):
                     raise token
-                kind = self.executor.kinds.get(token)
-                yield Chunk("", kind.value, token) if kind else Chunk(text.add(token), "token", token)
-            yield Chunk(text.finish(), "end")
+                if kind := self.executor.kinds.get(token):
+                    memories[kind.value] += 1
+                    yield Chunk("", kind.value, token)
+                else:
+                    words += 1
+                    yield Chunk(text.add(token), "token", token)
+            assert answer.row is not None
+            ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
+            usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories))
+            yield Chunk(text.finish(), "end", usage=usage)
         finally:
             answer.gone = True
 
@@ -109,8 +180,9 @@ class Runtime:
         loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
         while True:
             try:
-                self._admit(loop, answers)
-                self._step(loop, answers)
+                with self.executor.running():
+                    self._admit(loop, answers)
+                    self._step(loop, answers)
             except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
                 for answer in answers.values():
                     answer.tokens.put(error)
@@ -129,11 +201,11 @@ class Runtime:
             if answer.gone:
                 continue
             try:
-                (row,) = loop.join(answer.request)
+                (answer.row,) = loop.join(answer.request)
             except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on
                 answer.tokens.put(error)
             else:
-                answers[row] = answer
+                answers[answer.row] = answer
 
     @staticmethod
     def _step(loop: DecodeLoop, answers: dict[Row, _Answer]) -> None:

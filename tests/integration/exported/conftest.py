@@ -67,4 +67,4 @@ def model(inputs):
 
 @pytest.fixture(scope="session")
 def runtime(bundle):
-    return Runtime(bundle)
+    return Runtime.open(bundle)

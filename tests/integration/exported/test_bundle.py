@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from pictures import TOKENS
 from PIL import Image
+from vismem.runtime.bundle import BundleError
 
 from vismem import VisMem
 from vismem.cli import main
@@ -24,7 +25,6 @@ from vismem.export.onnx import prompt_parts
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import verify_manifest
-from vismem.runtime.bundle import BundleError
 from vismem.serving.answering import Runtime
 
 
@@ -132,14 +132,14 @@ def test_a_damaged_or_missing_file_is_refused_by_name(name, bundle, tmp_path):
     file = shutil.copytree(bundle, tmp_path / "bundle") / name
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(BundleError, match=f"{name} is damaged"):
-        Runtime(tmp_path / "bundle")
+        Runtime.open(tmp_path / "bundle")
     file.unlink()
     with pytest.raises(BundleError, match=f"{name} is missing"):
-        Runtime(tmp_path / "bundle")
+        Runtime.open(tmp_path / "bundle")
 
 
 def test_an_unknown_file_is_refused_by_name(bundle, tmp_path):
     shutil.copytree(bundle, tmp_path / "bundle")
     (tmp_path / "bundle" / "processor" / "added_tokens.json").write_text("{}")
     with pytest.raises(BundleError, match=r"processor/added_tokens\.json is not in the manifest"):
-        Runtime(tmp_path / "bundle")
+        Runtime.open(tmp_path / "bundle")

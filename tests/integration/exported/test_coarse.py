@@ -10,6 +10,7 @@ import pytest
 import tiny
 from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from vismem.runtime.bundle import Bundle
 
 from vismem.export.onnx import runtime_settings
 from vismem.export.parity import check_parity
@@ -18,7 +19,6 @@ from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
-from vismem.runtime.bundle import Bundle
 from vismem.runtime.images import coarse_grid
 from vismem.runtime.limits import RequestError
 from vismem.serving.answering import Runtime
@@ -79,16 +79,16 @@ def test_the_runtime_reads_torchs_pixels_to_the_bit(coarse, coarse_bundle):
 
 def test_a_bundle_from_before_the_maximum_answers_as_ever(runtime, model, monkeypatch):
     sample = replace(tiny.samples()[0], images=encoded(noise(200, 90)))
-    monkeypatch.delitem(runtime.bundle.settings["image"], "prompt_pixels")
-    assert by_graphs(runtime.bundle, sample)[0] == by_torch(model, sample)[0]
+    monkeypatch.delitem(runtime.executor.bundle.settings["image"], "prompt_pixels")
+    assert by_graphs(runtime.executor.bundle, sample)[0] == by_torch(model, sample)[0]
 
 
 def test_whole_and_coarse_patches_count_against_the_servers_limit(coarse_bundle):
     images = [noise(168, 168), noise(84, 84)]  # 144 and 36 patches; in the prompt 36 and 36
-    allowed = Runtime(coarse_bundle, verified=True, max_patches=252)
+    allowed = Runtime.open(coarse_bundle, verified=True, max_patches=252)
     assert next(allowed.generate(images, "what?")).event == "token"
     with pytest.raises(RequestError, match="the images make 252 patches: the limit is 251"):
-        Runtime(coarse_bundle, verified=True, max_patches=251).generate(images, "what?")
+        Runtime.open(coarse_bundle, verified=True, max_patches=251).generate(images, "what?")
 
 
 def test_parity_is_of_coarse_prompts_on_both_sides(coarse, model, coarse_bundle):

@@ -8,6 +8,7 @@ import tiny
 import torch
 from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from vismem.runtime.bundle import Graph
 
 from vismem.data.sample import Sample
 from vismem.export.graphs import Decoder
@@ -21,7 +22,6 @@ from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
-from vismem.runtime.bundle import Graph
 
 
 def test_greedy_tokens_are_torchs_and_memories_agree_within_the_tolerance(bundle):
@@ -37,7 +37,7 @@ def test_images_of_any_size_and_number_give_torchs_tokens_and_memories(model, ru
     sample = Sample(id="x", images=images, question="naïve: 色?\nwhich image has more", answer="")
     forced = {0: MemoryKind.LONG, 2: MemoryKind.SHORT, 5: MemoryKind.LONG}
     expected, reference = by_torch(model, sample, forced)
-    tokens, memories = by_graphs(runtime.bundle, sample, forced)
+    tokens, memories = by_graphs(runtime.executor.bundle, sample, forced)
     assert tokens == expected
     assert len(memories) == 3
     for ours, theirs in zip(memories, reference, strict=True):
@@ -59,7 +59,7 @@ def test_parity_reports_a_model_that_differs_and_does_not_raise(model, runtime, 
         other.long.memory_init.add_(1.0)
         other.backbone.head.weight[5].mul_(50)
     parity = check_parity(
-        other, OnnxExecutor(runtime.bundle), tiny.samples()[:2], max_new_tokens=TOKENS, tolerance=1e-4
+        other, OnnxExecutor(runtime.executor.bundle), tiny.samples()[:2], max_new_tokens=TOKENS, tolerance=1e-4
     )
     assert parity.passed is False
     assert parity.greedy_equal < 2
@@ -158,6 +158,6 @@ def test_the_visual_states_in_the_runtime_are_those_of_one_torch_pass(model, run
     prompt = encode(model.backbone, [sample])
     with torch.no_grad():
         hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
-    graphs = OnnxExecutor(runtime.bundle)
+    graphs = OnnxExecutor(runtime.executor.bundle)
     graphs.join(Request([graphs.prepare(pictures(sample), sample.question, 4)], Learned(), 4), limit=3)
     np.testing.assert_allclose(graphs.hidden[0, : graphs.slots.used[0]], hidden[0].numpy(), atol=1e-5)

@@ -52,7 +52,7 @@ def test_ids_positions_and_windows_are_those_of_the_torch_side(model, bundle, ru
     expected = encode(model.backbone, [sample])
     grids = [grid_of(image.size, settings["image"], "") for image in images]
     patches = cut_patches(resized(images, grids, settings["image"]), grids, settings["image"])
-    prompt = tokenise(runtime.bundle.tokenizer, settings, sample.question, grids)
+    prompt = tokenise(runtime.executor.bundle.tokenizer, settings, sample.question, grids)
     assert np.array_equal(prompt.positions, expected.positions[:, 0].numpy())
     assert np.array_equal(prompt.visual, expected.visual[0].numpy())
     assert prompt.positions.max() + 1 == int(expected.next_position())
@@ -64,9 +64,9 @@ def test_ids_positions_and_windows_are_those_of_the_torch_side(model, bundle, ru
 
 
 def test_a_question_that_holds_any_of_the_models_own_tokens_is_refused_before_any_graph_runs(runtime, monkeypatch):
-    monkeypatch.setattr(runtime.bundle, "vision", None)
-    monkeypatch.setattr(runtime.bundle, "decoder", None)
-    added = {token.content for token in runtime.bundle.tokenizer.get_added_tokens_decoder().values()}
+    monkeypatch.setattr(runtime.executor.bundle, "vision", None)
+    monkeypatch.setattr(runtime.executor.bundle, "decoder", None)
+    added = {token.content for token in runtime.executor.bundle.tokenizer.get_added_tokens_decoder().values()}
     assert added >= {"<m_I^s>", "<m_E^l>", "<|image_pad|>", "<|video_pad|>", "<|im_end|>"}
     for token in sorted(added):
         with pytest.raises(RequestError, match=f"PROMPT holds {re.escape(token)}, one of the model's own tokens"):
@@ -74,7 +74,7 @@ def test_a_question_that_holds_any_of_the_models_own_tokens_is_refused_before_an
 
 
 def test_an_image_that_ends_too_early_is_refused_before_any_graph_runs(runtime, monkeypatch):
-    monkeypatch.setattr(runtime.bundle, "vision", None)
+    monkeypatch.setattr(runtime.executor.bundle, "vision", None)
     whole, cut = encoded(noise(84, 84), noise(300, 200))
     images = [Image.open(io.BytesIO(data)) for data in (whole, cut[:-40_000])]
     with pytest.raises(RequestError, match=r"image 2 of 2 does not decode: image file is truncated"):
@@ -90,14 +90,14 @@ def test_a_request_beyond_the_models_positions_is_refused_before_its_images_are_
 
 def test_more_patches_than_the_server_allows_are_refused_before_the_images_are_decoded(bundle, monkeypatch):
     images = [Image.open(io.BytesIO(data)) for data in encoded(noise(168, 168)) * 2]
-    allowed = Runtime(bundle, verified=True, max_patches=287)
+    allowed = Runtime.open(bundle, verified=True, max_patches=287)
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     with pytest.raises(RequestError, match="the images make 288 patches: the limit is 287"):
         allowed.generate(images, "what?")
 
 
 def test_pieces_of_text_join_to_the_decoded_text_and_never_split_a_character(model, runtime):
-    tokenizer = runtime.bundle.tokenizer
+    tokenizer = runtime.executor.bundle.tokenizer
     text = "naïve 色 🙂, e\u0301 and <|im_end|> more"
     ids = tokenizer.encode(text).ids
     stream = TextStream(tokenizer)
@@ -118,7 +118,7 @@ from PIL import Image, ImageFile
 from vismem.serving.answering import Runtime
 folder, bundle, question = sys.argv[1:]
 images = [Image.open(file) for file in sorted(pathlib.Path(folder).glob("*.png"))]
-answer = Runtime(bundle).generate(images, question, max_new_tokens=8)
+answer = Runtime.open(bundle).generate(images, question, max_new_tokens=8)
 print([chunk.token for chunk in answer])
 """
 
@@ -163,7 +163,7 @@ def test_without_memory_nothing_is_invoked_and_torch_says_the_same(model, runtim
 def test_the_bases_own_columns_of_memory_tokens_never_win(model, runtime, monkeypatch):
     own = list(model.memory_ids)
     assert max(own) < model.vocabulary, "as in real Qwen's head, which is padded"
-    decoder = runtime.bundle.decoder
+    decoder = runtime.executor.bundle.decoder
 
     def fed(**given):
         out = decoder(**given)
@@ -175,14 +175,14 @@ def test_the_bases_own_columns_of_memory_tokens_never_win(model, runtime, monkey
             given = pictures(sample), sample.question
             expected = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
             with monkeypatch.context() as patch:
-                patch.setattr(runtime.bundle, "decoder", fed)
+                patch.setattr(runtime.executor.bundle, "decoder", fed)
                 found = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
             assert found == expected
 
 
 def test_no_more_memories_are_invoked_than_an_answer_may_have(model, runtime):
     forced = dict.fromkeys(range(10), MemoryKind.SHORT)
-    tokens, memories = by_graphs(runtime.bundle, tiny.samples()[3], forced)
+    tokens, memories = by_graphs(runtime.executor.bundle, tiny.samples()[3], forced)
     assert len(memories) == model.invocation_config.max_per_answer == 3
     assert tokens == by_torch(model, tiny.samples()[3], forced)[0]
 
@@ -193,7 +193,7 @@ def test_answers_together_are_each_as_alone_however_many_come_and_go(runtime):
         (sample, {"max_new_tokens": 4 + 3 * (at % 5), "temperature": float(at % 2), "seed": at, "memory": at % 4 != 3})
         for at, sample in enumerate(tiny.samples() * 2)
     ]
-    several = Runtime(runtime.bundle.folder, verified=True, rows=6)
+    several = Runtime.open(runtime.executor.bundle.folder, verified=True, rows=6)
 
     def answer(at, of):
         sample, options = asked[at]
@@ -208,9 +208,9 @@ def test_answers_together_are_each_as_alone_however_many_come_and_go(runtime):
 
 
 def test_an_answer_that_nobody_reads_any_more_is_not_decoded_on(runtime, monkeypatch):
-    sample, calls, decoder = tiny.samples()[0], [], runtime.bundle.decoder
+    sample, calls, decoder = tiny.samples()[0], [], runtime.executor.bundle.decoder
     chunks = runtime.generate(pictures(sample), sample.question, max_new_tokens=2000, memory=False)
-    monkeypatch.setattr(runtime.bundle, "decoder", lambda **given: calls.append(1) or decoder(**given))
+    monkeypatch.setattr(runtime.executor.bundle, "decoder", lambda **given: calls.append(1) or decoder(**given))
     runtime.executor.stops, stops = frozenset(), runtime.executor.stops
     try:
         next(chunks)
@@ -238,13 +238,15 @@ def test_a_fault_reaches_its_callers_and_the_next_are_answered(runtime, monkeypa
     expected = ask()
     for part in ("vision", "decoder"):
         with monkeypatch.context() as patch:
-            patch.setattr(runtime.bundle, part, lambda **_: 1 / 0)
+            patch.setattr(runtime.executor.bundle, part, lambda **_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 ask()
         assert ask() == expected
-    decoder, left = runtime.bundle.decoder, iter([True, True])  # it fails in the middle of the answer
+    decoder, left = runtime.executor.bundle.decoder, iter([True, True])  # it fails in the middle of the answer
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.bundle, "decoder", lambda **given: decoder(**given) if next(left, None) else 1 / 0)
+        patch.setattr(
+            runtime.executor.bundle, "decoder", lambda **given: decoder(**given) if next(left, None) else 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             ask()
     assert ask() == expected

@@ -91,15 +91,19 @@ def test_rows_that_join_take_the_places_of_those_that_ended(model: VisMemModel) 
     """However many come one after another, no more is allocated than for those that are there together."""
     executor = TorchExecutor(model)
     loop = DecodeLoop(executor)
+    loop.join(Request(SAMPLES[4:5], RANDOM, max_new_tokens=40))
     for _ in range(4):
-        rows = loop.join(Request(SAMPLES[:4], Random(probability=0.5), max_new_tokens=6))
+        rows = loop.join(Request(SAMPLES[:3], RANDOM, max_new_tokens=6))
         loop.step()
         loop.leave(rows[0])
         (late,) = loop.join(Request(SAMPLES[5:6], Learned(), max_new_tokens=6))
-        assert loop.rows == [*rows[1:], late]
-        while loop.step():
-            pass
+        assert loop.rows[1:] == [*rows[1:], late]
+        while not all(row.finished for row in loop.rows[1:]):
+            loop.step()
     assert {len(held) for held in (*executor.state.cache.keys, executor.state.embeds)} == {4}
+    while loop.step():
+        pass
+    assert executor.state.cache.keys == []
 
 
 @torch.inference_mode()

@@ -37,6 +37,19 @@ def add_commands(commands: Commands) -> None:
     add("--http-port", type=int, help="HTTP port; default: deploy.http_port")
     add("--metrics-port", type=int, help="Prometheus port; default: deploy.metrics_port")
 
+    about = "serve a model over HTTP as OpenAI's API does, every family, until Ctrl-C"
+    add = command("api", _run_api, about, options=False)
+    add("--model", default="assets/tiny-vlm-memory", help="as of `vismem ask` (default: %(default)s)")
+    add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
+    add("--name", default="vismem", help="what clients call the model (default: %(default)s)")
+    add("--device", help="cpu, cuda or cuda:1; default: the first GPU where there is one")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights' type (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8080, help="0: any free one (default: %(default)s)")
+    add("--rows", type=int, default=8, metavar="N", help="answers decoded together (default: %(default)s)")
+    add("--tls-certificate", type=Path, metavar="FILE", help="PEM; with --tls-key")
+    add("--tls-key", type=Path, metavar="FILE", help="PEM")
+
 
 def _add_question(add: Callable[..., Any]) -> None:
     """The question and how it is to be answered: the same for every command that asks."""
@@ -106,4 +119,22 @@ def _run_serve(arguments: argparse.Namespace) -> None:
         http_port=arguments.http_port,
         metrics_port=arguments.metrics_port,
         write=lambda line: print(arguments.caller.shown(line), flush=True),
+    )
+
+
+def _run_api(arguments: argparse.Namespace) -> None:
+    from vismem.serving.api import serve_api
+
+    serve_api(
+        arguments.model,
+        base=arguments.base,
+        name=arguments.name,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        host=arguments.host,
+        port=arguments.port,
+        rows=arguments.rows,
+        certificate=arguments.tls_certificate,
+        key=arguments.tls_key,
+        write=lambda line: print(line, flush=True),
     )

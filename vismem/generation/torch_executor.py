@@ -138,7 +138,10 @@ class TorchExecutor:
 
     def keep(self, rows: Sequence[int]) -> None:
         self.sources = [self.sources[row] for row in rows]
-        self.state.keep(rows)
+        if rows:
+            self.state.keep(rows)
+        else:  # nothing stays allocated
+            self.state = DecodeState(self.model)
 
 
 def _column_at(cumulative: Tensor, at: Tensor) -> Tensor:

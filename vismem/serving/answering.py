@@ -177,17 +177,17 @@ class Runtime:
     # --- the thread that decodes ---
 
     def _run(self) -> None:
-        loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
-        while True:
-            try:
-                with self.executor.running():
-                    self._admit(loop, answers)
-                    self._step(loop, answers)
-            except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
-                for answer in answers.values():
-                    answer.tokens.put(error)
-                self.executor.keep(())
-                loop, answers = DecodeLoop(self.executor), {}
+        with self.executor.running():
+            while True:
+                loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
+                try:
+                    while True:
+                        self._admit(loop, answers)
+                        self._step(loop, answers)
+                except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
+                    self.executor.keep(())
+                    for answer in answers.values():
+                        answer.tokens.put(error)
 
     def _admit(self, loop: DecodeLoop, answers: dict[Row, _Answer]) -> None:
         """Let waiting answers join while there are places; wait for one where there is nothing to decode."""

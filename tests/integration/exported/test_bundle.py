@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import ModelCard
 from pictures import TOKENS
 from PIL import Image
-from vismem.runtime.bundle import BundleError
 
 from vismem import VisMem
 from vismem.cli import main
@@ -25,6 +24,7 @@ from vismem.export.onnx import prompt_parts
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import verify_manifest
+from vismem.runtime.bundle import BundleError
 from vismem.serving.answering import Runtime
 
 

@@ -10,7 +10,6 @@ import pytest
 import tiny
 from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-from vismem.runtime.bundle import Bundle
 
 from vismem.export.onnx import runtime_settings
 from vismem.export.parity import check_parity
@@ -19,6 +18,7 @@ from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.bundle import Bundle
 from vismem.runtime.images import coarse_grid
 from vismem.runtime.limits import RequestError
 from vismem.serving.answering import Runtime

@@ -8,7 +8,6 @@ import tiny
 import torch
 from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from vismem.runtime.bundle import Graph
 
 from vismem.data.sample import Sample
 from vismem.export.graphs import Decoder
@@ -22,6 +21,7 @@ from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.bundle import Graph
 
 
 def test_greedy_tokens_are_torchs_and_memories_agree_within_the_tolerance(bundle):

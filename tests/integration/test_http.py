@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -264,17 +265,19 @@ def test_a_fault_of_the_model_is_said_and_the_next_request_answered(
     assert post(url, GOOD)[0] == 200
 
 
-def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
+def test_the_command_serves_the_documentation_s_example_until_it_is_told_to_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     command = [sys.executable, "-m", "vismem.cli", "api", "--port", "0"]
     variables = {**os.environ, "VISMEM_API_TOKEN": "s3cret"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("serving vismem (qwen2_5_vl) on http://127.0.0.1:")
-        client = openai.OpenAI(base_url=line.split()[4].rstrip(","), api_key="s3cret", max_retries=5)
-        picture = Path("examples/images/01.png").read_bytes()
-        reply = client.chat.completions.create(model="vismem", messages=messages((picture,), "how many circles?"))  # type: ignore[arg-type]
-        assert "answer:" in (reply.choices[0].message.content or "")
+        (example,) = re.findall(r"```python\n(.*?)```", Path("docs/serving.md").read_text(), flags=re.DOTALL)
+        address = line.split()[4].rstrip(",")
+        exec(example.replace("http://127.0.0.1:8080/v1", address).replace('"none"', '"s3cret"'), {})
+        assert "answer: " in capsys.readouterr().out
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "stopped\n"
     assert process.returncode == 0

@@ -123,7 +123,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
 
 
 def _run_api(arguments: argparse.Namespace) -> None:
-    from vismem.serving.api import serve_api
+    from vismem.api import serve_api
 
     serve_api(
         arguments.model,

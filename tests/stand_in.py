@@ -23,6 +23,7 @@ from dataclasses import dataclass
 class Chunk:
     text: str
     event: str
+    usage: None = None
 
 class Runtime:
     @classmethod
@@ -34,10 +35,10 @@ class Runtime:
         self.left = 0  # answers that were given up half way
         self.asked = 0
 
-    def generate(self, images, prompt, *, max_new_tokens=48, temperature=0.0, seed=0, memory=True):
+    def generate(self, images, prompt, *, max_new_tokens=48, temperature=0.0, seed=0, memory="learned", stop=()):
         if prompt == "echo":
             sizes = [image.size for image in images]
-            yield Chunk(json.dumps([sizes, max_new_tokens, temperature, seed, memory]), "token")
+            yield Chunk(json.dumps([sizes, max_new_tokens, temperature, seed, memory, stop]), "token")
             return
         if prompt == "nothing":
             yield Chunk("", "end")
@@ -51,7 +52,7 @@ class Runtime:
             return
         try:
             for i in range(max_new_tokens):
-                if i == 1 and memory:
+                if i == 1 and memory == "learned":
                     yield Chunk("", "short")
                 if i == 2 and prompt == "fail":
                     raise RuntimeError("as asked")

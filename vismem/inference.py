@@ -21,7 +21,7 @@ from PIL import Image
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.generation.engine import generate, stream
-from vismem.generation.invocation import MODES, InvocationPolicy
+from vismem.generation.invocation import MODES, InvocationPolicy, mode_of
 from vismem.generation.types import LATENT, Rollout
 from vismem.hub import push, read_card, write_card, write_code
 from vismem.models.reference import WEIGHTS, Base
@@ -237,7 +237,7 @@ class VisMem:
 
 def policy_of(memory: Memory) -> InvocationPolicy:
     """When memory is invoked. UserError for a kind that there is not."""
-    mode = ("learned" if memory else "off") if isinstance(memory, bool) else memory
+    mode = mode_of(memory)
     if mode not in MODES:
         raise UserError(f"memory={memory!r}: it is True, 'short', 'long' or False")
     return MODES[mode]

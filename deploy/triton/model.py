@@ -22,7 +22,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 # Of optional inputs; MAX_NEW_TOKENS is NEW_TOKENS of vismem.runtime.limits.
-DEFAULTS = {"MAX_NEW_TOKENS": 120, "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": True, "STREAM": True}
+DEFAULTS = {"MAX_NEW_TOKENS": 120, "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": b"learned", "STREAM": True}
 sys.dont_write_bytecode = True  # the repository stays as it was written
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
@@ -127,7 +127,7 @@ class TritonPythonModel:
 
 def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool]:
     """(image files, prompt, options of `generate`, stream or collect) of a request. ValueError says what is wrong."""
-    files = [bytes(data) for data in pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().reshape(-1)]
+    files, stop = _several(request, "IMAGE"), _several(request, "STOP")
     values: dict[str, Any] = dict(DEFAULTS)
     for name in ("PROMPT", *DEFAULTS):
         tensor = pb_utils.get_input_tensor_by_name(request, name)
@@ -136,12 +136,20 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool
             if value.size != 1:
                 raise ValueError(f"{name} must hold one value, not {value.size}")
             values[name] = value.item()
+    if len(stop) > 4:
+        raise ValueError(f"STOP holds {len(stop)} texts: send at most 4")
     prompt, stream = bytes(values.pop("PROMPT")), values.pop("STREAM")
+    values["MEMORY"], values["STOP"] = values["MEMORY"].decode(), [text.decode() for text in stop]
     if not 0 <= values["TEMPERATURE"] <= 100:  # refuses NaN too
         raise ValueError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
     if values["SEED"] < 0:
         raise ValueError(f"SEED is {values['SEED']}: it must not be negative")
     return files, prompt, {name.lower(): value for name, value in values.items()}, stream
+
+
+def _several(request: Any, name: str) -> list[bytes]:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return [] if tensor is None else [bytes(data) for data in tensor.as_numpy().reshape(-1)]
 
 
 def failure(message: str, code: Any) -> Any:
@@ -150,6 +158,10 @@ def failure(message: str, code: Any) -> Any:
 
 
 def response_of(chunks: list[Any]) -> Any:
-    """A response with the outputs TEXT and EVENT, one entry per chunk."""
-    outputs = {"TEXT": [chunk.text.encode() for chunk in chunks], "EVENT": [chunk.event.encode() for chunk in chunks]}
+    """A response with the outputs TEXT, EVENT and USAGE, one entry per chunk."""
+    outputs = {
+        "TEXT": [chunk.text.encode() for chunk in chunks],
+        "EVENT": [chunk.event.encode() for chunk in chunks],
+        "USAGE": [json.dumps(vars(chunk.usage)).encode() if chunk.usage else b"" for chunk in chunks],
+    }
     return pb_utils.InferenceResponse([pb_utils.Tensor(k, np.array(v, dtype=object)) for k, v in outputs.items()])

@@ -16,6 +16,7 @@ from vismem.config import parse_config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
 from vismem.export.onnx import write_graphs
+from vismem.generation.invocation import MODES
 from vismem.provenance import write_manifest
 from vismem.records import Release
 from vismem.serving.answering import Runtime
@@ -91,9 +92,31 @@ def test_concurrent_answers_are_each_the_runtimes_own(server: TritonServer, runt
 
 def test_sampling_and_memory_options_reach_the_runtime(server: TritonServer, runtime: Runtime) -> None:
     sample = tiny.samples()[0]
-    for options in ({"temperature": 1.0, "seed": 5}, {"temperature": 1.0, "seed": 6}, {"memory": False}):
+    for options in (
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 1.0, "seed": 6},
+        *({"memory": mode} for mode in MODES),
+    ):
         expected = in_process(runtime, sample, max_new_tokens=TOKENS, **options)
         assert served(server, sample, max_new_tokens=TOKENS, **options) == expected, options
+    text = plain(in_process(runtime, sample, max_new_tokens=TOKENS))
+    assert (
+        plain(served(server, sample, max_new_tokens=TOKENS, stop=[text[5:8]])) == text[: text.index(text[5:8])].strip()
+    )
+    with pytest.raises(UserError, match="MEMORY is 'both': it must be one of learned, off, short, long"):
+        served(server, sample, memory="both")
+
+
+def test_an_answer_ends_with_what_it_took(server: TritonServer, runtime: Runtime) -> None:
+    sample = tiny.samples()[0]
+    *_, end = served(server, sample, max_new_tokens=TOKENS)
+    *_, expected = runtime.generate([Image.open(io.BytesIO(data)) for data in sample.images], sample.question)
+    *_, cut = served(server, sample, max_new_tokens=1)
+    assert end.usage is not None
+    assert expected.usage is not None
+    assert end.usage["prompt_tokens"] == expected.usage.prompt_tokens
+    assert end.usage.keys() == vars(expected.usage).keys()
+    assert cut.usage == {**end.usage, "finish": "length", "tokens": 1, "memories": cut.usage["memories"]}
 
 
 def test_a_question_that_holds_one_of_the_models_own_tokens_is_refused_with_its_name(server: TritonServer) -> None:

@@ -26,9 +26,9 @@ def test_a_collected_answer_equals_the_streamed_one(server: TritonServer) -> Non
 
 
 def test_every_input_reaches_the_runtime(server: TritonServer) -> None:
-    options = {"max_new_tokens": 5, "temperature": 0.5, "seed": 2**40, "memory": False}
+    options = {"max_new_tokens": 5, "temperature": 0.5, "seed": 2**40, "memory": "short", "stop": ["é", "x"]}
     (token,) = ask(server, "echo", images=[png(30, 20), png(8, 9)], **options)
-    assert json.loads(token.text) == [[[30, 20], [8, 9]], 5, 0.5, 2**40, False]
+    assert json.loads(token.text) == [[[30, 20], [8, 9]], 5, 0.5, 2**40, "short", ["é", "x"]]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,7 @@ def test_every_input_reaches_the_runtime(server: TritonServer) -> None:
         ({"max_new_tokens": 0}, r"MAX_NEW_TOKENS is 0: it must lie in 1\.\."),
         ({"temperature": float("nan")}, "TEMPERATURE is nan"),
         ({"seed": -1}, "SEED is -1"),
+        ({"stop": list("abcde")}, "STOP holds 5 texts: send at most 4"),
     ],
 )
 def test_a_bad_request_is_refused_with_its_reason_and_the_server_answers_on(

@@ -79,11 +79,12 @@ def test_the_configuration_is_a_decoupled_python_model_without_response_cache(bu
         "MAX_NEW_TOKENS": ("TYPE_INT32", [1], True),
         "TEMPERATURE": ("TYPE_FP32", [1], True),
         "SEED": ("TYPE_INT64", [1], True),
-        "MEMORY": ("TYPE_BOOL", [1], True),
+        "MEMORY": ("TYPE_STRING", [1], True),
+        "STOP": ("TYPE_STRING", [-1], True),
         "STREAM": ("TYPE_BOOL", [1], True),
     }
     outputs = {entry.name: (schema.DataType.Name(entry.data_type), list(entry.dims)) for entry in config.output}
-    assert outputs == {"TEXT": ("TYPE_STRING", [-1]), "EVENT": ("TYPE_STRING", [-1])}
+    assert outputs == dict.fromkeys(("TEXT", "EVENT", "USAGE"), ("TYPE_STRING", [-1]))
 
 
 def test_a_second_version_stands_beside_the_first_and_a_repeated_one_replaces_itself(

@@ -111,6 +111,11 @@ MODES: dict[str, InvocationPolicy] = {  # what a request may ask for, by name
 }
 
 
+def mode_of(memory: bool | str) -> str:
+    """A name of `MODES`: True is "learned" and False "off". Another name is given back as it is."""
+    return ("learned" if memory else "off") if isinstance(memory, bool) else memory
+
+
 @dataclass(frozen=True)
 class Random(InvocationPolicy):
     """A memory with chance `probability` at each delimiter, short or long with equal chance (paper Table 9).

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 from tokenizers import Tokenizer
 
-from vismem.generation.invocation import MODES
+from vismem.generation.invocation import MODES, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.limits import NEW_TOKENS, RequestError
 from vismem.runtime.prompt import TextStream
@@ -141,9 +141,9 @@ class Runtime:
             raise RequestError("no image: send at least one with the question")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-        mode = ("learned" if memory else "off") if isinstance(memory, bool) else memory
+        mode = mode_of(memory)
         if mode not in MODES:
-            raise RequestError(f"memory is '{mode}': it must be one of {', '.join(MODES)}")
+            raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(MODES)}")
         sample = self.executor.prepare(images, prompt, max_new_tokens)
         return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
 

@@ -1,10 +1,11 @@
 """Asks a served model over gRPC, and yields its answer piece by piece (`vismem infer`)."""
 
+import json
 import queue
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vismem.errors import UserError
+from vismem.generation.invocation import mode_of
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 
 REASONS = {  # part of a server's message: what it means for the caller
@@ -28,6 +30,7 @@ class Token:
 
     text: str
     event: str
+    usage: Mapping[str, Any] | None = field(default=None, compare=False)  # of the end: see `answering.Usage`
 
     @property
     def marked(self) -> str:
@@ -55,13 +58,15 @@ def infer(
     max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
-    memory: bool = True,
+    memory: bool | str = True,
+    stop: Sequence[str] = (),
     timeout: float = 60.0,
 ) -> Iterator[Token]:
     """Yield the pieces of one answer from the Triton server at `url` ("host:port", gRPC).
 
-    `images` are encoded files. With `stream` each piece comes when it is decoded, else all at the end. `timeout` is the
-    maximum wait in seconds for the next piece, and in the server's queue: it also catches a server whose model has
+    `images` are encoded files; `memory` and `stop` are as in `Runtime.generate`. With `stream` each piece comes when it
+    is decoded, else all at the end. `timeout` is the maximum wait in seconds for the next piece, and in the server's
+    queue: it also catches a server whose model has
     died. Closing the iterator early cancels the answer on the server. Raises UserError where no server listens, for an
     unknown model, for a request that the server refuses, and at a timeout.
     """
@@ -74,8 +79,9 @@ def infer(
         "MAX_NEW_TOKENS": np.array([max_new_tokens], dtype=np.int32),
         "TEMPERATURE": np.array([temperature], dtype=np.float32),
         "SEED": np.array([seed], dtype=np.int64),
-        "MEMORY": np.array([memory]),
+        "MEMORY": np.array([mode_of(memory).encode()], dtype=object),
         "STREAM": np.array([stream]),
+        **({"STOP": np.array([text.encode() for text in stop], dtype=object)} if stop else {}),
     }
     inputs = [
         triton.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)).set_data_from_numpy(value)
@@ -99,11 +105,11 @@ def infer(
                 answered = True
                 reason = next((text for mark, text in REASONS.items() if mark in error.message()), error.message())
                 raise UserError(f"model '{model}' at {url}: {reason}")
-            texts, events = result.as_numpy("TEXT"), result.as_numpy("EVENT")
-            if texts is not None:
-                for text, event in zip(texts, events, strict=True):
+            pieces = [result.as_numpy(name) for name in ("TEXT", "EVENT", "USAGE")]
+            if pieces[0] is not None:
+                for text, event, usage in zip(*pieces, strict=True):
                     answered = answered or event == b"end"
-                    yield Token(text.decode(), event.decode())
+                    yield Token(text.decode(), event.decode(), json.loads(usage) if usage else None)
             final = result.get_response().parameters.get("triton_final_response")
             if final is not None and final.bool_param:
                 answered = True

@@ -53,12 +53,14 @@ input [
   {{ name: "MAX_NEW_TOKENS", data_type: TYPE_INT32, dims: [ 1 ], optional: true }},  # {new_tokens}
   {{ name: "TEMPERATURE", data_type: TYPE_FP32, dims: [ 1 ], optional: true }},  # 0: greedy
   {{ name: "SEED", data_type: TYPE_INT64, dims: [ 1 ], optional: true }},  # 0
-  {{ name: "MEMORY", data_type: TYPE_BOOL, dims: [ 1 ], optional: true }},  # true; false: never invoke memory
+  {{ name: "MEMORY", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # learned; off, short, long
+  {{ name: "STOP", data_type: TYPE_STRING, dims: [ -1 ], optional: true }},  # texts before which the answer ends
   {{ name: "STREAM", data_type: TYPE_BOOL, dims: [ 1 ], optional: true }}  # true; false: one response with every piece
 ]
 output [
   {{ name: "TEXT", data_type: TYPE_STRING, dims: [ -1 ] }},
-  {{ name: "EVENT", data_type: TYPE_STRING, dims: [ -1 ] }}  # token, short, long, end
+  {{ name: "EVENT", data_type: TYPE_STRING, dims: [ -1 ] }},  # token, short, long, end
+  {{ name: "USAGE", data_type: TYPE_STRING, dims: [ -1 ] }}  # of the end: JSON
 ]
 instance_group [ {{ kind: KIND_CPU, count: 1 }} ]
 version_policy {{ latest {{ num_versions: 1 }} }}

@@ -18,8 +18,8 @@ class Slots:
 
     def join(self, used: Sequence[int], following: Sequence[int]) -> None:
         """Add rows behind prompts of `used` tokens, whose next positions are `following`."""
-        self.used, self.segment = (np.append(before, used).astype(np.int64) for before in (self.used, self.segment))
-        self.next = np.append(self.next, following).astype(np.int64)
+        self.used, self.segment = np.append(self.used, used), np.append(self.segment, used)
+        self.next = np.append(self.next, following)
 
     def take(self, count: int, rows: Sequence[int] | None = None) -> tuple[Integers, Integers]:
         """The slots and the positions (R, count) of the next tokens of `rows` (all, if None); they count as used."""
@@ -36,5 +36,5 @@ class Slots:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
-        index = np.array(rows, np.int64)
+        index = list(rows)
         self.used, self.next, self.segment = self.used[index], self.next[index], self.segment[index]

@@ -9,7 +9,9 @@ import tiny
 import torch
 
 from vismem.data.sample import Sample
+from vismem.generation import decode_state
 from vismem.generation.controls import Noise, Swapped
+from vismem.generation.decode_state import grown
 from vismem.generation.engine import generate, rollout_of
 from vismem.generation.invocation import Learned, Off, Random
 from vismem.generation.loop import DecodeLoop, Request, Row
@@ -104,6 +106,26 @@ def test_rows_that_join_take_the_places_of_those_that_ended(model: VisMemModel) 
     while loop.step():
         pass
     assert executor.state.cache.keys == []
+
+
+@pytest.mark.parametrize("allocation", [1, 4, 6, 7])
+@pytest.mark.parametrize("first", [0, 1])
+@torch.inference_mode()
+def test_rows_for_which_there_is_no_memory_harm_no_others(
+    model: VisMemModel, first: int, allocation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, left = DecodeLoop(TorchExecutor(model)), [True] * (allocation - 1)
+    rows = loop.join(REQUESTS[first])
+    loop.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_state, "grown", lambda *given, **more: grown(*given, **more) if left.pop() else None)
+        with pytest.raises(IndexError):
+            loop.join(REQUESTS[3])
+    others = loop.join(REQUESTS[3])
+    while loop.step():
+        pass
+    check(model, rows, REQUESTS[first])
+    check(model, others, REQUESTS[3])
 
 
 @torch.inference_mode()

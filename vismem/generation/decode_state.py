@@ -48,15 +48,21 @@ class RowCache:
         self.values[layer][rows, :, slots] = value.transpose(1, 2)
         return self.keys[layer][self.read], self.values[layer][self.read]
 
-    def add(self, prompts: "RowCache", sample: Tensor, capacity: int) -> None:
-        """Append a row for each of `sample` (R,), a copy of that row of `prompts`; all get `capacity` slots or more."""
-        first, self.rows, self.capacity = self.rows, self.rows + len(sample), max(self.capacity, capacity)
+    def reserve(self, prompts: "RowCache", rows: int, capacity: int) -> None:
+        """Allocate, where they are not, `rows` rows of `capacity` slots for keys and values like those of `prompts`."""
+        for own, like in ((self.keys, prompts.keys), (self.values, prompts.values)):
+            own += [held[:0] for held in like[len(own) :]]
+            for layer, held in enumerate(own):
+                own[layer] = grown(held, rows, capacity, slots=2)
+        self.capacity = max(self.capacity, capacity)
+
+    def add(self, prompts: "RowCache", sample: Tensor) -> None:
+        """Append a reserved row for each of `sample` (R,), a copy of that row of `prompts`."""
+        new = slice(self.rows, self.rows + len(sample))
         for own, added in ((self.keys, prompts.keys), (self.values, prompts.values)):
-            for layer, held in enumerate(added):
-                if layer == len(own):
-                    own.append(held[:0])
-                own[layer] = grown(own[layer], self.rows, self.capacity, slots=2)
-                own[layer][first : self.rows, :, : prompts.capacity] = held[sample]
+            for layer, held in zip(own, added, strict=True):
+                layer[new, :, : prompts.capacity] = held[sample]
+        self.rows = new.stop
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but `rows` (R,)."""
@@ -81,6 +87,7 @@ class DecodeState:
         """Prefill and add `group_size` rows per prompt, grouped by prompt; returns what `form` reads of the prompts.
 
         `room`: slots for what will be appended to the longest prompt. With `remember`, the rows can form memories.
+        Where memory runs out, no row has changed.
         """
         (count, longest), first, device = prompt.mask.shape, self.cache.rows, prompt.mask.device
         prompts = RowCache(longest)
@@ -88,17 +95,18 @@ class DecodeState:
         context = Context.read(self.model, prompt, prompts)
         context.cache = None  # the rows have it
         sample = torch.arange(count, device=device).repeat_interleave(group_size)
-        self.cache.add(prompts, sample, longest + room)
+        new = slice(first, first + len(sample))
+        self.cache.reserve(prompts, new.stop, longest + room)
+        if remember or self.remember:
+            kept = (self.embeds, self.hidden, self.positions)
+            larger = [grown(held, new.stop, self.cache.capacity, slots=1) for held in kept]
+            self.remember, (self.embeds, self.hidden, self.positions) = True, larger
+            self.embeds[new, :longest] = prompt.embeds[sample]
+            self.positions[new, :longest] = prompt.positions[:, sample].permute(1, 2, 0)
+        self.cache.add(prompts, sample)
         self.sample += sample.tolist()
         self.slots.join(prompt.mask.sum(1)[sample].tolist(), prompt.next_position()[sample].tolist())
         self.last = torch.cat([self.last, context.last[sample]])
-        self.remember |= remember
-        if self.remember:
-            new, rows, capacity = slice(first, self.cache.rows), self.cache.rows, self.cache.capacity
-            for name in ("embeds", "hidden", "positions"):
-                setattr(self, name, grown(getattr(self, name), rows, capacity, slots=1))
-            self.embeds[new, :longest] = prompt.embeds[sample]
-            self.positions[new, :longest] = prompt.positions[:, sample].permute(1, 2, 0)
         return context
 
     def append(self, embeds: Tensor, rows: Sequence[int] | None = None) -> None:

@@ -238,18 +238,22 @@ def test_an_answer_whose_reader_has_gone_is_decoded_no_further(client: openai.Op
 
 
 def test_a_flood_is_refused_beyond_the_queue_and_the_rest_is_answered(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    model: VisMem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "MAX_WAITING", 2)
-    held, join = threading.Event(), runtime.executor.join
-    monkeypatch.setattr(runtime.executor, "join", lambda *given: (held.wait(20), join(*given))[1])
-    with served(create_app(runtime, "tiny")) as address, ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(post, address, GOOD) for _ in range(12)]
-        while sum(future.done() for future in asked) < 12 - runtime.rows - 2:
+    few = Runtime(TorchExecutor(model.model), rows=4, waiting=2)
+    held, join = threading.Event(), few.executor.join
+    monkeypatch.setattr(few.executor, "join", lambda *given: (held.wait(20), join(*given))[1])
+    with served(create_app(few, "tiny")) as address, ThreadPoolExecutor(12) as pool:
+        first = pool.submit(post, address, GOOD)
+        while few.waiting or not few.thread:  # it is being read, and holds up the others
+            time.sleep(0.01)
+        asked = [pool.submit(post, address, GOOD) for _ in range(11)]
+        while sum(future.done() for future in asked) < 11 - 2:
             time.sleep(0.01)
         held.set()
         statuses = sorted(future.result()[0] for future in asked)
-    assert statuses == [200] * (runtime.rows + 2) + [429] * (12 - runtime.rows - 2)
+        assert first.result()[0] == 200
+    assert statuses == [200] * 2 + [429] * 9
 
 
 def test_a_fault_of_the_model_is_said_and_the_next_request_answered(

@@ -18,6 +18,11 @@ from vismem.runtime.limits import NEW_TOKENS, RequestError
 from vismem.runtime.prompt import TextStream
 
 ROWS = 8  # answers at a time
+WAITING = 32  # that wait for a place, at most
+
+
+class Busy(Exception):  # noqa: N818 - of the moment, no error
+    """There are too many questions: ask again later."""
 
 
 class Served(Executor, Protocol):
@@ -94,9 +99,9 @@ class _Answer:
 class Runtime:
     """An executor, ready to answer. It may be used by several threads at once; their answers are decoded together."""
 
-    def __init__(self, executor: Served, rows: int = ROWS) -> None:
-        """`rows`: answers that are decoded at a time; others wait."""
-        self.executor, self.rows = executor, rows
+    def __init__(self, executor: Served, rows: int = ROWS, waiting: int = WAITING) -> None:
+        """`rows`: answers that are decoded at a time; `waiting` others wait at most."""
+        self.executor, self.rows, self.most = executor, rows, waiting
         self.waiting: deque[_Answer] = deque()
         self.changed = threading.Condition()  # of `waiting`
         self.thread: threading.Thread | None = None
@@ -135,7 +140,7 @@ class Runtime:
 
         `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of `MODES`, or
         True for "learned" and False for "off". The answer ends before the first of the `stop` strings. Raises
-        RequestError for an unusable request, before the first chunk.
+        RequestError for an unusable request, and at the first chunk Busy where too many wait.
         """
         if not images:
             raise RequestError("no image: send at least one with the question")
@@ -151,6 +156,8 @@ class Runtime:
         self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
         answer, text = _Answer(request), _Text(self.executor.tokenizer, stop)
         with self.changed:
+            if sum(not other.gone for other in self.waiting) >= self.most:
+                raise Busy(f"{self.most} questions are waiting: ask again later")
             self.waiting.append(answer)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._run, name="decode", daemon=True)

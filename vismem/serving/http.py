@@ -20,10 +20,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
-from vismem.serving.answering import Chunk, Runtime
+from vismem.serving.answering import Busy, Chunk, Runtime
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
-MAX_WAITING = 32  # requests beside those that are decoded
 DONE = "data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,6 @@ class Refused(Exception):  # noqa: N818 - what a client did is no error of ours
 def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     """The endpoint over a runtime whose model is called `name`; with a `token`, callers must send it as a bearer's."""
     app = FastAPI(title="VisMem", openapi_url=None)
-    asked = 0  # requests that are not answered yet
 
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Any]) -> Response:
@@ -137,11 +135,6 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
 
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(request: Request) -> Response:
-        nonlocal asked
-        if asked >= runtime.rows + MAX_WAITING:
-            return Refused(429, f"{asked} requests are waiting: try again later", "rate_limit_error").response()
-        asked += 1
-        streaming = False
         try:
             wanted = read_body(await _body(request))
             if wanted.model != name:
@@ -151,33 +144,31 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             reply = Reply(name, wanted)
             if not wanted.stream:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
-            streaming = True
-            return StreamingResponse(closing(reply, first, chunks, request), media_type="text/event-stream")
+            return StreamingResponse(events(reply, first, chunks, request), media_type="text/event-stream")
         except Refused as refused:
             return refused.response()
         except RequestError as error:
             return Refused(400, str(error)).response()
+        except Busy as error:
+            return Refused(429, str(error), "rate_limit_error").response()
         except Exception as error:
             logger.exception("an answer failed")
             return Refused(500, f"the model failed: {type(error).__name__}: {error}", "server_error").response()
-        finally:
-            asked -= not streaming
-
-    async def closing(reply: "Reply", first: Chunk, chunks: Iterator[Chunk], request: Request) -> AsyncIterator[str]:
-        nonlocal asked
-        try:
-            for event in reply.events(first):
-                yield event
-            async for chunk in _read(chunks, request):
-                for event in reply.events(chunk):
-                    yield event
-            yield DONE
-        except Exception as error:  # noqa: BLE001 - the status is sent: the client gets the reason as an event
-            yield f"data: {json.dumps(Refused(500, f'the model failed: {error}', 'server_error').body())}\n\n"
-        finally:
-            asked -= 1
 
     return app
+
+
+async def events(reply: "Reply", first: Chunk, chunks: Iterator[Chunk], request: Request) -> AsyncIterator[str]:
+    """The events of a stream."""
+    try:
+        for event in reply.events(first):
+            yield event
+        async for chunk in _read(chunks, request):
+            for event in reply.events(chunk):
+                yield event
+        yield DONE
+    except Exception as error:  # noqa: BLE001 - the status is sent: the client gets the reason as an event
+        yield f"data: {json.dumps(Refused(500, f'the model failed: {error}', 'server_error').body())}\n\n"
 
 
 async def _body(request: Request) -> bytes:

@@ -28,7 +28,7 @@ from vismem.models.reference import WEIGHTS, Base
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
-from vismem.runtime.images import size_after_resizing
+from vismem.runtime.images import size_after_resizing, upright
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.runtime.prompt import TextStream
 from vismem.runtime.reserved import Reserved
@@ -249,7 +249,7 @@ def encoded(image: AnyImage) -> bytes:
         return image
     if isinstance(image, Image.Image):
         file = io.BytesIO()
-        image.convert("RGB").save(file, "PNG")
+        upright(image).save(file, "PNG")
         return file.getvalue()
     if "://" in str(image):
         raise UserError(f"{image} is a URL: download it first and give the file")

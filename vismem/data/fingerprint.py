@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from vismem.runtime.images import upright
+
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
 
@@ -37,11 +39,15 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
             width, height = image.size
             if max_side is not None and max(width, height) > max_side:
                 return ImageFacts(hashlib.sha256(data).digest(), width, height)
-            pixels = image.convert("RGB").tobytes()
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                fault = f"an animation of {frames} frames, of which a model sees one"
+                return ImageFacts(hashlib.sha256(data).digest(), width, height, fault)
+            seen = upright(image)
     except Exception as error:  # noqa: BLE001 - a hostile file can raise anything in a decoder: the row is at fault
         fault = str(error).split("<")[0].strip() or type(error).__name__
         return ImageFacts(hashlib.sha256(data).digest(), width, height, fault if data else "no bytes")
-    return ImageFacts(hashlib.sha256(b"%dx%d:" % (width, height) + pixels).digest(), width, height)
+    width, height = seen.size
+    return ImageFacts(hashlib.sha256(b"%dx%d:" % (width, height) + seen.tobytes()).digest(), width, height)
 
 
 def image_cache(max_side: int | None = None) -> Callable[[bytes], ImageFacts]:

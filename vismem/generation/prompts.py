@@ -18,6 +18,7 @@ from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone, Clip, Prompt
+from vismem.runtime.images import upright
 from vismem.runtime.reserved import Reserved
 
 
@@ -57,7 +58,7 @@ def encode(backbone: Backbone, samples: Sequence[Sample], whole: bool = False) -
 def _decode(data: bytes | Image.Image) -> Image.Image:
     if isinstance(data, Image.Image):  # of a question that was prepared
         return data
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return upright(Image.open(io.BytesIO(data)))
 
 
 def _clip(video: Video, sample: Sample) -> Clip:

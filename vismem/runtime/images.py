@@ -9,19 +9,35 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from vismem.runtime.limits import RequestError
 
 Grid = tuple[int, int]  # rows and columns of patches
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image as every model sees it, in training and behind a server: decoded, 8 bits a channel, RGB.
+
+    It is turned as its EXIF data says, and stands on white where it is transparent. OSError, SyntaxError or ValueError
+    for one that does not decode.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def decoded(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """The images as RGB. Raises RequestError for one that does not decode."""
+    """The images as `upright` gives them. Raises RequestError for one that does not decode."""
     found = []
     for number, image in enumerate(images):
         try:
-            found.append(image.convert("RGB"))
+            found.append(upright(image))
         except (OSError, SyntaxError, ValueError) as error:
             name = f"image {number + 1} of {len(images)}"
             raise RequestError(f"{name} does not decode: {error}; send the complete file") from None

@@ -53,6 +53,8 @@ def check_request(
         except (OSError, SyntaxError, ValueError) as error:
             reason = f"it is no {', '.join(FORMATS)} file" if isinstance(error, UnidentifiedImageError) else error
             raise RequestError(f"{name} ({len(file)} bytes) does not decode: {reason}") from None
+        if (frames := getattr(images[-1], "n_frames", 1)) > 1:
+            raise RequestError(f"{name} is an animation of {frames} frames: send one of them")
     _check("pixels", [image.width * image.height for image in images], names, MAX_IMAGE_PIXELS, MAX_TOTAL_PIXELS)
     return images
 

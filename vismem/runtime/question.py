@@ -52,6 +52,8 @@ def prepare(
             "send less, or ask for less"
         )
     pictures = decoded(images)
+    if any(picture.size != image.size for picture, image in zip(pictures, images, strict=True)):  # turned by EXIF data
+        return prepare(bundle, pictures, question, room, max_patches)
     if seen["do_resize"]:
         pictures = resized(pictures, grids, seen)
     whole = cut_patches(pictures, grids, seen)

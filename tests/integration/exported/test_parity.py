@@ -1,5 +1,6 @@
 """ONNX equals torch: the same tokens, the same memories."""
 
+import io
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tiny
 import torch
 from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
+from PIL import ExifTags, Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vismem.data.sample import Sample
@@ -40,6 +42,20 @@ def test_images_of_any_size_and_number_give_torchs_tokens_and_memories(model, ru
     tokens, memories = by_graphs(runtime.executor.bundle, sample, forced)
     assert tokens == expected
     assert len(memories) == 3
+    for ours, theirs in zip(memories, reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_an_image_that_is_to_be_turned_gives_torchs_tokens_and_memories(model, runtime):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = io.BytesIO()
+    noise(170, 60).save(file, "PNG", exif=exif)
+    sample = Sample(id="x", images=(file.getvalue(),), question="which is it?", answer="")
+    forced = {0: MemoryKind.SHORT, 2: MemoryKind.LONG}
+    expected, reference = by_torch(model, sample, forced)
+    tokens, memories = by_graphs(runtime.executor.bundle, sample, forced)
+    assert tokens == expected
     for ours, theirs in zip(memories, reference, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

@@ -1,0 +1,81 @@
+"""What every model sees of an image file: turned as EXIF says, on white, 8 bits; no animation."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from vismem.data.fingerprint import examine_image
+from vismem.runtime.images import upright
+from vismem.runtime.limits import RequestError, check_request
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+TURNS = {  # by EXIF orientation, what a camera that was held otherwise wrote
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_image_is_turned_as_its_exif_data_says(orientation: int, kind: str) -> None:
+    turn, exif = TURNS[orientation], Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = PICTURE if turn is None else PICTURE.transpose(turn)
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(stored, kind, exif=exif, **lossless)
+    assert opened(data).size == stored.size
+    assert upright(opened(data)).tobytes() == PICTURE.tobytes()
+    assert examine_image(data).sha256 == examine_image(saved(PICTURE)).sha256, "the same picture to a reader"
+
+
+def test_what_is_transparent_is_white_and_what_is_half_so_is_half_white() -> None:
+    shown = Image.new("RGBA", (3, 1), (200, 0, 0, 255))
+    shown.putpixel((1, 0), (200, 0, 0, 0))
+    shown.putpixel((2, 0), (200, 0, 0, 128))
+    seen = upright(opened(saved(shown)))
+    assert [seen.getpixel((x, 0)) for x in range(2)] == [(200, 0, 0), (255, 255, 255)]
+    assert np.allclose(seen.getpixel((2, 0)), (227, 127, 127), atol=1)
+    grey = Image.new("LA", (1, 1), (10, 0))
+    assert upright(opened(saved(grey))).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (1, 1), 0)
+    assert upright(opened(saved(palette, transparency=0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bits_keep_their_shades() -> None:
+    shades = np.array([[0, 257, 25_700, 65_535]], np.uint16)
+    seen = upright(opened(saved(Image.fromarray(shades))))
+    assert [seen.getpixel((x, 0)) for x in range(4)] == [(0, 0, 0), (1, 1, 1), (100, 100, 100), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "YCbCr"])
+def test_any_other_image_is_what_pillow_makes_of_it(mode: str) -> None:
+    image = PICTURE.convert(mode)
+    assert upright(image).tobytes() == image.convert("RGB").tobytes()
+    assert upright(image).mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_is_refused_and_set_apart(kind: str) -> None:
+    data = saved(PICTURE, kind, save_all=True, append_images=[PICTURE.rotate(90), PICTURE.rotate(180)])
+    with pytest.raises(RequestError, match="image 1 of 1 is an animation of 3 frames: send one of them"):
+        check_request([data], b"what?", 1)
+    assert examine_image(data).fault == "an animation of 3 frames, of which a model sees one"
+    assert check_request([saved(PICTURE, kind)], b"what?", 1)[0].size == PICTURE.size

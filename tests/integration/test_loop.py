@@ -1,9 +1,11 @@
 """The decode loop: rows of many requests come and go, and each is decoded as it is alone."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,8 +15,8 @@ from vismem.generation import decode_state
 from vismem.generation.controls import Noise, Swapped
 from vismem.generation.decode_state import grown
 from vismem.generation.engine import generate, rollout_of
-from vismem.generation.invocation import Learned, Off, Random
-from vismem.generation.loop import DecodeLoop, Request, Row
+from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
+from vismem.generation.loop import Asked, DecodeLoop, Request, Row
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
@@ -24,7 +26,7 @@ SAMPLES = tiny.samples()
 RANDOM = Random(probability=0.5, anywhere=0.5)
 REQUESTS = (  # each with settings of its own
     Request(SAMPLES[:3], Learned(), max_new_tokens=12, seed=3),
-    Request(SAMPLES[3:4], Off(), max_new_tokens=5, temperature=0.7, seed=1),
+    Request(SAMPLES[3:4], Off(), max_new_tokens=5, temperature=0.7, seed=3),
     Request(SAMPLES[4:6], RANDOM, max_new_tokens=9, temperature=1.0, seed=2, group_size=3),
     Request(SAMPLES[4:6], RANDOM, max_new_tokens=11, seed=4),
     Request(SAMPLES[:2], Learned(sampled=(MemoryKind.LONG,)), max_new_tokens=14, temperature=1.0, seed=7),
@@ -72,6 +74,59 @@ def test_a_request_s_answers_are_the_same_alone_and_among_others_that_come_and_g
     for rows, request in zip(joined, REQUESTS, strict=True):
         check(model, rows, request)
     assert loop.rows == []
+
+
+@pytest.mark.parametrize("policy", [Learned(), Random(probability=1.0, anywhere=1.0), Off()])
+@torch.inference_mode()
+def test_a_row_s_record_says_what_was_sampled_and_what_was_not(model: VisMemModel, policy: InvocationPolicy) -> None:
+    loop = DecodeLoop(TorchExecutor(model))
+    rows = loop.join(Request(SAMPLES, policy, max_new_tokens=5, temperature=1.0))
+    while loop.step():
+        pass
+    for row in rows:
+        words = [token for token, sampled, _ in row.tokens if sampled and token not in model.memory_ids]
+        assert row.answer_length == len(words)
+        assert row.answer_length == 5 or words[-1] in model.stop_ids
+        assert all(logprob < 0 if sampled else logprob == 0 for _, sampled, logprob in row.tokens)
+        assert row.decisions == len(words) + len(row.invocations)
+        forced = isinstance(policy, Random)
+        for invocation in row.invocations:
+            assert invocation.forced is forced
+            assert row.tokens[invocation.position][:2] == (model.invoke_ids[invocation.kind], not forced)
+    if not isinstance(policy, Off):
+        assert max(len(row.invocations) for row in rows) == 3, "the model's own limit"
+
+
+@torch.inference_mode()
+def test_every_decision_has_a_random_number_of_its_own_that_hangs_on_seed_and_name_alone(
+    model: VisMemModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, asked = TorchExecutor(model), list[Asked]()
+    monkeypatch.setattr(executor, "choose", lambda given: asked.append(given) or TorchExecutor.choose(executor, given))
+    always = Replay(recorded={row_key("a", 0): [(at, MemoryKind.SHORT) for at in range(0, 6, 2)]})
+    loop = DecodeLoop(executor)
+    (row,) = loop.join(Request([replace(SAMPLES[0], id="a")], always, max_new_tokens=3, temperature=1.0, seed=9))
+    monkeypatch.setattr(executor, "stops", frozenset())
+    while loop.step():
+        pass
+    assert row.decisions == 6, "three words and as many memories"
+    drawn = np.random.default_rng((9, zlib.crc32(b"a#0"), zlib.crc32(b"sample"))).random(6)
+    assert [float(given.uniform[0]) for given in asked] == drawn.tolist()
+    assert all(given.declines.tolist() == [True] for given in asked)
+
+
+@torch.inference_mode()
+def test_a_row_may_leave_before_its_first_token(model: VisMemModel) -> None:
+    loop = DecodeLoop(TorchExecutor(model))
+    rows = loop.join(REQUESTS[0])
+    loop.leave(rows[0])
+    late = loop.join(REQUESTS[3])
+    while loop.step():
+        pass
+    assert rows[0].tokens == []
+    check(model, late, REQUESTS[3])
+    expected = alone(model, REQUESTS[0])[1:]
+    assert [rollout_of(model, row).token_ids for row in rows[1:]] == [e.token_ids for e in expected]
 
 
 @torch.inference_mode()

@@ -127,7 +127,7 @@ def test_noise_stands_where_the_memory_would_with_its_mean_and_spread(model: Vis
             continue
         memory = torch.from_numpy(memories[0])[None]
         decided = rollout.invocations[0].position + 1
-        view = StepView((row_key(sample.id, 0),), np.array([decided]), np.array([False]), np.array([1]))
+        view = StepView((row_key(sample.id, 0),), np.array([decided]), np.array([False]))
         noise = Noise().latents(memory, view, seed=3)
         assert float(noise.mean()) == pytest.approx(float(memory.mean()), abs=1e-6)
         assert float(noise.std()) == pytest.approx(float(memory.std()), rel=1e-4)

@@ -16,12 +16,11 @@ SHORT, LONG = 0, 1
 ROWS = 4000
 
 
-def view(rows: int, *, decision: int = 3, after_delimiter: bool = True, invocations: int = 0) -> StepView:
+def view(rows: int, *, decision: int = 3, after_delimiter: bool = True) -> StepView:
     return StepView(
         tuple(row_key(f"s{row}", 0) for row in range(rows)),
         np.full(rows, decision),
         np.full(rows, after_delimiter),
-        np.full(rows, invocations),
     )
 
 
@@ -61,7 +60,7 @@ def test_a_rows_draw_does_not_depend_on_the_rows_beside_it_but_on_seed_and_place
     policy, together = Random(probability=0.5), view(40)
     choice = policy.force(together, seed=0)
     for row in range(40):
-        alone = StepView(together.keys[row : row + 1], np.array([3]), np.array([True]), np.array([0]))
+        alone = StepView(together.keys[row : row + 1], np.array([3]), np.array([True]))
         assert policy.force(alone, seed=0)[0] == choice[row]
     assert (policy.force(together, seed=1) != choice).any()
     assert (policy.force(view(40, decision=4), seed=0) != choice).any()
@@ -92,8 +91,7 @@ def test_a_replay_forces_what_was_recorded_or_the_other_kind_and_declines_all_el
     assert Replay(recorded=recorded).force(view(2), seed=0).tolist() == [SHORT, NONE]
     assert Replay(recorded=recorded).force(view(3), seed=0).tolist() == [SHORT, NONE, NONE], "one was not recorded"
     assert Replay(recorded=recorded, swap=True).force(view(2), seed=0).tolist() == [LONG, NONE]
-    for invocations in (0, 1):  # it samples from the same distribution as the recording
-        assert Replay(recorded=recorded).allowed(view(1, invocations=invocations)).all()
+    assert Replay(recorded=recorded).allowed(view(1)).all()  # it samples from the same distribution as the recording
     assert Replay(recorded=recorded).declines
     assert not any(policy.declines for policy in (Off(), Random(), Learned(), Swapped(), Noise(), Shuffled()))
 
@@ -114,7 +112,7 @@ def test_noise_has_the_memorys_mean_and_spread_and_is_drawn_row_by_row() -> None
     unit = ((noise - noise.mean((1, 2), keepdim=True)) / noise.std((1, 2), keepdim=True)).flatten()
     assert float(unit.pow(4).mean()) == pytest.approx(3, abs=0.6), "Gaussian"
     assert float(torch.corrcoef(torch.stack([noise.flatten(), memory.flatten()]))[0, 1]) == pytest.approx(0, abs=0.15)
-    last = StepView(view(3).keys[2:], np.array([3]), np.array([True]), np.array([0]))
+    last = StepView(view(3).keys[2:], np.array([3]), np.array([True]))
     torch.testing.assert_close(Noise().latents(memory[2:], last, seed=0), noise[2:])
     for seed, at in ((1, view(3)), (0, view(3, decision=4))):
         assert not torch.allclose(Noise().latents(memory, at, seed), noise)

@@ -31,7 +31,6 @@ class StepView:
     keys: tuple[str, ...]  # (R) stable names, `row_key(sample id, member of the group)`
     decision: NDArray[np.int64]  # (R,) tokens decided so far, memories' own tokens not counted
     after_delimiter: NDArray[np.bool_]  # (R,) the last token was a delimiter
-    invocations: NDArray[np.int64]  # (R,) memories so far
 
 
 def row_key(sample_id: str, member: int) -> str:

@@ -221,5 +221,4 @@ def _view(rows: Sequence[Row]) -> StepView:
         keys=tuple(row.key for row in rows),
         decision=np.array([row.decisions for row in rows]),
         after_delimiter=np.array([row.after_delimiter for row in rows]),
-        invocations=np.array([len(row.invocations) for row in rows]),
     )

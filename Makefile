@@ -34,7 +34,7 @@ PROFILE ?= smoke
 pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PROFILE= for the full size
 	.venv/bin/python pipelines/run_local.py --profile '$(PROFILE)'
 
-study: $(INSTALLED)  ## the evidence: every arm with three seeds, about three hours on 2 cores; resumes
+study: $(INSTALLED)  ## the evidence: every arm with three seeds, two hours on 2 cores; resumes
 	.venv/bin/python -m recipes.study --write docs/results/embedded.md
 
 tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; three hours

@@ -116,6 +116,26 @@ def test_every_decision_has_a_random_number_of_its_own_that_hangs_on_seed_and_na
 
 
 @torch.inference_mode()
+def test_segments_of_other_lengths_are_read_together(model: VisMemModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row's first segment is long, the other's second one begins so late that as many slots would not be there."""
+    late = {row_key(SAMPLES[0].id, 0): [(19, MemoryKind.SHORT)]}
+    late[row_key(SAMPLES[1].id, 0)] = [(16, MemoryKind.SHORT), (19, MemoryKind.SHORT)]
+    request = Request(SAMPLES[:2], Replay(recorded=late, limit=2), max_new_tokens=20)
+    executor = TorchExecutor(model)
+    monkeypatch.setattr(executor, "stops", frozenset())
+    loop = DecodeLoop(executor)
+    rows = loop.join(request)
+    while loop.step():
+        pass
+    for row, sample in zip(rows, SAMPLES[:2], strict=True):
+        (lone,) = loop.join(replace(request, samples=[sample]))
+        while loop.step():
+            pass
+        assert [token for token, _, _ in row.tokens] == [token for token, _, _ in lone.tokens]
+        assert [invocation.position for invocation in row.invocations][-1] >= 19
+
+
+@torch.inference_mode()
 def test_a_row_may_leave_before_its_first_token(model: VisMemModel) -> None:
     loop = DecodeLoop(TorchExecutor(model))
     rows = loop.join(REQUESTS[0])

@@ -205,11 +205,13 @@ def test_rows_for_which_there_is_no_memory_harm_no_others(
 
 @torch.inference_mode()
 def test_a_loop_without_rows_decides_nothing(model: VisMemModel) -> None:
-    loop = DecodeLoop(TorchExecutor(model))
+    executor = TorchExecutor(model)
+    loop = DecodeLoop(executor)
     assert loop.step() == []
     (row,) = loop.join(Request(SAMPLES[:1], Off(), max_new_tokens=1))
     assert [found for found, _ in loop.step()] == [row]
     assert row.finished
+    assert len(executor.state.embeds) == 0, "nothing is kept for memories that cannot come"
     assert loop.step() == []
 
 

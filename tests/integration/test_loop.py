@@ -1,5 +1,6 @@
 """The decode loop: rows of many requests come and go, and each is decoded as it is alone."""
 
+import io
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.generation import decode_state
@@ -21,6 +23,7 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.limits import RequestError
 
 SAMPLES = tiny.samples()
 RANDOM = Random(probability=0.5, anywhere=0.5)
@@ -201,6 +204,44 @@ def test_rows_for_which_there_is_no_memory_harm_no_others(
         pass
     check(model, rows, REQUESTS[first])
     check(model, others, REQUESTS[3])
+
+
+def test_tokens_are_drawn_by_inverse_transform_and_a_declined_invoke_gives_a_word(
+    model: VisMemModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the rows decline invoke tokens: the same number, rescaled within the invokes' share, draws a word."""
+    count, words = 400, model.vocabulary
+    logits = 2 * torch.randn(count, words + 2, generator=torch.Generator().manual_seed(1))
+    logits[:, words:] += 4  # so that many invoke tokens are drawn
+    monkeypatch.setattr(model, "logits", lambda last: logits.clone())
+    uniform, declines = (np.arange(count) + 0.5) / count, np.arange(count) % 2 == 1
+    temperature = np.where(np.arange(count) % 4 < 2, 0.8, 0.0)
+    none, standing = np.zeros((count, 2), bool), np.tile([0, 1], (count, 1))
+    forced = np.where(np.arange(count) % 50 == 7, 1, -1)
+    asked = Asked(temperature, uniform, none, declines, standing, forced)
+    tokens, logprobs = TorchExecutor(model).choose(asked)
+    for row in range(count):
+        scaled = (logits[row] / (0.8 if temperature[row] else 1.0)).log_softmax(-1)
+        mass = scaled.double().exp().cumsum(0).numpy()
+        at, end = uniform[row] * mass[-1], words if declines[row] else words + 2
+        column = int(np.searchsorted(mass, at, side="right")) if temperature[row] else int(scaled[:end].argmax())
+        if column >= end:
+            share = (at - mass[words - 1]) / (mass[-1] - mass[words - 1])
+            column = int(np.searchsorted(mass[:words], share * mass[words - 1], side="right"))
+        column = words + 1 if forced[row] == 1 else column
+        expected = model.invoke_ids[tuple(MemoryKind)[column - words]] if column >= words else column
+        assert (tokens[row], logprobs[row]) == (expected, pytest.approx(float(scaled[column]), abs=1e-6)), row
+
+
+def test_a_question_is_prepared_for_the_thread_that_decodes(model: VisMemModel) -> None:
+    executor, sample = TorchExecutor(model), SAMPLES[0]
+    images = [Image.open(io.BytesIO(data)) for data in sample.images]
+    prepared = executor.prepare(images, sample.question, 5)
+    assert (prepared.id, prepared.answer, prepared.question) == ("", "", sample.question)
+    found = generate(model, [prepared], Off(), max_new_tokens=5)
+    assert found == generate(model, [replace(sample, id="")], Off(), max_new_tokens=5)
+    with pytest.raises(RequestError, match="PROMPT holds <m_I\\^s>"):
+        executor.prepare(images, "what is <m_I^s>?", 5)
 
 
 @torch.inference_mode()

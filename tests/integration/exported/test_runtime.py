@@ -20,7 +20,10 @@ from PIL import Image, ImageFile
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
+from vismem.generation.loop import Asked
+from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.prompts import encode
+from vismem.generation.torch_executor import TorchExecutor
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.runtime.images import cut_patches, decoded, grid_of, resized
@@ -205,6 +208,26 @@ def test_answers_together_are_each_as_alone_however_many_come_and_go(runtime):
         together = list(pool.map(answer, range(len(asked)), [several] * len(asked)))
     assert together == alone
     assert {chunk.event for chunks in alone for chunk in chunks} == {"token", "short", "long", "end"}
+
+
+def test_the_graphs_executor_draws_what_torch_s_draws(model, runtime, monkeypatch):
+    count, words = 200, model.vocabulary
+    logits = 2 * torch.randn(count, words + 2, generator=torch.Generator().manual_seed(2))
+    logits[:, words:] += 4
+    uniform, odd = (np.arange(count) + 0.5) / count, np.arange(count) % 2 == 1
+    temperature, forced = np.where(np.arange(count) % 4 < 2, 0.8, 0.0), np.where(np.arange(count) % 50 == 7, 1, -1)
+    barred, standing = np.tile([False, True], (count, 1)) & (uniform[:, None] > 0.8), np.tile([1, 0], (count, 1))
+    asked = Asked(temperature, uniform, barred, odd, standing, forced)
+    graphs = OnnxExecutor(runtime.executor.bundle)
+    graphs.logits = list(logits.numpy())
+    reference = TorchExecutor(model)
+    own = list(model.memory_ids)  # barred in `VisMemModel.logits`
+    monkeypatch.setattr(model, "logits", lambda last: logits.clone().index_fill_(1, torch.tensor(own), -torch.inf))
+    found, expected = graphs.choose(asked), reference.choose(asked)
+    assert found[0] == expected[0]
+    finite = np.isfinite(expected[1])
+    assert np.allclose(np.array(found[1])[finite], np.array(expected[1])[finite], atol=1e-5)
+    assert finite.sum() > count / 2
 
 
 def test_an_answer_that_nobody_reads_any_more_is_not_decoded_on(runtime, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import uvicorn
@@ -40,7 +41,8 @@ def serve_api(
     ports = free_ports({"http": port}, host=host, flag="--port")
     loaded = VisMem.from_pretrained(model, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    app = create_app(Runtime(TorchExecutor(loaded.model), rows), name, token)
+    runtime = Runtime(TorchExecutor(loaded.model), rows)
+    app = create_app(runtime, name, token)
     settings = uvicorn.Config(
         app,
         host=host,
@@ -51,7 +53,7 @@ def serve_api(
         timeout_graceful_shutdown=END_SECONDS,
         server_header=False,
     )
-    with until_stopped(write):
+    with until_stopped(write), closing(runtime):
         scheme, closed = "https" if certificate else "http", "with a token" if token else "without a token"
         write(f"serving {name} ({loaded.model.backbone.family}) on {scheme}://{host}:{ports['http']}/v1, {closed}")
         uvicorn.Server(settings).run()

@@ -19,6 +19,7 @@ from vismem.runtime.prompt import TextStream
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
+STOPPED = "the server stops: ask again later"
 
 
 class Busy(Exception):  # noqa: N818 - of the moment, no error
@@ -103,8 +104,9 @@ class Runtime:
         """`rows`: answers that are decoded at a time; `waiting` others wait at most."""
         self.executor, self.rows, self.most = executor, rows, waiting
         self.waiting: deque[_Answer] = deque()
-        self.changed = threading.Condition()  # of `waiting`
+        self.changed = threading.Condition()  # of `waiting` and `closed`
         self.thread: threading.Thread | None = None
+        self.closed = False
 
     @classmethod
     def open(
@@ -152,10 +154,20 @@ class Runtime:
         sample = self.executor.prepare(images, prompt, max_new_tokens)
         return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
 
+    def close(self) -> None:
+        """End all answers, each with Busy, and the thread that decodes."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        if self.thread:
+            self.thread.join()
+
     def _chunks(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
         self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
         answer, text = _Answer(request), _Text(self.executor.tokenizer, stop)
         with self.changed:
+            if self.closed:
+                raise Busy(STOPPED)
             if sum(not other.gone for other in self.waiting) >= self.most:
                 raise Busy(f"{self.most} questions are waiting: ask again later")
             self.waiting.append(answer)
@@ -185,12 +197,14 @@ class Runtime:
 
     def _run(self) -> None:
         with self.executor.running():
-            while True:
+            while not self.closed:
                 loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
                 try:
-                    while True:
+                    while not self.closed:
                         self._admit(loop, answers)
                         self._step(loop, answers)
+                    for answer in (*answers.values(), *self.waiting):
+                        answer.tokens.put(Busy(STOPPED))
                 except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
                     self.executor.keep(())
                     for answer in answers.values():
@@ -201,8 +215,8 @@ class Runtime:
         while len(answers) < self.rows:
             with self.changed:
                 if not answers:
-                    self.changed.wait_for(lambda: self.waiting)
-                if not self.waiting:
+                    self.changed.wait_for(lambda: self.waiting or self.closed)
+                if not self.waiting or self.closed:
                     return
                 answer = self.waiting.popleft()
             if answer.gone:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from vismem.models.kinds import MemoryKind
 from vismem.runtime.images import cut_patches, decoded, grid_of, resized
 from vismem.runtime.limits import RequestError
 from vismem.runtime.prompt import TextStream, tokenise
-from vismem.serving.answering import Runtime
+from vismem.serving.answering import Busy, Runtime
 from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.repository import copy_library
 
@@ -118,7 +119,7 @@ import pathlib, sys
 for name in ("torch", "transformers", "pydantic"):
     sys.modules[name] = None
 from PIL import Image, ImageFile
-from vismem.serving.answering import Runtime
+from vismem.serving.answering import Busy, Runtime
 folder, bundle, question = sys.argv[1:]
 images = [Image.open(file) for file in sorted(pathlib.Path(folder).glob("*.png"))]
 answer = Runtime.open(bundle).generate(images, question, max_new_tokens=8)
@@ -244,6 +245,24 @@ def test_an_answer_that_nobody_reads_any_more_is_not_decoded_on(runtime, monkeyp
         runtime.executor.stops = stops
     assert len(whole) == 4
     assert len(calls) < 100
+
+
+def test_a_runtime_that_is_closed_ends_what_is_decoded_and_what_waits(runtime):
+    few = Runtime(OnnxExecutor(runtime.executor.bundle), rows=1)
+    few.executor.stops = frozenset()
+    sample = tiny.samples()[0]
+    running, waiting = (few.generate(pictures(sample), sample.question, max_new_tokens=2000) for _ in range(2))
+    next(running)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(next, waiting)
+        while not few.waiting:
+            time.sleep(0.01)
+        few.close()
+        for left in (lambda: list(running), asked.result, lambda: list(few.generate(pictures(sample), "what?"))):
+            with pytest.raises(Busy, match="the server stops"):
+                left()
+    assert not few.thread.is_alive()
+    Runtime(OnnxExecutor(runtime.executor.bundle)).close()
 
 
 def test_an_iterator_that_was_never_begun_asks_for_nothing(runtime):

@@ -119,7 +119,7 @@ class DecodeLoop:
 
     def join(self, request: Request) -> list[Row]:
         """Add a request's rows, grouped by sample, in order; they take the places of finished ones."""
-        self._feed(tidy=True)
+        self.settle()
         limit = min(self.executor.limit(request.policy.limit), request.max_new_tokens)  # a word follows every memory
         rows = []
         for sample, prompt in zip(request.samples, self.executor.join(request, limit), strict=True):
@@ -130,6 +130,10 @@ class DecodeLoop:
                 rows[-1].insert([LATENT] * prompt.added)
         self.rows += rows
         return rows
+
+    def settle(self) -> None:
+        """Append what was decided, and let finished rows go: what is left of a step, before others join."""
+        self._feed(tidy=True)
 
     def leave(self, row: Row) -> None:
         """End a row's answer before its next token."""

@@ -218,7 +218,8 @@ class Runtime:
                     self.changed.wait_for(lambda: self.waiting or self.closed)
                 if not self.waiting or self.closed:
                     return
-                answer = self.waiting.popleft()
+            loop.settle()  # what fails here is no fault of the one that joins
+            answer = self.waiting.popleft()
             if answer.gone:
                 continue
             try:

@@ -247,6 +247,28 @@ def test_an_answer_that_nobody_reads_any_more_is_not_decoded_on(runtime, monkeyp
     assert len(calls) < 100
 
 
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_a_fault_at_any_call_gives_an_error_or_the_whole_answer_and_never_another(runtime, monkeypatch, failing):
+    several = Runtime(OnnxExecutor(runtime.executor.bundle), rows=2)
+    bundle, calls = runtime.executor.bundle, itertools.count(1)
+    samples, decoder = tiny.samples()[:4], bundle.decoder
+
+    def answer(sample):
+        return [c.token for c in several.generate(pictures(sample), sample.question, max_new_tokens=5)]
+
+    def tried(sample):
+        with contextlib.suppress(ZeroDivisionError):
+            return answer(sample)
+
+    expected = list(map(answer, samples))
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(bundle, "decoder", lambda **given: 1 / 0 if next(calls) == failing else decoder(**given))
+        found = list(pool.map(tried, samples))
+    assert all(tokens in (None, whole) for tokens, whole in zip(found, expected, strict=True))
+    assert None in found
+    assert list(map(answer, samples)) == expected
+
+
 def test_a_runtime_that_is_closed_ends_what_is_decoded_and_what_waits(runtime):
     few = Runtime(OnnxExecutor(runtime.executor.bundle), rows=1)
     few.executor.stops = frozenset()

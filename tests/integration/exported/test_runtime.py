@@ -1,14 +1,10 @@
-"""The runtime: its preprocessing is the processor's, it needs no torch, and many answers at once are each as alone."""
+"""The runtime: its preprocessing is the processor's, it needs no torch, and its answers end well."""
 
-import contextlib
 import io
-import itertools
 import json
 import re
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +26,7 @@ from vismem.models.kinds import MemoryKind
 from vismem.runtime.images import cut_patches, decoded, grid_of, resized
 from vismem.runtime.limits import RequestError
 from vismem.runtime.prompt import TextStream, tokenise
-from vismem.serving.answering import Busy, Runtime
+from vismem.serving.answering import Runtime
 from vismem.serving.environment import DEFAULT_PYTHON
 from vismem.serving.repository import copy_library
 
@@ -191,26 +187,6 @@ def test_no_more_memories_are_invoked_than_an_answer_may_have(model, runtime):
     assert tokens == by_torch(model, tiny.samples()[3], forced)[0]
 
 
-def test_answers_together_are_each_as_alone_however_many_come_and_go(runtime):
-    """Four times as many as there are places, of several settings; every third is left in the middle."""
-    asked = [
-        (sample, {"max_new_tokens": 4 + 3 * (at % 5), "temperature": float(at % 2), "seed": at, "memory": at % 4 != 3})
-        for at, sample in enumerate(tiny.samples() * 2)
-    ]
-    several = Runtime.open(runtime.executor.bundle.folder, verified=True, rows=6)
-
-    def answer(at, of):
-        sample, options = asked[at]
-        with contextlib.closing(of.generate(pictures(sample), sample.question, **options)) as chunks:
-            return list(itertools.islice(chunks, 2 if at % 3 == 2 else None))
-
-    alone = [answer(at, runtime) for at in range(len(asked))]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        together = list(pool.map(answer, range(len(asked)), [several] * len(asked)))
-    assert together == alone
-    assert {chunk.event for chunks in alone for chunk in chunks} == {"token", "short", "long", "end"}
-
-
 def test_the_graphs_executor_draws_what_torch_s_draws(model, runtime, monkeypatch):
     count, words = 200, model.vocabulary
     logits = 2 * torch.randn(count, words + 2, generator=torch.Generator().manual_seed(2))
@@ -229,91 +205,6 @@ def test_the_graphs_executor_draws_what_torch_s_draws(model, runtime, monkeypatc
     finite = np.isfinite(expected[1])
     assert np.allclose(np.array(found[1])[finite], np.array(expected[1])[finite], atol=1e-5)
     assert finite.sum() > count / 2
-
-
-def test_an_answer_that_nobody_reads_any_more_is_not_decoded_on(runtime, monkeypatch):
-    sample, calls, decoder = tiny.samples()[0], [], runtime.executor.bundle.decoder
-    chunks = runtime.generate(pictures(sample), sample.question, max_new_tokens=2000, memory=False)
-    monkeypatch.setattr(runtime.executor.bundle, "decoder", lambda **given: calls.append(1) or decoder(**given))
-    runtime.executor.stops, stops = frozenset(), runtime.executor.stops
-    try:
-        next(chunks)
-        chunks.close()
-        assert list(chunks) == []
-        whole = list(runtime.generate(pictures(sample), sample.question, max_new_tokens=3, memory=False))
-    finally:
-        runtime.executor.stops = stops
-    assert len(whole) == 4
-    assert len(calls) < 100
-
-
-@pytest.mark.parametrize("failing", range(1, 12))
-def test_a_fault_at_any_call_gives_an_error_or_the_whole_answer_and_never_another(runtime, monkeypatch, failing):
-    several = Runtime(OnnxExecutor(runtime.executor.bundle), rows=2)
-    bundle, calls = runtime.executor.bundle, itertools.count(1)
-    samples, decoder = tiny.samples()[:4], bundle.decoder
-
-    def answer(sample):
-        return [c.token for c in several.generate(pictures(sample), sample.question, max_new_tokens=5)]
-
-    def tried(sample):
-        with contextlib.suppress(ZeroDivisionError):
-            return answer(sample)
-
-    expected = list(map(answer, samples))
-    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
-        patch.setattr(bundle, "decoder", lambda **given: 1 / 0 if next(calls) == failing else decoder(**given))
-        found = list(pool.map(tried, samples))
-    assert all(tokens in (None, whole) for tokens, whole in zip(found, expected, strict=True))
-    assert None in found
-    assert list(map(answer, samples)) == expected
-
-
-def test_a_runtime_that_is_closed_ends_what_is_decoded_and_what_waits(runtime):
-    few = Runtime(OnnxExecutor(runtime.executor.bundle), rows=1)
-    few.executor.stops = frozenset()
-    sample = tiny.samples()[0]
-    running, waiting = (few.generate(pictures(sample), sample.question, max_new_tokens=2000) for _ in range(2))
-    next(running)
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(next, waiting)
-        while not few.waiting:
-            time.sleep(0.01)
-        few.close()
-        for left in (lambda: list(running), asked.result, lambda: list(few.generate(pictures(sample), "what?"))):
-            with pytest.raises(Busy, match="the server stops"):
-                left()
-    assert not few.thread.is_alive()
-    Runtime(OnnxExecutor(runtime.executor.bundle)).close()
-
-
-def test_an_iterator_that_was_never_begun_asks_for_nothing(runtime):
-    sample = tiny.samples()[0]
-    runtime.generate(pictures(sample), sample.question).close()
-    assert not runtime.waiting
-
-
-def test_a_fault_reaches_its_callers_and_the_next_are_answered(runtime, monkeypatch):
-    sample = tiny.samples()[0]
-
-    def ask():
-        return list(runtime.generate(pictures(sample), sample.question, max_new_tokens=4))
-
-    expected = ask()
-    for part in ("vision", "decoder"):
-        with monkeypatch.context() as patch:
-            patch.setattr(runtime.executor.bundle, part, lambda **_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                ask()
-        assert ask() == expected
-    decoder, left = runtime.executor.bundle.decoder, iter([True, True])  # it fails in the middle of the answer
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            runtime.executor.bundle, "decoder", lambda **given: decoder(**given) if next(left, None) else 1 / 0
-        )
-        with pytest.raises(ZeroDivisionError):
-            ask()
-    assert ask() == expected
 
 
 def test_requests_that_cannot_be_answered_are_refused_before_any_work(runtime):

@@ -1,0 +1,118 @@
+"""Many answers at once: each is as it is alone, whoever leaves, whatever fails."""
+
+import contextlib
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import tiny
+from pictures import pictures
+
+from vismem.generation.onnx_executor import OnnxExecutor
+from vismem.serving.answering import Busy, Runtime
+
+
+def test_answers_together_are_each_as_alone_however_many_come_and_go(runtime):
+    """Four times as many as there are places, of several settings; every third is left in the middle."""
+    asked = [
+        (sample, {"max_new_tokens": 4 + 3 * (at % 5), "temperature": float(at % 2), "seed": at, "memory": at % 4 != 3})
+        for at, sample in enumerate(tiny.samples() * 2)
+    ]
+    several = Runtime.open(runtime.executor.bundle.folder, verified=True, rows=6)
+
+    def answer(at, of):
+        sample, options = asked[at]
+        with contextlib.closing(of.generate(pictures(sample), sample.question, **options)) as chunks:
+            return list(itertools.islice(chunks, 2 if at % 3 == 2 else None))
+
+    alone = [answer(at, runtime) for at in range(len(asked))]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(answer, range(len(asked)), [several] * len(asked)))
+    assert together == alone
+    assert {chunk.event for chunks in alone for chunk in chunks} == {"token", "short", "long", "end"}
+
+
+def test_an_answer_that_nobody_reads_any_more_is_not_decoded_on(runtime, monkeypatch):
+    sample, calls, decoder = tiny.samples()[0], [], runtime.executor.bundle.decoder
+    chunks = runtime.generate(pictures(sample), sample.question, max_new_tokens=2000, memory=False)
+    monkeypatch.setattr(runtime.executor.bundle, "decoder", lambda **given: calls.append(1) or decoder(**given))
+    runtime.executor.stops, stops = frozenset(), runtime.executor.stops
+    try:
+        next(chunks)
+        chunks.close()
+        assert list(chunks) == []
+        whole = list(runtime.generate(pictures(sample), sample.question, max_new_tokens=3, memory=False))
+    finally:
+        runtime.executor.stops = stops
+    assert len(whole) == 4
+    assert len(calls) < 100
+
+
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_a_fault_at_any_call_gives_an_error_or_the_whole_answer_and_never_another(runtime, monkeypatch, failing):
+    several = Runtime(OnnxExecutor(runtime.executor.bundle), rows=2)
+    bundle, calls = runtime.executor.bundle, itertools.count(1)
+    samples, decoder = tiny.samples()[:4], bundle.decoder
+
+    def answer(sample):
+        return [c.token for c in several.generate(pictures(sample), sample.question, max_new_tokens=5)]
+
+    def tried(sample):
+        with contextlib.suppress(ZeroDivisionError):
+            return answer(sample)
+
+    expected = list(map(answer, samples))
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(bundle, "decoder", lambda **given: 1 / 0 if next(calls) == failing else decoder(**given))
+        found = list(pool.map(tried, samples))
+    assert all(tokens in (None, whole) for tokens, whole in zip(found, expected, strict=True))
+    assert None in found
+    assert list(map(answer, samples)) == expected
+
+
+def test_a_runtime_that_is_closed_ends_what_is_decoded_and_what_waits(runtime):
+    few = Runtime(OnnxExecutor(runtime.executor.bundle), rows=1)
+    few.executor.stops = frozenset()
+    sample = tiny.samples()[0]
+    running, waiting = (few.generate(pictures(sample), sample.question, max_new_tokens=2000) for _ in range(2))
+    next(running)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(next, waiting)
+        while not few.waiting:
+            time.sleep(0.01)
+        few.close()
+        for left in (lambda: list(running), asked.result, lambda: list(few.generate(pictures(sample), "what?"))):
+            with pytest.raises(Busy, match="the server stops"):
+                left()
+    assert not few.thread.is_alive()
+    Runtime(OnnxExecutor(runtime.executor.bundle)).close()
+
+
+def test_an_iterator_that_was_never_begun_asks_for_nothing(runtime):
+    sample = tiny.samples()[0]
+    runtime.generate(pictures(sample), sample.question).close()
+    assert not runtime.waiting
+
+
+def test_a_fault_reaches_its_callers_and_the_next_are_answered(runtime, monkeypatch):
+    sample = tiny.samples()[0]
+
+    def ask():
+        return list(runtime.generate(pictures(sample), sample.question, max_new_tokens=4))
+
+    expected = ask()
+    for part in ("vision", "decoder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.executor.bundle, part, lambda **_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                ask()
+        assert ask() == expected
+    decoder, left = runtime.executor.bundle.decoder, iter([True, True])  # it fails in the middle of the answer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            runtime.executor.bundle, "decoder", lambda **given: decoder(**given) if next(left, None) else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            ask()
+    assert ask() == expected

@@ -64,7 +64,7 @@ def test_a_flood_is_refused_at_once_beyond_the_queue_and_the_rest_is_answered(se
 def test_who_waits_longer_than_the_deadline_is_refused_and_the_server_answers_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repository, "CONFIG", repository.CONFIG.replace(": 30000000", ": 500000"))
+    monkeypatch.setattr(repository, "CONFIG", repository.CONFIG.replace(": 30000000", ": 2000000"))
     monkeypatch.setenv("VISMEM_WORKERS", str(WORKERS))
     with triton_server(make_repository(tmp_path), log=tmp_path / "log") as server, ThreadPoolExecutor(4) as clients:
         with contextlib.closing(endless(server)) as first, contextlib.closing(endless(server)) as second:  # type: ignore[type-var]

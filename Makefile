@@ -46,7 +46,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4))
 test: setup  ## all tests, in WORKERS= processes; `.venv/bin/pytest FILE` runs some of them in one
 	.venv/bin/python -m pytest --numprocesses '$(WORKERS)' --dist loadfile --no-loadscope-reorder
 
-mutants: $(INSTALLED)  ## break the code in many small ways and count what no test notices; MODULE= for one, half an hour for all
+mutants: $(INSTALLED)  ## break the code in many small ways and count what no test notices; MODULE= for one, two hours for all
 	.venv/bin/python tests/mutation/run.py $(MODULE)
 
 lint: $(INSTALLED)  ## style and types, as .pre-commit-config.yaml lists them

@@ -212,7 +212,7 @@ def test_tokens_are_drawn_by_inverse_transform_and_a_declined_invoke_gives_a_wor
     """Half of the rows decline invoke tokens: the same number, rescaled within the invokes' share, draws a word."""
     count, words = 400, model.vocabulary
     logits = 2 * torch.randn(count, words + 2, generator=torch.Generator().manual_seed(1))
-    logits[:, words:] += 4  # so that many invoke tokens are drawn
+    logits[:, words - 1 :] += 4  # so that many invoke tokens are drawn, and the last word
     monkeypatch.setattr(model, "logits", lambda last: logits.clone())
     uniform, declines = (np.arange(count) + 0.5) / count, np.arange(count) % 2 == 1
     temperature = np.where(np.arange(count) % 4 < 2, 0.8, 0.0)

@@ -1,7 +1,7 @@
 """Triton's side of a served VisMem model: requests become `Runtime.generate` calls, chunks become responses.
 
-`vismem/serving/repository.py` copies this file beside the bundle and the runtime package. It holds no logic of the
-model. Nothing that lies beside it is imported before it is verified.
+`vismem/serving/repository.py` copies this file beside the bundle and what it needs of the library. It holds no logic
+of the model. Nothing that lies beside it is imported before it is verified.
 """
 
 import contextlib
@@ -53,10 +53,10 @@ class TritonPythonModel:
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # this file's own, written before its first line ran
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
-        from vismem.runtime.limits import MAX_PATCHES, check_request
+        from vismem.runtime.limits import MAX_PATCHES, MAX_STOPS, check_request
         from vismem.serving.answering import Runtime
 
-        self.check_request = check_request
+        self.check_request, self.most_stops = check_request, MAX_STOPS
         workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together
         threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime
         queue = json.loads(args["model_config"])["dynamic_batching"]["default_queue_policy"]
@@ -100,6 +100,8 @@ class TritonPythonModel:
         """
         try:
             files, prompt, options, stream = read_request(request)
+            if len(options["stop"]) > self.most_stops:
+                raise ValueError(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
             images = self.check_request(files, prompt, options["max_new_tokens"])
             collected = []
             with contextlib.closing(self.runtime.generate(images, prompt.decode(), **options)) as chunks:
@@ -136,8 +138,6 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool
             if value.size != 1:
                 raise ValueError(f"{name} must hold one value, not {value.size}")
             values[name] = value.item()
-    if len(stop) > 4:
-        raise ValueError(f"STOP holds {len(stop)} texts: send at most 4")
     prompt, stream = bytes(values.pop("PROMPT")), values.pop("STREAM")
     values["MEMORY"], values["STOP"] = values["MEMORY"].decode(), [text.decode() for text in stop]
     if not 0 <= values["TEMPERATURE"] <= 100:  # refuses NaN too

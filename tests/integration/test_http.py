@@ -127,7 +127,7 @@ def test_requests_choose_sampling_limit_memory_and_stop_strings(client: openai.O
         assert found.choices[0].message.content.strip() == expected
         assert [m["kind"] for m in found.vismem["memories"]] == [invoked.kind for invoked in expected.invocations]
     text = ask(client, sample).choices[0].message.content
-    stop = text[len(text) // 2 :][:3]
+    stop = text[len(text) // 2 :][:9]
     cut = ask(client, sample, stop=["no such text", stop])
     assert cut.choices[0].message.content == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
@@ -181,7 +181,8 @@ WRONG: dict[str, tuple[int, Any, str]] = {
     "not a number": (400, json.dumps(GOOD | {"temperature": float("nan")}).encode(), "temperature: "),
     "a negative seed": (400, GOOD | {"seed": -1}, "seed: "),
     "a huge seed": (400, GOOD | {"seed": 2**63}, "seed: "),
-    "no tokens": (400, GOOD | {"max_tokens": -1}, r"MAX_NEW_TOKENS is -1: it must lie in 1.."),
+    "no tokens": (400, GOOD | {"max_tokens": 0}, r"MAX_NEW_TOKENS is 0: it must lie in 1.."),
+    "fewer than none": (400, GOOD | {"max_tokens": -1}, r"MAX_NEW_TOKENS is -1: it must lie in 1.."),
     "too many tokens": (400, GOOD | {"max_tokens": 10**6}, "MAX_NEW_TOKENS is 1000000"),
     "five stop strings": (400, GOOD | {"stop": list("abcde")}, "stop"),
     "an unknown memory": (400, GOOD | {"vismem": {"memory": "both"}}, "vismem.memory: "),

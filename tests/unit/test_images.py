@@ -79,3 +79,11 @@ def test_an_animation_is_refused_and_set_apart(kind: str) -> None:
         check_request([data], b"what?", 1)
     assert examine_image(data).fault == "an animation of 3 frames, of which a model sees one"
     assert check_request([saved(PICTURE, kind)], b"what?", 1)[0].size == PICTURE.size
+
+
+def test_a_camera_s_file_of_several_pictures_is_its_first_one() -> None:
+    data = saved(PICTURE, "MPO", save_all=True, append_images=[PICTURE.rotate(180)])
+    assert opened(data).n_frames == 2
+    (image,) = check_request([data], b"what?", 1)
+    assert upright(image).tobytes() == opened(saved(PICTURE, "JPEG")).tobytes()
+    assert examine_image(data).fault is None

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from vismem.runtime.images import upright
+from vismem.runtime.limits import frames_of
 
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
@@ -39,7 +40,7 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
             width, height = image.size
             if max_side is not None and max(width, height) > max_side:
                 return ImageFacts(hashlib.sha256(data).digest(), width, height)
-            if (frames := getattr(image, "n_frames", 1)) > 1:
+            if (frames := frames_of(image)) > 1:
                 fault = f"an animation of {frames} frames, of which a model sees one"
                 return ImageFacts(hashlib.sha256(data).digest(), width, height, fault)
             seen = upright(image)

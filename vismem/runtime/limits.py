@@ -11,6 +11,7 @@ MAX_TOTAL_BYTES = 64_000_000  # of all encoded files
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_TOTAL_PIXELS = 64_000_000
 MAX_PROMPT_BYTES = 65_536  # as UTF-8
+MAX_STOPS = 4  # texts before which an answer ends
 MAX_NEW_TOKENS = 2_048
 NEW_TOKENS = 120  # the longest answer where a request does not say
 MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
@@ -53,10 +54,16 @@ def check_request(
         except (OSError, SyntaxError, ValueError) as error:
             reason = f"it is no {', '.join(FORMATS)} file" if isinstance(error, UnidentifiedImageError) else error
             raise RequestError(f"{name} ({len(file)} bytes) does not decode: {reason}") from None
-        if (frames := getattr(images[-1], "n_frames", 1)) > 1:
+        if (frames := frames_of(images[-1])) > 1:
             raise RequestError(f"{name} is an animation of {frames} frames: send one of them")
     _check("pixels", [image.width * image.height for image in images], names, MAX_IMAGE_PIXELS, MAX_TOTAL_PIXELS)
     return images
+
+
+def frames_of(image: Image.Image) -> int:
+    """How many frames an image has: one for a camera's JPEG with more pictures behind the first (MPO)."""
+    frames: int = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    return frames
 
 
 def _check(unit: str, counts: Sequence[int], names: Sequence[str], limit: int, total_limit: int) -> None:

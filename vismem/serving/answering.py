@@ -197,18 +197,18 @@ class Runtime:
 
     def _run(self) -> None:
         with self.executor.running():
+            loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
             while not self.closed:
-                loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
                 try:
-                    while not self.closed:
-                        self._admit(loop, answers)
-                        self._step(loop, answers)
-                    for answer in (*answers.values(), *self.waiting):
-                        answer.tokens.put(Busy(STOPPED))
+                    self._admit(loop, answers)
+                    self._step(loop, answers)
                 except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
-                    self.executor.keep(())
                     for answer in answers.values():
                         answer.tokens.put(error)
+                    self.executor.keep(())
+                    loop, answers = DecodeLoop(self.executor), {}
+            for answer in (*answers.values(), *self.waiting):  # nothing joins `waiting` any more
+                answer.tokens.put(Busy(STOPPED))
 
     def _admit(self, loop: DecodeLoop, answers: dict[Row, _Answer]) -> None:
         """Let waiting answers join while there are places; wait for one where there is nothing to decode."""
@@ -219,7 +219,8 @@ class Runtime:
                 if not self.waiting or self.closed:
                     return
             loop.settle()  # what fails here is no fault of the one that joins
-            answer = self.waiting.popleft()
+            with self.changed:
+                answer = self.waiting.popleft()
             if answer.gone:
                 continue
             try:

@@ -19,7 +19,7 @@ from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
+from vismem.runtime.limits import MAX_STOPS, MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
@@ -83,7 +83,7 @@ class Completion(Strict):
     max_completion_tokens: int | None = None
     temperature: float = Field(0.0, ge=0, le=2)  # greedy where a request does not say: a gated model's own answer
     seed: int = Field(0, ge=0, lt=2**63)
-    stop: str | list[str] = Field([], max_length=4)
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: Literal[1] = 1
@@ -209,7 +209,8 @@ def begin(runtime: Runtime, wanted: Completion) -> Iterator[Chunk]:
     parts = wanted.messages[0].content
     files = [decoded_url(part.image_url.url) for part in parts if isinstance(part, ImagePart)]
     question = "\n".join(part.text for part in parts if isinstance(part, Text))
-    longest = wanted.max_completion_tokens or wanted.max_tokens or NEW_TOKENS
+    asked = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
+    longest = NEW_TOKENS if asked is None else asked
     images = check_request(files, question.encode(errors="surrogatepass"), longest)
     stop: Sequence[str] = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop
     return runtime.generate(

@@ -1,4 +1,4 @@
-"""Writes and verifies a Triton model repository: configuration, the Python model, the runtime package, the bundle.
+"""Writes and verifies a Triton model repository: configuration, the Python model, a part of the library, the bundle.
 
 The repository names no path outside itself, so that it can be renamed, synced to a bucket or mounted elsewhere. Each
 model has a manifest of all its files; `MANIFEST_VARIABLE` pins the hash of that manifest.

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -116,3 +117,39 @@ def test_a_fault_reaches_its_callers_and_the_next_are_answered(runtime, monkeypa
         with pytest.raises(ZeroDivisionError):
             ask()
     assert ask() == expected
+
+
+def test_a_fault_while_it_closes_leaves_nobody_waiting(runtime, monkeypatch):
+    few, sample = Runtime(OnnxExecutor(runtime.executor.bundle), rows=1), tiny.samples()[0]
+    few.executor.stops = frozenset()
+    running, waiting = (few.generate(pictures(sample), sample.question, max_new_tokens=2000) for _ in range(2))
+    next(running)
+
+    def close_and_fail(*_):
+        few.closed = True
+        raise ZeroDivisionError
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(next, waiting)
+        while not few.waiting:
+            time.sleep(0.01)
+        monkeypatch.setattr(few.executor, "append", close_and_fail)
+        with pytest.raises(ZeroDivisionError):
+            list(running)
+        with pytest.raises(Busy, match="the server stops"):
+            asked.result(timeout=20)
+
+
+def test_who_waits_is_taken_under_the_lock_under_which_the_others_are_counted(runtime):
+    several, owned = Runtime(OnnxExecutor(runtime.executor.bundle), rows=2), []
+
+    class Watched(deque):
+        def popleft(self):
+            owned.append(several.changed._is_owned())
+            return super().popleft()
+
+    several.waiting = Watched()
+    with ThreadPoolExecutor(4) as pool:
+        samples = tiny.samples()[:4]
+        list(pool.map(lambda s: list(several.generate(pictures(s), s.question, max_new_tokens=2)), samples))
+    assert owned == [True] * 4

@@ -65,6 +65,14 @@ def vismem(
     return model
 
 
+def eager(base: Path) -> VisMemModel:
+    """A model that likes to invoke: the heads of its invoke tokens are random."""
+    model = vismem(base, seed=1)
+    with torch.no_grad():
+        model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(0)))
+    return model.requires_grad_(False)
+
+
 def save_data(folder: Path, count: int = 12) -> Path:
     """Write a validated data set of scenes as the step `validate` leaves it: `folder/data/SPLIT`."""
     source = ScenesSource(train=count, validation=count, test=count)

@@ -28,11 +28,7 @@ def model(tiny_base: Path) -> VisMemModel:
 
 @pytest.fixture(scope="module")
 def eager(tiny_base: Path) -> VisMemModel:
-    """A model that likes to invoke."""
-    model = tiny.vismem(tiny_base, seed=1)
-    with torch.no_grad():
-        model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(0)))
-    return model.requires_grad_(False)
+    return tiny.eager(tiny_base)
 
 
 RANDOM = Random(probability=0.5, anywhere=0.5)

@@ -41,10 +41,7 @@ REQUESTS = (  # each with settings of its own
 @pytest.fixture(scope="module")
 def model(tiny_base: Path) -> VisMemModel:
     """A model that likes to invoke."""
-    model = tiny.vismem(tiny_base, seed=1)
-    with torch.no_grad():
-        model.tokens.head.copy_(torch.randn(model.tokens.head.shape, generator=torch.Generator().manual_seed(0)))
-    return model.requires_grad_(False)
+    return tiny.eager(tiny_base)
 
 
 def alone(model: VisMemModel, request: Request) -> list[Rollout]:

@@ -39,7 +39,7 @@ def add_commands(commands: Commands) -> None:
 
     about = "serve a model over HTTP as OpenAI's API does, every family, until Ctrl-C"
     add = command("api", _run_api, about, options=False)
-    add("--model", default="assets/tiny-vlm-memory", help="as of `vismem ask` (default: %(default)s)")
+    add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
     add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
     add("--name", default="vismem", help="what clients call the model (default: %(default)s)")
     add("--device", help="cpu, cuda or cuda:1; default: the first GPU where there is one")
@@ -47,8 +47,8 @@ def add_commands(commands: Commands) -> None:
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="0: any free one (default: %(default)s)")
     add("--rows", type=int, default=8, metavar="N", help="answers decoded together (default: %(default)s)")
-    add("--tls-certificate", type=Path, metavar="FILE", help="PEM; with --tls-key")
-    add("--tls-key", type=Path, metavar="FILE", help="PEM")
+    add("--tls-certificate", type=Path, metavar="FILE", dest="certificate", help="PEM; with --tls-key")
+    add("--tls-key", type=Path, metavar="FILE", dest="key", help="PEM")
 
 
 def _add_question(add: Callable[..., Any]) -> None:
@@ -124,17 +124,8 @@ def _run_serve(arguments: argparse.Namespace) -> None:
 
 def _run_api(arguments: argparse.Namespace) -> None:
     from vismem.api import serve_api
+    from vismem.ask import DEFAULT_MODEL
 
-    serve_api(
-        arguments.model,
-        base=arguments.base,
-        name=arguments.name,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        host=arguments.host,
-        port=arguments.port,
-        rows=arguments.rows,
-        certificate=arguments.tls_certificate,
-        key=arguments.tls_key,
-        write=lambda line: print(line, flush=True),
-    )
+    names = ("base", "name", "device", "dtype", "host", "port", "rows", "certificate", "key")
+    options = {name: getattr(arguments, name) for name in names}
+    serve_api(arguments.model or DEFAULT_MODEL, **options, write=lambda line: print(line, flush=True))

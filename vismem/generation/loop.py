@@ -49,6 +49,7 @@ class Row:
     limit: int  # memories at most
     uniform: NDArray[np.float64]  # for sampling, one number per decision
     prompt: Prefilled
+    standing: tuple[int, ...]  # the kind that is invoked where the short, where the long invoke token is drawn
     tokens: list[tuple[int, bool, float]] = field(default_factory=list)  # id, in the loss or not, log-probability
     invocations: list[Invocation] = field(default_factory=list)
     decisions: int = 0
@@ -121,12 +122,13 @@ class DecodeLoop:
         """Add a request's rows, grouped by sample, in order; they take the places of finished ones."""
         self.settle()
         limit = min(self.executor.limit(request.policy.limit), request.max_new_tokens)  # a word follows every memory
+        standing = tuple(KINDS.index(request.policy.invoked(kind)) for kind in KINDS)
         rows = []
         for sample, prompt in zip(request.samples, self.executor.join(request, limit), strict=True):
             for member in range(request.group_size):
                 key = row_key(sample.id, member)
                 uniform = row_uniforms(request.seed, key, "sample", request.max_new_tokens + limit)
-                rows.append(Row(request, sample.id, key, limit, uniform, prompt))
+                rows.append(Row(request, sample.id, key, limit, uniform, prompt, standing))
                 rows[-1].insert([LATENT] * prompt.added)
         self.rows += rows
         return rows
@@ -186,13 +188,12 @@ class DecodeLoop:
         for policy, seed, own in _by_policy(rows, [at for at, row in enumerate(rows) if row.may_invoke]):
             view = _view([rows[at] for at in own])
             barred[own], forced[own] = ~policy.allowed(view), policy.force(view, seed)
-        policies = [row.request.policy for row in rows]
         return Asked(
             temperature=np.array([row.request.temperature for row in rows]),
             uniform=np.array([row.uniform[min(row.decisions, len(row.uniform) - 1)] for row in rows]),
             barred=barred,
-            declines=np.array([policy.declines for policy in policies]),
-            standing=np.array([[KINDS.index(policy.invoked(kind)) for kind in KINDS] for policy in policies]),
+            declines=np.array([row.request.policy.declines for row in rows]),
+            standing=np.array([row.standing for row in rows]),
             forced=forced,
         )
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vismem.generation.invocation import NONE
 from vismem.generation.loop import Asked, Prefilled, Request
-from vismem.generation.slots import Slots
+from vismem.generation.slots import Slots, room
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.runtime.bundle import Bundle
@@ -54,13 +54,10 @@ class OnnxExecutor:
         own = int(self.memory["max_per_answer"])
         return own if asked is None else min(own, asked)
 
-    def room(self, max_new_tokens: int, limit: int) -> int:
-        """Slots and positions that an answer may take behind its prompt."""
-        return max_new_tokens + limit * (max(self.lengths.values()) + 2)
-
     def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Question:
         """Decode and cut the images, and tokenise the prompt; no graph runs. RequestError for an unusable request."""
-        return prepare(self.bundle, images, question, self.room(max_new_tokens, self.limit(None)), self.max_patches)
+        most = room(max_new_tokens, self.limit(None), max(self.lengths.values()))
+        return prepare(self.bundle, images, question, most, self.max_patches)
 
     def read(self, question: Question, memory: bool) -> None:
         """Run the prompt through the graphs, and with `memory` the images through the short former's.
@@ -81,10 +78,11 @@ class OnnxExecutor:
         for question in request.samples:
             if question.embeddings is None:
                 self.read(question, memory=False)
-        room = self.room(request.max_new_tokens, limit)
+        prompts = [question.prompt for question in request.samples]
+        slots = room(request.max_new_tokens, limit, max(self.lengths.values()))
+        self._grow(len(self.questions) + len(prompts), max(len(prompt.ids) for prompt in prompts) + slots)
         for question in request.samples:
             length, row, out = len(question.prompt.ids), len(self.questions), question.read
-            self._grow(row + 1, length + room)
             for name, held in self.past.items():
                 held[row, :, :length] = out[f"present_{name[5:]}"][0]
             self.embeddings[row, :length], self.hidden[row, :length] = question.embeddings, out["hidden"][0]
@@ -93,7 +91,6 @@ class OnnxExecutor:
             question.embeddings, question.read = None, {}  # the row has them
             self.slots.join([length], [int(question.prompt.positions.max()) + 1])
             self.questions.append(question)
-        prompts = [question.prompt for question in request.samples]
         return [Prefilled(len(prompt.ids), int(prompt.visual.sum())) for prompt in prompts]
 
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:

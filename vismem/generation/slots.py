@@ -8,6 +8,11 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 
 
+def room(max_new_tokens: int, memories: int, longest: int) -> int:
+    """Slots, and positions, that an answer may take: its words, and memories of `longest` vectors with their tokens."""
+    return max_new_tokens + memories * (longest + 2)
+
+
 class Slots:
     """R rows, each with its own length, so that one row's memory never moves another's."""
 

@@ -15,6 +15,7 @@ from vismem.generation.decode_state import DecodeState
 from vismem.generation.invocation import NONE
 from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.prompts import encode
+from vismem.generation.slots import room
 from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
@@ -60,8 +61,8 @@ class TorchExecutor:
         policy, samples = request.policy, request.samples
         prompt = request.prompt or encode(self.backbone, samples, policy.whole)
         opened = policy.opened(prompt, self.backbone, samples)
-        room = request.max_new_tokens + limit * (max(map(self.model.length_of, KINDS)) + 2)
-        context = self.state.join(opened, request.group_size, room, remember=limit > 0)
+        slots = room(request.max_new_tokens, limit, max(map(self.model.length_of, KINDS)))
+        context = self.state.join(opened, request.group_size, slots, remember=limit > 0)
         self.sources += [_Source(context, prompt, policy.donors(samples))] * (len(samples) * request.group_size)
         lengths, before, visual = (each.sum(1).tolist() for each in (opened.mask, prompt.mask, opened.visual))
         return [Prefilled(n, seen, n - own) for n, seen, own in zip(lengths, visual, before, strict=True)]
@@ -73,9 +74,10 @@ class TorchExecutor:
         logits[:, vocabulary:].masked_fill_(barred, -torch.inf)
         temperature = torch.from_numpy(asked.temperature).to(device, logits.dtype)
         logprobs = (logits / temperature.where(temperature > 0, 1.0)[:, None]).log_softmax(-1)
-        columns = self._greedy(logprobs, asked)
-        if asked.temperature.any():
-            columns = self._drawn(logprobs, asked).where(temperature > 0, columns)
+        sampled = asked.temperature > 0
+        columns = self._drawn(logprobs, asked) if sampled.any() else self._greedy(logprobs, asked)
+        if sampled.any() and not sampled.all():
+            columns = columns.where(temperature > 0, self._greedy(logprobs, asked))
         standing = torch.from_numpy(asked.standing).to(device)
         picked = standing.gather(1, (columns - vocabulary).clamp_min(0)[:, None])[:, 0]
         columns = columns.where(columns < vocabulary, vocabulary + picked)

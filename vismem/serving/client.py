@@ -66,9 +66,9 @@ def infer(
 
     `images` are encoded files; `memory` and `stop` are as in `Runtime.generate`. With `stream` each piece comes when it
     is decoded, else all at the end. `timeout` is the maximum wait in seconds for the next piece, and in the server's
-    queue: it also catches a server whose model has
-    died. Closing the iterator early cancels the answer on the server. Raises UserError where no server listens, for an
-    unknown model, for a request that the server refuses, and at a timeout.
+    queue: it also catches a server whose model has died. Closing the iterator early cancels the answer on the server.
+    Raises UserError where no server listens, for an unknown model, for a request that the server refuses, and at a
+    timeout.
     """
     import tritonclient.grpc as triton
     from tritonclient.utils import np_to_triton_dtype

@@ -18,6 +18,7 @@ from vismem.generation.slots import Slots, room
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.runtime.bundle import Bundle
+from vismem.runtime.chat import Chat
 from vismem.runtime.question import Question, prepare
 
 Floats = NDArray[np.float32]
@@ -54,10 +55,10 @@ class OnnxExecutor:
         own = int(self.memory["max_per_answer"])
         return own if asked is None else min(own, asked)
 
-    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Question:
+    def prepare(self, images: Sequence[Image.Image], chat: Chat, max_new_tokens: int) -> Question:
         """Decode and cut the images, and tokenise the prompt; no graph runs. RequestError for an unusable request."""
         most = room(max_new_tokens, self.limit(None), max(self.lengths.values()))
-        return prepare(self.bundle, images, question, most, self.max_patches)
+        return prepare(self.bundle, images, chat, most, self.max_patches)
 
     def read(self, question: Question, memory: bool) -> None:
         """Run the prompt through the graphs, and with `memory` the images through the short former's.

@@ -18,14 +18,17 @@ from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
 from vismem.models.backbones.base import Backbone, Clip, Prompt
+from vismem.runtime.chat import Turn
 from vismem.runtime.images import upright
 from vismem.runtime.reserved import Reserved
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:
     """The chat-formatted prompt of a sample; the only special tokens in it are the chat template's."""
-    plain = replace(sample, question=Reserved(processor.tokenizer.backend_tokenizer).plain(sample.question))
-    text: str = processor.apply_chat_template(prompt_messages(plain), tokenize=False, add_generation_prompt=True)
+    plain = Reserved(processor.tokenizer.backend_tokenizer).plain
+    chat = tuple(Turn(turn.role, tuple(part and plain(part) for part in turn.parts)) for turn in sample.turns())
+    messages = prompt_messages(replace(sample, chat=chat))
+    text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return text
 
 

@@ -20,6 +20,7 @@ from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.chat import Chat
 from vismem.runtime.images import decoded
 from vismem.runtime.reserved import Reserved
 
@@ -48,11 +49,11 @@ class TorchExecutor:
         self.state = DecodeState(model)
         self.sources: list[_Source] = []  # of each row
 
-    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Sample:
-        """A question for `join`, its images decoded. RequestError for an unusable one."""
-        Reserved(self.tokenizer).check(question)
+    def prepare(self, images: Sequence[Image.Image], chat: Chat, max_new_tokens: int) -> Sample:
+        """A conversation for `join`, its images decoded. RequestError for an unusable one."""
+        Reserved(self.tokenizer).check(chat)
         pictures: Any = tuple(decoded(images))
-        return Sample("", pictures, question, answer="")  # random numbers are drawn by the id
+        return Sample("", pictures, question="", answer="", chat=tuple(chat))  # random numbers are drawn by the id
 
     def read(self, sample: Sample, memory: bool) -> None:
         """Nothing: adapters are switches of the whole model, so no other thread runs it."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem.runtime.bundle import Bundle
+from vismem.runtime.chat import Chat
 from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
 from vismem.runtime.limits import RequestError
 from vismem.runtime.prompt import Prompt, tokenise
@@ -30,7 +31,7 @@ class Question:
 
 
 def prepare(
-    bundle: Bundle, images: Sequence[Image.Image], question: str, room: int, max_patches: int | None = None
+    bundle: Bundle, images: Sequence[Image.Image], chat: Chat, room: int, max_patches: int | None = None
 ) -> Question:
     """Decode, resize and cut the images, and tokenise the prompt; no graph runs.
 
@@ -44,7 +45,7 @@ def prepare(
     patches = sum(rows * columns for rows, columns in (grids if shown == grids else [*grids, *shown]))
     if max_patches is not None and patches > max_patches:
         raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
-    prompt = tokenise(bundle.tokenizer, settings, question, shown)
+    prompt = tokenise(bundle.tokenizer, settings, chat, shown)
     needed, held = int(prompt.positions.max()) + 1 + room, settings["decoder"]["max_positions"]
     if needed > held:
         raise RequestError(
@@ -53,7 +54,7 @@ def prepare(
         )
     pictures = decoded(images)
     if any(picture.size != image.size for picture, image in zip(pictures, images, strict=True)):  # turned by EXIF data
-        return prepare(bundle, pictures, question, room, max_patches)
+        return prepare(bundle, pictures, chat, room, max_patches)
     if seen["do_resize"]:
         pictures = resized(pictures, grids, seen)
     whole = cut_patches(pictures, grids, seen)

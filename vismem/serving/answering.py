@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from vismem.generation.invocation import MODES, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
+from vismem.runtime.chat import Chat, check_chat, one_turn
 from vismem.runtime.limits import NEW_TOKENS, RequestError
 from vismem.runtime.prompt import TextStream
 
@@ -34,7 +35,7 @@ class Served(Executor, Protocol):
     def running(self) -> AbstractContextManager[object]:
         """What the thread that decodes runs in."""
 
-    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Any:
+    def prepare(self, images: Sequence[Image.Image], chat: Chat, max_new_tokens: int) -> Any:
         """A sample for a request, with its images decoded; RequestError for an unusable one. Any thread may call it."""
 
     def read(self, sample: Any, memory: bool) -> None:
@@ -130,7 +131,7 @@ class Runtime:
     def generate(
         self,
         images: Sequence[Image.Image],
-        prompt: str,
+        prompt: str | Chat,
         *,
         max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
@@ -140,6 +141,7 @@ class Runtime:
     ) -> Iterator[Chunk]:
         """Yield the answer's chunks; closing the iterator ends the work at the next token.
 
+        `prompt`: a question (see `one_turn` for where the images stand in it) or a conversation.
         `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of `MODES`, or
         True for "learned" and False for "off". The answer ends before the first of the `stop` strings. Raises
         RequestError for an unusable request, and at the first chunk Busy where too many wait.
@@ -151,7 +153,9 @@ class Runtime:
         mode = mode_of(memory)
         if mode not in MODES:
             raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(MODES)}")
-        sample = self.executor.prepare(images, prompt, max_new_tokens)
+        chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
+        check_chat(chat, len(images))
+        sample = self.executor.prepare(images, chat, max_new_tokens)
         return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
 
     def close(self) -> None:

@@ -17,12 +17,14 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from vismem.runtime.chat import IMAGE, Turn, joined, said
 from vismem.runtime.limits import MAX_STOPS, MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
+MAX_TURNS, MAX_PARTS = 256, 256  # of a conversation, and of a turn
 DONE = "data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
@@ -55,11 +57,28 @@ class ImagePart(Strict):
     image_url: ImageUrl
 
 
-class Message(Strict):
-    """The one turn of a request. The model reads its images first, wherever they stand, as it was trained."""
+Part = Annotated[Text | ImagePart, Field(discriminator="type")]
 
-    role: Literal["user"]
-    content: list[Annotated[Text | ImagePart, Field(discriminator="type")]]
+
+class Message(Strict):
+    """A turn. Its images stand where they stand in it, as far as the base's chat template puts them there."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Part] = Field(max_length=MAX_PARTS)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _listed(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    def turn(self) -> Turn:
+        """Without the images' files. Texts side by side are lines of one."""
+        role = "system" if self.role == "developer" else self.role
+        return Turn(role, joined(part.text if isinstance(part, Text) else IMAGE for part in self.content))
+
+    def urls(self) -> list[str]:
+        """Of its images."""
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
 class Extension(Strict):
@@ -78,7 +97,7 @@ class Completion(Strict):
     """A request. `n`, `top_p` and the like may have their neutral value only."""
 
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_TURNS)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     temperature: float = Field(0.0, ge=0, le=2)  # greedy where a request does not say: a gated model's own answer
@@ -199,23 +218,20 @@ def read_body(body: bytes) -> Completion:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))
-        several = place == "messages" and "too_long" in first["type"]
-        reason = "send one user message: several turns are not supported" if several else first["msg"]
-        raise Refused(400, f"{place or 'the body'}: {reason}", field=place or None) from None
+        raise Refused(400, f"{place or 'the body'}: {first['msg']}", field=place or None) from None
 
 
 def begin(runtime: Runtime, wanted: Completion) -> Iterator[Chunk]:
     """The chunks of the answer. RequestError or Refused for an unusable request, before any graph runs."""
-    parts = wanted.messages[0].content
-    files = [decoded_url(part.image_url.url) for part in parts if isinstance(part, ImagePart)]
-    question = "\n".join(part.text for part in parts if isinstance(part, Text))
+    chat = [message.turn() for message in wanted.messages]
+    files = [decoded_url(url) for message in wanted.messages for url in message.urls()]
     asked = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
     longest = NEW_TOKENS if asked is None else asked
-    images = check_request(files, question.encode(errors="surrogatepass"), longest)
+    images = check_request(files, said(chat), longest)
     stop: Sequence[str] = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop
     return runtime.generate(
         images,
-        question,
+        chat,
         max_new_tokens=longest,
         temperature=wanted.temperature,
         seed=wanted.seed,

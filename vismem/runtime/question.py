@@ -11,7 +11,7 @@ from PIL import Image
 from vismem.runtime.bundle import Bundle
 from vismem.runtime.chat import Chat
 from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
-from vismem.runtime.limits import RequestError
+from vismem.runtime.limits import check_patches, check_positions
 from vismem.runtime.prompt import Prompt, tokenise
 
 Floats = NDArray[np.float32]
@@ -43,15 +43,9 @@ def prepare(
     if (pixels := seen.get("prompt_pixels")) is not None:  # bundles from before there was a maximum lack it
         shown = [coarse_grid(grid, pixels, seen["patch_size"], seen["merge_size"]) for grid in grids]
     patches = sum(rows * columns for rows, columns in (grids if shown == grids else [*grids, *shown]))
-    if max_patches is not None and patches > max_patches:
-        raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
+    check_patches(patches, max_patches)
     prompt = tokenise(bundle.tokenizer, settings, chat, shown)
-    needed, held = int(prompt.positions.max()) + 1 + room, settings["decoder"]["max_positions"]
-    if needed > held:
-        raise RequestError(
-            f"the question, its images and the answer need {needed} positions, the model has {held}: "
-            "send less, or ask for less"
-        )
+    check_positions(int(prompt.positions.max()) + 1 + room, settings["decoder"]["max_positions"])
     pictures = decoded(images)
     if any(picture.size != image.size for picture, image in zip(pictures, images, strict=True)):  # turned by EXIF data
         return prepare(bundle, pictures, chat, room, max_patches)

@@ -1,5 +1,6 @@
 """Answers questions, many at a time: one thread decodes, each caller reads the pieces of its own answer."""
 
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from vismem.runtime.prompt import TextStream
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
+PREPARING = os.cpu_count() or 1  # questions whose images are decoded and read at a time
 STOPPED = "the server stops: ask again later"
 
 
@@ -30,7 +32,9 @@ class Busy(Exception):  # noqa: N818 - of the moment, no error
 class Served(Executor, Protocol):
     """An executor that takes questions from outside."""
 
-    tokenizer: Tokenizer
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """One that several threads may decode with."""
 
     def running(self) -> AbstractContextManager[object]:
         """What the thread that decodes runs in."""
@@ -106,6 +110,7 @@ class Runtime:
         self.executor, self.rows, self.most = executor, rows, waiting
         self.waiting: deque[_Answer] = deque()
         self.changed = threading.Condition()  # of `waiting` and `closed`
+        self.preparing = threading.BoundedSemaphore(PREPARING)
         self.thread: threading.Thread | None = None
         self.closed = False
 
@@ -155,7 +160,8 @@ class Runtime:
             raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(MODES)}")
         chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
         check_chat(chat, len(images))
-        sample = self.executor.prepare(images, chat, max_new_tokens)
+        with self.preparing:
+            sample = self.executor.prepare(images, chat, max_new_tokens)
         return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
 
     def close(self) -> None:
@@ -167,7 +173,8 @@ class Runtime:
             self.thread.join()
 
     def _chunks(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
-        self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
+        with self.preparing:
+            self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
         answer, text = _Answer(request), _Text(self.executor.tokenizer, stop)
         with self.changed:
             if self.closed:

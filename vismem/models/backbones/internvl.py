@@ -1,5 +1,6 @@
 """InternVL 3 and 3.5: tiles with a class token, pixel shuffle of 2x2 patches into the projector."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ class InternVLBackbone(TiledBackbone):
     def _tiles(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
         tokens = (encoded["input_ids"] == self.model.config.image_token_id).sum(1)
         return encoded["pixel_values"], (tokens // self.processor.image_seq_length).tolist()
+
+    def _tiles_of(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        return [self.processor.image_processor.get_number_of_image_patches(*size, {}) for size in sizes]
 
     def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
         """Cut anew into fewer tiles, as many as fit; from three on, one of them is the thumbnail."""

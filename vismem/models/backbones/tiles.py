@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vismem.errors import UserError
-from vismem.models.backbones.base import Backbone, Clip, PatchStream, Prompt, VisionInput
+from vismem.models.backbones.base import Backbone, Clip, Inputs, PatchStream, Prompt, VisionInput
 from vismem.models.lora import LoraTarget
 
 
@@ -46,6 +46,10 @@ class TiledBackbone(Backbone):
         """The processor's pixels as (B, channels, height, width), and how many of the B tiles each sample has."""
 
     @abstractmethod
+    def _tiles_of(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """How many tiles each image of a sample makes, given their sizes (height, width)."""
+
+    @abstractmethod
     def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
         """The same prompts, encoded with fewer tiles: of each image at most `pixels`, but one tile at least."""
 
@@ -71,17 +75,27 @@ class TiledBackbone(Backbone):
 
     # --- the prompt ---
 
-    def prompt(
+    def inputs(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
-    ) -> Prompt:
+    ) -> Inputs:
         encoded = self._encoded(texts, images)
         shown = encoded
         if self.prompt_pixels is not None and not whole and any(images):
             shown = self._coarse(encoded, texts, images, self.prompt_pixels)
-        ids, mask = shown["input_ids"], shown["attention_mask"].bool()
-        embeds, visual = self.embedding(ids), ids == self.model.config.image_token_id
+        mask = shown["attention_mask"].bool()
         positions = (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
-        patches, counts = embeds.new_zeros(0, 0, 1), [0] * len(texts)
+        return Inputs(shown["input_ids"], positions, mask, (encoded, shown, images))
+
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        tiles = self._tiles_of([(height, width) for width, height in sizes])
+        side = self.settings.image_size
+        patches = ((side if isinstance(side, int) else side[0]) // self.patch_size) ** 2
+        return [count * patches for count in tiles]
+
+    def placed(self, inputs: Inputs) -> Prompt:
+        (encoded, shown, images), mask = inputs.more, inputs.mask
+        embeds, visual = self.embedding(inputs.ids), inputs.ids == self.model.config.image_token_id
+        patches, counts = embeds.new_zeros(0, 0, 1), [0] * len(images)
         if any(images):
             pixels, counts = self._tiles(encoded, images)
             patches = seen = self._patches(pixels.to(embeds.dtype))
@@ -90,7 +104,7 @@ class TiledBackbone(Backbone):
             hidden = self._run(self._embed(seen))
             features = self._features(hidden[:, -seen.shape[1] :], shown)
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-        return Prompt(embeds, positions, mask, visual & mask, self._vision_input(patches, counts))
+        return Prompt(embeds, inputs.positions, mask, visual & mask, self._vision_input(patches, counts))
 
     def _encoded(self, texts: list[str], images: list[list[Any]], **more: Any) -> Any:
         """What the processor makes of them, on the model's device."""

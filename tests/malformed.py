@@ -121,7 +121,7 @@ MALFORMED: dict[str, Malformed] = {
             "<|vision_end|>": "see<|vision_end|>",
         }.items()
     },
-    "no turn": Malformed("turns are none|at least 1 item", messages=[]),
+    "no turn": Malformed("turns are none|at least 1 item|PROMPT is empty", messages=[]),
     "an assistant's last turn": turns("a user's last", "user", "assistant"),
     "two of a user": turns("in turn", "user", "user"),
     "two of the system": turns("one of the system first|a user's turns only", "system", "system", "user"),

@@ -155,12 +155,20 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any
     prompt, messages, stream = bytes(values.pop("PROMPT")), bytes(values.pop("MESSAGES")), values.pop("STREAM")
     if prompt and messages:
         raise ValueError("PROMPT and MESSAGES are both there: send one of them")
-    values["MEMORY"], values["STOP"] = values["MEMORY"].decode(), [text.decode() for text in stop]
+    values["MEMORY"], values["STOP"] = decoded("MEMORY", values["MEMORY"]), [decoded("STOP", text) for text in stop]
     if not 0 <= values["TEMPERATURE"] <= 100:  # refuses NaN too
         raise ValueError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
     if values["SEED"] < 0:
         raise ValueError(f"SEED is {values['SEED']}: it must not be negative")
     return files, prompt, messages, {name.lower(): value for name, value in values.items()}, stream
+
+
+def decoded(name: str, data: bytes) -> str:
+    """An input's text. ValueError for one that is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 text") from None
 
 
 def _several(request: Any, name: str) -> list[bytes]:

@@ -14,6 +14,7 @@ from vismem.services import HOST, free_ports, until_stopped
 from vismem.serving.answering import ROWS, Runtime
 from vismem.serving.http import create_app
 
+CACHE_MB = 1_000  # of images and prompts that may be asked again
 MAX_PATCHES = 16_384  # of a request's images: 3.2 megapixels as Qwen2.5-VL cuts them
 TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
 END_SECONDS = 5  # that running answers get when the server stops
@@ -30,6 +31,7 @@ def serve_api(
     port: int = 8080,
     rows: int = ROWS,
     max_patches: int = MAX_PATCHES,
+    cache_mb: int = CACHE_MB,
     certificate: Path | None = None,
     key: Path | None = None,
     write: Callable[[str], None] = print,
@@ -43,7 +45,7 @@ def serve_api(
     ports = free_ports({"http": port}, host=host, flag="--port")
     loaded = VisMem.from_pretrained(model, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    runtime = Runtime(TorchExecutor(loaded.model, max_patches), rows)
+    runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
     app = create_app(runtime, name, token)
     settings = uvicorn.Config(
         app,

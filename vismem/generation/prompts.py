@@ -41,7 +41,8 @@ def target_ids(tokenizer: Any, sample: Sample) -> list[int]:
 
 def encode(backbone: Backbone, samples: Sequence[Sample], whole: bool = False) -> Prompt:
     """The chat-formatted prompts of the samples, with their images and videos; see `inputs_of`."""
-    return backbone.placed(inputs_of(backbone, samples, whole))
+    inputs = inputs_of(backbone, samples, whole)
+    return backbone.placed(inputs, backbone.features(inputs))
 
 
 def inputs_of(backbone: Backbone, samples: Sequence[Sample], whole: bool = False) -> Inputs:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -23,6 +23,7 @@ from vismem.models.backbones.base import Inputs, Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.cache import ContentCache, hash_of
 from vismem.runtime.chat import Chat
 from vismem.runtime.images import decoded
 from vismem.runtime.limits import check_patches, check_positions
@@ -34,6 +35,7 @@ class Prepared:
     """A question from outside, encoded."""
 
     inputs: Inputs
+    seen: bytes  # the images' hash
     id: str = ""  # random numbers are drawn by it
 
 
@@ -52,9 +54,10 @@ class TorchExecutor:
 
     running = torch.inference_mode
 
-    def __init__(self, model: VisMemModel, max_patches: int | None = None) -> None:
-        """`max_patches`: of a question's images after resizing; None: no limit."""
+    def __init__(self, model: VisMemModel, max_patches: int | None = None, cache_bytes: int = 0) -> None:
+        """`max_patches`: of a question's images after resizing; None: no limit. `cache_bytes`: see `OnnxExecutor`."""
         self.model, self.backbone, self.max_patches = model, model.backbone, max_patches
+        self.cache = ContentCache(cache_bytes)
         self.kinds = {token: kind for kind, token in model.invoke_ids.items()}
         self.ends, self.limit = model.end_ids, model.limit
         self.delimiters, self.stops = frozenset(model.delimiter_ids), frozenset(model.stop_ids)
@@ -76,25 +79,37 @@ class TorchExecutor:
             inputs = inputs_of(self.backbone, [Sample("", pictures, question="", answer="", chat=tuple(chat))])
         held = int(self.backbone.model.config.text_config.max_position_embeddings)
         check_positions(int(inputs.next_position()) + self._room(max_new_tokens, self.limit(None)), held)
-        return Prepared(inputs)
+        return Prepared(inputs, hash_of(pictures))
 
     def read(self, sample: Prepared, memory: bool) -> None:
         """Nothing: adapters are switches of the whole model, so no other thread runs it."""
 
     def join(self, request: Request, limit: int) -> list[Prefilled]:
         policy, samples = request.policy, request.samples
-        prompt = request.prompt or self._encoded(samples, policy.whole)
-        opened = policy.opened(prompt, self.backbone, samples)
-        slots = self._room(request.max_new_tokens, limit)
-        context = self.state.join(opened, request.group_size, slots, remember=limit > 0)
+        if isinstance(samples[0], Prepared):  # it comes alone
+            context = self._read(samples[0])
+            prompt = opened = context.prompt
+        else:
+            prompt = request.prompt or encode(self.backbone, samples, policy.whole)
+            opened = policy.opened(prompt, self.backbone, samples)
+            context = self.state.prefill(opened)
+        self.state.join(context, request.group_size, self._room(request.max_new_tokens, limit), remember=limit > 0)
         self.sources += [_Source(context, prompt, policy.donors(samples))] * (len(samples) * request.group_size)
         lengths, before, visual = (each.sum(1).tolist() for each in (opened.mask, prompt.mask, opened.visual))
         return [Prefilled(n, seen, n - own) for n, seen, own in zip(lengths, visual, before, strict=True)]
 
-    def _encoded(self, samples: Sequence[Any], whole: bool) -> Prompt:
-        if isinstance(samples[0], Prepared):  # it comes alone
-            return self.backbone.placed(samples[0].inputs)
-        return encode(self.backbone, samples, whole)
+    def _read(self, sample: Prepared) -> Context:
+        """Without what memories read of it: that grows, so it is kept with the answer's row alone."""
+
+        def features() -> Tensor | None:
+            return self.backbone.features(sample.inputs)
+
+        def prefill() -> Context:
+            seen = self.cache.get(("seen", sample.seen), features, _bytes)
+            return self.state.prefill(self.backbone.placed(sample.inputs, seen))
+
+        key = "read", sample.seen, tuple(sample.inputs.ids[0].tolist())
+        return replace(self.cache.get(key, prefill, _bytes))
 
     def _room(self, max_new_tokens: int, memories: int) -> int:
         return room(max_new_tokens, memories, max(map(self.model.length_of, KINDS)))
@@ -162,7 +177,7 @@ class TorchExecutor:
         if kind not in source.donated:
             count, device = len(source.prompt.mask), self.backbone.device
             state = DecodeState(self.model)
-            context = state.join(source.prompt, group_size=1, room=1, remember=True)
+            state.join(context := state.prefill(source.prompt), group_size=1, room=1, remember=True)
             state.append(self.model.embed(torch.full((count, 1), self.model.invoke_ids[kind], device=device)))
             source.donated[kind] = state.form(kind, context, range(count))
         return source.donated[kind]
@@ -176,6 +191,14 @@ class TorchExecutor:
             self.state.keep(rows)
         else:  # nothing stays allocated
             self.state = DecodeState(self.model)
+
+
+def _bytes(read: Context | Tensor | None) -> int:
+    if isinstance(read, Context):
+        prompt = read.prompt
+        held = [prompt.embeds, prompt.vision.patches, read.visual, *read.cache.keys, *read.cache.values]
+        return sum(tensor.nbytes for tensor in held)
+    return 0 if read is None else read.nbytes
 
 
 def _column_at(cumulative: Tensor, at: Tensor) -> Tensor:

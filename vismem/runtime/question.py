@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem.runtime.bundle import Bundle
+from vismem.runtime.cache import hash_of
 from vismem.runtime.chat import Chat
 from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
 from vismem.runtime.limits import check_patches, check_positions
@@ -24,6 +25,7 @@ class Question:
     prompt: Prompt
     shown: dict[str, NDArray[Any]]  # patches of the images in the prompt, as `cut_patches` gives them
     whole: dict[str, NDArray[Any]]  # and of the whole images
+    seen: bytes  # the images' hash
     id: str = ""  # random numbers are drawn by it
     embeddings: Floats | None = None  # (L, d) of the prompt
     read: dict[str, Floats] = field(default_factory=dict)  # what the decoder makes of them
@@ -49,8 +51,9 @@ def prepare(
     pictures = decoded(images)
     if any(picture.size != image.size for picture, image in zip(pictures, images, strict=True)):  # turned by EXIF data
         return prepare(bundle, pictures, chat, room, max_patches)
+    hashed = hash_of(pictures)
     if seen["do_resize"]:
         pictures = resized(pictures, grids, seen)
     whole = cut_patches(pictures, grids, seen)
     coarse = whole if shown == grids else cut_patches(resized(pictures, shown, seen), shown, seen)
-    return Question(prompt, coarse, whole)
+    return Question(prompt, coarse, whole, hashed)

@@ -22,6 +22,7 @@ from vismem.runtime.prompt import TextStream
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
 PREPARING = os.cpu_count() or 1  # questions whose images are decoded and read at a time
+CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
 STOPPED = "the server stops: ask again later"
 
 
@@ -122,16 +123,17 @@ class Runtime:
         verified: bool = False,
         max_patches: int | None = None,
         rows: int = ROWS,
+        cache_bytes: int = CACHE_BYTES,
     ) -> "Runtime":
         """A runtime over a bundle's graphs, with `threads` threads. BundleError for one that is missing or damaged.
 
-        `verified`: the caller has just verified or written the bundle; its files are not hashed again. `max_patches`:
-        see OnnxExecutor.
+        `verified`: the caller has just verified or written the bundle; its files are not hashed again. `max_patches`,
+        `cache_bytes`: see OnnxExecutor.
         """
         from vismem.generation.onnx_executor import OnnxExecutor
         from vismem.runtime.bundle import Bundle
 
-        return cls(OnnxExecutor(Bundle(Path(bundle), threads, verified), max_patches), rows)
+        return cls(OnnxExecutor(Bundle(Path(bundle), threads, verified), max_patches, cache_bytes), rows)
 
     def generate(
         self,

@@ -142,8 +142,12 @@ class Backbone(ABC):
         """The patches that images of one sample make, given their (width, height). RequestError for one without."""
 
     @abstractmethod
-    def placed(self, inputs: Inputs) -> Prompt:
-        """The prompts, with the images' features in their places: runs the vision encoder once."""
+    def features(self, inputs: Inputs) -> Tensor | None:
+        """The images and videos in the prompts as image tokens (n, d), in order: runs the vision encoder once."""
+
+    @abstractmethod
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        """The prompts, with the features in their places; None where there is no image or video."""
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
         """The prompts from what the processor makes of them: ids and mask (S, L), padded on any side, and the images.

@@ -73,7 +73,8 @@ class Qwen25VLBackbone(Backbone):
         counts = (padded == self.model.config.vision_start_token_id).sum(1).tolist()
         pictures = [list(islice(each, count)) for count in counts]
         self._check_tokens(padded, pictures, len(parts) - sum(counts))
-        return self.placed(self._inputs(padded, right, pictures, [[]] * len(ids), [[]] * len(ids), whole=False))
+        inputs = self._inputs(padded, right, pictures, [[]] * len(ids), [[]] * len(ids), whole=False)
+        return self.placed(inputs, self.features(inputs))
 
     def _check_tokens(self, ids: Tensor, pictures: list[list[Pixels]], left: int) -> None:
         """UserError where ids (S, L) have other image tokens than the images' patches need, or any of a video."""
@@ -126,11 +127,17 @@ class Qwen25VLBackbone(Backbone):
         resized = (size_after_resizing(size, processor, f"image {number}") for number, size in enumerate(sizes, 1))
         return [width * height // processor.patch_size**2 for width, height in resized]
 
-    def placed(self, inputs: Inputs) -> Prompt:
-        visual, packed, vision = inputs.more
+    def features(self, inputs: Inputs) -> Tensor | None:
+        _, packed, _ = inputs.more
+        if not packed.image.shape[1]:
+            return None
+        found: Tensor = self.project(self.patch_stream(packed).hidden)[packed.mask[:, :: self.merge]]
+        return found
+
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        visual, _, vision = inputs.more
         embeds = self.embedding(inputs.ids)
-        if packed.image.shape[1]:
-            features = self.project(self.patch_stream(packed).hidden)[packed.mask[:, :: self.merge]]
+        if features is not None:
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
         return Prompt(embeds, inputs.positions, inputs.mask, visual & inputs.mask, vision)
 

@@ -92,17 +92,20 @@ class TiledBackbone(Backbone):
         patches = ((side if isinstance(side, int) else side[0]) // self.patch_size) ** 2
         return [count * patches for count in tiles]
 
-    def placed(self, inputs: Inputs) -> Prompt:
-        (encoded, shown, images), mask = inputs.more, inputs.mask
+    def features(self, inputs: Inputs) -> Tensor | None:
+        _, shown, images = inputs.more
+        if not any(images):
+            return None
+        seen = self._patches(self._tiles(shown, images)[0].to(self.embedding.weight.dtype))
+        return self._features(self._run(self._embed(seen))[:, -seen.shape[1] :], shown)
+
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        (encoded, _, images), mask = inputs.more, inputs.mask
         embeds, visual = self.embedding(inputs.ids), inputs.ids == self.model.config.image_token_id
         patches, counts = embeds.new_zeros(0, 0, 1), [0] * len(images)
-        if any(images):
+        if features is not None:
             pixels, counts = self._tiles(encoded, images)
-            patches = seen = self._patches(pixels.to(embeds.dtype))
-            if shown is not encoded:
-                seen = self._patches(self._tiles(shown, images)[0].to(embeds.dtype))
-            hidden = self._run(self._embed(seen))
-            features = self._features(hidden[:, -seen.shape[1] :], shown)
+            patches = self._patches(pixels.to(embeds.dtype))
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
         return Prompt(embeds, inputs.positions, mask, visual & mask, self._vision_input(patches, counts))
 

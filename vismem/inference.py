@@ -211,13 +211,13 @@ class VisMem:
         files = [encoded(image) for image in several]
         try:
             chat = one_turn(question, len(files)) if isinstance(question, str) else question
-            opened = check_request(files, said(chat), max_new_tokens, names)
+            opened = check_request(files, said(chat).encode(errors="surrogatepass"), max_new_tokens, names)
             check_chat(chat, len(files))
             Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(chat)
             if self.scope:
                 processor = self.model.backbone.processor.image_processor
                 seen = [size_after_resizing(image.size, processor) for image in opened]
-                for doubt in self.scope.doubts(opened, seen, said(chat).decode()):
+                for doubt in self.scope.doubts(opened, seen, said(chat)):
                     logger.warning(doubt)
         except RequestError as error:
             raise UserError(str(error)) from None

@@ -113,7 +113,8 @@ class TritonPythonModel:
             if len(options["stop"]) > self.most_stops:
                 raise ValueError(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
             chat = self.parse_messages(messages) if messages else None
-            images = self.check_request(files, self.said(chat) if chat else prompt, options["max_new_tokens"])
+            asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
+            images = self.check_request(files, asked, options["max_new_tokens"])
             collected = []
             with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
                 for chunk in chunks:

@@ -46,7 +46,7 @@ def test_messages_are_read_as_openai_writes_them() -> None:
         Turn("user", ("d\ne",)),
     ]
     check_chat(chat, images=1)
-    assert said(chat) == b"be brief\na\nb\nc\nd\ne"
+    assert said(chat) == "be brief\na\nb\nc\nd\ne"
 
 
 WRONG: list[Any] = [

@@ -60,7 +60,7 @@ class Base:
         images = [Image.open(io.BytesIO(data)) for data in sample.images]
         try:
             seen = [size_after_resizing(image.size, self.processor) for image in images]
-            return list(self.scope.doubts(images, seen, said(sample.turns()).decode())) if self.scope else []
+            return list(self.scope.doubts(images, seen, said(sample.turns()))) if self.scope else []
         except RequestError as error:
             return [str(error)]
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from vismem.runtime.limits import MAX_PROMPT_BYTES, RequestError
 
 MARK = "<image>"  # in the text of a question: an image stands here
-MAX_MESSAGES_BYTES = 6 * MAX_PROMPT_BYTES  # JSON may write a character as \\uXXXX
+MAX_MESSAGES_BYTES = 6 * MAX_PROMPT_BYTES  # JSON may write a character as \uXXXX
 IMAGE: Final = None  # in the parts of a turn, likewise
 PARTS = '{"type": "text", "text": ...} and {"type": "image"}'
 FOLLOWS = {"start": ("system", "user"), "system": ("user",), "user": ("assistant", "end"), "assistant": ("user",)}
@@ -77,9 +77,9 @@ def joined(parts: Iterable[str | None]) -> tuple[str | None, ...]:
     return tuple(found)
 
 
-def said(chat: Chat) -> bytes:
-    """All texts, as UTF-8 where they can be."""
-    return "\n".join(part for turn in chat for part in turn.parts if part).encode(errors="surrogatepass")
+def said(chat: Chat) -> str:
+    """All texts."""
+    return "\n".join(part for turn in chat for part in turn.parts if part)
 
 
 def check_chat(chat: Chat, images: int) -> None:

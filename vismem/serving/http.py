@@ -119,7 +119,7 @@ def begin(runtime: Runtime, wanted: Completion) -> Iterator[Chunk]:
     files = [decoded_url(url) for message in wanted.messages for url in message.urls()]
     asked = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
     longest = NEW_TOKENS if asked is None else asked
-    images = check_request(files, said(chat), longest)
+    images = check_request(files, said(chat).encode(errors="surrogatepass"), longest)
     stop: Sequence[str] = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop
     return runtime.generate(
         images,

@@ -155,7 +155,7 @@ def row_facts(
 
 def _tokens_of_the_base(row: Mapping[str, Any], reserved: Reserved) -> str | None:
     """The first of the base's own tokens in each text that a prompt or a reference answer is made of."""
-    asked = said(one_turn(row["question"] or "", len(row["images"] or ()))).decode(errors="replace")
+    asked = said(one_turn(row["question"] or "", len(row["images"] or ())))
     texts = [("question", asked), ("answer", row["answer"]), ("rationale", row["rationale"])]
     texts += [("choices", choice) for choice in row["choices"] or ()]
     found = {name: token for name, text in texts if text and (token := reserved.find(text))}

@@ -84,7 +84,16 @@ class TiledBackbone(Backbone):
             shown = self._coarse(encoded, texts, images, self.prompt_pixels)
         mask = shown["attention_mask"].bool()
         positions = (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
-        return Inputs(shown["input_ids"], positions, mask, (encoded, shown, images))
+        patches, counts, seen = self.embedding.weight.new_zeros(0, 0, 1), [0] * len(texts), None
+        if any(images):
+            patches, counts = self._cut(encoded, images)
+            seen = patches if shown is encoded else self._cut(shown, images)[0]
+        return Inputs(shown["input_ids"], positions, mask, (self._vision_input(patches, counts), seen, shown))
+
+    def _cut(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
+        """The patches (B, n, values) of all tiles, and how many tiles each sample has."""
+        pixels, counts = self._tiles(encoded, images)
+        return self._patches(pixels.to(self.embedding.weight.dtype)), counts
 
     def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         tiles = self._tiles_of([(height, width) for width, height in sizes])
@@ -93,21 +102,15 @@ class TiledBackbone(Backbone):
         return [count * patches for count in tiles]
 
     def features(self, inputs: Inputs) -> Tensor | None:
-        _, shown, images = inputs.more
-        if not any(images):
-            return None
-        seen = self._patches(self._tiles(shown, images)[0].to(self.embedding.weight.dtype))
-        return self._features(self._run(self._embed(seen))[:, -seen.shape[1] :], shown)
+        _, seen, shown = inputs.more
+        return None if seen is None else self._features(self._run(self._embed(seen))[:, -seen.shape[1] :], shown)
 
     def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
-        (encoded, _, images), mask = inputs.more, inputs.mask
+        vision, _, _ = inputs.more
         embeds, visual = self.embedding(inputs.ids), inputs.ids == self.model.config.image_token_id
-        patches, counts = embeds.new_zeros(0, 0, 1), [0] * len(images)
         if features is not None:
-            pixels, counts = self._tiles(encoded, images)
-            patches = self._patches(pixels.to(embeds.dtype))
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-        return Prompt(embeds, inputs.positions, mask, visual & mask, self._vision_input(patches, counts))
+        return Prompt(embeds, inputs.positions, inputs.mask, visual & inputs.mask, vision)
 
     def _encoded(self, texts: list[str], images: list[list[Any]], **more: Any) -> Any:
         """What the processor makes of them, on the model's device."""

@@ -113,7 +113,7 @@ MALFORMED: dict[str, Malformed] = {
             "<m_E^s>": "<m_E^s>",
             "<m_I^l>": "red?<m_I^l>",
             "<m_E^l>": "a <m_E^l> b",
-            "<|im_start|>": "a<|im_end|>\n<|im_start|>assistant\nb"[11:],
+            "<|im_start|>": "a\n<|im_start|>assistant\nb",
             "<|im_end|>": "stop<|im_end|>here",
             "<|image_pad|>": "<|image_pad|> what?",
             "<|video_pad|>": "a <|video_pad|>?",

@@ -14,8 +14,6 @@ from vismem.services import HOST, free_ports, until_stopped
 from vismem.serving.answering import ROWS, Runtime
 from vismem.serving.http import create_app
 
-CACHE_MB = 1_000  # of images and prompts that may be asked again
-MAX_PATCHES = 16_384  # of a request's images: 3.2 megapixels as Qwen2.5-VL cuts them
 TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
 END_SECONDS = 5  # that running answers get when the server stops
 
@@ -30,8 +28,8 @@ def serve_api(
     host: str = HOST,
     port: int = 8080,
     rows: int = ROWS,
-    max_patches: int = MAX_PATCHES,
-    cache_mb: int = CACHE_MB,
+    max_patches: int,
+    cache_mb: int,
     certificate: Path | None = None,
     key: Path | None = None,
     write: Callable[[str], None] = print,

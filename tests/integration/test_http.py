@@ -138,12 +138,18 @@ def test_an_answer_whose_reader_has_gone_is_decoded_no_further(client: openai.Op
         runtime.executor.stops = stops
 
 
+def held_up(model: VisMem, monkeypatch: pytest.MonkeyPatch, waiting: int) -> tuple[Runtime, threading.Event]:
+    """A runtime in which no question joins before the event is set."""
+    runtime, held = Runtime(TorchExecutor(model.model), rows=4, waiting=waiting), threading.Event()
+    join = runtime.executor.join
+    monkeypatch.setattr(runtime.executor, "join", lambda *given: (held.wait(60), join(*given))[1])
+    return runtime, held
+
+
 def test_a_flood_is_refused_beyond_the_queue_and_the_rest_is_answered(
     model: VisMem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = Runtime(TorchExecutor(model.model), rows=4, waiting=2)
-    held, join = threading.Event(), few.executor.join
-    monkeypatch.setattr(few.executor, "join", lambda *given: (held.wait(20), join(*given))[1])
+    few, held = held_up(model, monkeypatch, waiting=2)
     with served(create_app(few, "tiny")) as address, ThreadPoolExecutor(12) as pool:
         first = pool.submit(post, address, GOOD)
         while few.waiting or not few.thread:  # it is being read, and holds up the others
@@ -160,12 +166,12 @@ def test_a_flood_is_refused_beyond_the_queue_and_the_rest_is_answered(
 def test_a_wrong_request_is_refused_while_many_answers_are_waited_for(
     model: VisMem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = Runtime(TorchExecutor(model.model), rows=4, waiting=60)
-    held, join = threading.Event(), many.executor.join
-    monkeypatch.setattr(many.executor, "join", lambda *given: (held.wait(60), join(*given))[1])
+    many, held = held_up(model, monkeypatch, waiting=60)
     with served(create_app(many, "tiny")) as address, ThreadPoolExecutor(60) as pool:
         asked = [pool.submit(post, address, GOOD) for _ in range(60)]
+        until = time.monotonic() + 30
         while len(many.waiting) < 59:
+            assert time.monotonic() < until, "some wait for a thread"
             time.sleep(0.01)
         assert post(address, GOOD | {"max_tokens": 0})[0] == 400
         held.set()

@@ -19,7 +19,7 @@ from vismem.generation.invocation import NONE
 from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.prompts import encode, inputs_of
 from vismem.generation.slots import room
-from vismem.models.backbones.base import Inputs, Prompt
+from vismem.models.backbones.base import Inputs, Prompt, following
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
@@ -78,7 +78,8 @@ class TorchExecutor:
         with self.encoding:
             inputs = inputs_of(self.backbone, [Sample("", pictures, question="", answer="", chat=tuple(chat))])
         held = int(self.backbone.model.config.text_config.max_position_embeddings)
-        check_positions(int(inputs.next_position()) + self._room(max_new_tokens, self.limit(None)), held)
+        read = int(following(inputs.positions, inputs.mask))
+        check_positions(read + self._room(max_new_tokens, self.limit(None)), held)
         return Prepared(inputs, hash_of(pictures))
 
     def read(self, sample: Prepared, memory: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from pictures import TOKENS, encoded, noise
 
 from vismem.data.sample import Sample
+from vismem.errors import UserError
 from vismem.export.onnx import prompt_parts
 from vismem.generation.engine import generate
 from vismem.generation.invocation import MODES
@@ -102,7 +103,7 @@ def test_turns_that_the_template_cannot_say_are_refused_by_name(model, bundle, r
             tokenise(runtime.executor.tokenizer, settings, chat, [(4, 4)] * len(sample_of(chat).images))
 
 
-def test_a_template_that_trims_what_is_said_says_one_question_only(model, monkeypatch):
+def test_a_template_that_trims_what_is_said_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.backbone.processor, "chat_template", TRIMMED)
-    with pytest.raises(Exception, match="chat template"):
+    with pytest.raises(UserError, match="chat template"):
         prompt_parts(model.backbone.processor)

@@ -62,10 +62,6 @@ class Inputs:
     mask: Tensor  # (S, L) bool
     more: Any  # what the family's `placed` takes besides
 
-    def next_position(self) -> Tensor:
-        """(S,) the position of the first answer token: the largest of the prompt, plus one."""
-        return following(self.positions, self.mask)
-
 
 @dataclass
 class Prompt:

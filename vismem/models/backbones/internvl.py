@@ -29,8 +29,10 @@ class InternVLBackbone(TiledBackbone):
         tokens = (encoded["input_ids"] == self.model.config.image_token_id).sum(1)
         return encoded["pixel_values"], (tokens // self.processor.image_seq_length).tolist()
 
-    def _tiles_of(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        return [self.processor.image_processor.get_number_of_image_patches(*size, {}) for size in sizes]
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        shapes = [(height, width) for width, height in sizes]
+        tiles = self.processor._get_num_multimodal_tokens(image_sizes=shapes).num_image_patches  # as it is asked to cut
+        return [count * self.processor.image_seq_length * self.merge for count in tiles]
 
     def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
         """Cut anew into fewer tiles, as many as fit; from three on, one of them is the thumbnail."""

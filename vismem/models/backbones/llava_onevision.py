@@ -37,7 +37,12 @@ class LlavaOnevisionBackbone(TiledBackbone):
             tiles for count in encoded["batch_num_images"].tolist() for tiles in self._tiles_of([*islice(sizes, count)])
         ]
 
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        tiles = self._tiles_of([(height, width) for width, height in sizes])
+        return [count * (self.settings.image_size // self.patch_size) ** 2 for count in tiles]
+
     def _tiles_of(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """How many tiles each image of a sample makes, given their sizes (height, width)."""
         if len(sizes) != 1:
             return [1] * len(sizes)
         pinpoints, side = self.model.config.image_grid_pinpoints, self.settings.image_size

@@ -46,10 +46,6 @@ class TiledBackbone(Backbone):
         """The processor's pixels as (B, channels, height, width), and how many of the B tiles each sample has."""
 
     @abstractmethod
-    def _tiles_of(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """How many tiles each image of a sample makes, given their sizes (height, width)."""
-
-    @abstractmethod
     def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
         """The same prompts, encoded with fewer tiles: of each image at most `pixels`, but one tile at least."""
 
@@ -94,12 +90,6 @@ class TiledBackbone(Backbone):
         """The patches (B, n, values) of all tiles, and how many tiles each sample has."""
         pixels, counts = self._tiles(encoded, images)
         return self._patches(pixels.to(self.embedding.weight.dtype)), counts
-
-    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        tiles = self._tiles_of([(height, width) for width, height in sizes])
-        side = self.settings.image_size
-        patches = ((side if isinstance(side, int) else side[0]) // self.patch_size) ** 2
-        return [count * patches for count in tiles]
 
     def features(self, inputs: Inputs) -> Tensor | None:
         _, seen, shown = inputs.more

@@ -19,10 +19,12 @@ from vismem.generation.decode_state import grown
 from vismem.generation.engine import generate, rollout_of
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.loop import Asked, DecodeLoop, Request, Row
+from vismem.generation.prompts import inputs_of
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.chat import one_turn
 from vismem.runtime.limits import RequestError
 
 SAMPLES = tiny.samples()
@@ -233,12 +235,13 @@ def test_tokens_are_drawn_by_inverse_transform_and_a_declined_invoke_gives_a_wor
 def test_a_question_is_prepared_for_the_thread_that_decodes(model: VisMemModel) -> None:
     executor, sample = TorchExecutor(model), SAMPLES[0]
     images = [Image.open(io.BytesIO(data)) for data in sample.images]
-    prepared = executor.prepare(images, sample.question, 5)
-    assert (prepared.id, prepared.answer, prepared.question) == ("", "", sample.question)
-    found = generate(model, [prepared], Off(), max_new_tokens=5)
+    prepared = executor.prepare(images, sample.turns(), 5)
+    assert prepared.id == ""
+    assert prepared.inputs.ids.equal(inputs_of(model.backbone, [sample]).ids)
+    found = generate(model, [prepared], Off(), max_new_tokens=5)  # type: ignore[list-item]  # as a runtime hands it on
     assert found == generate(model, [replace(sample, id="")], Off(), max_new_tokens=5)
     with pytest.raises(RequestError, match="PROMPT holds <m_I\\^s>"):
-        executor.prepare(images, "what is <m_I^s>?", 5)
+        executor.prepare(images, one_turn("what is <m_I^s>?", len(images)), 5)
 
 
 @torch.inference_mode()

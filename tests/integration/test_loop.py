@@ -185,6 +185,32 @@ def test_rows_that_join_take_the_places_of_those_that_ended(model: VisMemModel) 
     assert executor.state.cache.keys == []
 
 
+@pytest.mark.parametrize("left", [False, True])
+@torch.inference_mode()
+def test_a_row_that_ended_is_not_decoded_beyond_its_room(
+    model: VisMemModel, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that joined late go on after it, too many of them for it to go at once."""
+    executor = TorchExecutor(model)
+    monkeypatch.setattr(executor, "stops", frozenset())
+    longest = max(SAMPLES, key=lambda sample: inputs_of(model.backbone, [sample]).ids.shape[1])
+    loop = DecodeLoop(executor)
+    (first,) = loop.join(Request([longest], Off(), max_new_tokens=6))
+    for _ in range(4):
+        loop.step()
+    others = loop.join(Request(SAMPLES[:2], Off(), max_new_tokens=6))
+    if left:
+        loop.leave(first)
+    while loop.step():
+        pass
+    assert first.answer_length == (4 if left else 6)
+    for row, sample in zip(others, SAMPLES, strict=False):
+        (lone,) = loop.join(Request([sample], Off(), max_new_tokens=6))
+        while loop.step():
+            pass
+        assert [token for token, _, _ in row.tokens] == [token for token, _, _ in lone.tokens]
+
+
 @pytest.mark.parametrize("allocation", [1, 4, 6, 7])
 @pytest.mark.parametrize("first", [0, 1])
 @torch.inference_mode()

@@ -31,7 +31,6 @@ CHECKED = 256  # validation questions answered for metrics.json
 LOGGED = 20  # of them in samples.jsonl, per arm
 CHECKS = "checks.json"  # the score of each, before GRPO and after all training
 BEFORE, AFTER = "before", "after"
-BATCH = 64  # answered at a time
 
 Inputs = Mapping[str, Path]
 Parameters = Mapping[str, nn.Parameter]
@@ -107,15 +106,15 @@ class Run:
         """Answer the first CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
 
         Vanilla is the bare base. The same numbers are drawn at both times, so that scores are paired question by
-        question.
+        question. As many are answered together as a backward pass has rollouts (`grpo.micro_batch`).
         """
         checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
-        quiet = not self.accelerator.is_main_process
+        quiet, together = not self.accelerator.is_main_process, self.config.grpo.micro_batch
         rollouts: list[Rollout] = []
         bare = self.model.reference() if name == VANILLA else nullcontext()
         with bare, progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
-            for at in range(0, len(checked), BATCH):
-                batch = checked[at : at + BATCH]
+            for at in range(0, len(checked), together):
+                batch = checked[at : at + together]
                 rollouts += generate(
                     self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed
                 )
@@ -124,10 +123,13 @@ class Run:
         return rollouts
 
     def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
-        """Answer validation questions in each arm; write the model, `metrics.json`, CHECKS and `samples.jsonl`.
+        """Write the model; answer validation questions in each arm; write `metrics.json`, CHECKS and `samples.jsonl`.
 
-        `save` writes the model, where `save_pretrained` would not. Returns steps and scores in one line.
+        `save` writes the model, where `save_pretrained` would not. It comes first, so that it is there should answering
+        fail. Returns steps and scores in one line.
         """
+        if self.accelerator.is_main_process:
+            (save or self.model.save_pretrained)(self.out)
         checked = self.validation[:CHECKED]
         metrics: dict[str, Metrics] = {}
         lines = ""
@@ -138,7 +140,6 @@ class Run:
             lines += answer_lines(checked[:LOGGED], rollouts[:LOGGED], "score", right[:LOGGED], arm=name)
         count = count_of(self.trained)
         if self.accelerator.is_main_process:
-            (save or self.model.save_pretrained)(self.out)
             write_text(self.out / "samples.jsonl", lines)
             write_json(self.out / CHECKS, self.checks)
             figures = {

@@ -1,5 +1,6 @@
 """InternVL 3 and 3.5: tiles with a class token, pixel shuffle of 2x2 patches into the projector."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class InternVLBackbone(TiledBackbone):
         result: Tensor = hidden + block.lambda_2 * block.mlp(block.layernorm_after(hidden))
         return result
 
-    def _select(self, states: list[Tensor]) -> Tensor:
+    def _select(self, states: Mapping[int, Tensor]) -> Tensor:
+        selected = super()._select(states)
         last = self.model.config.vision_feature_layer == -1
-        result: Tensor = self.tower.layernorm(states[-1]) if last else super()._select(states)
-        return result
+        return self.tower.layernorm(selected) if last else selected

@@ -1,0 +1,118 @@
+"""What the sizes of real models need: how many tensors are alive at once, counted on tiny ones."""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_families
+import torch
+from alive import Alive
+from PIL import Image
+from torch import Tensor
+
+from vismem.config import Config, GrpoConfig, Stage1Config, WarmStartConfig
+from vismem.data.sample import Sample
+from vismem.generation.prompts import encode
+from vismem.generation.replay import prefill
+from vismem.models.kinds import MemoryKind
+from vismem.models.vismem import VisMemModel
+from vismem.training import run
+from vismem.training.run import FORMATION, trainable
+from vismem.training.stage1 import stage1
+
+DEPTH = 12  # blocks of the vision encoder
+
+
+def deepened(model: VisMemModel) -> VisMemModel:
+    """The model with its vision encoder's blocks, one after the other, as often as makes it DEPTH blocks deep."""
+    backbone, blocks = model.backbone, list(model.backbone.blocks)
+    backbone.blocks = [blocks[index % len(blocks)] for index in range(DEPTH)]
+    if model.backbone.family == "qwen2_5_vl":
+        backbone.visual.fullatt_block_indexes = [DEPTH // 2, DEPTH - 1]
+    else:
+        backbone.layers = [DEPTH]
+    return model
+
+
+def large(side: int) -> Sample:
+    """A question about one large image."""
+    one = next(sample for sample in tiny_families.samples() if len(sample.images) == 1)
+    data = io.BytesIO()
+    Image.effect_noise((side, side), 90).convert("RGB").save(data, "png")
+    return dataclasses.replace(one, images=(data.getvalue(),))
+
+
+def short_memory_gradients(model: VisMemModel, sample: Sample, on: bool) -> tuple[dict[str, Tensor], int]:
+    """The gradients of a short memory's formation, and the most bytes that were alive while they were computed."""
+    with torch.no_grad():
+        context = prefill(model, [sample])
+    parameters = trainable(model, FORMATION)
+    for parameter in parameters.values():
+        parameter.grad = None
+    state = torch.randn(1, 3, model.backbone.width, generator=torch.Generator().manual_seed(0))
+    real = torch.ones(1, 3, dtype=torch.bool)
+    stream = context.prompt.embeds, context.prompt.positions, context.prompt.mask
+    with Alive() as alive, model.checkpointed(on):
+        row = torch.zeros(1, dtype=torch.long)
+        memory = context.form(MemoryKind.SHORT, row, (state, real), stream)
+        memory.square().sum().backward()
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}, alive.peak
+
+
+@pytest.mark.parametrize("variant", ["qwen2_5_vl", "internvl", "llava_onevision"])
+def test_a_short_memory_holds_the_activations_of_one_vision_block_at_a_time(variant: str, tmp_path: Path) -> None:
+    """In the backward pass too; and every gradient is the same, to the bit, as without checkpointing."""
+    model = deepened(tiny.vismem(tiny_families.save_base(tmp_path, variant)))
+    sample = large(336)
+    (plain, most), (again, least) = (short_memory_gradients(model, sample, on) for on in (False, True))
+    assert least < most / 2, f"{most / least:.1f} times"
+    assert plain.keys() == again.keys()
+    assert any("short.lora" in name for name in plain)
+    for name, gradient in plain.items():
+        assert gradient.equal(again[name]), name
+
+
+def test_of_the_patches_only_keys_and_values_that_memory_tokens_read_are_kept(tmp_path: Path) -> None:
+    """Qwen2.5-VL's are a window of their own in all blocks but those of full attention."""
+    model = deepened(tiny.vismem(tiny_families.save_base(tmp_path, "qwen2_5_vl")))
+    stream = model.short_stream(encode(model.backbone, [large(112)]).vision)
+    assert len(stream.keys_values) == 2
+
+
+def answers_fail(*_: Any, **__: Any) -> None:
+    raise MemoryError
+
+
+def test_what_was_trained_is_saved_before_validation_questions_are_answered(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should they take more memory than there is, the training is not lost."""
+    config = Config(
+        memory=tiny.MEMORY, stage1=Stage1Config(steps=1, warm_start=WarmStartConfig(steps=0)), grpo=GrpoConfig()
+    )
+    monkeypatch.setattr(run.Run, "train_grpo", lambda *_: monkeypatch.setattr(run, "generate", answers_fail))
+    with pytest.raises(MemoryError):
+        stage1(config, {"base": tiny_base, "validate": tiny_data}, tmp_path)
+    assert {"vismem.json", "memory.safetensors", "policy.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_validation_questions_are_answered_as_many_at_a_time_as_a_backward_pass_takes(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, generate = [], run.generate
+
+    def counted(model: VisMemModel, samples: Any, *policy: Any, **settings: Any) -> Any:
+        sizes.append(len(samples))
+        return generate(model, samples, *policy, **settings)
+
+    monkeypatch.setattr(run, "generate", counted)
+    config = Config(
+        memory=tiny.MEMORY,
+        grpo=GrpoConfig(micro_batch=5, batch_size=2, max_new_tokens=4),
+        stage1=Stage1Config(steps=1, group_size=2, warm_start=WarmStartConfig(steps=0)),
+    )
+    stage1(config, {"base": tiny_base, "validate": tiny_data}, tmp_path)
+    assert sizes == [5, 5, 2] * 5

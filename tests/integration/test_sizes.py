@@ -2,9 +2,11 @@
 
 import dataclasses
 import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import tiny
 import tiny_families
@@ -14,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from vismem.config import Config, GrpoConfig, Stage1Config, WarmStartConfig
-from vismem.data.sample import Sample
+from vismem.data.sample import Sample, write_shards
 from vismem.generation.prompts import encode
 from vismem.generation.replay import prefill
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
 from vismem.training import run
-from vismem.training.run import FORMATION, trainable
+from vismem.training.loop import batch_at
+from vismem.training.run import FORMATION, new_model, trainable
 from vismem.training.stage1 import stage1
 
 DEPTH = 12  # blocks of the vision encoder
@@ -116,3 +119,30 @@ def test_validation_questions_are_answered_as_many_at_a_time_as_a_backward_pass_
     )
     stage1(config, {"base": tiny_base, "validate": tiny_data}, tmp_path)
     assert sizes == [5, 5, 2] * 5
+
+
+def test_a_training_holds_the_images_of_the_steps_that_it_is_at(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the split: they are read as batches ask for them, in the order of ever."""
+    bulk = 100_000
+    rows = [
+        dataclasses.replace(sample, id=f"{turn} {sample.id}", scene="", images=(*sample.images, bytes(bulk)))
+        for turn in range(5)
+        for sample in tiny.samples()
+    ]
+    for split in ("train", "validation"):
+        write_shards(rows, tmp_path / "data" / split, rows_per_shard=5)
+    monkeypatch.setattr("vismem.data.sample.CACHED_BYTES", 10 * bulk)
+    inputs = {"base": tiny_base, "validate": tmp_path}
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes()
+        made = run.Run("stage1", Config(memory=tiny.MEMORY), inputs, tmp_path, new_model)
+        order = [made.samples[place].id for step in range(3) for place in batch_at(step, len(made.samples), 8, seed=0)]
+        held = tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - before
+    finally:
+        tracemalloc.stop()
+    assert order == [rows[place].id for step in range(3) for place in batch_at(step, len(rows), 8, seed=0)]
+    assert list(made.samples) == rows
+    assert held < len(rows) * bulk / 2

@@ -5,17 +5,16 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 from pydantic import TypeAdapter
 
 from vismem.config import Config
-from vismem.data.sample import Sample, iterate_samples
+from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, label, resolve_arms
@@ -29,7 +28,7 @@ from vismem.models.variants import load_variant
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
-from vismem.records import VISMEM, Metrics
+from vismem.records import VANILLA, VISMEM, Metrics
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
 ANSWERS, KEEP_EVERY = "answers.checkpoint", 30.0  # seconds: after a kill, no more is answered again
@@ -45,16 +44,16 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     samples = pick(folder, config.evaluate.limit, config.seed)
     models = load_models(arms, inputs, config)
     decoded = decode(models, arms, samples, config, out / ANSWERS)
-    predictions = {
-        name: [predict(sample, rollout) for sample, rollout in zip(samples, run.rollouts, strict=True)]
-        for name, run in decoded.items()
-    }
+    predictions: dict[str, list[Prediction]] = {name: [] for name in decoded}
+    for place, sample in enumerate(samples):
+        for name, run in decoded.items():
+            predictions[name].append(predict(sample, run.rollouts[place]))
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(
         **summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap),
         stage2_sha256=sha256_folder(inputs["stage2"]),
         test_sha256=sha256_folder(folder, "*.parquet"),
-        items_sha256=hashlib.sha256("\n".join(sample.id for sample in samples).encode()).hexdigest(),
+        items_sha256=hashlib.sha256("\n".join(answer.id for answer in predictions[VANILLA]).encode()).hexdigest(),
     )
     sources = {
         "base model": config.base.model,
@@ -65,23 +64,40 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "test data (sha256)": metrics.test_sha256,
         "device": str(next(iter(models.values())).backbone.device),
     }
-    pictures = {s.id: (*s.images, *(video.frames[0] for video in s.videos)) for s in samples}
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, pictures, sources)
+    write(config, out, predictions, metrics, charts, Pictures(samples), sources)
     return headline(metrics)
 
 
-def pick(folder: Path, limit: int | None, seed: int) -> list[Sample]:
+def pick(folder: Path, limit: int | None, seed: int) -> Sequence[Sample]:
     """The split's samples in order; with `limit`, that many drawn at random (a head could be all of one task)."""
     try:
-        count = sum(pq.ParquetFile(shard).metadata.num_rows for shard in folder.glob("part-*.parquet"))
-        if count == 0:
+        samples = StoredSamples(folder)
+        if not samples:
             raise UserError(f"the test split in {folder} has no rows: nothing to evaluate; check `prepare.sources`")
-        drawn = range(count) if limit is None else random.Random(seed).sample(range(count), min(limit, count))
-        chosen = set(drawn)
-        return [sample for place, sample in enumerate(iterate_samples(folder)) if place in chosen]
+        if limit is not None:
+            count = len(samples)
+            samples = StoredSamples(folder, sorted(random.Random(seed).sample(range(count), min(limit, count))))
+        return samples
     except (OSError, ValueError) as error:  # a damaged shard, a wrong column
         raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
+
+
+class Pictures(Mapping[str, Sequence[bytes]]):
+    """The images of samples and the first frames of their videos, by the sample's id: read as they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples, self.places = samples, {sample.id: place for place, sample in enumerate(samples)}
+
+    def __getitem__(self, key: str) -> Sequence[bytes]:
+        sample = self.samples[self.places[key]]
+        return (*sample.images, *(video.frames[0] for video in sample.videos))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config) -> dict[str, VisMemModel]:
@@ -142,10 +158,10 @@ def decode(
         for turn, (start, end) in enumerate(itertools.pairwise(ends)):
             if start < answered:
                 continue
-            shift = turn % len(arms)
+            shift, asked = turn % len(arms), samples[start:end]
             for arm in [*arms[shift:], *arms[:shift]]:
                 started = time.perf_counter()
-                rollouts = _answer(models[arm.model], arm, samples[start:end], config)
+                rollouts = _answer(models[arm.model], arm, asked, config)
                 runs[arm.name].seconds += time.perf_counter() - started
                 runs[arm.name].rollouts += rollouts
                 advance(end - start, arm=arm.label)

@@ -213,6 +213,7 @@ class VisMemModel(nn.Module):
         policy = {name: value for name, value in weights.items() if name.startswith(("tokens.", "policy_lora."))}
         save_file({name: value for name, value in weights.items() if name not in policy}, folder / "memory.safetensors")
         save_file(policy, folder / "policy.safetensors")
+        self.backbone.processor.tokenizer.backend_tokenizer.no_padding()  # of the last batch, not of the tokenizer
         self.backbone.processor.save_pretrained(folder)
 
     @classmethod

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from vismem.config import Config, GrpoStageConfig
-from vismem.data.sample import read_samples
+from vismem.data.sample import StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
 from vismem.files import write_json, write_text
@@ -49,7 +49,7 @@ class Run:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.manual_seed(config.seed)
         data = inputs["validate"] / "data"
-        self.samples, self.validation = read_samples(data / "train"), read_samples(data / "validation")
+        self.samples, self.validation = StoredSamples(data / "train"), StoredSamples(data / "validation")
         if not self.samples:
             raise UserError(
                 f"{data / 'train'} has no rows: name sources with a train split in params.yaml, section prepare"

@@ -13,10 +13,12 @@ import tiny_families
 import torch
 from alive import Alive
 from PIL import Image
+from tiny_stages import objective_of
 from torch import Tensor
 
-from vismem.config import Config, GrpoConfig, Stage1Config, WarmStartConfig
+from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import Sample, write_shards
+from vismem.generation import token_scores
 from vismem.generation.prompts import encode
 from vismem.generation.replay import prefill
 from vismem.models.kinds import MemoryKind
@@ -25,6 +27,7 @@ from vismem.training import run
 from vismem.training.loop import batch_at
 from vismem.training.run import FORMATION, new_model, trainable
 from vismem.training.stage1 import stage1
+from vismem.training.stage2 import fit_invocation
 
 DEPTH = 12  # blocks of the vision encoder
 
@@ -146,3 +149,34 @@ def test_a_training_holds_the_images_of_the_steps_that_it_is_at(
     assert order == [rows[place].id for step in range(3) for place in batch_at(step, len(rows), 8, seed=0)]
     assert list(made.samples) == rows
     assert held < len(rows) * bulk / 2
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_logits_of_a_whole_group_are_never_held(
+    stage: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where a group is sampled nor where it is scored; and the gradient is the same, whatever the limit."""
+    objective, parameters = objective_of(stage, tiny_base, group_size=12)
+    width, found = objective.model.vocabulary, []
+    for tokens in (10_000, 5):
+        monkeypatch.setattr(token_scores, "MAX_LOGITS", tokens * width)
+        with Alive(lambda tensor: tensor.ndim > 1 and tensor.shape[-1] in (width, width + 2)) as alive:
+            objective.backward(objective.collect(0))
+        found.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+        for parameter in parameters.values():
+            parameter.grad = None
+    assert alive.largest <= 5 * (width + 2)
+    assert alive.peak <= 16 * 5 * (width + 2) * 4, "a few copies of a piece, some in double precision"
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_is_fitted_to_answers_without_all_their_logits(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.vismem(tiny_base)
+    width = model.vocabulary
+    monkeypatch.setattr(token_scores, "MAX_LOGITS", 5 * width)
+    with Alive(lambda tensor: tensor.shape[-1:] == (width,) and tensor.ndim > 1) as alive:
+        fit_invocation(model, tiny.samples()[:4], Stage2Config(), max_new_tokens=10, seed=0)
+    assert 0 < alive.largest <= 5 * (width + 2)

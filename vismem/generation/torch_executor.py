@@ -1,7 +1,7 @@
 """The executor in torch: prefills prompts, draws tokens, appends them and forms memories, on the CPU or a GPU."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from vismem.generation.invocation import NONE
 from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.prompts import encode
 from vismem.generation.slots import room
+from vismem.generation.token_scores import together
 from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
@@ -68,7 +69,17 @@ class TorchExecutor:
         return [Prefilled(n, seen, n - own) for n, seen, own in zip(lengths, visual, before, strict=True)]
 
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
-        logits, vocabulary = self.model.logits(self.state.last), self.model.vocabulary
+        tokens, logprobs, size = list[int](), list[float](), together(self.model.vocabulary)
+        for start in range(0, len(asked.forced), size):
+            rows = slice(start, start + size)
+            part = Asked(*(getattr(asked, name.name)[rows] for name in fields(asked)))
+            found = self._choose(self.state.last[rows], part)
+            tokens, logprobs = tokens + found[0], logprobs + found[1]
+        return tokens, logprobs
+
+    def _choose(self, last: Tensor, asked: Asked) -> tuple[list[int], list[float]]:
+        """The same for rows whose next token follows the hidden states `last` (R, d)."""
+        logits, vocabulary = self.model.logits(last), self.model.vocabulary
         device = logits.device
         barred, forced = torch.from_numpy(asked.barred).to(device), torch.from_numpy(asked.forced).to(device)
         logits[:, vocabulary:].masked_fill_(barred, -torch.inf)

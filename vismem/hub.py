@@ -1,4 +1,4 @@
-"""The Hugging Face hub: fetching a model; sharing a trained one: its card, its code for transformers, and the upload."""
+"""The Hugging Face hub: fetching a model; sharing a trained one: its card, code for transformers, and the upload."""
 
 import re
 import tempfile

@@ -16,13 +16,14 @@ from PIL import Image
 from tiny_stages import objective_of
 from torch import Tensor
 
-from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.config import Config, GrpoConfig, InvocationConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import Sample, write_shards
 from vismem.generation import token_scores
 from vismem.generation.prompts import encode
 from vismem.generation.replay import prefill
 from vismem.models.kinds import MemoryKind
-from vismem.models.vismem import VisMemModel
+from vismem.models.variants import StaticPrefix
+from vismem.models.vismem import VisMemModel, load_base
 from vismem.training import run
 from vismem.training.loop import batch_at
 from vismem.training.run import FORMATION, new_model, trainable
@@ -86,6 +87,29 @@ def test_of_the_patches_only_keys_and_values_that_memory_tokens_read_are_kept(tm
     model = deepened(tiny.vismem(tiny_families.save_base(tmp_path, "qwen2_5_vl")))
     stream = model.short_stream(encode(model.backbone, [large(112)]).vision)
     assert len(stream.keys_values) == 2
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a real one's vocabulary: its two tables of words are all but all of it."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = load_base(tiny_families.save_base(tmp_path_factory.mktemp("small"), "qwen2_5_vl"))
+    model.model.resize_token_embeddings(152_064, mean_resizing=False)
+    model.model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="4MB")
+    model.processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_base_is_loaded_once_in_its_own_type_and_no_table_of_words_is_copied(wide: Path) -> None:
+    table = 152_064 * tiny_families.WIDTH * 2
+    with Alive() as alive:
+        backbone = load_base(wide, "bfloat16")
+    assert alive.peak < 2.5 * table, "there are two"
+    assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.bfloat16}
+    for kind in (VisMemModel, StaticPrefix):
+        with Alive() as alive:
+            kind(backbone, tiny.MEMORY, InvocationConfig())
+        assert alive.peak < table / 4
 
 
 def answers_fail(*_: Any, **__: Any) -> None:

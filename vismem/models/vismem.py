@@ -68,7 +68,7 @@ class VisMemModel(nn.Module):
         delimiter = torch.tensor(ids * 4)
         rows = []
         for matrix in (self.backbone.embedding.weight, self.backbone.head.weight):
-            row = matrix.detach().float().cpu()[delimiter]
+            row = matrix.detach()[delimiter.to(matrix.device)].float().cpu()
             noise = torch.randn_like(row) * row.pow(2).mean().sqrt()
             rows.append(row + self.invocation_config.perturbation * noise)
         return rows[0], rows[1]

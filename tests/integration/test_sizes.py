@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import tracemalloc
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def deepened(model: VisMemModel) -> VisMemModel:
     return model
 
 
+@lru_cache
 def large(side: int) -> Sample:
     """A question about one large image."""
     one = next(sample for sample in tiny_families.samples() if len(sample.images) == 1)

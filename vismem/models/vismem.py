@@ -25,7 +25,8 @@ from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 2  # of what `save_pretrained` writes; in 1 a short memory started from means of patches
-FREE = ("lora_dropout", "init_std", "prompt_pixels")  # of a memory's settings, those that its weights do not show
+# of a memory's settings, those that its weights do not show
+FREE = ("lora_dropout", "init_std", "image_pixels", "prompt_pixels")
 
 
 class VisMemModel(nn.Module):
@@ -38,6 +39,8 @@ class VisMemModel(nn.Module):
         self.backbone = backbone  # no nn.Module, so the base's weights are not registered
         self.memory_config, self.invocation_config = memory, invocation
         backbone.prompt_pixels = memory.prompt_pixels or None
+        if memory.image_pixels:
+            backbone.limit_pixels(memory.image_pixels)
         backbone.model.requires_grad_(False).eval()
         tokenizer = backbone.processor.tokenizer
         self.memory_ids = add_memory_tokens(tokenizer)

@@ -31,10 +31,17 @@ class InternVLBackbone(TiledBackbone):
 
     def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
         """Cut anew into fewer tiles, as many as fit; from three on, one of them is the thumbnail."""
+        return self._encoded(texts, images, **self._tiles_within(pixels))
+
+    def limit_pixels(self, pixels: int) -> None:
+        for name, count in self._tiles_within(pixels).items():
+            setattr(self.processor.image_processor, name, count)
+
+    def _tiles_within(self, pixels: int) -> dict[str, int]:
         processor = self.processor.image_processor
         fit = pixels // (processor.size["height"] * processor.size["width"])
         most = max(1, min(processor.max_patches, fit - 1))
-        return self._encoded(texts, images, max_patches=most, min_patches=min(processor.min_patches, most))
+        return {"max_patches": most, "min_patches": min(processor.min_patches, most)}
 
     def _features(self, hidden: Tensor, encoded: Any) -> Tensor:
         return self.project(hidden).flatten(0, 1)

@@ -46,6 +46,11 @@ class Qwen25VLBackbone(Backbone):
 
     # --- the prompt ---
 
+    def limit_pixels(self, pixels: int) -> None:
+        processor = self.processor.image_processor
+        low, high = (min(processor.size[edge], pixels) for edge in ("shortest_edge", "longest_edge"))
+        processor.size = type(processor.size)(shortest_edge=low, longest_edge=high)
+
     def prompt(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
     ) -> Prompt:

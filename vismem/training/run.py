@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from vismem.config import Config, GrpoStageConfig
@@ -106,19 +108,21 @@ class Run:
         """Answer the first CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
 
         Vanilla is the bare base. The same numbers are drawn at both times, so that scores are paired question by
-        question. As many are answered together as a backward pass has rollouts (`grpo.micro_batch`).
+        question. As many are answered together as a backward pass has rollouts (`grpo.micro_batch`), and the processes
+        share these batches; all return all answers.
         """
         checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
         quiet, together = not self.accelerator.is_main_process, self.config.grpo.micro_batch
-        rollouts: list[Rollout] = []
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        answered: list[tuple[int, list[Rollout]]] = []
         bare = self.model.reference() if name == VANILLA else nullcontext()
         with bare, progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
-            for at in range(0, len(checked), together):
+            for at in range(0, len(checked), together)[rank::processes]:
                 batch = checked[at : at + together]
-                rollouts += generate(
-                    self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed
-                )
-                advance(len(batch))
+                found = generate(self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed)
+                answered.append((at, found))
+                advance(len(batch) * processes)
+        rollouts = [rollout for _, found in sorted(gather_object(answered), key=itemgetter(0)) for rollout in found]
         self.checks[when][name] = [score(s, rollout.text) for s, rollout in zip(checked, rollouts, strict=True)]
         return rollouts
 

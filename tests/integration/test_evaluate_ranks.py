@@ -74,11 +74,12 @@ def test_what_two_processes_answered_before_they_were_killed_one_process_goes_on
 
     monkeypatch.setattr(module, "KEEP_EVERY", 0.0)
     for rank in (1, 0):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            batches.clear()
+        batches.clear()
+        with monkeypatch.context() as patch:
             patch.setattr(module, "_answer", answer_until_killed)
             patch.setattr("accelerate.Accelerator.process_index", rank)
-            run_step("evaluate", CONFIG, tmp_path, inputs)
+            with pytest.raises(KeyboardInterrupt):
+                run_step("evaluate", CONFIG, tmp_path, inputs)
     assert sorted(path.name for path in partial.iterdir()) == [ANSWERS.format(0), ANSWERS.format(1)]
     monkeypatch.setattr(module, "_answer", lambda *all_: batches.append(all_[1].name) or answer(*all_))
     batches.clear()
@@ -99,5 +100,5 @@ def answers_elsewhere(folder: Path) -> str:
 def test_processes_that_see_other_answers_stop(tmp_path: Path) -> None:
     for rank in ("0", "1"):
         (tmp_path / rank).mkdir()
-    with pytest.raises(UserError, match="do not see the same files .* shared storage"):
+    with pytest.raises(UserError, match=r"do not see the same files .* shared storage"):
         run_processes(2, answers_elsewhere, tmp_path)

@@ -168,10 +168,8 @@ def decode(
         _answer(models[arm.model], arm, samples[:WARM_UP], config)
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
-    mine, saved = (
-        [turn for turn in range(count) if turn not in done][rank :: accelerator.num_processes],
-        time.monotonic(),
-    )
+    mine = [turn for turn in range(count) if turn not in done][rank :: accelerator.num_processes]
+    saved = time.monotonic()
     asked = sum(ends[turn + 1] - ends[turn] for turn in mine)
     with progress("evaluate", asked * len(arms), quiet=not accelerator.is_main_process) as advance:
         for turn in mine:

@@ -59,7 +59,7 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "family": family,
         "parameters": count,
         "weights_sha256": fingerprint,
-        "source_sha256": None if folder is None else sha256_folder(folder, "*.safetensors"),  # before it was copied
+        "source_sha256": sha256_folder(source, "*.safetensors"),  # before it was copied
     }
     write_json(out / "metrics.json", facts)
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"

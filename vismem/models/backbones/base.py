@@ -124,8 +124,7 @@ class Backbone(ABC):
     def limit_pixels(self, pixels: int) -> None:
         """Let the processor make no more of an image (a video's frame) than so many pixels, from now on.
 
-        What it does already with images that are too large for it happens earlier. One tile, or one merged patch, is
-        left in any case.
+        One tile, or one merged patch, is left in any case.
         """
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:

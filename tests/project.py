@@ -16,6 +16,7 @@ KIND = {"per_answer": 0.5, "mean_position": None}
 USE = {"answers_with_memory": 50.0, "short": KIND, "long": KIND}
 HASHES = {"stage2_sha256": "5a5a", "test_sha256": "7e57", "items_sha256": "17e5"}
 PARITY = ParityReport(
+    graphs=True,
     passed=True,
     items=4,
     greedy_equal=4,

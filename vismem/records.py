@@ -194,8 +194,9 @@ class Validation(Record, file="validation.json", step="validate"):
 
 
 class ParityReport(Record, file="parity.json", step="export"):
-    """`parity.json` of `export`: the ONNX runtime against torch."""
+    """`parity.json` of `export`: the ONNX runtime against torch, both in float32."""
 
+    graphs: bool  # without, nothing but torch serves the bundle, in the precision in which it was scored
     passed: bool
     items: int
     greedy_equal: int  # items whose answers are equal token for token
@@ -204,6 +205,12 @@ class ParityReport(Record, file="parity.json", step="export"):
     tolerance: float
     differences: tuple[str, ...]
     seconds: dict[str, float]
+
+
+WITHOUT_GRAPHS = ParityReport(
+    graphs=False, passed=True, items=0, greedy_equal=0, memories=0, max_memory_difference=0.0, tolerance=0.0,
+    differences=(), seconds={},
+)  # fmt: skip
 
 
 class RegisteredVersion(Record, file="version.json", step="register"):

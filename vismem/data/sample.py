@@ -1,18 +1,21 @@
 """The one sample type: a visual question, its images and videos and what is known about its answer."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vismem.runtime.chat import Turn, one_turn
+
+CACHED_BYTES = 2**28  # of row groups that a split's reader keeps in memory
 
 
 class Capability(StrEnum):
@@ -107,22 +110,64 @@ def write_shards(samples: Iterable[Sample], folder: Path, rows_per_shard: int = 
         pq.write_table(table, folder / f"part-{part:05d}.parquet", compression="zstd", row_group_size=256)
 
 
+class StoredSamples(Sequence[Sample]):
+    """The samples of one split's folder, in order, read from its shards as they are asked for.
+
+    The row groups that were read last stay in memory, CACHED_BYTES of them. FileNotFoundError if the folder holds no
+    shard; ValueError (pyarrow's) for a damaged one.
+    """
+
+    def __init__(self, folder: Path, places: Sequence[int] | None = None) -> None:
+        """`places`: only these rows of the split, in this order; None: all."""
+        shards = sorted(folder.glob("part-*.parquet"))
+        if not shards:
+            raise FileNotFoundError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
+        files = [pq.ParquetFile(shard) for shard in shards]
+        self._groups = [(file, number) for file in files for number in range(file.num_row_groups)]
+        sizes = (file.metadata.row_group(number).num_rows for file, number in self._groups)
+        self._starts = list(accumulate(sizes, initial=0))
+        self._places = range(self._starts[-1]) if places is None else places
+        self._read: dict[int, pa.Table] = {}  # by group, the last used last
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | list[Sample]:
+        """One sample, or the list of a slice's."""
+        if isinstance(at, slice):
+            return [self._sample(place) for place in self._places[at]]
+        return self._sample(self._places[at])
+
+    def _sample(self, place: int) -> Sample:
+        group = bisect_right(self._starts, place) - 1
+        (row,) = self._rows(group).slice(place - self._starts[group], 1).to_pylist()
+        row["images"] = tuple(row["images"] or ())
+        videos = row.get("videos") or ()  # shards of earlier versions have no such column
+        row["videos"] = tuple(Video(tuple(video["frames"] or ()), video["fps"]) for video in videos)
+        row["choices"] = tuple(row["choices"] or ())
+        row["capability"] = Capability(row["capability"])
+        return Sample(**row)
+
+    def _rows(self, group: int) -> pa.Table:
+        rows = self._read.pop(group, None)
+        if rows is None:
+            file, number = self._groups[group]
+            rows = file.read_row_group(number)
+        self._read[group] = rows
+        while len(self._read) > 1 and sum(kept.nbytes for kept in self._read.values()) > CACHED_BYTES:
+            self._read.pop(next(iter(self._read)))
+        return rows
+
+
 def iterate_samples(folder: Path) -> Iterator[Sample]:
     """Yield the samples of one split's folder in order. FileNotFoundError if it holds no shard."""
-    shards = sorted(folder.glob("part-*.parquet"))
-    if not shards:
-        raise FileNotFoundError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
-    for shard in shards:
-        for batch in pq.ParquetFile(shard).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                row["images"] = tuple(row["images"] or ())
-                videos = row.get("videos") or ()  # shards of earlier versions have no such column
-                row["videos"] = tuple(Video(tuple(video["frames"] or ()), video["fps"]) for video in videos)
-                row["choices"] = tuple(row["choices"] or ())
-                row["capability"] = Capability(row["capability"])
-                yield Sample(**row)
+    yield from StoredSamples(folder)
 
 
 def read_samples(folder: Path) -> list[Sample]:
     """All samples of one split's folder, in order."""
-    return list(iterate_samples(folder))
+    return list(StoredSamples(folder))

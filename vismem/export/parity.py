@@ -65,6 +65,7 @@ def check_parity(
         equal += len(differences) == known
     worst = max(distances, default=0.0)
     return ParityReport(
+        graphs=True,
         passed=bool(samples) and equal == len(samples) and worst <= tolerance,
         items=len(samples),
         greedy_equal=equal,

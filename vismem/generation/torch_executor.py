@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -19,6 +19,7 @@ from vismem.generation.invocation import NONE
 from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.prompts import encode, inputs_of
 from vismem.generation.slots import room
+from vismem.generation.token_scores import together
 from vismem.models.backbones.base import Inputs, Prompt, following
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
@@ -116,7 +117,17 @@ class TorchExecutor:
         return room(max_new_tokens, memories, max(map(self.model.length_of, KINDS)))
 
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
-        logits, vocabulary = self.model.logits(self.state.last), self.model.vocabulary
+        tokens, logprobs, size = list[int](), list[float](), together(self.model.vocabulary)
+        for start in range(0, len(asked.forced), size):
+            rows = slice(start, start + size)
+            part = Asked(*(getattr(asked, name.name)[rows] for name in fields(asked)))
+            found = self._choose(self.state.last[rows], part)
+            tokens, logprobs = tokens + found[0], logprobs + found[1]
+        return tokens, logprobs
+
+    def _choose(self, last: Tensor, asked: Asked) -> tuple[list[int], list[float]]:
+        """The same for rows whose next token follows the hidden states `last` (R, d)."""
+        logits, vocabulary = self.model.logits(last), self.model.vocabulary
         device = logits.device
         barred, forced = torch.from_numpy(asked.barred).to(device), torch.from_numpy(asked.forced).to(device)
         logits[:, vocabulary:].masked_fill_(barred, -torch.inf)

@@ -29,6 +29,11 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     Reads export (the bundle), promote (`release.json`) and validate (test questions). A version that the gate refused
     is deployed as NAME_challenger, for trying out. Raises UserError if the server does not start or a check fails.
     """
+    if not (inputs["export"] / "onnx").is_dir():
+        raise UserError(
+            f"{inputs['export']} has no ONNX graphs, and Triton serves nothing else: serve it by "
+            f"`vismem api --model {inputs['export']}`, or export again with export.graphs true"
+        )
     release = Release.read(inputs["promote"])
     promoted, version = release.promoted, int(release.version)
     model = config.deploy.model_name if promoted else challenger_name(config.deploy.model_name)

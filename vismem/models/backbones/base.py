@@ -39,10 +39,11 @@ class VisionInput:
 
 @dataclass
 class PatchStream:
-    """The patches inside the vision encoder: their embeddings, and keys and values of every block."""
+    """The patches inside the vision encoder: their embeddings, and the keys and values that memory tokens read."""
 
     embeds: Tensor  # (S, P, w) patch embeddings, before the first block
-    keys_values: list[tuple[Tensor, Tensor]]  # per block: (S, heads, keys, head width) each: class tokens may be added
+    # per block in which memory tokens read patches: (S, heads, keys, head width) each; class tokens may be added
+    keys_values: list[tuple[Tensor, Tensor]]
     hidden: Tensor  # (S, P, w) as the projector takes it
     vision: VisionInput
     readable: Tensor  # (S, keys) False on padding
@@ -134,6 +135,13 @@ class Backbone(ABC):
         """
 
     @abstractmethod
+    def limit_pixels(self, pixels: int) -> None:
+        """Let the processor make no more of an image (a video's frame) than so many pixels, from now on.
+
+        One tile, or one merged patch, is left in any case.
+        """
+
+    @abstractmethod
     def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """The patches that images of one sample make, given their (width, height). RequestError for one without."""
 
@@ -155,6 +163,10 @@ class Backbone(ABC):
     @abstractmethod
     def patch_stream(self, vision: VisionInput) -> PatchStream:
         """Run the patches through the vision encoder (with whatever adapter is active)."""
+
+    def through(self, block: Callable[..., Any], *args: Any) -> Any:
+        """Run one block of the vision encoder; `checkpointed` lets the backward pass run it again."""
+        return block(*args)
 
     @abstractmethod
     def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:

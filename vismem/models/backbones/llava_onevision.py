@@ -28,6 +28,14 @@ class LlavaOnevisionBackbone(TiledBackbone):
             )
         super().__init__(model, processor)
 
+    def limit_pixels(self, pixels: int) -> None:
+        """Of the cuts those are left whose tiles, with the view of the whole image, fit; the smallest in any case."""
+        config, tile = self.model.config, self.settings.image_size**2
+        cuts = sorted(config.image_grid_pinpoints, key=lambda cut: cut[0] * cut[1])  # stable
+        left = [cut for cut in cuts if cut[0] * cut[1] + tile <= pixels] or cuts[:1]
+        kept = [cut for cut in config.image_grid_pinpoints if cut in left]
+        config.image_grid_pinpoints = self.processor.image_processor.image_grid_pinpoints = kept
+
     def _tile_counts(self, encoded: Any) -> list[int]:
         """Tiles of each image; the processor cuts only an image that is alone in its sample."""
         if "tiles" in encoded:

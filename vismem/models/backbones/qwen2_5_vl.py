@@ -49,6 +49,11 @@ class Qwen25VLBackbone(Backbone):
 
     # --- the prompt ---
 
+    def limit_pixels(self, pixels: int) -> None:
+        processor = self.processor.image_processor
+        low, high = (min(processor.size[edge], pixels) for edge in ("shortest_edge", "longest_edge"))
+        processor.size = type(processor.size)(shortest_edge=low, longest_edge=high)
+
     def inputs(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
     ) -> Inputs:
@@ -203,28 +208,43 @@ class Qwen25VLBackbone(Backbone):
         same_image = vision.image[:, None, :, None] == vision.image[:, None, None, :]
         same_window = vision.window[:, None, :, None] == vision.window[:, None, None, :]
         hidden, kept = embeds, []
-        for index, block in enumerate(self.blocks):
-            query, key, value = self._qkv(block, hidden, rotary)
-            kept.append((key, value))
-            mask = same_image if index in self.visual.fullatt_block_indexes else same_window
-            hidden = self._rest(block, hidden, query, key, value, mask)
+        for block, whole in self._blocks():
+            mask = same_image if whole else same_window
+            hidden, key, value = self.through(self._patches_through, block, hidden, rotary, mask)
+            if whole:  # in the others memory tokens are a window of their own
+                kept.append((key, value))
         return PatchStream(embeds, kept, hidden, vision, vision.mask)
+
+    def _blocks(self) -> list[tuple[Any, bool]]:
+        """The blocks in order, and whether attention in them is over the whole image."""
+        return [(block, index in self.visual.fullatt_block_indexes) for index, block in enumerate(self.blocks)]
+
+    def _patches_through(
+        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self._qkv(block, hidden, rotary)
+        return self._rest(block, hidden, query, key, value, mask), key, value
 
     def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
         rows, length, _ = tokens.shape
         rotary = self._rotary(positions)
         mask = stream.memory_mask(sample, length)
         own = mask.new_ones(rows, 1, length, length)
-        hidden = tokens.to(stream.embeds.dtype)
-        for index, (block, (key, value)) in enumerate(zip(self.blocks, stream.keys_values, strict=True)):
-            query, own_key, own_value = self._qkv(block, hidden, rotary)
-            if index in self.visual.fullatt_block_indexes:
-                keys = torch.cat([key[sample], own_key], dim=2)
-                values = torch.cat([value[sample], own_value], dim=2)
-                hidden = self._rest(block, hidden, query, keys, values, mask)
-            else:
-                hidden = self._rest(block, hidden, query, own_key, own_value, own)
+        hidden, kept = tokens.to(stream.embeds.dtype), iter(stream.keys_values)
+        for block, whole in self._blocks():
+            read = (*next(kept), sample) if whole else ()
+            hidden = self.through(self._memory_through, block, hidden, rotary, mask if whole else own, *read)
         return hidden
+
+    def _memory_through(
+        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, *read: Tensor
+    ) -> Tensor:
+        """Memory tokens through a block; `read`: keys and values of all samples' patches, and the rows' samples."""
+        query, key, value = self._qkv(block, hidden, rotary)
+        if read:
+            keys, values, sample = read
+            key, value = torch.cat([keys[sample], key], dim=2), torch.cat([values[sample], value], dim=2)
+        return self._rest(block, hidden, query, key, value, mask)
 
     def project(self, hidden: Tensor) -> Tensor:
         rows, length, width = hidden.shape

@@ -3,7 +3,7 @@ learned positions inside the patch embeddings; and a language model with one-axi
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +65,8 @@ class TiledBackbone(Backbone):
     def _rest(self, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         """What a block does once attention (B, T, w) is done."""
 
-    def _select(self, states: list[Tensor]) -> Tensor:
-        """The states that the projector takes, of those before the first and after each block."""
+    def _select(self, states: Mapping[int, Tensor]) -> Tensor:
+        """The states that the projector takes, of those before the first block (0) and behind each one."""
         return torch.cat([states[layer] for layer in self.layers], dim=-1)
 
     # --- the prompt ---
@@ -151,10 +151,14 @@ class TiledBackbone(Backbone):
         def by_sample(tokens: Tensor) -> Tensor:
             return tokens[table].view(samples, -1, tokens.shape[-1])
 
-        kept: list[tuple[Tensor, Tensor]] = []
+        keys_values: list[tuple[Tensor, Tensor]] = []
+
+        def keep(*own: Tensor) -> None:
+            key, value = (self._heads(by_sample(each)) for each in own)
+            keys_values.append((key, value))
+
         embeds = self._embed(vision.patches.view(samples, tiles, n, values)[present])
-        hidden = self._run(embeds, kept)
-        keys_values = [(self._heads(by_sample(key)), self._heads(by_sample(value))) for key, value in kept]
+        hidden = self._run(embeds, keep)
         readable = present.repeat_interleave(embeds.shape[1], dim=1)
         return PatchStream(by_sample(embeds[:, -n:]), keys_values, by_sample(hidden[:, -n:]), vision, readable)
 
@@ -165,30 +169,35 @@ class TiledBackbone(Backbone):
     def _run(
         self,
         hidden: Tensor,
-        kept: list[tuple[Tensor, Tensor]] | None = None,
-        read: Iterable[Sequence[Tensor]] | None = None,
+        keep: Callable[[Tensor, Tensor], None] | None = None,
+        read: Sequence[Sequence[Tensor]] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, T, w) through all blocks, to what the projector takes of their states.
 
-        Each block's keys and values (B, T, w) go into `kept`; `read` are those (B, heads, keys, head width) that it
-        reads besides, under `mask` (B, 1, T, keys + T).
+        Each block's keys and values (B, T, w) are given to `keep`; `read` are those (S, heads, keys, head width) that
+        it reads besides, and the rows' samples (B,), under `mask` (B, 1, T, keys + T).
         """
-        states = [hidden]
-        for block, others in zip(self.blocks, read or [()] * len(self.blocks), strict=True):
-            query, key, value = self._qkv(block, hidden)
-            if kept is not None:
-                kept.append((key, value))
-            query, key, value = self._heads(query), self._heads(key), self._heads(value)
-            if others:
-                key, value = torch.cat([others[0], key], dim=2), torch.cat([others[1], value], dim=2)
-            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            hidden = self._rest(block, hidden, attended.transpose(1, 2).flatten(2))
-            states.append(hidden)
+        states = {0: hidden}
+        for number, block in enumerate(self.blocks):
+            hidden, *own = self.through(self._block, block, hidden, mask, *(read[number] if read else ()))
+            if keep is not None:
+                keep(*own)
+            if number + 1 in self.layers:
+                states[number + 1] = hidden
         return self._select(states)
 
+    def _block(self, block: Any, hidden: Tensor, mask: Tensor | None, *read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own = self._qkv(block, hidden)
+        query, key, value = map(self._heads, own)
+        if read:
+            keys, values, sample = read
+            key, value = torch.cat([keys[sample], key], dim=2), torch.cat([values[sample], value], dim=2)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self._rest(block, hidden, attended.transpose(1, 2).flatten(2)), own[1], own[2]
+
     def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
-        read = ((keys[sample], values[sample]) for keys, values in stream.keys_values)
+        read = [(*kept, sample) for kept in stream.keys_values]
         mask = stream.memory_mask(sample, tokens.shape[1])
         return self._run(tokens.to(stream.embeds.dtype), read=read, mask=mask)
 

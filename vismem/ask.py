@@ -61,7 +61,7 @@ def try_examples(console: Console, program: str) -> None:
     disable_progress_bar()
     samples = examples()
     model = VisMem.from_pretrained(DEFAULT_MODEL)
-    questions = [(sample.images, sample.question) for sample in samples]
+    questions = [(sample.images, sample.plain_question()) for sample in samples]
     arms = [model.answers(questions, memory=memory) for memory in (True, False)]
     folder = shipped(EXAMPLES).parent
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder

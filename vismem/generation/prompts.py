@@ -24,7 +24,7 @@ from vismem.runtime.reserved import Reserved
 
 def prompt_text(processor: Any, sample: Sample) -> str:
     """The chat-formatted prompt of a sample; the only special tokens in it are the chat template's."""
-    plain = replace(sample, question=Reserved(processor.tokenizer.backend_tokenizer).plain(sample.question))
+    plain = replace(sample, question=Reserved(processor.tokenizer.backend_tokenizer).plain(sample.plain_question()))
     text: str = processor.apply_chat_template(prompt_messages(plain), tokenize=False, add_generation_prompt=True)
     return text
 

@@ -69,7 +69,7 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
     first_ms, answer_ms = [], []
     for sample in samples:
         started = time.perf_counter()
-        pieces = infer(url, model, sample.images, sample.question)
+        pieces = infer(url, model, sample.images, sample.plain_question())
         arrived = [(token, (time.perf_counter() - started) * 1000) for token in pieces]
         answers.append(tuple(token for token, _ in arrived))
         if not plain(answers[-1]):
@@ -77,7 +77,7 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
         first_ms.append(arrived[0][1])
         answer_ms.append(arrived[-1][1])
     sample, answer = samples[0], answers[0]
-    collected = tuple(infer(url, model, sample.images, sample.question, stream=False))
+    collected = tuple(infer(url, model, sample.images, sample.plain_question(), stream=False))
     if collected != answer:
         raise UserError(
             f"smoke test: streamed and collected answers of {model} differ for {sample.id}: "
@@ -90,13 +90,13 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
             raise UserError(f"smoke test: a broken image is not refused as one that does not decode: {error}") from None
     else:
         raise UserError(f"smoke test: {model} answered '{refused}' to a broken image instead of refusing it")
-    if tuple(infer(url, model, sample.images, sample.question)) != answer:
+    if tuple(infer(url, model, sample.images, sample.plain_question())) != answer:
         raise UserError(f"smoke test: {model} answers {sample.id} differently after a refused request")
     remembered = [any(token.event in ("short", "long") for token in tokens) for tokens in answers]
     example = remembered.index(True) if any(remembered) else 0  # one with a memory, if there is one
     return {
         "id": samples[example].id,
-        "question": samples[example].question,
+        "question": samples[example].plain_question(),
         "answer_marked": marked(answers[example]),
         "answer": plain(answers[example]),
         "reference": samples[example].answer,

@@ -5,17 +5,16 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 from pydantic import TypeAdapter
 
 from vismem.config import Config
-from vismem.data.sample import Sample, iterate_samples
+from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, label, resolve_arms
@@ -45,16 +44,17 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     samples = pick(folder, config.evaluate.limit, config.seed)
     models = load_models(arms, inputs, config)
     decoded = decode(models, arms, samples, config, out / ANSWERS)
-    predictions = {
-        name: [predict(sample, rollout) for sample, rollout in zip(samples, run.rollouts, strict=True)]
-        for name, run in decoded.items()
-    }
+    predictions: dict[str, list[Prediction]] = {name: [] for name in decoded}
+    for place, sample in enumerate(samples):
+        for name, run in decoded.items():
+            predictions[name].append(predict(sample, run.rollouts[place]))
+    ids = [answer.id for answer in predictions[arms[0].name]]
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(
         **summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap),
         stage2_sha256=sha256_folder(inputs["stage2"]),
         test_sha256=sha256_folder(folder, "*.parquet"),
-        items_sha256=hashlib.sha256("\n".join(sample.id for sample in samples).encode()).hexdigest(),
+        items_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
     )
     sources = {
         "base model": config.base.model,
@@ -65,23 +65,41 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "test data (sha256)": metrics.test_sha256,
         "device": str(next(iter(models.values())).backbone.device),
     }
-    pictures = {s.id: (*s.images, *(video.frames[0] for video in s.videos)) for s in samples}
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, pictures, sources)
+    write(config, out, predictions, metrics, charts, Pictures(samples, ids), sources)
     return headline(metrics)
 
 
-def pick(folder: Path, limit: int | None, seed: int) -> list[Sample]:
-    """The split's samples in order; with `limit`, that many drawn at random (a head could be all of one task)."""
+def pick(folder: Path, limit: int | None, seed: int) -> Sequence[Sample]:
+    """The split's samples in order, read as they are asked for; with `limit`, that many drawn at random.
+
+    (Not the first ones, which could be all of one task.)
+    """
     try:
-        count = sum(pq.ParquetFile(shard).metadata.num_rows for shard in folder.glob("part-*.parquet"))
+        count = len(StoredSamples(folder))
         if count == 0:
             raise UserError(f"the test split in {folder} has no rows: nothing to evaluate; check `prepare.sources`")
         drawn = range(count) if limit is None else random.Random(seed).sample(range(count), min(limit, count))
-        chosen = set(drawn)
-        return [sample for place, sample in enumerate(iterate_samples(folder)) if place in chosen]
+        return StoredSamples(folder, sorted(drawn))
     except (OSError, ValueError) as error:  # a damaged shard, a wrong column
         raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
+
+
+class Pictures(Mapping[str, tuple[bytes, ...]]):
+    """A sample's pictures by its id, read as they are asked for: its images, and the first frame of each video."""
+
+    def __init__(self, samples: Sequence[Sample], ids: Sequence[str]) -> None:
+        self._samples, self._places = samples, {name: place for place, name in enumerate(ids)}
+
+    def __getitem__(self, name: str) -> tuple[bytes, ...]:
+        sample = self._samples[self._places[name]]
+        return (*sample.images, *(video.frames[0] for video in sample.videos))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config) -> dict[str, VisMemModel]:

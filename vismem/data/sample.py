@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 IMAGE_MARK = "<image>"  # in a question: here stands an image
-ROWS_PER_GROUP, BYTES_PER_GROUP = 256, 16_000_000  # of a shard's row group at most: what is in memory at once
+ROWS_PER_GROUP, BYTES_PER_GROUP = 256, 4_000_000  # of a shard's row group at most: what is in memory at once
 _LEADING_MARKS = re.compile(rf"(?:\s*{IMAGE_MARK})+\s*")
 
 

@@ -5,11 +5,13 @@ import itertools
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from pydantic import TypeAdapter
 
@@ -51,7 +53,13 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     ids = [answer.id for answer in predictions[arms[0].name]]
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(
-        **summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap),
+        **summarise(
+            predictions,
+            seconds,
+            seed=config.seed,
+            resamples=config.evaluate.bootstrap,
+            set_apart=rows_set_apart(inputs["validate"]),
+        ),
         stage2_sha256=sha256_folder(inputs["stage2"]),
         test_sha256=sha256_folder(folder, "*.parquet"),
         items_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
@@ -83,6 +91,13 @@ def pick(folder: Path, limit: int | None, seed: int) -> Sequence[Sample]:
         return StoredSamples(folder, sorted(drawn))
     except (OSError, ValueError) as error:  # a damaged shard, a wrong column
         raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
+
+
+def rows_set_apart(validated: Path) -> Counter[str]:
+    """How many rows of the test split `validate` has in quarantine, by benchmark (`Sample.source`)."""
+    files = sorted((validated / "quarantine").glob("*.parquet"))
+    tables = [pq.read_table(file, columns=["split", "source"]) for file in files]
+    return Counter(row["source"] or "" for table in tables for row in table.to_pylist() if row["split"] == "test")
 
 
 class Pictures(Mapping[str, tuple[bytes, ...]]):
@@ -189,10 +204,10 @@ def write(
     metrics.write(out)
     write_json(out / "scores.json", headline_figures(metrics))
     plots.write_plots(charts, metrics, predictions, out / "plots")
-    git = git_state()
+    git, apart = git_state(), sum(benchmark.set_apart for benchmark in metrics.benchmarks.values())
     provenance = {
         **sources,
-        "test questions": str(metrics.n),
+        "test questions": f"{metrics.n}, and {apart} that validate set apart" if apart else str(metrics.n),
         "seed": str(metrics.seed),
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 from vismem.config import EvaluateConfig
 from vismem.data.answer_forms import normalise
 from vismem.evaluation.arms import label, resolve_arms
+from vismem.evaluation.benchmarks import task_names
 from vismem.evaluation.metrics import is_yes_no
 from vismem.evaluation.plots import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
@@ -34,6 +35,7 @@ class Cards:
         self.size = 0  # bytes of all cards and rules so far
         self._macro = self.environment.get_template("card.html.j2").module.card  # type: ignore[attr-defined]
         self._predictions, self._pictures = predictions, pictures
+        self._tasks = task_names(next(iter(predictions.values())))
         self._classes: dict[bytes, str] = {}  # by the picture's sha256
 
     def card(self, place: int, arms: Iterable[str]) -> Markup:
@@ -41,7 +43,9 @@ class Cards:
         answers = {arm: self._predictions[arm][place] for arm in arms}
         asked = next(iter(answers.values()))
         classes = [self._class(data) for data in self._pictures.get(asked.id, ())]
-        card = Markup(self._macro(asked, answers, classes, [_memory(answer) for answer in answers.values()]))
+        card = Markup(
+            self._macro(asked, self._tasks[place], answers, classes, [_memory(answer) for answer in answers.values()])
+        )
         self.size += len(card.encode())
         return card
 

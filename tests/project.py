@@ -54,6 +54,8 @@ def scores(score: float = 66.0, by: float = 6.0, **changed: Any) -> Metrics:
         "gain": gains,
         "ablations": {},
         "overhead": {"vismem": 0.2},
+        "benchmarks": {},
+        "macro": {},
         "tasks": {},
         "yes_no": {"n": 0, "arms": {}, "gain": {}},
         "unparsed": {},

@@ -114,6 +114,18 @@ class TaskScores(Part):
     arms: dict[str, float]
 
 
+class BenchmarkScores(Part):
+    """One benchmark's accuracy in percent by arm, over its n rows; `set_apart` more are in quarantine.
+
+    `figures`: arm -> what else the benchmark counts, HallusionBench's aAcc, fAcc, qAcc and their mean.
+    """
+
+    n: int
+    set_apart: int
+    arms: dict[str, float]
+    figures: dict[str, dict[str, float]]
+
+
 class YesNo(Part):
     """Yes/no questions apart: scores with, without and only on them, and how often each arm says yes."""
 
@@ -142,7 +154,9 @@ class Metrics(Record, file="metrics.json", step="evaluate"):
     gain: dict[str, Difference]  # group -> VisMem minus vanilla; empty without the arm vismem
     ablations: dict[str, dict[str, Difference]]  # arm -> group -> that arm minus vanilla
     overhead: dict[str, float]  # arm -> seconds over vanilla's, minus 1
-    tasks: dict[str, TaskScores]
+    benchmarks: dict[str, BenchmarkScores]
+    macro: dict[str, float]  # arm -> mean of its accuracies over the benchmarks; `overall` is the mean over items
+    tasks: dict[str, TaskScores]  # of several benchmarks' tasks with one name: "BENCHMARK: TASK"
     yes_no: YesNo
     unparsed: dict[str, float]  # arm -> percentage of answers
     unfinished: dict[str, float]

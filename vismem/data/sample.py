@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from itertools import accumulate, count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, overload
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from vismem.runtime.chat import Turn, one_turn
 
+ROWS_PER_GROUP, BYTES_PER_GROUP = 256, 4_000_000  # of a shard's row group at most
 CACHED_BYTES = 2**28  # of row groups that a split's reader keeps in memory
 
 
@@ -49,7 +50,8 @@ class Sample:
     rationale: str = ""
     task: str = "vqa"
     capability: Capability = Capability.UNDERSTANDING
-    source: str = ""
+    source: str = ""  # the benchmark, generator or file that it is from
+    part: str = ""  # the benchmark's own split that it is from, such as dev
     scene: str = ""  # JSON: the generator's own truth about each image; empty for real data
     videos: tuple[Video, ...] = ()
     chat: tuple[Turn, ...] = ()  # the conversation, where the question is not all of it; shards hold none
@@ -61,6 +63,10 @@ class Sample:
     def scene_truth(self) -> Any:
         """The generator's truth, parsed; None where there is none."""
         return json.loads(self.scene) if self.scene else None
+
+    def size(self) -> int:
+        """Bytes of its images and frames."""
+        return sum(map(len, (*self.images, *(frame for video in self.videos for frame in video.frames))))
 
     def as_row(self) -> dict[str, Any]:
         """The sample as a row of `SCHEMA`."""
@@ -88,6 +94,7 @@ SCHEMA = pa.schema(
         ("task", pa.string()),
         ("capability", pa.string()),
         ("source", pa.string()),
+        ("part", pa.string()),
         ("scene", pa.string()),
         ("videos", pa.list_(pa.struct([("frames", pa.list_(pa.binary())), ("fps", pa.float64())]))),
     ]
@@ -95,19 +102,46 @@ SCHEMA = pa.schema(
 
 
 def write_shards(samples: Iterable[Sample], folder: Path, rows_per_shard: int = 4096) -> None:
-    """Write samples as `part-00000.parquet`, ... (schema `SCHEMA`) into `folder`.
+    """Write samples as `part-00000.parquet`, ... (schema `SCHEMA`) into `folder`; a row group is in memory at once.
 
     An empty iterable writes one shard with no rows, so that the split exists and can be judged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = (sample.as_row() for sample in samples)
+    rest = iter(samples)
     for part in count():
-        shard = list(islice(rows, rows_per_shard))
-        if part and not shard:
+        first = next(rest, None)
+        if part and first is None:
             break
-        table = pa.Table.from_pylist(shard, schema=SCHEMA)
-        # Small row groups, so that reading needs little memory.
-        pq.write_table(table, folder / f"part-{part:05d}.parquet", compression="zstd", row_group_size=256)
+        shard = chain([first] if first else [], islice(rest, rows_per_shard - 1))
+        with pq.ParquetWriter(folder / f"part-{part:05d}.parquet", SCHEMA, compression="zstd") as file:
+            for group in _groups(shard):
+                file.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
+
+
+def _groups(samples: Iterable[Sample]) -> Iterator[list[dict[str, Any]]]:
+    """Rows by row group, one without rows where there are none."""
+    rows, size, empty = list[dict[str, Any]](), 0, True
+    for sample in samples:
+        rows, size, empty = [*rows, sample.as_row()], size + sample.size(), False
+        if len(rows) == ROWS_PER_GROUP or size >= BYTES_PER_GROUP:
+            yield rows
+            rows, size = [], 0
+    if rows or empty:
+        yield rows
+
+
+def shard_tables(shard: Path) -> Iterator[pa.Table]:
+    """The row groups of a shard in order, one in memory at once."""
+    with pq.ParquetFile(shard) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, use_threads=False)
+
+
+def iterate_rows(shard: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a shard in order, one row group in memory at once."""
+    for table in shard_tables(shard):
+        for row in range(len(table)):
+            yield table.slice(row, 1).to_pylist()[0]
 
 
 class StoredSamples(Sequence[Sample]):
@@ -122,45 +156,51 @@ class StoredSamples(Sequence[Sample]):
         shards = sorted(folder.glob("part-*.parquet"))
         if not shards:
             raise FileNotFoundError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
-        files = [pq.ParquetFile(shard) for shard in shards]
-        self._groups = [(file, number) for file in files for number in range(file.num_row_groups)]
-        sizes = (file.metadata.row_group(number).num_rows for file, number in self._groups)
-        self._starts = list(accumulate(sizes, initial=0))
-        self._places = range(self._starts[-1]) if places is None else places
+        self._groups, self._ends, end = list[tuple[Path, int]](), list[int](), 0
+        for shard in shards:
+            metadata = pq.read_metadata(shard)
+            for group in range(metadata.num_row_groups):
+                end += metadata.row_group(group).num_rows
+                self._groups.append((shard, group))
+                self._ends.append(end)
+        self._places = range(end) if places is None else places
         self._read: dict[int, pa.Table] = {}  # by group, the last used last
 
     def __len__(self) -> int:
         return len(self._places)
 
     @overload
-    def __getitem__(self, at: int) -> Sample: ...
+    def __getitem__(self, place: int) -> Sample: ...
     @overload
-    def __getitem__(self, at: slice) -> list[Sample]: ...
-    def __getitem__(self, at: int | slice) -> Sample | list[Sample]:
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
         """One sample, or the list of a slice's."""
-        if isinstance(at, slice):
-            return [self._sample(place) for place in self._places[at]]
-        return self._sample(self._places[at])
+        if isinstance(place, slice):
+            return [self[at] for at in range(*place.indices(len(self)))]
+        row = self._places[place]
+        group = bisect_right(self._ends, row)
+        start = self._ends[group - 1] if group else 0
+        return _sample(self._table(group).slice(row - start, 1).to_pylist()[0])
 
-    def _sample(self, place: int) -> Sample:
-        group = bisect_right(self._starts, place) - 1
-        (row,) = self._rows(group).slice(place - self._starts[group], 1).to_pylist()
-        row["images"] = tuple(row["images"] or ())
-        videos = row.get("videos") or ()  # shards of earlier versions have no such column
-        row["videos"] = tuple(Video(tuple(video["frames"] or ()), video["fps"]) for video in videos)
-        row["choices"] = tuple(row["choices"] or ())
-        row["capability"] = Capability(row["capability"])
-        return Sample(**row)
-
-    def _rows(self, group: int) -> pa.Table:
-        rows = self._read.pop(group, None)
-        if rows is None:
-            file, number = self._groups[group]
-            rows = file.read_row_group(number)
-        self._read[group] = rows
+    def _table(self, group: int) -> pa.Table:
+        table = self._read.pop(group, None)
+        if table is None:
+            shard, number = self._groups[group]
+            with pq.ParquetFile(shard) as file:
+                table = file.read_row_group(number, use_threads=False)
+        self._read[group] = table
         while len(self._read) > 1 and sum(kept.nbytes for kept in self._read.values()) > CACHED_BYTES:
             self._read.pop(next(iter(self._read)))
-        return rows
+        return table
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    row["images"] = tuple(row["images"] or ())
+    videos = row.get("videos") or ()  # shards of earlier versions have no such column
+    row["videos"] = tuple(Video(tuple(video["frames"] or ()), video["fps"]) for video in videos)
+    row["choices"] = tuple(row["choices"] or ())
+    row["capability"] = Capability(row["capability"])
+    return Sample(**row)
 
 
 def iterate_samples(folder: Path) -> Iterator[Sample]:

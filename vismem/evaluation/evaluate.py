@@ -4,11 +4,13 @@ import hashlib
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -29,7 +31,7 @@ from vismem.models.variants import load_variant
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
-from vismem.records import VANILLA, VISMEM, Metrics
+from vismem.records import VISMEM, Metrics
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
 ANSWERS, KEEP_EVERY = "answers-{}.checkpoint", 30.0  # of a process; seconds: after a kill, no more is answered again
@@ -52,12 +54,19 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     for place, sample in enumerate(samples):
         for name, run in decoded.items():
             predictions[name].append(predict(sample, run.rollouts[place]))
+    ids = [answer.id for answer in predictions[arms[0].name]]
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(
-        **summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap),
+        **summarise(
+            predictions,
+            seconds,
+            seed=config.seed,
+            resamples=config.evaluate.bootstrap,
+            set_apart=rows_set_apart(inputs["validate"]),
+        ),
         stage2_sha256=sha256_folder(inputs["stage2"]),
         test_sha256=sha256_folder(folder, "*.parquet"),
-        items_sha256=hashlib.sha256("\n".join(answer.id for answer in predictions[VANILLA]).encode()).hexdigest(),
+        items_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
     )
     sources = {
         "base model": config.base.model,
@@ -69,39 +78,47 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, Pictures(samples), sources)
+    write(config, out, predictions, metrics, charts, Pictures(samples, ids), sources)
     return headline(metrics)
 
 
 def pick(folder: Path, limit: int | None, seed: int) -> Sequence[Sample]:
-    """The split's samples in order; with `limit`, that many drawn at random (a head could be all of one task)."""
+    """The split's samples in order, read as they are asked for; with `limit`, that many drawn at random.
+
+    (Not the first ones, which could be all of one task.)
+    """
     try:
-        samples = StoredSamples(folder)
-        if not samples:
+        count = len(StoredSamples(folder))
+        if count == 0:
             raise UserError(f"the test split in {folder} has no rows: nothing to evaluate; check `prepare.sources`")
-        if limit is not None:
-            count = len(samples)
-            samples = StoredSamples(folder, sorted(random.Random(seed).sample(range(count), min(limit, count))))
-        return samples
+        drawn = range(count) if limit is None else random.Random(seed).sample(range(count), min(limit, count))
+        return StoredSamples(folder, sorted(drawn))
     except (OSError, ValueError) as error:  # a damaged shard, a wrong column
         raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
 
 
-class Pictures(Mapping[str, Sequence[bytes]]):
-    """The images of samples and the first frames of their videos, by the sample's id: read as they are asked for."""
+def rows_set_apart(validated: Path) -> Counter[str]:
+    """How many rows of the test split `validate` has in quarantine, by benchmark (`Sample.source`)."""
+    files = sorted((validated / "quarantine").glob("*.parquet"))
+    tables = [pq.read_table(file, columns=["split", "source"]) for file in files]
+    return Counter(row["source"] or "" for table in tables for row in table.to_pylist() if row["split"] == "test")
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples, self.places = samples, {sample.id: place for place, sample in enumerate(samples)}
 
-    def __getitem__(self, key: str) -> Sequence[bytes]:
-        sample = self.samples[self.places[key]]
+class Pictures(Mapping[str, tuple[bytes, ...]]):
+    """A sample's pictures by its id, read as they are asked for: its images, and the first frame of each video."""
+
+    def __init__(self, samples: Sequence[Sample], ids: Sequence[str]) -> None:
+        self._samples, self._places = samples, {name: place for place, name in enumerate(ids)}
+
+    def __getitem__(self, name: str) -> tuple[bytes, ...]:
+        sample = self._samples[self._places[name]]
         return (*sample.images, *(video.frames[0] for video in sample.videos))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._places)
 
 
 def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config) -> dict[str, VisMemModel]:
@@ -209,10 +226,10 @@ def write(
     metrics.write(out)
     write_json(out / "scores.json", headline_figures(metrics))
     plots.write_plots(charts, metrics, predictions, out / "plots")
-    git = git_state()
+    git, apart = git_state(), sum(benchmark.set_apart for benchmark in metrics.benchmarks.values())
     provenance = {
         **sources,
-        "test questions": str(metrics.n),
+        "test questions": f"{metrics.n}, and {apart} that validate set apart" if apart else str(metrics.n),
         "seed": str(metrics.seed),
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),

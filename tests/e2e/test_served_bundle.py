@@ -20,8 +20,9 @@ from vismem.generation.invocation import MODES
 from vismem.provenance import write_manifest
 from vismem.records import Release
 from vismem.serving.answering import Runtime
-from vismem.serving.client import Token, infer, marked, plain
+from vismem.serving.client import Client
 from vismem.serving.deploy import deploy
+from vismem.serving.exchange import RefusedError, Token, marked, plain
 from vismem.serving.server import TritonServer, triton_server
 
 TOKENS = 12
@@ -69,7 +70,7 @@ def in_process(runtime: Runtime, sample: Sample, **options: object) -> tuple[Tok
 
 
 def served(server: TritonServer, sample: Sample, **options: object) -> tuple[Token, ...]:
-    return tuple(infer(server.grpc_url, "vismem_challenger", sample.images, sample.question, **options))  # type: ignore[arg-type]
+    return tuple(Client(f"grpc://{server.grpc_url}").stream(sample.images, sample.question, **options))  # type: ignore[arg-type]
 
 
 def test_the_smoke_tests_example_is_the_runtimes_own_answer(deployed: Path, runtime: Runtime, tiny_data: Path) -> None:
@@ -122,9 +123,8 @@ def test_an_answer_ends_with_what_it_took(server: TritonServer, runtime: Runtime
 def test_a_question_that_holds_one_of_the_models_own_tokens_is_refused_with_its_name(server: TritonServer) -> None:
     image = tiny.samples()[0].images
     for token in ("<m_I^s>", "<|image_pad|>", "<|im_end|>"):
-        for stream in (True, False):
-            with pytest.raises(UserError, match=f"PROMPT holds {re.escape(token)}, one of the model's own tokens"):
-                tuple(infer(server.grpc_url, "vismem_challenger", image, f"a {token}?", stream=stream))
+        with pytest.raises(RefusedError, match=f"PROMPT holds {re.escape(token)}, one of the model's own tokens"):
+            Client(f"grpc://{server.grpc_url}").ask(image, f"a {token}?")
 
 
 def test_an_image_with_transparency_is_seen_as_in_training(server: TritonServer, runtime: Runtime) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in import ANSWER, HOSTILE, IMAGE, ask, endless, make_repository, metrics, pending
+from stand_in import ANSWER, HOSTILE, IMAGE, ask, client_of, endless, make_repository, metrics, pending
 
 from vismem.errors import UserError
 from vismem.serving import repository
-from vismem.serving.client import Token, infer, main_infer
+from vismem.serving.client import main_infer
+from vismem.serving.exchange import Token
 from vismem.serving.server import TritonServer, triton_server
 
 WORKERS, IN_EXECUTE, QUEUE = 2, 1, 32
@@ -24,7 +25,7 @@ def test_a_hostile_request_is_refused_and_the_answer_of_another_client_continues
 ) -> None:
     options, reason = HOSTILE[kind]
     undisturbed = ask(server, "endless", max_new_tokens=12)
-    other = infer(server.grpc_url, "vismem", [IMAGE], "endless", max_new_tokens=12)
+    other = client_of(server).stream([IMAGE], "endless", max_new_tokens=12)
     first = next(other)
     for stream in (True, False):
         with pytest.raises(UserError, match=reason):

@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ import pytest
 import tiny
 import tiny_families
 import tiny_stages
-import uvicorn
-from fastapi import FastAPI
+from http_server import served
 
 from vismem.generation.engine import generate
 from vismem.generation.invocation import MODES
@@ -31,7 +29,6 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
-from vismem.services import HOST, free_ports
 from vismem.serving import http
 from vismem.serving.answering import Runtime
 from vismem.serving.http import create_app
@@ -47,22 +44,6 @@ def url_of(image: bytes) -> str:
 def messages(images: tuple[bytes, ...], question: str) -> list[dict[str, Any]]:
     shown = [{"type": "image_url", "image_url": {"url": url_of(image)}} for image in images]
     return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The address of a server in this process."""
-    port = free_ports({"http": 0})["http"]
-    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://{HOST}:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -137,11 +137,13 @@ class Runtime:
         seed: int = 0,
         memory: bool | str = True,
         stop: Sequence[str] = (),
+        looks: list[Any] | None = None,
     ) -> Iterator[Chunk]:
         """Yield the answer's chunks; closing the iterator ends the work at the next token.
 
         `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of `MODES`, or
-        True for "learned" and False for "off". The answer ends before the first of the `stop` strings. Raises
+        True for "learned" and False for "off". The answer ends before the first of the `stop` strings. To `looks` each
+        memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor). Raises
         RequestError for an unusable request, and at the first chunk Busy where too many wait.
         """
         if not images:
@@ -152,7 +154,7 @@ class Runtime:
         if mode not in MODES:
             raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(MODES)}")
         sample = self.executor.prepare(images, prompt, max_new_tokens)
-        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
+        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed, looks=looks), stop)
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""

@@ -50,6 +50,14 @@ def add_commands(commands: Commands) -> None:
     add("--tls-certificate", type=Path, metavar="FILE", dest="certificate", help="PEM; with --tls-key")
     add("--tls-key", type=Path, metavar="FILE", dest="key", help="PEM")
 
+    about = "a page in the browser that asks a model, beside its answer without memory, until Ctrl-C"
+    add = command("playground", _run_playground, about, options=False)
+    add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
+    add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
+    add("--device", help="cpu, cuda or cuda:1; default: the first GPU where there is one")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights' type (default: %(default)s)")
+    add("--port", type=int, default=7860, help="0: any free one (default: %(default)s)")
+
 
 def _add_question(add: Callable[..., Any]) -> None:
     """The question and how it is to be answered: the same for every command that asks."""
@@ -123,9 +131,16 @@ def _run_serve(arguments: argparse.Namespace) -> None:
 
 
 def _run_api(arguments: argparse.Namespace) -> None:
+    _serve_api(arguments, "base", "name", "device", "dtype", "host", "port", "rows", "certificate", "key")
+
+
+def _run_playground(arguments: argparse.Namespace) -> None:
+    _serve_api(arguments, "base", "device", "dtype", "port", page=True)
+
+
+def _serve_api(arguments: argparse.Namespace, *names: str, page: bool = False) -> None:
     from vismem.api import serve_api
     from vismem.ask import DEFAULT_MODEL
 
-    names = ("base", "name", "device", "dtype", "host", "port", "rows", "certificate", "key")
     options = {name: getattr(arguments, name) for name in names}
-    serve_api(arguments.model or DEFAULT_MODEL, **options, write=lambda line: print(line, flush=True))
+    serve_api(arguments.model or DEFAULT_MODEL, **options, page=page, write=lambda line: print(line, flush=True))

@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -66,6 +66,7 @@ class Extension(Strict):
     """What OpenAI has no word for."""
 
     memory: Literal["learned", "off", "short", "long"] = "learned"
+    attention: bool = False  # whether the reply says where each memory looked
 
 
 class StreamOptions(Strict):
@@ -139,9 +140,9 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             wanted = read_body(await _body(request))
             if wanted.model != name:
                 raise Refused(404, f"there is no model '{wanted.model}' here, but '{name}'", field="model")
-            chunks = await run_in_threadpool(begin, runtime, wanted)
-            first = await run_in_threadpool(next, chunks)  # so that what goes wrong before it has a status
             reply = Reply(name, wanted)
+            chunks = await run_in_threadpool(begin, runtime, wanted, reply.looks)
+            first = await run_in_threadpool(next, chunks)  # so that what goes wrong before it has a status
             if not wanted.stream:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
             return StreamingResponse(events(reply, first, chunks, request), media_type="text/event-stream")
@@ -204,7 +205,7 @@ def read_body(body: bytes) -> Completion:
         raise Refused(400, f"{place or 'the body'}: {reason}", field=place or None) from None
 
 
-def begin(runtime: Runtime, wanted: Completion) -> Iterator[Chunk]:
+def begin(runtime: Runtime, wanted: Completion, looks: list[Any]) -> Iterator[Chunk]:
     """The chunks of the answer. RequestError or Refused for an unusable request, before any graph runs."""
     parts = wanted.messages[0].content
     files = [decoded_url(part.image_url.url) for part in parts if isinstance(part, ImagePart)]
@@ -221,6 +222,7 @@ def begin(runtime: Runtime, wanted: Completion) -> Iterator[Chunk]:
         seed=wanted.seed,
         memory=wanted.vismem.memory,
         stop=stop,
+        looks=looks if wanted.vismem.attention else None,
     )
 
 
@@ -241,15 +243,18 @@ class Reply:
     def __init__(self, model: str, wanted: Completion) -> None:
         self.usage = wanted.stream_options.include_usage
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.begun = False
+        self.looks = list[Any]()  # where memories looked, if that was asked for
+        self.begun, self.memories, self.looked = False, 0, 0
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         """The answer in one object. `vismem.memories`: kinds, and how many characters stand before each."""
-        text, memories = "", []
+        text, memories = "", list[dict[str, Any]]()
         for chunk in chunks:
             text += chunk.text
             if chunk.event in ("short", "long"):
                 memories.append({"kind": chunk.event, "place": len(text)})
+        for memory, look in zip(memories, self.looks, strict=False):
+            memory["attention"] = asdict(look)
         message = {"role": "assistant", "content": text}
         finish = chunks[-1].usage
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish.finish if finish else None}
@@ -257,7 +262,13 @@ class Reply:
         return {**self.head, "object": "chat.completion", **added}
 
     def events(self, chunk: Chunk) -> Iterator[str]:
-        """The events of one chunk; those of a memory have no text, and `vismem.memory` in their choice."""
+        """The events of one chunk; those of a memory have no text, and `vismem.memory` in their choice.
+
+        Where it looked, if that was asked for, follows in `vismem.attention` of an event of its own.
+        """
+        for look in self.looks[self.looked : self.memories]:
+            self.looked += 1
+            yield self._event([{"index": 0, "delta": {}, "finish_reason": None, "vismem": {"attention": asdict(look)}}])
         delta: dict[str, Any] = {} if self.begun else {"role": "assistant"}
         self.begun = True
         if chunk.text:
@@ -265,6 +276,7 @@ class Reply:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
         if chunk.event in ("short", "long"):
             choice["vismem"] = {"memory": chunk.event}
+            self.memories += 1
         if delta or "vismem" in choice:
             yield self._event([choice])
         if chunk.usage:

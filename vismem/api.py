@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from socket import socket
 
 import uvicorn
 
@@ -63,9 +64,19 @@ def serve_api(
         server_header=False,
     )
     with until_stopped(write), closing(runtime):
-        scheme, closed = "https" if certificate else "http", "with a token" if token else "without a token"
-        if page:
-            write(f"playground: http://{host}:{ports['http']}/ (Ctrl-C ends it)")
-        else:
-            write(f"serving {name} ({loaded.model.backbone.family}) on {scheme}://{host}:{ports['http']}/v1, {closed}")
-        uvicorn.Server(settings).run()
+        address = f"{'https' if certificate else 'http'}://{host}:{ports['http']}"
+        closed = "with a token" if token else "without a token"
+        line = f"serving {name} ({loaded.model.backbone.family}) on {address}/v1, {closed}"
+        _Server(settings, lambda: write(f"playground: {address}/ (Ctrl-C ends it)" if page else line)).run()
+
+
+class _Server(uvicorn.Server):
+    """A server that calls `ready` once it listens."""
+
+    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(settings)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -197,9 +198,18 @@ def test_it_fits_phones_and_is_dark_where_the_system_is(browser: Browser, url: s
     page.close()
 
 
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Where the block fails, nobody waits for the process."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def test_the_command_serves_the_page_to_this_machine_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vismem.cli", "playground", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process, ended(process):
         assert process.stdout is not None
         found = re.fullmatch(r"playground: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", process.stdout.readline())
         assert found is not None
@@ -210,4 +220,4 @@ def test_the_command_serves_the_page_to_this_machine_alone(tmp_path: Path) -> No
             urllib.request.urlopen(rebound, timeout=30)
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "stopped\n"
-    assert process.returncode == 0
+        assert process.wait(30) == 0

@@ -14,10 +14,10 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.services import HOST, free_ports, until_stopped
 from vismem.serving.answering import ROWS, Runtime
+from vismem.serving.exchange import TOKEN_VARIABLE
 from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
 
-TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
 END_SECONDS = 5  # that running answers get when the server stops
 
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 from PIL import Image
 
+from examples import ask_grpc
 from vismem.config import parse_config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
@@ -106,6 +107,15 @@ def test_sampling_and_memory_options_reach_the_runtime(server: TritonServer, run
     )
     with pytest.raises(UserError, match="MEMORY is 'both': it must be one of learned, off, short, long"):
         served(server, sample, memory="both")
+
+
+def test_the_example_with_plain_tritonclient_prints_the_answer(
+    server: TritonServer, runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = next(sample for sample in tiny.samples() if len(sample.images) == 1)
+    (tmp_path / "a.png").write_bytes(sample.images[0])
+    ask_grpc.main(f"{tmp_path}/a.png", sample.question, "vismem_challenger", server.grpc_url)
+    assert capsys.readouterr().out.strip() == marked(in_process(runtime, sample))
 
 
 def test_an_answer_ends_with_what_it_took(server: TritonServer, runtime: Runtime) -> None:

@@ -1,5 +1,6 @@
 """A real tritonserver with a stand-in runtime: what clients see of answers, faults and cancellation."""
 
+import asyncio
 import contextlib
 import json
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 from stand_in import ANSWER, IMAGE, ask, client_of, endless, png
 
 from vismem.errors import UserError
-from vismem.serving.exchange import Token, marked, plain
+from vismem.serving.client import AsyncClient
+from vismem.serving.exchange import RefusedError, ServerError, Token, marked, plain
 from vismem.serving.repository import repository_problems
 from vismem.serving.server import TritonServer
 
@@ -50,7 +52,7 @@ def test_a_bad_request_is_refused_with_its_reason_and_the_server_answers_on(
     options: dict[str, object], message: str, server: TritonServer
 ) -> None:
     for stream in (True, False):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(RefusedError, match=message):
             ask(server, **options, stream=stream)  # type: ignore[arg-type]
     assert ask(server) == ANSWER
 
@@ -58,8 +60,9 @@ def test_a_bad_request_is_refused_with_its_reason_and_the_server_answers_on(
 def test_a_fault_in_the_middle_of_an_answer_ends_that_answer_only(server: TritonServer) -> None:
     pieces = client_of(server).stream([IMAGE], "fail")
     assert [next(pieces), next(pieces), next(pieces)] == list(ANSWER[:3])
-    with pytest.raises(UserError, match="the model failed: RuntimeError: as asked"):
+    with pytest.raises(ServerError, match="the model failed: RuntimeError: as asked") as caught:
         next(pieces)
+    assert type(caught.value) is ServerError  # no refusal: the same question may be answered later
     assert ask(server) == ANSWER
 
 
@@ -69,6 +72,30 @@ def test_closing_a_stream_stops_its_answer_on_the_server(server: TritonServer) -
     assert next(pieces) == ANSWER[0]
     pieces.close()  # type: ignore[attr-defined]
     assert left_at_last(server, before + 1) == before + 1
+
+
+def test_async_answers_come_side_by_side_and_one_that_is_given_up_is_stopped(server: TritonServer) -> None:
+    client = AsyncClient(f"grpc://{server.grpc_url}")  # asks for the one model that there is
+
+    async def side_by_side() -> None:
+        first, second = (client.stream(IMAGE, "endless", max_new_tokens=2000) for _ in range(2))
+        assert [await anext(first), await anext(second), await anext(first)] == [ANSWER[0], ANSWER[0], ANSWER[1]]
+        await first.aclose()
+        answer = await client.ask(IMAGE, "hi", max_new_tokens=3)
+        assert (answer.pieces, answer.marked) == (ANSWER, "é0⟨short⟩ é1 é2")
+        assert await anext(second) == ANSWER[1]
+        await second.aclose()
+
+    async def given_up() -> None:
+        asking = asyncio.create_task(client.ask(IMAGE, "endless", max_new_tokens=2000))
+        await asyncio.sleep(1)
+        asking.cancel()
+
+    before = int(plain(ask(server, "left")))
+    asyncio.run(side_by_side())
+    assert left_at_last(server, before + 2) == before + 2
+    asyncio.run(given_up())
+    assert left_at_last(server, before + 3) == before + 3
 
 
 def test_a_killed_client_stops_its_answer_on_the_server(server: TritonServer) -> None:

@@ -18,6 +18,7 @@ import tiny_stages
 from http_server import served
 from PIL import Image
 
+from examples import ask_http
 from vismem import Answer, AsyncClient, Client
 from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
@@ -248,6 +249,17 @@ def test_a_connection_that_breaks_is_no_whole_answer(reply: bytes) -> None:
         with pytest.raises(DisconnectedError, match=r"broke|ended the answer half-way"):
             Client(f"http://127.0.0.1:{listening.getsockname()[1]}", model="tiny").ask(IMAGES, QUESTION)
         thread.join()
+
+
+def test_the_example_with_the_openai_package_prints_the_answer(
+    model: VisMem, runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    expected = model.answer(IMAGES[0], QUESTION).marked
+    assert "⟨" in expected
+    with served(create_app(runtime, "tiny")) as address:
+        ask_http.main(f"{tmp_path}/a.png", QUESTION, f"{address}/v1")
+    assert capsys.readouterr().out.strip() == expected
 
 
 def test_a_client_needs_no_torch() -> None:

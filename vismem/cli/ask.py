@@ -23,8 +23,8 @@ def add_commands(commands: Commands) -> None:
 
     add = command("infer", _run_infer, "ask the served model about images")
     _add_question(add)
-    add("--timeout", type=float, default=60.0, metavar="S", help="longest wait for a piece of the answer (default: 60)")
-    about = "gRPC address of any server, no parameters needed; default: this machine at deploy.grpc_port"
+    add("--timeout", type=float, default=60.0, metavar="S", help="deadline of the whole answer (default: 60)")
+    about = "any server, no parameters needed; http:// for `vismem api`; default: this machine at deploy.grpc_port"
     add("--url", metavar="HOST:PORT", help=about)
     add("--model", metavar="NAME", help="the served model's name; default: the one that the server has")
 

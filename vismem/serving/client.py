@@ -7,6 +7,7 @@ print(client.ask("photo.png", "how many cups?").marked)
 """
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from vismem.errors import UserError
 from vismem.generation.invocation import mode_of
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.serving.exchange import (
+    TOKEN_VARIABLE,
     Answer,
     DeadlineError,
     DisconnectedError,
@@ -214,12 +216,13 @@ def main_infer(
         raise UserError(str(error)) from None
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}: it must lie in 0..{2**63 - 1}")
-    client = Client(url if "://" in url else f"grpc://{url}", model=model, timeout=timeout)
+    token = os.environ.get(TOKEN_VARIABLE)
+    client = Client(url if "://" in url else f"grpc://{url}", model=model, token=token, timeout=timeout)
     options: dict[str, Any] = {"memory": memory, "max_new_tokens": max_new_tokens}
     options |= {"temperature": temperature, "seed": seed}
     if stream:
-        for token in client.stream(files, prompt, **options):
-            write(token.marked)
+        for piece in client.stream(files, prompt, **options):
+            write(piece.marked)
         write("\n")
     else:
         write(client.ask(files, prompt, **options).marked + "\n")

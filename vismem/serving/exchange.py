@@ -19,6 +19,7 @@ from vismem.runtime.limits import NEW_TOKENS
 
 AnyImage = str | Path | bytes | Image.Image
 Images = AnyImage | Sequence[AnyImage]
+TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
 
 
 class ServerError(UserError):

@@ -6,17 +6,15 @@ model = VisMem.from_pretrained("models:/vismem@champion")
 print(model.answer("photo.png", "how many cups?").marked)
 """
 
-import io
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.errors import UserError
@@ -25,51 +23,20 @@ from vismem.generation.invocation import MODES, InvocationPolicy, mode_of
 from vismem.generation.types import LATENT, Rollout
 from vismem.hub import push, read_card, write_card, write_code
 from vismem.models.reference import WEIGHTS, Base
-from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.runtime.chat import Chat, check_chat, one_turn, said
-from vismem.runtime.images import size_after_resizing, upright
+from vismem.runtime.images import size_after_resizing
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.runtime.prompt import TextStream
 from vismem.runtime.reserved import Reserved
 from vismem.scope import Scope
-from vismem.serving.client import Token, marked, plain, read_image
+from vismem.serving.exchange import Answer, AnyImage, Images, Token, encoded_images
 from vismem.sources import find_added, find_base
 
-AnyImage = str | Path | bytes | Image.Image
 Memory = bool | Literal["short", "long"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Invoked:
-    """A memory that the model invoked: its kind, and how many characters of the answer stand before it."""
-
-    kind: str  # "short" or "long"
-    place: int
-
-
-class Answer(str):
-    """The answer's text, and how it came about."""
-
-    marked: str  # the text with ⟨short⟩ and ⟨long⟩ where memories were invoked
-    invocations: tuple[Invoked, ...]
-    tokens: int  # decoded, memories not counted
-    seconds: float  # that decoding took; of a batch, all of it
-    finished: bool  # ended by the model, not at max_new_tokens
-
-    @classmethod
-    def of(cls, pieces: Sequence[Token], rollout: Rollout, seconds: float) -> "Answer":
-        """From the pieces of its text and the record of its decoding."""
-        answer = cls(plain(pieces))
-        answer.marked, answer.tokens, answer.finished = marked(pieces), rollout.answer_length, rollout.finished
-        answer.invocations = tuple(
-            Invoked(piece.event, len(plain(pieces[:at]))) for at, piece in enumerate(pieces) if piece.event in KINDS
-        )
-        answer.seconds = seconds
-        return answer
 
 
 class VisMem:
@@ -113,7 +80,7 @@ class VisMem:
 
     def answer(
         self,
-        images: AnyImage | Sequence[AnyImage],
+        images: Images,
         question: str | Chat,
         *,
         memory: Memory = True,
@@ -137,7 +104,7 @@ class VisMem:
 
     def answers(
         self,
-        questions: Iterable[tuple[AnyImage | Sequence[AnyImage], str | Chat]],
+        questions: Iterable[tuple[Images, str | Chat]],
         *,
         memory: Memory = True,
         max_new_tokens: int = NEW_TOKENS,
@@ -159,12 +126,12 @@ class VisMem:
                 seed=seed,
             )
             seconds = time.perf_counter() - started
-            answers += [Answer.of(self._pieces(rollout), rollout, seconds) for rollout in rollouts]
+            answers += [Answer.of(self._pieces(rollout), _usage(rollout), seconds) for rollout in rollouts]
         return answers
 
     def stream(
         self,
-        images: AnyImage | Sequence[AnyImage],
+        images: Images,
         question: str | Chat,
         *,
         memory: Memory = True,
@@ -172,7 +139,7 @@ class VisMem:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Iterator[Token]:
-        """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.client`."""
+        """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.exchange`."""
         sample = self._sample(images, question, max_new_tokens)
         policy = policy_of(memory)
         ids = stream(self.model, sample, policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -201,14 +168,14 @@ class VisMem:
 
     # --- one request ---
 
-    def _sample(self, images: AnyImage | Sequence[AnyImage], question: str | Chat, max_new_tokens: int) -> Sample:
+    def _sample(self, images: Images, question: str | Chat, max_new_tokens: int) -> Sample:
         """The request, checked. What the base cannot read is said in the log, which Python shows on stderr."""
         several = [images] if isinstance(images, AnyImage) else list(images)
         names = [
             str(image) if isinstance(image, str | Path) else f"image {number} of {len(several)}"
             for number, image in enumerate(several, 1)
         ]
-        files = [encoded(image) for image in several]
+        files = encoded_images(several)
         try:
             chat = one_turn(question, len(files)) if isinstance(question, str) else question
             opened = check_request(files, said(chat).encode(errors="surrogatepass"), max_new_tokens, names)
@@ -222,7 +189,7 @@ class VisMem:
         except RequestError as error:
             raise UserError(str(error)) from None
         # Random numbers are drawn by the id: as the server does.
-        return Sample("", tuple(files), question="", answer="", chat=tuple(chat))
+        return Sample("", files, question="", answer="", chat=tuple(chat))
 
     def _pieces(self, rollout: Rollout) -> list[Token]:
         hidden = {LATENT, *self.model.end_ids.values()}
@@ -242,22 +209,16 @@ class VisMem:
         yield Token("", "end")
 
 
+def _usage(rollout: Rollout) -> dict[str, Any]:
+    """What an answer took, as a server says it (`answering.Usage`)."""
+    memories = Counter(invocation.kind.value for invocation in rollout.invocations)
+    finish = "stop" if rollout.finished else "length"
+    return {"finish": finish, "tokens": rollout.answer_length, "memories": dict(memories)}
+
+
 def policy_of(memory: Memory) -> InvocationPolicy:
     """When memory is invoked. UserError for a kind that there is not."""
     mode = mode_of(memory)
     if mode not in MODES:
         raise UserError(f"memory={memory!r}: it is True, 'short', 'long' or False")
     return MODES[mode]
-
-
-def encoded(image: AnyImage) -> bytes:
-    """The image as an encoded file. UserError for a path without a file, and for a URL."""
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, Image.Image):
-        file = io.BytesIO()
-        upright(image).save(file, "PNG")
-        return file.getvalue()
-    if "://" in str(image):
-        raise UserError(f"{image} is a URL: download it first and give the file")
-    return read_image(image)

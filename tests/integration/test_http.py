@@ -109,6 +109,24 @@ def test_requests_choose_sampling_limit_memory_and_stop_strings(client: openai.O
     assert ask(client, sample, max_completion_tokens=2).choices[0].finish_reason == "length"
 
 
+def test_a_reply_says_where_each_memory_looked_if_that_is_asked(client: openai.OpenAI) -> None:
+    extra = {"vismem": {"attention": True}}
+    plain, whole = ask(client), ask(client, extra_body=extra)
+    memories = whole.vismem["memories"]
+    assert [{"kind": m["kind"], "place": m["place"]} for m in memories] == plain.vismem["memories"] != []
+    told: list[Any] = []
+    kinds = []
+    for event in ask(client, extra_body=extra, stream=True):
+        said = getattr(event.choices[0], "vismem", None) or {}
+        kinds += [said["memory"]] if "memory" in said else []
+        told += [said["attention"]] if "attention" in said else []
+        assert len(told) <= len(kinds) <= len(told) + 1
+    assert told == [memory["attention"] for memory in memories]
+    for look in told:
+        assert 0 < look["share"] <= 1
+        assert sum(weight for grid in look["maps"] for row in grid for weight in row) == pytest.approx(look["share"])
+
+
 def test_a_body_beyond_the_limit_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_BODY_BYTES", 10_000)
     status, reply = post(url, b" " * 20_000)

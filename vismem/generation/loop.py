@@ -28,6 +28,7 @@ class Request:
     seed: int = 0
     group_size: int = 1
     prompt: Any = None  # the samples' prompts, where they are encoded already
+    looks: list[Any] | None = None  # the torch executor appends each memory's `attention.Look` to it
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ class TorchExecutor:
             opened = policy.opened(prompt, self.backbone, samples)
             context = self.state.prefill(opened)
         self.state.join(context, request.group_size, self._room(request.max_new_tokens, limit), remember=limit > 0)
+        context.looks = request.looks
         self.sources += [_Source(context, prompt, policy.donors(samples))] * (len(samples) * request.group_size)
         lengths, before, visual = (each.sum(1).tolist() for each in (opened.mask, prompt.mask, opened.visual))
         return [Prefilled(n, seen, n - own) for n, seen, own in zip(lengths, visual, before, strict=True)]

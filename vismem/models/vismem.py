@@ -132,6 +132,10 @@ class VisMemModel(nn.Module):
         """N_s or N_l."""
         return self.memory_config.short_length if kind is MemoryKind.SHORT else self.memory_config.long_length
 
+    def slots_of(self, kind: MemoryKind) -> int:
+        """Tokens inside the former that become a memory: g * N_s or N_l."""
+        return self.length_of(kind) * (self.backbone.merge if kind is MemoryKind.SHORT else 1)
+
     def short_stream(self, vision: VisionInput) -> PatchStream:
         """The prompts' patches inside the short former: computed once, read by every short memory."""
         with self.policy_lora.active(False), self.short.lora.active():

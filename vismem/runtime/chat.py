@@ -56,6 +56,15 @@ def read_messages(messages: Any) -> Chat:
     return [Turn(str(message.get("role")), joined(_parts(message.get("content")))) for message in messages]
 
 
+def messages_of(chat: Chat) -> list[dict[str, Any]]:
+    """The messages that `read_messages` reads as these turns."""
+    return [{"role": turn.role, "content": [*map(_written, turn.parts)]} for turn in chat]
+
+
+def _written(part: str | None) -> dict[str, str]:
+    return {"type": "image"} if part is IMAGE else {"type": "text", "text": part}
+
+
 def _parts(content: Any) -> Iterator[str | None]:
     for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         match part:

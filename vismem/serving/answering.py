@@ -145,12 +145,14 @@ class Runtime:
         seed: int = 0,
         memory: bool | str = True,
         stop: Sequence[str] = (),
+        looks: list[Any] | None = None,
     ) -> Iterator[Chunk]:
         """Yield the answer's chunks; closing the iterator ends the work at the next token.
 
         `prompt`: a question (see `one_turn` for where the images stand in it) or a conversation.
         `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of `MODES`, or
-        True for "learned" and False for "off". The answer ends before the first of the `stop` strings. Raises
+        True for "learned" and False for "off". The answer ends before the first of the `stop` strings. To `looks` each
+        memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor). Raises
         RequestError for an unusable request, and at the first chunk Busy where too many wait.
         """
         if not images:
@@ -164,7 +166,7 @@ class Runtime:
         check_chat(chat, len(images))
         with self.preparing:
             sample = self.executor.prepare(images, chat, max_new_tokens)
-        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
+        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed, looks=looks), stop)
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
@@ -74,6 +74,7 @@ class Extension(Strict):
     """What OpenAI has no word for."""
 
     memory: Literal["learned", "off", "short", "long"] = "learned"
+    attention: bool = False  # whether the reply says where each memory looked
 
 
 class StreamOptions(Strict):
@@ -148,15 +149,18 @@ class Reply:
     def __init__(self, model: str, wanted: Completion) -> None:
         self.usage = wanted.stream_options.include_usage
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.begun = False
+        self.looks = list[Any]()  # where memories looked, if that was asked for
+        self.begun, self.memories, self.looked = False, 0, 0
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         """The answer in one object. `vismem.memories`: kinds, and how many characters stand before each."""
-        text, memories = "", []
+        text, memories = "", list[dict[str, Any]]()
         for chunk in chunks:
             text += chunk.text
             if chunk.event in ("short", "long"):
                 memories.append({"kind": chunk.event, "place": len(text)})
+        for memory, look in zip(memories, self.looks, strict=False):
+            memory["attention"] = asdict(look)
         message = {"role": "assistant", "content": text}
         finish = chunks[-1].usage
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish.finish if finish else None}
@@ -164,7 +168,13 @@ class Reply:
         return {**self.head, "object": "chat.completion", **added}
 
     def events(self, chunk: Chunk) -> Iterator[str]:
-        """The events of one chunk; those of a memory have no text, and `vismem.memory` in their choice."""
+        """The events of one chunk; those of a memory have no text, and `vismem.memory` in their choice.
+
+        Where it looked, if that was asked for, follows in `vismem.attention` of an event of its own.
+        """
+        for look in self.looks[self.looked : self.memories]:
+            self.looked += 1
+            yield self._event([{"index": 0, "delta": {}, "finish_reason": None, "vismem": {"attention": asdict(look)}}])
         delta: dict[str, Any] = {} if self.begun else {"role": "assistant"}
         self.begun = True
         if chunk.text:
@@ -172,6 +182,7 @@ class Reply:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
         if chunk.event in ("short", "long"):
             choice["vismem"] = {"memory": chunk.event}
+            self.memories += 1
         if delta or "vismem" in choice:
             yield self._event([choice])
         if chunk.usage:

@@ -60,9 +60,9 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             wanted = await run_in_threadpool(read_body, await _body(request))
             if wanted.model != name:
                 raise Refused(404, f"there is no model '{wanted.model}' here, but '{name}'", field="model")
-            chunks = await run_in_threadpool(begin, runtime, wanted)
-            first = await run_in_threadpool(next, chunks)  # so that what goes wrong before it has a status
             reply = Reply(name, wanted)
+            chunks = await run_in_threadpool(begin, runtime, wanted, reply.looks)
+            first = await run_in_threadpool(next, chunks)  # so that what goes wrong before it has a status
             if not wanted.stream:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
             return StreamingResponse(events(reply, first, chunks, request), media_type="text/event-stream")
@@ -113,7 +113,7 @@ async def _read(chunks: Iterator[Chunk], request: Request) -> AsyncIterator[Chun
         chunks.close()  # type: ignore[attr-defined]  # it is a generator
 
 
-def begin(runtime: Runtime, wanted: Completion) -> Iterator[Chunk]:
+def begin(runtime: Runtime, wanted: Completion, looks: list[Any]) -> Iterator[Chunk]:
     """The chunks of the answer. RequestError or Refused for an unusable request, before any graph runs."""
     chat = [message.turn() for message in wanted.messages]
     files = [decoded_url(url) for message in wanted.messages for url in message.urls()]
@@ -129,4 +129,5 @@ def begin(runtime: Runtime, wanted: Completion) -> Iterator[Chunk]:
         seed=wanted.seed,
         memory=wanted.vismem.memory,
         stop=stop,
+        looks=looks if wanted.vismem.attention else None,
     )

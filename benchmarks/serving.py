@@ -27,12 +27,17 @@ from vismem.serving.answering import Runtime
 STREAMS = (1, 2, 4, 8, 16)
 
 
-def load() -> Runtime:
-    """The runtime over the graphs of the memory that comes with VisMem."""
+def export(folder: Path) -> None:
+    """Write the graphs of the memory that comes with VisMem, and its processor."""
     model = VisMem.from_pretrained(ROOT / "assets" / "tiny-vlm-memory", "cpu").model
+    write_graphs(model, folder / "onnx", opset=18)
+    model.backbone.processor.save_pretrained(folder / "processor")
+
+
+def load() -> Runtime:
+    """The runtime over them."""
     with tempfile.TemporaryDirectory() as folder:
-        write_graphs(model, Path(folder) / "onnx", opset=18)
-        model.backbone.processor.save_pretrained(Path(folder) / "processor")
+        export(Path(folder))
         return Runtime.open(folder, verified=True, rows=max(STREAMS), cache_bytes=0)
 
 

@@ -123,9 +123,7 @@ def main() -> None:
         for streams, row in figures["streams"].items()
     ]
     header = "streams | tokens/s, times one stream's | tokens/s | first token p95, times one stream's"
-    added = "One stream over gRPC takes {:.2f} ({:.2f} to {:.2f}) times as long as in this process.".format(
-        *figures["grpc"]
-    )
+    took = "One stream over gRPC takes {:.2f} ({:.2f} to {:.2f}) times as long as in this process."
     publish(figures, f"{table(header, rows)}\n\n{took.format(*figures['grpc'])}", args.json)
 
 

@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from recipes.study.claims import compare
+from recipes.study.claims import clusters_of, compare
 from vismem.data.tasks import NEEDS
 from vismem.evaluation import plots
 from vismem.evaluation.arms import label
 from vismem.evaluation.predictions import Prediction
-from vismem.evaluation.statistics import bootstrap_interval, share_interval
+from vismem.evaluation.statistics import ratio_interval, score_interval
 from vismem.records import VANILLA, VISMEM
 
 RANDOM = ("random_25", "random_50", "random_100")  # rates of random invocation
@@ -56,7 +56,7 @@ def nearest_rate(memories: Mapping[str, float]) -> str:
     return min(RANDOM, key=lambda arm: abs(memories[arm] - memories[VISMEM]))
 
 
-def lines(scores: pd.DataFrame, memories: Mapping[str, float], resamples: int) -> dict[str, list[Values]]:
+def lines(scores: pd.DataFrame, memories: Mapping[str, float]) -> dict[str, list[Values]]:
     """{placement: [{arm, memories (mean per answer), score, ci95}]}: each placement's score as its memories grow.
 
     All begin at `no_memory`; a placement of which nothing else was run is left out.
@@ -70,7 +70,7 @@ def lines(scores: pd.DataFrame, memories: Mapping[str, float], resamples: int) -
                     "arm": arm,
                     "memories": memories[arm],
                     "score": float(scores[arm].mean()),
-                    "ci95": bootstrap_interval(scores[arm].to_numpy(), resamples=resamples, seed=0),
+                    "ci95": score_interval(scores[arm].to_numpy(), clusters_of(scores)),
                 }
                 for arm in run
             ]
@@ -97,19 +97,19 @@ def lines_plot(placements: Mapping[str, Sequence[Values]]) -> bytes:
     return plots.to_png(figure)
 
 
-def needs(scores: pd.DataFrame, resamples: int) -> dict[str, Values]:
+def needs(scores: pd.DataFrame) -> dict[str, Values]:
     """{need: {n, arms {arm: score}, gains {arm: `compare` with vanilla}}} of the needs whose tasks were asked."""
     found = {}
     of = scores.index.get_level_values("task").map(lambda task: NEEDS.get(task, ""))
     for need in KINDS_OF_NEED:
         rows = scores[of == need]
         if len(rows):
-            gains = {arm: compare(rows, arm, VANILLA, resamples) for arm in rows if arm != VANILLA}
+            gains = {arm: compare(rows, arm, VANILLA) for arm in rows if arm != VANILLA}
             found[need] = {"n": len(rows), "arms": rows.mean().to_dict(), "gains": gains}
     return found
 
 
-def oracle(scores: pd.DataFrame, resamples: int) -> Values | None:
+def oracle(scores: pd.DataFrame) -> Values | None:
     """How far the learned choice of kind gets towards the best of none, all short and all long, question by question.
 
     {arms {arm: score}, mean (of the three), best (arm), learned, oracle, share, share_ci95, seeds {seed: {share,
@@ -125,18 +125,18 @@ def oracle(scores: pd.DataFrame, resamples: int) -> Values | None:
         "best": best,
         "learned": float(scores[VISMEM].mean()),
         "oracle": float(scores[list(CHOICES)].max(axis=1).mean()),
-        **_share(scores, resamples),
-        "seeds": {int(seed): _share(rows, resamples) for seed, rows in scores.groupby(level="seed")},
-        "over_best": compare(scores, VISMEM, best, resamples),
+        **_share(scores),
+        "seeds": {int(seed): _share(rows) for seed, rows in scores.groupby(level="seed")},
+        "over_best": compare(scores, VISMEM, best),
     }
 
 
-def _share(scores: pd.DataFrame, resamples: int) -> Values:
+def _share(scores: pd.DataFrame) -> Values:
     three = scores[list(CHOICES)]
     way, gone = (side.to_numpy() - three.mean(axis=1).to_numpy() for side in (three.max(axis=1), scores[VISMEM]))
     if not way.any():
         return {"mean": float(three.to_numpy().mean()), "share": None, "share_ci95": None}
-    interval = share_interval(100 * gone, way, resamples=resamples, seed=0)
+    interval = ratio_interval(100 * gone, way, clusters_of(scores))
     return {
         "mean": float(three.to_numpy().mean()),
         "share": float(100 * gone.sum() / way.sum()),

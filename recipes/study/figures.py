@@ -25,7 +25,6 @@ def study_figures(
     seconds: Mapping[int, Mapping[str, float]],
     lengths: Mapping[str, int],
     random: str,
-    resamples: int,
 ) -> Values:
     """The figures of all arms, tasks and claims; `answers` and `seconds` (per question, by arm) are by seed.
 
@@ -43,23 +42,23 @@ def study_figures(
             "tokens": {seed: tokens_read(rows[arm], lengths) for seed, rows in answers.items()},
             "overhead": overhead.loc[arm].tolist(),
         }
-        for arm, figures in arm_figures(scores, resamples).items()
+        for arm, figures in arm_figures(scores).items()
     }
     pooled = {  # seeds ask other questions under the same ids
         arm: [replace(a, id=f"{seed}/{a.id}") for seed, rows in answers.items() for a in rows[arm]] for arm in arms
     }
     asked = pooled[VANILLA]
     memories = budgets.mean_memories(answers)
-    judged = judge(of_arms(random), scores, resamples)
+    judged = judge(of_arms(random), scores)
     return {
         "arms": arms,
-        "pooled": summarise(pooled, mean_seconds, seed=min(answers), resamples=resamples),
+        "pooled": summarise(pooled, mean_seconds, seed=min(answers)),
         "yes_no_tasks": sorted({a.task for a in asked} - {a.task for a in asked if not is_yes_no(a)}),
         "random": random,
         "claims": [*judged, whole_order(judged)],
-        "budgets": budgets.lines(scores, memories, resamples),
-        "needs": budgets.needs(scores, resamples),
-        "oracle": budgets.oracle(scores, resamples),
+        "budgets": budgets.lines(scores, memories),
+        "needs": budgets.needs(scores),
+        "oracle": budgets.oracle(scores),
     }
 
 
@@ -69,7 +68,7 @@ def tokens_read(answers: Sequence[Prediction], lengths: Mapping[str, int]) -> fl
     return (sum(answer.visual_tokens for answer in answers) + vectors) / len(answers)
 
 
-def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str], resamples: int) -> Values:
+def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str]) -> Values:
     """Figures of models trained on half of the tasks: on the tasks `trained` on, and on the others.
 
     {tasks, halves {"trained" or "untrained": {n, arms (`arm_figures`)}}, claims: `judge` on the untrained tasks}; a
@@ -78,14 +77,14 @@ def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str], res
     scores = score_table(answers)
     known = scores.index.get_level_values("task").isin(trained)
     halves = {
-        name: {"n": len(half), "arms": arm_figures(half, resamples)}
+        name: {"n": len(half), "arms": arm_figures(half)}
         for name, half in (("trained", scores[known]), ("untrained", scores[~known]))
         if len(half)
     }
-    return {"tasks": list(trained), "halves": halves, "claims": judge(TRANSFER, scores[~known], resamples)}
+    return {"tasks": list(trained), "halves": halves, "claims": judge(TRANSFER, scores[~known])}
 
 
-def check_figures(checks: Mapping[int, Mapping[str, Values]], rollouts: float, resamples: int) -> Values:
+def check_figures(checks: Mapping[int, Mapping[str, Values]], rollouts: float) -> Values:
     """What GRPO changed on validation questions: {check: {n, rollouts, found: `compare` of after with before}}.
 
     `checks`: a step's `checks.json` by seed, of which the arms count that were asked at both times.
@@ -97,20 +96,21 @@ def check_figures(checks: Mapping[int, Mapping[str, Values]], rollouts: float, r
             for seed, check in checks.items()
         }
         table = pd.concat(tables, names=["seed"])
-        found[name] = {"n": len(table), "rollouts": rollouts, "found": compare(table, "after", "before", resamples)}
+        found[name] = {"n": len(table), "rollouts": rollouts, "found": compare(table, "after", "before")}
     return found
 
 
 def score_table(answers: Mapping[int, Answers]) -> pd.DataFrame:
-    """(questions, arms) scores in percent; the index is each question's seed and task."""
+    """(questions, arms) scores in percent; the index is each question's seed, task and cluster."""
     tables = {}
     for seed, by_arm in answers.items():
         scores = {arm: [100 * answer.score for answer in rows] for arm, rows in by_arm.items()}
-        tables[seed] = pd.DataFrame(scores, index=pd.Index([a.task for a in by_arm[VANILLA]], name="task"))
+        index = [(a.task, a.cluster or f"{seed}/{a.id}") for a in by_arm[VANILLA]]  # seeds ask others by the same ids
+        tables[seed] = pd.DataFrame(scores, index=pd.MultiIndex.from_tuples(index, names=["task", "cluster"]))
     return pd.concat(tables, names=["seed"])
 
 
-def arm_figures(scores: pd.DataFrame, resamples: int) -> Values:
+def arm_figures(scores: pd.DataFrame) -> Values:
     """{arm: {seeds {seed: score}, mean (of the seeds), spread, gain}}.
 
     `spread` is the sample standard deviation over seeds, None for one seed. `gain` is `compare` with vanilla, None for
@@ -120,6 +120,6 @@ def arm_figures(scores: pd.DataFrame, resamples: int) -> Values:
     for arm in scores:
         seeds = {int(seed): float(rows.mean()) for seed, rows in scores[arm].groupby(level="seed")}
         spread = float(pd.Series(seeds).std()) if len(seeds) > 1 else None
-        gain = compare(scores, arm, VANILLA, resamples) if arm != VANILLA else None
+        gain = compare(scores, arm, VANILLA) if arm != VANILLA else None
         figures[arm] = {"seeds": seeds, "mean": sum(seeds.values()) / len(seeds), "spread": spread, "gain": gain}
     return figures

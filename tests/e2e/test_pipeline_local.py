@@ -36,7 +36,6 @@ TINY: dict[str, Any] = {
     **{key: 2 for key in ("grpo.batch_size", "stage1.group_size", "stage2.group_size")},
     **{f"{section}.max_new_tokens": 8 for section in ("grpo", "evaluate")},
     "evaluate.arms": ["vanilla", "vismem"],
-    "evaluate.bootstrap": 100,
     "export.parity_items": 2,
 }
 SERVED = pytest.mark.skipif(
@@ -44,6 +43,7 @@ SERVED = pytest.mark.skipif(
 )
 PASSES = {
     "gate.min_items": 1,
+    "gate.min_clusters": 1,
     "gate.min_gain": -100,
     "gate.min_gain_low": -100,
     "gate.max_capability_drop": 100,

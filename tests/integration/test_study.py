@@ -24,7 +24,7 @@ TOY = {
     "stage1": {"steps": 1, "group_size": 2, "warm_start": {"steps": 1}},
     "stage2": {"steps": 1, "group_size": 2},
     "baselines": {"supervised": {"steps": 1, "batch_size": 2}},
-    "evaluate": {"max_new_tokens": 4, "bootstrap": 100},
+    "evaluate": {"max_new_tokens": 4},
 }  # fmt: skip
 ONE_SEED = [
     *("--seeds", "1", "--transfer-seeds", "0", "--stage-seeds", "0"),

@@ -44,6 +44,7 @@ class Sample:
     source: str = ""
     scene: str = ""  # JSON: the generator's own truth about each image; empty for real data
     videos: tuple[Video, ...] = ()
+    cluster: str = ""  # a group that its source names, whose questions are not independent; see `vismem.data.clusters`
 
     def scene_truth(self) -> Any:
         """The generator's truth, parsed; None where there is none."""
@@ -77,6 +78,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("scene", pa.string()),
         ("videos", pa.list_(pa.struct([("frames", pa.list_(pa.binary())), ("fps", pa.float64())]))),
+        ("cluster", pa.string()),
     ]
 )
 

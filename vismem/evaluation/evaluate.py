@@ -15,6 +15,7 @@ import torch
 from pydantic import TypeAdapter
 
 from vismem.config import Config
+from vismem.data.clusters import cluster_ids
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
@@ -43,15 +44,16 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """
     arms, folder = resolve_arms(config.evaluate.arms), inputs["validate"] / "data" / "test"
     samples = pick(folder, config.evaluate.limit, config.seed)
+    clusters = cluster_ids(samples)
     models = load_models(arms, inputs, config)
     decoded = decode(models, arms, samples, config, out / ANSWERS)
     predictions = {
-        name: [predict(sample, rollout) for sample, rollout in zip(samples, run.rollouts, strict=True)]
+        name: [predict(*answered) for answered in zip(samples, run.rollouts, clusters, strict=True)]
         for name, run in decoded.items()
     }
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(
-        **summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap),
+        **summarise(predictions, seconds, seed=config.seed),
         stage2_sha256=sha256_folder(inputs["stage2"]),
         test_sha256=sha256_folder(folder, "*.parquet"),
         items_sha256=hashlib.sha256("\n".join(sample.id for sample in samples).encode()).hexdigest(),

@@ -1,81 +1,142 @@
-"""Uncertainty of scores over test items: bootstrap intervals, paired differences, exact McNemar. Pure functions.
+"""Uncertainty of scores over test items: intervals, the paired permutation test, Holm's correction. Pure functions.
 
-All intervals are about the choice of test items. They say nothing of the luck of a training run: for that, train again
-with other seeds.
+Questions about one image are right and wrong together: an image with twenty of them says less than twenty images. All
+figures therefore rest on clusters: `clusters` (n,) holds a label per item, and items with the same one count together.
+They say nothing of the luck of a training run: for that, train again with other seeds.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
+from scipy.signal import convolve
+from scipy.stats import binom, t
 
-from vismem.records import Difference
+from vismem.records import SIGNIFICANT, Difference, Interval
 
 Scores = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.str_]
 
-_CELLS = 4_000_000  # random indices drawn at once: 32 MB
+POWER = 0.8  # with which a difference of `Difference.detectable` is shown
+FLIPS, _CELLS = 9999, 4_000_000  # drawn sign flips of graded scores, and random signs held at once
 
 
-def bootstrap_interval(scores: Scores, *, resamples: int, seed: int, coverage: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `scores` (n,), in the unit of the scores.
+def ratio_interval(part: Scores, whole: Scores, clusters: Labels) -> Interval:
+    """95 % interval of sum(part) / sum(whole), all (n,); infinite for a single cluster. ValueError where `whole` is 0.
 
-    Items are drawn with replacement, n at a time, `resamples` times. The same seed and n draw the same items, so that
-    intervals of several arms on the same items are comparable. ValueError for no items.
+    Student's t on the clusters' sums, linearised, with a degree of freedom less than there are clusters. Of the usual
+    methods it is the one that keeps its coverage down to ten clusters (benchmarks/coverage.py).
     """
-    if scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"scores must be a non-empty vector, not of shape {scores.shape}")
-    return _percentiles(_resampled_means(scores, resamples, seed), coverage)
+    ratio, error, count = _ratio(part, whole, clusters)
+    half = _quantile(1 - SIGNIFICANT / 2, count) * error if error < np.inf else np.inf
+    return ratio - half, ratio + half
 
 
-def share_interval(part: Scores, whole: Scores, *, resamples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval (95 %) of sum(part) / sum(whole), both (n,).
+def score_interval(scores: Scores, clusters: Labels) -> Interval:
+    """95 % interval of the mean of `scores` (n,), in percent: Wilson's, so that 5 right of 5 are not 100 to 100.
 
-    Items are drawn, each with both figures. A draw in which the sum of `whole` is 0 says nothing and is left out;
-    ValueError where all draws are.
+    n is the effective sample size: as many independent questions as would have the clusters' variance (Korn and
+    Graubard, 1998). Clusters that are all alike show no variance: they count as a question each. The quantile is t's.
     """
-    parts, wholes = (_resampled_means(values, resamples, seed) for values in (part, whole))
-    drawn = wholes != 0
-    if not drawn.any():
-        raise ValueError("the share of 0 is not defined")
-    return _percentiles(parts[drawn] / wholes[drawn], 0.95)
+    mean, error, count = _ratio(scores / 100, np.ones_like(scores), clusters)
+    if count == 1:
+        return 0.0, 100.0
+    variance = error**2 * (count - 1) / count
+    effective = mean * (1 - mean) / variance if variance > 1e-20 else count
+    spread = _quantile(1 - SIGNIFICANT / 2, count) ** 2 / effective
+    middle = (mean + spread / 2) / (1 + spread)
+    half = np.sqrt(spread * (mean * (1 - mean) + spread / 4)) / (1 + spread)
+    return 100 * float(max(middle - half, 0.0)), 100 * float(min(middle + half, 1.0))
 
 
-def _resampled_means(scores: Scores, resamples: int, seed: int) -> Scores:
-    """(resamples,) means of n items drawn with replacement: the same items for the same n and seed."""
-    rng = np.random.default_rng(seed)
-    count, means = len(scores), np.empty(resamples)
-    chunk = max(1, _CELLS // count)
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        means[start : start + size] = scores[rng.integers(0, count, size=(size, count))].mean(axis=1)
-    return means
+def permutation_p(arm: Scores, reference: Scores, clusters: Labels) -> float:
+    """Two-sided p of the paired permutation test: how often the arms' sums are as far apart with clusters swapped.
 
-
-def _percentiles(values: Scores, coverage: float) -> tuple[float, float]:
-    tail = 100 * (1 - coverage) / 2
-    low, high = np.percentile(values, [tail, 100 - tail])
-    return float(low), float(high)
-
-
-def mcnemar(arm: Scores, reference: Scores) -> float:
-    """Two-sided exact McNemar p: the chance of so uneven a split of the items on which the two differ.
-
-    Of b items that only `arm` has right and c that only `reference` has right, b is binomial(b + c, 1/2) if neither is
-    better. With graded scores this is the exact sign test. 1.0 where no item differs.
+    Where neither arm is better, swapping both answers to all questions of a cluster changes nothing but the sign of its
+    difference. Exact for scores that are right or wrong, where it is McNemar's exact test if each cluster is one
+    question; of graded scores FLIPS sign flips are drawn. 1.0 where no item differs.
     """
     if arm.shape != reference.shape:
         raise ValueError(f"arms must be scored on the same items: {arm.shape} against {reference.shape}")
-    better, worse = int((arm > reference).sum()), int((arm < reference).sum())
-    if better + worse == 0:
-        return 1.0
-    return float(binomtest(better, better + worse, 0.5).pvalue)
-
-
-def paired_difference(arm: Scores, reference: Scores, *, resamples: int, seed: int) -> Difference:
-    """Mean difference (arm - reference) on the same items (n,) in the same order, with 95 % interval and McNemar's p.
-
-    The bootstrap draws items, each with both arms' scores, so the interval is that of the paired difference.
-    """
-    p = mcnemar(arm, reference)  # refuses arms on other items, which numpy might broadcast
     difference = arm - reference
-    interval = bootstrap_interval(difference, resamples=resamples, seed=seed)
-    return Difference(delta=float(difference.mean()), ci95=interval, p=p)
+    largest = np.abs(difference).max(initial=0.0)
+    if largest == 0:
+        return 1.0
+    differences = difference / largest
+    sums = _sums(differences, clusters)
+    if np.isin(differences, (-1, 0, 1)).all():
+        return _exact_p(np.rint(sums).astype(np.int64))
+    return _drawn_p(sums)
+
+
+def _exact_p(sums: npt.NDArray[np.int64]) -> float:
+    """The share of all sign flips of `sums`, whole numbers, whose total is as far from 0; by their distribution."""
+    sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
+    chances = np.ones(1)  # of the sum of the sizes that keep a plus
+    for size, count in zip(sizes, counts, strict=True):
+        kept = np.zeros(size * count + 1)
+        kept[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = convolve(chances, kept)
+    totals = 2 * np.arange(len(chances)) - (len(chances) - 1)
+    return float(np.clip(chances[np.abs(totals) >= abs(sums.sum())].sum(), 0.0, 1.0))
+
+
+def _drawn_p(sums: Scores) -> float:
+    rng, far, seen = np.random.default_rng(0), abs(sums.sum()) * (1 - 1e-9), 1  # what was observed is one of them
+    chunk = max(1, _CELLS // len(sums))
+    for start in range(0, FLIPS, chunk):
+        signs = rng.choice((-1.0, 1.0), size=(min(chunk, FLIPS - start), len(sums)))
+        seen += int((np.abs(signs @ sums) >= far).sum())
+    return seen / (FLIPS + 1)
+
+
+def paired_difference(arm: Scores, reference: Scores, clusters: Labels) -> Difference:
+    """Mean difference (arm - reference) on the same items (n,), scores in percent, with interval and p by clusters.
+
+    `detectable` is the true difference that such data show with a chance of POWER; None where nothing varies.
+    """
+    p = permutation_p(arm, reference, clusters)  # refuses arms on other items, which numpy might broadcast
+    difference, ones = arm - reference, np.ones_like(arm)
+    _, error, count = _ratio(difference, ones, clusters)
+    low, high = np.clip(ratio_interval(difference, ones, clusters), -100, 100)
+    steps = sum(_quantile(chance, count) for chance in (1 - SIGNIFICANT / 2, POWER))
+    return Difference(
+        delta=float(difference.mean()),
+        ci95=(float(low), float(high)),
+        p=p,
+        detectable=steps * error if 0 < error < np.inf else None,
+    )
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p-values of comparisons that stand side by side, so that the chance of any false one stays at the level."""
+    order, count = np.argsort(ps), len(ps)
+    adjusted = np.empty(count)
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.array(ps)[order] * np.arange(count, 0, -1)), 1.0)
+    return [float(p) for p in adjusted]
+
+
+def _ratio(part: Scores, whole: Scores, clusters: Labels) -> tuple[float, float, int]:
+    """sum(part) / sum(whole), its standard error from the clusters' sums (infinite for one), and their number."""
+    if part.ndim != 1 or len(part) == 0:
+        raise ValueError(f"scores must be a non-empty vector, not of shape {part.shape}")
+    parts, wholes = (_sums(values, clusters) for values in (part, whole))
+    total, count = wholes.sum(), len(wholes)
+    if total == 0:
+        raise ValueError("the share of 0 is not defined")
+    ratio = parts.sum() / total
+    if count == 1:
+        return float(ratio), np.inf, 1
+    variance = ((parts - ratio * wholes) ** 2).sum() / total**2 * count / (count - 1)
+    return float(ratio), float(np.sqrt(variance)), count
+
+
+def _sums(values: Scores, clusters: Labels) -> Scores:
+    """(clusters,) sums of `values` (n,). ValueError where an item has no cluster."""
+    if values.shape != clusters.shape:
+        raise ValueError(f"every item needs its cluster: {values.shape} items, {clusters.shape} clusters")
+    return np.bincount(np.unique(clusters, return_inverse=True)[1], weights=values).astype(np.float64)
+
+
+def _quantile(chance: float, clusters: int) -> float:
+    return float(t.ppf(chance, clusters - 1))

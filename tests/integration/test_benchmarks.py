@@ -39,3 +39,16 @@ def test_validation_reports_its_speed(run, tmp_path: Path) -> None:  # type: ign
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["rows"] == 40
     assert figures["peak_gib"] > 0
+
+
+def test_coverage_compares_clusters_with_questions(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run("coverage", "--trials", "40", "--resamples", "100", "--json", str(tmp_path / "figures.json"))
+    settings = json.loads((tmp_path / "figures.json").read_text())["settings"]
+    assert len(settings) == 9
+    for row in settings:
+        assert 80 <= row["score_covers"] <= 100
+        assert row["ours"]["covers"] >= 80
+        if row["questions"] == 1:
+            assert row["ours"]["p"] == row["by_questions"]["p"], "one test where each question has its image"
+        if row["questions"] == 20:
+            assert row["by_questions"]["covers"] < row["ours"]["covers"]

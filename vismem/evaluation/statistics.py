@@ -25,24 +25,27 @@ def ratio_interval(part: Scores, whole: Scores, clusters: Labels) -> Interval:
     """95 % interval of sum(part) / sum(whole), all (n,); infinite for a single cluster. ValueError where `whole` is 0.
 
     Student's t on the clusters' sums, linearised, with a degree of freedom less than there are clusters. Of the usual
-    methods it is the one that keeps its coverage down to ten clusters (benchmarks/coverage.py).
+    methods it is the one that keeps its coverage down to ten clusters.
     """
-    ratio, error, count = _ratio(part, whole, clusters)
-    half = _quantile(1 - SIGNIFICANT / 2, count) * error if error < np.inf else np.inf
+    ratio, error, count = _estimate(part, whole, clusters)
+    half = _quantile(1 - SIGNIFICANT / 2, count) * error if count > 1 else np.inf
     return ratio - half, ratio + half
 
 
 def score_interval(scores: Scores, clusters: Labels) -> Interval:
     """95 % interval of the mean of `scores` (n,), in percent: Wilson's, so that 5 right of 5 are not 100 to 100.
 
-    n is the effective sample size: as many independent questions as would have the clusters' variance (Korn and
-    Graubard, 1998). Clusters that are all alike show no variance: they count as a question each. The quantile is t's.
+    Its n is the effective sample size, as many independent questions as would have the clusters' variance (Korn and
+    Graubard, 1998), and its quantile is t's. Where nearly all is right or wrong the variance seen is too small: it is
+    taken with two more clusters of the mean size, one all right and one all wrong. Single questions keep their n by it.
     """
-    mean, error, count = _ratio(scores / 100, np.ones_like(scores), clusters)
+    rights, sizes = _sums(scores / 100, clusters), _sums(np.ones_like(scores), clusters)
+    count, mean = len(sizes), rights.sum() / sizes.sum()
     if count == 1:
         return 0.0, 100.0
-    variance = error**2 * (count - 1) / count
-    effective = mean * (1 - mean) / variance if variance > 1e-20 else count
+    more = np.append(rights, (sizes.mean(), 0.0)), np.append(sizes, (sizes.mean(), sizes.mean()))
+    share, variance = _ratio(*more)
+    effective = share * (1 - share) / variance * count / (count + 2)
     spread = _quantile(1 - SIGNIFICANT / 2, count) ** 2 / effective
     middle = (mean + spread / 2) / (1 + spread)
     half = np.sqrt(spread * (mean * (1 - mean) + spread / 4)) / (1 + spread)
@@ -97,15 +100,10 @@ def paired_difference(arm: Scores, reference: Scores, clusters: Labels) -> Diffe
     """
     p = permutation_p(arm, reference, clusters)  # refuses arms on other items, which numpy might broadcast
     difference, ones = arm - reference, np.ones_like(arm)
-    _, error, count = _ratio(difference, ones, clusters)
     low, high = np.clip(ratio_interval(difference, ones, clusters), -100, 100)
+    delta, error, count = _estimate(difference, ones, clusters)
     steps = sum(_quantile(chance, count) for chance in (1 - SIGNIFICANT / 2, POWER))
-    return Difference(
-        delta=float(difference.mean()),
-        ci95=(float(low), float(high)),
-        p=p,
-        detectable=steps * error if 0 < error < np.inf else None,
-    )
+    return Difference(delta=delta, ci95=(float(low), float(high)), p=p, detectable=steps * error if error else None)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -116,23 +114,26 @@ def holm(ps: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def _ratio(part: Scores, whole: Scores, clusters: Labels) -> tuple[float, float, int]:
-    """sum(part) / sum(whole), its standard error from the clusters' sums (infinite for one), and their number."""
-    if part.ndim != 1 or len(part) == 0:
-        raise ValueError(f"scores must be a non-empty vector, not of shape {part.shape}")
+def _estimate(part: Scores, whole: Scores, clusters: Labels) -> tuple[float, float, int]:
+    """sum(part) / sum(whole), its standard error (0 for one cluster), and the number of clusters."""
     parts, wholes = (_sums(values, clusters) for values in (part, whole))
-    total, count = wholes.sum(), len(wholes)
+    (ratio, variance), count = _ratio(parts, wholes), len(parts)
+    return ratio, float(np.sqrt(variance * count / (count - 1))) if count > 1 else 0.0, count
+
+
+def _ratio(parts: Scores, wholes: Scores) -> tuple[float, float]:
+    """sum(parts) / sum(wholes) of the clusters' sums, and its linearised variance, not corrected for their number."""
+    total = wholes.sum()
     if total == 0:
         raise ValueError("the share of 0 is not defined")
     ratio = parts.sum() / total
-    if count == 1:
-        return float(ratio), np.inf, 1
-    variance = ((parts - ratio * wholes) ** 2).sum() / total**2 * count / (count - 1)
-    return float(ratio), float(np.sqrt(variance)), count
+    return float(ratio), float(((parts - ratio * wholes) ** 2).sum() / total**2)
 
 
 def _sums(values: Scores, clusters: Labels) -> Scores:
-    """(clusters,) sums of `values` (n,). ValueError where an item has no cluster."""
+    """(clusters,) sums of `values` (n,). ValueError for no items, and where one has no cluster."""
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"scores must be a non-empty vector, not of shape {values.shape}")
     if values.shape != clusters.shape:
         raise ValueError(f"every item needs its cluster: {values.shape} items, {clusters.shape} clusters")
     return np.bincount(np.unique(clusters, return_inverse=True)[1], weights=values).astype(np.float64)

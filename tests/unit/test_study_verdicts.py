@@ -289,6 +289,7 @@ def test_the_table_lists_every_claim_once_with_its_figures() -> None:
     assert lines[3] == "| M2 | one | +2 |  | **not run** |"
     assert part_table(listed, [0, 1]).splitlines()[2].startswith("| VisMem - vanilla | M1 | not shown | +0.0 (")
     assert "| +100.0 (+100.0 to +100.0) | -100.0 (-100.0 to -100.0) |" in part_table(listed, [0, 1])
+    assert part_table(listed, [0, 1]).splitlines()[2].split(" | ")[4] == "1.000"
     assert tally(listed) == "not shown 1, not run 1"
 
 

@@ -34,7 +34,7 @@ def split_rows(rows: Sequence[Row], seed: int) -> Splits:
     """
     chosen, leaks = _without_leaks(rows)
     made = tuple(split for split in SHARES if not chosen[split])
-    groups = sorted(_groups(chosen["train"]), key=lambda group: _hash(group, seed))
+    groups = sorted(grouped(chosen["train"]), key=lambda group: _hash(group, seed))
     if len(groups) <= len(made):
         raise UserError(
             f"{len(groups)} different images, or groups of rows that share one, cannot be split into "
@@ -68,7 +68,7 @@ def _keys(row: Row) -> list[str]:
     return [*(digest.hex() for digest in row.pictures), *([f"group {row.group}"] if row.group is not None else [])]
 
 
-def _groups(rows: Sequence[Row]) -> list[Group]:
+def grouped(rows: Sequence[Row]) -> list[Group]:
     """The rows, those together that share a key, also over others."""
     groups: dict[str, Group] = {}
     for row, cluster in zip(rows, joined([_keys(row) for row in rows]), strict=True):

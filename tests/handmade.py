@@ -54,7 +54,9 @@ def hand_made() -> dict[str, list[Prediction]]:
     }
 
 
-def recorded(predictions: dict[str, list[Prediction]], seed: int = 7) -> Metrics:
+def recorded(predictions: dict[str, list[Prediction]], seed: int = 7, resamples: int = 500) -> Metrics:
     """The content of `metrics.json` for these predictions."""
-    figures = summarise(predictions, {arm: SECONDS.get(arm, 0.02) for arm in predictions}, seed=seed)
+    figures = summarise(
+        predictions, {arm: SECONDS.get(arm, 0.02) for arm in predictions}, seed=seed, resamples=resamples
+    )
     return Metrics(**figures, **HASHES)

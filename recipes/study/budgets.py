@@ -16,7 +16,7 @@ from vismem.data.tasks import NEEDS
 from vismem.evaluation import plots
 from vismem.evaluation.arms import label
 from vismem.evaluation.predictions import Prediction
-from vismem.evaluation.statistics import ratio_interval, score_interval
+from vismem.evaluation.statistics import score_interval, share_interval
 from vismem.records import VANILLA, VISMEM
 
 RANDOM = ("random_25", "random_50", "random_100")  # rates of random invocation
@@ -97,19 +97,19 @@ def lines_plot(placements: Mapping[str, Sequence[Values]]) -> bytes:
     return plots.to_png(figure)
 
 
-def needs(scores: pd.DataFrame) -> dict[str, Values]:
+def needs(scores: pd.DataFrame, resamples: int) -> dict[str, Values]:
     """{need: {n, arms {arm: score}, gains {arm: `compare` with vanilla}}} of the needs whose tasks were asked."""
     found = {}
     of = scores.index.get_level_values("task").map(lambda task: NEEDS.get(task, ""))
     for need in KINDS_OF_NEED:
         rows = scores[of == need]
         if len(rows):
-            gains = {arm: compare(rows, arm, VANILLA) for arm in rows if arm != VANILLA}
+            gains = {arm: compare(rows, arm, VANILLA, resamples) for arm in rows if arm != VANILLA}
             found[need] = {"n": len(rows), "arms": rows.mean().to_dict(), "gains": gains}
     return found
 
 
-def oracle(scores: pd.DataFrame) -> Values | None:
+def oracle(scores: pd.DataFrame, resamples: int) -> Values | None:
     """How far the learned choice of kind gets towards the best of none, all short and all long, question by question.
 
     {arms {arm: score}, mean (of the three), best (arm), learned, oracle, share, share_ci95, seeds {seed: {share,
@@ -125,18 +125,18 @@ def oracle(scores: pd.DataFrame) -> Values | None:
         "best": best,
         "learned": float(scores[VISMEM].mean()),
         "oracle": float(scores[list(CHOICES)].max(axis=1).mean()),
-        **_share(scores),
-        "seeds": {int(seed): _share(rows) for seed, rows in scores.groupby(level="seed")},
-        "over_best": compare(scores, VISMEM, best),
+        **_share(scores, resamples),
+        "seeds": {int(seed): _share(rows, resamples) for seed, rows in scores.groupby(level="seed")},
+        "over_best": compare(scores, VISMEM, best, resamples),
     }
 
 
-def _share(scores: pd.DataFrame) -> Values:
+def _share(scores: pd.DataFrame, resamples: int) -> Values:
     three = scores[list(CHOICES)]
     way, gone = (side.to_numpy() - three.mean(axis=1).to_numpy() for side in (three.max(axis=1), scores[VISMEM]))
     if not way.any():
         return {"mean": float(three.to_numpy().mean()), "share": None, "share_ci95": None}
-    interval = ratio_interval(100 * gone, way, clusters_of(scores))
+    interval = share_interval(100 * gone, way, clusters_of(scores), resamples=resamples, seed=0)
     return {
         "mean": float(three.to_numpy().mean()),
         "share": float(100 * gone.sum() / way.sum()),

@@ -62,7 +62,7 @@ def of_arms(random: str) -> list[Claim]:
 TRANSFER = (Claim("T1", VISMEM, VANILLA), Claim("T2", VISMEM, "sft_lora"))  # on tasks that were not trained on
 
 
-def judge(claims: Sequence[Claim], scores: pd.DataFrame | None) -> list[Values]:
+def judge(claims: Sequence[Claim], scores: pd.DataFrame | None, resamples: int) -> list[Values]:
     """Each claim's `part`, with its arms `above` and `below`; not run without these, or without questions."""
     judged = []
     for claim in claims:
@@ -71,7 +71,7 @@ def judge(claims: Sequence[Claim], scores: pd.DataFrame | None) -> list[Values]:
             asked = scores[scores.index.get_level_values("task").map(lambda task: NEEDS.get(task, "")) == claim.need]
         found = None
         if asked is not None and {claim.above, claim.below} <= set(asked) and len(asked):
-            found = compare(asked, claim.above, claim.below)
+            found = compare(asked, claim.above, claim.below, resamples)
         sides = {"above": claim.above, "below": claim.below}
         judged.append({**part(claim.id, claim.text, found, claim.margin), **sides})
     return judged
@@ -120,23 +120,23 @@ def clusters_of(scores: pd.DataFrame) -> npt.NDArray[np.int64]:
     """(questions,) the cluster of each, numbered. Validation questions name none: the study's have a picture each."""
     if "cluster" not in scores.index.names:
         return np.arange(len(scores))
-    return pd.factorize(scores.index.get_level_values("cluster"))[0]
+    return np.unique(scores.index.get_level_values("cluster"), return_inverse=True)[1]
 
 
-def compare(scores: pd.DataFrame, above: str, below: str) -> Values:
+def compare(scores: pd.DataFrame, above: str, below: str, resamples: int) -> Values:
     """The paired `Difference` in points of two columns, by the clusters of the questions.
 
     {pooled, seeds {seed: ...}, holds, reversed}: `holds` counts the seeds in which the 95 % interval is above 0,
     `reversed` those in which it is below.
     """
 
-    def difference(rows: pd.DataFrame) -> Values:
-        sides = (rows[side].to_numpy() for side in (above, below))
-        return paired_difference(*sides, clusters_of(rows)).model_dump(mode="json")
+    def difference(rows: pd.DataFrame, seed: int) -> Values:
+        sides = rows[above].to_numpy(), rows[below].to_numpy()
+        return paired_difference(*sides, clusters_of(rows), resamples=resamples, seed=seed).model_dump(mode="json")
 
-    seeds = {int(seed): difference(rows) for seed, rows in scores.groupby(level="seed")}
+    seeds = {int(seed): difference(rows, int(seed)) for seed, rows in scores.groupby(level="seed")}
     return {
-        "pooled": difference(scores),
+        "pooled": difference(scores, min(seeds)),
         "seeds": seeds,
         "holds": sum(found["ci95"][0] > 0 for found in seeds.values()),
         "reversed": sum(found["ci95"][1] < 0 for found in seeds.values()),

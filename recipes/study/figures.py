@@ -25,6 +25,7 @@ def study_figures(
     seconds: Mapping[int, Mapping[str, float]],
     lengths: Mapping[str, int],
     random: str,
+    resamples: int,
 ) -> Values:
     """The figures of all arms, tasks and claims; `answers` and `seconds` (per question, by arm) are by seed.
 
@@ -42,23 +43,23 @@ def study_figures(
             "tokens": {seed: tokens_read(rows[arm], lengths) for seed, rows in answers.items()},
             "overhead": overhead.loc[arm].tolist(),
         }
-        for arm, figures in arm_figures(scores).items()
+        for arm, figures in arm_figures(scores, resamples).items()
     }
     pooled = {  # seeds ask other questions under the same ids
         arm: [replace(a, id=f"{seed}/{a.id}") for seed, rows in answers.items() for a in rows[arm]] for arm in arms
     }
     asked = pooled[VANILLA]
     memories = budgets.mean_memories(answers)
-    judged = judge(of_arms(random), scores)
+    judged = judge(of_arms(random), scores, resamples)
     return {
         "arms": arms,
-        "pooled": summarise(pooled, mean_seconds, seed=min(answers)),
+        "pooled": summarise(pooled, mean_seconds, seed=min(answers), resamples=resamples),
         "yes_no_tasks": sorted({a.task for a in asked} - {a.task for a in asked if not is_yes_no(a)}),
         "random": random,
         "claims": [*judged, whole_order(judged)],
         "budgets": budgets.lines(scores, memories),
-        "needs": budgets.needs(scores),
-        "oracle": budgets.oracle(scores),
+        "needs": budgets.needs(scores, resamples),
+        "oracle": budgets.oracle(scores, resamples),
     }
 
 
@@ -68,7 +69,7 @@ def tokens_read(answers: Sequence[Prediction], lengths: Mapping[str, int]) -> fl
     return (sum(answer.visual_tokens for answer in answers) + vectors) / len(answers)
 
 
-def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str]) -> Values:
+def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str], resamples: int) -> Values:
     """Figures of models trained on half of the tasks: on the tasks `trained` on, and on the others.
 
     {tasks, halves {"trained" or "untrained": {n, arms (`arm_figures`)}}, claims: `judge` on the untrained tasks}; a
@@ -77,14 +78,14 @@ def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str]) -> 
     scores = score_table(answers)
     known = scores.index.get_level_values("task").isin(trained)
     halves = {
-        name: {"n": len(half), "arms": arm_figures(half)}
+        name: {"n": len(half), "arms": arm_figures(half, resamples)}
         for name, half in (("trained", scores[known]), ("untrained", scores[~known]))
         if len(half)
     }
-    return {"tasks": list(trained), "halves": halves, "claims": judge(TRANSFER, scores[~known])}
+    return {"tasks": list(trained), "halves": halves, "claims": judge(TRANSFER, scores[~known], resamples)}
 
 
-def check_figures(checks: Mapping[int, Mapping[str, Values]], rollouts: float) -> Values:
+def check_figures(checks: Mapping[int, Mapping[str, Values]], rollouts: float, resamples: int) -> Values:
     """What GRPO changed on validation questions: {check: {n, rollouts, found: `compare` of after with before}}.
 
     `checks`: a step's `checks.json` by seed, of which the arms count that were asked at both times.
@@ -96,7 +97,7 @@ def check_figures(checks: Mapping[int, Mapping[str, Values]], rollouts: float) -
             for seed, check in checks.items()
         }
         table = pd.concat(tables, names=["seed"])
-        found[name] = {"n": len(table), "rollouts": rollouts, "found": compare(table, "after", "before")}
+        found[name] = {"n": len(table), "rollouts": rollouts, "found": compare(table, "after", "before", resamples)}
     return found
 
 
@@ -110,7 +111,7 @@ def score_table(answers: Mapping[int, Answers]) -> pd.DataFrame:
     return pd.concat(tables, names=["seed"])
 
 
-def arm_figures(scores: pd.DataFrame) -> Values:
+def arm_figures(scores: pd.DataFrame, resamples: int) -> Values:
     """{arm: {seeds {seed: score}, mean (of the seeds), spread, gain}}.
 
     `spread` is the sample standard deviation over seeds, None for one seed. `gain` is `compare` with vanilla, None for
@@ -120,6 +121,6 @@ def arm_figures(scores: pd.DataFrame) -> Values:
     for arm in scores:
         seeds = {int(seed): float(rows.mean()) for seed, rows in scores[arm].groupby(level="seed")}
         spread = float(pd.Series(seeds).std()) if len(seeds) > 1 else None
-        gain = compare(scores, arm, VANILLA) if arm != VANILLA else None
+        gain = compare(scores, arm, VANILLA, resamples) if arm != VANILLA else None
         figures[arm] = {"seeds": seeds, "mean": sum(seeds.values()) / len(seeds), "spread": spread, "gain": gain}
     return figures

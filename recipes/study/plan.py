@@ -51,10 +51,10 @@ def parameters(config: Config, settings: Settings) -> Values:
 
 
 def changed(before: Values, now: Values, place: str = "") -> dict[str, tuple[Any, Any]]:
-    """The values that differ, (before, now) by full name, such as `stage1.steps`, of those that both versions know."""
+    """The values that differ, (before, now) by full name, such as `stage1.steps`."""
     found: dict[str, tuple[Any, Any]] = {}
-    for name in (name for name in before if name in now):
-        old, new = before[name], now[name]
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found |= changed(old, new, f"{place}{name}.")
         elif old != new:

@@ -42,13 +42,16 @@ def write_report(
             stages.setdefault(int(place.name.split("-")[1]), []).append(read_answers(place, settings.stage_arms))
     answers = {seed: read_answers(place, settings.arms) for seed, place in seeds.items()}
     moved = {seed: read_answers(place, settings.transfer_arms) for seed, place in halves.items()}
-    measured = {seed: read_json(place / "evaluate" / Metrics.FILE)["arms"] for seed, place in seeds.items()}
-    seconds = {seed: {arm: row["seconds_per_sample"] for arm, row in arms.items()} for seed, arms in measured.items()}
+    seconds = {
+        seed: {arm: row["seconds_per_sample"] for arm, row in Metrics.read(place / "evaluate").arms.items()}
+        for seed, place in seeds.items()
+    }
     baselines = [step.name for step in BASELINES if step.name in settings.arms]
     trained_by = {VISMEM: ("stage1", "stage2"), **{name: (name,) for name in baselines}}
     records = {name: record for name, record in read_records(folder).items() if name in {job.name for job in jobs}}
     differing = changed(parameters(resolve(), Settings()), parameters(config, settings))
     half = [task for source in config.prepare.sources for task in trained_half(source)]
+    resamples = config.evaluate.bootstrap
     lengths = {"short": config.memory.short_length, "long": config.memory.long_length}
     trained = {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()}
     random = nearest_rate(checked_memories(trained[VISMEM]["validation"]["stage2"]))
@@ -63,11 +66,11 @@ def write_report(
         "parameters": {name: value for name, (_, value) in differing.items()},
         "seeds": list(seeds),
         "items": {seed: len(rows[VANILLA]) for seed, rows in answers.items()},
-        **study_figures(answers, seconds, lengths, random),
+        **study_figures(answers, seconds, lengths, random, resamples),
         "training": trained,
-        "transfer": transfer_figures(moved, half) if moved else None,
-        "checks": checks(seeds),
-        "stages": stage_figures(stages) if stages else None,
+        "transfer": transfer_figures(moved, half, resamples) if moved else None,
+        "checks": checks(seeds, resamples),
+        "stages": stage_figures(stages, resamples) if stages else None,
         "base": base_facts(config),
     }
     figures["plan"] = verdicts(read_plan(ROOT / PLAN), figures)
@@ -84,13 +87,13 @@ def read_answers(place: Path, arms: Sequence[str]) -> Answers:
     return {arm: read_predictions(predictions_file(place / "evaluate", arm)) for arm in arms}
 
 
-def checks(seeds: Mapping[int, Path]) -> Mapping[str, Any]:
+def checks(seeds: Mapping[int, Path], resamples: int) -> Mapping[str, Any]:
     """What GRPO changed in both stages: `check_figures` of what each kept, with the answers that all seeds sampled."""
     found: dict[str, Any] = {}
     for step in ("stage1", "stage2"):
         rollouts = sum(read_json(place / step / "metrics.json")["train_rollouts"] for place in seeds.values())
         kept = {seed: read_json(place / step / CHECKS) for seed, place in seeds.items()}
-        found |= check_figures(kept, rollouts)
+        found |= check_figures(kept, rollouts, resamples)
     return found
 
 

@@ -9,7 +9,7 @@ from recipes.study.figures import Answers, Values, score_table
 from vismem.records import VANILLA, VISMEM
 
 
-def stage_figures(answers: Mapping[int, Sequence[Answers]]) -> Values:
+def stage_figures(answers: Mapping[int, Sequence[Answers]], resamples: int) -> Values:
     """The first stage's test questions, answered after each stage; `answers` by seed and stage.
 
     {n; arms {arm: {scores: after each stage, lost: `compare` of the first with the last}}; less {arm: `compare` of what
@@ -21,12 +21,12 @@ def stage_figures(answers: Mapping[int, Sequence[Answers]]) -> Values:
     arms = {
         arm: {
             "scores": [float(stage[arm].mean()) for stage in stages],
-            "lost": compare(pd.DataFrame({"first": first[arm], "last": last[arm]}), "first", "last"),
+            "lost": compare(pd.DataFrame({"first": first[arm], "last": last[arm]}), "first", "last", resamples),
         }
         for arm in first
     }
     lost = first - last
-    less = {arm: compare(lost, arm, VISMEM) for arm in first if arm not in (VANILLA, VISMEM)}
+    less = {arm: compare(lost, arm, VISMEM, resamples) for arm in first if arm not in (VANILLA, VISMEM)}
     changed = sum(
         before.text != after.text
         for rows in answers.values()

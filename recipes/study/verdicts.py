@@ -60,7 +60,7 @@ def all_parts(figures: Values) -> list[Values]:
         *_reinforced(figures["checks"]),
         _chosen(figures["oracle"]),
         *_kept(figures["stages"]),
-        *(figures["transfer"]["claims"] if figures["transfer"] else judge(TRANSFER, None)),
+        *(figures["transfer"]["claims"] if figures["transfer"] else judge(TRANSFER, None, 0)),
     ]
 
 

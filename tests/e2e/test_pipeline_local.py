@@ -36,6 +36,7 @@ TINY: dict[str, Any] = {
     **{key: 2 for key in ("grpo.batch_size", "stage1.group_size", "stage2.group_size")},
     **{f"{section}.max_new_tokens": 8 for section in ("grpo", "evaluate")},
     "evaluate.arms": ["vanilla", "vismem"],
+    "evaluate.bootstrap": 100,
     "export.parity_items": 2,
 }
 SERVED = pytest.mark.skipif(

@@ -40,7 +40,7 @@ CONFIG = Config(
     memory=tiny.MEMORY,
     grpo=GRPO,
     baselines=BaselinesConfig(rank=4, alpha=8, supervised=SUPERVISED, grpo=STAGE),
-    evaluate=EvaluateConfig(arms=(VANILLA, "sft_lora", "full"), max_new_tokens=10),
+    evaluate=EvaluateConfig(arms=(VANILLA, "sft_lora", "full"), max_new_tokens=10, bootstrap=100),
 )
 pytestmark = pytest.mark.usefixtures("scores_differ")
 

@@ -26,7 +26,7 @@ OWN = (*(name for name, arm in ARMS.items() if arm.model == VISMEM), "vismem@1")
 EAGER = 5.0  # offset of the invoke tokens' scores: the random model then invokes now and then
 CONFIG = Config(
     seed=3,
-    evaluate=EvaluateConfig(arms=OWN, limit=9, batch_size=4, max_new_tokens=10),
+    evaluate=EvaluateConfig(arms=OWN, limit=9, batch_size=4, max_new_tokens=10, bootstrap=100),
 )
 
 

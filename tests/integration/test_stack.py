@@ -266,7 +266,7 @@ def test_a_store_that_is_not_there_is_named(
 
 
 def test_the_pipeline_keeps_its_model_and_its_version_there(stack: Stack, tmp_path: Path) -> None:
-    small = {"stage1.steps": 1, "stage2.steps": 1}
+    small = {"stage1.steps": 1, "stage2.steps": 1, "evaluate.bootstrap": 100}
     settings = [f"--set={name}={value}" for name, value in {**small, "registry.model_name": "piped"}.items()]
     done = subprocess.run(
         [

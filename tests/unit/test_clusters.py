@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from handmade import SECONDS, hand_made
@@ -14,6 +15,7 @@ from vismem.data.clusters import cluster_ids, joined
 from vismem.data.sample import Sample, Video
 from vismem.evaluation.metrics import cluster_of, summarise
 from vismem.evaluation.predictions import read_predictions, write_predictions
+from vismem.evaluation.statistics import paired_difference
 
 
 def png(shade: int, form: str = "PNG") -> bytes:
@@ -74,15 +76,17 @@ def test_questions_about_one_image_count_together() -> None:
         arm: [replace(answer, cluster=image) for answer, image in zip(answers, images, strict=True)]
         for arm, answers in hand_made().items()
     }
-    metrics = summarise(clustered, SECONDS, seed=7)
+    metrics = summarise(clustered, SECONDS, seed=7, resamples=500)
     assert metrics["clusters"] == {"overall": 4, "understanding": 2, "reasoning": 1, "generation": 1}
     overall = metrics["gain"]["overall"]
     assert overall["p"] == pytest.approx(10 / 16), (
         "sums 1, 1, -1, 1 of four images: ten of 16 flips are 2 or more from 0"
     )
-    assert overall["ci95"] == pytest.approx([25 - 3.182446 * 25, 100])
+    rights = (np.array([100 * answer.score for answer in hand_made()[arm]]) for arm in ("vismem", "vanilla"))
+    expected = paired_difference(*rights, np.repeat(np.arange(4), 2), resamples=500, seed=7)
+    assert overall["ci95"] == pytest.approx(list(expected.ci95))
     assert metrics["intervals"]["vismem"]["reasoning"] == [0.0, 100.0], "one image says nothing"
-    apart = summarise(hand_made(), SECONDS, seed=7)
+    apart = summarise(hand_made(), SECONDS, seed=7, resamples=500)
     assert apart["clusters"]["overall"] == 8
     assert apart["gain"]["overall"]["ci95"][0] > overall["ci95"][0]
 

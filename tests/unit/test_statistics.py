@@ -1,16 +1,25 @@
 """The statistics against sums by hand, brute force, scipy and simulation."""
 
 import itertools
+from functools import partial
 from math import comb
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from vismem.evaluation.statistics import holm, paired_difference, permutation_p, ratio_interval, score_interval
+from vismem.evaluation.statistics import (
+    bootstrap_interval,
+    holm,
+    paired_difference,
+    permutation_p,
+    score_interval,
+    share_interval,
+)
 from vismem.records import Difference
 
 Arms = tuple[np.ndarray, np.ndarray]
+compared = partial(paired_difference, resamples=500, seed=1)
 
 
 def arms(both: int, only_arm: int, only_reference: int, neither: int) -> Arms:
@@ -50,25 +59,54 @@ def test_mcnemar_known_value() -> None:
     assert permutation_p(arm, reference, alone(arm)) == pytest.approx(0.03125)
 
 
-def test_of_single_questions_the_interval_is_that_of_the_paired_t_test() -> None:
+@pytest.mark.parametrize("resamples", [3, 20, 1000])
+def test_of_single_questions_the_interval_ends_at_the_percentiles_of_the_means_of_the_drawn_items(
+    resamples: int,
+) -> None:
+    scores = np.random.default_rng(1).random(40)
+    means = scores[np.random.default_rng(4).integers(0, 40, size=(resamples, 40))].mean(axis=1)
+    found = bootstrap_interval(scores, np.arange(40)[::-1], resamples=resamples, seed=4)
+    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=1e-12)
+
+
+def test_the_bootstrap_agrees_with_every_resample_of_five_items() -> None:
+    scores = np.array([0.0, 0.0, 1.0, 2.0, 5.0])
+    means = [np.mean(drawn) for drawn in itertools.product(scores, repeat=5)]
+    low, high = bootstrap_interval(scores, alone(scores), resamples=20_000, seed=3)
+    assert (low, high) == pytest.approx((np.percentile(means, 2.5), np.percentile(means, 97.5)))
+
+
+def test_drawing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.random.default_rng(0).random(50)
+    whole = bootstrap_interval(scores, alone(scores), resamples=300, seed=2)
+    monkeypatch.setattr("vismem.evaluation.statistics._CELLS", 50 * 7)
+    assert bootstrap_interval(scores, alone(scores), resamples=300, seed=2) == whole
+
+
+def test_the_interval_of_a_difference_is_that_of_the_items_differences() -> None:
     arm, reference = np.random.default_rng(2).random((2, 30))
-    expected = stats.ttest_rel(arm, reference).confidence_interval(0.95)
-    found = paired_difference(arm, reference, alone(arm)).ci95
-    assert found == pytest.approx((expected.low, expected.high), rel=1e-12)
+    found = compared(arm, reference, alone(arm)).ci95
+    assert found == bootstrap_interval(arm - reference, alone(arm), resamples=500, seed=1)
+
+
+def test_graded_scores_of_single_questions_are_compared_by_the_exact_sign_test() -> None:
+    arm, reference = np.array([90.0, 30.0, 20.0, 55.0, 60.0, 1.0]), np.array([10.0, 20.0, 15.0, 54.0, 60.0, 2.0])
+    expected = stats.binomtest(4, 5, 0.5).pvalue
+    assert permutation_p(arm, reference, alone(arm)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_identical_arms_differ_by_nothing() -> None:
     scores = np.array([100.0, 0.0, 100.0, 100.0, 0.0])
-    difference = paired_difference(scores, scores.copy(), alone(scores))
+    difference = compared(scores, scores.copy(), alone(scores))
     assert difference == Difference(delta=0.0, ci95=(0.0, 0.0), p=1.0, detectable=None)
 
 
 def test_the_difference_is_the_difference_of_the_means() -> None:
     arm, reference = arms(30, 20, 5, 45)
-    difference = paired_difference(arm, reference, alone(arm))
+    difference = compared(arm, reference, alone(arm))
     assert difference.delta == pytest.approx(15)
     assert difference.ci95[0] < 15 < difference.ci95[1]
-    swapped = paired_difference(reference, arm, alone(arm))
+    swapped = compared(reference, arm, alone(arm))
     assert swapped.delta == -difference.delta
     assert swapped.ci95 == pytest.approx(tuple(-end for end in reversed(difference.ci95)))
     assert swapped.p == difference.p
@@ -76,23 +114,30 @@ def test_the_difference_is_the_difference_of_the_means() -> None:
 
 def test_pairing_narrows_the_interval_of_correlated_arms() -> None:
     arm, reference = arms(50, 6, 2, 42)
-    paired = paired_difference(arm, reference, alone(arm))
-    unpaired = paired_difference(arm, np.random.default_rng(0).permutation(reference), alone(arm))
+    paired = compared(arm, reference, alone(arm))
+    unpaired = compared(arm, np.random.default_rng(0).permutation(reference), alone(arm))
     assert np.ptp(paired.ci95) < 0.6 * np.ptp(unpaired.ci95)
 
 
 # --- clusters ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_interval_by_hand() -> None:
+def test_an_interval_is_widened_by_the_design_effect_and_the_quantiles_of_t() -> None:
     """Sums 100, 0, 100 of 2, 1 and 3 items: mean 100/3, residuals 100/3, -100/3 and 0, two degrees of freedom."""
-    arm, reference = np.array([100.0, 0, 0, 0, 100, 100]), np.array([0.0, 0, 0, 100, 0, 0])
-    found = paired_difference(arm, reference, np.array(["a", "a", "b", "c", "c", "c"]))
-    error = np.sqrt(2 * (100 / 3) ** 2 / 6**2 * 3 / 2)
-    assert found.delta == pytest.approx(100 / 3)
-    assert found.ci95 == pytest.approx((100 / 3 - 4.302653 * error, 100 / 3 + 4.302653 * error), rel=1e-6)
-    assert found.detectable == pytest.approx((4.302653 + 1.060660) * error, rel=1e-6)
-    assert found.p == 0.5, "of four signs of 100 and 100 two are as far from 0"
+    arm, reference = np.array([100.0, 0, 0, 0, 100, 0, 0, 0]), np.array([0.0, 0, 0, 100, 0, 0, 0, 100])
+    clusters = np.array(["a", "a", "b", "c", "b", "b", "b", "c"])
+    difference, mean = arm - reference, 0.0
+    by_clusters = np.sqrt((100**2 + 100**2 + 200**2) * 3 / 2) / 8  # sums 100, 100 and -200
+    by_items = np.sqrt(4 * 100**2 * 8 / 7) / 8
+    widening = by_clusters / by_items * 4.302653 / 2.364624
+    found, plain = compared(arm, reference, clusters), compared(arm, reference, alone(arm))
+    assert found.delta == plain.delta == difference.mean() == mean
+    assert bootstrap_interval(difference, clusters, resamples=500, seed=1) == pytest.approx(
+        tuple(widening * end for end in plain.ci95), rel=1e-6
+    )
+    assert plain.detectable == pytest.approx((2.364624 + 0.896030) * by_items, rel=1e-5)
+    assert found.detectable == pytest.approx(widening * plain.detectable, rel=1e-6)
+    assert found.p == 1.0, "sums 1, 1 and -2: no flip is nearer to 0"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -103,47 +148,38 @@ def test_p_is_the_share_of_all_sign_flips_of_the_clusters(seed: int) -> None:
     assert permutation_p(arm, reference, clusters) == pytest.approx(np.mean(flips), rel=1e-12)
 
 
-def test_p_of_graded_scores_is_near_that_of_all_sign_flips_and_the_same_each_time() -> None:
-    arm, reference, clusters = correlated(12, 3, graded=True)
-    sums = np.array([(arm - reference)[clusters == cluster].sum() for cluster in range(12)])
-    signs = np.array(list(itertools.product((-1, 1), repeat=12)))
-    exact = (np.abs(signs @ sums) >= abs(sums.sum()) - 1e-6).mean()
-    found = permutation_p(arm, reference, clusters)
-    assert found == pytest.approx(exact, abs=4 * np.sqrt(exact / 9999))
-    assert found == permutation_p(arm, reference, clusters)
-
-
-def test_flips_drawn_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    graded = correlated(12, 3, graded=True)
-    whole = permutation_p(*graded)
-    monkeypatch.setattr("vismem.evaluation.statistics._CELLS", 12 * 7)
-    assert permutation_p(*graded) == whole
-
-
 @pytest.mark.parametrize("graded", [False, True])
 def test_every_question_twice_in_its_cluster_says_no_more(graded: bool) -> None:
     """The invariant that breaks where questions are taken for independent."""
     arm, reference, clusters = correlated(40, 1, graded)
-    once = paired_difference(arm, reference, clusters)
-    twice = paired_difference(*(np.repeat(values, 2) for values in (arm, reference, clusters)))
-    assert twice.ci95 == pytest.approx(once.ci95, rel=1e-9)
-    assert (twice.p, twice.detectable) == pytest.approx((once.p, once.detectable))
-    assert score_interval(np.repeat(arm, 2), np.repeat(clusters, 2)) == pytest.approx(score_interval(arm, clusters))
-    independent = paired_difference(np.repeat(arm, 2), np.repeat(reference, 2), alone(np.repeat(arm, 2)))
+    once, twice, independent = (
+        paired_difference(*arms, labels, resamples=20_000, seed=0)
+        for arms, labels in (
+            ((arm, reference), clusters),
+            ((np.repeat(arm, 2), np.repeat(reference, 2)), np.repeat(clusters, 2)),
+            ((np.repeat(arm, 2), np.repeat(reference, 2)), np.arange(2 * len(arm))),
+        )
+    )
+    assert twice.ci95 == pytest.approx(once.ci95, abs=0.03 * np.ptp(once.ci95))
+    assert twice.detectable == pytest.approx(once.detectable, rel=0.01)
+    assert twice.p == pytest.approx(once.p)
+    assert score_interval(np.repeat(arm, 2), np.repeat(clusters, 2)) == pytest.approx(
+        score_interval(arm, clusters), rel=0.01
+    )
     assert np.ptp(independent.ci95) < 0.8 * np.ptp(once.ci95)
     assert independent.p < once.p
 
 
-@pytest.mark.parametrize("graded", [False, True])
-def test_the_order_of_questions_and_the_names_of_clusters_change_nothing(graded: bool) -> None:
-    arm, reference, clusters = correlated(30, 2, graded)
-    expected, score = paired_difference(arm, reference, clusters), score_interval(arm, clusters)
-    within = np.lexsort((np.random.default_rng(0).random(len(arm)), clusters))
-    assert (within != np.arange(len(arm))).any()
-    found = paired_difference(arm[within], reference[within], np.array([f"{c:03d}" for c in clusters[within]]))
+def test_the_names_of_clusters_and_the_order_of_questions_change_nothing() -> None:
+    arm, reference, clusters = correlated(30, 2)
+    expected, score = compared(arm, reference, clusters), score_interval(arm, clusters)
+    names = np.array([f"{(7 * label) % 30:03d}" for label in clusters])
+    found = compared(arm, reference, names)
+    assert found.model_dump(exclude={"ci95"}) == pytest.approx(expected.model_dump(exclude={"ci95"}))
     assert found.ci95 == pytest.approx(expected.ci95)
-    assert found.p == expected.p
-    assert score_interval(arm[within], clusters[within]) == pytest.approx(score)
+    order = np.random.default_rng(0).permutation(len(arm))
+    assert permutation_p(arm[order], reference[order], names[order]) == pytest.approx(expected.p)
+    assert score_interval(arm[order], names[order]) == pytest.approx(score)
 
 
 def test_the_interval_covers_the_truth_and_the_test_its_level_where_questions_share_images() -> None:
@@ -152,10 +188,10 @@ def test_the_interval_covers_the_truth_and_the_test_its_level_where_questions_sh
     for _ in range(300):
         ability = rng.standard_normal((2, 40))[:, clusters] + 0.5 * rng.standard_normal((2, 400))
         arm, reference = 100.0 * (ability > 0)
-        found = paired_difference(arm, reference, clusters)
+        found = compared(arm, reference, clusters)
         covered += found.ci95[0] <= 0 <= found.ci95[1]
         claimed += found.outcome != "not shown"
-        taken_for_independent += paired_difference(arm, reference, alone(arm)).outcome != "not shown"
+        taken_for_independent += compared(arm, reference, alone(arm)).outcome != "not shown"
     assert 274 <= covered <= 296
     assert claimed <= 26
     assert taken_for_independent > 100
@@ -163,14 +199,14 @@ def test_the_interval_covers_the_truth_and_the_test_its_level_where_questions_sh
 
 def test_a_single_cluster_shows_nothing() -> None:
     arm, reference = arms(1, 8, 0, 1)
-    found = paired_difference(arm, reference, np.zeros(10))
+    found = compared(arm, reference, np.zeros(10))
     assert (found.ci95, found.p, found.detectable) == ((-100.0, 100.0), 1.0, None)
     assert score_interval(arm, np.zeros(10)) == (0.0, 100.0)
 
 
 def test_no_interval_reaches_beyond_what_a_score_can_be() -> None:
-    arm, reference = arms(0, 1, 0, 1)
-    assert paired_difference(arm, reference, alone(arm)).ci95 == (-100.0, 100.0)
+    arm, reference = arms(0, 3, 0, 3)
+    assert compared(arm, reference, np.repeat([0, 1], 3)).ci95 == (-100.0, 100.0)
     low, high = score_interval(np.array([100.0, 0.0]), np.arange(2))
     assert 0 <= low < 50 < high <= 100
 
@@ -178,27 +214,18 @@ def test_no_interval_reaches_beyond_what_a_score_can_be() -> None:
 # --- single scores ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("right", "n"), [(5, 5), (0, 5), (1, 1000), (400, 1000), (1000, 1000)])
-def test_the_interval_of_a_score_is_wilsons_with_the_quantile_of_t(right: int, n: int) -> None:
-    low, high = score_interval(np.array([100.0] * right + [0.0] * (n - right)), np.arange(n))
-    q, share = stats.t.ppf(0.975, n - 1), right / n
-    for end in (low / 100, high / 100):  # where the score is q standard errors away, as the end would have them
-        if 0 < end < 1:
-            assert abs(end - share) == pytest.approx(q * np.sqrt(end * (1 - end) / n), rel=1e-9)
-    assert low < 100 * share < high or 100 * share in (low, high)
+@pytest.mark.parametrize(("right", "n"), [(5, 5), (0, 5), (1, 1), (1, 1000), (400, 1000), (1000, 1000)])
+def test_the_interval_of_a_score_of_single_questions_is_wilsons(right: int, n: int) -> None:
+    found = score_interval(np.array([100.0] * right + [0.0] * (n - right)), np.arange(n))
     expected = stats.binomtest(right, n).proportion_ci(method="wilson")
-    if n == 1000:
-        assert (low, high) == pytest.approx((100 * expected.low, 100 * expected.high), rel=0.01, abs=1e-9)
+    assert found == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-9)
+    assert found[1] - found[0] > 0, "5 of 5 are not 100 to 100"
 
 
-def test_five_of_five_are_not_a_hundred_to_a_hundred() -> None:
-    low, high = score_interval(np.full(5, 100.0), np.arange(5))
-    assert (low, high) == pytest.approx((100 * 5 / (5 + 2.776445**2), 100.0), rel=1e-6)
-
-
-def test_clusters_that_are_all_alike_count_as_a_question_each() -> None:
+def test_clusters_that_are_all_alike_count_as_a_question_each_with_the_quantile_of_t() -> None:
     alike = np.repeat(np.arange(5), 4)
-    assert score_interval(np.full(20, 100.0), alike) == score_interval(np.full(5, 100.0), np.arange(5))
+    q = 1.959964 * 2.776445 / 2.093024
+    assert score_interval(np.full(20, 100.0), alike) == pytest.approx((100 * 5 / (5 + q**2), 100.0), rel=1e-6)
     half = score_interval(np.tile([100.0, 0.0], 10), alike)
     assert half[0] < 25 < 75 < half[1]
 
@@ -206,8 +233,8 @@ def test_clusters_that_are_all_alike_count_as_a_question_each() -> None:
 def test_questions_that_are_right_together_make_a_score_less_certain() -> None:
     rights = np.repeat([100.0, 0.0, 100.0, 0.0, 0.0, 100.0, 100.0, 0.0], 5)
     together = score_interval(rights, np.repeat(np.arange(8), 5))
-    assert together == pytest.approx(score_interval(rights[::5], np.arange(8)))
-    assert np.ptp(together) > 2 * np.ptp(score_interval(rights, alone(rights)))
+    for one, by in ((score_interval(rights[::5], np.arange(8)), 1), (score_interval(rights, alone(rights)), 1.8)):
+        assert np.ptp(together) > by * np.ptp(one)
 
 
 # --- several comparisons, shares, errors ------------------------------------------------------------------------------
@@ -222,17 +249,27 @@ def test_holm_by_hand() -> None:
 
 def test_a_share_has_the_interval_of_the_ratio_of_paired_sums() -> None:
     part, whole = np.array([1.0, 0.0, 3.0, 1.0]), np.array([2.0, 1.0, 4.0, 1.0])
-    low, high = ratio_interval(part, whole, np.arange(4))
-    error = np.sqrt(((part - 0.625 * whole) ** 2).sum() / 8**2 * 4 / 3)
-    assert (low, high) == pytest.approx((0.625 - 3.182446 * error, 0.625 + 3.182446 * error), rel=1e-6)
-    assert ratio_interval(0.5 * whole, whole, np.arange(4)) == pytest.approx((0.5, 0.5))
+    share = partial(share_interval, resamples=400, seed=3)
+    low, high = share(part, whole, np.arange(4))
+    assert 0 <= low < 0.625 < high <= 1, "no draw can have more of the part than of the whole"
+    assert share(0.5 * whole, whole, np.arange(4)) == pytest.approx((0.5, 0.5))
+    residuals = part - 0.625 * whole
+    sums = np.array([residuals[:2].sum(), residuals[2], residuals[3]])
+    wider = np.sqrt((sums @ sums) * (3 / 2) / (residuals @ residuals * (4 / 3))) * 4.302653 / 3.182446
+    expected = (0.625 + wider * (low - 0.625), 0.625 + wider * (high - 0.625))
+    assert share(part, whole, np.array([0, 0, 1, 2])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_share_of_nothing_is_left_out_of_the_draws_and_refused_where_all_are() -> None:
+    share = partial(share_interval, resamples=100, seed=0)
+    assert share(np.array([0.0, 1.0]), np.array([0.0, 2.0]), np.arange(2)) == (0.5, 0.5)
     with pytest.raises(ValueError, match="share of 0"):
-        ratio_interval(np.zeros(3), np.zeros(3), np.arange(3))
+        share(np.zeros(3), np.zeros(3), np.arange(3))
 
 
 def test_no_items_or_unpaired_items_or_items_without_a_cluster_are_an_error() -> None:
     with pytest.raises(ValueError, match="non-empty"):
-        score_interval(np.array([]), np.array([]))
+        bootstrap_interval(np.array([]), np.array([]), resamples=100, seed=0)
     with pytest.raises(ValueError, match="same items"):
         permutation_p(np.ones(3), np.ones(4), np.arange(3))
     with pytest.raises(ValueError, match="every item needs its cluster"):

@@ -12,6 +12,7 @@ from recipes.study.page import memoryless, need_table, pictures
 from vismem.data.tasks import NEEDS
 from vismem.evaluation.predictions import InvocationRecord
 
+RESAMPLES = 200
 ONE = InvocationRecord(0, "short", True, 0.0)
 TASK = {need: next(task for task in NEEDS if NEEDS[task] == need) for need in budgets.KINDS_OF_NEED}
 
@@ -38,7 +39,7 @@ KINDS = {"vanilla": "0000", "no_memory": "1000", "as_short": "1100", "as_long": 
 
 
 def test_the_oracle_is_the_best_of_the_three_question_by_question() -> None:
-    found = budgets.oracle(table(KINDS))
+    found = budgets.oracle(table(KINDS), RESAMPLES)
     assert found is not None
     assert found["arms"] == {"no_memory": 25.0, "as_short": 50.0, "as_long": 25.0}
     assert (found["best"], found["learned"], found["oracle"]) == ("as_short", 75.0, 75.0)
@@ -53,7 +54,7 @@ def test_the_oracle_is_the_best_of_the_three_question_by_question() -> None:
     [("1100", 100 * (50 - 100 / 3) / (75 - 100 / 3)), ("1000", -20.0), ("1111", 160.0), ("0000", -80.0)],
 )
 def test_the_learned_share_of_the_way_from_the_mean_to_the_oracle(learned: str, share: float) -> None:
-    found = budgets.oracle(table({**KINDS, "vismem": learned}))
+    found = budgets.oracle(table({**KINDS, "vismem": learned}), RESAMPLES)
     assert found is not None
     assert found["share"] == pytest.approx(share)
     assert found["share_ci95"][0] <= found["share"] <= found["share_ci95"][1]
@@ -62,8 +63,8 @@ def test_the_learned_share_of_the_way_from_the_mean_to_the_oracle(learned: str, 
 
 def test_without_one_of_the_three_there_is_no_oracle_and_where_none_differs_no_share() -> None:
     for arm in ("no_memory", "as_short", "as_long", "vismem"):
-        assert budgets.oracle(table({a: row for a, row in KINDS.items() if a != arm})) is None
-    found = budgets.oracle(table({**dict.fromkeys(KINDS, "0101"), "vismem": "1101"}))
+        assert budgets.oracle(table({a: row for a, row in KINDS.items() if a != arm}), RESAMPLES) is None
+    found = budgets.oracle(table({**dict.fromkeys(KINDS, "0101"), "vismem": "1101"}), RESAMPLES)
     assert found is not None
     assert (found["share"], found["oracle"], found["mean"]) == (None, 50.0, 50.0)
 
@@ -89,17 +90,17 @@ def test_a_placement_has_a_point_for_every_arm_that_was_run() -> None:
         "random": [start, ("random_25", 1.0, 75.0), ("random_50", 2.0, 50.0), ("random_100", 4.0, 0.0)],
         "forced_short": [start, ("forced_short", 0.0, 50.0)],
     }
-    assert found["vismem"][-1]["ci95"] == pytest.approx((400 / (4 + 3.182446**2), 100.0))
+    assert found["vismem"][-1]["ci95"] == pytest.approx((400 / (4 + 1.959964**2), 100.0))
     assert budgets.lines_plot(found).startswith(b"\x89PNG")
 
 
 def test_without_memory_off_there_is_no_line_and_no_chart() -> None:
     rights = {"vanilla": "10", "vismem": "11", "vismem@1": "11"}
-    figures = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, "random_50")
+    figures = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, "random_50", 100)
     assert figures["budgets"] == {}
     assert list(pictures(figures, "study")) == ["study.png"]
     rights["no_memory"] = "00"
-    limited = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, "random_50")
+    limited = study_figures({0: answers(rights)}, {0: dict.fromkeys(rights, 1)}, {}, "random_50", 100)
     assert list(pictures(limited, "study")) == ["study.png", "study-memories.png"]
 
 
@@ -117,7 +118,7 @@ def test_random_invocation_is_the_rate_nearest_to_the_method_in_memories_on_vali
 
 def test_needs_are_apart_and_other_tasks_have_none() -> None:
     tasks = [*[TASK["detail"]] * 2, *[TASK["compute"]] * 4, "hand"]
-    found = budgets.needs(table({"vanilla": "1000001", "short_only": "1110000"}, tasks))
+    found = budgets.needs(table({"vanilla": "1000001", "short_only": "1110000"}, tasks), RESAMPLES)
     assert list(found) == ["detail", "compute"]
     assert (found["detail"]["n"], found["compute"]["n"]) == (2, 4)
     assert found["detail"]["arms"] == {"vanilla": 50.0, "short_only": 100.0}
@@ -128,7 +129,7 @@ def test_needs_are_apart_and_other_tasks_have_none() -> None:
     assert lines[0] == "| arm | detail (n = 2) | gain | compute (n = 4) | gain |"
     assert lines[2] == "| vanilla | 50.0 |  | 0.0 |  |"
     assert lines[3].startswith("| short only | 100.0 | +50.0 (")
-    assert budgets.needs(table({"vanilla": "10", "short_only": "11"})) == {}
+    assert budgets.needs(table({"vanilla": "10", "short_only": "11"}), RESAMPLES) == {}
     assert need_table({}) == ""
 
 

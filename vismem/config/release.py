@@ -24,6 +24,7 @@ class EvaluateConfig(Section):
     limit: int | None = Field(None, ge=1, description="max test items; null: all")
     batch_size: int = Field(64, ge=1, description="rows decoded together")
     max_new_tokens: int = Field(120, ge=1, description="max tokens of an answer")
+    bootstrap: int = Field(2000, ge=100, description="bootstrap resamples of the items")
 
 
 class ExportConfig(Section):

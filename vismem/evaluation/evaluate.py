@@ -53,7 +53,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     }
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(
-        **summarise(predictions, seconds, seed=config.seed),
+        **summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap),
         stage2_sha256=sha256_folder(inputs["stage2"]),
         test_sha256=sha256_folder(folder, "*.parquet"),
         items_sha256=hashlib.sha256("\n".join(sample.id for sample in samples).encode()).hexdigest(),

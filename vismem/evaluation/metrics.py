@@ -23,7 +23,7 @@ Masks = dict[str, npt.NDArray[np.bool_]]
 
 
 def summarise(
-    predictions: Mapping[str, Sequence[Prediction]], seconds: Mapping[str, float], *, seed: int
+    predictions: Mapping[str, Sequence[Prediction]], seconds: Mapping[str, float], *, seed: int, resamples: int
 ) -> dict[str, Any]:
     """The figures of `metrics.json`: the fields of `vismem.records.Metrics` but for the hashes.
 
@@ -40,11 +40,12 @@ def summarise(
     groups = _masks([item.capability for item in items], CAPABILITIES)
     asked = ["only" if is_yes_no(item) else "without" for item in items]
     yes_no = _masks(asked, ("without", "only"))
-    clusters = np.unique([cluster_of(item) for item in items], return_inverse=True)[1]
+    clusters = np.array([cluster_of(item) for item in items])
+    options: dict[str, Any] = {"seed": seed, "resamples": resamples}
 
     def minus_vanilla(masks: Masks, *arms: str) -> dict[str, dict[str, Any]]:
         return _side_by_side({
-            (arm, name): paired_difference(scores[arm][mask], scores[VANILLA][mask], clusters[mask])
+            (arm, name): paired_difference(scores[arm][mask], scores[VANILLA][mask], clusters[mask], **options)
             for arm in arms for name, mask in masks.items()
         })  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 Questions about one image are right and wrong together: an image with twenty of them says less than twenty images. All
 figures therefore rest on clusters: `clusters` (n,) holds a label per item, and items with the same one count together.
+Where each item is a cluster of its own they are the percentile bootstrap, McNemar's exact test and Wilson's interval.
 They say nothing of the luck of a training run: for that, train again with other seeds.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from scipy.signal import convolve
-from scipy.stats import binom, t
+from scipy.stats import binom, norm, t
 
 from vismem.records import SIGNIFICANT, Difference, Interval
 
@@ -18,62 +19,64 @@ Scores = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64] | npt.NDArray[np.str_]
 
 POWER = 0.8  # with which a difference of `Difference.detectable` is shown
-FLIPS, _CELLS = 9999, 4_000_000  # drawn sign flips of graded scores, and random signs held at once
+COVERAGE = 1 - SIGNIFICANT  # of every interval
+_CELLS = 4_000_000  # random indices drawn at once: 32 MB
 
 
-def ratio_interval(part: Scores, whole: Scores, clusters: Labels) -> Interval:
-    """95 % interval of sum(part) / sum(whole), all (n,); infinite for a single cluster. ValueError where `whole` is 0.
+def bootstrap_interval(scores: Scores, clusters: Labels, *, resamples: int, seed: int) -> Interval:
+    """95 % percentile bootstrap interval of the mean of `scores` (n,), in their unit, `_widened` for the clusters.
 
-    Student's t on the clusters' sums, linearised, with a degree of freedom less than there are clusters. Of the usual
-    methods it is the one that keeps its coverage down to ten clusters.
+    Items are drawn with replacement, n at a time, `resamples` times. The same seed and n draw the same items, so that
+    intervals of several arms on the same items are comparable. ValueError for no items.
     """
-    ratio, error, count = _estimate(part, whole, clusters)
-    half = _quantile(1 - SIGNIFICANT / 2, count) * error if count > 1 else np.inf
-    return ratio - half, ratio + half
+    ends = _percentiles(_resampled_means(scores, resamples, seed))
+    return _widened(ends, scores.mean(), scores - scores.mean(), clusters)
+
+
+def share_interval(part: Scores, whole: Scores, clusters: Labels, *, resamples: int, seed: int) -> Interval:
+    """95 % percentile bootstrap interval of sum(part) / sum(whole), both (n,), `_widened` for the clusters.
+
+    Items are drawn, each with both figures. A draw in which the sum of `whole` is 0 says nothing and is left out;
+    ValueError where all draws are.
+    """
+    parts, wholes = (_resampled_means(values, resamples, seed) for values in (part, whole))
+    drawn = wholes != 0
+    if not drawn.any():
+        raise ValueError("the share of 0 is not defined")
+    share = part.sum() / whole.sum()
+    return _widened(_percentiles(parts[drawn] / wholes[drawn]), share, part - share * whole, clusters)
 
 
 def score_interval(scores: Scores, clusters: Labels) -> Interval:
     """95 % interval of the mean of `scores` (n,), in percent: Wilson's, so that 5 right of 5 are not 100 to 100.
 
-    Its n is the effective sample size, as many independent questions as would have the clusters' variance (Korn and
-    Graubard, 1998), and its quantile is t's. Where nearly all is right or wrong the variance seen is too small: it is
-    taken with two more clusters of the mean size, one all right and one all wrong. Single questions keep their n by it.
+    Its n is the effective sample size, n over the design effect. Where nearly all is right or wrong the variance seen
+    is too small: the effect is taken with two more clusters of the mean size, one all right and one all wrong. That
+    leaves single questions their n, and gives clusters that are all alike the weight of a question each.
     """
     rights, sizes = _sums(scores / 100, clusters), _sums(np.ones_like(scores), clusters)
-    count, mean = len(sizes), rights.sum() / sizes.sum()
-    if count == 1:
+    n, count, mean = len(scores), len(sizes), scores.mean() / 100
+    if count == 1 < n:
         return 0.0, 100.0
-    more = np.append(rights, (sizes.mean(), 0.0)), np.append(sizes, (sizes.mean(), sizes.mean()))
-    share, variance = _ratio(*more)
-    effective = share * (1 - share) / variance * count / (count + 2)
-    spread = _quantile(1 - SIGNIFICANT / 2, count) ** 2 / effective
+    rights, sizes = np.append(rights, (n / count, 0.0)), np.append(sizes, (n / count, n / count))
+    share = rights.sum() / sizes.sum()
+    effect = ((rights - share * sizes) ** 2).sum() / (share * (1 - share) * sizes.sum())
+    spread = (norm.ppf((1 + COVERAGE) / 2) * _few(count, n)) ** 2 * effect / n
     middle = (mean + spread / 2) / (1 + spread)
     half = np.sqrt(spread * (mean * (1 - mean) + spread / 4)) / (1 + spread)
     return 100 * float(max(middle - half, 0.0)), 100 * float(min(middle + half, 1.0))
 
 
 def permutation_p(arm: Scores, reference: Scores, clusters: Labels) -> float:
-    """Two-sided p of the paired permutation test: how often the arms' sums are as far apart with clusters swapped.
+    """Two-sided exact p of the paired permutation test: the chance of so uneven a count if no arm were better.
 
-    Where neither arm is better, swapping both answers to all questions of a cluster changes nothing but the sign of its
-    difference. Exact for scores that are right or wrong, where it is McNemar's exact test if each cluster is one
-    question; of graded scores FLIPS sign flips are drawn. 1.0 where no item differs.
+    What is counted is the items that `arm` has better less those that it has worse. If no arm were better, the arms'
+    answers to all questions of a cluster could be swapped, which turns the sign of its count. Of clusters of one item
+    it is McNemar's exact test, with graded scores the exact sign test. 1.0 where no item differs.
     """
     if arm.shape != reference.shape:
         raise ValueError(f"arms must be scored on the same items: {arm.shape} against {reference.shape}")
-    difference = arm - reference
-    largest = np.abs(difference).max(initial=0.0)
-    if largest == 0:
-        return 1.0
-    differences = difference / largest
-    sums = _sums(differences, clusters)
-    if np.isin(differences, (-1, 0, 1)).all():
-        return _exact_p(np.rint(sums).astype(np.int64))
-    return _drawn_p(sums)
-
-
-def _exact_p(sums: npt.NDArray[np.int64]) -> float:
-    """The share of all sign flips of `sums`, whole numbers, whose total is as far from 0; by their distribution."""
+    sums = np.rint(_sums(np.sign(arm - reference), clusters)).astype(np.int64)
     sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
     chances = np.ones(1)  # of the sum of the sizes that keep a plus
     for size, count in zip(sizes, counts, strict=True):
@@ -84,26 +87,21 @@ def _exact_p(sums: npt.NDArray[np.int64]) -> float:
     return float(np.clip(chances[np.abs(totals) >= abs(sums.sum())].sum(), 0.0, 1.0))
 
 
-def _drawn_p(sums: Scores) -> float:
-    rng, far, seen = np.random.default_rng(0), abs(sums.sum()) * (1 - 1e-9), 1  # what was observed is one of them
-    chunk = max(1, _CELLS // len(sums))
-    for start in range(0, FLIPS, chunk):
-        signs = rng.choice((-1.0, 1.0), size=(min(chunk, FLIPS - start), len(sums)))
-        seen += int((np.abs(signs @ sums) >= far).sum())
-    return seen / (FLIPS + 1)
-
-
-def paired_difference(arm: Scores, reference: Scores, clusters: Labels) -> Difference:
+def paired_difference(arm: Scores, reference: Scores, clusters: Labels, *, resamples: int, seed: int) -> Difference:
     """Mean difference (arm - reference) on the same items (n,), scores in percent, with interval and p by clusters.
 
+    The bootstrap draws items, each with both arms' scores, so the interval is that of the paired difference.
     `detectable` is the true difference that such data show with a chance of POWER; None where nothing varies.
     """
     p = permutation_p(arm, reference, clusters)  # refuses arms on other items, which numpy might broadcast
-    difference, ones = arm - reference, np.ones_like(arm)
-    low, high = np.clip(ratio_interval(difference, ones, clusters), -100, 100)
-    delta, error, count = _estimate(difference, ones, clusters)
-    steps = sum(_quantile(chance, count) for chance in (1 - SIGNIFICANT / 2, POWER))
-    return Difference(delta=delta, ci95=(float(low), float(high)), p=p, detectable=steps * error if error else None)
+    difference, n = arm - reference, len(arm)
+    low, high = np.clip(bootstrap_interval(difference, clusters, resamples=resamples, seed=seed), -100, 100)
+    found = Difference(delta=float(difference.mean()), ci95=(float(low), float(high)), p=p)
+    widening = _widening(difference - difference.mean(), clusters)
+    if not np.ptp(difference) or np.isinf(widening):
+        return found
+    steps = t.ppf(((1 + COVERAGE) / 2, POWER), n - 1).sum() * widening
+    return found.model_copy(update={"detectable": float(steps * difference.std(ddof=1) / np.sqrt(n))})
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -114,20 +112,55 @@ def holm(ps: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def _estimate(part: Scores, whole: Scores, clusters: Labels) -> tuple[float, float, int]:
-    """sum(part) / sum(whole), its standard error (0 for one cluster), and the number of clusters."""
-    parts, wholes = (_sums(values, clusters) for values in (part, whole))
-    (ratio, variance), count = _ratio(parts, wholes), len(parts)
-    return ratio, float(np.sqrt(variance * count / (count - 1))) if count > 1 else 0.0, count
+def _resampled_means(scores: Scores, resamples: int, seed: int) -> Scores:
+    """(resamples,) means of n items drawn with replacement: the same items for the same n and seed."""
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"scores must be a non-empty vector, not of shape {scores.shape}")
+    rng = np.random.default_rng(seed)
+    count, means = len(scores), np.empty(resamples)
+    chunk = max(1, _CELLS // count)
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        means[start : start + size] = scores[rng.integers(0, count, size=(size, count))].mean(axis=1)
+    return means
 
 
-def _ratio(parts: Scores, wholes: Scores) -> tuple[float, float]:
-    """sum(parts) / sum(wholes) of the clusters' sums, and its linearised variance, not corrected for their number."""
-    total = wholes.sum()
-    if total == 0:
-        raise ValueError("the share of 0 is not defined")
-    ratio = parts.sum() / total
-    return float(ratio), float(((parts - ratio * wholes) ** 2).sum() / total**2)
+def _percentiles(values: Scores) -> Scores:
+    tail = 100 * (1 - COVERAGE) / 2
+    return np.percentile(values, [tail, 100 - tail])
+
+
+def _widened(ends: Scores, middle: float, residuals: Scores, clusters: Labels) -> Interval:
+    """An interval of independent items, its ends moved away from `middle` by `_widening`; infinite of one cluster."""
+    widening = _widening(residuals, clusters)
+    if np.isinf(widening):
+        return -np.inf, np.inf
+    low, high = ends if widening == 1 else middle + widening * (ends - middle)
+    return float(low), float(high)
+
+
+def _widening(residuals: Scores, clusters: Labels) -> float:
+    """How many times wider clusters make an interval: 1 where each item (n,) is alone, infinitely for a single cluster.
+
+    The root of the design effect (Kish, 1965), the variance of the mean by the clusters' sums over that of independent
+    items, times `_few`.
+    """
+    sums, n = _sums(residuals, clusters), len(residuals)
+    count = len(sums)
+    if 1 == count < n:
+        return np.inf
+    if count == n or not residuals.any():
+        return 1.0
+    effect = (sums**2).sum() / (residuals**2).sum() * (1 - 1 / n) / (1 - 1 / count)
+    return float(np.sqrt(effect)) * _few(count, n)
+
+
+def _few(clusters: int, items: int) -> float:
+    """What Student's t of fewer degrees of freedom adds to an interval's width (Korn and Graubard, 1998)."""
+    if clusters == items:
+        return 1.0
+    wide, narrow = t.ppf((1 + COVERAGE) / 2, (clusters - 1, items - 1))
+    return float(wide / narrow)
 
 
 def _sums(values: Scores, clusters: Labels) -> Scores:
@@ -137,7 +170,3 @@ def _sums(values: Scores, clusters: Labels) -> Scores:
     if values.shape != clusters.shape:
         raise ValueError(f"every item needs its cluster: {values.shape} items, {clusters.shape} clusters")
     return np.bincount(np.unique(clusters, return_inverse=True)[1], weights=values).astype(np.float64)
-
-
-def _quantile(chance: float, clusters: int) -> float:
-    return float(t.ppf(chance, clusters - 1))

@@ -39,7 +39,7 @@ def inputs(tiny_base, tmp_path_factory):
         arm: [predict(s, r) for s, r in zip(samples, generate(model, samples, policy, max_new_tokens=4), strict=True)]
         for arm, policy in (("vanilla", Off(limit=0)), ("vismem", Learned()))
     }
-    figures = summarise(answers, dict.fromkeys(answers, 0.01), seed=0)
+    figures = summarise(answers, dict.fromkeys(answers, 0.01), seed=0, resamples=100)
     Metrics(**figures, **HASHES).write(root / "evaluate")
     (root / "base").mkdir()
     base(Config(base=BaseConfig(model=str(tiny_base))), {}, root / "base")

@@ -207,6 +207,8 @@ def test_a_single_cluster_shows_nothing() -> None:
 def test_no_interval_reaches_beyond_what_a_score_can_be() -> None:
     arm, reference = arms(0, 3, 0, 3)
     assert compared(arm, reference, np.repeat([0, 1], 3)).ci95 == (-100.0, 100.0)
+    gains = np.full(6, 100.0), np.full(6, -100.0)
+    assert compared(*gains, np.repeat([0, 1, 2], 2)).ci95 == (200.0, 200.0), "gains may differ by more"
     low, high = score_interval(np.array([100.0, 0.0]), np.arange(2))
     assert 0 <= low < 50 < high <= 100
 

@@ -89,7 +89,7 @@ def sample_sha256(row: Mapping[str, Any]) -> bytes:
     videos = [{"frames": _file_hashes(video["frames"]), "fps": video["fps"]} for video in row["videos"] or ()]
     if videos:  # a sample without keeps the hash that it had before samples could have any, or a cluster
         plain["videos"] = videos
-    if row["cluster"]:
+    if row.get("cluster"):  # shards of earlier versions have no such column
         plain["cluster"] = row["cluster"]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")).digest()
 

@@ -95,7 +95,9 @@ def paired_difference(arm: Scores, reference: Scores, clusters: Labels, *, resam
     """
     p = permutation_p(arm, reference, clusters)  # refuses arms on other items, which numpy might broadcast
     difference, n = arm - reference, len(arm)
-    low, high = np.clip(bootstrap_interval(difference, clusters, resamples=resamples, seed=seed), -100, 100)
+    farthest = max(100.0, np.abs(difference).max())  # beyond 100 where gains are compared, as the study does
+    interval = bootstrap_interval(difference, clusters, resamples=resamples, seed=seed)
+    low, high = np.clip(interval, -farthest, farthest)
     found = Difference(delta=float(difference.mean()), ci95=(float(low), float(high)), p=p)
     widening = _widening(difference - difference.mean(), clusters)
     if not np.ptp(difference) or np.isinf(widening):

@@ -89,6 +89,7 @@ def test_the_table_for_the_terminal_shows_every_capability(metrics: Metrics) -> 
     text = console.export_text()
     for wanted in ("understanding", "reasoning", "generation", "overall", "75.0", "+25.0", "0.625", "+25%"):
         assert wanted in text
+    assert f"{metrics.gain['understanding'].p:.3f}" not in text, "p of the capabilities is Holm's"
 
 
 def test_the_step_writes_a_page_that_needs_no_network(

@@ -9,6 +9,7 @@ from vismem.data.sample import Sample, write_shards
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.records import Metrics, ParityReport, Validation
 from vismem.registry import release
+from vismem.registry.champion import open_place
 from vismem.registry.register import register
 from vismem.registry.tracking import Store, find_version, open_store
 
@@ -113,6 +114,11 @@ class Project:
     @property
     def store(self) -> Store:
         return open_store(self.config.registry)
+
+    @property
+    def moves(self) -> list[tuple[str, str, str | None]]:
+        """The ledger's moves, each as action, version and previous."""
+        return [(move.action, move.version, move.previous) for move in open_place(self.store).read().moves]
 
     def champion(self) -> str | None:
         version = find_version(self.store, "champion")

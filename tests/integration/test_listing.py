@@ -9,6 +9,7 @@ from project import Project
 
 from vismem.errors import UserError
 from vismem.registry import listing, release
+from vismem.registry.champion import read_view
 
 
 def test_the_listing_and_a_version_s_page_name_aliases_and_history(project: Project) -> None:
@@ -28,17 +29,18 @@ def test_the_listing_and_a_version_s_page_name_aliases_and_history(project: Proj
 def test_the_tables_hold_what_mlflow_s_client_says(project: Project) -> None:
     file, config = project.store.database, project.config.registry
     assert file is not None
-    assert listing.read_tables(file, "vismem") == listing.ask_mlflow(config), "before the first version"
+    assert listing.read_tables(file, "vismem") == read_view(project.store), "before the first version"
     project.release(b"one", score=66.0)
     project.release(b"two", score=68.0)
     release.rollback(project.config)
     project.run("register")
     found = listing.read_tables(file, "vismem")
-    assert found == listing.ask_mlflow(config) == listing.read_listing(config)
-    assert (len(found.versions), len(found.tags)) == (2, 3)
+    assert found == read_view(project.store) == listing.read_registry(config)[0]
+    assert (len(found.versions), found.tags) == (2, {"ledger": "the registry"})
+    assert listing.read_registry(config) == listing.ask_mlflow(config)
     project.store.client.delete_model_version("vismem", "1")  # the champion: its alias goes with it
     found = listing.read_tables(file, "vismem")
-    assert found == listing.ask_mlflow(config)
+    assert found == read_view(project.store)
     assert found.aliases == {"challenger": "2"}
 
 
@@ -60,4 +62,4 @@ def test_the_listing_comes_without_mlflow(project: Project) -> None:
 def test_tables_that_are_not_mlflow_s_are_left_to_mlflow(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.release(b"one", score=66.0)
     monkeypatch.setattr(listing, "_OURS", "name = ? AND no_such_column = 1")
-    assert [item.version for item in listing.read_listing(project.config.registry).versions] == ["1"]
+    assert [item.version for item in listing.read_registry(project.config.registry)[0].versions] == ["1"]

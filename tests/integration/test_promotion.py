@@ -14,10 +14,9 @@ from project import Project
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.locks import lock_folder
 from vismem.records import Release
-from vismem.registry import lock, release
-from vismem.registry.lock import promotion_lock
+from vismem.registry import release
+from vismem.registry.champion import open_place
 from vismem.registry.server import mlflow_server
 from vismem.registry.tracking import find_version, versions
 
@@ -55,7 +54,7 @@ def check_race(project: Project, made: dict[str, Release], best: float) -> None:
     champion = find_version(project.store, "champion")
     assert champion is not None
     assert float(champion.tags["score"]) == best
-    moves = release.history(project.store)
+    moves = open_place(project.store).read().moves
     assert [move.previous for move in moves] == [None, *(move.version for move in moves[:-1])]
     tags = {version.version: version.tags for version in versions(project.store)}
     beaten = [float(tags[move.version]["score"]) for move in moves]
@@ -82,37 +81,6 @@ def served(project: Project) -> Iterator[Project]:
         registry = project.config.registry.model_copy(update={"tracking_uri": address})
         project.config = project.config.model_copy(update={"registry": registry})
         yield project
-
-
-def test_behind_a_server_the_registry_orders_the_promoters(served: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    served.release(b"before", score=60.0)
-    made = race(served, ORDER, first=66.0)
-    check_race(served, made, best=73.0)
-    store, name = served.store, "vismem-promotion-lock"
-    assert list(store.client.search_model_versions(f"name='{name}'")) == [], "every promoter gave its ticket back"
-
-    dead = store.client.create_model_version(name, "s3://none/none")  # of a promoter that was killed
-    monkeypatch.setattr(lock, "LEASE", 0.5)
-    assert "is champion again" in release.rollback(served.config)
-    with promotion_lock(store) as check_held:
-        check_held()
-        (ticket,) = store.client.search_model_versions(f"name='{name}'")
-        assert int(ticket.version) > int(dead.version)
-        store.client.delete_model_version(name, ticket.version)  # as a waiter does after the lease
-        with pytest.raises(UserError, match="nothing was moved"):
-            check_held()
-
-
-def test_a_rollback_waits_for_a_promotion_too(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.release(b"one", score=66.0)
-    project.release(b"two", score=68.0)
-    monkeypatch.setattr(lock, "LEASE", 0.2)
-    with lock_folder(project.artifacts.parent / "mlflow.db.promotion"):
-        with pytest.raises(UserError, match=r"mlflow\.db\.promotion is in use"):
-            release.rollback(project.config)
-        assert project.champion() == "2"
-    release.rollback(project.config)
-    assert project.champion() == "1"
 
 
 def killed_promoter(config: Config, registered: Path, out: Path, place: str) -> None:
@@ -152,8 +120,7 @@ def test_a_killed_promotion_run_again_equals_the_unbroken_one(project: Project, 
     assert (made["promoted"], made["version"], made["previous"]) == (True, "2", "1")
     assert made["reasons"][-1] == reason
     assert project.champion() == "2"
-    moves = [(move.action, move.version, move.previous) for move in release.history(project.store)]
-    assert moves == [("promote", "1", None), ("promote", "2", "1")]
+    assert project.moves == [("promote", "1", None), ("promote", "2", "1")]
     version = find_version(project.store, "2")
     assert version is not None
     assert version.tags["verdict.champion"] == f"passed: {reason}"

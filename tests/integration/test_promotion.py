@@ -1,28 +1,32 @@
-"""Promotion is one critical section per registry: races of real processes, kills, and a registry behind a server."""
+"""Promotion and rollback are transactions on the ledger: races of processes, a kill before any call, edited files."""
 
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from project import Project
+from project import Project, scores
 
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.records import Release
 from vismem.registry import release
-from vismem.registry.champion import open_place
-from vismem.registry.server import mlflow_server
+from vismem.registry.champion import mend_view, open_place
 from vismem.registry.tracking import find_version, versions
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vismem.registry.release"])
 ORDER = (3, 7, 1, 5, 0, 6, 2, 4)
+BEATEN = "this version scores 68.00, champion version 1 66.00: +2.00 points; more than +0.00 is required"
 
 
 def promoter(config: Config, registered: Path, out: Path, start: Any) -> None:
@@ -68,19 +72,75 @@ def check_race(project: Project, made: dict[str, Release], best: float) -> None:
 
 
 def test_of_promoters_that_race_on_one_database_the_best_is_champion(project: Project) -> None:
-    for round_ in range(2):
-        made = race(project, ORDER, first=66.0 + 8 * round_ / 2)
+    for first in (66.0, 70.0):
+        made = race(project, ORDER, first)
         assert len(made) == len(ORDER)
-        check_race(project, made, best=66.0 + 8 * round_ / 2 + 7)
+        check_race(project, made, best=first + 7)
 
 
-@pytest.fixture
-def served(project: Project) -> Iterator[Project]:
-    """The project with its registry behind a server."""
-    with mlflow_server(project.config, 0) as (address, _):
-        registry = project.config.registry.model_copy(update={"tracking_uri": address})
-        project.config = project.config.model_copy(update={"registry": registry})
-        yield project
+class Killed(BaseException):
+    """Where the process ends."""
+
+
+class Mortal:
+    """A client of MLflow whose process is killed before its call number `last`, counted from 0."""
+
+    def __init__(self, client: Any, last: int) -> None:
+        self.client, self.left = client, last
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            if self.left == 0:
+                raise Killed(name)
+            self.left -= 1
+            return getattr(self.client, name)(*given, **named)
+
+        return call
+
+
+def check_view(project: Project) -> str | None:
+    """The ledger's champion, once MLflow says the same of champion and blocked versions."""
+    ledger = mend_view(project.store)
+    assert project.champion() == ledger.champion
+    assert {v.version: v.tags["blocked"] for v in versions(project.store) if "blocked" in v.tags} == ledger.blocked
+    return ledger.champion
+
+
+@pytest.mark.parametrize("action", ["promote", "rollback"])
+def test_killed_before_any_call_the_ledger_and_its_view_agree_again_and_the_work_can_be_finished(
+    project: Project, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    project.release(b"one", score=66.0)
+    if action == "rollback":
+        project.release(b"two", score=68.0)
+    else:
+        project.build(b"two", score=68.0)
+        project.run("register")
+    database = project.store.database
+    with closing(sqlite3.connect(database)) as store, closing(sqlite3.connect(":memory:")) as saved:
+        store.backup(saved)
+        for last in itertools.count():
+            saved.backup(store)
+            with monkeypatch.context() as patch:
+                mortal = replace(project.store, client=Mortal(project.store.client, last))
+                patch.setattr(release, "open_store", lambda _, mortal=mortal: mortal)
+                try:
+                    project.run("promote") if action == "promote" else release.rollback(project.config)
+                except Killed:
+                    pass
+                else:
+                    break
+            if action == "promote":
+                assert check_view(project) in ("1", "2")
+                made = project.run("promote")
+                assert (made["promoted"], made["previous"], made["reasons"][-1]) == (True, "1", BEATEN)
+                (version,) = (version for version in versions(project.store) if version.version == "2")
+                assert version.tags["verdict.champion"] == f"passed: {BEATEN}"
+            elif check_view(project) == "2":
+                release.rollback(project.config)
+            assert check_view(project) == {"promote": "2", "rollback": "1"}[action]
+            assert project.moves[1:] == [("promote", "2", "1"), ("rollback", "1", "2")][: 1 + (action == "rollback")]
+    assert last > 10, "the calls of the client were counted"
 
 
 def killed_promoter(config: Config, registered: Path, out: Path, place: str) -> None:
@@ -98,15 +158,10 @@ def killed_promoter(config: Config, registered: Path, out: Path, place: str) -> 
     release.promote(config, {"register": registered}, out)
 
 
-PLACES = [
-    f"{when} {method}"
-    for method in ("update_model_version", "log_artifact", "set_registered_model_tag", "set_registered_model_alias")
-    for when in ("before", "after")
-]
-
-
-@pytest.mark.parametrize("place", [*PLACES, "before write"])
-def test_a_killed_promotion_run_again_equals_the_unbroken_one(project: Project, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("place", ["after create_model_version", "before set_registered_model_alias", "before write"])
+def test_a_killed_process_leaves_no_lock_and_its_promotion_run_again_equals_the_unbroken_one(
+    project: Project, place: str
+) -> None:
     project.release(b"one", score=66.0)
     project.build(b"two", score=68.0)
     project.run("register")
@@ -116,14 +171,10 @@ def test_a_killed_promotion_run_again_equals_the_unbroken_one(project: Project, 
     racer.join()
     assert racer.exitcode == -signal.SIGKILL
     made = project.run("promote")
-    reason = "this version scores 68.00, champion version 1 66.00: +2.00 points; more than +0.00 is required"
     assert (made["promoted"], made["version"], made["previous"]) == (True, "2", "1")
-    assert made["reasons"][-1] == reason
-    assert project.champion() == "2"
+    assert made["reasons"][-1] == BEATEN
+    assert check_view(project) == "2"
     assert project.moves == [("promote", "1", None), ("promote", "2", "1")]
-    version = find_version(project.store, "2")
-    assert version is not None
-    assert version.tags["verdict.champion"] == f"passed: {reason}"
     assert {path.name for path in out.iterdir()} == {"release.json", "verdict.json"}
 
 
@@ -152,6 +203,63 @@ def test_a_version_whose_champion_has_changed_is_judged_against_the_present_one(
     project.build(b"three", score=71.0)
     project.run("register", "late")
     assert project.run("promote", "late")["promoted"]
+
+
+def edit(project: Project, run_id: str, name: str, text: str | None) -> None:
+    """Replace a file of the version's run in the store, or remove it."""
+    run = project.store.client.get_run(run_id).info.artifact_uri
+    file = Path(run.removeprefix("file://")) / name
+    file.unlink() if text is None else file.write_text(text)
+
+
+def test_figures_edited_in_the_registry_are_found_out_by_the_hash_that_was_registered(project: Project) -> None:
+    project.release(b"one", score=66.0)
+    project.build(b"two", score=60.0)
+    made = project.run("register")
+    assert made["passed"] is False
+    verdict = {**made, "passed": True, "rules": [{**rule, "passed": True} for rule in made["rules"]]}
+    edit(project, made["run_id"], "verdict.json", json.dumps({key: verdict[key] for key in ("passed", "rules")}))
+    assert project.run("promote")["promoted"] is False, "a verdict is not read but made"
+    better = json.dumps(scores(99.0, test_sha256=project.test_sha256).model_dump(mode="json"))
+    edit(project, made["run_id"], "evaluate/metrics.json", better)
+    with pytest.raises(UserError, match=r"metrics\.json of vismem version 2 \(its sha256 is not the version's tag"):
+        project.run("promote")
+    assert check_view(project) == "1"
+
+
+def test_no_figure_that_is_not_finite_no_empty_test_and_no_other_data_is_promoted(project: Project) -> None:
+    project.release(b"one", score=66.0)
+    for changed, rule in (
+        ({"score": math.nan}, "champion"),
+        ({"score": math.inf}, "champion"),
+        ({"gain": math.nan}, "gain"),
+        ({"n": 0}, "items"),
+        ({"items_sha256": "07e4"}, "champion"),
+    ):
+        made = project.release(str(changed).encode(), **({"score": 90.0} | changed))
+        assert not made["promoted"]
+        assert rule in [item["name"] for item in made["rules"] if not item["passed"]]
+    assert project.moves == [("promote", "1", None)]
+
+
+def test_a_version_that_was_rolled_back_from_is_promoted_again_only_by_hand(project: Project) -> None:
+    project.release(b"one", score=66.0)
+    project.release(b"two", score=68.0)
+    release.rollback(project.config)
+    refused = project.run("promote")
+    assert (refused["promoted"], project.champion()) == (False, "1")
+    assert refused["reasons"][0].startswith("version 2 was rolled back from at ")
+    assert project.release(b"three", score=67.0)["promoted"]
+    assert project.moves[2:] == [("rollback", "1", "2"), ("promote", "3", "1")]
+    release.rollback(project.config)
+    assert check_view(project) == "1"
+    assert "is refused" in release.promote_version(project.config, "2")
+    assert release.promote_version(project.config, "2", unblock=True) == "vismem version 2 is champion"
+    assert check_view(project) == "2"
+    assert "is refused" in release.promote_version(project.config, "3"), "that one is blocked as before"
+    version = find_version(project.store, "2")
+    assert version is not None
+    assert "verdict.blocked" not in version.tags
 
 
 def test_a_figure_that_the_registry_has_lost_is_a_fault_that_names_it(project: Project) -> None:

@@ -28,10 +28,9 @@ def add_commands(commands: Commands) -> None:
     add("--url", metavar="HOST:PORT", help=about)
     add("--model", metavar="NAME", help="the served model's name; default: the one that the server has")
 
-    add = command("serve", _run_serve, "serve the deployed model with Triton until Ctrl-C", outputs=True)
-    add(
-        "--repository", type=Path, metavar="FOLDER", help="model repository; default: artifacts/deploy/model_repository"
-    )
+    add = command("serve", _run_serve, "serve the champion with Triton until Ctrl-C", outputs=True)
+    about = "model repository; default: the champion's, before there is one artifacts/deploy/model_repository"
+    add("--repository", type=Path, metavar="FOLDER", help=about)
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", "--grpc-port", type=int, help="gRPC port; default: deploy.grpc_port, 0: any free one")
     add("--http-port", type=int, help="HTTP port; default: deploy.http_port")
@@ -109,11 +108,12 @@ def _run_infer(arguments: argparse.Namespace) -> None:
 def _run_serve(arguments: argparse.Namespace) -> None:
     named = arguments.repository.absolute() if arguments.repository else None
     config, artifacts = enter(arguments)
+    from vismem.serving.champion import champion_repository
     from vismem.serving.server import serve
 
     serve(
         config,
-        named or artifacts / "deploy" / "model_repository",
+        named or champion_repository(config, artifacts),
         host=arguments.host,
         grpc_port=arguments.port,
         http_port=arguments.http_port,

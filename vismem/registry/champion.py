@@ -16,7 +16,7 @@ from vismem.errors import UserError
 from vismem.registry.bucket import BucketPlace
 from vismem.registry.ledger import ENTRY, REVISION, Ledger, Move, effective, ledger_model
 from vismem.registry.tracking import Store, create_model_once, find_version, versions
-from vismem.registry.versions import CHAMPION, Version
+from vismem.registry.versions import CHAMPION, Version, unknown_version
 from vismem.registry.view import HERE, PLACE, View
 
 
@@ -46,7 +46,8 @@ class RegistryPlace:
 
     def append(self, ledger: Ledger, move: Move) -> bool:
         """Write the move down behind all others; it took effect if none came between."""
-        create_model_once(self._store, self._name, "The ledger of champions: do not delete its versions")
+        if not ledger.moves:
+            create_model_once(self._store, self._name, "The ledger of champions: do not delete its versions")
         tags = {REVISION: str(ledger.revision), ENTRY: move.model_dump_json()}
         self._write(tags)
         return move in self.read().moves
@@ -109,8 +110,12 @@ def mend_view(store: Store) -> Ledger:
             getattr(store.client, call)(store.model, *given)
 
 
-def champion_version(store: Store, ledger: Ledger) -> Version | None:
-    """The registered version that is champion, or None before the first. UserError where it was deleted."""
+def champion_version(store: Store) -> Version | None:
+    """The registered version that the ledger names champion, or None before the first. UserError where it was deleted.
+
+    The view is mended first.
+    """
+    ledger = mend_view(store)
     if ledger.champion is None:
         return None
     if (version := find_version(store, ledger.champion)) is None:
@@ -118,4 +123,12 @@ def champion_version(store: Store, ledger: Ledger) -> Version | None:
             f"version {ledger.champion} of '{store.model}', the champion, is no longer in {store.uri}: "
             "`vismem models rollback` returns to the one before, `vismem promote` releases another"
         )
+    return version
+
+
+def named_version(store: Store, which: str) -> Version:
+    """The version with that number or alias, `champion` by the ledger. UserError where there is none."""
+    version = champion_version(store) if which == CHAMPION else find_version(store, which)
+    if version is None:
+        raise unknown_version(which, store.model, store.uri, versions(store))
     return version

@@ -11,11 +11,11 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release, Verdict
-from vismem.registry.champion import mend_view, open_place, transact
+from vismem.registry.champion import mend_view, named_version, open_place, transact
 from vismem.registry.ledger import Ledger, Move
-from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors, versions
+from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors
 from vismem.registry.verdict import judge_version, publish_verdict, registered_gate
-from vismem.registry.versions import Version, unknown_version
+from vismem.registry.versions import Version
 
 
 @translate_mlflow_errors()
@@ -40,10 +40,8 @@ def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 def promote_version(config: Config, which: str, unblock: bool = False) -> str:
     """The same for any registered version, by number or alias; `unblock` allows one that was rolled back from."""
     store = open_store(config.registry)
-    if (version := find_version(store, which)) is None:
-        raise unknown_version(which, store.model, store.uri, versions(store))
     with tempfile.TemporaryDirectory() as out:
-        return _promote(store, version, Path(out), unblock)
+        return _promote(store, named_version(store, which), Path(out), unblock)
 
 
 def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -> str:

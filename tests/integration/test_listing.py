@@ -1,6 +1,7 @@
-"""The listing of registered versions: read from SQLite's tables, held to what MLflow's client says."""
+"""What is registered, looked at: listed from SQLite's tables as from MLflow's client, compared, and verified."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from project import Project
 
 from vismem.errors import UserError
-from vismem.registry import listing, release
+from vismem.registry import inspect, listing, release
 from vismem.registry.champion import read_view
 
 
@@ -63,3 +64,26 @@ def test_tables_that_are_not_mlflow_s_are_left_to_mlflow(project: Project, monke
     project.release(b"one", score=66.0)
     monkeypatch.setattr(listing, "_OURS", "name = ? AND no_such_column = 1")
     assert [item.version for item in listing.read_registry(project.config.registry)[0].versions] == ["1"]
+
+
+def test_versions_scored_on_other_data_are_not_compared(project: Project) -> None:
+    project.release(b"one", score=66.0)
+    project.build(b"two", score=68.0, n=500)
+    project.run("register")
+    rows, said = inspect.compare(project.config, "champion", "challenger")
+    assert {"figure": "gain over vanilla", "version 1": "6.00", "version 2": "6.00", "difference": "+0.00"} in rows
+    assert said == "they were scored on other data (600 and 500 items): their scores do not compare"
+
+
+def test_a_version_is_verified_against_manifest_lineage_figures_and_tags(project: Project) -> None:
+    made = project.release(b"one", score=66.0)
+    assert re.match(r"vismem version 1 is as registered: 4 files and ", inspect.verify(project.config, "champion"))
+    client = project.store.client
+    client.set_model_version_tag("vismem", "1", "score", "99.0000")
+    with pytest.raises(UserError, match=r"not as registered: tag score says 99\.0000, the files 66\.0000"):
+        inspect.verify(project.config, "1")
+    client.set_model_version_tag("vismem", "1", "score", "66.0000")
+    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts"
+    (kept / "vismem" / "memory.safetensors").write_bytes(b"onE")
+    with pytest.raises(UserError, match=r"version 1 .* damaged: vismem/memory\.safetensors has changed"):
+        inspect.verify(project.config, "1")

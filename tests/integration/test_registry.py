@@ -1,6 +1,7 @@
 """Register, judge, promote and roll back against a real MLflow store on SQLite, with a bundle of a few tiny files."""
 
 import json
+import re
 import urllib.error
 import urllib.request
 from typing import Any
@@ -212,6 +213,16 @@ def test_the_command_line_lists_shows_and_rolls_back(project: Project, capsys: p
     assert "version 1 is champion again" in capsys.readouterr().out
     assert main(["models", "show", "--params", str(params)]) == 0
     assert json.loads(capsys.readouterr().out)["version"] == "1"
+    assert main(["models", "promote", "--params", str(params)]) == 0
+    assert "version 2 is refused, version 1 stays champion: version 2 was rolled back from" in capsys.readouterr().out
+    assert main(["models", "promote", "2", "--unblock", "--params", str(params)]) == 0
+    assert "version 2 is champion" in capsys.readouterr().out
+    assert main(["models", "compare", "1", "2", "--params", str(params)]) == 0
+    said = capsys.readouterr().out
+    assert "both were scored on the same 600 items" in said
+    assert re.search(r"overall\W+66\.00\W+68\.00\W+\+2\.00", said)
+    assert main(["models", "rollback", "2", "--params", str(params)]) == 1
+    assert "`vismem models rollback` takes no VERSION" in capsys.readouterr().err
 
 
 def test_the_environment_s_store_wins_over_the_parameter(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

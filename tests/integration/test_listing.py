@@ -71,8 +71,10 @@ def test_versions_scored_on_other_data_are_not_compared(project: Project) -> Non
     project.build(b"two", score=68.0, n=500)
     project.run("register")
     rows, said = inspect.compare(project.config, "champion", "challenger")
-    assert {"figure": "gain over vanilla", "version 1": "6.00", "version 2": "6.00", "difference": "+0.00"} in rows
+    assert {"figure": "gain over vanilla", "version 1": "6.000", "version 2": "6.000", "difference": "+0.000"} in rows
     assert said == "they were scored on other data (600 and 500 items): their scores do not compare"
+    with pytest.raises(UserError, match="champion and 1 are both version 1: name two"):
+        inspect.compare(project.config, "champion", "1")
 
 
 def test_a_version_is_verified_against_manifest_lineage_figures_and_tags(project: Project) -> None:

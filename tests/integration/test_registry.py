@@ -59,6 +59,16 @@ def test_the_same_bundle_registered_twice_keeps_its_version(project: Project) ->
     assert len(versions(project.store)) == 1
 
 
+def test_a_version_from_before_hashes_were_kept_is_registered_anew(project: Project) -> None:
+    project.build(b"one")
+    project.run("register")
+    project.store.client.delete_model_version_tag("vismem", "1", "metrics_json_sha256")
+    with pytest.raises(UserError, match="its sha256 is not the version's tag"):
+        project.run("promote")
+    assert project.run("register")["version"] == "2"
+    assert project.run("promote")["promoted"]
+
+
 def test_a_better_second_champion_replaces_the_first_and_rollback_brings_it_back(project: Project) -> None:
     assert project.release(b"one", score=66.0)["promoted"]
     assert project.champion() == "1"
@@ -220,7 +230,7 @@ def test_the_command_line_lists_shows_and_rolls_back(project: Project, capsys: p
     assert main(["models", "compare", "1", "2", "--params", str(params)]) == 0
     said = capsys.readouterr().out
     assert "both were scored on the same 600 items" in said
-    assert re.search(r"overall\W+66\.00\W+68\.00\W+\+2\.00", said)
+    assert re.search(r"overall\W+66\.000\W+68\.000\W+\+2\.000", said)
     assert main(["models", "rollback", "2", "--params", str(params)]) == 1
     assert "`vismem models rollback` takes no VERSION" in capsys.readouterr().err
 

@@ -64,6 +64,12 @@ def test_a_ledger_that_lost_an_entry_is_refused_rather_than_read_otherwise(lost:
         effective(entries)
 
 
+@pytest.mark.parametrize("tags", [{}, {"revision": "0"}, {"revision": "0", "move": '{"version": "9"}'}])
+def test_an_entry_that_is_no_move_is_named(tags: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="entry 1 of the ledger of champions cannot be read"):
+        effective([Version("1", "", "", 0.0, tags)])
+
+
 def test_the_view_needs_exactly_the_edits_that_make_it_say_what_the_ledger_says() -> None:
     made = ledger("promote 1", "promote 2", "rollback 1")
     since = made.blocked["2"]

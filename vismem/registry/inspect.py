@@ -9,12 +9,12 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import file_hashes
-from vismem.records import VISMEM, Metrics
+from vismem.records import VISMEM, Metrics, ParityReport, Validation
 from vismem.registry.champion import named_version
 from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import open_store, translate_mlflow_errors
-from vismem.registry.verdict import FOLDERS, read_registered
+from vismem.registry.verdict import read_registered
 
 
 @translate_mlflow_errors()
@@ -29,8 +29,8 @@ def verify(config: Config, which: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder)
         download_bundle(store, version, bundle)
-        for record in FOLDERS:
-            read_registered(store, version, record)
+        read_registered(store, version, Validation)
+        read_registered(store, version, ParityReport)
         lineage: dict[str, Any] = read_json(bundle / "lineage.json")
         metrics = read_registered(store, version, Metrics)
         told = version_tags(bundle, lineage, metrics)
@@ -52,17 +52,18 @@ def compare(config: Config, first: str, second: str) -> tuple[list[dict[str, str
     """One row per figure of two versions with their difference, and a sentence on whether the figures compare."""
     store = open_store(config.registry)
     versions = [named_version(store, which) for which in (first, second)]
+    if versions[0] == versions[1]:
+        raise UserError(f"{first} and {second} are both version {versions[0].version}: name two versions")
     one, other = metrics = [read_registered(store, version, Metrics) for version in versions]
     columns = [f"version {version.version}" for version in versions]
-    figures: dict[str, tuple[float, float]] = {}
-    for name in one.arms[VISMEM].keys() & other.arms[VISMEM].keys():
-        figures[name] = (one.arms[VISMEM][name], other.arms[VISMEM][name])
+    ours, theirs = one.arms[VISMEM], other.arms[VISMEM]
+    figures = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
     figures["gain over vanilla"] = (one.gain["overall"].delta, other.gain["overall"].delta)
     rows = [
         {
             "figure": name.replace("_", " "),
-            **{column: f"{value:.2f}" for column, value in zip(columns, values, strict=True)},
-            "difference": f"{values[1] - values[0]:+.2f}" if all(map(math.isfinite, values)) else "",
+            **{column: f"{value:.3f}" for column, value in zip(columns, values, strict=True)},
+            "difference": f"{values[1] - values[0]:+.3f}" if all(map(math.isfinite, values)) else "",
         }
         for name, values in figures.items()
     ]

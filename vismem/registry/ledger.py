@@ -32,7 +32,7 @@ class Move(Part):
     action: Action
     version: str  # the champion from then on
     previous: str | None
-    verdict: Verdict | None = None  # of a promotion: what the gate said
+    verdict: dict[str, str] | None = None  # of a promotion: what the gate said, by rule
 
 
 class Ledger(Part):
@@ -81,7 +81,8 @@ class Ledger(Part):
     def next_move(self, action: Action, version: str, verdict: Verdict | None = None) -> Move:
         """The move that makes `version` the champion after this ledger's."""
         time, by = datetime.now(UTC).isoformat(), f"{socket.gethostname()}:{os.getpid()}"
-        return Move(time=time, by=by, action=action, version=version, previous=self.champion, verdict=verdict)
+        reasons = {rule.name: rule.reason for rule in verdict.rules} if verdict else None
+        return Move(time=time, by=by, action=action, version=version, previous=self.champion, verdict=reasons)
 
 
 def effective(entries: Iterable[Version]) -> tuple[Move, ...]:
@@ -98,6 +99,12 @@ def effective(entries: Iterable[Version]) -> tuple[Move, ...]:
                 f"the ledger of champions has lost its entry {number}, which somebody deleted in MLflow: restore the "
                 "database, or delete the ledger's model there to begin anew from the alias 'champion'"
             )
-        if entry.tags[REVISION] == str(len(found)):
-            found.append(Move.model_validate_json(entry.tags[ENTRY]))
+        try:
+            if int(entry.tags[REVISION]) == len(found):
+                found.append(Move.model_validate_json(entry.tags[ENTRY]))
+        except (KeyError, ValueError) as error:  # pydantic's error is a ValueError
+            raise UserError(
+                f"entry {number} of the ledger of champions cannot be read ({error}): it was edited in MLflow, or "
+                "written by another version of VisMem"
+            ) from None
     return tuple(found)

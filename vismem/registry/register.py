@@ -38,7 +38,8 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     for record, folder in (Metrics, "evaluate"), (Validation, "validate"), (ParityReport, "export"):
         tags[hash_tag(record)] = sha256_file(inputs[folder] / record.FILE)
     store = open_store(config.registry)
-    known = next((v for v in versions(store) if v.tags.get("manifest_sha256") == tags["manifest_sha256"]), None)
+    named = ("manifest_sha256", tags["manifest_sha256"])
+    known = next((v for v in versions(store) if named in v.tags.items() and hash_tag(Metrics) in v.tags), None)
     version = known or _new_version(store, config, inputs, metrics, tags)
     ledger = mend_view(store)
     verdict = judge_version(store, version, ledger, config.gate)

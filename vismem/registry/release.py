@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.records import RegisteredVersion, Release, Verdict
+from vismem.records import RegisteredVersion, Release, Rule, Verdict
 from vismem.registry.champion import mend_view, named_version, open_place, transact
 from vismem.registry.ledger import Ledger, Move
 from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors
@@ -45,38 +45,36 @@ def promote_version(config: Config, which: str, unblock: bool = False) -> str:
 
 
 def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -> str:
-    verdict, previous, champion = Verdict(passed=False, rules=()), None, None
-    gate = registered_gate(store, version)
+    verdict, gate = Verdict(passed=False, rules=()), registered_gate(store, version)
 
     def decide(ledger: Ledger) -> Move | None:
-        nonlocal verdict, previous, champion
-        champion = previous = ledger.champion
-        made = ledger.promotion(version.version) if champion == version.version else None
-        if made is not None:  # before, and perhaps by a run that was killed behind it
-            previous = made.previous
-        if made is not None and made.verdict is not None:
-            verdict = made.verdict
+        nonlocal verdict
+        made = ledger.promotion(version.version) if ledger.champion == version.version else None
+        if made and made.verdict:  # before, and perhaps by a run that was killed behind it
+            rules = tuple(Rule(name=name, passed=True, reason=reason) for name, reason in made.verdict.items())
+            verdict = Verdict(passed=True, rules=rules)
             verdict.write(out)
             return None
         verdict = judge_version(store, version, ledger, gate, unblock)
         publish_verdict(store, version, verdict, out)
-        return ledger.next_move("promote", version.version, verdict) if verdict.passed and made is None else None
+        return ledger.next_move("promote", version.version, verdict) if verdict.passed and not made else None
 
     mend_view(store)
-    transact(open_place(store), decide)
+    ledger = transact(open_place(store), decide)
     mend_view(store)
+    move = ledger.promotion(version.version) if verdict.passed else None
     release = Release(
         promoted=verdict.passed,
         name=store.model,
         version=version.version,
         model_id=version.model_id,
-        previous=previous,
+        previous=move.previous if move else ledger.champion,
         reasons=verdict.reasons(),
     )
     release.write(out)
     if release.promoted:
         return f"{store.model} version {version.version} is champion"
-    kept = f"version {champion} stays champion" if champion else "there is no champion yet"
+    kept = f"version {ledger.champion} stays champion" if ledger.champion else "there is no champion yet"
     return f"{store.model} version {version.version} is refused, {kept}: {'; '.join(release.reasons)}"
 
 

@@ -38,6 +38,7 @@ def test_the_published_repository_is_the_champion_s_and_follows_it_back(project:
     assert served(models) == {"vismem/3": b"three"}
     assert sorted(path.name for path in (models / "releases").iterdir()) == ["1", "3"]  # a running server reads on
     release.rollback(project.config)
+    project.store.client.set_registered_model_alias("vismem", "champion", "3")  # the ledger is asked, not the alias
     publish(project.config, models)
     assert served(models) == {"vismem/1": b"one"}
 
@@ -55,7 +56,7 @@ def test_vismem_serve_serves_the_ledger_s_champion_whatever_was_deployed_last(pr
     project.release(b"two", score=68.0)
     assert serves() == {"vismem/2": b"two"}
     release.rollback(project.config)
-    project.store.client.set_registered_model_alias("vismem", "champion", "2")  # the ledger is asked, not the alias
+    project.store.client.set_registered_model_alias("vismem", "champion", "2")
     assert champion_repository(project.config, project.artifacts) == deployed
     shutil.rmtree(deployed)
     assert serves() == {"vismem/1": b"one"}

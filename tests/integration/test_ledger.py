@@ -1,30 +1,28 @@
 """The ledger of champions where it is kept: in a registry on SQLite, and in a real S3 server by conditional PUT."""
 
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import pytest
 from project import Project
+from races import PROMOTERS, race
 
 from vismem import stack
 from vismem.errors import UserError
 from vismem.registry import listing, release
 from vismem.registry.bucket import BucketPlace
-from vismem.registry.champion import Place, RegistryPlace, transact
-from vismem.registry.ledger import Ledger, Move, ledger_model
+from vismem.registry.champion import Place, RegistryPlace
+from vismem.registry.ledger import Ledger, ledger_model
 from vismem.registry.server import mlflow_server
 from vismem.registry.tracking import find_version
 from vismem.services import free_ports
 from vismem.serving.publish import publish
 
-ROUNDS, PROMOTERS = 100, 8
+ROUNDS = 100
 DEAD = "http://127.0.0.1:9"  # the discard port: nobody listens
 
 
@@ -76,31 +74,8 @@ def places(request: pytest.FixtureRequest, project: Project) -> Places:
 def test_of_eight_promoters_the_best_is_champion_and_each_move_has_one_winner_in_a_hundred_races(
     places: Places,
 ) -> None:
-    """All have read the empty ledger before the first writes; each judges by score against the ledger's champion."""
     for number in range(ROUNDS):
-        start, scores = Barrier(PROMOTERS), random.Random(number).sample(range(PROMOTERS), PROMOTERS)
-
-        def promote(machine: int, number: int = number, start: Any = start, scores: Any = scores) -> str | None:
-            read: list[Ledger] = []
-            score = scores[machine]
-
-            def decide(ledger: Ledger) -> Move | None:
-                if not read:
-                    start.wait()
-                read.append(ledger)
-                time.sleep(random.uniform(0, 0.002))  # between reading and writing
-                return ledger.next_move("promote", str(score)) if score > int(ledger.champion or -1) else None
-
-            moved = transact(places(f"race-{number}", machine), decide)
-            return str(score) if moved.revision > read[-1].revision else None
-
-        with ThreadPoolExecutor(PROMOTERS) as threads:
-            winners = {score for score in threads.map(promote, range(PROMOTERS)) if score}
-        moves = places(f"race-{number}", 0).read().moves
-        assert {move.version for move in moves} == winners, "who was told that it won is in the ledger, and nobody else"
-        assert [move.previous for move in moves] == [None, *(move.version for move in moves[:-1])]
-        assert [int(move.version) for move in moves] == sorted({int(move.version) for move in moves}), "always upwards"
-        assert moves[-1].version == str(PROMOTERS - 1)
+        race(partial(places, f"race-{number}"), seed=number)
 
 
 def test_a_move_on_a_ledger_that_has_grown_is_not_made(places: Places) -> None:

@@ -75,8 +75,7 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
                 {"seed": 3, "stage1.steps": 30}.
             image: Cluster: image of all tasks; name it by digest or by a tag that does not move.
             s3_secret: Cluster: secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, except for AWS itself,
-                AWS_ENDPOINT_URL_S3; needed for preflight.buckets and an s3:// registry.artifact_location or
-                registry.ledger only.
+                AWS_ENDPOINT_URL_S3; needed for preflight.buckets and an s3:// registry.artifact_location only.
             mlflow_secret: Cluster: secret with MLFLOW_TRACKING_URI and, where the server asks for them,
                 MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
             huggingface_secret: Cluster: secret with HF_TOKEN; it need not exist.

@@ -53,7 +53,7 @@ def checks(config: Config, artifacts: Path) -> list[partial[Finding]]:
     wanted = config.preflight
     return [
         *(partial(check_variable, name) for name in wanted.environment),
-        *(partial(check_bucket, bucket) for bucket in (*wanted.buckets, config.registry.ledger) if bucket),
+        *(partial(check_bucket, bucket) for bucket in wanted.buckets),
         partial(check_registry, config.registry),
         partial(check_base, config.base.model),
         partial(check_gpus, wanted.gpus),

@@ -1,4 +1,4 @@
-"""Promotion and rollback are transactions on the ledger: races of processes, a kill before any call, edited files."""
+"""Promotion and rollback are transactions on the ledger: a kill before any call, a full disk, edited files."""
 
 import itertools
 import json
@@ -20,62 +20,12 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.records import Release
 from vismem.registry import release
-from vismem.registry.champion import mend_view, open_place
+from vismem.registry.champion import mend_view
 from vismem.registry.tracking import find_version, versions
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vismem.registry.release"])
-ORDER = (3, 7, 1, 5, 0, 6, 2, 4)
 BEATEN = "this version scores 68.00, champion version 1 66.00: +2.00 points; more than +0.00 is required"
-
-
-def promoter(config: Config, registered: Path, out: Path, start: Any) -> None:
-    out.mkdir(parents=True)
-    start.wait()
-    release.promote(config, {"register": registered}, out)
-
-
-def race(project: Project, places: tuple[int, ...], first: float) -> dict[str, Release]:
-    """Register a model per place, then promote all at once; return what each promoter wrote, by version."""
-    start = PROCESSES.Barrier(len(places))
-    racers, folders = [], []
-    for place in places:
-        project.build(f"{first}-{place}".encode(), score=first + place)
-        registered, out = (project.artifacts / f"{name}-{first}-{place}" for name in ("register", "promote"))
-        project.run("register", registered.name)
-        folders.append(out)
-        racers.append(PROCESSES.Process(target=promoter, args=(project.config, registered, out, start)))
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert [racer.exitcode for racer in racers] == [0] * len(racers), "a refusal is a result"
-    return {made.version: made for made in map(Release.read, folders)}
-
-
-def check_race(project: Project, made: dict[str, Release], best: float) -> None:
-    """The best is champion, every move was upwards from the champion before, and losers name who beat them."""
-    champion = find_version(project.store, "champion")
-    assert champion is not None
-    assert float(champion.tags["score"]) == best
-    moves = open_place(project.store).read().moves
-    assert [move.previous for move in moves] == [None, *(move.version for move in moves[:-1])]
-    tags = {version.version: version.tags for version in versions(project.store)}
-    beaten = [float(tags[move.version]["score"]) for move in moves]
-    assert beaten == sorted(set(beaten))
-    for version, result in made.items():
-        assert result.promoted == (version in {move.version for move in moves})
-        if not result.promoted:
-            assert "champion version" in result.reasons[0]
-            assert tags[version]["verdict"] == "refused"
-            assert tags[version]["verdict.champion"] == f"broken: {result.reasons[0]}"
-
-
-def test_of_promoters_that_race_on_one_database_the_best_is_champion(project: Project) -> None:
-    for first in (66.0, 70.0):
-        made = race(project, ORDER, first)
-        assert len(made) == len(ORDER)
-        check_race(project, made, best=first + 7)
 
 
 class Killed(BaseException):

@@ -58,11 +58,6 @@ class RegistryConfig(Section):
     artifact_location: str | None = Field(
         None, description="new experiments' files; null: mlartifacts/ beside a SQLite store, else the server's"
     )
-    ledger: str | None = Field(
-        None,
-        pattern=r"^s3://[^/]+(/.*)?$",
-        description="who is champion: an S3 place such as s3://BUCKET/ledger; null: in the registry itself",
-    )
     ui_port: int = Field(5000, ge=0, le=65535, description="port of `vismem ui`; 0: any free one")
 
 

@@ -1,80 +1,58 @@
-"""The champion: the ledger in or beside the MLflow registry, and the alias and tags in MLflow that follow it.
+"""The champion: the ledger in the MLflow registry, and the alias and tags there that follow it.
 
-By default the ledger is in the registry itself, as versions of the model NAME-ledger. To create one is a single insert
-whose number the database makes unique, on a SQLite file as behind a server: all who reach the registry, on whatever
-machine, share one ledger. With `registry.ledger` it is an S3 object (`vismem.registry.bucket`).
+The ledger's entries are versions of a model of its own, NAME-ledger. To create one is a single insert whose number the
+database makes unique, on a SQLite file as behind a server: all who reach the registry, on whatever machine, share one
+ledger without a lock.
 """
 
 import random
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from mlflow.exceptions import MlflowException
 
 from vismem.errors import UserError
-from vismem.registry.bucket import BucketPlace
 from vismem.registry.ledger import ENTRY, REVISION, Ledger, Move, effective, ledger_model
 from vismem.registry.tracking import Store, create_model_once, find_version, versions
 from vismem.registry.versions import CHAMPION, Version, unknown_version
-from vismem.registry.view import HERE, PLACE, View
+from vismem.registry.view import View
 
 
-class Place(Protocol):
-    """Where a ledger is kept."""
-
-    where: str
-
-    def read(self) -> Ledger:
-        """The present ledger."""
-
-    def append(self, ledger: Ledger, move: Move) -> bool:
-        """Add the move, unless the ledger is no longer `ledger`; return whether it was added."""
+def read_ledger(store: Store) -> Ledger:
+    """The present ledger. UserError where entries were deleted or edited."""
+    return Ledger(moves=effective(versions(store, ledger_model(store.model))))
 
 
-class RegistryPlace:
-    """The registry itself: each move is a version of a model of its own, and names the revision that it expects."""
+def append(store: Store, ledger: Ledger, move: Move) -> bool:
+    """Add the move unless others came since `ledger` was read; return whether it was added.
 
-    where = HERE
-
-    def __init__(self, store: Store) -> None:
-        self._store, self._name = store, ledger_model(store.model)
-
-    def read(self) -> Ledger:
-        """The moves that took effect."""
-        return Ledger(moves=effective(versions(self._store, self._name)))
-
-    def append(self, ledger: Ledger, move: Move) -> bool:
-        """Write the move down behind all others; it took effect if none came between."""
-        if not ledger.moves:
-            create_model_once(self._store, self._name, "The ledger of champions: do not delete its versions")
-        tags = {REVISION: str(ledger.revision), ENTRY: move.model_dump_json()}
-        self._write(tags)
-        return move in self.read().moves
-
-    def _write(self, tags: dict[str, str], attempts: int = 10) -> None:
-        """MLflow gives up after three collisions of numbers, so that it is asked up to `attempts` times."""
-        try:  # MLflow asks for a source; an entry has no files
-            self._store.client.create_model_version(self._name, "s3://none/none", tags=tags)
-        except MlflowException as error:
-            if "Giving up" not in str(error) or attempts == 1:
-                raise
-            time.sleep(random.uniform(0, 0.3))
-            self._write(tags, attempts - 1)
+    The entry names the revision that it expects, and is void where the ledger had grown.
+    """
+    name = ledger_model(store.model)
+    if not ledger.moves:
+        create_model_once(store, name, "The ledger of champions: do not delete its versions")
+    _write(store, name, {REVISION: str(ledger.revision), ENTRY: move.model_dump_json()})
+    return move in read_ledger(store).moves
 
 
-def open_place(store: Store) -> Place:
-    """Where the parameters say that the ledger is."""
-    return BucketPlace(store.config.ledger, store.model) if store.config.ledger else RegistryPlace(store)
+def _write(store: Store, name: str, tags: dict[str, str], attempts: int = 10) -> None:
+    """MLflow gives up after three collisions of numbers, so that it is asked up to `attempts` times."""
+    try:  # MLflow asks for a source; an entry has no files
+        store.client.create_model_version(name, "s3://none/none", tags=tags)
+    except MlflowException as error:
+        if "Giving up" not in str(error) or attempts == 1:
+            raise
+        time.sleep(random.uniform(0, 0.3))
+        _write(store, name, tags, attempts - 1)
 
 
-def transact(place: Place, decide: Callable[[Ledger], Move | None]) -> Ledger:
+def transact(store: Store, decide: Callable[[Ledger], Move | None]) -> Ledger:
     """Make the move that `decide` chooses by the ledger; where another came between, it decides again by that one's.
 
     Returns the ledger with the move, or the one on which `decide` chose None.
     """
-    while (move := decide(ledger := place.read())) is not None:
-        if place.append(ledger, move):
+    while (move := decide(ledger := read_ledger(store))) is not None:
+        if append(store, ledger, move):
             return Ledger(moves=(*ledger.moves, move))
     return ledger
 
@@ -82,32 +60,32 @@ def transact(place: Place, decide: Callable[[Ledger], Move | None]) -> Ledger:
 def read_view(store: Store) -> View:
     """What MLflow's client says of the model."""
     if not (found := versions(store)):
-        return View((), {}, {})
-    model = store.client.get_registered_model(store.model)
-    return View(tuple(found), {alias: str(number) for alias, number in model.aliases.items()}, dict(model.tags))
+        return View((), {})
+    aliases = store.client.get_registered_model(store.model).aliases
+    return View(tuple(found), {alias: str(number) for alias, number in aliases.items()})
 
 
 def mend_view(store: Store) -> Ledger:
     """Make MLflow's alias and tags say what the ledger says, whatever was left half done; return the ledger.
 
     An alias that was set before there was a ledger is adopted. Who has written looks at the ledger again, so that of
-    two the last to write has seen the last move. UserError where the model's ledger is elsewhere.
+    two the last to write has seen the last move.
     """
-    place = open_place(store)
+    failed: list[tuple[str, ...]] = []
     while True:
-        ledger, view = place.read(), read_view(store)
-        if (recorded := view.tags.get(PLACE, place.where)) != place.where:
-            raise UserError(
-                f"the ledger of '{store.model}' is in {recorded}, but registry.ledger leads to {place.where}: set it "
-                f"as it was, or delete the model's tag '{PLACE}' in MLflow to begin there with the alias '{CHAMPION}'"
-            )
+        ledger, view = read_ledger(store), read_view(store)
         if not ledger.moves and (alias := view.aliases.get(CHAMPION)) is not None:
-            place.append(ledger, ledger.next_move("adopt", alias))
+            append(store, ledger, ledger.next_move("adopt", alias))
             continue
-        if not (calls := view.edits(ledger, place.where)):
+        if not (calls := view.edits(ledger)):
             return ledger
-        for call, *given in calls:
-            getattr(store.client, call)(store.model, *given)
+        try:
+            for call, *given in calls:
+                getattr(store.client, call)(store.model, *given)
+        except MlflowException:  # another may have made the same edit at the same time
+            if calls == failed:
+                raise
+            failed = calls
 
 
 def champion_version(store: Store) -> Version | None:

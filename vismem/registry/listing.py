@@ -6,7 +6,6 @@ the same answer.
 """
 
 import sqlite3
-from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,10 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 from vismem.config import Config, RegistryConfig
-from vismem.registry.bucket import BucketPlace
 from vismem.registry.ledger import Ledger, effective, ledger_model
 from vismem.registry.versions import CHALLENGER, CHAMPION, Version, database, tracking_uri, unknown_version
-from vismem.registry.view import BLOCKED, HERE, View
+from vismem.registry.view import BLOCKED, View
 
 _OURS = "name = ? AND workspace = 'default'"
 
@@ -56,14 +54,11 @@ def read_registry(config: RegistryConfig) -> tuple[View, Ledger]:
     """
     file = database(tracking_uri(config))
     if file is not None and not file.is_file():
-        return View((), {}, {}), Ledger()
+        return View((), {}), Ledger()
     if file is not None:
         with suppress(sqlite3.Error):
-            view = read_tables(file, config.model_name)
-            place = BucketPlace(config.ledger, config.model_name) if config.ledger else None
-            entries = () if place else read_tables(file, ledger_model(config.model_name)).versions
-            ledger = place.read() if place else Ledger(moves=effective(entries))
-            if not view.edits(ledger, place.where if place else HERE):
+            view, ledger = read_tables(file, config.model_name)
+            if not view.edits(ledger):
                 return view, ledger
     return ask_mlflow(config)
 
@@ -79,25 +74,31 @@ def ask_mlflow(config: RegistryConfig) -> tuple[View, Ledger]:
         return read_view(store), ledger
 
 
-def read_tables(file: Path, name: str) -> View:
-    """The same from the tables of a SQLite store. sqlite3.Error where they are others than MLflow 3.17 makes."""
+def read_tables(file: Path, name: str) -> tuple[View, Ledger]:
+    """The same from the tables of a SQLite store, all of one moment, and not mended.
+
+    sqlite3.Error where they are others than MLflow 3.17 makes.
+    """
     with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as tables:
-        tags: dict[int, dict[str, str]] = {}
-        for number, key, value in tables.execute(
-            f"SELECT version, key, value FROM model_version_tags WHERE {_OURS}", (name,)
-        ):
-            tags.setdefault(number, {})[key] = value
-        rows = tables.execute(
-            "SELECT version, run_id, creation_time FROM model_versions "
-            f"WHERE {_OURS} AND current_stage != 'Deleted_Internal' ORDER BY version DESC",
-            (name,),
-        )
-        versions = tuple(_version(number, run_id, created, tags.get(number, {})) for number, run_id, created in rows)
+        tables.execute("BEGIN")  # or another's move comes between two of the questions
         aliases = tables.execute(f"SELECT alias, version FROM registered_model_aliases WHERE {_OURS}", (name,))
-        named = {alias: str(number) for alias, number in aliases}
-        ours = tables.execute(f"SELECT key, value FROM registered_model_tags WHERE {_OURS}", (name,))
-        return View(versions, named, dict(ours) if versions else {})
+        view = View(_versions(tables, name), {alias: str(number) for alias, number in aliases})
+        return view, Ledger(moves=effective(_versions(tables, ledger_model(name))))
 
 
-def _version(number: int, run_id: str | None, created: int | None, tags: Mapping[str, str]) -> Version:
-    return Version(str(number), run_id or "", tags.get("model_id", ""), (created or 0) / 1000, tags)
+def _versions(tables: sqlite3.Connection, name: str) -> tuple[Version, ...]:
+    tags: dict[int, dict[str, str]] = {}
+    for number, key, value in tables.execute(
+        f"SELECT version, key, value FROM model_version_tags WHERE {_OURS}", (name,)
+    ):
+        tags.setdefault(number, {})[key] = value
+    rows = tables.execute(
+        "SELECT version, run_id, creation_time FROM model_versions "
+        f"WHERE {_OURS} AND current_stage != 'Deleted_Internal' ORDER BY version DESC",
+        (name,),
+    )
+    return tuple(
+        Version(str(number), run_id or "", known.get("model_id", ""), (created or 0) / 1000, known)
+        for number, run_id, created in rows
+        for known in (tags.get(number, {}),)
+    )

@@ -12,16 +12,9 @@ from vismem.files import read_json
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manifest
 from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
 from vismem.registry.champion import mend_view
-from vismem.registry.gate import DIGITS
 from vismem.registry.runs import log_curve, log_metrics, log_model_folder, tracked_run
-from vismem.registry.tracking import (
-    Store,
-    create_version,
-    open_store,
-    translate_mlflow_errors,
-    versions,
-)
-from vismem.registry.verdict import GATE, hash_tag, judge_version, publish_verdict
+from vismem.registry.tracking import Store, create_version, open_store, translate_mlflow_errors, versions
+from vismem.registry.verdict import GATE, figure_tags, hash_tag, judge_version, publish_verdict
 from vismem.registry.versions import CHALLENGER, Version
 
 
@@ -97,11 +90,7 @@ def version_tags(bundle: Path, lineage: Mapping[str, Any], metrics: Metrics) -> 
         "data_sha256": str(lineage.get("data_sha256") or "unknown"),
         "params_sha256": hashlib.sha256(params).hexdigest(),
         "manifest_sha256": sha256_file(bundle / MANIFEST),
-        "test_sha256": metrics.test_sha256,
-        "items_sha256": metrics.items_sha256,
-        "n": str(metrics.n),
-        "score": f"{metrics.arms['vismem']['overall']:.{DIGITS}f}",
-        "gain": f"{metrics.gain['overall'].delta:.{DIGITS}f}",
+        **figure_tags(metrics),
     }
 
 

@@ -1,7 +1,7 @@
 """The step `promote`, and rollback: each reads the ledger of champions, decides, and moves it, as one transaction.
 
-Between reading the ledger and the move another promoter may have been quicker: then it is judged again, against the
-champion of then. What a killed promotion left half done in MLflow, the next one, or `vismem models`, mends.
+Between reading the ledger and the move another may have been quicker: then a promoter judges again, against the new
+champion. What a killed promotion left half done in MLflow, the next one, or `vismem models`, mends.
 """
 
 import tempfile
@@ -11,7 +11,7 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release, Rule, Verdict
-from vismem.registry.champion import mend_view, named_version, open_place, transact
+from vismem.registry.champion import mend_view, named_version, transact
 from vismem.registry.ledger import Ledger, Move
 from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors
 from vismem.registry.verdict import judge_version, publish_verdict, registered_gate
@@ -53,15 +53,14 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
         if made and made.verdict:  # before, and perhaps by a run that was killed behind it
             rules = tuple(Rule(name=name, passed=True, reason=reason) for name, reason in made.verdict.items())
             verdict = Verdict(passed=True, rules=rules)
-            verdict.write(out)
             return None
         verdict = judge_version(store, version, ledger, gate, unblock)
-        publish_verdict(store, version, verdict, out)
         return ledger.next_move("promote", version.version, verdict) if verdict.passed and not made else None
 
     mend_view(store)
-    ledger = transact(open_place(store), decide)
+    ledger = transact(store, decide)
     mend_view(store)
+    publish_verdict(store, version, verdict, out)
     move = ledger.promotion(version.version) if verdict.passed else None
     release = Release(
         promoted=verdict.passed,
@@ -83,11 +82,18 @@ def rollback(config: Config) -> str:
     """Make the champion before the present one champion again; return a line that says so.
 
     The version that is left is blocked: `promote` refuses it from then on. Repeated calls go further back along the
-    promotions; versions that were deleted or are blocked are passed over. UserError where there is none.
+    promotions; versions that were deleted or are blocked are passed over. UserError where there is none, or where the
+    champion that was to be left is no longer champion: it is not the next one's turn then.
     """
     store = open_store(config.registry)
+    seen = mend_view(store)
 
     def decide(ledger: Ledger) -> Move:
+        if ledger != seen:
+            raise UserError(
+                f"version {ledger.champion} of '{store.model}' became champion meanwhile, instead of version "
+                f"{seen.champion}: nothing was rolled back"
+            )
         for number in ledger.earlier:
             if find_version(store, number) is not None:
                 return ledger.next_move("rollback", number)
@@ -96,8 +102,7 @@ def rollback(config: Config) -> str:
             "`vismem models list` shows all"
         )
 
-    mend_view(store)
-    move = transact(open_place(store), decide).moves[-1]
+    move = transact(store, decide).moves[-1]
     mend_view(store)
     was = f"version {move.previous}, which is not promoted again"
     return f"{store.model} version {move.version} is champion again, instead of {was}"

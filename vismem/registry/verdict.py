@@ -10,8 +10,8 @@ from mlflow.exceptions import MlflowException
 from vismem.config import GateConfig
 from vismem.errors import UserError
 from vismem.provenance import sha256_file
-from vismem.records import Metrics, ParityReport, Record, Rule, Validation, Verdict
-from vismem.registry.gate import Champion, judge
+from vismem.records import VISMEM, Metrics, ParityReport, Record, Rule, Validation, Verdict
+from vismem.registry.gate import DIGITS, Champion, judge
 from vismem.registry.ledger import Ledger
 from vismem.registry.tracking import Store, find_version
 from vismem.registry.versions import Version
@@ -72,11 +72,16 @@ def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Pa
 
 
 def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
-    """The ledger's champion by its tags; one without such figures, or deleted from MLflow, has no usable score."""
+    """The ledger's champion by its registered figures; one deleted from MLflow has no usable score.
+
+    One from before hashes were kept has its tags only, as has one that `vismem register` did not make.
+    """
     if ledger.champion is None:
         return None
     version = find_version(store, ledger.champion)
     tags = version.tags if version else {}
+    if version and hash_tag(Metrics) in tags:
+        tags = figure_tags(read_registered(store, version, Metrics))
     try:
         score, n = float(tags["score"]), int(tags["n"])
     except (KeyError, ValueError):
@@ -89,6 +94,17 @@ def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
         items_sha256=tags.get("items_sha256", ""),
         is_candidate=ledger.champion == candidate.version,
     )
+
+
+def figure_tags(metrics: Metrics) -> dict[str, str]:
+    """The tags of a version that say how it scored, and on what."""
+    return {
+        "test_sha256": metrics.test_sha256,
+        "items_sha256": metrics.items_sha256,
+        "n": str(metrics.n),
+        "score": f"{metrics.arms[VISMEM]['overall']:.{DIGITS}f}",
+        "gain": f"{metrics.gain['overall'].delta:.{DIGITS}f}",
+    }
 
 
 def read_registered(store: Store, version: Version, record: type[R]) -> R:

@@ -7,35 +7,27 @@ from vismem.registry.ledger import Ledger
 from vismem.registry.versions import CHAMPION, Version
 
 BLOCKED = "blocked"  # tag of a version: when it was rolled back from
-PLACE = "ledger"  # tag of the model: where its ledger is
-HERE = "the registry"  # the tag's value by default
 
 
 @dataclass(frozen=True)
 class View:
-    """All that MLflow holds of a model: its versions, newest first, the numbers by alias, the model's tags."""
+    """All that MLflow holds of a model: its versions, newest first, and the numbers by alias."""
 
     versions: tuple[Version, ...]
     aliases: Mapping[str, str]
-    tags: Mapping[str, str]
 
     def find(self, which: str) -> Version | None:
         """The version with that number or alias, or None."""
         number = which if which.isdecimal() else self.aliases.get(which)
         return next((item for item in self.versions if item.version == number), None)
 
-    def edits(self, ledger: Ledger, place: str) -> list[tuple[str, ...]]:
+    def edits(self, ledger: Ledger) -> list[tuple[str, ...]]:
         """The calls of MLflow's client, each with what follows the model's name, after which the view is right."""
-        if not self.versions:
-            return []
         calls: list[tuple[str, ...]] = []
-        if ledger.moves and PLACE not in self.tags:
-            calls.append(("set_registered_model_tag", PLACE, place))
-        alias = self.aliases.get(CHAMPION)
-        if ledger.champion != alias:  # the champion's version may have been deleted
+        if ledger.champion != (alias := self.aliases.get(CHAMPION)):
             if ledger.champion is not None and self.find(ledger.champion):
                 calls.append(("set_registered_model_alias", CHAMPION, ledger.champion))
-            elif alias is not None:
+            elif alias is not None:  # the champion's version was deleted
                 calls.append(("delete_registered_model_alias", CHAMPION))
         for version in self.versions:
             since = ledger.blocked.get(version.version)

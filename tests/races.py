@@ -66,7 +66,7 @@ class Races:
     """Versions 1 to 10 of a project: 1 and 2 score the lowest, in order, the others are the promoters', in no order."""
 
     def __init__(self, project: Project) -> None:
-        self.project = project
+        self.project, self.direct = project, project.config
         self.scores = dict(zip(PAST, (61.0, 62.0), strict=True))
         for number, score in enumerate((66.0, 70.0, 64.0, 68.0, 63.0, 69.0, 65.0, 67.0), start=3):
             self.scores[str(number)] = score
@@ -93,7 +93,7 @@ class Races:
     def run(self, seed: int) -> None:
         """A race with none to two rollbacks, two promoters of one version, and in every other race one who is killed.
 
-        All have decided by the same ledger before the first one writes.
+        All have decided by the same ledger before the first one writes. One uses the store that the project had first.
         """
         past, dice = self.begin(), random.Random(seed)
         wanted: list[str | None] = [None] * (seed % 3)
@@ -104,7 +104,7 @@ class Races:
         for number, version in enumerate(wanted):
             out, registered = self.project.artifacts / f"race-{seed}-{number}", version and self.registered(version)
             seconds = dice.uniform(0, 1) if number == doomed else None
-            given = (self.project.config, registered, out, start, seconds)
+            given = (self.project.config if number else self.direct, registered, out, start, seconds)
             racers.append(Racer(version, out, PROCESSES.Process(target=act, args=given)))
         for racer in racers:
             racer.process.start()

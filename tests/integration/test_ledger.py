@@ -4,10 +4,13 @@ VISMEM_RACES=100 runs that many races.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from project import Project
 from races import Races
 
@@ -16,7 +19,6 @@ from vismem.registry import champion, listing, release
 from vismem.registry.champion import append, read_ledger
 from vismem.registry.ledger import Ledger, ledger_model
 from vismem.registry.server import mlflow_server
-from vismem.registry.tracking import find_version
 
 RACES = int(os.environ.get("VISMEM_RACES", "5"))
 
@@ -25,6 +27,7 @@ RACES = int(os.environ.get("VISMEM_RACES", "5"))
 def test_of_promoters_and_rollbacks_at_once_each_move_has_one_winner_and_each_process_hears_the_truth(
     project: Project, place: str
 ) -> None:
+    """Behind the server one of them uses the file as before: they share no lock."""
     races = Races(project)
     served = mlflow_server(project.config, 0) if place == "its server" else nullcontext()
     with served as server:
@@ -75,35 +78,76 @@ def test_an_entry_deleted_in_mlflow_is_named(project: Project) -> None:
         release.rollback(project.config)
 
 
-def test_a_promoter_behind_a_server_and_one_on_its_file_share_one_ledger(
+def overtake(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Let another act between the next decision and its move."""
+    original = champion.append
+
+    def append_late(*given: Any) -> bool:
+        monkeypatch.setattr(champion, "append", original)
+        act()
+        return original(*given)
+
+    monkeypatch.setattr(champion, "append", append_late)
+
+
+def test_a_rollback_beside_a_promotion_leaves_only_the_champion_that_was_seen(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They share no lock: each is overtaken by the other between its judgement and its move."""
-    judge, file = release.judge_version, project.config.registry.tracking_uri
-    with mlflow_server(project.config, 0) as (address, _):
-        for first, (slow, quick) in ((60.0, (file, address)), (70.0, (address, file))):
-            for score, folder in ((first, "slow"), (first + 1, "quick")):
-                project.build(f"{score}".encode(), score=score)
-                project.run("register", folder)
-            overtaken: list[str] = []
+    project.release(b"one", score=66.0)
+    project.release(b"two", score=68.0)
+    project.build(b"three", score=70.0)
+    project.run("register")
+    overtake(monkeypatch, lambda: project.run("promote"))
+    with pytest.raises(UserError, match=r"version 3 of 'vismem' became champion meanwhile, instead of version 2"):
+        release.rollback(project.config)
+    assert project.champion() == "3"
+    overtake(monkeypatch, lambda: release.rollback(project.config))
+    with pytest.raises(UserError, match="version 2 of 'vismem' became champion meanwhile"):
+        release.rollback(project.config)
+    project.build(b"four", score=69.0)
+    project.run("register")
+    overtake(monkeypatch, lambda: release.rollback(project.config))
+    made = project.run("promote")
+    assert (made["promoted"], made["previous"]) == (True, "1")
+    assert "champion version 1 66.00" in made["reasons"][-1], "judged again"
+    assert project.moves[2:] == [
+        ("promote", "3", "2"),
+        ("rollback", "2", "3"),
+        ("rollback", "1", "2"),
+        ("promote", "4", "1"),
+    ]
 
-            def judge_slowly(*given: Any, slow: Any = slow, quick: Any = quick, overtaken: Any = overtaken) -> Any:
-                verdict = judge(*given)
-                if not overtaken:
-                    overtaken.append("")
-                    project.connect(quick)
-                    assert project.run("promote", "quick")["promoted"]
-                    project.connect(slow)
-                return verdict
 
-            monkeypatch.setattr(release, "judge_version", judge_slowly)
-            project.connect(slow)
-            made = project.run("promote", "slow")
-            monkeypatch.setattr(release, "judge_version", judge)
-            assert made["promoted"] is False
-            assert f"{first + 1:.2f}" in made["reasons"][0]
-            present = find_version(project.store, "champion")
-            assert present is not None
-            assert float(present.tags["score"]) == first + 1
-            project.connect(file)
-    assert len(project.moves) == 2
+def test_who_mends_the_view_sees_moves_made_meanwhile_and_edits_that_another_made_first(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.release(b"one", score=66.0)
+    project.release(b"two", score=68.0)
+    project.build(b"three", score=70.0)
+    project.run("register")
+    edit, client = MlflowClient.set_registered_model_alias, project.store.client
+    client.set_registered_model_alias("vismem", "champion", "1")
+
+    def edit_late(*given: Any) -> None:
+        monkeypatch.setattr(MlflowClient, "set_registered_model_alias", edit)
+        project.run("promote")
+        edit(*given)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", edit_late)
+    champion.mend_view(project.store)
+    assert project.champion() == "3"
+
+    def edit_in_vain(*given: Any) -> None:
+        edits.append(given)
+        if len(edits) == 2:
+            edit(*given)  # another's
+        raise MlflowException("UNIQUE constraint failed")
+
+    edits: list[Any] = [None]
+    client.set_registered_model_alias("vismem", "champion", "1")
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", edit_in_vain)
+    champion.mend_view(project.store)
+    edit(client, "vismem", "champion", "1")
+    with pytest.raises(MlflowException, match="UNIQUE"):
+        champion.mend_view(project.store)
+    assert len(edits) == 4

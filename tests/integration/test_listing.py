@@ -2,15 +2,17 @@
 
 import json
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from typing import Any
 
 import pytest
 from project import Project
 
 from vismem.errors import UserError
 from vismem.registry import inspect, listing, release
-from vismem.registry.champion import read_view
 
 
 def test_the_listing_and_a_version_s_page_name_aliases_and_history(project: Project) -> None:
@@ -30,19 +32,36 @@ def test_the_listing_and_a_version_s_page_name_aliases_and_history(project: Proj
 def test_the_tables_hold_what_mlflow_s_client_says(project: Project) -> None:
     file, config = project.store.database, project.config.registry
     assert file is not None
-    assert listing.read_tables(file, "vismem") == read_view(project.store), "before the first version"
+    assert listing.read_tables(file, "vismem") == listing.ask_mlflow(config), "before the first version"
     project.release(b"one", score=66.0)
     project.release(b"two", score=68.0)
     release.rollback(project.config)
     project.run("register")
     found = listing.read_tables(file, "vismem")
-    assert found == read_view(project.store) == listing.read_registry(config)[0]
-    assert (len(found.versions), found.tags) == (2, {"ledger": "the registry"})
-    assert listing.read_registry(config) == listing.ask_mlflow(config)
+    assert found == listing.ask_mlflow(config) == listing.read_registry(config)
+    assert (len(found[0].versions), found[1].revision) == (2, 3)
     project.store.client.delete_model_version("vismem", "1")  # the champion: its alias goes with it
     found = listing.read_tables(file, "vismem")
-    assert found == read_view(project.store)
-    assert found.aliases == {"challenger": "2"}
+    assert found == listing.ask_mlflow(config)
+    assert found[0].aliases == {"challenger": "2"}
+
+
+def test_nothing_changes_between_two_questions_to_the_tables(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.release(b"one", score=66.0)
+    ask, config = listing._versions, project.config.registry
+
+    def ask_then_change(*given: Any) -> Any:
+        found = ask(*given)
+        with (
+            closing(sqlite3.connect(project.store.database, timeout=0)) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            other.execute("DELETE FROM model_version_tags")
+            other.commit()
+        return found
+
+    monkeypatch.setattr(listing, "_versions", ask_then_change)
+    assert listing.read_registry(config)[1].champion == "1"
 
 
 def test_the_listing_comes_without_mlflow(project: Project) -> None:

@@ -5,8 +5,10 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from vismem.registry.tracking import find_version, versions
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vismem.registry.release"])
+UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 BEATEN = "this version scores 68.00, champion version 1 66.00: +2.00 points; more than +0.00 is required"
 
 
@@ -32,16 +35,25 @@ class Killed(BaseException):
     """Where the process ends."""
 
 
-class Mortal:
-    """A client of MLflow whose process is killed before its call number `last`, counted from 0."""
+def kill() -> None:
+    raise Killed
 
-    def __init__(self, client: Any, last: int) -> None:
-        self.client, self.left = client, last
+
+def fill_disk() -> None:
+    """No file may grow any more: SQLite can still read."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, UNLIMITED[1]))
+
+
+class Mortal:
+    """A client of MLflow that `fault` befalls before its call number `last`, counted from 0."""
+
+    def __init__(self, client: Any, last: int, fault: Callable[[], None]) -> None:
+        self.client, self.left, self.fault = client, last, fault
 
     def __getattr__(self, name: str) -> Any:
         def call(*given: Any, **named: Any) -> Any:
             if self.left == 0:
-                raise Killed(name)
+                self.fault()
             self.left -= 1
             return getattr(self.client, name)(*given, **named)
 
@@ -56,9 +68,9 @@ def check_view(project: Project) -> str | None:
     return ledger.champion
 
 
-@pytest.mark.parametrize("action", ["promote", "rollback"])
-def test_killed_before_any_call_the_ledger_and_its_view_agree_again_and_the_work_can_be_finished(
-    project: Project, monkeypatch: pytest.MonkeyPatch, action: str
+@pytest.mark.parametrize(("action", "fault"), [("promote", kill), ("rollback", kill), ("promote", fill_disk)])
+def test_after_a_kill_or_a_full_disk_at_any_call_ledger_and_view_agree_again_and_the_work_can_be_finished(
+    project: Project, monkeypatch: pytest.MonkeyPatch, action: str, fault: Callable[[], None]
 ) -> None:
     project.release(b"one", score=66.0)
     if action == "rollback":
@@ -72,14 +84,16 @@ def test_killed_before_any_call_the_ledger_and_its_view_agree_again_and_the_work
         for last in itertools.count():
             saved.backup(store)
             with monkeypatch.context() as patch:
-                mortal = replace(project.store, client=Mortal(project.store.client, last))
+                mortal = replace(project.store, client=Mortal(project.store.client, last, fault))
                 patch.setattr(release, "open_store", lambda _, mortal=mortal: mortal)
                 try:
                     project.run("promote") if action == "promote" else release.rollback(project.config)
-                except Killed:
+                except (Killed, UserError, OSError):
                     pass
                 else:
                     break
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, UNLIMITED)
             if action == "promote":
                 assert check_view(project) in ("1", "2")
                 made = project.run("promote")
@@ -175,6 +189,20 @@ def test_figures_edited_in_the_registry_are_found_out_by_the_hash_that_was_regis
     with pytest.raises(UserError, match=r"metrics\.json of vismem version 2 \(its sha256 is not the version's tag"):
         project.run("promote")
     assert check_view(project) == "1"
+
+
+def test_a_champion_is_compared_by_its_registered_figures_and_not_by_its_tags(project: Project) -> None:
+    project.build(b"one", score=66.0)
+    run_id = project.run("register")["run_id"]
+    project.run("promote")
+    project.store.client.set_model_version_tag("vismem", "1", "score", "60.0000")
+    refused = project.release(b"two", score=65.0)
+    assert (refused["promoted"], project.champion()) == (False, "1")
+    assert "champion version 1 66.00" in refused["reasons"][0]
+    worse = json.dumps(scores(60.0, test_sha256=project.test_sha256).model_dump(mode="json"))
+    edit(project, run_id, "evaluate/metrics.json", worse)
+    with pytest.raises(UserError, match=r"metrics\.json of vismem version 1 \(its sha256 is not the version's tag"):
+        project.run("promote")
 
 
 def test_no_figure_that_is_not_finite_no_empty_test_and_no_other_data_is_promoted(project: Project) -> None:

@@ -75,14 +75,13 @@ def test_the_view_needs_exactly_the_edits_that_make_it_say_what_the_ledger_says(
     since = made.blocked["2"]
     plain = [Version(number, "", "", 0.0, {}) for number in ("2", "1")]
     done = [Version("2", "", "", 0.0, {"blocked": since}), plain[1]]
-    assert View(tuple(done), {"champion": "1"}, {"ledger": "here"}).edits(made, "here") == []
-    assert View(tuple(plain), {"champion": "2"}, {}).edits(made, "here") == [
-        ("set_registered_model_tag", "ledger", "here"),
+    assert View(tuple(done), {"champion": "1"}).edits(made) == []
+    assert View(tuple(plain), {"champion": "2"}).edits(made) == [
         ("set_registered_model_alias", "champion", "1"),
         ("set_model_version_tag", "2", "blocked", since),
     ]
     stale = [plain[0], Version("1", "", "", 0.0, {"blocked": "then"})]
-    assert ("delete_model_version_tag", "1", "blocked") in View(tuple(stale), {}, {}).edits(made, "here")
-    without = View((done[0],), {"champion": "2"}, {"ledger": "here"})  # the champion's version was deleted
-    assert without.edits(made, "here") == [("delete_registered_model_alias", "champion")]
-    assert View((), {}, {}).edits(made, "here") == []
+    assert ("delete_model_version_tag", "1", "blocked") in View(tuple(stale), {}).edits(made)
+    without = View((done[0],), {"champion": "2"})  # the champion's version was deleted
+    assert without.edits(made) == [("delete_registered_model_alias", "champion")]
+    assert View((), {}).edits(made) == []

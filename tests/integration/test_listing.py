@@ -52,12 +52,10 @@ def test_nothing_changes_between_two_questions_to_the_tables(project: Project, m
 
     def ask_then_change(*given: Any) -> Any:
         found = ask(*given)
-        with (
-            closing(sqlite3.connect(project.store.database, timeout=0)) as other,
-            pytest.raises(sqlite3.OperationalError, match="locked"),
-        ):
+        with closing(sqlite3.connect(project.store.database, timeout=0)) as other:
             other.execute("DELETE FROM model_version_tags")
-            other.commit()
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.commit()
         return found
 
     monkeypatch.setattr(listing, "_versions", ask_then_change)

@@ -19,14 +19,12 @@ import psutil
 import psycopg2
 import pytest
 from project import Project
-from races import PROMOTERS, race
+from races import Races
 
 from vismem.cli import main
-from vismem.config import RegistryConfig, load_config
+from vismem.config import load_config
 from vismem.params_file import render_params
 from vismem.registry import release
-from vismem.registry.champion import RegistryPlace
-from vismem.registry.tracking import open_store
 from vismem.serving.publish import publish
 from vismem.stack import BUCKET
 from vismem.steps import STEPS
@@ -150,12 +148,14 @@ def test_a_release_is_kept_in_postgresql_and_s3_by_a_client_that_has_no_key_of_t
     assert published.read_bytes() == b"one"
 
 
-def test_promoters_race_through_the_server_on_postgresql(stack: Stack, anywhere: pytest.MonkeyPatch) -> None:
-    uri = stack.environment["MLFLOW_TRACKING_URI"]
-    for number in range(3):
-        config = RegistryConfig(tracking_uri=uri, model_name=f"raced-{number}")
-        stores = [open_store(config) for _ in range(PROMOTERS)]
-        race(lambda machine, stores=stores: RegistryPlace(stores[machine]), seed=number)  # type: ignore[misc]
+def test_promoters_race_through_the_server_on_postgresql(
+    stack: Stack, anywhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    project = Project(tmp_path)
+    project.connect(stack.environment["MLFLOW_TRACKING_URI"])
+    races = Races(project)
+    for seed in range(2):
+        races.run(seed)
 
 
 def test_what_was_kept_is_there_again_after_a_kill(stack: Stack, anywhere: pytest.MonkeyPatch, tmp_path: Path) -> None:

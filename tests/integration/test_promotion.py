@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import resource
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from project import Project, scores
+from races import PROCESSES
 
 from vismem.config import Config
 from vismem.errors import UserError
@@ -25,8 +25,6 @@ from vismem.registry import release
 from vismem.registry.champion import mend_view
 from vismem.registry.tracking import find_version, versions
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["vismem.registry.release"])
 UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 BEATEN = "this version scores 68.00, champion version 1 66.00: +2.00 points; more than +0.00 is required"
 

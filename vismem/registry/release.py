@@ -82,8 +82,8 @@ def rollback(config: Config) -> str:
     """Make the champion before the present one champion again; return a line that says so.
 
     The version that is left is blocked: `promote` refuses it from then on. Repeated calls go further back along the
-    promotions; versions that were deleted or are blocked are passed over. UserError where there is none, or where the
-    champion that was to be left is no longer champion: it is not the next one's turn then.
+    promotions; versions that were deleted or are blocked are passed over. UserError where there is none, or where
+    another moved the champion meanwhile: nothing is rolled back then.
     """
     store = open_store(config.registry)
     seen = mend_view(store)

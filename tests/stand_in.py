@@ -104,6 +104,7 @@ def make_repository(folder: Path, name: str = "vismem", runtime: str = STAND_IN)
     bundle, library = folder / "bundle", folder / "vismem"
     (bundle / "onnx").mkdir(parents=True)
     copy_library(folder)
+    (bundle / "onnx" / "runtime.json").write_text("{}")
     (bundle / "word.txt").write_text("é")
     write_manifest(bundle)
     (library / "serving" / "answering.py").write_text(runtime)

@@ -14,9 +14,9 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
+from vismem.registry.champion import champion_version
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import find_version, open_store, translate_mlflow_errors
-from vismem.registry.versions import CHAMPION
+from vismem.registry.tracking import open_store, translate_mlflow_errors
 from vismem.serving.command import run_command
 from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 
@@ -29,7 +29,7 @@ def publish(config: Config, folder: Path) -> str:
     no champion, or the store's files are damaged; then nothing changes.
     """
     store = open_store(config.registry)
-    champion = find_version(store, CHAMPION)
+    champion = champion_version(store)
     if champion is None:
         raise UserError(f"'{store.model}' in {store.uri} has no champion yet: a version must pass the gate first")
     named = f"{store.model} version {champion.version}"

@@ -73,7 +73,8 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
 
     Layout: `config.pbtxt`; `manifest.json`; `VERSION/model.py`, `VERSION/vismem/`, `VERSION/bundle/`
     (hard links where the file system allows, else copies). Other versions already there are kept. Raises UserError for
-    a name or version that Triton would not take, a missing bundle, or a bundle whose files differ from its manifest.
+    a name or version that Triton would not take, and for a bundle that is missing, has no graphs or is not as its
+    manifest says.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise UserError(f"deploy.model_name '{name}': use letters, digits, '_', '-' and '.' only")
@@ -81,6 +82,8 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
         raise UserError(f"model version {version}: Triton takes whole numbers from 1")
     if problems := verify_manifest(bundle):
         raise UserError(f"{bundle} is not what was exported: {'; '.join(problems)}; run `vismem export` again")
+    if not has_graphs(bundle):
+        raise UserError(without_graphs(bundle))
     model = repository / name
     folder = model / str(version)
     shutil.rmtree(folder, ignore_errors=True)
@@ -98,6 +101,19 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     files["config.pbtxt"] = sha256_file(model / "config.pbtxt")
     write_json(model / MANIFEST, {"files": dict(sorted(files.items()))})
     return model
+
+
+def has_graphs(bundle: Path) -> bool:
+    """Whether a bundle was exported with ONNX graphs, which are what Triton serves."""
+    return (bundle / "onnx").is_dir()
+
+
+def without_graphs(bundle: Path) -> str:
+    """What is said where a bundle has none."""
+    return (
+        f"{bundle} has no ONNX graphs for Triton: `vismem api --model {bundle}` serves it, or "
+        "`vismem api --model models:/NAME@champion` where it is released"
+    )
 
 
 def copy_library(folder: Path, library: Path = LIBRARY) -> None:

@@ -104,8 +104,8 @@ def serve(
 ) -> None:
     """`vismem serve [--repository DIR] [--host H] [--grpc-port N] [--http-port N] [--metrics-port N]`.
 
-    Serves the repository (the CLI's default: artifacts/deploy/model_repository) in the foreground until Ctrl-C or
-    SIGTERM. Ports not given are those of the deploy section. UserError if the server cannot start, or exits by itself.
+    Serves the repository (the CLI's default: the champion's) in the foreground until Ctrl-C or SIGTERM. Ports not given
+    are those of the deploy section. UserError if the server cannot start, or exits by itself.
     """
     if not repository.is_dir():
         hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"

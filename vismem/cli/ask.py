@@ -109,7 +109,7 @@ def _run_infer(arguments: argparse.Namespace) -> None:
 def _run_serve(arguments: argparse.Namespace) -> None:
     named = arguments.repository.absolute() if arguments.repository else None
     config, artifacts = enter(arguments)
-    from vismem.serving.server import serve
+    from vismem.serving.supervise import serve
 
     serve(
         config,

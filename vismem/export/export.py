@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from vismem.config import Config
@@ -18,15 +19,17 @@ from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import Metrics
 from vismem.runtime.bundle import Bundle
+from vismem.serving.answering import Runtime
+from vismem.serving.golden import write_golden
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Write the bundle into `out` and return the step's line.
 
     `vismem/`: what VisMem adds to the base; `processor/`; `onnx/`: four graphs, the weights once, `runtime.json`;
-    `parity.json`; `README.md`, the model card, with `scores.png`; `lineage.json`; `manifest.json`. Failed parity does
-    not raise: the gate reads it. Raises UserError where metrics, test questions or a model that can be exported are
-    missing.
+    `golden/`: questions with their answers, which a server asks before it serves the bundle; `parity.json`;
+    `README.md`, the model card, with `scores.png`; `lineage.json`; `manifest.json`. Failed parity does not raise: the
+    gate reads it. Raises UserError where metrics, test questions or a model that can be exported are missing.
     """
     empty_folder(out)
     metrics = Metrics.read(inputs["evaluate"])
@@ -43,6 +46,8 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     with progress("export: parity with torch"):
         parity = check_parity(model, graphs, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
     parity.write(out)
+    with closing(Runtime(graphs)) as runtime:
+        write_golden(runtime, ((sample.images, sample.question) for sample in samples if not sample.videos), out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
     (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))

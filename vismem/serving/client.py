@@ -15,6 +15,7 @@ import numpy as np
 from vismem.errors import UserError
 from vismem.generation.invocation import mode_of
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
+from vismem.serving.repository import is_unary
 
 REASONS = {  # part of a server's message: what it means for the caller
     "Exceeds maximum queue size": "it is busy, its queue is full: try again later",
@@ -201,7 +202,7 @@ def _served(client: Any, url: str) -> list[str]:
     """The names of the models that a server counts requests of: its list of models is closed to clients."""
     with _explained(url):
         statistics = client.get_inference_statistics(client_timeout=10)
-    return sorted({model.name for model in statistics.model_stats})
+    return sorted({model.name for model in statistics.model_stats if not is_unary(model.name)})
 
 
 def _ready(client: Any, url: str, model: str) -> bool:

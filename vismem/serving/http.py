@@ -17,10 +17,13 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vismem.runtime.limits import MAX_STOPS, MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
+from vismem.serving.health import HealthCheck
+from vismem.serving.metrics import Metrics
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
 DONE = "data: [DONE]\n\n"
@@ -115,7 +118,7 @@ class Refused(Exception):  # noqa: N818 - what a client did is no error of ours
 
 def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     """The endpoint over a runtime whose model is called `name`; with a `token`, callers must send it as a bearer's."""
-    app = FastAPI(title="VisMem", openapi_url=None)
+    app, check = FastAPI(title="VisMem", openapi_url=None), HealthCheck(runtime)
 
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Any]) -> Response:
@@ -126,8 +129,13 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
         return response
 
     @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    def health() -> JSONResponse:
+        problem = check.problem()
+        return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -144,21 +152,28 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             reply = Reply(name, wanted)
             if not wanted.stream:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
-            return StreamingResponse(events(reply, first, chunks, request), media_type="text/event-stream")
+            stream = events(reply, first, chunks, request, runtime.metrics)
+            return StreamingResponse(stream, media_type="text/event-stream")
         except Refused as refused:
+            runtime.metrics.refused.labels("invalid").inc()
             return refused.response()
         except RequestError as error:
+            runtime.metrics.refused.labels("invalid").inc()
             return Refused(400, str(error)).response()
         except Busy as error:
+            runtime.metrics.refused.labels("busy").inc()
             return Refused(429, str(error), "rate_limit_error").response()
         except Exception as error:
+            runtime.metrics.failures.inc()
             logger.exception("an answer failed")
             return Refused(500, f"the model failed: {type(error).__name__}: {error}", "server_error").response()
 
     return app
 
 
-async def events(reply: "Reply", first: Chunk, chunks: Iterator[Chunk], request: Request) -> AsyncIterator[str]:
+async def events(
+    reply: "Reply", first: Chunk, chunks: Iterator[Chunk], request: Request, metrics: Metrics
+) -> AsyncIterator[str]:
     """The events of a stream."""
     try:
         for event in reply.events(first):
@@ -168,6 +183,7 @@ async def events(reply: "Reply", first: Chunk, chunks: Iterator[Chunk], request:
                 yield event
         yield DONE
     except Exception as error:  # noqa: BLE001 - the status is sent: the client gets the reason as an event
+        metrics.failures.inc()
         yield f"data: {json.dumps(Refused(500, f'the model failed: {error}', 'server_error').body())}\n\n"
 
 

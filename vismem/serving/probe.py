@@ -27,22 +27,25 @@ def ask(url: str, model: str, timeout: float) -> tuple[Token, ...]:
 
 
 def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
-    """Report the state of the served model (or of its challenger): it answers, or is busy. UserError if neither.
+    """Report the state of the served model (or of its challenger): see `check_model`."""
+    return check_model(url, metrics, find_model(url, config.deploy.model_name), timeout)
 
-    A server is busy if in `timeout` seconds it began questions of others, but not ours or refused ours because its
-    queue is full; a restart would not help it. A dead server may take up our own question, so one alone proves nothing.
+
+def check_model(url: str, metrics: str, model: str, timeout: float) -> str:
+    """Say that `model` answers, or is busy: its queue is full or slow, and it decodes tokens for others meanwhile.
+
+    UserError where neither comes in `timeout` seconds; a restart helps it.
     """
     end = time.monotonic() + timeout
-    before = _executions(metrics)
-    model = find_model(url, config.deploy.model_name)
+    before = _decoded(metrics, model)
     try:
         ask(url, model, timeout)
     except UserError:
-        while (others := _executions(metrics) - before) <= 1:
+        while (others := _decoded(metrics, model) - before) <= 0:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
-        return f"{model} is busy: it began {others} questions while ours waited"
+        return f"{model} is busy: it decoded {others} tokens for others while we waited"
     return f"{model} answers"
 
 
@@ -55,14 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(parser, arguments, probe)
 
 
-def _executions(url: str) -> int:
-    """How many questions the server's models have taken up since its start."""
+def _decoded(url: str, model: str) -> int:
+    """How many tokens a model has decoded since the server's start."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             text = response.read().decode()
     except OSError as error:  # URLError is one
         raise UserError(f"the server's metrics at {url} cannot be read: {error}") from None
-    return sum(int(count) for count in re.findall(r"^nv_inference_exec_count\{[^}]*\} (\d+)", text, re.MULTILINE))
+    counts = re.findall(
+        rf'^vismem_tokens_total\{{(?=[^}}]*model="{re.escape(model)}")[^}}]*\}} (\d+)', text, re.MULTILINE
+    )
+    return sum(map(int, counts))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""`vismem serve`: restarts a server that no longer answers, and loads new releases while the old ones answer."""
+
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from vismem.config import Config
+from vismem.errors import UserError
+from vismem.provenance import MANIFEST, sha256_file
+from vismem.services import HOST, POLL, until_stopped
+from vismem.serving.client import challenger_name
+from vismem.serving.probe import check_model
+from vismem.serving.repository import check_repository, is_unary, unary_name
+from vismem.serving.server import READY_TIMEOUT, TritonServer, find_error, model_names, triton_server
+
+CHECK_SECONDS = 10.0  # from one question to a model to the next
+PATIENCE = 20.0  # seconds that its answer may take
+RETRY_SECONDS = 30.0  # after which a repository that was damaged, or half written, is looked at again
+
+
+class Releases:
+    """What the server reads: a folder of links, one per model, to copies of what was deployed.
+
+    A release takes another's place in one step, the replacement of a link. The copies are hard links, so that
+    `vismem deploy` may remove what it deployed before; symbolic links where those cannot be made.
+    """
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        """`source`: the model repository that `vismem deploy` writes. UserError where it is damaged or empty."""
+        self.source, self.repository, self.copies = source, folder / "repository", folder / "copies"
+        self.repository.mkdir()
+        self.copies.mkdir()
+        self.served: dict[str, str] = {}  # per model the hash of its manifest
+        self.refused: dict[str, float] = {}  # per such hash until when, by time.monotonic()
+        if not model_names(source):
+            raise UserError(f"{source} holds no model (no */config.pbtxt): run `vismem deploy` first")
+        check_repository(source)
+        for model, found in self._deployed().items():
+            self._put(model, found)
+            self.served[model] = found
+
+    def update(self, server: TritonServer, write: Callable[[str], None]) -> None:
+        """Let `server` load what was deployed since, and say what came of it. UserError where the server exits.
+
+        A model is loaded, and its golden questions asked, while the one before it answers; a new one that fails is
+        put back. A challenger takes no champion's place.
+        """
+        now = time.monotonic()
+        found = {model: value for model, value in self._deployed().items() if self.served.get(model) != value}
+        if not (found := {model: value for model, value in found.items() if self.refused.get(value, 0) < now}):
+            return
+        try:
+            check_repository(self.source)
+        except UserError as error:
+            if not found.values() & self.refused.keys():
+                write(f"not loaded: {error}")
+            self.refused |= dict.fromkeys(found.values(), now + RETRY_SECONDS)
+            return
+        for model, value in sorted(found.items()):
+            released = [name for name in self.served if not name.endswith((challenger_name(""), unary_name("")))]
+            base = model.removesuffix(unary_name(""))
+            if released and base not in self.served and base.endswith(challenger_name("")):
+                self.refused[value] = math.inf
+            elif is_unary(model) and self.refused.get(found.get(base, "")):
+                self.refused[value] = math.inf  # it goes with the one that was refused
+            else:
+                write(self._load(model, value, server))
+
+    def _deployed(self) -> dict[str, str]:
+        """Per model the hash of its manifest; nothing for what is just being replaced."""
+        found = {}
+        for model in model_names(self.source):
+            try:
+                found[model] = sha256_file(self.source / model / MANIFEST)
+            except OSError:
+                continue
+        return found
+
+    def _load(self, model: str, value: str, server: TritonServer) -> str:
+        """Put a release in its place and wait until Triton has loaded it, or failed to; the line that says so."""
+        before, log = self.served.get(model), server.service.log
+        read = log.stat().st_size
+        self._put(model, value)
+        end = time.monotonic() + READY_TIMEOUT
+        reason = f"it did not load in {READY_TIMEOUT} s"
+        try:
+            while time.monotonic() < end:
+                lines = log.read_bytes()[read:].decode(errors="replace").splitlines()
+                said = re.search(
+                    rf"(successfully loaded|failed to load) '{re.escape(model)}'$",
+                    "\n".join(lines).replace('"', ""),
+                    re.M,
+                )
+                if said and said[1].startswith("success"):
+                    self.served[model] = value
+                    return f"{model}: the new release answers now"
+                if said:
+                    reason = find_error(lines)
+                    break
+                server.service.check()
+                time.sleep(POLL)
+        finally:
+            if self.served.get(model) != value:
+                self.refused[value] = math.inf
+                self._put(model, before)
+        return f"{model}: the new release is refused, the one before it serves on: {reason}"
+
+    def _put(self, model: str, value: str | None) -> None:
+        """Make `repository/model` a link to the copy of the release `value`, or remove it."""
+        link = self.repository / model
+        if value is None:
+            link.unlink()
+            return
+        copy = self.copies / value / model
+        if not copy.exists():
+            shutil.copytree(self.source / model, copy, copy_function=_link)
+            for folder in (copy, *copy.iterdir()):
+                if folder.is_dir():
+                    os.utime(folder)  # by which Triton sees that it changed, also where it goes back to an older one
+        fresh = self.copies / "link"
+        fresh.symlink_to(copy)
+        os.replace(fresh, link)
+
+
+def serve(
+    config: Config,
+    repository: Path,
+    *,
+    log: Path = Path("runs/tritonserver.log"),
+    host: str = HOST,
+    grpc_port: int | None = None,
+    http_port: int | None = None,
+    metrics_port: int | None = None,
+    write: Callable[[str], None] = print,
+) -> None:
+    """`vismem serve [--repository DIR] [--host H] [--grpc-port N] [--http-port N] [--metrics-port N]`.
+
+    Serves the repository (the CLI's default: artifacts/deploy/model_repository) in the foreground until Ctrl-C or
+    SIGTERM; what is deployed there meanwhile is loaded. Ports not given are those of the deploy section. UserError if
+    the server cannot start; one that started is restarted for ever.
+    """
+    if not repository.is_dir():
+        hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
+        raise UserError(f"{repository} is not there: {hint}")
+    asked = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+    ports = {"grpc": config.deploy.grpc_port, "http": config.deploy.http_port, "metrics": config.deploy.metrics_port}
+    ports |= {name: port for name, port in asked.items() if port is not None}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with until_stopped(write), TemporaryDirectory(prefix="serving-", dir=log.parent) as folder:
+        releases = Releases(repository, Path(folder))
+        while True:
+            with triton_server(releases.repository, log=log, host=host, ports=ports) as server:
+                ports = dict(server.ports)
+                others = f"HTTP port {ports['http']}, metrics port {ports['metrics']}"
+                write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({others})")
+                write(f"log: {log}; stop with Ctrl-C")
+                try:
+                    _watch(server, releases, write)
+                except UserError as error:
+                    write(f"{error}: the server is restarted")
+                    server.service.kill()
+            log.replace(log.with_name(f"{log.name}.before"))
+
+
+def _watch(server: TritonServer, releases: Releases, write: Callable[[str], None]) -> None:
+    """Ask every model now and then, and load what is deployed. UserError where a model, or the server, has failed."""
+    metrics = f"http://{server.grpc_url.rpartition(':')[0]}:{server.ports['metrics']}/metrics"
+    checked = time.monotonic()
+    while True:
+        server.service.check()
+        if time.monotonic() > checked + CHECK_SECONDS:
+            for model in releases.served:
+                if not is_unary(model):
+                    check_model(server.grpc_url, metrics, model, PATIENCE)
+            checked = time.monotonic()
+        releases.update(server, write)
+        time.sleep(POLL)
+
+
+def _link(source: str, target: str) -> None:
+    real = os.path.realpath(source)
+    try:
+        os.link(real, target)
+    except OSError:  # another file system, or one without hard links
+        os.symlink(real, target)

@@ -156,10 +156,8 @@ class TritonPythonModel:
             self.runtime.metrics.refused.labels("invalid").inc()
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
         except self.busy as error:
-            self.runtime.metrics.refused.labels("busy").inc()
             sender.send(failure(str(error), pb_utils.TritonError.UNAVAILABLE))
         except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests continue
-            self.runtime.metrics.failures.inc()
             pb_utils.Logger.log_error(traceback.format_exc())
             message = f"the model failed: {type(error).__name__}: {error}"
             sender.send(failure(message, pb_utils.TritonError.INTERNAL))

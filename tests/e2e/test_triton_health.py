@@ -122,14 +122,11 @@ def test_the_runtimes_counters_are_among_the_servers_metrics(server: TritonServe
     for _ in range(2):
         with pytest.raises(UserError):
             ask(server, max_new_tokens=0)
-    with pytest.raises(UserError):
-        ask(server, "fail")
     end = time.monotonic() + 20
     while (after := shown(server)) != {
         **before,
-        "vismem_tokens_total": before["vismem_tokens_total"] + 5,
+        "vismem_tokens_total": before["vismem_tokens_total"] + 3,
         "vismem_refused_total invalid": before["vismem_refused_total invalid"] + 2,
-        "vismem_failures_total": before["vismem_failures_total"] + 1,
     }:
         assert time.monotonic() < end, (before, after)
         time.sleep(0.1)

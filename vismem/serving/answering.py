@@ -159,7 +159,7 @@ class Runtime:
         if mode not in MODES:
             raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(MODES)}")
         sample = self.executor.prepare(images, prompt, max_new_tokens)
-        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
+        return self._counted(self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop))
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -168,6 +168,17 @@ class Runtime:
             self.changed.notify()
         if self.thread:
             self.thread.join()
+
+    def _counted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The chunks; what ends them early is counted."""
+        try:
+            yield from chunks
+        except Busy:
+            self.metrics.refused.labels("busy").inc()
+            raise
+        except Exception:
+            self.metrics.failures.inc()
+            raise
 
     def _chunks(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
         self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes

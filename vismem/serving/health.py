@@ -3,13 +3,32 @@
 import threading
 import time
 
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
 from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from vismem.serving.answering import Busy, Runtime
 
 FRESH = 5.0  # seconds for which a decoded token, or a verdict, is proof enough
 PATIENCE = 30.0  # seconds without one after which the runtime counts as hung: a long prompt may take many
 POLL = 0.05
+
+
+def status_routes(runtime: Runtime) -> APIRouter:
+    """`/health`, with status 503 and the reason where the runtime does not answer, and `/metrics` for Prometheus."""
+    routes, check = APIRouter(), HealthCheck(runtime)
+
+    @routes.get("/health")
+    def health() -> JSONResponse:
+        problem = check.problem()
+        return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
+
+    @routes.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
 
 
 class HealthCheck:

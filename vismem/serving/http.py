@@ -17,13 +17,11 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vismem.runtime.limits import MAX_STOPS, MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
-from vismem.serving.health import HealthCheck
-from vismem.serving.metrics import Metrics
+from vismem.serving.health import status_routes
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
 DONE = "data: [DONE]\n\n"
@@ -118,7 +116,8 @@ class Refused(Exception):  # noqa: N818 - what a client did is no error of ours
 
 def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     """The endpoint over a runtime whose model is called `name`; with a `token`, callers must send it as a bearer's."""
-    app, check = FastAPI(title="VisMem", openapi_url=None), HealthCheck(runtime)
+    app = FastAPI(title="VisMem", openapi_url=None)
+    app.include_router(status_routes(runtime))
 
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Any]) -> Response:
@@ -127,15 +126,6 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             return Refused(401, "no such token: send `Authorization: Bearer TOKEN`", "authentication_error").response()
         response: Response = await call(request)
         return response
-
-    @app.get("/health")
-    def health() -> JSONResponse:
-        problem = check.problem()
-        return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
-
-    @app.get("/metrics")
-    def metrics() -> Response:
-        return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -152,8 +142,7 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             reply = Reply(name, wanted)
             if not wanted.stream:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
-            stream = events(reply, first, chunks, request, runtime.metrics)
-            return StreamingResponse(stream, media_type="text/event-stream")
+            return StreamingResponse(events(reply, first, chunks, request), media_type="text/event-stream")
         except Refused as refused:
             runtime.metrics.refused.labels("invalid").inc()
             return refused.response()
@@ -161,19 +150,15 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             runtime.metrics.refused.labels("invalid").inc()
             return Refused(400, str(error)).response()
         except Busy as error:
-            runtime.metrics.refused.labels("busy").inc()
             return Refused(429, str(error), "rate_limit_error").response()
         except Exception as error:
-            runtime.metrics.failures.inc()
             logger.exception("an answer failed")
             return Refused(500, f"the model failed: {type(error).__name__}: {error}", "server_error").response()
 
     return app
 
 
-async def events(
-    reply: "Reply", first: Chunk, chunks: Iterator[Chunk], request: Request, metrics: Metrics
-) -> AsyncIterator[str]:
+async def events(reply: "Reply", first: Chunk, chunks: Iterator[Chunk], request: Request) -> AsyncIterator[str]:
     """The events of a stream."""
     try:
         for event in reply.events(first):
@@ -183,7 +168,6 @@ async def events(
                 yield event
         yield DONE
     except Exception as error:  # noqa: BLE001 - the status is sent: the client gets the reason as an event
-        metrics.failures.inc()
         yield f"data: {json.dumps(Refused(500, f'the model failed: {error}', 'server_error').body())}\n\n"
 
 

@@ -1,8 +1,10 @@
 """A real exported bundle, deployed and served: what Triton answers is what the runtime answers in this process."""
 
+import contextlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from vismem.records import Release
 from vismem.serving.answering import Runtime
 from vismem.serving.client import Token, infer, marked, plain
 from vismem.serving.deploy import deploy
+from vismem.serving.golden import QUESTIONS, check_golden, write_golden
 from vismem.serving.server import TritonServer, triton_server
 
 TOKENS = 12
@@ -38,6 +41,8 @@ def inputs(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
     model.save_pretrained(bundle / "vismem")
     model.backbone.processor.save_pretrained(bundle / "processor")
     write_graphs(model, bundle / "onnx", 18)
+    with contextlib.closing(Runtime.open(bundle, verified=True)) as runtime:
+        write_golden(runtime, ((sample.images, sample.question) for sample in tiny.samples()), bundle)
     write_manifest(bundle)
     refused = {"promoted": False, "reasons": ("random weights",)}
     Release(name="vismem", version="2", model_id="m-1", previous=None, **refused).write(root / "promote")
@@ -79,6 +84,23 @@ def test_the_smoke_tests_example_is_the_runtimes_own_answer(deployed: Path, runt
     sample = next(s for s in iterate_samples(tiny_data / "data" / "test") if s.question == smoke["question"])
     tokens = in_process(runtime, sample)
     assert (smoke["answer"], smoke["answer_marked"]) == (plain(tokens), marked(tokens))
+
+
+def test_golden_answers_are_the_runtimes_own_and_any_other_is_refused(
+    inputs: dict[str, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(inputs["export"], tmp_path / "bundle")
+    assert check_golden(runtime, bundle) == QUESTIONS
+    file = bundle / "golden" / "golden.json"
+    golden = json.loads(file.read_text())
+    assert all(asked["tokens"] for asked in golden)
+    golden[-1]["tokens"][-1] += 1
+    file.write_text(json.dumps(golden))
+    with pytest.raises(RuntimeError, match=f"the golden question '{re.escape(golden[-1]['question'])}' is answered by"):
+        check_golden(runtime, bundle)
+    file.unlink()
+    with pytest.raises(RuntimeError, match="holds no golden questions"):
+        check_golden(runtime, bundle)
 
 
 def test_concurrent_answers_are_each_the_runtimes_own(server: TritonServer, runtime: Runtime) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -106,13 +107,15 @@ def test_what_was_done_refused_and_failed_is_counted(
     usage = ask(runtime, max_new_tokens=12)[-1].usage
     assert usage is not None
     assert client.post("/v1/chat/completions", json={}).status_code == 400
-    held, join = threading.Event(), runtime.executor.join
-    monkeypatch.setattr(runtime.executor, "join", lambda *given: (held.wait(), join(*given))[1])
+    joins, held, join = threading.Event(), threading.Event(), runtime.executor.join
+    patched = lambda *given: (joins.set(), held.wait(60), join(*given))[2]  # noqa: E731
+    monkeypatch.setattr(runtime.executor, "join", patched)
     asking = [threading.Thread(target=ask, args=(runtime,), kwargs={"max_new_tokens": 1}) for _ in range(2)]
-    for thread in asking:
-        thread.start()
-        while not (thread is asking[0] and runtime.thread and not runtime.waiting) and not len(runtime.waiting):
-            pass
+    asking[0].start()
+    joins.wait(60)  # it holds up the others
+    asking[1].start()
+    while not runtime.waiting:
+        time.sleep(0.01)
     assert counted(client)["vismem_waiting"] == 1
     with pytest.raises(Busy):
         ask(runtime)

@@ -146,16 +146,15 @@ def copy_library(folder: Path, library: Path = LIBRARY) -> None:
 
 def repository_problems(repository: Path) -> list[str]:
     """What differs in `repository` from what was written, one line each; empty where every file is as it was."""
-    problems = []
-    pinned = os.environ.get(MANIFEST_VARIABLE)
-    for model in sorted(path for path in repository.iterdir() if path.is_dir()):
-        problems += (found := [f"{model.name}: {problem}" for problem in verify_manifest(model)])
-        if found:
-            continue
-        expected, by = pinned, MANIFEST_VARIABLE
+    models = sorted(path for path in repository.iterdir() if path.is_dir())
+    problems = [f"{model.name}: {problem}" for model in models for problem in verify_manifest(model)]
+    if problems:
+        return problems
+    for model in models:
+        expected, by = os.environ.get(MANIFEST_VARIABLE), MANIFEST_VARIABLE
         if is_unary(model.name):
-            name = model.name.removesuffix(unary_name(""))
-            expected, by = read_json(model.with_name(name) / MANIFEST).get(UNARY, "none"), name
+            beside = model.with_name(model.name.removesuffix(unary_name(""))) / MANIFEST
+            expected, by = read_json(beside).get(UNARY, "none") if beside.is_file() else "none", str(beside)
         if expected and sha256_file(model / MANIFEST) != expected:
             problems.append(f"{model.name}: {MANIFEST} is not the one that {by} names")
     return problems

@@ -28,6 +28,8 @@ def serve_api(
     host: str = HOST,
     port: int = 8080,
     rows: int = ROWS,
+    max_patches: int,
+    cache_mb: int,
     certificate: Path | None = None,
     key: Path | None = None,
     write: Callable[[str], None] = print,
@@ -41,7 +43,7 @@ def serve_api(
     ports = free_ports({"http": port}, host=host, flag="--port")
     loaded = VisMem.from_pretrained(model, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    runtime = Runtime(TorchExecutor(loaded.model), rows)
+    runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
     app = create_app(runtime, name, token)
     settings = uvicorn.Config(
         app,

@@ -28,6 +28,7 @@ from vismem.models.reference import WEIGHTS, Base
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
+from vismem.runtime.chat import Chat, check_chat, one_turn, said
 from vismem.runtime.images import size_after_resizing, upright
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.runtime.prompt import TextStream
@@ -113,7 +114,7 @@ class VisMem:
     def answer(
         self,
         images: AnyImage | Sequence[AnyImage],
-        question: str,
+        question: str | Chat,
         *,
         memory: Memory = True,
         max_new_tokens: int = NEW_TOKENS,
@@ -121,6 +122,9 @@ class VisMem:
         seed: int = 0,
     ) -> Answer:
         """Answer one question about one or more images (paths, PIL images, or encoded files as bytes).
+
+        `question`: a text, in which images stand at its marks `<image>` where it has one for each, else before it; or
+        a conversation (see `read_messages`).
 
         `memory`: True, the model may invoke both kinds; "short" or "long", one of them; False, none. `temperature` 0
         is greedy. UserError for an image that cannot be read, a question that holds one of the model's own tokens (such
@@ -133,7 +137,7 @@ class VisMem:
 
     def answers(
         self,
-        questions: Iterable[tuple[AnyImage | Sequence[AnyImage], str]],
+        questions: Iterable[tuple[AnyImage | Sequence[AnyImage], str | Chat]],
         *,
         memory: Memory = True,
         max_new_tokens: int = NEW_TOKENS,
@@ -161,7 +165,7 @@ class VisMem:
     def stream(
         self,
         images: AnyImage | Sequence[AnyImage],
-        question: str,
+        question: str | Chat,
         *,
         memory: Memory = True,
         max_new_tokens: int = NEW_TOKENS,
@@ -197,7 +201,7 @@ class VisMem:
 
     # --- one request ---
 
-    def _sample(self, images: AnyImage | Sequence[AnyImage], question: str, max_new_tokens: int) -> Sample:
+    def _sample(self, images: AnyImage | Sequence[AnyImage], question: str | Chat, max_new_tokens: int) -> Sample:
         """The request, checked. What the base cannot read is said in the log, which Python shows on stderr."""
         several = [images] if isinstance(images, AnyImage) else list(images)
         names = [
@@ -206,16 +210,19 @@ class VisMem:
         ]
         files = [encoded(image) for image in several]
         try:
-            opened = check_request(files, question.encode(errors="surrogatepass"), max_new_tokens, names)
-            Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(question)
+            chat = one_turn(question, len(files)) if isinstance(question, str) else question
+            opened = check_request(files, said(chat).encode(errors="surrogatepass"), max_new_tokens, names)
+            check_chat(chat, len(files))
+            Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(chat)
             if self.scope:
                 processor = self.model.backbone.processor.image_processor
                 seen = [size_after_resizing(image.size, processor) for image in opened]
-                for doubt in self.scope.doubts(opened, seen, question):
+                for doubt in self.scope.doubts(opened, seen, said(chat)):
                     logger.warning(doubt)
         except RequestError as error:
             raise UserError(str(error)) from None
-        return Sample("", tuple(files), question, answer="")  # random numbers are drawn by the id: as the server does
+        # Random numbers are drawn by the id: as the server does.
+        return Sample("", tuple(files), question="", answer="", chat=tuple(chat))
 
     def _pieces(self, rollout: Rollout) -> list[Token]:
         hidden = {LATENT, *self.model.end_ids.values()}

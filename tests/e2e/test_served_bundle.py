@@ -1,71 +1,30 @@
 """A real exported bundle, deployed and served: what Triton answers is what the runtime answers in this process."""
 
-import contextlib
 import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from PIL import Image
 
-from vismem.config import parse_config
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
-from vismem.export.onnx import write_graphs
 from vismem.generation.invocation import MODES
-from vismem.provenance import write_manifest
-from vismem.records import Release
 from vismem.serving.answering import Runtime
 from vismem.serving.client import Token, infer, marked, plain
-from vismem.serving.deploy import deploy
-from vismem.serving.golden import QUESTIONS, check_golden, write_golden
-from vismem.serving.server import TritonServer, triton_server
+from vismem.serving.golden import QUESTIONS, check_golden
+from vismem.serving.server import TritonServer
 
 TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What deploy reads: the bundle of a random model that invokes now and then, a refusal, test questions."""
-    root = tmp_path_factory.mktemp("steps")
-    model = tiny.vismem(tiny_base)
-    with torch.no_grad():
-        model.tokens.head.mul_(3)
-    bundle = root / "export"
-    model.save_pretrained(bundle / "vismem")
-    model.backbone.processor.save_pretrained(bundle / "processor")
-    write_graphs(model, bundle / "onnx", 18)
-    with contextlib.closing(Runtime.open(bundle, verified=True)) as runtime:
-        write_golden(runtime, ((sample.images, sample.question) for sample in tiny.samples()), bundle)
-    write_manifest(bundle)
-    refused = {"promoted": False, "reasons": ("random weights",)}
-    Release(name="vismem", version="2", model_id="m-1", previous=None, **refused).write(root / "promote")
-    return {"export": bundle, "promote": root / "promote", "validate": tiny_data}
-
-
-@pytest.fixture(scope="module")
-def deployed(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("artifacts") / "deploy.partial"
-    out.mkdir()
-    deploy(parse_config({}), inputs, out)
-    return out.rename(out.with_name("deploy"))
-
-
-@pytest.fixture(scope="module")
-def server(deployed: Path) -> Iterator[TritonServer]:
-    with triton_server(deployed / "model_repository", log=deployed.parent / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def runtime(inputs: dict[str, Path]) -> Runtime:
-    return Runtime.open(inputs["export"])
+def server(bundle_server: TritonServer) -> TritonServer:
+    return bundle_server
 
 
 def in_process(runtime: Runtime, sample: Sample, **options: object) -> tuple[Token, ...]:

@@ -46,6 +46,9 @@ def add_commands(commands: Commands) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights' type (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="0: any free one (default: %(default)s)")
+    # 16,384 patches are 3.2 megapixels as Qwen2.5-VL cuts them.
+    add("--max-patches", type=int, default=16_384, metavar="N", help="of a question's images (default: %(default)s)")
+    add("--cache-mb", type=int, default=1_000, metavar="N", help="kept of images and prompts (default: %(default)s)")
     add("--rows", type=int, default=8, metavar="N", help="answers decoded together (default: %(default)s)")
     add("--tls-certificate", type=Path, metavar="FILE", dest="certificate", help="PEM; with --tls-key")
     add("--tls-key", type=Path, metavar="FILE", dest="key", help="PEM")
@@ -126,6 +129,6 @@ def _run_api(arguments: argparse.Namespace) -> None:
     from vismem.api import serve_api
     from vismem.ask import DEFAULT_MODEL
 
-    names = ("base", "name", "device", "dtype", "host", "port", "rows", "certificate", "key")
+    names = ("base", "name", "device", "dtype", "host", "port", "rows", "max_patches", "cache_mb", "certificate", "key")
     options = {name: getattr(arguments, name) for name in names}
     serve_api(arguments.model or DEFAULT_MODEL, **options, write=lambda line: print(line, flush=True))

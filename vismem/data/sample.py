@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vismem.runtime.chat import Turn, one_turn
+
 
 class Capability(StrEnum):
     """The three groups of visual tasks that the paper reports (its Table 1)."""
@@ -31,7 +33,10 @@ class Video:
 
 @dataclass(frozen=True)
 class Sample:
-    """One visual question. `images` are encoded files (PNG or JPEG bytes), in the order of the prompt; then videos."""
+    """One visual question. `images` are encoded files (PNG or JPEG bytes), in the order of the prompt.
+
+    In the prompt they stand at the question's marks `<image>` where it has one for each, else before it, as videos do.
+    """
 
     id: str
     images: tuple[bytes, ...]
@@ -44,6 +49,11 @@ class Sample:
     source: str = ""
     scene: str = ""  # JSON: the generator's own truth about each image; empty for real data
     videos: tuple[Video, ...] = ()
+    chat: tuple[Turn, ...] = ()  # the conversation, where the question is not all of it; shards hold none
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation, images in their places."""
+        return self.chat or tuple(one_turn(self.question, len(self.images)))
 
     def scene_truth(self) -> Any:
         """The generator's truth, parsed; None where there is none."""

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 Array = NDArray[Any]
 
 

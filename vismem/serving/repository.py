@@ -52,7 +52,8 @@ dynamic_batching {{
 }}
 input [
   {{ name: "IMAGE", data_type: TYPE_STRING, dims: [ -1 ] }},  # encoded image files, in the prompt's order
-  {{ name: "PROMPT", data_type: TYPE_STRING, dims: [ 1 ] }},  # the question, UTF-8
+  {{ name: "PROMPT", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # the question, UTF-8
+  {{ name: "MESSAGES", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # in its place: a conversation, JSON
   {{ name: "MAX_NEW_TOKENS", data_type: TYPE_INT32, dims: [ 1 ], optional: true }},  # {new_tokens}
   {{ name: "TEMPERATURE", data_type: TYPE_FP32, dims: [ 1 ], optional: true }},  # 0: greedy
   {{ name: "SEED", data_type: TYPE_INT64, dims: [ 1 ], optional: true }},  # 0

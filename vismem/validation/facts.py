@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from vismem.data.answer_forms import answer_form, reference_value
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA
+from vismem.runtime.chat import one_turn, said
 from vismem.runtime.reserved import Reserved
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
@@ -154,7 +155,8 @@ def row_facts(
 
 def _tokens_of_the_base(row: Mapping[str, Any], reserved: Reserved) -> str | None:
     """The first of the base's own tokens in each text that a prompt or a reference answer is made of."""
-    texts = [(name, row[name]) for name in ("question", "answer", "rationale")]
+    asked = said(one_turn(row["question"] or "", len(row["images"] or ())))
+    texts = [("question", asked), ("answer", row["answer"]), ("rationale", row["rationale"])]
     texts += [("choices", choice) for choice in row["choices"] or ()]
     found = {name: token for name, text in texts if text and (token := reserved.find(text))}
     return ", ".join(f"{token} in '{name}'" for name, token in found.items()) or None

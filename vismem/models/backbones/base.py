@@ -54,6 +54,16 @@ class PatchStream:
 
 
 @dataclass
+class Inputs:
+    """S prompts as the processor makes them, right-padded to L: no weight was used, so any thread may make them."""
+
+    ids: Tensor  # (S, L)
+    positions: Tensor  # (3, S, L)
+    mask: Tensor  # (S, L) bool
+    more: Any  # what the family's `placed` takes besides
+
+
+@dataclass
 class Prompt:
     """S prompts ready for the language model, right-padded to L."""
 
@@ -65,8 +75,13 @@ class Prompt:
 
     def next_position(self) -> Tensor:
         """(S,) the position of the first answer token: the largest of the prompt, plus one."""
-        largest: Tensor = self.positions.masked_fill(~self.mask, -1).amax(dim=(0, 2))
-        return largest + 1
+        return following(self.positions, self.mask)
+
+
+def following(positions: Tensor, mask: Tensor) -> Tensor:
+    """(S,) the largest of the positions (3, S, L) that `mask` (S, L) keeps, plus one."""
+    largest: Tensor = positions.masked_fill(~mask, -1).amax(dim=(0, 2))
+    return largest + 1
 
 
 def right_padded(ids: Tensor, mask: Tensor, padding: int) -> tuple[Tensor, Tensor]:
@@ -109,15 +124,26 @@ class Backbone(ABC):
         self.head: nn.Linear = model.get_output_embeddings()
 
     @abstractmethod
-    def prompt(
+    def inputs(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
-    ) -> Prompt:
-        """Encode chat-formatted texts with their PIL images and videos; runs the vision encoder once.
+    ) -> Inputs:
+        """Encode chat-formatted texts with their PIL images and videos.
 
         An image of more than `prompt_pixels` is shown coarse, unless `whole`: the family says how. The prompt's
-        `vision` is whole in any case. In a text, images stand before videos. A family that takes no video is given
-        none.
+        `vision` is whole in any case. A family that takes no video is given none.
         """
+
+    @abstractmethod
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """The patches that images of one sample make, given their (width, height). RequestError for one without."""
+
+    @abstractmethod
+    def features(self, inputs: Inputs) -> Tensor | None:
+        """The images and videos in the prompts as image tokens (n, d), in order: runs the vision encoder once."""
+
+    @abstractmethod
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        """The prompts, with the features in their places; None where there is no image or video."""
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
         """The prompts from what the processor makes of them: ids and mask (S, L), padded on any side, and the images.

@@ -1,5 +1,6 @@
 """InternVL 3 and 3.5: tiles with a class token, pixel shuffle of 2x2 patches into the projector."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class InternVLBackbone(TiledBackbone):
     def _tiles(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
         tokens = (encoded["input_ids"] == self.model.config.image_token_id).sum(1)
         return encoded["pixel_values"], (tokens // self.processor.image_seq_length).tolist()
+
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        shapes = [(height, width) for width, height in sizes]
+        tiles = self.processor._get_num_multimodal_tokens(image_sizes=shapes).num_image_patches  # as it is asked to cut
+        return [count * self.processor.image_seq_length * self.merge for count in tiles]
 
     def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
         """Cut anew into fewer tiles, as many as fit; from three on, one of them is the thumbnail."""

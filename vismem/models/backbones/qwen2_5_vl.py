@@ -1,5 +1,6 @@
 """Qwen2.5-VL: windowed vision encoder with fused qkv, 2x2 merger, three-axis rotary positions."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -13,6 +14,7 @@ from vismem.errors import UserError
 from vismem.models.backbones.base import (
     Backbone,
     Clip,
+    Inputs,
     PatchStream,
     Prompt,
     VisionInput,
@@ -21,6 +23,7 @@ from vismem.models.backbones.base import (
 )
 from vismem.models.backbones.pixels import Patches, Pixels
 from vismem.models.lora import LoraTarget
+from vismem.runtime.images import size_after_resizing
 
 
 class Qwen25VLBackbone(Backbone):
@@ -46,9 +49,9 @@ class Qwen25VLBackbone(Backbone):
 
     # --- the prompt ---
 
-    def prompt(
+    def inputs(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
-    ) -> Prompt:
+    ) -> Inputs:
         # As the processor does it, but for videos, which it takes only where torchvision is installed.
         processor = self.processor
         each = iter(self.patches.images([image for row in images for image in row]))
@@ -60,7 +63,7 @@ class Qwen25VLBackbone(Backbone):
             videos_replacements=self._places(processor.video_token, texts, clips),
         )
         encoded = processor.tokenizer(placed, padding=True, padding_side="right", return_tensors="pt").to(self.device)
-        return self._prompt(encoded["input_ids"], encoded["attention_mask"].bool(), pictures, clips, videos, whole)
+        return self._inputs(encoded["input_ids"], encoded["attention_mask"].bool(), pictures, clips, videos, whole)
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
         padded, right = right_padded(ids, mask.bool(), self.processor.tokenizer.pad_token_id)
@@ -70,7 +73,8 @@ class Qwen25VLBackbone(Backbone):
         counts = (padded == self.model.config.vision_start_token_id).sum(1).tolist()
         pictures = [list(islice(each, count)) for count in counts]
         self._check_tokens(padded, pictures, len(parts) - sum(counts))
-        return self._prompt(padded, right, pictures, [[]] * len(ids), [[]] * len(ids), whole=False)
+        inputs = self._inputs(padded, right, pictures, [[]] * len(ids), [[]] * len(ids), whole=False)
+        return self.placed(inputs, self.features(inputs))
 
     def _check_tokens(self, ids: Tensor, pictures: list[list[Pixels]], left: int) -> None:
         """UserError where ids (S, L) have other image tokens than the images' patches need, or any of a video."""
@@ -83,7 +87,7 @@ class Qwen25VLBackbone(Backbone):
                 "each image stands once in the text, and nowhere else may the text hold such a token"
             )
 
-    def _prompt(
+    def _inputs(
         self,
         ids: Tensor,
         mask: Tensor,
@@ -91,7 +95,7 @@ class Qwen25VLBackbone(Backbone):
         clips: list[list[Pixels]],
         videos: list[list[Clip]],
         whole: bool,
-    ) -> Prompt:
+    ) -> Inputs:
         """The prompts whose ids (S, L) have a token for every merged patch of the whole images and videos."""
         settings = self.model.config
         vision = shown = self._vision_input(_rows(pictures, clips))
@@ -112,14 +116,30 @@ class Qwen25VLBackbone(Backbone):
             second_per_grid_ts=torch.tensor(seconds) if seconds else None,
             attention_mask=mask.long(),
         )
-        embeds = self.embedding(ids)
-        visual = image | video
+        packed = shown
         if shown.image.shape[1]:
             single = self._vision_input([[item] for row in _rows(pictures, clips) for item in row])
-            padded = min(single, shown, key=lambda packed: packed.mask.numel())  # the less padding, the faster
-            features = self.project(self.patch_stream(padded).hidden)[padded.mask[:, :: self.merge]]
+            packed = min(single, shown, key=lambda packed: packed.mask.numel())  # the less padding, the faster
+        return Inputs(ids, positions, mask, (image | video, packed, vision))
+
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        processor = self.processor.image_processor
+        resized = (size_after_resizing(size, processor, f"image {number}") for number, size in enumerate(sizes, 1))
+        return [width * height // processor.patch_size**2 for width, height in resized]
+
+    def features(self, inputs: Inputs) -> Tensor | None:
+        _, packed, _ = inputs.more
+        if not packed.image.shape[1]:
+            return None
+        found: Tensor = self.project(self.patch_stream(packed).hidden)[packed.mask[:, :: self.merge]]
+        return found
+
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        visual, _, vision = inputs.more
+        embeds = self.embedding(inputs.ids)
+        if features is not None:
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-        return Prompt(embeds, positions, mask, visual & mask, vision)
+        return Prompt(embeds, inputs.positions, inputs.mask, visual & inputs.mask, vision)
 
     def _counts(self, pictures: list[list[Pixels]], clips: list[list[Pixels]]) -> list[int]:
         """The tokens of each image and video, in the order of the prompts."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vismem.errors import UserError
-from vismem.models.backbones.base import Backbone, Clip, PatchStream, Prompt, VisionInput
+from vismem.models.backbones.base import Backbone, Clip, Inputs, PatchStream, Prompt, VisionInput
 from vismem.models.lora import LoraTarget
 
 
@@ -71,26 +71,36 @@ class TiledBackbone(Backbone):
 
     # --- the prompt ---
 
-    def prompt(
+    def inputs(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
-    ) -> Prompt:
+    ) -> Inputs:
         encoded = self._encoded(texts, images)
         shown = encoded
         if self.prompt_pixels is not None and not whole and any(images):
             shown = self._coarse(encoded, texts, images, self.prompt_pixels)
-        ids, mask = shown["input_ids"], shown["attention_mask"].bool()
-        embeds, visual = self.embedding(ids), ids == self.model.config.image_token_id
+        mask = shown["attention_mask"].bool()
         positions = (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
-        patches, counts = embeds.new_zeros(0, 0, 1), [0] * len(texts)
+        patches, counts, seen = self.embedding.weight.new_zeros(0, 0, 1), [0] * len(texts), None
         if any(images):
-            pixels, counts = self._tiles(encoded, images)
-            patches = seen = self._patches(pixels.to(embeds.dtype))
-            if shown is not encoded:
-                seen = self._patches(self._tiles(shown, images)[0].to(embeds.dtype))
-            hidden = self._run(self._embed(seen))
-            features = self._features(hidden[:, -seen.shape[1] :], shown)
+            patches, counts = self._cut(encoded, images)
+            seen = patches if shown is encoded else self._cut(shown, images)[0]
+        return Inputs(shown["input_ids"], positions, mask, (self._vision_input(patches, counts), seen, shown))
+
+    def _cut(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
+        """The patches (B, n, values) of all tiles, and how many tiles each sample has."""
+        pixels, counts = self._tiles(encoded, images)
+        return self._patches(pixels.to(self.embedding.weight.dtype)), counts
+
+    def features(self, inputs: Inputs) -> Tensor | None:
+        _, seen, shown = inputs.more
+        return None if seen is None else self._features(self._run(self._embed(seen))[:, -seen.shape[1] :], shown)
+
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        vision, _, _ = inputs.more
+        embeds, visual = self.embedding(inputs.ids), inputs.ids == self.model.config.image_token_id
+        if features is not None:
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-        return Prompt(embeds, positions, mask, visual & mask, self._vision_input(patches, counts))
+        return Prompt(embeds, inputs.positions, inputs.mask, visual & inputs.mask, vision)
 
     def _encoded(self, texts: list[str], images: list[list[Any]], **more: Any) -> Any:
         """What the processor makes of them, on the model's device."""

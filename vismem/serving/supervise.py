@@ -5,7 +5,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,67 +41,73 @@ class Releases:
         if not model_names(source):
             raise UserError(f"{source} holds no model (no */config.pbtxt): run `vismem deploy` first")
         check_repository(source)
-        for model, found in self._deployed().items():
-            self._put(model, found)
-            self.served[model] = found
+        for model, value in self._deployed().items():
+            self._copy(model, value)
+            self._put(model, value)
+            self.served[model] = value
 
     def update(self, server: TritonServer, write: Callable[[str], None]) -> None:
         """Let `server` load what was deployed since, and say what came of it. UserError where the server exits.
 
         A model is loaded, and its golden questions asked, while the one before it answers; a new one that fails is
-        put back. A challenger takes no champion's place.
+        put back.
         """
-        now = time.monotonic()
-        found = {model: value for model, value in self._deployed().items() if self.served.get(model) != value}
-        if not (found := {model: value for model, value in found.items() if self.refused.get(value, 0) < now}):
+        if not (found := self._fresh()):
             return
         try:
             check_repository(self.source)
-        except UserError as error:
+            for model, value in found.items():
+                self._copy(model, value)
+        except (UserError, OSError) as error:  # OSError: it is being replaced
             if not found.values() & self.refused.keys():
                 write(f"not loaded: {error}")
-            self.refused |= dict.fromkeys(found.values(), now + RETRY_SECONDS)
+            self.refused |= dict.fromkeys(found.values(), time.monotonic() + RETRY_SECONDS)
             return
         for model, value in sorted(found.items()):
-            released = [name for name in self.served if not name.endswith((challenger_name(""), unary_name("")))]
+            write(self._load(model, value, server))
+
+    def _fresh(self) -> dict[str, str]:
+        """What was deployed and is neither served nor refused: a challenger takes no champion's place, and NAME_unary
+        comes after NAME."""
+        deployed, now = self._deployed(), time.monotonic()
+        released = any(not name.endswith((challenger_name(""), unary_name(""))) for name in self.served)
+        found = {}
+        for model, value in deployed.items():
             base = model.removesuffix(unary_name(""))
-            if released and base not in self.served and base.endswith(challenger_name("")):
-                self.refused[value] = math.inf
-            elif is_unary(model) and self.refused.get(found.get(base, "")):
-                self.refused[value] = math.inf  # it goes with the one that was refused
-            else:
-                write(self._load(model, value, server))
+            fits = base in self.served or not (released and base.endswith(challenger_name("")))
+            if is_unary(model):
+                fits = self.served.get(base) == deployed.get(base)
+            if fits and self.served.get(model) != value and self.refused.get(value, 0) < now:
+                found[model] = value
+        return found
 
     def _deployed(self) -> dict[str, str]:
         """Per model the hash of its manifest; nothing for what is just being replaced."""
         found = {}
         for model in model_names(self.source):
-            try:
+            with suppress(OSError):
                 found[model] = sha256_file(self.source / model / MANIFEST)
-            except OSError:
-                continue
         return found
 
     def _load(self, model: str, value: str, server: TritonServer) -> str:
         """Put a release in its place and wait until Triton has loaded it, or failed to; the line that says so."""
         before, log = self.served.get(model), server.service.log
         read = log.stat().st_size
+        os.utime(self.copies / value)  # Triton loads what is newer than what it has, also where it is an older release
         self._put(model, value)
         end = time.monotonic() + READY_TIMEOUT
         reason = f"it did not load in {READY_TIMEOUT} s"
+        verdict = re.compile(rf"(successfully loaded|failed to load) '{re.escape(model)}'\"?$", re.M)
         try:
             while time.monotonic() < end:
-                lines = log.read_bytes()[read:].decode(errors="replace").splitlines()
-                said = re.search(
-                    rf"(successfully loaded|failed to load) '{re.escape(model)}'$",
-                    "\n".join(lines).replace('"', ""),
-                    re.M,
-                )
+                lines = log.read_bytes()[read:].decode(errors="replace")
+                said = verdict.search(lines)
                 if said and said[1].startswith("success"):
                     self.served[model] = value
+                    self._drop({before, *self.served.values()})
                     return f"{model}: the new release answers now"
                 if said:
-                    reason = find_error(lines)
+                    reason = find_error(lines.splitlines())
                     break
                 server.service.check()
                 time.sleep(POLL)
@@ -110,21 +117,30 @@ class Releases:
                 self._put(model, before)
         return f"{model}: the new release is refused, the one before it serves on: {reason}"
 
+    def _drop(self, kept: Collection[str | None]) -> None:
+        """Delete the copies of other releases: running answers may need that of the one before."""
+        for copy in self.copies.iterdir():
+            if copy.name not in kept:
+                shutil.rmtree(copy)
+
+    def _copy(self, model: str, value: str) -> None:
+        """Keep the release `value` of a model, as it is in `source`."""
+        if not (copy := self.copies / value).exists():
+            partial = self.copies / "partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(self.source / model, partial, copy_function=_link)
+            if sha256_file(partial / MANIFEST) != value:
+                raise UserError(f"{self.source} is being replaced")
+            partial.rename(copy)
+
     def _put(self, model: str, value: str | None) -> None:
         """Make `repository/model` a link to the copy of the release `value`, or remove it."""
-        link = self.repository / model
+        link, fresh = self.repository / model, self.copies / "link"
         if value is None:
             link.unlink()
-            return
-        copy = self.copies / value / model
-        if not copy.exists():
-            shutil.copytree(self.source / model, copy, copy_function=_link)
-            for folder in (copy, *copy.iterdir()):
-                if folder.is_dir():
-                    os.utime(folder)  # by which Triton sees that it changed, also where it goes back to an older one
-        fresh = self.copies / "link"
-        fresh.symlink_to(copy)
-        os.replace(fresh, link)
+        else:
+            fresh.symlink_to(self.copies / value)
+            os.replace(fresh, link)
 
 
 def serve(

@@ -69,10 +69,9 @@ class Serving:
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def model_process(self) -> psutil.Process:
-        """That of `vismem`: the one with the runtime's threads."""
+    def process_of(self, model: str) -> psutil.Process:
         stubs = [child for child in self.children() if "stub" in child.name()]
-        return next(stub for stub in stubs if any("/vismem/7/" in word for word in stub.cmdline()))
+        return next(stub for stub in stubs if any(f"/{model}/" in word for word in stub.cmdline()))
 
 
 def until(found: Callable[[], Any], seconds: float = 60) -> Any:
@@ -114,7 +113,7 @@ def test_a_hung_model_process_is_found_under_requests_and_its_streams_end_with_a
     stream = infer(serving.url, "vismem", [IMAGE], "endless", max_new_tokens=2000, timeout=60)
     next(stream)
     before = serving.children()
-    serving.model_process().send_signal(signal.SIGSTOP)
+    serving.process_of("vismem").send_signal(signal.SIGSTOP)
     for _ in range(5):
         threading.Thread(target=serving.answers).start()
     with pytest.raises(UserError):
@@ -122,6 +121,15 @@ def test_a_hung_model_process_is_found_under_requests_and_its_streams_end_with_a
     serving.said("the server is restarted")
     until(serving.answers)
     assert not [process for process in before if process.is_running()]
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_failed_process_of_the_unary_model_is_found_too(serving: Serving, fault: signal.Signals) -> None:
+    before = serving.process_of("vismem_unary")
+    before.send_signal(fault)
+    serving.said("the server is restarted")
+    until(serving.answers)
+    assert not before.is_running()
 
 
 def test_sigterm_ends_running_streams_with_an_error_and_leaves_nothing(serving: Serving) -> None:

@@ -5,10 +5,13 @@ Triton reports a model ready for ever, also when the Python process behind it ha
 
 import argparse
 import io
+import json
 import re
 import sys
 import time
+import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Sequence
 
 from PIL import Image
@@ -17,13 +20,14 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.serving.client import Token, find_model, infer
 from vismem.serving.command import run_command
+from vismem.serving.repository import unary_name
+
+DEAD = "is not healthy"  # what Triton says of a model whose process has ended
 
 
 def ask(url: str, model: str, timeout: float) -> tuple[Token, ...]:
     """One token about a blank image from `model` at `url` (gRPC host:port). UserError if none comes in `timeout` s."""
-    blank = io.BytesIO()
-    Image.new("RGB", (84, 84), "white").save(blank, "PNG")
-    return tuple(infer(url, model, [blank.getvalue()], "?", max_new_tokens=1, timeout=timeout))
+    return tuple(infer(url, model, [_blank()], "?", max_new_tokens=1, timeout=timeout))
 
 
 def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
@@ -40,13 +44,29 @@ def check_model(url: str, metrics: str, model: str, timeout: float) -> str:
     before = _decoded(metrics, model)
     try:
         ask(url, model, timeout)
-    except UserError:
+    except UserError as error:
+        if DEAD in str(error):
+            raise
         while (others := _decoded(metrics, model) - before) <= 0:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
         return f"{model} is busy: it decoded {others} tokens for others while we waited"
     return f"{model} answers"
+
+
+def check_unary(http: str, metrics: str, model: str, timeout: float) -> None:
+    """UserError where NAME_unary of `model` at `http` is dead, or silent for `timeout` s while no token is decoded."""
+    name, before = unary_name(model), _decoded(metrics, model)
+    body = {"IMAGE": [b64encode(_blank()).decode()], "PROMPT": "?", "MAX_NEW_TOKENS": 1}
+    try:
+        urllib.request.urlopen(f"{http}/v2/models/{name}/generate", json.dumps(body).encode(), timeout=timeout).close()
+    except urllib.error.HTTPError as error:
+        if DEAD in (said := error.read().decode(errors="replace")):
+            raise UserError(f"model '{name}': {said}") from None
+    except OSError as error:
+        if _decoded(metrics, model) == before:
+            raise UserError(f"model '{name}' does not answer: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metrics", default="http://127.0.0.1:8002/metrics", help="(default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for the answer (default: 20)")
     return run_command(parser, arguments, probe)
+
+
+def _blank() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (84, 84), "white").save(file, "PNG")
+    return file.getvalue()
 
 
 def _decoded(url: str, model: str) -> int:

@@ -15,12 +15,12 @@ from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.services import HOST, POLL, until_stopped
 from vismem.serving.client import challenger_name
-from vismem.serving.probe import check_model
+from vismem.serving.probe import check_model, check_unary
 from vismem.serving.repository import check_repository, is_unary, unary_name
 from vismem.serving.server import READY_TIMEOUT, TritonServer, find_error, model_names, triton_server
 
 CHECK_SECONDS = 10.0  # from one question to a model to the next
-PATIENCE = 20.0  # seconds that its answer may take
+PATIENCE = 60.0  # seconds without an answer or a token for others: a long prompt takes many on a CPU
 RETRY_SECONDS = 30.0  # after which a repository that was damaged, or half written, is looked at again
 
 
@@ -67,8 +67,10 @@ class Releases:
             write(self._load(model, value, server))
 
     def _fresh(self) -> dict[str, str]:
-        """What was deployed and is neither served nor refused: a challenger takes no champion's place, and NAME_unary
-        comes after NAME."""
+        """What was deployed and is neither served nor refused.
+
+        A challenger takes no champion's place, and NAME_unary comes after NAME.
+        """
         deployed, now = self._deployed(), time.monotonic()
         released = any(not name.endswith((challenger_name(""), unary_name(""))) for name in self.served)
         found = {}
@@ -157,8 +159,8 @@ def serve(
     """`vismem serve [--repository DIR] [--host H] [--grpc-port N] [--http-port N] [--metrics-port N]`.
 
     Serves the repository (the CLI's default: artifacts/deploy/model_repository) in the foreground until Ctrl-C or
-    SIGTERM; what is deployed there meanwhile is loaded. Ports not given are those of the deploy section. UserError if
-    the server cannot start; one that started is restarted for ever.
+    SIGTERM; what is deployed there meanwhile is loaded. Ports not given are those of the deploy section. A server that
+    fails is restarted; UserError where it cannot start.
     """
     if not repository.is_dir():
         hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
@@ -185,7 +187,8 @@ def serve(
 
 def _watch(server: TritonServer, releases: Releases, write: Callable[[str], None]) -> None:
     """Ask every model now and then, and load what is deployed. UserError where a model, or the server, has failed."""
-    metrics = f"http://{server.grpc_url.rpartition(':')[0]}:{server.ports['metrics']}/metrics"
+    host = server.grpc_url.rpartition(":")[0]
+    http, metrics = f"http://{host}:{server.ports['http']}", f"http://{host}:{server.ports['metrics']}/metrics"
     checked = time.monotonic()
     while True:
         server.service.check()
@@ -193,6 +196,7 @@ def _watch(server: TritonServer, releases: Releases, write: Callable[[str], None
             for model in releases.served:
                 if not is_unary(model):
                     check_model(server.grpc_url, metrics, model, PATIENCE)
+                    check_unary(http, metrics, model, PATIENCE)
             checked = time.monotonic()
         releases.update(server, write)
         time.sleep(POLL)

@@ -52,7 +52,7 @@ class TritonPythonModel:
         )
         for response in asked.exec(decoupled=True):
             if response.has_error():
-                return pb_utils.InferenceResponse(error=pb_utils.TritonError(response.error().message()))
+                return pb_utils.InferenceResponse(error=response.error())
             if tensors := {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}:
                 values = {"TEXT": b"".join(tensors["TEXT"]), "USAGE": tensors["USAGE"][-1]}
                 outputs = [pb_utils.Tensor(name, np.array([value], dtype=object)) for name, value in values.items()]

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
@@ -20,7 +20,6 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.serving.client import Token, find_model, infer
 from vismem.serving.command import run_command
-from vismem.serving.repository import unary_name
 
 DEAD = "is not healthy"  # what Triton says of a model whose process has ended
 
@@ -30,20 +29,32 @@ def ask(url: str, model: str, timeout: float) -> tuple[Token, ...]:
     return tuple(infer(url, model, [_blank()], "?", max_new_tokens=1, timeout=timeout))
 
 
+def ask_unary(url: str, model: str, timeout: float) -> None:
+    """The same of a unary model at `url` (HTTP), which asks the one behind it: both processes are proved by it."""
+    body = {"IMAGE": [b64encode(_blank()).decode()], "PROMPT": "?", "MAX_NEW_TOKENS": 1}
+    try:
+        urllib.request.urlopen(f"{url}/v2/models/{model}/generate", json.dumps(body).encode(), timeout=timeout).close()
+    except urllib.error.HTTPError as error:
+        raise UserError(f"model '{model}' at {url}: {error.read().decode(errors='replace')}") from None
+    except OSError as error:
+        raise UserError(f"model '{model}' at {url} sent nothing: {error}") from None
+
+
 def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
     """Report the state of the served model (or of its challenger): see `check_model`."""
-    return check_model(url, metrics, find_model(url, config.deploy.model_name), timeout)
+    model = find_model(url, config.deploy.model_name)
+    return check_model(lambda: ask(url, model, timeout), metrics, model, timeout)
 
 
-def check_model(url: str, metrics: str, model: str, timeout: float) -> str:
-    """Say that `model` answers, or is busy: its queue is full or slow, and it decodes tokens for others meanwhile.
+def check_model(question: Callable[[], object], metrics: str, model: str, timeout: float) -> str:
+    """Say that `model` answers a question, or is busy: its queue is full or slow, and it decodes tokens for others.
 
-    UserError where neither comes in `timeout` seconds; a restart helps it.
+    UserError where neither comes in `timeout` seconds, or its process has ended; a restart helps it.
     """
     end = time.monotonic() + timeout
     before = _decoded(metrics, model)
     try:
-        ask(url, model, timeout)
+        question()
     except UserError as error:
         if DEAD in str(error):
             raise
@@ -53,20 +64,6 @@ def check_model(url: str, metrics: str, model: str, timeout: float) -> str:
             time.sleep(0.1)
         return f"{model} is busy: it decoded {others} tokens for others while we waited"
     return f"{model} answers"
-
-
-def check_unary(http: str, metrics: str, model: str, timeout: float) -> None:
-    """UserError where NAME_unary of `model` at `http` is dead, or silent for `timeout` s while no token is decoded."""
-    name, before = unary_name(model), _decoded(metrics, model)
-    body = {"IMAGE": [b64encode(_blank()).decode()], "PROMPT": "?", "MAX_NEW_TOKENS": 1}
-    try:
-        urllib.request.urlopen(f"{http}/v2/models/{name}/generate", json.dumps(body).encode(), timeout=timeout).close()
-    except urllib.error.HTTPError as error:
-        if DEAD in (said := error.read().decode(errors="replace")):
-            raise UserError(f"model '{name}': {said}") from None
-    except OSError as error:
-        if _decoded(metrics, model) == before:
-            raise UserError(f"model '{name}' does not answer: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +16,7 @@ from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.services import HOST, POLL, until_stopped
 from vismem.serving.client import challenger_name
-from vismem.serving.probe import check_model, check_unary
+from vismem.serving.probe import ask_unary, check_model
 from vismem.serving.repository import check_repository, is_unary, unary_name
 from vismem.serving.server import READY_TIMEOUT, TritonServer, find_error, model_names, triton_server
 
@@ -193,10 +194,9 @@ def _watch(server: TritonServer, releases: Releases, write: Callable[[str], None
     while True:
         server.service.check()
         if time.monotonic() > checked + CHECK_SECONDS:
-            for model in releases.served:
-                if not is_unary(model):
-                    check_model(server.grpc_url, metrics, model, PATIENCE)
-                    check_unary(http, metrics, model, PATIENCE)
+            for model in filter(is_unary, releases.served):
+                question = partial(ask_unary, http, model, PATIENCE)
+                check_model(question, metrics, model.removesuffix(unary_name("")), PATIENCE)
             checked = time.monotonic()
         releases.update(server, write)
         time.sleep(POLL)

@@ -191,6 +191,8 @@ def test_new_releases_and_rollbacks_are_loaded_without_a_failed_request_and_bad_
         deploy(serving, version=9, word="bad", golden=[question | {"tokens": [7]}])
         assert "answered by the tokens [0, 1, 2" in serving.said("refused, the one before it serves on", place)
         assert serving.ask() == "good0 good1 good2"
+        (link,) = serving.folder.glob("serving-*/repository/vismem")
+        assert (link / "8").is_dir()  # what a restart would load
         place = len(serving.lines)
         deploy(serving)  # what was served first: a rollback
         serving.said("vismem: the new release answers now", place)

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from vismem.errors import UserError
 from vismem.generation.invocation import MODES
 from vismem.serving.answering import Runtime
 from vismem.serving.client import Token, infer, marked, plain
-from vismem.serving.golden import QUESTIONS, check_golden
 from vismem.serving.server import TritonServer
 
 TOKENS = 12
@@ -43,23 +41,6 @@ def test_the_smoke_tests_example_is_the_runtimes_own_answer(deployed: Path, runt
     sample = next(s for s in iterate_samples(tiny_data / "data" / "test") if s.question == smoke["question"])
     tokens = in_process(runtime, sample)
     assert (smoke["answer"], smoke["answer_marked"]) == (plain(tokens), marked(tokens))
-
-
-def test_golden_answers_are_the_runtimes_own_and_any_other_is_refused(
-    inputs: dict[str, Path], runtime: Runtime, tmp_path: Path
-) -> None:
-    bundle = shutil.copytree(inputs["export"], tmp_path / "bundle")
-    assert check_golden(runtime, bundle) == QUESTIONS
-    file = bundle / "golden" / "golden.json"
-    golden = json.loads(file.read_text())
-    assert all(asked["tokens"] for asked in golden)
-    golden[-1]["tokens"][-1] += 1
-    file.write_text(json.dumps(golden))
-    with pytest.raises(RuntimeError, match=f"the golden question '{re.escape(golden[-1]['question'])}' is answered by"):
-        check_golden(runtime, bundle)
-    file.unlink()
-    with pytest.raises(RuntimeError, match="holds no golden questions"):
-        check_golden(runtime, bundle)
 
 
 def test_concurrent_answers_are_each_the_runtimes_own(server: TritonServer, runtime: Runtime) -> None:

@@ -24,9 +24,8 @@ from vismem.config import parse_config
 from vismem.errors import UserError
 from vismem.serving import supervise
 supervise.CHECK_SECONDS, supervise.PATIENCE = 0.5, 2.0
-folder, port = Path(sys.argv[1]), int(sys.argv[2])
 try:
-    supervise.serve(parse_config({}), folder / "deploy" / "model_repository", log=folder / "log", grpc_port=port,
+    supervise.serve(parse_config({}), Path("deploy/model_repository"), log=Path("log"), grpc_port=int(sys.argv[1]),
                     http_port=0, metrics_port=0, write=lambda line: print(line, flush=True))
 except UserError as error:
     sys.exit(str(error))
@@ -38,8 +37,8 @@ class Serving:
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder, self.lines = folder, list[str]()
-        command = [sys.executable, "-c", CODE, str(folder), str(port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", CODE, str(port)]
+        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 

@@ -171,7 +171,7 @@ def serve(
     ports |= {name: port for name, port in asked.items() if port is not None}
     log.parent.mkdir(parents=True, exist_ok=True)
     with until_stopped(write), TemporaryDirectory(prefix="serving-", dir=log.parent) as folder:
-        releases = Releases(repository, Path(folder))
+        releases = Releases(repository, Path(folder).absolute())  # links lead there
         while True:
             with triton_server(releases.repository, log=log, host=host, ports=ports) as server:
                 ports = dict(server.ports)

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,13 @@ def _run_serve(arguments: argparse.Namespace) -> None:
     named = arguments.repository.absolute() if arguments.repository else None
     config, artifacts = enter(arguments)
     from vismem.serving.champion import champion_repository
-    from vismem.serving.server import serve
+    from vismem.serving.supervise import serve
 
+    champion = partial(champion_repository, config, artifacts)
     serve(
         config,
-        named or champion_repository(config, artifacts),
+        named or champion(),
+        champion=None if named else champion,
         host=arguments.host,
         grpc_port=arguments.port,
         http_port=arguments.http_port,

@@ -25,8 +25,8 @@ from vismem.serving.repository import check_repository, repository_problems, wri
 def publish(config: Config, folder: Path) -> str:
     """Fetch the champion into `folder`, unless it is there undamaged, and make it current; return a line that says so.
 
-    Running servers keep the version that they loaded; those that start take the current one. UserError where there is
-    no champion, or the store's files are damaged; then nothing changes.
+    Servers that run load it, those that start take it. UserError where there is no champion, or the store's files are
+    damaged; then nothing changes.
     """
     store = open_store(config.registry)
     champion = champion_version(store)
@@ -57,7 +57,7 @@ def publish(config: Config, folder: Path) -> str:
     link.symlink_to(release.relative_to(folder))
     os.replace(link, current)
     pin = sha256_file(release / model / MANIFEST)
-    return f"{named} is current in {folder} as {model}, manifest {pin}: servers that start from now on serve it"
+    return f"{named} is current in {folder} as {model}, manifest {pin}: servers load it"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

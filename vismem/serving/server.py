@@ -16,11 +16,11 @@ from vismem.serving.repository import check_repository, is_unary
 
 READY_TIMEOUT = 180  # seconds
 EXIT_TIMEOUT = 5  # seconds that running answers get to end in
+STOP_VARIABLE = "VISMEM_STOP_FILE"  # of a file that tells the models' processes to end their answers
+SHARED_MEMORY = Path("/dev/shm")
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
 # header as the key, and takes it from its command line, which every user of the machine can read. So this header has a
 # name that no client can send: neither HTTP/1 nor HTTP/2 allows a line break in a name.
-STOP_VARIABLE = "VISMEM_STOP_FILE"  # of a file that tells the models' processes to end their answers
-SHARED_MEMORY = Path("/dev/shm")
 CLOSED = "model-repository,shared-memory,trace,logging:(closed to\nall clients)=none"
 
 

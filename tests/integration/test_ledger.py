@@ -20,7 +20,7 @@ from vismem.registry.champion import append, read_ledger
 from vismem.registry.ledger import Ledger, ledger_model
 from vismem.registry.server import mlflow_server
 
-RACES = int(os.environ.get("VISMEM_RACES", "5"))
+RACES = int(os.environ.get("VISMEM_RACES", "3"))
 
 
 @pytest.mark.parametrize("place", ["its file", "its server"])

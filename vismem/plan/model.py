@@ -1,0 +1,95 @@
+"""A base and what VisMem adds to it as shapes, from the base's small files; questions and answers of stated sizes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vismem.config import BaseConfig
+from vismem.data.sample import Sample
+from vismem.errors import UserError
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.backbones import backbone_of, check_family
+from vismem.models.backbones.base import Backbone
+from vismem.models.processors import load_processor
+from vismem.models.tokens import KINDS
+from vismem.models.vismem import VisMemModel
+
+QUESTION = "how many cups? " * 50  # about 200 tokens
+WORD = 5  # any token of the tokenizer
+MODULES = {  # of a base, the first that a parameter's name holds
+    "projector": ("visual.merger", "multi_modal_projector", "image_newline"),
+    "vision encoder": ("visual.", "vision_tower."),
+    "output head": ("lm_head.",),
+    "language model": ("language_model.",),
+}
+ADDED = {  # of what VisMem adds, by the beginning of a parameter's name
+    "query builder": "builder.",
+    "short former": "short.",
+    "long former": "long.",
+    "new tokens' rows": "tokens.",
+    "policy's LoRA": "policy_lora.",
+    "prefix": "prefix",
+}
+
+
+def hollow_base(config: BaseConfig) -> Backbone:
+    """The base, within a block of `Shapes`: no weights are read. UserError for one that is not there or is unknown."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    source = str(config.folder() or config.model)
+    try:
+        settings = AutoConfig.from_pretrained(source)
+        check_family(settings.model_type)
+        processor = load_processor(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot read config.json and the processor's files of base.model '{source}': {reason}. A folder with "
+            "these small files is enough (--set base.model=FOLDER); no weights are read"
+        ) from None
+    return backbone_of(AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype)), processor)
+
+
+def parameters(model: VisMemModel) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters of the base and of what VisMem adds, by part; a head that is the embeddings has none of its own."""
+    base: Counter[str] = Counter(dict.fromkeys(MODULES, 0))
+    for name, weight in model.backbone.model.named_parameters():
+        part = next(part for part, marks in MODULES.items() if any(mark in name for mark in marks))
+        base[part] += weight.numel()
+    added: Counter[str] = Counter()
+    for name, weight in model.named_parameters():
+        added[next(part for part, mark in ADDED.items() if name.startswith(mark))] += weight.numel()
+    return dict(base), dict(added)
+
+
+def questions(count: int, image: tuple[int, int]) -> tuple[Sample, ...]:
+    """`count` questions of QUESTION about an image of this width and height."""
+    picture: Any = Image.new("RGB", image)
+    return tuple(Sample(f"{index}", (picture,), QUESTION, answer="") for index in range(count))
+
+
+def answers(
+    model: VisMemModel, samples: Sequence[Sample], group: int, words: int, memories: int
+) -> tuple[Rollout, ...]:
+    """`group` answers of `words` tokens for each sample, each with evenly spaced memories of both kinds in turn."""
+    return tuple(
+        _answer(model, sample.id, words, min(memories, words), row) for sample in samples for row in range(group)
+    )
+
+
+def _answer(model: VisMemModel, sample_id: str, words: int, memories: int, row: int) -> Rollout:
+    ids: list[int] = []
+    mask: list[bool] = []
+    invocations = []
+    for index in range(memories):
+        kind = KINDS[(row + index) % 2]
+        invocations.append(Invocation(len(ids), kind, forced=True))
+        memory = [model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind]]
+        said = words * (index + 1) // memories - words * index // memories
+        ids, mask = ids + memory + [WORD] * said, mask + [False] * len(memory) + [True] * said
+    ids, mask = ids or [WORD] * words, mask or [True] * words
+    zeros = (0.0,) * len(ids)
+    return Rollout(sample_id, tuple(ids), tuple(mask), zeros, tuple(invocations), "", "", True, words)

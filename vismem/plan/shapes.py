@@ -1,0 +1,242 @@
+"""Runs this library's own code on tensors that have shapes only, and counts what it holds and computes.
+
+Tensors of floats live on torch's meta device, without values; whole numbers and bools keep theirs, since they say which
+shapes come next. So a step of a model of any size runs on a laptop, in the very code that trains it.
+"""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+Cost = Callable[[int, int, torch.dtype], float]  # seconds of an operation's FLOP and bytes read and written
+
+
+class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within the block floats are shapes. Counts bytes that live, by part, and FLOP and seconds since `restart`.
+
+    `labels`: the part that the tensors count as which a function (its qualified name) allocates, the innermost first.
+    Without `hollow` values are computed too: that is what a plan is compared with.
+    """
+
+    def __init__(self, labels: Mapping[str, str], cost: Cost | None = None, hollow: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.labels, self.cost, self.hollow = labels, cost, hollow
+        self.part_of_rest = "other"
+        self.live: Counter[str] = Counter()
+        self.total = 0
+        self.held: dict[int, Any] = {}  # weak references to the storages that are counted
+        self.beside = ExitStack()
+        self.restart()
+
+    def __enter__(self) -> Self:
+        if self.hollow:
+            self.beside.enter_context(_beside_dispatch())
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.beside.close()
+
+    def restart(self) -> None:
+        """Forget the peak, the FLOP and the seconds so far."""
+        self.peak, self.at_peak = self.total, dict(self.live)
+        self.flops, self.seconds = 0, 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What no function of `labels` allocates within the block counts as this part."""
+        before, self.part_of_rest = self.part_of_rest, name
+        try:
+            yield
+        finally:
+            self.part_of_rest = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten.scaled_dot_product_attention.default:  # so without gradients: its parts count too
+            super().__enter__()  # type: ignore[no-untyped-call]
+            try:
+                return (_attention if args[0].is_meta else func.decompose)(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        result = _hollow(func, args, kwargs) if self.hollow else func(*args, **kwargs)
+        made = _tensors((result,))
+        for tensor in made:
+            self.count(tensor)
+        if self.cost and any(tensor.is_meta for tensor in made) and not func.is_view:
+            packet = func._overloadpacket
+            flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
+            read = sum(each.nbytes for each in _tensors((args, kwargs)))
+            self.flops += flops
+            self.seconds += self.cost(flops, read + sum(tensor.nbytes for tensor in made), made[0].dtype)
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's bytes for as long as it lives; operations' results are counted as they come."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.held or not size:
+            return
+        part = self._part()
+
+        def freed(_: Any) -> None:
+            del self.held[key]
+            self.live[part] -= size
+            self.total -= size
+
+        self.held[key] = weakref.ref(storage, freed)
+        self.live[part] += size
+        self.total += size
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.live)
+
+    def _part(self) -> str:
+        frame: Any = sys._getframe(2)
+        while frame is not None:
+            if part := self.labels.get(frame.f_code.co_qualname):
+                return part
+            frame = frame.f_back
+        return self.part_of_rest
+
+
+def _hollow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operation with floats on the meta device, and with whole numbers and bools on the CPU."""
+    tensors = _tensors((args, kwargs))
+    shaped = any(each.is_meta for each in tensors)
+    if func is aten._local_scalar_dense.default and shaped:
+        return 0.0
+    if "device" in kwargs or (not tensors and any(each.name == "device" for each in func._schema.arguments)):
+        kind = kwargs.get("dtype") or (tensors[0].dtype if tensors else _default_dtype(func, args))
+        device = "meta" if kind.is_floating_point else "cpu"
+        if tensors and device == "cpu" and shaped:  # values of floats that there are not
+            return torch.zeros(tensors[0].shape, dtype=kind)
+        kwargs = {**kwargs, "device": torch.device(device)}
+        shaped = device == "meta"
+    if not shaped:
+        return func(*args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory")}
+    if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        args = (args[0], _places(args[1]), *args[2:])
+    if any(not each.is_meta and each.dim() for each in tensors):
+        args, kwargs = tree_map_only(Tensor, _shape, (args, kwargs))
+    return _made_before(func, args, kwargs)
+
+
+_MADE: dict[Any, Any] = {}  # shape, stride and type of results: torch's own rules in Python take most of the time
+
+
+def _made_before(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The result on the meta device, from memory where the same operation was done on the same shapes."""
+    key = (func, torch.get_default_dtype(), _key(args), _key(kwargs.items()))
+    if key in _MADE:  # never of a view, nor of what changes its arguments
+        shape, stride, kind = _MADE[key]
+        return torch.empty_strided(shape, stride, dtype=kind, device="meta")
+    result = func(*args, **kwargs)
+    if not isinstance(result, Tensor):
+        return tree_map_only(Tensor, _values, result)
+    fresh = all(result.untyped_storage()._cdata != each.untyped_storage()._cdata for each in _tensors((args, kwargs)))
+    if fresh and result.is_meta and result.dtype.is_floating_point:
+        _MADE[key] = result.shape, result.stride(), result.dtype
+    return _values(result)
+
+
+def _key(values: Any) -> tuple[Any, ...]:
+    """What a result's shape depends on."""
+    return tuple(
+        (value.shape, value.stride(), value.dtype)
+        if isinstance(value, Tensor)
+        else (type(value), _key(value))
+        if isinstance(value, list | tuple)
+        else (type(value), value)
+        for value in values
+    )
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors in nested arguments or results; written out, since it runs at every operation."""
+    found: list[Tensor] = []
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple | dict):
+            found += _tensors(value)
+    return found
+
+
+def _default_dtype(func: Any, args: Any) -> torch.dtype:
+    """That of a factory which is given none: of whole numbers, `arange` makes whole numbers."""
+    whole = func._overloadpacket in (aten.arange, aten.randperm) and all(isinstance(each, int) for each in args)
+    return torch.int64 if whole else torch.get_default_dtype()
+
+
+def _shape(tensor: Tensor) -> Tensor:
+    """A meta tensor like this one, unless it is one or a single number."""
+    return tensor if tensor.is_meta or not tensor.dim() else torch.empty_like(tensor, device="meta")
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Whole numbers that were computed of floats: zeros."""
+    known = not tensor.is_meta or tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    return tensor if known else torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _places(indices: Any) -> list[Tensor | None]:
+    """The indices with each mask as the places that it marks: how many depends on its values."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        found += index.nonzero().unbind(1) if index is not None and index.dtype == torch.bool else [index]
+    return found
+
+
+@contextmanager
+def _beside_dispatch() -> Iterator[None]:
+    """Within the block what the dispatcher does not see is replaced: values of shapes, and the choice of a kernel."""
+    tensor, tolist = torch.tensor, Tensor.tolist
+
+    def without_device(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        return tensor(*args, **kwargs)
+
+    def zeros(self: Tensor) -> Any:
+        return tolist(torch.zeros(self.shape, dtype=torch.int64) if self.is_meta else self)
+
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")  # type: ignore[no-untyped-call]
+    with patch.object(torch, "tensor", without_device), patch.object(Tensor, "tolist", zeros):
+        yield
+    del library
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as CUDA's memory-efficient kernel computes it, the one that takes a mask."""
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    bias = None
+    if attn_mask is not None:
+        bias = query.new_zeros(attn_mask.shape) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    found = aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )
+    attended: Tensor = found[0]
+    return attended

@@ -1,5 +1,6 @@
 """What `vismem plan` counts on shapes is what the same steps hold when they run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import tiny
 import tiny_families
 import torch
 
-from vismem.config import Config, parse_config
+from vismem.cli import main
+from vismem.config import Config, load_config, parse_config
 from vismem.generation.invocation import Learned
 from vismem.generation.loop import DecodeLoop, Request
 from vismem.generation.torch_executor import TorchExecutor
@@ -17,7 +19,7 @@ from vismem.models.backbones.base import Backbone
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.plan.machine import Machine
 from vismem.plan.model import hollow_base, parameters, questions
-from vismem.plan.rehearsal import ADDED, BASE, GRADIENTS, LABELS, STATES, Rehearsal, StepPlan
+from vismem.plan.rehearsal import BASE, GRADIENTS, LABELS, STATES, Rehearsal, StepPlan
 from vismem.plan.shapes import Shapes
 from vismem.plan.steps import rehearse
 
@@ -115,20 +117,102 @@ def test_a_stage_holds_what_is_planned(base: Path, step: str, size: dict[str, in
         assert planned.bytes == pytest.approx(measured.bytes, rel=0.01), planned.name
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("step", ["stage1", "stage2"])
-def test_activations_are_what_autograd_saves_in_a_real_step(base: Path, step: str, size: dict[str, int]) -> None:
-    """The peak lies above what is saved, by what is alive beside it for a moment."""
-    config, saved = config_of(base, size), dict[int, Any]()
-    real = Measured(step, config, "backward")
+def saved_bytes(stage: Rehearsal) -> int:
+    """What autograd keeps for the backward passes of a stage, weights included."""
+    saved: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # kept, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        rehearse(real)
-    (plan,) = (p for p in rehearse(Rehearsal(step, config, MACHINE, IMAGE, "backward")).phases if p.name == "backward")
-    fixed = sum(plan.parts.get(part, 0) for part in (BASE, ADDED, GRADIENTS, STATES))
-    held = sum(storage.nbytes() for storage in saved.values())
-    print(held, plan.bytes - fixed, (plan.bytes-fixed)/held)
+        rehearse(stage)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("step", ["stage1", "stage2"])
+def test_activations_are_what_autograd_saves_in_a_real_step(base: Path, step: str, size: dict[str, int]) -> None:
+    """The planned peak holds them, and little beside them."""
+    config = config_of(base, size)
+    held = saved_bytes(Measured(step, config, "backward"))
+    stage = Rehearsal(step, config, MACHINE, IMAGE, "backward")
+    assert saved_bytes(stage) == pytest.approx(held, rel=0.01)
+    peak = next(phase for phase in rehearse(Rehearsal(step, config, MACHINE, IMAGE)).phases if phase.name == "backward")
+    assert held < peak.bytes - peak.parts.get(GRADIENTS, 0) - peak.parts.get(STATES, 0) < 1.5 * held
+
+
+@pytest.mark.parametrize("name", ["full", "sft_lora_vision", "grpo_lora", "continuous", "evaluate"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_baselines_and_evaluation_hold_what_is_planned(tiny_base: Path, name: str, dtype: str) -> None:
+    config = config_of(tiny_base, LARGE, gradient_checkpointing=True)
+    config = config.model_copy(update={"base": config.base.model_copy(update={"dtype": dtype})})
+    plan, real = planned_and_measured(name, config)
+    assert plan.trained == real.trained
+    for planned, measured in zip(plan.phases, real.phases, strict=True):
+        assert planned.bytes == pytest.approx(measured.bytes, rel=0.02), planned.name
+
+
+def test_what_is_replaced_for_a_plan_is_put_back(tiny_base: Path) -> None:
+    config, query = config_of(tiny_base, SMALL), torch.randn(1, 1, 2, 8)
+    whole = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    tensor, tolist = torch.tensor, torch.Tensor.tolist
+    rehearse(Rehearsal("evaluate", config, MACHINE, IMAGE))
+    assert (torch.tensor, torch.Tensor.tolist) == (tensor, tolist)
+    assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, query, query), whole)
+    assert torch.nn.functional.scaled_dot_product_attention(*[query.to("meta")] * 3).is_meta
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(["plan", "--params", "params.yaml", *arguments])
+    return status, *capsys.readouterr()
+
+
+def test_a_plan_that_fits_is_a_table_of_eighty_columns(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke = ("--profile", "smoke", "--set", f"base.model={tiny_base}", "--image", "84x84")
+    status, out, err = run(capsys, *smoke, "--gpus", "1x80")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for step in ("stage1", "stage2", "evaluate"):
+        assert f"\n{step}, per GPU" in out
+    status, out, _ = run(capsys, *smoke, "--gpus", "2x80", "--json", "full")
+    found = json.loads(out)
+    assert (status, found["fits"]) == (0, True)
+    assert [step["name"] for step in found["steps"]] == ["full"]
+    assert sum(found["parameters"].values()) == load_base(tiny_base).model.num_parameters()
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_what_fits(
+    tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU between what two sizes need, the value that is named fits and the next does not."""
+    settings = {"base.model": str(tiny_base), "grpo.max_new_tokens": 60, "grpo.micro_batch": 8, "grpo.batch_size": 2}
+
+    def bytes_with(micro_batch: int) -> int:
+        config = load_config(
+            Path("params.yaml"), "smoke", settings | {k.replace("__", "."): v for k, v in changed.items()}
+        )
+        return rehearse(Rehearsal("stage1", config, MACHINE, IMAGE, "backward")).phases[-1].bytes
+
+    limit = (bytes_with(grpo__micro_batch=5) + bytes_with(grpo__micro_batch=6)) / 2
+    monkeypatch.setattr(Machine, "usable", limit)
+    given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    status, _, err = run(capsys, "--profile", "smoke", *given, "--gpus", "1x80", "--image", "84x84", "stage1")
+    assert status == 1
+    print(err)
+
+
+def test_wrong_requests_are_said_so(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ("--set", f"base.model={tiny_base}")
+    for arguments, said in (
+        ((*base, "--gpus", "80"), "COUNTxGB"),
+        ((*base, "--gpus", "1x81"), "40, 80, 141"),
+        ((*base, "--gpus", "3x80"), "grpo.batch_size 8 must be a multiple of the 3 GPUs"),
+        ((*base, "--gpus", "1x80", "--image", "84"), "WIDTHxHEIGHT"),
+        ((*base, "--gpus", "1x80", "deploy"), "no plan of 'deploy'"),
+        (("--set", f"base.model={tmp_path}", "--gpus", "1x80"), "config.json"),
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (1, "")
+        assert said in err
+        assert err.count("\n") == 1

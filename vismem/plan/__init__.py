@@ -122,12 +122,9 @@ def _refusal(step: StepPlan, config: Config, machine: Machine, image: tuple[int,
     remedies: dict[str, int | None] = {}
     if not config.grpo.gradient_checkpointing and phase.name in ("backward", "warm", "answers"):
         remedies["grpo.gradient_checkpointing"] = 1
-    for key in keys:
-        if (fits := _largest(step.name, phase, key, config, machine, image)) is not None:
-            remedies[key] = fits
-            break
-        remedies[key] = None
-    return Refusal(step.name, phase.name, phase.bytes, part, remedies | {PIXELS: None})
+    for key in (*keys, PIXELS):
+        remedies[key] = _largest(step.name, phase, key, config, machine, image)
+    return Refusal(step.name, phase.name, phase.bytes, part, remedies)
 
 
 def _largest(name: str, phase: Phase, key: str, config: Config, machine: Machine, image: tuple[int, int]) -> int | None:
@@ -136,6 +133,7 @@ def _largest(name: str, phase: Phase, key: str, config: Config, machine: Machine
     value: Any = config
     for each in key.split("."):
         value = getattr(value, each)
+    value = value or image[0] * image[1]  # 0 pixels: no maximum
     least = 2 if last == "group_size" else machine.count if last == "batch_size" else 1
     small = max(least, value // 2)
     unit = machine.count if last == "batch_size" else 1

@@ -34,16 +34,12 @@ def as_text(plan: Plan) -> str:
 
 def refused(refusal: Refusal, plan: Plan) -> str:
     """Why a step does not fit, and what to change."""
-    said = [
-        f"{key}: {value} fits" if value is not None else f"a smaller {key}"
-        for key, value in refusal.remedies.items()
-        if key != "grpo.gradient_checkpointing"
-    ]
-    if "grpo.gradient_checkpointing" in refusal.remedies:
-        said.insert(0, "grpo.gradient_checkpointing: true")
+    solved = [f"{key}: {value}" for key, value in refusal.remedies.items() if value is not None]
+    lower = [key for key, value in refusal.remedies.items() if value is None]
+    said = [f"set one of {', '.join(solved)}"] * bool(solved) + [f"lower {', '.join(lower)}"] * bool(lower)
     return (
         f"{refusal.step} does not fit: '{refusal.phase}' needs {refusal.bytes / GIB:.1f} GiB of "
-        f"{plan.machine.usable / GIB:.1f}, most of it {refusal.part}. Change {', or '.join(said)}, or take larger GPUs"
+        f"{plan.machine.usable / GIB:.1f}, most of it {refusal.part}. To fit, {', or '.join(said)}, or take larger GPUs"
     )
 
 

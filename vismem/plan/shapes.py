@@ -1,7 +1,7 @@
 """Runs this library's own code on tensors that have shapes only, and counts what it holds and computes.
 
-Tensors of floats live on torch's meta device, without values; whole numbers and bools keep theirs, since they say which
-shapes come next. So a step of a model of any size runs on a laptop, in the very code that trains it.
+Weights and all that is computed of them live on torch's meta device, without values; whole numbers and bools keep
+theirs, since they say which shapes come next. So a step of a model of any size runs on a laptop, in the very code that trains it.
 """
 
 import sys
@@ -119,11 +119,12 @@ def _hollow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return 0.0
     if "device" in kwargs or (not tensors and any(each.name == "device" for each in func._schema.arguments)):
         kind = kwargs.get("dtype") or (tensors[0].dtype if tensors else _default_dtype(func, args))
-        device = "meta" if kind.is_floating_point else "cpu"
-        if tensors and device == "cpu" and shaped:  # values of floats that there are not
+        if shaped and not kind.is_floating_point:  # values of floats that there are not
             return torch.zeros(tensors[0].shape, dtype=kind)
-        kwargs = {**kwargs, "device": torch.device(device)}
-        shaped = device == "meta"
+        shaped = shaped or (
+            kind.is_floating_point and not tensors
+        )  # pixels keep their values until a weight reads them
+        kwargs = {**kwargs, "device": torch.device("meta" if shaped else "cpu")}
     if not shaped:
         return func(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory")}

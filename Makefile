@@ -9,7 +9,7 @@ INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed
 COMPILED = .venv/.compiled
 
-.PHONY: help try setup serving demo smoke pipeline study tiny-vlm test lint docs ui serve stack images locks \
+.PHONY: help try setup serving demo smoke pipeline study tiny-vlm test lint docs ui serve playground stack images locks \
 	test-containers mutants
 
 help:  ## list the targets
@@ -60,6 +60,9 @@ ui: $(INSTALLED)  ## open MLflow and print the model's page
 
 serve: setup  ## serve the deployed model until Ctrl-C
 	$(VISMEM) serve
+
+playground: $(INSTALLED)  ## ask the tiny VLM in the browser, until Ctrl-C; MODEL= for another
+	$(VISMEM) playground $(if $(MODEL),--model '$(MODEL)')
 
 stack: $(INSTALLED)  ## PostgreSQL, an S3 server and MLflow on both, until Ctrl-C
 	$(VISMEM) stack

@@ -33,7 +33,7 @@ def load() -> Runtime:
     with tempfile.TemporaryDirectory() as folder:
         write_graphs(model, Path(folder) / "onnx", opset=18)
         model.backbone.processor.save_pretrained(Path(folder) / "processor")
-        return Runtime.open(folder, verified=True, rows=max(STREAMS))
+        return Runtime.open(folder, verified=True, rows=max(STREAMS), cache_bytes=0)
 
 
 def answer(runtime: Runtime, sample: Sample) -> tuple[list[int], float]:

@@ -16,6 +16,7 @@ KIND = {"per_answer": 0.5, "mean_position": None}
 USE = {"answers_with_memory": 50.0, "short": KIND, "long": KIND}
 HASHES = {"stage2_sha256": "5a5a", "test_sha256": "7e57", "items_sha256": "17e5"}
 PARITY = ParityReport(
+    graphs=True,
     passed=True,
     items=4,
     greedy_equal=4,
@@ -53,6 +54,8 @@ def scores(score: float = 66.0, by: float = 6.0, **changed: Any) -> Metrics:
         "gain": gains,
         "ablations": {},
         "overhead": {"vismem": 0.2},
+        "benchmarks": {},
+        "macro": {},
         "tasks": {},
         "yes_no": {"n": 0, "arms": {}, "gain": {}},
         "unparsed": {},

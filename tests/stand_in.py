@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from vismem.provenance import write_manifest
-from vismem.serving.client import Token, infer
+from vismem.serving.client import Client
+from vismem.serving.exchange import Token
 from vismem.serving.repository import copy_library, write_model_repository
 from vismem.serving.server import TritonServer
 
@@ -38,17 +39,17 @@ class Runtime:
     def generate(self, images, prompt, *, max_new_tokens=48, temperature=0.0, seed=0, memory="learned", stop=()):
         if prompt == "echo":
             sizes = [image.size for image in images]
-            yield Chunk(json.dumps([sizes, max_new_tokens, temperature, seed, memory, stop]), "token")
+            yield Chunk(json.dumps([sizes, max_new_tokens, temperature, seed, memory, stop]), "end")
             return
         if prompt == "nothing":
             yield Chunk("", "end")
             return
         if prompt == "count":
             self.asked += 1
-            yield Chunk(str(self.asked), "token")
+            yield Chunk(str(self.asked), "end")
             return
         if prompt == "left":
-            yield Chunk(str(self.left), "token")
+            yield Chunk(str(self.left), "end")
             return
         try:
             for i in range(max_new_tokens):
@@ -113,13 +114,17 @@ def make_repository(folder: Path, name: str = "vismem", runtime: str = STAND_IN)
 def ask(server: TritonServer, prompt: str = "hi", **options: object) -> tuple[Token, ...]:
     """All pieces of one answer."""
     options = {"images": [IMAGE], "max_new_tokens": 3, "timeout": 20} | options
-    images = options.pop("images")
-    return tuple(infer(server.grpc_url, "vismem", images, prompt, **options))  # type: ignore[arg-type]
+    client, images, stream = client_of(server), options.pop("images"), options.pop("stream", True)
+    return tuple(client.stream(images, prompt, **options)) if stream else client.ask(images, prompt, **options).pieces  # type: ignore[arg-type]
+
+
+def client_of(server: TritonServer, model: str = "vismem") -> Client:
+    return Client(f"grpc://{server.grpc_url}", model=model)
 
 
 def endless(server: TritonServer) -> Iterator[Token]:
     """An answer of 40 seconds."""
-    return infer(server.grpc_url, "vismem", [IMAGE], "endless", max_new_tokens=2000)
+    return client_of(server).stream([IMAGE], "endless", max_new_tokens=2000)
 
 
 def metrics(server: TritonServer) -> str:

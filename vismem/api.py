@@ -1,20 +1,23 @@
-"""`vismem api`: a trained model behind the HTTP endpoint, in this process, on the CPU or a GPU."""
+"""`vismem api` and `vismem playground`: a model behind the HTTP endpoint, in this process, on the CPU or a GPU."""
 
 import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from socket import socket
 
 import uvicorn
 
+from vismem.ask import examples
 from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.services import HOST, free_ports, until_stopped
 from vismem.serving.answering import ROWS, Runtime
+from vismem.serving.exchange import TOKEN_VARIABLE
 from vismem.serving.http import create_app
+from vismem.serving.playground import add_playground
 
-TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
 END_SECONDS = 5  # that running answers get when the server stops
 
 
@@ -28,11 +31,17 @@ def serve_api(
     host: str = HOST,
     port: int = 8080,
     rows: int = ROWS,
+    max_patches: int,
+    cache_mb: int,
     certificate: Path | None = None,
     key: Path | None = None,
+    page: bool = False,
     write: Callable[[str], None] = print,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM. UserError for a model that cannot be loaded, a busy port, half a certificate."""
+    """Serve until Ctrl-C or SIGTERM. UserError for a model that cannot be loaded, a busy port, half a certificate.
+
+    With `page` the playground is at /, for this machine's browsers, without a token.
+    """
     if (certificate is None) != (key is None):
         raise UserError("TLS needs both --tls-certificate and --tls-key")
     for file in (certificate, key):
@@ -40,9 +49,12 @@ def serve_api(
             raise UserError(f"{file} is not there")
     ports = free_ports({"http": port}, host=host, flag="--port")
     loaded = VisMem.from_pretrained(model, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    runtime = Runtime(TorchExecutor(loaded.model), rows)
+    token = "" if page else os.environ.get(TOKEN_VARIABLE, "").strip()
+    runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
     app = create_app(runtime, name, token)
+    if page:
+        called = f"{model} ({loaded.model.backbone.family})"
+        add_playground(app, name, called, (host, "localhost"), examples(), loaded.scope)
     settings = uvicorn.Config(
         app,
         host=host,
@@ -54,6 +66,19 @@ def serve_api(
         server_header=False,
     )
     with until_stopped(write), closing(runtime):
-        scheme, closed = "https" if certificate else "http", "with a token" if token else "without a token"
-        write(f"serving {name} ({loaded.model.backbone.family}) on {scheme}://{host}:{ports['http']}/v1, {closed}")
-        uvicorn.Server(settings).run()
+        address = f"{'https' if certificate else 'http'}://{host}:{ports['http']}"
+        closed = "with a token" if token else "without a token"
+        line = f"serving {name} ({loaded.model.backbone.family}) on {address}/v1, {closed}"
+        _Server(settings, lambda: write(f"playground: {address}/ (Ctrl-C ends it)" if page else line)).run()
+
+
+class _Server(uvicorn.Server):
+    """A server that calls `ready` once it listens."""
+
+    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(settings)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()

@@ -15,7 +15,8 @@ from vismem.data.readers.jsonl import read
 from vismem.data.sample import Sample
 from vismem.evaluation.answers import score
 from vismem.files import read_json
-from vismem.inference import Answer, VisMem
+from vismem.inference import VisMem
+from vismem.serving.exchange import Answer
 from vismem.shipped import shipped
 
 DEFAULT_MODEL = "assets/tiny-vlm-memory"  # comes with VisMem

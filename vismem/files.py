@@ -44,3 +44,15 @@ def empty_folder(folder: Path) -> None:
     """Remove what is in the folder, such as what a killed run left there."""
     for leftover in folder.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Make `target` a hard link to the file `source`, or to what that links to; a copy where the file system has none.
+
+    What is there is replaced.
+    """
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

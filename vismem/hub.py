@@ -1,4 +1,4 @@
-"""Sharing a trained model on the Hugging Face hub: its card, its code for transformers, and the upload."""
+"""The Hugging Face hub: fetching a model; sharing a trained one: its card, code for transformers, and the upload."""
 
 import re
 import tempfile
@@ -10,6 +10,7 @@ from vismem.errors import UserError
 from vismem.files import write_json, write_text
 
 CARD = "README.md"
+OTHER_FORMATS = [".gitattributes", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "original/*"]  # of weights
 PICTURE = re.compile(r'<img src="([\w.-]+)"')  # one beside the card
 NEW_CARD = """---
 library_name: vismem
@@ -55,6 +56,17 @@ def write_code(folder: Path) -> None:
     auto_map = {name: f"modeling_vismem.{target}" for name, target in names.items()}
     write_json(folder / "config.json", {"model_type": "vismem", "auto_map": auto_map})
     write_text(folder / "modeling_vismem.py", f"from vismem.automodel import {', '.join(names.values())}\n")
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model repository, fetched unless it is in the cache. UserError where there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
+    except OSError as error:  # all of the hub's errors are such
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no folder {name}, and no model '{name}' from the hub ({reason})") from None
 
 
 def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | None) -> str:

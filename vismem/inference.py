@@ -6,17 +6,15 @@ model = VisMem.from_pretrained("models:/vismem@champion")
 print(model.answer("photo.png", "how many cups?").marked)
 """
 
-import io
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.errors import UserError
@@ -25,50 +23,20 @@ from vismem.generation.invocation import MODES, InvocationPolicy, mode_of
 from vismem.generation.types import LATENT, Rollout
 from vismem.hub import push, read_card, write_card, write_code
 from vismem.models.reference import WEIGHTS, Base
-from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
-from vismem.runtime.images import size_after_resizing, upright
+from vismem.runtime.chat import Chat, check_chat, one_turn, said
+from vismem.runtime.images import size_after_resizing
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.runtime.prompt import TextStream
 from vismem.runtime.reserved import Reserved
 from vismem.scope import Scope
-from vismem.serving.client import Token, marked, plain, read_image
+from vismem.serving.exchange import Answer, AnyImage, Images, Token, encoded_images
 from vismem.sources import find_added, find_base
 
-AnyImage = str | Path | bytes | Image.Image
 Memory = bool | Literal["short", "long"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Invoked:
-    """A memory that the model invoked: its kind, and how many characters of the answer stand before it."""
-
-    kind: str  # "short" or "long"
-    place: int
-
-
-class Answer(str):
-    """The answer's text, and how it came about."""
-
-    marked: str  # the text with ⟨short⟩ and ⟨long⟩ where memories were invoked
-    invocations: tuple[Invoked, ...]
-    tokens: int  # decoded, memories not counted
-    seconds: float  # that decoding took; of a batch, all of it
-    finished: bool  # ended by the model, not at max_new_tokens
-
-    @classmethod
-    def of(cls, pieces: Sequence[Token], rollout: Rollout, seconds: float) -> "Answer":
-        """From the pieces of its text and the record of its decoding."""
-        answer = cls(plain(pieces))
-        answer.marked, answer.tokens, answer.finished = marked(pieces), rollout.answer_length, rollout.finished
-        answer.invocations = tuple(
-            Invoked(piece.event, len(plain(pieces[:at]))) for at, piece in enumerate(pieces) if piece.event in KINDS
-        )
-        answer.seconds = seconds
-        return answer
 
 
 class VisMem:
@@ -112,8 +80,8 @@ class VisMem:
 
     def answer(
         self,
-        images: AnyImage | Sequence[AnyImage],
-        question: str,
+        images: Images,
+        question: str | Chat,
         *,
         memory: Memory = True,
         max_new_tokens: int = NEW_TOKENS,
@@ -121,6 +89,9 @@ class VisMem:
         seed: int = 0,
     ) -> Answer:
         """Answer one question about one or more images (paths, PIL images, or encoded files as bytes).
+
+        `question`: a text, in which images stand at its marks `<image>` where it has one for each, else before it; or
+        a conversation (see `read_messages`).
 
         `memory`: True, the model may invoke both kinds; "short" or "long", one of them; False, none. `temperature` 0
         is greedy. UserError for an image that cannot be read, a question that holds one of the model's own tokens (such
@@ -133,7 +104,7 @@ class VisMem:
 
     def answers(
         self,
-        questions: Iterable[tuple[AnyImage | Sequence[AnyImage], str]],
+        questions: Iterable[tuple[Images, str | Chat]],
         *,
         memory: Memory = True,
         max_new_tokens: int = NEW_TOKENS,
@@ -155,20 +126,20 @@ class VisMem:
                 seed=seed,
             )
             seconds = time.perf_counter() - started
-            answers += [Answer.of(self._pieces(rollout), rollout, seconds) for rollout in rollouts]
+            answers += [Answer.of(self._pieces(rollout), _usage(rollout), seconds) for rollout in rollouts]
         return answers
 
     def stream(
         self,
-        images: AnyImage | Sequence[AnyImage],
-        question: str,
+        images: Images,
+        question: str | Chat,
         *,
         memory: Memory = True,
         max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Iterator[Token]:
-        """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.client`."""
+        """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.exchange`."""
         sample = self._sample(images, question, max_new_tokens)
         policy = policy_of(memory)
         ids = stream(self.model, sample, policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -197,25 +168,28 @@ class VisMem:
 
     # --- one request ---
 
-    def _sample(self, images: AnyImage | Sequence[AnyImage], question: str, max_new_tokens: int) -> Sample:
+    def _sample(self, images: Images, question: str | Chat, max_new_tokens: int) -> Sample:
         """The request, checked. What the base cannot read is said in the log, which Python shows on stderr."""
         several = [images] if isinstance(images, AnyImage) else list(images)
         names = [
             str(image) if isinstance(image, str | Path) else f"image {number} of {len(several)}"
             for number, image in enumerate(several, 1)
         ]
-        files = [encoded(image) for image in several]
+        files = encoded_images(several)
         try:
-            opened = check_request(files, question.encode(errors="surrogatepass"), max_new_tokens, names)
-            Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(question)
+            chat = one_turn(question, len(files)) if isinstance(question, str) else question
+            opened = check_request(files, said(chat).encode(errors="surrogatepass"), max_new_tokens, names)
+            check_chat(chat, len(files))
+            Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(chat)
             if self.scope:
                 processor = self.model.backbone.processor.image_processor
                 seen = [size_after_resizing(image.size, processor) for image in opened]
-                for doubt in self.scope.doubts(opened, seen, question):
+                for doubt in self.scope.doubts(opened, seen, said(chat)):
                     logger.warning(doubt)
         except RequestError as error:
             raise UserError(str(error)) from None
-        return Sample("", tuple(files), question, answer="")  # random numbers are drawn by the id: as the server does
+        # Random numbers are drawn by the id: as the server does.
+        return Sample("", files, question="", answer="", chat=tuple(chat))
 
     def _pieces(self, rollout: Rollout) -> list[Token]:
         hidden = {LATENT, *self.model.end_ids.values()}
@@ -235,22 +209,16 @@ class VisMem:
         yield Token("", "end")
 
 
+def _usage(rollout: Rollout) -> dict[str, Any]:
+    """What an answer took, as a server says it (`answering.Usage`)."""
+    memories = Counter(invocation.kind.value for invocation in rollout.invocations)
+    finish = "stop" if rollout.finished else "length"
+    return {"finish": finish, "tokens": rollout.answer_length, "memories": dict(memories)}
+
+
 def policy_of(memory: Memory) -> InvocationPolicy:
     """When memory is invoked. UserError for a kind that there is not."""
     mode = mode_of(memory)
     if mode not in MODES:
         raise UserError(f"memory={memory!r}: it is True, 'short', 'long' or False")
     return MODES[mode]
-
-
-def encoded(image: AnyImage) -> bytes:
-    """The image as an encoded file. UserError for a path without a file, and for a URL."""
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, Image.Image):
-        file = io.BytesIO()
-        upright(image).save(file, "PNG")
-        return file.getvalue()
-    if "://" in str(image):
-        raise UserError(f"{image} is a URL: download it first and give the file")
-    return read_image(image)

@@ -114,6 +114,18 @@ class TaskScores(Part):
     arms: dict[str, float]
 
 
+class BenchmarkScores(Part):
+    """One benchmark's accuracy in percent by arm, over its n rows; `set_apart` more are in quarantine.
+
+    `figures`: arm -> what else the benchmark counts, HallusionBench's aAcc, fAcc, qAcc and their mean.
+    """
+
+    n: int
+    set_apart: int
+    arms: dict[str, float]
+    figures: dict[str, dict[str, float]]
+
+
 class YesNo(Part):
     """Yes/no questions apart: scores with, without and only on them, and how often each arm says yes."""
 
@@ -142,7 +154,9 @@ class Metrics(Record, file="metrics.json", step="evaluate"):
     gain: dict[str, Difference]  # group -> VisMem minus vanilla; empty without the arm vismem
     ablations: dict[str, dict[str, Difference]]  # arm -> group -> that arm minus vanilla
     overhead: dict[str, float]  # arm -> seconds over vanilla's, minus 1
-    tasks: dict[str, TaskScores]
+    benchmarks: dict[str, BenchmarkScores]
+    macro: dict[str, float]  # arm -> mean of its accuracies over the benchmarks; `overall` is the mean over items
+    tasks: dict[str, TaskScores]  # of several benchmarks' tasks with one name: "BENCHMARK: TASK"
     yes_no: YesNo
     unparsed: dict[str, float]  # arm -> percentage of answers
     unfinished: dict[str, float]
@@ -194,8 +208,9 @@ class Validation(Record, file="validation.json", step="validate"):
 
 
 class ParityReport(Record, file="parity.json", step="export"):
-    """`parity.json` of `export`: the ONNX runtime against torch."""
+    """`parity.json` of `export`: the ONNX runtime against torch, both in float32."""
 
+    graphs: bool  # without, nothing but torch serves the bundle, in the precision in which it was scored
     passed: bool
     items: int
     greedy_equal: int  # items whose answers are equal token for token
@@ -204,6 +219,12 @@ class ParityReport(Record, file="parity.json", step="export"):
     tolerance: float
     differences: tuple[str, ...]
     seconds: dict[str, float]
+
+
+WITHOUT_GRAPHS = ParityReport(
+    graphs=False, passed=True, items=0, greedy_equal=0, memories=0, max_memory_difference=0.0, tolerance=0.0,
+    differences=(), seconds={},
+)  # fmt: skip
 
 
 class RegisteredVersion(Record, file="version.json", step="register"):

@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from vismem.config import Config, load_config
+from vismem.data.source_files import record_outside
 from vismem.disk import explain_full_disk
 from vismem.errors import UserError
 from vismem.locks import lock_file
@@ -60,6 +61,7 @@ def repro(
         exit_on_sigterm(),
         _no_orphans(),
     ):
+        record_outside(load_config(Path("params.yaml")))
         return _run_dvc(arguments)
 
 

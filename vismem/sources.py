@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vismem.config import PARAMS_FILE, load_config
 from vismem.errors import UserError
+from vismem.hub import fetch
 from vismem.models.reference import HUB_ID, REFERENCE, Base
 from vismem.provenance import MANIFEST, verify_manifest
 from vismem.shipped import shipped
@@ -58,18 +59,8 @@ def _folder_of(name: str) -> Path:
         if folder.is_dir():
             return folder
     if HUB_ID.fullmatch(name):
-        return _from_hub(name)
+        return fetch(name)
     raise UserError(f"no folder {name}: give a folder, a hub id, or models:/NAME@champion of the MLflow registry")
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, ignore_patterns=[".gitattributes"]))
-    except OSError as error:  # all of the hub's errors are such
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no folder {name}, and no model '{name}' from the hub ({reason})") from None
 
 
 def _from_registry(name: str) -> Path:

@@ -134,7 +134,7 @@ STEPS: tuple[Step, ...] = (
 )
 
 BY_NAME: dict[str, Step] = {step.name: step for step in STEPS + BASELINES}
-SHARED = ("stage1", "stage2", *_TRAINS)  # the steps that several processes can share
+SHARED = ("stage1", "stage2", "evaluate", *_TRAINS)  # the steps that several processes can share
 
 
 def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> str:

@@ -22,7 +22,15 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 # Of optional inputs; MAX_NEW_TOKENS is NEW_TOKENS of vismem.runtime.limits.
-DEFAULTS = {"MAX_NEW_TOKENS": 120, "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": b"learned", "STREAM": True}
+DEFAULTS = {
+    "PROMPT": b"",
+    "MESSAGES": b"",
+    "MAX_NEW_TOKENS": 120,
+    "TEMPERATURE": 0.0,
+    "SEED": 0,
+    "MEMORY": b"learned",
+    "STREAM": True,
+}
 sys.dont_write_bytecode = True  # the repository stays as it was written
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
@@ -53,10 +61,12 @@ class TritonPythonModel:
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # this file's own, written before its first line ran
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
+        from vismem.runtime.chat import parse_messages, said
         from vismem.runtime.limits import MAX_PATCHES, MAX_STOPS, check_request
         from vismem.serving.answering import Runtime
 
         self.check_request, self.most_stops = check_request, MAX_STOPS
+        self.parse_messages, self.said = parse_messages, said
         workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together
         threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime
         queue = json.loads(args["model_config"])["dynamic_batching"]["default_queue_policy"]
@@ -99,12 +109,14 @@ class TritonPythonModel:
         A fault becomes an error response and ends this request only.
         """
         try:
-            files, prompt, options, stream = read_request(request)
+            files, prompt, messages, options, stream = read_request(request)
             if len(options["stop"]) > self.most_stops:
                 raise ValueError(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
-            images = self.check_request(files, prompt, options["max_new_tokens"])
+            chat = self.parse_messages(messages) if messages else None
+            asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
+            images = self.check_request(files, asked, options["max_new_tokens"])
             collected = []
-            with contextlib.closing(self.runtime.generate(images, prompt.decode(), **options)) as chunks:
+            with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
                 for chunk in chunks:
                     if self.stopping or sender.is_cancelled():
                         return
@@ -127,24 +139,37 @@ class TritonPythonModel:
                 self.free.release()
 
 
-def read_request(request: Any) -> tuple[list[bytes], bytes, dict[str, Any], bool]:
-    """(image files, prompt, options of `generate`, stream or collect) of a request. ValueError says what is wrong."""
+def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any], bool]:
+    """A request's image files, prompt, messages, options of `generate`, and whether to stream.
+
+    ValueError says what is wrong.
+    """
     files, stop = _several(request, "IMAGE"), _several(request, "STOP")
     values: dict[str, Any] = dict(DEFAULTS)
-    for name in ("PROMPT", *DEFAULTS):
+    for name in DEFAULTS:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is not None:
             value = tensor.as_numpy()
             if value.size != 1:
                 raise ValueError(f"{name} must hold one value, not {value.size}")
             values[name] = value.item()
-    prompt, stream = bytes(values.pop("PROMPT")), values.pop("STREAM")
-    values["MEMORY"], values["STOP"] = values["MEMORY"].decode(), [text.decode() for text in stop]
+    prompt, messages, stream = bytes(values.pop("PROMPT")), bytes(values.pop("MESSAGES")), values.pop("STREAM")
+    if prompt and messages:
+        raise ValueError("PROMPT and MESSAGES are both there: send one of them")
+    values["MEMORY"], values["STOP"] = decoded("MEMORY", values["MEMORY"]), [decoded("STOP", text) for text in stop]
     if not 0 <= values["TEMPERATURE"] <= 100:  # refuses NaN too
         raise ValueError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
     if values["SEED"] < 0:
         raise ValueError(f"SEED is {values['SEED']}: it must not be negative")
-    return files, prompt, {name.lower(): value for name, value in values.items()}, stream
+    return files, prompt, messages, {name.lower(): value for name, value in values.items()}, stream
+
+
+def decoded(name: str, data: bytes) -> str:
+    """An input's text. ValueError for one that is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 text") from None
 
 
 def _several(request: Any, name: str) -> list[bytes]:

@@ -13,7 +13,8 @@ from docker.models.containers import Container
 from pipelines import run_local
 from vismem.data.sample import iterate_samples
 from vismem.services import free_ports
-from vismem.serving.client import infer, plain
+from vismem.serving.client import Client
+from vismem.serving.exchange import plain
 
 ROOT = Path(__file__).parents[2]
 PASSES = {  # smoke scores mean nothing: the gate lets all pass, so that the pipeline comes to its last step
@@ -147,9 +148,10 @@ def test_the_serving_image_answers_over_grpc_and_stops_when_told_to(
     container, ports = served
     url = f"127.0.0.1:{ports['grpc']}"
     sample = next(iter(iterate_samples(finished / "validate" / "validate" / "data" / "test")))
-    streamed = tuple(infer(url, "vismem", sample.images, sample.question, max_new_tokens=24))
+    client = Client(f"grpc://{url}", model="vismem")
+    streamed = tuple(client.stream(sample.images, sample.question, max_new_tokens=24))
     assert plain(streamed)
-    assert tuple(infer(url, "vismem", sample.images, sample.question, max_new_tokens=24, stream=False)) == streamed
+    assert client.ask(sample.images, sample.question, max_new_tokens=24).pieces == streamed
 
     metrics = f"http://127.0.0.1:{ports['metrics']}/metrics"
     probe = ["python", "-m", "vismem.serving.probe", "--url", url, "--metrics", metrics]

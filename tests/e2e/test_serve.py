@@ -12,7 +12,7 @@ from stand_in import ANSWER, IMAGE, make_repository
 from vismem.cli import main
 from vismem.config import parse_config
 from vismem.errors import UserError
-from vismem.serving.client import infer, main_infer
+from vismem.serving.client import Client, main_infer
 from vismem.serving.environment import VARIABLE, find_serving_environment
 from vismem.serving.server import TritonServer, serve, triton_server
 
@@ -98,7 +98,7 @@ def test_serve_runs_in_the_foreground_until_it_is_told_to_stop(tmp_path: Path) -
         assert process.stdout.read().splitlines()[-1] == "stopped"
     assert process.returncode == 0
     with pytest.raises(UserError, match="no model server answers"):
-        next(infer(url, "vismem_challenger", [IMAGE], "hi"))
+        Client(f"grpc://{url}", model="vismem_challenger").ask([IMAGE], "hi")
 
 
 def test_serve_without_a_repository_says_what_to_run(tmp_path: Path) -> None:

@@ -3,64 +3,30 @@
 import io
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from PIL import Image
 
-from vismem.config import parse_config
+from examples import ask_grpc
 from vismem.data.sample import Sample, iterate_samples
 from vismem.errors import UserError
-from vismem.export.onnx import write_graphs
 from vismem.generation.invocation import MODES
-from vismem.provenance import write_manifest
-from vismem.records import Release
+from vismem.runtime.chat import Turn
 from vismem.serving.answering import Runtime
-from vismem.serving.client import Token, infer, marked, plain
-from vismem.serving.deploy import deploy
-from vismem.serving.server import TritonServer, triton_server
+from vismem.serving.client import Client
+from vismem.serving.exchange import RefusedError, Token, marked, plain
+from vismem.serving.server import TritonServer
 
 TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What deploy reads: the bundle of a random model that invokes now and then, a refusal, test questions."""
-    root = tmp_path_factory.mktemp("steps")
-    model = tiny.vismem(tiny_base)
-    with torch.no_grad():
-        model.tokens.head.mul_(3)
-    bundle = root / "export"
-    model.save_pretrained(bundle / "vismem")
-    model.backbone.processor.save_pretrained(bundle / "processor")
-    write_graphs(model, bundle / "onnx", 18)
-    write_manifest(bundle)
-    refused = {"promoted": False, "reasons": ("random weights",)}
-    Release(name="vismem", version="2", model_id="m-1", previous=None, **refused).write(root / "promote")
-    return {"export": bundle, "promote": root / "promote", "validate": tiny_data}
-
-
-@pytest.fixture(scope="module")
-def deployed(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("artifacts") / "deploy.partial"
-    out.mkdir()
-    deploy(parse_config({}), inputs, out)
-    return out.rename(out.with_name("deploy"))
-
-
-@pytest.fixture(scope="module")
-def server(deployed: Path) -> Iterator[TritonServer]:
-    with triton_server(deployed / "model_repository", log=deployed.parent / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def runtime(inputs: dict[str, Path]) -> Runtime:
-    return Runtime.open(inputs["export"])
+def server(bundle_server: TritonServer) -> TritonServer:
+    return bundle_server
 
 
 def in_process(runtime: Runtime, sample: Sample, **options: object) -> tuple[Token, ...]:
@@ -69,7 +35,7 @@ def in_process(runtime: Runtime, sample: Sample, **options: object) -> tuple[Tok
 
 
 def served(server: TritonServer, sample: Sample, **options: object) -> tuple[Token, ...]:
-    return tuple(infer(server.grpc_url, "vismem_challenger", sample.images, sample.question, **options))  # type: ignore[arg-type]
+    return tuple(Client(f"grpc://{server.grpc_url}").stream(sample.images, sample.question, **options))  # type: ignore[arg-type]
 
 
 def test_the_smoke_tests_example_is_the_runtimes_own_answer(deployed: Path, runtime: Runtime, tiny_data: Path) -> None:
@@ -107,6 +73,24 @@ def test_sampling_and_memory_options_reach_the_runtime(server: TritonServer, run
         served(server, sample, memory="both")
 
 
+def test_a_conversation_of_the_client_is_the_runtimes_own(server: TritonServer, runtime: Runtime) -> None:
+    sample = replace(tiny.samples()[0], images=tiny.samples()[0].images[:1])
+    turns = [Turn("user", ("Look", None)), Turn("assistant", ("Yes?",)), Turn("user", (sample.question,))]
+    image = Image.open(io.BytesIO(sample.images[0]))
+    own = runtime.generate([image], turns, max_new_tokens=TOKENS)
+    found = Client(f"grpc://{server.grpc_url}").ask(sample.images, turns, max_new_tokens=TOKENS)
+    assert found.pieces == tuple(Token(chunk.text, chunk.event) for chunk in own)
+
+
+def test_the_example_with_plain_tritonclient_prints_the_answer(
+    server: TritonServer, runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = next(sample for sample in tiny.samples() if len(sample.images) == 1)
+    (tmp_path / "a.png").write_bytes(sample.images[0])
+    ask_grpc.main(f"{tmp_path}/a.png", sample.question, "vismem_challenger", server.grpc_url)
+    assert capsys.readouterr().out.strip() == marked(in_process(runtime, sample))
+
+
 def test_an_answer_ends_with_what_it_took(server: TritonServer, runtime: Runtime) -> None:
     sample = tiny.samples()[0]
     *_, end = served(server, sample, max_new_tokens=TOKENS)
@@ -122,9 +106,8 @@ def test_an_answer_ends_with_what_it_took(server: TritonServer, runtime: Runtime
 def test_a_question_that_holds_one_of_the_models_own_tokens_is_refused_with_its_name(server: TritonServer) -> None:
     image = tiny.samples()[0].images
     for token in ("<m_I^s>", "<|image_pad|>", "<|im_end|>"):
-        for stream in (True, False):
-            with pytest.raises(UserError, match=f"PROMPT holds {re.escape(token)}, one of the model's own tokens"):
-                tuple(infer(server.grpc_url, "vismem_challenger", image, f"a {token}?", stream=stream))
+        with pytest.raises(RefusedError, match=f"PROMPT holds {re.escape(token)}, one of the model's own tokens"):
+            Client(f"grpc://{server.grpc_url}").ask(image, f"a {token}?")
 
 
 def test_an_image_with_transparency_is_seen_as_in_training(server: TritonServer, runtime: Runtime) -> None:

@@ -1,5 +1,6 @@
 """A real tritonserver with a stand-in runtime: what clients see of answers, faults and cancellation."""
 
+import asyncio
 import contextlib
 import json
 import subprocess
@@ -7,10 +8,11 @@ import sys
 import time
 
 import pytest
-from stand_in import ANSWER, IMAGE, ask, endless, png
+from stand_in import ANSWER, IMAGE, ask, client_of, endless, png
 
 from vismem.errors import UserError
-from vismem.serving.client import infer, marked, plain
+from vismem.serving.client import AsyncClient
+from vismem.serving.exchange import RefusedError, ServerError, Token, marked, plain
 from vismem.serving.repository import repository_problems
 from vismem.serving.server import TritonServer
 
@@ -19,6 +21,8 @@ def test_a_stream_brings_each_piece_with_its_event(server: TritonServer) -> None
     assert ask(server) == ANSWER
     assert plain(ANSWER) == "é0 é1 é2"
     assert marked(ANSWER) == "é0⟨short⟩ é1 é2"
+    assert plain(held := (*ANSWER[:-1], Token("!", "end"))) == "é0 é1 é2!"  # what a stop string might have begun with
+    assert marked(held) == "é0⟨short⟩ é1 é2!"
 
 
 def test_a_collected_answer_equals_the_streamed_one(server: TritonServer) -> None:
@@ -48,16 +52,17 @@ def test_a_bad_request_is_refused_with_its_reason_and_the_server_answers_on(
     options: dict[str, object], message: str, server: TritonServer
 ) -> None:
     for stream in (True, False):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(RefusedError, match=message):
             ask(server, **options, stream=stream)  # type: ignore[arg-type]
     assert ask(server) == ANSWER
 
 
 def test_a_fault_in_the_middle_of_an_answer_ends_that_answer_only(server: TritonServer) -> None:
-    pieces = infer(server.grpc_url, "vismem", [IMAGE], "fail")
+    pieces = client_of(server).stream([IMAGE], "fail")
     assert [next(pieces), next(pieces), next(pieces)] == list(ANSWER[:3])
-    with pytest.raises(UserError, match="the model failed: RuntimeError: as asked"):
+    with pytest.raises(ServerError, match="the model failed: RuntimeError: as asked") as caught:
         next(pieces)
+    assert type(caught.value) is ServerError  # no refusal: the same question may be answered later
     assert ask(server) == ANSWER
 
 
@@ -69,12 +74,36 @@ def test_closing_a_stream_stops_its_answer_on_the_server(server: TritonServer) -
     assert left_at_last(server, before + 1) == before + 1
 
 
+def test_async_answers_come_side_by_side_and_one_that_is_given_up_is_stopped(server: TritonServer) -> None:
+    client = AsyncClient(f"grpc://{server.grpc_url}")  # asks for the one model that there is
+
+    async def side_by_side() -> None:
+        first, second = (client.stream(IMAGE, "endless", max_new_tokens=2000) for _ in range(2))
+        assert [await anext(first), await anext(second), await anext(first)] == [ANSWER[0], ANSWER[0], ANSWER[1]]
+        await first.aclose()
+        answer = await client.ask(IMAGE, "hi", max_new_tokens=3)
+        assert (answer.pieces, answer.marked) == (ANSWER, "é0⟨short⟩ é1 é2")
+        assert await anext(second) == ANSWER[1]
+        await second.aclose()
+
+    async def given_up() -> None:
+        asking = asyncio.create_task(client.ask(IMAGE, "endless", max_new_tokens=2000))
+        await asyncio.sleep(1)
+        asking.cancel()
+
+    before = int(plain(ask(server, "left")))
+    asyncio.run(side_by_side())
+    assert left_at_last(server, before + 2) == before + 2
+    asyncio.run(given_up())
+    assert left_at_last(server, before + 3) == before + 3
+
+
 def test_a_killed_client_stops_its_answer_on_the_server(server: TritonServer) -> None:
     before = int(plain(ask(server, "left")))
     code = (
-        "import sys; from vismem.serving.client import infer\n"
-        f"for token in infer({server.grpc_url!r}, 'vismem', [bytes.fromhex({IMAGE.hex()!r})], 'endless', "
-        "max_new_tokens=2000): print(token.text, flush=True)"
+        f"from vismem import Client; client = Client('grpc://{server.grpc_url}', model='vismem')\n"
+        f"for token in client.stream(bytes.fromhex({IMAGE.hex()!r}), 'endless', max_new_tokens=2000): "
+        "print(token.text, flush=True)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
@@ -95,7 +124,7 @@ def left_at_last(server: TritonServer, awaited: int) -> int:
 def test_two_answers_are_decoded_side_by_side_and_a_third_waits_until_one_ends(server: TritonServer) -> None:
     with contextlib.closing(endless(server)) as first, contextlib.closing(endless(server)) as second:  # type: ignore[type-var]
         assert [next(first), next(second), next(first), next(second)] == [*ANSWER[:1] * 2, *ANSWER[1:2] * 2]
-        with pytest.raises(UserError, match=r"sent nothing for 0.3 s: it may be busy or dead"):
+        with pytest.raises(UserError, match=r"no whole answer from grpc://.* in 0.3 s: it may be busy or dead"):
             ask(server, timeout=0.3)
         first.close()  # type: ignore[attr-defined]
         assert ask(server) == ANSWER
@@ -104,7 +133,7 @@ def test_two_answers_are_decoded_side_by_side_and_a_third_waits_until_one_ends(s
 
 def test_an_unknown_model_is_reported(server: TritonServer) -> None:
     with pytest.raises(UserError, match="has no model 'other' ready"):
-        next(infer(server.grpc_url, "other", [IMAGE], "hi"))
+        client_of(server, "other").ask([IMAGE], "hi")
 
 
 def test_serving_leaves_the_repository_as_it_was_written(server: TritonServer) -> None:

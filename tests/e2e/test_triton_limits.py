@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in import ANSWER, HOSTILE, IMAGE, ask, endless, make_repository, metrics, pending
+from stand_in import ANSWER, HOSTILE, IMAGE, ask, client_of, endless, make_repository, metrics, pending
 
 from vismem.errors import UserError
 from vismem.serving import repository
-from vismem.serving.client import Token, infer, main_infer
+from vismem.serving.client import main_infer
+from vismem.serving.exchange import BusyError, Token
 from vismem.serving.server import TritonServer, triton_server
 
 WORKERS, IN_EXECUTE, QUEUE = 2, 1, 32
@@ -24,7 +25,7 @@ def test_a_hostile_request_is_refused_and_the_answer_of_another_client_continues
 ) -> None:
     options, reason = HOSTILE[kind]
     undisturbed = ask(server, "endless", max_new_tokens=12)
-    other = infer(server.grpc_url, "vismem", [IMAGE], "endless", max_new_tokens=12)
+    other = client_of(server).stream([IMAGE], "endless", max_new_tokens=12)
     first = next(other)
     for stream in (True, False):
         with pytest.raises(UserError, match=reason):
@@ -55,7 +56,7 @@ def test_a_flood_is_refused_at_once_beyond_the_queue_and_the_rest_is_answered(se
             assert pending(server) == QUEUE
             assert next(first) == ANSWER[1]  # the workers are still busy with the first two
         for future in refused:
-            with pytest.raises(UserError, match="it is busy, its queue is full: try again later"):
+            with pytest.raises(BusyError, match="it is busy, its queue is full: try again later"):
                 future.result()
         assert [future.result() for future in asked if future not in refused] == [ANSWER] * (IN_EXECUTE + QUEUE)
     assert ask(server) == ANSWER

@@ -1,15 +1,19 @@
 """The step `base`: a folder or hub id is found from wherever a run works, checked, and copied with its fingerprint."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny_families
 import torch
-from safetensors.torch import load_file
+from alive import Alive
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from vismem.config import Config, parse_config
 from vismem.errors import UserError
 from vismem.files import read_json
+from vismem.models.processors import load_processor
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.steps import run_step
 from vismem.training.base import base
@@ -34,6 +38,57 @@ def test_a_model_from_a_folder_is_copied_with_its_weights_and_their_fingerprint(
     assert metrics["parameters"] == AutoModelForImageTextToText.from_pretrained(tmp_path).num_parameters()
     assert metrics["weights_sha256"] == sha256_folder(tmp_path, "*.safetensors")
     assert metrics["weights_sha256"][:12] in line
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a real one's vocabulary, in bfloat16, in several files."""
+    folder, small = (tmp_path_factory.mktemp(name) for name in ("sharded", "small"))
+    tiny_families.save_base(small, "qwen2_5_vl")
+    model = AutoModelForImageTextToText.from_pretrained(small, dtype="bfloat16")
+    model.resize_token_embeddings(152_064, mean_resizing=False)
+    model.save_pretrained(folder, max_shard_size="4MB")
+    load_processor(small).save_pretrained(folder)
+    return folder
+
+
+def test_weights_of_the_right_type_are_linked_file_by_file_and_never_loaded(sharded: Path, tmp_path: Path) -> None:
+    """So they take neither room on the disk nor memory, whatever their size."""
+    with Alive(lambda tensor: tensor.device.type != "meta") as alive:
+        line = base(parse_config({"base": {"model": str(sharded), "dtype": "bfloat16"}}), {}, tmp_path)
+    assert alive.peak < 1_000_000
+    assert line.endswith(", linked")
+    weights = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert len(weights) > 1
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == weights
+    assert all((tmp_path / name).samefile(sharded / name) for name in weights)
+    facts = read_json(tmp_path / "metrics.json")
+    assert facts["weights_sha256"] == facts["source_sha256"] == sha256_folder(tmp_path, "*.safetensors")
+    models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in (sharded, tmp_path)]
+    assert facts["parameters"] == models[0].num_parameters()
+    assert all(torch.equal(old, new) for old, new in zip(*(model.parameters() for model in models), strict=True))
+    assert models[0].generation_config.to_dict() == models[1].generation_config.to_dict()
+
+
+def test_weights_of_another_type_are_written_in_the_one_that_is_asked_for(sharded: Path, tmp_path: Path) -> None:
+    line = base(config(sharded), {}, tmp_path)
+    assert line.endswith(", copied as float32")
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path).dtype is torch.float32
+
+
+def test_a_base_that_lacks_weights_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    """Hugging Face would draw them at random."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"lacks weights of the model: lm_head\.weight"):
+        base(config(folder), {}, tmp_path / "out")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights as safetensors"):
+        base(config(folder), {}, tmp_path / "out")
 
 
 def test_the_default_is_found_from_any_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """The HTTP endpoint, asked by OpenAI's own client: every family's answers, streams, limits, and wrong requests."""
 
-import base64
 import json
 import os
 import re
@@ -13,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ import pytest
 import tiny
 import tiny_families
 import tiny_stages
-import uvicorn
-from fastapi import FastAPI
+from http_calls import GOOD, messages, post, served
 
 from vismem.generation.engine import generate
 from vismem.generation.invocation import MODES
@@ -31,38 +28,12 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
-from vismem.services import HOST, free_ports
 from vismem.serving import http
 from vismem.serving.answering import Runtime
 from vismem.serving.http import create_app
 
 LIMIT = 12  # tokens
 SAMPLES = tiny.samples()
-
-
-def url_of(image: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
-
-
-def messages(images: tuple[bytes, ...], question: str) -> list[dict[str, Any]]:
-    shown = [{"type": "image_url", "image_url": {"url": url_of(image)}} for image in images]
-    return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The address of a server in this process."""
-    port = free_ports({"http": 0})["http"]
-    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://{HOST}:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -138,75 +109,22 @@ def test_requests_choose_sampling_limit_memory_and_stop_strings(client: openai.O
     assert ask(client, sample, max_completion_tokens=2).choices[0].finish_reason == "length"
 
 
-def post(url: str, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", data, {"Content-Type": "application/json", **headers}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return reply.status, json.loads(reply.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-GOOD: dict[str, Any] = {"model": "tiny", "messages": messages(SAMPLES[0].images, "what?"), "max_tokens": 2}
-PICTURE = GOOD["messages"][0]["content"][0]
-
-
-def saying(*parts: Any, role: str = "user") -> dict[str, Any]:
-    return GOOD | {"messages": [{"role": role, "content": list(parts)}]}
-
-
-def shown(url: str) -> dict[str, Any]:
-    return saying({"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"})
-
-
-WRONG: dict[str, tuple[int, Any, str]] = {
-    "no JSON": (400, b"{", "Invalid JSON"),
-    "bytes that are no text": (400, b"\xff\xfe", "Invalid JSON"),
-    "a list": (400, b"[]", "the body: "),
-    "nothing": (400, {}, "model: Field required"),
-    "another model": (404, GOOD | {"model": "gpt"}, "there is no model 'gpt' here, but 'tiny'"),
-    "no message": (400, GOOD | {"messages": []}, "messages: "),
-    "two turns": (400, GOOD | {"messages": GOOD["messages"] * 2}, "several turns are not supported"),
-    "a system's turn": (400, saying(PICTURE, role="system"), "messages.0.role: "),
-    "a text as content": (400, GOOD | {"messages": [{"role": "user", "content": "hi"}]}, "messages.0.content: "),
-    "an unknown part": (400, saying({"type": "input_audio"}), "messages.0.content.0: "),
-    "an unknown field": (400, GOOD | {"tools": []}, "tools: Extra inputs are not permitted"),
-    "two answers": (400, GOOD | {"n": 2}, "n: Input should be 1"),
-    "nucleus sampling": (400, GOOD | {"top_p": 0.5}, "top_p: Input should be 1"),
-    "a negative temperature": (400, GOOD | {"temperature": -1}, "temperature: "),
-    "no number": (400, GOOD | {"temperature": "warm"}, "temperature: "),
-    "not a number": (400, json.dumps(GOOD | {"temperature": float("nan")}).encode(), "temperature: "),
-    "a negative seed": (400, GOOD | {"seed": -1}, "seed: "),
-    "a huge seed": (400, GOOD | {"seed": 2**63}, "seed: "),
-    "no tokens": (400, GOOD | {"max_tokens": 0}, r"MAX_NEW_TOKENS is 0: it must lie in 1.."),
-    "fewer than none": (400, GOOD | {"max_tokens": -1}, r"MAX_NEW_TOKENS is -1: it must lie in 1.."),
-    "too many tokens": (400, GOOD | {"max_tokens": 10**6}, "MAX_NEW_TOKENS is 1000000"),
-    "five stop strings": (400, GOOD | {"stop": list("abcde")}, "stop"),
-    "an unknown memory": (400, GOOD | {"vismem": {"memory": "both"}}, "vismem.memory: "),
-    "no image": (400, saying({"type": "text", "text": "what?"}), "IMAGE holds 0 images"),
-    "65 images": (400, saying(*[PICTURE] * 65, {"type": "text", "text": "what?"}), "IMAGE holds 65 images"),
-    "no question": (400, saying(PICTURE), "PROMPT is empty"),
-    "a long question": (400, saying(PICTURE, {"type": "text", "text": "word " * 20_000}), "PROMPT holds 100000 bytes"),
-    "half of a character": (400, saying(PICTURE, {"type": "text", "text": "\ud800"}), ""),
-    "the model's own token": (400, saying(PICTURE, {"type": "text", "text": "a <m_I^s> b"}), "PROMPT holds <m_I^s>"),
-    "an address": (400, shown("http://127.0.0.1/1.png"), "an image must be a data URL"),
-    "a file": (400, shown("file:///etc/passwd"), "an image must be a data URL"),
-    "broken base64": (400, shown("data:image/png;base64,@@@"), "an image's base64 does not decode"),
-    "no image's bytes": (400, shown(url_of(b"hello")), "does not decode: it is no PNG, JPEG, WEBP file"),
-    "half of an image": (400, shown(url_of(SAMPLES[0].images[0][:200])), "does not decode"),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_a_request_that_is_wrong_gets_the_reason_and_the_next_one_its_answer(url: str, kind: str) -> None:
-    status, body, reason = WRONG[kind]
-    found, reply = post(url, body)
-    assert (found, reply["error"]["type"]) == (status, "invalid_request_error")
-    assert reason in reply["error"]["message"]
-    assert post(url, GOOD)[0] == 200
+def test_a_reply_says_where_each_memory_looked_if_that_is_asked(client: openai.OpenAI) -> None:
+    extra = {"vismem": {"attention": True}}
+    plain, whole = ask(client), ask(client, extra_body=extra)
+    memories = whole.vismem["memories"]
+    assert [{"kind": m["kind"], "place": m["place"]} for m in memories] == plain.vismem["memories"] != []
+    told: list[Any] = []
+    kinds = []
+    for event in ask(client, extra_body=extra, stream=True):
+        said = getattr(event.choices[0], "vismem", None) or {}
+        kinds += [said["memory"]] if "memory" in said else []
+        told += [said["attention"]] if "attention" in said else []
+        assert len(told) <= len(kinds) <= len(told) + 1
+    assert told == [memory["attention"] for memory in memories]
+    for look in told:
+        assert 0 < look["share"] <= 1
+        assert sum(weight for grid in look["maps"] for row in grid for weight in row) == pytest.approx(look["share"])
 
 
 def test_a_body_beyond_the_limit_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,12 +156,18 @@ def test_an_answer_whose_reader_has_gone_is_decoded_no_further(client: openai.Op
         runtime.executor.stops = stops
 
 
+def held_up(model: VisMem, monkeypatch: pytest.MonkeyPatch, waiting: int) -> tuple[Runtime, threading.Event]:
+    """A runtime in which no question joins before the event is set."""
+    runtime, held = Runtime(TorchExecutor(model.model), rows=4, waiting=waiting), threading.Event()
+    join = runtime.executor.join
+    monkeypatch.setattr(runtime.executor, "join", lambda *given: (held.wait(60), join(*given))[1])
+    return runtime, held
+
+
 def test_a_flood_is_refused_beyond_the_queue_and_the_rest_is_answered(
     model: VisMem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = Runtime(TorchExecutor(model.model), rows=4, waiting=2)
-    held, join = threading.Event(), few.executor.join
-    monkeypatch.setattr(few.executor, "join", lambda *given: (held.wait(20), join(*given))[1])
+    few, held = held_up(model, monkeypatch, waiting=2)
     with served(create_app(few, "tiny")) as address, ThreadPoolExecutor(12) as pool:
         first = pool.submit(post, address, GOOD)
         while few.waiting or not few.thread:  # it is being read, and holds up the others
@@ -255,6 +179,21 @@ def test_a_flood_is_refused_beyond_the_queue_and_the_rest_is_answered(
         statuses = sorted(future.result()[0] for future in asked)
         assert first.result()[0] == 200
     assert statuses == [200] * 2 + [429] * 9
+
+
+def test_a_wrong_request_is_refused_while_many_answers_are_waited_for(
+    model: VisMem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, held = held_up(model, monkeypatch, waiting=60)
+    with served(create_app(many, "tiny")) as address, ThreadPoolExecutor(60) as pool:
+        asked = [pool.submit(post, address, GOOD) for _ in range(60)]
+        until = time.monotonic() + 30
+        while len(many.waiting) < 59:
+            assert time.monotonic() < until, "some wait for a thread"
+            time.sleep(0.01)
+        assert post(address, GOOD | {"max_tokens": 0})[0] == 400
+        held.set()
+        assert {future.result()[0] for future in asked} == {200}
 
 
 def test_a_fault_of_the_model_is_said_and_the_next_request_answered(

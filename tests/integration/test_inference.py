@@ -24,7 +24,7 @@ from vismem.inference import Memory
 from vismem.models.kinds import MemoryKind
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
-from vismem.serving.client import Token, marked, plain
+from vismem.serving.exchange import Token, marked, plain
 from vismem.training.base import base
 
 QUESTIONS = [(sample.images, sample.question) for sample in tiny.samples()]

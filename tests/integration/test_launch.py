@@ -38,7 +38,7 @@ from vismem.training.stage1 import Formation
 from vismem.training.stage2 import Invocation
 from vismem.training.supervised import Supervised, answer_with_memory
 
-GRPO = GrpoConfig(batch_size=4, max_new_tokens=8, checkpoint_every=2, sample_every=2)
+GRPO = GrpoConfig(batch_size=4, micro_batch=8, max_new_tokens=8, checkpoint_every=2, sample_every=2)
 STAGE: dict[str, Any] = {"steps": 3, "group_size": 4, "learning_rate": 1e-4}
 WARM = WarmStartConfig(steps=2, batch_size=4, learning_rate=1e-4, matrix_learning_rate=1e-4)
 STAGE1 = Stage1Config(**STAGE, warm_start=WARM)

@@ -19,10 +19,12 @@ from vismem.generation.decode_state import grown
 from vismem.generation.engine import generate, rollout_of
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.loop import Asked, DecodeLoop, Request, Row
+from vismem.generation.prompts import inputs_of
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.chat import one_turn
 from vismem.runtime.limits import RequestError
 
 SAMPLES = tiny.samples()
@@ -183,6 +185,32 @@ def test_rows_that_join_take_the_places_of_those_that_ended(model: VisMemModel) 
     assert executor.state.cache.keys == []
 
 
+@pytest.mark.parametrize("left", [False, True])
+@torch.inference_mode()
+def test_a_row_that_ended_is_not_decoded_beyond_its_room(
+    model: VisMemModel, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that joined late go on after it, too many of them for it to go at once."""
+    executor = TorchExecutor(model)
+    monkeypatch.setattr(executor, "stops", frozenset())
+    longest = max(SAMPLES, key=lambda sample: inputs_of(model.backbone, [sample]).ids.shape[1])
+    loop = DecodeLoop(executor)
+    (first,) = loop.join(Request([longest], Off(), max_new_tokens=6))
+    for _ in range(4):
+        loop.step()
+    others = loop.join(Request(SAMPLES[:2], Off(), max_new_tokens=6))
+    if left:
+        loop.leave(first)
+    while loop.step():
+        pass
+    assert first.answer_length == (4 if left else 6)
+    for row, sample in zip(others, SAMPLES, strict=False):
+        (lone,) = loop.join(Request([sample], Off(), max_new_tokens=6))
+        while loop.step():
+            pass
+        assert [token for token, _, _ in row.tokens] == [token for token, _, _ in lone.tokens]
+
+
 @pytest.mark.parametrize("allocation", [1, 4, 6, 7])
 @pytest.mark.parametrize("first", [0, 1])
 @torch.inference_mode()
@@ -233,12 +261,13 @@ def test_tokens_are_drawn_by_inverse_transform_and_a_declined_invoke_gives_a_wor
 def test_a_question_is_prepared_for_the_thread_that_decodes(model: VisMemModel) -> None:
     executor, sample = TorchExecutor(model), SAMPLES[0]
     images = [Image.open(io.BytesIO(data)) for data in sample.images]
-    prepared = executor.prepare(images, sample.question, 5)
-    assert (prepared.id, prepared.answer, prepared.question) == ("", "", sample.question)
-    found = generate(model, [prepared], Off(), max_new_tokens=5)
+    prepared = executor.prepare(images, sample.turns(), 5)
+    assert prepared.id == ""
+    assert prepared.inputs.ids.equal(inputs_of(model.backbone, [sample]).ids)
+    found = generate(model, [prepared], Off(), max_new_tokens=5)  # type: ignore[list-item]  # as a runtime hands it on
     assert found == generate(model, [replace(sample, id="")], Off(), max_new_tokens=5)
     with pytest.raises(RequestError, match="PROMPT holds <m_I\\^s>"):
-        executor.prepare(images, "what is <m_I^s>?", 5)
+        executor.prepare(images, one_turn("what is <m_I^s>?", len(images)), 5)
 
 
 @torch.inference_mode()

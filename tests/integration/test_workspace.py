@@ -153,6 +153,19 @@ def test_a_profile_s_run_is_repeated_for_a_changed_code_or_data_file_and_for_not
     assert (runs(toy), runs(root)) == (3, 0)
 
 
+def test_a_changed_source_outside_the_data_folder_is_noticed(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("LMUData")
+    benchmark = {"kind": "lmudata", "name": "BLINK", "split": "test", "path": outside}
+    (root / "params.yaml").write_text(render_params(parse_config({"prepare": {"sources": [benchmark]}})))
+    for name, text in (("BLINK", "a"), ("BLINK", "bc"), ("MMStar", "not read")):
+        (outside / f"{name}.tsv").write_text(text)
+        for profile in ((), (), ("--profile", "toy")):
+            repro(*profile, "--quiet")
+    assert (runs(root), runs(root / "runs" / "toy")) == (2, 2)
+
+
 def test_a_step_of_a_profile_s_run_names_paths_as_the_caller_sees_them(
     root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

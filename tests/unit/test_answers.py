@@ -30,6 +30,7 @@ def read(text: str, choices: tuple[str, ...], answer: str = "B") -> Extraction:
         ("C\nbecause it has a red tail", "a fox", "first line"),
         ("because it has a red tail\nC", "a fox", "last line"),
         ("It has a tail, so C is correct.", "a fox", "option is right"),
+        ("I see a tail, so it must be C", "a fox", "conclusion"),
         ("this looks like a fox to me", "a fox", "one option"),
         ("<think>A? The answer is A.</think> answer: B", "a dog", "answer stated"),
     ],
@@ -45,7 +46,8 @@ def test_each_rule_reads_its_form(text: str, value: str, rule: str) -> None:
         "",
         "answer:",
         "It is A or B",
-        "I see a tail, so it must be C",  # a letter in prose is no answer
+        "I would not choose B",
+        "The tail is like that in B",  # a letter in prose is no answer
         "The answer is clear: B",
         "answer: E",  # there are only four options
         "Option A is tempting, but the answer is E",  # an earlier letter must not be taken instead

@@ -122,7 +122,7 @@ def test_a_missing_image_is_named(project: Path, capsys: pytest.CaptureFixture[s
     for name, reason in (
         ("missing.png", "cannot read the image missing.png: No such file or directory"),
         ("text.png", "text.png (10 bytes) does not decode: it is no PNG, JPEG, WEBP file"),
-        ("https://host/a.png", "https://host/a.png is an address, and --image takes a file: download it first"),
+        ("https://host/a.png", "https://host/a.png is a URL: download it first and give the file"),
     ):
         assert reason in failure(capsys, "infer", "--image", name, "what is this?")
 

@@ -239,13 +239,13 @@ def test_only_arms_that_need_nothing_trained_are_the_bare_base() -> None:
 def test_a_limit_draws_the_same_items_for_the_same_seed(tmp_path: Path) -> None:
     samples = [Sample(str(i), (), "?", "a", capability=Capability.REASONING) for i in range(20)]
     write_shards(samples, tmp_path, rows_per_shard=7)
-    assert pick(tmp_path, None, 0) == samples
-    some = pick(tmp_path, 5, 3)
+    assert list(pick(tmp_path, None, 0)) == samples
+    some = list(pick(tmp_path, 5, 3))
     assert [s.id for s in some] == sorted((s.id for s in some), key=int)
     assert len(some) == 5
-    assert some == pick(tmp_path, 5, 3)
+    assert some == list(pick(tmp_path, 5, 3))
     assert some != samples[:5]
-    assert pick(tmp_path, 99, 3) == samples
+    assert list(pick(tmp_path, 99, 3)) == samples
 
 
 def test_an_empty_or_missing_or_damaged_test_split_is_an_error_with_its_place(tmp_path: Path) -> None:

@@ -3,19 +3,26 @@
 import base64
 import csv
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, models
 
 from vismem.config import Config, LmuDataSource, PrepareConfig, ValidateConfig
 from vismem.data.collate import target_text
+from vismem.data.fingerprint import image_cache
 from vismem.data.prepare import prepare
 from vismem.data.readers import read
 from vismem.data.sample import Capability, Sample, read_samples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
+from vismem.runtime.chat import IMAGE, MARK
+from vismem.runtime.reserved import Reserved
+from vismem.validation.rows import row_faults
 from vismem.validation.validate import validate
 
 
@@ -111,9 +118,73 @@ def test_images_come_as_base64_as_lists_by_index_and_as_files(tmp_path: Path) ->
         {"index": "5", "image": BLUE, "question": "?"},
     )
     red, blue = png("red"), png("blue")
-    assert [sample.images for sample in read_all(source)] == [(blue,), (red, blue), (blue,), (blue,), (blue,)]
+    images = [(blue,), (red, blue), (blue,), (blue,), (blue,), (blue,)]
+    assert [sample.images for sample in read_all(source)] == images
+    assert read_all(source)[5].answer == "", "for `validate` to count"
     assert len(read_all(source.model_copy(update={"limit": 2}))) == 2
     assert list(read(source, "train", 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "question", "shown"),
+    [
+        ({"question": "What changed?"}, "What changed?", "rb"),
+        ({"question": "From <image 1> to <image 2>?"}, "From <image> to <image>?", "rb"),
+        ({"question": "To <image 2> from <image 1>?"}, "To <image> from <image>?", "br"),
+        ({"question": "See <image 1>. Is <image 1> or <image 2>?"}, "See <image>. Is <image> or <image>?", "rrb"),
+        ({"question": "What is <image 2>?"}, "<image>What is <image>?", "rb"),
+        ({"question": "What is <image 3>, <image 2>?"}, "<image>What is image 3, <image>?", "rb"),
+        ({"question": "Is <image> left of <image>?"}, "Is <image> left of <image>?", "rb"),
+        ({"hint": "<image 2> helps.", "question": "And <image 1>?"}, "<image> helps.\nAnd <image>?", "br"),
+    ],
+)
+def test_images_stand_where_the_text_names_them(
+    tmp_path: Path, texts: dict[str, str], question: str, shown: str
+) -> None:
+    row = {"index": "1", "image": str([RED, BLUE]), "answer": "yes"}
+    (sample,) = read_all(write(tmp_path, {**row, **texts}))
+    assert (sample.question, sample.images) == (question, tuple({"r": png("red"), "b": png("blue")}[i] for i in shown))
+
+
+@pytest.mark.parametrize("names", [("<image 2>", "<image 1>"), ("<image>", "<image>")])
+def test_options_that_are_images_have_texts_of_their_own(tmp_path: Path, names: tuple[str, str]) -> None:
+    row = {"index": "1", "image": str([RED, BLUE]), "question": "Which is red?", "answer": "B"}
+    (sample,) = read_all(write(tmp_path, {**row, "A": names[0], "B": names[1]}))
+    assert sample.question == "Which is red?\nA. <image>\nB. <image>"
+    assert sample.turns()[0].parts == ("Which is red?\nA. ", IMAGE, "\nB. ", IMAGE)
+    assert sample.choices == ("image 1", "image 2")
+    assert [score(sample, reply) for reply in ("B", "A", "image 2")] == [1.0, 0.0, 1.0]
+
+
+def test_a_mark_is_never_shown_as_text_and_no_fault_of_a_row(tmp_path: Path) -> None:
+    (sample,) = read_all(write(tmp_path, {**ROW, "question": "<image 1> Which colour has <image 1>?"}))
+    assert sample.turns()[0].parts[:3] == (IMAGE, " Which colour has ", IMAGE)
+    reserved = Reserved(Tokenizer(models.WordLevel()), (MARK,))
+    assert row_faults(sample, ValidateConfig(), image_cache(), reserved)[0] == []
+    faulty = replace(sample, question=f"{sample.question} {MARK}")
+    assert "<image> in 'question'" in row_faults(faulty, ValidateConfig(), image_cache(), reserved)[0][0]
+
+
+def test_mmmu_s_dev_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{**ROW, "index": str(n), "split": split} for n, split in enumerate(("dev", "validation", "dev"))]
+    source = write(tmp_path, *rows, name="MMMU_DEV_VAL")
+    assert "2 rows left out" in prepare(Config(prepare=PrepareConfig(sources=(source,))), {}, tmp_path / "out")
+    (kept,) = read_samples(tmp_path / "out" / "test")
+    assert (kept.id, kept.part) == ("MMMU_DEV_VAL-1", "validation")
+    stats = json.loads((tmp_path / "out" / "stats.json").read_text())["splits"]["test"]
+    assert (stats["rows"], stats["dropped"]) == (1, {"MMMU_DEV_VAL, part dev": 2})
+
+
+def test_base64_may_be_wrapped_or_a_data_uri_and_the_file_may_have_a_byte_order_mark(tmp_path: Path) -> None:
+    wrapped = "\n".join(RED[at : at + 76] for at in range(0, len(RED), 76))
+    rows = [{**ROW, "image": image} for image in (wrapped, f"data:image/png;base64,{RED}", str([wrapped]))]
+    source = write(tmp_path, *rows)
+    file = tmp_path / "BLINK.tsv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [sample.images for sample in read_all(source)] == [(png("red"),)] * 3
+    file.write_bytes(file.read_bytes() + "8\té".encode("latin-1"))
+    with pytest.raises(UserError, match=r"BLINK\.tsv, behind line \d+: not UTF-8 text .*: save the file as UTF-8"):
+        read_all(source)
 
 
 def test_the_folder_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +202,9 @@ def test_the_folder_may_come_from_the_environment(tmp_path: Path, monkeypatch: p
         ([{"index": "1", "question": "?"}], "no column answer"),
         ([{**ROW, "image": "99"}], "row 7: `image` names row 99"),
         ([{**ROW, "image": "no base64 " * 9}], "row 7: `image` is neither base64"),
+        ([{**ROW, "image": "[" * 5000}], "row 7: `image` is neither base64"),
+        ([{**ROW, "image": "data:image/png," + "A" * 99}], "row 7: .* begins with data:image/png;base64"),
+        ([{**ROW, "image": "", "image_path": "../../../secret.png"}], "outside the source's folder"),
         ([{**ROW, "image": "", "image_path": "gone.png"}], "gone.png: No such file"),
     ],
 )

@@ -3,15 +3,18 @@
 import hashlib
 import io
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from vismem.config import Config, EasyVqaSource, JsonlSource, PrepareConfig
 from vismem.data.fingerprint import SPLITS, data_sha256, examine_image, sample_sha256
 from vismem.data.prepare import prepare
-from vismem.data.sample import SCHEMA, read_samples
+from vismem.data.sample import BYTES_PER_GROUP, SCHEMA, Sample, StoredSamples, read_samples, write_shards
 from vismem.errors import UserError
 
 
@@ -67,6 +70,31 @@ def test_rows_go_to_shards_of_the_size_asked_for_and_come_back_in_order(tmp_path
     prepare(config(source, rows_per_shard=3), {}, tmp_path)
     assert len(list((tmp_path / "train").glob("part-*.parquet"))) == 3
     assert [sample.answer for sample in read_samples(tmp_path / "train")] == [f"{i}.png" for i in range(7)]
+
+
+def test_shards_are_written_and_read_a_few_megabytes_at_a_time(tmp_path: Path) -> None:
+    size, alive, most = BYTES_PER_GROUP // 3 + 1, list[weakref.ref[Sample]](), 0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal most
+        for number in range(20):
+            sample = Sample(str(number), (bytes([number]) * size,), "?", "x")
+            alive.append(weakref.ref(sample))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield sample
+            del sample
+
+    write_shards(samples(), tmp_path, rows_per_shard=16)
+    assert most <= 3, "rows, not samples, wait for their group"
+    groups = [pq.read_metadata(shard) for shard in sorted(tmp_path.glob("*.parquet"))]
+    assert [[meta.row_group(n).num_rows for n in range(meta.num_row_groups)] for meta in groups] == [
+        [3] * 5 + [1],
+        [3, 1],
+    ]
+    stored = StoredSamples(tmp_path, [19, 2, 16])
+    assert [sample.id for sample in stored] == ["19", "2", "16"]
+    assert [sample.id for sample in stored[1:]] == ["2", "16"]
+    assert stored[0].images == (bytes([19]) * size,)
 
 
 def test_a_picture_in_two_splits_stays_in_the_one_that_comes_first_in_precedence(tmp_path: Path) -> None:

@@ -63,8 +63,15 @@ class Recorder:
         (message,) = messages
         return " ".join(part.get("text", part["type"]) for part in message["content"])
 
-    def prompt(self, *arguments: Any) -> Any:
+    def inputs(self, *arguments: Any) -> Any:
         return arguments
+
+    def features(self, inputs: Any) -> Any:
+        return "features of", inputs
+
+    def placed(self, inputs: Any, features: Any) -> Any:
+        assert features == ("features of", inputs)
+        return inputs
 
 
 def encoded(*samples: Sample, **settings: Any) -> Any:

@@ -1,5 +1,6 @@
 """The readers: what they yield, and what they say when the data is not as it should be."""
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -103,6 +104,11 @@ def test_a_broken_image_is_read_as_it_is(folder: Path) -> None:
     ("line", "said"),
     [
         ('{"id": "b", ', r"mine\.jsonl, line 2: broken JSON"),
+        ('{"a": ' * 9000, r"line 2: JSON nested too deeply"),
+        ('{"id": 1' + "0" * 5000 + "}", r"line 2: broken JSON \(Exceeds the limit"),
+        ('{"id": "b", "prompt": "\\ud800?", "image": "red.png", "answer": "x"}', r"line 2: \\ud800 is half of a char"),
+        (row(image="data:image/png;base64,?"), r"line 2: an image is no base64"),
+        (row(image="a" * 5000), r"line 2: a+: File name too long"),
         ("[1]", r"line 2: an object .* is needed, not a list"),
         (row(image="gone.png"), r"line 2: no image file .*gone\.png"),
         (row(image="more"), r"line 2: no image file .*more"),
@@ -124,6 +130,11 @@ def test_a_broken_image_is_read_as_it_is(folder: Path) -> None:
 def test_a_faulty_jsonl_line_is_named_with_its_number(folder: Path, line: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         list(read(write_lines(folder, row(), line), "train", 0))
+
+
+def test_an_image_may_be_a_data_uri(folder: Path) -> None:
+    uri = "data:image/png;base64," + base64.b64encode(png()).decode()
+    assert next(read(write_lines(folder, row(image=uri)), "train", 0)).images == (png(),)
 
 
 def test_text_that_is_not_utf8_is_named_with_its_line(folder: Path) -> None:

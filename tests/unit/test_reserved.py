@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
+from vismem.runtime.chat import Turn, one_turn
 from vismem.runtime.limits import RequestError
 from vismem.runtime.reserved import ZERO_WIDTH_SPACE, Reserved
 
@@ -85,9 +86,9 @@ def test_text_without_tokens_and_blanks_stay_as_they_are() -> None:
 
 
 def test_a_prompt_that_holds_one_is_refused_with_its_name() -> None:
-    RESERVED.check("a plain question")
+    RESERVED.check(one_turn("a plain question", 1))
     with pytest.raises(RequestError, match=r"^PROMPT holds <m_I\^s>, one of the model's own tokens: ask without it$"):
-        RESERVED.check("what is <m_I^s>?")
+        RESERVED.check([Turn("user", ("what?",)), Turn("assistant", ("<m_I^s>",)), Turn("user", ("why?",))])
 
 
 def test_limits_and_prompts_are_used_without_the_runtimes_other_packages() -> None:

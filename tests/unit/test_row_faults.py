@@ -39,7 +39,7 @@ ROWS = {
     "no answer": Sample("i", (png(46, 46),), "how many?", ""),
     "other answer": Sample("j", (png(47, 47),), "how many?", "3", choices=("1", "2")),
     "video": Sample("k", (png(48, 48),), "how many?", "2", videos=(Video((png(49, 49),), 2.0),)),
-    "token": Sample("m", (png(50, 50),), "an <image>?", "2", rationale="<image> <m_I^s>"),
+    "token": Sample("m", (png(50, 50),), "an <image> or <image>?", "2", rationale="<image> <m_I^s>"),
     "two faults": Sample("l", (png(20, 20),), "how many?", ""),
 }
 

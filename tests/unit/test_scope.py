@@ -1,6 +1,7 @@
 """What a base says that it reads, and the doubts about anything else."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from recipes.tiny_vlm.model import MAX_PIXELS, MIN_PIXELS
 from recipes.tiny_vlm.scenes import questions, scope_of
 from vismem.config import Config
+from vismem.init.bases import Base
+from vismem.runtime.chat import MARK
 from vismem.runtime.images import size_after_resizing
 from vismem.scope import Scope
 from vismem.shipped import shipped
@@ -81,3 +84,10 @@ def test_a_base_without_a_scope_raises_none_and_the_step_keeps_one(
     assert Scope.read(tiny_base) is None
     base(Config(), {}, tmp_path)
     assert Scope.read(tmp_path) == scope
+
+
+def test_marks_of_images_and_half_a_character_are_no_words(scope: Scope) -> None:
+    sample, known = tiny.samples()[0], Base("tiny", small=True, processor=IMAGES, scope=scope)
+    marks = MARK * len(sample.images)
+    assert known.doubts(replace(sample, question=f"{marks}{sample.question}")) == []
+    assert known.doubts(replace(sample, question=f"{sample.question} \ud800")) == []

@@ -75,7 +75,8 @@ def test_the_configuration_is_a_decoupled_python_model_without_response_cache(bu
     }
     assert inputs == {
         "IMAGE": ("TYPE_STRING", [-1], False),
-        "PROMPT": ("TYPE_STRING", [1], False),
+        "PROMPT": ("TYPE_STRING", [1], True),  # or messages in its place
+        "MESSAGES": ("TYPE_STRING", [1], True),
         "MAX_NEW_TOKENS": ("TYPE_INT32", [1], True),
         "TEMPERATURE": ("TYPE_FP32", [1], True),
         "SEED": ("TYPE_INT64", [1], True),

@@ -10,6 +10,8 @@ from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
 from vismem.runtime.limits import NEW_TOKENS
 
+SERVED = ("base", "device", "dtype", "port", "max_patches", "cache_mb")
+
 
 def add_commands(commands: Commands) -> None:
     """Ask in this process, ask a server, and serve."""
@@ -23,8 +25,8 @@ def add_commands(commands: Commands) -> None:
 
     add = command("infer", _run_infer, "ask the served model about images")
     _add_question(add)
-    add("--timeout", type=float, default=60.0, metavar="S", help="longest wait for a piece of the answer (default: 60)")
-    about = "gRPC address of any server, no parameters needed; default: this machine at deploy.grpc_port"
+    add("--timeout", type=float, default=60.0, metavar="S", help="deadline of the whole answer (default: 60)")
+    about = "any server, no parameters needed; http:// for `vismem api`; default: this machine at deploy.grpc_port"
     add("--url", metavar="HOST:PORT", help=about)
     add("--model", metavar="NAME", help="the served model's name; default: the one that the server has")
 
@@ -39,16 +41,28 @@ def add_commands(commands: Commands) -> None:
 
     about = "serve a model over HTTP as OpenAI's API does, every family, until Ctrl-C"
     add = command("api", _run_api, about, options=False)
-    add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
-    add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
+    _add_served(add, port=8080)
     add("--name", default="vismem", help="what clients call the model (default: %(default)s)")
-    add("--device", help="cpu, cuda or cuda:1; default: the first GPU where there is one")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights' type (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8080, help="0: any free one (default: %(default)s)")
     add("--rows", type=int, default=8, metavar="N", help="answers decoded together (default: %(default)s)")
     add("--tls-certificate", type=Path, metavar="FILE", dest="certificate", help="PEM; with --tls-key")
     add("--tls-key", type=Path, metavar="FILE", dest="key", help="PEM")
+
+    about = "a page in the browser that asks a model, beside its answer without memory, until Ctrl-C"
+    add = command("playground", _run_playground, about, options=False)
+    _add_served(add, port=7860)
+
+
+def _add_served(add: Callable[..., Any], port: int) -> None:
+    """The model that is served in this process, and what its questions may take (`SERVED`)."""
+    add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
+    add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
+    add("--device", help="cpu, cuda or cuda:1; default: the first GPU where there is one")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights' type (default: %(default)s)")
+    add("--port", type=int, default=port, help="0: any free one (default: %(default)s)")
+    # 16,384 patches are 3.2 megapixels as Qwen2.5-VL cuts them.
+    add("--max-patches", type=int, default=16_384, metavar="N", help="of a question's images (default: %(default)s)")
+    add("--cache-mb", type=int, default=1_000, metavar="N", help="kept of images and prompts (default: %(default)s)")
 
 
 def _add_question(add: Callable[..., Any]) -> None:
@@ -123,9 +137,16 @@ def _run_serve(arguments: argparse.Namespace) -> None:
 
 
 def _run_api(arguments: argparse.Namespace) -> None:
+    _serve_api(arguments, *SERVED, "name", "host", "rows", "certificate", "key")
+
+
+def _run_playground(arguments: argparse.Namespace) -> None:
+    _serve_api(arguments, *SERVED, page=True)
+
+
+def _serve_api(arguments: argparse.Namespace, *names: str, page: bool = False) -> None:
     from vismem.api import serve_api
     from vismem.ask import DEFAULT_MODEL
 
-    names = ("base", "name", "device", "dtype", "host", "port", "rows", "certificate", "key")
     options = {name: getattr(arguments, name) for name in names}
-    serve_api(arguments.model or DEFAULT_MODEL, **options, write=lambda line: print(line, flush=True))
+    serve_api(arguments.model or DEFAULT_MODEL, **options, page=page, write=lambda line: print(line, flush=True))

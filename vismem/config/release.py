@@ -31,7 +31,11 @@ class ExportConfig(Section):
     """The ONNX graphs and their parity with torch."""
 
     opset: int = Field(18, description="ONNX opset")
+    graphs: bool = Field(
+        True, description="ONNX graphs for Triton, a float32 copy of all weights; false: only what VisMem adds"
+    )
     parity_items: int = Field(16, ge=1, description="test items decoded by both engines; greedy tokens must be equal")
+    parity_tokens: int = Field(120, ge=1, description="max tokens of each of these answers")
     tolerance: float = Field(1e-4, gt=0, description="max absolute difference of a memory vector")
 
 

@@ -41,6 +41,9 @@ class MemoryConfig(Section):
     long_init: Init = Field(
         "patches", description="long M_init: added to pooled image tokens, or random [paper: random]"
     )
+    image_pixels: int = Field(
+        0, ge=0, description="max pixels of an image, shrunk where it becomes patches; 0: the processor's own [ours]"
+    )
     prompt_pixels: int = Field(
         7056, ge=0, description="max pixels of an image in the prompt, short memories read it whole; 0: no max [ours]"
     )

@@ -20,6 +20,7 @@ UNSEEN = dict.fromkeys("ABCDEFGH", "")  # letters that count where the options a
 LABELS = re.compile(r"(?:^|(?<=[\s,;:]))[(\[]?(?P<letter>[A-Z])(?:[)\]][.:]?|[.:])", re.IGNORECASE | re.MULTILINE)
 _LETTER = re.compile(r"[(\[]?(?P<letter>[A-Za-z])[)\]]?[.:]*")
 _BETWEEN = re.compile(r"\s*(?:[,;/&\n]|\band\b)+\s*", re.IGNORECASE)
+_SPACED = re.compile(r"[A-Za-z](?: [A-Za-z])+")
 _LETTERS = re.compile(r"[A-Z](?:\s*(?:,|;|/|&|and)?\s*[A-Z])*")
 _WRAPPED = re.compile(r"^\\(?:text|mathrm|mathbf|textbf)\s*\{(.*)\}$", re.DOTALL | re.IGNORECASE)
 _AROUND = " \t\n\"'`$*\u201c\u201d\u2018\u2019"
@@ -68,13 +69,14 @@ class AnswerForm:
     def letters(self, text: str) -> str | None:
         """The set of letters that `text`, as a whole, names, as "A, C"; None where anything else is there."""
         valid = self.options or UNSEEN
-        together = strip(text).upper()
-        parts: Iterable[str] = filter(None, _BETWEEN.split(strip(text)))
+        bare = re.sub(r"^\[(.*)\]$", r"\1", strip(text))
+        together = bare.upper()
+        parts: Iterable[str] = filter(None, (bare.split() if _SPACED.fullmatch(bare) else _BETWEEN.split(bare)))
         if together.isalpha() and [*together] == sorted({*together}):  # "AC"
             parts = together
         found = set[str]()
         for part in parts:
-            letter = _LETTER.fullmatch(part.strip())
+            letter = _LETTER.fullmatch(part.strip(_AROUND))
             named = letter["letter"].upper() if letter else self._letter_of(part)
             if named is None or named not in valid:
                 return None
@@ -136,7 +138,7 @@ def without_article(text: str) -> str:
 
 def strip(text: str) -> str:
     """Without outer spaces, quotes, dollars, stars, `\\(`, `\\text{}` and final stops."""
-    bare = re.sub(r"\\[()\[\]]", "", text).strip(_AROUND)
+    bare = re.sub(r"\\[()\[\]]", "", text).strip(_AROUND).rstrip(".,;!?").rstrip(_AROUND)
     wrapped = _WRAPPED.match(bare)
     return (wrapped[1] if wrapped else bare).strip().rstrip(".,;!?").rstrip(_AROUND)
 

@@ -3,15 +3,27 @@
 from typing import Any
 
 from vismem.data.sample import Sample
+from vismem.runtime.chat import IMAGE
 
 ANSWER_MARK = "answer:"
 
 
 def prompt_messages(sample: Sample) -> list[dict[str, Any]]:
-    """One user turn for `processor.apply_chat_template`: placeholders of its images, of its videos, the question."""
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
-    content += [{"type": "video"} for _ in sample.videos]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": sample.question}]}]
+    """The turns for `processor.apply_chat_template`, with placeholders of images and videos.
+
+    Videos stand behind the images that the last turn begins with.
+    """
+    messages: list[dict[str, Any]] = [
+        {"role": turn.role, "content": [*map(_part, turn.parts)]} for turn in sample.turns()
+    ]
+    content = messages[-1]["content"]
+    leading = next((at for at, part in enumerate(content) if part["type"] == "text"), len(content))
+    content[leading:leading] = [{"type": "video"} for _ in sample.videos]
+    return messages
+
+
+def _part(part: str | None) -> dict[str, Any]:
+    return {"type": "image"} if part is IMAGE else {"type": "text", "text": part}
 
 
 def target_text(sample: Sample) -> str:

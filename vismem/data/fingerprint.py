@@ -82,6 +82,8 @@ def sample_sha256(row: Mapping[str, Any]) -> bytes:
     videos = [{"frames": _file_hashes(video["frames"]), "fps": video["fps"]} for video in row["videos"] or ()]
     if videos:  # a sample without keeps the hash that it had before samples could have any
         plain["videos"] = videos
+    if part := row.get("part"):
+        plain["part"] = part
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")).digest()
 
 

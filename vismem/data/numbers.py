@@ -190,6 +190,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))|\\[,!;:]|\\(?:left|right)|\\[()\[\]]", "", text)
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("{,}", ",")
     text = re.sub(r"[\u2212\u2010-\u2014]", "-", text).replace("\u00d7", "*")
+    text = re.sub(r"\\[dt]?frac\s?(\d)\s?(\d)", r" \1/\2", text)
     text = re.sub(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\s*\^\s*(?:\{\s*)?\\circ(?:\s*\})?|\s*\\degree|\s+(?=°)", "°", text).replace("°°", "°")

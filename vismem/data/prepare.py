@@ -16,6 +16,7 @@ from vismem.files import write_json
 from vismem.progress import Advance, progress
 
 TOP_ANSWERS = 20
+COUNTED = {"MMMU_DEV_VAL": ("validation",)}  # parts of a benchmark that its score is of; of others all are
 
 
 def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -34,9 +35,11 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     whole = data_sha256({name: split.digests for name, split in splits.items()})
     summaries = {name: split.summary() for name, split in splits.items()}
     write_json(out / "stats.json", {"data_sha256": whole, "seed": config.seed, "splits": summaries})
-    dropped = sum(split.dropped.total() for split in splits.values())
+    dropped = sum((split.dropped for split in splits.values()), Counter[str]())
     sizes = ", ".join(f"{len(split.digests)} {name}" for name, split in splits.items())
-    tail = f"; {dropped} rows dropped, their image is in another split" if dropped else ""
+    elsewhere, parts = (sum(n for why, n in dropped.items() if (why in SPLITS) == known) for known in (True, False))
+    tail = f"; {elsewhere} rows dropped, their image is in another split" if elsewhere else ""
+    tail += f"; {parts} rows left out, they are of a part that is not counted" if parts else ""
     return f"prepared {sizes} rows{tail}; data {whole[:12]}"
 
 
@@ -49,14 +52,19 @@ class _Split:
     owners: dict[bytes, str]  # the split of each image, shared by all: the first that shows it
     images: set[bytes] = field(default_factory=set)
     values: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by the field's name
-    dropped: Counter[str] = field(default_factory=Counter)  # by the split that has the image
+    dropped: Counter[str] = field(default_factory=Counter)  # by the split that has the image, or the part not counted
     digests: list[bytes] = field(default_factory=list)
 
     def take(self, sample: Sample) -> bool:
         """Count a row; False, and counted as dropped, where another split has one of its images or videos.
 
+        So are rows of a part of a benchmark that its score is not of.
+
         Images that do not decode belong to no split: their rows pass to `validate`, which quarantines them.
         """
+        if sample.part and sample.part not in COUNTED.get(sample.source, (sample.part,)):
+            self.dropped[f"{sample.source}, part {sample.part}"] += 1
+            return False
         videos = [[self.examine(data) for data in video.frames] for video in sample.videos]
         hashes = seen_sha256([self.examine(data) for data in sample.images], videos)
         others = [owner for digest in hashes if (owner := self.owners.get(digest, self.name)) != self.name]

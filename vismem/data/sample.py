@@ -1,16 +1,22 @@
 """The one sample type: a visual question, its images and videos and what is known about its answer."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from vismem.runtime.chat import Turn, one_turn
+
+ROWS_PER_GROUP, BYTES_PER_GROUP = 256, 4_000_000  # of a shard's row group at most
+CACHED_BYTES = 2**28  # of row groups that a split's reader keeps in memory
 
 
 class Capability(StrEnum):
@@ -31,7 +37,10 @@ class Video:
 
 @dataclass(frozen=True)
 class Sample:
-    """One visual question. `images` are encoded files (PNG or JPEG bytes), in the order of the prompt; then videos."""
+    """One visual question. `images` are encoded files (PNG or JPEG bytes), in the order of the prompt.
+
+    In the prompt they stand at the question's marks `<image>` where it has one for each, else before it, as videos do.
+    """
 
     id: str
     images: tuple[bytes, ...]
@@ -41,13 +50,23 @@ class Sample:
     rationale: str = ""
     task: str = "vqa"
     capability: Capability = Capability.UNDERSTANDING
-    source: str = ""
+    source: str = ""  # the benchmark, generator or file that it is from
+    part: str = ""  # the benchmark's own split that it is from, such as dev
     scene: str = ""  # JSON: the generator's own truth about each image; empty for real data
     videos: tuple[Video, ...] = ()
+    chat: tuple[Turn, ...] = ()  # the conversation, where the question is not all of it; shards hold none
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation, images in their places."""
+        return self.chat or tuple(one_turn(self.question, len(self.images)))
 
     def scene_truth(self) -> Any:
         """The generator's truth, parsed; None where there is none."""
         return json.loads(self.scene) if self.scene else None
+
+    def size(self) -> int:
+        """Bytes of its images and frames."""
+        return sum(map(len, (*self.images, *(frame for video in self.videos for frame in video.frames))))
 
     def as_row(self) -> dict[str, Any]:
         """The sample as a row of `SCHEMA`."""
@@ -75,6 +94,7 @@ SCHEMA = pa.schema(
         ("task", pa.string()),
         ("capability", pa.string()),
         ("source", pa.string()),
+        ("part", pa.string()),
         ("scene", pa.string()),
         ("videos", pa.list_(pa.struct([("frames", pa.list_(pa.binary())), ("fps", pa.float64())]))),
     ]
@@ -82,37 +102,112 @@ SCHEMA = pa.schema(
 
 
 def write_shards(samples: Iterable[Sample], folder: Path, rows_per_shard: int = 4096) -> None:
-    """Write samples as `part-00000.parquet`, ... (schema `SCHEMA`) into `folder`.
+    """Write samples as `part-00000.parquet`, ... (schema `SCHEMA`) into `folder`; a row group is in memory at once.
 
     An empty iterable writes one shard with no rows, so that the split exists and can be judged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = (sample.as_row() for sample in samples)
+    rest = iter(samples)
     for part in count():
-        shard = list(islice(rows, rows_per_shard))
-        if part and not shard:
+        first = next(rest, None)
+        if part and first is None:
             break
-        table = pa.Table.from_pylist(shard, schema=SCHEMA)
-        # Small row groups, so that reading needs little memory.
-        pq.write_table(table, folder / f"part-{part:05d}.parquet", compression="zstd", row_group_size=256)
+        shard = chain([first] if first else [], islice(rest, rows_per_shard - 1))
+        with pq.ParquetWriter(folder / f"part-{part:05d}.parquet", SCHEMA, compression="zstd") as file:
+            for group in _groups(shard):
+                file.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
+
+
+def _groups(samples: Iterable[Sample]) -> Iterator[list[dict[str, Any]]]:
+    """Rows by row group, one without rows where there are none."""
+    rows, size, empty = list[dict[str, Any]](), 0, True
+    for sample in samples:
+        rows, size, empty = [*rows, sample.as_row()], size + sample.size(), False
+        if len(rows) == ROWS_PER_GROUP or size >= BYTES_PER_GROUP:
+            yield rows
+            rows, size = [], 0
+    if rows or empty:
+        yield rows
+
+
+def shard_tables(shard: Path) -> Iterator[pa.Table]:
+    """The row groups of a shard in order, one in memory at once."""
+    with pq.ParquetFile(shard) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, use_threads=False)
+
+
+def iterate_rows(shard: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a shard in order, one row group in memory at once."""
+    for table in shard_tables(shard):
+        for row in range(len(table)):
+            yield table.slice(row, 1).to_pylist()[0]
+
+
+class StoredSamples(Sequence[Sample]):
+    """The samples of one split's folder, in order, read from its shards as they are asked for.
+
+    The row groups that were read last stay in memory, CACHED_BYTES of them. FileNotFoundError if the folder holds no
+    shard; ValueError (pyarrow's) for a damaged one.
+    """
+
+    def __init__(self, folder: Path, places: Sequence[int] | None = None) -> None:
+        """`places`: only these rows of the split, in this order; None: all."""
+        shards = sorted(folder.glob("part-*.parquet"))
+        if not shards:
+            raise FileNotFoundError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
+        self._groups, self._ends, end = list[tuple[Path, int]](), list[int](), 0
+        for shard in shards:
+            metadata = pq.read_metadata(shard)
+            for group in range(metadata.num_row_groups):
+                end += metadata.row_group(group).num_rows
+                self._groups.append((shard, group))
+                self._ends.append(end)
+        self._places = range(end) if places is None else places
+        self._read: dict[int, pa.Table] = {}  # by group, the last used last
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        """One sample, or the list of a slice's."""
+        if isinstance(place, slice):
+            return [self[at] for at in range(*place.indices(len(self)))]
+        row = self._places[place]
+        group = bisect_right(self._ends, row)
+        start = self._ends[group - 1] if group else 0
+        return _sample(self._table(group).slice(row - start, 1).to_pylist()[0])
+
+    def _table(self, group: int) -> pa.Table:
+        table = self._read.pop(group, None)
+        if table is None:
+            shard, number = self._groups[group]
+            with pq.ParquetFile(shard) as file:
+                table = file.read_row_group(number, use_threads=False)
+        self._read[group] = table
+        while len(self._read) > 1 and sum(kept.nbytes for kept in self._read.values()) > CACHED_BYTES:
+            self._read.pop(next(iter(self._read)))
+        return table
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    row["images"] = tuple(row["images"] or ())
+    videos = row.get("videos") or ()  # shards of earlier versions have no such column
+    row["videos"] = tuple(Video(tuple(video["frames"] or ()), video["fps"]) for video in videos)
+    row["choices"] = tuple(row["choices"] or ())
+    row["capability"] = Capability(row["capability"])
+    return Sample(**row)
 
 
 def iterate_samples(folder: Path) -> Iterator[Sample]:
     """Yield the samples of one split's folder in order. FileNotFoundError if it holds no shard."""
-    shards = sorted(folder.glob("part-*.parquet"))
-    if not shards:
-        raise FileNotFoundError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
-    for shard in shards:
-        for batch in pq.ParquetFile(shard).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                row["images"] = tuple(row["images"] or ())
-                videos = row.get("videos") or ()  # shards of earlier versions have no such column
-                row["videos"] = tuple(Video(tuple(video["frames"] or ()), video["fps"]) for video in videos)
-                row["choices"] = tuple(row["choices"] or ())
-                row["capability"] = Capability(row["capability"])
-                yield Sample(**row)
+    yield from StoredSamples(folder)
 
 
 def read_samples(folder: Path) -> list[Sample]:
     """All samples of one split's folder, in order."""
-    return list(iterate_samples(folder))
+    return list(StoredSamples(folder))

@@ -3,11 +3,15 @@
 import re
 
 _THOUGHT = re.compile(r"<think>.*?</think>|^.*</think>|<think>.*", re.DOTALL | re.IGNORECASE)
-_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+_TAGGED = re.compile(
+    r"<(?:answer|\|begin_of_box\|)>(?P<tagged>.*?)(?:</answer>|<\|end_of_box\|>|$)|"
+    r"[\"']answer[\"']\s*:\s*(?P<quote>[\"']?)(?P<value>[^\"'{}]*)(?P=quote)\s*[,}]",  # JSON
+    re.DOTALL | re.IGNORECASE,
+)
 _FINAL = re.compile(r"\bfinal\s+answer\s*(?::|\bis\b)\s*:?", re.IGNORECASE)
 _OF = r"(?:\s+(?:to|for|of)\s+(?:this|the|your|that)(?:\s+\w+)?\s+(?:question|problem))?"
 _STATED = re.compile(
-    rf"\b(?:answers?{_OF}\s*:|(?:answer|option|choice){_OF}\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be)\b\s*:?|"
+    rf"\b(?:(?:answers?|ans){_OF}(?:\s*[:=]|\s[-\u2013\u2014]\s)|(?:answer|option|choice){_OF}\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be)\b\s*:?|"
     rf"(?:answers|correct\s+(?:options|choices)){_OF}\s+are\b\s*:?)",
     re.IGNORECASE,
 )
@@ -19,14 +23,16 @@ def without_thoughts(text: str) -> str:
 
     What never came out of its thoughts says nothing.
     """
-    said = re.sub(r"[^\S\n]+", " ", _THOUGHT.sub(" ", text).replace("**", ""))
+    said = re.sub(r"[^\S\n]+", " ", _THOUGHT.sub(" ", text).replace("**", "").replace("__", ""))
     return re.sub(r"\n[ \n]*", "\n", said).strip()
 
 
 def last_marked(text: str) -> tuple[str, str] | None:
     """The text behind the last explicit mark, and the rule's name; boxed, tagged and final go before stated."""
     strong = [(start, content, "boxed") for start, content in _boxes(text)]
-    strong += [(found.start(), found[1], "answer tag") for found in _TAGGED.finditer(text)]
+    strong += [
+        (found.start(), found["tagged"] or found["value"] or "", "answer tag") for found in _TAGGED.finditer(text)
+    ]
     strong += [(found.start(), _line_behind(found), "final answer") for found in _FINAL.finditer(text)]
     if strong:
         _, content, rule = max(strong)

@@ -26,9 +26,9 @@ from vismem.evaluation.answer_marks import last_marked, without_thoughts
 UNPARSED = "unparsed"
 
 _FILLER = re.compile(
-    r"^(?:(?:most\s+)?(?:it['\u2019]s|it\s+is|i\s+(?:would\s+)?(?:choose|pick|select|say)|clearly|definitely|likely|"
-    r"probably|therefore|thus|obviously|simply|then|so|either|both|the|correct|options?|choices?|letters?|answers?)"
-    r"\b\s*:?\s*)+",
+    r"^(?:(?:most\s+)?(?:it['\u2019]s|it\s+is|i(?:\s+would|['\u2019]d)?\s+(?:choose|pick|select|say|think|go\s+with)|"
+    r"clearly|definitely|likely|probably|therefore|thus|hence|obviously|simply|then|so|either|both|only|the|correct|"
+    r"options?|choices?|letters?|answers?|not\s+[(\[]?[a-z][)\]]?,?\s+but(?:\s+rather)?)\b\s*[:,]?\s*)+",
     re.IGNORECASE,
 )
 _LEADING = re.compile(
@@ -47,20 +47,34 @@ _IS_RIGHT = re.compile(
     r"(?:^|(?<=[\s(\[]))(?P<letter>[A-Z])[)\]]?\s+(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|answer)\b",
     re.IGNORECASE,
 )
+_CONCLUDED = re.compile(
+    r"\b(?:(?:must|should|would|has\s+to)\s+be|it\s+is|it['\u2019]s|(?:match|fit|guess)\s+is|corresponds\s+to|matches|"
+    r"choose|pick|select|go\s+with|so|thus|therefore|hence)\b[,:]?\s+(?:(?:the\s+)?(?:option|choice|letter|answer)\s+)?"
+    r"[(\[]?(?P<letter>[A-Z])[)\]]?$",
+    re.IGNORECASE,
+)
 _ALL_RIGHT = re.compile(r"\s+(?:is|are)\s+(?:both\s+|all\s+)?(?:the\s+)?(?:correct|right)(?:\s+\w+)?$", re.IGNORECASE)
 _HEDGED = re.compile(r"\b(?:or|and|nor|neither|if|whether|than|why|not)\s+[(\[]?$", re.IGNORECASE)
-_NEGATION = re.compile(r"\b(?:not|no|never|cannot|neither|nor|without|except|than|instead\s+of)\b|n't\b", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(?:not|no|never|cannot|neither|nor|without|except|rather\s+than|than|instead\s+of)\b|n't\b", re.IGNORECASE
+)
+_LISTED = re.compile(r"\b(?:neither|nor|or)\b", re.IGNORECASE)  # a list may go on being denied in the next clause
 _CLAUSES = re.compile(r"[,;:!?\n]|\.(?:\s|$)")
 _SENTENCES = re.compile(  # not behind "St." or an initial
     r"\n+|[!?]\s+|(?<!\bst)(?<!\bdr)(?<!\bmr)(?<!\bmrs)(?<!\bvs)(?<!\bfig)(?<!\b[a-z])\.\s+", re.IGNORECASE
 )
 _POLAR = re.compile(
-    r"^(?:(?:so|thus|therefore|hence|then|well|overall|in\s+conclusion)\b\W*)*(?P<word>yes|no|true|false)(?!\w)"
-    r"(?=\W*$|\s*[.,;:!)\]\"\u2014-]|\s+(?:it|there|they|he|she|we|i|you|this|that|these|those|the|because|since|as)\b)",
+    r"^(?:.*[,;]\s*(?=(?:so|thus|therefore|hence)\b))?(?:(?:so|thus|therefore|hence|then|well|sure|overall|"
+    r"in\s+conclusion|(?:based\s+on|in)\s+the\s+(?:image|picture)|i(?:\s+would|['\u2019]d)?\s+(?:say|think))\b\W*)*(?P<word>yes|no|true|false)(?!\w)"
+    r"(?=\W*$|\s*[.,;:!)\]\"\u2014-]|\s+(?:and(?!\s+no\b)|it|there|they|he|she|we|i|you|this|"
+    r"that|these|those|the|because|since|as)\b)",
     re.IGNORECASE,
 )
+_OPPOSITES = {"yes": r"\bno\W*$", "no": r"\byes\b", "true": r"\bfalse\b", "false": r"\btrue\b"}
 _LEAD_IN = re.compile(
-    r"^(?:it|this|that|he|she|they|these|those|there)(?:['\u2019](?:s|re)|\s+(?:is|are|was|were))\s+", re.IGNORECASE
+    r"^(?:it|this|that|he|she|they|these|those|there)(?:['\u2019](?:s|re)|\s+(?:is|are|was|were))\s+"
+    r"(?:(?:made\s+(?:of|from)|called|named)\s+)?",
+    re.IGNORECASE,
 )
 
 
@@ -127,6 +141,8 @@ def _read_choice(region: str, rule: str, form: AnswerForm) -> Extraction:
         return edge
     if form.by_letter and (value := _called_right(region, form)):
         return Extraction(value, "option is right")
+    if form.by_letter and (value := _concluded(region, form)):
+        return Extraction(value, "conclusion")
     if form.polar:
         return _read_polar(region, rule, form)
     if all(parse_number(option) for option in form.options.values()):
@@ -147,8 +163,11 @@ def _read_polar(region: str, rule: str, form: AnswerForm) -> Extraction:
     """Yes or no as the first word of the region; without a mark also of its last sentence, if both say the same."""
     sentences = [sentence for sentence in _SENTENCES.split(strip(region)) if sentence.strip()]
     edges = (*sentences[:1], *sentences[-1:])
-    said = [found["word"].casefold() for edge in edges if (found := _POLAR.match(edge))]
+    found = [match for edge in edges if (match := _POLAR.match(edge))]
+    said = [match["word"].casefold() for match in found]
     if len({*said}) != 1 or said[0] not in (form.polar or ()):
+        return UNREAD
+    if any(re.search(_OPPOSITES[said[0]], match.string[match.end() :], re.IGNORECASE) for match in found):
         return UNREAD
     whole = normalise(strip(region)) == said[0]
     return Extraction(form.option(said[0]) or said[0], rule or ("whole reply" if whole else "first word"))
@@ -214,6 +233,14 @@ def _called_right(text: str, form: AnswerForm) -> str | None:
     return form.options.get(letters.pop()) if len(letters) == 1 else None
 
 
+def _concluded(text: str, form: AnswerForm) -> str | None:
+    """The option with whose letter the last sentence ends, as in "so it must be B"."""
+    sentence = _SENTENCES.split(strip(text))[-1]
+    found = _CONCLUDED.search(sentence)
+    clause = _CLAUSES.split(sentence[: found.start()])[-1] if found else ""
+    return form.options.get(found["letter"].upper()) if found and not _NEGATION.search(clause) else None
+
+
 def _mentioned(text: str, form: AnswerForm) -> str | None:
     """The only option whose text occurs, undenied, and no other's label beside it. Options of one letter are no words.
 
@@ -227,8 +254,13 @@ def _mentioned(text: str, form: AnswerForm) -> str | None:
         wanted = normalise(option)
         pattern = re.compile(rf"(?<![\w-]){re.escape(wanted)}(?![\w-]|[.,]\d)")
         if len(wanted) > 1 and pattern.search(rest):
-            if any((at := pattern.search(clause)) and _NEGATION.search(clause[: at.start()]) for clause in clauses):
+            rest = pattern.sub(" | ", rest)
+            before = [clause[: at.start()] for clause in clauses if (at := pattern.search(clause))]
+            denied = [_NEGATION.search(part) for part in before]
+            if all(denied) and not _LISTED.search(text):
+                continue  # "a dog, not a cat"
+            if any(denied):
                 return None
             named.add(option)
-            mentioned, rest = True, pattern.sub(" | ", rest)
+            mentioned = True
     return named.pop() if mentioned and len(named) == 1 else None

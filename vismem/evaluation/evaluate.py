@@ -1,21 +1,23 @@
 """The step `evaluate`: every arm answers the same test questions; tables, metrics, plots and a report come out."""
 
 import hashlib
-import itertools
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import TypeAdapter
 
 from vismem.config import Config
-from vismem.data.sample import Sample, iterate_samples
+from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, label, resolve_arms
@@ -32,7 +34,7 @@ from vismem.provenance import git_state, sha256_file, sha256_folder, versions
 from vismem.records import VISMEM, Metrics
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
-ANSWERS, KEEP_EVERY = "answers.checkpoint", 30.0  # seconds: after a kill, no more is answered again
+ANSWERS, KEEP_EVERY = "answers-{}.checkpoint", 30.0  # of a process; seconds: after a kill, no more is answered again
 
 
 def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -42,19 +44,29 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     not there, a test split without rows, or a model that cannot be loaded.
     """
     arms, folder = resolve_arms(config.evaluate.arms), inputs["validate"] / "data" / "test"
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     samples = pick(folder, config.evaluate.limit, config.seed)
     models = load_models(arms, inputs, config)
-    decoded = decode(models, arms, samples, config, out / ANSWERS)
-    predictions = {
-        name: [predict(sample, rollout) for sample, rollout in zip(samples, run.rollouts, strict=True)]
-        for name, run in decoded.items()
-    }
+    decoded = decode(models, arms, samples, config, out, accelerator)
+    if not accelerator.is_main_process:
+        return ""
+    predictions: dict[str, list[Prediction]] = {name: [] for name in decoded}
+    for place, sample in enumerate(samples):
+        for name, run in decoded.items():
+            predictions[name].append(predict(sample, run.rollouts[place]))
+    ids = [answer.id for answer in predictions[arms[0].name]]
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(
-        **summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap),
+        **summarise(
+            predictions,
+            seconds,
+            seed=config.seed,
+            resamples=config.evaluate.bootstrap,
+            set_apart=rows_set_apart(inputs["validate"]),
+        ),
         stage2_sha256=sha256_folder(inputs["stage2"]),
         test_sha256=sha256_folder(folder, "*.parquet"),
-        items_sha256=hashlib.sha256("\n".join(sample.id for sample in samples).encode()).hexdigest(),
+        items_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
     )
     sources = {
         "base model": config.base.model,
@@ -65,23 +77,48 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "test data (sha256)": metrics.test_sha256,
         "device": str(next(iter(models.values())).backbone.device),
     }
-    pictures = {s.id: (*s.images, *(video.frames[0] for video in s.videos)) for s in samples}
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, pictures, sources)
+    write(config, out, predictions, metrics, charts, Pictures(samples, ids), sources)
     return headline(metrics)
 
 
-def pick(folder: Path, limit: int | None, seed: int) -> list[Sample]:
-    """The split's samples in order; with `limit`, that many drawn at random (a head could be all of one task)."""
+def pick(folder: Path, limit: int | None, seed: int) -> Sequence[Sample]:
+    """The split's samples in order, read as they are asked for; with `limit`, that many drawn at random.
+
+    (Not the first ones, which could be all of one task.)
+    """
     try:
-        count = sum(pq.ParquetFile(shard).metadata.num_rows for shard in folder.glob("part-*.parquet"))
+        count = len(StoredSamples(folder))
         if count == 0:
             raise UserError(f"the test split in {folder} has no rows: nothing to evaluate; check `prepare.sources`")
         drawn = range(count) if limit is None else random.Random(seed).sample(range(count), min(limit, count))
-        chosen = set(drawn)
-        return [sample for place, sample in enumerate(iterate_samples(folder)) if place in chosen]
+        return StoredSamples(folder, sorted(drawn))
     except (OSError, ValueError) as error:  # a damaged shard, a wrong column
         raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
+
+
+def rows_set_apart(validated: Path) -> Counter[str]:
+    """How many rows of the test split `validate` has in quarantine, by benchmark (`Sample.source`)."""
+    files = sorted((validated / "quarantine").glob("*.parquet"))
+    tables = [pq.read_table(file, columns=["split", "source"]) for file in files]
+    return Counter(row["source"] or "" for table in tables for row in table.to_pylist() if row["split"] == "test")
+
+
+class Pictures(Mapping[str, tuple[bytes, ...]]):
+    """A sample's pictures by its id, read as they are asked for: its images, and the first frame of each video."""
+
+    def __init__(self, samples: Sequence[Sample], ids: Sequence[str]) -> None:
+        self._samples, self._places = samples, {name: place for place, name in enumerate(ids)}
+
+    def __getitem__(self, name: str) -> tuple[bytes, ...]:
+        sample = self._samples[self._places[name]]
+        return (*sample.images, *(video.frames[0] for video in sample.videos))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config) -> dict[str, VisMemModel]:
@@ -111,13 +148,13 @@ def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config)
 
 @dataclass
 class Run:
-    """One arm's answers so far, in the order of the samples, and the seconds spent decoding them."""
+    """An arm's answers, in the order of the samples, and the seconds spent decoding them."""
 
     rollouts: list[Rollout] = field(default_factory=list)
     seconds: float = 0.0
 
 
-_RUNS = TypeAdapter(dict[str, Run])
+_TURNS = TypeAdapter(dict[int, dict[str, Run]])  # what the arms answered, by batch
 
 
 def decode(
@@ -126,32 +163,50 @@ def decode(
     samples: Sequence[Sample],
     config: Config,
     kept: Path | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, Run]:
     """Answer `samples` greedily with every arm, each by its model of `models`. Only decoding is timed.
 
-    The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike. Answers
-    so far go to the file `kept` from time to time, and are read from there: a killed run resumes behind them.
+    The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike. Several
+    processes share the batches, which are the same however many they are, so that no answer depends on it; all return
+    all answers. Answers so far go to files in the folder `kept` from time to time, and are read from there: a killed
+    run resumes behind them.
     """
-    runs = _RUNS.validate_json(kept.read_bytes()) if kept and kept.is_file() else {arm.name: Run() for arm in arms}
-    answered, saved = len(runs[arms[0].name].rollouts), time.monotonic()
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    rank = accelerator.process_index
+    files = sorted(kept.glob(ANSWERS.format("*"))) if kept else []
+    known = {file.name: _TURNS.validate_json(file.read_bytes()) for file in files}
+    done = {turn: answers for turns in known.values() for turn, answers in turns.items()}
+    own = known.get(ANSWERS.format(rank), {})
+    seen = gather_object([sorted(done)])  # and nobody writes before all have read
+    if any(turns != seen[0] for turns in seen):
+        raise UserError(f"the processes do not see the same files in {kept}: put it on shared storage")
     for arm in arms:
         _answer(models[arm.model], arm, samples[:WARM_UP], config)
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
-    with progress("evaluate", len(samples) * len(arms), answered * len(arms)) as advance:
-        for turn, (start, end) in enumerate(itertools.pairwise(ends)):
-            if start < answered:
-                continue
-            shift = turn % len(arms)
+    mine = [turn for turn in range(count) if turn not in done][rank :: accelerator.num_processes]
+    saved = time.monotonic()
+    asked = sum(ends[turn + 1] - ends[turn] for turn in mine)
+    with progress("evaluate", asked * len(arms), quiet=not accelerator.is_main_process) as advance:
+        for turn in mine:
+            shift, batch = turn % len(arms), samples[ends[turn] : ends[turn + 1]]
+            own[turn] = {}
             for arm in [*arms[shift:], *arms[:shift]]:
                 started = time.perf_counter()
-                rollouts = _answer(models[arm.model], arm, samples[start:end], config)
-                runs[arm.name].seconds += time.perf_counter() - started
-                runs[arm.name].rollouts += rollouts
-                advance(end - start, arm=arm.label)
+                rollouts = _answer(models[arm.model], arm, batch, config)
+                own[turn][arm.name] = Run(rollouts, time.perf_counter() - started)
+                advance(len(batch), arm=arm.label)
             if kept and time.monotonic() - saved >= KEEP_EVERY:
-                write_text(kept, _RUNS.dump_json(runs).decode())
+                write_text(kept / ANSWERS.format(rank), _TURNS.dump_json(own).decode())
                 saved = time.monotonic()
+    for turns in gather_object([own]):
+        done |= turns
+    runs = {arm.name: Run() for arm in arms}
+    for turn in range(count):
+        for name, run in runs.items():
+            run.rollouts += done[turn][name].rollouts
+            run.seconds += done[turn][name].seconds
     return runs
 
 
@@ -171,10 +226,10 @@ def write(
     metrics.write(out)
     write_json(out / "scores.json", headline_figures(metrics))
     plots.write_plots(charts, metrics, predictions, out / "plots")
-    git = git_state()
+    git, apart = git_state(), sum(benchmark.set_apart for benchmark in metrics.benchmarks.values())
     provenance = {
         **sources,
-        "test questions": str(metrics.n),
+        "test questions": f"{metrics.n}, and {apart} that validate set apart" if apart else str(metrics.n),
         "seed": str(metrics.seed),
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),

@@ -4,6 +4,7 @@ Overall means over items, not over tasks, so that the interval and the paired te
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from vismem.data.answer_forms import normalise
 from vismem.data.sample import Capability
 from vismem.evaluation.answers import UNPARSED
+from vismem.evaluation.benchmarks import by_benchmark, macro, task_names
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import Scores, bootstrap_interval, paired_difference
 from vismem.models.kinds import MemoryKind
@@ -23,12 +25,18 @@ Masks = dict[str, npt.NDArray[np.bool_]]
 
 
 def summarise(
-    predictions: Mapping[str, Sequence[Prediction]], seconds: Mapping[str, float], *, seed: int, resamples: int
+    predictions: Mapping[str, Sequence[Prediction]],
+    seconds: Mapping[str, float],
+    *,
+    seed: int,
+    resamples: int,
+    set_apart: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The figures of `metrics.json`: the fields of `vismem.records.Metrics` but for the hashes.
 
     `predictions`: arm -> its answers, the same items in the same order for every arm, vanilla among them.
-    `seconds`: arm -> seconds per sample. A capability without items is left out. ValueError where items differ.
+    `seconds`: arm -> seconds per sample. `set_apart`: benchmark -> rows in quarantine. A capability without items is
+    left out. ValueError where items differ.
     """
     items, used = predictions[VANILLA], predictions.get(VISMEM)
     if not items:
@@ -46,6 +54,7 @@ def summarise(
         pairs = {name: (scores[arm][mask], scores[VANILLA][mask]) for name, mask in masks.items()}
         return {name: paired_difference(*pair, **options).model_dump(mode="json") for name, pair in pairs.items()}
 
+    benchmarks = by_benchmark(items, scores, set_apart)
     return {
         "n": len(items),
         "seed": seed,
@@ -67,6 +76,8 @@ def summarise(
         "overhead": {
             arm: float(seconds[arm] / seconds[VANILLA] - 1) for arm in scores if arm != VANILLA and seconds[VANILLA]
         },
+        "benchmarks": benchmarks,
+        "macro": macro(benchmarks, scores),
         "tasks": _by_task(items, scores),
         "yes_no": {
             "n": asked.count("only"),
@@ -121,18 +132,19 @@ def _says_yes(answers: Sequence[Prediction], asked: Sequence[str]) -> dict[str, 
 
 def _by_task(items: Sequence[Prediction], scores: Mapping[str, Scores]) -> dict[str, Any]:
     """Task -> {capability, n, arms: {arm: score}}, in the order of the capabilities, then by name."""
-    capability = {item.task: item.capability for item in items}
+    names = task_names(items)
+    capability = {name: item.capability for name, item in zip(names, items, strict=True)}
     tasks = {}
     for task in sorted(capability, key=lambda name: (CAPABILITIES.index(capability[name]), name)):
-        mask = np.array([item.task == task for item in items])
+        mask = np.array([name == task for name in names])
         arms = {arm: float(values[mask].mean()) for arm, values in scores.items()}
         tasks[task] = {"capability": capability[task], "n": int(mask.sum()), "arms": arms}
     return tasks
 
 
 def _use_by_task(answers: Sequence[Prediction]) -> dict[str, Any]:
-    tasks = sorted({answer.task for answer in answers})
-    return {task: memory_use([answer for answer in answers if answer.task == task]) for task in tasks}
+    named = [*zip(task_names(answers), answers, strict=True)]
+    return {task: memory_use([answer for name, answer in named if name == task]) for task in sorted(dict(named))}
 
 
 def _percent(flags: Sequence[bool]) -> float:

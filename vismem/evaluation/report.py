@@ -1,5 +1,6 @@
 """`report.html`: one self-contained page that reads offline, from metrics, predictions and charts."""
 
+import hashlib
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from markupsafe import Markup, escape
 from vismem.config import EvaluateConfig
 from vismem.data.answer_forms import normalise
 from vismem.evaluation.arms import label, resolve_arms
+from vismem.evaluation.benchmarks import task_names
 from vismem.evaluation.metrics import is_yes_no
 from vismem.evaluation.plots import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
@@ -33,25 +35,28 @@ class Cards:
         self.size = 0  # bytes of all cards and rules so far
         self._macro = self.environment.get_template("card.html.j2").module.card  # type: ignore[attr-defined]
         self._predictions, self._pictures = predictions, pictures
-        self._classes: dict[bytes, str] = {}
+        self._tasks = task_names(next(iter(predictions.values())))
+        self._classes: dict[bytes, str] = {}  # by the picture's sha256
 
     def card(self, place: int, arms: Iterable[str]) -> Markup:
         """The question at `place` as `arms` answered it; its pictures are in `rules` from now on."""
         answers = {arm: self._predictions[arm][place] for arm in arms}
         asked = next(iter(answers.values()))
         classes = [self._class(data) for data in self._pictures.get(asked.id, ())]
-        card = Markup(self._macro(asked, answers, classes, [_memory(answer) for answer in answers.values()]))
+        card = Markup(
+            self._macro(asked, self._tasks[place], answers, classes, [_memory(answer) for answer in answers.values()])
+        )
         self.size += len(card.encode())
         return card
 
     def _class(self, data: bytes) -> str:
         """The picture's class; of one that does not decode, none."""
-        if data not in self._classes:
+        if (key := hashlib.sha256(data).digest()) not in self._classes:
             address = thumbnail(data)
-            self._classes[data] = f"p{len(self._classes)}" if address else ""
-            self.rules += [f".{self._classes[data]}{{background-image:url({address})}}"] if address else []
+            self._classes[key] = f"p{len(self._classes)}" if address else ""
+            self.rules += [f".{self._classes[key]}{{background-image:url({address})}}"] if address else []
             self.size += len(address or "")
-        return self._classes[data]
+        return self._classes[key]
 
 
 def render(

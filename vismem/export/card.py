@@ -70,6 +70,7 @@ def model_card(
         gain=gain,
         metrics=metrics,
         parity=parity,
+        dtype=config.base.dtype,
         lineage=lineage,
     )
 

@@ -16,41 +16,50 @@ from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
-from vismem.records import Metrics
+from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport
 from vismem.runtime.bundle import Bundle
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Write the bundle into `out` and return the step's line.
 
-    `vismem/`: what VisMem adds to the base; `processor/`; `onnx/`: four graphs, the weights once, `runtime.json`;
+    `vismem/`: what VisMem adds, and a reference to the base with the hash of its weights; `processor/`; with
+    `export.graphs`, `onnx/`: four graphs in float32, all weights once, `runtime.json`, compared with torch in float32;
     `parity.json`; `README.md`, the model card, with `scores.png`; `lineage.json`; `manifest.json`. Failed parity does
     not raise: the gate reads it. Raises UserError where metrics, test questions or a model that can be exported are
     missing.
     """
     empty_folder(out)
     metrics = Metrics.read(inputs["evaluate"])
-    samples = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
-    model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])  # float32, whatever it was trained in
+    dtype = "float32" if config.export.graphs else config.base.dtype  # of graphs, whatever it was trained in
+    model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"], dtype)
     model.save_pretrained(out / "vismem")
     Base.of_step(inputs["base"]).write(out / "vismem")
     model.backbone.processor.save_pretrained(out / "processor")
     (out / "training").mkdir()
     for curve in inputs["stage2"].glob("*.csv"):
         shutil.copy(curve, out / "training")
-    write_graphs(model, out / "onnx", config.export.opset)
-    graphs, tokens = OnnxExecutor(Bundle(out, threads=1, verified=True)), config.evaluate.max_new_tokens
-    with progress("export: parity with torch"):
-        parity = check_parity(model, graphs, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
+    parity = _with_graphs(model, config, inputs, out) if config.export.graphs else WITHOUT_GRAPHS
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
     (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))
     write_json(out / "lineage.json", origin | {"files": file_hashes(out)})
     write_manifest(out)
+    if not parity.graphs:
+        return f"bundle of what VisMem adds to {config.base.model}, without graphs: `vismem api` serves it"
     size = (out / "onnx" / WEIGHTS).stat().st_size / 1e6
     verdict = "equal to torch" if parity.passed else "NOT equal to torch"
     return (
         f"bundle with 4 graphs over {size:.1f} MB of weights; {verdict}: {parity.greedy_equal} of {parity.items} "
         f"answers, memories within {parity.max_memory_difference:.1e}"
     )
+
+
+def _with_graphs(model: VisMemModel, config: Config, inputs: Mapping[str, Path], out: Path) -> ParityReport:
+    """Write the graphs, and compare their answers to some test questions with those of `model`, both in float32."""
+    samples = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
+    write_graphs(model, out / "onnx", config.export.opset)
+    graphs, tokens = OnnxExecutor(Bundle(out, threads=1, verified=True)), config.export.parity_tokens
+    with progress("export: parity with torch"):
+        return check_parity(model, graphs, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)

@@ -6,13 +6,16 @@ Tensors are told apart by content: each lies once in `weights.bin`, however many
 import hashlib
 import logging
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import nn
 
@@ -25,6 +28,8 @@ from vismem.models.kinds import MemoryKind
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.runtime.bundle import FORMAT
+from vismem.runtime.chat import IMAGE, Turn
+from vismem.runtime.prompt import composed
 
 WEIGHTS = "weights.bin"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them
@@ -53,7 +58,7 @@ class WeightFile:
 
     def add(self, array: NDArray[Any]) -> int:
         """The offset at which the array's bytes lie."""
-        data = np.ascontiguousarray(array).tobytes()
+        data = np.ascontiguousarray(array).data.cast("B")  # no copy: an embedding table has gigabytes
         key = (hashlib.sha256(data).hexdigest(), len(data))
         if key not in self.places:
             self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
@@ -65,8 +70,8 @@ class WeightFile:
 def write_graphs(model: VisMemModel, folder: Path, opset: int) -> None:
     """Write `vision.onnx`, `short.onnx`, `builder.onnx`, `decoder.onnx`, `weights.bin` and `runtime.json`.
 
-    `model` must be in float32 on the CPU. Raises UserError for a family without graphs or a chat template that does
-    not put images before the question.
+    `model` must be in float32 on the CPU. Raises UserError for a family without graphs, and for a chat template that
+    is not made of parts (see `prompt_parts`).
     """
     if model.backbone.family != "qwen2_5_vl":
         raise UserError(f"export writes graphs for qwen2_5_vl only, not for {model.backbone.family}")
@@ -178,25 +183,41 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
     }
 
 
-def prompt_parts(processor: Any) -> dict[str, str]:
-    """The chat template taken apart: `before`, `image` (once per image), the question, `after`.
+def prompt_parts(processor: Any) -> dict[str, Any]:
+    """The chat template taken apart: `joints` between turns (see `composed`), and what stands for an `image`.
 
-    Raises UserError where the template of one, two or three images is not made of those parts.
+    There are joints of as many kinds of turns as the template can say. Raises UserError where a question after, before
+    or between images is not made of such parts.
     """
 
-    def render(images: int) -> str:
-        return prompt_text(processor, Sample(id="", images=(b"",) * images, question=mark, answer=""))
+    def render(*turns: Turn) -> str:
+        images = sum(turn.parts.count(IMAGE) for turn in turns)
+        return prompt_text(processor, Sample(id="", images=(b"",) * images, question="", answer="", chat=turns))
 
-    mark = "\u241fquestion\u241f"
-    before, after = render(0).split(mark)
-    image = render(1).removeprefix(before).removesuffix(mark + after)
-    parts = {"before": before, "image": image, "after": after}
-    for count in range(4):
-        if render(count) != before + image * count + mark + after:
-            raise UserError(f"the base's chat template does not put {count} images right before the question")
+    def joints_of(*roles: str) -> dict[str, str]:
+        pieces = render(*(Turn(role, (mark,)) for role in roles)).split(mark)
+        names = [f"{before} {after}" for before, after in pairwise(("start", *roles, "end"))]
+        return dict(zip(names, pieces, strict=True))
+
+    def made_of(joints: dict[str, str], *turns: Turn) -> bool:
+        images = repeat(image, sum(turn.parts.count(IMAGE) for turn in turns))
+        return render(*turns) == composed(joints, turns, images)
+
+    mark, asked = "\u241ftext\u241f", Turn("user", ("one ", IMAGE, "\ntwo"))
+    joints = joints_of("user")
+    image = render(Turn("user", (IMAGE, mark))).removeprefix(joints["start user"]).split(mark)[0]
+    for turn in (*(Turn("user", (IMAGE,) * count + ("one",)) for count in range(4)), asked):
+        if not made_of(joints, turn):
+            raise UserError("the base's chat template does not put images where they stand in the question")
     if processor.image_token not in image:
         raise UserError(f"the base's chat template has no {processor.image_token} for an image")
-    return parts | {"image_token": processor.image_token}
+    more = (asked, Turn("assistant", (" three\n",)), asked)
+    for turns in (more, (Turn("system", ("four",)), *more)):
+        with suppress(TemplateError, ValueError):  # the template refuses such turns, or says other things
+            found = joints_of(*(turn.role for turn in turns))
+            if made_of(found | joints, *turns):
+                joints = found | joints
+    return {"joints": joints, "image": image, "image_token": processor.image_token}
 
 
 def _exported(graph: Graph, weights: WeightFile, opset: int) -> onnx_ir.Model:

@@ -65,6 +65,7 @@ def check_parity(
         equal += len(differences) == known
     worst = max(distances, default=0.0)
     return ParityReport(
+        graphs=True,
         passed=bool(samples) and equal == len(samples) and worst <= tolerance,
         items=len(samples),
         greedy_equal=equal,
@@ -81,7 +82,7 @@ def prepared(graphs: OnnxExecutor, sample: Sample, max_new_tokens: int) -> Quest
     if sample.videos:
         raise RequestError("an exported bundle answers questions about images only, and this one has a video")
     images = [Image.open(io.BytesIO(data)) for data in sample.images]
-    return replace(graphs.prepare(images, sample.question, max_new_tokens), id=sample.id)
+    return replace(graphs.prepare(images, sample.turns(), max_new_tokens), id=sample.id)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vismem.data.sample import Sample
+from vismem.models.attention import Attention, Look
 from vismem.models.backbones.base import PatchStream, Prompt
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import FormationInputs, PrefixCache, causal_mask
@@ -28,6 +29,7 @@ class Context:
     samples: Sequence[Sample] = ()  # whose prompts they are, where they were encoded here
     patches: PatchStream | None = None  # inside the short former
     prefix: PrefixCache | None = None  # inside the long former
+    looks: list[Look] | None = None  # where there is one, every memory's is appended to it
 
     @classmethod
     def read(cls, model: VisMemModel, prompt: Prompt, cache: Any) -> "Context":
@@ -64,4 +66,9 @@ class Context:
             patches=self.patches,
             prefix=self.prefix,
         )
-        return self.model.form(kind, inputs)
+        if self.looks is None:
+            return self.model.form(kind, inputs)
+        with Attention() as attention:
+            memory = self.model.form(kind, inputs)
+        self.looks += attention.looks(kind, inputs, self.model.slots_of(kind))
+        return memory

@@ -83,17 +83,20 @@ class DecodeState:
         self.embeds = self.hidden = self.last[:, None]  # (allocated rows, capacity, d)
         self.positions = torch.zeros(0, 1, 3, dtype=torch.long, device=self.backbone.device)  # (rows, capacity, axes)
 
-    def join(self, prompt: Prompt, group_size: int, room: int, remember: bool) -> Context:
-        """Prefill and add `group_size` rows per prompt, grouped by prompt; returns what `form` reads of the prompts.
+    def prefill(self, prompt: Prompt) -> Context:
+        """The prompts, read for `join` and `form`; no row changes."""
+        (count, longest), prompts = prompt.mask.shape, RowCache(prompt.mask.shape[1])
+        prompts.place(torch.arange(longest, device=prompt.mask.device).expand(count, -1), longest)
+        return Context.read(self.model, prompt, prompts)
+
+    def join(self, context: Context, group_size: int, room: int, remember: bool) -> None:
+        """Add `group_size` rows per prompt, grouped by prompt; they take the context's cache over.
 
         `room`: slots for what will be appended to the longest prompt. With `remember`, the rows can form memories.
         Where memory runs out, no row has changed.
         """
+        prompt, prompts, context.cache = context.prompt, context.cache, None
         (count, longest), first, device = prompt.mask.shape, self.cache.rows, prompt.mask.device
-        prompts = RowCache(longest)
-        prompts.place(torch.arange(longest, device=device).expand(count, -1), longest)
-        context = Context.read(self.model, prompt, prompts)
-        context.cache = None  # the rows have it
         sample = torch.arange(count, device=device).repeat_interleave(group_size)
         new = slice(first, first + len(sample))
         self.cache.reserve(prompts, new.stop, longest + room)
@@ -107,7 +110,6 @@ class DecodeState:
         self.sample += sample.tolist()
         self.slots.join(prompt.mask.sum(1)[sample].tolist(), prompt.next_position()[sample].tolist())
         self.last = torch.cat([self.last, context.last[sample]])
-        return context
 
     def append(self, embeds: Tensor, rows: Sequence[int] | None = None) -> None:
         """Append (R, T, d) embeddings to all rows, or to some of them."""

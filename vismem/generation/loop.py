@@ -28,6 +28,7 @@ class Request:
     seed: int = 0
     group_size: int = 1
     prompt: Any = None  # the samples' prompts, where they are encoded already
+    looks: list[Any] | None = None  # the torch executor appends each memory's `attention.Look` to it
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Row:
     uniform: NDArray[np.float64]  # for sampling, one number per decision
     prompt: Prefilled
     standing: tuple[int, ...]  # the kind that is invoked where the short, where the long invoke token is drawn
+    spare: int  # decisions for which there is room
     tokens: list[tuple[int, bool, float]] = field(default_factory=list)  # id, in the loss or not, log-probability
     invocations: list[Invocation] = field(default_factory=list)
     decisions: int = 0
@@ -128,7 +130,7 @@ class DecodeLoop:
             for member in range(request.group_size):
                 key = row_key(sample.id, member)
                 uniform = row_uniforms(request.seed, key, "sample", request.max_new_tokens + limit)
-                rows.append(Row(request, sample.id, key, limit, uniform, prompt, standing))
+                rows.append(Row(request, sample.id, key, limit, uniform, prompt, standing, len(uniform)))
                 rows[-1].insert([LATENT] * prompt.added)
         self.rows += rows
         return rows
@@ -148,6 +150,8 @@ class DecodeLoop:
             return []
         asked = self._asked()
         self._decided, logprobs = self.executor.choose(asked)
+        for row in self.rows:
+            row.spare -= 1
         going = [at for at, row in enumerate(self.rows) if not row.finished]
         for at in going:
             self._record(self.rows[at], self._decided[at], logprobs[at], bool(asked.forced[at] != NONE))
@@ -156,11 +160,12 @@ class DecodeLoop:
     def _feed(self, tidy: bool = False) -> None:
         """Append what was decided, and insert memories behind the invoke tokens.
 
-        Finished rows go before, once they are half, and with `tidy` where there are any: to move the others costs more
-        than to decode a few in vain.
+        Finished rows go before, once they are half or one has no room left, and with `tidy` where there are any: to
+        move the others costs more than to decode a few in vain.
         """
         going = [at for at, row in enumerate(self.rows) if not row.finished]
-        if len(going) < len(self.rows) and (tidy or len(going) <= len(self.rows) // 2):
+        full = any(row.spare < 0 for row in self.rows)
+        if len(going) < len(self.rows) and (tidy or full or len(going) <= len(self.rows) // 2):
             self.executor.keep(going)
             self.rows = [self.rows[at] for at in going]
             self._decided = [self._decided[at] for at in going] if self._decided else []

@@ -18,6 +18,8 @@ from vismem.generation.slots import Slots, room
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.runtime.bundle import Bundle
+from vismem.runtime.cache import ContentCache
+from vismem.runtime.chat import Chat
 from vismem.runtime.question import Question, prepare
 
 Floats = NDArray[np.float32]
@@ -36,8 +38,12 @@ class OnnxExecutor:
 
     running = nullcontext
 
-    def __init__(self, bundle: Bundle, max_patches: int | None = None) -> None:
-        """`max_patches`: of a question's images after resizing, whole and coarse ones together; None: no limit."""
+    def __init__(self, bundle: Bundle, max_patches: int | None = None, cache_bytes: int = 0) -> None:
+        """`max_patches`: of a question's images after resizing, whole and coarse ones together; None: no limit.
+
+        `cache_bytes`: of what is kept of images and prompts that may be asked again.
+        """
+        self.cache = ContentCache(cache_bytes)
         self.bundle, self.max_patches, settings = bundle, max_patches, bundle.settings
         self.tokenizer = bundle.tokenizer
         self.memory, self.tokens, self.decoder = settings["memory"], settings["tokens"], settings["decoder"]
@@ -54,19 +60,22 @@ class OnnxExecutor:
         own = int(self.memory["max_per_answer"])
         return own if asked is None else min(own, asked)
 
-    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Question:
+    def prepare(self, images: Sequence[Image.Image], chat: Chat, max_new_tokens: int) -> Question:
         """Decode and cut the images, and tokenise the prompt; no graph runs. RequestError for an unusable request."""
         most = room(max_new_tokens, self.limit(None), max(self.lengths.values()))
-        return prepare(self.bundle, images, question, most, self.max_patches)
+        return prepare(self.bundle, images, chat, most, self.max_patches)
 
     def read(self, question: Question, memory: bool) -> None:
         """Run the prompt through the graphs, and with `memory` the images through the short former's.
 
         Other threads than the one that decodes may do so before the question joins; no row changes.
         """
-        embeddings = self._embed(question.prompt.ids)
-        embeddings[question.prompt.visual] = self._see(question.shown, 0.0)["features"]
-        question.read = self._decode(embeddings, question.prompt.positions, 0.0)
+        ids, positions = question.prompt.ids, question.prompt.positions
+        seen = self.cache.get(("shown", question.seen), lambda: self._see(question.shown, 0.0)["features"], _bytes)
+        embeddings = self._embed(ids)
+        embeddings[question.prompt.visual] = seen
+        key = "read", question.seen, ids.tobytes()
+        question.read = self.cache.get(key, lambda: self._decode(embeddings, positions, 0.0), _bytes)
         question.embeddings = embeddings
         if memory:
             self._read_images(question)
@@ -203,7 +212,7 @@ class OnnxExecutor:
     def _short(self, question: Question, queries: Floats, said: Floats) -> Floats:
         """Queries and memory tokens beside the whole images' patches in the vision encoder, its LoRA on."""
         self._read_images(question)
-        inputs = {"queries": queries, "segment": said, **question.stream}
+        inputs = {"queries": queries, "segment": said, "positions": question.whole["positions"], **question.stream}
         if not self.memory["look"]:  # M_init stands alone, at the identity position
             for name in ("segment", "positions", "features", "patch_embeds"):
                 del inputs[name]
@@ -211,8 +220,8 @@ class OnnxExecutor:
 
     def _read_images(self, question: Question) -> None:
         """The whole images with the short former's adapter on: once per question."""
-        if not question.stream:
-            question.stream = self._see(question.whole, 1.0) | {"positions": question.whole["positions"]}
+        key = "whole", question.seen
+        question.stream = question.stream or self.cache.get(key, lambda: self._see(question.whole, 1.0), _bytes)
 
     def _see(self, patches: Mapping[str, NDArray[Any]], adapter: float) -> dict[str, NDArray[Any]]:
         return self.bundle.vision(**patches, adapter=np.array([adapter], np.float32))
@@ -226,6 +235,10 @@ class OnnxExecutor:
             adapter=np.array([adapter], np.float32),
             **self.no_past,
         )
+
+
+def _bytes(arrays: Floats | Mapping[str, Floats]) -> int:
+    return sum(array.nbytes for array in arrays.values()) if isinstance(arrays, Mapping) else arrays.nbytes
 
 
 def _drawn(weight: NDArray[np.float64], end: int, uniform: float) -> int:

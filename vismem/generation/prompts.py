@@ -17,15 +17,18 @@ from vismem.data.collate import prompt_messages, target_text
 from vismem.data.sample import Sample, Video
 from vismem.errors import UserError
 from vismem.models.backbones import FAMILIES
-from vismem.models.backbones.base import Backbone, Clip, Prompt
+from vismem.models.backbones.base import Backbone, Clip, Inputs, Prompt
+from vismem.runtime.chat import Turn
 from vismem.runtime.images import upright
 from vismem.runtime.reserved import Reserved
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:
     """The chat-formatted prompt of a sample; the only special tokens in it are the chat template's."""
-    plain = replace(sample, question=Reserved(processor.tokenizer.backend_tokenizer).plain(sample.question))
-    text: str = processor.apply_chat_template(prompt_messages(plain), tokenize=False, add_generation_prompt=True)
+    plain = Reserved(processor.tokenizer.backend_tokenizer).plain
+    chat = tuple(Turn(turn.role, tuple(part and plain(part) for part in turn.parts)) for turn in sample.turns())
+    messages = prompt_messages(replace(sample, chat=chat))
+    text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return text
 
 
@@ -37,7 +40,13 @@ def target_ids(tokenizer: Any, sample: Sample) -> list[int]:
 
 
 def encode(backbone: Backbone, samples: Sequence[Sample], whole: bool = False) -> Prompt:
-    """The chat-formatted prompts of the samples, with their images and videos.
+    """The chat-formatted prompts of the samples, with their images and videos; see `inputs_of`."""
+    inputs = inputs_of(backbone, samples, whole)
+    return backbone.placed(inputs, backbone.features(inputs))
+
+
+def inputs_of(backbone: Backbone, samples: Sequence[Sample], whole: bool = False) -> Inputs:
+    """The same before any weight is used.
 
     Images of more than the backbone's `prompt_pixels` are coarse in them, unless `whole`.
     UserError for a video where the family takes none, or whose frames are of different sizes.
@@ -52,7 +61,7 @@ def encode(backbone: Backbone, samples: Sequence[Sample], whole: bool = False) -
     texts = [prompt_text(backbone.processor, sample) for sample in samples]
     images = [[_decode(data) for data in sample.images] for sample in samples]
     videos = [[_clip(video, sample) for video in sample.videos] for sample in samples]
-    return backbone.prompt(texts, images, videos, whole)
+    return backbone.inputs(texts, images, videos, whole)
 
 
 def _decode(data: bytes | Image.Image) -> Image.Image:

@@ -9,6 +9,11 @@ from vismem.models.vismem import VisMemModel
 MAX_LOGITS = 2**26  # held at a time
 
 
+def together(vocabulary: int) -> int:
+    """How many tokens may have their logits over a vocabulary at a time: as many as have MAX_LOGITS, but one."""
+    return max(1, MAX_LOGITS // vocabulary)
+
+
 def token_scores(
     model: VisMemModel, hidden: Tensor, columns: Tensor, barred: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +36,7 @@ def token_scores(
             shares = [_surprise(words, total), _surprise(invoke, total)]
         return torch.where(is_word, at_word, at_invoke) - total, shares[0] + shares[1]
 
-    size = max(1, MAX_LOGITS // model.vocabulary)
+    size = together(model.vocabulary)
     if len(hidden) <= size:
         return piece(hidden, columns, barred)
     pieces = [

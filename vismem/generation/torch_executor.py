@@ -1,12 +1,15 @@
 """The executor in torch: prefills prompts, draws tokens, appends them and forms memories, on the CPU or a GPU."""
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from vismem.data.sample import Sample
@@ -14,14 +17,27 @@ from vismem.generation.context import Context
 from vismem.generation.decode_state import DecodeState
 from vismem.generation.invocation import NONE
 from vismem.generation.loop import Asked, Prefilled, Request
-from vismem.generation.prompts import encode
+from vismem.generation.prompts import encode, inputs_of
 from vismem.generation.slots import room
-from vismem.models.backbones.base import Prompt
+from vismem.generation.token_scores import together
+from vismem.models.backbones.base import Inputs, Prompt, following
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.cache import ContentCache, hash_of
+from vismem.runtime.chat import Chat
 from vismem.runtime.images import decoded
+from vismem.runtime.limits import check_patches, check_positions
 from vismem.runtime.reserved import Reserved
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question from outside, encoded."""
+
+    inputs: Inputs
+    seen: bytes  # the images' hash
+    id: str = ""  # random numbers are drawn by it
 
 
 @dataclass(eq=False)
@@ -39,36 +55,80 @@ class TorchExecutor:
 
     running = torch.inference_mode
 
-    def __init__(self, model: VisMemModel) -> None:
-        self.model, self.backbone = model, model.backbone
+    def __init__(self, model: VisMemModel, max_patches: int | None = None, cache_bytes: int = 0) -> None:
+        """`max_patches`: of a question's images after resizing; None: no limit. `cache_bytes`: see `OnnxExecutor`."""
+        self.model, self.backbone, self.max_patches = model, model.backbone, max_patches
+        self.cache = ContentCache(cache_bytes)
         self.kinds = {token: kind for kind, token in model.invoke_ids.items()}
         self.ends, self.limit = model.end_ids, model.limit
         self.delimiters, self.stops = frozenset(model.delimiter_ids), frozenset(model.stop_ids)
-        self.tokenizer = self.backbone.processor.tokenizer.backend_tokenizer
+        self.encoding = threading.Lock()  # of the processor's tokenizer, which changes while it encodes
         self.state = DecodeState(model)
         self.sources: list[_Source] = []  # of each row
 
-    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Sample:
-        """A question for `join`, its images decoded. RequestError for an unusable one."""
-        Reserved(self.tokenizer).check(question)
-        pictures: Any = tuple(decoded(images))
-        return Sample("", pictures, question, answer="")  # random numbers are drawn by the id
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """One that several threads may decode with."""
+        return Tokenizer.from_str(self.backbone.processor.tokenizer.backend_tokenizer.to_str())
 
-    def read(self, sample: Sample, memory: bool) -> None:
+    def prepare(self, images: Sequence[Image.Image], chat: Chat, max_new_tokens: int) -> Prepared:
+        """A conversation for `join`, encoded. RequestError for an unusable one."""
+        Reserved(self.tokenizer).check(chat)
+        check_patches(sum(self.backbone.patch_counts([image.size for image in images])), self.max_patches)
+        pictures: Any = tuple(decoded(images))
+        with self.encoding:
+            inputs = inputs_of(self.backbone, [Sample("", pictures, question="", answer="", chat=tuple(chat))])
+        held = int(self.backbone.model.config.text_config.max_position_embeddings)
+        read = int(following(inputs.positions, inputs.mask))
+        check_positions(read + self._room(max_new_tokens, self.limit(None)), held)
+        return Prepared(inputs, hash_of(pictures))
+
+    def read(self, sample: Prepared, memory: bool) -> None:
         """Nothing: adapters are switches of the whole model, so no other thread runs it."""
 
     def join(self, request: Request, limit: int) -> list[Prefilled]:
         policy, samples = request.policy, request.samples
-        prompt = request.prompt or encode(self.backbone, samples, policy.whole)
-        opened = policy.opened(prompt, self.backbone, samples)
-        slots = room(request.max_new_tokens, limit, max(map(self.model.length_of, KINDS)))
-        context = self.state.join(opened, request.group_size, slots, remember=limit > 0)
+        if isinstance(samples[0], Prepared):  # it comes alone
+            context = self._read(samples[0])
+            prompt = opened = context.prompt
+        else:
+            prompt = request.prompt or encode(self.backbone, samples, policy.whole)
+            opened = policy.opened(prompt, self.backbone, samples)
+            context = self.state.prefill(opened)
+        self.state.join(context, request.group_size, self._room(request.max_new_tokens, limit), remember=limit > 0)
+        context.looks = request.looks
         self.sources += [_Source(context, prompt, policy.donors(samples))] * (len(samples) * request.group_size)
         lengths, before, visual = (each.sum(1).tolist() for each in (opened.mask, prompt.mask, opened.visual))
         return [Prefilled(n, seen, n - own) for n, seen, own in zip(lengths, visual, before, strict=True)]
 
+    def _read(self, sample: Prepared) -> Context:
+        """Without what memories read of it: that grows, so it is kept with the answer's row alone."""
+
+        def features() -> Tensor | None:
+            return self.backbone.features(sample.inputs)
+
+        def prefill() -> Context:
+            seen = self.cache.get(("seen", sample.seen), features, _bytes)
+            return self.state.prefill(self.backbone.placed(sample.inputs, seen))
+
+        key = "read", sample.seen, tuple(sample.inputs.ids[0].tolist())
+        return replace(self.cache.get(key, prefill, _bytes))
+
+    def _room(self, max_new_tokens: int, memories: int) -> int:
+        return room(max_new_tokens, memories, max(map(self.model.length_of, KINDS)))
+
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
-        logits, vocabulary = self.model.logits(self.state.last), self.model.vocabulary
+        tokens, logprobs, size = list[int](), list[float](), together(self.model.vocabulary)
+        for start in range(0, len(asked.forced), size):
+            rows = slice(start, start + size)
+            part = Asked(*(getattr(asked, name.name)[rows] for name in fields(asked)))
+            found = self._choose(self.state.last[rows], part)
+            tokens, logprobs = tokens + found[0], logprobs + found[1]
+        return tokens, logprobs
+
+    def _choose(self, last: Tensor, asked: Asked) -> tuple[list[int], list[float]]:
+        """The same for rows whose next token follows the hidden states `last` (R, d)."""
+        logits, vocabulary = self.model.logits(last), self.model.vocabulary
         device = logits.device
         barred, forced = torch.from_numpy(asked.barred).to(device), torch.from_numpy(asked.forced).to(device)
         logits[:, vocabulary:].masked_fill_(barred, -torch.inf)
@@ -130,7 +190,7 @@ class TorchExecutor:
         if kind not in source.donated:
             count, device = len(source.prompt.mask), self.backbone.device
             state = DecodeState(self.model)
-            context = state.join(source.prompt, group_size=1, room=1, remember=True)
+            state.join(context := state.prefill(source.prompt), group_size=1, room=1, remember=True)
             state.append(self.model.embed(torch.full((count, 1), self.model.invoke_ids[kind], device=device)))
             source.donated[kind] = state.form(kind, context, range(count))
         return source.donated[kind]
@@ -144,6 +204,14 @@ class TorchExecutor:
             self.state.keep(rows)
         else:  # nothing stays allocated
             self.state = DecodeState(self.model)
+
+
+def _bytes(read: Context | Tensor | None) -> int:
+    if isinstance(read, Context):
+        prompt = read.prompt
+        held = [prompt.embeds, prompt.vision.patches, read.visual, *read.cache.keys, *read.cache.values]
+        return sum(tensor.nbytes for tensor in held)
+    return 0 if read is None else read.nbytes
 
 
 def _column_at(cumulative: Tensor, at: Tensor) -> Tensor:

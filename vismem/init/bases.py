@@ -20,6 +20,7 @@ from vismem.errors import UserError
 from vismem.init.rows import Row
 from vismem.models.small_files import read_small, read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
+from vismem.runtime.chat import said
 from vismem.runtime.images import size_after_resizing
 from vismem.runtime.limits import RequestError
 from vismem.runtime.reserved import Reserved
@@ -59,7 +60,7 @@ class Base:
         images = [Image.open(io.BytesIO(data)) for data in sample.images]
         try:
             seen = [size_after_resizing(image.size, self.processor) for image in images]
-            return list(self.scope.doubts(images, seen, sample.question)) if self.scope else []
+            return list(self.scope.doubts(images, seen, said(sample.turns()))) if self.scope else []
         except RequestError as error:
             return [str(error)]
 

@@ -1,14 +1,14 @@
 """The run's parameters, resolved once, and for each task those that can change its output: its key in a cache."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource, resolve
+from vismem.config import Config, resolve
+from vismem.data.source_files import files_of, fingerprint
 from vismem.files import write_text
 from vismem.launch import LaunchConfig
 from vismem.params_file import render_params
@@ -104,20 +104,8 @@ def code_fingerprint(name: str, root: Path = PACKAGES) -> str:
 
 
 def sources_fingerprint(config: Config) -> str:
-    """Hex sha256 over names, sizes and times of the files that the sources read; they are not opened.
-
-    A source that is generated or comes in a package has no files of its own. Missing files are `prepare`'s to report.
-    """
-    folders: list[Path] = []
-    for source in config.prepare.sources:
-        if isinstance(source, JsonlSource):
-            folders.append(source.path.parent)  # its images lie beside it
-        elif isinstance(source, NlvrSource):
-            folders.append(source.path)
-        elif isinstance(source, LmuDataSource):
-            folders.append(source.path or Path(os.environ.get("LMUData", ".")))  # noqa: SIM112 - VLMEvalKit's name
-    files = [(file, file.stat()) for folder in folders for file in _files(folder)]
-    return _sha256(f"{file.as_posix()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in files)
+    """The fingerprint of the files that all sources read. Missing files are `prepare`'s to report."""
+    return fingerprint(file for source in config.prepare.sources for file in files_of(source))
 
 
 def _files(place: Path) -> list[Path]:

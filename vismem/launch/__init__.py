@@ -34,8 +34,7 @@ def launch_step(
     launch = launch or LaunchConfig()
     if launch.backend != "process" and name not in SHARED:
         raise UserError(f"'{name}' runs in one process: use backend 'process'. Shared: {', '.join(SHARED)}")
-    resumes = name in (*SHARED, "evaluate")
-    kept = launch.shared if launch.image else work if resumes else None
+    kept = launch.shared if launch.image else work if name in SHARED else None
     if kept is None:
         return _run(name, config, artifacts, inputs or {}, launch)
     if launch.image and not kept.is_dir():

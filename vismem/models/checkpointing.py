@@ -1,35 +1,47 @@
-"""Gradient checkpointing of a frozen base's decoder layers, with a growing cache and adapters that come and go.
+"""Gradient checkpointing of a frozen base's blocks, with a growing cache and adapters that come and go.
 
 Hugging Face's own drops the cache, and an adapter that is off again when the backward pass runs a layer once more
 loses its gradients. Here a layer is a function of its input and of what its cache held, and the adapters' switches
-are put back while it runs again.
+are put back while it runs again. Blocks are run again one by one, so that the activations of one are held at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vismem.models.backbones.base import Backbone
 from vismem.models.lora import Lora
 
 
-@contextmanager
-def checkpointed(layers: Iterable[nn.Module], adapters: Sequence[Lora]) -> Iterator[None]:
-    """Within the block, each layer keeps its input alone for the backward pass, which runs the layer again.
+def recomputed(function: Callable[..., Any], *args: Any, adapters: Sequence[Lora]) -> Any:
+    """`function(*args)`, of which the arguments alone are kept for the backward pass.
 
-    `layers` are Hugging Face's decoder layers, in the order of their caches.
+    It runs the function again, with the adapters switched as they are now.
     """
-    layers = list(layers)
+    if not torch.is_grad_enabled():
+        return function(*args)
+    again = _switched({adapter: adapter.enabled for adapter in adapters})
+    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+
+
+@contextmanager
+def checkpointed(backbone: Backbone, adapters: Sequence[Lora]) -> Iterator[None]:
+    """Within the block, each layer of the language model and each block of the vision encoder is `recomputed`."""
+    layers = list(backbone.model.model.language_model.layers)  # Hugging Face's, in the order of their caches
     for index, layer in enumerate(layers):
         layer.forward = _recomputing(layer.forward, index, adapters)
+    backbone.through = partial(recomputed, adapters=adapters)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+        del backbone.through
 
 
 class _LayerCache:
@@ -50,7 +62,7 @@ def _recomputing(plain: Callable[..., Tensor], index: int, adapters: Sequence[Lo
     """A layer's `forward` that is checkpointed where gradients are computed."""
 
     def forward(hidden: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # the cache takes the keys itself
             return plain(hidden, *args, past_key_values=past_key_values, **kwargs)
 
         def run(hidden: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
@@ -60,9 +72,8 @@ def _recomputing(plain: Callable[..., Tensor], index: int, adapters: Sequence[Lo
         held: tuple[Tensor, ...] = ()
         if past_key_values is not None and len(past_key_values.layers) > index:
             held = past_key_values.layers[index].keys, past_key_values.layers[index].values
-        again = _switched({adapter: adapter.enabled for adapter in adapters})  # around the second run
         output: Tensor
-        output, *added = checkpoint(run, hidden, *held, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+        output, *added = recomputed(run, hidden, *held, adapters=adapters)
         if past_key_values is not None:
             past_key_values.update(*added, index)
         return output

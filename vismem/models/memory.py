@@ -169,16 +169,15 @@ class LongFormer(nn.Module):
         super().__init__()
         width = backbone.width
         self.length, self.patches = config.long_length, config.long_init == "patches"
-        with torch.no_grad():
-            scale = backbone.embedding.weight.float().pow(2).mean().sqrt()
-        random = torch.randn(config.long_length, width) * scale.cpu()
+        scale = root_mean_square(backbone.embedding.weight).cpu()
+        random = torch.randn(config.long_length, width) * scale
         self.memory_init = nn.Parameter(torch.zeros_like(random) if self.patches else random)
         self.query = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.query.weight)
         nn.init.zeros_(self.output.weight) if self.patches else nn.init.eye_(self.output.weight)
-        self.query_scale = nn.Parameter(scale.cpu().clone())
-        self.output_scale = nn.Parameter(scale.cpu().clone())
+        self.query_scale = nn.Parameter(scale.clone())
+        self.output_scale = nn.Parameter(scale.clone())
         self.lora = Lora(backbone.language_targets(), adapter)
 
     def prefill(self, backbone: Backbone, prompt: Prompt) -> PrefixCache:
@@ -248,6 +247,15 @@ def pooling(visual: Tensor, slots: int) -> Tensor:
     copied = (slot * counts // slots) == rank
     weight = torch.where(counts >= slots, shared, copied) & visual[:, None, :]
     return weight / weight.sum(-1, keepdim=True).clamp_min(1)
+
+
+@torch.no_grad()
+def root_mean_square(table: Tensor) -> Tensor:
+    """Of all numbers of a table (rows, d), in float32, of which never more than 4,096 rows are held."""
+    parts = torch.split(table, 4096)
+    means = torch.stack([part.float().pow(2).mean() for part in parts])
+    shares = torch.tensor([len(part) / len(table) for part in parts], device=table.device)
+    return (means * shares).sum().sqrt()
 
 
 def causal_mask(keys: Tensor, queries: int | None = None) -> Tensor:

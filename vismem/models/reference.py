@@ -1,12 +1,14 @@
 """How a folder of what VisMem adds refers to the base that it was trained on."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from vismem.config import DEFAULT_BASE
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
+from vismem.hub import fetch
 from vismem.provenance import sha256_folder
 from vismem.shipped import shipped
 
@@ -20,7 +22,7 @@ class Base:
     """A base as a folder refers to it: a hub id, what comes with VisMem, or a folder; `sha256` of its weights."""
 
     model: str
-    sha256: str | None = None  # None for a hub id
+    sha256: str | None = None  # None: any will do
 
     @property
     def everywhere(self) -> bool:
@@ -55,6 +57,9 @@ class Base:
             folder = shipped(DEFAULT_BASE)
         if folder is None and self.sha256 is None and HUB_ID.fullmatch(self.model):
             return self.model
+        if folder is None and HUB_ID.fullmatch(self.model):
+            with suppress(UserError):  # a folder's name may look like one of the hub
+                folder = fetch(self.model)
         if folder is None:
             raise UserError(f"the base '{self.model}' is not on this machine: say where it is with base= (--base)")
         if self.sha256 and sha256_folder(folder, WEIGHTS) != self.sha256:

@@ -11,7 +11,7 @@ from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.models.backbones.base import Backbone, PatchStream, VisionInput
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import FormationInputs
+from vismem.models.memory import FormationInputs, root_mean_square
 from vismem.models.vismem import VisMemModel
 
 
@@ -22,7 +22,7 @@ class StaticPrefix(VisMemModel):
 
     def __init__(self, backbone: Backbone, memory: MemoryConfig, invocation: InvocationConfig, seed: int = 0) -> None:
         super().__init__(backbone, memory, invocation, seed)
-        scale = backbone.embedding.weight.detach().float().pow(2).mean().sqrt().cpu()
+        scale = root_mean_square(backbone.embedding.weight).cpu()
         random = torch.randn(
             memory.short_length + memory.long_length, backbone.width, generator=torch.Generator().manual_seed(seed)
         )

@@ -1,7 +1,7 @@
 """A frozen VLM with latent vision memory: form memories, embed and score the grown vocabulary, save and load."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
@@ -9,14 +9,13 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
-from vismem.models.checkpointing import checkpointed
+from vismem.models.checkpointing import checkpointed, recomputed
 from vismem.models.kinds import MemoryKind
 from vismem.models.loading import no_weight_bars
 from vismem.models.lora import Lora, LoraSettings
@@ -26,7 +25,8 @@ from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 2  # of what `save_pretrained` writes; in 1 a short memory started from means of patches
-FREE = ("lora_dropout", "init_std", "prompt_pixels")  # of a memory's settings, those that its weights do not show
+# of a memory's settings, those that its weights do not show
+FREE = ("lora_dropout", "init_std", "image_pixels", "prompt_pixels")
 
 
 class VisMemModel(nn.Module):
@@ -39,6 +39,8 @@ class VisMemModel(nn.Module):
         self.backbone = backbone  # no nn.Module, so the base's weights are not registered
         self.memory_config, self.invocation_config = memory, invocation
         backbone.prompt_pixels = memory.prompt_pixels or None
+        if memory.image_pixels:
+            backbone.limit_pixels(memory.image_pixels)
         backbone.model.requires_grad_(False).eval()
         tokenizer = backbone.processor.tokenizer
         self.memory_ids = add_memory_tokens(tokenizer)
@@ -69,7 +71,7 @@ class VisMemModel(nn.Module):
         delimiter = torch.tensor(ids * 4)
         rows = []
         for matrix in (self.backbone.embedding.weight, self.backbone.head.weight):
-            row = matrix.detach().float().cpu()[delimiter]
+            row = matrix.detach()[delimiter.to(matrix.device)].float().cpu()
             noise = torch.randn_like(row) * row.pow(2).mean().sqrt()
             rows.append(row + self.invocation_config.perturbation * noise)
         return rows[0], rows[1]
@@ -130,11 +132,14 @@ class VisMemModel(nn.Module):
         """N_s or N_l."""
         return self.memory_config.short_length if kind is MemoryKind.SHORT else self.memory_config.long_length
 
+    def slots_of(self, kind: MemoryKind) -> int:
+        """Tokens inside the former that become a memory: g * N_s or N_l."""
+        return self.length_of(kind) * (self.backbone.merge if kind is MemoryKind.SHORT else 1)
+
     def short_stream(self, vision: VisionInput) -> PatchStream:
         """The prompts' patches inside the short former: computed once, read by every short memory."""
-        read = self.policy_lora.active(False)(self.short.lora.active()(self.backbone.patch_stream))
-        stream: PatchStream = self._run(read, vision)  # decorated: as it is now in the backward pass too
-        return stream
+        with self.policy_lora.active(False), self.short.lora.active():
+            return self.backbone.patch_stream(vision)
 
     def long_prefix(self, prompt: Prompt) -> PrefixCache:
         """The prompts' cache inside the long former: computed once, read by every long memory."""
@@ -147,9 +152,8 @@ class VisMemModel(nn.Module):
         with self.policy_lora.active(False):
             if kind is MemoryKind.SHORT:
                 assert inputs.patches is not None
-                short = self.policy_lora.active(False)(self.short)  # in the backward pass too
                 segment = summary(inputs.cognitive.to(queries.dtype), inputs.segment_mask)
-                memory = self._run(short, self.backbone, queries, segment, inputs.patches, inputs.sample)
+                memory = self._run(self.short, self.backbone, queries, segment, inputs.patches, inputs.sample)
             else:
                 memory = self.long(self.backbone, queries, inputs)
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
@@ -159,17 +163,18 @@ class VisMemModel(nn.Module):
     def checkpointed(self, on: bool = True) -> Iterator[None]:
         """Within the block, what is run keeps few activations: the backward pass recomputes them (where `on`)."""
         before, self.recompute = self.recompute, on
-        layers = self.backbone.model.model.language_model.layers if on and not before else ()
         try:
-            with checkpointed(layers, (self.long.lora, self.policy_lora)):
+            with checkpointed(self.backbone, self._adapters) if on and not before else nullcontext():
                 yield
         finally:
             self.recompute = before
 
+    @property
+    def _adapters(self) -> tuple[Lora, ...]:
+        return self.short.lora, self.long.lora, self.policy_lora
+
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+        return recomputed(function, *args, adapters=self._adapters) if self.recompute else function(*args)
 
     @contextmanager
     def reference(self, start: PolicyWeights | None = None) -> Iterator[None]:
@@ -215,6 +220,7 @@ class VisMemModel(nn.Module):
         policy = {name: value for name, value in weights.items() if name.startswith(("tokens.", "policy_lora."))}
         save_file({name: value for name, value in weights.items() if name not in policy}, folder / "memory.safetensors")
         save_file(policy, folder / "policy.safetensors")
+        self.backbone.processor.tokenizer.backend_tokenizer.no_padding()  # of the last batch, not of the tokenizer
         self.backbone.processor.save_pretrained(folder)
 
     @classmethod

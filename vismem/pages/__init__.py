@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vismem.data.fingerprint import examine_image
+from vismem.runtime.images import upright
 
 THUMBNAIL = 168  # pixels, longest side; shown at half of that, for screens with two pixels a point
 AS_IT_IS = 16_000  # bytes: a file of a small image up to this size is embedded unchanged
@@ -37,7 +38,7 @@ def thumbnail(data: bytes) -> str | None:
     with Image.open(io.BytesIO(data)) as image:
         if max(image.size) <= THUMBNAIL and len(data) <= AS_IT_IS and image.format in ("PNG", "JPEG"):
             return _data_uri(data, image.format)
-        small = image.convert("RGB")
+        small = upright(image)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=85)

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 Array = NDArray[Any]
 
 
@@ -47,6 +47,10 @@ class Bundle:
         self.folder, onnx = folder, folder / "onnx"
         if not verified:
             _verify(folder)
+        if not (onnx / "runtime.json").is_file():
+            raise BundleError(
+                f"{folder} has no ONNX graphs: serve it by `vismem api`, or export again with export.graphs true"
+            )
         self.settings: dict[str, Any] = json.loads((onnx / "runtime.json").read_text())
         if (found := self.settings.get("format")) != FORMAT:
             raise BundleError(f"{onnx}/runtime.json has format {found}, this runtime reads {FORMAT}: export again")

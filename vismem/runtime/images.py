@@ -110,11 +110,11 @@ def coarse_grid(grid: Grid, pixels: int, patch: int, merge: int) -> Grid:
     return rows, columns
 
 
-def size_after_resizing(size: tuple[int, int], processor: Any) -> tuple[int, int]:
+def size_after_resizing(size: tuple[int, int], processor: Any, name: str = "an image") -> tuple[int, int]:
     """Width and height in pixels that a Qwen2.5-VL's image processor gives an image of `size`; see `grid_of`."""
     settings = {name: getattr(processor, name) for name in ("do_resize", "patch_size", "merge_size")}
     settings |= {"min_pixels": processor.size["shortest_edge"], "max_pixels": processor.size["longest_edge"]}
-    rows, columns = grid_of(size, settings, "an image")
+    rows, columns = grid_of(size, settings, name)
     return columns * processor.patch_size, rows * processor.patch_size
 
 

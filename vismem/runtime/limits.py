@@ -60,6 +60,21 @@ def check_request(
     return images
 
 
+def check_patches(patches: int, most: int | None) -> None:
+    """RequestError where images make more patches than `most`; None: no limit."""
+    if most is not None and patches > most:
+        raise RequestError(f"the images make {patches} patches: the limit is {most}; send fewer or smaller")
+
+
+def check_positions(needed: int, held: int) -> None:
+    """RequestError where a prompt and its answer need more positions than the model has."""
+    if needed > held:
+        raise RequestError(
+            f"the question, its images and the answer need {needed} positions, the model has {held}: "
+            "send less, or ask for less"
+        )
+
+
 def frames_of(image: Image.Image) -> int:
     """How many frames an image has: one for a camera's JPEG with more pictures behind the first (MPO)."""
     frames: int = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)

@@ -1,7 +1,8 @@
 """A question and its images to token ids and three-axis positions; token ids back to text, piece by piece."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from vismem.runtime.chat import IMAGE, Chat
+from vismem.runtime.limits import RequestError
 from vismem.runtime.reserved import Reserved
 
 Integers = NDArray[np.int64]
@@ -23,19 +26,28 @@ class Prompt:
     visual: NDArray[np.bool_]  # (L,) True at image tokens
 
 
-def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], question: str, grids: Sequence[tuple[int, int]]) -> Prompt:
-    """The chat prompt of `question` after images of `grids` patches. `settings` is runtime.json.
+def tokenise(tokenizer: Tokenizer, settings: dict[str, Any], chat: Chat, grids: Sequence[tuple[int, int]]) -> Prompt:
+    """The prompt of a conversation with images of `grids` patches. `settings` is runtime.json.
 
-    RequestError for a question that holds one of the tokenizer's own tokens.
+    RequestError for a text that holds one of the tokenizer's own tokens, and for turns that the base has no way to say.
     """
-    Reserved(tokenizer).check(question)
+    Reserved(tokenizer).check(chat)
     parts, merge = settings["prompt"], settings["image"]["merge_size"]
     merged = [(rows // merge, columns // merge) for rows, columns in grids]
     images = (parts["image"].replace(parts["image_token"], parts["image_token"] * rows * n) for rows, n in merged)
-    text = parts["before"] + "".join(images) + question + parts["after"]
-    ids = np.array(tokenizer.encode(text).ids, np.int64)
+    ids = np.array(tokenizer.encode(composed(parts["joints"], chat, images)).ids, np.int64)
     visual = ids == settings["tokens"]["image"]
     return Prompt(ids, _positions(visual, merged), visual)
+
+
+def composed(joints: Mapping[str, str], chat: Chat, images: Iterable[str]) -> str:
+    """The conversation as one text. `joints`: what the base's chat template puts between two turns, by their roles."""
+    each, roles = iter(images), [turn.role for turn in chat]
+    between = [f"{before} {after}" for before, after in pairwise(("start", *roles, "end"))]
+    if not joints.keys() >= {*between}:
+        raise RequestError(f"the base's chat template has no such turns: {', '.join(roles)}")
+    texts = ["".join(next(each) if part is IMAGE else part for part in turn.parts) for turn in chat]
+    return joints[between[0]] + "".join(text + joints[name] for text, name in zip(texts, between[1:], strict=True))
 
 
 def _positions(visual: NDArray[np.bool_], grids: Sequence[tuple[int, int]]) -> Integers:

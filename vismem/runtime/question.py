@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem.runtime.bundle import Bundle
+from vismem.runtime.cache import hash_of
+from vismem.runtime.chat import Chat
 from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
-from vismem.runtime.limits import RequestError
+from vismem.runtime.limits import check_patches, check_positions
 from vismem.runtime.prompt import Prompt, tokenise
 
 Floats = NDArray[np.float32]
@@ -23,6 +25,7 @@ class Question:
     prompt: Prompt
     shown: dict[str, NDArray[Any]]  # patches of the images in the prompt, as `cut_patches` gives them
     whole: dict[str, NDArray[Any]]  # and of the whole images
+    seen: bytes  # the images' hash
     id: str = ""  # random numbers are drawn by it
     embeddings: Floats | None = None  # (L, d) of the prompt
     read: dict[str, Floats] = field(default_factory=dict)  # what the decoder makes of them
@@ -30,7 +33,7 @@ class Question:
 
 
 def prepare(
-    bundle: Bundle, images: Sequence[Image.Image], question: str, room: int, max_patches: int | None = None
+    bundle: Bundle, images: Sequence[Image.Image], chat: Chat, room: int, max_patches: int | None = None
 ) -> Question:
     """Decode, resize and cut the images, and tokenise the prompt; no graph runs.
 
@@ -42,20 +45,15 @@ def prepare(
     if (pixels := seen.get("prompt_pixels")) is not None:  # bundles from before there was a maximum lack it
         shown = [coarse_grid(grid, pixels, seen["patch_size"], seen["merge_size"]) for grid in grids]
     patches = sum(rows * columns for rows, columns in (grids if shown == grids else [*grids, *shown]))
-    if max_patches is not None and patches > max_patches:
-        raise RequestError(f"the images make {patches} patches: the limit is {max_patches}; send fewer or smaller")
-    prompt = tokenise(bundle.tokenizer, settings, question, shown)
-    needed, held = int(prompt.positions.max()) + 1 + room, settings["decoder"]["max_positions"]
-    if needed > held:
-        raise RequestError(
-            f"the question, its images and the answer need {needed} positions, the model has {held}: "
-            "send less, or ask for less"
-        )
+    check_patches(patches, max_patches)
+    prompt = tokenise(bundle.tokenizer, settings, chat, shown)
+    check_positions(int(prompt.positions.max()) + 1 + room, settings["decoder"]["max_positions"])
     pictures = decoded(images)
     if any(picture.size != image.size for picture, image in zip(pictures, images, strict=True)):  # turned by EXIF data
-        return prepare(bundle, pictures, question, room, max_patches)
+        return prepare(bundle, pictures, chat, room, max_patches)
+    hashed = hash_of(pictures)
     if seen["do_resize"]:
         pictures = resized(pictures, grids, seen)
     whole = cut_patches(pictures, grids, seen)
     coarse = whole if shown == grids else cut_patches(resized(pictures, shown, seen), shown, seen)
-    return Question(prompt, coarse, whole)
+    return Question(prompt, coarse, whole, hashed)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
+from vismem.runtime.chat import Chat
 from vismem.runtime.limits import RequestError
 
 ZERO_WIDTH_SPACE = "\u200b"
@@ -30,10 +31,11 @@ class Reserved:
         found = self.pattern.search(text) or self.pattern.search(self.normalise(text))
         return found[0] if found else None
 
-    def check(self, prompt: str) -> None:
-        """RequestError for a prompt that holds one."""
-        if token := self.find(prompt):
-            raise RequestError(f"PROMPT holds {token}, one of the model's own tokens: ask without it")
+    def check(self, chat: Chat) -> None:
+        """RequestError for a conversation that holds one."""
+        for part in (part for turn in chat for part in turn.parts if part):
+            if token := self.find(part):
+                raise RequestError(f"PROMPT holds {token}, one of the model's own tokens: ask without it")
 
     def plain(self, text: str) -> str:
         """The text with a zero width space (U+200B) within each token, until there is none; plain text as it is."""

@@ -1,5 +1,6 @@
 """Answers questions, many at a time: one thread decodes, each caller reads the pieces of its own answer."""
 
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,14 @@ from tokenizers import Tokenizer
 
 from vismem.generation.invocation import MODES, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
+from vismem.runtime.chat import Chat, check_chat, one_turn
 from vismem.runtime.limits import NEW_TOKENS, RequestError
 from vismem.runtime.prompt import TextStream
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
+PREPARING = os.cpu_count() or 1  # questions whose images are decoded and read at a time
+CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
 STOPPED = "the server stops: ask again later"
 
 
@@ -29,12 +33,14 @@ class Busy(Exception):  # noqa: N818 - of the moment, no error
 class Served(Executor, Protocol):
     """An executor that takes questions from outside."""
 
-    tokenizer: Tokenizer
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """One that several threads may decode with."""
 
     def running(self) -> AbstractContextManager[object]:
         """What the thread that decodes runs in."""
 
-    def prepare(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> Any:
+    def prepare(self, images: Sequence[Image.Image], chat: Chat, max_new_tokens: int) -> Any:
         """A sample for a request, with its images decoded; RequestError for an unusable one. Any thread may call it."""
 
     def read(self, sample: Any, memory: bool) -> None:
@@ -105,6 +111,7 @@ class Runtime:
         self.executor, self.rows, self.most = executor, rows, waiting
         self.waiting: deque[_Answer] = deque()
         self.changed = threading.Condition()  # of `waiting` and `closed`
+        self.preparing = threading.BoundedSemaphore(PREPARING)
         self.thread: threading.Thread | None = None
         self.closed = False
 
@@ -116,32 +123,36 @@ class Runtime:
         verified: bool = False,
         max_patches: int | None = None,
         rows: int = ROWS,
+        cache_bytes: int = CACHE_BYTES,
     ) -> "Runtime":
         """A runtime over a bundle's graphs, with `threads` threads. BundleError for one that is missing or damaged.
 
-        `verified`: the caller has just verified or written the bundle; its files are not hashed again. `max_patches`:
-        see OnnxExecutor.
+        `verified`: the caller has just verified or written the bundle; its files are not hashed again. `max_patches`,
+        `cache_bytes`: see OnnxExecutor.
         """
         from vismem.generation.onnx_executor import OnnxExecutor
         from vismem.runtime.bundle import Bundle
 
-        return cls(OnnxExecutor(Bundle(Path(bundle), threads, verified), max_patches), rows)
+        return cls(OnnxExecutor(Bundle(Path(bundle), threads, verified), max_patches, cache_bytes), rows)
 
     def generate(
         self,
         images: Sequence[Image.Image],
-        prompt: str,
+        prompt: str | Chat,
         *,
         max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
         memory: bool | str = True,
         stop: Sequence[str] = (),
+        looks: list[Any] | None = None,
     ) -> Iterator[Chunk]:
         """Yield the answer's chunks; closing the iterator ends the work at the next token.
 
+        `prompt`: a question (see `one_turn` for where the images stand in it) or a conversation.
         `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of `MODES`, or
-        True for "learned" and False for "off". The answer ends before the first of the `stop` strings. Raises
+        True for "learned" and False for "off". The answer ends before the first of the `stop` strings. To `looks` each
+        memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor). Raises
         RequestError for an unusable request, and at the first chunk Busy where too many wait.
         """
         if not images:
@@ -151,8 +162,11 @@ class Runtime:
         mode = mode_of(memory)
         if mode not in MODES:
             raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(MODES)}")
-        sample = self.executor.prepare(images, prompt, max_new_tokens)
-        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed), stop)
+        chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
+        check_chat(chat, len(images))
+        with self.preparing:
+            sample = self.executor.prepare(images, chat, max_new_tokens)
+        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed, looks=looks), stop)
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -163,7 +177,8 @@ class Runtime:
             self.thread.join()
 
     def _chunks(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
-        self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
+        with self.preparing:
+            self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
         answer, text = _Answer(request), _Text(self.executor.tokenizer, stop)
         with self.changed:
             if self.closed:

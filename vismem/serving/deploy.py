@@ -18,7 +18,8 @@ from vismem.files import write_json
 from vismem.progress import progress
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import EXAMPLE, Release
-from vismem.serving.client import Token, challenger_name, infer, marked, plain
+from vismem.serving.client import Client, challenger_name
+from vismem.serving.exchange import Answer
 from vismem.serving.repository import write_model_repository
 from vismem.serving.server import triton_server
 
@@ -29,6 +30,11 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     Reads export (the bundle), promote (`release.json`) and validate (test questions). A version that the gate refused
     is deployed as NAME_challenger, for trying out. Raises UserError if the server does not start or a check fails.
     """
+    if not (inputs["export"] / "onnx").is_dir():
+        raise UserError(
+            f"{inputs['export']} has no ONNX graphs, and Triton serves nothing else: serve it by "
+            f"`vismem api --model {inputs['export']}`, or export again with export.graphs true"
+        )
     release = Release.read(inputs["promote"])
     promoted, version = release.promoted, int(release.version)
     model = config.deploy.model_name if promoted else challenger_name(config.deploy.model_name)
@@ -65,40 +71,41 @@ def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any
     Checks that no answer is empty, that streaming and collected answers agree, and that a broken image is refused
     while the server continues to answer. UserError names the first check that fails.
     """
-    answers: list[tuple[Token, ...]] = []
+    client = Client(f"grpc://{url}", model=model)
+    answers: list[Answer] = []
     first_ms, answer_ms = [], []
     for sample in samples:
         started = time.perf_counter()
-        pieces = infer(url, model, sample.images, sample.question)
+        pieces = client.stream(sample.images, sample.question)
         arrived = [(token, (time.perf_counter() - started) * 1000) for token in pieces]
-        answers.append(tuple(token for token, _ in arrived))
-        if not plain(answers[-1]):
+        answers.append(Answer.of([token for token, _ in arrived], arrived[-1][0].usage or {}, arrived[-1][1] / 1000))
+        if not answers[-1]:
             raise UserError(f"smoke test: {model} gave an empty answer to '{sample.question}' ({sample.id})")
         first_ms.append(arrived[0][1])
         answer_ms.append(arrived[-1][1])
     sample, answer = samples[0], answers[0]
-    collected = tuple(infer(url, model, sample.images, sample.question, stream=False))
-    if collected != answer:
+    collected = client.ask(sample.images, sample.question)
+    if collected.pieces != answer.pieces:
         raise UserError(
             f"smoke test: streamed and collected answers of {model} differ for {sample.id}: "
-            f"'{marked(answer)}' against '{marked(collected)}'"
+            f"'{answer.marked}' against '{collected.marked}'"
         )
     try:
-        refused = plain(infer(url, model, [b"no image"], "What is this?"))
+        refused = client.ask([b"no image"], "What is this?")
     except UserError as error:
         if "does not decode" not in str(error):
             raise UserError(f"smoke test: a broken image is not refused as one that does not decode: {error}") from None
     else:
         raise UserError(f"smoke test: {model} answered '{refused}' to a broken image instead of refusing it")
-    if tuple(infer(url, model, sample.images, sample.question)) != answer:
+    if client.ask(sample.images, sample.question).pieces != answer.pieces:
         raise UserError(f"smoke test: {model} answers {sample.id} differently after a refused request")
-    remembered = [any(token.event in ("short", "long") for token in tokens) for tokens in answers]
+    remembered = [bool(answer.invocations) for answer in answers]
     example = remembered.index(True) if any(remembered) else 0  # one with a memory, if there is one
     return {
         "id": samples[example].id,
         "question": samples[example].question,
-        "answer_marked": marked(answers[example]),
-        "answer": plain(answers[example]),
+        "answer_marked": answers[example].marked,
+        "answer": str(answers[example]),
         "reference": samples[example].answer,
         "latency_ms": {
             "first_token_p50": round(statistics.median(first_ms), 2),

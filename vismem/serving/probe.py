@@ -15,15 +15,16 @@ from PIL import Image
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.serving.client import Token, find_model, infer
+from vismem.serving.client import Client
 from vismem.serving.command import run_command
+from vismem.serving.exchange import Answer
 
 
-def ask(url: str, model: str, timeout: float) -> tuple[Token, ...]:
+def ask(url: str, model: str, timeout: float) -> Answer:
     """One token about a blank image from `model` at `url` (gRPC host:port). UserError if none comes in `timeout` s."""
     blank = io.BytesIO()
     Image.new("RGB", (84, 84), "white").save(blank, "PNG")
-    return tuple(infer(url, model, [blank.getvalue()], "?", max_new_tokens=1, timeout=timeout))
+    return Client(f"grpc://{url}", model=model, timeout=timeout).ask(blank.getvalue(), "?", max_new_tokens=1)
 
 
 def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
@@ -34,7 +35,7 @@ def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
     """
     end = time.monotonic() + timeout
     before = _executions(metrics)
-    model = find_model(url, config.deploy.model_name)
+    model = Client(f"grpc://{url}", timeout=10).find_model(config.deploy.model_name)
     try:
         ask(url, model, timeout)
     except UserError:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from vismem.errors import UserError
-from vismem.files import read_json, write_json
+from vismem.files import link_or_copy, read_json, write_json
 from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest
 from vismem.runtime.limits import NEW_TOKENS
 from vismem.shipped import shipped
@@ -49,7 +49,8 @@ dynamic_batching {{
 }}
 input [
   {{ name: "IMAGE", data_type: TYPE_STRING, dims: [ -1 ] }},  # encoded image files, in the prompt's order
-  {{ name: "PROMPT", data_type: TYPE_STRING, dims: [ 1 ] }},  # the question, UTF-8
+  {{ name: "PROMPT", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # the question, UTF-8
+  {{ name: "MESSAGES", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # in its place: a conversation, JSON
   {{ name: "MAX_NEW_TOKENS", data_type: TYPE_INT32, dims: [ 1 ], optional: true }},  # {new_tokens}
   {{ name: "TEMPERATURE", data_type: TYPE_FP32, dims: [ 1 ], optional: true }},  # 0: greedy
   {{ name: "SEED", data_type: TYPE_INT64, dims: [ 1 ], optional: true }},  # 0
@@ -88,7 +89,7 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     shutil.copyfile(MODEL_SOURCE, folder / "model.py")
     copy_library(folder, library)
     own = file_hashes(folder)
-    shutil.copytree(bundle, folder / "bundle", copy_function=_link_or_copy)
+    shutil.copytree(bundle, folder / "bundle", copy_function=link_or_copy)
     bundled = read_json(bundle / MANIFEST)["files"] | {MANIFEST: sha256_file(bundle / MANIFEST)}
     own |= {f"bundle/{file}": value for file, value in bundled.items()}
     others = read_json(model / MANIFEST)["files"] if (model / MANIFEST).exists() else {}
@@ -126,10 +127,3 @@ def check_repository(repository: Path) -> None:
     """UserError with every problem where the files of `repository` are not those that were written."""
     if problems := repository_problems(repository):
         raise UserError(f"{repository} is damaged: {'; '.join(problems)}; run `vismem deploy` or publish it again")
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)

@@ -37,7 +37,7 @@ class TritonServer:
 def triton_server(
     repository: Path, *, log: Path, ports: Mapping[str, int] | None = None, host: str = HOST
 ) -> Iterator[TritonServer]:
-    """`with triton_server(repository, log=FILE) as server: infer(server.grpc_url, ...)`.
+    """`with triton_server(repository, log=FILE) as server: Client(f"grpc://{server.grpc_url}").ask(...)`.
 
     `ports` of grpc, http and metrics, 0 or not given: any free one. Leaving stops the server with its children; if this
     process dies, the server gets SIGTERM. UserError names a damaged repository, a busy port, or the reason that the log

@@ -58,7 +58,9 @@ def full(config: Config, inputs: Inputs, out: Path) -> str:
     def save(folder: Path) -> None:
         with no_weight_bars():
             base.model.save_pretrained(folder)
-        load_processor(inputs["base"]).save_pretrained(folder)
+        processor = load_processor(inputs["base"])
+        processor.image_processor = base.processor.image_processor  # as the images were cut
+        processor.save_pretrained(folder)
 
     return run.finish({run.name: Off()}, save)
 

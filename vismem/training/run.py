@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from vismem.config import Config, GrpoStageConfig
-from vismem.data.sample import read_samples
+from vismem.data.sample import StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
 from vismem.files import write_json, write_text
@@ -31,7 +33,6 @@ CHECKED = 256  # validation questions answered for metrics.json
 LOGGED = 20  # of them in samples.jsonl, per arm
 CHECKS = "checks.json"  # the score of each, before GRPO and after all training
 BEFORE, AFTER = "before", "after"
-BATCH = 64  # answered at a time
 
 Inputs = Mapping[str, Path]
 Parameters = Mapping[str, nn.Parameter]
@@ -50,7 +51,7 @@ class Run:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.manual_seed(config.seed)
         data = inputs["validate"] / "data"
-        self.samples, self.validation = read_samples(data / "train"), read_samples(data / "validation")
+        self.samples, self.validation = StoredSamples(data / "train"), StoredSamples(data / "validation")
         if not self.samples:
             raise UserError(
                 f"{data / 'train'} has no rows: name sources with a train split in params.yaml, section prepare"
@@ -107,27 +108,32 @@ class Run:
         """Answer the first CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
 
         Vanilla is the bare base. The same numbers are drawn at both times, so that scores are paired question by
-        question.
+        question. As many are answered together as a backward pass has rollouts (`grpo.micro_batch`), and the processes
+        share these batches; all return all answers.
         """
         checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
-        quiet = not self.accelerator.is_main_process
-        rollouts: list[Rollout] = []
+        quiet, together = not self.accelerator.is_main_process, self.config.grpo.micro_batch
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        answered: list[tuple[int, list[Rollout]]] = []
         bare = self.model.reference() if name == VANILLA else nullcontext()
         with bare, progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
-            for at in range(0, len(checked), BATCH):
-                batch = checked[at : at + BATCH]
-                rollouts += generate(
-                    self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed
-                )
-                advance(len(batch))
+            for at in range(0, len(checked), together)[rank::processes]:
+                batch = checked[at : at + together]
+                found = generate(self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed)
+                answered.append((at, found))
+                advance(len(batch) * processes)
+        rollouts = [rollout for _, found in sorted(gather_object(answered), key=itemgetter(0)) for rollout in found]
         self.checks[when][name] = [score(s, rollout.text) for s, rollout in zip(checked, rollouts, strict=True)]
         return rollouts
 
     def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
-        """Answer validation questions in each arm; write the model, `metrics.json`, CHECKS and `samples.jsonl`.
+        """Write the model; answer validation questions in each arm; write `metrics.json`, CHECKS and `samples.jsonl`.
 
-        `save` writes the model, where `save_pretrained` would not. Returns steps and scores in one line.
+        `save` writes the model, where `save_pretrained` would not. It comes first, so that it is there should answering
+        fail. Returns steps and scores in one line.
         """
+        if self.accelerator.is_main_process:
+            (save or self.model.save_pretrained)(self.out)
         checked = self.validation[:CHECKED]
         metrics: dict[str, Metrics] = {}
         lines = ""
@@ -138,7 +144,6 @@ class Run:
             lines += answer_lines(checked[:LOGGED], rollouts[:LOGGED], "score", right[:LOGGED], arm=name)
         count = count_of(self.trained)
         if self.accelerator.is_main_process:
-            (save or self.model.save_pretrained)(self.out)
             write_text(self.out / "samples.jsonl", lines)
             write_json(self.out / CHECKS, self.checks)
             figures = {

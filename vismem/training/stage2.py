@@ -20,6 +20,7 @@ from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.replay import answer_states, decisions_of, prefill
+from vismem.generation.token_scores import together
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
@@ -91,7 +92,8 @@ def fit_invocation(
     """
     states, places = _decisions(model, samples, max_new_tokens, seed)
     wanted = [stage.start_probability, stage.delimiter_probability, ELSEWHERE]
-    others = torch.cat([model.backbone.head(part).double().logsumexp(-1) for part in torch.split(states, 512)])
+    pieces = torch.split(states, min(512, together(model.vocabulary)))
+    others = torch.cat([model.backbone.head(piece).double().logsumexp(-1) for piece in pieces])
     features, place = states.double(), torch.tensor(places, device=states.device)
     target = torch.tensor(wanted, dtype=torch.double, device=states.device)[place]
     weight = 1 / place.bincount(minlength=3).double()[place] / 3  # all sorts of places weigh the same

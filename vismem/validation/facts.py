@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from vismem.data.answer_forms import answer_form, reference_value
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
-from vismem.data.sample import SCHEMA
+from vismem.data.sample import SCHEMA, iterate_rows
+from vismem.runtime.chat import one_turn, said
 from vismem.runtime.reserved import Reserved
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
-BATCH = 64  # rows of images in memory at once, a thread
+BATCH = 64  # rows between two signs of progress
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,11 @@ def _shard_facts(
     shard: Shard, number: int, max_side: int, reserved: Reserved, advance: Callable[[int], None]
 ) -> Iterator[dict[str, Any]]:
     examine = image_cache(max_side)
-    position = 0
-    for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=BATCH, use_threads=False):
-        for row in batch.to_pylist():
-            yield {"split": shard.split, "shard": number, "position": position} | row_facts(row, examine, reserved)
-            position += 1
-        advance(batch.num_rows)
+    for position, row in enumerate(iterate_rows(shard.path)):
+        yield {"split": shard.split, "shard": number, "position": position} | row_facts(row, examine, reserved)
+        if (position + 1) % BATCH == 0:
+            advance(BATCH)
+    advance(shard.rows % BATCH)
 
 
 def row_facts(
@@ -154,7 +154,8 @@ def row_facts(
 
 def _tokens_of_the_base(row: Mapping[str, Any], reserved: Reserved) -> str | None:
     """The first of the base's own tokens in each text that a prompt or a reference answer is made of."""
-    texts = [(name, row[name]) for name in ("question", "answer", "rationale")]
+    asked = said(one_turn(row["question"] or "", len(row["images"] or ())))
+    texts = [("question", asked), ("answer", row["answer"]), ("rationale", row["rationale"])]
     texts += [("choices", choice) for choice in row["choices"] or ()]
     found = {name: token for name, text in texts if text and (token := reserved.find(text))}
     return ", ".join(f"{token} in '{name}'" for name, token in found.items()) or None

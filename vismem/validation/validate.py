@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from vismem.config import BaseConfig, Config, ValidateConfig
 from vismem.data.fingerprint import SPLITS
-from vismem.data.sample import SCHEMA, write_shards
+from vismem.data.sample import SCHEMA, shard_tables, write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.models.small_files import read_tokenizer
@@ -22,7 +22,7 @@ from vismem.progress import progress
 from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
 from vismem.runtime.reserved import Reserved
 from vismem.validation.expectations import Severity, Verdict, judge, rules
-from vismem.validation.facts import BATCH, Shard, collect_facts, find_shards
+from vismem.validation.facts import Shard, collect_facts, find_shards
 from vismem.validation.findings import Findings
 from vismem.validation.report import render
 
@@ -193,9 +193,8 @@ def _write_clean(findings: Findings, out: Path) -> None:
 def _sort_out(shard: Shard, reasons: Mapping[int, str], target: Path, apart: pq.ParquetWriter) -> None:
     start = 0
     with pq.ParquetWriter(target, SCHEMA, compression="zstd") as good:
-        for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=4 * BATCH):
-            # Columns by name: a shard may hold them in another order.
-            rows = pa.Table.from_batches([batch]).select(SCHEMA.names)
+        for table in shard_tables(shard.path):
+            rows = table.select(SCHEMA.names)  # by name: a shard may hold them in another order
             reason = pa.array([reasons.get(start + n) for n in range(len(rows))], pa.string())
             good.write_table(rows.filter(reason.is_null()))
             if reason.null_count < len(rows):

@@ -70,7 +70,7 @@ def test_the_runtime_reads_torchs_pixels_to_the_bit(coarse, coarse_bundle):
     sample = replace(tiny.samples()[0], images=images)
     expected = encode(coarse.backbone, [sample])
     executor = OnnxExecutor(Bundle(coarse_bundle, threads=1, verified=True))
-    found = executor.prepare(pictures(sample), sample.question, TOKENS)
+    found = executor.prepare(pictures(sample), sample.turns(), TOKENS)
     assert np.array_equal(found.whole["pixels"], expected.vision.patches[0].numpy())
     assert np.array_equal(found.prompt.visual, expected.visual[0].numpy())
     assert np.array_equal(found.prompt.positions, expected.positions[:, 0].numpy())

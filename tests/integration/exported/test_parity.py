@@ -175,5 +175,5 @@ def test_the_visual_states_in_the_runtime_are_those_of_one_torch_pass(model, run
     with torch.no_grad():
         hidden = model.backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
     graphs = OnnxExecutor(runtime.executor.bundle)
-    graphs.join(Request([graphs.prepare(pictures(sample), sample.question, 4)], Learned(), 4), limit=3)
+    graphs.join(Request([graphs.prepare(pictures(sample), sample.turns(), 4)], Learned(), 4), limit=3)
     np.testing.assert_allclose(graphs.hidden[0, : graphs.slots.used[0]], hidden[0].numpy(), atol=1e-5)

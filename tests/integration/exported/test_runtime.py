@@ -52,7 +52,7 @@ def test_ids_positions_and_windows_are_those_of_the_torch_side(model, bundle, ru
     expected = encode(model.backbone, [sample])
     grids = [grid_of(image.size, settings["image"], "") for image in images]
     patches = cut_patches(resized(images, grids, settings["image"]), grids, settings["image"])
-    prompt = tokenise(runtime.executor.bundle.tokenizer, settings, sample.question, grids)
+    prompt = tokenise(runtime.executor.bundle.tokenizer, settings, sample.turns(), grids)
     assert np.array_equal(prompt.positions, expected.positions[:, 0].numpy())
     assert np.array_equal(prompt.visual, expected.visual[0].numpy())
     assert prompt.positions.max() + 1 == int(expected.next_position())

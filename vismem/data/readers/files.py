@@ -1,11 +1,14 @@
-"""What readers share: paths that stay inside their source's folder, JSON lines, columns that must be there."""
+"""What readers share: files that stay inside their source's folder, base64, JSON lines, columns that must be there."""
 
+import base64
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vismem.errors import UserError
+
+DATA_URI = "data:"
 
 
 def inside(folder: Path, path: Path, where: str) -> Path:
@@ -16,13 +19,24 @@ def inside(folder: Path, path: Path, where: str) -> Path:
     try:
         target = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
-        raise UserError(f"{where}: {str(path)!r} is no path: {error}") from None
+        raise UserError(f"{where}: {str(path)[:200]!r} is no path: {error}") from None
     if not target.is_relative_to(folder.resolve()):
         raise UserError(
             f"{where}: {path} leads to {target}, outside the source's folder {folder}: copy the file into that folder, "
             "only what is inside is read"
         )
     return target
+
+
+def decoded_base64(text: str) -> bytes:
+    """Bytes from base64, wrapped in lines or not, or from a data URI of it. ValueError where it is neither."""
+    if text.startswith(DATA_URI):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError(
+                f"a data URI of base64 begins with data:image/png;base64, or the like, not with {head[:40]}"
+            )
+    return base64.b64decode("".join(map(str.strip, text.splitlines())), validate=True)
 
 
 def json_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,14 +66,27 @@ def json_object(line: bytes, where: str, needed: Sequence[str]) -> dict[str, Any
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:  # a surrogate without its other half is no text
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        problem = f"not UTF-8 text ({error.reason} at byte {error.start}): save the file as UTF-8"
-        raise UserError(f"{where}: {problem}") from None
+        raise UserError(f"{where}: {not_utf8(error)}") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise UserError(f"{where}: {half} is half of a character, which is no text: write the whole one") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno}): one object per line") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply: an object with texts and lists of texts is needed") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{where}: broken JSON ({str(error).split(';')[0]})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: an object {{...}} is needed, not a {type(row).__name__}")
     return row
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What is said of text that is not UTF-8."""
+    return f"not UTF-8 text ({error.reason} at byte {error.start}): save the file as UTF-8"
 
 
 def _names(keys: Collection[str]) -> str:

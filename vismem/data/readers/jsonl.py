@@ -1,5 +1,7 @@
 """Your own questions as JSON lines: one object per line, images as paths inside the file's folder, or the source's.
 
+An image may also be a data URI of base64. Where a prompt holds `<image>` once per image, each stands there.
+
 Needed: `id`, `image` or `images` or `videos`, `prompt`, `answer`. Optional: `choices`, `rationale`, `task`,
 `capability`. Other keys are ignored. Bytes are taken as they are: whether they decode is for `validate` to judge.
 
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import JsonlSource
-from vismem.data.readers.files import inside, json_lines
+from vismem.data.readers.files import DATA_URI, decoded_base64, inside, json_lines
 from vismem.data.sample import Capability, Sample, Video
 from vismem.errors import UserError
 
@@ -76,10 +78,18 @@ def _video(value: dict[str, Any], folder: Path, where: str) -> Video:
 
 
 def _image(folder: Path, name: str | Path, where: str) -> bytes:
+    if str(name).startswith(DATA_URI):
+        try:
+            return decoded_base64(str(name))
+        except ValueError as error:
+            raise UserError(f"{where}: an image is no base64: {error}") from None
     file = inside(folder, folder / name, where)
-    if not file.is_file():
-        raise UserError(f"{where}: no image file {folder / name}: its path starts at {folder}")
-    return file.read_bytes()
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{where}: no image file {folder / name}: its path starts at {folder}") from None
+    except OSError as error:
+        raise UserError(f"{where}: {str(name)[:200]}: {error.strerror}") from None
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

@@ -2,25 +2,31 @@
 
 Tab-separated, one question per row. `image` is base64, a list of base64, or the index of the row that has the image;
 `image_path` names files below the folder. Columns A to Z are the options, which stand under their letters in the
-question; an empty column is no option, and the others keep their letters.
+question; an empty column is no option, and the others keep their letters. Text that names images, `<image 2>`, or
+`<image>` for the next one, holds them there: one that is named twice is given twice, those never named come first.
 """
 
 import ast
-import base64
 import csv
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from string import ascii_uppercase
+from typing import BinaryIO
 
 from vismem.config import LmuDataSource
-from vismem.data.readers.files import inside, require_columns
+from vismem.data.readers.files import decoded_base64, inside, not_utf8, require_columns
 from vismem.data.sample import Capability, Sample, lettered, option_lines
 from vismem.errors import UserError
+from vismem.runtime.chat import MARK
 
 VARIABLE = "LMUData"  # of the environment, VLMEvalKit's own
 LONGEST_INDEX = 64  # characters; a longer `image` is an image
+NAMED = re.compile(r"<image(?: (?P<number>\d{1,4}))?>")
 
 # Benchmarks of the paper's Table 1 with such a file, and the capability it counts them to.
 CAPABILITIES = {
@@ -34,18 +40,39 @@ Row = Mapping[str, str]
 
 
 def read(source: LmuDataSource) -> Iterator[Sample]:
-    """Yield the answered questions in order.
+    """Yield the questions in order, those without an answer too: `validate` counts them.
 
-    UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column and an
-    image that cannot be read or is outside the folder. HallusionBench counts single answers (aAcc).
+    UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column, text
+    that is not UTF-8, and an image that cannot be read or is outside the folder.
     """
     if source.name in JUDGED:
         raise UserError(f"prepare.sources lmudata: {source.name} is scored by a judge model, which is not here")
     path = _file(source)
     named = {held for row in _rows(path) if (held := _held(row)) and len(held) <= LONGEST_INDEX}
-    rows = _rows(path) if named else ()  # a file may be gigabytes
-    shared = {row["index"]: _images(row, source, path, {}) for row in rows if row["index"] in named}
-    yield from (_sample(row, source, path, shared) for row in _rows(path) if row["answer"].strip())
+    with tempfile.TemporaryFile() as kept:  # a file may be gigabytes
+        shared = Shared(kept)
+        for row in _rows(path) if named else ():
+            if row["index"] in named:
+                shared.keep(row["index"], _images(row, source, path, shared))
+        yield from (_sample(row, source, path, shared) for row in _rows(path))
+
+
+class Shared:
+    """The images of rows that others name, kept in a file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._places = file, dict[str, list[tuple[int, int]]]()
+
+    def keep(self, index: str, images: Iterable[bytes]) -> None:
+        """Keep the images of the row `index`."""
+        self._file.seek(0, os.SEEK_END)
+        self._places[index] = [(self._file.tell(), self._file.write(image)) for image in images]
+
+    def of(self, index: str) -> Iterator[bytes]:
+        """The images of the row `index`. KeyError where none were kept."""
+        for place, size in self._places[index]:
+            self._file.seek(place)
+            yield self._file.read(size)
 
 
 def _file(source: LmuDataSource) -> Path:
@@ -65,45 +92,78 @@ def _file(source: LmuDataSource) -> Path:
 
 def _rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # images are fields
-    with path.open(newline="", encoding="utf-8") as lines:
+    with path.open(newline="", encoding="utf-8-sig") as lines:
         table = csv.DictReader(lines, delimiter="\t", restval="")
-        require_columns(path, ("index", "question", "answer"), table.fieldnames or ())
-        yield from table
+        try:
+            require_columns(path, ("index", "question", "answer"), table.fieldnames or ())
+            yield from table
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, behind line {table.line_num}: {not_utf8(error)}") from None
+        except csv.Error as error:
+            raise UserError(f"{path}, line {table.line_num}: no tab-separated table ({error})") from None
 
 
-def _sample(row: Row, source: LmuDataSource, path: Path, shared: Mapping[str, tuple[bytes, ...]]) -> Sample:
+def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Sample:
     choices = [row.get(letter, "") for letter in ascii_uppercase]
     while choices and not choices[-1]:
         choices.pop()
-    parts = [row.get("hint", ""), row["question"], *option_lines(lettered(choices))]
+    about = "\n".join(part for part in (row.get("hint", ""), row["question"]) if part)
+    (text, *shown), images = place_images([about, *choices], _images(row, source, path, shared))
+    numbers = count(1 + text.count(MARK))
     return Sample(
         id=f"{source.name}-{row['index']}",
-        images=_images(row, source, path, shared),
-        question="\n".join(part for part in parts if part),
+        images=images,
+        question="\n".join((text, *option_lines(lettered(shown)))),
         answer=row["answer"].strip(),
-        choices=tuple(choices),
+        choices=tuple(re.sub(MARK, lambda _: f"image {next(numbers)}", choice) for choice in shown),
         task=row.get("category") or source.name,
         capability=CAPABILITIES.get(source.name, Capability.UNDERSTANDING),
         source=source.name,
+        part=row.get("split", "").strip(),
     )
 
 
-def _images(row: Row, source: LmuDataSource, path: Path, shared: Mapping[str, tuple[bytes, ...]]) -> tuple[bytes, ...]:
+def place_images(texts: Sequence[str], images: tuple[bytes, ...]) -> tuple[list[str], tuple[bytes, ...]]:
+    """The texts with `MARK` wherever they name an image, and the images in the order of the marks.
+
+    A name without an image is text. Where no image is named, the images stay as they are.
+    """
+    unnamed, placed = [*range(len(images))], list[bytes]()
+
+    def mark(name: re.Match[str]) -> str:
+        place = int(name["number"]) - 1 if name["number"] else next(iter(unnamed), -1)
+        if not 0 <= place < len(images):
+            return name[0].strip("<>")
+        if place in unnamed:
+            unnamed.remove(place)
+        placed.append(images[place])
+        return MARK
+
+    marked = [NAMED.sub(mark, text) for text in texts]
+    if not placed:
+        return marked, images
+    marked[0] = MARK * len(unnamed) + marked[0]
+    return marked, (*(images[place] for place in unnamed), *placed)
+
+
+def _images(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> tuple[bytes, ...]:
     held, where = _held(row), f"{path}, row {row['index']}"
     try:
         if held and len(held) <= LONGEST_INDEX:
-            return shared[held]
+            return tuple(shared.of(held))
         if held:
-            return tuple(base64.b64decode(image, validate=True) for image in _listed(held))
+            return tuple(map(decoded_base64, _listed(held)))
         names = _listed(row.get("image_path", "").strip())
         files = [inside(path.parent, path.parent / "images" / source.name / name, where) for name in names]
         return tuple(file.read_bytes() for file in files)
     except KeyError:
         raise UserError(f"{where}: `image` names row {held}, which is not there or has no image itself") from None
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{where}: `image` is neither base64 nor a list of it: {error}") from None
     except OSError as error:
-        raise UserError(f"{where}: {error.filename}: {error.strerror}; put the images where VLMEvalKit does") from None
+        raise UserError(
+            f"{where}: {str(error.filename)[:200]}: {error.strerror}; put the images where VLMEvalKit does"
+        ) from None
 
 
 def _held(row: Row) -> str:

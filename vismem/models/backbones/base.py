@@ -39,10 +39,11 @@ class VisionInput:
 
 @dataclass
 class PatchStream:
-    """The patches inside the vision encoder: their embeddings, and keys and values of every block."""
+    """The patches inside the vision encoder: their embeddings, and the keys and values that memory tokens read."""
 
     embeds: Tensor  # (S, P, w) patch embeddings, before the first block
-    keys_values: list[tuple[Tensor, Tensor]]  # per block: (S, heads, keys, head width) each: class tokens may be added
+    # per block in which memory tokens read patches: (S, heads, keys, head width) each; class tokens may be added
+    keys_values: list[tuple[Tensor, Tensor]]
     hidden: Tensor  # (S, P, w) as the projector takes it
     vision: VisionInput
     readable: Tensor  # (S, keys) False on padding
@@ -51,6 +52,16 @@ class PatchStream:
         """(R, 1, length, keys + length): memory tokens of samples `sample` (R,) read all real keys and each other."""
         patches = self.readable[sample][:, None, None, :].expand(-1, -1, length, -1)
         return torch.cat([patches, patches.new_ones(len(sample), 1, length, length)], dim=-1)
+
+
+@dataclass
+class Inputs:
+    """S prompts as the processor makes them, right-padded to L: no weight was used, so any thread may make them."""
+
+    ids: Tensor  # (S, L)
+    positions: Tensor  # (3, S, L)
+    mask: Tensor  # (S, L) bool
+    more: Any  # what the family's `placed` takes besides
 
 
 @dataclass
@@ -65,8 +76,13 @@ class Prompt:
 
     def next_position(self) -> Tensor:
         """(S,) the position of the first answer token: the largest of the prompt, plus one."""
-        largest: Tensor = self.positions.masked_fill(~self.mask, -1).amax(dim=(0, 2))
-        return largest + 1
+        return following(self.positions, self.mask)
+
+
+def following(positions: Tensor, mask: Tensor) -> Tensor:
+    """(S,) the largest of the positions (3, S, L) that `mask` (S, L) keeps, plus one."""
+    largest: Tensor = positions.masked_fill(~mask, -1).amax(dim=(0, 2))
+    return largest + 1
 
 
 def right_padded(ids: Tensor, mask: Tensor, padding: int) -> tuple[Tensor, Tensor]:
@@ -109,15 +125,33 @@ class Backbone(ABC):
         self.head: nn.Linear = model.get_output_embeddings()
 
     @abstractmethod
-    def prompt(
+    def inputs(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
-    ) -> Prompt:
-        """Encode chat-formatted texts with their PIL images and videos; runs the vision encoder once.
+    ) -> Inputs:
+        """Encode chat-formatted texts with their PIL images and videos.
 
         An image of more than `prompt_pixels` is shown coarse, unless `whole`: the family says how. The prompt's
-        `vision` is whole in any case. In a text, images stand before videos. A family that takes no video is given
-        none.
+        `vision` is whole in any case. A family that takes no video is given none.
         """
+
+    @abstractmethod
+    def limit_pixels(self, pixels: int) -> None:
+        """Let the processor make no more of an image (a video's frame) than so many pixels, from now on.
+
+        One tile, or one merged patch, is left in any case.
+        """
+
+    @abstractmethod
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """The patches that images of one sample make, given their (width, height). RequestError for one without."""
+
+    @abstractmethod
+    def features(self, inputs: Inputs) -> Tensor | None:
+        """The images and videos in the prompts as image tokens (n, d), in order: runs the vision encoder once."""
+
+    @abstractmethod
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        """The prompts, with the features in their places; None where there is no image or video."""
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
         """The prompts from what the processor makes of them: ids and mask (S, L), padded on any side, and the images.
@@ -129,6 +163,10 @@ class Backbone(ABC):
     @abstractmethod
     def patch_stream(self, vision: VisionInput) -> PatchStream:
         """Run the patches through the vision encoder (with whatever adapter is active)."""
+
+    def through(self, block: Callable[..., Any], *args: Any) -> Any:
+        """Run one block of the vision encoder; `checkpointed` lets the backward pass run it again."""
+        return block(*args)
 
     @abstractmethod
     def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:

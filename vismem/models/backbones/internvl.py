@@ -1,5 +1,6 @@
 """InternVL 3 and 3.5: tiles with a class token, pixel shuffle of 2x2 patches into the projector."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +29,24 @@ class InternVLBackbone(TiledBackbone):
         tokens = (encoded["input_ids"] == self.model.config.image_token_id).sum(1)
         return encoded["pixel_values"], (tokens // self.processor.image_seq_length).tolist()
 
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        shapes = [(height, width) for width, height in sizes]
+        tiles = self.processor._get_num_multimodal_tokens(image_sizes=shapes).num_image_patches  # as it is asked to cut
+        return [count * self.processor.image_seq_length * self.merge for count in tiles]
+
     def _coarse(self, encoded: Any, texts: list[str], images: list[list[Any]], pixels: int) -> Any:
         """Cut anew into fewer tiles, as many as fit; from three on, one of them is the thumbnail."""
+        return self._encoded(texts, images, **self._tiles_within(pixels))
+
+    def limit_pixels(self, pixels: int) -> None:
+        for name, count in self._tiles_within(pixels).items():
+            setattr(self.processor.image_processor, name, count)
+
+    def _tiles_within(self, pixels: int) -> dict[str, int]:
         processor = self.processor.image_processor
         fit = pixels // (processor.size["height"] * processor.size["width"])
         most = max(1, min(processor.max_patches, fit - 1))
-        return self._encoded(texts, images, max_patches=most, min_patches=min(processor.min_patches, most))
+        return {"max_patches": most, "min_patches": min(processor.min_patches, most)}
 
     def _features(self, hidden: Tensor, encoded: Any) -> Tensor:
         return self.project(hidden).flatten(0, 1)
@@ -58,7 +71,7 @@ class InternVLBackbone(TiledBackbone):
         result: Tensor = hidden + block.lambda_2 * block.mlp(block.layernorm_after(hidden))
         return result
 
-    def _select(self, states: list[Tensor]) -> Tensor:
+    def _select(self, states: Mapping[int, Tensor]) -> Tensor:
+        selected = super()._select(states)
         last = self.model.config.vision_feature_layer == -1
-        result: Tensor = self.tower.layernorm(states[-1]) if last else super()._select(states)
-        return result
+        return self.tower.layernorm(selected) if last else selected

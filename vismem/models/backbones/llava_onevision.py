@@ -1,5 +1,7 @@
 """LLaVA-OneVision: SigLIP tiles of any-resolution images, a plain MLP as the projector, packed with line ends."""
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,16 +28,33 @@ class LlavaOnevisionBackbone(TiledBackbone):
             )
         super().__init__(model, processor)
 
+    def limit_pixels(self, pixels: int) -> None:
+        """Of the cuts those are left whose tiles, with the view of the whole image, fit; the smallest in any case."""
+        config, tile = self.model.config, self.settings.image_size**2
+        cuts = sorted(config.image_grid_pinpoints, key=lambda cut: cut[0] * cut[1])  # stable
+        left = [cut for cut in cuts if cut[0] * cut[1] + tile <= pixels] or cuts[:1]
+        kept = [cut for cut in config.image_grid_pinpoints if cut in left]
+        config.image_grid_pinpoints = self.processor.image_processor.image_grid_pinpoints = kept
+
     def _tile_counts(self, encoded: Any) -> list[int]:
         """Tiles of each image; the processor cuts only an image that is alone in its sample."""
         if "tiles" in encoded:
             return list(encoded["tiles"])
-        alone = [count == 1 for count in encoded["batch_num_images"].tolist() for _ in range(count)]
-        pinpoints, size = self.model.config.image_grid_pinpoints, self.settings.image_size
+        sizes = iter(encoded["image_sizes"].tolist())
         return [
-            image_size_to_num_patches(shape, pinpoints, size) if cut else 1
-            for shape, cut in zip(encoded["image_sizes"].tolist(), alone, strict=True)
+            tiles for count in encoded["batch_num_images"].tolist() for tiles in self._tiles_of([*islice(sizes, count)])
         ]
+
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        tiles = self._tiles_of([(height, width) for width, height in sizes])
+        return [count * (self.settings.image_size // self.patch_size) ** 2 for count in tiles]
+
+    def _tiles_of(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """How many tiles each image of a sample makes, given their sizes (height, width)."""
+        if len(sizes) != 1:
+            return [1] * len(sizes)
+        pinpoints, side = self.model.config.image_grid_pinpoints, self.settings.image_size
+        return [image_size_to_num_patches(sizes[0], pinpoints, side)]
 
     def _tiles(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
         counts = self._tile_counts(encoded)

@@ -1,5 +1,6 @@
 """Qwen2.5-VL: windowed vision encoder with fused qkv, 2x2 merger, three-axis rotary positions."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -13,6 +14,7 @@ from vismem.errors import UserError
 from vismem.models.backbones.base import (
     Backbone,
     Clip,
+    Inputs,
     PatchStream,
     Prompt,
     VisionInput,
@@ -21,6 +23,7 @@ from vismem.models.backbones.base import (
 )
 from vismem.models.backbones.pixels import Patches, Pixels
 from vismem.models.lora import LoraTarget
+from vismem.runtime.images import size_after_resizing
 
 
 class Qwen25VLBackbone(Backbone):
@@ -46,9 +49,14 @@ class Qwen25VLBackbone(Backbone):
 
     # --- the prompt ---
 
-    def prompt(
+    def limit_pixels(self, pixels: int) -> None:
+        processor = self.processor.image_processor
+        low, high = (min(processor.size[edge], pixels) for edge in ("shortest_edge", "longest_edge"))
+        processor.size = type(processor.size)(shortest_edge=low, longest_edge=high)
+
+    def inputs(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
-    ) -> Prompt:
+    ) -> Inputs:
         # As the processor does it, but for videos, which it takes only where torchvision is installed.
         processor = self.processor
         each = iter(self.patches.images([image for row in images for image in row]))
@@ -60,7 +68,7 @@ class Qwen25VLBackbone(Backbone):
             videos_replacements=self._places(processor.video_token, texts, clips),
         )
         encoded = processor.tokenizer(placed, padding=True, padding_side="right", return_tensors="pt").to(self.device)
-        return self._prompt(encoded["input_ids"], encoded["attention_mask"].bool(), pictures, clips, videos, whole)
+        return self._inputs(encoded["input_ids"], encoded["attention_mask"].bool(), pictures, clips, videos, whole)
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
         padded, right = right_padded(ids, mask.bool(), self.processor.tokenizer.pad_token_id)
@@ -70,7 +78,8 @@ class Qwen25VLBackbone(Backbone):
         counts = (padded == self.model.config.vision_start_token_id).sum(1).tolist()
         pictures = [list(islice(each, count)) for count in counts]
         self._check_tokens(padded, pictures, len(parts) - sum(counts))
-        return self._prompt(padded, right, pictures, [[]] * len(ids), [[]] * len(ids), whole=False)
+        inputs = self._inputs(padded, right, pictures, [[]] * len(ids), [[]] * len(ids), whole=False)
+        return self.placed(inputs, self.features(inputs))
 
     def _check_tokens(self, ids: Tensor, pictures: list[list[Pixels]], left: int) -> None:
         """UserError where ids (S, L) have other image tokens than the images' patches need, or any of a video."""
@@ -83,7 +92,7 @@ class Qwen25VLBackbone(Backbone):
                 "each image stands once in the text, and nowhere else may the text hold such a token"
             )
 
-    def _prompt(
+    def _inputs(
         self,
         ids: Tensor,
         mask: Tensor,
@@ -91,7 +100,7 @@ class Qwen25VLBackbone(Backbone):
         clips: list[list[Pixels]],
         videos: list[list[Clip]],
         whole: bool,
-    ) -> Prompt:
+    ) -> Inputs:
         """The prompts whose ids (S, L) have a token for every merged patch of the whole images and videos."""
         settings = self.model.config
         vision = shown = self._vision_input(_rows(pictures, clips))
@@ -112,14 +121,30 @@ class Qwen25VLBackbone(Backbone):
             second_per_grid_ts=torch.tensor(seconds) if seconds else None,
             attention_mask=mask.long(),
         )
-        embeds = self.embedding(ids)
-        visual = image | video
+        packed = shown
         if shown.image.shape[1]:
             single = self._vision_input([[item] for row in _rows(pictures, clips) for item in row])
-            padded = min(single, shown, key=lambda packed: packed.mask.numel())  # the less padding, the faster
-            features = self.project(self.patch_stream(padded).hidden)[padded.mask[:, :: self.merge]]
+            packed = min(single, shown, key=lambda packed: packed.mask.numel())  # the less padding, the faster
+        return Inputs(ids, positions, mask, (image | video, packed, vision))
+
+    def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        processor = self.processor.image_processor
+        resized = (size_after_resizing(size, processor, f"image {number}") for number, size in enumerate(sizes, 1))
+        return [width * height // processor.patch_size**2 for width, height in resized]
+
+    def features(self, inputs: Inputs) -> Tensor | None:
+        _, packed, _ = inputs.more
+        if not packed.image.shape[1]:
+            return None
+        found: Tensor = self.project(self.patch_stream(packed).hidden)[packed.mask[:, :: self.merge]]
+        return found
+
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        visual, _, vision = inputs.more
+        embeds = self.embedding(inputs.ids)
+        if features is not None:
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-        return Prompt(embeds, positions, mask, visual & mask, vision)
+        return Prompt(embeds, inputs.positions, inputs.mask, visual & inputs.mask, vision)
 
     def _counts(self, pictures: list[list[Pixels]], clips: list[list[Pixels]]) -> list[int]:
         """The tokens of each image and video, in the order of the prompts."""
@@ -183,28 +208,43 @@ class Qwen25VLBackbone(Backbone):
         same_image = vision.image[:, None, :, None] == vision.image[:, None, None, :]
         same_window = vision.window[:, None, :, None] == vision.window[:, None, None, :]
         hidden, kept = embeds, []
-        for index, block in enumerate(self.blocks):
-            query, key, value = self._qkv(block, hidden, rotary)
-            kept.append((key, value))
-            mask = same_image if index in self.visual.fullatt_block_indexes else same_window
-            hidden = self._rest(block, hidden, query, key, value, mask)
+        for block, whole in self._blocks():
+            mask = same_image if whole else same_window
+            hidden, key, value = self.through(self._patches_through, block, hidden, rotary, mask)
+            if whole:  # in the others memory tokens are a window of their own
+                kept.append((key, value))
         return PatchStream(embeds, kept, hidden, vision, vision.mask)
+
+    def _blocks(self) -> list[tuple[Any, bool]]:
+        """The blocks in order, and whether attention in them is over the whole image."""
+        return [(block, index in self.visual.fullatt_block_indexes) for index, block in enumerate(self.blocks)]
+
+    def _patches_through(
+        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self._qkv(block, hidden, rotary)
+        return self._rest(block, hidden, query, key, value, mask), key, value
 
     def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
         rows, length, _ = tokens.shape
         rotary = self._rotary(positions)
         mask = stream.memory_mask(sample, length)
         own = mask.new_ones(rows, 1, length, length)
-        hidden = tokens.to(stream.embeds.dtype)
-        for index, (block, (key, value)) in enumerate(zip(self.blocks, stream.keys_values, strict=True)):
-            query, own_key, own_value = self._qkv(block, hidden, rotary)
-            if index in self.visual.fullatt_block_indexes:
-                keys = torch.cat([key[sample], own_key], dim=2)
-                values = torch.cat([value[sample], own_value], dim=2)
-                hidden = self._rest(block, hidden, query, keys, values, mask)
-            else:
-                hidden = self._rest(block, hidden, query, own_key, own_value, own)
+        hidden, kept = tokens.to(stream.embeds.dtype), iter(stream.keys_values)
+        for block, whole in self._blocks():
+            read = (*next(kept), sample) if whole else ()
+            hidden = self.through(self._memory_through, block, hidden, rotary, mask if whole else own, *read)
         return hidden
+
+    def _memory_through(
+        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, *read: Tensor
+    ) -> Tensor:
+        """Memory tokens through a block; `read`: keys and values of all samples' patches, and the rows' samples."""
+        query, key, value = self._qkv(block, hidden, rotary)
+        if read:
+            keys, values, sample = read
+            key, value = torch.cat([keys[sample], key], dim=2), torch.cat([values[sample], value], dim=2)
+        return self._rest(block, hidden, query, key, value, mask)
 
     def project(self, hidden: Tensor) -> Tensor:
         rows, length, width = hidden.shape

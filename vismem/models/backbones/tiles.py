@@ -3,14 +3,14 @@ learned positions inside the patch embeddings; and a language model with one-axi
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vismem.errors import UserError
-from vismem.models.backbones.base import Backbone, Clip, PatchStream, Prompt, VisionInput
+from vismem.models.backbones.base import Backbone, Clip, Inputs, PatchStream, Prompt, VisionInput
 from vismem.models.lora import LoraTarget
 
 
@@ -65,32 +65,42 @@ class TiledBackbone(Backbone):
     def _rest(self, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         """What a block does once attention (B, T, w) is done."""
 
-    def _select(self, states: list[Tensor]) -> Tensor:
-        """The states that the projector takes, of those before the first and after each block."""
+    def _select(self, states: Mapping[int, Tensor]) -> Tensor:
+        """The states that the projector takes, of those before the first block (0) and behind each one."""
         return torch.cat([states[layer] for layer in self.layers], dim=-1)
 
     # --- the prompt ---
 
-    def prompt(
+    def inputs(
         self, texts: list[str], images: list[list[Any]], videos: list[list[Clip]], whole: bool = False
-    ) -> Prompt:
+    ) -> Inputs:
         encoded = self._encoded(texts, images)
         shown = encoded
         if self.prompt_pixels is not None and not whole and any(images):
             shown = self._coarse(encoded, texts, images, self.prompt_pixels)
-        ids, mask = shown["input_ids"], shown["attention_mask"].bool()
-        embeds, visual = self.embedding(ids), ids == self.model.config.image_token_id
+        mask = shown["attention_mask"].bool()
         positions = (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
-        patches, counts = embeds.new_zeros(0, 0, 1), [0] * len(texts)
+        patches, counts, seen = self.embedding.weight.new_zeros(0, 0, 1), [0] * len(texts), None
         if any(images):
-            pixels, counts = self._tiles(encoded, images)
-            patches = seen = self._patches(pixels.to(embeds.dtype))
-            if shown is not encoded:
-                seen = self._patches(self._tiles(shown, images)[0].to(embeds.dtype))
-            hidden = self._run(self._embed(seen))
-            features = self._features(hidden[:, -seen.shape[1] :], shown)
+            patches, counts = self._cut(encoded, images)
+            seen = patches if shown is encoded else self._cut(shown, images)[0]
+        return Inputs(shown["input_ids"], positions, mask, (self._vision_input(patches, counts), seen, shown))
+
+    def _cut(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
+        """The patches (B, n, values) of all tiles, and how many tiles each sample has."""
+        pixels, counts = self._tiles(encoded, images)
+        return self._patches(pixels.to(self.embedding.weight.dtype)), counts
+
+    def features(self, inputs: Inputs) -> Tensor | None:
+        _, seen, shown = inputs.more
+        return None if seen is None else self._features(self._run(self._embed(seen))[:, -seen.shape[1] :], shown)
+
+    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
+        vision, _, _ = inputs.more
+        embeds, visual = self.embedding(inputs.ids), inputs.ids == self.model.config.image_token_id
+        if features is not None:
             embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-        return Prompt(embeds, positions, mask, visual & mask, self._vision_input(patches, counts))
+        return Prompt(embeds, inputs.positions, inputs.mask, visual & inputs.mask, vision)
 
     def _encoded(self, texts: list[str], images: list[list[Any]], **more: Any) -> Any:
         """What the processor makes of them, on the model's device."""
@@ -141,10 +151,14 @@ class TiledBackbone(Backbone):
         def by_sample(tokens: Tensor) -> Tensor:
             return tokens[table].view(samples, -1, tokens.shape[-1])
 
-        kept: list[tuple[Tensor, Tensor]] = []
+        keys_values: list[tuple[Tensor, Tensor]] = []
+
+        def keep(*own: Tensor) -> None:
+            key, value = (self._heads(by_sample(each)) for each in own)
+            keys_values.append((key, value))
+
         embeds = self._embed(vision.patches.view(samples, tiles, n, values)[present])
-        hidden = self._run(embeds, kept)
-        keys_values = [(self._heads(by_sample(key)), self._heads(by_sample(value))) for key, value in kept]
+        hidden = self._run(embeds, keep)
         readable = present.repeat_interleave(embeds.shape[1], dim=1)
         return PatchStream(by_sample(embeds[:, -n:]), keys_values, by_sample(hidden[:, -n:]), vision, readable)
 
@@ -155,30 +169,35 @@ class TiledBackbone(Backbone):
     def _run(
         self,
         hidden: Tensor,
-        kept: list[tuple[Tensor, Tensor]] | None = None,
-        read: Iterable[Sequence[Tensor]] | None = None,
+        keep: Callable[[Tensor, Tensor], None] | None = None,
+        read: Sequence[Sequence[Tensor]] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, T, w) through all blocks, to what the projector takes of their states.
 
-        Each block's keys and values (B, T, w) go into `kept`; `read` are those (B, heads, keys, head width) that it
-        reads besides, under `mask` (B, 1, T, keys + T).
+        Each block's keys and values (B, T, w) are given to `keep`; `read` are those (S, heads, keys, head width) that
+        it reads besides, and the rows' samples (B,), under `mask` (B, 1, T, keys + T).
         """
-        states = [hidden]
-        for block, others in zip(self.blocks, read or [()] * len(self.blocks), strict=True):
-            query, key, value = self._qkv(block, hidden)
-            if kept is not None:
-                kept.append((key, value))
-            query, key, value = self._heads(query), self._heads(key), self._heads(value)
-            if others:
-                key, value = torch.cat([others[0], key], dim=2), torch.cat([others[1], value], dim=2)
-            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            hidden = self._rest(block, hidden, attended.transpose(1, 2).flatten(2))
-            states.append(hidden)
+        states = {0: hidden}
+        for number, block in enumerate(self.blocks):
+            hidden, *own = self.through(self._block, block, hidden, mask, *(read[number] if read else ()))
+            if keep is not None:
+                keep(*own)
+            if number + 1 in self.layers:
+                states[number + 1] = hidden
         return self._select(states)
 
+    def _block(self, block: Any, hidden: Tensor, mask: Tensor | None, *read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own = self._qkv(block, hidden)
+        query, key, value = map(self._heads, own)
+        if read:
+            keys, values, sample = read
+            key, value = torch.cat([keys[sample], key], dim=2), torch.cat([values[sample], value], dim=2)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self._rest(block, hidden, attended.transpose(1, 2).flatten(2)), own[1], own[2]
+
     def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
-        read = ((keys[sample], values[sample]) for keys, values in stream.keys_values)
+        read = [(*kept, sample) for kept in stream.keys_values]
         mask = stream.memory_mask(sample, tokens.shape[1])
         return self._run(tokens.to(stream.embeds.dtype), read=read, mask=mask)
 

@@ -1,0 +1,77 @@
+"""A bundle without graphs (`export.graphs` false): what VisMem adds and a reference to the base, whatever its size."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_families
+from project import PARITY
+
+from vismem import VisMem
+from vismem.errors import UserError
+from vismem.export.export import export
+from vismem.export.onnx import WEIGHTS
+from vismem.files import read_json
+from vismem.models.reference import Base
+from vismem.provenance import sha256_folder, verify_manifest
+from vismem.records import ParityReport
+from vismem.registry import gate
+from vismem.runtime.bundle import Bundle, BundleError
+from vismem.serving.deploy import deploy
+
+
+@pytest.fixture(scope="module")
+def bare(inputs, config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("bare")
+    settings = config.model_copy(update={"export": config.export.model_copy(update={"graphs": False})})
+    assert "without graphs" in export(settings, inputs, out)
+    return out
+
+
+def test_it_holds_no_weight_of_the_base_but_their_hash(bare: Path, bundle: Path, inputs) -> None:
+    assert verify_manifest(bare) == []
+    assert not (bare / "onnx").exists()
+    weights = {file.relative_to(bare).as_posix() for file in bare.rglob("*") if file.suffix in (".safetensors", ".bin")}
+    assert weights == {"vismem/memory.safetensors", "vismem/policy.safetensors"}
+    for name in weights:
+        assert (bare / name).read_bytes() == (inputs["stage2"] / Path(name).name).read_bytes()
+    reference = Base.read(bare / "vismem")
+    assert reference is not None
+    assert reference.sha256 == sha256_folder(inputs["base"], "*.safetensors")
+    assert (bundle / "onnx" / WEIGHTS).is_file(), "as the other one does"
+    assert all(file.stat().st_size < 2**20 for file in (bundle / "onnx").glob("*.onnx")), "their weights lie outside"
+
+
+def test_it_answers_as_what_was_trained(bare: Path, inputs, tiny_base: Path) -> None:
+    trained = VisMem.from_pretrained(inputs["stage2"], base=inputs["base"])
+    served = VisMem.from_pretrained(bare)
+    for sample in tiny.samples()[:3]:
+        pictures = tiny_families.pictures(sample)
+        said = [str(each.answer(pictures, sample.question, max_new_tokens=6)) for each in (trained, served)]
+        assert said[0] == said[1]
+
+
+def test_a_base_with_other_weights_is_refused(bare: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has other weights"):
+        VisMem.from_pretrained(bare, base=tiny.save_base(tmp_path, seed=1))
+
+
+def test_the_gate_passes_it_and_says_why_and_triton_refuses_it(bare: Path, inputs, config, tmp_path: Path) -> None:
+    parity = ParityReport.read(bare)
+    rule = gate._parity(parity)
+    assert rule.passed
+    assert "no ONNX graphs" in rule.reason
+    assert not gate._parity(PARITY.model_copy(update={"items": 0, "greedy_equal": 0})).passed, "with graphs it must be"
+    with pytest.raises(BundleError, match="has no ONNX graphs: serve it by `vismem api`"):
+        Bundle(bare, threads=1, verified=False)
+    with pytest.raises(UserError, match="has no ONNX graphs, and Triton serves nothing else"):
+        deploy(config, {**inputs, "export": bare, "promote": tmp_path}, tmp_path)
+
+
+def test_its_card_says_how_to_serve_it(bare: Path, bundle: Path) -> None:
+    with_graphs, without = ((folder / "README.md").read_text() for folder in (bundle, bare))
+    assert "ONNX against torch" in with_graphs
+    assert "vismem api" not in with_graphs
+    assert "ONNX against torch" not in without
+    assert '`vismem api --model "PATH OF THIS FOLDER" --dtype float32`' in without
+    assert read_json(bare / "lineage.json")["params"]["export"]["graphs"] is False

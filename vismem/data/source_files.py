@@ -1,0 +1,52 @@
+"""The files that the data sources read, and a record of those outside `data/`, so that DVC notices when they change."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource
+from vismem.data.readers.lmudata import VARIABLE
+from vismem.files import read_json, write_json
+
+DATA = Path("data")  # what dvc.yaml lets `prepare` depend on
+RECORD = DATA / "outside.json"
+
+
+def files_of(source: Any) -> list[Path]:
+    """The files that a source reads, as far as they are there; one that is generated or in a package has none."""
+    places: list[Path] = []
+    if isinstance(source, JsonlSource):
+        places = [source.path, source.images or source.path.parent]  # images lie beside it
+    elif isinstance(source, NlvrSource):
+        places = [source.path]
+    elif isinstance(source, LmuDataSource) and (given := source.path or os.environ.get(VARIABLE)):
+        folder = Path(given)
+        places = [folder / f"{source.name}.tsv", folder / f"{source.name}_local.tsv", folder / "images" / source.name]
+    return sorted({file for place in places for file in (place, *place.rglob("*")) if file.is_file()})
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Hex sha256 over names, sizes and times of files; they are not opened."""
+    stats = ((file, file.stat()) for file in files)
+    lines = [f"{file.as_posix()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def record_outside(config: Config) -> None:
+    """Write fingerprints of the sources outside `data/` into `data/outside.json`, in the working folder.
+
+    The stage `prepare` depends on `data/`, so it runs again where one has changed. Sources of other profiles stay in
+    it, and those whose files are not there; without any source outside there is no such file.
+    """
+    found = {}
+    for source in config.prepare.sources:
+        files = [file.resolve() for file in files_of(source)]
+        outside = [file for file in files if not file.is_relative_to(DATA.resolve())]
+        if outside:
+            found[f"{source.kind} {outside[0]}"] = fingerprint(outside)
+    if found:
+        known = read_json(RECORD) if RECORD.is_file() else {}
+        DATA.mkdir(exist_ok=True)
+        write_json(RECORD, known | found)

@@ -1,0 +1,203 @@
+"""A chat completion as OpenAI writes it: the request, the reply, whole or streamed, and what is said of a wrong one."""
+
+import base64
+import binascii
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vismem.runtime.chat import IMAGE, Turn, joined
+from vismem.runtime.limits import MAX_STOPS
+from vismem.serving.answering import Chunk
+
+MAX_TURNS, MAX_PARTS = 256, 256  # of a conversation, and of a turn
+
+
+class Strict(BaseModel):
+    """An object whose unknown fields are errors: what is not supported is never ignored in silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Text(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Strict):
+    """Where an image is: a data URL alone, so that the server fetches nothing."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"  # no say: the model looks as it was trained
+
+
+class ImagePart(Strict):
+    """A part of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[Text | ImagePart, Field(discriminator="type")]
+
+
+class Message(Strict):
+    """A turn. Its images stand where they stand in it, as far as the base's chat template puts them there."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Part] = Field(max_length=MAX_PARTS)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _listed(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    def turn(self) -> Turn:
+        """Without the images' files. Texts side by side are lines of one."""
+        role = "system" if self.role == "developer" else self.role
+        return Turn(role, joined(part.text if isinstance(part, Text) else IMAGE for part in self.content))
+
+    def urls(self) -> list[str]:
+        """Of its images."""
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+
+class Extension(Strict):
+    """What OpenAI has no word for."""
+
+    memory: Literal["learned", "off", "short", "long"] = "learned"
+    attention: bool = False  # whether the reply says where each memory looked
+
+
+class StreamOptions(Strict):
+    """See OpenAI's."""
+
+    include_usage: bool = False
+
+
+class Completion(Strict):
+    """A request. `n`, `top_p` and the like may have their neutral value only."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=MAX_TURNS)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float = Field(0.0, ge=0, le=2)  # greedy where a request does not say: a gated model's own answer
+    seed: int = Field(0, ge=0, lt=2**63)
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: Literal[1] = 1
+    top_p: Literal[1] = 1
+    presence_penalty: Literal[0] = 0
+    frequency_penalty: Literal[0] = 0
+    logprobs: Literal[False] | None = None
+    user: str = ""
+    vismem: Extension = Extension()
+
+
+@dataclass(frozen=True)
+class Refused(Exception):  # noqa: N818 - what a client did is no error of ours
+    """An answer other than 200."""
+
+    status: int
+    message: str
+    kind: str = "invalid_request_error"
+    field: str | None = None
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's clients read it."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.field, "code": None}}
+
+    def response(self) -> JSONResponse:
+        """The body with its status."""
+        return JSONResponse(self.body(), self.status)
+
+
+def read_body(body: bytes) -> Completion:
+    """A request. Refused, with the field and the reason, for one that is not understood."""
+    try:
+        return Completion.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise Refused(400, f"{place or 'the body'}: {first['msg']}", field=place or None) from None
+
+
+def decoded_url(url: str) -> bytes:
+    """The file in a data URL. Refused for another URL, and for one that does not decode."""
+    head, comma, data = url.partition(",")
+    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
+        raise Refused(400, "an image must be a data URL, such as data:image/png;base64,...", field="messages")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise Refused(400, f"an image's base64 does not decode: {error}", field="messages") from None
+
+
+class Reply:
+    """An answer as OpenAI's clients read it: whole, or as the events of a stream."""
+
+    def __init__(self, model: str, wanted: Completion) -> None:
+        self.usage = wanted.stream_options.include_usage
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.looks = list[Any]()  # where memories looked, if that was asked for
+        self.begun, self.memories, self.looked = False, 0, 0
+
+    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        """The answer in one object. `vismem.memories`: kinds, and how many characters stand before each."""
+        text, memories = "", list[dict[str, Any]]()
+        for chunk in chunks:
+            text += chunk.text
+            if chunk.event in ("short", "long"):
+                memories.append({"kind": chunk.event, "place": len(text)})
+        for memory, look in zip(memories, self.looks, strict=False):
+            memory["attention"] = asdict(look)
+        message = {"role": "assistant", "content": text}
+        finish = chunks[-1].usage
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish.finish if finish else None}
+        added = {"choices": [choice], "usage": _usage(chunks[-1]), "vismem": {"memories": memories}}
+        return {**self.head, "object": "chat.completion", **added}
+
+    def events(self, chunk: Chunk) -> Iterator[str]:
+        """The events of one chunk; those of a memory have no text, and `vismem.memory` in their choice.
+
+        Where it looked, if that was asked for, follows in `vismem.attention` of an event of its own.
+        """
+        for look in self.looks[self.looked : self.memories]:
+            self.looked += 1
+            yield self._event([{"index": 0, "delta": {}, "finish_reason": None, "vismem": {"attention": asdict(look)}}])
+        delta: dict[str, Any] = {} if self.begun else {"role": "assistant"}
+        self.begun = True
+        if chunk.text:
+            delta["content"] = chunk.text
+        choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
+        if chunk.event in ("short", "long"):
+            choice["vismem"] = {"memory": chunk.event}
+            self.memories += 1
+        if delta or "vismem" in choice:
+            yield self._event([choice])
+        if chunk.usage:
+            yield self._event([{"index": 0, "delta": {}, "finish_reason": chunk.usage.finish}])
+            if self.usage:
+                yield self._event([], usage=_usage(chunk))
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        event = {**self.head, "object": "chat.completion.chunk", "choices": choices, **more}
+        return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+
+
+def _usage(end: Chunk) -> dict[str, Any] | None:
+    if end.usage is None:
+        return None
+    read, written = end.usage.prompt_tokens, end.usage.tokens
+    tokens = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return {**tokens, "vismem": {"memories": end.usage.memories}}

@@ -1,0 +1,132 @@
+"""What a caller and a model exchange: a question with its images, the pieces of an answer, and what can go wrong.
+
+No torch: the clients of a server and the model in this process (`vismem.inference`) share it.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vismem.errors import UserError
+from vismem.models.tokens import KINDS
+from vismem.runtime.chat import Chat
+from vismem.runtime.images import upright
+from vismem.runtime.limits import NEW_TOKENS
+
+AnyImage = str | Path | bytes | Image.Image
+Images = AnyImage | Sequence[AnyImage]
+TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
+
+
+class ServerError(UserError):
+    """No answer came from a server: it failed, or one of the kinds below."""
+
+
+class BusyError(ServerError):
+    """The server has too much to do: ask again later."""
+
+
+class RefusedError(ServerError):
+    """The server does not accept the request: it would not do so later either."""
+
+
+class DisconnectedError(ServerError):
+    """No server listens, or the connection broke before the answer's end."""
+
+
+class DeadlineError(ServerError, TimeoutError):
+    """The answer was not there in time."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One piece of an answer. `event` is token, short, long (a memory was invoked here) or end, with text held back."""
+
+    text: str
+    event: str
+    usage: Mapping[str, Any] | None = field(default=None, compare=False)  # of the end: see `answering.Usage`
+
+    @property
+    def marked(self) -> str:
+        """The text to show where invocations should be seen."""
+        return f"⟨{self.event}⟩" if self.event in KINDS else self.text
+
+
+def plain(tokens: Iterable[Token]) -> str:
+    """The answer's text."""
+    return "".join(token.text for token in tokens).strip()
+
+
+def marked(tokens: Iterable[Token]) -> str:
+    """The answer's text with ⟨short⟩ and ⟨long⟩ where memories were invoked."""
+    return "".join(token.marked for token in tokens).strip()
+
+
+@dataclass(frozen=True)
+class Invoked:
+    """A memory that the model invoked: its kind, and how many characters of the answer stand before it."""
+
+    kind: str  # "short" or "long"
+    place: int
+
+
+class Answer(str):
+    """The answer's text, and how it came about."""
+
+    marked: str  # the text with ⟨short⟩ and ⟨long⟩ where memories were invoked
+    invocations: tuple[Invoked, ...]
+    pieces: tuple[Token, ...]
+    usage: Mapping[str, Any]  # see `answering.Usage`
+    tokens: int  # decoded, memories not counted
+    seconds: float  # until it was there; of a batch, all of it
+    finished: bool  # ended by the model or a stop string, not at max_new_tokens
+
+    @classmethod
+    def of(cls, pieces: Sequence[Token], usage: Mapping[str, Any], seconds: float) -> "Answer":
+        """From the pieces of its text and what it took."""
+        answer = cls(plain(pieces))
+        answer.marked, answer.pieces, answer.usage, answer.seconds = marked(pieces), tuple(pieces), usage, seconds
+        answer.tokens, answer.finished = usage.get("tokens", 0), usage.get("finish") == "stop"
+        answer.invocations = tuple(
+            Invoked(piece.event, len(plain(pieces[:at]))) for at, piece in enumerate(pieces) if piece.event in KINDS
+        )
+        return answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a client sends; see `answering.Runtime.generate`."""
+
+    images: tuple[bytes, ...]  # encoded files
+    asked: str | Chat
+    memory: str = "learned"
+    max_new_tokens: int = NEW_TOKENS
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+def encoded_images(images: Images) -> tuple[bytes, ...]:
+    """One or more images as encoded files. UserError for a path without a file, and for a URL."""
+    return tuple(map(encoded, [images] if isinstance(images, AnyImage) else images))
+
+
+def encoded(image: AnyImage) -> bytes:
+    """The image as an encoded file. UserError for a path without a file, and for a URL."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        upright(image).save(file, "PNG")
+        return file.getvalue()
+    if re.match(r"\w+://?\w", str(image)):
+        raise UserError(f"{image} is a URL: download it first and give the file")
+    try:
+        return Path(image).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the image {image}: {error.strerror}") from None

@@ -1,0 +1,121 @@
+"""The client's side of Triton's gRPC protocol (deploy/triton/README.md)."""
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+
+from vismem.runtime.chat import Chat, messages_of
+from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
+
+BUSY = {  # part of a server's message: what it means for the caller
+    "Exceeds maximum queue size": "it is busy, its queue is full: try again later",
+    "Request timeout expired": "it is busy, the request waited too long: try again later",
+    "all workers were busy": "it is busy, the request waited too long: try again later",
+}
+FAILED = {  # the same; other messages say what is wrong with the request
+    "is not healthy": "its process is not healthy: restart `vismem serve`",
+    "the model failed": "",
+}
+
+
+class OverGrpc:
+    """The Triton server at `url` ("host:port")."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    async def models(self) -> list[str]:
+        """The names of the models that it counts requests of: its list of models is closed to clients."""
+        async with self._client() as client:
+            statistics = await client.get_inference_statistics()
+        return sorted({model.name for model in statistics.model_stats})
+
+    async def ready(self, model: str) -> bool:
+        """Whether it serves the model."""
+        async with self._client() as client:
+            return bool(await client.is_model_ready(model))
+
+    async def pieces(self, model: str, question: Question, stream: bool, timeout: float) -> AsyncGenerator[Token, None]:
+        """The answer piece by piece, in one response unless `stream`; closing it cancels the work on the server.
+
+        `timeout`: seconds that it may wait in the server's queue. What has ended is read until the server closes the
+        stream: Triton 2.51 may die, or never unload the model, where a stream is cancelled as its last response goes.
+        """
+        async with self._client() as client:
+            if not await client.is_model_ready(model):
+                raise RefusedError(
+                    f"the server at {self.url} has no model '{model}' ready: see the log of `vismem serve`"
+                )
+            answered, fault = False, None
+            call = client.stream_infer(_requests(model, question, stream, timeout))
+            try:
+                async for result, error in call:
+                    if error is not None:
+                        answered, fault = True, self._fault(model, error.message())
+                        continue
+                    outputs = [result.as_numpy(name) for name in ("TEXT", "EVENT", "USAGE")]
+                    if outputs[0] is not None:
+                        for text, event, usage in zip(*outputs, strict=True):
+                            answered = answered or event == b"end"
+                            yield Token(text.decode(), event.decode(), json.loads(usage) if usage else None)
+                answered = True
+            finally:
+                if not answered:
+                    call.cancel()
+            if fault:
+                raise fault
+
+    def _fault(self, model: str, message: str) -> ServerError:
+        """By the message: a stream's errors have no status, and Triton 2.51 dies of the mode in which they have one."""
+        for kind, reasons in ((BusyError, BUSY), (ServerError, FAILED)):
+            if mark := next((mark for mark in reasons if mark in message), None):
+                return kind(f"model '{model}' at {self.url}: {reasons[mark] or message}")
+        return RefusedError(f"model '{model}' at {self.url}: {message}")
+
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[Any]:
+        """A connection, and what goes wrong with it as a ServerError."""
+        import grpc
+        import tritonclient.grpc.aio as triton
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            async with triton.InferenceServerClient(self.url) as client:
+                yield client
+        except InferenceServerException as error:
+            if "UNAVAILABLE" not in str(error.status()):
+                raise ServerError(f"the server at {self.url}: {error.message()}") from None
+            hint = "start one with `vismem serve` in another terminal, or name another with --url"
+            raise DisconnectedError(f"no model server answers at {self.url}: {hint}") from None
+        except grpc.RpcError as error:  # of a stream
+            raise DisconnectedError(f"the connection to {self.url} broke: {error.details()}") from None
+
+
+def _asked(asked: str | Chat) -> dict[str, np.ndarray[Any, Any]]:
+    name, text = ("PROMPT", asked) if isinstance(asked, str) else ("MESSAGES", json.dumps(messages_of(asked)))
+    return {name: np.array([text.encode()], dtype=object)}
+
+
+async def _requests(model: str, question: Question, stream: bool, timeout: float) -> AsyncIterator[dict[str, Any]]:
+    """The one request of a stream, as Triton's client takes it."""
+    from tritonclient.grpc import InferInput
+    from tritonclient.utils import np_to_triton_dtype
+
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "IMAGE": np.array(question.images, dtype=object),
+        **_asked(question.asked),
+        "MAX_NEW_TOKENS": np.array([question.max_new_tokens], dtype=np.int32),
+        "TEMPERATURE": np.array([question.temperature], dtype=np.float32),
+        "SEED": np.array([question.seed], dtype=np.int64),
+        "MEMORY": np.array([question.memory.encode()], dtype=object),
+        "STREAM": np.array([stream]),
+        **({"STOP": np.array([text.encode() for text in question.stop], dtype=object)} if question.stop else {}),
+    }
+    inputs = [
+        InferInput(name, value.shape, np_to_triton_dtype(value.dtype)).set_data_from_numpy(value)
+        for name, value in arrays.items()
+    ]
+    yield {"model_name": model, "inputs": inputs, "timeout": max(1, int(timeout * 1e6))}

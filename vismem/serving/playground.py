@@ -1,0 +1,50 @@
+"""The page of `vismem playground`: a picture, a question, and the answers with memory and without, side by side.
+
+It is one file that asks the endpoint of the same server (`vismem.serving.http`), so that its limits are the endpoint's.
+Nothing else is loaded: the page's own policy forbids it.
+"""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
+from markupsafe import Markup
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from vismem.data.sample import Sample
+from vismem.pages import page_environment
+from vismem.runtime.limits import FORMATS, MAX_IMAGE_BYTES, MAX_NEW_TOKENS, NEW_TOKENS
+from vismem.scope import Scope
+
+SCRIPT = Path(__file__).with_name("playground.js")
+
+
+def add_playground(
+    app: FastAPI, name: str, model: str, hosts: Sequence[str], examples: Sequence[Sample], scope: Scope | None
+) -> None:
+    """Add the page at `/` of an endpoint whose model is called `name`; `model` is what people call it.
+
+    `hosts`: the names by which browsers may call the server, so that no page of another site reads answers under a name
+    of its own. `examples` have one image each.
+    """
+    pictures = [(base64.b64encode(sample.images[0]).decode(), sample) for sample in examples]
+    page = page_environment("vismem.serving").get_template("playground.html.j2")
+    html = page.render(
+        name=name,
+        model=model,
+        pictures=pictures,
+        scope=scope,
+        new_tokens=NEW_TOKENS,
+        most_tokens=MAX_NEW_TOKENS,
+        accepted=",".join(f"image/{form.lower()}" for form in FORMATS),
+        megabytes=MAX_IMAGE_BYTES // 1_000_000,
+        script=Markup(SCRIPT.read_text()),
+        connect=True,
+    )
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+
+    @app.get("/", response_class=HTMLResponse)
+    def playground() -> str:
+        return html

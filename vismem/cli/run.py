@@ -1,7 +1,6 @@
 """The commands that run the steps: all of them, one of them, and what comes before and after."""
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -39,9 +38,8 @@ def add_commands(commands: Commands) -> None:
     command("preflight", _run_preflight, about, outputs=True)
     add = command("plan", _run_plan, "say which steps fit which GPUs, from the base's configuration alone")
     add("step", nargs="*", metavar="STEP", help="default: stage1, stage2, evaluate and its arms' baselines")
-    add("--gpus", required=True, metavar="COUNTxGB", help="such as 1x80, 8x80 or 8x141; each GPU holds all of a step")
+    add("--gpus", required=True, metavar="COUNTxCARD", help="such as 8xH100; each GPU holds all of a step")
     add("--image", default="1024x768", metavar="WxH", help="pixels of the questions' images (default: %(default)s)")
-    add("--json", action="store_true", help="print the figures as JSON, in bytes and seconds")
 
 
 def add_steps(commands: Commands) -> None:
@@ -133,10 +131,10 @@ def _run_preflight(arguments: argparse.Namespace) -> None:
 def _run_plan(arguments: argparse.Namespace) -> int:
     config = load(arguments)
     from vismem.plan import plan
-    from vismem.plan.report import as_json, as_text, refused
+    from vismem.plan.report import as_text, refusals
 
     found = plan(config, arguments.gpus, arguments.image, arguments.step)
-    print(json.dumps(as_json(found), indent=2) if arguments.json else as_text(found))
-    for refusal in found.refusals:
-        print(f"vismem plan: {refused(refusal, found)}", file=sys.stderr)
-    return 1 if found.refusals else 0
+    print(as_text(found))
+    for refusal in refusals(found):
+        print(f"vismem plan: {refusal}", file=sys.stderr)
+    return 1 if found.remedies else 0

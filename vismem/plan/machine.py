@@ -1,4 +1,4 @@
-"""GPUs by their memory: what they hold, and what of their peak rates a plan counts on."""
+"""GPUs by their data sheets: what they hold, and what of their peak rates a plan counts on."""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ LAUNCH = 8e-6  # assumed: seconds of an operation, however small, run by Python 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of one kind. Rates are of NVIDIA's data sheets, dense, SXM; `memory` is what torch says of such a card."""
+    """GPUs of one kind. Rates are of NVIDIA's data sheets, dense; `memory` is what torch says of such a card."""
 
     count: int
     name: str
@@ -28,13 +28,11 @@ class Machine:
 
     @classmethod
     def named(cls, gpus: str) -> Self:
-        """`8x80`: eight GPUs of 80 GB. UserError for another form, or a size that no card here has."""
-        found = re.fullmatch(r"([1-9]\d*)x(\d+)", gpus)
-        if found is None or int(found[2]) not in CARDS:
-            raise UserError(
-                f"--gpus {gpus}: give COUNTxGB, such as 1x80 or 8x141; GB is one of {', '.join(map(str, CARDS))}"
-            )
-        return cls(int(found[1]), *CARDS[int(found[2])])
+        """`8xH100`: eight of them. UserError for another form, or a card that is not known here."""
+        found = re.fullmatch(r"([1-9]\d*)x(\w+)", gpus)
+        if found is None or found[2] not in CARDS:
+            raise UserError(f"--gpus {gpus}: give COUNTxCARD, such as 8xH100; CARD is one of {', '.join(CARDS)}")
+        return cls(int(found[1]), found[2], *CARDS[found[2]])
 
     def seconds(self, flops: int, moved: int, kind: torch.dtype) -> float:
         """Of one operation: the longest of computing, of reading and writing its bytes, and of launching it."""
@@ -48,7 +46,8 @@ class Machine:
 
 
 CARDS = {
-    40: ("A100 40 GB", 39.4 * GIB, 312e12, 19.5e12, 1.555e12),
-    80: ("H100 80 GB", 79.1 * GIB, 989e12, 67e12, 3.35e12),
-    141: ("H200 141 GB", 139.8 * GIB, 989e12, 67e12, 4.8e12),
+    "L40S": (44.4 * GIB, 362e12, 91.6e12, 0.864e12),
+    "A100": (79.1 * GIB, 312e12, 19.5e12, 2.039e12),  # of 80 GB
+    "H100": (79.1 * GIB, 989e12, 67e12, 3.35e12),
+    "H200": (139.8 * GIB, 989e12, 67e12, 4.8e12),
 }

@@ -18,6 +18,7 @@ from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 
 QUESTION = "how many cups? " * 50  # about 200 tokens
+ANSWER = "one cup, " * 80  # of reference, about 240 tokens
 WORD = 5  # any token of the tokenizer
 MODULES = {  # of a base, the first that a parameter's name holds
     "projector": ("visual.merger", "multi_modal_projector", "image_newline"),
@@ -31,7 +32,6 @@ ADDED = {  # of what VisMem adds, by the beginning of a parameter's name
     "long former": "long.",
     "new tokens' rows": "tokens.",
     "policy's LoRA": "policy_lora.",
-    "prefix": "prefix",
 }
 
 
@@ -55,20 +55,18 @@ def hollow_base(config: BaseConfig) -> Backbone:
 
 def parameters(model: VisMemModel) -> tuple[dict[str, int], dict[str, int]]:
     """Parameters of the base and of what VisMem adds, by part; a head that is the embeddings has none of its own."""
-    base: Counter[str] = Counter(dict.fromkeys(MODULES, 0))
+    base, added = Counter(dict.fromkeys(MODULES, 0)), Counter[str]()
     for name, weight in model.backbone.model.named_parameters():
-        part = next(part for part, marks in MODULES.items() if any(mark in name for mark in marks))
-        base[part] += weight.numel()
-    added: Counter[str] = Counter()
+        base[next(part for part, marks in MODULES.items() if any(mark in name for mark in marks))] += weight.numel()
     for name, weight in model.named_parameters():
         added[next(part for part, mark in ADDED.items() if name.startswith(mark))] += weight.numel()
     return dict(base), dict(added)
 
 
 def questions(count: int, image: tuple[int, int]) -> tuple[Sample, ...]:
-    """`count` questions of QUESTION about an image of this width and height."""
+    """`count` times QUESTION and ANSWER about an image of this width and height."""
     picture: Any = Image.new("RGB", image)
-    return tuple(Sample(f"{index}", (picture,), QUESTION, answer="") for index in range(count))
+    return tuple(Sample(f"{index}", (picture,), QUESTION, ANSWER) for index in range(count))
 
 
 def answers(
@@ -82,14 +80,13 @@ def answers(
 
 def _answer(model: VisMemModel, sample_id: str, words: int, memories: int, row: int) -> Rollout:
     ids: list[int] = []
-    mask: list[bool] = []
     invocations = []
-    for index in range(memories):
-        kind = KINDS[(row + index) % 2]
-        invocations.append(Invocation(len(ids), kind, forced=True))
-        memory = [model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind]]
-        said = words * (index + 1) // memories - words * index // memories
-        ids, mask = ids + memory + [WORD] * said, mask + [False] * len(memory) + [True] * said
-    ids, mask = ids or [WORD] * words, mask or [True] * words
-    zeros = (0.0,) * len(ids)
-    return Rollout(sample_id, tuple(ids), tuple(mask), zeros, tuple(invocations), "", "", True, words)
+    pieces = max(1, memories)
+    for index in range(pieces):
+        if memories:
+            kind = KINDS[(row + index) % 2]
+            invocations.append(Invocation(len(ids), kind, forced=True))
+            ids += [model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind]]
+        ids += [WORD] * (words * (index + 1) // pieces - words * index // pieces)
+    said = tuple(token == WORD for token in ids)
+    return Rollout(sample_id, tuple(ids), said, (0.0,) * len(ids), tuple(invocations), "", "", True, words)

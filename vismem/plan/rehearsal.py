@@ -1,64 +1,56 @@
-"""A step's phases run on shapes: what one GPU holds at the largest moment of each, and how long it computes."""
+"""A step's own function run on shapes: what one GPU holds at the largest moment of each phase, and for how long.
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+What stands in for a step's `Run` loads no weights, reads no data and writes no files. Of a training step it runs the
+first and the last token of the rollouts, one micro-batch of the backward pass, and the optimiser's step.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from vismem.config import Config, GrpoStageConfig
+from vismem.config import Config
+from vismem.evaluation.arms import resolve_arms
 from vismem.generation.invocation import InvocationPolicy, Random
 from vismem.generation.loop import DecodeLoop, Request
-from vismem.generation.slots import room
+from vismem.generation.replay import answer_states, prefill
 from vismem.generation.torch_executor import TorchExecutor
+from vismem.generation.types import Rollout
 from vismem.models.backbones.base import Backbone
-from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
 from vismem.plan.model import WORD, answers, hollow_base, questions
 from vismem.plan.shapes import Shapes
+from vismem.steps import BASELINES, STEPS
+from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 from vismem.training.rollout import GrpoObjective, RolloutBatch
-from vismem.training.run import FORMATION, INVOCATION, PREFIX, count_of
-from vismem.training.supervised import Supervised, plain_answer
+from vismem.training.run import Inputs, Parameters, Run, changes_prefill, count_of, new_model
+from vismem.training.stage2 import FITTED
+from vismem.training.supervised import Supervised
 
-LABELS = {  # what a tensor counts as, by the function that allocates it
-    "RowCache.reserve": "KV cache",
-    "RowCache.update": "KV cache",
-    "DynamicLayer.update": "KV cache",
-    "DynamicLayer.lazy_initialization": "KV cache",
-    "_LayerCache.update": "KV cache",
-    "VisMemModel.logits": "logits",
-    "TorchExecutor.choose": "logits",
-    "token_scores": "logits",
-    "VisMemModel.short_stream": "short memories' stream",
-    "ShortFormer.forward": "forming short memories",
-    "LongFormer.prefill": "long memories' cache",
-    "LongFormer.forward": "forming long memories",
-    "QueryBuilder.forward": "query builder",
-    "encode": "reading images",
-    "Context.read": "reading prompts",
-    "DecodeState.join": "rows' embeddings and states",
-    "DecodeState.append": "decoding a token",
-    "_Pass.hidden": "answers read back",
-    "_engine_run_backward": "backward pass",
-}
+STEP_BY_NAME = {step.name: step for step in (*STEPS, *BASELINES)}
 BASE, ADDED = "base weights", "VisMem's weights"
 MASTERS, GRADIENTS, STATES = "float32 masters", "gradients", "optimiser states"
-REFERENCE = 256  # tokens of a reference answer, assumed
+FIXED = (BASE, ADDED, MASTERS, GRADIENTS, STATES)  # no batch makes them smaller
+NOWHERE = Path("/nonexistent")
+INPUTS: Inputs = dict.fromkeys(("base", "validate", "stage1"), NOWHERE)
+BATCH = 32  # questions of a batch of `fit_invocation`
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a step: bytes by part at its peak, and the seconds and FLOP of what was run of it."""
+    """One phase of a step: bytes by part at its peak."""
 
     name: str
     parts: dict[str, int]
-    seconds: float
-    flops: int
 
     @property
     def bytes(self) -> int:
@@ -82,93 +74,123 @@ class StepPlan:
         return max(self.phases, key=lambda phase: phase.bytes)
 
 
-class Rehearsal:
-    """Runs one step's phases on shapes."""
+class Rehearsal(Run):
+    """Stands in for the `Run` of a training step; rehearses `evaluate` too."""
 
-    def __init__(
-        self, name: str, config: Config, machine: Machine, image: tuple[int, int], only: str | None = None
-    ) -> None:
-        """`only`: the one phase that is wanted; the others are left out, but for `update`."""
-        self.config, self.machine, self.image, self.only = config, machine, image, only
-        self.shapes, self.plan = Shapes(LABELS, machine.seconds), StepPlan(name)
+    def __init__(self, name: str, config: Config, machine: Machine, image: tuple[int, int]) -> None:
+        self.name, self.config, self.machine, self.image = name, config, machine, image
+        self.accelerator, self.out, self.rollouts = Accelerator(cpu=True), NOWHERE, 0
+        self.samples = self.validation = questions(BATCH, image)
+        self.shapes, self.plan = Shapes(machine.seconds), StepPlan(name)
+
+    def rehearse(self) -> StepPlan:
+        """The step as planned."""
+        with ExitStack() as stack:
+            stack.enter_context(self.shapes)
+            if self.name == "evaluate":
+                self._evaluate()
+                return self.plan
+            step = STEP_BY_NAME[self.name]
+            module = step.target.partition(":")[0]
+            stack.enter_context(patch(f"{module}.Run", self._started))
+            stack.enter_context(patch("vismem.training.run.load_base", self._base))
+            stack.enter_context(patch("vismem.training.stage2.fit_invocation", self._fit_head))
+            stack.enter_context(patch.object(VisMemModel, "from_pretrained", lambda *_: new_model(self.config, INPUTS)))
+            stack.enter_context(redirect_stderr(io.StringIO()))  # what a step says of its progress
+            step.load()(self.config, INPUTS, NOWHERE)
+        return self.plan
 
     def base(self) -> Backbone:
         """The base."""
         return hollow_base(self.config.base)
 
-    def wanted(self, name: str) -> bool:
-        """Whether to run the phase of this name."""
-        return self.only in (None, name)
+    def _base(self, *_: object) -> Backbone:
+        with self.shapes.part(BASE):
+            return self.base()
+
+    # --- what the steps call ---
+
+    def _started(self, *given: Any) -> "Rehearsal":
+        """In place of the class `Run`; what it is given last makes the model."""
+        with self.shapes.part(ADDED):
+            self.model = given[-1](self.config, INPUTS)
+        return self
+
+    def _train(
+        self,
+        objective: GrpoObjective | Supervised,
+        trained: Parameters,
+        settings: LoopSettings,
+        batch_size: int,
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> int:
+        if not settings.steps:
+            return 0
+        objective.prompts_need_gradient, plan = changes_prefill(trained), self.plan
+        plan.trained, share, sampled = count_of(trained), max(1, batch_size // self.machine.count), 0.0
+        with self._optimised(trained, settings.matrix_learning_rate):
+            update = self.shapes.seconds
+            if isinstance(objective, Supervised):
+                objective.samples = questions(min(objective.micro_batch, share), self.image)
+                batch: Any = objective.collect(0)
+                times = share / len(objective.samples)
+            else:
+                plan.rows = share * objective.stage.group_size
+                batch, sampled = self._rollouts(objective, share)
+                times = plan.rows / len(batch.rollouts)
+            with self._phase("backward" if settings.name == self.name else settings.name):
+                objective.backward(batch)
+        plan.seconds = sampled + settings.updates * (update + self.shapes.seconds * times)
+        return 0
+
+    def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
+        """`finish` checks the same policies."""
+        return []
+
+    def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
+        """Answers to validation questions."""
+        self._largest("check", arms.values(), self.config.grpo.max_new_tokens, self.config.grpo.micro_batch)
+        return ""
+
+    def _evaluate(self) -> None:
+        settings = self.config.evaluate
+        arms, self.plan.rows = resolve_arms(settings.arms), settings.batch_size
+        for _ in {arm.model for arm in arms}:  # all are loaded at once
+            with self.shapes.part(ADDED):
+                self.model = VisMemModel(self._base(), self.config.memory, self.config.invocation)
+        policies = [arm.policy for arm in arms]
+        self.plan.seconds = self._largest("answers", policies, settings.max_new_tokens, settings.batch_size)
+
+    def _fit_head(self, model: VisMemModel, *_: object) -> None:
+        """As `fit_invocation`: the states of batches of answers, then of all."""
+        with self._phase("fit head"), torch.no_grad():
+            rollouts = answers(model, self.samples, 1, self.config.grpo.max_new_tokens, model.limit(None))
+            length = max(len(rollout.token_ids) for rollout in rollouts)
+            earlier = model.backbone.embedding.weight.new_zeros(FITTED - BATCH, length, model.backbone.width)
+            states = answer_states(model, prefill(model, self.samples), rollouts, torch.arange(BATCH))
+            states = torch.cat([earlier, states])
+            del earlier
+            states.double()
+
+    # --- their phases ---
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What runs within the block is a phase of the plan."""
+    def _phase(self, name: str) -> Iterator[None]:
         self.shapes.restart()
         yield
-        parts = {part: size for part, size in self.shapes.at_peak.items() if size}
-        self.plan.phases.append(Phase(name, parts, self.shapes.seconds, self.shapes.flops))
-
-    def model(self, kind: type[VisMemModel] = VisMemModel) -> VisMemModel:
-        """The model of a fresh training."""
-        with self.shapes.part(BASE):
-            backbone = self.base()
-        with self.shapes.part(ADDED):
-            return kind(backbone, self.config.memory, self.config.invocation, self.config.seed)
-
-    @torch.inference_mode()
-    def decode(
-        self, name: str, model: VisMemModel, policy: InvocationPolicy, tokens: int, prompts: int, group: int = 1
-    ) -> float:
-        """The phase in which `group` answers to each of `prompts` questions are decoded; returns its seconds.
-
-        At their start as many rows form a memory of a kind at once as the policy has it, at their end a tenth of them.
-        """
-        if not self.wanted(name):
-            return 0.0
-        shapes, samples = self.shapes, questions(prompts, self.image)
-        with self.phase(name):
-            executor = TorchExecutor(model)
-            loop = DecodeLoop(executor)
-            rows = loop.join(Request(samples, policy, tokens, temperature=1.0, group_size=group))
-            joined, count, limit = shapes.seconds, len(rows), rows[0].limit
-            share = policy.probability / len(policy.kinds) if isinstance(policy, Random) else 1.0
-            early, late = (range(max(1, round(part * share * count))) for part in (1.0, 0.1))
-            kinds = KINDS if limit else ()
-            if limit:
-                executor.append([WORD] * count)
-                memories = {kind: executor.form(kind, early) for kind in kinds}
-                before = shapes.seconds
-                executor.insert(MemoryKind.LONG, early, memories.pop(MemoryKind.LONG))
-                inserted = (shapes.seconds - before) * count / len(early)
-            else:
-                inserted = 0.0
-            longest = max(map(model.length_of, KINDS))
-            ahead = room(tokens, limit, longest) - 2 - bool(limit) * (longest + 2)
-            executor.state.slots.take(ahead // 2)
-            before = shapes.seconds
-            loop.step()
-            executor.append([WORD] * count)
-            token = shapes.seconds - before
-            executor.state.slots.take(ahead - ahead // 2)
-            executor.append([WORD] * count)
-            before = shapes.seconds
-            for kind in kinds:
-                executor.form(kind, late)
-            formed = (shapes.seconds - before) * count / len(late) / 2
-        return joined + tokens * token + limit * (formed + inserted)
+        self.plan.phases.append(Phase(name, {part: size for part, size in self.shapes.at_peak.items() if size}))
 
     @contextmanager
-    def optimised(self, trained: Mapping[str, nn.Parameter], matrix_rate: float) -> Iterator[None]:
+    def _optimised(self, trained: Parameters, matrix_rate: float) -> Iterator[None]:
         """Within the block there are the gradients and optimiser states of `trained`, as behind a first step."""
-        self.plan.trained, shapes = count_of(trained), self.shapes
         with ExitStack() as stack:
-            with shapes.part(MASTERS):
+            with self.shapes.part(MASTERS):
                 masters = stack.enter_context(master_weights(trained))
-            with shapes.part(GRADIENTS):
+            with self.shapes.part(GRADIENTS):
                 for weight in masters.values():
                     weight.grad = torch.zeros_like(weight)
             used = optimizers(masters, 1e-3, matrix_rate, 0.0)
-            with shapes.part(STATES), self.phase("update"):
+            with self.shapes.part(STATES), self._phase("update"):
                 for optimizer in used:
                     optimizer.step()
                 round_masters(masters, trained)
@@ -176,55 +198,49 @@ class Rehearsal:
         for weight in (*masters.values(), *trained.values()):
             weight.grad = None
 
-    def grpo(
-        self, model: VisMemModel, kind: type[GrpoObjective], stage: GrpoStageConfig, trained: Mapping[str, nn.Parameter]
-    ) -> None:
-        """Rollouts and their backward pass."""
-        grpo, plan = self.config.grpo, self.plan
-        prompts = max(1, grpo.batch_size // self.machine.count)
-        plan.rows = prompts * stage.group_size
-        together = min(grpo.micro_batch, plan.rows)  # as `GrpoObjective.backward` divides them
+    def _rollouts(self, objective: GrpoObjective, prompts: int) -> tuple[RolloutBatch, float]:
+        """The phase in which a step's answers are sampled; one micro-batch of them, and seconds."""
+        grpo, stage, policy = objective.grpo, objective.stage, objective.policy(0)
+        seconds = self._decode("rollouts", policy, grpo.max_new_tokens, prompts, stage.group_size)
+        together = min(grpo.micro_batch, prompts * stage.group_size)  # as `GrpoObjective.backward` divides them
         samples = questions(min(prompts, max(1, together // stage.group_size)), self.image)
-        stage = stage.model_copy(update={"group_size": min(together, stage.group_size)})
-        objective = kind(model, samples, grpo, stage, 0, Accelerator(cpu=True))
-        objective.prompts_need_gradient = _prompts_need_gradient(trained)
-        policy = objective.policy(0)
-        rollouts = answers(model, samples, stage.group_size, grpo.max_new_tokens, model.limit(policy.limit))
-        with self.optimised(trained, 0.0):
-            update = self.shapes.seconds
-            plan.seconds = self.decode("rollouts", model, policy, grpo.max_new_tokens, prompts, plan.rows // prompts)
-            if self.wanted("backward"):
-                with self.phase("backward"):
-                    objective.backward(RolloutBatch(samples, rollouts, torch.ones(len(rollouts)), policy, {}))
-                update += self.shapes.seconds * plan.rows / len(rollouts)
-        plan.seconds += grpo.updates * update
+        objective.stage = stage.model_copy(update={"group_size": min(together, stage.group_size)})
+        limit, group = self.model.limit(policy.limit), objective.stage.group_size
+        rollouts = answers(self.model, samples, group, grpo.max_new_tokens, limit)
+        return RolloutBatch(samples, rollouts, torch.ones(len(rollouts)), policy, {}), seconds
 
-    def supervised(
-        self,
-        name: str,
-        model: VisMemModel,
-        trained: Mapping[str, nn.Parameter],
-        sizes: tuple[int, int],
-        memories: int = 0,
-        matrix_rate: float = 0.0,
-    ) -> None:
-        """The backward pass of reference answers, with so many memories; `sizes`: questions of a batch, together."""
-        config, (batch, together) = self.config, sizes
-        share = max(1, batch // self.machine.count)
-        samples = questions(min(together, share), self.image)
-        objective = Supervised(
-            model, samples, plain_answer, 0, Accelerator(cpu=True), batch, together, config.grpo.gradient_checkpointing
-        )
-        objective.prompts_need_gradient = _prompts_need_gradient(trained)
-        rollouts = answers(model, samples, 1, min(REFERENCE, config.grpo.max_new_tokens), memories)
-        if not self.wanted(name):
-            return
-        with self.optimised(trained, matrix_rate):
-            update = self.shapes.seconds
-            with self.phase(name):
-                objective.backward((samples, list(rollouts)))
-        self.plan.seconds = update + self.shapes.seconds * share / len(samples)
+    def _largest(self, name: str, policies: Iterable[InvocationPolicy], tokens: int, rows: int) -> float:
+        """Of decoding with each sort of policy, the phase that holds most, and the most seconds."""
+        sorts = {(type(policy), getattr(policy, "kinds", KINDS)): policy for policy in policies}
+        before, found = len(self.plan.phases), []
+        found = [self._decode(name, policy, tokens, rows) for policy in sorts.values()]
+        self.plan.phases[before:] = [max(self.plan.phases[before:], key=lambda phase: phase.bytes)]
+        return max(found)
 
+    @torch.inference_mode()
+    def _decode(self, name: str, policy: InvocationPolicy, tokens: int, prompts: int, group: int = 1) -> float:
+        """Decode `group` answers to each of `prompts` questions; returns seconds.
 
-def _prompts_need_gradient(trained: Mapping[str, nn.Parameter]) -> bool:
-    return any(not name.startswith(FORMATION + INVOCATION + PREFIX) for name in trained)
+        Run are the prefill, memories at the answers' start, where many rows invoke at once, and the last token.
+        """
+        with self._phase(name):
+            shapes, executor, formed = self.shapes, TorchExecutor(self.model), 0.0
+            loop = DecodeLoop(executor)
+            rows = loop.join(Request(questions(prompts, self.image), policy, tokens, temperature=1.0, group_size=group))
+            count, limit, kinds, share = len(rows), rows[0].limit, KINDS, 1.0
+            if isinstance(policy, Random):
+                kinds, share = policy.kinds, policy.probability / len(policy.kinds)
+            if limit:
+                asking = range(max(1, round(share * count)))
+                executor.append([WORD] * count)
+                for kind in kinds:
+                    executor.form(kind, asking)  # the first reads the prompts too
+                before = shapes.seconds
+                for kind in kinds:
+                    executor.insert(kind, asking, executor.form(kind, asking))
+                formed = (shapes.seconds - before) / len(kinds) * limit * count / len(asking)
+            state, before = executor.state, shapes.seconds
+            state.slots.take(max(0, state.cache.capacity - int(state.slots.used.max()) - 1))
+            loop.step()
+            executor.append([WORD] * count)
+        return before + tokens * (shapes.seconds - before) + formed

@@ -1,13 +1,14 @@
 """Runs this library's own code on tensors that have shapes only, and counts what it holds and computes.
 
 Weights and all that is computed of them live on torch's meta device, without values; whole numbers and bools keep
-theirs, since they say which shapes come next. So a step of a model of any size runs on a laptop, in the very code that trains it.
+theirs, since they say which shapes come next. So a step of a model of any size runs on a laptop, in the code that
+trains it.
 """
 
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 from unittest.mock import patch
@@ -20,23 +21,42 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 Cost = Callable[[int, int, torch.dtype], float]  # seconds of an operation's FLOP and bytes read and written
+LABELS = {  # what a tensor counts as, by the function that allocates it, the innermost first
+    "RowCache.reserve": "KV cache",
+    "RowCache.update": "KV cache",
+    "DynamicLayer.update": "KV cache",
+    "_LayerCache.update": "KV cache",
+    "VisMemModel.logits": "logits",
+    "TorchExecutor.choose": "logits",
+    "token_scores": "logits",
+    "VisMemModel.short_stream": "short memories' stream",
+    "ShortFormer.forward": "forming short memories",
+    "LongFormer.prefill": "long memories' cache",
+    "LongFormer.forward": "forming long memories",
+    "QueryBuilder.forward": "query builder",
+    "encode": "reading images",
+    "Context.read": "reading prompts",
+    "DecodeState.join": "rows' embeddings and states",
+    "DecodeState.append": "decoding a token",
+    "_Pass.hidden": "answers read back",
+    "_engine_run_backward": "backward pass",
+}
+OTHER = "other"
 
 
 class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within the block floats are shapes. Counts bytes that live, by part, and FLOP and seconds since `restart`.
 
-    `labels`: the part that the tensors count as which a function (its qualified name) allocates, the innermost first.
     Without `hollow` values are computed too: that is what a plan is compared with.
     """
 
-    def __init__(self, labels: Mapping[str, str], cost: Cost | None = None, hollow: bool = True) -> None:
+    def __init__(self, cost: Cost | None = None, hollow: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.labels, self.cost, self.hollow = labels, cost, hollow
-        self.part_of_rest = "other"
+        self.cost, self.hollow, self.beside = cost, hollow, ExitStack()
+        self.rest = OTHER  # the part of what no function of LABELS allocates
         self.live: Counter[str] = Counter()
         self.total = 0
         self.held: dict[int, Any] = {}  # weak references to the storages that are counted
-        self.beside = ExitStack()
         self.restart()
 
     def __enter__(self) -> Self:
@@ -56,19 +76,19 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What no function of `labels` allocates within the block counts as this part."""
-        before, self.part_of_rest = self.part_of_rest, name
+        """What no function of LABELS allocates within the block counts as this part."""
+        before, self.rest = self.rest, name
         try:
             yield
         finally:
-            self.part_of_rest = before
+            self.rest = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten.scaled_dot_product_attention.default:  # so without gradients: its parts count too
+        if self.hollow and func is aten.scaled_dot_product_attention.default:  # so without gradients
             super().__enter__()  # type: ignore[no-untyped-call]
             try:
-                return (_attention if args[0].is_meta else func.decompose)(*args, **kwargs)
+                return _attention(*args, **kwargs)
             finally:
                 super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
         result = _hollow(func, args, kwargs) if self.hollow else func(*args, **kwargs)
@@ -78,9 +98,9 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.cost and any(tensor.is_meta for tensor in made) and not func.is_view:
             packet = func._overloadpacket
             flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
-            read = sum(each.nbytes for each in _tensors((args, kwargs)))
+            moved = sum(tensor.nbytes for tensor in (*made, *_tensors((args, kwargs))))
             self.flops += flops
-            self.seconds += self.cost(flops, read + sum(tensor.nbytes for tensor in made), made[0].dtype)
+            self.seconds += self.cost(flops, moved, made[0].dtype)
         return result
 
     def count(self, tensor: Tensor) -> None:
@@ -105,10 +125,51 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _part(self) -> str:
         frame: Any = sys._getframe(2)
         while frame is not None:
-            if part := self.labels.get(frame.f_code.co_qualname):
+            if part := LABELS.get(frame.f_code.co_qualname):
                 return part
             frame = frame.f_back
-        return self.part_of_rest
+        return self.rest
+
+
+@contextmanager
+def _beside_dispatch() -> Iterator[None]:
+    """Within the block what the dispatcher does not see is replaced: values of shapes, and the choice of a kernel."""
+    tensor, tolist = torch.tensor, Tensor.tolist
+
+    def known(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        return tensor(*args, **kwargs)
+
+    def zeros(self: Tensor) -> Any:
+        return tolist(torch.zeros(self.shape, dtype=torch.int64) if self.is_meta else self)
+
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")  # type: ignore[no-untyped-call]
+    with patch.object(torch, "tensor", known), patch.object(Tensor, "tolist", zeros):
+        yield
+    del library
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as CUDA's memory-efficient kernel computes it, the one that takes a mask."""
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    bias = attn_mask
+    if attn_mask is not None:
+        bias = query.new_zeros(attn_mask.shape) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    attended: Tensor = aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )[0]
+    return attended
 
 
 def _hollow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -121,17 +182,14 @@ def _hollow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kind = kwargs.get("dtype") or (tensors[0].dtype if tensors else _default_dtype(func, args))
         if shaped and not kind.is_floating_point:  # values of floats that there are not
             return torch.zeros(tensors[0].shape, dtype=kind)
-        shaped = shaped or (
-            kind.is_floating_point and not tensors
-        )  # pixels keep their values until a weight reads them
+        shaped = shaped or (kind.is_floating_point and not tensors)  # pixels keep values until a weight reads them
         kwargs = {**kwargs, "device": torch.device("meta" if shaped else "cpu")}
     if not shaped:
         return func(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory")}
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
         args = (args[0], _places(args[1]), *args[2:])
-    if any(not each.is_meta and each.dim() for each in tensors):
-        args, kwargs = tree_map_only(Tensor, _shape, (args, kwargs))
+    args, kwargs = tree_map_only(Tensor, _shape, (args, kwargs))
     return _made_before(func, args, kwargs)
 
 
@@ -145,12 +203,11 @@ def _made_before(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         shape, stride, kind = _MADE[key]
         return torch.empty_strided(shape, stride, dtype=kind, device="meta")
     result = func(*args, **kwargs)
-    if not isinstance(result, Tensor):
-        return tree_map_only(Tensor, _values, result)
-    fresh = all(result.untyped_storage()._cdata != each.untyped_storage()._cdata for each in _tensors((args, kwargs)))
-    if fresh and result.is_meta and result.dtype.is_floating_point:
-        _MADE[key] = result.shape, result.stride(), result.dtype
-    return _values(result)
+    if isinstance(result, Tensor) and result.is_meta and result.dtype.is_floating_point:
+        taken = {each.untyped_storage()._cdata for each in _tensors((args, kwargs))}
+        if result.untyped_storage()._cdata not in taken:
+            _MADE[key] = result.shape, result.stride(), result.dtype
+    return tree_map_only(Tensor, _values, result)
 
 
 def _key(values: Any) -> tuple[Any, ...]:
@@ -158,9 +215,7 @@ def _key(values: Any) -> tuple[Any, ...]:
     return tuple(
         (value.shape, value.stride(), value.dtype)
         if isinstance(value, Tensor)
-        else (type(value), _key(value))
-        if isinstance(value, list | tuple)
-        else (type(value), value)
+        else (type(value), _key(value) if isinstance(value, list | tuple) else value)
         for value in values
     )
 
@@ -199,45 +254,3 @@ def _places(indices: Any) -> list[Tensor | None]:
     for index in indices:
         found += index.nonzero().unbind(1) if index is not None and index.dtype == torch.bool else [index]
     return found
-
-
-@contextmanager
-def _beside_dispatch() -> Iterator[None]:
-    """Within the block what the dispatcher does not see is replaced: values of shapes, and the choice of a kernel."""
-    tensor, tolist = torch.tensor, Tensor.tolist
-
-    def without_device(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-        return tensor(*args, **kwargs)
-
-    def zeros(self: Tensor) -> Any:
-        return tolist(torch.zeros(self.shape, dtype=torch.int64) if self.is_meta else self)
-
-    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")  # type: ignore[no-untyped-call]
-    with patch.object(torch, "tensor", without_device), patch.object(Tensor, "tolist", zeros):
-        yield
-    del library
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention as CUDA's memory-efficient kernel computes it, the one that takes a mask."""
-    if enable_gqa:
-        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
-    bias = None
-    if attn_mask is not None:
-        bias = query.new_zeros(attn_mask.shape) if attn_mask.dtype == torch.bool else attn_mask
-        bias = bias.expand(*query.shape[:3], key.shape[2])
-    found = aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
-    )
-    attended: Tensor = found[0]
-    return attended

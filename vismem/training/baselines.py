@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from vismem.config import BaselinesConfig, Config
+from vismem.config import Config
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS
@@ -69,7 +69,10 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
     """Train the LoRA baseline of this name; see the module."""
     settings = config.baselines
     run = Run(name, config, inputs, out, new_model)
-    adapter = lora_settings(name, run.model, settings)
+    if name.endswith("_matched"):
+        adapter = matched_lora(run.model, settings.alpha / settings.rank, settings.dropout)
+    else:
+        adapter = LoraSettings(settings.rank, settings.alpha, settings.dropout, vision=name.endswith("_vision"))
     run.model.set_policy_lora(adapter)
     if settings.start_from is not None:
         run.model.load_policy_lora(settings.start_from)
@@ -159,13 +162,6 @@ class PolicyGrpo(GrpoObjective):
     def policy(self, step: int) -> InvocationPolicy:
         """No memory."""
         return Off()
-
-
-def lora_settings(name: str, model: VisMemModel, settings: BaselinesConfig) -> LoraSettings:
-    """The adapter that the baseline of this name trains."""
-    if name.endswith("_matched"):
-        return matched_lora(model, settings.alpha / settings.rank, settings.dropout)
-    return LoraSettings(settings.rank, settings.alpha, settings.dropout, vision=name.endswith("_vision"))
 
 
 def matched_lora(model: VisMemModel, scale: float, dropout: float) -> LoraSettings:

@@ -1,6 +1,8 @@
 """What `vismem plan` counts on shapes is what the same steps hold when they run."""
 
-import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import tiny
 import tiny_families
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from vismem.cli import main
 from vismem.config import Config, load_config, parse_config
@@ -17,13 +20,12 @@ from vismem.generation.loop import DecodeLoop, Request
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.backbones.base import Backbone
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.plan.machine import Machine
+from vismem.plan.machine import CARDS, CONTEXT, Machine
 from vismem.plan.model import hollow_base, parameters, questions
-from vismem.plan.rehearsal import BASE, GRADIENTS, LABELS, STATES, Rehearsal, StepPlan
-from vismem.plan.shapes import Shapes
-from vismem.plan.steps import rehearse
+from vismem.plan.rehearsal import ADDED, BASE, GRADIENTS, STATES, Rehearsal, StepPlan
+from vismem.plan.shapes import LABELS, Shapes
 
-MACHINE, IMAGE = Machine.named("1x80"), (84, 84)
+MACHINE, IMAGE = Machine.named("1xH100"), (84, 84)
 SMALL = {"batch": 1, "words": 12, "limit": 2}
 LARGE = {"batch": 2, "words": 40, "limit": 3}
 
@@ -52,9 +54,9 @@ def config_of(base: Path, size: dict[str, int], **grpo: Any) -> Config:
 class Measured(Rehearsal):
     """The same phases on real tensors of a loaded model."""
 
-    def __init__(self, name: str, config: Config, only: str | None = None) -> None:
-        super().__init__(name, config, MACHINE, IMAGE, only)
-        self.shapes = Shapes(LABELS, hollow=False)
+    def __init__(self, name: str, config: Config) -> None:
+        super().__init__(name, config, MACHINE, IMAGE)
+        self.shapes = Shapes(hollow=False)
 
     def base(self) -> Backbone:
         backbone = load_base(self.config.base.model, self.config.base.dtype)
@@ -64,19 +66,25 @@ class Measured(Rehearsal):
 
 
 def planned_and_measured(name: str, config: Config) -> tuple[StepPlan, StepPlan]:
-    return rehearse(Rehearsal(name, config, MACHINE, IMAGE)), rehearse(Measured(name, config))
+    return Rehearsal(name, config, MACHINE, IMAGE).rehearse(), Measured(name, config).rehearse()
+
+
+def sums(plan: StepPlan) -> dict[str, int]:
+    return {name: sum(parts.values()) for name, parts in plan.phases.items()}
 
 
 def test_parameters_and_bytes_are_those_of_the_loaded_model(base: Path) -> None:
     config = config_of(base, SMALL)
-    with Shapes(LABELS) as shapes, shapes.part(BASE):
+    with Shapes() as shapes, shapes.part(BASE):
         hollow = hollow_base(config.base)
-    with Shapes(LABELS):
+    with Shapes():
         planned, added = parameters(VisMemModel(hollow, config.memory, config.invocation))
     model = VisMemModel(load_base(base), config.memory, config.invocation)
     loaded = model.backbone.model
     assert sum(planned.values()) == loaded.num_parameters()
-    assert all(planned.values())
+    assert [part for part, count in planned.items() if not count] == ["output head"] * bool(
+        loaded.config.tie_word_embeddings
+    )
     assert sum(added.values()) == sum(weight.numel() for weight in model.parameters())
     tensors = *loaded.parameters(), *loaded.buffers()
     assert shapes.live[BASE] == sum(tensor.nbytes for tensor in tensors)
@@ -85,7 +93,7 @@ def test_parameters_and_bytes_are_those_of_the_loaded_model(base: Path) -> None:
 @pytest.mark.parametrize("name", published.PARAMETERS)
 def test_a_published_configuration_has_the_published_number_of_parameters(name: str, tmp_path: Path) -> None:
     config = config_of(published.save_published(tmp_path, name), SMALL)
-    with Shapes({}):
+    with Shapes():
         planned, _ = parameters(VisMemModel(hollow_base(config.base), config.memory, config.invocation))
     assert sum(planned.values()) == published.PARAMETERS[name]
 
@@ -95,7 +103,7 @@ def test_a_published_configuration_has_the_published_number_of_parameters(name: 
 def test_the_cache_is_what_a_decode_state_allocates(base: Path, rows: int) -> None:
     config = config_of(base, LARGE)
     request = Request(questions(2, IMAGE), Learned(), 30, temperature=1.0, group_size=rows)
-    with Shapes(LABELS) as shapes:
+    with Shapes() as shapes:
         loop = DecodeLoop(TorchExecutor(VisMemModel(hollow_base(config.base), config.memory, config.invocation)))
         loop.join(request)
         planned = shapes.live["KV cache"]
@@ -105,20 +113,19 @@ def test_the_cache_is_what_a_decode_state_allocates(base: Path, rows: int) -> No
     assert planned == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) > 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(("size", "checkpointing"), [(SMALL, True), (LARGE, False)], ids=["small", "large"])
 @pytest.mark.parametrize("step", ["stage1", "stage2"])
 def test_a_stage_holds_what_is_planned(base: Path, step: str, size: dict[str, int], checkpointing: bool) -> None:
     plan, real = planned_and_measured(step, config_of(base, size, gradient_checkpointing=checkpointing))
-    assert [phase.name for phase in plan.phases] == [phase.name for phase in real.phases]
-    for planned, measured in zip(plan.phases, real.phases, strict=True):
+    assert plan.phases.keys() == real.phases.keys()
+    for name, planned in plan.phases.items():
         for part in (BASE, GRADIENTS, STATES):
-            assert planned.parts.get(part) == measured.parts.get(part), part
-        assert planned.bytes == pytest.approx(measured.bytes, rel=0.01), planned.name
+            assert planned.get(part) == real.phases[name].get(part), part
+    assert sums(plan) == pytest.approx(sums(real), rel=0.01)
 
 
 def saved_bytes(stage: Rehearsal) -> int:
-    """What autograd keeps for the backward passes of a stage, weights included."""
+    """What autograd keeps for the backward passes of a step, weights included."""
     saved: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,20 +133,63 @@ def saved_bytes(stage: Rehearsal) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        rehearse(stage)
+        stage.rehearse()
     return sum(storage.nbytes() for storage in saved.values())
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("step", ["stage1", "stage2"])
-def test_activations_are_what_autograd_saves_in_a_real_step(base: Path, step: str, size: dict[str, int]) -> None:
-    """The planned peak holds them, and little beside them."""
-    config = config_of(base, size)
-    held = saved_bytes(Measured(step, config, "backward"))
-    stage = Rehearsal(step, config, MACHINE, IMAGE, "backward")
-    assert saved_bytes(stage) == pytest.approx(held, rel=0.01)
-    peak = next(phase for phase in rehearse(Rehearsal(step, config, MACHINE, IMAGE)).phases if phase.name == "backward")
-    assert held < peak.bytes - peak.parts.get(GRADIENTS, 0) - peak.parts.get(STATES, 0) < 1.5 * held
+def test_activations_are_what_autograd_saves_in_a_real_step(base: Path, step: str) -> None:
+    config = config_of(base, LARGE)
+    planned, real = saved_bytes(Rehearsal(step, config, MACHINE, IMAGE)), saved_bytes(Measured(step, config))
+    assert planned == pytest.approx(real, rel=0.01)
+
+
+class Profiled(Measured):
+    """Measured by torch's profiler instead: what the allocator of the CPU gave out at the peak of the backward pass."""
+
+    peak = 0
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        with super()._phase(name), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield
+        if name == "backward":
+            events = profiler.profiler.kineto_results.events()
+            held = 0
+            for event in sorted(
+                (each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()
+            ):
+                held += event.nbytes()
+                self.peak = max(self.peak, held)
+
+
+@pytest.mark.parametrize("step", ["stage1", "stage2"])
+def test_the_peak_is_what_the_allocator_gives_out(tiny_base: Path, step: str) -> None:
+    config = config_of(tiny_base, LARGE)
+    plan = Rehearsal(step, config, MACHINE, IMAGE).rehearse()
+    backward = plan.phases["backward"]
+    profiled = Profiled(step, config)
+    profiled.rehearse()
+    made = sum(size for part, size in backward.items() if part not in (BASE, ADDED, GRADIENTS, STATES))
+    assert made == pytest.approx(profiled.peak, rel=0.05)
+
+
+class Whole(Measured):
+    """A whole step of training: real rollouts of random answers, and all of their micro-batches."""
+
+    def _train(self, objective: Any, trained: Any, settings: Any, batch_size: int, lr_scales: Any = None) -> int:
+        objective.samples, objective.out = questions(batch_size, IMAGE), None
+        with self._optimised(trained, settings.matrix_learning_rate), self._phase(settings.name):
+            objective.backward(objective.collect(0))
+        return 0
+
+
+@pytest.mark.parametrize("step", ["stage1", "stage2"])
+def test_a_whole_training_step_holds_no_more_than_is_planned(tiny_base: Path, step: str) -> None:
+    config = config_of(tiny_base, LARGE, batch_size=4)
+    planned, real = sums(Rehearsal(step, config, MACHINE, IMAGE).rehearse()), sums(Whole(step, config).rehearse())
+    largest = max(planned["rollouts"], planned["backward"])
+    assert 0.7 * largest < real[step] <= largest
 
 
 @pytest.mark.parametrize("name", ["full", "sft_lora_vision", "grpo_lora", "continuous", "evaluate"])
@@ -149,70 +199,77 @@ def test_baselines_and_evaluation_hold_what_is_planned(tiny_base: Path, name: st
     config = config.model_copy(update={"base": config.base.model_copy(update={"dtype": dtype})})
     plan, real = planned_and_measured(name, config)
     assert plan.trained == real.trained
-    for planned, measured in zip(plan.phases, real.phases, strict=True):
-        assert planned.bytes == pytest.approx(measured.bytes, rel=0.02), planned.name
+    assert sums(plan) == pytest.approx(sums(real), rel=0.02)
 
 
 def test_what_is_replaced_for_a_plan_is_put_back(tiny_base: Path) -> None:
     config, query = config_of(tiny_base, SMALL), torch.randn(1, 1, 2, 8)
     whole = torch.nn.functional.scaled_dot_product_attention(query, query, query)
     tensor, tolist = torch.tensor, torch.Tensor.tolist
-    rehearse(Rehearsal("evaluate", config, MACHINE, IMAGE))
+    Rehearsal("evaluate", config, MACHINE, IMAGE).rehearse()
     assert (torch.tensor, torch.Tensor.tolist) == (tensor, tolist)
     assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, query, query), whole)
     assert torch.nn.functional.scaled_dot_product_attention(*[query.to("meta")] * 3).is_meta
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    status = main(["plan", "--params", "params.yaml", *arguments])
+def test_every_label_is_of_a_function_that_allocates(tiny_base: Path) -> None:
+    config = config_of(tiny_base, LARGE, gradient_checkpointing=True)
+    plans = [Rehearsal(name, config, MACHINE, IMAGE).rehearse() for name in ("stage1", "stage2", "evaluate")]
+    assert {part for plan in plans for parts in plan.phases.values() for part in parts} >= set(LABELS.values())
+
+
+def run(capsys: pytest.CaptureFixture[str], base: Path, *arguments: str) -> tuple[int, str, str]:
+    given = ("--params", "params.yaml", "--profile", "smoke", "--set", f"base.model={base}", "--image", "84x84")
+    status = main(["plan", *given, *arguments])
     return status, *capsys.readouterr()
 
 
 def test_a_plan_that_fits_is_a_table_of_eighty_columns(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    smoke = ("--profile", "smoke", "--set", f"base.model={tiny_base}", "--image", "84x84")
-    status, out, err = run(capsys, *smoke, "--gpus", "1x80")
+    status, out, err = run(capsys, tiny_base, "--gpus", "2xH100")
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     for step in ("stage1", "stage2", "evaluate"):
         assert f"\n{step}, per GPU" in out
-    status, out, _ = run(capsys, *smoke, "--gpus", "2x80", "--json", "full")
-    found = json.loads(out)
-    assert (status, found["fits"]) == (0, True)
-    assert [step["name"] for step in found["steps"]] == ["full"]
-    assert sum(found["parameters"].values()) == load_base(tiny_base).model.num_parameters()
+    assert f"{load_base(tiny_base).model.num_parameters() / 1e6:.2f}\n\nadded by VisMem" in out
 
 
-def test_a_plan_that_cannot_fit_is_refused_with_what_fits(
+@pytest.mark.parametrize("step", ["stage1", "evaluate"])
+def test_a_step_that_does_not_fit_is_refused_with_a_remedy_that_does(
+    tiny_base: Path, step: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"base.model": str(tiny_base)}
+    needed = Rehearsal(step, load_config(Path("params.yaml"), "smoke", settings), MACHINE, IMAGE).rehearse()
+    monkeypatch.setattr(Machine, "usable", 0.7 * needed.bytes)
+    status, out, err = run(capsys, tiny_base, "--gpus", "1xH100", step)
+    assert status == 1
+    assert f"\n{step}, per GPU" in out
+    assert f"{step} does not fit: '{needed.largest}'" in err
+    remedy = [word for part in re.findall(r"--set \S+", err) for word in part.split()]
+    assert remedy
+    assert run(capsys, tiny_base, "--gpus", "1xH100", step, *remedy)[0] == 0
+
+
+def test_weights_that_do_not_fit_have_no_remedy_but_a_larger_card(
     tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU between what two sizes need, the value that is named fits and the next does not."""
-    settings = {"base.model": str(tiny_base), "grpo.max_new_tokens": 60, "grpo.micro_batch": 8, "grpo.batch_size": 2}
-
-    def bytes_with(micro_batch: int) -> int:
-        config = load_config(
-            Path("params.yaml"), "smoke", settings | {k.replace("__", "."): v for k, v in changed.items()}
-        )
-        return rehearse(Rehearsal("stage1", config, MACHINE, IMAGE, "backward")).phases[-1].bytes
-
-    limit = (bytes_with(grpo__micro_batch=5) + bytes_with(grpo__micro_batch=6)) / 2
-    monkeypatch.setattr(Machine, "usable", limit)
-    given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    status, _, err = run(capsys, "--profile", "smoke", *given, "--gpus", "1x80", "--image", "84x84", "stage1")
+    cards = {"small": (CONTEXT + 100_000.0, 1e12, 1e12, 1e12), "large": CARDS["H100"]}
+    monkeypatch.setattr("vismem.plan.machine.CARDS", cards)
+    monkeypatch.setattr("vismem.plan.report.CARDS", cards)
+    status, _, err = run(capsys, tiny_base, "--gpus", "1xsmall", "stage1")
     assert status == 1
-    print(err)
+    assert err.endswith("; it fits on large\n")
 
 
 def test_wrong_requests_are_said_so(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ("--set", f"base.model={tiny_base}")
-    for arguments, said in (
-        ((*base, "--gpus", "80"), "COUNTxGB"),
-        ((*base, "--gpus", "1x81"), "40, 80, 141"),
-        ((*base, "--gpus", "3x80"), "grpo.batch_size 8 must be a multiple of the 3 GPUs"),
-        ((*base, "--gpus", "1x80", "--image", "84"), "WIDTHxHEIGHT"),
-        ((*base, "--gpus", "1x80", "deploy"), "no plan of 'deploy'"),
-        (("--set", f"base.model={tmp_path}", "--gpus", "1x80"), "config.json"),
+    for base, arguments, said in (
+        (tiny_base, ("--gpus", "80"), "COUNTxCARD"),
+        (tiny_base, ("--gpus", "1xH10"), "L40S, A100, H100, H200"),
+        (tiny_base, ("--gpus", "3xH100"), "must be a multiple of the 3 GPUs"),
+        (tiny_base, ("--gpus", "1xH100", "--image", "84"), "WIDTHxHEIGHT"),
+        (tiny_base, ("--gpus", "1xH100", "stage3"), "did you mean 'stage"),
+        (tmp_path, ("--gpus", "1xH100"), "config.json"),
     ):
-        status, out, err = run(capsys, *arguments)
+        status, out, err = run(capsys, base, *arguments)
         assert (status, out) == (1, "")
         assert said in err
         assert err.count("\n") == 1

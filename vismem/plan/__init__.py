@@ -68,7 +68,7 @@ def plan(config: Config, gpus: str, image: str, steps: Sequence[str] = ()) -> Pl
     with progress("plan", len(names)) as advance:
         for name in names:
             found.append(step := Rehearsal(name, config, machine, size).rehearse())
-            if step.largest.bytes > machine.usable:
+            if step.bytes > machine.usable:
                 remedies[name] = _remedy(step, config, machine, size)
             advance()
     base, others = sum(own.values()), sum(added.values())
@@ -89,17 +89,17 @@ def _remedy(step: StepPlan, config: Config, machine: Machine, image: tuple[int, 
     """Parameters with which a step fits, or None: what makes its largest phase smaller is halved again and again."""
     changed: dict[str, Any] = {}
     vain: set[tuple[str, str]] = set()  # phases, and what does not make the step smaller while they are the largest
-    if sum(size for part, size in step.largest.parts.items() if part in FIXED) > machine.usable:
+    if sum(size for part, size in step.phases[step.largest].items() if part in FIXED) > machine.usable:
         return None
-    while step.largest.bytes > machine.usable:
-        now, phase = resolve(overrides=config.model_dump(by_alias=True) | changed), step.largest.name
+    while step.bytes > machine.usable:
+        now, phase = resolve(overrides=config.model_dump(by_alias=True) | changed), step.largest
         next_values = _smaller(step.name, now, machine, image).items()
         key, value = next(((key, value) for key, value in next_values if (phase, key) not in vain), ("", None))
         if not key:
             return None
         tried = resolve(overrides=now.model_dump(by_alias=True) | {key: value})
         smaller = Rehearsal(step.name, tried, machine, image).rehearse()
-        if smaller.largest.bytes < step.largest.bytes:
+        if smaller.bytes < step.bytes:
             step, changed = smaller, changed | {key: value}
         else:
             vain.add((phase, key))

@@ -45,19 +45,6 @@ INPUTS: Inputs = dict.fromkeys(("base", "validate", "stage1"), NOWHERE)
 BATCH = 32  # questions of a batch of `fit_invocation`
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One phase of a step: bytes by part at its peak."""
-
-    name: str
-    parts: dict[str, int]
-
-    @property
-    def bytes(self) -> int:
-        """At the peak."""
-        return sum(self.parts.values())
-
-
 @dataclass
 class StepPlan:
     """A step as planned, on one GPU of those that share it."""
@@ -65,13 +52,18 @@ class StepPlan:
     name: str
     rows: int = 0  # answers decoded together
     trained: int = 0  # parameters
-    phases: list[Phase] = field(default_factory=list)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)  # of each phase the bytes at its peak, by part
     seconds: float = 0.0  # of a training step; of a batch in `evaluate`
 
     @property
-    def largest(self) -> Phase:
+    def largest(self) -> str:
         """The phase that holds most."""
-        return max(self.phases, key=lambda phase: phase.bytes)
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def bytes(self) -> int:
+        """At its peak."""
+        return sum(self.phases[self.largest].values())
 
 
 class Rehearsal(Run):
@@ -149,7 +141,7 @@ class Rehearsal(Run):
 
     def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
         """Answers to validation questions."""
-        self._largest("check", arms.values(), self.config.grpo.max_new_tokens, self.config.grpo.micro_batch)
+        self._answers("check", arms.values(), self.config.grpo.max_new_tokens, self.config.grpo.micro_batch)
         return ""
 
     def _evaluate(self) -> None:
@@ -159,7 +151,7 @@ class Rehearsal(Run):
             with self.shapes.part(ADDED):
                 self.model = VisMemModel(self._base(), self.config.memory, self.config.invocation)
         policies = [arm.policy for arm in arms]
-        self.plan.seconds = self._largest("answers", policies, settings.max_new_tokens, settings.batch_size)
+        self.plan.seconds = self._answers("answers", policies, settings.max_new_tokens, settings.batch_size)
 
     def _fit_head(self, model: VisMemModel, *_: object) -> None:
         """As `fit_invocation`: the states of batches of answers, then of all."""
@@ -178,7 +170,8 @@ class Rehearsal(Run):
     def _phase(self, name: str) -> Iterator[None]:
         self.shapes.restart()
         yield
-        self.plan.phases.append(Phase(name, {part: size for part, size in self.shapes.at_peak.items() if size}))
+        parts = {part: size for part, size in self.shapes.at_peak.items() if size}
+        self.plan.phases[name] = max(self.plan.phases.get(name, {}), parts, key=lambda each: sum(each.values()))
 
     @contextmanager
     def _optimised(self, trained: Parameters, matrix_rate: float) -> Iterator[None]:
@@ -209,13 +202,10 @@ class Rehearsal(Run):
         rollouts = answers(self.model, samples, group, grpo.max_new_tokens, limit)
         return RolloutBatch(samples, rollouts, torch.ones(len(rollouts)), policy, {}), seconds
 
-    def _largest(self, name: str, policies: Iterable[InvocationPolicy], tokens: int, rows: int) -> float:
-        """Of decoding with each sort of policy, the phase that holds most, and the most seconds."""
+    def _answers(self, name: str, policies: Iterable[InvocationPolicy], tokens: int, rows: int) -> float:
+        """Decode with each sort of policy; the most seconds."""
         sorts = {(type(policy), getattr(policy, "kinds", KINDS)): policy for policy in policies}
-        before, found = len(self.plan.phases), []
-        found = [self._decode(name, policy, tokens, rows) for policy in sorts.values()]
-        self.plan.phases[before:] = [max(self.plan.phases[before:], key=lambda phase: phase.bytes)]
-        return max(found)
+        return max(self._decode(name, policy, tokens, rows) for policy in sorts.values())
 
     @torch.inference_mode()
     def _decode(self, name: str, policy: InvocationPolicy, tokens: int, prompts: int, group: int = 1) -> float:

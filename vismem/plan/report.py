@@ -38,14 +38,14 @@ def refusals(plan: Plan) -> Iterator[str]:
     for step in plan.steps:
         if step.name not in plan.remedies:
             continue
-        phase, remedy = step.largest, plan.remedies[step.name]
-        part = max(phase.parts, key=lambda name: phase.parts[name])
+        phase, remedy = step.phases[step.largest], plan.remedies[step.name]
         changes = " ".join(f"--set {key}={str(value).lower()}" for key, value in (remedy or {}).items())
         ways = [f"with {changes}"] * bool(changes)
-        ways += [f"on {name}" for name, card in CARDS.items() if Machine(1, name, *card).usable >= phase.bytes][:1]
+        ways += [f"on {name}" for name, card in CARDS.items() if Machine(1, name, *card).usable >= step.bytes][:1]
         yield (
-            f"{step.name} does not fit: '{phase.name}' needs {phase.bytes / GIB:.1f} GiB of "
-            f"{plan.machine.usable / GIB:.1f}, most of it {part}; it fits {' or '.join(ways) or 'no card known here'}"
+            f"{step.name} does not fit: '{step.largest}' needs {step.bytes / GIB:.1f} GiB of "
+            f"{plan.machine.usable / GIB:.1f}, most of it {max(phase, key=phase.__getitem__)}; it fits "
+            f"{' or '.join(ways) or 'no card known here'}"
         )
 
 
@@ -53,11 +53,12 @@ def _step(step: StepPlan, usable: float) -> Iterator[str]:
     facts = [f"{step.rows} answers together"] * bool(step.rows)
     facts += [f"trains {step.trained / 1e6:,.2f} million"] * bool(step.trained)
     yield f"{step.name}, per GPU: {', '.join(facts)}, {step.seconds:,.0f} s a {'step' if step.trained else 'batch'}"
-    yield _row("GiB at the peak of", *(phase.name for phase in step.phases))
-    for part in {part: None for phase in step.phases for part, size in phase.parts.items() if size >= GIB / 20}:
-        sizes = [phase.parts.get(part, 0) for phase in step.phases]
+    phases = step.phases.values()
+    yield _row("GiB at the peak of", *step.phases)
+    for part in {part: None for parts in phases for part, size in parts.items() if size >= GIB / 20}:
+        sizes = [parts.get(part, 0) for parts in phases]
         yield _row(part, *(f"{size / GIB:.1f}" if size >= GIB / 20 else "-" for size in sizes))
-    yield _row(f"total, of {usable / GIB:.1f}", *(f"{phase.bytes / GIB:.1f}" for phase in step.phases))
+    yield _row(f"total, of {usable / GIB:.1f}", *(f"{sum(parts.values()) / GIB:.1f}" for parts in phases))
     yield ""
 
 

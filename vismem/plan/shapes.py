@@ -85,10 +85,10 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.hollow and func is aten.scaled_dot_product_attention.default:  # so without gradients
+        if func is aten.scaled_dot_product_attention.default:  # so without gradients: its parts count too
             super().__enter__()  # type: ignore[no-untyped-call]
             try:
-                return _attention(*args, **kwargs)
+                return (_attention if self.hollow else func.decompose)(*args, **kwargs)
             finally:
                 super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
         result = _hollow(func, args, kwargs) if self.hollow else func(*args, **kwargs)

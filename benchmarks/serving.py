@@ -1,16 +1,18 @@
-"""How much faster the served runtime answers several at once than one by one, and how soon the first word comes.
+"""How much faster the served runtime answers several at once than one by one, how soon the first word comes, and what
+Triton's gRPC adds to an answer.
 
     OMP_WAIT_POLICY=passive python benchmarks/serving.py [--json FILE]
 
-The memory that comes with VisMem is exported and asked in this process, on one thread; all sides take turns and must
-give the same answers. Figures are ratios: the median over the repeats with its range.
+The memory that comes with VisMem is exported and asked in this process, on one thread, and behind a Triton server; all
+sides take turns and must give the same answers. Figures are ratios: the median over the repeats with its range.
 """
 
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,39 @@ from PIL import Image
 from vismem.data.sample import Sample
 from vismem.export.onnx import write_graphs
 from vismem.inference import VisMem
+from vismem.provenance import write_manifest
 from vismem.serving.answering import Runtime
+from vismem.serving.client import Client
+from vismem.serving.repository import write_model_repository
+from vismem.serving.server import triton_server
 
 STREAMS = (1, 2, 4, 8, 16)
 
 
-def load() -> Runtime:
-    """The runtime over the graphs of the memory that comes with VisMem."""
+def export(folder: Path) -> None:
+    """Write the graphs of the memory that comes with VisMem, and its processor."""
     model = VisMem.from_pretrained(ROOT / "assets" / "tiny-vlm-memory", "cpu").model
+    write_graphs(model, folder / "onnx", opset=18)
+    model.backbone.processor.save_pretrained(folder / "processor")
+
+
+def load() -> Runtime:
+    """The runtime over them."""
     with tempfile.TemporaryDirectory() as folder:
-        write_graphs(model, Path(folder) / "onnx", opset=18)
-        model.backbone.processor.save_pretrained(Path(folder) / "processor")
+        export(Path(folder))
         return Runtime.open(folder, verified=True, rows=max(STREAMS), cache_bytes=0)
+
+
+@contextmanager
+def triton() -> Iterator[Client]:
+    """A client of the same graphs behind Triton, whose worker has one thread too."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        export(folder / "bundle")
+        write_manifest(folder / "bundle")
+        write_model_repository(folder / "bundle", folder / "repository", "vismem", 1)
+        with triton_server(folder / "repository", log=folder / "log") as server:
+            yield Client(f"grpc://{server.grpc_url}", model="vismem")
 
 
 def answer(runtime: Runtime, sample: Sample) -> tuple[list[int], float]:
@@ -53,6 +76,22 @@ def turn(runtime: Runtime, samples: Sequence[Sample], streams: int) -> tuple[lis
         answers = list(clients.map(lambda sample: answer(runtime, sample), samples))
     seconds = time.perf_counter() - started
     return [tokens for tokens, _ in answers], seconds, float(np.percentile([first for _, first in answers], 95))
+
+
+def over_grpc(runtime: Runtime, samples: Sequence[Sample], repeats: int) -> list[float]:
+    """Seconds of one stream over gRPC, over those in this process; each turn asks others, so that nothing is cached."""
+    ratios = []
+    with triton() as client:
+        client.ask(samples[0].images, samples[0].question)
+        for repeat in range(repeats):
+            asked = samples[repeat::repeats]
+            started = time.perf_counter()
+            own = [answer(runtime, sample)[0] for sample in asked]
+            between = time.perf_counter()
+            found = [list(client.stream(sample.images, sample.question)) for sample in asked]
+            ratios.append((time.perf_counter() - between) / (between - started))
+            assert [len(tokens) for tokens in own] == [len(pieces) - 1 for pieces in found]
+    return ratios
 
 
 def main() -> None:
@@ -75,6 +114,8 @@ def main() -> None:
             "first_p95": round(float((found["first"][streams] / found["first"][1]).median()), 2),
             "tokens_per_second": round(figures["tokens"] / float(found["seconds"][streams].median())),
         }
+    ratios = over_grpc(runtime, questions(args.items * args.repeats, side=168), args.repeats)
+    figures["grpc"] = [round(float(value), 2) for value in (np.median(ratios), min(ratios), max(ratios))]
     rows = [
         "{} | {:.2f} ({:.2f} to {:.2f}) | {} | {:.2f}".format(
             streams, *row["speed"], row["tokens_per_second"], row["first_p95"]
@@ -82,7 +123,8 @@ def main() -> None:
         for streams, row in figures["streams"].items()
     ]
     header = "streams | tokens/s, times one stream's | tokens/s | first token p95, times one stream's"
-    publish(figures, table(header, rows), args.json)
+    took = "One stream over gRPC takes {:.2f} ({:.2f} to {:.2f}) times as long as in this process."
+    publish(figures, f"{table(header, rows)}\n\n{took.format(*figures['grpc'])}", args.json)
 
 
 if __name__ == "__main__":

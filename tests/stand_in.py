@@ -102,7 +102,7 @@ HOSTILE = {  # a request's options, and the reason for which it is refused
 def make_repository(folder: Path, name: str = "vismem", runtime: str = STAND_IN) -> Path:
     """A repository with the stand-in runtime, moved after it was written, as a step's output is."""
     bundle, library = folder / "bundle", folder / "vismem"
-    bundle.mkdir(parents=True)
+    (bundle / "onnx").mkdir(parents=True)
     copy_library(folder)
     (bundle / "word.txt").write_text("é")
     write_manifest(bundle)

@@ -15,7 +15,7 @@ def deploy(
     """Write the champion's Triton model repository and ask it real questions on a real server.
 
     Args:
-        deploy: model_repository/ and smoke.json; metadata: model, version, repository_sha256.
+        deploy: smoke.json, with graphs Triton's model_repository/; metadata: model, version, manifest_sha256.
         metrics: Times to the first token and to the whole answer, in milliseconds.
     """
     from vismem.kubeflow.task import run_task

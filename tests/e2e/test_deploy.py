@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from stand_in import IMAGE, make_repository
+from stand_in import IMAGE, client_of, make_repository
 
 from vismem.config import parse_config
 from vismem.data.sample import Sample, write_shards
@@ -55,17 +55,17 @@ def test_deploy_serves_a_released_version_under_the_models_name(
     running = contextlib.nullcontext(server)  # the one that runs already: a second start shows nothing new
     monkeypatch.setattr(deploy_step, "triton_server", lambda repository, log: running)
     line = deploy_step.deploy(parse_config({}), inputs, tmp_path / "out")
-    assert line.startswith("deployed vismem version 5: 3 questions answered over gRPC")
+    assert line.startswith("deployed vismem version 5: 3 questions answered by a server")
     assert [path.name for path in (tmp_path / "out" / "model_repository").iterdir()] == ["vismem"]
 
 
 def test_the_smoke_test_fails_on_an_empty_answer(server: TritonServer) -> None:
     sample = Sample(id="s1", images=(IMAGE,), question="nothing", answer="1")
     with pytest.raises(UserError, match=r"smoke test: vismem gave an empty answer to 'nothing' \(s1\)"):
-        deploy_step.smoke_test(server.grpc_url, "vismem", [sample])
+        deploy_step.smoke_test(client_of(server), [sample])
 
 
 def test_the_smoke_test_fails_where_two_answers_to_one_question_differ(server: TritonServer) -> None:
     sample = Sample(id="s2", images=(IMAGE,), question="count", answer="1")
     with pytest.raises(UserError, match=r"streamed and collected answers of vismem differ for s2: '\d' against '\d'"):
-        deploy_step.smoke_test(server.grpc_url, "vismem", [sample])
+        deploy_step.smoke_test(client_of(server), [sample])

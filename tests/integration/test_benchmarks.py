@@ -39,3 +39,11 @@ def test_validation_reports_its_speed(run, tmp_path: Path) -> None:  # type: ign
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["rows"] == 40
     assert figures["peak_gib"] > 0
+
+
+def test_a_server_whose_clients_are_killed_answers_the_others(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run("abuse", "--server", "api", "--seconds", "8", "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["clients_killed"] > 0
+    assert figures["answers"] > 0
+    assert (figures["failed"], figures["mixed_up"], figures["same_afterwards"]) == (0, 0, True)

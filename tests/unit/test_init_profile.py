@@ -118,18 +118,18 @@ def fake(folder: Path, **settings: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "graphs"),
     [
-        (lambda root: fake(root / "tower", model_type="internvl", hidden_size=4096), "repro --profile own evaluate"),
-        (lambda root: str(TINY), "repro --profile own\n"),
+        (lambda root: fake(root / "tower", model_type="internvl", hidden_size=4096), False),
+        (lambda root: str(TINY), True),
     ],
 )
-def test_what_runs_next_depends_on_the_base(
-    project: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], str], said: str
+def test_a_family_without_graphs_is_exported_without(
+    project: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], str], graphs: bool
 ) -> None:
     text, printed = written(capsys, "--base", make(project))
-    assert said in printed
-    assert "model:" in text
+    assert "repro --profile own\n" in printed
+    assert ("graphs: false" not in text) is graphs
 
 
 def test_what_is_no_vision_language_model_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
+from vismem.errors import UserError
 from vismem.runtime.limits import NEW_TOKENS
 
 SERVED = ("base", "device", "dtype", "port", "max_patches", "cache_mb")
@@ -123,11 +124,14 @@ def _run_infer(arguments: argparse.Namespace) -> None:
 def _run_serve(arguments: argparse.Namespace) -> None:
     named = arguments.repository.absolute() if arguments.repository else None
     config, artifacts = enter(arguments)
+    deployed = artifacts / "deploy"
+    if not named and (deployed / "smoke.json").is_file() and not (deployed / "model_repository").is_dir():
+        raise UserError(f"what was deployed has no ONNX graphs: `vismem api --model {artifacts / 'export'}` serves it")
     from vismem.serving.server import serve
 
     serve(
         config,
-        named or artifacts / "deploy" / "model_repository",
+        named or deployed / "model_repository",
         host=arguments.host,
         grpc_port=arguments.port,
         http_port=arguments.http_port,

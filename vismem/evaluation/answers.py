@@ -65,7 +65,8 @@ _SENTENCES = re.compile(  # not behind "St." or an initial
 )
 _POLAR = re.compile(
     r"^(?:.*[,;]\s*(?=(?:so|thus|therefore|hence)\b))?(?:(?:so|thus|therefore|hence|then|well|sure|overall|"
-    r"in\s+conclusion|(?:based\s+on|in)\s+the\s+(?:image|picture)|i(?:\s+would|['\u2019]d)?\s+(?:say|think))\b\W*)*(?P<word>yes|no|true|false)(?!\w)"
+    r"in\s+conclusion|(?:based\s+on|in)\s+the\s+(?:image|picture)|i(?:\s+would|['\u2019]d)?\s+(?:say|think))\b\W{0,9}){0,9}"
+    r"(?P<word>yes|no|true|false)(?!\w)"
     r"(?=\W*$|\s*[.,;:!)\]\"\u2014-]|\s+(?:and(?!\s+no\b)|it|there|they|he|she|we|i|you|this|"
     r"that|these|those|the|because|since|as)\b)",
     re.IGNORECASE,

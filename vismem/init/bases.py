@@ -39,7 +39,7 @@ class Base:
     tokenizer: Any = None  # tokenizers.Tokenizer
     processor: Any = None  # its settings for images, where it is of Qwen's kind
     scope: Scope | None = None  # what it was trained to read, where it says so
-    exports: bool = True  # whether its family can be exported and served
+    graphs: bool = True  # whether its family can be exported as ONNX graphs
     unknown: str = ""
 
     def longest(self, texts: Iterable[str]) -> int:
@@ -109,7 +109,7 @@ def look_at(config: BaseConfig) -> Base:
         tokenizer=_tokenizer(config),
         processor=_processor(config),
         scope=Scope.read(folder) if folder else None,
-        exports=settings.get("model_type") == "qwen2_5_vl",
+        graphs=settings.get("model_type") == "qwen2_5_vl",
     )
 
 

@@ -76,6 +76,11 @@ def settings_of(
         Setting("gate.min_items", min_items(test, config), _gate_reason(test, config)),
         Setting("registry.experiment", f"vismem-{name}", "a name of its own, so that runs do not mix"),
         Setting("registry.model_name", f"vismem-{name}", "a name of its own: it never displaces another's champion"),
+        *(
+            []
+            if base.graphs
+            else [Setting("export.graphs", False, "Qwen2.5-VL alone has graphs; `vismem api` serves others")]
+        ),
         Setting("deploy.model_name", f"vismem_{name.replace('-', '_')}", "a name of its own, for the same reason"),
     ]
 

@@ -134,8 +134,5 @@ def _next(program: str, name: str, base: Base, seconds: float) -> Iterator[str]:
         yield f"Next, {about(seconds)} on two CPU cores:"
     else:
         yield "Next, on a machine with a GPU (how long it takes there is not known here):"
-    yield f"  {program} repro --profile {name}{'' if base.exports else ' evaluate'}"
-    if base.exports:
-        yield f"  {program} summary --profile {name}"
-    else:
-        yield "  (the ONNX export, and with it serving, knows Qwen2.5-VL only: this run ends with the scores)"
+    yield f"  {program} repro --profile {name}"
+    yield f"  {program} summary --profile {name}"

@@ -74,9 +74,8 @@ def _read(name: str, folder: Path) -> tuple[Values, Values]:
             release = Release.read(folder)
             return {**release.model_dump(exclude={"previous"}), "reasons": "; ".join(release.reasons)}, {}
         case "deploy":
-            smoke, repository = read_json(folder / "smoke.json"), sha256_folder(folder / "model_repository")
-            made = {"model": smoke["model"], "version": smoke["version"], "repository_sha256": repository}
-            return made, smoke["latency_ms"]
+            smoke = read_json(folder / "smoke.json")
+            return {name: smoke[name] for name in ("model", "version", "manifest_sha256")}, smoke["latency_ms"]
     raise KeyError(name)
 
 

@@ -155,6 +155,11 @@ class Client:
         """See AsyncClient."""
         self._client = AsyncClient(address, model=model, token=token, timeout=timeout)
 
+    @property
+    def model(self) -> str | None:
+        """Its name on the server; None until a first answer, where none was given."""
+        return self._client.model
+
     def ask(self, images: Images, question: str | Chat, **options: Any) -> Answer:
         """See AsyncClient."""
         return _run(partial(self._client.ask, images, question, **options))

@@ -1,10 +1,13 @@
-"""Step deploy: the released version as a Triton model repository, smoke-tested over gRPC on a real tritonserver."""
+"""Step deploy: the released version behind a real server, asked: Triton where it has graphs, else `vismem api`."""
 
 import io
+import os
 import shutil
 import statistics
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,42 +21,47 @@ from vismem.files import write_json
 from vismem.progress import progress
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import EXAMPLE, Release
+from vismem.services import HOST, Service, check_http, free_ports, start_service
 from vismem.serving.client import Client, challenger_name
-from vismem.serving.exchange import Answer
+from vismem.serving.exchange import TOKEN_VARIABLE, Answer
 from vismem.serving.repository import write_model_repository
 from vismem.serving.server import triton_server
 
+API_READY, API_ANSWER = 1800, 600  # seconds: a large model is loaded, and may have no GPU here
+
 
 def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
-    """Write `model_repository/`, `smoke.json`, its example's images and `tritonserver.log`; return the step's line.
+    """Write `model_repository/`, `smoke.json`, its example's images and the server's log; return the step's line.
 
     Reads export (the bundle), promote (`release.json`) and validate (test questions). A version that the gate refused
-    is deployed as NAME_challenger, for trying out. Raises UserError if the server does not start or a check fails.
+    is deployed as NAME_challenger, for trying out. A bundle without graphs has no repository: `vismem api` serves it
+    where it is. Raises UserError if the server does not start or a check fails.
     """
-    if not (inputs["export"] / "onnx").is_dir():
-        raise UserError(
-            f"{inputs['export']} has no ONNX graphs, and Triton serves nothing else: serve it by "
-            f"`vismem api --model {inputs['export']}`, or export again with export.graphs true"
-        )
     release = Release.read(inputs["promote"])
     promoted, version = release.promoted, int(release.version)
     model = config.deploy.model_name if promoted else challenger_name(config.deploy.model_name)
-    repository = out / "model_repository"
+    bundle, repository = inputs["export"], out / "model_repository"
     shutil.rmtree(repository, ignore_errors=True)
-    manifest = write_model_repository(inputs["export"], repository, model, version) / MANIFEST
     rows = iterate_samples(inputs["validate"] / "data" / "test")
     samples = list(islice((sample for sample in rows if not sample.videos), 8))  # a bundle takes images only
     if not samples:
         raise UserError(f"{inputs['validate']}/data/test has no row without a video to smoke-test the server with")
-    server_log = out / "tritonserver.log"
-    with progress("deploy: tritonserver"), triton_server(repository, log=server_log) as server:
-        smoke = smoke_test(server.grpc_url, model, samples)
-    served = {"model": model, "version": version, "promoted": promoted, "manifest_sha256": sha256_file(manifest)}
+    if (bundle / "onnx").is_dir():
+        served_from = write_model_repository(bundle, repository, model, version)
+        with progress("deploy: tritonserver"), triton_server(repository, log=out / "tritonserver.log") as server:
+            smoke = smoke_test(Client(f"grpc://{server.grpc_url}", model=model), samples)
+    else:
+        served_from = bundle
+        running = api_server(bundle, model, config.base.dtype, out / "api.log")
+        with progress("deploy: vismem api"), running as (address, _):
+            smoke = smoke_test(Client(address, model=model, timeout=API_ANSWER), samples)
+    hashed = sha256_file(served_from / MANIFEST)
+    served = {"model": model, "version": version, "promoted": promoted, "manifest_sha256": hashed}
     write_json(out / "smoke.json", served | smoke)
     example = next(sample for sample in samples if sample.id == smoke["id"])
     for number, image in enumerate(example.images, start=1):
         (out / f"{EXAMPLE}-{number}.{image_suffix(image)}").write_bytes(image)
-    tested = f"{len(samples)} questions answered over gRPC, {smoke['latency_ms']['answer_p50']:.0f} ms at the median"
+    tested = f"{len(samples)} questions answered by a server, {smoke['latency_ms']['answer_p50']:.0f} ms at the median"
     if promoted:
         return f"deployed {model} version {version}: {tested}"
     reasons = "; ".join(release.reasons) or "no reason given"
@@ -65,13 +73,25 @@ def image_suffix(image: bytes) -> str:
     return str(Image.open(io.BytesIO(image)).format).lower()
 
 
-def smoke_test(url: str, model: str, samples: Sequence[Sample]) -> dict[str, Any]:
+@contextmanager
+def api_server(model: Path, name: str, dtype: str, log: Path) -> Iterator[tuple[str, Service]]:
+    """`vismem api` on a model's folder, in a process of its own, ready to answer at the address, without a token."""
+    address = f"http://{HOST}:{free_ports({'http': 0})['http']}"
+    options = {"model": model, "name": name, "dtype": dtype, "port": address.rpartition(":")[2]}
+    command = [sys.executable, "-m", "vismem.cli", "api", *(f"--{key}={value}" for key, value in options.items())]
+    environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
+    with start_service("vismem api", command, environment, log) as service:
+        service.wait_until(lambda: check_http(f"{address}/health"), API_READY)
+        yield address, service
+
+
+def smoke_test(client: Client, samples: Sequence[Sample]) -> dict[str, Any]:
     """Ask the served model real questions and one that it must refuse; return latencies and one example.
 
     Checks that no answer is empty, that streaming and collected answers agree, and that a broken image is refused
     while the server continues to answer. UserError names the first check that fails.
     """
-    client = Client(f"grpc://{url}", model=model)
+    model = client.model
     answers: list[Answer] = []
     first_ms, answer_ms = [], []
     for sample in samples:

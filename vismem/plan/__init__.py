@@ -15,7 +15,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
 from vismem.plan.model import hollow_base, parameters
 from vismem.plan.rehearsal import FIXED, Rehearsal, StepPlan
-from vismem.plan.shapes import Shapes
+from vismem.plan.shapes import Shapes, beside_dispatch
 from vismem.progress import progress
 from vismem.steps import BASELINES
 
@@ -39,8 +39,8 @@ class Plan:
     base: str
     machine: Machine
     image: tuple[int, int]
-    parameters: dict[str, int]
-    added: dict[str, int]
+    parameters: dict[str, float]
+    added: dict[str, float]
     steps: list[StepPlan]
     remedies: dict[str, dict[str, Any] | None]  # of each step that does not fit, parameters with which it does
     disk: dict[str, float]
@@ -61,9 +61,9 @@ def plan(config: Config, gpus: str, image: str, steps: Sequence[str] = ()) -> Pl
             raise UserError(f"no plan of '{name}'{nearest(name, known)}: there are {', '.join(known)}")
     arms = {name.partition("@")[0] for name in config.evaluate.arms}
     names = steps or [name for name in known if name in PLANNED or name in arms]
-    with Shapes():
+    with beside_dispatch(), Shapes():
         model = VisMemModel(hollow_base(config.base), config.memory, config.invocation)
-        own, added = parameters(model)
+    own, added = parameters(model.backbone.model), parameters(model)
     found, remedies = [], {}
     with progress("plan", len(names)) as advance:
         for name in names:
@@ -118,7 +118,7 @@ def _smaller(name: str, config: Config, machine: Machine, image: tuple[int, int]
     return ({"grpo.gradient_checkpointing": True} if checkpointing else {}) | found
 
 
-def _disk(config: Config, stored: int, base: int, added: int, steps: Sequence[StepPlan]) -> dict[str, float]:
+def _disk(config: Config, stored: float, base: float, added: float, steps: Sequence[StepPlan]) -> dict[str, float]:
     """Bytes on disk, by what is kept there."""
     found: dict[str, float] = {"the base's weights; the step `base` links to them": stored}
     for step in steps:
@@ -132,7 +132,7 @@ def _disk(config: Config, stored: int, base: int, added: int, steps: Sequence[St
     return found
 
 
-def _host(config: Config, machine: Machine, stored: int, base: int, added: int) -> dict[str, float]:
+def _host(config: Config, machine: Machine, stored: float, base: float, added: float) -> dict[str, float]:
     """Bytes of the host's memory at the largest moment of training and of `export`."""
     export = 8 * (base + added) if config.export.graphs else stored + 4 * added
     return {

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from vismem.config import BaseConfig
 from vismem.data.sample import Sample
@@ -20,19 +21,6 @@ from vismem.models.vismem import VisMemModel
 QUESTION = "how many cups? " * 50  # about 200 tokens
 ANSWER = "one cup, " * 80  # of reference, about 240 tokens
 WORD = 5  # any token of the tokenizer
-MODULES = {  # of a base, the first that a parameter's name holds
-    "projector": ("visual.merger", "multi_modal_projector", "image_newline"),
-    "vision encoder": ("visual.", "vision_tower."),
-    "output head": ("lm_head.",),
-    "language model": ("language_model.",),
-}
-ADDED = {  # of what VisMem adds, by the beginning of a parameter's name
-    "query builder": "builder.",
-    "short former": "short.",
-    "long former": "long.",
-    "new tokens' rows": "tokens.",
-    "policy's LoRA": "policy_lora.",
-}
 
 
 def hollow_base(config: BaseConfig) -> Backbone:
@@ -53,14 +41,12 @@ def hollow_base(config: BaseConfig) -> Backbone:
     return backbone_of(AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype)), processor)
 
 
-def parameters(model: VisMemModel) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters of the base and of what VisMem adds, by part; a head that is the embeddings has none of its own."""
-    base, added = Counter(dict.fromkeys(MODULES, 0)), Counter[str]()
-    for name, weight in model.backbone.model.named_parameters():
-        base[next(part for part, marks in MODULES.items() if any(mark in name for mark in marks))] += weight.numel()
+def parameters(model: nn.Module) -> dict[str, float]:
+    """How many parameters each of a model's own modules has; a head that is the embeddings has none of its own."""
+    found: Counter[str] = Counter()
     for name, weight in model.named_parameters():
-        added[next(part for part, mark in ADDED.items() if name.startswith(mark))] += weight.numel()
-    return dict(base), dict(added)
+        found[name.removeprefix("model.").partition(".")[0]] += weight.numel()
+    return dict(found)
 
 
 def questions(count: int, image: tuple[int, int]) -> tuple[Sample, ...]:

@@ -27,7 +27,7 @@ from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
 from vismem.plan.model import WORD, answers, hollow_base, questions
-from vismem.plan.shapes import Shapes
+from vismem.plan.shapes import Shapes, beside_dispatch
 from vismem.steps import BASELINES, STEPS
 from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
@@ -78,6 +78,7 @@ class Rehearsal(Run):
     def rehearse(self) -> StepPlan:
         """The step as planned."""
         with ExitStack() as stack:
+            stack.enter_context(beside_dispatch())
             stack.enter_context(self.shapes)
             if self.name == "evaluate":
                 self._evaluate()
@@ -92,13 +93,9 @@ class Rehearsal(Run):
             step.load()(self.config, INPUTS, NOWHERE)
         return self.plan
 
-    def base(self) -> Backbone:
-        """The base."""
-        return hollow_base(self.config.base)
-
     def _base(self, *_: object) -> Backbone:
         with self.shapes.part(BASE):
-            return self.base()
+            return hollow_base(self.config.base)
 
     # --- what the steps call ---
 
@@ -147,9 +144,11 @@ class Rehearsal(Run):
     def _evaluate(self) -> None:
         settings = self.config.evaluate
         arms, self.plan.rows = resolve_arms(settings.arms), settings.batch_size
-        for _ in {arm.model for arm in arms}:  # all are loaded at once
-            with self.shapes.part(ADDED):
-                self.model = VisMemModel(self._base(), self.config.memory, self.config.invocation)
+        with self.shapes.part(ADDED):
+            models = [
+                VisMemModel(self._base(), self.config.memory, self.config.invocation) for _ in {a.model for a in arms}
+            ]
+        self.model = models[-1]  # all are loaded at once
         policies = [arm.policy for arm in arms]
         self.plan.seconds = self._answers("answers", policies, settings.max_new_tokens, settings.batch_size)
 

@@ -9,8 +9,9 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -45,34 +46,23 @@ OTHER = "other"
 
 
 class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within the block floats are shapes. Counts bytes that live, by part, and FLOP and seconds since `restart`.
+    """Within the block (and `beside_dispatch`) floats are shapes. Counts living bytes by part, and seconds.
 
     Without `hollow` values are computed too: that is what a plan is compared with.
     """
 
     def __init__(self, cost: Cost | None = None, hollow: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cost, self.hollow, self.beside = cost, hollow, ExitStack()
+        self.cost, self.hollow = cost, hollow
         self.rest = OTHER  # the part of what no function of LABELS allocates
         self.live: Counter[str] = Counter()
         self.total = 0
         self.held: dict[int, Any] = {}  # weak references to the storages that are counted
         self.restart()
 
-    def __enter__(self) -> Self:
-        if self.hollow:
-            self.beside.enter_context(_beside_dispatch())
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.beside.close()
-
     def restart(self) -> None:
-        """Forget the peak, the FLOP and the seconds so far."""
-        self.peak, self.at_peak = self.total, dict(self.live)
-        self.flops, self.seconds = 0, 0.0
+        """Forget the peak and the seconds so far."""
+        self.peak, self.at_peak, self.seconds = self.total, dict(self.live), 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -86,11 +76,8 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten.scaled_dot_product_attention.default:  # so without gradients: its parts count too
-            super().__enter__()  # type: ignore[no-untyped-call]
-            try:
+            with self:
                 return (_attention if self.hollow else func.decompose)(*args, **kwargs)
-            finally:
-                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
         result = _hollow(func, args, kwargs) if self.hollow else func(*args, **kwargs)
         made = _tensors((result,))
         for tensor in made:
@@ -99,7 +86,6 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             packet = func._overloadpacket
             flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
             moved = sum(tensor.nbytes for tensor in (*made, *_tensors((args, kwargs))))
-            self.flops += flops
             self.seconds += self.cost(flops, moved, made[0].dtype)
         return result
 
@@ -132,7 +118,7 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _beside_dispatch() -> Iterator[None]:
+def beside_dispatch() -> Iterator[None]:
     """Within the block what the dispatcher does not see is replaced: values of shapes, and the choice of a kernel."""
     tensor, tolist = torch.tensor, Tensor.tolist
 
@@ -149,25 +135,15 @@ def _beside_dispatch() -> Iterator[None]:
     del library
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention as CUDA's memory-efficient kernel computes it, the one that takes a mask."""
-    if enable_gqa:
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **more: Any) -> Tensor:
+    """What CUDA's memory-efficient kernel holds, the one that takes a mask."""
+    if more.get("enable_gqa"):
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
-    bias = attn_mask
     if attn_mask is not None:
-        bias = query.new_zeros(attn_mask.shape) if attn_mask.dtype == torch.bool else attn_mask
-        bias = bias.expand(*query.shape[:3], key.shape[2])
+        attn_mask = query.new_zeros(attn_mask.shape) if attn_mask.dtype == torch.bool else attn_mask
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     attended: Tensor = aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+        query, key, value, attn_mask, torch.is_grad_enabled()
     )[0]
     return attended
 
@@ -179,7 +155,9 @@ def _hollow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._local_scalar_dense.default and shaped:
         return 0.0
     if "device" in kwargs or (not tensors and any(each.name == "device" for each in func._schema.arguments)):
-        kind = kwargs.get("dtype") or (tensors[0].dtype if tensors else _default_dtype(func, args))
+        whole = func._overloadpacket in (aten.arange, aten.randperm) and all(isinstance(each, int) for each in args)
+        default = torch.int64 if whole else torch.get_default_dtype()
+        kind = kwargs.get("dtype") or (tensors[0].dtype if tensors else default)
         if shaped and not kind.is_floating_point:  # values of floats that there are not
             return torch.zeros(tensors[0].shape, dtype=kind)
         shaped = shaped or (kind.is_floating_point and not tensors)  # pixels keep values until a weight reads them
@@ -188,8 +166,10 @@ def _hollow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory")}
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-        args = (args[0], _places(args[1]), *args[2:])
-    args, kwargs = tree_map_only(Tensor, _shape, (args, kwargs))
+        masks = [each is not None and each.dtype == torch.bool for each in args[1]]  # how many marks depends on values
+        places = [each.nonzero().unbind(1) if mask else (each,) for each, mask in zip(args[1], masks, strict=True)]
+        args = (args[0], [*chain.from_iterable(places)], *args[2:])
+    args, kwargs = tree_map_only(Tensor, lambda each: each.to("meta") if each.dim() else each, (args, kwargs))
     return _made_before(func, args, kwargs)
 
 
@@ -231,26 +211,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return found
 
 
-def _default_dtype(func: Any, args: Any) -> torch.dtype:
-    """That of a factory which is given none: of whole numbers, `arange` makes whole numbers."""
-    whole = func._overloadpacket in (aten.arange, aten.randperm) and all(isinstance(each, int) for each in args)
-    return torch.int64 if whole else torch.get_default_dtype()
-
-
-def _shape(tensor: Tensor) -> Tensor:
-    """A meta tensor like this one, unless it is one or a single number."""
-    return tensor if tensor.is_meta or not tensor.dim() else torch.empty_like(tensor, device="meta")
-
-
 def _values(tensor: Tensor) -> Tensor:
     """Whole numbers that were computed of floats: zeros."""
     known = not tensor.is_meta or tensor.dtype.is_floating_point or tensor.dtype.is_complex
     return tensor if known else torch.zeros(tensor.shape, dtype=tensor.dtype)
-
-
-def _places(indices: Any) -> list[Tensor | None]:
-    """The indices with each mask as the places that it marks: how many depends on its values."""
-    found: list[Tensor | None] = []
-    for index in indices:
-        found += index.nonzero().unbind(1) if index is not None and index.dtype == torch.bool else [index]
-    return found

@@ -21,15 +21,17 @@ from vismem.steps import BASELINES
 
 PLANNED = ("stage1", "stage2", "evaluate")
 PROCESS = 4e9  # bytes, assumed: Python, torch and CUDA's libraries, data
-PIXELS = "memory.image_pixels"
-TRAINING = (
-    "grpo.micro_batch",
-    "baselines.supervised.micro_batch",
-    "grpo.batch_size",
-    PIXELS,
-    "grpo.max_new_tokens",
-)
-LEAST = {PIXELS: 50_000, "grpo.max_new_tokens": 32, "evaluate.max_new_tokens": 32}  # a remedy is no less
+CHECKPOINTING, BATCH, PIXELS = "grpo.gradient_checkpointing", "grpo.batch_size", "memory.image_pixels"
+KNOBS = {  # what makes a step smaller, and the least value that is proposed; what changes no result comes first
+    CHECKPOINTING: 0,
+    "grpo.micro_batch": 1,
+    "baselines.supervised.micro_batch": 1,
+    "evaluate.batch_size": 1,
+    BATCH: 1,
+    PIXELS: 50_000,
+    "grpo.max_new_tokens": 32,
+    "evaluate.max_new_tokens": 32,
+}
 
 
 @dataclass(frozen=True)
@@ -86,36 +88,31 @@ def _size(image: str) -> tuple[int, int]:
 
 
 def _remedy(step: StepPlan, config: Config, machine: Machine, image: tuple[int, int]) -> dict[str, Any] | None:
-    """Parameters with which a step fits, or None: what makes its largest phase smaller is halved again and again."""
+    """Parameters with which a step fits, or None: what makes it smaller is halved until it fits."""
     changed: dict[str, Any] = {}
-    vain: set[tuple[str, str]] = set()  # phases, and what does not make the step smaller while they are the largest
     if sum(size for part, size in step.phases[step.largest].items() if part in FIXED) > machine.usable:
         return None
-    while step.bytes > machine.usable:
-        now, phase = resolve(overrides=config.model_dump(by_alias=True) | changed), step.largest
-        next_values = _smaller(step.name, now, machine, image).items()
-        key, value = next(((key, value) for key, value in next_values if (phase, key) not in vain), ("", None))
-        if not key:
-            return None
-        tried = resolve(overrides=now.model_dump(by_alias=True) | {key: value})
-        smaller = Rehearsal(step.name, tried, machine, image).rehearse()
-        if smaller.bytes < step.bytes:
-            step, changed = smaller, changed | {key: value}
-        else:
-            vain.add((phase, key))
-    return changed
+    for key in [*KNOBS] * 2:  # again, since another phase may be the largest by then
+        if key != PIXELS and key.startswith("evaluate.") != (step.name == "evaluate"):
+            continue
+        while step.bytes > machine.usable and (value := _smaller(key, config, machine, image)):
+            tried = resolve(overrides=config.model_dump(by_alias=True) | {key: value})
+            found = Rehearsal(step.name, tried, machine, image).rehearse()
+            if found.bytes >= step.bytes:
+                break
+            step, config, changed = found, tried, changed | {key: value}
+    return changed if step.bytes <= machine.usable else None
 
 
-def _smaller(name: str, config: Config, machine: Machine, image: tuple[int, int]) -> dict[str, Any]:
-    """What may make a step smaller, with its next value; what changes no result comes first."""
-    keys = ("evaluate.batch_size", PIXELS, "evaluate.max_new_tokens") if name == "evaluate" else TRAINING
-    values = {key: attrgetter(key)(config) for key in keys}
-    values[PIXELS] = min(values[PIXELS] or math.inf, image[0] * image[1])
-    found = {key: int(value // 2) for key, value in values.items() if value // 2 >= LEAST.get(key, 1)}
-    if found.get("grpo.batch_size", 0) % machine.count:
-        del found["grpo.batch_size"]
-    checkpointing = name != "evaluate" and not config.grpo.gradient_checkpointing
-    return ({"grpo.gradient_checkpointing": True} if checkpointing else {}) | found
+def _smaller(key: str, config: Config, machine: Machine, image: tuple[int, int]) -> int | bool:
+    """A parameter's next value, or 0."""
+    value = attrgetter(key)(config)
+    if key == CHECKPOINTING:
+        return not value
+    if key == PIXELS:
+        value = min(value or math.inf, image[0] * image[1])
+    half = int(value // 2)
+    return half if half >= KNOBS[key] and not (key == BATCH and half % machine.count) else 0
 
 
 def _disk(config: Config, stored: float, base: float, added: float, steps: Sequence[StepPlan]) -> dict[str, float]:

@@ -6,7 +6,7 @@ first and the last token of the rollouts, one micro-batch of the backward pass, 
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
 from vismem.plan.model import WORD, answers, hollow_base, questions
-from vismem.plan.shapes import Shapes, beside_dispatch
+from vismem.plan.shapes import OTHER, Shapes, beside_dispatch
 from vismem.steps import BASELINES, STEPS
 from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
@@ -37,9 +37,8 @@ from vismem.training.stage2 import FITTED
 from vismem.training.supervised import Supervised
 
 STEP_BY_NAME = {step.name: step for step in (*STEPS, *BASELINES)}
-BASE, ADDED = "base weights", "VisMem's weights"
-MASTERS, GRADIENTS, STATES = "float32 masters", "gradients", "optimiser states"
-FIXED = (BASE, ADDED, MASTERS, GRADIENTS, STATES)  # no batch makes them smaller
+BASE, ADDED, GRADIENTS, STATES = "base weights", "VisMem's weights", "gradients", "optimiser states"
+FIXED = (BASE, ADDED, GRADIENTS, STATES)  # no batch makes them smaller
 NOWHERE = Path("/nonexistent")
 INPUTS: Inputs = dict.fromkeys(("base", "validate", "stage1"), NOWHERE)
 BATCH = 32  # questions of a batch of `fit_invocation`
@@ -77,20 +76,20 @@ class Rehearsal(Run):
 
     def rehearse(self) -> StepPlan:
         """The step as planned."""
-        with ExitStack() as stack:
-            stack.enter_context(beside_dispatch())
-            stack.enter_context(self.shapes)
+        step = STEP_BY_NAME[self.name]
+        with (
+            beside_dispatch(),
+            self.shapes,
+            patch(f"{step.target.partition(':')[0]}.Run", self._started),
+            patch("vismem.training.run.load_base", self._base),
+            patch("vismem.training.stage2.fit_invocation", self._fit_head),
+            patch.object(VisMemModel, "from_pretrained", lambda *_: new_model(self.config, INPUTS)),
+            redirect_stderr(io.StringIO()),  # what a step says of its progress
+        ):
             if self.name == "evaluate":
                 self._evaluate()
-                return self.plan
-            step = STEP_BY_NAME[self.name]
-            module = step.target.partition(":")[0]
-            stack.enter_context(patch(f"{module}.Run", self._started))
-            stack.enter_context(patch("vismem.training.run.load_base", self._base))
-            stack.enter_context(patch("vismem.training.stage2.fit_invocation", self._fit_head))
-            stack.enter_context(patch.object(VisMemModel, "from_pretrained", lambda *_: new_model(self.config, INPUTS)))
-            stack.enter_context(redirect_stderr(io.StringIO()))  # what a step says of its progress
-            step.load()(self.config, INPUTS, NOWHERE)
+            else:
+                step.load()(self.config, INPUTS, NOWHERE)
         return self.plan
 
     def _base(self, *_: object) -> Backbone:
@@ -175,18 +174,17 @@ class Rehearsal(Run):
     @contextmanager
     def _optimised(self, trained: Parameters, matrix_rate: float) -> Iterator[None]:
         """Within the block there are the gradients and optimiser states of `trained`, as behind a first step."""
-        with ExitStack() as stack:
-            with self.shapes.part(MASTERS):
-                masters = stack.enter_context(master_weights(trained))
+        with self.shapes.part(STATES), master_weights(trained) as masters:
             with self.shapes.part(GRADIENTS):
                 for weight in masters.values():
                     weight.grad = torch.zeros_like(weight)
             used = optimizers(masters, 1e-3, matrix_rate, 0.0)
-            with self.shapes.part(STATES), self._phase("update"):
+            with self._phase("update"):
                 for optimizer in used:
                     optimizer.step()
                 round_masters(masters, trained)
-            yield
+            with self.shapes.part(OTHER):
+                yield
         for weight in (*masters.values(), *trained.values()):
             weight.grad = None
 

@@ -27,8 +27,6 @@ LABELS = {  # what a tensor counts as, by the function that allocates it, the in
     "RowCache.update": "KV cache",
     "DynamicLayer.update": "KV cache",
     "_LayerCache.update": "KV cache",
-    "VisMemModel.logits": "logits",
-    "TorchExecutor.choose": "logits",
     "token_scores": "logits",
     "VisMemModel.short_stream": "short memories' stream",
     "ShortFormer.forward": "forming short memories",
@@ -38,7 +36,6 @@ LABELS = {  # what a tensor counts as, by the function that allocates it, the in
     "encode": "reading images",
     "Context.read": "reading prompts",
     "DecodeState.join": "rows' embeddings and states",
-    "DecodeState.append": "decoding a token",
     "_Pass.hidden": "answers read back",
     "_engine_run_backward": "backward pass",
 }

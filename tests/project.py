@@ -49,6 +49,7 @@ def scores(score: float = 66.0, by: float = 6.0, **changed: Any) -> Metrics:
         "n": 600,
         "seed": 0,
         "counts": {"understanding": 600},
+        "clusters": {"overall": 600, "understanding": 600},
         "arms": arms,
         "intervals": {name: {"overall": ends, "understanding": ends} for name, ends in interval.items()},
         "gain": gains,

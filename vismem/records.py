@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 
-SIGNIFICANT = 0.05  # McNemar's p below which a difference is shown
+SIGNIFICANT = 0.05  # p below which a difference is shown; an interval covers the rest, 95 %
 VANILLA, VISMEM = "vanilla", "vismem"  # the arms that every comparison is about
 EXAMPLE = "example"  # the images of deploy's example: example-1.png and so on
 OVERALL = "overall"  # the group of all items
@@ -63,25 +63,32 @@ def p_value(p: float) -> str:
 
 
 class Difference(Part):
-    """A paired difference from vanilla in percentage points, its 95 % interval, and McNemar's p."""
+    """A paired difference from vanilla in percentage points, its 95 % interval, and the permutation test's p."""
 
     delta: float
     ci95: Interval
     p: float
+    p_holm: float | None = None  # p among the comparisons of its table; None: chosen beforehand, stands alone
+    detectable: float | None = None  # true difference that such data show 8 times of 10; None: nothing varies
+
+    @property
+    def judged_p(self) -> float:
+        """The p that decides: Holm's where the comparison stands beside others."""
+        return self.p if self.p_holm is None else self.p_holm
 
     def exceeds(self, limit: float) -> bool:
         """Whether the difference is shown to be above `limit`: the whole interval is, and p is below SIGNIFICANT.
 
         p is about a difference from 0, so that it plays no part where `limit` is negative.
         """
-        return self.ci95[0] > limit and (limit < 0 or self.p < SIGNIFICANT)
+        return self.ci95[0] > limit and (limit < 0 or self.judged_p < SIGNIFICANT)
 
     @property
     def outcome(self) -> Literal["better", "worse", "not shown"]:
         """What the interval and the test show; headline, report, colours and gate all go by it."""
         if self.exceeds(0.0):
             return "better"
-        return "worse" if self.ci95[1] < 0 and self.p < SIGNIFICANT else "not shown"
+        return "worse" if self.ci95[1] < 0 and self.judged_p < SIGNIFICANT else "not shown"
 
 
 class KindUse(Part):
@@ -149,6 +156,7 @@ class Metrics(Record, file="metrics.json", step="evaluate"):
     n: int
     seed: int
     counts: dict[str, int]  # items by capability
+    clusters: dict[str, int]  # group -> clusters of its items: those that share an image or a group of their source
     arms: dict[str, Annotated[dict[str, float], AfterValidator(_complete)]]  # arm -> group -> score; seconds_per_sample
     intervals: dict[str, dict[str, Interval]]  # arm -> group -> 95 % interval of the score
     gain: dict[str, Difference]  # group -> VisMem minus vanilla; empty without the arm vismem
@@ -167,7 +175,9 @@ class Metrics(Record, file="metrics.json", step="evaluate"):
     items_sha256: Sha256  # the ids of the items that were answered, which `evaluate.limit` draws
 
     @model_validator(mode="after")
-    def _vismem_has_a_gain(self) -> Self:
+    def _overall_is_there(self) -> Self:
+        if OVERALL not in self.clusters:
+            raise ValueError("clusters lacks overall")
         if VISMEM in self.arms and OVERALL not in self.gain:
             raise ValueError("gain lacks overall, and there is an arm vismem")
         return self

@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from recipes.study.claims import compare
+from recipes.study.claims import clusters_of, compare
 from vismem.data.tasks import NEEDS
 from vismem.evaluation import plots
 from vismem.evaluation.arms import label
 from vismem.evaluation.predictions import Prediction
-from vismem.evaluation.statistics import bootstrap_interval, share_interval
+from vismem.evaluation.statistics import score_interval, share_interval
 from vismem.records import VANILLA, VISMEM
 
 RANDOM = ("random_25", "random_50", "random_100")  # rates of random invocation
@@ -56,7 +56,7 @@ def nearest_rate(memories: Mapping[str, float]) -> str:
     return min(RANDOM, key=lambda arm: abs(memories[arm] - memories[VISMEM]))
 
 
-def lines(scores: pd.DataFrame, memories: Mapping[str, float], resamples: int) -> dict[str, list[Values]]:
+def lines(scores: pd.DataFrame, memories: Mapping[str, float]) -> dict[str, list[Values]]:
     """{placement: [{arm, memories (mean per answer), score, ci95}]}: each placement's score as its memories grow.
 
     All begin at `no_memory`; a placement of which nothing else was run is left out.
@@ -70,7 +70,7 @@ def lines(scores: pd.DataFrame, memories: Mapping[str, float], resamples: int) -
                     "arm": arm,
                     "memories": memories[arm],
                     "score": float(scores[arm].mean()),
-                    "ci95": bootstrap_interval(scores[arm].to_numpy(), resamples=resamples, seed=0),
+                    "ci95": score_interval(scores[arm].to_numpy(), clusters_of(scores)),
                 }
                 for arm in run
             ]
@@ -136,7 +136,7 @@ def _share(scores: pd.DataFrame, resamples: int) -> Values:
     way, gone = (side.to_numpy() - three.mean(axis=1).to_numpy() for side in (three.max(axis=1), scores[VISMEM]))
     if not way.any():
         return {"mean": float(three.to_numpy().mean()), "share": None, "share_ci95": None}
-    interval = share_interval(100 * gone, way, resamples=resamples, seed=0)
+    interval = share_interval(100 * gone, way, clusters_of(scores), resamples=resamples, seed=0)
     return {
         "mean": float(three.to_numpy().mean()),
         "share": float(100 * gone.sum() / way.sum()),

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from vismem.data.tasks import NEEDS
@@ -114,16 +116,23 @@ def whole_order(judged: Sequence[Values]) -> Values:
     return {"id": "M4", "text": text, "verdict": majority(len(held), 0, len(seeds)), "said": said}
 
 
+def clusters_of(scores: pd.DataFrame) -> npt.NDArray[np.int64]:
+    """(questions,) the cluster of each, numbered. Validation questions name none: the study's have a picture each."""
+    if "cluster" not in scores.index.names:
+        return np.arange(len(scores))
+    return np.unique(scores.index.get_level_values("cluster"), return_inverse=True)[1]
+
+
 def compare(scores: pd.DataFrame, above: str, below: str, resamples: int) -> Values:
-    """The paired difference {delta, ci95, p} in points of two columns.
+    """The paired `Difference` in points of two columns, by the clusters of the questions.
 
     {pooled, seeds {seed: ...}, holds, reversed}: `holds` counts the seeds in which the 95 % interval is above 0,
     `reversed` those in which it is below.
     """
 
     def difference(rows: pd.DataFrame, seed: int) -> Values:
-        sides = (rows[side].to_numpy() for side in (above, below))
-        return paired_difference(*sides, resamples=resamples, seed=seed).model_dump(mode="json")
+        sides = rows[above].to_numpy(), rows[below].to_numpy()
+        return paired_difference(*sides, clusters_of(rows), resamples=resamples, seed=seed).model_dump(mode="json")
 
     seeds = {int(seed): difference(rows, int(seed)) for seed, rows in scores.groupby(level="seed")}
     return {

@@ -57,7 +57,7 @@ def study_figures(
         "yes_no_tasks": sorted({a.task for a in asked} - {a.task for a in asked if not is_yes_no(a)}),
         "random": random,
         "claims": [*judged, whole_order(judged)],
-        "budgets": budgets.lines(scores, memories, resamples),
+        "budgets": budgets.lines(scores, memories),
         "needs": budgets.needs(scores, resamples),
         "oracle": budgets.oracle(scores, resamples),
     }
@@ -102,11 +102,12 @@ def check_figures(checks: Mapping[int, Mapping[str, Values]], rollouts: float, r
 
 
 def score_table(answers: Mapping[int, Answers]) -> pd.DataFrame:
-    """(questions, arms) scores in percent; the index is each question's seed and task."""
+    """(questions, arms) scores in percent; the index is each question's seed, task and cluster."""
     tables = {}
     for seed, by_arm in answers.items():
         scores = {arm: [100 * answer.score for answer in rows] for arm, rows in by_arm.items()}
-        tables[seed] = pd.DataFrame(scores, index=pd.Index([a.task for a in by_arm[VANILLA]], name="task"))
+        index = [(a.task, a.cluster or f"{seed}/{a.id}") for a in by_arm[VANILLA]]  # seeds ask others by the same ids
+        tables[seed] = pd.DataFrame(scores, index=pd.MultiIndex.from_tuples(index, names=["task", "cluster"]))
     return pd.concat(tables, names=["seed"])
 
 

@@ -15,8 +15,9 @@ from recipes.study.claims import NOT_RUN
 from vismem.evaluation import plots
 from vismem.evaluation.arms import find_arm, label
 from vismem.evaluation.metrics import CAPABILITIES
+from vismem.evaluation.statistics import holm
 from vismem.evaluation.summary import change
-from vismem.records import VANILLA, VISMEM, Difference
+from vismem.records import VANILLA, VISMEM, Difference, p_value
 
 Values = Mapping[str, Any]
 
@@ -163,14 +164,15 @@ def result(part: Values) -> str:
 
 def part_table(plan: Sequence[Values], seeds: Sequence[int]) -> str:
     """The differences of all parts by seed; a part that other seeds were asked has empty cells."""
-    rows = [
-        [part["text"], claim["id"], part["verdict"], difference(found["pooled"]),
-         *(difference(found["seeds"][seed]) if seed in found["seeds"] else "" for seed in seeds)]
-        for claim in plan
-        for part in claim["parts"]
-        if (found := part.get("found"))
-    ]  # fmt: skip
-    return table(["difference, in points", "claim", "verdict", "pooled", *columns(seeds)], rows)
+    parts = [(claim, part) for claim in plan for part in claim["parts"] if part.get("found")]
+    adjusted = holm([part["found"]["pooled"]["p"] for _, part in parts])
+    rows = []
+    for (claim, part), p in zip(parts, adjusted, strict=True):
+        found = part["found"]
+        by_seed = [difference(found["seeds"][seed]) if seed in found["seeds"] else "" for seed in seeds]
+        pooled = [difference(found["pooled"]), p_value(p).removeprefix("p ").removeprefix("= ")]
+        rows.append([part["text"], claim["id"], part["verdict"], *pooled, *by_seed])
+    return table(["difference, in points", "claim", "verdict", "pooled", "p, Holm", *columns(seeds)], rows)
 
 
 def arm_table(arms: Values) -> str:

@@ -19,6 +19,7 @@ from vismem.serving.exchange import plain
 ROOT = Path(__file__).parents[2]
 PASSES = {  # smoke scores mean nothing: the gate lets all pass, so that the pipeline comes to its last step
     "gate.min_items": 1,
+    "gate.min_clusters": 1,
     "gate.min_gain": -100,
     "gate.min_gain_low": -100,
     "gate.max_capability_drop": 100,

@@ -44,6 +44,7 @@ SERVED = pytest.mark.skipif(
 )
 PASSES = {
     "gate.min_items": 1,
+    "gate.min_clusters": 1,
     "gate.min_gain": -100,
     "gate.min_gain_low": -100,
     "gate.max_capability_drop": 100,

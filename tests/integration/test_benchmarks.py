@@ -47,3 +47,16 @@ def test_a_server_whose_clients_are_killed_answers_the_others(run, tmp_path: Pat
     assert figures["clients_killed"] > 0
     assert figures["answers"] > 0
     assert (figures["failed"], figures["mixed_up"], figures["same_afterwards"]) == (0, 0, True)
+
+
+def test_coverage_compares_clusters_with_questions(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run("coverage", "--trials", "40", "--resamples", "100", "--json", str(tmp_path / "figures.json"))
+    settings = json.loads((tmp_path / "figures.json").read_text())["settings"]
+    assert len(settings) == 9
+    for row in settings:
+        assert 80 <= row["score_covers"] <= 100
+        assert row["ours"]["covers"] >= 80
+        if row["questions"] == 1:
+            assert row["ours"] == row["by_questions"], "nothing changes where each question has its image"
+        if row["questions"] == 20:
+            assert row["by_questions"]["covers"] < row["ours"]["covers"]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[st
     with torch.no_grad():
         model.tokens.bias += EAGER
     model.save_pretrained(root / "stage2")
-    write_shards(tiny.samples(), root / "validate" / "data" / "test")
+    named = (replace(sample, cluster=str(place // 4)) for place, sample in enumerate(tiny.samples()))
+    write_shards(named, root / "validate" / "data" / "test")
     return {"base": tiny_base, "stage2": root / "stage2", "validate": root / "validate"}
 
 
@@ -71,11 +73,23 @@ def test_every_arm_answers_the_same_questions(result: Path) -> None:
             assert ("<m_I^" in answer.marked_text) == bool(answer.invocations)
 
 
+def test_the_group_of_a_question_travels_from_the_shards_to_the_figures_and_the_page(result: Path) -> None:
+    answers = read_predictions(predictions_file(result, VISMEM))
+    places = {sample.id: place for place, sample in enumerate(tiny.samples())}
+    groups = [places[answer.id] // 4 for answer in answers]
+    assert 1 < len(set(groups)) < len(answers)
+    pairs = {(group, answer.cluster) for group, answer in zip(groups, answers, strict=True)}
+    assert len(pairs) == len(set(groups)) == len({answer.cluster for answer in answers})
+    metrics = json.loads((result / "metrics.json").read_text())
+    assert metrics["clusters"]["overall"] == len(pairs)
+    assert f"n = 9, {len(pairs)} clusters" in (result / "report.html").read_text()
+
+
 def test_the_metrics_hold_what_the_gate_and_the_report_read(result: Path) -> None:
     metrics = json.loads((result / "metrics.json").read_text())
     assert (metrics["n"], metrics["seed"], list(metrics["arms"])) == (9, 3, list(OWN))
     assert all(figures["seconds_per_sample"] > 0 for figures in metrics["arms"].values())
-    assert set(metrics["gain"]["overall"]) == {"delta", "ci95", "p"}
+    assert set(metrics["gain"]["overall"]) == {"delta", "ci95", "p", "p_holm", "detectable"}
     assert (result / "report.html").stat().st_size > 10_000
 
 

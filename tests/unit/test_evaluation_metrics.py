@@ -22,10 +22,12 @@ from vismem.evaluation.predictions import (
     relative_positions,
     write_predictions,
 )
-from vismem.evaluation.statistics import bootstrap_interval
+from vismem.evaluation.statistics import holm, score_interval
 from vismem.generation.invocation import Learned
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.kinds import MemoryKind
+
+NOTHING = {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "p_holm": 1.0, "detectable": None}
 
 
 @pytest.fixture
@@ -66,17 +68,34 @@ def test_gains_are_paired_differences_with_the_exact_p(metrics: dict) -> None:
     assert overall["delta"] == 25.0
     assert overall["p"] == pytest.approx(2 * (1 + 4) / 2**4)  # three items gained, one lost
     assert overall["ci95"][0] <= 25.0 <= overall["ci95"][1]
-    assert metrics["gain"]["reasoning"] == {"delta": -50.0, "ci95": [-100.0, 0.0], "p": 1.0}
+    reasoning = {"delta": -50.0, "ci95": [-100.0, 0.0], "p": 1.0, "p_holm": 1.0}
+    assert metrics["gain"]["reasoning"] == {**reasoning, "detectable": pytest.approx(50 * (12.7062 + 1.376382))}
     assert set(metrics["ablations"]) == {"short_only"}
     assert metrics["ablations"]["short_only"]["overall"]["delta"] == 12.5
-    assert metrics["ablations"]["short_only"]["reasoning"] == {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+    assert metrics["ablations"]["short_only"]["reasoning"] == NOTHING
+
+
+def test_differences_that_stand_side_by_side_have_holms_p_but_for_the_one_chosen_beforehand(
+    predictions: dict[str, list[Prediction]],
+) -> None:
+    many = {arm: [replace(a, id=f"{a.id}.{n}") for n in range(6) for a in rows] for arm, rows in predictions.items()}
+    metrics = summarise(many, SECONDS, seed=7, resamples=500)
+    assert metrics["gain"]["overall"]["p_holm"] is None
+    cells = [cell for rows in (metrics["gain"], *metrics["ablations"].values()) for cell in rows.values()][1:]
+    assert len(cells) == 7
+    assert [cell["p_holm"] for cell in cells] == holm([cell["p"] for cell in cells])
+    smallest = min(cells, key=lambda cell: cell["p"])
+    assert smallest["p_holm"] == pytest.approx(7 * smallest["p"])
+    apart = metrics["yes_no"]["gain"]
+    assert apart["overall"] == metrics["gain"]["overall"]
+    assert [apart[name]["p_holm"] for name in ("without", "only")] == holm([apart["without"]["p"], apart["only"]["p"]])
 
 
 def test_every_arm_has_the_interval_of_each_of_its_scores(predictions: dict[str, list[Prediction]]) -> None:
     metrics = summarise(predictions, SECONDS, seed=7, resamples=500)
     score = 100 * np.array([answer.score for answer in predictions["vismem"]])
     groups = {"overall": slice(0, 8), "understanding": slice(0, 4), "reasoning": slice(4, 6), "generation": slice(6, 8)}
-    expected = {name: list(bootstrap_interval(score[group], resamples=500, seed=7)) for name, group in groups.items()}
+    expected = {name: list(score_interval(score[group], np.arange(8)[group])) for name, group in groups.items()}
     assert metrics["intervals"]["vismem"] == expected
     assert set(metrics["intervals"]) == set(predictions)
 
@@ -85,7 +104,7 @@ def test_without_the_arm_of_vismem_there_is_no_gain_and_no_use_of_memory(
     predictions: dict[str, list[Prediction]],
 ) -> None:
     del predictions["vismem"]
-    metrics = summarise(predictions, SECONDS, seed=7, resamples=100)
+    metrics = summarise(predictions, SECONDS, seed=7, resamples=500)
     assert (metrics["gain"], metrics["yes_no"]["gain"], metrics["invocation"]) == ({}, {}, None)
     assert set(metrics["ablations"]) == {"short_only"}
 

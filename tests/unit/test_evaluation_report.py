@@ -45,6 +45,12 @@ def with_gain(metrics: Metrics, **values: Any) -> Metrics:
     return metrics.model_copy(update={"gain": {**metrics.gain, "overall": better}})
 
 
+def test_among_others_the_corrected_p_says_what_is_shown() -> None:
+    for ends, said in (((1.0, 5.0), "better"), ((-5.0, -1.0), "worse")):
+        alone, kept, lost = (Difference(delta=3.0, ci95=ends, p=0.01, p_holm=p) for p in (None, 0.04, 0.06))
+        assert (alone.outcome, kept.outcome, lost.outcome) == (said, said, "not shown")
+
+
 def png(colour: str, side: int = 8) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (side, side), colour).save(file, "PNG")
@@ -83,6 +89,7 @@ def test_the_table_for_the_terminal_shows_every_capability(metrics: Metrics) -> 
     text = console.export_text()
     for wanted in ("understanding", "reasoning", "generation", "overall", "75.0", "+25.0", "0.625", "+25%"):
         assert wanted in text
+    assert f"{metrics.gain['understanding'].p:.3f}" not in text, "p of the capabilities is Holm's"
 
 
 def test_the_step_writes_a_page_that_needs_no_network(

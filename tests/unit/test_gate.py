@@ -54,7 +54,7 @@ def reason(judged: Verdict, name: str) -> str:
 
 def test_a_good_challenger_passes_every_rule_in_order() -> None:
     judged = verdict()
-    names = ["items", "gain", "gain_interval", "capabilities", "time", "data", "parity", "champion"]
+    names = ["items", "clusters", "gain", "gain_interval", "capabilities", "time", "data", "parity", "champion"]
     assert [rule.name for rule in judged.rules] == names
     assert judged.passed
     assert len(judged.reasons()) == len(names)
@@ -63,6 +63,7 @@ def test_a_good_challenger_passes_every_rule_in_order() -> None:
 @pytest.mark.parametrize(
     ("path", "good", "bad", "rule", "figure"),
     [
+        ("clusters.overall", 40, 39, "clusters", "39 clusters"),
         ("gain.overall.delta", 1.0, 0.99, "gain", "+0.99"),
         ("gain.overall.ci95", [0.01, 5.0], [0.0, 5.0], "gain_interval", "+0.00"),
         ("gain.overall.p", 0.049, 0.05, "gain_interval", "p = 0.050"),
@@ -204,6 +205,7 @@ def test_a_capability_without_items_is_named_and_none_at_all_is_a_refusal() -> N
 def test_a_verdict_reads_as_sentences() -> None:
     assert verdict().reasons() == (
         "the scores are of 600 test items; min 600 are required",
+        "the items are of 600 clusters (questions that share an image or a group are one); min 40 are required",
         "the overall gain over vanilla is +6.00 points; min +1.00 is required",
         "the gain's 95 % interval is +3.50 to +8.50 points, p = 0.001: a gain is shown; "
         "it must be shown to exceed +0.00",

@@ -203,3 +203,10 @@ def test_given_splits_are_taken_as_they_are(project: Path, run: Callable[..., st
     assert "17 rows, 15 good, 1 asked before, 1 with an image of another split" in said
     assert f"{data}, line 4: left out of train, its image or group is in test" in said
     assert f"{data}, line 5: the same question about the same images as {test}, line 4" in said
+
+
+def test_many_test_questions_about_few_images_are_said_to_be_too_few(project: Path, run: Callable[..., str]) -> None:
+    asked = [question(n, image=f"{n % 6}.png", prompt=f"question {n}?", split="test") for n in range(100, 300)]
+    said = " ".join(run("own", "--data", write(project.parent / "photos", more=asked)).split())
+    assert "the 200 test questions are about 6 images or groups, and those count: the gate asks for 40" in said
+    assert "too few to show" not in said

@@ -57,6 +57,7 @@ def test_a_jsonl_line_with_all_keys_becomes_the_sample_it_describes(folder: Path
             "rationale": "the second is blue,",
             "task": "pick",
             "capability": "reasoning",
+            "group": 3,
             "extra": None,
         },
     )
@@ -71,6 +72,7 @@ def test_a_jsonl_line_with_all_keys_becomes_the_sample_it_describes(folder: Path
             task="pick",
             capability=Capability.REASONING,
             source="jsonl:mine.jsonl",
+            cluster="3",
         )
     ]
 
@@ -207,6 +209,11 @@ def test_nlvr_ids_are_unique_and_do_not_show_the_identifier(tmp_path: Path) -> N
     assert len(set(ids)) == 6
     assert ids[0] == nlvr.opaque_id("train-72-0-0")
     assert not any("72" in i and "-0-0" in i for i in ids)
+
+
+def test_an_nlvr_presentation_is_one_cluster_in_all_its_examples_and_box_orders(tmp_path: Path) -> None:
+    clusters = [sample.cluster for sample in read(nlvr_repository(tmp_path), "train", 0)]
+    assert clusters == ["train-72"] * 4 + ["train-80"] * 2
 
 
 def test_nlvr_is_read_by_whole_directories(tmp_path: Path) -> None:

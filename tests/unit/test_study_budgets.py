@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from handmade import prediction
@@ -31,6 +32,19 @@ def answers(rights: dict[str, str], memories: dict[str, str] | None = None, task
 
 def table(rights: dict[str, str], tasks: list[str] | None = None) -> pd.DataFrame:
     return score_table({0: answers(rights, tasks=tasks)})
+
+
+def test_questions_about_one_image_make_shares_and_scores_less_certain() -> None:
+    rows = {arm: row * 3 for arm, row in {**KINDS, "vismem": "1101"}.items()}
+    alone, found = answers(rows), []
+    together = {arm: [replace(a, cluster=str(place % 4)) for place, a in enumerate(row)] for arm, row in alone.items()}
+    for asked in (alone, together):
+        scores = score_table({0: asked})
+        oracle = budgets.oracle(scores, RESAMPLES)
+        assert oracle is not None
+        line = budgets.lines(scores, dict.fromkeys(rows, 1.0) | {"no_memory": 0.0})["vismem"]
+        found.append((np.ptp(oracle["share_ci95"]), np.ptp(line[-1]["ci95"])))
+    assert (np.divide(found[1], found[0]) > 1.3).all(), "four images, three times the same"
 
 
 # --- the oracle ---
@@ -82,7 +96,7 @@ def test_a_placement_has_a_point_for_every_arm_that_was_run() -> None:
     by_seed = {0: answers(LIMITED, USED)}
     memories = budgets.mean_memories(by_seed)
     assert (memories["vismem"], memories["vismem@2"], memories["no_memory"]) == (2.5, 1.75, 0.0)
-    found = budgets.lines(score_table(by_seed), memories, RESAMPLES)
+    found = budgets.lines(score_table(by_seed), memories)
     points = {name: [(p["arm"], p["memories"], p["score"]) for p in row] for name, row in found.items()}
     start = ("no_memory", 0.0, 25.0)
     assert points == {
@@ -90,7 +104,7 @@ def test_a_placement_has_a_point_for_every_arm_that_was_run() -> None:
         "random": [start, ("random_25", 1.0, 75.0), ("random_50", 2.0, 50.0), ("random_100", 4.0, 0.0)],
         "forced_short": [start, ("forced_short", 0.0, 50.0)],
     }
-    assert found["vismem"][-1]["ci95"] == (100.0, 100.0)
+    assert found["vismem"][-1]["ci95"] == pytest.approx((400 / (4 + 1.959964**2), 100.0))
     assert budgets.lines_plot(found).startswith(b"\x89PNG")
 
 

@@ -86,6 +86,17 @@ def test_a_pooled_interval_is_that_of_paired_differences() -> None:
     assert figures_of(one, two)["arms"]["vismem"]["gain"]["pooled"]["ci95"] == [100.0, 100.0]
 
 
+def test_questions_about_one_image_count_together_and_the_same_id_in_two_seeds_does_not() -> None:
+    rows = answers({"vanilla": "0" * 6 + "1", "vismem": "1" * 6 + "0"})
+    together = {arm: [replace(a, cluster=f"image {n // 3}") for n, a in enumerate(row)] for arm, row in rows.items()}
+    found = {
+        name: compare(score_table({0: one, 1: one}), "vismem", "vanilla", RESAMPLES)["pooled"]
+        for name, one in {"alone": rows, "together": together}.items()
+    }
+    assert found["alone"]["p"] == pytest.approx(2 * (1 + 14 + 91) / 2**14), "12 of 14 better: other questions each"
+    assert found["together"]["p"] == 0.5, "sums 6, 6 and -2 of three images"
+
+
 def test_a_comparison_counts_the_seeds_whose_interval_is_above_0_and_those_below() -> None:
     for_it = answers({"vanilla": "0" * 20, "vismem": "1" * 20})
     unclear = answers({"vanilla": "01" * 10, "vismem": "10" * 9 + "11"})
@@ -95,7 +106,7 @@ def test_a_comparison_counts_the_seeds_whose_interval_is_above_0_and_those_below
     assert found["pooled"]["delta"] == pytest.approx(5 / 3)
     assert [row["delta"] for row in found["seeds"].values()] == [100.0, 5.0, -100.0]
     same = compare(score_table({0: for_it}), "vismem", "vismem", RESAMPLES)
-    assert same["pooled"] == {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+    assert same["pooled"] == {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "p_holm": None, "detectable": None}
 
 
 def test_transfer_tells_the_tasks_trained_on_from_the_others() -> None:

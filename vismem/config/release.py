@@ -43,6 +43,7 @@ class GateConfig(Section):
     """What a challenger must show to become champion. Scores are in percentage points."""
 
     min_items: int = Field(200, ge=1, description="min number of test items behind the scores")
+    min_clusters: int = Field(40, ge=1, description="min number of their clusters: items that share an image")
     min_gain: float = Field(1.0, description="min overall gain over vanilla, points")
     min_gain_low: float = Field(0.0, description="what the gain's 95 % interval must exceed; from 0 on, also p < 0.05")
     max_capability_drop: float = Field(2.0, ge=0, description="max loss of any one capability, points")

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from vismem.data.sample import Sample
 from vismem.runtime.images import upright
 from vismem.runtime.limits import frames_of
 
@@ -74,16 +75,24 @@ def seen_sha256(images: Sequence[ImageFacts], videos: Sequence[Sequence[ImageFac
     return hashes + [hashlib.sha256(b"".join(facts.sha256 for facts in frames)).digest() for frames in whole]
 
 
+def sample_pictures(sample: Sample, examine: Callable[[bytes], ImageFacts]) -> list[bytes]:
+    """`seen_sha256` of a sample's images and videos."""
+    videos = [[examine(data) for data in video.frames] for video in sample.videos]
+    return seen_sha256([examine(data) for data in sample.images], videos)
+
+
 def sample_sha256(row: Mapping[str, Any]) -> bytes:
     """32 bytes that identify a sample, given as a row; images and frames enter as their files' hashes."""
     plain = {name: row[name] for name in FIELDS}
     plain["images"] = _file_hashes(plain["images"])
     plain["choices"] = list(plain["choices"] or ())
     videos = [{"frames": _file_hashes(video["frames"]), "fps": video["fps"]} for video in row["videos"] or ()]
-    if videos:  # a sample without keeps the hash that it had before samples could have any
+    if videos:  # a sample without keeps the hash that it had before samples could have any, or a cluster
         plain["videos"] = videos
     if part := row.get("part"):
         plain["part"] = part
+    if row.get("cluster"):  # shards of earlier versions have no such column
+        plain["cluster"] = row["cluster"]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")).digest()
 
 

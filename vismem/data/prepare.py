@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config
-from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_sha256, seen_sha256
+from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_pictures, sample_sha256
 from vismem.data.instructions import instructed
 from vismem.data.readers import read
 from vismem.data.sample import Sample, write_shards
@@ -65,8 +65,7 @@ class _Split:
         if sample.part and sample.part not in COUNTED.get(sample.source, (sample.part,)):
             self.dropped[f"{sample.source}, part {sample.part}"] += 1
             return False
-        videos = [[self.examine(data) for data in video.frames] for video in sample.videos]
-        hashes = seen_sha256([self.examine(data) for data in sample.images], videos)
+        hashes = sample_pictures(sample, self.examine)
         others = [owner for digest in hashes if (owner := self.owners.get(digest, self.name)) != self.name]
         if others:
             self.dropped[others[0]] += 1

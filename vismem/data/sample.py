@@ -54,6 +54,7 @@ class Sample:
     part: str = ""  # the benchmark's own split that it is from, such as dev
     scene: str = ""  # JSON: the generator's own truth about each image; empty for real data
     videos: tuple[Video, ...] = ()
+    cluster: str = ""  # a group that its source names, whose questions are not independent; see `vismem.data.clusters`
     chat: tuple[Turn, ...] = ()  # the conversation, where the question is not all of it; shards hold none
 
     def turns(self) -> tuple[Turn, ...]:
@@ -97,6 +98,7 @@ SCHEMA = pa.schema(
         ("part", pa.string()),
         ("scene", pa.string()),
         ("videos", pa.list_(pa.struct([("frames", pa.list_(pa.binary())), ("fps", pa.float64())]))),
+        ("cluster", pa.string()),
     ]
 )
 

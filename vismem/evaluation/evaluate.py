@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from pydantic import TypeAdapter
 
 from vismem.config import Config
+from vismem.data.clusters import cluster_ids
 from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
@@ -51,9 +52,9 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     if not accelerator.is_main_process:
         return ""
     predictions: dict[str, list[Prediction]] = {name: [] for name in decoded}
-    for place, sample in enumerate(samples):
+    for place, (sample, cluster) in enumerate(zip(samples, cluster_ids(samples), strict=True)):
         for name, run in decoded.items():
-            predictions[name].append(predict(sample, run.rollouts[place]))
+            predictions[name].append(predict(sample, run.rollouts[place], cluster))
     ids = [answer.id for answer in predictions[arms[0].name]]
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(

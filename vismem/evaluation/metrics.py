@@ -15,9 +15,9 @@ from vismem.data.sample import Capability
 from vismem.evaluation.answers import UNPARSED
 from vismem.evaluation.benchmarks import by_benchmark, macro, task_names
 from vismem.evaluation.predictions import Prediction
-from vismem.evaluation.statistics import Scores, bootstrap_interval, paired_difference
+from vismem.evaluation.statistics import Scores, holm, paired_difference, score_interval
 from vismem.models.kinds import MemoryKind
-from vismem.records import OVERALL, VANILLA, VISMEM
+from vismem.records import OVERALL, VANILLA, VISMEM, Difference
 
 CAPABILITIES = tuple(capability.value for capability in Capability)
 
@@ -48,17 +48,22 @@ def summarise(
     groups = _masks([item.capability for item in items], CAPABILITIES)
     asked = ["only" if is_yes_no(item) else "without" for item in items]
     yes_no = _masks(asked, ("without", "only"))
+    clusters = np.array([cluster_of(item) for item in items])
     options: dict[str, Any] = {"seed": seed, "resamples": resamples}
 
-    def minus_vanilla(arm: str, masks: Masks) -> dict[str, Any]:
-        pairs = {name: (scores[arm][mask], scores[VANILLA][mask]) for name, mask in masks.items()}
-        return {name: paired_difference(*pair, **options).model_dump(mode="json") for name, pair in pairs.items()}
+    def minus_vanilla(masks: Masks, *arms: str) -> dict[str, dict[str, Any]]:
+        return _side_by_side({
+            (arm, name): paired_difference(scores[arm][mask], scores[VANILLA][mask], clusters[mask], **options)
+            for arm in arms for name, mask in masks.items()
+        })  # fmt: skip
 
     benchmarks = by_benchmark(items, scores, set_apart)
+    differences = minus_vanilla(groups, *(arm for arm in scores if arm != VANILLA))
     return {
         "n": len(items),
         "seed": seed,
         "counts": {name: int(mask.sum()) for name, mask in groups.items() if name != OVERALL},
+        "clusters": {name: len(np.unique(clusters[mask])) for name, mask in groups.items()},
         "arms": {
             arm: {
                 **_means(scores[arm], groups),
@@ -68,11 +73,11 @@ def summarise(
             for arm, answers in predictions.items()
         },
         "intervals": {
-            arm: {name: list(bootstrap_interval(values[mask], **options)) for name, mask in groups.items()}
+            arm: {name: list(score_interval(values[mask], clusters[mask])) for name, mask in groups.items()}
             for arm, values in scores.items()
         },
-        "gain": minus_vanilla(VISMEM, groups) if used else {},
-        "ablations": {arm: minus_vanilla(arm, groups) for arm in scores if arm not in (VANILLA, VISMEM)},
+        "gain": differences.pop(VISMEM, {}),
+        "ablations": differences,
         "overhead": {
             arm: float(seconds[arm] / seconds[VANILLA] - 1) for arm in scores if arm != VANILLA and seconds[VANILLA]
         },
@@ -82,7 +87,7 @@ def summarise(
         "yes_no": {
             "n": asked.count("only"),
             "arms": {arm: _means(scores[arm], yes_no) | _says_yes(predictions[arm], asked) for arm in scores},
-            "gain": minus_vanilla(VISMEM, yes_no) if used else {},
+            "gain": minus_vanilla(yes_no, VISMEM)[VISMEM] if used else {},
         },
         "unparsed": {arm: _percent([a.rule == UNPARSED for a in answers]) for arm, answers in predictions.items()},
         "unfinished": {arm: _percent([not a.finished for a in answers]) for arm, answers in predictions.items()},
@@ -109,9 +114,25 @@ def invocation_places(answers: Sequence[Prediction], kind: MemoryKind) -> list[f
     return [event.relative_position for answer in answers for event in answer.invocations if event.kind == kind]
 
 
+def cluster_of(prediction: Prediction) -> str:
+    """What a question is drawn with; by itself in files of earlier versions, which do not say."""
+    return prediction.cluster or prediction.id
+
+
 def is_yes_no(prediction: Prediction) -> bool:
     """Whether the reference is yes or no: such items are reported apart, since a flipped bias looks like a gain."""
     return normalise(prediction.reference) in ("yes", "no")
+
+
+def _side_by_side(cells: Mapping[tuple[str, str], Difference]) -> dict[str, dict[str, Any]]:
+    """Arm -> group -> a table's differences with Holm's p, all but the one chosen beforehand: VisMem's, overall."""
+    others = [cell for cell in cells if cell != (VISMEM, OVERALL)]
+    adjusted = dict(zip(others, holm([cells[cell].p for cell in others]), strict=True))
+    table: dict[str, dict[str, Any]] = {}
+    for (arm, group), found in cells.items():
+        fields = found.model_copy(update={"p_holm": adjusted.get((arm, group))}).model_dump(mode="json")
+        table.setdefault(arm, {})[group] = fields
+    return table
 
 
 def _masks(keys: Sequence[str], names: Sequence[str]) -> Masks:

@@ -45,6 +45,7 @@ class Prediction:
     answer_length: int
     finished: bool
     visual_tokens: int = 0  # of the images and videos before the answer
+    cluster: str = ""  # what it is drawn with, see `vismem.data.clusters`; empty in files of earlier versions
 
 
 _TYPES: dict[Any, Any] = {str: "string", str | None: "string", int: "int64", float: "float64", bool: "bool"}
@@ -54,7 +55,7 @@ SCHEMA = pa.schema([(field.name, _TYPES[field.type]) for field in fields(Predict
 _ROWS = TypeAdapter(list[Prediction])
 
 
-def predict(sample: Sample, rollout: Rollout) -> Prediction:
+def predict(sample: Sample, rollout: Rollout, cluster: str = "") -> Prediction:
     """Read and score a decoded answer. ValueError if the rollout is another sample's."""
     if rollout.sample_id != sample.id:
         raise ValueError(f"the answer to '{rollout.sample_id}' was paired with the question '{sample.id}'")
@@ -79,6 +80,7 @@ def predict(sample: Sample, rollout: Rollout) -> Prediction:
         answer_length=rollout.answer_length,
         visual_tokens=rollout.visual_tokens,
         finished=rollout.finished,
+        cluster=cluster,
     )
 
 
@@ -109,4 +111,4 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """Read what `write_predictions` wrote, in order."""
-    return _ROWS.validate_python(pq.read_table(path, schema=SCHEMA).to_pylist())
+    return _ROWS.validate_python(pq.read_table(path).to_pylist())

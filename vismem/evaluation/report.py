@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vismem.config import EvaluateConfig
 from vismem.data.answer_forms import normalise
 from vismem.evaluation.arms import label, resolve_arms
 from vismem.evaluation.benchmarks import task_names
-from vismem.evaluation.metrics import is_yes_no
+from vismem.evaluation.metrics import cluster_of, is_yes_no
 from vismem.evaluation.plots import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline
@@ -82,6 +83,7 @@ def render(
         metrics=metrics,
         headline=headline(metrics),
         groups=[OVERALL, *metrics.counts],
+        fewest=min(Counter(task for task, _ in {(a.task, cluster_of(a)) for a in predictions[VANILLA]}).values()),
         yes_is_right=100 * references.count("yes") / max(len(references), 1),
         arms=resolve_arms(list(metrics.arms)),
         differences=({VISMEM: metrics.gain} if metrics.gain else {}) | metrics.ablations,

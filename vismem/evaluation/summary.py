@@ -53,7 +53,7 @@ def score_table(metrics: Metrics) -> Table:
             least, most = metrics.intervals[arm][name]
             cells.append(f"{metrics.arms[arm][name]:.1f}\n[dim]{least:.1f}-{most:.1f}[/]")
         cells.append(f"[{COLOURS[gain.outcome]}]{gain.delta:+.1f}[/]\n[dim]{low:+.1f} to {high:+.1f}[/]")
-        cells.append(p_value(gain.p).removeprefix("p ").removeprefix("= "))
+        cells.append(p_value(gain.judged_p).removeprefix("p ").removeprefix("= "))
         if name == OVERALL:
             table.add_section()
         table.add_row(*cells, style="bold" if name == OVERALL else None)

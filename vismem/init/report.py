@@ -8,7 +8,7 @@ from vismem.config import Config
 from vismem.init.bases import Base
 from vismem.init.profile import counts_of
 from vismem.init.rows import Row, Rows
-from vismem.init.splits import SHARES, Splits
+from vismem.init.splits import SHARES, Splits, grouped
 from vismem.progress import about
 
 RECORD = "init.json"  # in data/NAME: where its rows came from, and all that was left out
@@ -113,6 +113,11 @@ def _notes(splits: Splits, below: Config) -> Iterator[str]:
             f"{test} test questions are too few to show that one model is better than another: the gate asks for "
             f"{needed} (gate.min_items), and will refuse the model. That is about {needed / SHARES['test']:,.0f} "
             "questions in all, or a file for --test"
+        )
+    elif (clusters := len(grouped(splits.rows["test"]))) < below.gate.min_clusters:
+        yield (
+            f"the {test} test questions are about {clusters} images or groups, and those count: the gate asks for "
+            f"{below.gate.min_clusters} (gate.min_clusters), and will refuse the model"
         )
     if train < ENOUGH_TRAIN:
         yield f"{train} train questions are enough to see that all steps work, and too few to learn from"

@@ -1,10 +1,11 @@
 """Which question goes into which split: no image, and no group, is ever in two of them."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vismem.config.data import Split
+from vismem.data.clusters import joined
 from vismem.errors import UserError
 from vismem.init.rows import Row
 
@@ -33,7 +34,7 @@ def split_rows(rows: Sequence[Row], seed: int) -> Splits:
     """
     chosen, leaks = _without_leaks(rows)
     made = tuple(split for split in SHARES if not chosen[split])
-    groups = sorted(_groups(chosen["train"]), key=lambda group: _hash(group, seed))
+    groups = sorted(grouped(chosen["train"]), key=lambda group: _hash(group, seed))
     if len(groups) <= len(made):
         raise UserError(
             f"{len(groups)} different images, or groups of rows that share one, cannot be split into "
@@ -50,7 +51,7 @@ def split_rows(rows: Sequence[Row], seed: int) -> Splits:
 
 def _without_leaks(rows: Sequence[Row]) -> tuple[dict[Split, list[Row]], list[str]]:
     """The rows by the split that they name, train where they name none, but for those whose image is in an earlier."""
-    chosen, leaks, owners = dict[Split, list[Row]](), list[str](), dict[object, Split]()
+    chosen, leaks, owners = dict[Split, list[Row]](), list[str](), dict[str, Split]()
     for split in reversed(ORDER):
         chosen[split] = []
         for row in (row for row in rows if (row.split or "train") == split):
@@ -62,25 +63,17 @@ def _without_leaks(rows: Sequence[Row]) -> tuple[dict[Split, list[Row]], list[st
     return chosen, leaks
 
 
-def _keys(row: Row) -> list[object]:
+def _keys(row: Row) -> list[str]:
     """What ties a row to others: the hashes of its images, and its group's name."""
-    return [*row.pictures, *([row.group] if row.group is not None else [])]
+    return [*(digest.hex() for digest in row.pictures), *([f"group {row.group}"] if row.group is not None else [])]
 
 
-def _groups(rows: Iterable[Row]) -> list[Group]:
+def grouped(rows: Sequence[Row]) -> list[Group]:
     """The rows, those together that share a key, also over others."""
-    group_of: dict[object, Group] = {}
-    for row in rows:
-        keys = _keys(row)
-        joined = {id(group): group for key in keys if (group := group_of.get(key)) is not None}
-        largest = max(joined.values(), key=len, default=list[Row]())
-        for group in joined.values():
-            if group is not largest:
-                largest += group
-                group_of.update((key, largest) for other in group for key in _keys(other))
-        largest.append(row)
-        group_of.update(dict.fromkeys(keys, largest))
-    return list({id(group): group for group in group_of.values()}.values())
+    groups: dict[str, Group] = {}
+    for row, cluster in zip(rows, joined([_keys(row) for row in rows]), strict=True):
+        groups.setdefault(cluster, []).append(row)
+    return list(groups.values())
 
 
 def _hash(group: Group, seed: int) -> str:

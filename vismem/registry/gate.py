@@ -34,6 +34,7 @@ def judge(
     n, gain = metrics.n, metrics.gain["overall"]
     rules = (
         _rule("items", n >= gate.min_items, f"the scores are of {n} test items; min {gate.min_items} are required"),
+        _clusters(metrics, gate),
         _rule(
             "gain",
             gain.delta >= gate.min_gain,
@@ -55,6 +56,13 @@ def _rule(name: str, passed: bool, reason: str, *figures: float) -> Rule:
     if not all(map(math.isfinite, figures)):
         return Rule(name=name, passed=False, reason=f"{reason}; a figure that is not finite cannot be judged")
     return Rule(name=name, passed=passed, reason=reason)
+
+
+def _clusters(metrics: Metrics, gate: GateConfig) -> Rule:
+    """Of too few, interval and test promise nothing, however many questions each has."""
+    count = metrics.clusters["overall"]
+    reason = f"the items are of {count} clusters (questions that share an image or a group are one)"
+    return _rule("clusters", count >= gate.min_clusters, f"{reason}; min {gate.min_clusters} are required")
 
 
 def _interval(gain: Difference, gate: GateConfig) -> Rule:

@@ -3,7 +3,8 @@
 An image may also be a data URI of base64. Where a prompt holds `<image>` once per image, each stands there.
 
 Needed: `id`, `image` or `images` or `videos`, `prompt`, `answer`. Optional: `choices`, `rationale`, `task`,
-`capability`. Other keys are ignored. Bytes are taken as they are: whether they decode is for `validate` to judge.
+`capability`, `group` (a cluster, see `vismem.data.clusters`). Other keys are ignored. Bytes are taken as they are:
+whether they decode is for `validate` to judge.
 
 A video is `{"frames": FOLDER or [FILE, ...], "fps": NUMBER}`: frames that were cut out of it before, a folder's files
 in the order of their names. Video files (MP4 and the like) are not decoded here.
@@ -49,6 +50,7 @@ def sample_of(row: dict[str, Any], folder: Path, where: str, source: str) -> Sam
         task=_text(row, "task", where) or "vqa",
         capability=Capability(capability),
         source=source,
+        cluster=_text(row, "group", where),
         videos=tuple(_video(value, folder, where) for value in _list(row, "videos", where, dict)),
     )
 

@@ -54,6 +54,7 @@ def _sample(identifier: str, image: bytes, sentence: str, label: Any, where: str
         task="nlvr",
         capability=Capability.REASONING,
         source="nlvr",
+        cluster=identifier.rsplit("-", 2)[0],  # the presentation: four examples of one sentence, in any box order
     )
 
 

@@ -1,0 +1,37 @@
+"""Which questions are drawn together: those that share a picture, or a group that their source names, also over others.
+
+The only place that decides it: splits are made by it (`vismem init`), and intervals and tests rest on it.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from vismem.data.fingerprint import image_cache, sample_pictures
+from vismem.data.sample import Sample
+
+
+def cluster_ids(samples: Iterable[Sample]) -> list[str]:
+    """Each sample's cluster: the smallest of its questions' pictures, by hash, and groups. One with neither: its id."""
+    examine = image_cache()
+    return joined([
+        [*(digest.hex() for digest in sample_pictures(sample, examine)), *_named(sample)] or [sample.id]
+        for sample in samples
+    ])  # fmt: skip
+
+
+def joined(keys: Sequence[Sequence[str]]) -> list[str]:
+    """Each item's cluster, as its smallest key, from every item's `keys`, one at least."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while (above := parent.setdefault(key, key)) != key:
+            parent[key] = key = parent[above]
+        return key
+
+    for own in keys:
+        roots = sorted(map(root, own))
+        parent.update(dict.fromkeys(roots, roots[0]))
+    return [root(own[0]) for own in keys]
+
+
+def _named(sample: Sample) -> list[str]:
+    return [f"{sample.source}: {sample.cluster}"] if sample.cluster else []

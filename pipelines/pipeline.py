@@ -155,7 +155,7 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
         "evaluate": {"gpus": evaluate, "retried": resumes},
         "export": {"gpus": "0"},
         "register": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret")},
-        "promote": {"cached": False, "retried": True, "secrets": ("mlflow_secret",)},
+        "promote": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret")},
         "deploy": {"gpus": "0", "cached": False},
     }
     known = {**vars(given), "training_image": "" if place.fixed_image else given.image}

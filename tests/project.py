@@ -9,6 +9,7 @@ from vismem.data.sample import Sample, write_shards
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.records import Metrics, ParityReport, Validation
 from vismem.registry import release
+from vismem.registry.champion import read_ledger
 from vismem.registry.register import register
 from vismem.registry.tracking import Store, find_version, open_store
 
@@ -97,6 +98,8 @@ class Project:
         (bundle / "lineage.json").write_text(json.dumps(lineage))
         (bundle / "vismem").mkdir(exist_ok=True)
         (bundle / "vismem" / "memory.safetensors").write_bytes(weights)
+        (bundle / "onnx").mkdir(exist_ok=True)
+        (bundle / "onnx" / "runtime.json").write_text("{}")
         write_manifest(bundle)
 
     def run(self, name: str, folder: str | None = None) -> dict[str, Any]:
@@ -114,9 +117,19 @@ class Project:
         self.run("register")
         return self.run("promote")
 
+    def connect(self, uri: str) -> None:
+        """Use the store by that address from now on."""
+        registry = self.config.registry.model_copy(update={"tracking_uri": uri})
+        self.config = self.config.model_copy(update={"registry": registry})
+
     @property
     def store(self) -> Store:
         return open_store(self.config.registry)
+
+    @property
+    def moves(self) -> list[tuple[str, str, str | None]]:
+        """The ledger's moves, each as action, version and previous."""
+        return [(move.action, move.version, move.previous) for move in read_ledger(self.store).moves]
 
     def champion(self) -> str | None:
         version = find_version(self.store, "champion")

@@ -5,11 +5,13 @@ import re
 import struct
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from vismem.files import write_json
 from vismem.provenance import write_manifest
 from vismem.serving.client import Client
 from vismem.serving.exchange import Token
@@ -20,11 +22,19 @@ STAND_IN = """
 import json, os, time
 from dataclasses import dataclass
 
+from vismem.serving.metrics import Metrics
+
+class Busy(Exception):
+    pass
+
+STOPPED = "the server stops: ask again later"
+
 @dataclass(frozen=True)
 class Chunk:
     text: str
     event: str
     usage: None = None
+    token: int | None = None
 
 class Runtime:
     @classmethod
@@ -35,6 +45,7 @@ class Runtime:
         self.word = (bundle / "word.txt").read_text()
         self.left = 0  # answers that were given up half way
         self.asked = 0
+        self.metrics = Metrics(lambda: 0, lambda: 0)
 
     def generate(self, images, prompt, *, max_new_tokens=48, temperature=0.0, seed=0, memory="learned", stop=()):
         if prompt == "echo":
@@ -60,7 +71,8 @@ class Runtime:
                 if i == 2 and prompt == "die":
                     os._exit(1)
                 time.sleep(0.02 if prompt == "endless" else 0)
-                yield Chunk(f" {self.word}{i}", "token")
+                self.metrics.tokens.inc()
+                yield Chunk(f" {self.word}{i}", "token", token=i)
             yield Chunk("", "end")
         except GeneratorExit:
             self.left += 1
@@ -99,15 +111,27 @@ HOSTILE = {  # a request's options, and the reason for which it is refused
 }
 
 
-def make_repository(folder: Path, name: str = "vismem", runtime: str = STAND_IN) -> Path:
+def make_repository(
+    folder: Path,
+    name: str = "vismem",
+    runtime: str = STAND_IN,
+    *,
+    version: int = 7,
+    word: str = "é",
+    golden: Sequence[dict[str, Any]] = (),
+) -> Path:
     """A repository with the stand-in runtime, moved after it was written, as a step's output is."""
     bundle, library = folder / "bundle", folder / "vismem"
     (bundle / "onnx").mkdir(parents=True)
     copy_library(folder)
-    (bundle / "word.txt").write_text("é")
+    (bundle / "onnx" / "runtime.json").write_text("{}")
+    (bundle / "word.txt").write_text(word)
+    (bundle / "golden").mkdir()
+    (bundle / "golden" / "image").write_bytes(IMAGE)
+    write_json(bundle / "golden" / "golden.json", list(golden))
     write_manifest(bundle)
     (library / "serving" / "answering.py").write_text(runtime)
-    write_model_repository(bundle, folder / "partial", name, 7, library=library)
+    write_model_repository(bundle, folder / "partial", name, version, library=library)
     return (folder / "partial").rename(folder / "model_repository")
 
 
@@ -136,5 +160,7 @@ def metrics(server: TritonServer) -> str:
 
 def pending(server: TritonServer) -> int:
     """How many requests wait in Triton's queue."""
-    (count,) = re.findall(r"^nv_inference_pending_request_count\{.*\} (\d+)", metrics(server), re.MULTILINE)
+    (count,) = re.findall(
+        r"^nv_inference_pending_request_count\{model=\"vismem\".*\} (\d+)", metrics(server), re.MULTILINE
+    )
     return int(count)

@@ -88,6 +88,10 @@ class Service:
         self.process.send_signal(self.stop_signal)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(self.stop_seconds)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it and its process group at once."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -78,15 +78,19 @@ def ask_command(caller: Caller, model: Path, images: Sequence[Path], question: s
 
 def print_models(rows: Sequence[Mapping[str, str]], name: str, store: str, console: Console | None = None) -> None:
     """The registered versions as a table, newest first."""
-    console = console or make_console()
-    if not rows:
-        console.print(f"no version of '{name}' in {store} yet: run `vismem register`")
-        return
+    if rows:
+        print_table(rows, f"{name} in {store}", console)
+    else:
+        (console or make_console()).print(f"no version of '{name}' in {store} yet: run `vismem register`")
+
+
+def print_table(rows: Sequence[Mapping[str, str]], title: str, console: Console | None = None) -> None:
+    """Rows of the same columns as a table."""
     columns = [column.replace("_", " ") for column in rows[0]]
-    table = Table(*columns, title=f"{name} in {store}", title_justify="left")
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
-    console.print(table)
+    (console or make_console()).print(table)
 
 
 def make_console() -> Console:

@@ -4,5 +4,5 @@
 set -eu
 mkdir -p runs
 : > runs/tritonserver.log
-tail -f runs/tritonserver.log &
+tail -F runs/tritonserver.log &
 exec python3 -m vismem.cli serve --params /opt/vismem/params.yaml --repository "${MODEL_REPOSITORY:-/models}" --host 0.0.0.0 "$@"

@@ -4,12 +4,12 @@
 of the model. Nothing that lies beside it is imported before it is verified.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
 import locale
 import os
-import shutil
 import sys
 import threading
 import time
@@ -32,6 +32,7 @@ DEFAULTS = {
     "STREAM": True,
 }
 sys.dont_write_bytecode = True  # the repository stays as it was written
+STOP_VARIABLE = "VISMEM_STOP_FILE"
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
 
@@ -56,16 +57,16 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Verify this version's folder, then load the runtime and the bundle from it."""
-        model = Path(args["model_repository"])
+        model = Path(args["model_repository"]).resolve()  # what is there while this version is served
         folder = model / args["model_version"]
-        shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # this file's own, written before its first line ran
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
         from vismem.runtime.chat import parse_messages, said
         from vismem.runtime.limits import MAX_PATCHES, MAX_STOPS, check_request
-        from vismem.serving.answering import Runtime
+        from vismem.serving.answering import STOPPED, Busy, Runtime
+        from vismem.serving.golden import check_golden
 
-        self.check_request, self.most_stops = check_request, MAX_STOPS
+        self.check_request, self.most_stops, self.busy, self.stopped = check_request, MAX_STOPS, Busy, STOPPED
         self.parse_messages, self.said = parse_messages, said
         workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together
         threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime
@@ -73,9 +74,14 @@ class TritonPythonModel:
         self.deadline = int(queue["default_timeout_microseconds"]) / 1e6  # seconds
         max_patches = int(os.environ.get("VISMEM_MAX_PATCHES", MAX_PATCHES))
         self.runtime = Runtime.open(folder / "bundle", threads, verified=True, max_patches=max_patches, rows=workers)
+        check_golden(self.runtime, folder / "bundle")  # while the version before, if there is one, still answers
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
-        self.stopping = False
+        self.stopping = self.ended = False  # a new answer ends at once; all have ended
+        # The process, so that no two that serve one version at a time share a series: tritonserver 2.51 crashes then.
+        labels = {"model": args["model_name"], "version": args["model_version"], "process": str(os.getpid())}
+        self.reporter = threading.Thread(target=self._report, args=(labels,), daemon=True)
+        self.reporter.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to a free worker; responses go out through the request's sender.
@@ -87,6 +93,7 @@ class TritonPythonModel:
             if self._reserve_worker(sender):
                 self.pool.submit(self._answer, request, sender)
             else:
+                self.runtime.metrics.refused.labels("busy").inc()
                 busy = failure(f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
                 sender.send(busy, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -102,6 +109,35 @@ class TritonPythonModel:
         """Stop the running answers at their next token."""
         self.stopping = True
         self.pool.shutdown(wait=True, cancel_futures=True)
+        self.ended = True
+        self.reporter.join()
+
+    def _report(self, labels: dict[str, str]) -> None:
+        """Twice a second: show the runtime's counters among Triton's metrics, and look whether the server stops.
+
+        Triton ends a model only after its running answers, so a file that STOP_VARIABLE names says it before. This
+        thread alone touches metrics: tritonserver 2.51 crashes where two do.
+        """
+        stop = os.environ.get(STOP_VARIABLE, "")
+        families: dict[str, Any] = {}
+        shown: dict[tuple[str, ...], tuple[Any, float]] = {}
+        last = False
+        while not last:
+            last = self.ended
+            for family in self.runtime.metrics.registry.collect():
+                kind = pb_utils.MetricFamily.GAUGE if family.type == "gauge" else pb_utils.MetricFamily.COUNTER
+                for name, own, value in (sample[:3] for sample in family.samples):
+                    if name.endswith("_created"):
+                        continue
+                    if (key := (name, *own.values())) not in shown:
+                        if name not in families:
+                            families[name] = pb_utils.MetricFamily(name, family.documentation, kind)
+                        shown[key] = families[name].Metric(labels | own), 0.0
+                    metric, before = shown[key]
+                    metric.increment(value - before)
+                    shown[key] = metric, value
+            self.stopping = self.stopping or os.path.exists(stop)
+            time.sleep(0 if last else 0.5)
 
     def _answer(self, request: Any, sender: Any) -> None:
         """Send one response per chunk, or a single one with all chunks where the input STREAM is false.
@@ -118,8 +154,10 @@ class TritonPythonModel:
             collected = []
             with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
                 for chunk in chunks:
-                    if self.stopping or sender.is_cancelled():
+                    if sender.is_cancelled():
                         return
+                    if self.stopping:
+                        raise self.busy(self.stopped)
                     if stream:
                         sender.send(response_of([chunk]))
                     else:
@@ -127,7 +165,10 @@ class TritonPythonModel:
             if not stream:
                 sender.send(response_of(collected))
         except ValueError as error:  # RequestError
+            self.runtime.metrics.refused.labels("invalid").inc()
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
+        except self.busy as error:
+            sender.send(failure(str(error), pb_utils.TritonError.UNAVAILABLE))
         except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests continue
             pb_utils.Logger.log_error(traceback.format_exc())
             message = f"the model failed: {type(error).__name__}: {error}"
@@ -144,7 +185,7 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any
 
     ValueError says what is wrong.
     """
-    files, stop = _several(request, "IMAGE"), _several(request, "STOP")
+    files, stop = list(map(image_of, _several(request, "IMAGE"))), _several(request, "STOP")
     values: dict[str, Any] = dict(DEFAULTS)
     for name in DEFAULTS:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
@@ -170,6 +211,14 @@ def decoded(name: str, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not UTF-8 text") from None
+
+
+def image_of(data: bytes) -> bytes:
+    """An encoded image, sent as it is or, since JSON holds no bytes, as base64."""
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:  # no image file consists of base64's characters
+        return data
 
 
 def _several(request: Any, name: str) -> list[bytes]:

@@ -1,5 +1,6 @@
 """Running tritonservers for the tests that only ask them, of a stand-in and of a real bundle; a fresh project."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from vismem.records import Release
 from vismem.serving.answering import Runtime
 from vismem.serving.deploy import deploy
 from vismem.serving.environment import DEFAULT_PYTHON, VARIABLE
+from vismem.serving.golden import write_golden
 from vismem.serving.server import TritonServer, triton_server
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,8 @@ def inputs(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
     model.save_pretrained(bundle / "vismem")
     model.backbone.processor.save_pretrained(bundle / "processor")
     write_graphs(model, bundle / "onnx", 18)
+    with contextlib.closing(Runtime.open(bundle, verified=True)) as runtime:
+        write_golden(runtime, ((sample.images, sample.question) for sample in tiny.samples()), bundle)
     write_manifest(bundle)
     refused = {"promoted": False, "reasons": ("random weights",)}
     Release(name="vismem", version="2", model_id="m-1", previous=None, **refused).write(root / "promote")

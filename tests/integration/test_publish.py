@@ -1,5 +1,6 @@
 """What the servers of a cluster serve follows the champion, out of a real MLflow store on SQLite."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from vismem.config import resolve
 from vismem.errors import UserError
 from vismem.provenance import write_manifest
 from vismem.registry import release
+from vismem.serving.champion import champion_repository
 from vismem.serving.command import PROFILE_VARIABLE
 from vismem.serving.publish import main as publish_command
 from vismem.serving.publish import publish
+from vismem.serving.repository import write_model_repository
 
 
 def served(folder: Path) -> dict[str, bytes]:
@@ -35,8 +38,29 @@ def test_the_published_repository_is_the_champion_s_and_follows_it_back(project:
     assert served(models) == {"vismem/3": b"three"}
     assert sorted(path.name for path in (models / "releases").iterdir()) == ["1", "3"]  # a running server reads on
     release.rollback(project.config)
+    project.store.client.set_registered_model_alias("vismem", "champion", "3")  # the ledger is asked, not the alias
     publish(project.config, models)
     assert served(models) == {"vismem/1": b"one"}
+
+
+def test_vismem_serve_serves_the_ledger_s_champion_whatever_was_deployed_last(project: Project) -> None:
+    deployed = project.artifacts / "deploy" / "model_repository"
+
+    def serves() -> dict[str, bytes]:
+        return served(champion_repository(project.config, project.artifacts).parent)
+
+    assert champion_repository(project.config, project.artifacts) == deployed, "to try out what was refused"
+    project.release(b"one", score=66.0)
+    write_model_repository(project.steps["export"], deployed, "vismem", 1)
+    assert champion_repository(project.config, project.artifacts) == deployed, "no second copy"
+    project.release(b"two", score=68.0)
+    assert serves() == {"vismem/2": b"two"}
+    release.rollback(project.config)
+    project.store.client.set_registered_model_alias("vismem", "champion", "2")
+    assert champion_repository(project.config, project.artifacts) == deployed
+    shutil.rmtree(deployed)
+    assert serves() == {"vismem/1": b"one"}
+    assert project.champion() == "1"
 
 
 def test_a_published_link_holds_wherever_the_volume_is_mounted(project: Project, tmp_path: Path) -> None:

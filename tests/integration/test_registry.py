@@ -1,6 +1,7 @@
 """Register, judge, promote and roll back against a real MLflow store on SQLite, with a bundle of a few tiny files."""
 
 import json
+import re
 import urllib.error
 import urllib.request
 from typing import Any
@@ -58,6 +59,16 @@ def test_the_same_bundle_registered_twice_keeps_its_version(project: Project) ->
     assert len(versions(project.store)) == 1
 
 
+def test_a_version_from_before_hashes_were_kept_is_registered_anew(project: Project) -> None:
+    project.build(b"one")
+    project.run("register")
+    project.store.client.delete_model_version_tag("vismem", "1", "metrics_json_sha256")
+    with pytest.raises(UserError, match="its sha256 is not the version's tag"):
+        project.run("promote")
+    assert project.run("register")["version"] == "2"
+    assert project.run("promote")["promoted"]
+
+
 def test_a_better_second_champion_replaces_the_first_and_rollback_brings_it_back(project: Project) -> None:
     assert project.release(b"one", score=66.0)["promoted"]
     assert project.champion() == "1"
@@ -68,8 +79,7 @@ def test_a_better_second_champion_replaces_the_first_and_rollback_brings_it_back
     assert project.champion() == "1"
     with pytest.raises(UserError, match="no earlier champion"):
         release.rollback(project.config)
-    moves = [(move.action, move.version, move.previous) for move in release.history(project.store)]
-    assert moves == [("promote", "1", None), ("promote", "2", "1"), ("rollback", "1", "2")]
+    assert project.moves == [("promote", "1", None), ("promote", "2", "1"), ("rollback", "1", "2")]
 
 
 def test_rollback_repeated_goes_further_back_along_the_promotions(project: Project) -> None:
@@ -102,7 +112,7 @@ def test_promoting_the_champion_again_changes_nothing(project: Project) -> None:
     again = project.release(b"one", score=66.0)
     assert again["promoted"]
     assert project.champion() == "1"
-    assert len(release.history(project.store)) == 1
+    assert project.moves == [("promote", "1", None)]
 
 
 def test_a_deleted_champion_is_not_silently_forgotten_by_rollback(project: Project) -> None:
@@ -110,8 +120,11 @@ def test_a_deleted_champion_is_not_silently_forgotten_by_rollback(project: Proje
     project.release(b"two", score=68.0)
     project.store.client.delete_model_version("vismem", "2")
     assert project.champion() is None
-    assert "instead of a deleted version" in release.rollback(project.config)
+    assert "instead of version 2" in release.rollback(project.config)
     assert project.champion() == "1"
+    project.store.client.delete_model_version("vismem", "1")
+    with pytest.raises(UserError, match="no earlier champion"):  # not the one that was just rolled back from
+        release.rollback(project.config)
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "unlisted"])
@@ -163,14 +176,16 @@ def test_what_does_not_belong_together_or_lacks_a_field_is_refused(project: Proj
 
 
 def test_a_champion_without_a_usable_score_does_not_refuse_every_successor(project: Project) -> None:
+    client = project.store.client
     for number, (tag, value) in enumerate((("score", "nan"), ("n", "many"), ("score", None)), start=1):
         made = project.release(bytes([number]), score=66.0)
         assert made["promoted"]
         assert project.champion() == str(number)
+        client.delete_model_version_tag("vismem", str(number), "metrics_json_sha256")  # as of one from before
         if value is None:
-            project.store.client.delete_model_version_tag("vismem", str(number), tag)
+            client.delete_model_version_tag("vismem", str(number), tag)
         else:
-            project.store.client.set_model_version_tag("vismem", str(number), tag, value)
+            client.set_model_version_tag("vismem", str(number), tag, value)
     made = project.release(b"last", score=61.0)
     assert made["promoted"]
     assert "champion version 3 has no usable score" in made["reasons"][-1]
@@ -210,6 +225,16 @@ def test_the_command_line_lists_shows_and_rolls_back(project: Project, capsys: p
     assert "version 1 is champion again" in capsys.readouterr().out
     assert main(["models", "show", "--params", str(params)]) == 0
     assert json.loads(capsys.readouterr().out)["version"] == "1"
+    assert main(["models", "promote", "--params", str(params)]) == 0
+    assert "version 2 is refused, version 1 stays champion: version 2 was rolled back from" in capsys.readouterr().out
+    assert main(["models", "promote", "2", "--unblock", "--params", str(params)]) == 0
+    assert "version 2 is champion" in capsys.readouterr().out
+    assert main(["models", "compare", "1", "2", "--params", str(params)]) == 0
+    said = capsys.readouterr().out
+    assert "both were scored on the same 600 items" in said
+    assert re.search(r"overall\W+66\.000\W+68\.000\W+\+2\.000", said)
+    assert main(["models", "rollback", "2", "--params", str(params)]) == 1
+    assert "`vismem models rollback` takes no VERSION" in capsys.readouterr().err
 
 
 def test_the_environment_s_store_wins_over_the_parameter(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +263,7 @@ def test_the_ui_answers_on_its_page_and_is_gone_afterwards(project: Project) -> 
         with urllib.request.urlopen(url, timeout=30) as reply:
             assert json.load(reply)["registered_model"]["latest_versions"][0]["version"] == "1"
         remote = project.config.registry.model_copy(update={"tracking_uri": address})
-        assert listing.read_listing(remote) == listing.read_listing(project.config.registry)
+        assert listing.read_registry(remote) == listing.read_registry(project.config.registry)
     assert server.process.poll() is not None
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)

@@ -19,6 +19,7 @@ import psutil
 import psycopg2
 import pytest
 from project import Project
+from races import Races
 
 from vismem.cli import main
 from vismem.config import load_config
@@ -145,6 +146,16 @@ def test_a_release_is_kept_in_postgresql_and_s3_by_a_client_that_has_no_key_of_t
     publish(project.config, tmp_path / "models")  # as the job on a cluster does, without a key of the bucket
     published = tmp_path / "models" / "current" / "vismem" / "1" / "bundle" / "vismem" / "memory.safetensors"
     assert published.read_bytes() == b"one"
+
+
+def test_promoters_race_through_the_server_on_postgresql(
+    stack: Stack, anywhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    project = Project(tmp_path)
+    project.connect(stack.environment["MLFLOW_TRACKING_URI"])
+    races = Races(project)
+    for seed in range(2):
+        races.run(seed)
 
 
 def test_what_was_kept_is_there_again_after_a_kill(stack: Stack, anywhere: pytest.MonkeyPatch, tmp_path: Path) -> None:

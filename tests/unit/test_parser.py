@@ -49,7 +49,7 @@ def test_a_step_s_help_says_what_it_does_reads_writes_and_depends_on(capsys: pyt
     [
         (("sumary",), "vismem: no command 'sumary' (did you mean 'summary'?)"),
         (("stage1", "--prams", "x"), "vismem stage1: unknown arguments --prams (did you mean '--params'?) x"),
-        (("models", "rolback"), "no action 'rolback' (did you mean 'rollback'?); there are list, show, rollback"),
+        (("models", "rolback"), "no action 'rolback' (did you mean 'rollback'?); there are list, show, compare, "),
         (("params", "--set", "seed"), "'seed' is not KEY=VALUE"),
         (("params", "--set", "seed={"), "the value of 'seed={' is not valid YAML"),
         (("infer", "--image", "a.png"), "give one question, at the end or with --prompt"),

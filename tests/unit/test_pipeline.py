@@ -30,7 +30,7 @@ SECRETS = {
     "validate": ["huggingface_secret"],
     "base": ["huggingface_secret"],
     "register": ["s3_secret", "mlflow_secret"],
-    "promote": ["mlflow_secret"],
+    "promote": ["s3_secret", "mlflow_secret"],
 }
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vismem.runtime.limits import NEW_TOKENS
 from vismem.serving.repository import (
     MANIFEST_VARIABLE,
     MODEL_SOURCE,
+    UNARY_SOURCE,
     check_repository,
     copy_library,
     repository_problems,
@@ -42,7 +44,7 @@ def test_a_repository_holds_configuration_model_runtime_and_bundle(bundle: Path,
     library = {f"3/{file}" for file in files(tmp_path / "library")}
     assert {"3/vismem/generation/loop.py", "3/vismem/runtime/limits.py", "3/vismem/__init__.py"} <= library
     packed = {f"3/bundle/{file}" for file in files(bundle)}
-    assert files(folder) == {"config.pbtxt", "manifest.json", "3/model.py"} | library | packed
+    assert files(folder) == {"config.pbtxt", "manifest.json", "3/model.py", "3/__pycache__"} | library | packed
     assert (folder / "3" / "model.py").read_bytes() == MODEL_SOURCE.read_bytes()
     assert (folder / "3" / "bundle" / "onnx" / "weights.bin").read_bytes() == b"weights"
 
@@ -135,12 +137,13 @@ def test_the_served_files_import_only_what_the_serving_environment_holds(tmp_pat
         "onnxruntime",
         "tokenizers",
         "PIL",
+        "prometheus_client",
         "triton_python_backend_utils",
         "vismem",
     }
     required = (MODEL_SOURCE.parent / "requirements.txt").read_text()
     assert "torch" not in re.findall(r"^[\w-]+", required, re.MULTILINE)
-    for source in [MODEL_SOURCE, *tmp_path.rglob("*.py")]:
+    for source in [MODEL_SOURCE, UNARY_SOURCE, *tmp_path.rglob("*.py")]:
         tree = ast.parse(source.read_text())
         tree.body = [node for node in tree.body if not isinstance(node, ast.If)]  # imports for type checkers alone
         for node in ast.walk(tree):
@@ -216,3 +219,33 @@ def test_a_pinned_manifest_is_the_only_one_that_is_served(
     write_manifest(folder)  # whoever can change the files can change their list
     with pytest.raises(UserError, match=r"vismem: manifest\.json is not the one that VISMEM_MANIFEST_SHA256 names"):
         check_repository(tmp_path / "repository")
+
+
+def test_a_models_manifest_vouches_for_its_unary_one(bundle: Path, tmp_path: Path) -> None:
+    folder = write_model_repository(bundle, tmp_path / "repository", "vismem", 1)
+    unary = tmp_path / "repository" / "vismem_unary"
+    (unary / "1" / "model.py").write_text("x = 1")
+    write_manifest(unary)
+    with pytest.raises(
+        UserError, match=rf"vismem_unary: manifest\.json is not the one that {folder}/manifest\.json names"
+    ):
+        check_repository(tmp_path / "repository")
+    write_model_repository(bundle, tmp_path / "repository", "vismem", 2)
+    check_repository(tmp_path / "repository")
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"vismem_unary: manifest\.json is not the one"):
+        check_repository(tmp_path / "repository")
+
+
+def test_the_unary_model_has_the_inputs_of_the_other_but_no_stream(bundle: Path, tmp_path: Path) -> None:
+    import tritonclient.grpc.model_config_pb2 as schema
+    from google.protobuf import text_format
+
+    write_model_repository(bundle, tmp_path, "vismem", 1)
+    streamed, unary = (
+        text_format.Parse((tmp_path / name / "config.pbtxt").read_text(), schema.ModelConfig())
+        for name in ("vismem", "vismem_unary")
+    )
+    assert (unary.name, unary.model_transaction_policy.decoupled) == ("vismem_unary", False)
+    assert [tensor for tensor in streamed.input if tensor.name != "STREAM"] == list(unary.input)
+    assert [tensor for tensor in streamed.output if tensor.name != "EVENT"] == list(unary.output)

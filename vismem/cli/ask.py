@@ -3,12 +3,12 @@
 import argparse
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
-from vismem.errors import UserError
 from vismem.runtime.limits import NEW_TOKENS
 
 SERVED = ("base", "device", "dtype", "port", "max_patches", "cache_mb")
@@ -31,10 +31,9 @@ def add_commands(commands: Commands) -> None:
     add("--url", metavar="HOST:PORT", help=about)
     add("--model", metavar="NAME", help="the served model's name; default: the one that the server has")
 
-    add = command("serve", _run_serve, "serve the deployed model with Triton until Ctrl-C", outputs=True)
-    add(
-        "--repository", type=Path, metavar="FOLDER", help="model repository; default: artifacts/deploy/model_repository"
-    )
+    add = command("serve", _run_serve, "serve the champion with Triton until Ctrl-C", outputs=True)
+    about = "model repository; default: the champion's, before there is one artifacts/deploy/model_repository"
+    add("--repository", type=Path, metavar="FOLDER", help=about)
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", "--grpc-port", type=int, help="gRPC port; default: deploy.grpc_port, 0: any free one")
     add("--http-port", type=int, help="HTTP port; default: deploy.http_port")
@@ -124,14 +123,14 @@ def _run_infer(arguments: argparse.Namespace) -> None:
 def _run_serve(arguments: argparse.Namespace) -> None:
     named = arguments.repository.absolute() if arguments.repository else None
     config, artifacts = enter(arguments)
-    deployed = artifacts / "deploy"
-    if not named and (deployed / "smoke.json").is_file() and not (deployed / "model_repository").is_dir():
-        raise UserError(f"what was deployed has no ONNX graphs: `vismem api --model {artifacts / 'export'}` serves it")
-    from vismem.serving.server import serve
+    from vismem.serving.champion import champion_repository
+    from vismem.serving.supervise import serve
 
+    champion = partial(champion_repository, config, artifacts)
     serve(
         config,
-        named or deployed / "model_repository",
+        named or champion(),
+        champion=None if named else champion,
         host=arguments.host,
         grpc_port=arguments.port,
         http_port=arguments.http_port,

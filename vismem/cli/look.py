@@ -7,18 +7,28 @@ from pathlib import Path
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
 from vismem.config import resolve
-from vismem.errors import mask_credentials
+from vismem.errors import UserError, mask_credentials
 from vismem.params_file import render_params
 
+VERSIONS: dict[str, tuple[str, ...]] = {  # actions of `models`, and the versions that each is about by default
+    "list": (),
+    "show": ("champion",),
+    "compare": ("champion", "challenger"),
+    "promote": ("challenger",),
+    "rollback": (),
+    "verify": ("champion",),
+}
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 
 
 def add_commands(commands: Commands) -> None:
     """Registry, services, parameters, completion."""
     command = commands.group("Look and set up")
-    add = command("models", _run_models, "registered versions: list, show, rollback")
-    add("action", choices=("list", "show", "rollback"), nargs="?", default="list")
-    add("which", nargs="?", default="champion", help="show: a version's number or alias")
+    add = command("models", _run_models, "registered versions: list, show, compare, promote, rollback, verify")
+    add("action", choices=tuple(VERSIONS), nargs="?", default="list")
+    about = "numbers or aliases; default: show and verify champion, promote challenger, compare champion challenger"
+    add("which", nargs="*", metavar="VERSION", help=about)
+    add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
 
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
     add("--port", type=int, help="default: registry.ui_port; 0: any free one")
@@ -45,20 +55,39 @@ def add_commands(commands: Commands) -> None:
 
 def _run_models(arguments: argparse.Namespace) -> None:
     config, _ = enter(arguments)
-    from vismem.registry import listing
-    from vismem.registry.versions import tracking_uri
+    usual = VERSIONS[arguments.action]
+    if len(arguments.which) > len(usual):
+        raise UserError(f"`vismem models {arguments.action}` takes {len(usual) or 'no'} VERSION")
+    which = (*arguments.which, *usual[len(arguments.which) :])
+    match arguments.action:
+        case "list":
+            from vismem.registry.listing import models
+            from vismem.registry.versions import tracking_uri
+            from vismem.summary import print_models
 
-    if arguments.action == "show":
-        print(json.dumps(listing.show(config, arguments.which), indent=2, ensure_ascii=False))
-    elif arguments.action == "rollback":
-        from vismem.registry.release import rollback
+            where = arguments.caller.shown(mask_credentials(tracking_uri(config.registry)))
+            print_models(models(config), config.registry.model_name, where)
+        case "show":
+            from vismem.registry.listing import show
 
-        print(rollback(config))
-    else:
-        from vismem.summary import print_models
+            print(json.dumps(show(config, *which), indent=2, ensure_ascii=False))
+        case "compare":
+            from vismem.registry.inspect import compare
+            from vismem.summary import print_table
 
-        where = arguments.caller.shown(mask_credentials(tracking_uri(config.registry)))
-        print_models(listing.models(config), config.registry.model_name, where)
+            print_table(*compare(config, *which))
+        case "promote":
+            from vismem.registry.release import promote_version
+
+            print(promote_version(config, which[0], arguments.unblock))
+        case "rollback":
+            from vismem.registry.release import rollback
+
+            print(rollback(config))
+        case "verify":
+            from vismem.registry.inspect import verify
+
+            print(verify(config, *which))
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from vismem.config import Config
@@ -18,6 +19,8 @@ from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport
 from vismem.runtime.bundle import Bundle
+from vismem.serving.answering import Runtime
+from vismem.serving.golden import write_golden
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -25,9 +28,9 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 
     `vismem/`: what VisMem adds, and a reference to the base with the hash of its weights; `processor/`; with
     `export.graphs`, `onnx/`: four graphs in float32, all weights once, `runtime.json`, compared with torch in float32;
-    `parity.json`; `README.md`, the model card, with `scores.png`; `lineage.json`; `manifest.json`. Failed parity does
-    not raise: the gate reads it. Raises UserError where metrics, test questions or a model that can be exported are
-    missing.
+    `golden/`, questions with their answers, which a server asks before it serves the bundle. `parity.json`;
+    `README.md`, the model card, with `scores.png`; `lineage.json`; `manifest.json`. Failed parity does not raise: the
+    gate reads it. Raises UserError where metrics, test questions or a model that can be exported are missing.
     """
     empty_folder(out)
     metrics = Metrics.read(inputs["evaluate"])
@@ -57,9 +60,12 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 
 
 def _with_graphs(model: VisMemModel, config: Config, inputs: Mapping[str, Path], out: Path) -> ParityReport:
-    """Write the graphs, and compare their answers to some test questions with those of `model`, both in float32."""
+    """Write graphs and golden questions; compare answers to test questions with those of `model`, both in float32."""
     samples = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
     write_graphs(model, out / "onnx", config.export.opset)
     graphs, tokens = OnnxExecutor(Bundle(out, threads=1, verified=True)), config.export.parity_tokens
     with progress("export: parity with torch"):
-        return check_parity(model, graphs, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
+        parity = check_parity(model, graphs, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
+    with closing(Runtime(graphs)) as runtime:
+        write_golden(runtime, ((sample.images, sample.question) for sample in samples if not sample.videos), out)
+    return parity

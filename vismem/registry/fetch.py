@@ -7,9 +7,10 @@ from pathlib import Path
 
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
+from vismem.registry.champion import named_version
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import find_version, open_store, translate_mlflow_errors, versions
-from vismem.registry.versions import database, tracking_uri, unknown_version
+from vismem.registry.tracking import open_store, translate_mlflow_errors
+from vismem.registry.versions import database, tracking_uri
 from vismem.services import environment
 
 
@@ -23,9 +24,7 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     if (file := database(uri)) and not file.is_file():
         raise UserError(f"no MLflow registry {uri}: go to the project's folder, or set MLFLOW_TRACKING_URI")
     store = open_store(config)
-    version = find_version(store, which)
-    if version is None:
-        raise unknown_version(which, store.model, store.uri, versions(store))
+    version = named_version(store, which)
     folder = cache / version.tags["manifest_sha256"]
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

@@ -6,102 +6,99 @@ the same answer.
 """
 
 import sqlite3
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from vismem.config import Config, RegistryConfig
-from vismem.registry.versions import CHALLENGER, CHAMPION, Version, database, moves, tracking_uri, unknown_version
+from vismem.registry.ledger import Ledger, effective, ledger_model
+from vismem.registry.versions import CHALLENGER, CHAMPION, Version, database, tracking_uri, unknown_version
+from vismem.registry.view import BLOCKED, View
 
 _OURS = "name = ? AND workspace = 'default'"
 
 
-@dataclass(frozen=True)
-class Listing:
-    """All that the registry holds of a model: its versions, newest first, the numbers by alias, the model's tags."""
-
-    versions: tuple[Version, ...]
-    aliases: Mapping[str, str]
-    tags: Mapping[str, str]
-
-    def find(self, which: str) -> Version | None:
-        """The version with that number or alias, or None."""
-        number = which if which.isdecimal() else self.aliases.get(which)
-        return next((item for item in self.versions if item.version == number), None)
-
-
 def models(config: Config) -> list[dict[str, str]]:
     """One row per version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
-    listing = read_listing(config.registry)
-    named = {alias: listing.aliases.get(alias) for alias in (CHAMPION, CHALLENGER)}
+    view, _ = read_registry(config.registry)
     return [
         {
             "version": item.version,
-            "aliases": ", ".join(alias for alias, number in named.items() if number == item.version),
-            **{name: item.tags.get(name, "") for name in ("verdict", "score", "gain", "n")},
+            "aliases": ", ".join(alias for alias in (CHAMPION, CHALLENGER) if view.aliases.get(alias) == item.version),
+            "verdict": BLOCKED if BLOCKED in item.tags else item.tags.get("verdict", ""),
+            **{name: item.tags.get(name, "") for name in ("score", "gain", "n")},
             "created": datetime.fromtimestamp(item.created, UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "git_commit": item.tags.get("git_commit", "")[:10],
         }
-        for item in listing.versions
+        for item in view.versions
     ]
 
 
 def show(config: Config, which: str) -> dict[str, Any]:
     """All that is known of a version, given by number or alias. UserError where there is none of that name."""
-    listing, name = read_listing(config.registry), config.registry.model_name
-    version = listing.find(which)
+    (view, ledger), name = read_registry(config.registry), config.registry.model_name
+    version = view.find(which)
     if version is None:
-        raise unknown_version(which, name, tracking_uri(config.registry), listing.versions)
-    history = [asdict(move) for move in moves(listing.tags) if version.version in (move.version, move.previous)]
-    return {"name": name, **asdict(version), "history": history}
+        raise unknown_version(which, name, tracking_uri(config.registry), view.versions)
+    moves = [move for move in ledger.moves if version.version in (move.version, move.previous)]
+    return {"name": name, **asdict(version), "history": [move.model_dump(exclude={"verdict"}) for move in moves]}
 
 
-def read_listing(config: RegistryConfig) -> Listing:
-    """What the store holds of the model; nothing where a SQLite store does not exist yet. UserError as `open_store`."""
+def read_registry(config: RegistryConfig) -> tuple[View, Ledger]:
+    """What MLflow shows of the model, and its ledger; nothing where a SQLite store does not exist yet.
+
+    Where a killed promotion left the two apart, the view is mended first. UserError as `open_store`.
+    """
     file = database(tracking_uri(config))
     if file is not None and not file.is_file():
-        return Listing((), {}, {})
-    try:
-        return read_tables(file, config.model_name) if file is not None else ask_mlflow(config)
-    except sqlite3.Error:
-        return ask_mlflow(config)
+        return View((), {}), Ledger()
+    if file is not None:
+        with suppress(sqlite3.Error):
+            view, ledger = read_tables(file, config.model_name)
+            if not view.edits(ledger):
+                return view, ledger
+    return ask_mlflow(config)
 
 
-def ask_mlflow(config: RegistryConfig) -> Listing:
-    """What MLflow's client says of the model."""
-    from vismem.registry.tracking import open_store, translate_mlflow_errors, versions
+def ask_mlflow(config: RegistryConfig) -> tuple[View, Ledger]:
+    """The same from MLflow's client, mended."""
+    from vismem.registry.champion import mend_view, read_view
+    from vismem.registry.tracking import open_store, translate_mlflow_errors
 
     with translate_mlflow_errors():
         store = open_store(config)
-        if not (found := versions(store)):
-            return Listing((), {}, {})
-        model = store.client.get_registered_model(store.model)
-        return Listing(tuple(found), {alias: str(number) for alias, number in model.aliases.items()}, dict(model.tags))
+        ledger = mend_view(store)
+        return read_view(store), ledger
 
 
-def read_tables(file: Path, name: str) -> Listing:
-    """The same from the tables of a SQLite store. sqlite3.Error where they are others than MLflow 3.17 makes."""
+def read_tables(file: Path, name: str) -> tuple[View, Ledger]:
+    """The same from the tables of a SQLite store, all of one moment, and not mended.
+
+    sqlite3.Error where they are others than MLflow 3.17 makes.
+    """
     with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as tables:
-        tags: dict[int, dict[str, str]] = {}
-        for number, key, value in tables.execute(
-            f"SELECT version, key, value FROM model_version_tags WHERE {_OURS}", (name,)
-        ):
-            tags.setdefault(number, {})[key] = value
-        rows = tables.execute(
-            "SELECT version, run_id, creation_time FROM model_versions "
-            f"WHERE {_OURS} AND current_stage != 'Deleted_Internal' ORDER BY version DESC",
-            (name,),
-        )
-        versions = tuple(_version(number, run_id, created, tags.get(number, {})) for number, run_id, created in rows)
+        tables.execute("BEGIN")  # or another's move comes between two of the questions
         aliases = tables.execute(f"SELECT alias, version FROM registered_model_aliases WHERE {_OURS}", (name,))
-        named = {alias: str(number) for alias, number in aliases}
-        ours = tables.execute(f"SELECT key, value FROM registered_model_tags WHERE {_OURS}", (name,))
-        return Listing(versions, named, dict(ours) if versions else {})
+        view = View(_versions(tables, name), {alias: str(number) for alias, number in aliases})
+        return view, Ledger(moves=effective(_versions(tables, ledger_model(name))))
 
 
-def _version(number: int, run_id: str | None, created: int | None, tags: Mapping[str, str]) -> Version:
-    return Version(str(number), run_id or "", tags.get("model_id", ""), (created or 0) / 1000, tags)
+def _versions(tables: sqlite3.Connection, name: str) -> tuple[Version, ...]:
+    tags: dict[int, dict[str, str]] = {}
+    for number, key, value in tables.execute(
+        f"SELECT version, key, value FROM model_version_tags WHERE {_OURS}", (name,)
+    ):
+        tags.setdefault(number, {})[key] = value
+    rows = tables.execute(
+        "SELECT version, run_id, creation_time FROM model_versions "
+        f"WHERE {_OURS} AND current_stage != 'Deleted_Internal' ORDER BY version DESC",
+        (name,),
+    )
+    return tuple(
+        Version(str(number), run_id or "", known.get("model_id", ""), (created or 0) / 1000, known)
+        for number, run_id, created in rows
+        for known in (tags.get(number, {}),)
+    )

@@ -11,18 +11,11 @@ from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manifest
 from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
-from vismem.registry.gate import DIGITS
+from vismem.registry.champion import mend_view
 from vismem.registry.runs import log_curve, log_metrics, log_model_folder, tracked_run
-from vismem.registry.tracking import (
-    Store,
-    create_version,
-    find_version,
-    open_store,
-    translate_mlflow_errors,
-    versions,
-)
-from vismem.registry.verdict import GATE, judge_version, publish_verdict
-from vismem.registry.versions import CHALLENGER, CHAMPION, Version
+from vismem.registry.tracking import Store, create_version, open_store, translate_mlflow_errors, versions
+from vismem.registry.verdict import GATE, figure_tags, hash_tag, judge_version, publish_verdict
+from vismem.registry.versions import CHALLENGER, Version
 
 
 @translate_mlflow_errors()
@@ -34,12 +27,15 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     it is judged again, since gate and champion may have changed. A refusal by the gate is a result, not an error.
     """
     metrics, lineage = _checked(inputs)
-    tags = _version_tags(inputs["export"], lineage, metrics)
+    tags = version_tags(inputs["export"], lineage, metrics)
+    for record, folder in (Metrics, "evaluate"), (Validation, "validate"), (ParityReport, "export"):
+        tags[hash_tag(record)] = sha256_file(inputs[folder] / record.FILE)
     store = open_store(config.registry)
-    known = next((v for v in versions(store) if v.tags.get("manifest_sha256") == tags["manifest_sha256"]), None)
+    named = ("manifest_sha256", tags["manifest_sha256"])
+    known = next((v for v in versions(store) if named in v.tags.items() and hash_tag(Metrics) in v.tags), None)
     version = known or _new_version(store, config, inputs, metrics, tags)
-    champion = find_version(store, CHAMPION)
-    verdict = judge_version(store, version, champion, config.gate)
+    ledger = mend_view(store)
+    verdict = judge_version(store, version, ledger, config.gate)
 
     RegisteredVersion(
         name=store.model,
@@ -47,7 +43,7 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         run_id=version.run_id,
         model_id=version.model_id,
         manifest_sha256=tags["manifest_sha256"],
-        judged_against=champion.version if champion else None,
+        judged_against=ledger.champion,
     ).write(out)
     store.client.set_model_version_tag(store.model, version.version, GATE, config.gate.model_dump_json())
     publish_verdict(store, version, verdict, out)
@@ -84,7 +80,7 @@ def _checked(inputs: Mapping[str, Path]) -> tuple[Metrics, dict[str, Any]]:
     return metrics, lineage
 
 
-def _version_tags(bundle: Path, lineage: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
+def version_tags(bundle: Path, lineage: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
     """What a version says about itself: where it came from, and the score by which it is compared later."""
     git = lineage.get("git") or {}
     params = json.dumps(lineage.get("params"), sort_keys=True).encode()
@@ -94,11 +90,7 @@ def _version_tags(bundle: Path, lineage: Mapping[str, Any], metrics: Metrics) ->
         "data_sha256": str(lineage.get("data_sha256") or "unknown"),
         "params_sha256": hashlib.sha256(params).hexdigest(),
         "manifest_sha256": sha256_file(bundle / MANIFEST),
-        "test_sha256": metrics.test_sha256,
-        "items_sha256": metrics.items_sha256,
-        "n": str(metrics.n),
-        "score": f"{metrics.arms['vismem']['overall']:.{DIGITS}f}",
-        "gain": f"{metrics.gain['overall'].delta:.{DIGITS}f}",
+        **figure_tags(metrics),
     }
 
 

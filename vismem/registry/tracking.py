@@ -142,10 +142,11 @@ def create_model_once(store: Store, name: str, description: str) -> None:
             raise
 
 
-def versions(store: Store) -> list[Version]:
-    """Registered versions, newest first."""
+def versions(store: Store, model: str | None = None) -> list[Version]:
+    """Registered versions of the store's model, or of another one; newest first."""
+    name = f"name='{model or store.model}'"
     found = get_results_from_paginated_fn(
-        lambda size, token: store.client.search_model_versions(f"name='{store.model}'", size, page_token=token), 1000
+        lambda size, token: store.client.search_model_versions(name, size, page_token=token), 1000
     )
     return sorted(map(_version, found), key=lambda item: int(item.version), reverse=True)
 

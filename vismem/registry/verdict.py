@@ -9,23 +9,40 @@ from mlflow.exceptions import MlflowException
 
 from vismem.config import GateConfig
 from vismem.errors import UserError
-from vismem.records import Metrics, ParityReport, Record, Validation, Verdict
-from vismem.registry.gate import Champion, judge
-from vismem.registry.tracking import Store
+from vismem.provenance import sha256_file
+from vismem.records import VISMEM, Metrics, ParityReport, Record, Rule, Validation, Verdict
+from vismem.registry.gate import DIGITS, Champion, judge
+from vismem.registry.ledger import Ledger
+from vismem.registry.tracking import Store, find_version
 from vismem.registry.versions import Version
 from vismem.services import environment
 
 GATE = "gate"  # tag: the gate's parameters at registration, as JSON
+# what a version is judged by, and the folder of its run that holds it; none: it is in the bundle
+FOLDERS: dict[type[Record], str] = {Metrics: "evaluate", Validation: "validate", ParityReport: ""}
 R = TypeVar("R", bound=Record)
 
 
-def judge_version(store: Store, version: Version, champion: Version | None, gate: GateConfig) -> Verdict:
-    """Judge by the figures that the version was registered with. UserError where the registry has lost them."""
-    run, model = _run_files(store, version), store.client.get_logged_model(version.model_id).artifact_location
-    metrics = _read(store, version, run, Metrics, "evaluate")
-    validation = _read(store, version, run, Validation, "validate")
-    parity = _read(store, version, model, ParityReport)
-    return judge(metrics, validation, parity, _known(champion, version), gate)
+def judge_version(store: Store, version: Version, ledger: Ledger, gate: GateConfig, unblock: bool = False) -> Verdict:
+    """Judge by the figures that the version was registered with, against the ledger's champion.
+
+    A version that was rolled back from is refused unless `unblock`. UserError where the registry has lost the figures,
+    or they are others than were registered.
+    """
+    verdict = judge(
+        read_registered(store, version, Metrics),
+        read_registered(store, version, Validation),
+        read_registered(store, version, ParityReport),
+        _known(store, ledger, version),
+        gate,
+    )
+    if unblock or (since := ledger.blocked.get(version.version)) is None:
+        return verdict
+    reason = (
+        f"version {version.version} was rolled back from at {since} and is not promoted again by the same figures; "
+        f"`vismem models promote {version.version} --unblock` does"
+    )
+    return Verdict(passed=False, rules=(*verdict.rules, Rule(name="blocked", passed=False, reason=reason)))
 
 
 def registered_gate(store: Store, version: Version) -> GateConfig:
@@ -35,11 +52,6 @@ def registered_gate(store: Store, version: Version) -> GateConfig:
     return GateConfig.model_validate_json(version.tags[GATE])
 
 
-def published_verdict(store: Store, version: Version) -> Verdict:
-    """The verdict that was published last. UserError where the store has lost it."""
-    return _read(store, version, _run_files(store, version), Verdict)
-
-
 def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Path) -> None:
     """Write the verdict as tags and description of the version, as a file of its run, and into `folder`."""
     client, name, number = store.client, store.model, version.version
@@ -47,6 +59,9 @@ def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Pa
     for rule in verdict.rules:
         text = f"{'passed' if rule.passed else 'broken'}: {rule.reason}"
         client.set_model_version_tag(name, number, f"verdict.{rule.name}", text)
+    for key in version.tags.keys() - {"verdict", *(f"verdict.{rule.name}" for rule in verdict.rules)}:
+        if key.startswith("verdict."):  # of a rule that no longer judges it
+            client.delete_model_version_tag(name, number, key)
     tags = version.tags
     head = f"VisMem {tags['score']}, {float(tags['gain']):+.2f} points over vanilla (n = {tags['n']}). "
     head += "The gate passes it:" if verdict.passed else "The gate refuses it:"
@@ -56,37 +71,62 @@ def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Pa
     client.log_artifact(version.run_id, str(folder / verdict.FILE))
 
 
-def _known(champion: Version | None, candidate: Version) -> Champion | None:
-    """The champion by its tags; one that was not registered by `vismem register` has no usable score."""
-    if champion is None:
+def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
+    """The ledger's champion by its registered figures; one deleted from MLflow has no usable score.
+
+    One from before hashes were kept has its tags only, as has one that `vismem register` did not make.
+    """
+    if ledger.champion is None:
         return None
-    tags = champion.tags
+    version = find_version(store, ledger.champion)
+    tags = version.tags if version else {}
+    if version and hash_tag(Metrics) in tags:
+        tags = figure_tags(read_registered(store, version, Metrics))
     try:
         score, n = float(tags["score"]), int(tags["n"])
     except (KeyError, ValueError):
         score, n = math.nan, 0
     return Champion(
-        version=champion.version,
+        version=ledger.champion,
         overall=score,
         n=n,
         test_sha256=tags.get("test_sha256", ""),
         items_sha256=tags.get("items_sha256", ""),
-        is_candidate=champion.version == candidate.version,
+        is_candidate=ledger.champion == candidate.version,
     )
 
 
-def _run_files(store: Store, version: Version) -> str:
-    return str(store.client.get_run(version.run_id).info.artifact_uri)
+def figure_tags(metrics: Metrics) -> dict[str, str]:
+    """The tags of a version that say how it scored, and on what."""
+    return {
+        "test_sha256": metrics.test_sha256,
+        "items_sha256": metrics.items_sha256,
+        "n": str(metrics.n),
+        "score": f"{metrics.arms[VISMEM]['overall']:.{DIGITS}f}",
+        "gain": f"{metrics.gain['overall'].delta:.{DIGITS}f}",
+    }
 
 
-def _read(store: Store, version: Version, location: str, record: type[R], folder: str = "") -> R:
-    path = f"{folder}/{record.FILE}".removeprefix("/")
+def read_registered(store: Store, version: Version, record: type[R]) -> R:
+    """The record that the version was registered with. UserError where it is lost or another than was registered."""
+    folder = FOLDERS[record]
+    if folder:
+        location, path = str(store.client.get_run(version.run_id).info.artifact_uri), f"{folder}/{record.FILE}"
+    else:
+        location, path = store.client.get_logged_model(version.model_id).artifact_location, record.FILE
     try:
         with tempfile.TemporaryDirectory() as here, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
             store.files(location).download_artifacts(path, here)
+            if sha256_file(Path(here) / path) != version.tags.get(hash_tag(record)):
+                raise UserError(f"its sha256 is not the version's tag {hash_tag(record)}")
             return record.read(Path(here) / folder)
     except (MlflowException, OSError, UserError) as error:
         raise UserError(
             f"{store.uri} does not hold a whole {path} of {store.model} version {version.version} "
             f"({' '.join(str(error).split())}): run `vismem evaluate`, `vismem export` and `vismem register` again"
         ) from error
+
+
+def hash_tag(record: type[Record]) -> str:
+    """The version's tag that holds the sha256 of a record's file, such as metrics_json_sha256."""
+    return f"{record.FILE.replace('.', '_')}_sha256"

@@ -1,6 +1,5 @@
 """What a registered version is, and where the store is: for readers that do not import MLflow, which takes seconds."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from vismem.errors import UserError
 
 SQLITE = "sqlite:///"
 CHALLENGER, CHAMPION = "challenger", "champion"  # aliases
-HISTORY = "champion_history."
 
 
 @dataclass(frozen=True)
@@ -25,16 +23,6 @@ class Version:
     tags: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Move:
-    """One move of the champion alias."""
-
-    time: str  # UTC, ISO 8601
-    action: str  # "promote" or "rollback"
-    version: str
-    previous: str | None
-
-
 def tracking_uri(config: RegistryConfig) -> str:
     """The store's address: the environment's MLFLOW_TRACKING_URI if set, else the parameter."""
     return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking_uri
@@ -43,11 +31,6 @@ def tracking_uri(config: RegistryConfig) -> str:
 def database(uri: str) -> Path | None:
     """The file of a SQLite store, else None."""
     return Path(uri.removeprefix(SQLITE)).resolve() if uri.startswith(SQLITE) else None
-
-
-def moves(tags: Mapping[str, str]) -> list[Move]:
-    """All moves of the champion alias that a registered model's tags hold, oldest first."""
-    return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY)]
 
 
 def unknown_version(which: str, model: str, uri: str, versions: Iterable[Version]) -> UserError:

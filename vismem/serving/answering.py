@@ -1,7 +1,9 @@
 """Answers questions, many at a time: one thread decodes, each caller reads the pieces of its own answer."""
 
+import math
 import os
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +20,7 @@ from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.chat import Chat, check_chat, one_turn
 from vismem.runtime.limits import NEW_TOKENS, RequestError
 from vismem.runtime.prompt import TextStream
+from vismem.serving.metrics import Metrics
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
@@ -100,6 +103,7 @@ class _Answer:
     request: Request
     tokens: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)  # None: it is finished
     row: Row | None = None  # once it has joined
+    arrived: float = field(default_factory=time.monotonic)
     gone: bool = False  # nobody reads it any more
 
 
@@ -114,6 +118,9 @@ class Runtime:
         self.preparing = threading.BoundedSemaphore(PREPARING)
         self.thread: threading.Thread | None = None
         self.closed = False
+        self.decoding = 0  # answers
+        self.stepped = -math.inf  # when the last step ended, by time.monotonic()
+        self.metrics = Metrics(lambda: len(self.waiting), lambda: self.decoding)
 
     @classmethod
     def open(
@@ -166,7 +173,8 @@ class Runtime:
         check_chat(chat, len(images))
         with self.preparing:
             sample = self.executor.prepare(images, chat, max_new_tokens)
-        return self._chunks(Request([sample], MODES[mode], max_new_tokens, temperature, seed, looks=looks), stop)
+        request = Request([sample], MODES[mode], max_new_tokens, temperature, seed, looks=looks)
+        return self._counted(self._chunks(request, stop))
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -175,6 +183,17 @@ class Runtime:
             self.changed.notify()
         if self.thread:
             self.thread.join()
+
+    def _counted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The chunks; what ends them early is counted."""
+        try:
+            yield from chunks
+        except Busy:
+            self.metrics.refused.labels("busy").inc()
+            raise
+        except Exception:
+            self.metrics.failures.inc()
+            raise
 
     def _chunks(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
         with self.preparing:
@@ -211,17 +230,21 @@ class Runtime:
     # --- the thread that decodes ---
 
     def _run(self) -> None:
-        with self.executor.running():
-            loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
-            while not self.closed:
-                try:
-                    self._admit(loop, answers)
-                    self._step(loop, answers)
-                except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
-                    for answer in answers.values():
-                        answer.tokens.put(error)
-                    self.executor.keep(())
-                    loop, answers = DecodeLoop(self.executor), {}
+        loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
+        try:
+            with self.executor.running():
+                while not self.closed:
+                    try:
+                        self._admit(loop, answers)
+                        self._step(loop, answers)
+                    except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
+                        for answer in answers.values():
+                            answer.tokens.put(error)
+                        loop, answers = DecodeLoop(self.executor), {}
+                        self.executor.keep(())
+        finally:  # also where this thread dies
+            with self.changed:
+                self.closed = True
             for answer in (*answers.values(), *self.waiting):  # nothing joins `waiting` any more
                 answer.tokens.put(Busy(STOPPED))
 
@@ -245,16 +268,20 @@ class Runtime:
             else:
                 answers[answer.row] = answer
 
-    @staticmethod
-    def _step(loop: DecodeLoop, answers: dict[Row, _Answer]) -> None:
+    def _step(self, loop: DecodeLoop, answers: dict[Row, _Answer]) -> None:
         """Decode a token of every answer, and let those go that are finished or that nobody reads."""
         for row, answer in list(answers.items()):
             if answer.gone:
                 loop.leave(row)
                 del answers[row]
         for row, token in loop.step():
-            answers[row].tokens.put(token)
+            kind, answer = self.executor.kinds.get(token), answers[row]
+            (self.metrics.memories.labels(kind.value) if kind else self.metrics.tokens).inc()
+            if row.decisions == 1:
+                self.metrics.first_token.observe(time.monotonic() - answer.arrived)
+            answer.tokens.put(token)
             if row.finished:
                 answers.pop(row).tokens.put(None)
         if not answers:
             loop.step()  # lets the last ones go
+        self.decoding, self.stepped = len(answers), time.monotonic()

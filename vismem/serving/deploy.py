@@ -24,7 +24,7 @@ from vismem.records import EXAMPLE, Release
 from vismem.services import HOST, Service, check_http, free_ports, start_service
 from vismem.serving.client import Client, challenger_name
 from vismem.serving.exchange import TOKEN_VARIABLE, Answer
-from vismem.serving.repository import write_model_repository
+from vismem.serving.repository import has_graphs, write_model_repository
 from vismem.serving.server import triton_server
 
 API_READY, API_ANSWER = 1800, 600  # seconds: a large model is loaded, and may have no GPU here
@@ -46,7 +46,7 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     samples = list(islice((sample for sample in rows if not sample.videos), 8))  # a bundle takes images only
     if not samples:
         raise UserError(f"{inputs['validate']}/data/test has no row without a video to smoke-test the server with")
-    if (bundle / "onnx").is_dir():
+    if has_graphs(bundle):
         served_from = write_model_repository(bundle, repository, model, version)
         with progress("deploy: tritonserver"), triton_server(repository, log=out / "tritonserver.log") as server:
             smoke = smoke_test(Client(f"grpc://{server.grpc_url}", model=model), samples)

@@ -19,6 +19,7 @@ from vismem.runtime.chat import said
 from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
 from vismem.serving.completion import Completion, Refused, Reply, decoded_url, read_body
+from vismem.serving.health import status_routes
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
 SPARE_THREADS = 16
@@ -37,6 +38,7 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
         yield
 
     app = FastAPI(title="VisMem", openapi_url=None, lifespan=lifespan)
+    app.include_router(status_routes(runtime))
 
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Any]) -> Response:
@@ -45,10 +47,6 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             return Refused(401, "no such token: send `Authorization: Bearer TOKEN`", "authentication_error").response()
         response: Response = await call(request)
         return response
-
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -67,8 +65,10 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
             return StreamingResponse(events(reply, first, chunks, request), media_type="text/event-stream")
         except Refused as refused:
+            runtime.metrics.refused.labels("invalid").inc()
             return refused.response()
         except RequestError as error:
+            runtime.metrics.refused.labels("invalid").inc()
             return Refused(400, str(error)).response()
         except Busy as error:
             return Refused(429, str(error), "rate_limit_error").response()

@@ -9,6 +9,7 @@ import numpy as np
 
 from vismem.runtime.chat import Chat, messages_of
 from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
+from vismem.serving.repository import is_unary
 
 BUSY = {  # part of a server's message: what it means for the caller
     "Exceeds maximum queue size": "it is busy, its queue is full: try again later",
@@ -31,7 +32,7 @@ class OverGrpc:
         """The names of the models that it counts requests of: its list of models is closed to clients."""
         async with self._client() as client:
             statistics = await client.get_inference_statistics()
-        return sorted({model.name for model in statistics.model_stats})
+        return sorted({model.name for model in statistics.model_stats if not is_unary(model.name)})
 
     async def ready(self, model: str) -> bool:
         """Whether it serves the model."""

@@ -5,11 +5,14 @@ Triton reports a model ready for ever, also when the Python process behind it ha
 
 import argparse
 import io
+import json
 import re
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
@@ -19,31 +22,48 @@ from vismem.serving.client import Client
 from vismem.serving.command import run_command
 from vismem.serving.exchange import Answer
 
+DEAD = "is not healthy"  # what Triton says of a model whose process has ended
+
 
 def ask(url: str, model: str, timeout: float) -> Answer:
     """One token about a blank image from `model` at `url` (gRPC host:port). UserError if none comes in `timeout` s."""
-    blank = io.BytesIO()
-    Image.new("RGB", (84, 84), "white").save(blank, "PNG")
-    return Client(f"grpc://{url}", model=model, timeout=timeout).ask(blank.getvalue(), "?", max_new_tokens=1)
+    return Client(f"grpc://{url}", model=model, timeout=timeout).ask(_blank(), "?", max_new_tokens=1)
+
+
+def ask_unary(url: str, model: str, timeout: float) -> None:
+    """The same of a unary model at `url` (HTTP), which asks the one behind it: both processes are proved by it."""
+    body = {"IMAGE": [b64encode(_blank()).decode()], "PROMPT": "?", "MAX_NEW_TOKENS": 1}
+    try:
+        urllib.request.urlopen(f"{url}/v2/models/{model}/generate", json.dumps(body).encode(), timeout=timeout).close()
+    except urllib.error.HTTPError as error:
+        raise UserError(f"model '{model}' at {url}: {error.read().decode(errors='replace')}") from None
+    except OSError as error:
+        raise UserError(f"model '{model}' at {url} sent nothing: {error}") from None
 
 
 def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
-    """Report the state of the served model (or of its challenger): it answers, or is busy. UserError if neither.
+    """Report the state of the served model (or of its challenger): see `check_model`."""
+    model = Client(f"grpc://{url}", timeout=10).find_model(config.deploy.model_name)
+    return check_model(lambda: ask(url, model, timeout), metrics, model, timeout)
 
-    A server is busy if in `timeout` seconds it began questions of others, but not ours or refused ours because its
-    queue is full; a restart would not help it. A dead server may take up our own question, so one alone proves nothing.
+
+def check_model(question: Callable[[], object], metrics: str, model: str, timeout: float) -> str:
+    """Say that `model` answers a question, or is busy: its queue is full or slow, and it decodes tokens for others.
+
+    UserError where neither comes in `timeout` seconds, or its process has ended; a restart helps it.
     """
     end = time.monotonic() + timeout
-    before = _executions(metrics)
-    model = Client(f"grpc://{url}", timeout=10).find_model(config.deploy.model_name)
+    before = _decoded(metrics, model)
     try:
-        ask(url, model, timeout)
-    except UserError:
-        while (others := _executions(metrics) - before) <= 1:
+        question()
+    except UserError as error:
+        if DEAD in str(error):
+            raise
+        while (others := _decoded(metrics, model) - before) <= 0:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
-        return f"{model} is busy: it began {others} questions while ours waited"
+        return f"{model} is busy: it decoded {others} tokens for others while we waited"
     return f"{model} answers"
 
 
@@ -56,14 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(parser, arguments, probe)
 
 
-def _executions(url: str) -> int:
-    """How many questions the server's models have taken up since its start."""
+def _blank() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (84, 84), "white").save(file, "PNG")
+    return file.getvalue()
+
+
+def _decoded(url: str, model: str) -> int:
+    """How many tokens a model has decoded since the server's start."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             text = response.read().decode()
     except OSError as error:  # URLError is one
         raise UserError(f"the server's metrics at {url} cannot be read: {error}") from None
-    return sum(int(count) for count in re.findall(r"^nv_inference_exec_count\{[^}]*\} (\d+)", text, re.MULTILINE))
+    counts = re.findall(
+        rf'^vismem_tokens_total\{{(?=[^}}]*model="{re.escape(model)}")[^}}]*\}} (\d+)', text, re.MULTILINE
+    )
+    return sum(map(int, counts))
 
 
 if __name__ == "__main__":

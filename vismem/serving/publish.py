@@ -14,9 +14,9 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
+from vismem.registry.champion import champion_version
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import find_version, open_store, translate_mlflow_errors
-from vismem.registry.versions import CHAMPION
+from vismem.registry.tracking import open_store, translate_mlflow_errors
 from vismem.serving.command import run_command
 from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 
@@ -25,11 +25,11 @@ from vismem.serving.repository import check_repository, repository_problems, wri
 def publish(config: Config, folder: Path) -> str:
     """Fetch the champion into `folder`, unless it is there undamaged, and make it current; return a line that says so.
 
-    Running servers keep the version that they loaded; those that start take the current one. UserError where there is
-    no champion, or the store's files are damaged; then nothing changes.
+    Servers that run load it, those that start take it. UserError where there is no champion, or the store's files are
+    damaged; then nothing changes.
     """
     store = open_store(config.registry)
-    champion = find_version(store, CHAMPION)
+    champion = champion_version(store)
     if champion is None:
         raise UserError(f"'{store.model}' in {store.uri} has no champion yet: a version must pass the gate first")
     named = f"{store.model} version {champion.version}"
@@ -57,7 +57,7 @@ def publish(config: Config, folder: Path) -> str:
     link.symlink_to(release.relative_to(folder))
     os.replace(link, current)
     pin = sha256_file(release / model / MANIFEST)
-    return f"{named} is current in {folder} as {model}, manifest {pin}: servers that start from now on serve it"
+    return f"{named} is current in {folder} as {model}, manifest {pin}: servers load it"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from vismem.errors import UserError
 from vismem.files import link_or_copy, read_json, write_json
-from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest
+from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest, write_manifest
 from vismem.runtime.limits import NEW_TOKENS
 from vismem.shipped import shipped
 
-MODEL_SOURCE = shipped("deploy/triton/model.py")
+MODEL_SOURCE, UNARY_SOURCE = shipped("deploy/triton/model.py"), shipped("deploy/triton/unary.py")
 LIBRARY = Path(__file__).parents[1]
 SERVED = (  # of the library, what lies beside a served bundle: nothing of it imports torch
     "generation/invocation.py",
@@ -27,8 +27,11 @@ SERVED = (  # of the library, what lies beside a served bundle: nothing of it im
     "models/tokens.py",
     "runtime/*.py",
     "serving/answering.py",
+    "serving/golden.py",
+    "serving/metrics.py",
 )
 MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"
+UNARY = "unary"  # in a manifest: the hash of the manifest of NAME_unary
 
 CONFIG = """\
 # Written by VisMem. A request holds one question; each response holds one piece of the answer.
@@ -55,8 +58,8 @@ input [
   {{ name: "TEMPERATURE", data_type: TYPE_FP32, dims: [ 1 ], optional: true }},  # 0: greedy
   {{ name: "SEED", data_type: TYPE_INT64, dims: [ 1 ], optional: true }},  # 0
   {{ name: "MEMORY", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # learned; off, short, long
-  {{ name: "STOP", data_type: TYPE_STRING, dims: [ -1 ], optional: true }},  # texts before which the answer ends
-  {{ name: "STREAM", data_type: TYPE_BOOL, dims: [ 1 ], optional: true }}  # true; false: one response with every piece
+  {{ name: "STREAM", data_type: TYPE_BOOL, dims: [ 1 ], optional: true }},  # true; false: one response with every piece
+  {{ name: "STOP", data_type: TYPE_STRING, dims: [ -1 ], optional: true }}  # texts before which the answer ends
 ]
 output [
   {{ name: "TEXT", data_type: TYPE_STRING, dims: [ -1 ] }},
@@ -72,21 +75,27 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     """Write `repository/name/version` for an exported bundle, and return `repository/name`.
 
     Layout: `config.pbtxt`; `manifest.json`; `VERSION/model.py`, `VERSION/vismem/`, `VERSION/bundle/`
-    (hard links where the file system allows, else copies). Other versions already there are kept. Raises UserError for
-    a name or version that Triton would not take, a missing bundle, or a bundle whose files differ from its manifest.
+    (hard links where the file system allows, else copies). Other versions already there are kept. Beside it stands
+    `repository/name_unary`, for clients without streams. Raises UserError for a name or version that Triton would not
+    take, and for a bundle that is missing, has no graphs or is not as its manifest says.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise UserError(f"deploy.model_name '{name}': use letters, digits, '_', '-' and '.' only")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or is_unary(name):
+        raise UserError(
+            f"deploy.model_name '{name}': use letters, digits, '_', '-' and '.' only, no '_unary' at the end"
+        )
     if version < 1:
         raise UserError(f"model version {version}: Triton takes whole numbers from 1")
     if problems := verify_manifest(bundle):
         raise UserError(f"{bundle} is not what was exported: {'; '.join(problems)}; run `vismem export` again")
+    if not has_graphs(bundle):
+        raise UserError(without_graphs(bundle))
     model = repository / name
     folder = model / str(version)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (model / "config.pbtxt").write_text(CONFIG.format(name=name, new_tokens=NEW_TOKENS))
-    shutil.copyfile(MODEL_SOURCE, folder / "model.py")
+    config = CONFIG.format(name=name, new_tokens=NEW_TOKENS)
+    (model / "config.pbtxt").write_text(config)
+    _write_python(MODEL_SOURCE, folder)
     copy_library(folder, library)
     own = file_hashes(folder)
     shutil.copytree(bundle, folder / "bundle", copy_function=link_or_copy)
@@ -96,8 +105,49 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     files = {file: value for file, value in others.items() if not file.startswith(f"{version}/")}
     files |= {f"{version}/{file}": value for file, value in own.items()}
     files["config.pbtxt"] = sha256_file(model / "config.pbtxt")
-    write_json(model / MANIFEST, {"files": dict(sorted(files.items()))})
+    unary = _write_unary(repository / unary_name(name), config)
+    write_json(model / MANIFEST, {"files": dict(sorted(files.items())), UNARY: sha256_file(unary)})
     return model
+
+
+def has_graphs(bundle: Path) -> bool:
+    """Whether a bundle was exported with ONNX graphs, which are what Triton serves."""
+    return (bundle / "onnx").is_dir()
+
+
+def without_graphs(bundle: Path) -> str:
+    """What is said where a bundle has none."""
+    return (
+        f"{bundle} has no ONNX graphs for Triton: `vismem api --model {bundle}` serves it, or "
+        "`vismem api --model models:/NAME@champion` where it is released"
+    )
+
+
+def unary_name(name: str) -> str:
+    """The model that answers in one response what `name` answers in many."""
+    return f"{name}_unary"
+
+
+def is_unary(name: str) -> bool:
+    """Whether a model is one of those."""
+    return name.endswith(unary_name(""))
+
+
+def _write_unary(model: Path, config: str) -> Path:
+    """Write NAME_unary with NAME's configuration but without its streams; return the path of its manifest."""
+    shutil.rmtree(model, ignore_errors=True)
+    (model / "1").mkdir(parents=True)
+    lines = [line for line in config.splitlines() if not re.search('"(STREAM|EVENT)"|^#', line)]
+    changed = "\n".join(lines).replace("_policy { decoupled: true }", "_policy { decoupled: false }")
+    (model / "config.pbtxt").write_text(re.sub('^name: "(.*)"', rf'name: "{model.name}"', changed, flags=re.M) + "\n")
+    _write_python(UNARY_SOURCE, model / "1")
+    return write_manifest(model)
+
+
+def _write_python(source: Path, folder: Path) -> None:
+    """Copy `model.py`. Python writes no bytecode where `__pycache__` is a file; Triton would see a changed model."""
+    shutil.copyfile(source, folder / "model.py")
+    (folder / "__pycache__").touch()
 
 
 def copy_library(folder: Path, library: Path = LIBRARY) -> None:
@@ -112,14 +162,17 @@ def copy_library(folder: Path, library: Path = LIBRARY) -> None:
 
 def repository_problems(repository: Path) -> list[str]:
     """What differs in `repository` from what was written, one line each; empty where every file is as it was."""
-    problems = []
-    pinned = os.environ.get(MANIFEST_VARIABLE)
-    for model in sorted(path for path in repository.iterdir() if path.is_dir()):
-        for compiled in model.glob("*/__pycache__"):  # of model.py, written by a server that was killed while it loaded
-            shutil.rmtree(compiled, ignore_errors=True)
-        problems += [f"{model.name}: {problem}" for problem in verify_manifest(model)]
-        if pinned and (model / MANIFEST).is_file() and sha256_file(model / MANIFEST) != pinned:
-            problems.append(f"{model.name}: {MANIFEST} is not the one that {MANIFEST_VARIABLE} names")
+    models = sorted(path for path in repository.iterdir() if path.is_dir())
+    problems = [f"{model.name}: {problem}" for model in models for problem in verify_manifest(model)]
+    if problems:
+        return problems
+    for model in models:
+        expected, by = os.environ.get(MANIFEST_VARIABLE), MANIFEST_VARIABLE
+        if is_unary(model.name):
+            beside = model.with_name(model.name.removesuffix(unary_name(""))) / MANIFEST
+            expected, by = read_json(beside).get(UNARY, "none") if beside.is_file() else "none", str(beside)
+        if expected and sha256_file(model / MANIFEST) != expected:
+            problems.append(f"{model.name}: {MANIFEST} is not the one that {by} names")
     return problems
 
 

@@ -1,21 +1,23 @@
-"""Starts a real tritonserver on a model repository, proves that it answers, and always stops it (`vismem serve`)."""
+"""Starts a real tritonserver on a model repository, proves that it answers, and always stops it."""
 
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from vismem.config import Config
 from vismem.errors import UserError
-from vismem.services import HOST, Service, check_http, free_ports, start_service, until_stopped, watch
+from vismem.services import HOST, Service, check_http, free_ports, start_service
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask
-from vismem.serving.repository import check_repository
+from vismem.serving.repository import check_repository, is_unary
 
 READY_TIMEOUT = 180  # seconds
 EXIT_TIMEOUT = 5  # seconds that running answers get to end in
+STOP_VARIABLE = "VISMEM_STOP_FILE"  # of a file that tells the models' processes to end their answers
+SHARED_MEMORY = Path("/dev/shm")
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
 # header as the key, and takes it from its command line, which every user of the machine can read. So this header has a
 # name that no client can send: neither HTTP/1 nor HTTP/2 allows a line break in a name.
@@ -27,7 +29,7 @@ class TritonServer:
     """A running server: every model of the repository has answered a real request."""
 
     repository: Path
-    models: list[str]
+    models: list[str]  # without those of clients that take no stream
     grpc_url: str  # host:port for clients on this machine
     ports: Mapping[str, int]  # grpc, http, metrics
     service: Service
@@ -39,11 +41,12 @@ def triton_server(
 ) -> Iterator[TritonServer]:
     """`with triton_server(repository, log=FILE) as server: Client(f"grpc://{server.grpc_url}").ask(...)`.
 
-    `ports` of grpc, http and metrics, 0 or not given: any free one. Leaving stops the server with its children; if this
-    process dies, the server gets SIGTERM. UserError names a damaged repository, a busy port, or the reason that the log
-    gives.
+    `ports` of grpc, http and metrics, 0 or not given: any free one. It loads what changes in `repository`, and a model
+    serves on where that fails. Leaving ends the running answers with an error, and stops the server with its children;
+    if this process dies, the server gets SIGTERM. UserError names a damaged repository, a busy port, or the reason that
+    the log gives.
     """
-    models = sorted(file.parent.name for file in repository.glob("*/config.pbtxt"))
+    models = [name for name in model_names(repository) if not is_unary(name)]
     if not models:
         raise UserError(f"{repository} holds no model (no */config.pbtxt): run `vismem deploy` first")
     check_repository(repository)
@@ -54,23 +57,28 @@ def triton_server(
         options = {
             "model-repository": repository,
             "backend-directory": environment.make_backend_folder(Path(scratch)),
-            "model-control-mode": "none",
+            # Triton looks for changes itself: a client that may tell it could load any code, see CLOSED.
+            "model-control-mode": "poll",
+            "repository-poll-secs": 1,
             "exit-timeout-secs": EXIT_TIMEOUT,
-            "backend-config": f"python,stub-timeout-seconds={READY_TIMEOUT}",  # default: 30
             "grpc-restricted-protocol": CLOSED,
             "http-restricted-api": CLOSED,
             **{f"{name}-port": port for name, port in ports.items()},
             **{f"{name}-address": host for name in ports},
         }
+        shared, stop = f"vismem_{os.getpid()}_{ports['grpc']}_", Path(scratch) / "stop"
+        backend = {"stub-timeout-seconds": READY_TIMEOUT, "shm-region-prefix-name": shared}  # default: 30
         command = [str(environment.binary), *(f"--{name}={value}" for name, value in options.items())]
-        with start_service(
+        command += [f"--backend-config=python,{name}={value}" for name, value in backend.items()]
+        service = start_service(
             "tritonserver",
             command,
-            environment.variables(),
+            environment.variables() | {STOP_VARIABLE: str(stop)},
             log,
             stop_seconds=EXIT_TIMEOUT + 10,
-            find_error=_find_error,
-        ) as service:
+            find_error=find_error,
+        )
+        with _no_shared_memory_left(shared), service, _answers_ended_first(stop):
             address = HOST if host == "0.0.0.0" else host
             url = f"{address}:{ports['grpc']}"
             service.wait_until(lambda: check_http(f"http://{address}:{ports['http']}/v2/health/ready"), READY_TIMEOUT)
@@ -82,39 +90,34 @@ def triton_server(
             yield TritonServer(repository, models, url, ports, service)
 
 
-def _find_error(lines: Sequence[str]) -> str:
+def model_names(repository: Path) -> list[str]:
+    """The models of a repository."""
+    return sorted(file.parent.name for file in repository.glob("*/config.pbtxt"))
+
+
+@contextmanager
+def _answers_ended_first(stop: Path) -> Iterator[None]:
+    """Tell the models' processes before the server is stopped: it waits for running answers, and aborts in the end."""
+    try:
+        yield
+    finally:
+        stop.touch()
+
+
+@contextmanager
+def _no_shared_memory_left(prefix: str) -> Iterator[None]:
+    """Remove what a server that was killed leaves."""
+    try:
+        yield
+    finally:
+        for region in SHARED_MEMORY.glob(f"{prefix}*"):
+            region.unlink(missing_ok=True)
+
+
+def find_error(lines: Sequence[str]) -> str:
     """The first model that failed to load, else the last error; without time, place and Python's stack."""
     loading = [line for line in lines if "failed to load '" in line]
     others = [line for line in lines if re.match(r"E\d{4} |error: ", line)]
     line = (loading[:1] or others[-1:] or lines[-1:])[0]
     message = re.sub(r"^[EIW]\d{4} .*?\] ", "", line).strip('"')
     return message.split(r"\n\nAt:")[0][-400:]
-
-
-def serve(
-    config: Config,
-    repository: Path,
-    *,
-    log: Path = Path("runs/tritonserver.log"),
-    host: str = HOST,
-    grpc_port: int | None = None,
-    http_port: int | None = None,
-    metrics_port: int | None = None,
-    write: Callable[[str], None] = print,
-) -> None:
-    """`vismem serve [--repository DIR] [--host H] [--grpc-port N] [--http-port N] [--metrics-port N]`.
-
-    Serves the repository (the CLI's default: artifacts/deploy/model_repository) in the foreground until Ctrl-C or
-    SIGTERM. Ports not given are those of the deploy section. UserError if the server cannot start, or exits by itself.
-    """
-    if not repository.is_dir():
-        hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
-        raise UserError(f"{repository} is not there: {hint}")
-    asked = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
-    ports = {"grpc": config.deploy.grpc_port, "http": config.deploy.http_port, "metrics": config.deploy.metrics_port}
-    ports |= {name: port for name, port in asked.items() if port is not None}
-    with until_stopped(write), triton_server(repository, log=log, host=host, ports=ports) as server:
-        others = f"HTTP port {server.ports['http']}, metrics port {server.ports['metrics']}"
-        write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({others})")
-        write(f"log: {log}; stop with Ctrl-C")
-        watch([server.service])

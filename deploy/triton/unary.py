@@ -1,0 +1,60 @@
+"""The model NAME_unary: one request, one response, for clients without streams. It asks NAME and holds no weights."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+MOST = 64  # requests at a time: more than NAME answers and lets wait, so that it refuses the surplus itself
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """Passes requests to NAME, many at a time, and joins the pieces of each answer."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the name."""
+        self.model = args["model_name"].removesuffix("_unary")
+        self.pool = ThreadPoolExecutor(MOST, thread_name_prefix="unary")
+        self.free = threading.BoundedSemaphore(MOST)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand each request to a thread, which sends its response."""
+        for request in requests:
+            # Copies: what the request holds is gone once this returns.
+            inputs = [pb_utils.Tensor(tensor.name(), np.array(tensor.as_numpy())) for tensor in request.inputs()]
+            if self.free.acquire(blocking=False):
+                self.pool.submit(self._answer, inputs, request.get_response_sender())
+            else:
+                busy = pb_utils.TritonError(
+                    f"{MOST} requests are running: try again later", pb_utils.TritonError.UNAVAILABLE
+                )
+                request.get_response_sender().send(pb_utils.InferenceResponse(error=busy), flags=FINAL)
+
+    def finalize(self) -> None:
+        """Wait for the running answers."""
+        self.pool.shutdown()
+
+    def _answer(self, inputs: list[Any], sender: Any) -> None:
+        try:
+            sender.send(self._asked([*inputs, pb_utils.Tensor("STREAM", np.array([False]))]), flags=FINAL)
+        except Exception as error:  # noqa: BLE001 - the server's boundary; without a response the client would wait
+            sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))), flags=FINAL)
+        finally:
+            self.free.release()
+
+    def _asked(self, inputs: list[Any]) -> Any:
+        """NAME's answer as one response: TEXT, the whole answer, and USAGE. NAME's error where it sent one."""
+        asked = pb_utils.InferenceRequest(
+            model_name=self.model, requested_output_names=["TEXT", "EVENT", "USAGE"], inputs=inputs
+        )
+        for response in asked.exec(decoupled=True):
+            if response.has_error():
+                return pb_utils.InferenceResponse(error=response.error())
+            if tensors := {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}:
+                values = {"TEXT": b"".join(tensors["TEXT"]), "USAGE": tensors["USAGE"][-1]}
+                outputs = [pb_utils.Tensor(name, np.array([value], dtype=object)) for name, value in values.items()]
+                return pb_utils.InferenceResponse(outputs)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.model} sent no answer"))

@@ -1,0 +1,135 @@
+"""`/health` asks the model, and `/metrics` counts what it did: a well, a hung, a failing and a dead one."""
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_stages
+from fastapi.testclient import TestClient
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from vismem.generation.torch_executor import TorchExecutor
+from vismem.serving import health
+from vismem.serving.answering import Busy, Chunk, Runtime
+from vismem.serving.http import create_app
+
+SAMPLE = tiny.samples()[0]
+
+
+@pytest.fixture
+def runtime(tiny_base: Path) -> Iterator[Runtime]:
+    with closing(Runtime(TorchExecutor(tiny_stages.eager_model(tiny_base)), rows=2, waiting=1)) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def client(runtime: Runtime) -> TestClient:
+    return TestClient(create_app(runtime, "tiny"))
+
+
+def ask(runtime: Runtime, **options: Any) -> list[Chunk]:
+    images = [Image.open(io.BytesIO(image)) for image in SAMPLE.images]
+    return list(runtime.generate(images, SAMPLE.question, **options))
+
+
+def counted(client: TestClient) -> dict[str, float]:
+    """Every sample of /metrics by its name and labels."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    return {" ".join([sample.name, *sample.labels.values()]): sample.value for sample in samples}
+
+
+def found(client: TestClient) -> tuple[int, str]:
+    reply = client.get("/health")
+    return reply.status_code, reply.json()["status"]
+
+
+def test_a_well_model_is_asked_for_one_token_and_not_again_while_that_is_fresh(client: TestClient) -> None:
+    assert found(client) == found(client) == (200, "ok")
+    assert counted(client)["vismem_first_token_seconds_count"] == 1
+    assert counted(client)["vismem_tokens_total"] <= 1
+
+
+def test_tokens_for_others_prove_it(client: TestClient, runtime: Runtime) -> None:
+    ask(runtime, max_new_tokens=1)
+    assert found(client) == (200, "ok")
+    assert counted(client)["vismem_first_token_seconds_count"] == 1
+
+
+def test_a_hung_thread_is_found_and_its_recovery_too(
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "PATIENCE", 0.2)
+    held, choose = threading.Event(), runtime.executor.choose
+    monkeypatch.setattr(runtime.executor, "choose", lambda asked: (held.wait(), choose(asked))[1])
+    for _ in range(2):  # the second waits for the question that the first asked
+        assert found(client) == (503, "no token was decoded for 0.2 s")
+    assert sum(thread.name == "health" for thread in threading.enumerate()) == 1
+    held.set()
+    monkeypatch.setattr(health, "PATIENCE", 60)
+    assert found(client) == (200, "ok")
+
+
+def test_a_model_that_fails_is_found(client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.executor, "choose", lambda asked: 1 / 0)
+        status, reason = found(client)
+        assert (status, "ZeroDivisionError" in reason) == (503, True)
+    assert found(client) == (200, "ok")
+
+
+def test_a_dead_thread_is_found_and_leaves_nobody_waiting(
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def die(asked: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(runtime.executor, "choose", die)
+    for _ in range(2):  # the answer in the making, and one that comes later
+        with pytest.raises(Busy):
+            ask(runtime)
+    assert found(client) == (503, "the thread that decodes has ended")
+
+
+def test_what_was_done_refused_and_failed_is_counted(
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.executor.stops = frozenset()
+    usage = ask(runtime, max_new_tokens=12)[-1].usage
+    assert usage is not None
+    assert client.post("/v1/chat/completions", json={}).status_code == 400
+    joins, held, join = threading.Event(), threading.Event(), runtime.executor.join
+    patched = lambda *given: (joins.set(), held.wait(60), join(*given))[2]  # noqa: E731
+    monkeypatch.setattr(runtime.executor, "join", patched)
+    asking = [threading.Thread(target=ask, args=(runtime,), kwargs={"max_new_tokens": 1}) for _ in range(2)]
+    asking[0].start()
+    joins.wait(60)  # it holds up the others
+    asking[1].start()
+    while not runtime.waiting:
+        time.sleep(0.01)
+    assert counted(client)["vismem_waiting"] == 1
+    with pytest.raises(Busy):
+        ask(runtime)
+    held.set()
+    for thread in asking:
+        thread.join()
+    monkeypatch.setattr(runtime.executor, "choose", lambda asked: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ask(runtime)
+    now = counted(client)
+    kinds = ("short", "long")
+    assert now["vismem_tokens_total"] == usage.tokens + 2 == 14
+    assert [now[f"vismem_memories_total {kind}"] for kind in kinds] >= [usage.memories.get(kind, 0) for kind in kinds]
+    assert now["vismem_first_token_seconds_count"] == 3
+    assert (now["vismem_refused_total invalid"], now["vismem_refused_total busy"]) == (1, 1)
+    assert now["vismem_failures_total"] == 1
+    assert (now["vismem_waiting"], now["vismem_decoding"]) == (0, 0)

@@ -1,0 +1,73 @@
+"""Looks at what is registered: a version's files against all that is said of them, and two versions side by side."""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vismem.config import Config
+from vismem.errors import UserError
+from vismem.files import read_json
+from vismem.provenance import file_hashes
+from vismem.records import VISMEM, Metrics, ParityReport, Validation
+from vismem.registry.champion import named_version
+from vismem.registry.register import version_tags
+from vismem.registry.runs import download_bundle
+from vismem.registry.tracking import open_store, translate_mlflow_errors
+from vismem.registry.verdict import read_registered
+
+
+@translate_mlflow_errors()
+def verify(config: Config, which: str) -> str:
+    """Fetch a version's files and hash them again; return a line that says so.
+
+    Held to each other are the files, their manifest, the lineage in it, the figures of the version's run and the
+    version's tags. UserError that names what differs.
+    """
+    store = open_store(config.registry)
+    version = named_version(store, which)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder)
+        download_bundle(store, version, bundle)
+        read_registered(store, version, Validation)
+        read_registered(store, version, ParityReport)
+        lineage: dict[str, Any] = read_json(bundle / "lineage.json")
+        metrics = read_registered(store, version, Metrics)
+        told = version_tags(bundle, lineage, metrics)
+        files = len(file_hashes(bundle))
+    tags = version.tags
+    wrong = [f"tag {key} says {tags.get(key)}, the files {of}" for key, of in told.items() if tags.get(key) != of]
+    if metrics.stage2_sha256 != lineage["inputs_sha256"]["stage2"]:
+        wrong.append("the scores are of another model than the lineage's")
+    if wrong:
+        raise UserError(f"{store.model} version {version.version} is not as registered: {'; '.join(wrong)}")
+    return (
+        f"{store.model} version {version.version} is as registered: {files} files and their manifest "
+        f"{told['manifest_sha256'][:12]}, lineage, figures and tags agree"
+    )
+
+
+@translate_mlflow_errors()
+def compare(config: Config, first: str, second: str) -> tuple[list[dict[str, str]], str]:
+    """One row per figure of two versions with their difference, and a sentence on whether the figures compare."""
+    store = open_store(config.registry)
+    versions = [named_version(store, which) for which in (first, second)]
+    if versions[0] == versions[1]:
+        raise UserError(f"{first} and {second} are both version {versions[0].version}: name two versions")
+    one, other = metrics = [read_registered(store, version, Metrics) for version in versions]
+    columns = [f"version {version.version}" for version in versions]
+    ours, theirs = one.arms[VISMEM], other.arms[VISMEM]
+    figures = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
+    figures["gain over vanilla"] = (one.gain["overall"].delta, other.gain["overall"].delta)
+    rows = [
+        {
+            "figure": name.replace("_", " "),
+            **{column: f"{value:.3f}" for column, value in zip(columns, values, strict=True)},
+            "difference": f"{values[1] - values[0]:+.3f}" if all(map(math.isfinite, values)) else "",
+        }
+        for name, values in figures.items()
+    ]
+    data = {(figures.n, figures.test_sha256, figures.items_sha256) for figures in metrics}
+    if len(data) == 1:
+        return rows, f"both were scored on the same {one.n} items"
+    return rows, f"they were scored on other data ({one.n} and {other.n} items): their scores do not compare"

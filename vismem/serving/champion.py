@@ -1,0 +1,30 @@
+"""What `vismem serve` serves: the champion that the ledger names."""
+
+from pathlib import Path
+
+from vismem.config import Config
+from vismem.errors import UserError
+from vismem.provenance import MANIFEST, sha256_file
+from vismem.registry.listing import read_registry
+from vismem.serving.repository import without_graphs
+
+
+def champion_repository(config: Config, artifacts: Path) -> Path:
+    """The champion's model repository: the one of `deploy`, or fetched into `artifacts/champion` where that is another.
+
+    Before there is a champion it is that of `deploy`, for trying out. UserError as `publish`.
+    """
+    deployed = artifacts / "deploy" / "model_repository"
+    view, ledger = read_registry(config.registry)
+    if ledger.champion is None:
+        if (artifacts / "deploy" / "smoke.json").is_file() and not deployed.is_dir():
+            raise UserError(without_graphs(artifacts / "export"))
+        return deployed
+    manifest = deployed / config.deploy.model_name / ledger.champion / "bundle" / MANIFEST
+    version = view.find(ledger.champion)
+    if version and manifest.is_file() and sha256_file(manifest) == version.tags.get("manifest_sha256"):
+        return deployed
+    from vismem.serving.publish import publish
+
+    publish(config, artifacts / "champion")
+    return artifacts / "champion" / "current"

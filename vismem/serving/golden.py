@@ -1,0 +1,60 @@
+"""Golden questions: what a bundle answered where it was exported. A server asks them before it serves the bundle.
+
+`golden/golden.json` in the bundle: per question its images' files, the text, and the answer's tokens with its invokes.
+"""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vismem.runtime.limits import RequestError
+from vismem.serving.answering import Runtime
+
+FOLDER, FILE = "golden", "golden.json"
+QUESTIONS = 4  # at most
+NEW_TOKENS = 24  # of an answer: enough for a memory and words behind it
+
+
+def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], str]], bundle: Path) -> None:
+    """Store in `bundle` the first QUESTIONS (encoded images, text) that `runtime` takes, with their greedy answers."""
+    (bundle / FOLDER).mkdir()
+    stored: list[dict[str, Any]] = []
+    for number, (images, question) in enumerate(questions, start=1):
+        asked: dict[str, Any] = {"images": [], "question": question}
+        for place, image in enumerate(images, start=1):
+            asked["images"].append(f"{number}-{place}")
+            (bundle / FOLDER / asked["images"][-1]).write_bytes(image)
+        with suppress(RequestError):
+            stored.append(asked | {"tokens": _tokens(runtime, bundle, asked)})
+        if len(stored) == QUESTIONS:
+            break
+    (bundle / FOLDER / FILE).write_text(json.dumps(stored, ensure_ascii=False, indent=1) + "\n")
+
+
+def check_golden(runtime: Runtime, bundle: Path) -> int:
+    """Ask the golden questions of a verified bundle; return how many there are. This warms the graphs up, too.
+
+    RuntimeError for a bundle without them, and for the first answer that differs from the stored one.
+    """
+    file = bundle / FOLDER / FILE
+    if not file.is_file():
+        raise RuntimeError(f"{bundle} holds no golden questions ({FOLDER}/{FILE}): export it again")
+    questions: list[dict[str, Any]] = json.loads(file.read_text())
+    for asked in questions:
+        if (found := _tokens(runtime, bundle, asked)) != asked["tokens"]:
+            raise RuntimeError(
+                f"the golden question '{asked['question']}' is answered by the tokens {found}, not {asked['tokens']} "
+                "as where the bundle was exported: this machine computes otherwise, or the bundle is not what it was"
+            )
+    return len(questions)
+
+
+def _tokens(runtime: Runtime, bundle: Path, asked: dict[str, Any]) -> list[int]:
+    """The ids of the words and invoke tokens of the greedy answer."""
+    images = [Image.open(bundle / FOLDER / name) for name in asked["images"]]
+    answer = runtime.generate(images, asked["question"], max_new_tokens=NEW_TOKENS)
+    return [chunk.token for chunk in answer if chunk.token is not None]

@@ -1,0 +1,227 @@
+"""`vismem serve`: restarts a server that no longer answers, and loads new releases while the old ones answer."""
+
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from vismem.config import Config
+from vismem.errors import UserError
+from vismem.provenance import MANIFEST, sha256_file
+from vismem.services import HOST, POLL, until_stopped
+from vismem.serving.client import challenger_name
+from vismem.serving.probe import ask_unary, check_model
+from vismem.serving.repository import check_repository, is_unary, unary_name
+from vismem.serving.server import READY_TIMEOUT, TritonServer, find_error, model_names, triton_server
+
+CHECK_SECONDS = 10.0  # from one question to a model to the next
+PATIENCE = 60.0  # seconds without an answer or a token for others: a long prompt takes many on a CPU
+RETRY_SECONDS = 30.0  # after which a repository that was damaged, or half written, is looked at again
+
+
+class Releases:
+    """What the server reads: a folder of links, one per model, to copies of what was deployed.
+
+    A release takes another's place in one step, the replacement of a link. The copies are hard links, so that
+    `vismem deploy` may remove what it deployed before; symbolic links where those cannot be made.
+    """
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        """`source`: the model repository that `vismem deploy` writes. UserError where it is damaged or empty."""
+        self.source, self.repository, self.copies = source, folder / "repository", folder / "copies"
+        self.repository.mkdir()
+        self.copies.mkdir()
+        self.served: dict[str, str] = {}  # per model the hash of its manifest
+        self.refused: dict[str, float] = {}  # per such hash until when, by time.monotonic()
+        self.lost = ""  # why the champion could not be found when it was last looked for
+        if not model_names(source):
+            raise UserError(f"{source} holds no model (no */config.pbtxt): run `vismem deploy` first")
+        check_repository(source)
+        for model, value in self._deployed().items():
+            self._copy(model, value)
+            self._put(model, value)
+            self.served[model] = value
+
+    def follow(self, champion: Callable[[], Path], write: Callable[[str], None]) -> None:
+        """Take releases from where `champion` says that it is now; what is served serves on where it is not found."""
+        lost = ""
+        try:
+            self.source = champion()
+        except UserError as error:
+            lost = str(error)
+        if lost != self.lost and lost:
+            write(f"the champion is not found: {lost}")
+        self.lost = lost
+
+    def update(self, server: TritonServer, write: Callable[[str], None]) -> None:
+        """Let `server` load what was deployed since, and say what came of it. UserError where the server exits.
+
+        A model is loaded, and its golden questions asked, while the one before it answers; a new one that fails is
+        put back.
+        """
+        if not (found := self._fresh()):
+            return
+        try:
+            check_repository(self.source)
+            for model, value in found.items():
+                self._copy(model, value)
+        except (UserError, OSError) as error:  # OSError: it is being replaced
+            if not found.values() & self.refused.keys():
+                write(f"not loaded: {error}")
+            self.refused |= dict.fromkeys(found.values(), time.monotonic() + RETRY_SECONDS)
+            return
+        for model, value in sorted(found.items()):
+            write(self._load(model, value, server))
+
+    def _fresh(self) -> dict[str, str]:
+        """What was deployed and is neither served nor refused.
+
+        A challenger takes no champion's place, and NAME_unary comes after NAME.
+        """
+        deployed, now = self._deployed(), time.monotonic()
+        released = any(not name.endswith((challenger_name(""), unary_name(""))) for name in self.served)
+        found = {}
+        for model, value in deployed.items():
+            base = model.removesuffix(unary_name(""))
+            fits = base in self.served or not (released and base.endswith(challenger_name("")))
+            if is_unary(model):
+                fits = self.served.get(base) == deployed.get(base)
+            if fits and self.served.get(model) != value and self.refused.get(value, 0) < now:
+                found[model] = value
+        return found
+
+    def _deployed(self) -> dict[str, str]:
+        """Per model the hash of its manifest; nothing for what is just being replaced."""
+        found = {}
+        for model in model_names(self.source):
+            with suppress(OSError):
+                found[model] = sha256_file(self.source / model / MANIFEST)
+        return found
+
+    def _load(self, model: str, value: str, server: TritonServer) -> str:
+        """Put a release in its place and wait until Triton has loaded it, or failed to; the line that says so."""
+        before, log = self.served.get(model), server.service.log
+        read = log.stat().st_size
+        os.utime(self.copies / value)  # Triton loads what is newer than what it has, also where it is an older release
+        self._put(model, value)
+        end = time.monotonic() + READY_TIMEOUT
+        reason = f"it did not load in {READY_TIMEOUT} s"
+        verdict = re.compile(rf"(successfully loaded|failed to load) '{re.escape(model)}'\"?$", re.M)
+        try:
+            while time.monotonic() < end:
+                lines = log.read_bytes()[read:].decode(errors="replace")
+                said = verdict.search(lines)
+                if said and said[1].startswith("success"):
+                    self.served[model] = value
+                    self._drop({before, *self.served.values()})
+                    return f"{model}: the new release answers now"
+                if said:
+                    reason = find_error(lines.splitlines())
+                    break
+                server.service.check()
+                time.sleep(POLL)
+        finally:
+            if self.served.get(model) != value:
+                self.refused[value] = math.inf
+                self._put(model, before)
+        return f"{model}: the new release is refused, the one before it serves on: {reason}"
+
+    def _drop(self, kept: Collection[str | None]) -> None:
+        """Delete the copies of other releases: running answers may need that of the one before."""
+        for copy in self.copies.iterdir():
+            if copy.name not in kept:
+                shutil.rmtree(copy)
+
+    def _copy(self, model: str, value: str) -> None:
+        """Keep the release `value` of a model, as it is in `source`."""
+        if not (copy := self.copies / value).exists():
+            partial = self.copies / "partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(self.source / model, partial, copy_function=_link)
+            if sha256_file(partial / MANIFEST) != value:
+                raise UserError(f"{self.source} is being replaced")
+            partial.rename(copy)
+
+    def _put(self, model: str, value: str | None) -> None:
+        """Make `repository/model` a link to the copy of the release `value`, or remove it."""
+        link, fresh = self.repository / model, self.copies / "link"
+        if value is None:
+            link.unlink()
+        else:
+            fresh.symlink_to(self.copies / value)
+            os.replace(fresh, link)
+
+
+def serve(
+    config: Config,
+    repository: Path,
+    *,
+    champion: Callable[[], Path] | None = None,
+    log: Path = Path("runs/tritonserver.log"),
+    host: str = HOST,
+    grpc_port: int | None = None,
+    http_port: int | None = None,
+    metrics_port: int | None = None,
+    write: Callable[[str], None] = print,
+) -> None:
+    """`vismem serve [--repository DIR] [--host H] [--grpc-port N] [--http-port N] [--metrics-port N]`.
+
+    Serves the repository (the CLI's default: artifacts/deploy/model_repository) in the foreground until Ctrl-C or
+    SIGTERM; what is deployed there meanwhile is loaded, or what is where `champion` says every CHECK_SECONDS. Ports not
+    given are those of the deploy section. A server that fails is restarted; UserError where it cannot start.
+    """
+    if not repository.is_dir():
+        hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
+        raise UserError(f"{repository} is not there: {hint}")
+    asked = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+    ports = {"grpc": config.deploy.grpc_port, "http": config.deploy.http_port, "metrics": config.deploy.metrics_port}
+    ports |= {name: port for name, port in asked.items() if port is not None}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with until_stopped(write), TemporaryDirectory(prefix="serving-", dir=log.parent) as folder:
+        releases = Releases(repository, Path(folder).absolute())  # links lead there
+        while True:
+            with triton_server(releases.repository, log=log, host=host, ports=ports) as server:
+                ports = dict(server.ports)
+                others = f"HTTP port {ports['http']}, metrics port {ports['metrics']}"
+                write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({others})")
+                write(f"log: {log}; stop with Ctrl-C")
+                try:
+                    _watch(server, releases, champion, write)
+                except UserError as error:
+                    write(f"{error}: the server is restarted")
+                    server.service.kill()
+            log.replace(log.with_name(f"{log.name}.before"))
+
+
+def _watch(
+    server: TritonServer, releases: Releases, champion: Callable[[], Path] | None, write: Callable[[str], None]
+) -> None:
+    """Ask every model now and then, and load what is deployed. UserError where a model, or the server, has failed."""
+    host = server.grpc_url.rpartition(":")[0]
+    http, metrics = f"http://{host}:{server.ports['http']}", f"http://{host}:{server.ports['metrics']}/metrics"
+    checked = time.monotonic()
+    while True:
+        server.service.check()
+        if time.monotonic() > checked + CHECK_SECONDS:
+            for model in filter(is_unary, releases.served):
+                question = partial(ask_unary, http, model, PATIENCE)
+                check_model(question, metrics, model.removesuffix(unary_name("")), PATIENCE)
+            if champion:
+                releases.follow(champion, write)
+            checked = time.monotonic()
+        releases.update(server, write)
+        time.sleep(POLL)
+
+
+def _link(source: str, target: str) -> None:
+    real = os.path.realpath(source)
+    try:
+        os.link(real, target)
+    except OSError:  # another file system, or one without hard links
+        os.symlink(real, target)

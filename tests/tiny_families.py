@@ -138,7 +138,7 @@ def save_base(folder: Path, variant: str) -> Path:
     return folder
 
 
-def _tokenizer(folder: Path, special: dict[str, str]) -> Any:
+def save_tokenizer(folder: Path, special: dict[str, str]) -> Any:
     build_processor([s.question for s in tiny.samples()]).tokenizer.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=special)
     tokenizer.chat_template = None
@@ -176,7 +176,7 @@ def _vision(kind: str, size: int) -> dict[str, Any]:
 
 def _internvl(folder: Path, variant: str) -> tuple[Any, Any]:
     special = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    tokenizer = _tokenizer(folder, {**special, "video_token": "<video>"})
+    tokenizer = save_tokenizer(folder, {**special, "video_token": "<video>"})
     size = 4 * PATCH
     vision, text, more = _vision("internvl_vision", size), _text(tokenizer, "qwen2"), {}
     if variant == "internvl_qk":
@@ -193,7 +193,7 @@ def _internvl(folder: Path, variant: str) -> tuple[Any, Any]:
 
 
 def _llava(folder: Path, variant: str) -> tuple[Any, Any]:
-    tokenizer = _tokenizer(folder, {"image_token": "<image>", "video_token": "<video>"})
+    tokenizer = save_tokenizer(folder, {"image_token": "<image>", "video_token": "<video>"})
     size = 3 * PATCH + 3  # as in SigLIP's 384 pixels, the last ones make no patch
     vision = _vision("siglip_vision_model", size) | {"vision_use_head": False}
     text, layers = _text(tokenizer, "qwen2"), -1

@@ -3,9 +3,10 @@
 import argparse
 import os
 import shlex
+import sys
 from pathlib import Path
 
-from vismem.cli.options import enter
+from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands, sentence
 from vismem.config import PARAMS_FILE
 from vismem.errors import UserError
@@ -35,6 +36,10 @@ def add_commands(commands: Commands) -> None:
     command("summary", _run_summary, "scores, verdict and an example answer of the last run", outputs=True)
     about = "check that a run can complete: secrets, buckets, registry, GPUs"
     command("preflight", _run_preflight, about, outputs=True)
+    add = command("plan", _run_plan, "say which steps fit which GPUs, from the base's configuration alone")
+    add("step", nargs="*", metavar="STEP", help="default: stage1, stage2, evaluate and its arms' baselines")
+    add("--gpus", required=True, metavar="COUNTxCARD", help="such as 8xH100; each GPU holds all of a step")
+    add("--image", default="1024x768", metavar="WxH", help="pixels of the questions' images (default: %(default)s)")
 
 
 def add_steps(commands: Commands) -> None:
@@ -121,3 +126,15 @@ def _run_preflight(arguments: argparse.Namespace) -> None:
     from vismem.preflight import preflight
 
     preflight(config, artifacts)
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    config = load(arguments)
+    from vismem.plan import plan
+    from vismem.plan.report import as_text, refusals
+
+    found = plan(config, arguments.gpus, arguments.image, arguments.step)
+    print(as_text(found))
+    for refusal in refusals(found):
+        print(f"vismem plan: {refusal}", file=sys.stderr)
+    return 1 if found.remedies else 0

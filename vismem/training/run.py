@@ -1,6 +1,6 @@
 """One step of training from its inputs to its metrics: what stage I, stage II and the baselines share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from vismem.config import Config, GrpoStageConfig
-from vismem.data.sample import StoredSamples
+from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
 from vismem.files import write_json, write_text
@@ -51,7 +51,8 @@ class Run:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.manual_seed(config.seed)
         data = inputs["validate"] / "data"
-        self.samples, self.validation = StoredSamples(data / "train"), StoredSamples(data / "validation")
+        self.samples: Sequence[Sample] = StoredSamples(data / "train")
+        self.validation: Sequence[Sample] = StoredSamples(data / "validation")
         if not self.samples:
             raise UserError(
                 f"{data / 'train'} has no rows: name sources with a train split in params.yaml, section prepare"
@@ -96,7 +97,7 @@ class Run:
         lr_scales: Mapping[str, float] | None = None,
     ) -> int:
         """Run one phase; returns how many questions it saw."""
-        objective.prompts_need_gradient = any(not name.startswith(FORMATION + INVOCATION + PREFIX) for name in trained)
+        objective.prompts_need_gradient = changes_prefill(trained)
         self.trained |= trained
         self.state = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
         seen = self.state.steps * min(batch_size, len(self.samples))
@@ -174,6 +175,11 @@ def trainable(model: VisMemModel, prefixes: tuple[str, ...]) -> dict[str, nn.Par
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes))
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def changes_prefill(trained: Parameters) -> bool:
+    """Whether the prompts' prefill depends on what is trained."""
+    return any(not name.startswith(FORMATION + INVOCATION + PREFIX) for name in trained)
 
 
 def count_of(parameters: Parameters) -> int:

@@ -1,0 +1,139 @@
+"""Says before a run which of its steps fit which GPUs, how long a training step takes, and what disk and host need.
+
+The figures come from running the steps' own code on tensors without values (`shapes`), from the base's config alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from vismem.config import Config, resolve
+from vismem.errors import UserError, nearest
+from vismem.models.vismem import VisMemModel
+from vismem.plan.machine import Machine
+from vismem.plan.model import hollow_base, parameters
+from vismem.plan.rehearsal import FIXED, Rehearsal, StepPlan
+from vismem.plan.shapes import Shapes, beside_dispatch
+from vismem.progress import progress
+from vismem.steps import BASELINES
+
+PLANNED = ("stage1", "stage2", "evaluate")
+PROCESS = 4e9  # bytes, assumed: Python, torch and CUDA's libraries, data
+CHECKPOINTING, BATCH, PIXELS = "grpo.gradient_checkpointing", "grpo.batch_size", "memory.image_pixels"
+KNOBS = {  # what makes a step smaller, and the least value that is proposed; what changes no result comes first
+    CHECKPOINTING: 0,
+    "grpo.micro_batch": 1,
+    "baselines.supervised.micro_batch": 1,
+    "evaluate.batch_size": 1,
+    BATCH: 1,
+    PIXELS: 50_000,
+    "grpo.max_new_tokens": 32,
+    "evaluate.max_new_tokens": 32,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was found; bytes."""
+
+    base: str
+    machine: Machine
+    image: tuple[int, int]
+    parameters: dict[str, float]
+    added: dict[str, float]
+    steps: list[StepPlan]
+    remedies: dict[str, dict[str, Any] | None]  # of each step that does not fit, parameters with which it does
+    disk: dict[str, float]
+    host: dict[str, float]
+
+
+def plan(config: Config, gpus: str, image: str, steps: Sequence[str] = ()) -> Plan:
+    """Plan a run of `config` on `gpus` (such as 8xH100) with images of WIDTHxHEIGHT.
+
+    `steps`: those that are planned; by default the two stages, `evaluate`, and the baselines that its arms name.
+    UserError for a base that cannot be read, GPUs that are not known, and batches that the GPUs cannot share.
+    """
+    machine, size, known = Machine.named(gpus), _size(image), (*PLANNED, *(step.name for step in BASELINES))
+    if config.grpo.batch_size % machine.count:
+        raise UserError(f"grpo.batch_size {config.grpo.batch_size} must be a multiple of the {machine.count} GPUs")
+    for name in steps:
+        if name not in known:
+            raise UserError(f"no plan of '{name}'{nearest(name, known)}: there are {', '.join(known)}")
+    arms = {name.partition("@")[0] for name in config.evaluate.arms}
+    names = steps or [name for name in known if name in PLANNED or name in arms]
+    with beside_dispatch(), Shapes():
+        model = VisMemModel(hollow_base(config.base), config.memory, config.invocation)
+    own, added = parameters(model.backbone.model), parameters(model)
+    found, remedies = [], {}
+    with progress("plan", len(names)) as advance:
+        for name in names:
+            found.append(step := Rehearsal(name, config, machine, size).rehearse())
+            if step.bytes > machine.usable:
+                remedies[name] = _remedy(step, config, machine, size)
+            advance()
+    base, others = sum(own.values()), sum(added.values())
+    stored = base * (2 if config.base.dtype == "bfloat16" else 4)
+    title = f"{config.base.model} ({model.backbone.family}, {config.base.dtype})"
+    disk, host = _disk(config, stored, base, others, found), _host(config, machine, stored, base, others)
+    return Plan(title, machine, size, own, added, found, remedies, disk, host)
+
+
+def _size(image: str) -> tuple[int, int]:
+    width, _, height = image.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UserError(f"--image {image}: give WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(width), int(height)
+
+
+def _remedy(step: StepPlan, config: Config, machine: Machine, image: tuple[int, int]) -> dict[str, Any] | None:
+    """Parameters with which a step fits, or None: what makes it smaller is halved until it fits."""
+    changed: dict[str, Any] = {}
+    if sum(size for part, size in step.phases[step.largest].items() if part in FIXED) > machine.usable:
+        return None
+    for key in [*KNOBS] * 2:  # again, since another phase may be the largest by then
+        if key != PIXELS and key.startswith("evaluate.") != (step.name == "evaluate"):
+            continue
+        while step.bytes > machine.usable and (value := _smaller(key, config, machine, image)):
+            tried = resolve(overrides=config.model_dump(by_alias=True) | {key: value})
+            found = Rehearsal(step.name, tried, machine, image).rehearse()
+            if found.bytes >= step.bytes:
+                break
+            step, config, changed = found, tried, changed | {key: value}
+    return changed if step.bytes <= machine.usable else None
+
+
+def _smaller(key: str, config: Config, machine: Machine, image: tuple[int, int]) -> int | bool:
+    """A parameter's next value, or 0."""
+    value = attrgetter(key)(config)
+    if key == CHECKPOINTING:
+        return not value
+    if key == PIXELS:
+        value = min(value or math.inf, image[0] * image[1])
+    half = int(value // 2)
+    return half if half >= KNOBS[key] and not (key == BATCH and half % machine.count) else 0
+
+
+def _disk(config: Config, stored: float, base: float, added: float, steps: Sequence[StepPlan]) -> dict[str, float]:
+    """Bytes on disk, by what is kept there."""
+    found: dict[str, float] = {"the base's weights; the step `base` links to them": stored}
+    for step in steps:
+        if step.trained:
+            found[f"{step.name}: its model"] = stored if step.name == "full" else 4 * added
+    bundle = 4 * added + 4 * (base + added) * config.export.graphs
+    found[f"export: the bundle, {'with' if config.export.graphs else 'without'} graphs"] = bundle
+    found["register: MLflow's copy of the bundle"] = bundle
+    found["DVC's copies of what steps write"] = sum(list(found.values())[1:-1])
+    found["a checkpoint, twice while it is replaced"] = 24 * max(step.trained for step in steps)
+    return found
+
+
+def _host(config: Config, machine: Machine, stored: float, base: float, added: float) -> dict[str, float]:
+    """Bytes of the host's memory at the largest moment of training and of `export`."""
+    export = 8 * (base + added) if config.export.graphs else stored + 4 * added
+    return {
+        f"training: {machine.count} processes, each with the base before it moves": machine.count
+        * (stored + 4 * added + PROCESS),
+        "export": export + PROCESS,
+    }

@@ -1,0 +1,53 @@
+"""GPUs by their data sheets: what they hold, and what of their peak rates a plan counts on."""
+
+import re
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from vismem.errors import UserError
+
+GIB = 2**30
+CONTEXT = 0.8 * GIB  # assumed: CUDA's context, and the workspaces of cuBLAS and NCCL
+FRAGMENTS = 0.06  # assumed: of what lives, lost between blocks of torch's allocator
+FLOP_SHARE, BANDWIDTH_SHARE = 0.5, 0.7  # assumed, of the data sheet's rates
+LAUNCH = 8e-6  # assumed: seconds of an operation, however small, run by Python without CUDA graphs
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind. Rates are of NVIDIA's data sheets, dense; `memory` is what torch says of such a card."""
+
+    count: int
+    name: str
+    memory: float  # bytes
+    bfloat16: float  # FLOP per second
+    float32: float  # the same, without TF32, as torch computes by default
+    bandwidth: float  # bytes per second
+
+    @classmethod
+    def named(cls, gpus: str) -> Self:
+        """`8xH100`: eight of them. UserError for another form, or a card that is not known here."""
+        found = re.fullmatch(r"([1-9]\d*)x(\w+)", gpus)
+        if found is None or found[2] not in CARDS:
+            raise UserError(f"--gpus {gpus}: give COUNTxCARD, such as 8xH100; CARD is one of {', '.join(CARDS)}")
+        return cls(int(found[1]), found[2], *CARDS[found[2]])
+
+    def seconds(self, flops: int, moved: int, kind: torch.dtype) -> float:
+        """Of one operation: the longest of computing, of reading and writing its bytes, and of launching it."""
+        rate = self.float32 if kind == torch.float32 else self.bfloat16
+        return max(flops / (FLOP_SHARE * rate), moved / (BANDWIDTH_SHARE * self.bandwidth), LAUNCH)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one GPU that tensors can have."""
+        return (self.memory - CONTEXT) / (1 + FRAGMENTS)
+
+
+CARDS = {
+    "L40S": (44.4 * GIB, 362e12, 91.6e12, 0.864e12),
+    "A100": (79.1 * GIB, 312e12, 19.5e12, 2.039e12),  # of 80 GB
+    "H100": (79.1 * GIB, 989e12, 67e12, 3.35e12),
+    "H200": (139.8 * GIB, 989e12, 67e12, 4.8e12),
+}

@@ -1,0 +1,78 @@
+"""A base and what VisMem adds to it as shapes, from the base's small files; questions and answers of stated sizes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from vismem.config import BaseConfig
+from vismem.data.sample import Sample
+from vismem.errors import UserError
+from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.models.backbones import backbone_of, check_family
+from vismem.models.backbones.base import Backbone
+from vismem.models.processors import load_processor
+from vismem.models.tokens import KINDS
+from vismem.models.vismem import VisMemModel
+
+QUESTION = "how many cups? " * 50  # about 200 tokens
+ANSWER = "one cup, " * 80  # of reference, about 240 tokens
+WORD = 5  # any token of the tokenizer
+
+
+def hollow_base(config: BaseConfig) -> Backbone:
+    """The base, within a block of `Shapes`: no weights are read. UserError for one that is not there or is unknown."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    source = str(config.folder() or config.model)
+    try:
+        settings = AutoConfig.from_pretrained(source)
+        check_family(settings.model_type)
+        processor = load_processor(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot read config.json and the processor's files of base.model '{source}': {reason}. A folder with "
+            "these small files is enough (--set base.model=FOLDER); no weights are read"
+        ) from None
+    return backbone_of(AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype)), processor)
+
+
+def parameters(model: nn.Module) -> dict[str, float]:
+    """How many parameters each of a model's own modules has; a head that is the embeddings has none of its own."""
+    found: Counter[str] = Counter()
+    for name, weight in model.named_parameters():
+        found[name.removeprefix("model.").partition(".")[0]] += weight.numel()
+    return dict(found)
+
+
+def questions(count: int, image: tuple[int, int]) -> tuple[Sample, ...]:
+    """`count` times QUESTION and ANSWER about an image of this width and height."""
+    picture: Any = Image.new("RGB", image)
+    return tuple(Sample(f"{index}", (picture,), QUESTION, ANSWER) for index in range(count))
+
+
+def answers(
+    model: VisMemModel, samples: Sequence[Sample], group: int, words: int, memories: int
+) -> tuple[Rollout, ...]:
+    """`group` answers of `words` tokens for each sample, each with evenly spaced memories of both kinds in turn."""
+    return tuple(
+        _answer(model, sample.id, words, min(memories, words), row) for sample in samples for row in range(group)
+    )
+
+
+def _answer(model: VisMemModel, sample_id: str, words: int, memories: int, row: int) -> Rollout:
+    ids: list[int] = []
+    invocations = []
+    pieces = max(1, memories)
+    for index in range(pieces):
+        if memories:
+            kind = KINDS[(row + index) % 2]
+            invocations.append(Invocation(len(ids), kind, forced=True))
+            ids += [model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind]]
+        ids += [WORD] * (words * (index + 1) // pieces - words * index // pieces)
+    said = tuple(token == WORD for token in ids)
+    return Rollout(sample_id, tuple(ids), said, (0.0,) * len(ids), tuple(invocations), "", "", True, words)

@@ -1,0 +1,233 @@
+"""A step's own function run on shapes: what one GPU holds at the largest moment of each phase, and for how long.
+
+What stands in for a step's `Run` loads no weights, reads no data and writes no files. Of a training step it runs the
+first and the last token of the rollouts, one micro-batch of the backward pass, and the optimiser's step.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+
+from vismem.config import Config
+from vismem.evaluation.arms import resolve_arms
+from vismem.generation.invocation import InvocationPolicy, Random
+from vismem.generation.loop import DecodeLoop, Request
+from vismem.generation.replay import answer_states, prefill
+from vismem.generation.torch_executor import TorchExecutor
+from vismem.generation.types import Rollout
+from vismem.models.backbones.base import Backbone
+from vismem.models.tokens import KINDS
+from vismem.models.vismem import VisMemModel
+from vismem.plan.machine import Machine
+from vismem.plan.model import WORD, answers, hollow_base, questions
+from vismem.plan.shapes import OTHER, Shapes, beside_dispatch
+from vismem.steps import BASELINES, STEPS
+from vismem.training.loop import LoopSettings
+from vismem.training.optimizers import master_weights, optimizers, round_masters
+from vismem.training.rollout import GrpoObjective, RolloutBatch
+from vismem.training.run import Inputs, Parameters, Run, changes_prefill, count_of, new_model
+from vismem.training.stage2 import FITTED
+from vismem.training.supervised import Supervised
+
+STEP_BY_NAME = {step.name: step for step in (*STEPS, *BASELINES)}
+BASE, ADDED, GRADIENTS, STATES = "base weights", "VisMem's weights", "gradients", "optimiser states"
+FIXED = (BASE, ADDED, GRADIENTS, STATES)  # no batch makes them smaller
+NOWHERE = Path("/nonexistent")
+INPUTS: Inputs = dict.fromkeys(("base", "validate", "stage1"), NOWHERE)
+BATCH = 32  # questions of a batch of `fit_invocation`
+
+
+@dataclass
+class StepPlan:
+    """A step as planned, on one GPU of those that share it."""
+
+    name: str
+    rows: int = 0  # answers decoded together
+    trained: int = 0  # parameters
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)  # of each phase the bytes at its peak, by part
+    seconds: float = 0.0  # of a training step; of a batch in `evaluate`
+
+    @property
+    def largest(self) -> str:
+        """The phase that holds most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def bytes(self) -> int:
+        """At its peak."""
+        return sum(self.phases[self.largest].values())
+
+
+class Rehearsal(Run):
+    """Stands in for the `Run` of a training step; rehearses `evaluate` too."""
+
+    def __init__(self, name: str, config: Config, machine: Machine, image: tuple[int, int]) -> None:
+        self.name, self.config, self.machine, self.image = name, config, machine, image
+        self.accelerator, self.out, self.rollouts = Accelerator(cpu=True), NOWHERE, 0
+        self.samples = self.validation = questions(BATCH, image)
+        self.shapes, self.plan = Shapes(machine.seconds), StepPlan(name)
+
+    def rehearse(self) -> StepPlan:
+        """The step as planned."""
+        step = STEP_BY_NAME[self.name]
+        with (
+            beside_dispatch(),
+            self.shapes,
+            patch(f"{step.target.partition(':')[0]}.Run", self._started),
+            patch("vismem.training.run.load_base", self._base),
+            patch("vismem.training.stage2.fit_invocation", self._fit_head),
+            patch.object(VisMemModel, "from_pretrained", lambda *_: new_model(self.config, INPUTS)),
+            redirect_stderr(io.StringIO()),  # what a step says of its progress
+        ):
+            if self.name == "evaluate":
+                self._evaluate()
+            else:
+                step.load()(self.config, INPUTS, NOWHERE)
+        return self.plan
+
+    def _base(self, *_: object) -> Backbone:
+        with self.shapes.part(BASE):
+            return hollow_base(self.config.base)
+
+    # --- what the steps call ---
+
+    def _started(self, *given: Any) -> "Rehearsal":
+        """In place of the class `Run`; what it is given last makes the model."""
+        with self.shapes.part(ADDED):
+            self.model = given[-1](self.config, INPUTS)
+        return self
+
+    def _train(
+        self,
+        objective: GrpoObjective | Supervised,
+        trained: Parameters,
+        settings: LoopSettings,
+        batch_size: int,
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> int:
+        if not settings.steps:
+            return 0
+        objective.prompts_need_gradient, plan = changes_prefill(trained), self.plan
+        plan.trained, share, sampled = count_of(trained), max(1, batch_size // self.machine.count), 0.0
+        with self._optimised(trained, settings.matrix_learning_rate):
+            update = self.shapes.seconds
+            if isinstance(objective, Supervised):
+                objective.samples = questions(min(objective.micro_batch, share), self.image)
+                batch: Any = objective.collect(0)
+                times = share / len(objective.samples)
+            else:
+                plan.rows = share * objective.stage.group_size
+                batch, sampled = self._rollouts(objective, share)
+                times = plan.rows / len(batch.rollouts)
+            with self._phase("backward" if settings.name == self.name else settings.name):
+                objective.backward(batch)
+        plan.seconds = sampled + settings.updates * (update + self.shapes.seconds * times)
+        return 0
+
+    def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
+        """`finish` checks the same policies."""
+        return []
+
+    def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
+        """Answers to validation questions."""
+        self._answers("check", arms.values(), self.config.grpo.max_new_tokens, self.config.grpo.micro_batch)
+        return ""
+
+    def _evaluate(self) -> None:
+        settings = self.config.evaluate
+        arms, self.plan.rows = resolve_arms(settings.arms), settings.batch_size
+        with self.shapes.part(ADDED):
+            models = [
+                VisMemModel(self._base(), self.config.memory, self.config.invocation) for _ in {a.model for a in arms}
+            ]
+        self.model = models[-1]  # all are loaded at once
+        policies = [arm.policy for arm in arms]
+        self.plan.seconds = self._answers("answers", policies, settings.max_new_tokens, settings.batch_size)
+
+    def _fit_head(self, model: VisMemModel, *_: object) -> None:
+        """As `fit_invocation`: the states of batches of answers, then of all."""
+        with self._phase("fit head"), torch.no_grad():
+            rollouts = answers(model, self.samples, 1, self.config.grpo.max_new_tokens, model.limit(None))
+            length = max(len(rollout.token_ids) for rollout in rollouts)
+            earlier = model.backbone.embedding.weight.new_zeros(FITTED - BATCH, length, model.backbone.width)
+            states = answer_states(model, prefill(model, self.samples), rollouts, torch.arange(BATCH))
+            states = torch.cat([earlier, states])
+            del earlier
+            states.double()
+
+    # --- their phases ---
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.shapes.restart()
+        yield
+        parts = {part: size for part, size in self.shapes.at_peak.items() if size}
+        self.plan.phases[name] = max(self.plan.phases.get(name, {}), parts, key=lambda each: sum(each.values()))
+
+    @contextmanager
+    def _optimised(self, trained: Parameters, matrix_rate: float) -> Iterator[None]:
+        """Within the block there are the gradients and optimiser states of `trained`, as behind a first step."""
+        with self.shapes.part(STATES), master_weights(trained) as masters:
+            with self.shapes.part(GRADIENTS):
+                for weight in masters.values():
+                    weight.grad = torch.zeros_like(weight)
+            used = optimizers(masters, 1e-3, matrix_rate, 0.0)
+            with self._phase("update"):
+                for optimizer in used:
+                    optimizer.step()
+                round_masters(masters, trained)
+            with self.shapes.part(OTHER):
+                yield
+        for weight in (*masters.values(), *trained.values()):
+            weight.grad = None
+
+    def _rollouts(self, objective: GrpoObjective, prompts: int) -> tuple[RolloutBatch, float]:
+        """The phase in which a step's answers are sampled; one micro-batch of them, and seconds."""
+        grpo, stage, policy = objective.grpo, objective.stage, objective.policy(0)
+        seconds = self._decode("rollouts", policy, grpo.max_new_tokens, prompts, stage.group_size)
+        together = min(grpo.micro_batch, prompts * stage.group_size)  # as `GrpoObjective.backward` divides them
+        samples = questions(min(prompts, max(1, together // stage.group_size)), self.image)
+        objective.stage = stage.model_copy(update={"group_size": min(together, stage.group_size)})
+        limit, group = self.model.limit(policy.limit), objective.stage.group_size
+        rollouts = answers(self.model, samples, group, grpo.max_new_tokens, limit)
+        return RolloutBatch(samples, rollouts, torch.ones(len(rollouts)), policy, {}), seconds
+
+    def _answers(self, name: str, policies: Iterable[InvocationPolicy], tokens: int, rows: int) -> float:
+        """Decode with each sort of policy; the most seconds."""
+        sorts = {(type(policy), getattr(policy, "kinds", KINDS)): policy for policy in policies}
+        return max(self._decode(name, policy, tokens, rows) for policy in sorts.values())
+
+    @torch.inference_mode()
+    def _decode(self, name: str, policy: InvocationPolicy, tokens: int, prompts: int, group: int = 1) -> float:
+        """Decode `group` answers to each of `prompts` questions; returns seconds.
+
+        Run are the prefill, memories at the answers' start, where many rows invoke at once, and the last token.
+        """
+        with self._phase(name):
+            shapes, executor, formed = self.shapes, TorchExecutor(self.model), 0.0
+            loop = DecodeLoop(executor)
+            rows = loop.join(Request(questions(prompts, self.image), policy, tokens, temperature=1.0, group_size=group))
+            count, limit, kinds, share = len(rows), rows[0].limit, KINDS, 1.0
+            if isinstance(policy, Random):
+                kinds, share = policy.kinds, policy.probability / len(policy.kinds)
+            if limit:
+                asking = range(max(1, round(share * count)))
+                executor.append([WORD] * count)
+                for kind in kinds:
+                    executor.form(kind, asking)  # the first reads the prompts too
+                before = shapes.seconds
+                for kind in kinds:
+                    executor.insert(kind, asking, executor.form(kind, asking))
+                formed = (shapes.seconds - before) / len(kinds) * limit * count / len(asking)
+            state, before = executor.state, shapes.seconds
+            state.slots.take(max(0, state.cache.capacity - int(state.slots.used.max()) - 1))
+            loop.step()
+            executor.append([WORD] * count)
+        return before + tokens * (shapes.seconds - before) + formed

@@ -42,7 +42,7 @@ def prepare(
     """
     seen, settings = bundle.settings["image"], bundle.settings
     grids = shown = [grid_of(image.size, seen, f"image {i + 1}") for i, image in enumerate(images)]
-    if (pixels := seen.get("prompt_pixels")) is not None:  # bundles from before there was a maximum lack it
+    if (pixels := seen["prompt_pixels"]) is not None:
         shown = [coarse_grid(grid, pixels, seen["patch_size"], seen["merge_size"]) for grid in grids]
     patches = sum(rows * columns for rows, columns in (grids if shown == grids else [*grids, *shown]))
     check_patches(patches, max_patches)

@@ -77,12 +77,6 @@ def test_the_runtime_reads_torchs_pixels_to_the_bit(coarse, coarse_bundle):
     assert len(found.shown["pixels"]) == 4 * found.prompt.visual.sum() < len(found.whole["pixels"])
 
 
-def test_a_bundle_from_before_the_maximum_answers_as_ever(runtime, model, monkeypatch):
-    sample = replace(tiny.samples()[0], images=encoded(noise(200, 90)))
-    monkeypatch.delitem(runtime.executor.bundle.settings["image"], "prompt_pixels")
-    assert by_graphs(runtime.executor.bundle, sample)[0] == by_torch(model, sample)[0]
-
-
 def test_whole_and_coarse_patches_count_against_the_servers_limit(coarse_bundle):
     images = [noise(168, 168), noise(84, 84)]  # 144 and 36 patches; in the prompt 36 and 36
     allowed = Runtime.open(coarse_bundle, verified=True, max_patches=252)

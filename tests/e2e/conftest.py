@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     if not DEFAULT_PYTHON.exists() and VARIABLE not in os.environ:
         pytest.fail(f"{DEFAULT_PYTHON} is missing: run `make serving`")
     folder = tmp_path_factory.mktemp("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VISMEM_WORKERS", "2")  # so that two answers keep it busy
-        with triton_server(make_repository(folder), log=folder / "server.log") as running:
-            yield running
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # of this server alone
+            patch.setenv("VISMEM_WORKERS", "2")  # so that two answers keep it busy
+            running = stack.enter_context(triton_server(make_repository(folder), log=folder / "server.log"))
+        yield running
 
 
 @pytest.fixture(scope="session")

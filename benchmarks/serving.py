@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from vismem.inference import VisMem
 from vismem.provenance import write_manifest
 from vismem.serving.answering import Runtime
 from vismem.serving.client import Client
+from vismem.serving.golden import write_golden
 from vismem.serving.repository import write_model_repository
 from vismem.serving.server import triton_server
 
@@ -34,10 +35,12 @@ STREAMS = (1, 2, 4, 8, 16)
 
 
 def export(folder: Path) -> None:
-    """Write the graphs of the memory that comes with VisMem, and its processor."""
+    """Write the graphs of the memory that comes with VisMem, its processor, and golden questions."""
     model = VisMem.from_pretrained(ROOT / "assets" / "tiny-vlm-memory", "cpu").model
     write_graphs(model, folder / "onnx", opset=18)
     model.backbone.processor.save_pretrained(folder / "processor")
+    with closing(Runtime.open(folder, verified=True)) as runtime:
+        write_golden(runtime, ((sample.images, sample.question) for sample in questions(4)), folder)
 
 
 def load() -> Runtime:

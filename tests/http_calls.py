@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from vismem.services import HOST, free_ports
+from vismem.serving.answering import Runtime
 
 
 def url_of(image: bytes) -> str:
@@ -40,6 +41,24 @@ def served(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def endless(runtime: Runtime) -> Iterator[None]:
+    """Within the block no token ends an answer; its limit does."""
+    stops, runtime.executor.stops = runtime.executor.stops, frozenset()
+    try:
+        yield
+    finally:
+        runtime.executor.stops = stops
+
+
+def ends(runtime: Runtime) -> None:
+    """Wait until nothing is decoded any more."""
+    until = time.monotonic() + 20
+    while runtime.executor.sources:  # type: ignore[attr-defined]
+        assert time.monotonic() < until, "a row is still decoded"
+        time.sleep(0.02)
 
 
 def post(url: str, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:

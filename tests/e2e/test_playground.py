@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from http_calls import served
+from http_calls import endless, ends, served
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -169,20 +168,14 @@ def test_what_comes_from_outside_is_shown_as_text(page: Page) -> None:
 
 
 def test_a_stopped_question_is_decoded_no_further(page: Page, runtime: Runtime) -> None:
-    stops, runtime.executor.stops = runtime.executor.stops, frozenset()
-    try:
+    with endless(runtime):
         page.locator("summary").click()
         page.fill("#tokens", "2000")
         page.click("#ask")
         expect(page.locator("#without .text")).not_to_be_empty()
         page.click("#stop")
         expect(page.locator("#with .took")).to_have_text("Stopped.")
-        until = time.monotonic() + 30
-        while runtime.executor.sources:  # type: ignore[attr-defined]
-            assert time.monotonic() < until, "the rows are still decoded"
-            page.wait_for_timeout(20)
-    finally:
-        runtime.executor.stops = stops
+        ends(runtime)
 
 
 @pytest.mark.parametrize("width", [400, 1280])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_stages
-from http_calls import served
+from http_calls import endless, ends, served
 from PIL import Image
 
 from examples import ask_http
@@ -142,23 +142,12 @@ def test_a_deadline_holds_on_a_server_that_hangs(scheme: str, silent: str) -> No
 
 
 def test_a_deadline_is_that_of_the_whole_answer_and_ends_the_work(client: Client, runtime: Runtime) -> None:
-    stops, runtime.executor.stops = runtime.executor.stops, frozenset()
-    try:
+    with endless(runtime):
         stream = client.stream(IMAGES, QUESTION, max_new_tokens=2048, timeout=1)
         next(stream)
         with pytest.raises(DeadlineError):
             list(stream)
         ends(runtime)
-    finally:
-        runtime.executor.stops = stops
-
-
-def ends(runtime: Runtime) -> None:
-    """Wait until nothing is decoded any more."""
-    until = time.monotonic() + 20
-    while runtime.executor.sources:  # type: ignore[attr-defined]
-        assert time.monotonic() < until, "the row is still decoded"
-        time.sleep(0.02)
 
 
 def test_a_closed_stream_is_decoded_no_further(url: str, client: Client, runtime: Runtime) -> None:
@@ -173,8 +162,7 @@ def test_a_closed_stream_is_decoded_no_further(url: str, client: Client, runtime
             await asyncio.sleep(0.01)
         asking.cancel()
 
-    stops, runtime.executor.stops = runtime.executor.stops, frozenset()
-    try:
+    with endless(runtime):
         stream = client.stream(IMAGES, QUESTION, max_new_tokens=2048)
         next(stream)
         assert runtime.executor.sources  # type: ignore[attr-defined]
@@ -183,8 +171,6 @@ def test_a_closed_stream_is_decoded_no_further(url: str, client: Client, runtime
         for work in (begin, give_up):
             asyncio.run(work())
             ends(runtime)
-    finally:
-        runtime.executor.stops = stops
 
 
 def test_what_is_refused_says_why(url: str, client: Client) -> None:

@@ -20,7 +20,7 @@ import pytest
 import tiny
 import tiny_families
 import tiny_stages
-from http_calls import GOOD, messages, post, served
+from http_calls import GOOD, endless, ends, messages, post, served
 
 from vismem.generation.engine import generate
 from vismem.generation.invocation import MODES
@@ -143,17 +143,11 @@ def test_with_a_token_only_who_has_it_is_answered(runtime: Runtime) -> None:
 
 
 def test_an_answer_whose_reader_has_gone_is_decoded_no_further(client: openai.OpenAI, runtime: Runtime) -> None:
-    stops, runtime.executor.stops = runtime.executor.stops, frozenset()
-    try:
+    with endless(runtime):
         stream = ask(client, stream=True, max_completion_tokens=2000)
         next(iter(stream))
         stream.close()
-        until = time.monotonic() + 20
-        while runtime.executor.sources:  # type: ignore[attr-defined]
-            assert time.monotonic() < until, "the row is still decoded"
-            time.sleep(0.02)
-    finally:
-        runtime.executor.stops = stops
+        ends(runtime)
 
 
 def held_up(model: VisMem, monkeypatch: pytest.MonkeyPatch, waiting: int) -> tuple[Runtime, threading.Event]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from vismem.models.tokens import KINDS
 from vismem.runtime.chat import IMAGE, Turn, joined
 from vismem.runtime.limits import MAX_STOPS
 from vismem.serving.answering import Chunk
@@ -157,7 +158,7 @@ class Reply:
         text, memories = "", list[dict[str, Any]]()
         for chunk in chunks:
             text += chunk.text
-            if chunk.event in ("short", "long"):
+            if chunk.event in KINDS:
                 memories.append({"kind": chunk.event, "place": len(text)})
         for memory, look in zip(memories, self.looks, strict=False):
             memory["attention"] = asdict(look)
@@ -180,7 +181,7 @@ class Reply:
         if chunk.text:
             delta["content"] = chunk.text
         choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
-        if chunk.event in ("short", "long"):
+        if chunk.event in KINDS:
             choice["vismem"] = {"memory": chunk.event}
             self.memories += 1
         if delta or "vismem" in choice:

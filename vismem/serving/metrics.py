@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from vismem.models.tokens import KINDS
+
 FIRST_TOKEN_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # buckets
 
 
@@ -23,7 +25,7 @@ class Metrics:
         self.memories = Counter("vismem_memories", "Memories that were invoked.", ["kind"], registry=registry)
         self.refused = Counter("vismem_refused", "Questions that were refused.", ["reason"], registry=registry)
         self.failures = Counter("vismem_failures", "Answers that a fault of the model ended.", registry=registry)
-        for kind in ("short", "long"):
-            self.memories.labels(kind)
+        for kind in KINDS:
+            self.memories.labels(kind.value)
         for reason in ("invalid", "busy"):
             self.refused.labels(reason)

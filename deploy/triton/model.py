@@ -9,11 +9,13 @@ import contextlib
 import hashlib
 import json
 import locale
+import math
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ DEFAULTS = {
     "STREAM": True,
 }
 sys.dont_write_bytecode = True  # the repository stays as it was written
+INTERVAL = "interval_ms"  # the request's parameter
 STOP_VARIABLE = "VISMEM_STOP_FILE"
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
@@ -140,30 +143,16 @@ class TritonPythonModel:
             time.sleep(0 if last else 0.5)
 
     def _answer(self, request: Any, sender: Any) -> None:
-        """Send one response per chunk, or a single one with all chunks where the input STREAM is false.
-
-        A fault becomes an error response and ends this request only.
-        """
+        """Answer a request. A fault becomes an error response and ends this request only."""
         try:
-            files, prompt, messages, options, stream = read_request(request)
+            files, prompt, messages, options, interval = read_request(request)
             if len(options["stop"]) > self.most_stops:
                 raise ValueError(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
             chat = self.parse_messages(messages) if messages else None
             asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
             images = self.check_request(files, asked, options["max_new_tokens"])
-            collected = []
             with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
-                for chunk in chunks:
-                    if sender.is_cancelled():
-                        return
-                    if self.stopping:
-                        raise self.busy(self.stopped)
-                    if stream:
-                        sender.send(response_of([chunk]))
-                    else:
-                        collected.append(chunk)
-            if not stream:
-                sender.send(response_of(collected))
+                self._send(chunks, sender, interval)
         except ValueError as error:  # RequestError
             self.runtime.metrics.refused.labels("invalid").inc()
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
@@ -179,9 +168,34 @@ class TritonPythonModel:
             finally:
                 self.free.release()
 
+    def _send(self, chunks: Iterator[Any], sender: Any, interval: float) -> None:
+        """Send the chunks, `interval` seconds of words in a response, all where it is infinite.
 
-def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any], bool]:
-    """A request's image files, prompt, messages, options of `generate`, and whether to stream.
+        Nothing waits for a memory to be formed. Busy where the server stops.
+        """
+        pieces: list[Any] = []
+        sent = -math.inf
+        try:
+            for chunk in chunks:
+                if sender.is_cancelled():
+                    return
+                if self.stopping:
+                    raise self.busy(self.stopped)
+                pieces.append(chunk)
+                due = interval < math.inf and (chunk.event != "token" or time.monotonic() - sent >= interval)
+                if due:
+                    sender.send(response_of(pieces))
+                    pieces, sent = [], time.monotonic()
+        except Exception:
+            if pieces and interval < math.inf:
+                sender.send(response_of(pieces))
+            raise
+        if pieces:
+            sender.send(response_of(pieces))
+
+
+def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
+    """A request's image files, prompt, messages, options of `generate`, and the seconds that a response may collect.
 
     ValueError says what is wrong.
     """
@@ -202,7 +216,11 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any
         raise ValueError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
     if values["SEED"] < 0:
         raise ValueError(f"SEED is {values['SEED']}: it must not be negative")
-    return files, prompt, messages, {name.lower(): value for name, value in values.items()}, stream
+    milliseconds = json.loads(request.parameters() or "{}").get(INTERVAL, 0)
+    if type(milliseconds) is not int or milliseconds < 0:
+        raise ValueError(f"the parameter {INTERVAL} is {milliseconds!r}: it must be a number of milliseconds")
+    interval = milliseconds / 1000 if stream else math.inf
+    return files, prompt, messages, {name.lower(): value for name, value in values.items()}, interval
 
 
 def decoded(name: str, data: bytes) -> str:

@@ -132,7 +132,7 @@ def test_two_answers_are_decoded_side_by_side_and_a_third_waits_until_one_ends(s
 
 
 def test_an_unknown_model_is_reported(server: TritonServer) -> None:
-    with pytest.raises(UserError, match="has no model 'other' ready"):
+    with pytest.raises(UserError, match=r"model 'other' at .*: it is not ready on this server"):
         client_of(server, "other").ask([IMAGE], "hi")
 
 

@@ -3,6 +3,7 @@
 import json
 import queue
 import re
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,14 @@ ARRAYS = {"INT32": np.int32, "FP32": np.float32, "INT64": np.int64, "BOOL": np.b
 GOOD: dict[str, Any] = {"IMAGE": [PNG], "PROMPT": [QUESTION.encode()], "MAX_NEW_TOKENS": [2]}
 
 
-def ask(server: TritonServer, inputs: dict[str, Any], **types: str) -> str:
+def ask(server: TritonServer, inputs: dict[str, Any], parameters: Any = None, **types: str) -> str:
     """The reason of the refusal; "" for an answer. `types` of inputs, where they are not as they should be."""
+    return responses(server, inputs, parameters, **types)[1]
+
+
+def responses(server: TritonServer, inputs: dict[str, Any], parameters: Any, **types: str) -> tuple[list[Any], str]:
+    """The events of each response, and the reason of the refusal."""
+    events: list[Any] = []
     replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     tensors = []
     for name, values in inputs.items():
@@ -28,11 +35,12 @@ def ask(server: TritonServer, inputs: dict[str, Any], **types: str) -> str:
         tensors.append(triton.InferInput(name, array.shape, kind).set_data_from_numpy(array))
     with triton.InferenceServerClient(server.grpc_url) as client:
         client.start_stream(callback=lambda result, error: replies.put((result, error)))
-        client.async_stream_infer(MODEL, tensors, enable_empty_final_response=True)
+        client.async_stream_infer(MODEL, tensors, enable_empty_final_response=True, parameters=parameters)
         result, error = replies.get(timeout=60)
         while error is None and not result.get_response().parameters["triton_final_response"].bool_param:
+            events.append(result.as_numpy("EVENT").tolist())
             result, error = replies.get(timeout=60)
-    return "" if error is None else str(error.message())
+    return events, "" if error is None else str(error.message())
 
 
 def inputs_of(request: Malformed) -> dict[str, Any]:
@@ -54,6 +62,24 @@ def test_what_no_protocol_can_answer_gets_its_reason_and_the_next_one_its_answer
     found = ask(bundle_server, inputs_of(request))
     assert re.search(request.reason, found), found
     assert ask(bundle_server, GOOD) == ""
+
+
+@pytest.mark.parametrize("value", [-1, "soon", True])
+def test_an_interval_that_is_none_is_refused(bundle_server: TritonServer, value: Any) -> None:
+    assert f"the parameter interval_ms is {value!r}: it must be" in ask(bundle_server, GOOD, {"interval_ms": value})
+
+
+def test_words_come_together_for_an_interval_up_to_a_memory_or_the_end(bundle_server: TritonServer) -> None:
+    asked = GOOD | {"MAX_NEW_TOKENS": [40], "TEMPERATURE": [1.0]}
+    alone, _ = responses(bundle_server, asked, {})
+    together, _ = responses(bundle_server, asked, {"interval_ms": 1_000_000})
+    assert list(chain(*together)) == list(chain(*alone))
+    assert {len(events) for events in alone} == {1}
+    assert together[0] == alone[0]  # the first at once
+    for events in together[1:]:
+        assert {b"token"}.issuperset(events[:-1])
+        assert events[-1] != b"token"
+    assert len(together) < len(alone) / 2
 
 
 def messages(*parts: Any) -> list[bytes]:

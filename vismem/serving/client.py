@@ -12,11 +12,10 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
 from queue import SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
-
-from anyio.from_thread import start_blocking_portal
 
 from vismem.errors import UserError
 from vismem.generation.invocation import mode_of
@@ -41,7 +40,7 @@ TIMEOUT = 60.0  # seconds
 
 
 class AsyncClient:
-    """Asks questions from asyncio; each has a connection of its own."""
+    """Asks questions from asyncio. They share a connection, which closes with the client."""
 
     def __init__(
         self, address: str, *, model: str | None = None, token: str | None = None, timeout: float = TIMEOUT
@@ -147,7 +146,7 @@ class AsyncClient:
 
 
 class Client:
-    """Asks questions, each in a thread of its own event loop; it may be used by several threads at once."""
+    """Asks questions; it may be used by several threads at once. One thread beside them talks to all servers."""
 
     def __init__(
         self, address: str, *, model: str | None = None, token: str | None = None, timeout: float = TIMEOUT
@@ -162,11 +161,11 @@ class Client:
 
     def ask(self, images: Images, question: str | Chat, **options: Any) -> Answer:
         """See AsyncClient."""
-        return _run(partial(self._client.ask, images, question, **options))
+        return _run(self._client.ask(images, question, **options))
 
     def find_model(self, name: str | None = None) -> str:
         """See AsyncClient."""
-        return _run(partial(self._client.find_model, name))
+        return _run(self._client.find_model(name))
 
     def stream(self, images: Images, question: str | Chat, **options: Any) -> Generator[Token, None, None]:
         """See AsyncClient."""
@@ -181,25 +180,36 @@ class Client:
             except Exception as error:  # noqa: BLE001 - the caller's thread raises it
                 pieces.put(error)
 
-        with start_blocking_portal() as portal:
-            reading = portal.start_task_soon(read)
-            try:
-                while (piece := pieces.get()) is not None:
-                    if isinstance(piece, BaseException):
-                        raise piece
-                    yield piece
-            finally:
-                reading.cancel()
-
-
-def _run(ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The result of a coroutine, in an event loop of its own: a notebook's thread has one that is running."""
-    with start_blocking_portal() as portal:
-        asking: Future[T] = portal.start_task_soon(ask)
+        reading = _start(read())
         try:
-            return asking.result()
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
         finally:
-            asking.cancel()
+            reading.cancel()
+
+
+def _run(ask: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine."""
+    asking = _start(ask)
+    try:
+        return asking.result()
+    finally:
+        asking.cancel()
+
+
+def _start(ask: Coroutine[Any, Any, T]) -> Future[T]:
+    """Run a coroutine in another thread: a notebook's own has an event loop that is running."""
+    return asyncio.run_coroutine_threadsafe(ask, _loop(os.getpid()))
+
+
+@lru_cache(maxsize=1)
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of all clients in this process, in a thread that ends with it: a forked process has no threads."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="vismem-client", daemon=True).start()
+    return loop
 
 
 def main_infer(

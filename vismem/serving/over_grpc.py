@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vismem.runtime.chat import Chat, messages_of
+from vismem.serving.connection import Connection
 from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
 from vismem.serving.repository import is_unary
 
@@ -20,6 +21,15 @@ FAILED = {  # the same; other messages say what is wrong with the request
     "is not healthy": "its process is not healthy: restart `vismem serve`",
     "the model failed": "",
 }
+UNKNOWN = {"Request for unknown model": "it is not ready on this server: see the log of `vismem serve`"}
+INTERVAL = 10  # milliseconds of words that come in one response: to send each alone takes longer than a small model
+OPTIONS = [  # of a connection; where the name has several addresses, as a cluster's service, all are asked in turn
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.use_local_subchannel_pool", 1),  # a new connection after one that broke is really new
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
 
 
 class OverGrpc:
@@ -27,6 +37,7 @@ class OverGrpc:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.connection: Connection[Any] = Connection(self._connect)
 
     async def models(self) -> list[str]:
         """The names of the models that it counts requests of: its list of models is closed to clients."""
@@ -46,10 +57,6 @@ class OverGrpc:
         stream: Triton 2.51 may die, or never unload the model, where a stream is cancelled as its last response goes.
         """
         async with self._client() as client:
-            if not await client.is_model_ready(model):
-                raise RefusedError(
-                    f"the server at {self.url} has no model '{model}' ready: see the log of `vismem serve`"
-                )
             answered, fault = False, None
             call = client.stream_infer(_requests(model, question, stream, timeout))
             try:
@@ -71,28 +78,33 @@ class OverGrpc:
 
     def _fault(self, model: str, message: str) -> ServerError:
         """By the message: a stream's errors have no status, and Triton 2.51 dies of the mode in which they have one."""
-        for kind, reasons in ((BusyError, BUSY), (ServerError, FAILED)):
+        for kind, reasons in ((BusyError, BUSY), (ServerError, FAILED), (RefusedError, UNKNOWN)):
             if mark := next((mark for mark in reasons if mark in message), None):
                 return kind(f"model '{model}' at {self.url}: {reasons[mark] or message}")
         return RefusedError(f"model '{model}' at {self.url}: {message}")
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[Any]:
-        """A connection, and what goes wrong with it as a ServerError."""
+        """The connection, and what goes wrong with it as a ServerError."""
         import grpc
-        import tritonclient.grpc.aio as triton
         from tritonclient.utils import InferenceServerException
 
         try:
-            async with triton.InferenceServerClient(self.url) as client:
-                yield client
+            yield self.connection.get()
         except InferenceServerException as error:
             if "UNAVAILABLE" not in str(error.status()):
                 raise ServerError(f"the server at {self.url}: {error.message()}") from None
+            self.connection.drop()
             hint = "start one with `vismem serve` in another terminal, or name another with --url"
             raise DisconnectedError(f"no model server answers at {self.url}: {hint}") from None
         except grpc.RpcError as error:  # of a stream
+            self.connection.drop()
             raise DisconnectedError(f"the connection to {self.url} broke: {error.details()}") from None
+
+    def _connect(self) -> Any:
+        import tritonclient.grpc.aio as triton
+
+        return triton.InferenceServerClient(self.url, channel_args=OPTIONS)
 
 
 def _asked(asked: str | Chat) -> dict[str, np.ndarray[Any, Any]]:
@@ -119,4 +131,5 @@ async def _requests(model: str, question: Question, stream: bool, timeout: float
         InferInput(name, value.shape, np_to_triton_dtype(value.dtype)).set_data_from_numpy(value)
         for name, value in arrays.items()
     ]
-    yield {"model_name": model, "inputs": inputs, "timeout": max(1, int(timeout * 1e6))}
+    parameters = {"interval_ms": INTERVAL} if stream else {}
+    yield {"model_name": model, "inputs": inputs, "timeout": max(1, int(timeout * 1e6)), "parameters": parameters}

@@ -9,9 +9,11 @@ from typing import Any
 import httpx2
 
 from vismem.runtime.chat import messages_of, one_turn
+from vismem.serving.connection import Connection
 from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
 
 BUSY = (429, 503)
+LIMITS = httpx2.Limits(max_connections=None, keepalive_expiry=2)  # seconds: before uvicorn closes it, at 5
 
 
 class OverHttp:
@@ -19,7 +21,8 @@ class OverHttp:
 
     def __init__(self, address: str, token: str | None) -> None:
         self.address = address.rstrip("/").removesuffix("/v1") + "/v1"
-        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.connection = Connection(lambda: httpx2.AsyncClient(headers=headers, timeout=None, limits=LIMITS))
 
     async def models(self) -> list[str]:
         """The names of what it serves. ServerError as `pieces` raises it."""
@@ -54,10 +57,7 @@ class OverHttp:
     async def _asked(self, method: str, path: str, **request: Any) -> AsyncIterator[httpx2.Response]:
         """A reply of status 200, and what goes wrong with it as a ServerError. Deadlines are the caller's."""
         try:
-            async with (
-                httpx2.AsyncClient(headers=self.headers, timeout=None) as client,
-                client.stream(method, self.address + path, **request) as response,
-            ):
+            async with self.connection.get().stream(method, self.address + path, **request) as response:
                 if response.status_code != 200:
                     status, said = response.status_code, _message(await response.aread())
                     kind = BusyError if status in BUSY else RefusedError if status < 500 else ServerError

@@ -1,0 +1,52 @@
+"""The connection that a client's answers share: one for an event loop, and another after it broke."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from vismem import AsyncClient, Client
+from vismem.serving.connection import Connection
+from vismem.serving.exchange import DisconnectedError, ServerError
+
+
+def test_a_loop_has_one_connection_until_it_is_dropped() -> None:
+    connection = Connection(object)
+
+    async def several() -> list[object]:
+        found = [connection.get(), connection.get()]
+        connection.drop()
+        return [*found, connection.get()]
+
+    first, again, other = asyncio.run(several())
+    assert first is again
+    assert other is not first
+    assert asyncio.run(several())[0] not in (first, other)
+
+
+def test_a_client_asks_a_server_that_was_restarted() -> None:
+    def start(port: int) -> tuple[grpc.Server, int]:
+        server = grpc.server(ThreadPoolExecutor(1))  # without services: it answers, if only that
+        port = server.add_insecure_port(f"127.0.0.1:{port}")
+        server.start()
+        return server, port
+
+    server, port = start(0)
+    client = Client(f"grpc://127.0.0.1:{port}", timeout=20)
+    for _ in range(3):
+        with pytest.raises(ServerError, match="Method not found") as caught:
+            client.find_model()
+        assert type(caught.value) is ServerError
+        server.stop(0).wait()
+        with pytest.raises(DisconnectedError):
+            client.find_model()
+        server, _ = start(port)
+    server.stop(0)
+
+
+def test_one_client_serves_several_event_loops() -> None:
+    client = AsyncClient("grpc://127.0.0.1:1")
+    for _ in range(2):
+        with pytest.raises(DisconnectedError):
+            asyncio.run(client.find_model())

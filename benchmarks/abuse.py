@@ -53,7 +53,7 @@ while True:
 
 
 @contextmanager
-def served(kind: str, folder: Path) -> Iterator[tuple[str, int]]:
+def served(kind: str, folder: Path, name: str = "vismem") -> Iterator[tuple[str, int]]:
     """A server's address, and the process that it is or that began it."""
     if kind == "api":
         with api_server(MODEL, "vismem", "float32", folder / "log") as (address, service):
@@ -63,7 +63,7 @@ def served(kind: str, folder: Path) -> Iterator[tuple[str, int]]:
 
     export(folder / "bundle")
     write_manifest(folder / "bundle")
-    write_model_repository(folder / "bundle", folder / "repository", "vismem", 1)
+    write_model_repository(folder / "bundle", folder / "repository", name, 1)
     with triton_server(folder / "repository", log=folder / "log") as server:
         yield f"grpc://{server.grpc_url}", server.service.process.pid
 

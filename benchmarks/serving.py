@@ -27,6 +27,7 @@ from vismem.inference import VisMem
 from vismem.provenance import write_manifest
 from vismem.serving.answering import Runtime
 from vismem.serving.client import Client
+from vismem.serving.exchange import marked
 from vismem.serving.golden import write_golden
 from vismem.serving.repository import write_model_repository
 from vismem.serving.server import triton_server
@@ -62,28 +63,34 @@ def triton() -> Iterator[Client]:
             yield Client(f"grpc://{server.grpc_url}", model="vismem")
 
 
-def answer(runtime: Runtime, sample: Sample) -> tuple[list[int], float]:
-    """An answer's tokens, and the seconds until the first came."""
-    started, first, tokens = time.perf_counter(), 0.0, []
+Pieces = list[tuple[str, str]]  # of an answer: text and event
+
+
+def answer(runtime: Runtime, sample: Sample) -> tuple[Pieces, float]:
+    """An answer's pieces, and the seconds until the first came."""
+    started, first, pieces = time.perf_counter(), 0.0, []
     pictures = [Image.open(io.BytesIO(data)) for data in sample.images]
     for chunk in runtime.generate(pictures, sample.question):
         first = first or time.perf_counter() - started
-        tokens += [] if chunk.token is None else [chunk.token]
-    return tokens, first
+        pieces.append((chunk.text, chunk.event))
+    return pieces, first
 
 
-def turn(runtime: Runtime, samples: Sequence[Sample], streams: int) -> tuple[list[list[int]], float, float]:
-    """All answers, asked by so many clients at a time: tokens, seconds, 95th percentile of the first token's."""
+def turn(runtime: Runtime, samples: Sequence[Sample], streams: int) -> tuple[list[Pieces], float, float]:
+    """All answers, asked by so many clients at a time: pieces, seconds, 95th percentile of the first piece's."""
     started = time.perf_counter()
     with ThreadPoolExecutor(streams) as clients:
         answers = list(clients.map(lambda sample: answer(runtime, sample), samples))
     seconds = time.perf_counter() - started
-    return [tokens for tokens, _ in answers], seconds, float(np.percentile([first for _, first in answers], 95))
+    return [pieces for pieces, _ in answers], seconds, float(np.percentile([first for _, first in answers], 95))
 
 
 def over_grpc(runtime: Runtime, samples: Sequence[Sample], repeats: int) -> list[float]:
-    """Seconds of one stream over gRPC, over those in this process; each turn asks others, so that nothing is cached."""
-    ratios = []
+    """Seconds of one stream over gRPC, over those in this process; each turn asks others, so that nothing is cached.
+
+    All give the same answers, as does the torch executor.
+    """
+    ratios, model = [], VisMem.from_pretrained(ROOT / "assets" / "tiny-vlm-memory", "cpu")
     with triton() as client:
         client.ask(samples[0].images, samples[0].question)
         for repeat in range(repeats):
@@ -93,7 +100,9 @@ def over_grpc(runtime: Runtime, samples: Sequence[Sample], repeats: int) -> list
             between = time.perf_counter()
             found = [list(client.stream(sample.images, sample.question)) for sample in asked]
             ratios.append((time.perf_counter() - between) / (between - started))
-            assert [len(tokens) for tokens in own] == [len(pieces) - 1 for pieces in found]
+            assert own == [[(piece.text, piece.event) for piece in pieces] for pieces in found]
+            torch_answers = model.answers([(sample.images, sample.question) for sample in asked])
+            assert [marked(pieces) for pieces in found] == [answer.marked for answer in torch_answers]
     return ratios
 
 
@@ -105,11 +114,11 @@ def main() -> None:
     turns = []
     for repeat in range(args.repeats):
         for streams in STREAMS:
-            tokens, seconds, first = turn(runtime, samples, streams)
-            assert tokens == expected, "an answer must be the same alone and among others"
+            pieces, seconds, first = turn(runtime, samples, streams)
+            assert pieces == expected, "an answer must be the same alone and among others"
             turns.append({"repeat": repeat, "streams": streams, "seconds": seconds, "first": first})
     found = pd.DataFrame(turns).pivot(index="repeat", columns="streams")
-    figures: dict[str, Any] = {"items": len(samples), "tokens": sum(map(len, expected)), "streams": {}}
+    figures: dict[str, Any] = {"items": len(samples), "tokens": sum(map(len, expected)) - len(samples), "streams": {}}
     for streams in STREAMS:
         ratio = found["seconds"][1] / found["seconds"][streams]
         figures["streams"][streams] = {

@@ -4,7 +4,9 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands, sentence
@@ -54,10 +56,51 @@ def add_steps(commands: Commands) -> None:
             add = command(step.name, _run_step, step.about, outputs=True, description=describe(step))
             about = "where another step's output is, if not in the artifacts' folder; may be repeated"
             add("--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER", help=about)
+            if step.name == "evaluate":
+                _add_suite(add)
             if step.name in SHARED:
                 about = "how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)"
                 default = os.environ.get("VISMEM_PROCESSES", "1")
                 add("--processes", type=int, metavar="N", default=default, help=about)
+
+
+def _add_suite(add: Callable[..., Any]) -> None:
+    """What `vismem evaluate` takes for a suite of benchmarks in the test split's place."""
+    about = "ask the paper's benchmarks instead, a trained memory without splits; writes artifacts/suite"
+    add("--suite", choices=("paper",), help=about)
+    about = "with --suite: VLMEvalKit's .tsv files (default: the environment's LMUData)"
+    add("--data", type=Path, metavar="FOLDER", help=about)
+    add("--limit", type=int, metavar="N", help="with --suite: questions of each benchmark, drawn at random")
+    about = "with --suite: folder, hub id or models:/NAME@champion; default: artifacts/stage2"
+    add("--model", help=about)
+    add("--base", metavar="MODEL", help="with --model: hub id or folder of its base, where it is not as it says")
+    about = "with --suite: an OpenAI-compatible endpoint as https://host/v1; its key: VISMEM_JUDGE_KEY"
+    add("--judge", metavar="URL", help=about)
+    add("--judge-model", metavar="NAME", help="with --judge: the model there, with its version")
+
+
+OF_SUITE = ("data", "limit", "model", "base", "judge", "judge_model")
+
+
+def _run_suite(arguments: argparse.Namespace, inputs: dict[str, Path], launch: LaunchConfig) -> str:
+    given = {
+        "data": arguments.data and str(arguments.data.absolute()),
+        "limit": arguments.limit,
+        "judge_url": arguments.judge,
+        "judge_model": arguments.judge_model,
+    }
+    arguments.settings += [(f"suite.{name}", value) for name, value in given.items() if value is not None]
+    if arguments.model:
+        from vismem.hub import fetch
+        from vismem.sources import find_added, find_base
+
+        added = find_added(arguments.model)
+        place = find_base(added, arguments.base)[1]
+        inputs |= {"stage2": added.absolute(), "base": (place if isinstance(place, Path) else fetch(place)).absolute()}
+    config, artifacts = enter(arguments)
+    if config.suite.judge_url and not config.suite.judge_model:
+        arguments.parser.error("--judge needs --judge-model")
+    return launch_step("suite", config, artifacts, inputs, launch)
 
 
 def describe(step: Step) -> str:
@@ -72,12 +115,17 @@ def describe(step: Step) -> str:
 
 
 def _run_step(arguments: argparse.Namespace) -> int:
-    if not arguments.params.is_file():  # a step in the wrong folder would work with the defaults
-        raise UserError(f"no parameter file {arguments.params}: run in the project's root, or name one with --params")
-    config, artifacts = enter(arguments)
-    processes = getattr(arguments, "processes", 1)
+    suite = getattr(arguments, "suite", None)
+    if alone := [name for name in OF_SUITE if not suite and getattr(arguments, name, None) is not None]:
+        arguments.parser.error(f"--{alone[0].replace('_', '-')} goes with --suite")
+    processes, inputs = getattr(arguments, "processes", 1), dict(arguments.input)
     launch = LaunchConfig() if processes == 1 else LaunchConfig("torchrun", processes)
-    line = launch_step(arguments.command, config, artifacts, dict(arguments.input), launch)
+    if not arguments.params.is_file() and not getattr(arguments, "model", None):  # else it would work with the defaults
+        raise UserError(f"no parameter file {arguments.params}: run in the project's root, or name one with --params")
+    if suite:
+        line = _run_suite(arguments, inputs, launch)
+    else:
+        line = launch_step(arguments.command, *enter(arguments), inputs, launch)
     if is_main_rank():
         line = arguments.caller.shown(line)
         print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")

@@ -16,6 +16,7 @@ from vismem.evaluation.benchmarks import task_names
 from vismem.evaluation.metrics import cluster_of, is_yes_no
 from vismem.evaluation.plots import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
+from vismem.evaluation.suite_scores import Suite
 from vismem.evaluation.summary import headline
 from vismem.models.kinds import MemoryKind
 from vismem.pages import page_environment, thumbnail
@@ -67,8 +68,9 @@ def render(
     pictures: Mapping[str, Sequence[bytes]],
     provenance: Mapping[str, str],
     settings: EvaluateConfig,
+    suite: Suite | None = None,
 ) -> str:
-    """The page. `charts`: panels by name; `pictures`: a sample's id to its images.
+    """The page. `charts`: panels by name; `pictures`: a sample's id to its images; `suite`: its scores by benchmark.
 
     Everything that came from data is escaped; pictures are embedded, as thumbnails.
     """
@@ -97,6 +99,7 @@ def render(
         picture_style=Markup("\n".join(cards.rules)),
         provenance=provenance,
         settings=settings,
+        suite=suite,
         script=Markup(SCRIPT.read_text()),
     )
     return page

@@ -23,10 +23,12 @@ from vismem.evaluation.arms import Arm
 from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.evaluation.suite_scores import Suite
 from vismem.generation.types import Rollout
+from vismem.launch import LaunchConfig, launch_step
+from vismem.runtime.chat import IMAGE
 from vismem.steps import run_step
 
 CONFIG = Config(evaluate=EvaluateConfig(batch_size=2, max_new_tokens=4, bootstrap=100))
-Asked = list[tuple[str, str]]  # arm and question's id, warm-up too
+Asked = list[tuple[str, Sample]]  # arm and question, warm-up too
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def scripted(seen: Asked, most: float = float("inf")) -> Callable[..., list[Roll
     """What answers in the model's place; after `most` questions it is killed."""
 
     def answer(model: object, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
-        seen.extend((arm.name, sample.id) for sample in samples)
+        seen.extend((arm.name, sample) for sample in samples)
         if len(seen) > most:
             raise KeyboardInterrupt
         texts = [REPLIES[sample.id].get(arm.name, "no") for sample in samples]
@@ -115,26 +117,26 @@ def figures(out: Path) -> dict[str, Any]:
 def judged(
     inputs: dict[str, Path], files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Suite, Path, Asked, list[dict[str, Any]]]:
-    """Asked without a judge, then scored with one: the suite, its artifacts, what was asked again, the requests."""
+    """Asked without a judge, then scored with one: the suite, its artifacts, what was asked, the judge's requests."""
     artifacts = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch, judging(by_rule) as (url, requests):
         patch.setenv("VISMEM_JUDGE_KEY", "secret")
-        patch.setattr(module, "_answer", scripted([]))
+        patch.setattr(module, "_answer", scripted(asked := []))
         line = run_step("suite", config_of(files), artifacts, inputs)
         assert "MMVet: not scored: a judge model scores it: name one with --judge and --judge-model" in line
         assert set(Suite.read(artifacts / "suite").macro) == {"vanilla", "vismem"}
-        again: Asked = []
-        patch.setattr(module, "_answer", scripted(again))
+        whole = len(asked)
         for _ in range(2):
             run_step("suite", config_of(files, judge_url=url, judge_model="judge-2"), artifacts, inputs)
-    return Suite.read(artifacts / "suite"), artifacts, again, requests
+        assert len(asked) == whole, "no question was asked again"
+    return Suite.read(artifacts / "suite"), artifacts, asked, requests
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
 def test_from_the_published_layout_to_the_score_worked_out_by_hand(
     judged: tuple[Suite, Path, Asked, list[dict[str, Any]]], benchmark: Benchmark
 ) -> None:
-    suite, artifacts, *_ = judged
+    suite, artifacts, asked, _ = judged
     found = suite.benchmarks[benchmark.name]
     assert found.paper == {"vanilla": benchmark.vanilla, "vismem": benchmark.vismem}
     if benchmark.unsupported:
@@ -145,10 +147,11 @@ def test_from_the_published_layout_to_the_score_worked_out_by_hand(
     assert tuple(found.scores.values()) == pytest.approx(gold.scores)
     assert found.left_out == gold.left_out
     assert found.n == len(gold.rows) - sum(gold.left_out.values())
+    first = next(sample for _, sample in asked if sample.source == benchmark.file)
+    (turn,) = first.turns()
+    assert "".join("<image>" if part is IMAGE else part for part in turn.parts).endswith(gold.first)
     answers = read_predictions(predictions_file(artifacts / "suite", "vanilla"))
-    first = next(answer for answer in answers if answer.source == benchmark.file)
-    assert first.question.endswith(gold.first)
-    assert first.capability == benchmark.capability
+    assert {answer.capability for answer in answers if answer.source == benchmark.file} == {benchmark.capability}
 
 
 def test_means_weigh_benchmarks_alike_and_the_page_has_the_paper_s_beside_them(
@@ -166,11 +169,10 @@ def test_means_weigh_benchmarks_alike_and_the_page_has_the_paper_s_beside_them(
     assert not (artifacts / "suite_store" / "data").exists()
 
 
-def test_a_judge_gets_each_request_once_with_its_key_and_no_answer_is_asked_again(
+def test_a_judge_gets_each_request_once_with_its_key(
     judged: tuple[Suite, Path, Asked, list[dict[str, Any]]],
 ) -> None:
-    *_, again, requests = judged
-    assert again == []
+    *_, requests = judged
     assert len(requests) == 8, "two benchmarks of two questions, two arms"
     assert {request["path"] for request in requests} == {"/v1/chat/completions"}
     assert {(request["model"], request["key"]) for request in requests} == {("judge-2", "Bearer secret")}
@@ -223,7 +225,7 @@ def test_another_arm_answers_alone_and_another_model_s_answers_are_its_own(
     run_step("suite", config_of(files), tmp_path, inputs)
     asked.clear()
     run_step("suite", config_of(files, arms=("vanilla", "vismem", "short_only")), tmp_path, inputs)
-    assert {arm for arm, name in asked if not warmed(asked, arm, name)} == {"short_only"}
+    assert {arm for arm, _ in asked} == {"short_only"}
     assert set(Suite.read(tmp_path / "suite").macro) == {"vanilla", "vismem", "short_only"}
     asked.clear()
     tiny.vismem(tiny_base, seed=5).save_pretrained(tmp_path / "other")
@@ -231,9 +233,10 @@ def test_another_arm_answers_alone_and_another_model_s_answers_are_its_own(
     assert {arm for arm, _ in asked} == {"vanilla", "vismem"}
 
 
-def warmed(asked: Asked, arm: str, name: str) -> bool:
-    """Whether an arm saw a question once: in the warm-up, which is thrown away."""
-    return asked.count((arm, name)) == 1 and arm != "short_only"
+def test_two_processes_ask_as_one_does(inputs: dict[str, Path], files: Path, tmp_path: Path) -> None:
+    launched = launch_step("suite", config_of(files), tmp_path / "two", inputs, LaunchConfig("torchrun", 2))
+    assert launched == run_step("suite", config_of(files), tmp_path, inputs)
+    assert figures(tmp_path / "two" / "suite") == figures(tmp_path / "suite")
 
 
 def test_a_missing_or_broken_file_is_named_and_the_others_go_on(

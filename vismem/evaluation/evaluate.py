@@ -190,17 +190,16 @@ def decode(
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
     left = {turn: [arm for arm in arms if arm.name not in done.get(turn, {})] for turn in range(count)}
     mine = [turn for turn in range(count) if left[turn]][rank :: accelerator.num_processes]
-    for arm in arms if mine else ():
+    due = [arm for arm in arms if any(arm in left[turn] for turn in mine)]
+    for arm in due:
         _answer(models[arm.model], arm, samples[:WARM_UP], config)
     saved = time.monotonic()
     asked = sum((ends[turn + 1] - ends[turn]) * len(left[turn]) for turn in mine)
     with progress(about, asked, quiet=not accelerator.is_main_process) as advance:
         for turn in mine:
-            shift, batch = turn % len(arms), samples[ends[turn] : ends[turn + 1]]
+            shift, batch = turn % len(due), samples[ends[turn] : ends[turn + 1]]
             answers = dict(own.get(turn, {}))
-            for arm in [*arms[shift:], *arms[:shift]]:
-                if arm not in left[turn]:
-                    continue
+            for arm in [arm for arm in (*due[shift:], *due[:shift]) if arm in left[turn]]:
                 started = time.perf_counter()
                 rollouts = _answer(models[arm.model], arm, batch, config)
                 answers[arm.name] = Run(rollouts, time.perf_counter() - started)

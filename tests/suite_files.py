@@ -5,14 +5,16 @@ import csv
 import io
 import itertools
 import json
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vismem.data.benchmarks import BENCHMARKS
-
+PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 SHADES = itertools.count(1)
 
 
@@ -132,7 +134,7 @@ GOLD = {
         (25, 100),
         "(B) 8/11\n(C) 6/11",
     ),
-    "MV-MATH": Gold(  # by the judge
+    "MV-MATH": Gold(  # by the judge; the file is what the page makes of its release
         [
             {
                 "problem_id": 1, "question": "Which cannot be folded?\nA.\n\n<image_1>\nB.\n\n<image_2>",
@@ -161,27 +163,27 @@ GOLD = {
 }  # fmt: skip
 
 
-def write_file(folder: Path, name: str) -> None:
-    """A benchmark's file, as its publisher or VLMEvalKit lays it out."""
-    rows = GOLD[name].rows
-    if name == "MV-MATH":
-        (folder / name / "images").mkdir(parents=True)
-        (folder / name / "data").mkdir()
-        (folder / name / "data" / "MV-MATH.json").write_text(json.dumps(rows))
-        for place, image in enumerate(image for one in rows for image in one["input_image"]):
-            (folder / name / "images" / image).write_bytes(png(40_000 + place))
-        return
-    with (folder / f"{name}.tsv").open("w", newline="") as lines:
-        columns = list(dict.fromkeys(column for one in rows for column in one))
-        table = csv.DictWriter(lines, columns, delimiter="\t", restval="")
-        table.writeheader()
-        table.writerows(rows)
+def write_release(folder: Path) -> None:
+    """MV-MATH as its repository has it, and its images."""
+    (folder / "MV-MATH" / "data").mkdir(parents=True)
+    (folder / "MV-MATH" / "data" / "MV-MATH.json").write_text(json.dumps(GOLD["MV-MATH"].rows))
+    (folder / "images" / "MV-MATH").mkdir(parents=True)
+    for place, image in enumerate(image for one in GOLD["MV-MATH"].rows for image in one["input_image"]):
+        (folder / "images" / "MV-MATH" / image).write_bytes(png(40_000 + place))
 
 
 def write_files(folder: Path) -> Path:
-    for benchmark in BENCHMARKS:
-        if benchmark.file:
-            write_file(folder, benchmark.file)
+    """The benchmarks' files, as VLMEvalKit lays them out; MV-MATH's by the program of docs/evaluation.md."""
+    for name, gold in GOLD.items():
+        if name != "MV-MATH":
+            with (folder / f"{name}.tsv").open("w", newline="") as lines:
+                columns = list(dict.fromkeys(column for one in gold.rows for column in one))
+                table = csv.DictWriter(lines, columns, delimiter="\t", restval="")
+                table.writeheader()
+                table.writerows(gold.rows)
+    write_release(folder)
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
     return folder
 
 

@@ -1,7 +1,6 @@
 """The steps, in order: the only list of them. The CLI, dvc.yaml and the Kubeflow components call what stands here.
 
-`STEPS` are the pipeline. `BASELINES` are no part of it: they train what the method is compared with. Nor is `SUITE`,
-which `vismem evaluate --suite` runs.
+`STEPS` are the pipeline. `BASELINES`, which train what the method is compared with, and `SUITE` are no part of it.
 """
 
 import hashlib

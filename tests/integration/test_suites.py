@@ -21,7 +21,6 @@ from vismem.errors import UserError
 from vismem.evaluation import evaluate as module
 from vismem.evaluation.arms import Arm
 from vismem.evaluation.predictions import predictions_file, read_predictions
-from vismem.evaluation.suite_scores import Suite
 from vismem.generation.types import Rollout
 from vismem.launch import LaunchConfig, launch_step
 from vismem.runtime.chat import IMAGE
@@ -29,6 +28,8 @@ from vismem.steps import run_step
 
 CONFIG = Config(evaluate=EvaluateConfig(batch_size=2, max_new_tokens=4, bootstrap=100))
 Asked = list[tuple[str, Sample]]  # arm and question, warm-up too
+Judged = tuple[dict[str, Any], Path, Asked, list[dict[str, Any]]]
+MEAN = "mean of those scored"
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,11 @@ def judging(reply: Callable[[str, str], str]) -> Iterator[tuple[str, list[dict[s
             thread.join()
 
 
+def rows_of(artifacts: Path) -> dict[str, Any]:
+    """The rows of `suite.json` by name."""
+    return {row["name"]: row for row in json.loads((artifacts / "suite" / "suite.json").read_text())}
+
+
 def by_rule(reference: str, answer: str) -> str:
     parts = reference.split("<AND>")
     found = [any(one in answer for one in part.split("<OR>")) for part in parts]
@@ -114,39 +120,35 @@ def figures(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def judged(
-    inputs: dict[str, Path], files: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Suite, Path, Asked, list[dict[str, Any]]]:
-    """Asked without a judge, then scored with one: the suite, its artifacts, what was asked, the judge's requests."""
+def judged(inputs: dict[str, Path], files: Path, tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    """Asked without a judge, then scored with one: its rows, its artifacts, what was asked, the judge's requests."""
     artifacts = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch, judging(by_rule) as (url, requests):
         patch.setenv("VISMEM_JUDGE_KEY", "secret")
         patch.setattr(module, "_answer", scripted(asked := []))
         line = run_step("suite", config_of(files), artifacts, inputs)
-        assert "MMVet: not scored: a judge model scores it: name one with --judge and --judge-model" in line
-        assert set(Suite.read(artifacts / "suite").macro) == {"vanilla", "vismem"}
+        assert "MMVet: not scored: a judge model scores it: name one with suite.judge_url and suite.judge_model" in line
+        assert set(rows_of(artifacts)[MEAN]["scores"]) == {"vanilla", "vismem"}
         whole = len(asked)
         for _ in range(2):
             run_step("suite", config_of(files, judge_url=url, judge_model="judge-2"), artifacts, inputs)
         assert len(asked) == whole, "no question was asked again"
-    return Suite.read(artifacts / "suite"), artifacts, asked, requests
+    return rows_of(artifacts), artifacts, asked, requests
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
-def test_from_the_published_layout_to_the_score_worked_out_by_hand(
-    judged: tuple[Suite, Path, Asked, list[dict[str, Any]]], benchmark: Benchmark
-) -> None:
-    suite, artifacts, asked, _ = judged
-    found = suite.benchmarks[benchmark.name]
-    assert found.paper == {"vanilla": benchmark.vanilla, "vismem": benchmark.vismem}
+def test_from_the_published_layout_to_the_score_worked_out_by_hand(judged: Judged, benchmark: Benchmark) -> None:
+    rows, artifacts, asked, _ = judged
+    found = rows[benchmark.name]
+    assert found["paper"] == {"vanilla": benchmark.vanilla, "vismem": benchmark.vismem}
     if benchmark.unsupported:
-        assert (found.why, found.scores) == (f"not supported: {benchmark.unsupported}", {})
+        assert (found["why"], found["scores"]) == (f"not supported: {benchmark.unsupported}", {})
         return
     gold = GOLD[benchmark.file]
-    assert found.why == ""
-    assert tuple(found.scores.values()) == pytest.approx(gold.scores)
-    assert found.left_out == gold.left_out
-    assert found.n == len(gold.rows) - sum(gold.left_out.values())
+    assert found["why"] == ""
+    assert tuple(found["scores"].values()) == pytest.approx(gold.scores)
+    assert found["left_out"] == gold.left_out
+    assert found["n"] == len(gold.rows) - sum(gold.left_out.values())
     first = next(sample for _, sample in asked if sample.source == benchmark.file)
     (turn,) = first.turns()
     assert "".join("<image>" if part is IMAGE else part for part in turn.parts).endswith(gold.first)
@@ -155,13 +157,13 @@ def test_from_the_published_layout_to_the_score_worked_out_by_hand(
 
 
 def test_means_weigh_benchmarks_alike_and_the_page_has_the_paper_s_beside_them(
-    judged: tuple[Suite, Path, Asked, list[dict[str, Any]]],
+    judged: Judged,
 ) -> None:
-    suite, artifacts, *_ = judged
+    rows, artifacts, *_ = judged
     scored = [benchmark for benchmark in BENCHMARKS if benchmark.file]
     means = [sum(GOLD[benchmark.file].scores[arm] for benchmark in scored) / 10 for arm in (0, 1)]
-    assert tuple(suite.macro.values()) == pytest.approx(means)
-    assert suite.paper_macro("vismem") == pytest.approx(sum(benchmark.vismem for benchmark in scored) / 10)
+    assert tuple(rows[MEAN]["scores"].values()) == pytest.approx(means)
+    assert rows[MEAN]["paper"]["vismem"] == pytest.approx(sum(benchmark.vismem for benchmark in scored) / 10)
     page = (artifacts / "suite" / "report.html").read_text()
     for said in ("<small>paper 59.6</small>", "1 left out: part dev", "not supported: a toolbox"):
         assert said in page
@@ -170,7 +172,7 @@ def test_means_weigh_benchmarks_alike_and_the_page_has_the_paper_s_beside_them(
 
 
 def test_a_judge_gets_each_request_once_with_its_key(
-    judged: tuple[Suite, Path, Asked, list[dict[str, Any]]],
+    judged: Judged,
 ) -> None:
     *_, requests = judged
     assert len(requests) == 8, "two benchmarks of two questions, two arms"
@@ -178,15 +180,13 @@ def test_a_judge_gets_each_request_once_with_its_key(
     assert {(request["model"], request["key"]) for request in requests} == {("judge-2", "Bearer secret")}
 
 
-def test_a_verdict_that_cannot_be_read_is_asked_for_again_and_then_counts_as_unparsed(
+def test_a_verdict_that_cannot_be_read_counts_as_unparsed(
     inputs: dict[str, Path], files: Path, tmp_path: Path, asked: Asked
 ) -> None:
-    with judging(lambda reference, answer: "I think 0.5 or 1.0" if "kitten" in answer else "1.0") as (url, requests):
+    with judging(lambda reference, answer: "I think 0.5 or 1.0" if "kitten" in answer else "1.0") as (url, _):
         run_step("suite", config_of(files, judge_url=url, judge_model="m"), tmp_path, inputs)
     found = [p for p in read_predictions(predictions_file(tmp_path / "suite", "vismem")) if p.source == "MMVet"]
     assert [(p.rule, p.score) for p in found] == [("judge", 1.0), ("unparsed", 0.0)]
-    asked_for = [request["temperature"] for request in requests if "a kitten" in request["messages"][0]["content"]]
-    assert asked_for == [0.0, 0.5, 1.0]
 
 
 def test_a_judge_that_is_not_there_leaves_the_others_scores(
@@ -194,7 +194,7 @@ def test_a_judge_that_is_not_there_leaves_the_others_scores(
 ) -> None:
     config = config_of(files, judge_url="http://127.0.0.1:9/v1", judge_model="m")
     assert "MMVet: not scored: the judge at http://127.0.0.1:9/v1/chat" in run_step("suite", config, tmp_path, inputs)
-    assert Suite.read(tmp_path / "suite").benchmarks["MMStar"].scores == {"vanilla": 50.0, "vismem": 75.0}
+    assert rows_of(tmp_path)["MMStar"]["scores"] == {"vanilla": 50.0, "vismem": 75.0}
 
 
 def test_a_killed_suite_resumes_and_ends_like_an_unbroken_one(
@@ -226,7 +226,7 @@ def test_another_arm_answers_alone_and_another_model_s_answers_are_its_own(
     asked.clear()
     run_step("suite", config_of(files, arms=("vanilla", "vismem", "short_only")), tmp_path, inputs)
     assert {arm for arm, _ in asked} == {"short_only"}
-    assert set(Suite.read(tmp_path / "suite").macro) == {"vanilla", "vismem", "short_only"}
+    assert set(rows_of(tmp_path)[MEAN]["scores"]) == {"vanilla", "vismem", "short_only"}
     asked.clear()
     tiny.vismem(tiny_base, seed=5).save_pretrained(tmp_path / "other")
     run_step("suite", config_of(files), tmp_path, inputs | {"stage2": tmp_path / "other"})
@@ -248,24 +248,24 @@ def test_a_missing_or_broken_file_is_named_and_the_others_go_on(
     (own / "BLINK.tsv").write_text("index\tquestion\tanswer\timage\n7\tWhich?\tA\t" + "no base64 " * 9)
     (own / "MUIRBench.tsv").write_text("index\tquestion\n7\tWhich?\n")
     (own / "HallusionBench.tsv").write_text((files / "MMStar.tsv").read_text())
-    (own / "MV-MATH" / "images" / "b_3.jpg").unlink()
+    (own / "images" / "MV-MATH" / "b_3.jpg").unlink()
     run_step("suite", config_of(own), tmp_path, inputs)
-    found = Suite.read(tmp_path / "suite").benchmarks
+    found = rows_of(tmp_path)
     for name, said in {
         "MMStar": "MMStar.tsv: download it with VLMEvalKit",
         "BLINK": "BLINK.tsv, row 7: `image` is neither base64",
         "MUIRBench": "MUIRBench.tsv: no column answer",
         "HallusionBench": "4 rows: an answer of another kind (choice)",
-        "MV-Math": "MV-MATH.json, question 2: ",
+        "MV-Math": "MV-MATH.tsv, row 1110: ",
     }.items():
-        assert said in found[name].why, name
-        assert found[name].scores == {}
-    assert found["MMMU"].scores == {"vanilla": 50.0, "vismem": 75.0}
+        assert said in found[name]["why"], name
+        assert found[name]["scores"] == {}
+    assert found["MMMU"]["scores"] == {"vanilla": 50.0, "vismem": 75.0}
 
 
 def test_what_cannot_be_asked_at_all_is_an_error(inputs: dict[str, Path], tmp_path: Path, files: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no benchmark can be asked:\nMMStar: not asked: no .*MMStar\.tsv"):
+    with pytest.raises(UserError, match=r"no benchmark can be scored:\nMMStar: not asked: no .*MMStar\.tsv"):
         run_step("suite", config_of(tmp_path / "empty"), tmp_path, inputs)
     with pytest.raises(UserError, match=r"suite\.data: no folder .*gone"):
         run_step("suite", config_of(tmp_path / "gone"), tmp_path, inputs)
@@ -283,7 +283,8 @@ def test_the_command_asks_a_model_by_its_name_without_parameters(
     said = capsys.readouterr().out
     assert "of 8 test questions" in said
     assert "mean of those scored: vanilla " in said
-    assert all(each.n == (not each.why) for each in Suite.read(Path("artifacts/suite")).benchmarks.values())
+    asked = [name for name, row in rows_of(Path("artifacts")).items() if row["n"] == 1]
+    assert asked == [benchmark.name for benchmark in BENCHMARKS if benchmark.file and not benchmark.judge]
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--limit", "1"])
-    assert "--limit goes with --suite" in capsys.readouterr().err
+    assert "--data, --limit, --model and --base go with --suite" in capsys.readouterr().err

@@ -26,10 +26,9 @@ def test_the_figures_have_the_averages_that_table_1_prints() -> None:
 
 def cells(benchmark: Benchmark) -> list[str]:
     """The benchmark's row of the page's table."""
-    file = "`MV-MATH/`" if benchmark.file == "MV-MATH" else f"`{benchmark.file}.tsv`"
     kinds = "any" if set(benchmark.kinds) == set(AnswerKind) else ", ".join(benchmark.kinds)
     score = f"{benchmark.score}, by a judge" if benchmark.judge else benchmark.score
-    asked = [", ".join((file, *benchmark.parts)), kinds, score]
+    asked = [", ".join((f"`{benchmark.file}.tsv`", *benchmark.parts)), kinds, score]
     if benchmark.unsupported:
         asked = [f"not supported: {benchmark.unsupported}", "", ""]
     return [benchmark.name, benchmark.capability.value, *asked, f"{benchmark.vanilla:.1f}", f"{benchmark.vismem:.1f}"]

@@ -66,29 +66,15 @@ def add_steps(commands: Commands) -> None:
 
 def _add_suite(add: Callable[..., Any]) -> None:
     """What `vismem evaluate` takes for a suite of benchmarks in the test split's place."""
-    about = "ask the paper's benchmarks instead, a trained memory without splits; writes artifacts/suite"
-    add("--suite", choices=("paper",), help=about)
-    about = "with --suite: VLMEvalKit's .tsv files (default: the environment's LMUData)"
-    add("--data", type=Path, metavar="FOLDER", help=about)
-    add("--limit", type=int, metavar="N", help="with --suite: questions of each benchmark, drawn at random")
-    about = "with --suite: folder, hub id or models:/NAME@champion; default: artifacts/stage2"
-    add("--model", help=about)
-    add("--base", metavar="MODEL", help="with --model: hub id or folder of its base, where it is not as it says")
-    about = "with --suite: an OpenAI-compatible endpoint as https://host/v1; its key: VISMEM_JUDGE_KEY"
-    add("--judge", metavar="URL", help=about)
-    add("--judge-model", metavar="NAME", help="with --judge: the model there, with its version")
-
-
-OF_SUITE = ("data", "limit", "model", "base", "judge", "judge_model")
+    add("--suite", choices=("paper",), help="ask the paper's benchmarks, no splits needed; writes artifacts/suite")
+    add("--data", type=Path, metavar="FOLDER", help="of the suite: VLMEvalKit's .tsv files (default: LMUData)")
+    add("--limit", type=int, metavar="N", help="of the suite: questions of each benchmark, drawn at random")
+    add("--model", help="of the suite: folder, hub id or models:/NAME@champion; default: artifacts/stage2")
+    add("--base", metavar="MODEL", help="of --model: hub id or folder, where it is not as the model says")
 
 
 def _run_suite(arguments: argparse.Namespace, inputs: dict[str, Path], launch: LaunchConfig) -> str:
-    given = {
-        "data": arguments.data and str(arguments.data.absolute()),
-        "limit": arguments.limit,
-        "judge_url": arguments.judge,
-        "judge_model": arguments.judge_model,
-    }
+    given = {"data": arguments.data and str(arguments.data.absolute()), "limit": arguments.limit}
     arguments.settings += [(f"suite.{name}", value) for name, value in given.items() if value is not None]
     if arguments.model:
         from vismem.hub import fetch
@@ -97,10 +83,7 @@ def _run_suite(arguments: argparse.Namespace, inputs: dict[str, Path], launch: L
         added = find_added(arguments.model)
         place = find_base(added, arguments.base)[1]
         inputs |= {"stage2": added.absolute(), "base": (place if isinstance(place, Path) else fetch(place)).absolute()}
-    config, artifacts = enter(arguments)
-    if config.suite.judge_url and not config.suite.judge_model:
-        arguments.parser.error("--judge needs --judge-model")
-    return launch_step("suite", config, artifacts, inputs, launch)
+    return launch_step("suite", *enter(arguments), inputs, launch)
 
 
 def describe(step: Step) -> str:
@@ -115,13 +98,13 @@ def describe(step: Step) -> str:
 
 
 def _run_step(arguments: argparse.Namespace) -> int:
-    suite = getattr(arguments, "suite", None)
-    if alone := [name for name in OF_SUITE if not suite and getattr(arguments, name, None) is not None]:
-        arguments.parser.error(f"--{alone[0].replace('_', '-')} goes with --suite")
+    suite, model = getattr(arguments, "suite", None), getattr(arguments, "model", None)
+    if not suite and any(getattr(arguments, name, None) for name in ("data", "limit", "model", "base")):
+        arguments.parser.error("--data, --limit, --model and --base go with --suite")
+    if not arguments.params.is_file() and not model:  # a step in the wrong folder would work with the defaults
+        raise UserError(f"no parameter file {arguments.params}: run in the project's root, or name one with --params")
     processes, inputs = getattr(arguments, "processes", 1), dict(arguments.input)
     launch = LaunchConfig() if processes == 1 else LaunchConfig("torchrun", processes)
-    if not arguments.params.is_file() and not getattr(arguments, "model", None):  # else it would work with the defaults
-        raise UserError(f"no parameter file {arguments.params}: run in the project's root, or name one with --params")
     if suite:
         line = _run_suite(arguments, inputs, launch)
     else:

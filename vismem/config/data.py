@@ -84,7 +84,6 @@ class InstructionsConfig(Section):
     letters: str = Field("", description="several options, by their letters [ours]")
     yes_no: str = Field("", description="yes or no, true or false [ours]")
     number: str = Field("", description="a number, perhaps with a unit [ours]")
-    list: str = Field("", description="several numbers in their order [ours]")
     text: str = Field("", description="any other words [ours]")
 
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import lru_cache
 from string import ascii_uppercase
 
-from vismem.data.numbers import parse_list, parse_number, same_number
+from vismem.data.numbers import parse_number, same_number
 from vismem.data.sample import lettered
 
 POLAR = (("yes", "no"), ("true", "false"))
@@ -34,7 +34,6 @@ class AnswerKind(StrEnum):
     LETTERS = "letters"  # a set of options, by their letters
     YES_NO = "yes_no"  # yes or no, true or false
     NUMBER = "number"  # a number, perhaps with a unit
-    LIST = "list"  # numbers in their order, such as [2007, 2008]
     TEXT = "text"  # anything else: the words of the reference
 
 
@@ -112,8 +111,6 @@ def answer_form(question: str, answer: str, choices: Sequence[str]) -> AnswerFor
         return AnswerForm(AnswerKind.YES_NO, {}, polar=polar)
     if parse_number(answer):
         return AnswerForm(AnswerKind.NUMBER, {})
-    if parse_list(answer):
-        return AnswerForm(AnswerKind.LIST, {})
     if _LETTERS.fullmatch(answer.strip()) and AnswerForm(AnswerKind.LETTERS, {}).letters(answer):
         return AnswerForm(AnswerKind.LETTERS, {}, True)
     return AnswerForm(AnswerKind.TEXT, {})

@@ -31,6 +31,5 @@ def instruction_for(kind: AnswerKind, instructions: InstructionsConfig) -> str:
         AnswerKind.LETTERS: instructions.letters,
         AnswerKind.YES_NO: instructions.yes_no,
         AnswerKind.NUMBER: instructions.number,
-        AnswerKind.LIST: instructions.list,
         AnswerKind.TEXT: instructions.text,
     }[kind]

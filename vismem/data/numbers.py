@@ -118,13 +118,6 @@ def parse_number(text: str) -> Number | None:
     return _number(found) if found else None
 
 
-def parse_list(text: str) -> list[Number]:
-    """The numbers of the list that the text is, such as "[2007, 2008]"; empty where there is anything else."""
-    inside = re.fullmatch(r"\s*\[([^\[\]]{1,300})\]\s*", text)
-    numbers = [parse_number(part) for part in inside[1].split(",")] if inside else []
-    return [number for number in numbers if number] if all(numbers) else []
-
-
 def read_number(text: str, *, leading: bool = False) -> Number | None:
     """The only number that a sentence names; with `leading` also one that begins it and is followed by an aside.
 

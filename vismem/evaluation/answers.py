@@ -19,7 +19,7 @@ from vismem.data.answer_forms import (
     strip,
     without_article,
 )
-from vismem.data.numbers import parse_list, parse_number, read_number, same_number
+from vismem.data.numbers import parse_number, read_number, same_number
 from vismem.data.sample import Sample
 from vismem.evaluation.answer_marks import last_marked, without_thoughts
 
@@ -103,8 +103,8 @@ def read(sample: Sample, text: str) -> Extraction:
 def extract(text: str, form: AnswerForm) -> Extraction:
     """Read an answer of the given form out of `text`.
 
-    The value is the text of an option, letters as "A, C", yes or no, or a number, a list or words as they were written.
-    Where a mark introduces nothing readable, the weaker rules look only behind it, never at what went before.
+    The value is the text of an option, letters as "A, C", yes or no, or a number or words as they were written. Where a
+    mark introduces nothing readable, the weaker rules look only behind it, never at what went before.
     """
     region = without_thoughts(text)
     region, rule = last_marked(region) or (region, "")
@@ -117,8 +117,6 @@ def extract(text: str, form: AnswerForm) -> Extraction:
             return _read_polar(region, rule, form)
         case AnswerKind.NUMBER:
             return _read_number(region, rule)
-        case AnswerKind.LIST:
-            return _read_list(region, rule)
         case AnswerKind.TEXT:
             return _read_text(region, rule)
 
@@ -132,9 +130,6 @@ def is_correct(sample: Sample, extraction: Extraction) -> bool:
     if form.kind is AnswerKind.NUMBER:
         said, wanted = parse_number(extraction.value), parse_number(expected)
         return said is not None and wanted is not None and same_number(said, wanted)
-    if form.kind is AnswerKind.LIST:
-        pair = parse_list(extraction.value), parse_list(expected)
-        return len(pair[0]) == len(pair[1]) and all(map(same_number, *pair))
     same = without_article if form.kind is AnswerKind.TEXT else normalise
     return same(extraction.value) == same(expected)
 
@@ -186,14 +181,6 @@ def _read_number(region: str, rule: str) -> Extraction:
         whole = "whole reply" if parse_number(strip(region)) else "one number"
         return Extraction(number.text, rule or whole) if number else UNREAD
     return _edge_line(region, _number_text) or UNREAD
-
-
-def _read_list(region: str, rule: str) -> Extraction:
-    """The only list in brackets, however often it stands there, or the whole region without brackets."""
-    found = {text for text in re.findall(r"\[[^\[\]]*\]", region) if parse_list(text)}
-    if not found and parse_list(bare := f"[{strip(region)}]"):
-        found = {bare}
-    return Extraction(found.pop(), rule or "one list") if len(found) == 1 else UNREAD
 
 
 def _number_text(line: str) -> str | None:

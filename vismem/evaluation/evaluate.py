@@ -5,10 +5,11 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -24,7 +25,6 @@ from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, label, resolve_arms
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict, predictions_file, write_predictions
-from vismem.evaluation.suite_scores import Suite
 from vismem.evaluation.summary import headline, headline_figures
 from vismem.files import empty_folder, write_json, write_text
 from vismem.generation.engine import generate
@@ -181,14 +181,14 @@ def decode(
     rank = accelerator.process_index
     files = sorted(kept.glob(ANSWERS.format("*"))) if kept else []
     known = {file.name: _TURNS.validate_json(file.read_bytes()) for file in files}
-    done, own = _merged(known.values()), known.get(ANSWERS.format(rank), {})
-    there = {turn: sorted(done[turn]) for turn in sorted(done)}
-    seen = gather_object([there])  # and nobody writes before all have read
+    done = {place: run for turns in known.values() for place, run in _flat(turns).items()}
+    own = known.get(ANSWERS.format(rank), {})
+    seen = gather_object([sorted(done)])  # and nobody writes before all have read
     if any(turns != seen[0] for turns in seen):
         raise UserError(f"the processes do not see the same files in {kept}: put it on shared storage")
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
-    left = {turn: [arm for arm in arms if arm.name not in done.get(turn, {})] for turn in range(count)}
+    left = {turn: [arm for arm in arms if (turn, arm.name) not in done] for turn in range(count)}
     mine = [turn for turn in range(count) if left[turn]][rank :: accelerator.num_processes]
     due = [arm for arm in arms if any(arm in left[turn] for turn in mine)]
     for arm in due:
@@ -208,22 +208,19 @@ def decode(
             if kept and (time.monotonic() - saved >= KEEP_EVERY or turn == mine[-1]):
                 write_text(kept / ANSWERS.format(rank), _TURNS.dump_json(own).decode())
                 saved = time.monotonic()
-    done = _merged([done, *gather_object([own])])
+    for turns in gather_object([own]):
+        done |= _flat(turns)
     runs = {arm.name: Run() for arm in arms}
     for turn in range(count):
         for name, run in runs.items():
-            run.rollouts += done[turn][name].rollouts
-            run.seconds += done[turn][name].seconds
+            run.rollouts += done[turn, name].rollouts
+            run.seconds += done[turn, name].seconds
     return runs
 
 
-def _merged(known: Iterable[Mapping[int, Mapping[str, Run]]]) -> dict[int, dict[str, Run]]:
-    """What several processes and runs answered, by batch and arm."""
-    done: dict[int, dict[str, Run]] = {}
-    for turns in known:
-        for turn, answers in turns.items():
-            done[turn] = {**done.get(turn, {}), **answers}
-    return done
+def _flat(turns: Mapping[int, Mapping[str, Run]]) -> dict[tuple[int, str], Run]:
+    """Answers by batch and arm."""
+    return {(turn, arm): run for turn, answers in turns.items() for arm, run in answers.items()}
 
 
 def write(
@@ -234,9 +231,9 @@ def write(
     charts: Mapping[str, Sequence[plots.Panel]],
     pictures: Mapping[str, Sequence[bytes]],
     sources: Mapping[str, str],
-    suite: Suite | None = None,
+    suite: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write all files of the step into `out`; leftovers of a killed run go. `suite`: where the items are a suite's."""
+    """Write all files of the step into `out`; leftovers of a killed run go. `suite`: its rows, where it was one."""
     empty_folder(out)
     for arm, answers in predictions.items():
         write_predictions(answers, predictions_file(out, arm))

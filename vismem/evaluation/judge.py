@@ -15,9 +15,7 @@ from vismem.errors import UserError
 from vismem.files import read_json, write_json
 
 KEY = "VISMEM_JUDGE_KEY"  # of the environment: sent as the bearer token
-TOGETHER = 8  # requests at once
-TRIES = 3  # until a verdict can be read, the first at temperature 0
-SECONDS = 120.0  # until a reply
+TOGETHER, SECONDS = 8, 120.0  # requests at once, and until a reply
 _SCORE = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?)(?![\d.]*\d)")
 _PROMPT = """Score an answer to a question about an image, which you do not see, against the reference.
 {rule}
@@ -44,31 +42,21 @@ class Judge:
         """
         prompts = [_PROMPT.format(rule=rule, question=q, reference=r, answer=a) for q, r, a in asked]
         with ThreadPoolExecutor(TOGETHER) as pool:
-            return list(pool.map(self._score, prompts))
+            found = [{*map(float, _SCORE.findall(reply))} for reply in pool.map(self._reply, prompts)]
+        return [scores.pop() if len(scores) == 1 else None for scores in found]
 
-    def _score(self, prompt: str) -> float | None:
-        for attempt in range(TRIES):
-            message = {"role": "user", "content": prompt}
-            request = {"model": self.model, "messages": [message], "temperature": attempt / 2}
-            found = {*map(float, _SCORE.findall(self._said(request)))}
-            if len(found) == 1:
-                return found.pop()
-        return None
-
-    def _said(self, request: dict[str, object]) -> str:
-        """What the model replied, once for each request: it is read from the folder ever after."""
-        content = json.dumps([self.url, request], sort_keys=True)
-        file = self.kept / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+    def _reply(self, prompt: str) -> str:
+        """What the model replies at temperature 0: asked once, and read from the folder ever after."""
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0.0}
+        address, key = f"{self.url.rstrip('/')}/chat/completions", os.environ.get(KEY)
+        file = self.kept / f"{hashlib.sha256(json.dumps([address, request]).encode()).hexdigest()}.json"
         if not file.is_file():
-            key = os.environ.get(KEY)
             headers = {"Authorization": f"Bearer {key}"} if key else {}
-            address = f"{self.url.rstrip('/')}/chat/completions"
             try:
-                reply = httpx2.post(address, json=request, headers=headers, timeout=SECONDS)
-                reply.raise_for_status()
-                said = str(reply.json()["choices"][0]["message"]["content"])
+                response = httpx2.post(address, json=request, headers=headers, timeout=SECONDS).raise_for_status()
+                reply = str(response.json()["choices"][0]["message"]["content"])
             except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
-                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                why = str(error).split("\n")[0] or type(error).__name__
                 raise UserError(f"the judge at {address} does not score ({why}): see its address and {KEY}") from None
-            write_json(file, {"request": request, "reply": said})
+            write_json(file, {"request": request, "reply": reply})
         return str(read_json(file, "remove it")["reply"])

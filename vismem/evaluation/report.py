@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -16,7 +17,6 @@ from vismem.evaluation.benchmarks import task_names
 from vismem.evaluation.metrics import cluster_of, is_yes_no
 from vismem.evaluation.plots import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
-from vismem.evaluation.suite_scores import Suite
 from vismem.evaluation.summary import headline
 from vismem.models.kinds import MemoryKind
 from vismem.pages import page_environment, thumbnail
@@ -68,9 +68,9 @@ def render(
     pictures: Mapping[str, Sequence[bytes]],
     provenance: Mapping[str, str],
     settings: EvaluateConfig,
-    suite: Suite | None = None,
+    suite: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The page. `charts`: panels by name; `pictures`: a sample's id to its images; `suite`: its scores by benchmark.
+    """The page. `charts`: panels by name; `pictures`: a sample's id to its images; `suite`: rows of `suite.json`.
 
     Everything that came from data is escaped; pictures are embedded, as thumbnails.
     """

@@ -32,21 +32,14 @@ NAMED = re.compile(r"<image(?: (?P<number>\d{1,4}))?>")
 Row = Mapping[str, str]
 
 
-def read(source: LmuDataSource) -> Iterator[Sample]:
-    """Yield the questions in order, those without an answer too: `validate` counts them.
+def read(source: LmuDataSource, judged: bool = False) -> Iterator[Sample]:
+    """Yield the questions in order, those without an answer too: `validate` counts them. `judged`: there is a judge.
 
     UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column, text
     that is not UTF-8, and an image that cannot be read or is outside the folder.
     """
-    if source.name in BY_FILE and BY_FILE[source.name].judge:
-        raise UserError(
-            f"prepare.sources lmudata: {source.name} is scored by a judge model: ask it with `vismem evaluate --suite`"
-        )
-    yield from every_row(source)
-
-
-def every_row(source: LmuDataSource) -> Iterator[Sample]:
-    """`read`, of benchmarks that need a judge too."""
+    if not judged and source.name in BY_FILE and BY_FILE[source.name].judge:
+        raise UserError(f"prepare.sources: a judge model scores {source.name}: see `vismem evaluate --suite`")
     path = _file(source)
     named = {held for row in _rows(path) if (held := _held(row)) and len(held) <= LONGEST_INDEX}
     with tempfile.TemporaryFile() as kept:  # a file may be gigabytes

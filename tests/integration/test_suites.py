@@ -227,6 +227,9 @@ def test_another_arm_answers_alone_and_another_model_s_answers_are_its_own(
     run_step("suite", config_of(files, arms=("vanilla", "vismem", "short_only")), tmp_path, inputs)
     assert {arm for arm, _ in asked} == {"short_only"}
     assert set(rows_of(tmp_path)[MEAN]["scores"]) == {"vanilla", "vismem", "short_only"}
+    other = config_of(files).model_copy(update={"base": CONFIG.base.model_copy(update={"dtype": "bfloat16"})})
+    run_step("suite", other, tmp_path, inputs)
+    assert {arm for arm, _ in asked} == {"short_only", "vanilla", "vismem"}, "another precision is another model"
     asked.clear()
     tiny.vismem(tiny_base, seed=5).save_pretrained(tmp_path / "other")
     run_step("suite", config_of(files), tmp_path, inputs | {"stage2": tmp_path / "other"})

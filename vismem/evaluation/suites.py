@@ -83,7 +83,7 @@ def suite(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         folder = store / "data" / one.benchmark.file
         one.samples = pick(folder, settings.limit, config.seed)
         decoding = config.evaluate.model_dump(include={"batch_size", "max_new_tokens"})
-        made_of = json.dumps([*model, sha256_folder(folder), settings.limit, config.seed, decoding])
+        made_of = json.dumps([*model, config.base.dtype, sha256_folder(folder), settings.limit, config.seed, decoding])
         kept = store / f"{one.benchmark.file}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
         kept.mkdir(parents=True, exist_ok=True)
         one.runs = decode(models, arms, one.samples, config, kept, accelerator, one.benchmark.name)

@@ -163,7 +163,7 @@ class Metrics(Record, file="metrics.json", step="evaluate"):
     ablations: dict[str, dict[str, Difference]]  # arm -> group -> that arm minus vanilla
     overhead: dict[str, float]  # arm -> seconds over vanilla's, minus 1
     benchmarks: dict[str, BenchmarkScores]
-    macro: dict[str, float]  # arm -> mean of its accuracies over the benchmarks; `overall` is the mean over items
+    macro: dict[str, float]  # arm -> mean of its scores over the benchmarks; `overall` is the mean over items
     tasks: dict[str, TaskScores]  # of several benchmarks' tasks with one name: "BENCHMARK: TASK"
     yes_no: YesNo
     unparsed: dict[str, float]  # arm -> percentage of answers

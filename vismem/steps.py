@@ -1,6 +1,6 @@
 """The steps, in order: the only list of them. The CLI, dvc.yaml and the Kubeflow components call what stands here.
 
-`STEPS` are the pipeline. `BASELINES` are no part of it: they train what the method is compared with.
+`STEPS` are the pipeline. `BASELINES`, which train what the method is compared with, and `SUITE` are no part of it.
 """
 
 import hashlib
@@ -133,8 +133,10 @@ STEPS: tuple[Step, ...] = (
     ),
 )
 
-BY_NAME: dict[str, Step] = {step.name: step for step in STEPS + BASELINES}
-SHARED = ("stage1", "stage2", "evaluate", *_TRAINS)  # the steps that several processes can share
+SUITE = Step("suite", "vismem.evaluation.suites:suite", ("base", "stage2"), ("seed", "prepare", "evaluate", "suite"))
+
+BY_NAME: dict[str, Step] = {step.name: step for step in (*STEPS, *BASELINES, SUITE)}
+SHARED = ("stage1", "stage2", "evaluate", "suite", *_TRAINS)  # the steps that several processes can share
 
 
 def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> str:

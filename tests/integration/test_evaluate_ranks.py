@@ -92,7 +92,8 @@ def answers_elsewhere(folder: Path) -> str:
     """A rank that sees other files of answers than its peer."""
     ranks = join_ranks()
     own = folder / str(ranks.state.process_index)
-    (own / ANSWERS.format(0)).write_text(json.dumps({str(ranks.state.process_index): {}}))
+    answered = {str(ranks.state.process_index): {"vanilla": {"rollouts": [], "seconds": 0.0}}}
+    (own / ANSWERS.format(0)).write_text(json.dumps(answered))
     module.decode({}, (), (), CONFIG, own)
     return ""
 

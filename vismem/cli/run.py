@@ -4,7 +4,9 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands, sentence
@@ -54,10 +56,34 @@ def add_steps(commands: Commands) -> None:
             add = command(step.name, _run_step, step.about, outputs=True, description=describe(step))
             about = "where another step's output is, if not in the artifacts' folder; may be repeated"
             add("--input", type=_named_folder, action="append", default=[], metavar="STEP=FOLDER", help=about)
+            if step.name == "evaluate":
+                _add_suite(add)
             if step.name in SHARED:
                 about = "how many of this machine share the step, one per GPU (default: VISMEM_PROCESSES, else 1)"
                 default = os.environ.get("VISMEM_PROCESSES", "1")
                 add("--processes", type=int, metavar="N", default=default, help=about)
+
+
+def _add_suite(add: Callable[..., Any]) -> None:
+    """What `vismem evaluate` takes for a suite of benchmarks in the test split's place."""
+    add("--suite", choices=("paper",), help="ask the paper's benchmarks, no splits needed; writes artifacts/suite")
+    add("--data", type=Path, metavar="FOLDER", help="of the suite: VLMEvalKit's .tsv files (default: LMUData)")
+    add("--limit", type=int, metavar="N", help="of the suite: questions of each benchmark, drawn at random")
+    add("--model", help="of the suite: folder, hub id or models:/NAME@champion; default: artifacts/stage2")
+    add("--base", metavar="MODEL", help="of --model: hub id or folder, where it is not as the model says")
+
+
+def _run_suite(arguments: argparse.Namespace, inputs: dict[str, Path], launch: LaunchConfig) -> str:
+    given = {"data": arguments.data and str(arguments.data.absolute()), "limit": arguments.limit}
+    arguments.settings += [(f"suite.{name}", value) for name, value in given.items() if value is not None]
+    if arguments.model:
+        from vismem.hub import fetch
+        from vismem.sources import find_added, find_base
+
+        added = find_added(arguments.model)
+        place = find_base(added, arguments.base)[1]
+        inputs |= {"stage2": added.absolute(), "base": (place if isinstance(place, Path) else fetch(place)).absolute()}
+    return launch_step("suite", *enter(arguments), inputs, launch)
 
 
 def describe(step: Step) -> str:
@@ -72,12 +98,17 @@ def describe(step: Step) -> str:
 
 
 def _run_step(arguments: argparse.Namespace) -> int:
-    if not arguments.params.is_file():  # a step in the wrong folder would work with the defaults
+    suite, model = getattr(arguments, "suite", None), getattr(arguments, "model", None)
+    if not suite and any(getattr(arguments, name, None) for name in ("data", "limit", "model", "base")):
+        arguments.parser.error("--data, --limit, --model and --base go with --suite")
+    if not arguments.params.is_file() and not model:  # a step in the wrong folder would work with the defaults
         raise UserError(f"no parameter file {arguments.params}: run in the project's root, or name one with --params")
-    config, artifacts = enter(arguments)
-    processes = getattr(arguments, "processes", 1)
+    processes, inputs = getattr(arguments, "processes", 1), dict(arguments.input)
     launch = LaunchConfig() if processes == 1 else LaunchConfig("torchrun", processes)
-    line = launch_step(arguments.command, config, artifacts, dict(arguments.input), launch)
+    if suite:
+        line = _run_suite(arguments, inputs, launch)
+    else:
+        line = launch_step(arguments.command, *enter(arguments), inputs, launch)
     if is_main_rank():
         line = arguments.caller.shown(line)
         print(line if line.startswith(arguments.command) else f"{arguments.command}: {line}")

@@ -30,6 +30,7 @@ from vismem.config.release import (
     GateConfig,
     PreflightConfig,
     RegistryConfig,
+    SuiteConfig,
 )
 from vismem.config.section import Section
 from vismem.config.training import (
@@ -76,6 +77,7 @@ __all__ = [
     "Source",
     "Stage1Config",
     "Stage2Config",
+    "SuiteConfig",
     "SupervisedConfig",
     "ValidateConfig",
     "WarmStartConfig",
@@ -104,6 +106,7 @@ class Config(Section):
     stage2: Stage2Config = Stage2Config()
     baselines: BaselinesConfig = BaselinesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    suite: SuiteConfig = SuiteConfig()
     export: ExportConfig = ExportConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()

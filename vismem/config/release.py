@@ -1,5 +1,6 @@
 """Preflight, evaluation, export, gate, registry and serving."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -25,6 +26,16 @@ class EvaluateConfig(Section):
     batch_size: int = Field(64, ge=1, description="rows decoded together")
     max_new_tokens: int = Field(120, ge=1, description="max tokens of an answer")
     bootstrap: int = Field(2000, ge=100, description="bootstrap resamples of the items")
+
+
+class SuiteConfig(Section):
+    """`vismem evaluate --suite paper`: a trained memory on the paper's benchmarks; batches are as in `evaluate`."""
+
+    arms: tuple[str, ...] = Field(("vanilla", "vismem"), description="decoding policies compared")
+    data: Path | None = Field(None, description="the folder of .tsv files; null: the environment's LMUData")
+    limit: int | None = Field(None, ge=1, description="max questions of each benchmark; null: all")
+    judge_url: str = Field("", description="OpenAI-compatible endpoint, as https://host/v1; its key: VISMEM_JUDGE_KEY")
+    judge_model: str = Field("", description="the judge's name there, with its version")
 
 
 class ExportConfig(Section):

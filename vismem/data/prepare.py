@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config
+from vismem.data.benchmarks import counted
 from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_pictures, sample_sha256
 from vismem.data.instructions import instructed
 from vismem.data.readers import read
@@ -16,7 +17,6 @@ from vismem.files import write_json
 from vismem.progress import Advance, progress
 
 TOP_ANSWERS = 20
-COUNTED = {"MMMU_DEV_VAL": ("validation",)}  # parts of a benchmark that its score is of; of others all are
 
 
 def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -62,7 +62,7 @@ class _Split:
 
         Images that do not decode belong to no split: their rows pass to `validate`, which quarantines them.
         """
-        if sample.part and sample.part not in COUNTED.get(sample.source, (sample.part,)):
+        if not counted(sample):
             self.dropped[f"{sample.source}, part {sample.part}"] += 1
             return False
         hashes = sample_pictures(sample, self.examine)

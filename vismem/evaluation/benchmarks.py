@@ -38,8 +38,13 @@ def by_benchmark(
 
 
 def macro(benchmarks: Mapping[str, Any], arms: Iterable[str]) -> dict[str, float]:
-    """Arm -> the mean of its accuracies over the benchmarks with items, each of the same weight."""
-    return {arm: float(np.mean([b["arms"][arm] for b in benchmarks.values() if b["n"]])) for arm in arms}
+    """Arm -> the mean of `score_of` over the benchmarks with items, each of the same weight."""
+    return {arm: float(np.mean([score_of(b, arm) for b in benchmarks.values() if b["n"]])) for arm in arms}
+
+
+def score_of(benchmark: Mapping[str, Any], arm: str) -> float:
+    """What a benchmark is reported by: HallusionBench by the mean of its three figures, others by the accuracy."""
+    return float(benchmark["figures"].get(arm, {}).get("mean", benchmark["arms"][arm]))
 
 
 def hallusion(ids: Sequence[str], scores: Scores) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -79,7 +80,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, Pictures(samples, ids), sources)
+    write(config, out, predictions, metrics, charts, Pictures((samples, ids)), sources)
     return headline(metrics)
 
 
@@ -108,11 +109,13 @@ def rows_set_apart(validated: Path) -> Counter[str]:
 class Pictures(Mapping[str, tuple[bytes, ...]]):
     """A sample's pictures by its id, read as they are asked for: its images, and the first frame of each video."""
 
-    def __init__(self, samples: Sequence[Sample], ids: Sequence[str]) -> None:
-        self._samples, self._places = samples, {name: place for place, name in enumerate(ids)}
+    def __init__(self, *splits: tuple[Sequence[Sample], Sequence[str]]) -> None:
+        """`splits`: samples, and their ids."""
+        self._places = {name: (samples, place) for samples, ids in splits for place, name in enumerate(ids)}
 
     def __getitem__(self, name: str) -> tuple[bytes, ...]:
-        sample = self._samples[self._places[name]]
+        samples, place = self._places[name]
+        sample = samples[place]
         return (*sample.images, *(video.frames[0] for video in sample.videos))
 
     def __iter__(self) -> Iterator[str]:
@@ -165,50 +168,59 @@ def decode(
     config: Config,
     kept: Path | None = None,
     accelerator: Accelerator | None = None,
+    about: str = "evaluate",
 ) -> dict[str, Run]:
     """Answer `samples` greedily with every arm, each by its model of `models`. Only decoding is timed.
 
     The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike. Several
     processes share the batches, which are the same however many they are, so that no answer depends on it; all return
-    all answers. Answers so far go to files in the folder `kept` from time to time, and are read from there: a killed
-    run resumes behind them.
+    all answers. Answers so far go to files in the folder `kept` from time to time and at the end, and are read from
+    there: a killed run resumes behind them, and an arm that has answered does not again. `about`: for the progress.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     rank = accelerator.process_index
     files = sorted(kept.glob(ANSWERS.format("*"))) if kept else []
     known = {file.name: _TURNS.validate_json(file.read_bytes()) for file in files}
-    done = {turn: answers for turns in known.values() for turn, answers in turns.items()}
+    done = {place: run for turns in known.values() for place, run in _flat(turns).items()}
     own = known.get(ANSWERS.format(rank), {})
     seen = gather_object([sorted(done)])  # and nobody writes before all have read
     if any(turns != seen[0] for turns in seen):
         raise UserError(f"the processes do not see the same files in {kept}: put it on shared storage")
-    for arm in arms:
-        _answer(models[arm.model], arm, samples[:WARM_UP], config)
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
-    mine = [turn for turn in range(count) if turn not in done][rank :: accelerator.num_processes]
+    left = {turn: [arm for arm in arms if (turn, arm.name) not in done] for turn in range(count)}
+    mine = [turn for turn in range(count) if left[turn]][rank :: accelerator.num_processes]
+    due = [arm for arm in arms if any(arm in left[turn] for turn in mine)]
+    for arm in due:
+        _answer(models[arm.model], arm, samples[:WARM_UP], config)
     saved = time.monotonic()
-    asked = sum(ends[turn + 1] - ends[turn] for turn in mine)
-    with progress("evaluate", asked * len(arms), quiet=not accelerator.is_main_process) as advance:
+    asked = sum((ends[turn + 1] - ends[turn]) * len(left[turn]) for turn in mine)
+    with progress(about, asked, quiet=not accelerator.is_main_process) as advance:
         for turn in mine:
-            shift, batch = turn % len(arms), samples[ends[turn] : ends[turn + 1]]
-            own[turn] = {}
-            for arm in [*arms[shift:], *arms[:shift]]:
+            shift, batch = turn % len(due), samples[ends[turn] : ends[turn + 1]]
+            answers = dict(own.get(turn, {}))
+            for arm in [arm for arm in (*due[shift:], *due[:shift]) if arm in left[turn]]:
                 started = time.perf_counter()
                 rollouts = _answer(models[arm.model], arm, batch, config)
-                own[turn][arm.name] = Run(rollouts, time.perf_counter() - started)
+                answers[arm.name] = Run(rollouts, time.perf_counter() - started)
                 advance(len(batch), arm=arm.label)
-            if kept and time.monotonic() - saved >= KEEP_EVERY:
+            own[turn] = answers
+            if kept and (time.monotonic() - saved >= KEEP_EVERY or turn == mine[-1]):
                 write_text(kept / ANSWERS.format(rank), _TURNS.dump_json(own).decode())
                 saved = time.monotonic()
     for turns in gather_object([own]):
-        done |= turns
+        done |= _flat(turns)
     runs = {arm.name: Run() for arm in arms}
     for turn in range(count):
         for name, run in runs.items():
-            run.rollouts += done[turn][name].rollouts
-            run.seconds += done[turn][name].seconds
+            run.rollouts += done[turn, name].rollouts
+            run.seconds += done[turn, name].seconds
     return runs
+
+
+def _flat(turns: Mapping[int, Mapping[str, Run]]) -> dict[tuple[int, str], Run]:
+    """Answers by batch and arm."""
+    return {(turn, arm): run for turn, answers in turns.items() for arm, run in answers.items()}
 
 
 def write(
@@ -219,8 +231,9 @@ def write(
     charts: Mapping[str, Sequence[plots.Panel]],
     pictures: Mapping[str, Sequence[bytes]],
     sources: Mapping[str, str],
+    suite: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write all files of the step into `out`; leftovers of a killed run go."""
+    """Write all files of the step into `out`; leftovers of a killed run go. `suite`: its rows, where it was one."""
     empty_folder(out)
     for arm, answers in predictions.items():
         write_predictions(answers, predictions_file(out, arm))
@@ -235,7 +248,8 @@ def write(
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    write_text(out / "report.html", report.render(metrics, predictions, charts, pictures, provenance, config.evaluate))
+    page = report.render(metrics, predictions, charts, pictures, provenance, config.evaluate, suite)
+    write_text(out / "report.html", page)
 
 
 def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:

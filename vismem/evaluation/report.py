@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -67,8 +68,9 @@ def render(
     pictures: Mapping[str, Sequence[bytes]],
     provenance: Mapping[str, str],
     settings: EvaluateConfig,
+    suite: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The page. `charts`: panels by name; `pictures`: a sample's id to its images.
+    """The page. `charts`: panels by name; `pictures`: a sample's id to its images; `suite`: rows of `suite.json`.
 
     Everything that came from data is escaped; pictures are embedded, as thumbnails.
     """
@@ -97,6 +99,7 @@ def render(
         picture_style=Markup("\n".join(cards.rules)),
         provenance=provenance,
         settings=settings,
+        suite=suite,
         script=Markup(SCRIPT.read_text()),
     )
     return page

@@ -19,6 +19,7 @@ from string import ascii_uppercase
 from typing import BinaryIO
 
 from vismem.config import LmuDataSource
+from vismem.data.benchmarks import BY_FILE
 from vismem.data.readers.files import decoded_base64, inside, not_utf8, require_columns
 from vismem.data.sample import Capability, Sample, lettered, option_lines
 from vismem.errors import UserError
@@ -28,25 +29,17 @@ VARIABLE = "LMUData"  # of the environment, VLMEvalKit's own
 LONGEST_INDEX = 64  # characters; a longer `image` is an image
 NAMED = re.compile(r"<image(?: (?P<number>\d{1,4}))?>")
 
-# Benchmarks of the paper's Table 1 with such a file, and the capability it counts them to.
-CAPABILITIES = {
-    **dict.fromkeys(("MMStar", "MMT-Bench_VAL", "BLINK", "MUIRBench"), Capability.UNDERSTANDING),
-    **dict.fromkeys(("MMMU_DEV_VAL", "LogicVista", "MathVista_MINI"), Capability.REASONING),
-    "HallusionBench": Capability.GENERATION,
-}
-JUDGED = ("MMVet",)  # scored by a judge model, which is not here
-
 Row = Mapping[str, str]
 
 
-def read(source: LmuDataSource) -> Iterator[Sample]:
-    """Yield the questions in order, those without an answer too: `validate` counts them.
+def read(source: LmuDataSource, judged: bool = False) -> Iterator[Sample]:
+    """Yield the questions in order, those without an answer too: `validate` counts them. `judged`: there is a judge.
 
     UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column, text
     that is not UTF-8, and an image that cannot be read or is outside the folder.
     """
-    if source.name in JUDGED:
-        raise UserError(f"prepare.sources lmudata: {source.name} is scored by a judge model, which is not here")
+    if not judged and source.name in BY_FILE and BY_FILE[source.name].judge:
+        raise UserError(f"prepare.sources: a judge model scores {source.name}: see `vismem evaluate --suite`")
     path = _file(source)
     named = {held for row in _rows(path) if (held := _held(row)) and len(held) <= LONGEST_INDEX}
     with tempfile.TemporaryFile() as kept:  # a file may be gigabytes
@@ -75,14 +68,19 @@ class Shared:
             yield self._file.read(size)
 
 
-def _file(source: LmuDataSource) -> Path:
-    given = source.path or os.environ.get(VARIABLE)
+def folder_of(path: Path | None, named: str) -> Path:
+    """The folder of benchmark files: `path`, or the environment's. UserError, saying what `named` it, for none."""
+    given = path or os.environ.get(VARIABLE)
     folder = Path(given or "")
     if not given or not folder.is_dir():
         raise UserError(
-            f"prepare.sources lmudata {source.name}: no folder {folder}: give `path`, or set {VARIABLE}, to the folder "
-            "that holds the .tsv files"
+            f"{named}: no folder {folder}: name the one that holds the .tsv files there, or set {VARIABLE} to it"
         )
+    return folder
+
+
+def _file(source: LmuDataSource) -> Path:
+    folder = folder_of(source.path, f"path of prepare.sources lmudata {source.name}")
     for path in (folder / f"{source.name}.tsv", folder / f"{source.name}_local.tsv"):
         if path.is_file():
             return path
@@ -117,7 +115,7 @@ def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Samp
         answer=row["answer"].strip(),
         choices=tuple(re.sub(MARK, lambda _: f"image {next(numbers)}", choice) for choice in shown),
         task=row.get("category") or source.name,
-        capability=CAPABILITIES.get(source.name, Capability.UNDERSTANDING),
+        capability=BY_FILE[source.name].capability if source.name in BY_FILE else Capability.UNDERSTANDING,
         source=source.name,
         part=row.get("split", "").strip(),
     )

@@ -1,0 +1,62 @@
+"""A language model that scores answers, behind any endpoint that speaks OpenAI's chat completions."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+
+from vismem.errors import UserError
+from vismem.files import read_json, write_json
+
+KEY = "VISMEM_JUDGE_KEY"  # of the environment: sent as the bearer token
+TOGETHER, SECONDS = 8, 120.0  # requests at once, and until a reply
+_SCORE = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?)(?![\d.]*\d)")
+_PROMPT = """Score an answer to a question about an image, which you do not see, against the reference.
+{rule}
+Reply with the score alone: a number from 0.0 (totally wrong) to 1.0 (totally right), such as 0.0, 0.5 or 1.0.
+
+Question: {question}
+Reference: {reference}
+Answer: {answer}
+Score:"""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The endpoint at `url` (as https://host/v1), its `model`, and the folder that keeps what it said, by content."""
+
+    url: str
+    model: str
+    kept: Path
+
+    def scores(self, rule: str, asked: Sequence[tuple[str, str, str]]) -> list[float | None]:
+        """The score in [0, 1] of each (question, reference, answer) by the rule; None where no verdict can be read.
+
+        UserError where the endpoint does not answer or refuses.
+        """
+        prompts = [_PROMPT.format(rule=rule, question=q, reference=r, answer=a) for q, r, a in asked]
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            found = [{*map(float, _SCORE.findall(reply))} for reply in pool.map(self._reply, prompts)]
+        return [scores.pop() if len(scores) == 1 else None for scores in found]
+
+    def _reply(self, prompt: str) -> str:
+        """What the model replies at temperature 0: asked once, and read from the folder ever after."""
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0.0}
+        address, key = f"{self.url.rstrip('/')}/chat/completions", os.environ.get(KEY)
+        file = self.kept / f"{hashlib.sha256(json.dumps([address, request]).encode()).hexdigest()}.json"
+        if not file.is_file():
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            try:
+                response = httpx2.post(address, json=request, headers=headers, timeout=SECONDS).raise_for_status()
+                reply = str(response.json()["choices"][0]["message"]["content"])
+            except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+                why = str(error).split("\n")[0] or type(error).__name__
+                raise UserError(f"the judge at {address} does not score ({why}): see its address and {KEY}") from None
+            write_json(file, {"request": request, "reply": reply})
+        return str(read_json(file, "remove it")["reply"])

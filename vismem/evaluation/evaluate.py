@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import pyarrow.parquet as pq
 import torch
@@ -22,12 +23,15 @@ from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, label, resolve_arms
+from vismem.evaluation.looks import find_looks
 from vismem.evaluation.metrics import summarise
+from vismem.evaluation.panels import Panel
 from vismem.evaluation.predictions import Prediction, predict, predictions_file, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
 from vismem.files import empty_folder, write_json, write_text
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
+from vismem.models.attention import Look
 from vismem.models.variants import load_variant
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
@@ -79,7 +83,10 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, Pictures(samples, ids), sources)
+    looks = {}
+    if asked := {place: samples[place] for place in report.to_look_at(predictions, config.seed)}:
+        looks = find_looks(models[VISMEM], asked, decoded[VISMEM].rollouts, config.evaluate, config.seed)
+    write(config, out, predictions, metrics, charts, Pictures(samples, ids), sources, looks)
     return headline(metrics)
 
 
@@ -216,9 +223,10 @@ def write(
     out: Path,
     predictions: Mapping[str, Sequence[Prediction]],
     metrics: Metrics,
-    charts: Mapping[str, Sequence[plots.Panel]],
+    charts: Mapping[str, Sequence[Panel]],
     pictures: Mapping[str, Sequence[bytes]],
     sources: Mapping[str, str],
+    looks: Mapping[int, Sequence[Look]] = MappingProxyType({}),
 ) -> None:
     """Write all files of the step into `out`; leftovers of a killed run go."""
     empty_folder(out)
@@ -235,7 +243,8 @@ def write(
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    write_text(out / "report.html", report.render(metrics, predictions, charts, pictures, provenance, config.evaluate))
+    page = report.render(metrics, predictions, charts, pictures, provenance, config.evaluate, looks)
+    write_text(out / "report.html", page)
 
 
 def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:

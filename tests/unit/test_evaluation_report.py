@@ -141,7 +141,12 @@ def test_every_question_is_in_the_page_as_each_arm_answered_it_with_what_the_fil
     page = page_of(predictions)
     cards = [attributes for tag, attributes in Elements(page).found if tag == "article"][-8:]
     assert [card["data-task"] for card in cards] == [answer.task for answer in predictions["vanilla"]]
-    rights = ["".join(str(int(arm[place].score)) for arm in predictions.values()) for place in range(8)]
+    unread = {arm: [answer.rule == "unparsed" for answer in rows] for arm, rows in predictions.items()}
+    rights = [
+        "".join("u" if unread[arm][place] else str(int(rows[place].score)) for arm, rows in predictions.items())
+        for place in range(8)
+    ]
+    assert {*"".join(rights)} == {"0", "1", "u"}
     assert [card["data-right"] for card in cards] == rights
     assert [card["data-memory"] for card in cards] == ["nsn", "nbn", "nsn", "nnn", "nln", *["nnn"] * 3]
     reordered = dict(reversed(predictions.items()))

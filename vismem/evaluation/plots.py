@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 
 from vismem.evaluation.arms import label
@@ -19,13 +21,15 @@ from vismem.evaluation.metrics import invocation_places
 from vismem.evaluation.panels import BAND, BLUE, GREY, ORANGE, Panel, draw_dot, name_rows, say, to_sheet
 from vismem.evaluation.predictions import Prediction
 from vismem.models.kinds import MemoryKind
+from vismem.pages import storable
 from vismem.records import OVERALL, VANILLA, VISMEM, MemoryUse, Metrics
 
 KIND_COLOURS = {MemoryKind.SHORT: BLUE, MemoryKind.LONG: ORANGE}
 KIND_COLUMNS = {f"invocations_{kind.value}": f"{kind.value}-term" for kind in KIND_COLOURS}  # of stage2.csv
 BINS = 10  # of the relative position
 MIDDLES = (np.arange(BINS) + 0.5) / BINS
-LONGEST_NAME = 24  # letters of a task, left of its row
+WIDEST_NAME = 125  # points of a task's name, left of its row: half of a panel
+_FONT = FontProperties(size=9)
 
 
 def score_panels(metrics: Metrics) -> list[Panel]:
@@ -83,7 +87,7 @@ def time_panel(metrics: Metrics) -> Panel | None:
     words = {arm: f"{scored(metrics, arm, OVERALL)}, {time:.1f} ms" for arm, time in times.items()}
 
     def draw(axes: Axes) -> None:
-        for arm, time in times.items():
+        for arm, time in sorted(times.items(), key=lambda item: item[0] in (VANILLA, VISMEM)):  # these on top
             (low, high), colour = metrics.intervals[arm][OVERALL], BLUE if arm == VISMEM else GREY
             axes.vlines(time, low, high, color=colour, linewidth=1, alpha=0.5)
             draw_dot(axes, time, metrics.arms[arm][OVERALL], arm, words=words[arm])
@@ -225,8 +229,10 @@ def write_plots(
 
 def _short(task: str) -> str:
     """A task's name, cut where it would leave no room for the chart."""
-    name = task.replace("_", " ")
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    name = storable(task).replace("_", " ")[:60]
+    while text_to_path.get_text_width_height_descent(name, _FONT, False)[0] > WIDEST_NAME:
+        name = f"{name[:-2]}…"
+    return name
 
 
 def _height(rows: int) -> float:

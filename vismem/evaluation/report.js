@@ -44,7 +44,7 @@ function look(chip, on) {
   const pictures = chip.closest(".card").querySelectorAll(".pictures > *"), maps = chip.dataset.maps.split(" ");
   if (maps.length !== pictures.length) return;
   pictures.forEach((picture, place) => {
-    picture.style.setProperty("--look", on && maps[place] !== "none" ? `url(${maps[place]})` : "none");
+    picture.style.setProperty("--look", on ? maps[place] : "none");
   });
 }
 

@@ -24,14 +24,13 @@ from vismem.evaluation.panels import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline
 from vismem.models.attention import Look
-from vismem.pages import TIPS, page_environment, thumbnail
+from vismem.pages import TIPS, page_environment, storable, thumbnail
 from vismem.records import OVERALL, VANILLA, VISMEM, Metrics, p_value
 from vismem.runtime.images import upright
 
 EXAMPLES = 4  # at most, of wins and of losses
 LOOKED_AT = 60  # questions at most for which the page shows where memories looked
 LARGEST = 4_000_000  # bytes of answers and their pictures in the page; of more, as many as fit are drawn at random
-NO_TEXT = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and no file can
 SCRIPT = Path(__file__).with_name("report.js")
 
 
@@ -118,7 +117,7 @@ def render(
         settings=settings,
         script=Markup(TIPS + SCRIPT.read_text()),
     )
-    return NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", page)
+    return storable(page)
 
 
 def all_answers(cards: Cards, metrics: Metrics, first: Iterable[int]) -> list[Markup]:
@@ -174,7 +173,7 @@ def signed(value: float) -> str:
 def _chip(kind: str, look: Look | None) -> str:
     if look is None:
         return f'<span class="chip {kind}">{kind}-term memory</span>'
-    maps = " ".join(map_picture(grid, kind) if grid else "none" for grid in look.maps)
+    maps = " ".join(f"url({map_picture(grid, kind)})" if grid else "none" for grid in look.maps)
     said = f"{100 * look.share:.0f} % of this memory's attention was on the pictures"
     data = f'data-tip="{said}" data-maps="{maps}"'
     return f'<button type="button" class="chip {kind}" {data}>{kind}-term memory</button>'

@@ -46,6 +46,11 @@ def thumbnail(data: bytes) -> str | None:
     return data_uri(file.getvalue(), "WEBP")
 
 
+def storable(text: str) -> str:
+    """The text with half characters replaced, which JSON can hold and no file can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def data_uri(data: bytes, form: str) -> str:
     """The address of an image that stands in the page itself."""
     return f"data:image/{form.lower()};base64,{base64.b64encode(data).decode()}"

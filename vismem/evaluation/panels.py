@@ -78,6 +78,13 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="x", color=RULE)
 
 
+def name_columns(axes: Axes, names: Sequence[str]) -> None:
+    """Name the columns of a chart, from left to right."""
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.4, len(names) - 0.6)
+    axes.grid(axis="y", color=RULE)
+
+
 def to_svg(panel: Panel) -> Markup:
     """A panel as an SVG element whose colours are variables of the page; the same text for the same panel."""
     with mpl.rc_context(STYLE):
@@ -90,7 +97,7 @@ def to_svg(panel: Panel) -> Markup:
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = text.replace(f' id="{_TIP}', ' data-tip="')
+    text = re.sub(rf" id=([\"']){_TIP}", r" data-tip=\1", text)
     text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)  # nothing refers to them, and several charts share the page
     for colour, variable in VARIABLES.items():
         text = text.replace(colour.lower(), f"var(--{variable})")

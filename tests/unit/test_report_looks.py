@@ -19,7 +19,9 @@ from vismem.evaluation.plots import evaluation_charts, scored, time_panel
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.report import mark_memories, to_look_at
 from vismem.models.attention import Look
+from vismem.models.kinds import MemoryKind
 
+SHORT, LONG = MemoryKind
 GRID = ((0.1, 0.0, 0.2), (0.05, 0.3, 0.0))
 HOSTILE = {
     "markup": "</article></script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>",
@@ -58,9 +60,9 @@ def decoded(address: str) -> np.ndarray:
         return np.asarray(image.convert("RGBA")).astype(int)
 
 
-@pytest.mark.parametrize(("kind", "colour"), [("short", (0, 114, 178)), ("long", (213, 94, 0))])
+@pytest.mark.parametrize(("kind", "colour"), [(SHORT, (0, 114, 178)), (LONG, (213, 94, 0))])
 def test_a_map_is_darkest_where_the_memory_looked_most_and_white_where_it_did_not(
-    kind: str, colour: tuple[int, int, int]
+    kind: MemoryKind, colour: tuple[int, int, int]
 ) -> None:
     seen = decoded(map_picture(GRID, kind))
     assert seen.shape == (2, 3, 4)
@@ -78,8 +80,8 @@ def test_each_memory_has_its_own_look_and_an_answer_with_other_memories_none() -
     marked = mark_memories(text, [Look(0.25, (GRID,)), Look(1.0, (GRID, None))])
     chips = re.findall(r'<button type="button" class="chip (\w+)" data-tip="(\d+) %[^"]*" data-maps="([^"]*)">', marked)
     assert [(kind, share) for kind, share, _ in chips] == [("long", "25"), ("short", "100")]
-    assert chips[0][2] == f"url({map_picture(GRID, 'long')})"
-    assert chips[1][2] == f"url({map_picture(GRID, 'short')}) none"
+    assert chips[0][2] == f"url({map_picture(GRID, LONG)})"
+    assert chips[1][2] == f"url({map_picture(GRID, SHORT)}) none"
     assert "&lt;i&gt;b" in marked
     assert mark_memories(text, [Look(0.25, (GRID,))]) == mark_memories(text)
     assert "<button" not in mark_memories(text)

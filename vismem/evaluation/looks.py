@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from vismem.config import EvaluateConfig
 from vismem.data.sample import Sample
 from vismem.evaluation.arms import ARMS
+from vismem.evaluation.plots import KIND_COLOURS
 from vismem.generation.loop import DecodeLoop, Request
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.generation.types import Rollout
@@ -19,7 +20,6 @@ from vismem.models.vismem import VisMemModel
 from vismem.pages import data_uri
 from vismem.records import VISMEM
 
-COLOURS = {MemoryKind.SHORT: (0, 114, 178), MemoryKind.LONG: (213, 94, 0)}
 LEVELS, DARKEST, VEIL = 16, 0.85, 0.55  # of a map; alpha of the cell most looked at; alpha of the white below all
 
 
@@ -46,13 +46,13 @@ def find_looks(
     return found
 
 
-def map_picture(weights: Map, kind: str) -> str:
+def map_picture(weights: Map, kind: MemoryKind) -> str:
     """A data URI of the map, a pixel for each cell, to lay over the picture: a white veil, coloured where it looked."""
     cells = np.array(weights)
     levels = np.rint((LEVELS - 1) * cells / max(cells.max(), 1e-12)).astype(np.uint8)
     colour = DARKEST * np.arange(LEVELS)[:, None] / (LEVELS - 1)
     alpha = colour + VEIL * (1 - colour)
-    shade = (colour * COLOURS[MemoryKind(kind)] + (alpha - colour) * 255) / alpha
+    shade = (colour * ImageColor.getrgb(KIND_COLOURS[kind]) + (alpha - colour) * 255) / alpha
     image = Image.fromarray(levels, "P")
     image.putpalette(np.rint(np.hstack([shade, 255 * alpha])).astype(np.uint8).tobytes(), "RGBA")
     file = io.BytesIO()

@@ -24,6 +24,7 @@ from vismem.evaluation.panels import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline
 from vismem.models.attention import Look
+from vismem.models.kinds import MemoryKind
 from vismem.pages import TIPS, page_environment, storable, thumbnail
 from vismem.records import OVERALL, VANILLA, VISMEM, Metrics, p_value
 from vismem.runtime.images import upright
@@ -158,7 +159,7 @@ def examples(wins: Sequence[int], losses: Sequence[int], seed: int) -> tuple[lis
 def mark_memories(marked_text: str, looks: Sequence[Look] = ()) -> Markup:
     """The answer as HTML, each invocation a coloured chip, everything else escaped; a chip with a look shows it."""
     parts = re.split("&lt;m_I\\^([sl])&gt;", str(escape(marked_text)))
-    kinds = [{"s": "short", "l": "long"}[letter] for letter in parts[1::2]]
+    kinds = [next(kind for kind in MemoryKind if kind[0] == letter) for letter in parts[1::2]]
     known: Sequence[Look | None] = looks if len(looks) == len(kinds) else [None] * len(kinds)
     chips = [_chip(kind, look) for kind, look in zip(kinds, known, strict=True)]
     text = parts[0] + "".join(f" {chip} {said}" for chip, said in zip(chips, parts[2::2], strict=True))
@@ -170,7 +171,7 @@ def signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _chip(kind: str, look: Look | None) -> str:
+def _chip(kind: MemoryKind, look: Look | None) -> str:
     if look is None:
         return f'<span class="chip {kind}">{kind}-term memory</span>'
     maps = " ".join(f"url({map_picture(grid, kind)})" if grid else "none" for grid in look.maps)

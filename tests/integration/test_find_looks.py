@@ -43,7 +43,7 @@ def answered(model: VisMemModel) -> list[Rollout]:
 
 
 def find(model: VisMemModel, answered: list[Rollout]) -> dict[int, list[Look]]:
-    return find_looks(model, dict(enumerate(SAMPLES)), answered, CONFIG.evaluate, CONFIG.seed)
+    return find_looks(model, dict(enumerate(SAMPLES)), answered, CONFIG)
 
 
 def test_every_memory_has_the_look_that_it_has_alone(model: VisMemModel, answered: list[Rollout]) -> None:

@@ -83,9 +83,8 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    looks = {}
-    if asked := {place: samples[place] for place in report.to_look_at(predictions, config.seed)}:
-        looks = find_looks(models[VISMEM], asked, decoded[VISMEM].rollouts, config.evaluate, config.seed)
+    asked = {place: samples[place] for place in report.to_look_at(predictions, config.seed)}
+    looks = find_looks(models[VISMEM], asked, decoded[VISMEM].rollouts, config) if asked else {}
     write(config, out, predictions, metrics, charts, Pictures(samples, ids), sources, looks)
     return headline(metrics)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor
 
-from vismem.config import EvaluateConfig
+from vismem.config import Config
 from vismem.data.sample import Sample
 from vismem.evaluation.arms import ARMS
 from vismem.evaluation.plots import KIND_COLOURS
@@ -25,19 +25,19 @@ LEVELS, DARKEST, VEIL = 16, 0.85, 0.55  # of a map; alpha of the cell most looke
 
 @torch.inference_mode()
 def find_looks(
-    model: VisMemModel, samples: Mapping[int, Sample], answered: Sequence[Rollout], settings: EvaluateConfig, seed: int
+    model: VisMemModel, samples: Mapping[int, Sample], answered: Sequence[Rollout], config: Config
 ) -> dict[int, list[Look]]:
     """The looks of each answer's memories, in their order; `samples` by their place in `answered`.
 
     An answer that now has other memories is left out: on a bfloat16 base other batches may change it.
     """
-    found, places = dict[int, list[Look]](), list(samples)
+    found, places, settings = dict[int, list[Look]](), list(samples), config.evaluate
     for start in range(0, len(places), settings.batch_size):
         loop, rows = DecodeLoop(TorchExecutor(model)), {}
         for place in places[start : start + settings.batch_size]:
             found[place] = []
-            policy, most = ARMS[VISMEM].policy, settings.max_new_tokens
-            (rows[place],) = loop.join(Request([samples[place]], policy, most, seed=seed, looks=found[place]))
+            asked, policy, most = [samples[place]], ARMS[VISMEM].policy, settings.max_new_tokens
+            (rows[place],) = loop.join(Request(asked, policy, most, seed=config.seed, looks=found[place]))
         while loop.step():
             pass
         for place, row in rows.items():

@@ -78,13 +78,6 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="x", color=RULE)
 
 
-def name_columns(axes: Axes, names: Sequence[str]) -> None:
-    """Name the columns of a chart, from left to right."""
-    axes.set_xticks(range(len(names)), names)
-    axes.set_xlim(-0.4, len(names) - 0.6)
-    axes.grid(axis="y", color=RULE)
-
-
 def to_svg(panel: Panel) -> Markup:
     """A panel as an SVG element whose colours are variables of the page; the same text for the same panel."""
     with mpl.rc_context(STYLE):

@@ -80,8 +80,8 @@ def task_panels(metrics: Metrics) -> list[Panel]:
 
 def time_panel(metrics: Metrics) -> Panel | None:
     """Every arm's score against the time of its answers (Figure 6); None where no time was measured."""
-    times = {arm: figures["seconds_per_sample"] for arm, figures in metrics.arms.items()}
-    times = {arm: 1000 * seconds for arm, seconds in times.items() if seconds > 0}
+    times = {arm: 1000 * figures["seconds_per_sample"] for arm, figures in metrics.arms.items()}
+    times = {arm: time for arm, time in times.items() if time > 0}
     if not times:
         return None
     words = {arm: f"{scored(metrics, arm, OVERALL)}, {time:.1f} ms" for arm, time in times.items()}

@@ -43,9 +43,7 @@ show(PAGE);
 function look(chip, on) {
   const pictures = chip.closest(".card").querySelectorAll(".pictures > *"), maps = chip.dataset.maps.split(" ");
   if (maps.length !== pictures.length) return;
-  pictures.forEach((picture, place) => {
-    picture.style.setProperty("--look", on ? maps[place] : "none");
-  });
+  pictures.forEach((picture, place) => picture.style.setProperty("--look", on ? maps[place] : "none"));
 }
 
 for (const chip of document.querySelectorAll("button.chip")) {

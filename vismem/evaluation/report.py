@@ -124,7 +124,7 @@ def render(
 def all_answers(cards: Cards, metrics: Metrics, first: Iterable[int]) -> list[Markup]:
     """A card for every question, in order behind the `first`; where they would be larger than LARGEST, for some."""
     shown: dict[int, Markup] = {}
-    for place in dict.fromkeys([*first, *_shuffled(metrics.n, metrics.seed)]):
+    for place in dict.fromkeys([*first, *random.Random(metrics.seed).sample(range(metrics.n), metrics.n)]):
         card = cards.card(place, metrics.arms)
         if cards.size > LARGEST:
             break
@@ -136,7 +136,7 @@ def to_look_at(predictions: Mapping[str, Sequence[Prediction]], seed: int) -> li
     """Places of questions whose memories' looks the page should show: the examples', then some drawn at random."""
     wins, losses = examples(*disagreements(predictions), seed)
     answers = predictions.get(VISMEM, ())
-    order = dict.fromkeys([*wins, *losses, *_shuffled(len(answers), seed)])
+    order = dict.fromkeys([*wins, *losses, *random.Random(seed).sample(range(len(answers)), len(answers))])
     return [place for place in order if answers[place].invocations][:LOOKED_AT]
 
 
@@ -178,12 +178,6 @@ def _chip(kind: MemoryKind, look: Look | None) -> str:
     said = f"{100 * look.share:.0f} % of this memory's attention was on the pictures"
     data = f'data-tip="{said}" data-maps="{maps}"'
     return f'<button type="button" class="chip {kind}" {data}>{kind}-term memory</button>'
-
-
-def _shuffled(count: int, seed: int) -> list[int]:
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order
 
 
 def _verdict(answer: Prediction) -> str:

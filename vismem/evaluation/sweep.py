@@ -4,17 +4,18 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from vismem.config import PARAMS_FILE
 from vismem.errors import UserError
-from vismem.evaluation.panels import BLUE, GREY, Panel, name_columns, say, to_svg
+from vismem.evaluation.panels import BLUE, GREY, Panel, say, to_svg
 from vismem.evaluation.report import signed
 from vismem.pages import TIPS, page_environment, storable
 from vismem.records import Interval
@@ -40,8 +41,7 @@ def shown_by_dvc() -> list[dict[str, Any]]:
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no word"])[-1]
         raise UserError(f"`dvc exp show` failed ({said}): run in the project's root, which is a Git repository")
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    return list(json.loads(done.stdout))
 
 
 def experiments(shown: Sequence[Mapping[str, Any]]) -> list[Experiment]:
@@ -50,11 +50,10 @@ def experiments(shown: Sequence[Mapping[str, Any]]) -> list[Experiment]:
     for state in (*(run["revs"][0] for each in shown for run in each["experiments"] or ()), *shown):
         data = state["data"] or {}
         gain = _content(data.get("metrics"), SCORES).get("gain")
-        parameters = dict(_flat(_content(data.get("params"), PARAMS_FILE.name)))
+        (parameters,) = pd.json_normalize([_content(data.get("params"), PARAMS_FILE.name)]).to_dict("records")
         if gain and parameters:
-            name, interval = state["name"] or state["rev"][:7], (gain["low"], gain["high"])
-            made = Experiment(name, parameters, gain["points"], interval)
-            found.setdefault(json.dumps(parameters, sort_keys=True), made)
+            ends, name = (gain["low"], gain["high"]), state["name"] or state["rev"][:7]
+            found.setdefault(json.dumps(parameters), Experiment(name, parameters, gain["points"], ends))
     return list(found.values())
 
 
@@ -81,7 +80,9 @@ def panels(found: Sequence[Experiment], values: Mapping[str, list[Any]]) -> list
             for place, each in zip(places, line, strict=True):
                 axes.vlines(place, *each.interval, color=colour, linewidth=1, alpha=0.5)
                 say(axes.scatter(place, each.gain, s=44, color=colour, zorder=3), described(each, values))
-        name_columns(axes, [storable(str(value)) for value in values[key]])
+        axes.set_xticks(range(len(values[key])), [storable(str(value)) for value in values[key]])
+        axes.set_xlim(-0.4, len(values[key]) - 0.6)
+        axes.grid(axis="y")
         axes.set_ylabel("gain (points)")
 
     return [
@@ -124,13 +125,4 @@ def render(shown: Sequence[Mapping[str, Any]]) -> str:
 
 def _content(files: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
     """What DVC has read of a file; nothing where it could not."""
-    content: Mapping[str, Any] = ((files or {}).get(name) or {}).get("data") or {}
-    return content
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return dict(((files or {}).get(name) or {}).get("data") or {})

@@ -63,7 +63,7 @@ def p_value(p: float) -> str:
 
 
 class Difference(Part):
-    """A paired difference from vanilla in percentage points, its 95 % interval, and the permutation test's p."""
+    """A paired difference of two arms in percentage points, its 95 % interval, and the permutation test's p."""
 
     delta: float
     ci95: Interval
@@ -161,6 +161,7 @@ class Metrics(Record, file="metrics.json", step="evaluate"):
     intervals: dict[str, dict[str, Interval]]  # arm -> group -> 95 % interval of the score
     gain: dict[str, Difference]  # group -> VisMem minus vanilla; empty without the arm vismem
     ablations: dict[str, dict[str, Difference]]  # arm -> group -> that arm minus vanilla
+    pairs: dict[str, dict[str, Difference]] = {}  # arm -> each arm before it but vanilla -> arm minus other, overall
     overhead: dict[str, float]  # arm -> seconds over vanilla's, minus 1
     benchmarks: dict[str, BenchmarkScores]
     macro: dict[str, float]  # arm -> mean of its scores over the benchmarks; `overall` is the mean over items

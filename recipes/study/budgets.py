@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from recipes.study.claims import clusters_of, compare
 from vismem.data.tasks import NEEDS
-from vismem.evaluation import plots
+from vismem.evaluation import panels
 from vismem.evaluation.arms import label
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import score_interval, share_interval
@@ -28,7 +28,7 @@ PLACEMENTS = {  # of memories: the arms that have ever more of them
 }
 CHOICES = ("no_memory", "as_short", "as_long")  # what the learned policy chooses among
 KINDS_OF_NEED = ("coarse", "detail", "compute")
-COLOURS = dict(zip(PLACEMENTS, (plots.BLUE, plots.GREY, "#009E73", plots.ORANGE), strict=True))
+COLOURS = dict(zip(PLACEMENTS, (panels.BLUE, panels.GREY, "#009E73", panels.ORANGE), strict=True))
 
 Values = dict[str, Any]
 Answers = Mapping[str, Sequence[Prediction]]
@@ -88,13 +88,13 @@ def lines_plot(placements: Mapping[str, Sequence[Values]]) -> bytes:
             x, y, spans, color=COLOURS[placement], label=label(placement), marker="o", markersize=4, capsize=2
         )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=plots.RULE)
+    axes.grid(axis="y", color=panels.RULE)
     axes.set_xlim(left=-0.1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("mean number of memories per answer")
     axes.set_ylabel("score (%), with the 95 % interval")
     axes.legend(frameon=False)
-    return plots.to_png(figure)
+    return panels.to_png(figure)
 
 
 def needs(scores: pd.DataFrame, resamples: int) -> dict[str, Values]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from recipes.study.budgets import lines_plot
 from recipes.study.claims import NOT_RUN
-from vismem.evaluation import plots
+from vismem.evaluation import panels
 from vismem.evaluation.arms import find_arm, label
 from vismem.evaluation.metrics import CAPABILITIES
 from vismem.evaluation.statistics import holm
@@ -63,14 +63,14 @@ def gain_plot(arms: Values) -> bytes:
     gains = {arm: row["gain"] for arm, row in arms.items() if arm != VANILLA}
     figure = Figure(figsize=(7.2, 1.0 + 0.27 * len(gains)), layout="constrained")
     axes = figure.subplots()
-    axes.axvline(0, color=plots.GREY, linewidth=1)
+    axes.axvline(0, color=panels.GREY, linewidth=1)
     for y, (arm, gain) in enumerate(gains.items()):
-        plots.draw_dot(axes, gain["pooled"]["delta"], y, arm, gain["pooled"]["ci95"])
+        panels.draw_dot(axes, gain["pooled"]["delta"], y, arm, gain["pooled"]["ci95"])
         deltas = [seed["delta"] for seed in gain["seeds"].values()]
         axes.scatter(deltas, [y + 0.28] * len(deltas), s=7, color="#000000", zorder=4)
-    plots.name_rows(axes, [label(arm) for arm in gains])
+    panels.name_rows(axes, [label(arm) for arm in gains])
     axes.set_xlabel("points over vanilla, with the 95 % interval; small dots: single seeds")
-    return plots.to_png(figure)
+    return panels.to_png(figure)
 
 
 def pictures(figures: Values, name: str) -> dict[str, bytes]:

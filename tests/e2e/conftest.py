@@ -1,4 +1,4 @@
-"""Running tritonservers for the tests that only ask them, of a stand-in and of a real bundle; a fresh project."""
+"""Running tritonservers for the tests that only ask them, of a stand-in and of a real bundle; a project; a browser."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from playwright.sync_api import Browser, sync_playwright
 from stand_in import make_repository
 
 from vismem.config import parse_config
@@ -112,3 +113,19 @@ def _environment(folder: Path) -> None:
     script.unlink()
     script.write_text(f"#!{folder / 'bin' / 'python'}\n" + "".join(lines[1:]))
     script.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: `apt-get install chromium`")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

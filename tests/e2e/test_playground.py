@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from http_calls import endless, ends, served
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from vismem.ask import DEFAULT_MODEL, examples
 from vismem.generation.torch_executor import TorchExecutor
@@ -31,17 +30,6 @@ from vismem.serving.playground import add_playground
 
 EXAMPLES = examples()
 BOTH = EXAMPLES[6]  # its answer has memories of both kinds
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine: `apt-get install chromium`")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +48,6 @@ def url(model: VisMem, runtime: Runtime) -> Iterator[str]:
     add_playground(app, "tiny", DEFAULT_MODEL, [HOST], EXAMPLES, model.scope)
     with served(app) as address:
         yield address
-
-
-@pytest.fixture(params=["light", "dark"])
-def scheme(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

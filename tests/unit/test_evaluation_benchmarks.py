@@ -17,7 +17,7 @@ from vismem.evaluation import report
 from vismem.evaluation.benchmarks import HALLUSION, hallusion, task_names
 from vismem.evaluation.evaluate import rows_set_apart
 from vismem.evaluation.metrics import summarise
-from vismem.evaluation.plots import Panel
+from vismem.evaluation.panels import Panel
 from vismem.evaluation.predictions import Prediction
 from vismem.records import Metrics
 from vismem.validation.validate import validate

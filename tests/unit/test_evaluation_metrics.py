@@ -22,7 +22,7 @@ from vismem.evaluation.predictions import (
     relative_positions,
     write_predictions,
 )
-from vismem.evaluation.statistics import holm, score_interval
+from vismem.evaluation.statistics import holm, paired_difference, score_interval
 from vismem.generation.invocation import Learned
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.kinds import MemoryKind
@@ -89,6 +89,23 @@ def test_differences_that_stand_side_by_side_have_holms_p_but_for_the_one_chosen
     apart = metrics["yes_no"]["gain"]
     assert apart["overall"] == metrics["gain"]["overall"]
     assert [apart[name]["p_holm"] for name in ("without", "only")] == holm([apart["without"]["p"], apart["only"]["p"]])
+
+
+def test_arms_are_compared_with_each_other_too_each_pair_once(predictions: dict[str, list[Prediction]]) -> None:
+    predictions["long_only"] = [replace(answer, score=0.0) for answer in predictions["vanilla"]]
+    clustered = {arm: [replace(a, cluster=a.task) for a in rows] for arm, rows in predictions.items()}
+    pairs = summarise(clustered, SECONDS | {"long_only": 0.02}, seed=7, resamples=500)["pairs"]
+    assert {arm: list(row) for arm, row in pairs.items()} == {
+        "short_only": ["vismem"],
+        "long_only": ["vismem", "short_only"],
+    }
+    scores = {arm: np.array([100 * a.score for a in rows]) for arm, rows in clustered.items()}
+    clusters = np.array([a.task for a in clustered["vanilla"]])
+    cells = [(arm, other) for arm, row in pairs.items() for other in row]
+    expected = [paired_difference(scores[a], scores[b], clusters, seed=7, resamples=500) for a, b in cells]
+    for (arm, other), found, p in zip(cells, expected, holm([each.p for each in expected]), strict=True):
+        assert pairs[arm][other] == found.model_copy(update={"p_holm": p}).model_dump(mode="json")
+    assert pairs["short_only"]["vismem"]["delta"] == -12.5
 
 
 def test_every_arm_has_the_interval_of_each_of_its_scores(predictions: dict[str, list[Prediction]]) -> None:

@@ -20,7 +20,8 @@ from vismem.config import Config
 from vismem.evaluation import report
 from vismem.evaluation.arms import ARMS
 from vismem.evaluation.evaluate import write
-from vismem.evaluation.plots import Panel, evaluation_charts, score_panels, to_svg, training_panels
+from vismem.evaluation.panels import Panel, to_svg
+from vismem.evaluation.plots import evaluation_charts, score_panels, training_panels
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.report import disagreements, examples, mark_memories
 from vismem.evaluation.summary import headline, score_table
@@ -108,7 +109,7 @@ def test_the_step_writes_a_page_that_needs_no_network(
     assert "does not decode" in page
     assert "\N{MINUS SIGN}50.0" in page, "a loss has a true minus"
     assert headline(metrics) in page
-    assert page.count("<svg") == sum(map(len, charts.values())) == 4 + 3 + 2 + 3
+    assert page.count("<svg") == sum(map(len, charts.values())) == 4 + 3 + 1 + 2 + 3
     assert Metrics.read(tmp_path) == metrics
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
@@ -140,7 +141,12 @@ def test_every_question_is_in_the_page_as_each_arm_answered_it_with_what_the_fil
     page = page_of(predictions)
     cards = [attributes for tag, attributes in Elements(page).found if tag == "article"][-8:]
     assert [card["data-task"] for card in cards] == [answer.task for answer in predictions["vanilla"]]
-    rights = ["".join(str(int(arm[place].score)) for arm in predictions.values()) for place in range(8)]
+    unread = {arm: [answer.rule == "unparsed" for answer in rows] for arm, rows in predictions.items()}
+    rights = [
+        "".join("u" if unread[arm][place] else str(int(rows[place].score)) for arm, rows in predictions.items())
+        for place in range(8)
+    ]
+    assert {*"".join(rights)} == {"0", "1", "u"}
     assert [card["data-right"] for card in cards] == rights
     assert [card["data-memory"] for card in cards] == ["nsn", "nbn", "nsn", "nnn", "nln", *["nnn"] * 3]
     reordered = dict(reversed(predictions.items()))
@@ -175,7 +181,7 @@ def test_a_picture_is_in_the_page_once_and_a_large_one_as_a_thumbnail(
     small, large = png("red"), png("blue", 600)
     page = page_of(predictions, {f"item-{place}": [small, large] for place in range(8)})
     addresses = re.findall(r"url\(data:image/(\w+);base64,([^)]+)\)", page)
-    assert [kind for kind, _ in addresses] == ["png", "jpeg"]
+    assert [kind for kind, _ in addresses] == ["png", "webp"]
     assert base64.b64decode(addresses[0][1]) == small
     with Image.open(io.BytesIO(base64.b64decode(addresses[1][1]))) as image:
         assert image.size == (168, 168)

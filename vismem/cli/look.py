@@ -44,6 +44,10 @@ def add_commands(commands: Commands) -> None:
     for name, port in STACK_PORTS.items():
         add(f"--{name}-port", type=int, default=port, help="0: any free one (default: %(default)s)")
 
+    about = "draw how the gain depends on the parameters that experiments of DVC varied (`dvc exp run --queue -S ...`)"
+    add = command("sweep", _run_sweep, about, options=False)
+    add("--out", type=Path, default=Path("sweep.html"), metavar="FILE", help="the page (default: %(default)s)")
+
     add = command("params", _run_params, "print the parameters in force, each explained")
     add("--defaults", action="store_true", help="the defaults, whatever --params and --profile say")
     add("--all", action="store_true", help="also the keys that are seldom changed")
@@ -102,6 +106,14 @@ def _run_stack(arguments: argparse.Namespace) -> None:
     from vismem.stack import serve_stack
 
     serve_stack(arguments.data, {name: getattr(arguments, f"{name}_port") for name in STACK_PORTS})
+
+
+def _run_sweep(arguments: argparse.Namespace) -> None:
+    from vismem.evaluation.sweep import render, shown_by_dvc
+    from vismem.files import write_text
+
+    write_text(arguments.out, render(shown_by_dvc()))
+    print(f"sweep: {arguments.out}")
 
 
 def _run_params(arguments: argparse.Namespace) -> None:

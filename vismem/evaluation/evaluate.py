@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -23,12 +24,15 @@ from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, label, resolve_arms
+from vismem.evaluation.looks import find_looks
 from vismem.evaluation.metrics import summarise
+from vismem.evaluation.panels import Panel
 from vismem.evaluation.predictions import Prediction, predict, predictions_file, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
 from vismem.files import empty_folder, write_json, write_text
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
+from vismem.models.attention import Look
 from vismem.models.variants import load_variant
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
@@ -80,7 +84,9 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, Pictures((samples, ids)), sources)
+    asked = {place: samples[place] for place in report.to_look_at(predictions, config.seed)}
+    looks = find_looks(models[VISMEM], asked, decoded[VISMEM].rollouts, config) if asked else {}
+    write(config, out, predictions, metrics, charts, Pictures((samples, ids)), sources, looks)
     return headline(metrics)
 
 
@@ -228,9 +234,10 @@ def write(
     out: Path,
     predictions: Mapping[str, Sequence[Prediction]],
     metrics: Metrics,
-    charts: Mapping[str, Sequence[plots.Panel]],
+    charts: Mapping[str, Sequence[Panel]],
     pictures: Mapping[str, Sequence[bytes]],
     sources: Mapping[str, str],
+    looks: Mapping[int, Sequence[Look]] = MappingProxyType({}),
     suite: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write all files of the step into `out`; leftovers of a killed run go. `suite`: its rows, where it was one."""
@@ -248,7 +255,7 @@ def write(
         "git commit": f"{git['commit'] or 'unknown'}{', with uncommitted changes' if git['dirty'] else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    page = report.render(metrics, predictions, charts, pictures, provenance, config.evaluate, suite)
+    page = report.render(metrics, predictions, charts, pictures, provenance, config.evaluate, looks, suite)
     write_text(out / "report.html", page)
 
 

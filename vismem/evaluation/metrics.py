@@ -51,14 +51,18 @@ def summarise(
     clusters = np.array([cluster_of(item) for item in items])
     options: dict[str, Any] = {"seed": seed, "resamples": resamples}
 
+    def minus(arm: str, other: str, mask: npt.NDArray[np.bool_]) -> Difference:
+        return paired_difference(scores[arm][mask], scores[other][mask], clusters[mask], **options)
+
     def minus_vanilla(masks: Masks, *arms: str) -> dict[str, dict[str, Any]]:
         return _side_by_side({
-            (arm, name): paired_difference(scores[arm][mask], scores[VANILLA][mask], clusters[mask], **options)
-            for arm in arms for name, mask in masks.items()
+            (arm, name): minus(arm, VANILLA, mask) for arm in arms for name, mask in masks.items()
         })  # fmt: skip
 
     benchmarks = by_benchmark(items, scores, set_apart)
-    differences = minus_vanilla(groups, *(arm for arm in scores if arm != VANILLA))
+    others = [arm for arm in scores if arm != VANILLA]
+    differences = minus_vanilla(groups, *others)
+    pairs = [(arm, other) for place, arm in enumerate(others) for other in others[:place]]
     return {
         "n": len(items),
         "seed": seed,
@@ -78,6 +82,7 @@ def summarise(
         },
         "gain": differences.pop(VISMEM, {}),
         "ablations": differences,
+        "pairs": _side_by_side({(arm, other): minus(arm, other, groups[OVERALL]) for arm, other in pairs}),
         "overhead": {
             arm: float(seconds[arm] / seconds[VANILLA] - 1) for arm in scores if arm != VANILLA and seconds[VANILLA]
         },
@@ -125,7 +130,7 @@ def is_yes_no(prediction: Prediction) -> bool:
 
 
 def _side_by_side(cells: Mapping[tuple[str, str], Difference]) -> dict[str, dict[str, Any]]:
-    """Arm -> group -> a table's differences with Holm's p, all but the one chosen beforehand: VisMem's, overall."""
+    """Row -> column -> a table's differences with Holm's p, all but the one chosen beforehand: VisMem's, overall."""
     others = [cell for cell in cells if cell != (VISMEM, OVERALL)]
     adjusted = dict(zip(others, holm([cells[cell].p for cell in others]), strict=True))
     table: dict[str, dict[str, Any]] = {}

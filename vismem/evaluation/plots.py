@@ -1,68 +1,35 @@
-"""The charts of an evaluation (paper Figures 5 and 9), and the small tables behind them.
+"""The charts of an evaluation (paper Figures 5, 6 and 9), and the small tables behind them.
 
 A chart is a few panels, small enough for a phone. The report shows each as SVG in the page's own colours; for
 `dvc plots`, MLflow and the model card the panels of a chart are one PNG.
 """
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 
 from vismem.evaluation.arms import label
 from vismem.evaluation.metrics import invocation_places
+from vismem.evaluation.panels import BAND, BLUE, GREY, ORANGE, Panel, draw_dot, name_rows, say, to_sheet
 from vismem.evaluation.predictions import Prediction
 from vismem.models.kinds import MemoryKind
+from vismem.pages import storable
 from vismem.records import OVERALL, VANILLA, VISMEM, MemoryUse, Metrics
 
-# Okabe and Ito's colours: they stay apart for colour-blind readers. Vanilla is also a ring, for readers without colour.
-BLUE, ORANGE, GREY, RULE = "#0072B2", "#D55E00", "#7F7F7F", "#E3E7EC"
-INK, PAPER, BAND = "#1C2430", "#FFFFFF", "#C8C8C8"
 KIND_COLOURS = {MemoryKind.SHORT: BLUE, MemoryKind.LONG: ORANGE}
 KIND_COLUMNS = {f"invocations_{kind.value}": f"{kind.value}-term" for kind in KIND_COLOURS}  # of stage2.csv
-# In a page a colour is a variable of its style sheet, so that a chart follows the page into the dark.
-VARIABLES = {BLUE: "blue", ORANGE: "orange", GREY: "grey", RULE: "line", INK: "ink", PAPER: "paper", BAND: "band"}
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    "text.parse_math": False,  # a task may have any name
-    **{"legend.frameon": False, "legend.handlelength": 1, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2},
-    "svg.fonttype": "none",
-    "svg.hashsalt": "vismem",  # the same bytes for the same chart
-}
 BINS = 10  # of the relative position
 MIDDLES = (np.arange(BINS) + 0.5) / BINS
-LONGEST_NAME = 24  # letters of a task, left of its row
-WIDTH = 3.5  # inches of a panel: 336 pixels, a phone's
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One small chart: its title and what it shows in words, its height in inches, and the function that draws it."""
-
-    title: str
-    words: str
-    height: float
-    draw: Callable[[Axes], None]
+WIDEST_NAME = 125  # points of a task's name, left of its row: half of a panel
+_FONT = FontProperties(size=9)
 
 
 def score_panels(metrics: Metrics) -> list[Panel]:
@@ -73,7 +40,8 @@ def score_panels(metrics: Metrics) -> list[Panel]:
     def draw(axes: Axes, group: str) -> None:
         axes.axvline(metrics.arms[VANILLA][group], color=GREY, linewidth=1, linestyle="--")
         for y, arm in enumerate(arms):
-            draw_dot(axes, metrics.arms[arm][group], y, arm, metrics.intervals[arm][group])
+            interval, words = metrics.intervals[arm][group], scored(metrics, arm, group)
+            draw_dot(axes, metrics.arms[arm][group], y, arm, interval, words=words)
         name_rows(axes, [label(arm) for arm in arms])
         axes.set_xlim(min(ends) - 3, max(ends) + 3)
         axes.set_xlabel("score (%)")
@@ -96,7 +64,8 @@ def task_panels(metrics: Metrics) -> list[Panel]:
                 axes.hlines(y, scores[VANILLA], scores[VISMEM], color=BAND, linewidth=3)
             for arm in (VANILLA, VISMEM):
                 if arm in scores:
-                    draw_dot(axes, scores[arm], y, arm, name="" if y else label(arm))
+                    words = f"{label(arm)}, {name}: {scores[arm]:.1f} %"
+                    draw_dot(axes, scores[arm], y, arm, name="" if y else label(arm), words=words)
         name_rows(axes, [f"{_short(name)} ({metrics.tasks[name].n})" for name in names])
         axes.set_xlim(-3, 103)
         axes.set_xlabel("score (%)")
@@ -109,6 +78,35 @@ def task_panels(metrics: Metrics) -> list[Panel]:
     return panels
 
 
+def time_panel(metrics: Metrics) -> Panel | None:
+    """Every arm's score against the time of its answers (Figure 6); None where no time was measured."""
+    times = {arm: 1000 * figures["seconds_per_sample"] for arm, figures in metrics.arms.items()}
+    times = {arm: time for arm, time in times.items() if time > 0}
+    if not times:
+        return None
+    words = {arm: f"{scored(metrics, arm, OVERALL)}, {time:.1f} ms" for arm, time in times.items()}
+
+    def draw(axes: Axes) -> None:
+        for arm, time in sorted(times.items(), key=lambda item: item[0] in (VANILLA, VISMEM)):  # these on top
+            (low, high), colour = metrics.intervals[arm][OVERALL], BLUE if arm == VISMEM else GREY
+            axes.vlines(time, low, high, color=colour, linewidth=1, alpha=0.5)
+            draw_dot(axes, time, metrics.arms[arm][OVERALL], arm, words=words[arm])
+            if arm in (VANILLA, VISMEM):
+                axes.text(time, high, label(arm), color=colour, ha="center", va="bottom")
+        axes.grid()
+        axes.margins(0.15)
+        axes.set_xlabel("time per question (ms)")
+        axes.set_ylabel("score (%)")
+
+    return Panel("overall", f"Score against time: {'; '.join(words.values())}", 2.8, draw)
+
+
+def scored(metrics: Metrics, arm: str, group: str) -> str:
+    """An arm's score with its interval, in words."""
+    low, high = metrics.intervals[arm][group]
+    return f"{label(arm)}: {metrics.arms[arm][group]:.1f} % ({low:.1f} to {high:.1f})"
+
+
 def invocation_panels(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction]) -> list[Panel]:
     """VisMem's invocations per answer by task and kind, and where in the answer they stand (Figures 5 and 9)."""
     sides = {MemoryKind.SHORT: -0.5, MemoryKind.LONG: 0.5}
@@ -117,7 +115,9 @@ def invocation_panels(tasks: Mapping[str, MemoryUse], answers: Sequence[Predicti
         for kind, side in sides.items():
             rates = [getattr(use, kind.value).per_answer for use in tasks.values()]
             places = np.arange(len(tasks)) + side * 0.36
-            axes.barh(places, rates, 0.36, color=KIND_COLOURS[kind], label=f"{kind.value}-term")
+            bars = axes.barh(places, rates, 0.36, color=KIND_COLOURS[kind], label=f"{kind.value}-term")
+            for bar, task, rate in zip(bars, tasks, rates, strict=True):
+                say(bar, f"{task}, {kind.value}-term: {rate:.2f} per answer")
         name_rows(axes, [_short(task) for task in tasks])
         axes.set_xlim(left=0)
         axes.set_xlabel("invocations per answer")
@@ -190,8 +190,10 @@ def position_counts(answers: Sequence[Prediction], kind: MemoryKind) -> npt.NDAr
 def evaluation_charts(
     metrics: Metrics, predictions: Mapping[str, Sequence[Prediction]], curves: Mapping[str, pd.DataFrame]
 ) -> dict[str, list[Panel]]:
-    """The charts by name: `scores`, `tasks`, with VisMem `invocation`, and `training` where there are curves."""
+    """The charts by name: `scores`, `tasks`; where they are known `time`, VisMem's `invocation` and `training`."""
     charts = {"scores": score_panels(metrics), "tasks": task_panels(metrics)}
+    if time := time_panel(metrics):
+        charts["time"] = [time]
     if metrics.invocation is not None:
         used = metrics.invocation.tasks
         charts["invocation"] = invocation_panels({task: used[task] for task in metrics.tasks}, predictions[VISMEM])
@@ -225,68 +227,12 @@ def write_plots(
     positions.to_csv(folder / "invocation_position.csv", index=False)
 
 
-def draw_dot(axes: Axes, x: float, y: int, arm: str, interval: Sequence[float] = (), name: str = "") -> None:
-    """An arm's figure in row `y`: VisMem's blue, vanilla's a ring, any other's grey; `interval` is (low, high)."""
-    colour = BLUE if arm == VISMEM else GREY
-    if interval:
-        axes.hlines(y, *interval, color=colour, linewidth=2)
-    inside = PAPER if arm == VANILLA else colour
-    axes.scatter(x, y, s=44, facecolors=inside, edgecolors=colour, linewidths=1.8, zorder=3, label=name or None)
-
-
-def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Name the rows of a chart, the first on top."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color=RULE)
-
-
-def to_svg(panel: Panel) -> Markup:
-    """A panel as an SVG element whose colours are variables of the page; the same text for the same panel."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, panel.height), layout="constrained")
-        axes = figure.subplots()
-        panel.draw(axes)
-        axes.set_title(panel.title)
-        file = io.StringIO()
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)  # nothing refers to them, and several charts share the page
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour.lower(), f"var(--{variable})")
-    return Markup(text)
-
-
-def to_sheet(panels: Sequence[Panel]) -> bytes:
-    """The panels below each other as PNG."""
-    with mpl.rc_context(STYLE):
-        size = (1.25 * WIDTH, sum(panel.height for panel in panels))
-        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.07))
-        rows = figure.subplots(len(panels), 1, height_ratios=[panel.height for panel in panels], squeeze=False)[:, 0]
-        for axes, panel in zip(rows, panels, strict=True):
-            panel.draw(axes)
-            axes.set_title(panel.title)
-            if axes.get_legend_handles_labels()[1]:  # beside the title
-                axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
-        return to_png(figure)
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as PNG, the same bytes for the same figure."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
-    return file.getvalue()
-
-
 def _short(task: str) -> str:
     """A task's name, cut where it would leave no room for the chart."""
-    name = task.replace("_", " ")
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    name = storable(task).replace("_", " ")[:60]
+    while text_to_path.get_text_width_height_descent(name, _FONT, False)[0] > WIDEST_NAME:
+        name = f"{name[:-2]}…"
+    return name
 
 
 def _height(rows: int) -> float:

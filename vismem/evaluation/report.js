@@ -1,5 +1,4 @@
 // Filters the answers, a page at a time. Without it the page shows them all.
-"use strict";
 const PAGE = 24;
 const form = document.querySelector("form.filters");
 const { vanilla } = form.dataset;
@@ -9,10 +8,11 @@ const more = document.getElementById("more");
 const tests = {
   any: () => true,
   right: (right, arm) => right[arm] === "1",
-  wrong: (right, arm) => right[arm] === "0",
-  differs: (right) => right.includes("0") && right.includes("1"),
-  won: (right, arm) => right[arm] === "1" && right[vanilla] === "0",
-  lost: (right, arm) => right[arm] === "0" && right[vanilla] === "1",
+  wrong: (right, arm) => right[arm] !== "1",
+  unparsed: (right, arm) => right[arm] === "u",
+  differs: (right) => right.includes("1") && /[^1]/.test(right),
+  won: (right, arm) => right[arm] === "1" && right[vanilla] !== "1",
+  lost: (right, arm) => right[arm] !== "1" && right[vanilla] === "1",
 };
 
 function show(limit) {
@@ -38,3 +38,15 @@ form.hidden = false;
 form.addEventListener("input", () => show(PAGE));
 form.addEventListener("submit", (event) => event.preventDefault());
 show(PAGE);
+
+// Where a memory looked, over the question's pictures; not where the model saw them in tiles.
+function look(chip, on) {
+  const pictures = chip.closest(".card").querySelectorAll(".pictures > *"), maps = chip.dataset.maps.split(" ");
+  if (maps.length !== pictures.length) return;
+  pictures.forEach((picture, place) => picture.style.setProperty("--look", on ? maps[place] : "none"));
+}
+
+for (const chip of document.querySelectorAll("button.chip")) {
+  chip.onpointerenter = chip.onfocus = chip.onclick = () => look(chip, true);
+  chip.onpointerleave = chip.onblur = () => look(chip, false);
+}

@@ -1,42 +1,56 @@
 """`report.html`: one self-contained page that reads offline, from metrics, predictions and charts."""
 
+import base64
 import hashlib
+import io
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from markupsafe import Markup, escape
+from PIL import Image
 
 from vismem.config import EvaluateConfig
 from vismem.data.answer_forms import normalise
+from vismem.evaluation.answers import UNPARSED
 from vismem.evaluation.arms import label, resolve_arms
 from vismem.evaluation.benchmarks import task_names
+from vismem.evaluation.looks import map_picture
 from vismem.evaluation.metrics import cluster_of, is_yes_no
-from vismem.evaluation.plots import Panel, to_svg
+from vismem.evaluation.panels import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.summary import headline
+from vismem.models.attention import Look
 from vismem.models.kinds import MemoryKind
-from vismem.pages import page_environment, thumbnail
+from vismem.pages import TIPS, page_environment, storable, thumbnail
 from vismem.records import OVERALL, VANILLA, VISMEM, Metrics, p_value
+from vismem.runtime.images import upright
 
 EXAMPLES = 4  # at most, of wins and of losses
-LARGEST = 10_000_000  # bytes of answers and their pictures in the page; of more, as many as fit are drawn at random
+LOOKED_AT = 60  # questions at most for which the page shows where memories looked
+LARGEST = 4_000_000  # bytes of answers and their pictures in the page; of more, as many as fit are drawn at random
 SCRIPT = Path(__file__).with_name("report.js")
 
 
 class Cards:
     """Answered questions as HTML. A picture that several questions share is embedded once, as a class of the style."""
 
-    def __init__(self, predictions: Mapping[str, Sequence[Prediction]], pictures: Mapping[str, Sequence[bytes]]):
+    def __init__(
+        self,
+        predictions: Mapping[str, Sequence[Prediction]],
+        pictures: Mapping[str, Sequence[bytes]],
+        looks: Mapping[int, Sequence[Look]],
+    ) -> None:
         self.environment = page_environment("vismem.evaluation")
         self.environment.filters |= {f.__name__: f for f in (label, mark_memories, p_value, signed)}
         self.rules: list[str] = []  # of the style sheet, one per picture
         self.size = 0  # bytes of all cards and rules so far
         self._macro = self.environment.get_template("card.html.j2").module.card  # type: ignore[attr-defined]
-        self._predictions, self._pictures = predictions, pictures
+        self._predictions, self._pictures, self._looks = predictions, pictures, looks
         self._tasks = task_names(next(iter(predictions.values())))
         self._classes: dict[bytes, str] = {}  # by the picture's sha256
 
@@ -45,10 +59,10 @@ class Cards:
         answers = {arm: self._predictions[arm][place] for arm in arms}
         asked = next(iter(answers.values()))
         classes = [self._class(data) for data in self._pictures.get(asked.id, ())]
-        card = Markup(
-            self._macro(asked, self._tasks[place], answers, classes, [_memory(answer) for answer in answers.values()])
-        )
-        self.size += len(card.encode())
+        filtered = [(_verdict(answer), _memory(answer)) for answer in answers.values()]
+        looks = {VISMEM: self._looks.get(place, ())}
+        card = Markup(self._macro(asked, self._tasks[place], answers, classes, *zip(*filtered, strict=True), looks))
+        self.size += len(card.encode(errors="replace"))
         return card
 
     def _class(self, data: bytes) -> str:
@@ -56,8 +70,11 @@ class Cards:
         if (key := hashlib.sha256(data).digest()) not in self._classes:
             address = thumbnail(data)
             self._classes[key] = f"p{len(self._classes)}" if address else ""
-            self.rules += [f".{self._classes[key]}{{background-image:url({address})}}"] if address else []
-            self.size += len(address or "")
+            if address:
+                width, height = upright(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))).size
+                size = f"{100 * min(1, width / height):.0f}% {100 * min(1, height / width):.0f}%"
+                self.rules.append(f".{self._classes[key]}{{background-image:url({address});--size:{size}}}")
+                self.size += len(self.rules[-1])
         return self._classes[key]
 
 
@@ -68,18 +85,20 @@ def render(
     pictures: Mapping[str, Sequence[bytes]],
     provenance: Mapping[str, str],
     settings: EvaluateConfig,
+    looks: Mapping[int, Sequence[Look]] = MappingProxyType({}),
     suite: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The page. `charts`: panels by name; `pictures`: a sample's id to its images; `suite`: rows of `suite.json`.
+    """The page. `charts`: panels by name; `pictures`: a sample's id to its images; `looks`: by place, see `find_looks`;
+    `suite`: rows of `suite.json`.
 
     Everything that came from data is escaped; pictures are embedded, as thumbnails.
     """
-    cards = Cards(predictions, pictures)
+    cards = Cards(predictions, pictures, looks)
     wins, losses = disagreements(predictions)
     shown_wins, shown_losses = (
         [cards.card(place, (VISMEM, VANILLA)) for place in places] for places in examples(wins, losses, metrics.seed)
     )
-    answers = all_answers(cards, metrics.arms, metrics)
+    answers = all_answers(cards, metrics, looks)
     references = [normalise(answer.reference) for answer in predictions[VANILLA] if is_yes_no(answer)]
     page: str = cards.environment.get_template("report.html.j2").render(
         metrics=metrics,
@@ -96,25 +115,33 @@ def render(
         loss_count=len(losses),
         answers=answers,
         largest=LARGEST,
+        looked_at=len(looks),
         picture_style=Markup("\n".join(cards.rules)),
         provenance=provenance,
         settings=settings,
         suite=suite,
-        script=Markup(SCRIPT.read_text()),
+        script=Markup(TIPS + SCRIPT.read_text()),
     )
-    return page
+    return storable(page)
 
 
-def all_answers(cards: Cards, arms: Iterable[str], metrics: Metrics) -> list[Markup]:
-    """A card for every question, in order; where they would be larger than LARGEST, for some drawn at random."""
-    order, shown = list(range(metrics.n)), {}
-    random.Random(metrics.seed).shuffle(order)
-    for place in order:
-        card = cards.card(place, arms)
+def all_answers(cards: Cards, metrics: Metrics, first: Iterable[int]) -> list[Markup]:
+    """A card for every question, in order behind the `first`; where they would be larger than LARGEST, for some."""
+    shown: dict[int, Markup] = {}
+    for place in dict.fromkeys([*first, *random.Random(metrics.seed).sample(range(metrics.n), metrics.n)]):
+        card = cards.card(place, metrics.arms)
         if cards.size > LARGEST:
             break
         shown[place] = card
-    return [card for _, card in sorted(shown.items())]
+    return [shown[place] for place in sorted(shown, key=lambda place: (place not in first, place))]
+
+
+def to_look_at(predictions: Mapping[str, Sequence[Prediction]], seed: int) -> list[int]:
+    """Places of questions whose memories' looks the page should show: the examples', then some drawn at random."""
+    wins, losses = examples(*disagreements(predictions), seed)
+    answers = predictions.get(VISMEM, ())
+    order = dict.fromkeys([*wins, *losses, *random.Random(seed).sample(range(len(answers)), len(answers))])
+    return [place for place in order if answers[place].invocations][:LOOKED_AT]
 
 
 def disagreements(predictions: Mapping[str, Sequence[Prediction]]) -> tuple[list[int], list[int]]:
@@ -133,17 +160,33 @@ def examples(wins: Sequence[int], losses: Sequence[int], seed: int) -> tuple[lis
     return shown_wins, shown_losses
 
 
-def mark_memories(marked_text: str) -> Markup:
-    """The answer as HTML, each invocation a coloured chip, everything else escaped."""
-    text = str(escape(marked_text))
-    for kind in MemoryKind:
-        text = text.replace(f"&lt;m_I^{kind[0]}&gt;", f' <span class="chip {kind}">{kind}-term memory</span> ')
+def mark_memories(marked_text: str, looks: Sequence[Look] = ()) -> Markup:
+    """The answer as HTML, each invocation a coloured chip, everything else escaped; a chip with a look shows it."""
+    parts = re.split("&lt;m_I\\^([sl])&gt;", str(escape(marked_text)))
+    kinds = [next(kind for kind in MemoryKind if kind[0] == letter) for letter in parts[1::2]]
+    known: Sequence[Look | None] = looks if len(looks) == len(kinds) else [None] * len(kinds)
+    chips = [_chip(kind, look) for kind, look in zip(kinds, known, strict=True)]
+    text = parts[0] + "".join(f" {chip} {said}" for chip, said in zip(chips, parts[2::2], strict=True))
     return Markup(re.sub(r"\s{2,}", " ", text).strip())
 
 
 def signed(value: float) -> str:
     """With its sign, a true minus: as wide as a plus."""
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _chip(kind: MemoryKind, look: Look | None) -> str:
+    if look is None:
+        return f'<span class="chip {kind}">{kind}-term memory</span>'
+    maps = " ".join(f"url({map_picture(grid, kind)})" if grid else "none" for grid in look.maps)
+    said = f"{100 * look.share:.0f} % of this memory's attention was on the pictures"
+    data = f'data-tip="{said}" data-maps="{maps}"'
+    return f'<button type="button" class="chip {kind}" {data}>{kind}-term memory</button>'
+
+
+def _verdict(answer: Prediction) -> str:
+    """For the page's filter, as one letter: 1 right, u unparsed, 0 wrong otherwise."""
+    return "1" if answer.score == 1 else "u" if answer.rule == UNPARSED else "0"
 
 
 def _memory(answer: Prediction) -> str:

@@ -186,7 +186,7 @@ def _write(config: Config, inputs: Mapping[str, Path], out: Path, every: Sequenc
     pictures = Pictures(*((one.samples, own) for one, own in zip(scored, ids, strict=True)))
     judge = f"{config.suite.judge_model or 'none'} {config.suite.judge_url}"
     sources = {"base model": str(inputs["base"]), "test data (sha256)": metrics.test_sha256, "judge": judge}
-    write(config, out, predictions, metrics, charts, pictures, sources, rows)
+    write(config, out, predictions, metrics, charts, pictures, sources, suite=rows)
     write_json(out / "suite.json", rows)
     return "\n".join([headline(metrics), *(f"{row['name']}: {row['why'] or _beside(row)}" for row in rows)])
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.evaluation.evaluate import pick
-from vismem.evaluation.plots import score_panels, to_sheet
+from vismem.evaluation.panels import to_sheet
+from vismem.evaluation.plots import score_panels
 from vismem.export.card import PICTURE, model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity

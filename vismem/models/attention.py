@@ -42,10 +42,11 @@ class Attention(TorchFunctionMode):
             self.called = args[0], args[1], kwargs.get("attn_mask"), kwargs.get("scale")
         return function(*args, **kwargs)
 
-    def weights(self) -> Tensor:
-        """(R, queries, keys) the mean over heads, each query's sum 1."""
+    def weights(self, last: int) -> Tensor:
+        """(R, last, keys) of the last queries, the mean over heads; each query's sum is 1."""
         assert self.called is not None
         query, key, mask, scale = self.called
+        query, mask = query[:, :, -last:], mask if mask is None else mask[..., -last:, :]
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if mask is not None:
@@ -54,7 +55,7 @@ class Attention(TorchFunctionMode):
 
     def looks(self, kind: MemoryKind, inputs: FormationInputs, tokens: int) -> list[Look]:
         """Where each row's memory looked, whose `tokens` are the last queries."""
-        weights = self.weights()[:, -tokens:].mean(1)
+        weights = self.weights(tokens).mean(1)
         read = Row.short if kind is MemoryKind.SHORT else Row.long
         return [read(inputs, row).look(own) for row, own in enumerate(weights)]
 

@@ -18,6 +18,7 @@ from vismem.runtime.images import upright
 
 THUMBNAIL = 168  # pixels, longest side; shown at half of that, for screens with two pixels a point
 AS_IT_IS = 16_000  # bytes: a file of a small image up to this size is embedded unchanged
+TIPS = Path(__file__).with_name("tips.js").read_text()  # a script for pages whose elements have data-tip
 LARGEST = 10_000  # pixels a side: what is larger may be a bomb, and is not decoded
 
 
@@ -37,15 +38,21 @@ def thumbnail(data: bytes) -> str | None:
         return None
     with Image.open(io.BytesIO(data)) as image:
         if max(image.size) <= THUMBNAIL and len(data) <= AS_IT_IS and image.format in ("PNG", "JPEG"):
-            return _data_uri(data, image.format)
+            return data_uri(data, image.format)
         small = upright(image)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=85)
-    return _data_uri(file.getvalue(), "JPEG")
+    small.save(file, "WEBP", quality=80)
+    return data_uri(file.getvalue(), "WEBP")
 
 
-def _data_uri(data: bytes, form: str) -> str:
+def storable(text: str) -> str:
+    """The text with half characters replaced, which JSON can hold and no file can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def data_uri(data: bytes, form: str) -> str:
+    """The address of an image that stands in the page itself."""
     return f"data:image/{form.lower()};base64,{base64.b64encode(data).decode()}"
 
 

@@ -1,0 +1,139 @@
+"""The model `vismem` of lmms-eval: its generation tasks score any arm of `evaluate`, decoded by our own engine.
+
+lmms-eval finds it by the entry point group `lmms_eval.models`; nothing of ours imports this module.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+from vismem.data.sample import Sample
+from vismem.errors import UserError, nearest
+from vismem.evaluation.arms import ARMS, find_arm
+from vismem.generation.engine import generate
+from vismem.inference import VisMem
+from vismem.progress import progress
+from vismem.records import VISMEM
+from vismem.runtime.chat import IMAGE, Turn, joined
+from vismem.runtime.limits import NEW_TOKENS
+
+DELIMITER = "\n\n"  # lmms-eval's own `until` where a task names none: it would cut answers of several paragraphs
+
+MANIFEST = ModelManifest(model_id="vismem", chat_class_path="vismem.evaluation.lmms.VisMemLmms")
+
+logger = logging.getLogger(__name__)
+
+
+class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
+    """`--model vismem --model_args pretrained=MODEL,arm=ARM`."""
+
+    is_simple = False  # it takes conversations
+
+    def __init__(
+        self,
+        pretrained: str,
+        arm: str = VISMEM,
+        base: str | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str | None = None,
+        batch_size: int | str = 16,
+        max_batch_size: int | None = None,
+        max_new_tokens: int = NEW_TOKENS,
+        seed: int = 0,
+    ) -> None:
+        """`pretrained`, `base`, `device`, `dtype`: see `VisMem.from_pretrained`. `arm`: an arm of the trained model.
+
+        `max_new_tokens` where a task does not say. Of several processes each has the GPU of its rank.
+        """
+        super().__init__()
+        known = [name for name, own in ARMS.items() if own.model == VISMEM]
+        found = find_arm(arm)
+        if found is None or found.model != VISMEM:
+            raise UserError(
+                f"arm={arm}: no arm of the trained model{nearest(arm, known)}; there are {', '.join(known)}"
+            )
+        if device in (None, "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.arm, self.seed, self.longest = found, int(seed), int(max_new_tokens)
+        self.rows = int(batch_size) if str(batch_size).isdigit() else 16  # "auto"
+        self.vismem = VisMem.from_pretrained(pretrained, device, dtype, base)
+        self.device = self.vismem.model.backbone.device
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """The answers, in order. UserError for a question or a setting that the model has no use for."""
+        answers: list[GenerationResult] = []
+        with progress(f"lmms-eval: {self.arm.label}", len(requests)) as advance:
+            for settings, group in groupby(requests, key=lambda request: self._settings(request.args[2])):
+                for asked in _batches(group, self.rows):
+                    answers += self._answer(asked, *settings)
+                    advance(len(asked))
+        return answers
+
+    def _answer(
+        self, asked: Sequence[Instance], limit: int, temperature: float, until: Sequence[str]
+    ) -> Iterator[GenerationResult]:
+        samples, policy = [self._sample(request) for request in asked], self.arm.policy
+        options: dict[str, Any] = {"max_new_tokens": limit, "temperature": temperature, "seed": self.seed}
+        for rollout in generate(self.vismem.model, samples, policy, **options):
+            text = rollout.text
+            for stop in until:
+                text = text.partition(stop)[0]
+            yield GenerationResult(text, TokenCounts(output_tokens=rollout.answer_length))
+
+    def _sample(self, request: Instance) -> Sample:
+        """The question; its id, by which random arms draw, is that of the task's document."""
+        _, doc_to_messages, _, doc, task, split = request.args
+        images, turns = list[Any](), list[Turn]()
+        for message in doc_to_messages(self.task_dict[task][split][doc]):
+            parts = list[str | None]()
+            for part in message["content"]:
+                if part["type"] not in ("text", "image"):
+                    raise UserError(f"{task}, document {doc}: {part['type']} is not supported, only text and images")
+                parts.append(part["text"] if part["type"] == "text" else IMAGE)
+                images += [part["url"]] if part["type"] == "image" else []
+            turns.append(Turn(message["role"], joined(parts)))
+        try:
+            return replace(self.vismem.sample(images, turns), id=f"{task}-{doc}")
+        except UserError as error:
+            raise UserError(f"{task}, document {doc}: {error}") from None
+
+    def _settings(self, given: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:
+        """Longest answer in tokens, temperature and stop strings of a task's `generation_kwargs`."""
+        temperature = float(given.get("temperature") or 0) if given.get("do_sample", True) else 0.0
+        neutral = {"num_beams": 1, "n": 1, **({"top_p": 1, "top_k": 0} if temperature else {})}
+        for name, value in neutral.items():
+            if (asked := given.get(name)) not in (None, value):
+                raise UserError(f"generation_kwargs: {name}={asked} is not supported: give --gen_kwargs {name}={value}")
+        until = given.get("until") or []
+        stops = [until] if isinstance(until, str) else until
+        limit = int(given.get("max_new_tokens") or self.longest)
+        return limit, temperature, tuple(stop for stop in stops if stop and stop != DELIMITER)
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Refused: which memories come is decided while an answer is decoded."""
+        raise UserError(
+            "vismem decodes answers and scores no given ones: choose a task of `output_type: generate_until`"
+        )
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Refused."""
+        raise UserError("vismem answers no tasks of several rounds: choose one of `output_type: generate_until`")
+
+
+def _batches(items: Iterator[Instance], size: int) -> Iterator[list[Instance]]:
+    batch = list[Instance]()
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

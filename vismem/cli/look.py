@@ -30,6 +30,14 @@ def add_commands(commands: Commands) -> None:
     add("which", nargs="*", metavar="VERSION", help=about)
     add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
 
+    about = "compare arms question by question, from answers of `vismem evaluate`, lmms-eval or VLMEvalKit"
+    add = command("compare", _run_compare, about, options=False)
+    about = "an arm and its files, .parquet, *_samples_*.jsonl, .xlsx, .tsv, .json; the first arm is the reference"
+    add("--arm", nargs="+", action="append", required=True, metavar=("NAME", "FILE"), help=about)
+    add("--metric", metavar="NAME", help="the harness's score to compare, where its files have several")
+    add("--cluster", metavar="NAME", help="the key or column of what questions share, such as a picture's name")
+    add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
+
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
     add("--port", type=int, help="default: registry.ui_port; 0: any free one")
 
@@ -88,6 +96,21 @@ def _run_models(arguments: argparse.Namespace) -> None:
             from vismem.registry.inspect import verify
 
             print(verify(config, *which))
+
+
+def _run_compare(arguments: argparse.Namespace) -> None:
+    files = {name: [*map(Path, paths)] for name, *paths in arguments.arm}
+    if len(files) < len(arguments.arm) or not all(files.values()) or len(files) < 2:
+        arguments.parser.error("give --arm NAME FILE... twice or more, each with a name of its own and a file")
+    from vismem.config import EvaluateConfig
+    from vismem.evaluation.compare import compare, read_arms, told_clusters
+    from vismem.summary import print_table
+
+    arms = read_arms(files, arguments.metric, arguments.cluster)
+    title = "Scores in percent, differences in points, with 95 % intervals; p by Holm"
+    print_table(compare(arms, arguments.seed, EvaluateConfig().bootstrap), title)
+    if len(told_clusters(arms)) < len(next(iter(arms.values()))):
+        print("No file says which questions share a picture: where some do, intervals are wider than these (--cluster)")
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:

@@ -4,9 +4,12 @@ A harness's own score of a question is taken where the file has one; VLMEvalKit'
 by our rules (`vismem.evaluation.answers`).
 """
 
+import csv
+import io
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,23 +129,28 @@ def _kit(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored
 def _table(path: Path) -> list[dict[str, str]]:
     """The rows, all cells as text, empty ones as an empty text."""
     try:
-        if path.suffix == ".json":
-            rows = json.loads(path.read_text("utf-8"))
-            if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-                raise ValueError("no list of objects")
-            return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
-        options: Any = {"dtype": str, "keep_default_na": False}
-        if path.suffix == ".xlsx":
-            table = pd.read_excel(path, **options)
-        else:
-            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", **options)
+        match path.suffix:
+            case ".json":
+                rows = json.loads(path.read_text("utf-8"))
+            case ".xlsx":
+                rows = pd.read_excel(path, dtype=str, keep_default_na=False).to_dict("records")
+            case ending:
+                csv.field_size_limit(sys.maxsize)
+                text = path.read_bytes().decode("utf-8-sig")
+                if not text.endswith("\n"):
+                    raise ValueError("it ends within a row")
+                lines = io.StringIO(text, newline="")
+                rows = [*csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else ",", strict=True)]
+        if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+            raise ValueError("it is no list of objects")
+        if any(row.keys() != rows[0].keys() or (None in row.values() and path.suffix != ".json") for row in rows):
+            raise ValueError("its rows have different columns")
     except ImportError:
         raise UserError(f"{path}: `pip install openpyxl` reads .xlsx; or run VLMEvalKit with PRED_FORMAT=tsv") from None
     except Exception as error:  # noqa: BLE001 - whatever a reader stumbles over in a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is no table of VLMEvalKit, or damaged: {reason[:300]}") from None
-    found: list[dict[str, str]] = table.to_dict("records")
-    return found
+    return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
 def _dataset(path: Path) -> str:

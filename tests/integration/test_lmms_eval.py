@@ -1,14 +1,15 @@
 """lmms-eval scores our arms by its own rules, and they are the answers and scores of `vismem evaluate`."""
 
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from http_calls import served
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is heavy and no part of the development environment")
 
@@ -22,9 +23,14 @@ from vismem.data.sample import write_shards
 from vismem.errors import UserError
 from vismem.evaluation.arms import resolve_arms
 from vismem.evaluation.evaluate import decode
-from vismem.evaluation.lmms import VisMemLmms
+from vismem.evaluation.lmms import VisMemLmms, _settings
 from vismem.evaluation.predictions import predict
+from vismem.evaluation.scored import read_scored
+from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
+from vismem.records import VISMEM
+from vismem.serving.answering import Runtime
+from vismem.serving.http import create_app
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "tiny-vlm-memory"
@@ -88,13 +94,23 @@ def expected() -> dict[str, list[Any]]:
     }
 
 
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    model = VisMem.from_pretrained(MODEL, "cpu").model
+    with served(create_app(Runtime(TorchExecutor(model)), "tiny")) as address:
+        yield address
+
+
+@pytest.mark.parametrize("over_http", [False, True])
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if not arm.startswith("random")])
 def test_an_arm_has_the_answers_and_the_score_of_an_evaluation(
-    arm: str, tasks: Path, expected: dict[str, list[Any]]
+    arm: str, over_http: bool, tasks: Path, expected: dict[str, list[Any]], url: str
 ) -> None:
+    name = "tiny" if arm == VISMEM else f"tiny-{arm}"
+    http = f"model_version={name},base_url={url}/v1,api_key=none,num_concurrent=4"
     found = simple_evaluate(
-        model="vismem",
-        model_args=f"pretrained={MODEL},arm={arm},device=cpu",
+        model="openai" if over_http else "vismem",
+        model_args=http if over_http else f"pretrained={MODEL},arm={arm},device=cpu",
         tasks=["tiny_scenes"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         batch_size=5,
@@ -125,9 +141,8 @@ def test_the_command_finds_the_model_and_writes_what_it_answered(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.rglob("*_samples_tiny_scenes.jsonl")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {row["doc_id"]: row["correct"] for row in rows} == {
-        place: answer.score for place, answer in enumerate(expected["vanilla"])
+    assert {row.id: (row.score, row.reference) for row in read_scored(file)} == {
+        f"tiny_scenes-{place}": (answer.score, answer.reference) for place, answer in enumerate(expected["vanilla"])
     }
 
 
@@ -159,14 +174,15 @@ def test_conversations_keep_their_turns_and_the_places_of_their_images(model: Vi
     sample = model._sample(Asked(turns))
     assert [turn.parts for turn in sample.chat] == [("look:", None, "which\ncolour?"), ("red",), ("sure?", None)]
     assert (sample.id, len(sample.images)) == ("task-0", 2)
+    assert model._sample(Asked(turns)).id == "task-0 again 2"  # a repeat draws other numbers
     (answer,) = model.generate_until([Asked(turns, max_new_tokens=3)])
     assert answer.token_counts.output_tokens <= 3
 
 
 def test_settings_of_a_task_are_obeyed_or_refused(model: VisMemLmms) -> None:
-    assert model._settings({"until": ["\n\n"], "top_p": 0.5, "num_beams": 1}) == (120, 0.0, ())
-    assert model._settings({"until": "STOP", "temperature": 0.7, "do_sample": False}) == (120, 0.0, ("STOP",))
-    assert model._settings({"temperature": 0.7, "do_sample": True, "max_new_tokens": 9}) == (9, 0.7, ())
+    assert _settings({"until": ["\n\n"], "top_p": 0.5, "num_beams": 1}) == (0, 0.0, ())
+    assert _settings({"until": "STOP", "temperature": 0.7, "do_sample": False}) == (0, 0.0, ("STOP",))
+    assert _settings({"temperature": 0.7, "do_sample": True, "max_new_tokens": 9}) == (9, 0.7, ())
     for settings, said in (
         ({"num_beams": 4}, "num_beams=4 is not supported: give --gen_kwargs num_beams=1"),
         ({"temperature": 1, "top_p": 0.9}, "top_p=0.9"),
@@ -198,7 +214,7 @@ def test_a_question_that_cannot_be_asked_says_which(
 
 def test_what_the_model_cannot_do_is_refused(model: VisMemLmms) -> None:
     assert get_model("vismem") is VisMemLmms
-    with pytest.raises(UserError, match="scores no given ones"):
+    with pytest.raises(UserError, match="scores no given answers"):
         model.loglikelihood([])
     with pytest.raises(UserError, match="no tasks of several rounds"):
         model.generate_until_multi_round([])

@@ -103,14 +103,16 @@ def _run_compare(arguments: argparse.Namespace) -> None:
     if len(files) < len(arguments.arm) or not all(files.values()) or len(files) < 2:
         arguments.parser.error("give --arm NAME FILE... twice or more, each with a name of its own and a file")
     from vismem.config import EvaluateConfig
-    from vismem.evaluation.compare import compare, read_arms, told_clusters
+    from vismem.evaluation.compare import compare, read_arms
     from vismem.summary import print_table
 
     arms = read_arms(files, arguments.metric, arguments.cluster)
-    title = "Scores in percent, differences in points, with 95 % intervals; p by Holm"
-    print_table(compare(arms, arguments.seed, EvaluateConfig().bootstrap), title)
-    if len(told_clusters(arms)) < len(next(iter(arms.values()))):
-        print("No file says which questions share a picture: where some do, intervals are wider than these (--cluster)")
+    rows = compare(arms, arguments.seed, EvaluateConfig().bootstrap)
+    print_table(rows, "Scores in percent, differences in points, with 95 % intervals; p by Holm")
+    if rows[-1]["clusters"] == rows[-1]["n"]:
+        print(
+            "Every question counts by itself: where some share a picture, intervals are wider; name it with --cluster"
+        )
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:

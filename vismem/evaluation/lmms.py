@@ -3,11 +3,12 @@
 lmms-eval finds it by the entry point group `lmms_eval.models`; nothing of ours imports this module.
 """
 
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from functools import reduce
+from itertools import groupby, islice
 from typing import Any, Literal
 
 import torch
@@ -29,8 +30,6 @@ DELIMITER = "\n\n"  # lmms-eval's own `until` where a task names none: it would 
 
 MANIFEST = ModelManifest(model_id="vismem", chat_class_path="vismem.evaluation.lmms.VisMemLmms")
 
-logger = logging.getLogger(__name__)
-
 
 class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
     """`--model vismem --model_args pretrained=MODEL,arm=ARM`."""
@@ -45,7 +44,6 @@ class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str | None = None,
         batch_size: int | str = 16,
-        max_batch_size: int | None = None,
         max_new_tokens: int = NEW_TOKENS,
         seed: int = 0,
     ) -> None:
@@ -57,41 +55,33 @@ class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
         known = [name for name, own in ARMS.items() if own.model == VISMEM]
         found = find_arm(arm)
         if found is None or found.model != VISMEM:
-            raise UserError(
-                f"arm={arm}: no arm of the trained model{nearest(arm, known)}; there are {', '.join(known)}"
-            )
+            there = f"{nearest(arm, known)}; there are {', '.join(known)}"
+            raise UserError(f"arm={arm}: no arm of the trained model{there}")
         if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.arm, self.seed, self.longest = found, int(seed), int(max_new_tokens)
         self.rows = int(batch_size) if str(batch_size).isdigit() else 16  # "auto"
+        self.asked = Counter[str]()  # how often each question was: repeats draw other numbers
         self.vismem = VisMem.from_pretrained(pretrained, device, dtype, base)
         self.device = self.vismem.model.backbone.device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """The answers, in order. UserError for a question or a setting that the model has no use for."""
-        answers: list[GenerationResult] = []
+        answers = list[GenerationResult]()
         with progress(f"lmms-eval: {self.arm.label}", len(requests)) as advance:
-            for settings, group in groupby(requests, key=lambda request: self._settings(request.args[2])):
-                for asked in _batches(group, self.rows):
-                    answers += self._answer(asked, *settings)
+            for (limit, temperature, until), group in groupby(requests, key=lambda request: _settings(request.args[2])):
+                options: dict[str, Any] = {"max_new_tokens": limit or self.longest, "temperature": temperature}
+                while asked := [*map(self._sample, islice(group, self.rows))]:
+                    for rollout in generate(self.vismem.model, asked, self.arm.policy, seed=self.seed, **options):
+                        text = reduce(lambda text, stop: text.partition(stop)[0], until, rollout.text)
+                        answers.append(GenerationResult(text, TokenCounts(output_tokens=rollout.answer_length)))
                     advance(len(asked))
         return answers
 
-    def _answer(
-        self, asked: Sequence[Instance], limit: int, temperature: float, until: Sequence[str]
-    ) -> Iterator[GenerationResult]:
-        samples, policy = [self._sample(request) for request in asked], self.arm.policy
-        options: dict[str, Any] = {"max_new_tokens": limit, "temperature": temperature, "seed": self.seed}
-        for rollout in generate(self.vismem.model, samples, policy, **options):
-            text = rollout.text
-            for stop in until:
-                text = text.partition(stop)[0]
-            yield GenerationResult(text, TokenCounts(output_tokens=rollout.answer_length))
-
     def _sample(self, request: Instance) -> Sample:
-        """The question; its id, by which random arms draw, is that of the task's document."""
+        """The question; random numbers are drawn by its id."""
         _, doc_to_messages, _, doc, task, split = request.args
-        images, turns = list[Any](), list[Turn]()
+        images, turns, name = list[Any](), list[Turn](), f"{task}-{doc}"
         for message in doc_to_messages(self.task_dict[task][split][doc]):
             parts = list[str | None]()
             for part in message["content"]:
@@ -101,39 +91,27 @@ class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
                 images += [part["url"]] if part["type"] == "image" else []
             turns.append(Turn(message["role"], joined(parts)))
         try:
-            return replace(self.vismem.sample(images, turns), id=f"{task}-{doc}")
+            sample = self.vismem.sample(images, turns)
         except UserError as error:
             raise UserError(f"{task}, document {doc}: {error}") from None
-
-    def _settings(self, given: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:
-        """Longest answer in tokens, temperature and stop strings of a task's `generation_kwargs`."""
-        temperature = float(given.get("temperature") or 0) if given.get("do_sample", True) else 0.0
-        neutral = {"num_beams": 1, "n": 1, **({"top_p": 1, "top_k": 0} if temperature else {})}
-        for name, value in neutral.items():
-            if (asked := given.get(name)) not in (None, value):
-                raise UserError(f"generation_kwargs: {name}={asked} is not supported: give --gen_kwargs {name}={value}")
-        until = given.get("until") or []
-        stops = [until] if isinstance(until, str) else until
-        limit = int(given.get("max_new_tokens") or self.longest)
-        return limit, temperature, tuple(stop for stop in stops if stop and stop != DELIMITER)
+        self.asked[name] += 1
+        return replace(sample, id=name if self.asked[name] == 1 else f"{name} again {self.asked[name]}")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refused: which memories come is decided while an answer is decoded."""
-        raise UserError(
-            "vismem decodes answers and scores no given ones: choose a task of `output_type: generate_until`"
-        )
+        raise UserError("vismem scores no given answers: choose a task of `output_type: generate_until`")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Refused."""
         raise UserError("vismem answers no tasks of several rounds: choose one of `output_type: generate_until`")
 
 
-def _batches(items: Iterator[Instance], size: int) -> Iterator[list[Instance]]:
-    batch = list[Instance]()
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _settings(given: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:
+    """Longest answer in tokens (0: not said), temperature and stop strings of a task's `generation_kwargs`."""
+    temperature = float(given.get("temperature") or 0) if given.get("do_sample", True) else 0.0
+    for name, value in {"num_beams": 1, "n": 1, **({"top_p": 1, "top_k": 0} if temperature else {})}.items():
+        if (asked := given.get(name)) not in (None, value):
+            raise UserError(f"generation_kwargs: {name}={asked} is not supported: give --gen_kwargs {name}={value}")
+    until = given.get("until") or []
+    stops = [until] if isinstance(until, str) else until
+    return int(given.get("max_new_tokens") or 0), temperature, tuple(s for s in stops if s and s != DELIMITER)

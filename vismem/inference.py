@@ -169,10 +169,7 @@ class VisMem:
     # --- one request ---
 
     def sample(self, images: Images, question: str | Chat, max_new_tokens: int = NEW_TOKENS) -> Sample:
-        """The request as the engine takes it, checked as `answer` does.
-
-        What the base cannot read is said in the log, which Python shows on stderr.
-        """
+        """The request as the engine takes it, checked. What the base cannot read is logged, which stderr shows."""
         several = [images] if isinstance(images, AnyImage) else list(images)
         names = [
             str(image) if isinstance(image, str | Path) else f"image {number} of {len(several)}"

@@ -216,8 +216,11 @@ def test_what_the_model_cannot_do_is_refused(model: VisMemLmms) -> None:
     assert get_model("vismem") is VisMemLmms
     with pytest.raises(UserError, match="scores no given answers"):
         model.loglikelihood([])
-    with pytest.raises(UserError, match="no tasks of several rounds"):
+    with pytest.raises(UserError, match="takes no tasks of several rounds"):
         model.generate_until_multi_round([])
-    for arm, said in (("short_onli", "did you mean 'short_only'"), ("sft_lora", "no arm of the trained model")):
+    for arm, said in (
+        ("short_onli", "did you mean 'short_only'"),
+        ("sft_lora", "arm=sft_lora: the trained model has vanilla, "),
+    ):
         with pytest.raises(UserError, match=said):
             VisMemLmms(str(MODEL), arm=arm)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
-from vismem.config import resolve
+from vismem.config import EvaluateConfig, resolve
 from vismem.errors import UserError, mask_credentials
 from vismem.params_file import render_params
 
@@ -36,7 +36,6 @@ def add_commands(commands: Commands) -> None:
     add("--arm", nargs="+", action="append", required=True, metavar=("NAME", "FILE"), help=about)
     add("--metric", metavar="NAME", help="the harness's score to compare, where its files have several")
     add("--cluster", metavar="NAME", help="the key or column of what questions share, such as a picture's name")
-    add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
 
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
     add("--port", type=int, help="default: registry.ui_port; 0: any free one")
@@ -102,17 +101,14 @@ def _run_compare(arguments: argparse.Namespace) -> None:
     files = {name: [*map(Path, paths)] for name, *paths in arguments.arm}
     if len(files) < len(arguments.arm) or not all(files.values()) or len(files) < 2:
         arguments.parser.error("give --arm NAME FILE... twice or more, each with a name of its own and a file")
-    from vismem.config import EvaluateConfig
     from vismem.evaluation.compare import compare, read_arms
     from vismem.summary import print_table
 
     arms = read_arms(files, arguments.metric, arguments.cluster)
-    rows = compare(arms, arguments.seed, EvaluateConfig().bootstrap)
+    rows = compare(arms, seed=0, resamples=EvaluateConfig().bootstrap)
     print_table(rows, "Scores in percent, differences in points, with 95 % intervals; p by Holm")
     if rows[-1]["clusters"] == rows[-1]["n"]:
-        print(
-            "Every question counts by itself: where some share a picture, intervals are wider; name it with --cluster"
-        )
+        print("Every question counts by itself: where some share a picture, name what tells with --cluster")
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 from vismem.errors import UserError
 from vismem.evaluation.scored import Scored, read_scored
 from vismem.evaluation.statistics import holm, paired_difference, score_interval
-from vismem.records import OVERALL, Interval, p_value
+from vismem.records import OVERALL, p_value
 
+SCORE = "{:.1f} ({:.1f} to {:.1f})"
 Arms = Mapping[str, Mapping[str, Scored]]  # arm -> its questions by id
 
 
@@ -59,21 +60,17 @@ def compare(arms: Arms, seed: int, resamples: int) -> list[dict[str, str]]:
     }
     said = {}
     for (cell, difference), p in zip(found.items(), holm([each.p for each in found.values()]), strict=True):
-        judged = difference.model_copy(update={"p_holm": p})
-        said[cell] = f"{judged.delta:+.1f} {_span(judged.ci95, '+')}, {p_value(p)}: {judged.outcome}"
+        judged, (low, high) = difference.model_copy(update={"p_holm": p}), difference.ci95
+        said[cell] = f"{judged.delta:+.1f} ({low:+.1f} to {high:+.1f}), {p_value(p)}: {judged.outcome}"
     return [
         {
             "benchmark": name,
             "arm": arm,
             "n": str(mask.sum()),
             "clusters": str(len(np.unique(clusters[mask]))),
-            "score": f"{scores[arm][mask].mean():.1f} {_span(score_interval(scores[arm][mask], clusters[mask]), '')}",
+            "score": SCORE.format(scores[arm][mask].mean(), *score_interval(scores[arm][mask], clusters[mask])),
             f"minus {first}": said.get((name, arm), ""),
         }
         for name, mask in masks.items()
         for arm in arms
     ]
-
-
-def _span(interval: Interval, sign: str) -> str:
-    return "({:{s}.1f} to {:{s}.1f})".format(*interval, s=sign)

@@ -27,7 +27,6 @@ from vismem.runtime.chat import IMAGE, Turn, joined
 from vismem.runtime.limits import NEW_TOKENS
 
 DELIMITER = "\n\n"  # lmms-eval's own `until` where a task names none: it would cut answers of several paragraphs
-
 MANIFEST = ModelManifest(model_id="vismem", chat_class_path="vismem.evaluation.lmms.VisMemLmms")
 
 
@@ -55,8 +54,7 @@ class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
         known = [name for name, own in ARMS.items() if own.model == VISMEM]
         found = find_arm(arm)
         if found is None or found.model != VISMEM:
-            there = f"{nearest(arm, known)}; there are {', '.join(known)}"
-            raise UserError(f"arm={arm}: no arm of the trained model{there}")
+            raise UserError(f"arm={arm}: the trained model has {', '.join(known)}{nearest(arm, known)}")
         if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.arm, self.seed, self.longest = found, int(seed), int(max_new_tokens)
@@ -97,13 +95,13 @@ class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
         self.asked[name] += 1
         return replace(sample, id=name if self.asked[name] == 1 else f"{name} again {self.asked[name]}")
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Refused: which memories come is decided while an answer is decoded."""
         raise UserError("vismem scores no given answers: choose a task of `output_type: generate_until`")
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> Any:
         """Refused."""
-        raise UserError("vismem answers no tasks of several rounds: choose one of `output_type: generate_until`")
+        raise UserError("vismem takes no tasks of several rounds: choose one of `output_type: generate_until`")
 
 
 def _settings(given: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:

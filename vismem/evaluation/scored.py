@@ -26,8 +26,6 @@ from vismem.evaluation.predictions import read_predictions
 
 LMMS_FILE = re.compile(r"(?:.*_)?samples_(?P<task>.+)\.jsonl")
 KIT_SCORES = ("hit", "score", "eval_score", "match")  # columns in which VLMEvalKit's files of results hold a score
-KIT_RESULT = re.compile(r"_(?:[^_]+|exact_matching)_result$")  # how their names end
-MISSING = "\0"  # a cell of a row that is too short
 FAILED = ("[LMMS_EVAL_REQUEST_FAILED", "Failed to obtain answer")  # how the harnesses' answers of failed calls begin
 
 
@@ -120,10 +118,10 @@ def _table(path: Path) -> list[dict[str, str]]:
             text = path.read_bytes().decode("utf-8-sig")
             if not text.endswith("\n"):
                 raise ValueError("it ends within a row")
-            rows = [*csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", restval=MISSING, strict=True)]
+            rows = [*csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", restval="\0", strict=True)]
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise ValueError("it is no list of objects")
-    if any(row.keys() != rows[0].keys() or MISSING in row.values() for row in rows):
+    if any(row.keys() != rows[0].keys() or "\0" in row.values() for row in rows):
         raise ValueError("its rows have different columns")
     return [{key: "" if cell is None or cell != cell else str(cell) for key, cell in row.items()} for row in rows]
 
@@ -132,7 +130,7 @@ def _benchmark(path: Path) -> str:
     """The data set: VLMEvalKit writes MODEL/[RUN/]MODEL_DATASET[_JUDGE_result].xlsx."""
     for folder in path.absolute().parents[:2]:
         if path.stem.startswith(f"{folder.name}_"):
-            return KIT_RESULT.sub("", path.stem.removeprefix(f"{folder.name}_"))
+            return re.sub(r"_(?:[^_]+|exact_matching)_result$", "", path.stem.removeprefix(f"{folder.name}_"))
     raise UserError(f"{path}: VLMEvalKit keeps its files in a folder of the model's name; leave it there")
 
 

@@ -170,8 +170,7 @@ class Runtime:
             raise RequestError("no image: send at least one with the question")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-        mode = mode_of(memory)
-        modes = self.executor.modes
+        mode, modes = mode_of(memory), self.executor.modes
         if mode not in modes:
             raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(modes)}")
         chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt

@@ -18,8 +18,7 @@ from vismem.runtime.limits import MAX_STOPS
 from vismem.serving.answering import Chunk
 
 MAX_TURNS, MAX_PARTS = 256, 256  # of a conversation, and of a turn
-# The arms of `evaluate` that a request may ask for, and their modes.
-ARMS = {"vanilla": "vanilla", "no_memory": "off", "short_only": "short", "long_only": "long"}
+ARMS = {"vanilla": "vanilla", "no_memory": "off", "short_only": "short", "long_only": "long"}  # of `evaluate`: mode
 
 
 class Strict(BaseModel):

@@ -31,11 +31,10 @@ logger = logging.getLogger(__name__)
 def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     """The endpoint over a runtime whose model is called `name`; with a `token`, callers must send it as a bearer's.
 
-    Each arm of `ARMS` that the runtime can decode is a model of its own, `name`-ARM, for clients that cannot send
-    `vismem.memory`.
+    An arm that the runtime can decode is a model too, `name`-ARM, for clients that cannot send `vismem.memory`.
     """
-    modes = {name: "learned"}
-    modes |= {f"{name}-{arm}": mode for arm, mode in ARMS.items() if mode in runtime.executor.modes}
+    arms = {f"{name}-{arm}": mode for arm, mode in ARMS.items() if mode in runtime.executor.modes}
+    modes = {name: "learned", **arms}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +56,6 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
         about = {"object": "model", "created": 0, "owned_by": "vismem"}
-        # `parent` is how vLLM tells adapters from their model.
         return {"object": "list", "data": [{"id": m, "parent": name if m != name else None, **about} for m in modes]}
 
     @app.post("/v1/chat/completions", response_model=None)

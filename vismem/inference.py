@@ -113,7 +113,7 @@ class VisMem:
         batch_size: int = 16,
     ) -> list[Answer]:
         """Answer (images, question) pairs, `batch_size` together; see `answer`. In float32 each is as it is alone."""
-        samples = [self._sample(images, question, max_new_tokens) for images, question in questions]
+        samples = [self.sample(images, question, max_new_tokens) for images, question in questions]
         answers = []
         for at in range(0, len(samples), batch_size):
             started = time.perf_counter()
@@ -140,7 +140,7 @@ class VisMem:
         seed: int = 0,
     ) -> Iterator[Token]:
         """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.exchange`."""
-        sample = self._sample(images, question, max_new_tokens)
+        sample = self.sample(images, question, max_new_tokens)
         policy = policy_of(memory)
         ids = stream(self.model, sample, policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         return self._text(ids)
@@ -168,8 +168,8 @@ class VisMem:
 
     # --- one request ---
 
-    def _sample(self, images: Images, question: str | Chat, max_new_tokens: int) -> Sample:
-        """The request, checked. What the base cannot read is said in the log, which Python shows on stderr."""
+    def sample(self, images: Images, question: str | Chat, max_new_tokens: int = NEW_TOKENS) -> Sample:
+        """The request as the engine takes it, checked. What the base cannot read is logged, which stderr shows."""
         several = [images] if isinstance(images, AnyImage) else list(images)
         names = [
             str(image) if isinstance(image, str | Path) else f"image {number} of {len(several)}"

@@ -267,9 +267,9 @@ def test_a_limit_that_an_arm_cannot_have_is_refused(name: str, said: str) -> Non
 
 
 def test_only_arms_that_need_nothing_trained_are_the_bare_base() -> None:
-    assert {name for name, arm in ARMS.items() if arm.base} == {"vanilla", "relook", "full_resolution"}
+    assert {name for name, arm in ARMS.items() if arm.policy.base} == {"vanilla", "relook", "full_resolution"}
     for name, arm in ARMS.items():
-        assert arm.base == arm.description.startswith("the base model"), name
+        assert arm.policy.base == arm.description.startswith("the base model"), name
 
 
 def test_a_limit_draws_the_same_items_for_the_same_seed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
-from vismem.config import resolve
+from vismem.config import EvaluateConfig, resolve
 from vismem.errors import UserError, mask_credentials
 from vismem.params_file import render_params
 
@@ -29,6 +29,13 @@ def add_commands(commands: Commands) -> None:
     about = "numbers or aliases; default: show and verify champion, promote challenger, compare champion challenger"
     add("which", nargs="*", metavar="VERSION", help=about)
     add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
+
+    about = "compare arms question by question, from answers of `vismem evaluate`, lmms-eval or VLMEvalKit"
+    add = command("compare", _run_compare, about, options=False)
+    about = "an arm and its files, .parquet, *_samples_*.jsonl, .xlsx, .tsv, .json; the first arm is the reference"
+    add("--arm", nargs="+", action="append", required=True, metavar=("NAME", "FILE"), help=about)
+    add("--metric", metavar="NAME", help="the harness's score to compare, where its files have several")
+    add("--cluster", metavar="NAME", help="the key or column of what questions share, such as a picture's name")
 
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
     add("--port", type=int, help="default: registry.ui_port; 0: any free one")
@@ -92,6 +99,20 @@ def _run_models(arguments: argparse.Namespace) -> None:
             from vismem.registry.inspect import verify
 
             print(verify(config, *which))
+
+
+def _run_compare(arguments: argparse.Namespace) -> None:
+    files = {name: [*map(Path, paths)] for name, *paths in arguments.arm}
+    if len(files) < len(arguments.arm) or not all(files.values()) or len(files) < 2:
+        arguments.parser.error("give --arm NAME FILE... twice or more, each with a name of its own and a file")
+    from vismem.evaluation.compare import compare, read_arms
+    from vismem.summary import print_table
+
+    arms = read_arms(files, arguments.metric, arguments.cluster)
+    rows = compare(arms, seed=0, resamples=EvaluateConfig().bootstrap)
+    print_table(rows, "Scores in percent, differences in points, with 95 % intervals; p by Holm")
+    if rows[-1]["clusters"] == rows[-1]["n"]:
+        print("Every question counts by itself: where some share a picture, name what tells with --cluster")
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from vismem.records import VANILLA, VISMEM
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of decoding. `policy` says when memory is invoked; `base` leaves the trained policy's adapter off too.
+    """One way of decoding. `policy` says when memory is invoked.
 
     `model` is what is decoded: "vismem", or the baseline of that name in `vismem.steps.BASELINES`.
     """
@@ -26,7 +26,6 @@ class Arm:
     label: str  # as reports show it
     description: str
     policy: policies.InvocationPolicy
-    base: bool = False
     model: str = VISMEM
 
 
@@ -66,7 +65,7 @@ _MATCHED = "the same with as many parameters as VisMem's formation"
 _VISION = "the same with a LoRA of the vision encoder, trained together"
 _FULL_RESOLUTION = "the base model, no memory, its images not shrunk to memory.prompt_pixels"
 _ARMS = (
-    Arm(VANILLA, "vanilla", "the base model, no memory", policies.Off(), base=True),
+    Arm(VANILLA, "vanilla", "the base model, no memory", policies.Off(base=True)),
     Arm(VISMEM, "VisMem", "memory where the trained policy asks for it", policies.Learned()),
     *(_random(percent, f"random {percent} %") for percent in (25, 50, 75)),
     _random(100, "every delimiter"),
@@ -77,8 +76,8 @@ _ARMS = (
     Arm("swapped", "swapped", "the trained policy asks; each memory formed is of the other kind", controls.Swapped()),
     Arm("noise", "noise", "the trained policy asks; it gets noise of a memory's mean and spread", controls.Noise()),
     Arm("shuffled", "shuffled", "the trained policy asks; it gets another question's memory", controls.Shuffled()),
-    Arm("relook", "relook", "the base model, no memory, its images shown once more", controls.Relook(), base=True),
-    Arm("full_resolution", "full resolution", _FULL_RESOLUTION, controls.FullResolution(), base=True),
+    Arm("relook", "relook", "the base model, no memory, its images shown once more", controls.Relook(base=True)),
+    Arm("full_resolution", "full resolution", _FULL_RESOLUTION, controls.FullResolution(base=True)),
     _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
     _baseline("sft_lora_matched", "SFT-LoRA, matched", _MATCHED),
     _baseline("sft_lora_long", "SFT-LoRA, longer", "the same, trained for about as many seconds as VisMem"),

@@ -6,7 +6,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -260,7 +259,6 @@ def write(
 
 
 def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
-    with model.reference() if arm.base else nullcontext():
-        return generate(
-            model, samples, arm.policy, max_new_tokens=config.evaluate.max_new_tokens, temperature=0.0, seed=config.seed
-        )
+    return generate(
+        model, samples, arm.policy, max_new_tokens=config.evaluate.max_new_tokens, temperature=0.0, seed=config.seed
+    )

@@ -56,6 +56,7 @@ class InvocationPolicy:
     sampled: tuple[MemoryKind, ...] = ()  # kinds whose invoke token the model itself may emit
     declines: bool = False  # every invoke token that the model emits is declined: a word is decoded in its place
     whole: bool = False  # the prompt shows whole images, whatever `memory.prompt_pixels` says
+    base: bool = False  # the bare base answers: the policy's adapter is off
 
     # --- when a memory comes ---
 
@@ -88,7 +89,7 @@ class InvocationPolicy:
 
 @dataclass(frozen=True)
 class Off(InvocationPolicy):
-    """No memory: the vanilla arm."""
+    """No memory; with `base` the vanilla arm."""
 
     limit: int | None = 0
 
@@ -110,8 +111,11 @@ MODES: dict[str, InvocationPolicy] = {  # what a request may ask for, by name
 }
 
 
+BASE_MODES = MODES | {"vanilla": Off(base=True)}  # where the executor has the base without the policy's adapter
+
+
 def mode_of(memory: bool | str) -> str:
-    """A name of `MODES`: True is "learned" and False "off". Another name is given back as it is."""
+    """A mode's name: True is "learned" and False "off". Another name is given back as it is."""
     return ("learned" if memory else "off") if isinstance(memory, bool) else memory
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vismem.generation.invocation import NONE
+from vismem.generation.invocation import MODES, NONE
 from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.slots import Slots, room
 from vismem.models.kinds import MemoryKind
@@ -37,6 +37,7 @@ class OnnxExecutor:
     positions: Floats
 
     running = nullcontext
+    modes = MODES
 
     def __init__(self, bundle: Bundle, max_patches: int | None = None, cache_bytes: int = 0) -> None:
         """`max_patches`: of a question's images after resizing, whole and coarse ones together; None: no limit.

@@ -15,7 +15,7 @@ from torch import Tensor
 from vismem.data.sample import Sample
 from vismem.generation.context import Context
 from vismem.generation.decode_state import DecodeState
-from vismem.generation.invocation import NONE
+from vismem.generation.invocation import BASE_MODES, NONE
 from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.prompts import encode, inputs_of
 from vismem.generation.slots import room
@@ -46,6 +46,7 @@ class _Source:
 
     context: Context
     prompt: Prompt  # before the policy appends to it
+    adapted: bool  # the policy's adapter is on, if the model has one
     donors: Sequence[int] | None  # for each sample, the one whose memory its answers are given
     donated: dict[MemoryKind, Tensor] = field(default_factory=dict)
 
@@ -54,6 +55,7 @@ class TorchExecutor:
     """See `loop.Executor`. Its methods are called in inference mode."""
 
     running = torch.inference_mode
+    modes = BASE_MODES
 
     def __init__(self, model: VisMemModel, max_patches: int | None = None, cache_bytes: int = 0) -> None:
         """`max_patches`: of a question's images after resizing; None: no limit. `cache_bytes`: see `OnnxExecutor`."""
@@ -88,30 +90,32 @@ class TorchExecutor:
 
     def join(self, request: Request, limit: int) -> list[Prefilled]:
         policy, samples = request.policy, request.samples
-        if isinstance(samples[0], Prepared):  # it comes alone
-            context = self._read(samples[0])
-            prompt = opened = context.prompt
-        else:
-            prompt = request.prompt or encode(self.backbone, samples, policy.whole)
-            opened = policy.opened(prompt, self.backbone, samples)
-            context = self.state.prefill(opened)
+        with self.model.policy_lora.rows([not policy.base]):
+            if isinstance(samples[0], Prepared):  # it comes alone
+                context = self._read(samples[0], policy.base)
+                prompt = opened = context.prompt
+            else:
+                prompt = request.prompt or encode(self.backbone, samples, policy.whole)
+                opened = policy.opened(prompt, self.backbone, samples)
+                context = self.state.prefill(opened)
         self.state.join(context, request.group_size, self._room(request.max_new_tokens, limit), remember=limit > 0)
         context.looks = request.looks
-        self.sources += [_Source(context, prompt, policy.donors(samples))] * (len(samples) * request.group_size)
+        source = _Source(context, prompt, not policy.base, policy.donors(samples))
+        self.sources += [source] * (len(samples) * request.group_size)
         lengths, before, visual = (each.sum(1).tolist() for each in (opened.mask, prompt.mask, opened.visual))
         return [Prefilled(n, seen, n - own) for n, seen, own in zip(lengths, visual, before, strict=True)]
 
-    def _read(self, sample: Prepared) -> Context:
+    def _read(self, sample: Prepared, base: bool) -> Context:
         """Without what memories read of it: that grows, so it is kept with the answer's row alone."""
 
         def features() -> Tensor | None:
             return self.backbone.features(sample.inputs)
 
         def prefill() -> Context:
-            seen = self.cache.get(("seen", sample.seen), features, _bytes)
+            seen = self.cache.get(("seen", base, sample.seen), features, _bytes)
             return self.state.prefill(self.backbone.placed(sample.inputs, seen))
 
-        key = "read", sample.seen, tuple(sample.inputs.ids[0].tolist())
+        key = "read", base, sample.seen, tuple(sample.inputs.ids[0].tolist())
         return replace(self.cache.get(key, prefill, _bytes))
 
     def _room(self, max_new_tokens: int, memories: int) -> int:
@@ -173,7 +177,8 @@ class TorchExecutor:
     def append(self, tokens: Sequence[int]) -> None:
         ids = torch.tensor(tokens, device=self.backbone.device)
         embed = self.model.embed if self.kinds.keys() & tokens else self.backbone.embedding
-        self.state.append(embed(ids)[:, None])
+        with self.model.policy_lora.rows([source.adapted for source in self.sources]):
+            self.state.append(embed(ids)[:, None])
 
     def form(self, kind: MemoryKind, rows: Sequence[int]) -> Tensor:
         parts = []
@@ -196,7 +201,8 @@ class TorchExecutor:
         return source.donated[kind]
 
     def insert(self, kind: MemoryKind, rows: Sequence[int], memory: Tensor) -> None:
-        self.state.insert(memory, self.ends[kind], rows)
+        with self.model.policy_lora.rows([self.sources[row].adapted for row in rows]):
+            self.state.insert(memory, self.ends[kind], rows)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.sources = [self.sources[row] for row in rows]

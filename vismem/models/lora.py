@@ -4,7 +4,7 @@ They hang on forward hooks, so the base keeps its modules, names and weights. Vi
 one linear layer (Qwen2.5-VL) are adapted on slices of that layer's output, which no general LoRA library offers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +51,7 @@ class Lora(nn.Module):
         self.down = nn.ParameterDict()
         self.up = nn.ParameterDict()
         self.enabled = False
+        self.adapted: Tensor | None = None  # (R,) whether each row of a batch has the adapter; None: all have it
         self.handles = []
         for target in targets:
             key = f"{target.name}.{target.start}".replace(".", "_")
@@ -73,6 +74,8 @@ class Lora(nn.Module):
             return None
         down, up = self.down[key], self.up[key]
         delta = self.scale * (self.dropout(inputs[0].to(down.dtype)) @ down.T @ up.T)
+        if self.adapted is not None:
+            delta = delta * self.adapted.to(delta.dtype).view(-1, *[1] * (delta.dim() - 1))
         return output + nn.functional.pad(delta, (target.start, output.shape[-1] - target.stop)).to(output.dtype)
 
     @contextmanager
@@ -83,6 +86,18 @@ class Lora(nn.Module):
             yield
         finally:
             self.enabled = before
+
+    @contextmanager
+    def rows(self, on: Sequence[bool]) -> Iterator[None]:
+        """Within the block, adapters that are on are so for the rows `on` of a batch (R, ..., d) alone."""
+        before = self.enabled, self.adapted
+        self.enabled = self.enabled and any(on)
+        if self.enabled and not all(on):
+            self.adapted = torch.tensor(on, device=next(iter(self.down.values())).device)
+        try:
+            yield
+        finally:
+            self.enabled, self.adapted = before
 
     @contextmanager
     def weights(self, down: nn.ParameterDict, up: nn.ParameterDict) -> Iterator[None]:

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 from tokenizers import Tokenizer
 
-from vismem.generation.invocation import MODES, mode_of
+from vismem.generation.invocation import InvocationPolicy, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.chat import Chat, check_chat, one_turn
 from vismem.runtime.limits import NEW_TOKENS, RequestError
@@ -35,6 +35,10 @@ class Busy(Exception):  # noqa: N818 - of the moment, no error
 
 class Served(Executor, Protocol):
     """An executor that takes questions from outside."""
+
+    @property
+    def modes(self) -> Mapping[str, InvocationPolicy]:
+        """What a request may ask for, by name."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -157,23 +161,23 @@ class Runtime:
         """Yield the answer's chunks; closing the iterator ends the work at the next token.
 
         `prompt`: a question (see `one_turn` for where the images stand in it) or a conversation.
-        `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of `MODES`, or
-        True for "learned" and False for "off". The answer ends before the first of the `stop` strings. To `looks` each
-        memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor). Raises
-        RequestError for an unusable request, and at the first chunk Busy where too many wait.
+        `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of the executor's
+        modes, or True for "learned" and False for "off". The answer ends before the first of the `stop` strings. To
+        `looks` each memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor).
+        Raises RequestError for an unusable request, and at the first chunk Busy where too many wait.
         """
         if not images:
             raise RequestError("no image: send at least one with the question")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-        mode = mode_of(memory)
-        if mode not in MODES:
-            raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(MODES)}")
+        mode, modes = mode_of(memory), self.executor.modes
+        if mode not in modes:
+            raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(modes)}")
         chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
         check_chat(chat, len(images))
         with self.preparing:
             sample = self.executor.prepare(images, chat, max_new_tokens)
-        request = Request([sample], MODES[mode], max_new_tokens, temperature, seed, looks=looks)
+        request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
         return self._counted(self._chunks(request, stop))
 
     def close(self) -> None:

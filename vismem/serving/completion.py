@@ -18,6 +18,7 @@ from vismem.runtime.limits import MAX_STOPS
 from vismem.serving.answering import Chunk
 
 MAX_TURNS, MAX_PARTS = 256, 256  # of a conversation, and of a turn
+ARMS = {"vanilla": "vanilla", "no_memory": "off", "short_only": "short", "long_only": "long"}  # of `evaluate`: mode
 
 
 class Strict(BaseModel):
@@ -74,7 +75,7 @@ class Message(Strict):
 class Extension(Strict):
     """What OpenAI has no word for."""
 
-    memory: Literal["learned", "off", "short", "long"] = "learned"
+    memory: Literal["learned", "off", "short", "long", "vanilla"] | None = None  # None: what `model` says
     attention: bool = False  # whether the reply says where each memory looked
 
 

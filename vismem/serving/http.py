@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from vismem.runtime.chat import said
 from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
-from vismem.serving.completion import Completion, Refused, Reply, decoded_url, read_body
+from vismem.serving.completion import ARMS, Completion, Refused, Reply, decoded_url, read_body
 from vismem.serving.health import status_routes
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
@@ -29,7 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
-    """The endpoint over a runtime whose model is called `name`; with a `token`, callers must send it as a bearer's."""
+    """The endpoint over a runtime whose model is called `name`; with a `token`, callers must send it as a bearer's.
+
+    An arm that the runtime can decode is a model too, `name`-ARM, for clients that cannot send `vismem.memory`.
+    """
+    arms = {f"{name}-{arm}": mode for arm, mode in ARMS.items() if mode in runtime.executor.modes}
+    modes = {name: "learned", **arms}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -50,16 +55,21 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "vismem"}]}
+        about = {"object": "model", "created": 0, "owned_by": "vismem"}
+        return {"object": "list", "data": [{"id": m, "parent": name if m != name else None, **about} for m in modes]}
 
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(request: Request) -> Response:
         try:
             wanted = await run_in_threadpool(read_body, await _body(request))
-            if wanted.model != name:
-                raise Refused(404, f"there is no model '{wanted.model}' here, but '{name}'", field="model")
-            reply = Reply(name, wanted)
-            chunks = await run_in_threadpool(begin, runtime, wanted, reply.looks)
+            if wanted.model not in modes:
+                there = ", ".join(f"'{known}'" for known in modes)
+                raise Refused(404, f"there is no model '{wanted.model}' here, but {there}", field="model")
+            mode = wanted.vismem.memory or modes[wanted.model]
+            if wanted.model != name and mode != modes[wanted.model]:
+                raise Refused(400, f"'{wanted.model}' is memory '{modes[wanted.model]}', not '{mode}'", field="vismem")
+            reply = Reply(wanted.model, wanted)
+            chunks = await run_in_threadpool(begin, runtime, wanted, mode, reply.looks)
             first = await run_in_threadpool(next, chunks)  # so that what goes wrong before it has a status
             if not wanted.stream:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
@@ -113,7 +123,7 @@ async def _read(chunks: Iterator[Chunk], request: Request) -> AsyncIterator[Chun
         chunks.close()  # type: ignore[attr-defined]  # it is a generator
 
 
-def begin(runtime: Runtime, wanted: Completion, looks: list[Any]) -> Iterator[Chunk]:
+def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any]) -> Iterator[Chunk]:
     """The chunks of the answer. RequestError or Refused for an unusable request, before any graph runs."""
     chat = [message.turn() for message in wanted.messages]
     files = [decoded_url(url) for message in wanted.messages for url in message.urls()]
@@ -127,7 +137,7 @@ def begin(runtime: Runtime, wanted: Completion, looks: list[Any]) -> Iterator[Ch
         max_new_tokens=longest,
         temperature=wanted.temperature,
         seed=wanted.seed,
-        memory=wanted.vismem.memory,
+        memory=mode,
         stop=stop,
         looks=looks if wanted.vismem.attention else None,
     )

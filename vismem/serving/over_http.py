@@ -25,9 +25,9 @@ class OverHttp:
         self.connection = Connection(lambda: httpx2.AsyncClient(headers=headers, timeout=None, limits=LIMITS))
 
     async def models(self) -> list[str]:
-        """The names of what it serves. ServerError as `pieces` raises it."""
+        """The names of what it serves, arms left out: a question says its memory. ServerError as `pieces` raises it."""
         async with self._asked("GET", "/models") as response:
-            return [model["id"] for model in json.loads(await response.aread())["data"]]
+            return [model["id"] for model in json.loads(await response.aread())["data"] if not model.get("parent")]
 
     async def pieces(self, model: str, question: Question, stream: bool, timeout: float) -> AsyncGenerator[Token, None]:
         """The answer piece by piece, always as a stream; closing it ends the work on the server."""

@@ -1,7 +1,6 @@
 """One step of training from its inputs to its metrics: what stage I, stage II and the baselines share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from vismem.generation.invocation import InvocationPolicy
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel, load_base
 from vismem.progress import progress
-from vismem.records import VANILLA
 from vismem.training.loop import LoopSettings, Metrics, train
 from vismem.training.rollout import GrpoObjective, answer_lines, rollout_figures
 from vismem.training.supervised import Supervised, Written
@@ -108,16 +106,15 @@ class Run:
     def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
         """Answer the first CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
 
-        Vanilla is the bare base. The same numbers are drawn at both times, so that scores are paired question by
-        question. As many are answered together as a backward pass has rollouts (`grpo.micro_batch`), and the processes
-        share these batches; all return all answers.
+        The same numbers are drawn at both times, so that scores are paired question by question. As many are answered
+        together as a backward pass has rollouts (`grpo.micro_batch`), and the processes share these batches; all return
+        all answers.
         """
         checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
         quiet, together = not self.accelerator.is_main_process, self.config.grpo.micro_batch
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         answered: list[tuple[int, list[Rollout]]] = []
-        bare = self.model.reference() if name == VANILLA else nullcontext()
-        with bare, progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
+        with progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
             for at in range(0, len(checked), together)[rank::processes]:
                 batch = checked[at : at + together]
                 found = generate(self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed)

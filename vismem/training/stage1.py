@@ -74,7 +74,7 @@ def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     run.check(BEFORE, "random_50", random)
     run.train_grpo(Formation, config.stage1, trainable(run.model, FORMATION))
     arms: dict[str, InvocationPolicy] = {
-        VANILLA: Off(),
+        VANILLA: Off(base=True),
         "short": Random(probability=1.0, kinds=(MemoryKind.SHORT,), limit=1),  # at the answer's start
         "long": Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1),
         "random_50": random,

@@ -79,7 +79,7 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         shutil.copy(curve, out)
     run.check(AFTER, SAMPLED, Learned(), temperature=1.0)
     random = {f"random_{percent}": Random(probability=percent / 100) for percent in (25, 50, 100)}
-    return run.finish({VANILLA: Off(), VISMEM: Learned(), **random})
+    return run.finish({VANILLA: Off(base=True), VISMEM: Learned(), **random})
 
 
 def fit_invocation(

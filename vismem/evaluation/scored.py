@@ -1,0 +1,153 @@
+"""Scored questions from files of any harness: `vismem evaluate`'s, lmms-eval's samples, VLMEvalKit's predictions.
+
+A harness's own score of a question is taken where the file has one; VLMEvalKit's bare predictions are read and scored
+by our rules (`vismem.evaluation.answers`).
+"""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import pandas as pd
+
+from vismem.data.readers.files import json_lines, require_columns
+from vismem.data.sample import Sample, lettered, option_lines
+from vismem.errors import UserError
+from vismem.evaluation.answers import score
+from vismem.evaluation.metrics import cluster_of
+from vismem.evaluation.predictions import read_predictions
+
+LMMS_FILE = re.compile(r"(?:.*_)?samples_(?P<task>.+)\.jsonl")
+KIT_SCORES = ("hit", "score", "eval_score", "match")  # columns in which VLMEvalKit's files of results hold a score
+FAILED = ("[LMMS_EVAL_REQUEST_FAILED", "Failed to obtain answer")  # how the harnesses' answers of failed calls begin
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A question and its score, 0 to 1. `cluster` is what it is drawn with; empty where the file does not say."""
+
+    id: str
+    benchmark: str
+    reference: str
+    score: float
+    cluster: str
+
+
+def read_scored(path: Path, metric: str | None = None, cluster: str | None = None) -> list[Scored]:
+    """The questions of a file, in order. `metric`, `cluster`: the key or column of either, where the file has several.
+
+    UserError, naming the place, for a file of another kind, a damaged one, one without a score, with a score outside
+    of 0 to 1, or with answers that are failures of a server.
+    """
+    match path.suffix:
+        case ".parquet":
+            answers = _loaded(path, read_predictions)
+            rows = [Scored(a.id, a.source, a.reference, a.score, cluster_of(a)) for a in answers]
+        case ".jsonl":
+            rows = [*_lmms(path, metric, cluster)]
+        case ".xlsx" | ".tsv" | ".json":
+            rows = [*_kit(path, metric, cluster)]
+        case _:
+            raise UserError(f"{path}: no .parquet of `vismem evaluate`, .jsonl of lmms-eval, .xlsx, .tsv or .json")
+    if not rows:
+        raise UserError(f"{path} holds no answers")
+    return rows
+
+
+def _loaded(path: Path, read: Callable[[Path], list[Any]]) -> list[Any]:
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except ImportError:
+        raise UserError(f"{path}: `pip install openpyxl` reads .xlsx; or run VLMEvalKit with PRED_FORMAT=tsv") from None
+    except Exception as error:  # noqa: BLE001 - whatever a reader stumbles over in a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged, or of another kind than its name says: {reason[:300]}") from None
+
+
+def _lmms(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored]:
+    named = LMMS_FILE.fullmatch(path.name)
+    if not named:
+        raise UserError(f"{path}: lmms-eval calls its files DATE_samples_TASK.jsonl; keep the name, it says the task")
+    for where, row in json_lines(path, ("doc_id", "filtered_resps")):
+        held = {key: cell.get("score") if isinstance(cell, dict) else cell for key, cell in row.items()}
+        scores = {key: float(cell) for key, cell in held.items() if isinstance(cell, int | float) and key != "doc_id"}
+        if metric or len(scores) != 1:
+            scores = {key: cell for key, cell in scores.items() if key == metric}
+        if not scores:
+            raise UserError(f"{where}: no score, or several; it has {', '.join(row)}: name a metric with --metric")
+        answer, (value,) = row["filtered_resps"], scores.values()
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+        cells = {key: cell for held in row.values() if isinstance(held, dict) for key, cell in held.items()}
+        cells |= row | {"index": row["doc_id"]}
+        yield _scored(named["task"], cells, row.get("target"), answer, value, cluster, where)
+
+
+def _kit(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored]:
+    rows = _loaded(path, _table)
+    columns = [*rows[0]] if rows else []
+    held = metric or next((name for name in KIT_SCORES if name in columns), None)
+    needed = ("index", "answer", "prediction", held or "question", *([cluster] if cluster else []))
+    require_columns(path, needed, columns)
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        try:
+            value = float(row[held]) if held else _by_our_rules(row)
+        except ValueError:
+            raise UserError(f"{where}: '{held}' is no number but {row[str(held)]!r}: evaluate it to its end") from None
+        yield _scored(_benchmark(path), row, row["answer"].strip(), row["prediction"], value, cluster, where)
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    """The rows, all cells as text, empty ones as an empty text."""
+    match path.suffix:
+        case ".json":
+            rows = json.loads(path.read_text("utf-8"))
+        case ".xlsx":
+            rows = pd.read_excel(path, dtype=str, keep_default_na=False).to_dict("records")
+        case _:
+            csv.field_size_limit(sys.maxsize)
+            text = path.read_bytes().decode("utf-8-sig")
+            if not text.endswith("\n"):
+                raise ValueError("it ends within a row")
+            rows = [*csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", restval="\0", strict=True)]
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise ValueError("it is no list of objects")
+    if any(row.keys() != rows[0].keys() or "\0" in row.values() for row in rows):
+        raise ValueError("its rows have different columns")
+    return [{key: "" if cell is None or cell != cell else str(cell) for key, cell in row.items()} for row in rows]
+
+
+def _benchmark(path: Path) -> str:
+    """The data set: VLMEvalKit writes MODEL/[RUN/]MODEL_DATASET[_JUDGE_result].xlsx."""
+    for folder in path.absolute().parents[:2]:
+        if path.stem.startswith(f"{folder.name}_"):
+            return re.sub(r"_(?:[^_]+|exact_matching)_result$", "", path.stem.removeprefix(f"{folder.name}_"))
+    raise UserError(f"{path}: VLMEvalKit keeps its files in a folder of the model's name; leave it there")
+
+
+def _by_our_rules(row: Mapping[str, str]) -> float:
+    choices = tuple(row.get(letter, "") for letter in ascii_uppercase)
+    question = "\n".join((row["question"], *option_lines(lettered(choices))))
+    return score(Sample("", (), question, row["answer"].strip(), choices if any(choices) else ()), row["prediction"])
+
+
+def _scored(
+    benchmark: str, row: Mapping[str, Any], reference: Any, answer: Any, value: float, cluster: str | None, where: str
+) -> Scored:
+    if str(answer).startswith(FAILED):
+        raise UserError(f"{where}: the answer is a failed request: have the harness ask it again")
+    if not 0 <= value <= 1:  # nor NaN
+        raise UserError(f"{where}: the score {value:g} is not between 0 and 1: name another with --metric")
+    if cluster and row.get(cluster) in (None, ""):
+        raise UserError(f"{where}: no '{cluster}' to cluster by")
+    together = f"{benchmark}: {row[cluster]}" if cluster else ""
+    return Scored(f"{benchmark}-{row['index']}", benchmark, str(reference), value, together)

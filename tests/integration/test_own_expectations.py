@@ -8,8 +8,11 @@ import pytest
 import yaml
 from prepared import broken_rules, good, quarantined, run, shards, stopped
 
+from vismem.config import parse_config
 from vismem.data.sample import read_samples
+from vismem.data.source_files import record_outside
 from vismem.errors import UserError
+from vismem.kubeflow.parameters import parameters_of
 
 IDS_END = {"type": "expect_column_values_to_not_match_regex", "kwargs": {"column": "id", "regex": "-1[12]$"}}
 PLUGIN = """
@@ -156,3 +159,19 @@ def test_another_severity_refuses_the_data_or_lets_it_pass(tmp_path: Path) -> No
         row["id"] for row in (run(tmp_path, severities={"rows_distinct": "quarantine"}), *quarantined(tmp_path))[1:]
     ] == ["train-3"]
     stopped(tmp_path, "ids_unique: 1 of train", severities={"ids_unique": "error"})
+
+
+def test_a_changed_file_of_rules_runs_validate_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In DVC by what it depends on, on Kubeflow by the key of its cache."""
+    monkeypatch.chdir(tmp_path)
+    stages = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]
+    assert "data" in stages["validate"]["deps"]
+    config, found = parse_config({"validate": {"expectations": "mine.yaml"}}), []
+    for entries in ((), (), (IDS_END,)):
+        if not found or entries:
+            written(tmp_path, *entries)
+        record_outside(config)
+        found.append((Path("data/outside.json").read_text(), parameters_of("validate", config)))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+    assert found[0][1] != found[2][1]

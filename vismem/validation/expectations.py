@@ -79,12 +79,8 @@ def rules(config: ValidateConfig) -> tuple[Rule, ...]:
 def _rules(config: ValidateConfig) -> tuple[Rule, ...]:
     low, high, chars = config.min_pixels, config.max_pixels, config.max_question_chars
     error, apart, warning = Severity.ERROR, Severity.QUARANTINE, Severity.WARNING
-    label, drift, bad, lost = (
-        config.max_label_share,
-        config.max_task_drift,
-        config.max_quarantined,
-        config.max_split_loss,
-    )
+    label, drift = config.max_label_share, config.max_task_drift
+    bad, lost = config.max_quarantined, config.max_split_loss
     aspect, contrast, longest = config.max_aspect, config.min_contrast, config.max_answer_chars
     capabilities = [capability.value for capability in Capability]
     return (
@@ -97,8 +93,7 @@ def _rules(config: ValidateConfig) -> tuple[Rule, ...]:
              f"at most {bad:.1%} of the rows are bad",
              "{quarantined:.0f} of {rows:.0f} rows are bad: {quarantined_share:.1%}"),
         Rule("split_loss", error, "splits", "lost_share", BETWEEN, {"max_value": lost},
-             f"at most {lost:.1%} of a split's rows are bad",
-             "split '{split}' loses {lost_share:.1%} of its rows to quarantine"),
+             f"at most {lost:.1%} of a split's rows are bad", "split '{split}' loses {lost_share:.1%} of its rows"),
         Rule("questions_unseen", apart, "rows", "asked_in", NULL, {},
              "no question of one split, with its answer, is asked about an image that looks alike in another",
              "is asked, with the same answer, about an image that looks alike at {asked_in}"),
@@ -138,15 +133,15 @@ def _rules(config: ValidateConfig) -> tuple[Rule, ...]:
              "the capability is one of the paper's three", "unknown capability '{capability}'"),
         Rule("near_duplicates", warning, "rows", "near_leak", NULL, {},
              "no image looks like one of another split", "shows an image that looks like one at {near_leak}"),
-        Rule("rows_distinct", warning, "rows", "copy_of", NULL, {},
-             "no row is there twice", "same images, question and answer as {copy_of}"),
-        Rule("images_distinct", warning, "rows", "repeated_images", BETWEEN, {"max_value": 0},
-             "no row shows an image twice", "shows an image twice"),
+        Rule("rows_distinct", warning, "rows", "copy_of", NULL, {}, "no row is there twice",
+             "same images, question and answer as {copy_of}"),
+        Rule("images_distinct", warning, "rows", "repeated_images", BETWEEN, {"max_value": 0}, "a row's images differ",
+             "shows an image twice"),
         Rule("images_not_blank", warning, "rows", "contrast", BETWEEN, {"min_value": contrast},
              f"the values of an image differ by at least {contrast} of 255",
              f"a blank image: its values differ by {{contrast:.0f}}, less than {contrast}"),
-        Rule("choices_distinct", warning, "rows", "choice_fault", NULL, {},
-             "choices are two or more, all different", "{choice_fault}"),
+        Rule("choices_distinct", warning, "rows", "choice_fault", NULL, {}, "choices are two or more, all different",
+             "{choice_fault}"),
         Rule("texts_without_markup", warning, "rows", "markup_fault", NULL, {},
              "no text holds mark-up: another model's tokens, HTML", "{markup_fault}"),
         Rule("answers_meant", warning, "rows", "answer_fault", NULL, {},

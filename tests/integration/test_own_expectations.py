@@ -18,8 +18,14 @@ IDS_END = {"type": "expect_column_values_to_not_match_regex", "kwargs": {"column
 PLUGIN = """
 from great_expectations.expectations import ExpectColumnValuesToNotMatchRegex
 
+def ten(to):
+    return f"-1[0-{to}]$"
+
 class ExpectNoTeens(ExpectColumnValuesToNotMatchRegex):
-    regex: str = "-1[0-9]$"
+    regex: str = ""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"regex": ten(9)} | kwargs)
 """
 
 
@@ -97,6 +103,13 @@ def test_an_expectation_class_of_the_users_own_judges(tmp_path: Path) -> None:
     assert len(quarantined(tmp_path)) == 30
 
 
+def test_an_own_rule_that_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
+    shards(tmp_path)
+    numbers = IDS_END | {"kwargs": {"column": "images", "regex": "a"}}
+    with pytest.raises(UserError, match="rule column_values_to_not_match_regex_images cannot be evaluated: "):
+        run(tmp_path, expectations=written(tmp_path, numbers))
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
@@ -118,7 +131,8 @@ def test_an_expectation_class_of_the_users_own_judges(tmp_path: Path) -> None:
             {"type": "expect_column_mean_to_be_between", "kwargs": {"column": "images"}, "severity": "warning"},
             "no single row to set apart",
         ),
-        ("id", "must be of the form"),
+        ("id", "is not of the form"),
+        (IDS_END | {"meta": "rule"}, "is not of the form"),
     ],
 )
 def test_an_own_rule_that_cannot_be_one_is_named_in_one_line(tmp_path: Path, entry: Any, said: str) -> None:
@@ -133,7 +147,7 @@ def test_an_own_rule_that_cannot_be_one_is_named_in_one_line(tmp_path: Path, ent
     ("settings", "said"),
     [
         ({"expectations": Path("none.yaml")}, "cannot read none.yaml"),
-        ({"plugins": (Path("none.py"),)}, "validate.plugins: no file none.py"),
+        ({"plugins": (Path("none.py"),)}, "validate.plugins: none.py: FileNotFoundError"),
         ({"severities": {"no_leak": "warning"}}, "no rule 'no_leak' .did you mean 'no_leakage'."),
         ({"severities": {"task_drift": "quarantine"}}, "task_drift: it judges no single row to set apart"),
     ],

@@ -29,8 +29,7 @@ def files_of(source: Any) -> list[Path]:
 
 def rule_files(config: Config) -> list[Path]:
     """The files that `validate` takes its user's rules from, as far as they are there."""
-    settings = config.validate_
-    named = (settings.expectations, *settings.plugins, settings.task_profile)
+    named = (config.validate_.expectations, *config.validate_.plugins, config.validate_.task_profile)
     return [file for file in named if file and file.is_file()]
 
 

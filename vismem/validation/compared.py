@@ -1,7 +1,6 @@
 """The facts that a row has beside other rows: what is there twice, contradicts itself, or is in two splits.
 
-Images are compared by their pixels' hash, and by a small copy of them, which JPEG and resizing hardly change. (Not so
-what is cropped, turned or mirrored.) A k-d tree finds the nearest copy without comparing all pairs.
+Images are compared by their pixels' hash, and by small copies (`ImageFacts.look`), in a k-d tree instead of all pairs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,9 @@ CHUNK = 4096  # images that are looked up at once
 
 
 def compare(table: pd.DataFrame, shards: Sequence[str], levels: int) -> dict[str, pd.Series]:
-    """The columns `duplicate_of`, `copy_of`, `conflict`, `leak`, `near_leak` and `asked_in`; see `collect_facts`.
+    """The columns of `collect_facts` that compare rows, which are in the splits' order of precedence.
 
-    `table`: the rows in the splits' order of precedence; `shards`: the shards' names; `levels`: the largest difference
-    of two images that look alike, 0 to 255; 0: not asked.
+    `shards`: their names; `levels`: the largest difference of two images that look alike, 0 to 255; 0: not asked.
     """
     rows = zip(table["shard"], table["position"], strict=True)
     place = pd.Series([f"{shards[shard]} row {position}" for shard, position in rows], index=table.index, dtype=object)
@@ -44,13 +42,12 @@ def _first(place: pd.Series, keys: list[pd.Series], asked: pd.Series) -> pd.Seri
 
 def _conflicts(table: pd.DataFrame, place: pd.Series) -> pd.Series:
     """Where the same question about the same images is answered otherwise, for each row of such a question."""
-    asked = table.loc[table["asked"].notna(), ["asked", "value"]]
-    several = asked[asked.groupby("asked", sort=False)["value"].transform("nunique") > 1]
-    found = {}
-    for _, values in several.groupby("asked", sort=False)["value"]:
-        for row, value in values.items():
-            found[row] = place[values.index[values != value][0]]
-    return pd.Series(found, dtype=object)
+    asked = table.loc[table["asked"].notna() & table["value"].notna(), ["asked", "value"]]
+    first = asked.groupby("asked", sort=False)["value"].transform("first")
+    begins = place[asked.index].groupby(asked["asked"], sort=False).transform("first")
+    other = asked[asked["value"] != first].drop_duplicates("asked")  # the first row with another answer
+    elsewhere = asked["asked"].map(dict(zip(other["asked"], place[other.index], strict=True)))
+    return elsewhere.where(asked["value"] == first, begins)
 
 
 def _leaks(table: pd.DataFrame) -> pd.Series:
@@ -64,16 +61,13 @@ def _leaks(table: pd.DataFrame) -> pd.Series:
 def _near_leaks(table: pd.DataFrame, place: pd.Series, levels: int) -> tuple[pd.Series, pd.Series]:
     """Where another split, of higher precedence, shows an image that looks like one of a row's; and asks the same."""
     shown = table[["split", "image_hashes", "looks"]].explode(["image_hashes", "looks"]).dropna()
-    shown = shown.rename(columns={"image_hashes": "image", "looks": "look"})
-    alike = dict(_alike(shown.drop_duplicates("image"), levels)) if levels else {}
-    shown["like"] = shown["image"].map(alike)
-    near = shown.dropna()
-    near = near[~near.index.duplicated()]
+    shown = shown.set_axis(["split", "image", "look"], axis=1)
+    shown["like"] = shown["image"].map(dict(_alike(shown.drop_duplicates("image"), levels)) if levels else {})
+    near = shown.dropna().groupby(level=0).first()
     owner = shown.loc[shown["image"].isin(near["like"])]
     # Of the rows that show the image, the first, and the first that asks and answers the same.
-    words = (table["question"].str.casefold().str.split().str.join(" ") + "\n" + table["value"].fillna("")).astype(
-        object
-    )
+    asked_so = zip(table["question"], table["value"], strict=True)
+    words = [f"{' '.join(question.casefold().split())}\n{value}" for question, value in asked_so]
     first = dict[object, str]()
     for row, image in owner["image"].items():
         first.setdefault(image, place[row])

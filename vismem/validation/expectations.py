@@ -62,10 +62,7 @@ NULL, BETWEEN, IN_SET = (f"expect_column_values_to_be_{kind}" for kind in ("null
 
 
 def rules(config: ValidateConfig) -> tuple[Rule, ...]:
-    """All rules that VisMem brings, in the order of the report, with `validate.severities` in place of their own.
-
-    UserError for a severity of no rule, or one that the rule cannot have.
-    """
+    """All rules that VisMem brings, in the order of the report; UserError for a severity that none can have."""
     found = {rule.name: rule for rule in _rules(config)}
     for name, severity in ((name, Severity(written)) for name, written in config.severities.items()):
         if name not in found:
@@ -81,7 +78,7 @@ def _rules(config: ValidateConfig) -> tuple[Rule, ...]:
     error, apart, warning = Severity.ERROR, Severity.QUARANTINE, Severity.WARNING
     label, drift = config.max_label_share, config.max_task_drift
     bad, lost = config.max_quarantined, config.max_split_loss
-    aspect, contrast, longest = config.max_aspect, config.min_contrast, config.max_answer_chars
+    aspect, contrast = config.max_aspect, config.min_contrast
     capabilities = [capability.value for capability in Capability]
     return (
         Rule("schema", error, "shards", "fault", NULL, {}, "every shard has the sample's columns", "{shard}: {fault}"),
@@ -125,8 +122,8 @@ def _rules(config: ValidateConfig) -> tuple[Rule, ...]:
              "{token_fault}: one of the base's own tokens"),
         Rule("answers_filled", apart, "rows", "answer_chars", BETWEEN, {"min_value": 1},
              "every row has an answer", "empty answer"),
-        Rule("answer_length", apart, "rows", "answer_chars", BETWEEN, {"max_value": longest},
-             f"answers have at most {longest} characters", f"an answer of {{answer_chars}} characters, over {longest}"),
+        Rule("answer_length", apart, "rows", "answer_chars", BETWEEN, {"max_value": chars},
+             f"answers have at most {chars} characters", f"an answer of {{answer_chars}} characters, over {chars}"),
         Rule("answers_among_choices", apart, "rows", "answer_listed", IN_SET, {"value_set": [True]},
              "an answer is one of its choices, where there are any", "the answer '{answer}' is none of the choices"),
         Rule("capability_known", apart, "rows", "capability", IN_SET, {"value_set": capabilities},
@@ -135,8 +132,6 @@ def _rules(config: ValidateConfig) -> tuple[Rule, ...]:
              "no image looks like one of another split", "shows an image that looks like one at {near_leak}"),
         Rule("rows_distinct", warning, "rows", "copy_of", NULL, {}, "no row is there twice",
              "same images, question and answer as {copy_of}"),
-        Rule("images_distinct", warning, "rows", "repeated_images", BETWEEN, {"max_value": 0}, "a row's images differ",
-             "shows an image twice"),
         Rule("images_not_blank", warning, "rows", "contrast", BETWEEN, {"min_value": contrast},
              f"the values of an image differ by at least {contrast} of 255",
              f"a blank image: its values differ by {{contrast:.0f}}, less than {contrast}"),

@@ -20,7 +20,7 @@ from vismem.data.sample import SCHEMA, iterate_rows
 from vismem.runtime.chat import one_turn, said
 from vismem.runtime.reserved import Reserved
 from vismem.validation.compared import compare
-from vismem.validation.texts import Named, answer_fault, choice_fault, encoding_fault, mark_fault, markup_fault
+from vismem.validation.texts import MISSING, Named, choice_fault, encoding_fault, mark_fault, markup_fault
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
 BATCH = 64  # rows between two signs of progress
@@ -84,8 +84,8 @@ def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]
 
 
 _COLUMNS = {
-    **dict.fromkeys(("shard", "position", "id_chars", "images", "repeated_images", "videos", "choices"), "int64"),
-    **dict.fromkeys(("question_chars", "answer_chars", "rationale_chars"), "int64"),
+    **dict.fromkeys(("shard", "position", "id_chars", "images", "videos", "choices"), "int64"),
+    **dict.fromkeys(("question_chars", "answer_chars"), "int64"),
     **dict.fromkeys(("min_side", "max_side", "aspect", "contrast"), "float64"),  # missing where no image has a size
     **dict.fromkeys(("split", "id", "question", "answer", "value", "task", "capability", "source"), "object"),
     **dict.fromkeys(("null_fault", "token_fault", "image_fault", "mark_fault", "encoding_fault"), "object"),
@@ -131,12 +131,12 @@ def row_facts(
 ) -> dict[str, Any]:
     """The facts that a row of `SCHEMA` has by itself, whatever the other rows are. `reserved`: the base's, if known.
 
-    id, id_chars, null_fault (names of null columns), token_fault (the base's own tokens in texts), images and videos
-    (how many; videos are not looked at), repeated_images, image_fault, min_side, max_side (pixels), aspect (the largest
-    ratio of sides), contrast (the smallest range of values of an image, 0 to 255), image_hashes and looks (of those
-    that decode), question, question_chars, choices (how many are offered), answer, answer_chars, value (the answer as
-    scoring reads it), answer_listed (names a choice), rationale_chars, mark_fault, encoding_fault, markup_fault,
-    choice_fault, answer_fault, task, capability, source, asked (what identifies images, question and choices), sha256.
+    id, question, answer, task, capability, source: as the row has them. id_chars, question_chars, answer_chars; images,
+    videos, choices: how many (videos are not looked at). null_fault (names of null columns), token_fault (the base's
+    own), image_fault, mark_fault, encoding_fault, markup_fault, choice_fault, answer_fault: in words. min_side,
+    max_side (pixels), aspect (the largest ratio of sides), contrast (the smallest range of values of an image, 0 to
+    255), image_hashes, looks (of those that decode). value (the answer as scoring reads it), answer_listed (it names a
+    choice), asked (what identifies images, question and choices), sha256.
     """
     images = [examine(data or b"") for data in row["images"] or ()]
     sizes = [(facts.width, facts.height) for facts in images if facts.width]
@@ -157,7 +157,6 @@ def row_facts(
         "null_fault": ", ".join(nulls) or None,
         "token_fault": tokens,
         "images": len(images),
-        "repeated_images": len(hashes) - len(set(hashes)),
         "videos": len(row["videos"] or ()),
         "image_fault": "; ".join(faults) or None,
         "min_side": min(map(min, sizes), default=None),
@@ -173,12 +172,11 @@ def row_facts(
         "answer_chars": len(answer.strip()),
         "value": None if value is None else normalise(value),
         "answer_listed": value is not None if any(choices) else None,
-        "rationale_chars": len(row["rationale"] or ""),
         "mark_fault": mark_fault(question, len(images)),
         "encoding_fault": encoding_fault(texts),
         "markup_fault": None if tokens else markup_fault(texts),  # the base's own are named already
         "choice_fault": choice_fault(choices),
-        "answer_fault": answer_fault(answer, choices),
+        "answer_fault": answer if answer.strip().casefold() in MISSING and not any(choices) else None,
         "task": row["task"] or "",
         "capability": row["capability"] or "",
         "source": row["source"] or "",

@@ -3,10 +3,10 @@
 This is the only module that imports it: late (it takes seconds), with its telemetry off.
 """
 
-import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,23 +15,22 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from pandas.api.types import is_numeric_dtype
 
 from vismem.errors import UserError, nearest
 from vismem.files import read_json
-from vismem.pages import page_environment
 from vismem.validation.expectations import BETWEEN, Rule, Severity, Verdict
 
 SEVERITIES = {Severity.ERROR: "critical", Severity.QUARANTINE: "warning", Severity.WARNING: "info"}  # there, ours
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DRAWN = re.compile(r"(?P<id>\b[\da-f]{8}-[\da-f]{4}-4[\da-f]{3}-[\da-f]{4}-[\da-f]{12}\b)|\b\d{8}T\d{6}\.\d{6}Z")
-DOCS = Path("uncommitted", "data_docs", "local_site")
-# No network, whatever the pages or the data ask for; and what the style sheets that they would load are needed for.
+# No network, whatever pages or data ask for; and what is needed of the style sheets that would be loaded.
 OFFLINE = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>body { font: 15px/1.5 system-ui, sans-serif; margin: 0 2em 3em; overflow-wrap: anywhere; }
-.container { padding: 0; } ul { list-style: none; padding: 0; } td, th { border: 1px solid #8886; padding: 4px 10px; }
-table { border-collapse: collapse; } .ge-cta, footer, .navbar, .cooltip .top, .popover { display: none; }
+table { border-collapse: collapse; } td, th { border: 1px solid #8886; padding: 4px 10px; }
+footer, .navbar, .cooltip .top { display: none; } .fa-exclamation-triangle::before { content: "!"; }
 .fa-check-circle::before { content: "\\2713"; color: #080; } .fa-times::before { content: "\\2717"; color: #c00; }
-.fa-exclamation-triangle::before { content: "!"; color: #a60; }</style></head>"""
+</style></head>"""
 
 
 class Judge:
@@ -51,45 +50,36 @@ class Judge:
         self.source = self.context.data_sources.add_pandas_filesystem("facts", base_directory=self.folder / "facts")
         self.judged: list[Any] = []  # validation definitions
         for path in plugins:
-            _load(path, self.folder / "plugins")
+            try:  # from where Great Expectations looks for it
+                runpy.run_path(str(shutil.copy(path, self.folder / "plugins" / path.name)), run_name=path.stem)
+            except Exception as error:
+                raise UserError(f"validate.plugins: {path}: {type(error).__name__}: {error}") from error
 
     def own_rules(self, path: Path, columns: Iterable[str], taken: Iterable[str]) -> tuple[Rule, ...]:
-        """The rules of a file of expectations, on these columns. UserError names the first that cannot be one.
-
-        `taken`: names that are those of other rules.
-        """
-        from great_expectations.expectations import expectation
+        """The rules of a file of expectations, on these columns, with names that are not `taken`; or UserError."""
+        from great_expectations.expectations import expectation as kinds
         from great_expectations.expectations.registry import list_registered_expectation_implementations as types
 
-        known, names, found = set(columns), set(taken), list[Rule]()
+        of_rows = kinds.ColumnMapExpectation, kinds.ColumnPairMapExpectation, kinds.MulticolumnMapExpectation
+        found = list[Rule]()
         for number, entry in enumerate(_entries(path), start=1):
             where = f"{path}, expectation {number}"
-            rule = _own_rule(entry, where)
+            rule = _own_rule(entry, where, set(columns))
             if rule.expectation not in types():
                 raise UserError(f"{where}: no expectation '{rule.expectation}'{nearest(rule.expectation, types())}")
-            for name in _columns({"column": rule.column, **rule.arguments}):
-                if name not in known:
-                    columns_there = ", ".join(sorted(known))
-                    raise UserError(f"{where}: no column '{name}'{nearest(name, known)}; columns: {columns_there}")
             try:
                 made = _expectation(rule)
             except Exception as error:  # noqa: BLE001 - pydantic's, and whatever a class of the user's raises
                 raise UserError(f"{where}: {rule.expectation}: {' '.join(str(error).split())}") from None
-            of_rows = (
-                expectation.ColumnMapExpectation,
-                expectation.ColumnPairMapExpectation,
-                expectation.MulticolumnMapExpectation,
-            )
             if rule.severity is Severity.QUARANTINE and not isinstance(made, of_rows):
                 raise UserError(f"{where}: {rule.expectation} judges no single row to set apart: critical or info")
-            if rule.name in names:
+            if rule.name in {*taken, *(other.name for other in found)}:
                 raise UserError(f"{where}: there is another rule '{rule.name}': give this one `meta: {{rule: NAME}}`")
-            names.add(rule.name)
             found.append(rule)
         return tuple(found)
 
     def judge(self, tables: Mapping[str, pd.DataFrame], rules: Sequence[Rule]) -> list[Verdict]:
-        """Save each table and judge it by the rules about it; RuntimeError if one of ours cannot be evaluated."""
+        """Save each table and judge it by the rules about it; UserError if one cannot be evaluated."""
         import great_expectations as gx
         from great_expectations.core.run_identifier import RunIdentifier
 
@@ -114,33 +104,16 @@ class Judge:
         import great_expectations as gx
         from great_expectations.checkpoint import UpdateDataDocsAction
 
-        docs = UpdateDataDocsAction(name="data_docs")
-        checkpoint = gx.Checkpoint(
-            name="data", validation_definitions=self.judged, actions=[docs], result_format="COMPLETE"
-        )
-        self.context.checkpoints.add(checkpoint)
+        actions: list[Any] = [UpdateDataDocsAction(name="data_docs")]
+        self.context.checkpoints.add(gx.Checkpoint(name="data", validation_definitions=self.judged, actions=actions))
         self.context.build_data_docs()
-        shutil.rmtree(self.folder / DOCS / "static")  # 4 MB of fonts and how-to pictures, linked by what goes as well
-        (self.folder / ".gitignore").unlink()
+        docs = self.folder / "uncommitted" / "data_docs" / "local_site"
+        shutil.rmtree(docs / "static")  # 4 MB of fonts and how-to pictures
+        links = [page.relative_to(docs).as_posix() for page in sorted(docs.glob("*/**/*.html"))]
+        listed = "".join(f'<li><a href="{link}">{link}</a></li>' for link in links)
+        page = f"<!doctype html><html><head><title>Data Docs</title></head><body><ul>{listed}</ul></body></html>"
+        (docs / "index.html").write_text(page)  # theirs is a table that a script fills
         _settle(self.folder)
-        pages = sorted((self.folder / DOCS).glob("*/**/*.html"))
-        links = [page.relative_to(self.folder / DOCS).as_posix() for page in pages]
-        index = page_environment("vismem.validation").get_template("docs.html.j2").render(links=links)
-        (self.folder / DOCS / "index.html").write_text(index)
-
-
-def _load(path: Path, plugins: Path) -> None:
-    """Run a file that defines expectation classes, and keep it where Great Expectations looks for it."""
-    if not path.is_file():
-        raise UserError(f"validate.plugins: no file {path}")
-    plugins.mkdir(exist_ok=True)
-    spec = importlib.util.spec_from_file_location(path.stem, shutil.copy(path, plugins))
-    if spec is None or spec.loader is None:
-        raise UserError(f"validate.plugins: {path} is no Python file")
-    try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except Exception as error:
-        raise UserError(f"validate.plugins: {path}: {type(error).__name__}: {error}") from error
 
 
 def _entries(path: Path) -> list[Any]:
@@ -155,36 +128,36 @@ def _entries(path: Path) -> list[Any]:
     return values
 
 
-def _own_rule(entry: Any, where: str) -> Rule:
-    form = "{type: expect_..., kwargs: {column: ...}, severity: critical, warning or info}"
-    if not (isinstance(entry, dict) and isinstance(entry.get("type"), str) and isinstance(entry.get("kwargs"), dict)):
-        raise UserError(f"{where} must be of the form {form}")
-    arguments, meta, severity = dict(entry["kwargs"]), entry.get("meta") or {}, entry.get("severity", "critical")
+def _own_rule(entry: Any, where: str, known: set[str]) -> Rule:
+    match entry:
+        case {"type": str(), "kwargs": dict()} if isinstance(entry.get("meta") or {}, dict):
+            arguments, meta = dict(entry["kwargs"]), entry.get("meta") or {}
+        case _:
+            raise UserError(
+                f"{where} is not of the form {{type: expect_..., kwargs: {{...}}, severity: ..., meta: {{...}}}}"
+            )
     severities = {theirs: ours for ours, theirs in SEVERITIES.items()}
-    if severity not in severities:
+    if (severity := str(entry.get("severity", "critical"))) not in severities:
         raise UserError(f"{where}: severity '{severity}': critical stops, warning sets rows apart, info only says so")
-    column, columns = arguments.pop("column", ""), list(_columns(entry["kwargs"]))
-    name = meta.get("rule") or "_".join([entry["type"].removeprefix("expect_"), *columns])
+    single = [arguments.get(key) for key in ("column", "column_A", "column_B")]
+    columns = [str(name) for name in (*single, *(arguments.get("column_list") or ())) if name]
+    for name in (name for name in columns if name not in known):
+        there = ", ".join(sorted(known))
+        raise UserError(f"{where}: no column '{name}'{nearest(name, known)}; columns: {there}")
+    title = meta.get("rule") or "_".join([entry["type"].removeprefix("expect_"), *columns])
     broken = ", ".join(f"{name} is '{{{name}!s:.80}}'" for name in columns)
     holds = entry.get("description") or f"{entry['type'].replace('_', ' ')}: {entry['kwargs']}"
-    return Rule(name, severities[severity], "rows", column, entry["type"], arguments, holds, broken)
-
-
-def _columns(arguments: Mapping[str, Any]) -> Iterable[str]:
-    """The columns that an expectation's arguments name."""
-    found = [arguments.get(key) for key in ("column", "column_A", "column_B")] + list(
-        arguments.get("column_list") or ()
+    return Rule(
+        title, severities[severity], "rows", arguments.pop("column", ""), entry["type"], arguments, holds, broken
     )
-    return [str(name) for name in found if name]
 
 
 def _expectation(rule: Rule) -> Any:
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
 
-    column = {"column": rule.column} if rule.column else {}
     return ExpectationConfiguration(
         type=rule.expectation,
-        kwargs=column | rule.arguments,
+        kwargs=({"column": rule.column} if rule.column else {}) | rule.arguments,
         meta={"rule": rule.name},
         description=rule.holds,
         severity=SEVERITIES[rule.severity],
@@ -192,11 +165,13 @@ def _expectation(rule: Rule) -> Any:
 
 
 def _verdict(rule: Rule, result: Any, facts: pd.DataFrame) -> Verdict:
-    found = result.result
-    if not {"unexpected_index_list", "observed_value"} & found.keys():  # left out where the evaluation itself failed
-        raise RuntimeError(f"rule {rule.name} could not be evaluated: {str(result.exception_info)[:2000]}")
-    values = facts[rule.column].dropna() if rule.expectation == BETWEEN else facts.iloc[:0]
-    span = (float(values.min()), float(values.max())) if not values.empty else ()
+    found, failed = result.result, str(result.exception_info)
+    if "'raised_exception': True" in failed:
+        raise UserError(f"rule {rule.name} cannot be evaluated: {failed[-1000:]}")
+    values = facts.get(rule.column, pd.Series()).dropna()
+    span = (
+        (float(values.min()), float(values.max())) if rule.expectation == BETWEEN and is_numeric_dtype(values) else ()
+    )
     rows = () if result.success else tuple(found.get("unexpected_index_list") or ())
     return Verdict(rule, bool(result.success), len(facts), rows, span, found.get("observed_value"))
 
@@ -204,8 +179,7 @@ def _verdict(rule: Rule, result: Any, facts: pd.DataFrame) -> Verdict:
 def _settle(folder: Path) -> None:
     """Rewrite the project's texts so that the same data gives the same files, anywhere, and pages that load nothing.
 
-    Paths become relative to the folder above; times the epoch, and identifiers, drawn at random, their number, but
-    where the data itself holds such a text.
+    Paths become relative, times the epoch, and random identifiers numbers, but where the data holds such a text.
     """
     numbers: dict[str, str] = {}
     for path in (folder / "uncommitted" / "validations").rglob("*.json"):

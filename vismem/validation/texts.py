@@ -17,7 +17,7 @@ _MARKUP = re.compile(
     r"|&(?:amp|lt|gt|quot|nbsp|#x?[0-9a-f]{1,6});|</?(?:br|p|div|span|b|i|li|ul|a)\b[^<>]{0,200}>",
     re.IGNORECASE,
 )
-_MISSING = {"n/a", "#n/a", "nan", "null", "undefined", "todo", "tbd", "?", "<na>"}
+MISSING = {"n/a", "#n/a", "nan", "null", "undefined", "todo", "tbd", "?", "<na>"}  # written as an answer
 
 
 def encoding_fault(texts: Named) -> str | None:
@@ -28,17 +28,10 @@ def encoding_fault(texts: Named) -> str | None:
         if found := _CONTROL.search(text or ""):
             return f"'{name}' holds the control character U+{ord(found[0]):04X}"
         for run in _OTHER_THAN_ASCII.findall(text or ""):
-            if (meant := _meant(run)) is not None:
+            data = run.encode("cp1252", "ignore")  # what it was read from, if it was UTF-8 read as Windows-1252
+            if len(data) == len(run) and (meant := data.decode(errors="ignore")).encode() == data:
                 return f"'{name}' holds '{run[:20]}', which is '{meant[:20]}' in UTF-8 read as another encoding"
     return None
-
-
-def _meant(run: str) -> str | None:
-    """What characters were before UTF-8 was read as Windows-1252; None where they are no such thing."""
-    try:
-        return run.encode("cp1252").decode()
-    except ValueError:
-        return None
 
 
 def markup_fault(texts: Named) -> str | None:
@@ -54,15 +47,7 @@ def mark_fault(question: str, images: int) -> str | None:
 
 
 def choice_fault(choices: Sequence[str]) -> str | None:
-    """The first two choices that are the same, or that there is only one; empty ones are not offered."""
-    offered, seen = lettered(choices), dict[str, str]()
-    for letter, choice in offered.items():
-        if other := seen.get(normalise(choice)):
-            return f"choices {other} and {letter} are the same"
-        seen[normalise(choice)] = letter
-    return "only one choice" if len(offered) == 1 else None
-
-
-def answer_fault(answer: str, choices: Sequence[str]) -> str | None:
-    """The answer, where it is a word for a missing value and no choice."""
-    return answer.strip() if answer.strip().casefold() in _MISSING and not any(choices) else None
+    """The first choice that is there twice, or that there is only one; empty ones are not offered."""
+    offered = [normalise(choice) for choice in lettered(choices).values()]
+    twice = next((f"choice '{choice}' is there twice" for choice in offered if offered.count(choice) > 1), None)
+    return "only one choice" if len(offered) == 1 else twice

@@ -113,12 +113,13 @@ def _said(verdict: Verdict, table: pd.DataFrame, shards: Sequence[Shard]) -> Ver
     rule, rows = verdict.rule, table.loc[list(verdict.rows)]
     if verdict.success:
         return replace(verdict, message=rule.holds)
-    broken = [rule.broken.format(**row) for row in rows.head(SHOWN).to_dict("records")]
+    shown = rows.head(SHOWN) if rule.table == "rows" else rows
+    broken = [rule.broken.format(**row) for row in shown.to_dict("records")]
     if rule.table != "rows":
         return replace(verdict, message="; ".join(broken))
     if rows.empty:  # it is about the column as a whole
         return replace(verdict, message=f"does not hold ({rule.holds}); observed: {verdict.value}")
-    where = [f"{shards[row.shard].name} row {row.position} (id '{row.id}')" for row in rows.head(SHOWN).itertuples()]
+    where = [f"{shards[row.shard].name} row {row.position} (id '{row.id}')" for row in shown.itertuples()]
     places = tuple(f"{place}: {phrase}" for place, phrase in zip(where, broken, strict=True))
     counts = ", ".join(f"{count} of {split}" for split, count in rows["split"].value_counts(sort=False).items())
     return replace(verdict, message=f"{counts}; first {places[0]}", places=places)

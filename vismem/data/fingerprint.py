@@ -54,9 +54,8 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
         return ImageFacts(hashlib.sha256(data).digest(), width, height, fault if data else "no bytes")
     width, height = seen.size
     pixels = hashlib.sha256(b"%dx%d:" % (width, height) + seen.tobytes()).digest()
-    contrast = int(np.ptp(seen.getextrema(), axis=1).max())  # of three bands
     look = seen.resize((LOOK, LOOK), Image.Resampling.BILINEAR).tobytes()
-    return ImageFacts(pixels, width, height, contrast=contrast, look=look)
+    return ImageFacts(pixels, width, height, None, int(np.ptp(seen.getextrema(), axis=1).max()), look)
 
 
 def image_cache(max_side: int | None = None) -> Callable[[bytes], ImageFacts]:

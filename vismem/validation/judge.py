@@ -167,7 +167,8 @@ def _expectation(rule: Rule) -> Any:
 def _verdict(rule: Rule, result: Any, facts: pd.DataFrame) -> Verdict:
     found, failed = result.result, str(result.exception_info)
     if "'raised_exception': True" in failed:
-        raise UserError(f"rule {rule.name} cannot be evaluated: {failed[-1000:]}")
+        said = failed.rpartition("'exception_message': ")[2].partition(", 'raised_exception'")[0]
+        raise UserError(f"rule {rule.name} cannot be evaluated: {said}")
     values = facts.get(rule.column, pd.Series()).dropna()
     span = (
         (float(values.min()), float(values.max())) if rule.expectation == BETWEEN and is_numeric_dtype(values) else ()

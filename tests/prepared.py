@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -16,9 +17,11 @@ from vismem.errors import UserError
 from vismem.validation.validate import validate
 
 
-def encoded(number: int, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
+def encoded(number: int, size: tuple[int, int] = (32, 32), kind: str = "PNG", **options: Any) -> bytes:
+    """An image that looks like no other number's: 16 patches of colour."""
     file = io.BytesIO()
-    Image.new("RGB", size, (number % 256, number // 256, 7)).save(file, kind)
+    patches = np.random.default_rng(number).integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(patches).resize(size, Image.Resampling.NEAREST).save(file, kind, **options)
     return file.getvalue()
 
 

@@ -113,7 +113,7 @@ def test_no_text_of_a_clean_row_holds_one_of_the_bases_own_tokens(tmp_path: Path
     rows = [spoil(good("train", n), token) for n, token in enumerate(written) for spoil in spoils]
     rows = [dataclasses.replace(row, id=str(n)) for n, row in enumerate(rows)]
     shards(tmp_path, train=[good("train", 99), *rows])
-    run(tmp_path, max_quarantined=1.0)
+    run(tmp_path, max_quarantined=1.0, max_split_loss=1.0)
     expected = [
         f"texts_plain: {token} in '{field}': one of the base's own tokens"
         for token in written
@@ -126,7 +126,7 @@ def test_no_text_of_a_clean_row_holds_one_of_the_bases_own_tokens(tmp_path: Path
 def test_a_row_that_breaks_two_rules_is_quarantined_once_with_both_reasons(tmp_path: Path) -> None:
     bad = dataclasses.replace(good("train", 1), question="", images=(b"",))
     shards(tmp_path, train=[good("train", 0), bad])
-    run(tmp_path)
+    run(tmp_path, max_split_loss=0.5)
     assert [row["reason"] for row in quarantined(tmp_path)] == [
         "images_decode: image 1 of 1: no bytes; question_length: 0 characters, not 1 to 4000"
     ]
@@ -136,7 +136,7 @@ def test_nothing_is_lost_when_many_rows_are_bad(tmp_path: Path) -> None:
     rows = [good("train", number) for number in range(30)]
     spoiled = [dataclasses.replace(row, answer="z") if n % 3 == 0 or 8 <= n < 16 else row for n, row in enumerate(rows)]
     shards(tmp_path, train=spoiled)
-    run(tmp_path, max_quarantined=1.0)
+    run(tmp_path, max_quarantined=1.0, max_split_loss=1.0)
     kept = {sample.id for sample in read_samples(tmp_path / "validate" / "data" / "train")}
     apart = {row["id"] for row in quarantined(tmp_path)}
     assert kept == {row.id for row in spoiled if row.answer != "z"}
@@ -192,7 +192,7 @@ def test_total_variation_is_zero_for_the_same_mix_and_one_for_disjoint_ones() ->
 def test_the_report_reads_offline_and_shows_bad_text_as_text(tmp_path: Path) -> None:
     bad = dataclasses.replace(good("train", 1), question="<script>alert(1)</script>", answer="c")
     shards(tmp_path, train=[good("train", 0), bad])
-    run(tmp_path)
+    run(tmp_path, max_split_loss=0.5)
     page = (tmp_path / "validate" / "report.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -223,7 +223,7 @@ def test_a_broken_image_in_a_jsonl_file_ends_in_quarantine(tmp_path: Path) -> No
 
 def test_clean_shards_keep_the_schema(tmp_path: Path) -> None:
     shards(tmp_path, train=[good("train", 0), dataclasses.replace(good("train", 1), answer="z")])
-    run(tmp_path)
+    run(tmp_path, max_split_loss=0.5)
     for path in (tmp_path / "validate" / "data").rglob("*.parquet"):
         assert pq.read_schema(path).equals(SCHEMA)
 

@@ -84,7 +84,10 @@ def test_an_empty_column_is_no_option_and_the_others_keep_their_letters(tmp_path
 def test_lettered_rows_pass_validation_and_a_letter_in_reply_scores(tmp_path: Path) -> None:
     """From the file that VLMEvalKit wrote to the score of a reply; only letters without an option are set apart."""
     options = {"A": "a red hat", "B": "", "C": "a blue hat", "D": "a hat"}
-    rows = [{**ROW, **options, "index": str(n), "answer": letter} for n, letter in enumerate("ACDACDACDACDACDACDBE")]
+    rows = [
+        {**ROW, **options, "index": str(n), "question": f"Which has {n}?", "answer": letter}
+        for n, letter in enumerate("ACDACDACDACDACDACDBE")
+    ]
     config = Config(
         prepare=PrepareConfig(sources=(write(tmp_path, *rows),)),
         validate=ValidateConfig(required_splits=("test",), max_quarantined=0.1),

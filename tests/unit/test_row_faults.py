@@ -50,7 +50,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder: Path = tmp_path_factory.mktemp("prepared")
     for split, rows in (("train", ROWS.values()), ("validation", ()), ("test", ())):
         write_shards(rows, folder / split)
-    findings = examine(SETTINGS, folder, RESERVED)
+    findings = examine(SETTINGS, folder, RESERVED, folder)
     names = pd.Series(list(ROWS))
     return {names[position]: findings.reasons.get(index, "") for index, position in findings.rows["position"].items()}
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from vismem.config.section import Section
 
 Split = Literal["train", "validation", "test"]
+Severity = Literal["error", "quarantine", "warning"]
 
 
 class ScenesSource(Section):
@@ -100,9 +101,16 @@ class ValidateConfig(Section):
 
     min_pixels: int = Field(28, ge=1, description="min image side in pixels")
     max_pixels: int = Field(4096, ge=1, description="max image side in pixels")
-    max_question_chars: int = Field(4000, ge=1, description="longest question in characters")
+    max_question_chars: int = Field(4000, ge=1, description="longest question or answer in characters")
     max_label_share: float = Field(0.6, gt=0, le=1, description="largest share of one answer within a split (warning)")
     max_quarantined: float = Field(0.05, ge=0, le=1, description="share of bad rows above which the step fails")
     max_task_drift: float = Field(0.1, ge=0, le=1, description="total variation distance of the task mix (warning)")
+    max_split_loss: float = Field(0.2, ge=0, le=1, description="share of bad rows of one split above which it fails")
+    max_aspect: float = Field(50.0, ge=1, description="longer side of an image, relative to the shorter")
+    min_contrast: int = Field(8, ge=0, le=255, description="range of values below which an image is blank (warning)")
+    near_duplicate: int = Field(12, ge=0, le=255, description="max difference of images that look alike; 0: not asked")
+    severities: dict[str, Severity] = Field({}, description="{rule: error, quarantine or warning} in place of its own")
+    expectations: Path | None = Field(None, description="your own rules, YAML as Great Expectations writes it")
+    plugins: tuple[Path, ...] = Field((), description="Python files with expectation classes of your own")
     task_profile: Path | None = Field(None, description="stored task mix, JSON {task: share}; null: the train split's")
     required_splits: tuple[Split, ...] = Field(("train", "validation", "test"), description="splits that need rows")

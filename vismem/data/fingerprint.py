@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vismem.data.sample import Sample
@@ -17,6 +18,7 @@ from vismem.runtime.images import upright
 from vismem.runtime.limits import frames_of
 
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
+LOOK = 8  # sides of the small copy by which two images are seen to be alike
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
 
 
@@ -28,6 +30,8 @@ class ImageFacts:
     width: int = 0  # pixels; 0 where not even the header could be read
     height: int = 0
     fault: str | None = None
+    contrast: int = 0  # the widest range of values of one colour, 0 to 255: 0 for an image of one colour
+    look: bytes = b""  # LOOK x LOOK RGB means, which JPEG and resizing hardly change; empty where it is not decoded
 
 
 def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
@@ -49,7 +53,9 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
         fault = str(error).split("<")[0].strip() or type(error).__name__
         return ImageFacts(hashlib.sha256(data).digest(), width, height, fault if data else "no bytes")
     width, height = seen.size
-    return ImageFacts(hashlib.sha256(b"%dx%d:" % (width, height) + seen.tobytes()).digest(), width, height)
+    pixels = hashlib.sha256(b"%dx%d:" % (width, height) + seen.tobytes()).digest()
+    look = seen.resize((LOOK, LOOK), Image.Resampling.BILINEAR).tobytes()
+    return ImageFacts(pixels, width, height, None, int(np.ptp(seen.getextrema(), axis=1).max()), look)
 
 
 def image_cache(max_side: int | None = None) -> Callable[[bytes], ImageFacts]:

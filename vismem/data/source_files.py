@@ -10,7 +10,7 @@ from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource
 from vismem.data.readers.lmudata import VARIABLE
 from vismem.files import read_json, write_json
 
-DATA = Path("data")  # what dvc.yaml lets `prepare` depend on
+DATA = Path("data")  # what dvc.yaml lets `prepare` and `validate` depend on
 RECORD = DATA / "outside.json"
 
 
@@ -27,6 +27,12 @@ def files_of(source: Any) -> list[Path]:
     return sorted({file for place in places for file in (place, *place.rglob("*")) if file.is_file()})
 
 
+def rule_files(config: Config) -> list[Path]:
+    """The files that `validate` takes its user's rules from, as far as they are there."""
+    named = (config.validate_.expectations, *config.validate_.plugins, config.validate_.task_profile)
+    return [file for file in named if file and file.is_file()]
+
+
 def fingerprint(files: Iterable[Path]) -> str:
     """Hex sha256 over names, sizes and times of files; they are not opened."""
     stats = ((file, file.stat()) for file in files)
@@ -35,10 +41,10 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def record_outside(config: Config) -> None:
-    """Write fingerprints of the sources outside `data/` into `data/outside.json`, in the working folder.
+    """Write fingerprints of the sources and rules outside `data/` into `data/outside.json`, in the working folder.
 
-    The stage `prepare` depends on `data/`, so it runs again where one has changed. Sources of other profiles stay in
-    it, and those whose files are not there; without any source outside there is no such file.
+    The stages `prepare` and `validate` depend on `data/`, so they run again where one has changed. Sources of other
+    profiles stay in it, and those whose files are not there; without any outside there is no such file.
     """
     found = {}
     for source in config.prepare.sources:
@@ -46,6 +52,9 @@ def record_outside(config: Config) -> None:
         outside = [file for file in files if not file.is_relative_to(DATA.resolve())]
         if outside:
             found[f"{source.kind} {outside[0]}"] = fingerprint(outside)
+    rules = [file.resolve() for file in rule_files(config)]
+    if outside := [file for file in rules if not file.is_relative_to(DATA.resolve())]:
+        found["rules of validate"] = fingerprint(outside)
     if found:
         known = read_json(RECORD) if RECORD.is_file() else {}
         DATA.mkdir(exist_ok=True)

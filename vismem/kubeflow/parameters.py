@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from vismem.config import Config, resolve
-from vismem.data.source_files import files_of, fingerprint
+from vismem.data.source_files import files_of, fingerprint, rule_files
 from vismem.files import write_text
 from vismem.launch import LaunchConfig
 from vismem.params_file import render_params
@@ -67,9 +67,9 @@ def parameters_of(name: str, config: Config) -> dict[str, Any]:
 
     The earlier ones cost no cache hit: what they change reaches the step through its inputs. `export` also writes the
     baselines' section into the lineage; `preflight` and `register`, which are never cached, get all sections. For a
-    step, `IDENTITY` names its code, and for `prepare` the files of its sources, so that a cache that knows only
-    parameters and inputs runs the step again when these change. Nulls are left out: Kubeflow has none, and they are
-    the defaults of their keys.
+    step, `IDENTITY` names its code, the files of `prepare`'s sources and those of `validate`'s rules, so that a cache
+    that knows only parameters and inputs runs the step again when these change. Nulls are left out: Kubeflow has none,
+    and they are the defaults of their keys.
     """
     values: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     if name == "preflight":
@@ -80,6 +80,8 @@ def parameters_of(name: str, config: Config) -> dict[str, Any]:
     identity = {"code": code_fingerprint(name)}
     if name == "prepare":
         identity["sources"] = sources_fingerprint(config)
+    if name == "validate" and (files := rule_files(config)):
+        identity["rules"] = fingerprint(files)
     return {**values, IDENTITY: identity}
 
 

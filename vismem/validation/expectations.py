@@ -1,18 +1,12 @@
-"""The rules of the data and their judge, Great Expectations; this is the only module that imports it.
+"""The rules of the data, as expectations of Great Expectations on columns of the facts; `judge` asks them."""
 
-It is imported when it judges (seconds), with its telemetry off.
-"""
-
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-import pandas as pd
-
 from vismem.config import ValidateConfig
 from vismem.data.sample import Capability
+from vismem.errors import UserError, nearest
 
 
 class Severity(StrEnum):
@@ -31,7 +25,7 @@ class Rule:
     severity: Severity
     table: str
     column: str
-    expectation: str  # a class of great_expectations.expectations
+    expectation: str  # its type, as Great Expectations writes it in a suite
     arguments: dict[str, Any] = field(default_factory=dict)
     holds: str = ""  # what must hold, in words
     broken: str = ""  # what is said of a row that breaks it; {column} names stand for that row's facts
@@ -46,7 +40,9 @@ class Verdict:
     judged: int
     rows: tuple[int, ...] = ()
     span: tuple[float, ...] = ()  # min and max of a numeric column
+    value: Any = None  # what an expectation about a column as a whole observed
     message: str = ""  # what is said of it, once the other tables are judged
+    places: tuple[str, ...] = ()  # the first rows that break it, each with what is said of it
 
     @property
     def observed(self) -> str:
@@ -62,14 +58,27 @@ class Verdict:
         return "; ".join(seen + counted) or "nothing to judge"
 
 
-NULL, BETWEEN, IN_SET = "ExpectColumnValuesToBeNull", "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"
+NULL, BETWEEN, IN_SET = (f"expect_column_values_to_be_{kind}" for kind in ("null", "between", "in_set"))
 
 
 def rules(config: ValidateConfig) -> tuple[Rule, ...]:
-    """All rules, in the order of the report."""
+    """All rules that VisMem brings, in the order of the report; UserError for a severity that none can have."""
+    found = {rule.name: rule for rule in _rules(config)}
+    for name, severity in ((name, Severity(written)) for name, written in config.severities.items()):
+        if name not in found:
+            raise UserError(f"validate.severities: no rule '{name}'{nearest(name, found)}; rules: {', '.join(found)}")
+        if severity is Severity.QUARANTINE and found[name].table != "rows":
+            raise UserError(f"validate.severities.{name}: it judges no single row to set apart: error or warning")
+        found[name] = replace(found[name], severity=severity)
+    return tuple(found.values())
+
+
+def _rules(config: ValidateConfig) -> tuple[Rule, ...]:
     low, high, chars = config.min_pixels, config.max_pixels, config.max_question_chars
     error, apart, warning = Severity.ERROR, Severity.QUARANTINE, Severity.WARNING
-    label, drift, bad = config.max_label_share, config.max_task_drift, config.max_quarantined
+    label, drift = config.max_label_share, config.max_task_drift
+    bad, lost = config.max_quarantined, config.max_split_loss
+    aspect, contrast = config.max_aspect, config.min_contrast
     capabilities = [capability.value for capability in Capability]
     return (
         Rule("schema", error, "shards", "fault", NULL, {}, "every shard has the sample's columns", "{shard}: {fault}"),
@@ -80,6 +89,13 @@ def rules(config: ValidateConfig) -> tuple[Rule, ...]:
         Rule("quarantined_share", error, "total", "quarantined_share", BETWEEN, {"max_value": bad},
              f"at most {bad:.1%} of the rows are bad",
              "{quarantined:.0f} of {rows:.0f} rows are bad: {quarantined_share:.1%}"),
+        Rule("split_loss", error, "splits", "lost_share", BETWEEN, {"max_value": lost},
+             f"at most {lost:.1%} of a split's rows are bad", "split '{split}' loses {lost_share:.1%} of its rows"),
+        Rule("questions_unseen", apart, "rows", "asked_in", NULL, {},
+             "no question of one split, with its answer, is asked about an image that looks alike in another",
+             "is asked, with the same answer, about an image that looks alike at {asked_in}"),
+        Rule("answers_agree", apart, "rows", "conflict", NULL, {},
+             "the same question about the same images has one answer", "answered otherwise at {conflict}"),
         Rule("fields_filled", apart, "rows", "null_fault", NULL, {}, "no text field is null", "{null_fault} is null"),
         Rule("ids_filled", apart, "rows", "id_chars", BETWEEN, {"min_value": 1}, "every row has an id", "empty id"),
         Rule("ids_unique", apart, "rows", "duplicate_of", NULL, {},
@@ -93,16 +109,38 @@ def rules(config: ValidateConfig) -> tuple[Rule, ...]:
              f"image sides have at least {low} pixels", f"a side of {{min_side:.0f}} pixels, less than {low}"),
         Rule("image_max_side", apart, "rows", "max_side", BETWEEN, {"max_value": high},
              f"image sides have at most {high} pixels", f"a side of {{max_side:.0f}} pixels, more than {high}"),
+        Rule("image_aspect", apart, "rows", "aspect", BETWEEN, {"max_value": aspect},
+             f"no side of an image is over {aspect:g} times the other",
+             f"one side is {{aspect:.0f}} times the other, more than {aspect:g}"),
+        Rule("texts_readable", apart, "rows", "encoding_fault", NULL, {},
+             "no text was damaged by a wrong encoding", "{encoding_fault}"),
         Rule("question_length", apart, "rows", "question_chars", BETWEEN, {"min_value": 1, "max_value": chars},
              f"questions have 1 to {chars} characters", f"{{question_chars}} characters, not 1 to {chars}"),
         Rule("texts_plain", apart, "rows", "token_fault", NULL, {}, "no text holds one of the base's own tokens",
              "{token_fault}: one of the base's own tokens"),
+        Rule("marks_match", apart, "rows", "mark_fault", NULL, {},
+             "a question has a mark <image> for each image, or none", "{mark_fault}"),
         Rule("answers_filled", apart, "rows", "answer_chars", BETWEEN, {"min_value": 1},
              "every row has an answer", "empty answer"),
+        Rule("answer_length", apart, "rows", "answer_chars", BETWEEN, {"max_value": chars},
+             f"answers have at most {chars} characters", f"an answer of {{answer_chars}} characters, over {chars}"),
         Rule("answers_among_choices", apart, "rows", "answer_listed", IN_SET, {"value_set": [True]},
              "an answer is one of its choices, where there are any", "the answer '{answer}' is none of the choices"),
         Rule("capability_known", apart, "rows", "capability", IN_SET, {"value_set": capabilities},
              "the capability is one of the paper's three", "unknown capability '{capability}'"),
+        Rule("near_duplicates", warning, "rows", "near_leak", NULL, {},
+             "no image looks like one of another split", "shows an image that looks like one at {near_leak}"),
+        Rule("rows_distinct", warning, "rows", "copy_of", NULL, {}, "no row is there twice",
+             "same images, question and answer as {copy_of}"),
+        Rule("images_not_blank", warning, "rows", "contrast", BETWEEN, {"min_value": contrast},
+             f"the values of an image differ by at least {contrast} of 255",
+             f"a blank image: its values differ by {{contrast:.0f}}, less than {contrast}"),
+        Rule("choices_distinct", warning, "rows", "choice_fault", NULL, {}, "choices are two or more, all different",
+             "{choice_fault}"),
+        Rule("texts_without_markup", warning, "rows", "markup_fault", NULL, {},
+             "no text holds mark-up: another model's tokens, HTML", "{markup_fault}"),
+        Rule("answers_meant", warning, "rows", "answer_fault", NULL, {},
+             "no answer stands for a missing one", "the answer '{answer_fault}' stands for a missing one"),
         Rule("label_balance", warning, "splits", "label_share", BETWEEN, {"max_value": label},
              f"no answer has more than {label:.0%} of a split",
              "split '{split}': {label_share:.0%} of the answers are '{label}'"),
@@ -110,48 +148,3 @@ def rules(config: ValidateConfig) -> tuple[Rule, ...]:
              f"the task mix is within {drift:.0%} (total variation) of the profile",
              "split '{split}': total variation distance {task_drift:.1%}"),
     )  # fmt: skip
-
-
-def judge(tables: Mapping[str, pd.DataFrame], rules: Sequence[Rule]) -> list[Verdict]:
-    """Judge each table by the rules that are about it; RuntimeError if one cannot be evaluated."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "False"
-    import great_expectations as gx
-    from great_expectations.data_context.types import base
-
-    # Its own default config makes a temporary folder for Data Docs (which load scripts from the net) and leaves it.
-    config = base.DataContextConfig(
-        store_backend_defaults=base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
-        progress_bars=base.ProgressBarsConfig(globally=False),
-        analytics_enabled=False,
-    )
-    context = gx.get_context(mode="ephemeral", project_config=config)
-    source = context.data_sources.add_pandas("facts")
-    verdicts: list[Verdict] = []
-    for table, facts in tables.items():
-        ours = [rule for rule in rules if rule.table == table]
-        if facts.empty:  # passes every rule in Great Expectations as well: the splits' rule asks for rows
-            verdicts += [Verdict(rule, True, 0) for rule in ours]
-            continue
-        suite = context.suites.add(gx.ExpectationSuite(name=table, expectations=[_expectation(gx, r) for r in ours]))
-        batch = source.add_dataframe_asset(table).add_batch_definition_whole_dataframe("all")
-        definition = gx.ValidationDefinition(name=table, data=batch, suite=suite)
-        # The judge sees only the columns it asks about, so that it need not copy the others.
-        seen = {"dataframe": facts[list(dict.fromkeys(rule.column for rule in ours))]}
-        found = context.validation_definitions.add(definition).run(batch_parameters=seen, result_format="COMPLETE")
-        results = {result.expectation_config.meta["rule"]: result for result in found.results}
-        verdicts += [_verdict(rule, results[rule.name], facts) for rule in ours]
-    return verdicts
-
-
-def _expectation(gx: Any, rule: Rule) -> Any:
-    severity = "critical" if rule.severity is Severity.ERROR else "warning"
-    make = getattr(gx.expectations, rule.expectation)
-    return make(column=rule.column, severity=severity, meta={"rule": rule.name}, **rule.arguments)
-
-
-def _verdict(rule: Rule, result: Any, facts: pd.DataFrame) -> Verdict:
-    if "unexpected_index_list" not in result.result:  # it is left out where the evaluation itself failed
-        raise RuntimeError(f"rule {rule.name} could not be evaluated: {str(result.exception_info)[:2000]}")
-    values = facts[rule.column].dropna()
-    span = (float(values.min()), float(values.max())) if rule.expectation == BETWEEN and not values.empty else ()
-    return Verdict(rule, bool(result.success), len(facts), tuple(result.result["unexpected_index_list"]), span)

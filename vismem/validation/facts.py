@@ -1,5 +1,6 @@
 """The facts that rules judge: one light row per sample, streamed from the shards; images are looked at and let go."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vismem.data.answer_forms import answer_form, reference_value
+from vismem.config import ValidateConfig
+from vismem.data.answer_forms import answer_form, normalise, reference_value
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA, iterate_rows
 from vismem.runtime.chat import one_turn, said
 from vismem.runtime.reserved import Reserved
+from vismem.validation.compared import compare
+from vismem.validation.texts import MISSING, Named, choice_fault, encoding_fault, mark_fault, markup_fault
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
 BATCH = 64  # rows between two signs of progress
@@ -43,25 +47,25 @@ def find_shards(folder: Path) -> list[Shard]:
 
 
 def collect_facts(
-    shards: Sequence[Shard], max_side: int, reserved: Reserved, advance: Callable[[int], None]
+    shards: Sequence[Shard], settings: ValidateConfig, reserved: Reserved, advance: Callable[[int], None]
 ) -> pd.DataFrame:
     """One row of facts for each sample of faultless shards, in the shards' order (a row's number is its index).
 
     `reserved` are the base's own tokens. `advance` is called with the number of rows done, from several threads.
-    Columns: split, shard (index into `shards`), position (row in the shard), id, id_chars, null_fault (names of null
-    columns), token_fault (the base's own tokens in texts), duplicate_of (place of the first row with the id), images
-    and videos (how many), image_fault, min_side, max_side (pixels), image_hashes, leak (the split of higher precedence
-    that shows one of the images), question_chars, answer, answer_chars, answer_listed (names a choice), task,
-    capability, sha256. What does not apply or is not known is missing.
+    Columns: split, shard (index into `shards`), position (row in the shard); those of `row_facts`; and, as places of
+    other rows: duplicate_of (the first row with the id), copy_of (with the same images, question and answer), conflict
+    (a row with the same images and question and another answer), near_leak (a row of a split of higher precedence with
+    an image that looks like one of these), asked_in (one that asks and answers the same besides); and leak (the split
+    of higher precedence that shows one of the images). What does not apply or is not known is missing.
     """
     # Decoding and hashing release the interpreter lock, so threads do for large images, and cost nothing for small.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         numbered = enumerate(shards)
-        read = partial(_shard_facts, max_side=max_side, reserved=reserved, advance=advance)
+        read = partial(_shard_facts, max_side=settings.max_pixels, reserved=reserved, advance=advance)
         parts = list(pool.map(lambda item: _table(read(item[1], item[0])), numbered))
     table = pd.concat([_table(()), *parts], ignore_index=True)
-    facts = {"duplicate_of": _duplicates(table, shards), "leak": _leaks(table)}
-    return table.assign(**{name: column.astype(object) for name, column in facts.items()})
+    facts = compare(table, [shard.name for shard in shards], settings.near_duplicate)
+    return table.drop(columns="looks").assign(**{name: column.astype(object) for name, column in facts.items()})
 
 
 def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -80,11 +84,16 @@ def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]
 
 
 _COLUMNS = {
-    **dict.fromkeys(("shard", "position", "id_chars", "images", "videos", "question_chars", "answer_chars"), "int64"),
-    **dict.fromkeys(("min_side", "max_side"), "float64"),  # missing where no image has a size
-    **dict.fromkeys(("split", "id", "answer", "task", "capability", "sha256"), "object"),
-    **dict.fromkeys(("null_fault", "token_fault", "image_fault", "image_hashes", "answer_listed"), "object"),
+    **dict.fromkeys(("shard", "position", "id_chars", "images", "videos", "choices"), "int64"),
+    **dict.fromkeys(("question_chars", "answer_chars"), "int64"),
+    **dict.fromkeys(("min_side", "max_side", "aspect", "contrast"), "float64"),  # missing where no image has a size
+    **dict.fromkeys(("split", "id", "question", "answer", "value", "task", "capability", "source"), "object"),
+    **dict.fromkeys(("null_fault", "token_fault", "image_fault", "mark_fault", "encoding_fault"), "object"),
+    **dict.fromkeys(("markup_fault", "choice_fault", "answer_fault", "answer_listed"), "object"),
+    **dict.fromkeys(("image_hashes", "looks", "asked", "sha256"), "object"),
 }
+FOUND_IN_OTHERS = ("duplicate_of", "copy_of", "conflict", "leak", "near_leak", "asked_in")
+KEPT = {*_COLUMNS, *FOUND_IN_OTHERS} - {"image_hashes", "looks", "asked", "sha256"}  # what is saved, and rules ask of
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -120,57 +129,63 @@ def _shard_facts(
 def row_facts(
     row: Mapping[str, Any], examine: Callable[[bytes], ImageFacts], reserved: Reserved | None
 ) -> dict[str, Any]:
-    """The facts that a row of `SCHEMA` has by itself, whatever the other rows are; see `collect_facts`.
+    """The facts that a row of `SCHEMA` has by itself, whatever the other rows are. `reserved`: the base's, if known.
 
-    Videos are counted, not looked at. `reserved`: None where the base's tokenizer is not known.
+    id, question, answer, task, capability, source: as the row has them. id_chars, question_chars, answer_chars; images,
+    videos, choices: how many (videos are not looked at). null_fault (names of null columns), token_fault (the base's
+    own), image_fault, mark_fault, encoding_fault, markup_fault, choice_fault, answer_fault: in words. min_side,
+    max_side (pixels), aspect (the largest ratio of sides), contrast (the smallest range of values of an image, 0 to
+    255), image_hashes, looks (of those that decode). value (the answer as scoring reads it), answer_listed (it names a
+    choice), asked (what identifies images, question and choices), sha256.
     """
     images = [examine(data or b"") for data in row["images"] or ()]
-    sides = [side for facts in images if facts.width for side in (facts.width, facts.height)]
+    sizes = [(facts.width, facts.height) for facts in images if facts.width]
     faults = [f"image {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
+    good = [facts for facts in images if facts.fault is None]
     nulls = [f"'{name}'" for name in TEXT_COLUMNS if row[name] is None]
     answer, question = row["answer"] or "", row["question"] or ""
     choices = tuple(choice or "" for choice in row["choices"] or ())
-    listed = reference_value(answer_form(question, answer, choices), answer) is not None  # as scoring reads it
+    value = reference_value(answer_form(question, answer, choices), answer)  # as scoring reads it
+    hashes = tuple(seen_sha256(images, ()))
+    texts = [("question", said(one_turn(question, len(images)))), ("answer", answer), ("rationale", row["rationale"])]
+    texts += [("choices", choice) for choice in choices]
+    tokens = _tokens_of_the_base(texts, reserved) if reserved else None
+    asked = repr((hashes, " ".join(question.split()), sorted(choices))).encode("utf-8", "surrogatepass")
     return {
         "id": row["id"] or "",
         "id_chars": len((row["id"] or "").strip()),
         "null_fault": ", ".join(nulls) or None,
-        "token_fault": _tokens_of_the_base(row, reserved) if reserved else None,
+        "token_fault": tokens,
         "images": len(images),
         "videos": len(row["videos"] or ()),
         "image_fault": "; ".join(faults) or None,
-        "min_side": min(sides, default=None),
-        "max_side": max(sides, default=None),
-        "image_hashes": tuple(seen_sha256(images, ())),
+        "min_side": min(map(min, sizes), default=None),
+        "max_side": max(map(max, sizes), default=None),
+        "aspect": max((max(size) / min(size) for size in sizes if min(size)), default=None),
+        "contrast": min((facts.contrast for facts in good if facts.look), default=None),
+        "image_hashes": hashes,
+        "looks": tuple(facts.look for facts in good),
+        "question": question,
         "question_chars": len(question.strip()),
+        "choices": sum(map(bool, choices)),
         "answer": answer,
         "answer_chars": len(answer.strip()),
-        "answer_listed": listed if any(choices) else None,
+        "value": None if value is None else normalise(value),
+        "answer_listed": value is not None if any(choices) else None,
+        "mark_fault": mark_fault(question, len(images)),
+        "encoding_fault": encoding_fault(texts),
+        "markup_fault": None if tokens else markup_fault(texts),  # the base's own are named already
+        "choice_fault": choice_fault(choices),
+        "answer_fault": answer if answer.strip().casefold() in MISSING and not any(choices) else None,
         "task": row["task"] or "",
         "capability": row["capability"] or "",
+        "source": row["source"] or "",
+        "asked": hashlib.sha256(asked).digest() if images and len(hashes) == len(images) else None,
         "sha256": sample_sha256(row),
     }
 
 
-def _tokens_of_the_base(row: Mapping[str, Any], reserved: Reserved) -> str | None:
+def _tokens_of_the_base(texts: Named, reserved: Reserved) -> str | None:
     """The first of the base's own tokens in each text that a prompt or a reference answer is made of."""
-    asked = said(one_turn(row["question"] or "", len(row["images"] or ())))
-    texts = [("question", asked), ("answer", row["answer"]), ("rationale", row["rationale"])]
-    texts += [("choices", choice) for choice in row["choices"] or ()]
     found = {name: token for name, text in texts if text and (token := reserved.find(text))}
     return ", ".join(f"{token} in '{name}'" for name, token in found.items()) or None
-
-
-def _duplicates(table: pd.DataFrame, shards: Sequence[Shard]) -> pd.Series:
-    """The place of the first row with the same id; missing where a row is the first, or has none."""
-    places = zip(table["shard"], table["position"], strict=True)
-    place = pd.Series([f"{shards[shard].name} row {position}" for shard, position in places], dtype=object)
-    return place.groupby(table["id"]).transform("first").where(table["id"].duplicated() & (table["id"] != ""))
-
-
-def _leaks(table: pd.DataFrame) -> pd.Series:
-    """The first other split, of higher precedence, that shows one of a row's images; missing where none does."""
-    shown = table[["split", "image_hashes"]].explode("image_hashes").dropna()
-    owner = shown.groupby("image_hashes", sort=False)["split"].transform("first")  # in order of precedence
-    others = owner[owner != shown["split"]]
-    return others[~others.index.duplicated()]

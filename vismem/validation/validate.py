@@ -21,26 +21,29 @@ from vismem.models.tokens import MEMORY_TOKENS
 from vismem.progress import progress
 from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
 from vismem.runtime.reserved import Reserved
-from vismem.validation.expectations import Severity, Verdict, judge, rules
-from vismem.validation.facts import Shard, collect_facts, find_shards
+from vismem.validation.expectations import Severity, Verdict, rules
+from vismem.validation.facts import KEPT, Shard, collect_facts, find_shards
 from vismem.validation.findings import Findings
+from vismem.validation.judge import Judge
 from vismem.validation.report import render
 
 QUARANTINE_SCHEMA = pa.schema([*SCHEMA, ("reason", pa.string()), ("split", pa.string())])
+SHOWN = 20  # rows that are named of those that break a rule
 Mix = Mapping[str, float]  # task -> share
 
 
 def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Judge the shards of `inputs["prepare"]` and sort their rows into `out/data/<split>` and `out/quarantine`.
 
-    Also writes `validation.json`, `task_profile.json` (the train split's task mix) and `report.html`.
+    Also writes `validation.json`, `task_profile.json` (the train split's task mix), `report.html`, and the
+    facts, suites, checkpoint and Data Docs as a project of Great Expectations, `gx/`.
     Raises UserError with the list of broken rules of severity error; `out` then holds the report and the verdicts, and
     no data.
     """
-    for name in ("data", "quarantine"):
+    for name in ("data", "quarantine", "gx"):
         shutil.rmtree(out / name, ignore_errors=True)  # of a killed or failed run
     settings = config.validate_
-    findings = examine(settings, inputs["prepare"], _reserved(config.base))
+    findings = examine(settings, inputs["prepare"], _reserved(config.base), out)
     _record(findings).write(out)
     write_json(out / "task_profile.json", findings.task_mix["train"])
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
@@ -65,27 +68,31 @@ def _reserved(base: BaseConfig) -> Reserved:
         ) from None
 
 
-def examine(settings: ValidateConfig, folder: Path, reserved: Reserved) -> Findings:
-    """Judge the shards below `folder` by every rule, with a base that has these tokens; nothing is written."""
+def examine(settings: ValidateConfig, folder: Path, reserved: Reserved, out: Path) -> Findings:
+    """Judge the shards below `folder` by every rule, with a base that has these tokens; only `out/gx` is written."""
+    every = rules(settings)
+    judge = Judge(out, settings.plugins)
+    if settings.expectations:
+        every += judge.own_rules(settings.expectations, KEPT, {rule.name for rule in every})
     stored = _read_profile(settings.task_profile) if settings.task_profile else None
     shards = find_shards(folder)
     good = [shard for shard in shards if shard.fault is None]
     with progress("validate rows", sum(shard.rows for shard in good)) as advance:
-        rows = collect_facts(good, settings.max_pixels, reserved, advance)
-    every = rules(settings)
+        rows = collect_facts(good, settings, reserved, advance)
     shard_table = pd.DataFrame({"shard": [s.name for s in shards], "fault": [s.fault for s in shards]}, dtype=object)
-    tables = {"shards": shard_table, "rows": rows}
-    verdicts = judge(tables, every)
+    tables = {"shards": shard_table, "rows": rows[[name for name in rows if name in KEPT]]}
+    verdicts = judge.judge(tables, every)
     reasons = _reasons(verdicts, rows)
     clean = rows.drop(index=list(reasons))
     task_mix = {split: _shares(clean.loc[clean["split"] == split, "task"]) for split in SPLITS}
     profile = task_mix["train"] if stored is None else stored
-    splits = _split_table(clean, settings.required_splits, task_mix, profile)
+    splits = _split_table(rows, clean, settings.required_splits, task_mix, profile)
     share = len(reasons) / len(rows) if len(rows) else 0.0
     total = pd.DataFrame([{"rows": len(rows), "quarantined": len(reasons), "quarantined_share": share}])
-    verdicts += judge({"splits": splits, "total": total}, every)
+    verdicts += judge.judge({"splits": splits, "total": total}, every)
+    judge.finish()
     tables |= {"splits": splits, "total": total}
-    said = [replace(v, message=_message(v, tables[v.rule.table], good)) for v in verdicts]
+    said = [_said(verdict, tables[verdict.rule.table], good) for verdict in verdicts]
     said.sort(key=lambda verdict: every.index(verdict.rule))
     return Findings(good, rows, splits, reasons, said, task_mix, profile)
 
@@ -101,31 +108,36 @@ def _reasons(verdicts: Sequence[Verdict], rows: pd.DataFrame) -> dict[int, str]:
     return {index: "; ".join(found[index]) for index in sorted(found)}
 
 
-def _message(verdict: Verdict, table: pd.DataFrame, shards: Sequence[Shard]) -> str:
-    """What is said of a rule: that it holds, or how many rows break it and the first of them."""
-    rule = verdict.rule
+def _said(verdict: Verdict, table: pd.DataFrame, shards: Sequence[Shard]) -> Verdict:
+    """The verdict with what is said of its rule: that it holds, or how many rows break it and the first of them."""
+    rule, rows = verdict.rule, table.loc[list(verdict.rows)]
     if verdict.success:
-        return rule.holds
+        return replace(verdict, message=rule.holds)
+    shown = rows.head(SHOWN) if rule.table == "rows" else rows
+    broken = [rule.broken.format(**row) for row in shown.to_dict("records")]
     if rule.table != "rows":
-        return "; ".join(rule.broken.format(**table.loc[index]) for index in verdict.rows)
-    rows = table.loc[list(verdict.rows)]
-    first = rows.iloc[0]
-    where = f"{shards[first['shard']].name} row {first['position']} (id '{first['id']}')"
+        return replace(verdict, message="; ".join(broken))
+    if rows.empty:  # it is about the column as a whole
+        return replace(verdict, message=f"does not hold ({rule.holds}); observed: {verdict.value}")
+    where = [f"{shards[row.shard].name} row {row.position} (id '{row.id}')" for row in shown.itertuples()]
+    places = tuple(f"{place}: {phrase}" for place, phrase in zip(where, broken, strict=True))
     counts = ", ".join(f"{count} of {split}" for split, count in rows["split"].value_counts(sort=False).items())
-    return f"{counts}; first {where}: {rule.broken.format(**first)}"
+    return replace(verdict, message=f"{counts}; first {places[0]}", places=places)
 
 
 def _split_table(
-    clean: pd.DataFrame, required: Sequence[str], task_mix: Mapping[str, Mix], profile: Mix
+    rows: pd.DataFrame, clean: pd.DataFrame, required: Sequence[str], task_mix: Mapping[str, Mix], profile: Mix
 ) -> pd.DataFrame:
     table: list[tuple[Any, ...]] = []
     for split in SPLITS:
         answers = Counter(clean.loc[clean["split"] == split, "answer"])
-        rows = answers.total()
+        kept, there = answers.total(), int((rows["split"] == split).sum())
         label, count = min(answers.items(), key=lambda item: (-item[1], item[0]), default=("", 0))
-        drift = total_variation(task_mix[split], profile) if rows and profile else None
-        table.append((split, rows, label, rows if split in required else None, count / rows if rows else None, drift))
-    figures = ["required_rows", "label_share", "task_drift"]
+        drift = total_variation(task_mix[split], profile) if kept and profile else None
+        lost = 1 - kept / there if there else None
+        needed = kept if split in required else None
+        table.append((split, kept, label, needed, count / kept if kept else None, drift, lost))
+    figures = ["required_rows", "label_share", "task_drift", "lost_share"]
     return pd.DataFrame(table, columns=["split", "rows", "label", *figures]).astype(dict.fromkeys(figures, "float64"))
 
 

@@ -102,7 +102,7 @@ def test_a_version_is_verified_against_manifest_lineage_figures_and_tags(project
     with pytest.raises(UserError, match=r"not as registered: tag score says 99\.0000, the files 66\.0000"):
         inspect.verify(project.config, "1")
     client.set_model_version_tag("vismem", "1", "score", "66.0000")
-    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts"
+    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts" / "bundle"
     (kept / "vismem" / "memory.safetensors").write_bytes(b"onE")
     with pytest.raises(UserError, match=r"version 1 .* damaged: vismem/memory\.safetensors has changed"):
         inspect.verify(project.config, "1")

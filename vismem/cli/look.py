@@ -17,6 +17,7 @@ VERSIONS: dict[str, tuple[str, ...]] = {  # actions of `models`, and the version
     "promote": ("challenger",),
     "rollback": (),
     "verify": ("champion",),
+    "delete": ("",),
 }
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 
@@ -24,10 +25,12 @@ STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 def add_commands(commands: Commands) -> None:
     """Registry, services, parameters, completion."""
     command = commands.group("Look and set up")
-    add = command("models", _run_models, "registered versions: list, show, compare, promote, rollback, verify")
+    add = command("models", _run_models, "registered versions: list, show, compare, promote, rollback, verify, delete")
     add("action", choices=tuple(VERSIONS), nargs="?", default="list")
     about = "numbers or aliases; default: show and verify champion, promote challenger, compare champion challenger"
     add("which", nargs="*", metavar="VERSION", help=about)
+    about = "rollback: the earlier champion to return to; where it is champion already, nothing happens"
+    add("--to", metavar="VERSION", help=about)
     add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
 
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
@@ -83,7 +86,13 @@ def _run_models(arguments: argparse.Namespace) -> None:
         case "rollback":
             from vismem.registry.release import rollback
 
-            print(rollback(config))
+            print(rollback(config, arguments.to))
+        case "delete":
+            from vismem.registry.release import delete
+
+            if not which[0]:
+                raise UserError("`vismem models delete` needs a VERSION")
+            print(delete(config, which[0]))
         case "verify":
             from vismem.registry.inspect import verify
 

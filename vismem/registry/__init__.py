@@ -1,3 +1,4 @@
-"""MLflow: runs, registered versions, the release gate and the champion. Only this package imports mlflow."""
+"""MLflow: runs, registered versions, the release gate and the champion. Only this package imports mlflow, and what MLflow imports (`vismem.pyfunc`)."""
 
 LIVE_RUN = "VISMEM_LIVE_RUN"  # environment variable: id of the MLflow run with which `register` goes on
+BUNDLE = "bundle"  # the folder of a logged model that holds the bundle, beside MLflow's own files

@@ -12,7 +12,7 @@ from vismem.files import read_json
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manifest
 from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
 from vismem.registry.champion import mend_view
-from vismem.registry.runs import log_curve, log_metrics, log_model_folder, tracked_run
+from vismem.registry.runs import EVALUATION, evaluation_table, log_bundle, log_curve, log_metrics, tracked_run
 from vismem.registry.tracking import Store, create_version, open_store, translate_mlflow_errors, versions
 from vismem.registry.verdict import GATE, figure_tags, hash_tag, judge_version, publish_verdict
 from vismem.registry.versions import CHALLENGER, Version
@@ -46,7 +46,7 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         judged_against=ledger.champion,
     ).write(out)
     store.client.set_model_version_tag(store.model, version.version, GATE, config.gate.model_dump_json())
-    publish_verdict(store, version, verdict, out)
+    publish_verdict(store, version, verdict, out, inputs["export"])
     store.client.set_registered_model_alias(store.model, CHALLENGER, version.version)
     broken = [rule.name for rule in verdict.rules if not rule.passed]
     judged = "the gate passes it" if verdict.passed else f"the gate refuses it ({', '.join(broken)})"
@@ -99,13 +99,15 @@ def _new_version(
 ) -> Version:
     run_tags = {**tags, "mlflow.source.git.commit": tags["git_commit"], "mlflow.source.name": "vismem register"}
     params = config.model_dump(mode="json", by_alias=True)
+    table = evaluation_table(inputs["evaluate"], metrics.arms)
     with tracked_run(store, f"{store.model} {tags['manifest_sha256'][:8]}", run_tags, params) as run_id:
         for path in sorted(inputs["evaluate"].iterdir()):
-            if path.name != "predictions":  # one row per item and arm: too many to look at there
+            if path.name != "predictions":  # they are the table
                 store.client.log_artifact(run_id, str(path), "evaluate")
+        store.client.log_table(run_id, table, EVALUATION)
         for name in ("report.html", Validation.FILE):
             store.client.log_artifact(run_id, str(inputs["validate"] / name), "validate")
-        model_id = log_model_folder(store, run_id, inputs["export"], {"base": config.base.model})
+        model_id = log_bundle(store, run_id, inputs["export"], inputs["validate"] / "data" / "test", config.base)
         log_metrics(store, run_id, model_id, metrics.model_dump(include={"n", "arms", "gain", "overhead"}))
         for curve in sorted((inputs["export"] / "training").glob("*.csv")):
             log_curve(store, run_id, curve)

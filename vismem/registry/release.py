@@ -11,7 +11,7 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release, Rule, Verdict
-from vismem.registry.champion import mend_view, named_version, transact
+from vismem.registry.champion import mend_view, named_version, read_ledger, transact
 from vismem.registry.ledger import Ledger, Move
 from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors
 from vismem.registry.verdict import judge_version, publish_verdict, registered_gate
@@ -78,31 +78,56 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
 
 
 @translate_mlflow_errors()
-def rollback(config: Config) -> str:
-    """Make the champion before the present one champion again; return a line that says so.
+def rollback(config: Config, to: str | None = None) -> str:
+    """Make the champion before the present one, or the earlier champion `to`, champion again; return a line that says so.
 
-    The version that is left is blocked: `promote` refuses it from then on. Repeated calls go further back along the
-    promotions; versions that were deleted or are blocked are passed over. UserError where there is none, or where
-    another moved the champion meanwhile: nothing is rolled back then.
+    The version that is left is blocked: `promote` refuses it from then on. Without `to`, repeated calls go further back
+    along the promotions; with it, a repeated call changes nothing. Versions that were deleted or are blocked are passed
+    over. UserError where there is none, or where another moved the champion meanwhile: nothing is rolled back then.
     """
     store = open_store(config.registry)
     seen = mend_view(store)
 
-    def decide(ledger: Ledger) -> Move:
+    def decide(ledger: Ledger) -> Move | None:
+        if to is not None and ledger.champion == to:
+            return None
         if ledger != seen:
             raise UserError(
                 f"version {ledger.champion} of '{store.model}' became champion meanwhile, instead of version "
                 f"{seen.champion}: nothing was rolled back"
             )
-        for number in ledger.earlier:
-            if find_version(store, number) is not None:
-                return ledger.next_move("rollback", number)
+        there = [number for number in ledger.earlier if find_version(store, number) is not None]
+        if number := next((number for number in there if to in (None, number)), None):
+            return ledger.next_move("rollback", number)
+        named, others = (f" {to}", f" (there is {', '.join(there) or 'none'})") if to else ("", "")
         raise UserError(
-            f"there is no earlier champion of '{store.model}' in {store.uri} to go back to; "
+            f"there is no earlier champion{named} of '{store.model}' in {store.uri} to go back to{others}; "
             "`vismem models list` shows all"
         )
 
-    move = transact(store, decide).moves[-1]
+    ledger = transact(store, decide)
     mend_view(store)
+    if ledger == seen:
+        return f"{store.model} version {to} is champion: nothing is to be rolled back"
+    move = ledger.moves[-1]
     was = f"version {move.previous}, which is not promoted again"
     return f"{store.model} version {move.version} is champion again, instead of {was}"
+
+
+@translate_mlflow_errors()
+def delete(config: Config, which: str) -> str:
+    """Delete a version and its bundle, unless it is or was champion; return a line that says so.
+
+    Its run stays, with figures and reports. Files leave the disk with `mlflow gc`, until which they can be restored.
+    """
+    store = open_store(config.registry)
+    mend_view(store)
+    version = named_version(store, which)
+    if version.version in {move.version for move in read_ledger(store).moves}:
+        raise UserError(
+            f"{store.model} version {version.version} is or was champion, and is kept: a rollback and the history of "
+            "what was served need it"
+        )
+    store.client.delete_model_version(store.model, version.version)
+    store.client.delete_logged_model(version.model_id)
+    return f"{store.model} version {version.version} is deleted; its run {version.run_id} stays"

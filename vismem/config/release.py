@@ -1,5 +1,6 @@
 """Preflight, evaluation, export, gate, registry and serving."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -62,6 +63,10 @@ class RegistryConfig(Section):
     model_name: str = Field("vismem", description="registered model name")
     artifact_location: str | None = Field(
         None, description="new experiments' files; null: mlartifacts/ beside a SQLite store, else the server's"
+    )
+    signing_key: Path | None = rare(None, description="elliptic private key (PEM) that signs what is registered")
+    public_key: Path | None = rare(
+        None, description="its public key: a version that it did not sign is neither promoted nor fetched"
     )
     ui_port: int = Field(5000, ge=0, le=65535, description="port of `vismem ui`; 0: any free one")
 

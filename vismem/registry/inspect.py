@@ -50,6 +50,7 @@ def verify(config: Config, which: str) -> str:
     return (
         f"{store.model} version {version.version} is as registered: {files} files and their manifest "
         f"{told['manifest_sha256'][:12]}, lineage, figures and tags agree"
+        + (", and registry.public_key's owner signed it" if config.registry.public_key else "")
         + (f"; of the champions before, deleted in MLflow: {', '.join(sorted(lost, key=int))}" if lost else "")
     )
 

@@ -13,6 +13,7 @@ from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manif
 from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
 from vismem.registry.champion import mend_view
 from vismem.registry.runs import EVALUATION, evaluation_table, log_bundle, log_curve, log_metrics, tracked_run
+from vismem.registry.signing import sign_bundle
 from vismem.registry.tracking import Store, create_version, open_store, translate_mlflow_errors, versions
 from vismem.registry.verdict import GATE, figure_tags, hash_tag, judge_version, publish_verdict
 from vismem.registry.versions import CHALLENGER, Version
@@ -30,10 +31,13 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     tags = version_tags(inputs["export"], lineage, metrics)
     for record, folder in (Metrics, "evaluate"), (Validation, "validate"), (ParityReport, "export"):
         tags[hash_tag(record)] = sha256_file(inputs[folder] / record.FILE)
+    signature = sign_bundle(config.registry, inputs["export"], out)
     store = open_store(config.registry)
     named = ("manifest_sha256", tags["manifest_sha256"])
     known = next((v for v in versions(store) if named in v.tags.items() and hash_tag(Metrics) in v.tags), None)
     version = known or _new_version(store, config, inputs, metrics, tags)
+    if signature:
+        store.client.log_model_artifact(version.model_id, str(signature))
     ledger = mend_view(store)
     verdict = judge_version(store, version, ledger, config.gate)
 

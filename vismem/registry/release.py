@@ -13,6 +13,8 @@ from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release, Rule, Verdict
 from vismem.registry.champion import mend_view, named_version, read_ledger, transact
 from vismem.registry.ledger import Ledger, Move
+from vismem.registry.runs import download_bundle
+from vismem.registry.signing import SignatureError
 from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors
 from vismem.registry.verdict import judge_version, publish_verdict, registered_gate
 from vismem.registry.versions import Version
@@ -46,6 +48,7 @@ def promote_version(config: Config, which: str, unblock: bool = False) -> str:
 
 def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -> str:
     verdict, gate = Verdict(passed=False, rules=()), registered_gate(store, version)
+    unsigned = _unsigned(store, version)
 
     def decide(ledger: Ledger) -> Move | None:
         nonlocal verdict
@@ -55,6 +58,8 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
             verdict = Verdict(passed=True, rules=rules)
             return None
         verdict = judge_version(store, version, ledger, gate, unblock)
+        if unsigned:
+            verdict = Verdict(passed=False, rules=(*verdict.rules, unsigned))
         return ledger.next_move("promote", version.version, verdict) if verdict.passed and not made else None
 
     mend_view(store)
@@ -75,6 +80,19 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
         return f"{store.model} version {version.version} is champion"
     kept = f"version {ledger.champion} stays champion" if ledger.champion else "there is no champion yet"
     return f"{store.model} version {version.version} is refused, {kept}: {'; '.join(release.reasons)}"
+
+
+def _unsigned(store: Store, version: Version) -> Rule | None:
+    """The broken rule of a version that is not signed as `registry.public_key` asks. It is the promoter's parameter:
+    the gate's are registered with the version."""
+    if store.config.public_key is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            download_bundle(store, version, Path(folder))
+        except SignatureError as error:
+            return Rule(name="signature", passed=False, reason=str(error))
+    return None
 
 
 @translate_mlflow_errors()

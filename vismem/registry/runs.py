@@ -21,6 +21,7 @@ from vismem.provenance import MANIFEST, sha256_file, verify_manifest
 from vismem.records import portable
 from vismem.registry import BUNDLE, LIVE_RUN
 from vismem.registry.mlmodel import write_mlmodel
+from vismem.registry.signing import check_signature
 from vismem.registry.tracking import Store, experiment_id, translate_mlflow_errors
 from vismem.registry.versions import Version
 
@@ -169,7 +170,7 @@ def bundle_files(store: Store, version: Version) -> Any:
 def download_bundle(store: Store, version: Version, folder: Path) -> None:
     """Put the bundle that `version` was registered with into `folder`, which must be there.
 
-    UserError where the store has lost it, or the files are not those that were registered.
+    UserError where the store has lost it, or the files are not those that were registered; see `check_signature`.
     """
     bundle_files(store, version).download_artifacts("", str(folder))
     problems = verify_manifest(folder)
@@ -180,6 +181,7 @@ def download_bundle(store: Store, version: Version, folder: Path) -> None:
             f"the files of {store.model} version {version.version} in {store.uri} are damaged: "
             f"{'; '.join(problems[:5])}"
         )
+    check_signature(store, version, folder)
 
 
 def flatten(values: Mapping[str, Any], separator: str) -> dict[str, Any]:

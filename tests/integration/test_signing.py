@@ -53,9 +53,7 @@ def test_only_what_the_trusted_key_signed_is_promoted_and_fetched(project: Proje
     assert (made["promoted"], made["version"]) == (True, "3")
 
 
-def test_files_changed_with_all_their_hashes_are_found_by_the_signature_alone(
-    project: Project, tmp_path: Path
-) -> None:
+def test_files_changed_with_all_their_hashes_are_found_by_the_signature_alone(project: Project, tmp_path: Path) -> None:
     from vismem.provenance import sha256_file, write_manifest
 
     use(project, **write_keys(tmp_path, "ours"))

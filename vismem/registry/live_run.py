@@ -11,21 +11,22 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from vismem.config import PARAMS_FILE
 from vismem.registry import LIVE_RUN
 from vismem.steps import STEPS
 
 REGISTER = "register"
 ANSWER_SECONDS = 60.0  # for the id of the run; a registry that does not answer costs the child a few
-END_SECONDS = 5.0  # for closing the run; what takes longer the child does without us
+END_SECONDS = 5.0  # for closing the run; what takes longer the child does without us, where that is possible
 _NAMES = [step.name for step in STEPS]
 BEFORE = _NAMES[: _NAMES.index(REGISTER)]  # steps whose output makes another bundle
 
 
 class LiveRun:
-    """The run of one `vismem repro`. Nothing here fails or waits for long where MLflow does not answer."""
+    """The run of one `vismem repro`, or of a task of Kubeflow. Nothing here fails or waits for long where MLflow does not answer."""
 
-    def __init__(self, artifacts: Path) -> None:
-        self.artifacts = artifacts
+    def __init__(self, artifacts: Path, params: Path = PARAMS_FILE, end_seconds: float = END_SECONDS) -> None:
+        self.artifacts, self.params, self.end_seconds = artifacts, params, end_seconds
         self.child: subprocess.Popen[str] | None = None
         self.before: list[str] = []  # what is to be told once the child is there
         self.handed_over = False
@@ -34,7 +35,7 @@ class LiveRun:
         """A step begins to run."""
         if step in BEFORE and self.child is None and not self.handed_over:
             self.child = subprocess.Popen(
-                [sys.executable, "-m", "vismem.registry.live_child", str(self.artifacts)],
+                [sys.executable, "-m", "vismem.registry.live_child", str(self.artifacts), str(self.params)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -62,7 +63,7 @@ class LiveRun:
             with suppress(OSError):
                 self.child.stdin.close()  # type: ignore[union-attr]
             with suppress(subprocess.TimeoutExpired):
-                self.child.wait(END_SECONDS)
+                self.child.wait(self.end_seconds)
             self.child.stdout.close()  # type: ignore[union-attr]
         self.child, self.handed_over = None, True
 

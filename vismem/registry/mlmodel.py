@@ -20,7 +20,12 @@ LOADER = "vismem.pyfunc"
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "image"), ColSpec("string", "question")]),
     outputs=Schema(
-        [ColSpec("string", "answer"), ColSpec("string", "marked"), ColSpec("long", "tokens"), ColSpec("long", "memories")]
+        [
+            ColSpec("string", "answer"),
+            ColSpec("string", "marked"),
+            ColSpec("long", "tokens"),
+            ColSpec("long", "memories"),
+        ]
     ),
     params=ParamSchema(
         [

@@ -9,7 +9,7 @@ from typing import Any
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import read_json
-from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manifest
+from vismem.provenance import MANIFEST, origin_tags, sha256_file, sha256_folder, verify_manifest
 from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
 from vismem.registry.champion import mend_view
 from vismem.registry.runs import EVALUATION, evaluation_table, log_bundle, log_curve, log_metrics, tracked_run
@@ -115,4 +115,4 @@ def _new_version(
         log_metrics(store, run_id, model_id, metrics.model_dump(include={"n", "arms", "gain", "overhead"}))
         for curve in sorted((inputs["export"] / "training").glob("*.csv")):
             log_curve(store, run_id, curve)
-        return create_version(store, run_id, model_id, tags)
+        return create_version(store, run_id, model_id, {**tags, **origin_tags()})

@@ -61,6 +61,6 @@ def check_signature(store: Store, version: Version, bundle: Path) -> None:
         raise UserError(INSTALL.format(error.name)) from None
     except (MlflowException, OSError) as error:
         raise SignatureError(f"{called} has no signature, and registry.public_key asks for one") from error
-    except Exception as error:  # noqa: BLE001  the package raises whatever a file that is no signature leads to
+    except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise SignatureError(f"{called} is not signed by the key of registry.public_key ({said})") from error

@@ -64,9 +64,7 @@ def registered_gate(store: Store, version: Version) -> GateConfig:
     return GateConfig.model_validate_json(version.tags[GATE])
 
 
-def publish_verdict(
-    store: Store, version: Version, verdict: Verdict, folder: Path, bundle: Path | None = None
-) -> None:
+def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Path, bundle: Path | None = None) -> None:
     """Write the verdict as tags of the version, as a file of its run, and into `folder`.
 
     The version's description says it too, above the model card of `bundle`, or else the card that is there.

@@ -23,9 +23,8 @@ from vismem.data.sample import write_shards
 from vismem.export.export import export
 from vismem.files import read_json
 from vismem.provenance import sha256_folder
+from vismem.services import check_http, free_ports, start_service
 from vismem.serving.answering import Runtime
-from vismem.serving.exchange import marked
-from vismem.services import free_ports, start_service, check_http
 
 URI = "models:/vismem@champion"
 
@@ -91,9 +90,7 @@ def test_mlflow_loads_the_champion_and_it_answers_as_the_bundle_does(
     assert model.predict(example, params={"max_new_tokens": 2}).shape == (1, 4)
 
 
-def test_a_bundle_with_graphs_needs_no_torch(
-    project: Project, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_with_graphs_needs_no_torch(project: Project, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release(project, bundle, monkeypatch)
     program = (
         "import sys; sys.modules['torch'] = None\n"

@@ -22,11 +22,10 @@ from vismem.serving.answering import Busy, Chunk, Runtime
 from vismem.serving.exchange import Token, marked, plain
 
 _SERVED = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow sets it where others ask: they name no files of that machine
-LONGEST_PATH = 1024
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "Answering":
-    """MLflow's entry. `model_config`: `threads` of graphs; else `dtype`, `device`, `base` of `VisMem.from_pretrained`."""
+    """MLflow's entry. `model_config`: `threads` of graphs, or `dtype`, `device`, `base` (`VisMem.from_pretrained`)."""
     bundle, settings = Path(path) / BUNDLE, model_config or {}
     if (bundle / "onnx").is_dir():
         return Answering(Runtime.open(bundle, **settings))
@@ -74,7 +73,7 @@ class Answering:
 def _encoded(image: str) -> bytes:
     """The file: base64, as a data URL or bare; outside of a server also a path. RequestError where it is neither."""
     local = _SERVED not in os.environ
-    if local and len(image) < LONGEST_PATH and Path(image).is_file():
+    if local and os.path.isfile(image):
         return Path(image).read_bytes()
     head, comma, data = image.partition(",")
     try:

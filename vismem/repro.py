@@ -110,7 +110,7 @@ class Display:
     def __init__(self, config: Config, *, quiet: bool, whole: bool) -> None:
         self.config, self.whole = config, whole
         self.steps = _step_names(Path("dvc.yaml"))
-        self.times, self.live = Times(PLACE / "seconds.json", config), LiveRun(Path("artifacts"))
+        self.times, self.live = Times(PLACE / "seconds.json", config), LiveRun(config, Path("artifacts"))
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.step, self.began, self.ran = "", time.monotonic(), 0
 

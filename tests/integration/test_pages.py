@@ -66,7 +66,7 @@ def test_a_rollback_to_a_named_version_is_done_once_however_often_it_is_asked(pr
         said = release.rollback(project.config, to="2")
         assert project.champion() == "2"
     assert said == "vismem version 2 is champion: nothing is to be rolled back"
-    with pytest.raises(UserError, match=r"no earlier champion 3 of 'vismem' in .* \(there is 1\)"):
+    with pytest.raises(UserError, match="no earlier champion 3 of 'vismem' in"):
         release.rollback(project.config, to="3")
     release.rollback(project.config, to="1")
     assert project.moves[3:] == [("rollback", "2", "3"), ("rollback", "1", "2")]
@@ -94,7 +94,7 @@ def test_a_version_that_was_never_champion_can_be_deleted_and_no_other(
     refused = project.release(b"three", score=65.0)
     assert "version 1 is champion again" in models("rollback", "--to", "1")
     for which in ("champion", "1", "2"):
-        assert "is or was champion, and is kept" in models("delete", which)
+        assert "is or was champion: it is kept" in models("delete", which)
     assert "needs a VERSION" in models("delete")
     assert "version 3 is deleted" in models("delete", "challenger")
     assert [version.version for version in versions(project.store)] == ["2", "1"]

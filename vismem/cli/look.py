@@ -29,8 +29,11 @@ def add_commands(commands: Commands) -> None:
     add("action", choices=tuple(VERSIONS), nargs="?", default="list")
     about = "numbers or aliases; default: show and verify champion, promote challenger, compare champion challenger"
     add("which", nargs="*", metavar="VERSION", help=about)
-    about = "rollback: the earlier champion to return to; where it is champion already, nothing happens"
-    add("--to", metavar="VERSION", help=about)
+    add(
+        "--to",
+        metavar="VERSION",
+        help="rollback: the earlier champion to return to; if it is champion, nothing is done",
+    )
     add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
 
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")

@@ -1,13 +1,11 @@
 """A task around a step: run it with its inputs, describe the output. The only place that calls `vismem.launch`."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from vismem.config import PARAMS_FILE, Config, parse_config
+from vismem.config import parse_config
 from vismem.files import write_json, write_text
 from vismem.kubeflow.parameters import IDENTITY
 from vismem.kubeflow.results import describe, render_report
@@ -48,8 +46,15 @@ def run_task(
     config = parse_config({key: value for key, value in parameters.items() if key != IDENTITY}, f"parameters of {name}")
     folders = {step: Path(artifact.path) for step, artifact in inputs.items()}
     work = Path(os.environ[WORK]) / parameters[IDENTITY]["code"][:12] if os.environ.get(WORK) else None
-    with _shown(name, config, folder.parent):
+    live, outcome = LiveRun(config, folder.parent, end_seconds=60), "FAILED"  # the pod ends with this process
+    try:
+        if os.environ.get(GIVEN_RUN):  # Kubeflow's MLflow plugin is on
+            live.begin(name)
         print(launch_step(name, config, folder.parent, folders, LaunchConfig(**(launch or {})), work))
+        live.done(name)
+        outcome = "FINISHED"
+    finally:
+        live.end(outcome)
     metadata, figures = describe(name, folder)
     out.metadata.update(metadata)
     if metrics is not None:
@@ -57,25 +62,6 @@ def run_task(
         write_json(Path(metrics.path), figures)  # a cache of tasks takes an artifact without a file for lost
     if report is not None:
         write_text(Path(report.path), render_report(name, folder))
-
-
-@contextmanager
-def _shown(name: str, config: Config, artifacts: Path) -> Iterator[None]:
-    """A block whose step is shown by the MLflow run that Kubeflow's MLflow plugin has opened for the task, if it is on."""
-    if not os.environ.get(GIVEN_RUN):
-        yield
-        return
-    with TemporaryDirectory() as folder:
-        params = Path(folder) / PARAMS_FILE
-        params.write_text(config.model_dump_json(by_alias=True))
-        live, outcome = LiveRun(artifacts, params, end_seconds=60), "FAILED"  # the pod ends with this process
-        live.begin(name)
-        try:
-            yield
-            live.done(name)
-            outcome = "FINISHED"
-        finally:
-            live.end(outcome)
 
 
 def run_preflight(parameters: Mapping[str, Any], report: Artifact) -> None:

@@ -10,10 +10,10 @@ from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import file_hashes
 from vismem.records import VISMEM, Metrics, ParityReport, Validation
-from vismem.registry.champion import mend_view, named_version
+from vismem.registry.champion import mend_view, named_version, read_view
 from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import open_store, translate_mlflow_errors, versions
+from vismem.registry.tracking import open_store, translate_mlflow_errors
 from vismem.registry.verdict import read_registered
 
 
@@ -26,7 +26,7 @@ def verify(config: Config, which: str) -> str:
     names what differs.
     """
     store = open_store(config.registry)
-    lost = {move.version for move in mend_view(store).moves} - {item.version for item in versions(store)}
+    lost = {move.version for move in mend_view(store).moves} - {item.version for item in read_view(store).versions}
     if which in lost:
         raise UserError(f"version {which} of '{store.model}' was champion, and somebody deleted it in MLflow")
     version = named_version(store, which)
@@ -59,11 +59,11 @@ def verify(config: Config, which: str) -> str:
 def compare(config: Config, first: str, second: str) -> tuple[list[dict[str, str]], str]:
     """One row per figure of two versions with their difference, and a sentence on whether the figures compare."""
     store = open_store(config.registry)
-    both = [named_version(store, which) for which in (first, second)]
-    if both[0] == both[1]:
-        raise UserError(f"{first} and {second} are both version {both[0].version}: name two versions")
-    one, other = metrics = [read_registered(store, version, Metrics) for version in both]
-    columns = [f"version {version.version}" for version in both]
+    versions = [named_version(store, which) for which in (first, second)]
+    if versions[0] == versions[1]:
+        raise UserError(f"{first} and {second} are both version {versions[0].version}: name two versions")
+    one, other = metrics = [read_registered(store, version, Metrics) for version in versions]
+    columns = [f"version {version.version}" for version in versions]
     ours, theirs = one.arms[VISMEM], other.arms[VISMEM]
     figures = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
     figures["gain over vanilla"] = (one.gain["overall"].delta, other.gain["overall"].delta)

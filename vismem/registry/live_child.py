@@ -1,10 +1,11 @@
 """The child of `vismem repro` that keeps an MLflow run of the training: live_run.py starts it.
 
-Every step has a nested run of its own, with its parameters, its curves, what it uses of the machine and how it ended. The
-child follows the curves that the steps write, and sends what is new every few seconds. Where the store does not answer it
-tries again; no training waits for it. Of a task of Kubeflow Pipelines it keeps the run that Kubeflow has made for it.
+Every step has a nested run, with its parameters, its curves, what it uses of the machine and how it ended. What is new
+in the curves that the steps write is sent every few seconds. Where the store does not answer the child tries again; no
+training waits for it. Of a task of Kubeflow it keeps the run that Kubeflow has opened for the task.
 """
 
+import json
 import logging
 import os
 import queue
@@ -21,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from vismem.config import Config, load_config
+from vismem.config import Config, parse_config
 from vismem.errors import UserError
 from vismem.provenance import git_state, origin_tags
 from vismem.registry import GIVEN_RUN
@@ -77,15 +78,15 @@ class Stage:
     began: int = field(default_factory=now)
     run_id: str = ""
     monitor: SystemMetricsMonitor | None = None
-    outcome: str = ""
-    ended: int = 0
+    ended: tuple[str, int] | None = None  # how and when
 
 
 class Run:
     """The run in the store, opened as soon as that answers, and those of the stages below it."""
 
     def __init__(self, config: Config, artifacts: Path) -> None:
-        self.config, self.curves = config, Curves(artifacts)
+        self.config, self.curves = config.registry, Curves(artifacts)
+        self.values = config.model_dump(mode="json", by_alias=True)
         self.workspace = f"{socket.gethostname()}:{artifacts.resolve()}"
         self.store: Store | None = None
         self.given = os.environ.get(GIVEN_RUN, "")  # whoever opened it closes it
@@ -101,8 +102,7 @@ class Run:
     def end(self, outcome: str) -> None:
         """The step that runs, if one does, has ended."""
         for stage in self.stages:
-            if not stage.outcome:
-                stage.outcome, stage.ended = outcome, now()
+            stage.ended = stage.ended or (outcome, now())
 
     def update(self) -> bool:
         """Send what is new; whether the store has everything."""
@@ -115,7 +115,7 @@ class Run:
                 log_points(self.store, self.run_id, self.curves.points)
                 for stage in self.stages:
                     self._update_stage(self.store, stage)
-                self.stages = [stage for stage in self.stages if not stage.outcome]
+                self.stages = [stage for stage in self.stages if not stage.ended]
                 self.curves.points = []
         except (UserError, MlflowException, OSError) as error:
             if not self.told:
@@ -144,10 +144,9 @@ class Run:
 
     def _open(self) -> None:
         """Open the run; one that still says RUNNING in this workspace was left by a killed process, and ends KILLED."""
-        self.store = store = open_store(self.config.registry)
-        values = self.config.model_dump(mode="json", by_alias=True)
+        self.store = store = open_store(self.config)
         if self.given:
-            log_params(store, self.given, values)
+            log_params(store, self.given, self.values)
             self.run_id = self.given
             return
         experiment = experiment_id(store)
@@ -157,30 +156,27 @@ class Run:
         tags = {WORKSPACE: self.workspace, "mlflow.source.name": "vismem repro", **origin_tags()}
         tags["mlflow.source.git.commit"] = str(git_state()["commit"] or "unknown")
         made = store.client.create_run(experiment, tags=tags, run_name=f"{store.model} in training")
-        log_params(store, str(made.info.run_id), values)
+        log_params(store, str(made.info.run_id), self.values)
         self.run_id = str(made.info.run_id)
 
     def _update_stage(self, store: Store, stage: Stage) -> None:
         """Bring the stage's run to where the stage is."""
-        if not stage.run_id and self.given:
-            stage.run_id = self.given
-        elif not stage.run_id:
+        stage.run_id = stage.run_id or self.given
+        if not stage.run_id:
             tags = {MLFLOW_PARENT_RUN_ID: self.run_id, WORKSPACE: self.workspace, "mlflow.source.name": "vismem repro"}
             made = store.client.create_run(experiment_id(store), stage.began, tags, stage.step)
             stage.run_id = str(made.info.run_id)
-            values = self.config.model_dump(mode="json", by_alias=True)
-            sections = BY_NAME[stage.step].sections if stage.step in BY_NAME else ()
-            log_params(store, stage.run_id, {section: values[section] for section in sections})
-        if stage.monitor is None and not stage.outcome and os.environ.get(SYSTEM_METRICS, "").lower() != "false":
+            log_params(store, stage.run_id, {key: self.values[key] for key in BY_NAME[stage.step].sections})
+        if stage.monitor is None and not stage.ended and os.environ.get(SYSTEM_METRICS, "").lower() != "false":
             stage.monitor = SystemMetricsMonitor(stage.run_id, tracking_uri=store.uri)
             stage.monitor.start()
-        if stage.outcome and stage.monitor:
+        if stage.ended and stage.monitor:
             stage.monitor.finish()
         if not self.given:
             own = [point for point in self.curves.points if point[0].startswith(f"{stage.step}/")]
             log_points(store, stage.run_id, own)
-            if stage.outcome:
-                store.client.set_terminated(stage.run_id, stage.outcome, stage.ended)
+            if stage.ended:
+                store.client.set_terminated(stage.run_id, *stage.ended)
 
 
 def follow(run: Run, told: TextIO, answer: TextIO) -> None:
@@ -221,4 +217,4 @@ def _lines(told: TextIO) -> Iterator[str]:
 
 if __name__ == "__main__":
     logging.disable(logging.ERROR)  # what matters is said in one line
-    follow(Run(load_config(Path(sys.argv[2])), Path(sys.argv[1])), sys.stdin, sys.stdout)
+    follow(Run(parse_config(json.loads(sys.stdin.readline())), Path(sys.argv[1])), sys.stdin, sys.stdout)

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from vismem.config import PARAMS_FILE
+from vismem.config import Config
 from vismem.registry import LIVE_RUN
 from vismem.steps import STEPS
 
@@ -23,10 +23,10 @@ BEFORE = _NAMES[: _NAMES.index(REGISTER)]  # steps whose output makes another bu
 
 
 class LiveRun:
-    """The run of one `vismem repro`, or of a task of Kubeflow. Nothing here fails or waits for long where MLflow does not answer."""
+    """The run of one `vismem repro`, or of a task of Kubeflow. Nothing here fails where MLflow does not answer."""
 
-    def __init__(self, artifacts: Path, params: Path = PARAMS_FILE, end_seconds: float = END_SECONDS) -> None:
-        self.artifacts, self.params, self.end_seconds = artifacts, params, end_seconds
+    def __init__(self, config: Config, artifacts: Path, end_seconds: float = END_SECONDS) -> None:
+        self.config, self.artifacts, self.end_seconds = config, artifacts, end_seconds
         self.child: subprocess.Popen[str] | None = None
         self.before: list[str] = []  # what is to be told once the child is there
         self.handed_over = False
@@ -35,14 +35,14 @@ class LiveRun:
         """A step begins to run."""
         if step in BEFORE and self.child is None and not self.handed_over:
             self.child = subprocess.Popen(
-                [sys.executable, "-m", "vismem.registry.live_child", str(self.artifacts), str(self.params)],
+                [sys.executable, "-m", "vismem.registry.live_child", str(self.artifacts)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 bufsize=1,
                 start_new_session=True,  # Ctrl-C is for us
             )
-            for line in self.before:
+            for line in (self.config.model_dump_json(by_alias=True), *self.before):
                 self._tell(line)
         curves = (self.artifacts / f"{step}.partial").glob("*.csv")  # of a killed run, perhaps of other parameters
         self._tell(f"begin {step} {max((file.stat().st_mtime_ns for file in curves), default=0)}")

@@ -1,10 +1,10 @@
-"""What MLflow needs beside a registered bundle to load and serve it: MLmodel, pinned requirements, an input example.
+"""A bundle as a logged model that MLflow loads and serves: beside it MLmodel, pinned requirements, an input example.
 
 The code is `vismem.pyfunc`, of the installed package: no code and nothing that unpickles is in the registry.
 """
 
 import base64
-import itertools
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -13,52 +13,54 @@ import pandas as pd
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+from vismem.config import BaseConfig
 from vismem.data.sample import iterate_samples
+from vismem.errors import mask_credentials
+from vismem.registry import BUNDLE
+from vismem.registry.tracking import Store
 from vismem.runtime.limits import NEW_TOKENS
 
-LOADER = "vismem.pyfunc"
+_INPUTS = {"image": "string", "question": "string"}
+_OUTPUTS = {"answer": "string", "marked": "string", "tokens": "long", "memories": "long"}
+_PARAMS = ("memory", "string", "learned"), ("max_new_tokens", "long", NEW_TOKENS), ("temperature", "double", 0.0)
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("string", "image"), ColSpec("string", "question")]),
-    outputs=Schema(
-        [
-            ColSpec("string", "answer"),
-            ColSpec("string", "marked"),
-            ColSpec("long", "tokens"),
-            ColSpec("long", "memories"),
-        ]
-    ),
-    params=ParamSchema(
-        [
-            ParamSpec("memory", "string", "learned"),
-            ParamSpec("max_new_tokens", "long", NEW_TOKENS),
-            ParamSpec("temperature", "double", 0.0),
-            ParamSpec("seed", "long", 0),
-        ]
-    ),
+    *(Schema([ColSpec(kind, name) for name, kind in columns.items()]) for columns in (_INPUTS, _OUTPUTS)),
+    ParamSchema([ParamSpec(*param) for param in (*_PARAMS, ("seed", "long", 0))]),
 )
 _ALWAYS = ("mlflow", "vismem", "numpy", "pandas", "pillow", "tokenizers")
 _GRAPHS, _TORCH = ("onnxruntime",), ("torch", "transformers", "accelerate", "safetensors")
 
 
-def write_mlmodel(bundle: Path, test: Path, dtype: str, model_id: str, folder: Path) -> None:
-    """Write these files into `folder`, which is made.
+def log_bundle(store: Store, run_id: str, bundle: Path, test: Path, base: BaseConfig) -> str:
+    """Keep the bundle as a logged model of the run; return its id.
 
-    `test`: the folder of the test split; its first question about one image is the example. `dtype`: that of torch,
-    for a bundle without graphs.
+    `test`: the folder of the test split; its first question about one image is the example. A bundle without graphs is
+    served in the base's `dtype`, in which it was scored.
     """
-    graphs = (bundle / "onnx").is_dir()
-    asked = (sample for sample in iterate_samples(test) if len(sample.images) == 1 and not sample.videos)
-    example = [
-        {"image": base64.b64encode(sample.images[0]).decode(), "question": sample.question}
-        for sample in itertools.islice(asked, 1)
-    ]
-    mlflow.pyfunc.save_model(
-        folder,
-        loader_module=LOADER,
-        mlflow_model=Model(model_id=model_id),
-        signature=SIGNATURE,
-        input_example=pd.DataFrame(example) if example else None,
-        pip_requirements=[f"{name}=={metadata.version(name)}" for name in _ALWAYS + (_GRAPHS if graphs else _TORCH)],
-        model_config={"threads": 1} if graphs else {"dtype": dtype, "device": None, "base": None},
-        streamable=True,
+    graphs, experiment = (bundle / "onnx").is_dir(), store.client.get_run(run_id).info.experiment_id
+    params = {"base": mask_credentials(base.model)}
+    model = store.client.create_logged_model(experiment, store.model, run_id, params=params, model_type="vismem")
+    model_id = str(model.model_id)
+    asked = (one for one in iterate_samples(test) if len(one.images) == 1 and not one.videos)
+    example = next(
+        ({"image": base64.b64encode(one.images[0]).decode(), "question": one.question} for one in asked), None
     )
+    try:
+        store.client.log_model_artifacts(model_id, str(bundle), BUNDLE)
+        with tempfile.TemporaryDirectory() as made:
+            mlflow.pyfunc.save_model(
+                beside := f"{made}/model",
+                loader_module="vismem.pyfunc",
+                mlflow_model=Model(model_id=model_id),
+                signature=SIGNATURE,
+                input_example=None if example is None else pd.DataFrame([example]),
+                pip_requirements=[f"{n}=={metadata.version(n)}" for n in _ALWAYS + (_GRAPHS if graphs else _TORCH)],
+                model_config={"threads": 1} if graphs else {"dtype": base.dtype, "device": None, "base": None},
+                streamable=True,
+            )
+            store.client.log_model_artifacts(model_id, beside)
+    except BaseException:
+        store.client.finalize_logged_model(model_id, "FAILED")
+        raise
+    store.client.finalize_logged_model(model_id, "READY")
+    return model_id

@@ -2,21 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import MANIFEST, origin_tags, sha256_file, sha256_folder, verify_manifest
-from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
+from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation, portable
 from vismem.registry.champion import mend_view
-from vismem.registry.runs import EVALUATION, evaluation_table, log_bundle, log_curve, log_metrics, tracked_run
+from vismem.registry.mlmodel import log_bundle
+from vismem.registry.runs import log_curve, log_metrics, tracked_run
 from vismem.registry.signing import sign_bundle
 from vismem.registry.tracking import Store, create_version, open_store, translate_mlflow_errors, versions
-from vismem.registry.verdict import GATE, figure_tags, hash_tag, judge_version, publish_verdict
+from vismem.registry.verdict import EVALUATION, GATE, figure_tags, hash_tag, judge_version, publish_verdict
 from vismem.registry.versions import CHALLENGER, Version
+
+TABLE = (  # columns of the table of answers
+    *("question_id", "arm", "benchmark", "task", "capability", "cluster", "correct", "tokens", "memories"),
+    *("question", "answer", "reference"),
+)
 
 
 @translate_mlflow_errors()
@@ -116,3 +124,17 @@ def _new_version(
         for curve in sorted((inputs["export"] / "training").glob("*.csv")):
             log_curve(store, run_id, curve)
         return create_version(store, run_id, model_id, {**tags, **origin_tags()})
+
+
+def evaluation_table(evaluate: Path, arms: Iterable[str]) -> pd.DataFrame:
+    """One row per arm and question: what it is about, the answer, whether it is correct, its tokens and memories.
+
+    UserError where the step `evaluate` did not leave an arm's predictions.
+    """
+    files = {arm: evaluate / "predictions" / f"{portable(arm)}.parquet" for arm in arms}
+    if missing := [str(file) for file in files.values() if not file.is_file()]:
+        raise UserError(f"no predictions {', '.join(missing)}: run `vismem evaluate` again")
+    rows = pd.concat([pd.read_parquet(file).assign(arm=arm) for arm, file in files.items()], ignore_index=True)
+    rows = rows.assign(correct=rows["score"] == 1.0, memories=rows["invocations"].map(len))
+    renamed = {"id": "question_id", "source": "benchmark", "answer_length": "tokens", "text": "answer"}
+    return rows.rename(columns=renamed)[list(TABLE)]

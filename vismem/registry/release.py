@@ -11,7 +11,7 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release, Rule, Verdict
-from vismem.registry.champion import mend_view, named_version, read_ledger, transact
+from vismem.registry.champion import mend_view, named_version, transact
 from vismem.registry.ledger import Ledger, Move
 from vismem.registry.runs import download_bundle
 from vismem.registry.signing import SignatureError
@@ -83,21 +83,19 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
 
 
 def _unsigned(store: Store, version: Version) -> Rule | None:
-    """The broken rule of a version that is not signed as `registry.public_key` asks. It is the promoter's parameter:
-    the gate's are registered with the version."""
-    if store.config.public_key is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            download_bundle(store, version, Path(folder))
-        except SignatureError as error:
-            return Rule(name="signature", passed=False, reason=str(error))
+    """The broken rule of a version that is not signed as the promoter's `registry.public_key` asks."""
+    try:
+        if store.config.public_key:
+            with tempfile.TemporaryDirectory() as folder:
+                download_bundle(store, version, Path(folder))
+    except SignatureError as error:
+        return Rule(name="signature", passed=False, reason=str(error))
     return None
 
 
 @translate_mlflow_errors()
 def rollback(config: Config, to: str | None = None) -> str:
-    """Make the champion before the present one, or the earlier champion `to`, champion again; return a line that says so.
+    """Make the champion before the present one, or the earlier one `to`, champion again; return a line that says so.
 
     The version that is left is blocked: `promote` refuses it from then on. Without `to`, repeated calls go further back
     along the promotions; with it, a repeated call changes nothing. Versions that were deleted or are blocked are passed
@@ -114,12 +112,11 @@ def rollback(config: Config, to: str | None = None) -> str:
                 f"version {ledger.champion} of '{store.model}' became champion meanwhile, instead of version "
                 f"{seen.champion}: nothing was rolled back"
             )
-        there = [number for number in ledger.earlier if find_version(store, number) is not None]
-        if number := next((number for number in there if to in (None, number)), None):
-            return ledger.next_move("rollback", number)
-        named, others = (f" {to}", f" (there is {', '.join(there) or 'none'})") if to else ("", "")
+        for number in ledger.earlier:
+            if to in (None, number) and find_version(store, number) is not None:
+                return ledger.next_move("rollback", number)
         raise UserError(
-            f"there is no earlier champion{named} of '{store.model}' in {store.uri} to go back to{others}; "
+            f"there is no earlier champion{f' {to}' if to else ''} of '{store.model}' in {store.uri} to go back to; "
             "`vismem models list` shows all"
         )
 
@@ -134,18 +131,11 @@ def rollback(config: Config, to: str | None = None) -> str:
 
 @translate_mlflow_errors()
 def delete(config: Config, which: str) -> str:
-    """Delete a version and its bundle, unless it is or was champion; return a line that says so.
-
-    Its run stays, with figures and reports. Files leave the disk with `mlflow gc`, until which they can be restored.
-    """
+    """Delete a version and its bundle, whose files `mlflow gc` removes. UserError for a champion, past or present."""
     store = open_store(config.registry)
-    mend_view(store)
-    version = named_version(store, which)
-    if version.version in {move.version for move in read_ledger(store).moves}:
-        raise UserError(
-            f"{store.model} version {version.version} is or was champion, and is kept: a rollback and the history of "
-            "what was served need it"
-        )
+    ledger, version = mend_view(store), named_version(store, which)
+    if version.version in {move.version for move in ledger.moves}:
+        raise UserError(f"{store.model} version {version.version} is or was champion: it is kept for rollbacks")
     store.client.delete_model_version(store.model, version.version)
     store.client.delete_logged_model(version.model_id)
     return f"{store.model} version {version.version} is deleted; its run {version.run_id} stays"

@@ -3,30 +3,24 @@
 import csv
 import os
 import re
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from vismem.config import BaseConfig
 from vismem.errors import UserError, mask_credentials
-from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.provenance import MANIFEST, origin_tags, sha256_file, verify_manifest
 from vismem.records import portable
 from vismem.registry import BUNDLE, GIVEN_RUN, LIVE_RUN
-from vismem.registry.mlmodel import write_mlmodel
 from vismem.registry.signing import check_signature
 from vismem.registry.tracking import Store, experiment_id, translate_mlflow_errors
 from vismem.registry.versions import Version
 
 LONGEST_PARAM = 6000
-EVALUATION = "evaluation.json"  # of a run: its evaluation as a table of MLflow
 
 Point = tuple[str, float, int, int]  # a metric's name, value, step and time (ms since 1970)
 
@@ -100,34 +94,6 @@ def log_metrics(store: Store, run_id: str, model_id: str, values: Mapping[str, A
     log_points(store, run_id, numbers, model_id)
 
 
-def evaluation_table(evaluate: Path, arms: Iterable[str]) -> pd.DataFrame:
-    """One row per arm and question: what it is about, whether it is answered correctly, and what the answer took.
-
-    UserError where the step `evaluate` did not leave an arm's predictions.
-    """
-    files = {arm: predictions_file(evaluate, arm) for arm in arms}
-    if missing := [str(file) for file in files.values() if not file.is_file()]:
-        raise UserError(f"no predictions {', '.join(missing)}: run `vismem evaluate` again")
-    return pd.DataFrame(
-        {
-            "question_id": one.id,
-            "arm": arm,
-            "benchmark": one.source,
-            "task": one.task,
-            "capability": one.capability,
-            "cluster": one.cluster,
-            "correct": one.score == 1.0,
-            "tokens": one.answer_length,
-            "memories": len(one.invocations),
-            "question": one.question,
-            "answer": one.text,
-            "reference": one.reference,
-        }
-        for arm, file in files.items()
-        for one in read_predictions(file)
-    )
-
-
 def log_curve(store: Store, run_id: str, file: Path) -> None:
     """Log a stage's curve (CSV with a column `step`) as `stage1/reward` and so on, one value per step.
 
@@ -151,34 +117,10 @@ def read_curve(file: Path) -> list[Point]:
         ]
 
 
-def log_bundle(store: Store, run_id: str, bundle: Path, test: Path, base: BaseConfig) -> str:
-    """Keep the bundle as a LoggedModel that MLflow loads (`vismem.pyfunc`); return its id.
-
-    It is plain files, nothing that unpickles. `test`: see `write_mlmodel`.
-    """
-    shown = {"base": mask_credentials(base.model)}
-    experiment = store.client.get_run(run_id).info.experiment_id
-    model = store.client.create_logged_model(
-        experiment, name=store.model, source_run_id=run_id, params=shown, model_type="vismem"
-    )
-    model_id = str(model.model_id)
-    try:
-        store.client.log_model_artifacts(model_id, str(bundle), BUNDLE)
-        with tempfile.TemporaryDirectory() as made:
-            beside = Path(made) / "model"
-            write_mlmodel(bundle, test, base.dtype, model_id, beside)
-            store.client.log_model_artifacts(model_id, str(beside))
-    except BaseException:
-        store.client.finalize_logged_model(model_id, "FAILED")
-        raise
-    store.client.finalize_logged_model(model_id, "READY")
-    return model_id
-
-
-def bundle_files(store: Store, version: Version) -> Any:
-    """MLflow's access to a version's bundle; one that VisMem 0.2 registered has no folder of its own."""
+def bundle_location(store: Store, version: Version) -> str:
+    """Where a version's bundle is; one that VisMem 0.2 registered has no folder of its own."""
     location = str(store.client.get_logged_model(version.model_id).artifact_location)
-    return store.files(f"{location}/{version.tags[BUNDLE]}" if BUNDLE in version.tags else location)
+    return f"{location}/{BUNDLE}" if BUNDLE in version.tags else location
 
 
 @translate_mlflow_errors()
@@ -187,7 +129,7 @@ def download_bundle(store: Store, version: Version, folder: Path) -> None:
 
     UserError where the store has lost it, or the files are not those that were registered; see `check_signature`.
     """
-    bundle_files(store, version).download_artifacts("", str(folder))
+    store.files(bundle_location(store, version)).download_artifacts("", str(folder))
     problems = verify_manifest(folder)
     if not problems and sha256_file(folder / MANIFEST) != version.tags.get("manifest_sha256"):
         problems = [f"{MANIFEST} is another than was registered"]
@@ -218,4 +160,5 @@ def log_points(store: Store, run_id: str, points: Sequence[Point], model_id: str
         Metric(re.sub(r"[^\w\-./: ]", "_", name), value, when, step, model_id=model_id, run_id=run_id)
         for name, value, step, when in points
     ]
-    store.client.log_batch(run_id, metrics=metrics)
+    if metrics:
+        store.client.log_batch(run_id, metrics=metrics)

@@ -1,7 +1,6 @@
 """Signatures of bundles by OpenSSF Model Signing: made at registration, checked whenever a bundle is fetched.
 
-Keys are plain elliptic ones in PEM files (P-256, P-384, P-521); nothing is asked over the network. The signature is
-also what the package's own command verifies: `model_signing verify key BUNDLE --signature bundle.sig ...`.
+Keys are plain elliptic ones in PEM files (P-256, P-384, P-521); nothing is asked over the network.
 """
 
 import tempfile
@@ -23,10 +22,7 @@ class SignatureError(UserError):
 
 
 def sign_bundle(config: RegistryConfig, bundle: Path, out: Path) -> Path | None:
-    """Sign by `registry.signing_key` into `out`; return the file, or None where no key is named.
-
-    UserError where the key is missing or of another kind.
-    """
+    """Sign by `registry.signing_key` into `out`; return the file, or None without a key. UserError for an unfit one."""
     if config.signing_key is None:
         return None
     try:
@@ -37,8 +33,8 @@ def sign_bundle(config: RegistryConfig, bundle: Path, out: Path) -> Path | None:
         raise UserError(INSTALL.format(error.name)) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"registry.signing_key {config.signing_key} signs nothing ({error}): name the PEM file of an elliptic private "
-            "key without a password, as `openssl ecparam -name prime256v1 -genkey -noout` makes one"
+            f"registry.signing_key {config.signing_key} signs nothing ({error}): name the PEM file of an elliptic "
+            "private key without a password, as `openssl ecparam -name prime256v1 -genkey -noout` makes one"
         ) from None
     return out / SIGNATURE
 
@@ -61,6 +57,6 @@ def check_signature(store: Store, version: Version, bundle: Path) -> None:
         raise UserError(INSTALL.format(error.name)) from None
     except (MlflowException, OSError) as error:
         raise SignatureError(f"{called} has no signature, and registry.public_key asks for one") from error
-    except Exception as error:
+    except Exception as error:  # whatever a file that is no signature leads to
         said = " ".join(str(error).split()) or type(error).__name__
         raise SignatureError(f"{called} is not signed by the key of registry.public_key ({said})") from error

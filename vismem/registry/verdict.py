@@ -16,7 +16,7 @@ from vismem.records import VISMEM, Metrics, ParityReport, Record, Rule, Validati
 from vismem.registry import BUNDLE
 from vismem.registry.gate import DIGITS, Champion, judge
 from vismem.registry.ledger import Ledger
-from vismem.registry.runs import EVALUATION, bundle_files
+from vismem.registry.runs import bundle_location
 from vismem.registry.tracking import Store, find_version
 from vismem.registry.versions import Version
 from vismem.services import environment
@@ -26,12 +26,8 @@ GATE = "gate"  # tag: the gate's parameters at registration, as JSON
 FOLDERS: dict[type[Record], str] = {Metrics: "evaluate", Validation: "validate", ParityReport: ""}
 LONGEST_PAGE = 5000  # characters of a version's description that MLflow's databases take
 LINE, CUT = "\n\n---\n\n", f"\n\nThe rest of the card: `{BUNDLE}/README.md` of the version's files."
-REPORTS = {  # of a version's run
-    "scores": "evaluate/report.html",
-    "questions and answers": EVALUATION,
-    "data": "validate/report.html",
-    "verdict": Verdict.FILE,
-}
+EVALUATION = "evaluation.json"  # of a version's run: its answers as a table of MLflow
+REPORTS = {"scores": "evaluate/report.html", "answers": EVALUATION, "data": "validate/report.html"}
 R = TypeVar("R", bound=Record)
 
 
@@ -83,19 +79,18 @@ def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Pa
 
 
 def _page(store: Store, version: Version, verdict: Verdict, bundle: Path | None) -> str:
-    """What the version's page shows: the verdict, the way to its reports, and the model card as far as there is room."""
+    """What the version's page shows: the verdict, links to its reports, and the model card as far as there is room."""
     tags, run = version.tags, store.client.get_run(version.run_id).info
     head = f"VisMem {tags['score']}, {float(tags['gain']):+.2f} points over vanilla (n = {tags['n']}). "
     head += "The gate passes it:" if verdict.passed else "The gate refuses it:"
     lines = [f"- {'✓' if rule.passed else '✗'} {rule.reason}" for rule in verdict.rules]
     place = f"#/experiments/{run.experiment_id}/runs/{version.run_id}/artifacts"
     links = " | ".join(f"[{name}]({place}/{file})" for name, file in REPORTS.items())
-    if bundle is None:
-        card = (store.client.get_model_version(store.model, version.version).description or "").partition(LINE)[2]
+    if bundle and (bundle / "README.md").is_file():
+        text = ModelCard((bundle / "README.md").read_text(), ignore_metadata_errors=True).text
+        card = re.sub(r"<img[^>]*>\n*", "", text).strip()
     else:
-        file = bundle / "README.md"
-        card = ModelCard(file.read_text(), ignore_metadata_errors=True).text if file.is_file() else ""
-        card = re.sub(r"<img[^>]*>\n*", "", card).strip()
+        card = (store.client.get_model_version(store.model, version.version).description or "").partition(LINE)[2]
     page = "\n".join([head, "", *lines, "", links]) + LINE + card
     if len(page) > LONGEST_PAGE:
         page = page[: LONGEST_PAGE - len(CUT)].rpartition("\n")[0] + CUT
@@ -142,13 +137,12 @@ def read_registered(store: Store, version: Version, record: type[R]) -> R:
     """The record that the version was registered with. UserError where it is lost or another than was registered."""
     folder = FOLDERS[record]
     if folder:
-        files = store.files(str(store.client.get_run(version.run_id).info.artifact_uri))
+        location, path = str(store.client.get_run(version.run_id).info.artifact_uri), f"{folder}/{record.FILE}"
     else:
-        files = bundle_files(store, version)
-    path = f"{folder}/{record.FILE}".removeprefix("/")
+        location, path = bundle_location(store, version), record.FILE
     try:
         with tempfile.TemporaryDirectory() as here, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
-            files.download_artifacts(path, here)
+            store.files(location).download_artifacts(path, here)
             if sha256_file(Path(here) / path) != version.tags.get(hash_tag(record)):
                 raise UserError(f"its sha256 is not the version's tag {hash_tag(record)}")
             return record.read(Path(here) / folder)

@@ -93,8 +93,6 @@ def _run_models(arguments: argparse.Namespace) -> None:
         case "delete":
             from vismem.registry.release import delete
 
-            if not which[0]:
-                raise UserError("`vismem models delete` needs a VERSION")
             print(delete(config, which[0]))
         case "verify":
             from vismem.registry.inspect import verify

@@ -21,10 +21,7 @@ from vismem.registry.tracking import Store, create_version, open_store, translat
 from vismem.registry.verdict import EVALUATION, GATE, figure_tags, hash_tag, judge_version, publish_verdict
 from vismem.registry.versions import CHALLENGER, Version
 
-TABLE = (  # columns of the table of answers
-    *("question_id", "arm", "benchmark", "task", "capability", "cluster", "correct", "tokens", "memories"),
-    *("question", "answer", "reference"),
-)
+TABLE = "question_id arm benchmark task capability cluster correct tokens memories question answer reference"
 
 
 @translate_mlflow_errors()
@@ -137,4 +134,4 @@ def evaluation_table(evaluate: Path, arms: Iterable[str]) -> pd.DataFrame:
     rows = pd.concat([pd.read_parquet(file).assign(arm=arm) for arm, file in files.items()], ignore_index=True)
     rows = rows.assign(correct=rows["score"] == 1.0, memories=rows["invocations"].map(len))
     renamed = {"id": "question_id", "source": "benchmark", "answer_length": "tokens", "text": "answer"}
-    return rows.rename(columns=renamed)[list(TABLE)]
+    return rows.rename(columns=renamed)[TABLE.split()]

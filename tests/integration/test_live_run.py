@@ -209,8 +209,10 @@ def test_a_curve_of_a_killed_run_waits_until_it_is_written_again_and_each_point_
     curves.begin("stage2", 0)
     write_curve(project, "stage2.partial", "step,reward\n0,0.5\n1,0.75\n")  # stage II keeps stage I's curve
     curves.look()
-    assert [point[:3] for point in curves.points] == [("stage1/reward", 0.5, 0), ("stage1/reward", 0.75, 1)]
-    times = [point[3] for point in curves.points]
+    assert {step for step, _ in curves.points} == {"stage1"}
+    points = [point for _, point in curves.points]
+    assert [point[:3] for point in points] == [("stage1/reward", 0.5, 0), ("stage1/reward", 0.75, 1)]
+    times = [point[3] for point in points]
     assert times == sorted(times)
 
 

@@ -43,7 +43,7 @@ class Curves:
         self.artifacts = artifacts
         self.folder: Path | None = None  # of the step that runs
         self.old = 0  # the time of the newest file that was there before it began, in ns
-        self.points: list[Point] = []
+        self.points: list[tuple[str, Point]] = []  # each with the step that wrote it
         self.last: dict[str, int] = {}  # the last step read, by curve
 
     def begin(self, step: str, old: int) -> None:
@@ -52,21 +52,21 @@ class Curves:
 
     def done(self, step: str) -> None:
         """A step has its output."""
-        self._read(self.artifacts / step, 0)
+        self._read(step, self.artifacts / step, 0)
         self.folder = None
 
     def look(self) -> None:
         """Read what is new of the step that runs."""
         if self.folder is not None:
-            self._read(self.folder, self.old)
+            self._read(self.folder.stem, self.folder, self.old)
 
-    def _read(self, folder: Path, old: int) -> None:
+    def _read(self, step: str, folder: Path, old: int) -> None:
         for file in sorted(folder.glob("*.csv")):
             with suppress(FileNotFoundError):  # the step ends at this moment
                 if file.stat().st_mtime_ns <= old:
                     continue
                 new = [point for point in read_curve(file) if point[2] > self.last.get(file.stem, -1)]
-                self.points += new
+                self.points += [(step, point) for point in new]
                 self.last[file.stem] = max((point[2] for point in new), default=self.last.get(file.stem, -1))
 
 
@@ -112,7 +112,7 @@ class Run:
                 if not self.run_id:
                     self._open()
                 assert self.store is not None
-                log_points(self.store, self.run_id, self.curves.points)
+                log_points(self.store, self.run_id, [point for _, point in self.curves.points])
                 for stage in self.stages:
                     self._update_stage(self.store, stage)
                 self.stages = [stage for stage in self.stages if not stage.ended]
@@ -166,15 +166,15 @@ class Run:
             tags = {MLFLOW_PARENT_RUN_ID: self.run_id, WORKSPACE: self.workspace, "mlflow.source.name": "vismem repro"}
             made = store.client.create_run(experiment_id(store), stage.began, tags, stage.step)
             stage.run_id = str(made.info.run_id)
-            log_params(store, stage.run_id, {key: self.values[key] for key in BY_NAME[stage.step].sections})
+            sections = BY_NAME[stage.step].sections if stage.step in BY_NAME else ()  # dvc.yaml may have others
+            log_params(store, stage.run_id, {key: self.values[key] for key in sections})
         if stage.monitor is None and not stage.ended and os.environ.get(SYSTEM_METRICS, "").lower() != "false":
             stage.monitor = SystemMetricsMonitor(stage.run_id, tracking_uri=store.uri)
             stage.monitor.start()
         if stage.ended and stage.monitor:
             stage.monitor.finish()
         if not self.given:
-            own = [point for point in self.curves.points if point[0].startswith(f"{stage.step}/")]
-            log_points(store, stage.run_id, own)
+            log_points(store, stage.run_id, [point for step, point in self.curves.points if step == stage.step])
             if stage.ended:
                 store.client.set_terminated(stage.run_id, *stage.ended)
 

@@ -18,6 +18,7 @@ from vismem.steps import STEPS
 REGISTER = "register"
 ANSWER_SECONDS = 60.0  # for the id of the run; a registry that does not answer costs the child a few
 END_SECONDS = 5.0  # for closing the run; what takes longer the child does without us, where that is possible
+PIDS: list[int] = []  # of children, which end by themselves
 _NAMES = [step.name for step in STEPS]
 BEFORE = _NAMES[: _NAMES.index(REGISTER)]  # steps whose output makes another bundle
 
@@ -42,6 +43,7 @@ class LiveRun:
                 bufsize=1,
                 start_new_session=True,  # Ctrl-C is for us
             )
+            PIDS.append(self.child.pid)
             for line in (self.config.model_dump_json(by_alias=True), *self.before):
                 self._tell(line)
         curves = (self.artifacts / f"{step}.partial").glob("*.csv")  # of a killed run, perhaps of other parameters

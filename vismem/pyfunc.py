@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from vismem.registry import BUNDLE
-from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
+from vismem.runtime.limits import RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
 from vismem.serving.exchange import Token, marked, plain
 
@@ -36,19 +36,19 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "A
 
 
 class Answering:
-    """The model that MLflow wraps. The rows of a call are decoded together."""
+    """The model that MLflow wraps. Rows of a call are decoded together; MLflow fills in what a caller left out."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
-    def predict(self, data: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, data: pd.DataFrame, params: Mapping[str, Any]) -> pd.DataFrame:
         """One row per question: the answer, the same with its memories marked, and how many tokens and memories."""
         with ThreadPoolExecutor(self.runtime.rows) as pool:
-            return pd.DataFrame(pool.map(lambda row: self._whole(row, params or {}), data.to_dict("records")))
+            return pd.DataFrame(pool.map(lambda row: self._whole(row, params), data.to_dict("records")))
 
-    def predict_stream(self, data: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> Iterator[str]:
+    def predict_stream(self, data: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
         """The answer to one question piece by piece, with ⟨short⟩ and ⟨long⟩ where a memory is invoked."""
-        pieces = (Token(chunk.text, chunk.event).marked for chunk in self._chunks(data, params or {}))
+        pieces = (Token(chunk.text, chunk.event).marked for chunk in self._chunks(data, params))
         return filter(None, pieces)
 
     def _whole(self, row: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,8 +61,8 @@ class Answering:
     def _chunks(self, row: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[Chunk]:
         """MlflowException where the request is at fault (a server's 400), or there is too much to do (503)."""
         try:
-            question, longest = row["question"], params.get("max_new_tokens", NEW_TOKENS)
-            images = check_request([_encoded(row["image"])], question.encode(errors="surrogatepass"), longest)
+            question, files = row["question"], [_encoded(row["image"])]
+            images = check_request(files, question.encode(errors="surrogatepass"), params["max_new_tokens"])
             yield from self.runtime.generate(images, question, **params)
         except RequestError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None

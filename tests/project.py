@@ -6,6 +6,7 @@ from typing import Any
 
 from vismem.config import parse_config
 from vismem.data.sample import Sample, write_shards
+from vismem.evaluation.predictions import InvocationRecord, Prediction, predictions_file, write_predictions
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.records import Metrics, ParityReport, Validation
 from vismem.registry import release
@@ -16,6 +17,16 @@ from vismem.registry.tracking import Store, find_version, open_store
 KIND = {"per_answer": 0.5, "mean_position": None}
 USE = {"answers_with_memory": 50.0, "short": KIND, "long": KIND}
 HASHES = {"stage2_sha256": "5a5a", "test_sha256": "7e57", "items_sha256": "17e5"}
+CARD = """---
+license: apache-2.0
+---
+
+# VisMem on a tiny model
+
+<img src="scores.png" alt="scores">
+
+A card.
+"""
 PARITY = ParityReport(
     graphs=True,
     passed=True,
@@ -69,6 +80,28 @@ def scores(score: float = 66.0, by: float = 6.0, **changed: Any) -> Metrics:
     return Metrics.model_validate({**values, **changed})
 
 
+def answered(read: str) -> Prediction:
+    """The project's one question, answered so, with one memory."""
+    memory = InvocationRecord(position=1, kind="short", forced=False, relative_position=0.5)
+    return Prediction(
+        id="q1",
+        task="count",
+        capability="understanding",
+        source="scenes",
+        question="how many?",
+        reference="two",
+        text=read,
+        marked_text=read,
+        extracted=read,
+        rule="word",
+        score=float(read == "two"),
+        invocations=(memory,),
+        answer_length=2,
+        finished=True,
+        cluster="c1",
+    )
+
+
 class Project:
     """A project folder whose steps before the registry have run."""
 
@@ -86,9 +119,10 @@ class Project:
         """The outputs of evaluate and export for a model of that score."""
         evaluate, bundle = self.steps["evaluate"], self.steps["export"]
         scores(score, gain, **{"test_sha256": self.test_sha256, **changed}).write(evaluate)
-        for name, content in {"predictions/vismem.parquet": b"rows", "plots/scores.png": b"png"}.items():
-            (evaluate / name).parent.mkdir(exist_ok=True)
-            (evaluate / name).write_bytes(content)
+        for arm, read in ("vanilla", "three"), ("vismem", "two" if score >= 60 else "three"):
+            write_predictions([answered(read)], predictions_file(evaluate, arm))
+        (evaluate / "plots").mkdir(exist_ok=True)
+        (evaluate / "plots" / "scores.png").write_bytes(b"png")
         (evaluate / "report.html").write_text("<p>scores</p>")
         (bundle / "training").mkdir(parents=True, exist_ok=True)
         (bundle / "training" / "stage1.csv").write_text("step,reward,kl\n0,0.25,\n1,0.5,0.01\n")
@@ -96,6 +130,7 @@ class Project:
         lineage = {"git": {"commit": "c0ffee"}, "data_sha256": "da7a", "params": {"seed": 0}}
         lineage["inputs_sha256"] = {"stage2": HASHES["stage2_sha256"]}
         (bundle / "lineage.json").write_text(json.dumps(lineage))
+        (bundle / "README.md").write_text(CARD)
         (bundle / "vismem").mkdir(exist_ok=True)
         (bundle / "vismem" / "memory.safetensors").write_bytes(weights)
         (bundle / "onnx").mkdir(exist_ok=True)

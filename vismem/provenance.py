@@ -15,6 +15,12 @@ from vismem.errors import UserError, mask_credentials
 from vismem.files import read_json, write_json
 
 MANIFEST = "manifest.json"
+ORIGIN = {  # tag: the environment variable that holds it
+    "kfp_run_id": "KFP_RUN_ID",
+    "image": "VISMEM_IMAGE",
+    "dvc_experiment": "DVC_EXP_NAME",
+    "dvc_baseline": "DVC_EXP_BASELINE_REV",
+}
 PACKAGES = (
     "vismem torch transformers accelerate tokenizers safetensors numpy pillow onnx onnxscript onnxruntime pyarrow"
 )
@@ -75,6 +81,11 @@ def git_state(folder: Path | None = None) -> dict[str, Any]:
         if commit := _git(place, "rev-parse", "HEAD"):
             return {"commit": commit, "dirty": bool(_git(place, "status", "--porcelain", "--untracked-files=no"))}
     return {"commit": None, "dirty": None}
+
+
+def origin_tags() -> dict[str, str]:
+    """What of `ORIGIN` is known here: the tags that tell runs and versions apart by where they came from."""
+    return {tag: os.environ[variable] for tag, variable in ORIGIN.items() if os.environ.get(variable)}
 
 
 def versions() -> dict[str, str]:

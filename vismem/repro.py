@@ -24,7 +24,7 @@ from vismem.errors import UserError
 from vismem.locks import lock_file
 from vismem.preflight import check_disk
 from vismem.progress import about
-from vismem.registry.live_run import LiveRun
+from vismem.registry.live_run import PIDS, LiveRun
 from vismem.services import environment, exit_on_sigterm
 from vismem.times import Times
 from vismem.workspace import make_workspace
@@ -110,7 +110,7 @@ class Display:
     def __init__(self, config: Config, *, quiet: bool, whole: bool) -> None:
         self.config, self.whole = config, whole
         self.steps = _step_names(Path("dvc.yaml"))
-        self.times, self.live = Times(PLACE / "seconds.json", config), LiveRun(Path("artifacts"))
+        self.times, self.live = Times(PLACE / "seconds.json", config), LiveRun(config, Path("artifacts"))
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.step, self.began, self.ran = "", time.monotonic(), 0
 
@@ -197,7 +197,7 @@ def _no_orphans() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        steps = psutil.Process().children(recursive=True)
+        steps = [child for child in psutil.Process().children(recursive=True) if child.pid not in PIDS]
         for step in steps:
             with suppress(psutil.NoSuchProcess):
                 step.terminate()

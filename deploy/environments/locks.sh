@@ -34,7 +34,7 @@ has() {  # NAMES: an awk condition
 lock all pyproject.toml --all-extras
 # psycopg2: MLflow's server on PostgreSQL runs from vismem-train too
 printf 'psycopg2-binary\n' > "$scratch/psycopg2.in"
-lock train pyproject.toml --extra pipeline --extra export --extra kubeflow "$scratch/psycopg2.in" --constraint "$scratch/all.lock"
+lock train pyproject.toml --extra pipeline --extra export --extra kubeflow --extra signing "$scratch/psycopg2.in" --constraint "$scratch/all.lock"
 printf 'hatchling\nsetuptools\n' > "$scratch/build.in"
 lock build "$scratch/build.in" --constraint "$scratch/all.lock"
 lock serve deploy/triton/requirements.txt
@@ -43,7 +43,7 @@ lock bootstrap "$scratch/uv.in"
 cp "$scratch/serve.lock" "$scratch/bootstrap.lock" "$scratch/build.lock" .
 
 # torch and what only its CUDA build needs go into a file of their own
-cuda='name ~ /^(torch|triton|(nvidia|cuda)-.*)$/'
+cuda='name ~ /^(torch|triton|(nvidia|cuda)-.*)$/ && name != "nvidia-ml-py"'  # that one is for MLflow's figures of GPUs
 train=$(has "$(names "$scratch/train.lock")")
 part torch-cuda "$cuda"
 part train "!($cuda) && $train"

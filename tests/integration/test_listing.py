@@ -96,13 +96,13 @@ def test_versions_scored_on_other_data_are_not_compared(project: Project) -> Non
 
 def test_a_version_is_verified_against_manifest_lineage_figures_and_tags(project: Project) -> None:
     made = project.release(b"one", score=66.0)
-    assert re.match(r"vismem version 1 is as registered: 5 files and ", inspect.verify(project.config, "champion"))
+    assert re.match(r"vismem version 1 is as registered: 6 files and ", inspect.verify(project.config, "champion"))
     client = project.store.client
     client.set_model_version_tag("vismem", "1", "score", "99.0000")
     with pytest.raises(UserError, match=r"not as registered: tag score says 99\.0000, the files 66\.0000"):
         inspect.verify(project.config, "1")
     client.set_model_version_tag("vismem", "1", "score", "66.0000")
-    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts"
+    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts" / "bundle"
     (kept / "vismem" / "memory.safetensors").write_bytes(b"onE")
     with pytest.raises(UserError, match=r"version 1 .* damaged: vismem/memory\.safetensors has changed"):
         inspect.verify(project.config, "1")

@@ -3,7 +3,7 @@
 import io
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,9 +66,11 @@ def child(project: Project) -> Iterator[Child]:
             thread.join()
 
 
-def runs(project: Project) -> list[Any]:
+def runs(project: Project, parent: str | None = None) -> list[Any]:
+    """The runs of pipelines, or those of one's stages."""
     store = project.store
-    return list(store.client.search_runs([experiment_id(store)]))
+    found = store.client.search_runs([experiment_id(store)])
+    return [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent]
 
 
 def state(project: Project, run_id: str) -> dict[str, Any]:
@@ -141,7 +143,9 @@ def test_a_run_ends_as_the_pipeline_did_and_killed_where_nobody_says(
 ) -> None:
     with child(project) as told:
         told.tell(*lines)
-    assert [run.info.status for run in runs(project)] == [status]
+    (parent,) = runs(project)
+    (stage,) = runs(project, parent.info.run_id)
+    assert (parent.info.status, stage.info.status, stage.info.run_name) == (status, status, "stage1")
 
 
 def test_the_next_run_closes_what_a_killed_child_left_and_no_other_workspace_s(
@@ -205,4 +209,74 @@ def test_a_curve_of_a_killed_run_waits_until_it_is_written_again_and_each_point_
     curves.begin("stage2", 0)
     write_curve(project, "stage2.partial", "step,reward\n0,0.5\n1,0.75\n")  # stage II keeps stage I's curve
     curves.look()
-    assert curves.points == [("stage1/reward", 0.5, 0), ("stage1/reward", 0.75, 1)]
+    assert {step for step, _ in curves.points} == {"stage1"}
+    points = [point for _, point in curves.points]
+    assert [point[:3] for point in points] == [("stage1/reward", 0.5, 0), ("stage1/reward", 0.75, 1)]
+    times = [point[3] for point in points]
+    assert times == sorted(times)
+
+
+def test_each_stage_has_a_run_below_with_its_parameters_curve_times_machine_and_end(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_child, "SECONDS", 0.01)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    for variable, value in {"KFP_RUN_ID": "k1", "VISMEM_IMAGE": "vismem@sha256:1", "DVC_EXP_NAME": "wild-cat"}.items():
+        monkeypatch.setenv(variable, value)
+    with child(project) as told:
+        told.tell("begin stage1 0")
+        write_curve(project, "stage1.partial", CURVE)
+        os.utime(project.artifacts / "stage1.partial" / "stage1.csv", ns=(10**18, 10**18))
+        wait_for_metric(project, "stage1/reward", 0.5)
+        wait_for(lambda: any("system/cpu_utilization_percentage" in run.data.metrics for run in all_runs(project)))
+        (project.artifacts / "stage1.partial").rename(project.artifacts / "stage1")
+        told.tell("done stage1", "begin stage2 0", "end FAILED")
+    (parent,) = runs(project)
+    tags = parent.data.tags
+    assert (tags["kfp_run_id"], tags["image"], tags["dvc_experiment"]) == ("k1", "vismem@sha256:1", "wild-cat")
+    stages = {run.info.run_name: run for run in runs(project, parent.info.run_id)}
+    assert {name: run.info.status for name, run in stages.items()} == {"stage1": "FINISHED", "stage2": "FAILED"}
+    first, second = stages["stage1"], stages["stage2"]
+    assert parent.info.start_time <= first.info.end_time <= second.info.start_time <= second.info.end_time
+    assert first.data.params["stage1.steps"] == str(project.config.stage1.steps)
+    assert not any(name.startswith("stage2") for name in first.data.params)
+    client = project.store.client
+    for run in (parent, first):
+        points = client.get_metric_history(run.info.run_id, "stage1/reward")
+        assert [(point.step, point.value, point.timestamp) for point in points] == [(0, 0.25, 10**12), (1, 0.5, 10**12)]
+
+
+def all_runs(project: Project) -> list[Any]:
+    return list(project.store.client.search_runs([experiment_id(project.store)]))
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    waited = threading.Event()
+    for _ in range(500):
+        if reached():
+            return
+        waited.wait(0.02)
+    raise AssertionError("never reached")
+
+
+def test_what_happened_while_the_store_was_away_is_told_with_its_own_times(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, uri = Run(project.config, project.artifacts), project.config.registry.tracking_uri
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    run.begin("stage1", 0)
+    write_curve(project, "stage1.partial", CURVE)
+    assert not run.update()
+    run.end("FINISHED")
+    run.begin("stage2", 0)
+    write_curve(project, "stage2.partial", CURVE, "stage2")
+    began = [stage.began for stage in run.stages]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert run.update()
+    run.close("KILLED")
+    (parent,) = runs(project)
+    stages = sorted(runs(project, parent.info.run_id), key=lambda one: one.info.run_name)
+    assert [one.info.status for one in stages] == ["FINISHED", "KILLED"]
+    assert [one.info.start_time for one in stages] == began
+    own = [sorted(name for name in one.data.metrics if not name.startswith("system/")) for one in stages]
+    assert own == [["stage1/kl", "stage1/reward"], ["stage2/kl", "stage2/reward"]]

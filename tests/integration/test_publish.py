@@ -73,7 +73,7 @@ def test_a_bundle_damaged_in_the_store_is_not_published(project: Project, tmp_pa
     project.release(b"one", score=66.0)
     publish(project.config, tmp_path / "models")
     made = project.release(b"two", score=68.0)
-    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts"
+    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts" / "bundle"
     (kept / "vismem" / "memory.safetensors").write_bytes(b"tw0")
     with pytest.raises(UserError, match=r"version 2 .* damaged: vismem/memory\.safetensors has changed"):
         publish(project.config, tmp_path / "models")

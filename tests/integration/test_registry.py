@@ -43,7 +43,7 @@ def test_a_registered_bundle_is_a_challenger_with_run_files_lineage_and_verdict(
     files = {item.path for folder in ("", "evaluate", "validate") for item in _list(store, made["run_id"], folder)}
     assert {"verdict.json", "evaluate/report.html", "evaluate/plots", "validate/report.html"} <= files
     assert "evaluate/predictions" not in files
-    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts"
+    kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts" / "bundle"
     assert (kept / "vismem" / "memory.safetensors").read_bytes() == b"one"
 
 

@@ -42,10 +42,12 @@ class Workspace:
             before = out
         (self.root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
 
-    def runs(self) -> list[tuple[str, str]]:
-        """Id and status of the runs in MLflow."""
+    def runs(self, of: str | None = None) -> list[tuple[str, str]]:
+        """Id and status of the runs in MLflow, or name and status of the runs of one's stages."""
         store = open_store(RegistryConfig(tracking_uri=f"sqlite:///{self.root}/mlflow.db"))
-        return [(run.info.run_id, run.info.status) for run in store.client.search_runs([experiment_id(store)])]
+        found = store.client.search_runs([experiment_id(store)])
+        mine = [run for run in found if run.data.tags.get("mlflow.parentRunId") == of]
+        return [(run.info.run_name if of else run.info.run_id, run.info.status) for run in mine]
 
 
 @pytest.fixture
@@ -166,6 +168,8 @@ def test_a_second_run_is_told_who_is_at_work_and_changes_nothing_and_a_killed_on
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     until(lambda: [status for _, status in workspace.runs()] == ["KILLED"])
+    ((run_id, _),) = workspace.runs()
+    assert workspace.runs(of=run_id)[0] == ("stage1", "KILLED")
     (workspace.root / "go").touch()
     assert main(["repro"]) == 0
     out, err = capfd.readouterr()
@@ -200,6 +204,9 @@ def test_register_gets_the_run_that_the_training_opened_and_a_run_of_nothing_ope
     store = open_store(RegistryConfig(tracking_uri=f"sqlite:///{workspace.root}/mlflow.db"))
     points = store.client.get_metric_history(run_id, "warm_start/loss")
     assert [(point.step, point.value) for point in points] == [(0, 0.5), (1, 0.25)]
+    assert workspace.runs(of=run_id) == [("stage1", "FINISHED"), ("prepare", "FINISHED")]
+    (stage,) = store.client.search_runs([experiment_id(store)], "attributes.run_name = 'stage1'")
+    assert (stage.data.metrics["warm_start/loss"], stage.data.params["stage1.steps"]) == (0.25, "20")
     assert "VISMEM_LIVE_RUN" not in os.environ
     assert main(["repro"]) == 0
     workspace.write(stage1="exit 1")

@@ -16,7 +16,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "environments"
 LOCKS = ("bootstrap", "build", "dev", "serve", "torch-cpu", "torch-cuda", "train")
-IN_TRAIN = ("pipeline", "export", "kubeflow")  # the extras that vismem-train holds
+IN_TRAIN = ("pipeline", "export", "kubeflow", "signing")  # the extras that vismem-train holds
 
 # A Python that says its version and has a configured pip; a uv that writes down its arguments and what pip handed on,
 # and fails where FAIL names a part of its arguments.

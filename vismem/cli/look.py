@@ -17,6 +17,7 @@ VERSIONS: dict[str, tuple[str, ...]] = {  # actions of `models`, and the version
     "promote": ("challenger",),
     "rollback": (),
     "verify": ("champion",),
+    "delete": ("",),
 }
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 
@@ -24,10 +25,15 @@ STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 def add_commands(commands: Commands) -> None:
     """Registry, services, parameters, completion."""
     command = commands.group("Look and set up")
-    add = command("models", _run_models, "registered versions: list, show, compare, promote, rollback, verify")
+    add = command("models", _run_models, "registered versions: list, show, compare, promote, rollback, verify, delete")
     add("action", choices=tuple(VERSIONS), nargs="?", default="list")
     about = "numbers or aliases; default: show and verify champion, promote challenger, compare champion challenger"
     add("which", nargs="*", metavar="VERSION", help=about)
+    add(
+        "--to",
+        metavar="VERSION",
+        help="rollback: the earlier champion to return to; if it is champion, nothing is done",
+    )
     add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
 
     about = "compare arms question by question, from answers of `vismem evaluate`, lmms-eval or VLMEvalKit"
@@ -94,7 +100,11 @@ def _run_models(arguments: argparse.Namespace) -> None:
         case "rollback":
             from vismem.registry.release import rollback
 
-            print(rollback(config))
+            print(rollback(config, arguments.to))
+        case "delete":
+            from vismem.registry.release import delete
+
+            print(delete(config, which[0]))
         case "verify":
             from vismem.registry.inspect import verify
 

@@ -74,6 +74,10 @@ class RegistryConfig(Section):
     artifact_location: str | None = Field(
         None, description="new experiments' files; null: mlartifacts/ beside a SQLite store, else the server's"
     )
+    signing_key: Path | None = Field(None, description="elliptic private key (PEM) that signs what is registered")
+    public_key: Path | None = Field(
+        None, description="its public key: a version that it did not sign is neither promoted nor fetched"
+    )
     ui_port: int = Field(5000, ge=0, le=65535, description="port of `vismem ui`; 0: any free one")
 
 

@@ -10,6 +10,8 @@ from vismem.files import write_json, write_text
 from vismem.kubeflow.parameters import IDENTITY
 from vismem.kubeflow.results import describe, render_report
 from vismem.launch import LaunchConfig, launch_step
+from vismem.registry import GIVEN_RUN
+from vismem.registry.live_run import LiveRun
 
 WORK = "VISMEM_WORK"
 
@@ -44,7 +46,15 @@ def run_task(
     config = parse_config({key: value for key, value in parameters.items() if key != IDENTITY}, f"parameters of {name}")
     folders = {step: Path(artifact.path) for step, artifact in inputs.items()}
     work = Path(os.environ[WORK]) / parameters[IDENTITY]["code"][:12] if os.environ.get(WORK) else None
-    print(launch_step(name, config, folder.parent, folders, LaunchConfig(**(launch or {})), work))
+    live, outcome = LiveRun(config, folder.parent, end_seconds=60), "FAILED"  # the pod ends with this process
+    try:
+        if os.environ.get(GIVEN_RUN):  # Kubeflow's MLflow plugin is on
+            live.begin(name)
+        print(launch_step(name, config, folder.parent, folders, LaunchConfig(**(launch or {})), work))
+        live.done(name)
+        outcome = "FINISHED"
+    finally:
+        live.end(outcome)
     metadata, figures = describe(name, folder)
     out.metadata.update(metadata)
     if metrics is not None:

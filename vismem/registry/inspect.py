@@ -10,7 +10,7 @@ from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import file_hashes
 from vismem.records import VISMEM, Metrics, ParityReport, Validation
-from vismem.registry.champion import named_version
+from vismem.registry.champion import mend_view, named_version, read_view
 from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import open_store, translate_mlflow_errors
@@ -22,9 +22,13 @@ def verify(config: Config, which: str) -> str:
     """Fetch a version's files and hash them again; return a line that says so.
 
     Held to each other are the files, their manifest, the lineage in it, the figures of the version's run and the
-    version's tags. UserError that names what differs.
+    version's tags. The line also names versions that were champions and that somebody deleted in MLflow. UserError that
+    names what differs.
     """
     store = open_store(config.registry)
+    lost = {move.version for move in mend_view(store).moves} - {item.version for item in read_view(store).versions}
+    if which in lost:
+        raise UserError(f"version {which} of '{store.model}' was champion, and somebody deleted it in MLflow")
     version = named_version(store, which)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder)
@@ -39,11 +43,15 @@ def verify(config: Config, which: str) -> str:
     wrong = [f"tag {key} says {tags.get(key)}, the files {of}" for key, of in told.items() if tags.get(key) != of]
     if metrics.stage2_sha256 != lineage["inputs_sha256"]["stage2"]:
         wrong.append("the scores are of another model than the lineage's")
+    if store.client.get_run(version.run_id).info.lifecycle_stage == "deleted":
+        wrong.append(f"its run is deleted, `mlflow runs restore --run-id {version.run_id}` before `mlflow gc` runs")
     if wrong:
         raise UserError(f"{store.model} version {version.version} is not as registered: {'; '.join(wrong)}")
     return (
         f"{store.model} version {version.version} is as registered: {files} files and their manifest "
         f"{told['manifest_sha256'][:12]}, lineage, figures and tags agree"
+        + (", and registry.public_key's owner signed it" if config.registry.public_key else "")
+        + (f"; of the champions before, deleted in MLflow: {', '.join(sorted(lost, key=int))}" if lost else "")
     )
 
 

@@ -11,21 +11,23 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from vismem.config import Config
 from vismem.registry import LIVE_RUN
 from vismem.steps import STEPS
 
 REGISTER = "register"
 ANSWER_SECONDS = 60.0  # for the id of the run; a registry that does not answer costs the child a few
-END_SECONDS = 5.0  # for closing the run; what takes longer the child does without us
+END_SECONDS = 5.0  # for closing the run; what takes longer the child does without us, where that is possible
+PIDS: list[int] = []  # of children, which end by themselves
 _NAMES = [step.name for step in STEPS]
 BEFORE = _NAMES[: _NAMES.index(REGISTER)]  # steps whose output makes another bundle
 
 
 class LiveRun:
-    """The run of one `vismem repro`. Nothing here fails or waits for long where MLflow does not answer."""
+    """The run of one `vismem repro`, or of a task of Kubeflow. Nothing here fails where MLflow does not answer."""
 
-    def __init__(self, artifacts: Path) -> None:
-        self.artifacts = artifacts
+    def __init__(self, config: Config, artifacts: Path, end_seconds: float = END_SECONDS) -> None:
+        self.config, self.artifacts, self.end_seconds = config, artifacts, end_seconds
         self.child: subprocess.Popen[str] | None = None
         self.before: list[str] = []  # what is to be told once the child is there
         self.handed_over = False
@@ -41,7 +43,8 @@ class LiveRun:
                 bufsize=1,
                 start_new_session=True,  # Ctrl-C is for us
             )
-            for line in self.before:
+            PIDS.append(self.child.pid)
+            for line in (self.config.model_dump_json(by_alias=True), *self.before):
                 self._tell(line)
         curves = (self.artifacts / f"{step}.partial").glob("*.csv")  # of a killed run, perhaps of other parameters
         self._tell(f"begin {step} {max((file.stat().st_mtime_ns for file in curves), default=0)}")
@@ -62,7 +65,7 @@ class LiveRun:
             with suppress(OSError):
                 self.child.stdin.close()  # type: ignore[union-attr]
             with suppress(subprocess.TimeoutExpired):
-                self.child.wait(END_SECONDS)
+                self.child.wait(self.end_seconds)
             self.child.stdout.close()  # type: ignore[union-attr]
         self.child, self.handed_over = None, True
 

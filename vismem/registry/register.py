@@ -2,20 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import read_json
-from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manifest
-from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
+from vismem.provenance import MANIFEST, origin_tags, sha256_file, sha256_folder, verify_manifest
+from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation, portable
 from vismem.registry.champion import mend_view
-from vismem.registry.runs import log_curve, log_metrics, log_model_folder, tracked_run
+from vismem.registry.mlmodel import log_bundle
+from vismem.registry.runs import log_curve, log_metrics, tracked_run
+from vismem.registry.signing import sign_bundle
 from vismem.registry.tracking import Store, create_version, open_store, translate_mlflow_errors, versions
-from vismem.registry.verdict import GATE, figure_tags, hash_tag, judge_version, publish_verdict
+from vismem.registry.verdict import EVALUATION, GATE, figure_tags, hash_tag, judge_version, publish_verdict
 from vismem.registry.versions import CHALLENGER, Version
+
+TABLE = "question_id arm benchmark task capability cluster correct tokens memories question answer reference"
 
 
 @translate_mlflow_errors()
@@ -30,10 +36,13 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     tags = version_tags(inputs["export"], lineage, metrics)
     for record, folder in (Metrics, "evaluate"), (Validation, "validate"), (ParityReport, "export"):
         tags[hash_tag(record)] = sha256_file(inputs[folder] / record.FILE)
+    signature = sign_bundle(config.registry, inputs["export"], out)
     store = open_store(config.registry)
     named = ("manifest_sha256", tags["manifest_sha256"])
     known = next((v for v in versions(store) if named in v.tags.items() and hash_tag(Metrics) in v.tags), None)
     version = known or _new_version(store, config, inputs, metrics, tags)
+    if signature:
+        store.client.log_model_artifact(version.model_id, str(signature))
     ledger = mend_view(store)
     verdict = judge_version(store, version, ledger, config.gate)
 
@@ -46,7 +55,7 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         judged_against=ledger.champion,
     ).write(out)
     store.client.set_model_version_tag(store.model, version.version, GATE, config.gate.model_dump_json())
-    publish_verdict(store, version, verdict, out)
+    publish_verdict(store, version, verdict, out, inputs["export"])
     store.client.set_registered_model_alias(store.model, CHALLENGER, version.version)
     broken = [rule.name for rule in verdict.rules if not rule.passed]
     judged = "the gate passes it" if verdict.passed else f"the gate refuses it ({', '.join(broken)})"
@@ -99,14 +108,30 @@ def _new_version(
 ) -> Version:
     run_tags = {**tags, "mlflow.source.git.commit": tags["git_commit"], "mlflow.source.name": "vismem register"}
     params = config.model_dump(mode="json", by_alias=True)
+    table = evaluation_table(inputs["evaluate"], metrics.arms)
     with tracked_run(store, f"{store.model} {tags['manifest_sha256'][:8]}", run_tags, params) as run_id:
         for path in sorted(inputs["evaluate"].iterdir()):
-            if path.name != "predictions":  # one row per item and arm: too many to look at there
+            if path.name != "predictions":  # they are the table
                 store.client.log_artifact(run_id, str(path), "evaluate")
+        store.client.log_table(run_id, table, EVALUATION)
         for name in ("report.html", Validation.FILE):
             store.client.log_artifact(run_id, str(inputs["validate"] / name), "validate")
-        model_id = log_model_folder(store, run_id, inputs["export"], {"base": config.base.model})
+        model_id = log_bundle(store, run_id, inputs["export"], inputs["validate"] / "data" / "test", config.base)
         log_metrics(store, run_id, model_id, metrics.model_dump(include={"n", "arms", "gain", "overhead"}))
         for curve in sorted((inputs["export"] / "training").glob("*.csv")):
             log_curve(store, run_id, curve)
-        return create_version(store, run_id, model_id, tags)
+        return create_version(store, run_id, model_id, {**tags, **origin_tags()})
+
+
+def evaluation_table(evaluate: Path, arms: Iterable[str]) -> pd.DataFrame:
+    """One row per arm and question: what it is about, the answer, whether it is correct, its tokens and memories.
+
+    UserError where the step `evaluate` did not leave an arm's predictions.
+    """
+    files = {arm: evaluate / "predictions" / f"{portable(arm)}.parquet" for arm in arms}
+    if missing := [str(file) for file in files.values() if not file.is_file()]:
+        raise UserError(f"no predictions {', '.join(missing)}: run `vismem evaluate` again")
+    rows = pd.concat([pd.read_parquet(file).assign(arm=arm) for arm, file in files.items()], ignore_index=True)
+    rows = rows.assign(correct=rows["score"] == 1.0, memories=rows["invocations"].map(len))
+    renamed = {"id": "question_id", "source": "benchmark", "answer_length": "tokens", "text": "answer"}
+    return rows.rename(columns=renamed)[TABLE.split()]

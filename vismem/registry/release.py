@@ -13,6 +13,8 @@ from vismem.errors import UserError
 from vismem.records import RegisteredVersion, Release, Rule, Verdict
 from vismem.registry.champion import mend_view, named_version, transact
 from vismem.registry.ledger import Ledger, Move
+from vismem.registry.runs import download_bundle
+from vismem.registry.signing import SignatureError
 from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors
 from vismem.registry.verdict import judge_version, publish_verdict, registered_gate
 from vismem.registry.versions import Version
@@ -46,6 +48,7 @@ def promote_version(config: Config, which: str, unblock: bool = False) -> str:
 
 def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -> str:
     verdict, gate = Verdict(passed=False, rules=()), registered_gate(store, version)
+    unsigned = _unsigned(store, version)
 
     def decide(ledger: Ledger) -> Move | None:
         nonlocal verdict
@@ -55,6 +58,8 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
             verdict = Verdict(passed=True, rules=rules)
             return None
         verdict = judge_version(store, version, ledger, gate, unblock)
+        if unsigned:
+            verdict = Verdict(passed=False, rules=(*verdict.rules, unsigned))
         return ledger.next_move("promote", version.version, verdict) if verdict.passed and not made else None
 
     mend_view(store)
@@ -77,32 +82,60 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
     return f"{store.model} version {version.version} is refused, {kept}: {'; '.join(release.reasons)}"
 
 
-@translate_mlflow_errors()
-def rollback(config: Config) -> str:
-    """Make the champion before the present one champion again; return a line that says so.
+def _unsigned(store: Store, version: Version) -> Rule | None:
+    """The broken rule of a version that is not signed as the promoter's `registry.public_key` asks."""
+    try:
+        if store.config.public_key:
+            with tempfile.TemporaryDirectory() as folder:
+                download_bundle(store, version, Path(folder))
+    except SignatureError as error:
+        return Rule(name="signature", passed=False, reason=str(error))
+    return None
 
-    The version that is left is blocked: `promote` refuses it from then on. Repeated calls go further back along the
-    promotions; versions that were deleted or are blocked are passed over. UserError where there is none, or where
-    another moved the champion meanwhile: nothing is rolled back then.
+
+@translate_mlflow_errors()
+def rollback(config: Config, to: str | None = None) -> str:
+    """Make the champion before the present one, or the earlier one `to`, champion again; return a line that says so.
+
+    The version that is left is blocked: `promote` refuses it from then on. Without `to`, repeated calls go further back
+    along the promotions; with it, a repeated call changes nothing. Versions that were deleted or are blocked are passed
+    over. UserError where there is none, or where another moved the champion meanwhile: nothing is rolled back then.
     """
     store = open_store(config.registry)
     seen = mend_view(store)
 
-    def decide(ledger: Ledger) -> Move:
+    def decide(ledger: Ledger) -> Move | None:
+        if to is not None and ledger.champion == to:
+            return None
         if ledger != seen:
             raise UserError(
                 f"version {ledger.champion} of '{store.model}' became champion meanwhile, instead of version "
                 f"{seen.champion}: nothing was rolled back"
             )
         for number in ledger.earlier:
-            if find_version(store, number) is not None:
+            if to in (None, number) and find_version(store, number) is not None:
                 return ledger.next_move("rollback", number)
         raise UserError(
-            f"there is no earlier champion of '{store.model}' in {store.uri} to go back to; "
+            f"there is no earlier champion{f' {to}' if to else ''} of '{store.model}' in {store.uri} to go back to; "
             "`vismem models list` shows all"
         )
 
-    move = transact(store, decide).moves[-1]
+    ledger = transact(store, decide)
     mend_view(store)
+    if ledger == seen:
+        return f"{store.model} version {to} is champion: nothing is to be rolled back"
+    move = ledger.moves[-1]
     was = f"version {move.previous}, which is not promoted again"
     return f"{store.model} version {move.version} is champion again, instead of {was}"
+
+
+@translate_mlflow_errors()
+def delete(config: Config, which: str) -> str:
+    """Delete a version and its bundle, whose files `mlflow gc` removes. UserError for a champion, past or present."""
+    store = open_store(config.registry)
+    ledger, version = mend_view(store), named_version(store, which)
+    if version.version in {move.version for move in ledger.moves}:
+        raise UserError(f"{store.model} version {version.version} is or was champion: it is kept for rollbacks")
+    store.client.delete_model_version(store.model, version.version)
+    store.client.delete_logged_model(version.model_id)
+    return f"{store.model} version {version.version} is deleted; its run {version.run_id} stays"

@@ -15,6 +15,7 @@ from typing import Any
 
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
+from vismem.registry import BUNDLE
 from vismem.registry.versions import Version, database, tracking_uri
 from vismem.services import environment
 
@@ -63,7 +64,8 @@ def translate_mlflow_errors() -> Iterator[None]:
 
 def open_store(config: RegistryConfig) -> Store:
     """Open the store. UserError where it does not answer or MLflow refuses its kind (plain folders)."""
-    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry"):  # migrations, instant "waiting"
+    # migrations, instant "waiting", an example that is checked
+    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry", "mlflow.pyfunc"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     uri = tracking_uri(config)
     if (file := database(uri)) is not None:
@@ -125,7 +127,7 @@ def experiment_id(store: Store) -> str:
 def create_version(store: Store, run_id: str, model_id: str, tags: Mapping[str, str]) -> Version:
     """Register a logged model as the next version."""
     create_model_once(store, store.model, "Latent vision memory for a vision-language model")
-    tags = {**tags, "model_id": model_id}
+    tags = {**tags, "model_id": model_id, BUNDLE: BUNDLE}
     with environment({"MLFLOW_TRACKING_URI": store.uri}):  # a SQL registry looks up models:/ID there, not at its own
         made = store.client.create_model_version(
             store.model, f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags

@@ -1,18 +1,22 @@
 """Judges a registered version by what the registry holds of it, and publishes the verdict there."""
 
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import TypeVar
 
+from huggingface_hub import ModelCard
 from mlflow.exceptions import MlflowException
 
 from vismem.config import GateConfig
 from vismem.errors import UserError
 from vismem.provenance import sha256_file
 from vismem.records import VISMEM, Metrics, ParityReport, Record, Rule, Validation, Verdict
+from vismem.registry import BUNDLE
 from vismem.registry.gate import DIGITS, Champion, judge
 from vismem.registry.ledger import Ledger
+from vismem.registry.runs import bundle_location
 from vismem.registry.tracking import Store, find_version
 from vismem.registry.versions import Version
 from vismem.services import environment
@@ -20,6 +24,10 @@ from vismem.services import environment
 GATE = "gate"  # tag: the gate's parameters at registration, as JSON
 # what a version is judged by, and the folder of its run that holds it; none: it is in the bundle
 FOLDERS: dict[type[Record], str] = {Metrics: "evaluate", Validation: "validate", ParityReport: ""}
+LONGEST_PAGE = 5000  # characters of a version's description that MLflow's databases take
+LINE, CUT = "\n\n---\n\n", f"\n\nThe rest of the card: `{BUNDLE}/README.md` of the version's files."
+EVALUATION = "evaluation.json"  # of a version's run: its answers as a table of MLflow
+REPORTS = {"scores": "evaluate/report.html", "answers": EVALUATION, "data": "validate/report.html"}
 R = TypeVar("R", bound=Record)
 
 
@@ -52,8 +60,11 @@ def registered_gate(store: Store, version: Version) -> GateConfig:
     return GateConfig.model_validate_json(version.tags[GATE])
 
 
-def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Path) -> None:
-    """Write the verdict as tags and description of the version, as a file of its run, and into `folder`."""
+def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Path, bundle: Path | None = None) -> None:
+    """Write the verdict as tags of the version, as a file of its run, and into `folder`.
+
+    The version's description says it too, above the model card of `bundle`, or else the card that is there.
+    """
     client, name, number = store.client, store.model, version.version
     client.set_model_version_tag(name, number, "verdict", "passed" if verdict.passed else "refused")
     for rule in verdict.rules:
@@ -62,13 +73,28 @@ def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Pa
     for key in version.tags.keys() - {"verdict", *(f"verdict.{rule.name}" for rule in verdict.rules)}:
         if key.startswith("verdict."):  # of a rule that no longer judges it
             client.delete_model_version_tag(name, number, key)
-    tags = version.tags
+    client.update_model_version(name, number, description=_page(store, version, verdict, bundle))
+    verdict.write(folder)
+    client.log_artifact(version.run_id, str(folder / verdict.FILE))
+
+
+def _page(store: Store, version: Version, verdict: Verdict, bundle: Path | None) -> str:
+    """What the version's page shows: the verdict, links to its reports, and the model card as far as there is room."""
+    tags, run = version.tags, store.client.get_run(version.run_id).info
     head = f"VisMem {tags['score']}, {float(tags['gain']):+.2f} points over vanilla (n = {tags['n']}). "
     head += "The gate passes it:" if verdict.passed else "The gate refuses it:"
     lines = [f"- {'✓' if rule.passed else '✗'} {rule.reason}" for rule in verdict.rules]
-    client.update_model_version(name, number, description="\n".join([head, "", *lines]))
-    verdict.write(folder)
-    client.log_artifact(version.run_id, str(folder / verdict.FILE))
+    place = f"#/experiments/{run.experiment_id}/runs/{version.run_id}/artifacts"
+    links = " | ".join(f"[{name}]({place}/{file})" for name, file in REPORTS.items())
+    if bundle and (bundle / "README.md").is_file():
+        text = ModelCard((bundle / "README.md").read_text(), ignore_metadata_errors=True).text
+        card = re.sub(r"<img[^>]*>\n*", "", text).strip()
+    else:
+        card = (store.client.get_model_version(store.model, version.version).description or "").partition(LINE)[2]
+    page = "\n".join([head, "", *lines, "", links]) + LINE + card
+    if len(page) > LONGEST_PAGE:
+        page = page[: LONGEST_PAGE - len(CUT)].rpartition("\n")[0] + CUT
+    return page
 
 
 def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
@@ -113,7 +139,7 @@ def read_registered(store: Store, version: Version, record: type[R]) -> R:
     if folder:
         location, path = str(store.client.get_run(version.run_id).info.artifact_uri), f"{folder}/{record.FILE}"
     else:
-        location, path = store.client.get_logged_model(version.model_id).artifact_location, record.FILE
+        location, path = bundle_location(store, version), record.FILE
     try:
         with tempfile.TemporaryDirectory() as here, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
             store.files(location).download_artifacts(path, here)

@@ -77,6 +77,11 @@ def git_state(folder: Path | None = None) -> dict[str, Any]:
     return {"commit": None, "dirty": None}
 
 
+def git_root() -> str | None:
+    """The root of the checkout that we stand in, or None."""
+    return _git(Path(), "rev-parse", "--show-toplevel")
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that an artifact's numbers depend on, where they are installed."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}

@@ -1,5 +1,9 @@
 """Fixtures of the tests that use a registry."""
 
+import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from project import Project
+    from real_stack import Stack
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +35,29 @@ def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     return Project(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Stack"]:
+    """PostgreSQL, an S3 server and MLflow; nothing of them is left behind."""
+    import psutil
+    from real_stack import Stack
+
+    stack = Stack(tmp_path_factory.mktemp("stack") / "stack")
+    services = psutil.Process(stack.process.pid).children(recursive=True)
+    yield stack
+    services += psutil.Process(stack.process.pid).children(recursive=True)
+    ports = json.loads((stack.folder / "ports.json").read_text()).values()
+    stack.process.send_signal(signal.SIGTERM)
+    assert stack.process.wait(60) == 0
+    assert not psutil.wait_procs(services, timeout=60)[1]
+    assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that leads to no server."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "MLFLOW_TRACKING")):
+            monkeypatch.delenv(name)
+    return monkeypatch

@@ -30,6 +30,8 @@ def add_commands(commands: Commands) -> None:
     add("which", nargs="*", metavar="VERSION", help=about)
     add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
 
+    add("--data", default="", metavar="REV", help="list: only versions trained on this revision of data")
+
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
     add("--port", type=int, help="default: registry.ui_port; 0: any free one")
 
@@ -59,6 +61,8 @@ def _run_models(arguments: argparse.Namespace) -> None:
     if len(arguments.which) > len(usual):
         raise UserError(f"`vismem models {arguments.action}` takes {len(usual) or 'no'} VERSION")
     which = (*arguments.which, *usual[len(arguments.which) :])
+    if arguments.data and arguments.action != "list":
+        raise UserError("--data goes with `vismem models list` only")
     match arguments.action:
         case "list":
             from vismem.registry.listing import models
@@ -66,7 +70,7 @@ def _run_models(arguments: argparse.Namespace) -> None:
             from vismem.summary import print_models
 
             where = arguments.caller.shown(mask_credentials(tracking_uri(config.registry)))
-            print_models(models(config), config.registry.model_name, where)
+            print_models(models(config, arguments.data), config.registry.model_name, where)
         case "show":
             from vismem.registry.listing import show
 

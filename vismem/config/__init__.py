@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError
 
 from vismem.config.data import (
     SOURCES,
+    DvcPath,
+    DvcSource,
     EasyVqaSource,
     InstructionsConfig,
     JsonlSource,
@@ -57,6 +59,8 @@ __all__ = [
     "BaselinesConfig",
     "BaselinesGrpoConfig",
     "Config",
+    "DvcPath",
+    "DvcSource",
     "EasyVqaSource",
     "EvaluateConfig",
     "ExportConfig",

@@ -17,7 +17,7 @@ from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
-from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport
+from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport, Validation
 from vismem.runtime.bundle import Bundle
 from vismem.serving.answering import Runtime
 from vismem.serving.golden import write_golden
@@ -45,6 +45,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     parity = _with_graphs(model, config, inputs, out) if config.export.graphs else WITHOUT_GRAPHS
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
+    origin["revisions"] = Validation.read(inputs["validate"]).model_dump(mode="json")["revisions"]
     (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))
     write_json(out / "lineage.json", origin | {"files": file_hashes(out)})

@@ -10,8 +10,9 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manifest
-from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
+from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation, revision_tags, revisions_of
 from vismem.registry.champion import mend_view
+from vismem.registry.datasets import log_revisions
 from vismem.registry.runs import log_curve, log_metrics, log_model_folder, tracked_run
 from vismem.registry.tracking import Store, create_version, open_store, translate_mlflow_errors, versions
 from vismem.registry.verdict import GATE, figure_tags, hash_tag, judge_version, publish_verdict
@@ -90,6 +91,7 @@ def version_tags(bundle: Path, lineage: Mapping[str, Any], metrics: Metrics) -> 
         "data_sha256": str(lineage.get("data_sha256") or "unknown"),
         "params_sha256": hashlib.sha256(params).hexdigest(),
         "manifest_sha256": sha256_file(bundle / MANIFEST),
+        **revision_tags(revisions_of(lineage)),
         **figure_tags(metrics),
     }
 
@@ -106,6 +108,7 @@ def _new_version(
         for name in ("report.html", Validation.FILE):
             store.client.log_artifact(run_id, str(inputs["validate"] / name), "validate")
         model_id = log_model_folder(store, run_id, inputs["export"], {"base": config.base.model})
+        log_revisions(store, run_id, Validation.read(inputs["validate"]).revisions)
         log_metrics(store, run_id, model_id, metrics.model_dump(include={"n", "arms", "gain", "overhead"}))
         for curve in sorted((inputs["export"] / "training").glob("*.csv")):
             log_curve(store, run_id, curve)

@@ -161,7 +161,9 @@ def _why(error: BaseException) -> str:
         return f"{said}: name a commit, tag or branch that was pushed"
     if "CloneError" in names:
         return f"{said}: check the address, the network and Git's credentials"
-    if isinstance(error, FileNotFoundError) or "FileNotFoundError" in names:
+    if names & {"PermissionError", "NoCredentialsError"}:
+        return f"{said}: the DVC remote takes no such keys; those of S3 are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if "FileNotFoundError" in names:
         return f"{said}: `dvc push` it to the remote from where it was added, or name another `remote`"
     return said
 
@@ -176,6 +178,8 @@ def _revision(source: DvcPath, files: Any) -> DataRevision:
         raise UserError(f"its md5 is {md5}, and {source.md5} is asked for: the revision has moved")
     settings, repo = files.repo.config, files.repo
     remote = source.remote or settings["core"].get("remote")
+    if remote is None and not Path(source.repo).is_dir():  # a folder has a cache
+        raise UserError("the repository has no default DVC remote: `dvc remote default NAME` there, or give `remote`")
     origin = _origin(repo) if Path(source.repo).is_dir() else ""
     return DataRevision(
         repo=mask_credentials(origin or source.repo),

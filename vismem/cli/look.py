@@ -70,7 +70,10 @@ def _run_models(arguments: argparse.Namespace) -> None:
             from vismem.summary import print_models
 
             where = arguments.caller.shown(mask_credentials(tracking_uri(config.registry)))
-            print_models(models(config, arguments.data), config.registry.model_name, where)
+            name, found = config.registry.model_name, models(config, arguments.data)
+            if arguments.data and not found:
+                raise UserError(f"no version of '{name}' in {where} was trained on {arguments.data}")
+            print_models(found, name, where)
         case "show":
             from vismem.registry.listing import show
 

@@ -3,9 +3,8 @@
 Figures may be NaN or infinite: the gate refuses these in a sentence (`vismem.registry.gate`), the reader does not fail.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -184,28 +183,6 @@ class Metrics(Record, file="metrics.json", step="evaluate"):
         return self
 
 
-class DataRevision(Part):
-    """Data as DVC keeps it, that a source read: enough to fetch the same bytes again."""
-
-    repo: str  # URL, or the folder as it was named
-    rev: str  # as it was asked for; HEAD for data of the project itself
-    commit: str  # of the repository
-    path: str  # in the repository
-    md5: str  # as DVC has it; of a folder it ends with .dir
-    remote: str  # URL of the DVC remote; nothing where there is none
-
-
-def revisions_of(values: Mapping[str, Any]) -> tuple[DataRevision, ...]:
-    """Those in the plain values of `stats.json` or of a bundle's lineage; none where these are older than the field."""
-    return tuple(DataRevision(**revision) for revision in values.get("revisions", ()))
-
-
-def revision_tags(revisions: Sequence[DataRevision]) -> dict[str, str]:
-    """Data revisions as texts, `data_rev`, `data_md5` and so on, with commas between those of several sources."""
-    fields = {name: [getattr(revision, name) for revision in revisions] for name in DataRevision.model_fields}
-    return {f"data_{name}": ", ".join(values) for name, values in fields.items() if any(values)}
-
-
 class RowCounts(Part):
     """Rows before and after validation."""
 
@@ -238,7 +215,6 @@ class Validation(Record, file="validation.json", step="validate"):
     data_sha256: Sha256
     rules: tuple[DataRule, ...]
     task_mix: dict[str, dict[str, float]]  # split -> task -> share of its clean rows
-    revisions: tuple[DataRevision, ...] = ()  # of the sources that DVC keeps
 
 
 class ParityReport(Record, file="parity.json", step="export"):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from dvc_project import DvcProject
-from project import VALIDATION, Project
+from project import Project
 
 from vismem.cli import main
+from vismem.data.revisions import DataRevision, write_revisions
 from vismem.files import read_json, write_json
 from vismem.provenance import write_manifest
-from vismem.records import DataRevision
 from vismem.registry import inspect, listing
 from vismem.registry.tracking import find_version
 
@@ -28,7 +28,7 @@ FIRST = DataRevision(
 def register(project: Project, weights: bytes, *revisions: DataRevision) -> dict[str, str]:
     """A version that was trained on these revisions, as `validate` and `export` hand them on."""
     project.build(weights)
-    VALIDATION.model_copy(update={"revisions": revisions}).write(project.steps["validate"])
+    write_revisions(project.steps["validate"], revisions)
     lineage = project.steps["export"] / "lineage.json"
     write_json(lineage, {**read_json(lineage), "revisions": [revision.model_dump() for revision in revisions]})
     write_manifest(project.steps["export"])
@@ -95,6 +95,6 @@ def test_a_revision_of_this_project_means_its_data_whatever_commit_a_version_was
     data.run("git", "tag", "code")
     monkeypatch.chdir(data.root)
     md5 = data.run("git", "show", "code:data/scans.dvc").split("md5: ")[1].split()[0]
-    register(project, b"one", FIRST.model_copy(update={"rev": "HEAD", "md5": md5}))
+    register(project, b"one", FIRST.model_copy(update={"rev": "", "md5": md5}))
     register(project, b"two", FIRST.model_copy(update={"rev": "code"}))
     assert versions(project, "code") == versions(project, "v1") == ["1"]

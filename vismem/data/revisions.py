@@ -1,241 +1,42 @@
-"""Data that DVC keeps: fetched from a revision of a Git repository, once per md5, or found in the project itself."""
+"""Where data that DVC keeps came from: `revisions.json` of `prepare` and `validate`, and a bundle's lineage."""
 
-import hashlib
-import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vismem.config import Config, DvcPath, DvcSource, Source
-from vismem.disk import is_full_disk
-from vismem.errors import UserError, mask_credentials
-from vismem.files import read_json, user_cache, write_json
-from vismem.locks import lock_file
-from vismem.provenance import git_root
-from vismem.records import DataRevision
+from vismem.files import read_json, write_json
+from vismem.records import Part
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
-HASHES = ("md5", "md5-dos2unix")  # the second is of files that DVC 2 added
+REVISIONS = "revisions.json"
 
 
-def fetched(config: Config) -> tuple[Config, list[DataRevision]]:
-    """Parameters in which every DVC source is the local ones that it is read by, and where the data came from.
+class DataRevision(Part):
+    """Data as DVC keeps it: enough to fetch the same bytes again."""
 
-    Local sources whose files the project itself has in DVC are named too, where they are as their .dvc file says.
-    UserError where a revision, its path or its data cannot be had; nothing half fetched is left then.
-    """
-    sources: list[Source] = []
-    found: dict[DataRevision, None] = {}
-    for source in config.prepare.sources:
-        if isinstance(source, DvcSource):
-            revision, place = fetch(source)
-            found[revision] = None
-            sources += [_moved(inner, source.path, place) for inner in source.sources]
-        else:
-            sources.append(source)
-            found |= dict.fromkeys(revision for path in _paths(source).values() for revision in _checked_out(path))
-    return _with(config, sources), [*found]
+    repo: str  # URL, or the folder as it was named
+    rev: str  # as it was asked for; nothing for data of the project itself
+    commit: str  # of the repository
+    path: str  # in the repository
+    md5: str  # as DVC has it; of a folder it ends with .dir
+    remote: str  # URL of the DVC remote; nothing where there is none
 
 
-def pinned(config: Config) -> Config:
-    """Parameters in which every DVC source says which md5 its revision holds now, so that a cache may go by that."""
-    sources = (
-        source.model_copy(update={"md5": find(source).md5}) if isinstance(source, DvcSource) else source
-        for source in config.prepare.sources
-    )
-    return _with(config, sources)
+def write_revisions(folder: Path, revisions: Sequence[DataRevision]) -> None:
+    """Write the file into the folder of a step's output."""
+    write_json(folder / REVISIONS, {"revisions": [revision.model_dump() for revision in revisions]})
 
 
-def _with(config: Config, sources: Iterable[Source]) -> Config:
-    prepare = config.prepare.model_copy(update={"sources": tuple(sources)})
-    return config.model_copy(update={"prepare": prepare})
+def read_revisions(folder: Path) -> tuple[DataRevision, ...]:
+    """Those that a step's output names; none where it is older than the file."""
+    return revisions_of(read_json(folder / REVISIONS)) if (folder / REVISIONS).is_file() else ()
 
 
-def find(source: DvcPath) -> DataRevision:
-    """What the revision holds, by its Git repository alone. UserError as from `fetch`."""
-    if (known := _known(source)) is not None:
-        return known
-    with _opened(source) as files:
-        return _revision(source, files)
+def revisions_of(values: Mapping[str, Any]) -> tuple[DataRevision, ...]:
+    """Those in the plain values of that file or of a lineage; none where that is older than the field."""
+    return tuple(DataRevision(**revision) for revision in values.get("revisions", ()))
 
 
-def md5_here(rev: str, paths: Iterable[str]) -> set[str]:
-    """The md5 of each path as the project that we stand in has it in a revision; of those that are there."""
-    found = set()
-    root = git_root()
-    for path in paths if root else ():
-        with suppress(UserError):
-            found.add(find(DvcPath(repo=root, rev=rev, path=Path(path))).md5)
-    return found
-
-
-def fetch(source: DvcPath) -> tuple[DataRevision, Path]:
-    """What the revision holds, and the fetched file or folder, in the user's cache under its md5.
-
-    A full commit that was fetched before needs no network. UserError where Git, the revision, the path, the remote or
-    the data is not there, or other bytes came than the md5 says; a killed fetch leaves nothing that a later one takes.
-    """
-    if (known := _known(source)) is not None and (place := _place(known)).exists():
-        return known, place
-    with _opened(source) as files:
-        revision = _revision(source, files)
-        place = _place(revision)
-        partial = place.parent.with_name(f"{revision.md5}.partial")
-        with lock_file(partial.with_suffix(".lock"), str(place.parent), patience=24 * 3600.0):
-            if not place.exists():
-                shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-                try:
-                    _download(files, revision, partial / place.name)
-                    place.parent.mkdir(exist_ok=True)  # the same data may be there under another name
-                    (partial / place.name).rename(place)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-        write_json(_note(source, revision.commit), revision.model_dump())
-    return revision, place
-
-
-def _place(revision: DataRevision) -> Path:
-    return user_cache() / "dvc" / revision.md5 / Path(revision.path).name
-
-
-def _note(source: DvcPath, commit: str) -> Path:
-    """The file that keeps what a commit holds."""
-    asked = "\0".join((source.repo, commit, str(source.path), source.remote or ""))
-    return user_cache() / "dvc" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
-
-
-def _known(source: DvcPath) -> DataRevision | None:
-    """What is kept of a full commit, which never moves; None where that holds other data than is asked for."""
-    note = _note(source, source.rev)
-    if not COMMIT.fullmatch(source.rev) or not note.is_file():
-        return None
-    known = DataRevision(**{**read_json(note), "rev": source.rev})
-    return known if source.md5 in (None, known.md5) else None
-
-
-def _download(files: Any, revision: DataRevision, place: Path) -> None:
-    from dvc.fs import localfs
-    from dvc_data.hashfile.build import build
-    from dvc_data.hashfile.db import HashFileDB
-
-    place.parent.mkdir(parents=True)
-    files.get(revision.path, str(place), recursive=True)
-    name = _hash(files.info(revision.path))[0]
-    _, _, made = build(HashFileDB(localfs, str(place.parent)), str(place), localfs, name, dry_run=True)
-    if made.hash_info.value != revision.md5:
-        raise UserError(f"DVC fetched {made.hash_info.value}, not {revision.md5}: the remote's files are damaged")
-
-
-@contextmanager
-def _opened(source: DvcPath) -> Iterator[Any]:
-    """The revision as a file system. What DVC, Git or the remote's client raise within is a UserError of one line."""
-    if find_spec("dvc") is None:
-        raise UserError("prepare.sources dvc: DVC is not installed here: pip install 'vismem[pipeline]'")
-    from dvc.api import DVCFileSystem
-    from dvc.repo.open_repo import clean_repos
-
-    try:
-        yield DVCFileSystem(source.repo, rev=source.rev, remote=source.remote)
-    except Exception as error:
-        if is_full_disk(error):
-            raise
-        raise UserError(
-            f"prepare.sources dvc: {source.path} at {source.rev} of {source.repo}: {_why(error)}"
-        ) from error
-    finally:
-        clean_repos()
-
-
-def _why(error: BaseException) -> str:
-    """The innermost cause, which alone names the address or the file, and what to do."""
-    chain = [error]
-    while (link := chain[-1].__cause__) is not None:
-        chain.append(link)
-    said = " ".join(str(chain[-1]).split()) or type(chain[-1]).__name__
-    names = {type(link).__name__ for link in chain}
-    if "RevError" in names:
-        return f"{said}: name a commit, tag or branch that was pushed"
-    if "CloneError" in names:
-        return f"{said}: check the address, the network and Git's credentials"
-    if names & {"PermissionError", "NoCredentialsError"}:
-        return f"{said}: the DVC remote takes no such keys; those of S3 are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if "FileNotFoundError" in names:
-        return f"{said}: `dvc push` it to the remote from where it was added, or name another `remote`"
-    return said
-
-
-def _revision(source: DvcPath, files: Any) -> DataRevision:
-    try:
-        info = files.info(str(source.path))
-    except FileNotFoundError:
-        raise UserError("there is no such file or folder in that revision") from None
-    _, md5 = _hash(info)
-    if source.md5 not in (None, md5):
-        raise UserError(f"its md5 is {md5}, and {source.md5} is asked for: the revision has moved")
-    settings, repo = files.repo.config, files.repo
-    remote = source.remote or settings["core"].get("remote")
-    if remote is None and not Path(source.repo).is_dir():  # a folder has a cache
-        raise UserError("the repository has no default DVC remote: `dvc remote default NAME` there, or give `remote`")
-    origin = _origin(repo) if Path(source.repo).is_dir() else ""
-    return DataRevision(
-        repo=mask_credentials(origin or source.repo),
-        rev=source.rev,
-        commit=str(repo.get_rev()),
-        path=str(source.path),
-        md5=md5,
-        remote=mask_credentials(str(settings["remote"].get(remote, {}).get("url", ""))),
-    )
-
-
-def _hash(info: Any) -> tuple[str, str]:
-    known = info.get("dvc_info") or {}
-    name = next((name for name in HASHES if known.get(name)), None)
-    if name is None:
-        raise UserError("DVC does not track it there as a whole: name what a .dvc file or a stage has as its output")
-    return name, str(known[name])
-
-
-def _moved(source: Any, path: Path, place: Path) -> Any:
-    """A source that reads what lies at `place` and was `path` in the repository."""
-    moved = {name: place / value.relative_to(path) for name, value in _paths(source).items()}
-    return source.model_copy(update=moved)
-
-
-def _paths(source: Any) -> dict[str, Path]:
-    """The paths that a local source names, by their parameters."""
-    return {name: value for name in ("path", "images") if (value := getattr(source, name, None)) is not None}
-
-
-def _checked_out(path: Path) -> list[DataRevision]:
-    """What the project's own DVC says of a local path; nothing where DVC does not have it as it is there."""
-    places = (path.absolute(), *path.absolute().parents)
-    file = next((file for place in places if (file := place.with_name(f"{place.name}.dvc")).is_file()), None)
-    if file is None or find_spec("dvc") is None:
-        return []
-    from dvc.repo import Repo
-
-    file = file.resolve()
-    root = Repo.find_root(str(file.parent))
-    data = file.relative_to(root).with_suffix("")
-    with Repo(root) as repo:
-        (out,) = repo.stage.load_one(str(file)).outs
-        changed = out.changed_checksum()
-    with suppress(UserError):  # it was never committed
-        revision = find(DvcPath(repo=os.path.relpath(root), rev="HEAD", path=data))
-        if not changed and revision.md5 == out.hash_info.value:
-            return [revision]
-    print(f"{data} is not what {data}.dvc of the last commit says: `dvc add` and commit, or no model names its data")
-    return []
-
-
-def _origin(repo: Any) -> str:
-    from scmrepo.exceptions import SCMError
-
-    try:
-        return str(repo.scm.get_remote_url("origin"))
-    except (SCMError, AttributeError):  # no such remote, no Git
-        return ""
+def revision_tags(revisions: Sequence[DataRevision]) -> dict[str, str]:
+    """Data revisions as texts, `data_rev`, `data_md5` and so on, with commas between those of several sources."""
+    fields = {name: [getattr(revision, name) for revision in revisions] for name in DataRevision.model_fields}
+    return {f"data_{name}": ", ".join(values) for name, values in fields.items() if any(values)}

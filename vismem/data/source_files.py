@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config, DvcSource, JsonlSource, LmuDataSource, NlvrSource
+from vismem.data.dvc_source import COMMIT, find
 from vismem.data.readers.lmudata import VARIABLE
-from vismem.data.revisions import COMMIT, find
 from vismem.files import read_json, write_json
 
 DATA = Path("data")  # what dvc.yaml lets `prepare` depend on

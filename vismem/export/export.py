@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from vismem.config import Config
+from vismem.data.revisions import read_revisions
 from vismem.evaluation.evaluate import pick
 from vismem.evaluation.plots import score_panels, to_sheet
 from vismem.export.card import PICTURE, model_card
@@ -17,7 +18,7 @@ from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
-from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport, Validation
+from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport
 from vismem.runtime.bundle import Bundle
 from vismem.serving.answering import Runtime
 from vismem.serving.golden import write_golden
@@ -45,7 +46,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     parity = _with_graphs(model, config, inputs, out) if config.export.graphs else WITHOUT_GRAPHS
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
-    origin["revisions"] = Validation.read(inputs["validate"]).model_dump(mode="json")["revisions"]
+    origin["revisions"] = [kept.model_dump() for kept in read_revisions(inputs["validate"])]
     (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))
     write_json(out / "lineage.json", origin | {"files": file_hashes(out)})

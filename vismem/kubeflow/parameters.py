@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from vismem.config import Config, resolve
-from vismem.data.revisions import pinned
+from vismem.data.dvc_source import pinned
 from vismem.data.source_files import files_of, fingerprint
 from vismem.files import write_text
 from vismem.launch import LaunchConfig

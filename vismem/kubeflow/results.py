@@ -5,19 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vismem.data.revisions import read_revisions, revision_tags, revisions_of
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder
-from vismem.records import (
-    Metrics,
-    ParityReport,
-    RegisteredVersion,
-    Release,
-    Validation,
-    Verdict,
-    portable,
-    revision_tags,
-    revisions_of,
-)
+from vismem.records import Metrics, ParityReport, RegisteredVersion, Release, Validation, Verdict, portable
 
 Values = dict[str, Any]
 REPORTS = {"validate": "report.html", "evaluate": "report.html", "export": "README.md"}
@@ -47,7 +38,7 @@ def _read(name: str, folder: Path) -> tuple[Values, Values]:
         case "prepare":
             stats = read_json(folder / "stats.json")
             rows = {f"rows_{split}": values["rows"] for split, values in stats["splits"].items()}
-            kept = revision_tags(revisions_of(stats))
+            kept = revision_tags(read_revisions(folder))
             return {"data_sha256": stats["data_sha256"], "seed": stats["seed"], **rows, **kept}, rows
         case "validate":
             validation = Validation.read(folder)
@@ -57,7 +48,7 @@ def _read(name: str, folder: Path) -> tuple[Values, Values]:
                 "data_sha256": validation.data_sha256,
                 "shards_sha256": shards,
                 **rows,
-                **revision_tags(validation.revisions),
+                **revision_tags(read_revisions(folder)),
             }, rows
         case "base":
             figures = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}

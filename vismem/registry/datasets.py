@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
-from vismem.records import DataRevision
+from vismem.data.revisions import DataRevision
 from vismem.registry.tracking import Store
 
 

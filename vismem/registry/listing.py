@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vismem.config import Config, RegistryConfig
-from vismem.data.revisions import md5_here
+from vismem.data.dvc_source import md5_here
 from vismem.registry.ledger import Ledger, effective, ledger_model
 from vismem.registry.versions import CHALLENGER, CHAMPION, Version, database, tracking_uri, unknown_version
 from vismem.registry.view import BLOCKED, View

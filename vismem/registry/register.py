@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import Config
+from vismem.data.revisions import read_revisions, revision_tags, revisions_of
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder, verify_manifest
-from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation, revision_tags, revisions_of
+from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation
 from vismem.registry.champion import mend_view
 from vismem.registry.datasets import log_revisions
 from vismem.registry.runs import log_curve, log_metrics, log_model_folder, tracked_run
@@ -108,7 +109,7 @@ def _new_version(
         for name in ("report.html", Validation.FILE):
             store.client.log_artifact(run_id, str(inputs["validate"] / name), "validate")
         model_id = log_model_folder(store, run_id, inputs["export"], {"base": config.base.model})
-        log_revisions(store, run_id, Validation.read(inputs["validate"]).revisions)
+        log_revisions(store, run_id, read_revisions(inputs["validate"]))
         log_metrics(store, run_id, model_id, metrics.model_dump(include={"n", "arms", "gain", "overhead"}))
         for curve in sorted((inputs["export"] / "training").glob("*.csv")):
             log_curve(store, run_id, curve)

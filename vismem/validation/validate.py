@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 
 from vismem.config import BaseConfig, Config, ValidateConfig
 from vismem.data.fingerprint import SPLITS
+from vismem.data.revisions import read_revisions, write_revisions
 from vismem.data.sample import SCHEMA, shard_tables, write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.models.small_files import read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
 from vismem.progress import progress
-from vismem.records import AllRowCounts, DataRevision, DataRule, RowCounts, Validation, revisions_of
+from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
 from vismem.runtime.reserved import Reserved
 from vismem.validation.expectations import Severity, Verdict, judge, rules
 from vismem.validation.facts import Shard, collect_facts, find_shards
@@ -41,8 +42,8 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         shutil.rmtree(out / name, ignore_errors=True)  # of a killed or failed run
     settings = config.validate_
     findings = examine(settings, inputs["prepare"], _reserved(config.base))
-    stats = inputs["prepare"] / "stats.json"
-    _record(findings, revisions_of(read_json(stats) if stats.is_file() else {})).write(out)
+    _record(findings).write(out)
+    write_revisions(out, read_revisions(inputs["prepare"]))
     write_json(out / "task_profile.json", findings.task_mix["train"])
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
     if findings.errors:
@@ -147,7 +148,7 @@ def _read_profile(path: Path) -> dict[str, float]:
     return profile
 
 
-def _record(findings: Findings, revisions: tuple[DataRevision, ...]) -> Validation:
+def _record(findings: Findings) -> Validation:
     total, clean = (Counter(facts["split"]) for facts in (findings.rows, findings.clean))
     return Validation(
         success=not findings.errors,
@@ -158,7 +159,6 @@ def _record(findings: Findings, revisions: tuple[DataRevision, ...]) -> Validati
             splits={s: RowCounts(total=total[s], clean=clean[s], quarantined=total[s] - clean[s]) for s in SPLITS},
         ),
         data_sha256=findings.data_sha256,
-        revisions=revisions,
         rules=tuple(
             DataRule(
                 name=v.rule.name,

@@ -3,13 +3,17 @@
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import psycopg2
 
 from vismem.stack import BUCKET
@@ -65,3 +69,17 @@ class Stack:
         found = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         keys = [item["Key"] for page in found for item in page.get("Contents", ())]
         return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
+
+
+@contextmanager
+def running_stack(folder: Path) -> Iterator[Stack]:
+    """A stack that keeps its data in the folder; nothing of it is left running."""
+    stack = Stack(folder)
+    services = psutil.Process(stack.process.pid).children(recursive=True)
+    yield stack
+    services += psutil.Process(stack.process.pid).children(recursive=True)
+    ports = json.loads((stack.folder / "ports.json").read_text()).values()
+    stack.process.send_signal(signal.SIGTERM)
+    assert stack.process.wait(60) == 0
+    assert not psutil.wait_procs(services, timeout=60)[1]
+    assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]

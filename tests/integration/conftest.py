@@ -1,8 +1,6 @@
 """Fixtures of the tests that use a registry."""
 
-import json
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,19 +37,11 @@ def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Stack"]:
-    """PostgreSQL, an S3 server and MLflow; nothing of them is left behind."""
-    import psutil
-    from real_stack import Stack
+    """PostgreSQL, an S3 server and MLflow."""
+    from real_stack import running_stack
 
-    stack = Stack(tmp_path_factory.mktemp("stack") / "stack")
-    services = psutil.Process(stack.process.pid).children(recursive=True)
-    yield stack
-    services += psutil.Process(stack.process.pid).children(recursive=True)
-    ports = json.loads((stack.folder / "ports.json").read_text()).values()
-    stack.process.send_signal(signal.SIGTERM)
-    assert stack.process.wait(60) == 0
-    assert not psutil.wait_procs(services, timeout=60)[1]
-    assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]
+    with running_stack(tmp_path_factory.mktemp("stack") / "stack") as stack:
+        yield stack
 
 
 @pytest.fixture

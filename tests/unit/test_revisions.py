@@ -14,7 +14,7 @@ import pytest
 import yaml
 from dvc_project import SPLITS, DvcProject
 
-from vismem.config import Config, DvcSource, parse_config
+from vismem.config import Config, DvcSource, parse_config, resolve
 from vismem.data.dvc_source import fetch, find, md5_here
 from vismem.data.prepare import prepare
 from vismem.data.sample import read_samples
@@ -267,3 +267,11 @@ def test_what_is_read_must_be_fetched_and_a_profile_s_workspace_finds_the_same_r
     url = {**values, "repo": "https://example.com/data.git", "sources": [inner]}
     config = parse_config({"prepare": {"sources": [url]}})
     assert rebase(config, tmp_path, tmp_path / "runs" / "smoke").prepare == config.prepare
+
+
+def test_the_sources_that_the_pages_name_for_a_cluster_are_parameters() -> None:
+    (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    (page,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    (submitted,) = resolve("qwen2_5_vl_7b", json.loads(text)).prepare.sources
+    assert isinstance(submitted, DvcSource)
+    assert parse_config(yaml.safe_load(page)).prepare.sources == (submitted,)

@@ -47,6 +47,5 @@ def test_the_way_of_data_that_the_page_shows(project: Path, tmp_path_factory: py
     assert b'"right"' in kept
     train = (project / "data" / "scans" / "train.jsonl").read_text()
     assert ('"left"' in train, '"right"' in train) == (True, False)
-    last = done.stdout[done.stdout.rindex("dvc checkout" if "dvc checkout" in done.stdout else "done in") :]
     print(done.stdout)
     assert json.loads(done.stdout[done.stdout.rindex("\n{") :])["version"] == "1"

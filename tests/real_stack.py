@@ -76,10 +76,12 @@ def running_stack(folder: Path) -> Iterator[Stack]:
     """A stack that keeps its data in the folder; nothing of it is left running."""
     stack = Stack(folder)
     services = psutil.Process(stack.process.pid).children(recursive=True)
-    yield stack
-    services += psutil.Process(stack.process.pid).children(recursive=True)
-    ports = json.loads((stack.folder / "ports.json").read_text()).values()
-    stack.process.send_signal(signal.SIGTERM)
-    assert stack.process.wait(60) == 0
-    assert not psutil.wait_procs(services, timeout=60)[1]
-    assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]
+    try:
+        yield stack
+    finally:
+        services += psutil.Process(stack.process.pid).children(recursive=True)
+        ports = json.loads((stack.folder / "ports.json").read_text()).values()
+        stack.process.send_signal(signal.SIGTERM)
+        assert stack.process.wait(60) == 0
+        assert not psutil.wait_procs(services, timeout=60)[1]
+        assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]

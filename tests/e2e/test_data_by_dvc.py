@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from dvc_project import GIT, SPLITS, DvcProject
 from real_stack import running_stack
+
+from vismem.config import parse_config
+from vismem.params_file import render_params
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -22,8 +24,7 @@ SMALL = {
     "stage1": {"steps": 1, "group_size": 4, "warm_start": {"steps": 2, "batch_size": 4}},
     "stage2": {"steps": 1, "group_size": 4},
     "evaluate": {"max_new_tokens": 24, "bootstrap": 100},
-    "export": {"parity_items": 2},
-    "registry": {"model_name": "scans"},
+    "export": {"graphs": False},
 }
 
 
@@ -31,7 +32,7 @@ def test_the_way_of_data_that_the_page_shows(project: Path, tmp_path_factory: py
     page = (ROOT / "docs" / "data.md").read_text()
     (script,) = re.findall(r"^```bash\n(# the whole way\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
     shutil.copy(ROOT / ".gitignore", project)
-    (project / "deploy" / "profiles" / "scans.yaml").write_text(yaml.safe_dump(SMALL))
+    (project / "params.yaml").write_text(render_params(parse_config(SMALL)))
     data = DvcProject(project)
     data.write("left", rows=8)
     data.run("git", "init", "--quiet", "--initial-branch=main")
@@ -47,5 +48,13 @@ def test_the_way_of_data_that_the_page_shows(project: Path, tmp_path_factory: py
     assert b'"right"' in kept
     train = (project / "data" / "scans" / "train.jsonl").read_text()
     assert ('"left"' in train, '"right"' in train) == (True, False)
-    print(done.stdout)
-    assert json.loads(done.stdout[done.stdout.rindex("\n{") :])["version"] == "1"
+    assert "modified" in done.stdout, "what `dvc diff` says"
+    back = done.stdout[done.stdout.rindex("nothing to do: every step is unchanged") :]
+    listed, shown = back[: back.index("\n{")], json.loads(back[back.index("\n{") : back.rindex("}") + 1])
+    assert re.findall(r"^│ (\d+) ", listed, re.MULTILINE) == ["1"]
+    tags = shown["tags"]
+    commit = data.run("git", "log", "-1", "--format=%H", "scans-1", "--", "data/scans.dvc").strip()
+    assert (tags["data_path"], tags["data_commit"], tags["data_remote"]) == ("data/scans", commit, "s3://vismem/dvc")
+    assert tags["data_md5"] in (project / "data" / "scans.dvc").read_text()
+    card = (project / "artifacts" / "export" / "README.md").read_text()
+    assert f"| data by DVC | `data/scans` at commit {commit[:10]} of {project.name}, md5 {tags['data_md5']}" in card

@@ -22,6 +22,7 @@ from vismem.data.sample import read_samples
 from vismem.data.source_files import RECORD, record_outside
 from vismem.errors import UserError
 from vismem.kubeflow.parameters import configure
+from vismem.kubeflow.results import describe
 from vismem.workspace import rebase
 
 ROOT = Path(__file__).parents[2]
@@ -84,11 +85,12 @@ def test_a_revision_s_rows_are_those_of_its_files_and_its_record_says_where_they
     out = tmp_path / "out"
     (first,) = prepared(out, project.source())["revisions"]
     assert rows(out) == {"left"}
+    assert describe("prepare", out)[0]["data_md5"] == first["md5"]
     old = (out / "train" / "part-00000.parquet").read_bytes()
     commit = project.run("git", "rev-parse", "v1").strip()
     tracked = yaml.safe_load(project.run("git", "show", "v1:data/scans.dvc"))["outs"][0]["md5"]
     assert first == {
-        "repo": str(project.root),
+        "repo": "project",
         "rev": "v1",
         "commit": commit,
         "path": "data/scans",

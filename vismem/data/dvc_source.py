@@ -19,7 +19,7 @@ from vismem.locks import lock_file
 from vismem.provenance import git
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HASHES = ("md5", "md5-dos2unix")  # the second is of files that DVC 2 added
+HASHES = ("md5", "md5-dos2unix")  # as DVC counts, and as DVC 2 did with texts
 
 
 def fetched(config: Config) -> tuple[Config, list[DataRevision]]:
@@ -125,10 +125,10 @@ def _download(files: Any, revision: DataRevision, place: Path) -> None:
 
     place.parent.mkdir(parents=True)
     files.get(revision.path, str(place), recursive=True)
-    name = _hash(files.info(revision.path))[0]
-    _, _, made = build(HashFileDB(localfs, str(place.parent)), str(place), localfs, name, dry_run=True)
-    if made.hash_info.value != revision.md5:
-        raise UserError(f"DVC fetched {made.hash_info.value}, not {revision.md5}: the remote's files are damaged")
+    here = HashFileDB(localfs, str(place.parent))
+    found = [build(here, str(place), localfs, name, dry_run=True)[2].hash_info.value for name in HASHES]
+    if revision.md5 not in found:
+        raise UserError(f"DVC fetched {found[0]}, not {revision.md5}: the remote's files are damaged")
 
 
 @contextmanager
@@ -171,33 +171,27 @@ def _why(error: BaseException) -> str:
 
 def _revision(source: DvcPath, files: Any) -> DataRevision:
     try:
-        info = files.info(str(source.path))
+        md5 = (files.info(str(source.path)).get("dvc_info") or {}).get("md5")
     except FileNotFoundError:
         raise UserError("there is no such file or folder in that revision") from None
-    _, md5 = _hash(info)
+    if not md5:
+        raise UserError("DVC does not track it there as a whole: name what a .dvc file or a stage has as its output")
     if source.md5 not in (None, md5):
         raise UserError(f"its md5 is {md5}, and {source.md5} is asked for: the revision has moved")
     settings, repo = files.repo.config, files.repo
     remote = source.remote or settings["core"].get("remote")
     if remote is None and not Path(source.repo).is_dir():  # a folder has a cache
         raise UserError("the repository has no default DVC remote: `dvc remote default NAME` there, or give `remote`")
-    origin = _origin(repo) if Path(source.repo).is_dir() else ""
+    folder = Path(source.repo)
+    origin = (_origin(repo) or folder.resolve().name) if folder.is_dir() else source.repo
     return DataRevision(
-        repo=mask_credentials(origin or source.repo),
+        repo=mask_credentials(origin),
         rev=source.rev,
         commit=str(repo.get_rev()),
         path=str(source.path),
-        md5=md5,
+        md5=str(md5),
         remote=mask_credentials(str(settings["remote"].get(remote, {}).get("url", ""))),
     )
-
-
-def _hash(info: Any) -> tuple[str, str]:
-    known = info.get("dvc_info") or {}
-    name = next((name for name in HASHES if known.get(name)), None)
-    if name is None:
-        raise UserError("DVC does not track it there as a whole: name what a .dvc file or a stage has as its output")
-    return name, str(known[name])
 
 
 def _moved(source: Any, path: Path, place: Path) -> Any:

@@ -13,7 +13,7 @@ REVISIONS = "revisions.json"
 class DataRevision(Part):
     """Data as DVC keeps it: enough to fetch the same bytes again."""
 
-    repo: str  # URL, or the folder as it was named
+    repo: str  # URL; of a folder that has none, its name
     rev: str  # as it was asked for; nothing for data of the project itself
     commit: str  # of the repository
     path: str  # in the repository

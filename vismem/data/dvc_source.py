@@ -29,8 +29,7 @@ def fetched(config: Config) -> tuple[Config, list[DataRevision]]:
     UserError where a revision, its path or its data cannot be had; nothing half fetched is left then.
     """
     sources: list[Source] = []
-    found: dict[DataRevision, None] = {}
-    files: dict[Path, None] = {}
+    found, files = dict[DataRevision, None](), dict[Path, None]()
     for source in config.prepare.sources:
         if isinstance(source, DvcSource):
             revision, place = fetch(source)
@@ -44,11 +43,8 @@ def fetched(config: Config) -> tuple[Config, list[DataRevision]]:
 
 def pinned(config: Config) -> Config:
     """Parameters in which every DVC source says which md5 its revision holds now, so that a cache may go by that."""
-    sources = (
-        source.model_copy(update={"md5": find(source).md5}) if isinstance(source, DvcSource) else source
-        for source in config.prepare.sources
-    )
-    return _with(config, sources)
+    every = config.prepare.sources
+    return _with(config, (s.model_copy(update={"md5": find(s).md5}) if isinstance(s, DvcSource) else s for s in every))
 
 
 def _with(config: Config, sources: Iterable[Source]) -> Config:
@@ -139,14 +135,13 @@ def _opened(source: DvcPath) -> Iterator[Any]:
     from dvc.api import DVCFileSystem
     from dvc.repo.open_repo import clean_repos
 
+    where = f"{source.path} at {source.rev} of {source.repo}"
     try:
         yield DVCFileSystem(source.repo, rev=source.rev, remote=source.remote)
     except Exception as error:
         if is_full_disk(error):
             raise
-        raise UserError(
-            f"prepare.sources dvc: {source.path} at {source.rev} of {source.repo}: {_why(error)}"
-        ) from error
+        raise UserError(f"prepare.sources dvc: {where}: {_why(error)}") from error
     finally:
         clean_repos()
 
@@ -178,16 +173,15 @@ def _revision(source: DvcPath, files: Any) -> DataRevision:
         raise UserError("DVC does not track it there as a whole: name what a .dvc file or a stage has as its output")
     if source.md5 not in (None, md5):
         raise UserError(f"its md5 is {md5}, and {source.md5} is asked for: the revision has moved")
-    settings, repo = files.repo.config, files.repo
+    folder, settings = Path(source.repo), files.repo.config
     remote = source.remote or settings["core"].get("remote")
-    if remote is None and not Path(source.repo).is_dir():  # a folder has a cache
+    if remote is None and not folder.is_dir():  # a folder has a cache
         raise UserError("the repository has no default DVC remote: `dvc remote default NAME` there, or give `remote`")
-    folder = Path(source.repo)
-    origin = (_origin(repo) or folder.resolve().name) if folder.is_dir() else source.repo
+    origin = (_origin(files.repo) or folder.resolve().name) if folder.is_dir() else source.repo
     return DataRevision(
         repo=mask_credentials(origin),
         rev=source.rev,
-        commit=str(repo.get_rev()),
+        commit=str(files.repo.get_rev()),
         path=str(source.path),
         md5=str(md5),
         remote=mask_credentials(str(settings["remote"].get(remote, {}).get("url", ""))),

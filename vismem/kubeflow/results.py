@@ -44,12 +44,8 @@ def _read(name: str, folder: Path) -> tuple[Values, Values]:
             validation = Validation.read(folder)
             rows = {f"rows_{key}": count for key, count in validation.rows.model_dump(exclude={"splits"}).items()}
             shards = sha256_folder(folder / "data", "**/*.parquet")  # as a bundle's lineage names its data
-            return {
-                "data_sha256": validation.data_sha256,
-                "shards_sha256": shards,
-                **rows,
-                **revision_tags(read_revisions(folder)),
-            }, rows
+            kept = revision_tags(read_revisions(folder))
+            return {"data_sha256": validation.data_sha256, "shards_sha256": shards, **rows, **kept}, rows
         case "base":
             figures = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
             model_type = read_json(folder / "config.json")["model_type"]

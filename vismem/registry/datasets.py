@@ -11,8 +11,5 @@ from vismem.registry.tracking import Store
 def log_revisions(store: Store, run_id: str, revisions: Sequence[DataRevision]) -> None:
     """Name the revisions as the run's inputs: the path is the dataset's name, the md5 its digest."""
     context = [InputTag("mlflow.data.context", "training")]
-    inputs = [
-        DatasetInput(Dataset(kept.path, kept.md5, source_type="dvc", source=kept.model_dump_json()), context)
-        for kept in revisions
-    ]
-    store.client.log_inputs(run_id, datasets=inputs)
+    data = [Dataset(kept.path, kept.md5, source_type="dvc", source=kept.model_dump_json()) for kept in revisions]
+    store.client.log_inputs(run_id, datasets=[DatasetInput(each, context) for each in data])

@@ -25,10 +25,7 @@ _OURS = "name = ? AND workspace = 'default'"
 
 
 def models(config: Config, data: str = "") -> list[dict[str, str]]:
-    """One row per version, newest first: version, aliases, verdict, score, gain, n, created, git_commit.
-
-    `data`: only versions that were trained on it, see `_trained_on`.
-    """
+    """A row per version trained on `data`, newest first: version, aliases, verdict, score, gain, n, created, commit."""
     view, _ = read_registry(config.registry)
     return [
         {
@@ -44,10 +41,9 @@ def models(config: Config, data: str = "") -> list[dict[str, str]]:
 
 
 def _trained_on(data: str, versions: Sequence[Version]) -> list[Version]:
-    """The versions whose data is that of a revision of this project, or whose tags name it.
+    """The versions whose data this project has in the revision `data`; where it has none, whose revision had that name.
 
-    It may be the start of the data's commit, md5 or data_sha256 too, or a revision's name as `prepare.sources` had it,
-    where this project does not know that name.
+    Also those of whose data `data` is the start of the commit, md5 or sha256.
     """
 
     def tags(version: Version, *names: str) -> list[str]:

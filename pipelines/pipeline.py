@@ -75,7 +75,8 @@ def make_pipeline(fixed_image: str | None = None, *, shared_volume: bool = False
                 {"seed": 3, "stage1.steps": 30}.
             image: Cluster: image of all tasks; name it by digest or by a tag that does not move.
             s3_secret: Cluster: secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, except for AWS itself,
-                AWS_ENDPOINT_URL_S3; needed for preflight.buckets and an s3:// registry.artifact_location only.
+                AWS_ENDPOINT_URL_S3; needed for preflight.buckets, an s3:// registry.artifact_location and data that
+                DVC keeps in S3 only.
             mlflow_secret: Cluster: secret with MLFLOW_TRACKING_URI and, where the server asks for them,
                 MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
             huggingface_secret: Cluster: secret with HF_TOKEN; it need not exist.
@@ -147,7 +148,7 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
     train, evaluate = given.gpu_count, given.evaluation_gpu_count
     resumes = place.shared_volume  # from its checkpoints there; without, a retry would train from the start
     placed: dict[str, dict[str, Any]] = {
-        "prepare": {"retried": True},
+        "prepare": {"retried": True, "secrets": ("s3_secret",)},
         "validate": {"retried": True, "secrets": ("huggingface_secret",)},
         "base": {"gpus": evaluate, "retried": True, "secrets": ("huggingface_secret",)},
         "stage1": {"gpus": train, "retried": resumes},
@@ -160,7 +161,7 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
     }
     known = {**vars(given), "training_image": "" if place.fixed_image else given.image}
     configured = components.configure(**{name: known[name] for name in components.configure.component_spec.inputs})
-    parameters = place(configured, cached=False).outputs
+    parameters = place(configured, cached=False, secrets=("s3_secret",)).outputs  # it looks up the data's md5
     looked = components.preflight(parameters=parameters["preflight"])
     place(looked, train, cached=False, secrets=tuple(SECRETS))
     made: dict[str, Any] = {}

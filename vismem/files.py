@@ -40,6 +40,11 @@ def write_text(path: Path, text: str) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def user_cache() -> Path:
+    """The folder of what was fetched once and can be fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vismem"
+
+
 def empty_folder(folder: Path) -> None:
     """Remove what is in the folder, such as what a killed run left there."""
     for leftover in folder.iterdir():

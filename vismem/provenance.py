@@ -78,8 +78,8 @@ def git_state(folder: Path | None = None) -> dict[str, Any]:
     if commit := os.environ.get("VISMEM_GIT_COMMIT"):
         return {"commit": commit, "dirty": False}
     for place in (folder,) if folder else (Path(__file__).parent, Path()):
-        if commit := _git(place, "rev-parse", "HEAD"):
-            return {"commit": commit, "dirty": bool(_git(place, "status", "--porcelain", "--untracked-files=no"))}
+        if commit := git(place, "rev-parse", "HEAD"):
+            return {"commit": commit, "dirty": bool(git(place, "status", "--porcelain", "--untracked-files=no"))}
     return {"commit": None, "dirty": None}
 
 
@@ -117,7 +117,7 @@ def lineage(config: Config, data: Path | None = None, inputs: Mapping[str, Path]
     }
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def git(folder: Path, *arguments: str) -> str | None:
     """Output of a git command, or None where there is no git or no checkout."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30)

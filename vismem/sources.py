@@ -3,12 +3,12 @@
 A folder says in `base.json` which base it belongs to; one that stage1 or stage2 wrote has it beside it.
 """
 
-import os
 import re
 from pathlib import Path
 
 from vismem.config import PARAMS_FILE, load_config
 from vismem.errors import UserError
+from vismem.files import user_cache
 from vismem.hub import fetch
 from vismem.models.reference import HUB_ID, REFERENCE, Base
 from vismem.provenance import MANIFEST, verify_manifest
@@ -72,5 +72,4 @@ def _from_registry(name: str) -> Path:
     if (found := REGISTERED.fullmatch(name)) is None:
         raise UserError(f"'{name}' names no registered version: write models:/NAME@ALIAS or models:/NAME/VERSION")
     registry = load_config(PARAMS_FILE).registry.model_copy(update={"model_name": found["model"]})
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vismem"
-    return fetch_bundle(registry, found["version"], cache)
+    return fetch_bundle(registry, found["version"], user_cache())

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vismem.config import Config, Section, load_config
+from vismem.config import Config, DvcSource, Section, load_config
 from vismem.errors import UserError
 from vismem.params_file import render_params
 
@@ -65,6 +65,9 @@ def rebase(config: Config, root: Path, folder: Path) -> Config:
 
 def _rebase(value: Any, root: Path, folder: Path) -> Any:
     """A parameter with the paths in it rewritten, except those below a linked folder: they read the same there."""
+    if isinstance(value, DvcSource):  # the paths in it are the repository's
+        local = (root / value.repo).is_dir() and not Path(value.repo).is_absolute()
+        return value.model_copy(update={"repo": os.path.relpath(root / value.repo, folder)} if local else {})
     if isinstance(value, Section):
         return value.model_copy(update={name: _rebase(inner, root, folder) for name, inner in value})
     if isinstance(value, tuple):

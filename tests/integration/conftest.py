@@ -1,5 +1,7 @@
 """Fixtures of the tests that use a registry."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from project import Project
+    from real_stack import Stack
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,21 @@ def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     return Project(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Stack"]:
+    """PostgreSQL, an S3 server and MLflow."""
+    from real_stack import running_stack
+
+    with running_stack(tmp_path_factory.mktemp("stack") / "stack") as stack:
+        yield stack
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that leads to no server."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "MLFLOW_TRACKING")):
+            monkeypatch.delenv(name)
+    return monkeypatch

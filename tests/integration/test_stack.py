@@ -3,107 +3,29 @@
 import json
 import os
 import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import boto3
 import psutil
-import psycopg2
 import pytest
 from project import Project
 from races import Races
+from real_stack import ANY_PORTS, Stack
 
 from vismem.cli import main
 from vismem.config import load_config
 from vismem.params_file import render_params
 from vismem.registry import release
 from vismem.serving.publish import publish
-from vismem.stack import BUCKET
 from vismem.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
-ANY_PORTS = ("--mlflow-port", "0", "--s3-port", "0", "--postgres-port", "0")
 DEAD = "http://127.0.0.1:9"  # the discard port: nobody listens
-
-
-class Stack:
-    """The command in a folder, and what it tells those who use it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.start()
-
-    def start(self) -> None:
-        output = self.folder.with_suffix(".out")
-        command = [sys.executable, "-m", "vismem.cli", "stack", "--data", str(self.folder), *ANY_PORTS]
-        with output.open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        while "ready: " not in output.read_text():
-            assert self.process.poll() is None, output.read_text()
-            time.sleep(0.1)
-        self.said = output.read_text()
-        lines = (self.folder / "env").read_text().splitlines()
-        self.environment = dict(shlex.split(line)[1].split("=", 1) for line in lines)
-
-    @property
-    def secrets(self) -> dict[str, str]:
-        return dict(json.loads((self.folder / "secrets.json").read_text()))
-
-    def query(self, sql: str) -> list[Any]:
-        """The rows that PostgreSQL holds."""
-        port = re.search(r"PostgreSQL +127\.0\.0\.1:(\d+)", self.said)
-        assert port is not None
-        password = self.secrets["postgres_password"]
-        connection = psycopg2.connect(f"postgresql://vismem:{password}@127.0.0.1:{port[1]}/mlflow")
-        try:
-            cursor = connection.cursor()
-            cursor.execute(sql)
-            return list(cursor.fetchall())
-        finally:
-            connection.close()
-
-    def objects(self, prefix: str) -> dict[str, bytes]:
-        """What lies in the bucket below a prefix."""
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.environment["AWS_ENDPOINT_URL_S3"],
-            aws_access_key_id=self.secrets["access_key"],
-            aws_secret_access_key=self.secrets["secret_key"],
-            region_name="us-east-1",
-        )
-        found = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-        keys = [item["Key"] for page in found for item in page.get("Contents", ())]
-        return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("stack") / "stack")
-    services = psutil.Process(stack.process.pid).children(recursive=True)
-    yield stack
-    services += psutil.Process(stack.process.pid).children(recursive=True)
-    ports = json.loads((stack.folder / "ports.json").read_text()).values()
-    stack.process.send_signal(signal.SIGTERM)
-    assert stack.process.wait(60) == 0
-    assert not psutil.wait_procs(services, timeout=60)[1]
-    assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]
-
-
-@pytest.fixture
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment that leads to no server."""
-    for name in list(os.environ):
-        if name.startswith(("AWS_", "MLFLOW_TRACKING")):
-            monkeypatch.delenv(name)
-    return monkeypatch
 
 
 def test_secrets_are_the_owner_s_alone_and_on_no_screen_or_command_line(stack: Stack) -> None:

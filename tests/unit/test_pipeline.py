@@ -26,6 +26,8 @@ TRAINS = ("preflight", "base", "stage1", "stage2", "evaluate", "export", "deploy
 NEVER_CACHED = {"configure", "preflight", "register", "promote", "deploy", "summary"}
 NETWORK = {"prepare", "validate", "base", "register", "promote"}
 SECRETS = {
+    "configure": ["s3_secret"],
+    "prepare": ["s3_secret"],
     "preflight": ["s3_secret", "mlflow_secret", "huggingface_secret"],
     "validate": ["huggingface_secret"],
     "base": ["huggingface_secret"],

@@ -36,6 +36,7 @@ def add_commands(commands: Commands) -> None:
     )
     add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
 
+    add("--data", default="", metavar="REV", help="list: only versions trained on this revision of data")
     about = "compare arms question by question, from answers of `vismem evaluate`, lmms-eval or VLMEvalKit"
     add = command("compare", _run_compare, about, options=False)
     about = "an arm and its files, .parquet, *_samples_*.jsonl, .xlsx, .tsv, .json; the first arm is the reference"
@@ -76,6 +77,8 @@ def _run_models(arguments: argparse.Namespace) -> None:
     if len(arguments.which) > len(usual):
         raise UserError(f"`vismem models {arguments.action}` takes {len(usual) or 'no'} VERSION")
     which = (*arguments.which, *usual[len(arguments.which) :])
+    if arguments.data and arguments.action != "list":
+        raise UserError("--data goes with `vismem models list` only")
     match arguments.action:
         case "list":
             from vismem.registry.listing import models
@@ -83,7 +86,10 @@ def _run_models(arguments: argparse.Namespace) -> None:
             from vismem.summary import print_models
 
             where = arguments.caller.shown(mask_credentials(tracking_uri(config.registry)))
-            print_models(models(config), config.registry.model_name, where)
+            name, found = config.registry.model_name, models(config, arguments.data)
+            if arguments.data and not found:
+                raise UserError(f"no version of '{name}' in {where} was trained on {arguments.data}")
+            print_models(found, name, where)
         case "show":
             from vismem.registry.listing import show
 

@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError
 
 from vismem.config.data import (
     SOURCES,
+    DvcPath,
+    DvcSource,
     EasyVqaSource,
     InstructionsConfig,
     JsonlSource,
@@ -58,6 +60,8 @@ __all__ = [
     "BaselinesConfig",
     "BaselinesGrpoConfig",
     "Config",
+    "DvcPath",
+    "DvcSource",
     "EasyVqaSource",
     "EvaluateConfig",
     "ExportConfig",

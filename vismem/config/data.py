@@ -1,9 +1,9 @@
 """Where the questions come from, and what the data must satisfy."""
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vismem.config.section import Section
 
@@ -71,7 +71,41 @@ class LmuDataSource(Section):
     limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
-AnySource = ScenesSource | EasyVqaSource | JsonlSource | NlvrSource | LmuDataSource
+LocalSource = JsonlSource | NlvrSource | LmuDataSource
+
+
+class DvcPath(Section):
+    """A file or folder as DVC keeps it in a revision of a Git repository."""
+
+    kind: Literal["dvc"] = "dvc"
+    repo: str = Field(".", description="the Git repository with DVC in its root: a URL or a folder")
+    rev: str = Field(min_length=1, description="commit, tag or branch; a branch is resolved when `prepare` runs")
+    path: Path = Field(description="what is fetched: a file or folder that DVC tracks there")
+    md5: str | None = Field(
+        None, pattern=r"^[0-9a-f]{32}(\.dir)?$", description="what DVC must say of it there; null: anything"
+    )
+    remote: str | None = Field(None, description="DVC remote of the repository, by name; null: its default")
+
+
+class DvcSource(DvcPath):
+    """Files of the three kinds above as DVC keeps them in a revision of a Git repository; fetched once per md5."""
+
+    sources: tuple[Annotated[LocalSource, Field(discriminator="kind")], ...] = Field(
+        min_length=1, description="how it is read: sources whose paths are the repository's, inside `path`"
+    )
+
+    @model_validator(mode="after")
+    def _is_fetched(self) -> Self:
+        for source in self.sources:
+            for place in (source.path, getattr(source, "images", None)):
+                if place is not None and not place.is_relative_to(self.path):
+                    raise ValueError(f"{place} is not in {self.path}, which is all that is fetched")
+            if source.path is None:
+                raise ValueError(f"{source.kind} needs `path`, the folder in {self.path} that it is in")
+        return self
+
+
+AnySource = ScenesSource | EasyVqaSource | JsonlSource | NlvrSource | LmuDataSource | DvcSource
 Source = Annotated[AnySource, Field(discriminator="kind")]
 SOURCES: dict[str, type[Section]] = {get_args(s.model_fields["kind"].annotation)[0]: s for s in get_args(AnySource)}
 

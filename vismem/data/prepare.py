@@ -9,9 +9,11 @@ from typing import Any
 
 from vismem.config import Config
 from vismem.data.benchmarks import counted
+from vismem.data.dvc_source import fetched
 from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_pictures, sample_sha256
 from vismem.data.instructions import instructed
 from vismem.data.readers import read
+from vismem.data.revisions import write_revisions
 from vismem.data.sample import Sample, write_shards
 from vismem.files import write_json
 from vismem.progress import Advance, progress
@@ -24,8 +26,10 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 
     Deterministic from `config.seed`. No image (by its pixels) is in two splits: a row whose image an earlier split of
     test, validation, train already has is dropped and counted in `stats.json`.
+    Sources that DVC keeps are fetched first, and their revisions are in `revisions.json`.
     Raises UserError where a source cannot be read.
     """
+    config, revisions = fetched(config)
     examine, owners = image_cache(), dict[bytes, str]()
     splits = {split: _Split(split, examine, owners) for split in SPLITS}
     with progress("prepare rows") as advance:
@@ -35,6 +39,7 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     whole = data_sha256({name: split.digests for name, split in splits.items()})
     summaries = {name: split.summary() for name, split in splits.items()}
     write_json(out / "stats.json", {"data_sha256": whole, "seed": config.seed, "splits": summaries})
+    write_revisions(out, revisions)
     dropped = sum((split.dropped for split in splits.values()), Counter[str]())
     sizes = ", ".join(f"{len(split.digests)} {name}" for name, split in splits.items())
     elsewhere, parts = (sum(n for why, n in dropped.items() if (why in SPLITS) == known) for known in (True, False))

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vismem.config import Config, JsonlSource, LmuDataSource, NlvrSource
+from vismem.config import Config, DvcSource, JsonlSource, LmuDataSource, NlvrSource
+from vismem.data.dvc_source import COMMIT, find
 from vismem.data.readers.lmudata import VARIABLE
 from vismem.files import read_json, write_json
 
@@ -43,11 +44,16 @@ def fingerprint(files: Iterable[Path]) -> str:
 def record_outside(config: Config) -> None:
     """Write fingerprints of the sources and rules outside `data/` into `data/outside.json`, in the working folder.
 
-    The stages `prepare` and `validate` depend on `data/`, so they run again where one has changed. Sources of other
-    profiles stay in it, and those whose files are not there; without any outside there is no such file.
+    Of what DVC keeps under a name that can move, such as a branch, that is the md5. The stages `prepare` and `validate`
+    depend on `data/`, so they run again where one has changed. Sources of other profiles stay in it, and those whose
+    files are not there; without any outside there is no such file.
     """
     found = {}
     for source in config.prepare.sources:
+        if isinstance(source, DvcSource):
+            if not COMMIT.fullmatch(source.rev):
+                found[f"dvc {source.path} at {source.rev} of {source.repo}"] = find(source).md5
+            continue
         files = [file.resolve() for file in files_of(source)]
         outside = [file for file in files if not file.is_relative_to(DATA.resolve())]
         if outside:

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from vismem.config import Config
+from vismem.data.revisions import read_revisions
 from vismem.evaluation.evaluate import pick
 from vismem.evaluation.panels import to_sheet
 from vismem.evaluation.plots import score_panels
@@ -46,6 +47,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     parity = _with_graphs(model, config, inputs, out) if config.export.graphs else WITHOUT_GRAPHS
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
+    origin["revisions"] = [kept.model_dump() for kept in read_revisions(inputs["validate"])]
     (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))
     write_json(out / "lineage.json", origin | {"files": file_hashes(out)})

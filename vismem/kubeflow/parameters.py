@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from vismem.config import Config, resolve
+from vismem.data.dvc_source import pinned
 from vismem.data.source_files import files_of, fingerprint, rule_files
 from vismem.files import write_text
 from vismem.launch import LaunchConfig
@@ -27,9 +28,10 @@ def configure(
     """The parameters of each of `TASKS`, in that order, and `launch` after them: what the component returns.
 
     All parameters, with their descriptions, also go to the file `page` as YAML. `gpus`: how many `preflight` must see.
-    On a `cluster` it also asks for MLflow's address. UserError where a parameter is wrong, see `vismem.config.resolve`.
+    On a `cluster` it also asks for MLflow's address. UserError where a parameter is wrong, see `vismem.config.resolve`,
+    or names a data revision that is not there.
     """
-    config = resolve(profile, {"preflight.gpus": gpus, **overrides})
+    config = pinned(resolve(profile, {"preflight.gpus": gpus, **overrides}))
     if cluster:
         environment = tuple(dict.fromkeys((*config.preflight.environment, "MLFLOW_TRACKING_URI")))
         preflight = config.preflight.model_copy(update={"environment": environment})

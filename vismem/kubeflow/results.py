@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vismem.data.revisions import read_revisions, revision_tags, revisions_of
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder
 from vismem.records import Metrics, ParityReport, RegisteredVersion, Release, Validation, Verdict, portable
@@ -37,12 +38,14 @@ def _read(name: str, folder: Path) -> tuple[Values, Values]:
         case "prepare":
             stats = read_json(folder / "stats.json")
             rows = {f"rows_{split}": values["rows"] for split, values in stats["splits"].items()}
-            return {"data_sha256": stats["data_sha256"], "seed": stats["seed"], **rows}, rows
+            kept = revision_tags(read_revisions(folder))
+            return {"data_sha256": stats["data_sha256"], "seed": stats["seed"], **rows, **kept}, rows
         case "validate":
             validation = Validation.read(folder)
             rows = {f"rows_{key}": count for key, count in validation.rows.model_dump(exclude={"splits"}).items()}
             shards = sha256_folder(folder / "data", "**/*.parquet")  # as a bundle's lineage names its data
-            return {"data_sha256": validation.data_sha256, "shards_sha256": shards, **rows}, rows
+            kept = revision_tags(read_revisions(folder))
+            return {"data_sha256": validation.data_sha256, "shards_sha256": shards, **rows, **kept}, rows
         case "base":
             figures = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
             model_type = read_json(folder / "config.json")["model_type"]
@@ -65,6 +68,7 @@ def _read(name: str, folder: Path) -> tuple[Values, Values]:
             lineage, parity = read_json(folder / "lineage.json"), ParityReport.read(folder)
             commit = lineage["git"]["commit"] or "unknown"
             made = {"manifest_sha256": sha256_file(folder / MANIFEST), "data_sha256": lineage["data_sha256"]}
+            made |= revision_tags(revisions_of(lineage))
             equal = {"parity_items": parity.items, "parity_equal": parity.greedy_equal}
             return {**made, "git_commit": commit, "parity": parity.passed}, equal
         case "register":

@@ -6,6 +6,7 @@ the same answer.
 """
 
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,15 +15,17 @@ from typing import Any
 from urllib.parse import quote
 
 from vismem.config import Config, RegistryConfig
+from vismem.data.dvc_source import md5_here
 from vismem.registry.ledger import Ledger, effective, ledger_model
 from vismem.registry.versions import CHALLENGER, CHAMPION, Version, database, tracking_uri, unknown_version
 from vismem.registry.view import BLOCKED, View
 
+SHORTEST = 6  # characters of a hash that name it
 _OURS = "name = ? AND workspace = 'default'"
 
 
-def models(config: Config) -> list[dict[str, str]]:
-    """One row per version, newest first: version, aliases, verdict, score, gain, n, created, git_commit."""
+def models(config: Config, data: str = "") -> list[dict[str, str]]:
+    """A row per version trained on `data`, newest first: version, aliases, verdict, score, gain, n, created, commit."""
     view, _ = read_registry(config.registry)
     return [
         {
@@ -33,8 +36,28 @@ def models(config: Config) -> list[dict[str, str]]:
             "created": datetime.fromtimestamp(item.created, UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "git_commit": item.tags.get("git_commit", "")[:10],
         }
-        for item in view.versions
+        for item in (_trained_on(data, view.versions) if data else view.versions)
     ]
+
+
+def _trained_on(data: str, versions: Sequence[Version]) -> list[Version]:
+    """The versions whose data this project has in the revision `data`; where it has none, whose revision had that name.
+
+    Also those of whose data `data` is the start of the commit, md5 or sha256.
+    """
+
+    def tags(version: Version, *names: str) -> list[str]:
+        return [value for name in names for value in version.tags.get(f"data_{name}", "").split(", ") if value]
+
+    here = md5_here(data, {path for version in versions for path in tags(version, "path")})
+
+    def matches(version: Version) -> bool:
+        if here & {*tags(version, "md5")} or (not here and data in tags(version, "rev")):
+            return True
+        hashes = tags(version, "commit", "md5", "sha256")
+        return len(data) >= SHORTEST and any(value.startswith(data) for value in hashes)
+
+    return [version for version in versions if matches(version)]
 
 
 def show(config: Config, which: str) -> dict[str, Any]:

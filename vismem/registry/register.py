@@ -9,11 +9,13 @@ from typing import Any
 import pandas as pd
 
 from vismem.config import Config
+from vismem.data.revisions import read_revisions, revision_tags, revisions_of
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import MANIFEST, origin_tags, sha256_file, sha256_folder, verify_manifest
 from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation, portable
 from vismem.registry.champion import mend_view
+from vismem.registry.datasets import log_revisions
 from vismem.registry.mlmodel import log_bundle
 from vismem.registry.runs import log_curve, log_metrics, tracked_run
 from vismem.registry.signing import sign_bundle
@@ -99,6 +101,7 @@ def version_tags(bundle: Path, lineage: Mapping[str, Any], metrics: Metrics) -> 
         "data_sha256": str(lineage.get("data_sha256") or "unknown"),
         "params_sha256": hashlib.sha256(params).hexdigest(),
         "manifest_sha256": sha256_file(bundle / MANIFEST),
+        **revision_tags(revisions_of(lineage)),
         **figure_tags(metrics),
     }
 
@@ -117,6 +120,7 @@ def _new_version(
         for name in ("report.html", Validation.FILE):
             store.client.log_artifact(run_id, str(inputs["validate"] / name), "validate")
         model_id = log_bundle(store, run_id, inputs["export"], inputs["validate"] / "data" / "test", config.base)
+        log_revisions(store, run_id, read_revisions(inputs["validate"]))
         log_metrics(store, run_id, model_id, metrics.model_dump(include={"n", "arms", "gain", "overhead"}))
         for curve in sorted((inputs["export"] / "training").glob("*.csv")):
             log_curve(store, run_id, curve)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from vismem.config import BaseConfig, Config, ValidateConfig
 from vismem.data.fingerprint import SPLITS
+from vismem.data.revisions import read_revisions, write_revisions
 from vismem.data.sample import SCHEMA, shard_tables, write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
@@ -45,6 +46,7 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     settings = config.validate_
     findings = examine(settings, inputs["prepare"], _reserved(config.base), out)
     _record(findings).write(out)
+    write_revisions(out, read_revisions(inputs["prepare"]))
     write_json(out / "task_profile.json", findings.task_mix["train"])
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
     if findings.errors:

@@ -22,5 +22,5 @@ def read(source: Source, split: str, seed: int) -> Iterator[Sample]:
     """The source's samples for one split, in a fixed order, at most its limit. UserError where it cannot be read."""
     if isinstance(source, EasyVqaSource | ScenesSource):
         yield from DRAWN[type(source)](source, split, seed)
-    elif split == source.split:
+    elif isinstance(source, JsonlSource | LmuDataSource | NlvrSource) and split == source.split:
         yield from islice(WHOLE[type(source)](source), source.limit)

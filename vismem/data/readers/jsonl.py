@@ -31,7 +31,7 @@ def read(source: JsonlSource) -> Iterator[Sample]:
     """
     path, folder = source.path, source.images or source.path.parent
     if not path.is_file():
-        raise UserError(f"no JSONL file {path}: check `path` in prepare.sources (paths start at the working folder)")
+        raise UserError(f"no JSONL file {path}: check `path` in prepare.sources; the kind dvc fetches what is not here")
     for where, row in json_lines(path, NEEDED):
         yield sample_of(row, folder, where, f"jsonl:{path.name}")
 

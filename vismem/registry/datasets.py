@@ -1,0 +1,15 @@
+"""What a run's data was, as MLflow shows it: one dataset input for each revision that DVC keeps."""
+
+from collections.abc import Sequence
+
+from mlflow.entities import Dataset, DatasetInput, InputTag
+
+from vismem.data.revisions import DataRevision
+from vismem.registry.tracking import Store
+
+
+def log_revisions(store: Store, run_id: str, revisions: Sequence[DataRevision]) -> None:
+    """Name the revisions as the run's inputs: the path is the dataset's name, the md5 its digest."""
+    context = [InputTag("mlflow.data.context", "training")]
+    data = [Dataset(kept.path, kept.md5, source_type="dvc", source=kept.model_dump_json()) for kept in revisions]
+    store.client.log_inputs(run_id, datasets=[DatasetInput(each, context) for each in data])

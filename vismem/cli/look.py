@@ -35,8 +35,8 @@ def add_commands(commands: Commands) -> None:
         help="rollback: the earlier champion to return to; if it is champion, nothing is done",
     )
     add("--unblock", action="store_true", help="promote: also a version that was rolled back from")
-
     add("--data", default="", metavar="REV", help="list: only versions trained on this revision of data")
+
     about = "compare arms question by question, from answers of `vismem evaluate`, lmms-eval or VLMEvalKit"
     add = command("compare", _run_compare, about, options=False)
     about = "an arm and its files, .parquet, *_samples_*.jsonl, .xlsx, .tsv, .json; the first arm is the reference"

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from cluster import cluster
+from trainer_api import cluster
 from safetensors.torch import load_file
 
 from vismem.cli import main

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, cluster
+from trainer_api import Cluster, cluster
 from kubeflow_trainer_api import models
 
 from vismem.config import Config

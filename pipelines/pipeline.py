@@ -16,8 +16,8 @@ from kfp import dsl, kubernetes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # components/ lies there
 
-from pipelines.cluster import HOUR, Cluster, load_cluster
 from vismem import __version__
+from vismem.kubeflow.cluster import HOUR, Cluster, load_cluster
 from vismem.kubeflow.task import LAUNCH, S3_PREFIX, WORK
 from vismem.launch import QUEUE, LaunchConfig
 from vismem.steps import STEPS
@@ -66,7 +66,7 @@ def make_pipeline(
         """From visual questions to a gated, served model with latent vision memory.
 
         Later ones win: the defaults of params.yaml, profile, overrides. What pods ask of the cluster is compiled in,
-        see pipelines/cluster.py.
+        see vismem/kubeflow/cluster.py.
 
         Args:
             profile: Run: a profile of deploy/profiles, such as smoke or qwen2_5_vl_7b; empty for none.

@@ -195,11 +195,10 @@ def check_shared(folder: Path) -> Finding:
         with TemporaryFile(dir=folder) as probe:
             probe.write(b"vismem")
     except OSError as error:
-        owner = next(place for place in (folder, *folder.parents) if place.exists()).stat()
-        remedy = f"give the volume to that user once: `chown {os.getuid()}:{os.getgid()}` in a pod that runs as root"
-        seen = f"user {os.getuid()} cannot write, it belongs to {owner.st_uid}:{owner.st_gid}: {_one_line(error)}"
-        return Finding(what, False, seen, remedy)
-    return Finding(what, True, f"written as user {os.getuid()}")
+        user = f"{os.geteuid()}:{os.getegid()}"
+        remedy = f"give the volume to that user once: `chown {user}` its root in a pod that runs as root"
+        return Finding(what, False, f"user {user} cannot write there: {_one_line(error)}", remedy)
+    return Finding(what, True, f"written as user {os.geteuid()}")
 
 
 def _find_settings(model: str) -> tuple[Path, str]:

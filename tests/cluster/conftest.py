@@ -11,8 +11,8 @@ import pytest
 from kfp import compiler
 from kfp_model import Kubeflow, Pod
 
-from pipelines.cluster import load_cluster
 from pipelines.pipeline import make_pipeline
+from vismem.kubeflow.cluster import load_cluster
 from vismem.kubeflow.parameters import TASKS, code_fingerprint, configure
 
 

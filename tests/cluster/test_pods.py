@@ -10,9 +10,9 @@ from committed import COMMITTED, REGISTRY_IMAGE, SHARED
 from kfp_model import Kubeflow, Pod
 from kubernetes_validate.utils import all_versions
 
-from pipelines.cluster import load_cluster
 from pipelines.pipeline import IMAGE
 from vismem.errors import UserError
+from vismem.kubeflow.cluster import load_cluster
 from vismem.steps import STEPS
 
 VERSIONS = ("1.30.0", all_versions()[-1])  # as in tests/unit/test_manifests.py

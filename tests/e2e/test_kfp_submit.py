@@ -99,23 +99,22 @@ def test_a_second_run_goes_to_the_same_experiment_and_create_is_the_same_as_subm
 
 def test_parameters_arrive_with_the_types_that_the_pipeline_declares(server: KfpApi, home: Path) -> None:
     overrides = '{"seed": 3, "stage1": {"steps": 30}}'
-    given = f"""profile=smoke overrides='{overrides}' tolerations='[]' gpu_count='"4"' num_processes=4"""
+    given = f"""profile=smoke overrides='{overrides}' image=registry.example.com/vismem-train:0.2.0"""
     done = run(f"{SUBMIT} {given}", home, server.endpoint)
     assert done.returncode == 0, done.stderr
     (request,) = server.asked("POST", "runs")
     assert request.body["runtime_config"]["parameters"] == {
         "profile": "smoke",
         "overrides": {"seed": 3, "stage1": {"steps": 30}},
-        "tolerations": [],
-        "gpu_count": "4",
-        "num_processes": 4,
+        "image": "registry.example.com/vismem-train:0.2.0",
     }
 
 
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("gpu_count=4", "input parameter gpu_count requires type string"),  # kfp makes it a number: quote it twice
+        ("image=4", "input parameter image requires type string"),  # kfp makes it a number
+        ("gpu_count=4", "parameter(s) provided are not required by pipeline: gpu_count"),  # it is compiled in
         ("seed=3", "parameter(s) provided are not required by pipeline: seed"),  # it belongs into overrides
         ("profile", "Expected 'key=value'"),
     ],

@@ -174,9 +174,9 @@ def test_a_recurring_run_is_off_unless_enabled_and_takes_texts_only(server: KfpA
     assert on["trigger"] == {"cron_schedule": {"cron": "0 0 2 * * *"}}  # the first field is the seconds
     assert (on["max_concurrency"], on["no_catchup"]) == (1, True)
     assert on["runtime_config"]["parameters"] == {"profile": "smoke"}
-    refused = run(f"{create} --enabled num_nodes=2", home, server.endpoint)
+    refused = run(f"{create} --enabled overrides={{}}", home, server.endpoint)
     assert refused.returncode == 1
-    assert "input parameter num_nodes requires type double or integer" in refused.stderr
+    assert "input parameter overrides requires type struct" in refused.stderr
 
 
 def test_a_run_is_stopped_and_retried_through_the_client(server: KfpApi, home: Path) -> None:

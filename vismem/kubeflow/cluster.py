@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
-from vismem.config import Section
+from vismem.config import Section, load_params
 from vismem.errors import UserError, nearest
 from vismem.launch import LaunchConfig
 
@@ -73,20 +72,17 @@ def load_cluster(values: Mapping[str, Any] | None = None) -> Cluster:
 
     UserError for a file that is missing or no mapping, an unknown key or a value of the wrong type.
     """
-    where = os.environ.get(VARIABLE, "")
-    if values is None:
-        if where and not Path(where).is_file():
-            raise UserError(f"{VARIABLE} names {where}, and there is no such file")
-        values = (yaml.safe_load(Path(where).read_text()) or {}) if where else {}
+    where = os.environ.get(VARIABLE, "") if values is None else ""
+    if where and not Path(where).is_file():
+        raise UserError(f"{VARIABLE} names {where}, and there is no such file")
     try:
-        return Cluster.model_validate(values)
+        return Cluster.model_validate(load_params(Path(where)) if where else values or {})
     except ValidationError as error:
-        known = Cluster.model_fields
-        faults = [(".".join(map(str, fault["loc"])), fault) for fault in error.errors()]
-        said = [
-            f"unknown key '{key}'{nearest(key, known)}"
-            if fault["type"] == "extra_forbidden"
-            else f"'{key}': {fault['msg']}"
-            for key, fault in faults
-        ]
+        said = []
+        for fault in error.errors():
+            key = ".".join(map(str, fault["loc"]))
+            unknown = fault["type"] == "extra_forbidden"
+            said.append(
+                f"unknown key '{key}'{nearest(key, Cluster.model_fields)}" if unknown else f"'{key}': {fault['msg']}"
+            )
         raise UserError(f"{where or 'cluster'}: {'; '.join(said)}") from None

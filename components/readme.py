@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 NAMES = tuple(sorted(file.parent.name for file in FOLDER.glob("*/component.py")))
 COMMON = {  # ports of several components
     "parameters": "The sections that this step depends on, from `configure`.",
-    "launch": "Processes and nodes, from `configure`; empty for a single process.",
+    "image": "Image of the nodes that Kubeflow Trainer starts; empty outside a cluster.",
     "Output": "The return value, see above.",
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from vismem.config import BaseConfig, Config, RegistryConfig
 from vismem.disk import free_space
@@ -31,13 +32,13 @@ class Finding:
     remedy: str = ""
 
 
-def preflight(config: Config, artifacts: Path, report: Path | None = None) -> list[Finding]:
+def preflight(config: Config, artifacts: Path, report: Path | None = None, shared: Path | None = None) -> list[Finding]:
     """Run all checks for a run whose outputs go to `artifacts`, print each finding, write them to `report` (Markdown).
 
-    UserError that names every failed check with what to do.
+    `shared`: a folder that all tasks of the run see. UserError that names every failed check with what to do.
     """
     findings = []
-    for check in checks(config, artifacts):
+    for check in checks(config, artifacts, shared):
         findings.append(found := check())
         print(f"{'ok    ' if found.ok else 'FAILED'}  {found.name}: {mask_credentials(found.seen)}", flush=True)
     if report is not None:
@@ -48,7 +49,7 @@ def preflight(config: Config, artifacts: Path, report: Path | None = None) -> li
     return findings
 
 
-def checks(config: Config, artifacts: Path) -> list[partial[Finding]]:
+def checks(config: Config, artifacts: Path, shared: Path | None = None) -> list[partial[Finding]]:
     """The checks that the parameters ask for, not yet run. A check that fails returns a finding; it does not raise."""
     wanted = config.preflight
     return [
@@ -59,6 +60,7 @@ def checks(config: Config, artifacts: Path) -> list[partial[Finding]]:
         partial(check_gpus, wanted.gpus),
         partial(check_disk, artifacts, wanted.free_disk_gb),
         partial(check_shared_memory, wanted.shared_memory_gb),
+        *([partial(check_shared, shared)] if shared else []),
     ]
 
 
@@ -183,6 +185,20 @@ def check_shared_memory(wanted_gb: float, place: Path = Path("/dev/shm")) -> Fin
     seen = f"{size:.2f} GB at {place}, {wanted_gb:g} GB asked for"
     remedy = f"mount an emptyDir with medium: Memory at {place}; with docker or podman use --shm-size"
     return Finding("shared memory", size >= wanted_gb, seen, remedy)
+
+
+def check_shared(folder: Path) -> Finding:
+    """Whether this user can write below `folder`, which need not exist yet, on a volume that tasks share."""
+    what = f"shared volume {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as probe:
+            probe.write(b"vismem")
+    except OSError as error:
+        user = f"{os.geteuid()}:{os.getegid()}"
+        remedy = f"give the volume to that user once: `chown {user}` its root in a pod that runs as root"
+        return Finding(what, False, f"user {user} cannot write there: {_one_line(error)}", remedy)
+    return Finding(what, True, f"written as user {os.geteuid()}")
 
 
 def _find_settings(model: str) -> tuple[Path, str]:

@@ -9,16 +9,8 @@ from kfp import dsl
 def configure(
     profile: str,
     overrides: dict,
-    training_backend: str,
-    num_processes: int,
-    num_nodes: int,
-    training_image: str,
-    gpu_type: str,
-    gpu_count: str,
-    training_cpu: str,
-    training_memory: str,
-    tolerations: list,
-    node_selector: dict,
+    image: str,
+    gpus: int,
     resolved: dsl.Output[dsl.Artifact],
 ) -> NamedTuple(
     "Parameters",
@@ -26,7 +18,7 @@ def configure(
         (task, dict)
         for task in (
             "preflight", "prepare", "validate", "base", "stage1", "stage2",
-            "evaluate", "export", "register", "promote", "deploy", "launch",
+            "evaluate", "export", "register", "promote", "deploy",
         )
     ],
 ):  # fmt: skip
@@ -37,22 +29,10 @@ def configure(
     Args:
         profile: A profile of deploy/profiles; empty for none.
         overrides: Anything that params.yaml may hold, as sections or dotted keys, such as {"stage1.steps": 30}.
-        training_backend: How stage I and II run: process, torchrun or trainer.
-        num_processes: Their processes per node.
-        num_nodes: Their nodes.
-        training_image: Image of the nodes that `trainer` starts; empty outside a cluster.
-        gpu_type: Resource name of the GPUs.
-        gpu_count: GPUs of a training pod; `preflight` must see as many.
-        training_cpu: Cores of a training pod.
-        training_memory: Memory of a training pod.
-        tolerations: Tolerations of a training pod.
-        node_selector: Labels of the nodes for training.
+        image: Image of the tasks on a cluster, which must not have a tag that moves; empty outside a cluster.
+        gpus: GPUs that `preflight` must see.
         resolved: All parameters in force, as a params.yaml with every description.
     """
-    from vismem.kubeflow.parameters import configure, launch_fields
+    from vismem.kubeflow.parameters import configure
 
-    launch = launch_fields(
-        training_backend, num_processes, num_nodes, training_image,
-        gpu_type, training_cpu, training_memory, tolerations, node_selector,
-    )  # fmt: skip
-    return configure(profile, overrides, resolved.path, launch, int(gpu_count), bool(training_image))
+    return configure(profile, overrides, resolved.path, image, gpus)

@@ -6,7 +6,7 @@ from kfp import dsl
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def stage1(
     parameters: dict,
-    launch: dict,
+    image: str,
     base: dsl.Input[dsl.Model],
     validate: dsl.Input[dsl.Dataset],
     stage1: dsl.Output[dsl.Model],
@@ -20,4 +20,4 @@ def stage1(
     """
     from vismem.kubeflow.task import run_task
 
-    run_task(parameters, stage1, launch=launch, metrics=metrics, base=base, validate=validate)
+    run_task(parameters, stage1, image=image, metrics=metrics, base=base, validate=validate)

@@ -6,7 +6,7 @@ from kfp import dsl
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def stage2(
     parameters: dict,
-    launch: dict,
+    image: str,
     base: dsl.Input[dsl.Model],
     stage1: dsl.Input[dsl.Model],
     validate: dsl.Input[dsl.Dataset],
@@ -21,4 +21,4 @@ def stage2(
     """
     from vismem.kubeflow.task import run_task
 
-    run_task(parameters, stage2, launch=launch, metrics=metrics, base=base, stage1=stage1, validate=validate)
+    run_task(parameters, stage2, image=image, metrics=metrics, base=base, stage1=stage1, validate=validate)

@@ -99,23 +99,22 @@ def test_a_second_run_goes_to_the_same_experiment_and_create_is_the_same_as_subm
 
 def test_parameters_arrive_with_the_types_that_the_pipeline_declares(server: KfpApi, home: Path) -> None:
     overrides = '{"seed": 3, "stage1": {"steps": 30}}'
-    given = f"""profile=smoke overrides='{overrides}' tolerations='[]' gpu_count='"4"' num_processes=4"""
+    given = f"""profile=smoke overrides='{overrides}' image=registry.example.com/vismem-train:0.2.0"""
     done = run(f"{SUBMIT} {given}", home, server.endpoint)
     assert done.returncode == 0, done.stderr
     (request,) = server.asked("POST", "runs")
     assert request.body["runtime_config"]["parameters"] == {
         "profile": "smoke",
         "overrides": {"seed": 3, "stage1": {"steps": 30}},
-        "tolerations": [],
-        "gpu_count": "4",
-        "num_processes": 4,
+        "image": "registry.example.com/vismem-train:0.2.0",
     }
 
 
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("gpu_count=4", "input parameter gpu_count requires type string"),  # kfp makes it a number: quote it twice
+        ("image=4", "input parameter image requires type string"),  # kfp makes it a number
+        ("gpu_count=4", "parameter(s) provided are not required by pipeline: gpu_count"),  # it is compiled in
         ("seed=3", "parameter(s) provided are not required by pipeline: seed"),  # it belongs into overrides
         ("profile", "Expected 'key=value'"),
     ],
@@ -175,9 +174,9 @@ def test_a_recurring_run_is_off_unless_enabled_and_takes_texts_only(server: KfpA
     assert on["trigger"] == {"cron_schedule": {"cron": "0 0 2 * * *"}}  # the first field is the seconds
     assert (on["max_concurrency"], on["no_catchup"]) == (1, True)
     assert on["runtime_config"]["parameters"] == {"profile": "smoke"}
-    refused = run(f"{create} --enabled num_nodes=2", home, server.endpoint)
+    refused = run(f"{create} --enabled overrides={{}}", home, server.endpoint)
     assert refused.returncode == 1
-    assert "input parameter num_nodes requires type double or integer" in refused.stderr
+    assert "input parameter overrides requires type struct" in refused.stderr
 
 
 def test_a_run_is_stopped_and_retried_through_the_client(server: KfpApi, home: Path) -> None:

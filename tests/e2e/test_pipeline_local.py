@@ -170,7 +170,7 @@ def test_run_again_it_keeps_what_was_made_and_ends_like_the_steps_run_by_hand(
     folder: Path, refused: Run, tmp_path: Path
 ) -> None:
     assert refused.status == 0
-    assert refused.executed == {"configure", "preflight", "register", "promote", "summary"}
+    assert refused.executed == {"configure", "preflight", "register", "promote", "keep", "summary"}
     assert refused.checkpoints == [], "checkpoints of what was made are gone"
     config = resolve("smoke", TINY)
     for step, names in {

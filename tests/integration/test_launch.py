@@ -18,8 +18,8 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from cluster import cluster
 from safetensors.torch import load_file
+from trainer_api import cluster
 
 from vismem.cli import main
 from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig

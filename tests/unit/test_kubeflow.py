@@ -20,13 +20,11 @@ from vismem.kubeflow.parameters import (
     TASKS,
     code_fingerprint,
     configure,
-    launch_fields,
     parameters_of,
     sources_fingerprint,
 )
 from vismem.kubeflow.results import describe, render_report, write_confusion, write_summary
 from vismem.kubeflow.task import run_task
-from vismem.launch import LaunchConfig
 from vismem.records import Release
 from vismem.steps import BY_NAME, STEPS
 
@@ -183,37 +181,18 @@ def test_a_change_of_code_changes_what_those_steps_are_cached_by_that_use_it(tmp
     assert changed_by("assets/tiny-vlm-memory/memory.safetensors") == set()
 
 
-def test_configure_returns_one_dictionary_per_task_and_then_how_training_is_launched(tmp_path: Path) -> None:
+def test_configure_returns_one_dictionary_per_task(tmp_path: Path) -> None:
     page = tmp_path / "configure" / "resolved"
-    *given, launch = configure("smoke", {"seed": 5}, str(page), {"backend": "torchrun"}, gpus=2)
-    assert launch == {"backend": "torchrun"}
-    assert given == [parameters_of(task, resolve("smoke", {"seed": 5, "preflight.gpus": 2})) for task in TASKS]
+    given = configure("smoke", {"seed": 5}, str(page), gpus=2)
+    assert given == tuple(parameters_of(task, resolve("smoke", {"seed": 5, "preflight.gpus": 2})) for task in TASKS)
     assert load_config(page) == resolve("smoke", {"seed": 5, "preflight.gpus": 2})
 
 
 def test_on_a_cluster_preflight_asks_for_mlflow_and_overrides_win_over_the_pods_gpus(tmp_path: Path) -> None:
     overrides = {"preflight": {"environment": ["TOKEN"], "gpus": 1}}
-    for cluster, environment in ((True, ["TOKEN", "MLFLOW_TRACKING_URI"]), (False, ["TOKEN"])):
-        preflight = configure("", overrides, str(tmp_path / "page"), {}, 4, cluster)[0]["preflight"]
+    for image, environment in (("train:1.0", ["TOKEN", "MLFLOW_TRACKING_URI"]), ("", ["TOKEN"])):
+        preflight = configure("", overrides, str(tmp_path / "page"), image, 4)[0]["preflight"]
         assert (preflight["environment"], preflight["gpus"]) == (environment, 1)
-
-
-def test_launch_fields_say_only_what_matters_to_the_back_end() -> None:
-    node: Any = ("image", "gpu", "4", "9Gi", [{"key": "a"}], {"zone": "b"})
-    assert launch_fields("process", 1, 1, *node) == {}
-    assert launch_fields("torchrun", 4, 1, *node) == {"backend": "torchrun", "num_processes": 4, "num_nodes": 1}
-    fields = launch_fields("trainer", 8, 2, *node)
-    assert fields["resources"] == {"gpu": 8, "cpu": "4", "memory": "9Gi"}
-    assert (fields["image"], fields["tolerations"], fields["node_selector"]) == ("image", [{"key": "a"}], {"zone": "b"})
-    with pytest.raises(UserError, match="one process"):
-        launch_fields("process", 2, 1, *node)
-
-
-def test_numbers_that_became_floats_on_their_way_are_whole_again() -> None:
-    fields = launch_fields("trainer", 8, 2, "image", "gpu", "4", "9Gi", [{"tolerationSeconds": 60}], {})
-    launched = LaunchConfig(**json.loads(json.dumps(fields), parse_int=float))
-    assert (repr(launched.num_processes), repr(launched.resources["gpu"])) == ("8", "8")
-    assert repr(launched.tolerations) == "({'tolerationSeconds': 60},)"
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------
@@ -226,7 +205,8 @@ def test_numbers_that_became_floats_on_their_way_are_whole_again() -> None:
         ("SUCCEEDED", "# The run succeeded"),  # the local runner
         ("FAILED", "# The run failed"),
         ("CANCELED", "# The run was canceled"),
-        ("RUNNING", "# The run ended in state RUNNING"),
+        ("RUNNING", "# The run did not complete"),  # a pod was lost
+        ("ABORTED", "# The run ended in state ABORTED"),
         ("", "# The run ended in state unknown"),
     ],
 )

@@ -5,12 +5,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, cluster
 from kubeflow_trainer_api import models
+from trainer_api import Cluster, cluster
 
 from vismem.config import Config
 from vismem.errors import UserError
@@ -99,6 +100,11 @@ def test_a_job_s_nodes_see_the_shared_volume_and_run_where_they_may(job: dict[st
     (there,) = stand_in.runtime["spec"]["template"]["spec"]["replicatedJobs"]
     named = [found["name"] for found in there["template"]["spec"]["template"]["spec"]["containers"]]
     assert (replicated["name"], [container["name"]]) == (there["name"], named), "of another name, it would be refused"
+
+
+def test_a_job_may_wait_in_a_queue_of_kueue(posted: dict[str, dict[str, Any]]) -> None:
+    submit("queued", replace(LAUNCH, queue="gpus"))
+    assert posted["queued"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
 
 
 def test_a_patch_sets_no_environment_of_a_node(job: dict[str, Any]) -> None:

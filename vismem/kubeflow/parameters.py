@@ -1,7 +1,8 @@
 """The run's parameters, resolved once, and for each task those that can change its output: its key in a cache."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import yaml
 from vismem.config import Config, resolve
 from vismem.data.dvc_source import pinned
 from vismem.data.source_files import files_of, fingerprint, rule_files
+from vismem.errors import UserError
 from vismem.files import write_text
-from vismem.launch import LaunchConfig
 from vismem.params_file import render_params
 from vismem.provenance import sha256_file
 from vismem.shipped import shipped
@@ -19,49 +20,48 @@ from vismem.steps import BASELINES, BY_NAME, STEPS
 
 PACKAGES = Path(__file__).parents[2]  # where the folder `vismem` lies: a checkout, or site-packages
 IDENTITY = "made_from"  # no section: what else the output depends on
+S3_PREFIX = "VISMEM_"  # of the variables with S3's keys
 TASKS = ("preflight", *(step.name for step in STEPS))
 
 
 def configure(
-    profile: str, overrides: Mapping[str, Any], page: str, launch: Mapping[str, Any], gpus: int, cluster: bool = False
+    profile: str, overrides: Mapping[str, Any], page: str, image: str = "", gpus: int = 0
 ) -> tuple[dict[str, Any], ...]:
-    """The parameters of each of `TASKS`, in that order, and `launch` after them: what the component returns.
+    """The parameters of each of `TASKS`, in that order: what the component returns.
 
     All parameters, with their descriptions, also go to the file `page` as YAML. `gpus`: how many `preflight` must see.
-    On a `cluster` it also asks for MLflow's address. UserError where a parameter is wrong, see `vismem.config.resolve`,
-    or names a data revision that is not there.
+    `image` is the cluster's, empty elsewhere; there `preflight` also asks for MLflow's address. UserError where a
+    parameter is wrong, see `vismem.config.resolve`, or names a data revision that is not there, or where the image's name
+    may mean another one tomorrow.
     """
+    take_s3_keys()
     config = pinned(resolve(profile, {"preflight.gpus": gpus, **overrides}))
-    if cluster:
+    if image:
+        check_image(image)
         environment = tuple(dict.fromkeys((*config.preflight.environment, "MLFLOW_TRACKING_URI")))
         preflight = config.preflight.model_copy(update={"environment": environment})
         config = config.model_copy(update={"preflight": preflight})
     write_text(Path(page), render_params(config))
-    return (*(parameters_of(task, config) for task in TASKS), dict(launch))
+    return tuple(parameters_of(task, config) for task in TASKS)
 
 
-def launch_fields(
-    backend: str,
-    num_processes: int,
-    num_nodes: int,
-    image: str,
-    gpu_type: str,
-    cpu: str,
-    memory: str,
-    tolerations: Sequence[Mapping[str, Any]],
-    node_selector: Mapping[str, str],
-) -> dict[str, Any]:
-    """The fields of `vismem.launch.LaunchConfig` that matter to this back end, as plain values. UserError as from that.
+def take_s3_keys() -> None:
+    """Give this process, and no other, the S3 keys by the names that clients read.
 
-    A node of `trainer` gets `cpu` cores, `memory` and a GPU per process. Empty for a single process, so that a cache of
-    tasks does not depend on settings without effect.
+    Kubeflow's launcher, its parent, reads the same names and would look for the run's artifacts in our store.
     """
-    fields: dict[str, Any] = {"backend": backend, "num_processes": num_processes, "num_nodes": num_nodes}
-    if backend == "trainer":
-        resources = {gpu_type: num_processes, "cpu": cpu, "memory": memory}
-        fields |= {"image": image, "resources": resources, "tolerations": tolerations, "node_selector": node_selector}
-    LaunchConfig(**fields)
-    return {} if backend == "process" else fields
+    prefix = f"{S3_PREFIX}AWS_"
+    os.environ.update({key[len(S3_PREFIX) :]: value for key, value in os.environ.items() if key.startswith(prefix)})
+
+
+def check_image(image: str) -> None:
+    """UserError for an image without tag or digest, or with the tag `latest`."""
+    name = image.rpartition("/")[2]
+    if "@" not in name and name.partition(":")[2] in ("", "latest"):
+        raise UserError(
+            f"image '{image}' has a tag that moves: nodes would run different code under one name. Name it by digest "
+            "(REGISTRY/vismem-train@sha256:...) or by a tag that is never pushed again, such as the version"
+        )
 
 
 def parameters_of(name: str, config: Config) -> dict[str, Any]:

@@ -16,6 +16,7 @@ OUTCOMES = {  # the driver says COMPLETE (ML Metadata's word), the API server an
     **dict.fromkeys(("COMPLETE", "SUCCEEDED", "CACHED"), "succeeded"),
     **dict.fromkeys(("CANCELED", "CANCELLED", "CANCELING"), "was canceled"),
     "FAILED": "failed",
+    "RUNNING": "did not complete",  # what the driver says of a run that lost a pod, so that nothing was reported of it
 }
 REMEDY = (
     "The failed task is red in the run's graph; its log ends with the reason. A task without a log was killed or never "

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.launch.config import LaunchConfig
+from vismem.launch.config import QUEUE, LaunchConfig
 from vismem.locks import lock_folder
 from vismem.ranks import is_rank
 from vismem.steps import SHARED, identity, input_folders, replace_folder, run_step
 
-__all__ = ["LaunchConfig", "launch_step"]
+__all__ = ["QUEUE", "LaunchConfig", "launch_step"]
 
 PATIENCE = 180.0  # seconds: on a network file system the lock of a node that died outlives it for a while
 

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from vismem.errors import UserError
 
+QUEUE = "kueue.x-k8s.io/queue-name"  # the label that puts a job or a pod into a queue of Kueue
 BACKENDS = ("process", "torchrun", "trainer")
 
 
@@ -32,6 +33,7 @@ class LaunchConfig:
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, str | int], ...] = ()  # as Kubernetes writes them
     hours: float = 72.0  # a longer job is stopped
+    queue: str = ""  # Kueue's; empty: none
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:

@@ -24,7 +24,7 @@ from kubernetes.config import ConfigException  # type: ignore[import-untyped]
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import write_text
-from vismem.launch.config import LaunchConfig
+from vismem.launch.config import QUEUE, LaunchConfig
 from vismem.launch.torchrun import process_environment, reason_of
 from vismem.params_file import render_params
 from vismem.services import exit_on_sigterm
@@ -128,6 +128,7 @@ def submit_job(client: sdk.TrainerClient, name: str, command: list[str], launch:
     read lies on the shared volume. Should they need one, it goes into the runtime, since no patch may set a node's env.
     """
     resources = {resource: str(amount) for resource, amount in launch.resources.items()} or None
+    labels = {"app.kubernetes.io/part-of": "vismem", "app.kubernetes.io/component": "training"}
     mount = {"name": "shared", "mountPath": str(launch.shared)}  # a volume of that name in the runtime is replaced
     pod = options.PodSpecPatch(
         volumes=[{"name": "shared", "persistentVolumeClaim": {"claimName": launch.claim}}],
@@ -142,7 +143,7 @@ def submit_job(client: sdk.TrainerClient, name: str, command: list[str], launch:
         trainer=sdk.CustomTrainerContainer(launch.image, num_nodes=launch.num_nodes, resources_per_node=resources),
         options=[
             options.Name(name),
-            options.Labels({"app.kubernetes.io/part-of": "vismem", "app.kubernetes.io/component": "training"}),
+            options.Labels(labels | ({QUEUE: launch.queue} if launch.queue else {})),
             options.TrainerCommand(command),
             options.ActiveDeadlineSeconds(round(launch.hours * 3600)),
             options.RuntimePatch(options.TrainingRuntimeSpecPatch(job_set)),

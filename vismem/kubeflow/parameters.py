@@ -31,7 +31,7 @@ def configure(
 
     All parameters, with their descriptions, also go to the file `page` as YAML. `gpus`: how many `preflight` must see.
     `image` is the cluster's, empty elsewhere; there `preflight` also asks for MLflow's address. UserError where a
-    parameter is wrong, see `vismem.config.resolve`, or names a data revision that is not there, or where the image's name
+    parameter is wrong, see `vismem.config.resolve`, names a data revision that is not there, or where the image's name
     may mean another one tomorrow.
     """
     take_s3_keys()

@@ -3,6 +3,7 @@
 Every `kfp` command in a code block of the README and of docs/ is run as it stands there.
 """
 
+import json
 import os
 import re
 import shlex
@@ -190,6 +191,12 @@ def test_a_run_is_stopped_and_retried_through_the_client(server: KfpApi, home: P
         server.runs[run_id].state = "FAILED"
 
 
+def data_json() -> str:
+    """The file that the page shows."""
+    (shown,) = re.findall(r"^  ```json\n(.*?)^  ```$", (ROOT / "docs" / "cluster.md").read_text(), re.M | re.S)
+    return json.dumps(json.loads(shown))
+
+
 @pytest.mark.parametrize("command", documented())
 def test_every_documented_command_works_as_it_stands(server: KfpApi, home: Path, command: str) -> None:
     """RUN_ID and the like stand for what the server knows; addresses for the server's own."""
@@ -203,6 +210,7 @@ def test_every_documented_command_works_as_it_stands(server: KfpApi, home: Path,
         command = command.replace("EXPERIMENT_ID", next(iter(server.experiments)))
         if "retry" in command:  # only what has failed can be
             next(iter(server.runs.values())).state = "FAILED"
+    command = command.replace('"overrides=$(cat data.json)"', shlex.quote(f"overrides={data_json()}"))
     command = re.sub(r"--endpoint \S+", f"--endpoint {server.endpoint}", command)
     done = run(command, home, server.endpoint)
     assert done.returncode == 0, done.stderr

@@ -207,7 +207,7 @@ def test_full_resolution_is_vanilla_without_a_maximum(fine: VisMemModel, coarse:
     whole = generate(coarse, asked(fine), FullResolution(), max_new_tokens=6)
     assert whole == generate(fine, asked(fine), Off(), max_new_tokens=6)
     assert isinstance(ARMS["full_resolution"].policy, FullResolution)
-    assert ARMS["full_resolution"].base
+    assert ARMS["full_resolution"].policy.base
     shown = generate(coarse, asked(fine), Off(), max_new_tokens=6)
     assert sum(r.visual_tokens for r in shown) < sum(r.visual_tokens for r in whole)
     assert [r.visual_tokens for r in whole] == encode(fine.backbone, asked(fine)).visual.sum(1).tolist()

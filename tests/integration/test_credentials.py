@@ -55,7 +55,7 @@ def test_a_store_s_address_is_masked_in_errors_checks_listings_runs_and_lineage(
     assert run.data.params["base.model"] == logged.params["base"] == "http://***@127.0.0.1:9"
     said += [json.dumps(lineage(project.config)), str(run.data)]
 
-    monkeypatch.setattr("vismem.registry.listing.models", lambda config: [])
+    monkeypatch.setattr("vismem.registry.listing.models", lambda config, data: [])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     (tmp_path / "params.yaml").write_text("{}")
     assert main(["models", "--params", str(tmp_path / "params.yaml")]) == 0

@@ -50,3 +50,12 @@ def test_one_client_serves_several_event_loops() -> None:
     for _ in range(2):
         with pytest.raises(DisconnectedError):
             asyncio.run(client.find_model())
+
+
+def test_a_server_that_is_not_there_is_named_whole_and_streamed() -> None:
+    client = Client("grpc://127.0.0.1:1", model="vismem")
+    for ask in (client.ask, lambda *asked: list(client.stream(*asked))):
+        with pytest.raises(DisconnectedError, match=r"no model server answers at 127.0.0.1:1: start one with"):
+            ask(b"", "?")
+    with pytest.raises(DisconnectedError, match=r"no model server answers at nowhere.invalid:1"):
+        Client("grpc://nowhere.invalid:1", model="vismem").ask(b"", "?")

@@ -22,6 +22,7 @@ FAILED = {  # the same; other messages say what is wrong with the request
     "the model failed": "",
 }
 UNKNOWN = {"Request for unknown model": "it is not ready on this server: see the log of `vismem serve`"}
+UNREACHED = ("Failed to connect", "errors resolving")  # what a stream says of a server that was never there
 INTERVAL = 10  # milliseconds of words that come in one response: to send each alone takes longer than a small model
 OPTIONS = [  # of a connection; where the name has several addresses, as a cluster's service, all are asked in turn
     ("grpc.max_send_message_length", -1),
@@ -95,11 +96,16 @@ class OverGrpc:
             if "UNAVAILABLE" not in str(error.status()):
                 raise ServerError(f"the server at {self.url}: {error.message()}") from None
             self.connection.drop()
-            hint = "start one with `vismem serve` in another terminal, or name another with --url"
-            raise DisconnectedError(f"no model server answers at {self.url}: {hint}") from None
+            raise self._nobody() from None
         except grpc.RpcError as error:  # of a stream
             self.connection.drop()
+            if any(mark in error.details() for mark in UNREACHED):
+                raise self._nobody() from None
             raise DisconnectedError(f"the connection to {self.url} broke: {error.details()}") from None
+
+    def _nobody(self) -> DisconnectedError:
+        hint = "start one with `vismem serve` in another terminal, or name another with --url"
+        return DisconnectedError(f"no model server answers at {self.url}: {hint}")
 
     def _connect(self) -> Any:
         import tritonclient.grpc.aio as triton

@@ -31,7 +31,7 @@ from vismem.config.release import (
     PreflightConfig,
     RegistryConfig,
 )
-from vismem.config.section import Section
+from vismem.config.section import Section, rare
 from vismem.config.training import (
     DEFAULT_BASE,
     BaseConfig,
@@ -93,6 +93,9 @@ class Config(Section):
     """All parameters."""
 
     seed: int = Field(0, ge=0, description="seed of every random choice")
+    cluster: Mapping[str, str | int] = rare(
+        {}, description="parameters of the Kubeflow pipeline that `vismem submit` gives: sizes of pods, GPUs"
+    )
     preflight: PreflightConfig = PreflightConfig()
     prepare: PrepareConfig = PrepareConfig()
     validate_: ValidateConfig = Field(ValidateConfig(), alias="validate")

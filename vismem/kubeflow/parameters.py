@@ -9,6 +9,7 @@ import yaml
 
 from vismem.config import Config, resolve
 from vismem.data.source_files import files_of, fingerprint
+from vismem.errors import UserError
 from vismem.files import write_text
 from vismem.launch import LaunchConfig
 from vismem.params_file import render_params
@@ -27,9 +28,16 @@ def configure(
     """The parameters of each of `TASKS`, in that order, and `launch` after them: what the component returns.
 
     All parameters, with their descriptions, also go to the file `page` as YAML. `gpus`: how many `preflight` must see.
-    On a `cluster` it also asks for MLflow's address. UserError where a parameter is wrong, see `vismem.config.resolve`.
+    On a `cluster` it also asks for MLflow's address. UserError where a parameter is wrong, see `vismem.config.resolve`,
+    and where the profile asks for more GPUs than there are to be: it would train on the CPU.
     """
-    config = resolve(profile, {"preflight.gpus": gpus, **overrides})
+    wanted = resolve(profile, overrides).preflight.gpus
+    if cluster and gpus < wanted and launch.get("backend") != "trainer":
+        raise UserError(
+            f"the parameters ask for {wanted} GPUs (preflight.gpus), and gpu_count is {gpus}: give more, as `vismem "
+            "submit` does, or for the CPU the override preflight.gpus=0"
+        )
+    config = resolve(profile, {"preflight.gpus": gpus if cluster else max(gpus, wanted), **overrides})
     if cluster:
         environment = tuple(dict.fromkeys((*config.preflight.environment, "MLFLOW_TRACKING_URI")))
         preflight = config.preflight.model_copy(update={"environment": environment})

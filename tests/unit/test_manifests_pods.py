@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import published
+from kubernetes.utils.quantity import parse_quantity as size
 from manifests import (
     KUBERNETES,
     PULL_SECRET,
@@ -21,6 +23,7 @@ from manifests import (
     values,
 )
 
+from vismem.config import resolve
 from vismem.serving.command import PROFILE_VARIABLE
 
 # --- containers ---
@@ -146,7 +149,31 @@ def test_a_new_image_s_mlflow_finds_its_tables_or_their_older_form(tmp_path: Pat
 @overlays
 def test_the_publishing_job_does_not_run_for_ever(overlay: str) -> None:
     """Training's jobs have their end from LaunchConfig.hours: tests/unit/test_trainer_adapter.py."""
-    assert named(overlay, "CronJob", "publish-champion")["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] <= 3600
+    hour, job = 3600, named(overlay, "CronJob", "publish-champion")["spec"]["jobTemplate"]["spec"]
+    assert job["activeDeadlineSeconds"] <= (3 * hour if overlay == "7b" else hour)
+
+
+def test_the_sizes_for_7b_models_hold_one_with_graphs_and_its_training(tmp_path: Path) -> None:
+    """The profile's base, as `vismem plan` sees it; docs/serving.md says that Triton holds about twice the bundle."""
+    from vismem.plan import hollow, host_memory
+    from vismem.plan.model import parameters
+
+    base = str(published.save_published(tmp_path, "Qwen2.5-VL-7B-Instruct"))
+    config = resolve("qwen2_5_vl_7b", {"base.model": base})
+    model = hollow(config)
+    bundle = 4 * sum(sum(parameters(part).values()) for part in (model, model.backbone.model))
+    (triton,) = pod_templates("7b")["Deployment/triton"]["spec"]["containers"]
+    assert size(triton["resources"]["limits"]["memory"]) > 2 * bundle + 2**30
+    claim = named("7b", "PersistentVolumeClaim", "vismem-models")
+    assert size(claim["spec"]["resources"]["requests"]["storage"]) > 4 * bundle
+    mlflow = pod_templates("7b")["Deployment/mlflow"]["spec"]
+    workers = int(mlflow["containers"][0]["command"][-1].removeprefix("--workers="))
+    (uploads,) = [volume["emptyDir"]["sizeLimit"] for volume in mlflow["volumes"]]
+    assert size(uploads) > workers * bundle
+    (node,) = pod_templates("7b")["TrainingRuntime/vismem-torch/node"]["spec"]["containers"]
+    gpus, memory = (node["resources"]["limits"][key] for key in ("nvidia.com/gpu", "memory"))
+    assert (memory, int(gpus)) == (config.cluster["training_memory"], config.cluster["num_processes"])
+    assert size(memory) > max(host_memory(config, int(gpus)).values())
 
 
 # --- rights and secrets ---

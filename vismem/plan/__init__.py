@@ -65,7 +65,7 @@ def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] =
             raise UserError(f"no plan of '{name}'{nearest(name, known)}: there are {', '.join(known)}")
     arms = {name.partition("@")[0] for name in config.evaluate.arms}
     names = steps or [name for name in known if name in PLANNED or name in arms]
-    model = _hollow(config)
+    model = hollow(config)
     own, added = parameters(model.backbone.model), parameters(model)
     found, remedies = [], {}
     with progress("plan", len(names)) as advance:
@@ -135,12 +135,13 @@ def host_memory(config: Config, processes: int) -> dict[str, float]:
 
     UserError as from `plan`. No step is rehearsed: this takes seconds.
     """
-    model = _hollow(config)
+    model = hollow(config)
     base, added = (sum(parameters(part).values()) for part in (model.backbone.model, model))
     return _host(config, processes, base * BYTES[config.base.dtype], base, added)
 
 
-def _hollow(config: Config) -> VisMemModel:
+def hollow(config: Config) -> VisMemModel:
+    """The base and what VisMem adds, without values. UserError for a base that cannot be read."""
     with beside_dispatch(), Shapes():
         return VisMemModel(hollow_base(config.base), config.memory, config.invocation)
 

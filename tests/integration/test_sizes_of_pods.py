@@ -24,14 +24,15 @@ IMAGE = "84x84"  # smaller than a real plan's: quicker
 @pytest.fixture
 def config(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """The toy profile with GPUs asked for, and a machine that seems to have two H100 and much memory."""
-    card = SimpleNamespace(total_memory=int(CARDS["H100"][0]), name="H100")
+    card = SimpleNamespace(total_memory=CARDS["H100"][0], name="H100")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: card.name)
     monkeypatch.setattr("vismem.plan.machine.CGROUP_LIMITS", ())
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=10**12))
     monkeypatch.setattr("vismem.preflight.IMAGE", IMAGE)
-    return load_config(ROOT / "params.yaml", "smoke", {"base.model": str(tiny_base), "preflight.gpus": 2})
+    small = {"base.model": str(tiny_base), "preflight.gpus": 2, "grpo.max_new_tokens": 4, "evaluate.max_new_tokens": 4}
+    return load_config(ROOT / "params.yaml", "smoke", {**small, "evaluate.arms": ["vanilla", "vismem"]})
 
 
 def test_sizes_are_those_of_the_plan_for_this_machine(config: Config) -> None:

@@ -46,7 +46,7 @@ def test_what_the_server_has_not_is_found_wherever_it_stands() -> None:
     for wrong in ("vismem_token_total", "sum(rate(nv_gone[5m])) > 1", "1 - abs(vismem_waiting / vismem_gone)"):
         assert len(unknown(wrong)) == 1
     assert unknown('sum by (user) (vismem_waiting{gpu="0"})') == {"user", "gpu"}
-    with pytest.raises(ValueError, match="unexpected"):
+    with pytest.raises(ValueError, match="unclosed"):
         promql.parse("sum by (pod (vismem_waiting)")
 
 

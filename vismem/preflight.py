@@ -58,7 +58,7 @@ def checks(config: Config, artifacts: Path) -> list[partial[Finding]]:
         partial(check_registry, config.registry),
         partial(check_base, config.base.model),
         partial(check_gpus, wanted.gpus),
-        partial(check_sizes, config),
+        *([partial(check_sizes, config)] if wanted.gpus else []),
         partial(check_disk, artifacts, wanted.free_disk_gb),
         partial(check_shared_memory, wanted.shared_memory_gb),
     ]
@@ -174,11 +174,9 @@ def check_gpus(wanted: int) -> Finding:
 def check_sizes(config: Config) -> Finding:
     """Whether stages and evaluation fit this machine's GPUs, and training and export its or its pod's memory.
 
-    By `vismem.plan`, for images of IMAGE: a minute for a model of 7B parameters. Without GPUs asked for nothing is.
+    By `vismem.plan`, for images of IMAGE and the GPUs that are asked for: minutes for a model of 7B parameters.
     """
     gpus, what = config.preflight.gpus, "sizes"
-    if gpus == 0:
-        return Finding(what, True, "not computed, no GPUs asked for")
     import torch
 
     from vismem.plan import plan

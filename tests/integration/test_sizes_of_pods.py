@@ -14,7 +14,7 @@ from vismem.kubeflow.parameters import configure
 from vismem.launch import LaunchConfig, launch_step
 from vismem.plan import host_memory, plan
 from vismem.plan.machine import CARDS, Machine, memory_limit
-from vismem.preflight import check_sizes
+from vismem.preflight import check_sizes, checks
 
 ROOT = Path(__file__).parents[2]
 LARGE = "qwen2_5_vl_7b"
@@ -68,8 +68,11 @@ def test_a_pod_s_own_limit_counts_and_not_the_memory_of_its_node(
     assert memory_limit() == int(limit.read_text())
 
 
-def test_nothing_is_computed_for_a_run_without_gpus_or_for_gpus_that_are_not_there(config: Config) -> None:
-    assert check_sizes(resolve()).ok
+def test_sizes_are_looked_at_where_gpus_are_asked_for_and_there(config: Config) -> None:
+    assert [check_sizes in [check.func for check in checks(each, ROOT)] for each in (resolve(), config)] == [
+        False,
+        True,
+    ]
     more = config.model_copy(update={"preflight": config.preflight.model_copy(update={"gpus": 3})})
     assert (check_sizes(more).ok, check_sizes(more).seen) == (False, "not computed")
 

@@ -284,5 +284,5 @@ def test_the_command_prints_each_check_and_fails_with_the_reasons(
 def test_checks_are_only_listed_until_they_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     todo = checks(parse_config({"preflight": {"buckets": ["a", "b"], "environment": ["HOME"]}}), Path("artifacts"))
-    assert len(todo) == 9
+    assert len(todo) == 8
     assert todo[0]().ok

@@ -177,7 +177,9 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
         "promote": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret")},
         "deploy": {"gpus": 0, "cached": False, "retried": True},
     }
-    configured = components.configure(profile=given.profile, overrides=given.overrides, image=image, gpus=train)
+    configured = components.configure(
+        profile=given.profile, overrides=given.overrides, image=image, gpus=train, launches=place.cluster.launches
+    )
     parameters = place(configured, cached=False, secrets=("s3_secret",)).outputs  # it looks up the data's md5
     looked = components.preflight(parameters=parameters["preflight"])
     place(looked, train, cached=False, secrets=tuple(SECRETS))

@@ -48,6 +48,7 @@ class Request:
     path: str  # below /apis/v2beta1/
     query: dict[str, str]
     body: Any
+    authorization: str | None
 
 
 class KfpApi:
@@ -99,7 +100,8 @@ class KfpApi:
         data = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         body = json.loads(data) if data else None
         query = dict(urllib.parse.parse_qsl(address.query, keep_blank_values=True))
-        request = Request(handler.command, address.path.removeprefix(PREFIX), query, body)
+        identity = handler.headers.get("Authorization")
+        request = Request(handler.command, address.path.removeprefix(PREFIX), query, body, identity)
         self.requests.append(request)
         try:
             if (failure := self.fail.get(f"{request.method} {request.path}")) is not None:

@@ -1,7 +1,9 @@
-"""What `kubectl apply -k` would send for each overlay of deploy/kubernetes, and ways to look into it."""
+"""What `kubectl apply -k` would send for each install of deploy/kubernetes, and ways to look into it."""
 
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +14,20 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
+NODES, ALL = ("/single-gpu  #", "/multi-node  #"), ("  # - ../../", "  - ../../")
+OVERLAYS = {  # installs: an overlay, its namespace, and what of its components is exchanged, as its comments say
+    "single-gpu": ("standalone", "kubeflow", ()),
+    "multi-node": ("standalone", "kubeflow", (NODES,)),
+    "kubeflow-profile": ("kubeflow-profile", "vismem", ()),
+    "7b": ("kubeflow-profile", "vismem", (NODES, ALL)),
+}
+SEVERAL_NODES = ("7b", "multi-node")
 SECRETS = {  # made by hand, see deploy/kubernetes/README.md: those that must be there, and their keys
     "vismem-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"},
     "vismem-mlflow": {"MLFLOW_TRACKING_URI"},
     "vismem-mlflow-server": {"MLFLOW_BACKEND_STORE_URI"},
 }
+PULL_SECRET = "vismem-registry"
 OPTIONAL_SECRETS = {"vismem-huggingface": {"HF_TOKEN"}}
 
 Manifest = dict[str, Any]
@@ -26,11 +36,29 @@ overlays = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
 @lru_cache
-def render(overlay: str) -> list[Manifest]:
-    """All manifests of an overlay, as kustomize makes them."""
-    kubectl = Path(sys.executable).with_name("kubectl")
-    command = [kubectl, "kustomize", KUBERNETES / "overlays" / overlay]
+def render(overlay: str, more: tuple[tuple[str, str], ...] = ()) -> list[Manifest]:
+    """All manifests of an install, as kustomize makes them of a copy that was edited as its user would, and `more`."""
+    name, _, edits = OVERLAYS[overlay]
+    with tempfile.TemporaryDirectory() as folder:
+        copied = shutil.copytree(KUBERNETES, Path(folder) / "kubernetes")
+        file = copied / "overlays" / name / "kustomization.yaml"
+        text = file.read_text()
+        for old, new in (*edits, *more):
+            assert old in text
+            text = text.replace(old, new)
+        file.write_text(text)
+        return kustomize(file.parent)
+
+
+def kustomize(folder: Path) -> list[Manifest]:
+    """All manifests of a folder with a kustomization.yaml."""
+    command = [Path(sys.executable).with_name("kubectl"), "kustomize", folder]
     return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def namespace_of(overlay: str) -> str:
+    """Where an install lies."""
+    return OVERLAYS[overlay][1]
 
 
 def of_kind(overlay: str, *kinds: str) -> list[Manifest]:
@@ -81,7 +109,7 @@ def values(node: Any, key: str) -> Iterator[Any]:
 
 
 def selects(selector: Manifest, labels: Manifest) -> bool:
-    """Whether a label selector (Equality, Exists) matches."""
+    """Whether a label selector (equality, Exists) matches."""
     for expression in selector.get("matchExpressions", []):
         assert expression["operator"] == "Exists"
         if expression["key"] not in labels:

@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-RUNTIME = ROOT / "deploy/kubernetes/overlays/multi-node/trainer.yaml"
+RUNTIME = ROOT / "deploy/kubernetes/components/multi-node/trainer.yaml"
 CREATED = "2026-01-01T00:00:00Z"
+NAMESPACE = "mine"  # as in a profile of Kubeflow: any name
 
 
 class Cluster:
@@ -38,7 +39,7 @@ class Cluster:
 
     def create(self, job: dict[str, Any]) -> dict[str, Any]:
         name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
-        job["metadata"] |= {"creationTimestamp": CREATED, "namespace": "vismem"}
+        job["metadata"] |= {"creationTimestamp": CREATED, "namespace": NAMESPACE}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -151,7 +152,7 @@ def cluster(folder: Path) -> Iterator[tuple[Cluster, Path]]:
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     there = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
-    context = {"name": "here", "context": {"cluster": "here", "user": "me"}}
+    context = {"name": "here", "context": {"cluster": "here", "user": "me", "namespace": NAMESPACE}}
     config = {"apiVersion": "v1", "kind": "Config", "current-context": "here", "clusters": [there],
               "contexts": [context], "users": [{"name": "me", "user": {}}]}  # fmt: skip
     (folder / "kubeconfig").write_text(yaml.safe_dump(config))

@@ -19,6 +19,7 @@ from vismem.files import read_json, write_text
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3, 5  # a dead endpoint costs this, not the clients' own minute of retries
 GB = 1e9
+IMAGE = "1024x768"  # for which a run is planned
 CHECK_S3 = "check AWS_ENDPOINT_URL_S3, the credentials, and that the S3 service runs and is reachable from here"
 
 
@@ -58,6 +59,7 @@ def checks(config: Config, artifacts: Path, shared: Path | None = None) -> list[
         partial(check_registry, config.registry),
         partial(check_base, config.base.model),
         partial(check_gpus, wanted.gpus),
+        *([partial(check_sizes, config)] if wanted.gpus else []),
         partial(check_disk, artifacts, wanted.free_disk_gb),
         partial(check_shared_memory, wanted.shared_memory_gb),
         *([partial(check_shared, shared)] if shared else []),
@@ -169,6 +171,34 @@ def check_gpus(wanted: int) -> Finding:
     seen = f"{len(names)}: {', '.join(names)}" if names else "none"
     remedy = f"give this machine or pod {wanted} (gpu_count of the pipeline), or lower preflight.gpus"
     return Finding("GPUs", len(names) >= wanted, seen, remedy)
+
+
+def check_sizes(config: Config) -> Finding:
+    """Whether stages and evaluation fit this machine's GPUs, and training and export its or its pod's memory.
+
+    By `vismem.plan`, for images of IMAGE and the GPUs that are asked for: minutes for a model of 7B parameters.
+    """
+    gpus, what = config.preflight.gpus, "sizes"
+    import torch
+
+    from vismem.plan import plan
+    from vismem.plan.machine import GIB, Machine, memory_limit
+    from vismem.plan.report import refusals
+
+    if torch.cuda.device_count() < gpus:
+        return Finding(what, False, "not computed", "see the check of GPUs")
+    try:
+        found = plan(config, Machine.here(gpus), IMAGE)
+    except UserError as error:
+        return Finding(what, False, str(error), "make the base's small files readable here, or correct grpo.batch_size")
+    memory, needed = memory_limit(), max(found.host.values())
+    peaks = ", ".join(f"{step.name} {step.bytes / GIB:.1f}" for step in found.steps)
+    on_gpu = f"{peaks} GiB of {found.machine.usable / GIB:.1f} on a GPU"
+    seen = f"{on_gpu}; {needed / GB:.0f} GB of {memory / GB:.0f} of memory"
+    remedies = [*refusals(found)]
+    if needed > memory:
+        remedies.append("give this machine or pod more memory (training_memory of the pipeline)")
+    return Finding(what, not remedies, seen, "; ".join(remedies))
 
 
 def check_disk(folder: Path, wanted_gb: float) -> Finding:

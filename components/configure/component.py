@@ -11,6 +11,7 @@ def configure(
     overrides: dict,
     image: str,
     gpus: int,
+    launches: bool,
     resolved: dsl.Output[dsl.Artifact],
 ) -> NamedTuple(
     "Parameters",
@@ -31,8 +32,9 @@ def configure(
         overrides: Anything that params.yaml may hold, as sections or dotted keys, such as {"stage1.steps": 30}.
         image: Image of the tasks on a cluster, which must not have a tag that moves; empty outside a cluster.
         gpus: GPUs that `preflight` must see.
+        launches: Whether stage I and II only launch a job of Kubeflow Trainer, whose nodes have the GPUs.
         resolved: All parameters in force, as a params.yaml with every description.
     """
     from vismem.kubeflow.parameters import configure
 
-    return configure(profile, overrides, resolved.path, image, gpus)
+    return configure(profile, overrides, resolved.path, image, gpus, launches)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from series import TRITON, asked
 from stand_in import ANSWER, ask, endless, make_repository, metrics, pending
 
 from vismem.config import resolve
@@ -145,11 +146,13 @@ def test_the_probe_says_that_no_server_is_there(capsys: pytest.CaptureFixture[st
     assert "no model server answers at 127.0.0.1:9" in capsys.readouterr().err
 
 
-def test_the_series_that_the_autoscaler_reads_are_those_of_the_server(server: TritonServer) -> None:
+def test_the_series_of_autoscaler_alerts_and_dashboard_are_those_of_the_server(server: TritonServer) -> None:
     ask(server)
-    rules = (ROOT / "deploy" / "kubernetes" / "prometheus-adapter.yaml").read_text()
-    offered = metrics(server)
-    asked = set(re.findall(r"nv_\w+(?=\{)", rules))
-    assert len(asked) == 3
-    for name in asked:
-        assert f'\n{name}{{model="vismem",version="7"}} ' in offered
+    wanted = asked()
+    assert len(wanted) > 8
+    end = time.monotonic() + 10
+    while missing := {name for name in wanted if f"\n{name}{{" not in metrics(server)}:
+        assert time.monotonic() < end, missing
+        time.sleep(0.1)
+    for name in wanted & TRITON:
+        assert re.search(rf'^{name}{{model="vismem",(reason="\w+",)?version="7"}} ', metrics(server), re.MULTILINE)

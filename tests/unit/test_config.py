@@ -31,8 +31,10 @@ def test_params_yaml_leaves_out_the_rare_keys_alone() -> None:
         return found
 
     def keys(values: dict[str, Any], place: str = "") -> set[str]:
-        nested = [keys(value, f"{place}{key}.") for key, value in values.items() if isinstance(value, dict)]
-        return {f"{place}{key}" for key, value in values.items() if not isinstance(value, dict)}.union(*nested)
+        nested = [keys(value, f"{place}{key}.") for key, value in values.items() if isinstance(value, dict) and value]
+        return {f"{place}{key}" for key, value in values.items() if value == {} or not isinstance(value, dict)}.union(
+            *nested
+        )
 
     written = keys(yaml.safe_load((ROOT / "params.yaml").read_text()))
     every = keys(Config().model_dump(mode="json", by_alias=True))

@@ -1,4 +1,4 @@
-"""The manifests of each overlay of deploy/kubernetes: valid, and their references to each other complete."""
+"""The manifests of each install of deploy/kubernetes: valid, and their references to each other complete."""
 
 import re
 from copy import deepcopy
@@ -14,10 +14,11 @@ from manifests import (
     OPTIONAL_SECRETS,
     OVERLAYS,
     SECRETS,
+    SEVERAL_NODES,
     Manifest,
-    containers,
     labels_of_pods,
     named,
+    namespace_of,
     of_kind,
     overlays,
     pod_templates,
@@ -29,9 +30,8 @@ from manifests import (
 from vismem.launch import LaunchConfig
 
 OLDEST, NEWEST = "1.30.0", all_versions()[-1]  # the oldest that knows `preStop.sleep`
-TRAINER = "trainer.kubeflow.org/v1alpha1"
-OUTSIDE_PODS = ("workflows.argoproj.io/workflow",)  # labels of pods that others make in the namespace: steps of a run
-CLUSTER_WIDE = {"Namespace"}
+TRAINER, PROMETHEUS = "trainer.kubeflow.org/v1alpha1", "monitoring.coreos.com/v1"
+OTHERS = (TRAINER, PROMETHEUS)  # no schemas of theirs are here
 
 # --- each manifest by itself ---
 
@@ -39,7 +39,7 @@ CLUSTER_WIDE = {"Namespace"}
 @overlays
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_core_manifests_keep_to_the_schemas_of_kubernetes(overlay: str, version: str) -> None:
-    core = [manifest for manifest in render(overlay) if manifest["apiVersion"] != TRAINER]
+    core = [manifest for manifest in render(overlay) if manifest["apiVersion"] not in OTHERS]
     assert len(core) > 15
     for manifest in core:
         kubernetes_validate.validate(manifest, version, strict=True)
@@ -53,7 +53,7 @@ def test_a_manifest_with_a_field_that_does_not_exist_is_refused() -> None:
 
 def test_only_training_on_several_nodes_needs_kubeflow_trainer() -> None:
     kinds = {overlay: [m["kind"] for m in render(overlay) if m["apiVersion"] == TRAINER] for overlay in OVERLAYS}
-    assert kinds == {"multi-node": ["TrainingRuntime"], "single-gpu": []}
+    assert kinds == {overlay: ["TrainingRuntime"] * (overlay in SEVERAL_NODES) for overlay in OVERLAYS}
 
 
 def test_the_runtime_keeps_to_the_api_of_kubeflow_trainer() -> None:
@@ -95,11 +95,30 @@ def test_the_sdk_of_kubeflow_trainer_can_use_the_runtime() -> None:
 
 @overlays
 def test_everything_lies_in_the_namespace_and_no_name_occurs_twice(overlay: str) -> None:
-    assert named(overlay, "Namespace", LaunchConfig().namespace)
-    rest = [manifest for manifest in render(overlay) if manifest["kind"] not in CLUSTER_WIDE]
-    assert {manifest["metadata"].get("namespace") for manifest in rest} == {LaunchConfig().namespace}
+    """That of Kubeflow Pipelines or of a profile; both are made by others, and a profile's must not be there before."""
+    assert {manifest["metadata"].get("namespace") for manifest in render(overlay)} == {namespace_of(overlay)}
+    assert not of_kind(overlay, "Namespace", "Profile")
     names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in render(overlay)]
     assert len(names) == len(set(names))
+
+
+def test_the_profile_is_the_namespace_of_its_overlay() -> None:
+    (profile,) = yaml.safe_load_all((KUBERNETES / "overlays/kubeflow-profile/profile.yaml").read_text())
+    assert (profile["apiVersion"], profile["kind"]) == ("kubeflow.org/v1", "Profile")
+    assert profile["metadata"] == {"name": namespace_of("kubeflow-profile")}
+    assert set(profile["spec"]["owner"]) == {"kind", "name"}
+
+
+@overlays
+def test_the_namespace_stands_in_no_other_place_than_an_overlay_s_own(overlay: str) -> None:
+    """A user changes it there, and nothing else: not in a value, an address or a selector."""
+    other = "of-somebody-else"
+    (file,) = [KUBERNETES / "overlays" / OVERLAYS[overlay][0] / "kustomization.yaml"]
+    line = f"namespace: {namespace_of(overlay)}\n"
+    assert file.read_text().count(line) == 1
+    moved = yaml.safe_dump_all(render(overlay, ((line, f"namespace: {other}\n"),)))
+    assert moved.replace(f"namespace: {other}", line.strip()) == yaml.safe_dump_all(render(overlay))
+    assert not re.search(rf"\bnamespace: {namespace_of(overlay)}\b", moved)
 
 
 # --- what they say of each other ---
@@ -151,52 +170,6 @@ def test_selectors_match_the_pods_that_they_are_meant_for(overlay: str) -> None:
 
 
 @overlays
-def test_network_policies_name_pods_and_ports_that_exist(overlay: str) -> None:
-    pods = labels_of_pods(overlay)
-    seen = [*pods.values(), *({label: "any"} for label in OUTSIDE_PODS), {"vismem/triton-client": "true"}]
-    ports = {port["name"]: port["containerPort"] for _, c in containers(overlay) for port in c.get("ports", [])}
-    for policy in of_kind(overlay, "NetworkPolicy"):
-        for selector in values(policy, "podSelector"):
-            assert any(selects(selector, labels) for labels in seen), policy["metadata"]["name"]
-        for port in (port["port"] for listed in values(policy, "ports") for port in listed):
-            assert isinstance(port, int) or port in ports, policy["metadata"]["name"]
-
-
-@overlays
-def test_pods_may_do_what_their_neighbours_expect_of_them(overlay: str) -> None:
-    """Both ends of a connection are open: the caller's egress and the other's ingress."""
-    connections = [("Deployment/mlflow", "CronJob/publish-champion", "http")]
-    if overlay == "multi-node":
-        connections.append(("TrainingRuntime/vismem-torch/node", "TrainingRuntime/vismem-torch/node", None))
-    for server, client, port in connections:
-        assert allowed(overlay, "ingress", "from", server, client, port)
-        assert allowed(overlay, "egress", "to", client, server, port)
-    assert not allowed(overlay, "ingress", "from", "Deployment/triton", "Deployment/mlflow", "grpc")
-    assert not allowed(overlay, "egress", "to", "Deployment/triton", "Deployment/mlflow", "http")
-
-
-def allowed(overlay: str, way: str, side: str, owner: str, peer: str, port: str | None) -> bool:
-    pods = labels_of_pods(overlay)
-    for policy in of_kind(overlay, "NetworkPolicy"):
-        if selects(policy["spec"]["podSelector"], pods[owner]):
-            for rule in policy["spec"].get(way, []):
-                peers = [one["podSelector"] for one in rule.get(side, []) if set(one) == {"podSelector"}]
-                open_ports = {one["port"] for one in rule.get("ports", [])}
-                if any(selects(one, pods[peer]) for one in peers) and (not open_ports or port in open_ports):
-                    return True
-    return False
-
-
-@overlays
-def test_nothing_may_talk_that_is_not_named(overlay: str) -> None:
-    deny = named(overlay, "NetworkPolicy", "default-deny")
-    assert deny["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    for policy in of_kind(overlay, "NetworkPolicy"):
-        for rule in policy["spec"].get("ingress", []):
-            assert rule["from"], f"{policy['metadata']['name']} lets everybody in"
-
-
-@overlays
 def test_the_autoscaler_owns_tritons_replicas_and_its_metrics_come_from_the_adapters_rules(overlay: str) -> None:
     (scaler,) = of_kind(overlay, "HorizontalPodAutoscaler")
     target = scaler["spec"]["scaleTargetRef"]
@@ -218,7 +191,7 @@ def test_triton_keeps_serving_while_it_scales_down_or_a_node_is_drained(overlay:
     replicas = named(overlay, "HorizontalPodAutoscaler", "triton")["spec"]
     budget = named(overlay, "PodDisruptionBudget", "triton")["spec"]
     assert budget["maxUnavailable"] == 1
-    assert replicas["minReplicas"] == (2 if overlay == "multi-node" else 1)  # one node cannot be drained and serve on
+    assert replicas["minReplicas"] == (2 if overlay in SEVERAL_NODES else 1)  # one node cannot be drained and serve on
     assert replicas["minReplicas"] < replicas["maxReplicas"]
 
 

@@ -1,9 +1,29 @@
 """The pods of each overlay of deploy/kubernetes: confined, sized, probed, with least rights and no secret in plain."""
 
+import os
 import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
-from manifests import ROOT, containers, named, of_kind, overlays, pod_templates, values
+import published
+from kubernetes.utils.quantity import parse_quantity as size
+from manifests import (
+    KUBERNETES,
+    PULL_SECRET,
+    ROOT,
+    SEVERAL_NODES,
+    containers,
+    named,
+    namespace_of,
+    of_kind,
+    overlays,
+    pod_templates,
+    values,
+)
 
+from vismem.config import resolve
 from vismem.serving.command import PROFILE_VARIABLE
 
 # --- containers ---
@@ -37,7 +57,7 @@ def test_every_container_says_what_it_needs_and_only_training_asks_for_a_gpu(ove
         assert "memory" in resources["limits"], key
         if "nvidia.com/gpu" in resources["limits"]:
             with_gpu.add(key)
-    assert with_gpu == ({"TrainingRuntime/vismem-torch/node/node"} if overlay == "multi-node" else set())
+    assert with_gpu == ({"TrainingRuntime/vismem-torch/node/node"} if overlay in SEVERAL_NODES else set())
 
 
 @overlays
@@ -97,16 +117,74 @@ def test_publishing_and_probes_take_one_profile(overlay: str) -> None:
 def test_mlflow_answers_under_the_names_of_its_service(overlay: str) -> None:
     from mlflow.server.security_utils import is_allowed_host_header
 
-    service = named(overlay, "Service", "mlflow")
-    (port,) = [port["port"] for port in service["spec"]["ports"]]
-    hosts = named(overlay, "ConfigMap", "mlflow")["data"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
-    namespace = service["metadata"]["namespace"]
+    (port,) = [port["port"] for port in named(overlay, "Service", "mlflow")["spec"]["ports"]]
+    (server,) = named(overlay, "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"]
+    variables = {entry["name"]: entry for entry in server["env"]}
+    assert variables["NAMESPACE"]["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}
+    assert list(variables).index("NAMESPACE") < list(variables).index(
+        "MLFLOW_SERVER_ALLOWED_HOSTS"
+    )  # else not expanded
+    namespace = namespace_of(overlay)
+    hosts = variables["MLFLOW_SERVER_ALLOWED_HOSTS"]["value"].replace("$(NAMESPACE)", namespace).split(",")
     for name in ("mlflow", f"mlflow.{namespace}", f"mlflow.{namespace}.svc", f"mlflow.{namespace}.svc.cluster.local"):
         assert is_allowed_host_header(hosts, f"{name}:{port}")
     assert not is_allowed_host_header(hosts, f"evil.example:{port}")
 
 
+def test_a_new_image_s_mlflow_finds_its_tables_or_their_older_form(tmp_path: Path) -> None:
+    """A server makes tables and refuses those of another version; the command before it makes and upgrades them."""
+    pod = named("single-gpu", "Deployment", "mlflow")["spec"]["template"]["spec"]
+    (upgrade,) = pod["initContainers"]
+    assert upgrade["image"] == pod["containers"][0]["image"]
+    assert upgrade["envFrom"][0] in pod["containers"][0]["envFrom"]
+    assert "$(" not in str(upgrade["command"]), "a command line shows the password to all of the machine"
+    database = tmp_path / "mlflow.db"
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{database}"}
+    for _ in range(2):
+        subprocess.run([sys.executable, *upgrade["command"][1:]], env=environment, check=True)
+        tables = sqlite3.connect(database).execute("select name from sqlite_master").fetchall()
+        assert ("registered_models",) in tables
+
+
+@overlays
+def test_the_publishing_job_does_not_run_for_ever(overlay: str) -> None:
+    """Training's jobs have their end from LaunchConfig.hours: tests/unit/test_trainer_adapter.py."""
+    hour, job = 3600, named(overlay, "CronJob", "publish-champion")["spec"]["jobTemplate"]["spec"]
+    assert job["activeDeadlineSeconds"] <= (3 * hour if overlay == "7b" else hour)
+
+
+def test_the_sizes_for_7b_models_hold_one_with_graphs_and_its_training(tmp_path: Path) -> None:
+    """The profile's base, as `vismem plan` sees it; docs/serving.md says that Triton holds about twice the bundle."""
+    from vismem.plan import hollow, host_memory
+    from vismem.plan.model import parameters
+
+    base = str(published.save_published(tmp_path, "Qwen2.5-VL-7B-Instruct"))
+    config = resolve("qwen2_5_vl_7b", {"base.model": base})
+    model = hollow(config)
+    bundle = 4 * sum(sum(parameters(part).values()) for part in (model, model.backbone.model))
+    (triton,) = pod_templates("7b")["Deployment/triton"]["spec"]["containers"]
+    assert size(triton["resources"]["limits"]["memory"]) > 2 * bundle + 2**30
+    claim = named("7b", "PersistentVolumeClaim", "vismem-models")
+    assert size(claim["spec"]["resources"]["requests"]["storage"]) > 4 * bundle
+    mlflow = pod_templates("7b")["Deployment/mlflow"]["spec"]
+    workers = int(mlflow["containers"][0]["command"][-1].removeprefix("--workers="))
+    (uploads,) = [volume["emptyDir"]["sizeLimit"] for volume in mlflow["volumes"]]
+    assert size(uploads) > workers * bundle
+    (node,) = pod_templates("7b")["TrainingRuntime/vismem-torch/node"]["spec"]["containers"]
+    gpus, memory = (node["resources"]["limits"][key] for key in ("nvidia.com/gpu", "memory"))
+    assert (memory, int(gpus)) == (config.cluster["training_memory"], config.cluster["num_processes"])
+    assert size(memory) > max(host_memory(config, int(gpus)).values())
+
+
 # --- rights and secrets ---
+
+
+@overlays
+def test_images_may_come_from_a_registry_that_asks_for_a_key(overlay: str) -> None:
+    """Also those of a run's steps: their pods have the pull secrets of its account."""
+    for account in of_kind(overlay, "ServiceAccount"):
+        assert account["imagePullSecrets"] == [{"name": PULL_SECRET}], account["metadata"]["name"]
+    assert f"create secret docker-registry {PULL_SECRET} " in (KUBERNETES / "README.md").read_text()
 
 
 @overlays
@@ -126,7 +204,7 @@ def test_only_a_runs_account_has_rights_and_no_more_than_it_uses(overlay: str) -
         ("", "secrets"): {"get"},
         ("", "pods"): {"get", "list", "watch"},
     }
-    if overlay == "multi-node":
+    if overlay in SEVERAL_NODES:
         expected[("trainer.kubeflow.org", "trainjobs")] = {"create", "get", "list", "watch", "delete"}
         expected[("trainer.kubeflow.org", "trainingruntimes")] = {"get"}
         expected[("", "pods/log")] = {"get"}

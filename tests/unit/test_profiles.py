@@ -32,6 +32,8 @@ def repeated(profile: dict[str, Any], defaults: dict[str, Any], place: str = "")
                 fields = SOURCES[source["kind"]].model_fields
                 plain = {name: fields[name].default for name in source if name != "kind"}
                 yield from repeated({name: source[name] for name in plain}, plain, f"{here}.{source['kind']}.")
+        elif key == "cluster":  # no section: parameters of the pipeline
+            assert value != defaults[key]
         elif isinstance(value, dict):
             yield from repeated(value, defaults[key], f"{here}.")
         elif value == defaults[key]:

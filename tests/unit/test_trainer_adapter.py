@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import mock_open
 
 import pytest
 from kubeflow_trainer_api import models
-from trainer_api import Cluster, cluster
+from trainer_api import NAMESPACE, Cluster, cluster
 
 from vismem.config import Config
 from vismem.errors import UserError
@@ -53,7 +54,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def submit(name: str, launch: LaunchConfig = LAUNCH) -> None:
-    client = adapter.sdk.TrainerClient(adapter.sdk.KubernetesBackendConfig(namespace="vismem"))
+    client = adapter.sdk.TrainerClient(adapter.sdk.KubernetesBackendConfig(namespace=NAMESPACE))
     adapter.submit_job(client, name, COMMAND, launch)
 
 
@@ -104,7 +105,29 @@ def test_a_job_s_nodes_see_the_shared_volume_and_run_where_they_may(job: dict[st
 
 def test_a_job_may_wait_in_a_queue_of_kueue(posted: dict[str, dict[str, Any]]) -> None:
     submit("queued", replace(LAUNCH, queue="gpus"))
-    assert posted["queued"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert posted["queued"]["metadata"]["labels"][adapter.QUEUE] == "gpus"
+
+
+def test_a_job_lies_in_the_namespace_of_its_launcher(stand_in: Cluster, runs: Any) -> None:
+    """A pod's own; here the one that the kubeconfig names."""
+    runs("pass")
+    assert adapter.run_job("job", COMMAND, LAUNCH)[0] is True
+    places = {path.split("/namespaces/")[1].split("/")[0] for path in stand_in.requests if "/namespaces/" in path}
+    assert places - {"kubeflow-system"} == {NAMESPACE}  # where the SDK looks for Trainer itself
+
+
+def test_a_pod_s_own_namespace_is_what_kubernetes_wrote_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kubeflow.common.utils.is_running_in_k8s", lambda: True)
+    monkeypatch.setattr("builtins.open", mock_open(read_data="of-a-profile"))
+    assert adapter.get_default_target_namespace() == "of-a-profile"
+
+
+def test_a_job_waits_in_the_queue_that_the_runtime_names(stand_in: Cluster, posted: dict[str, dict[str, Any]]) -> None:
+    submit("without")
+    stand_in.runtime["metadata"]["labels"][adapter.QUEUE] = "gpus"
+    submit("with")
+    assert adapter.QUEUE not in posted["without"]["metadata"]["labels"]
+    assert posted["with"]["metadata"]["labels"][adapter.QUEUE] == "gpus"
 
 
 def test_a_patch_sets_no_environment_of_a_node(job: dict[str, Any]) -> None:
@@ -164,7 +187,7 @@ def test_a_launcher_that_is_told_to_end_deletes_its_job(
 
 def test_a_cluster_without_the_runtime_is_named(stand_in: Cluster, tmp_path: Path) -> None:
     stand_in.runtime["metadata"]["name"] = "another"
-    with pytest.raises(UserError, match=r"namespace vismem: Failed to get Runtime: vismem-torch .*\(Not Found\)"):
+    with pytest.raises(UserError, match=r"namespace mine: Failed to get Runtime: vismem-torch .*\(Not Found\)"):
         adapter.run_job("job", COMMAND, LAUNCH)
 
 

@@ -42,6 +42,15 @@ def add_commands(commands: Commands) -> None:
     add("step", nargs="*", metavar="STEP", help="default: stage1, stage2, evaluate and its arms' baselines")
     add("--gpus", required=True, metavar="COUNTxCARD", help="such as 8xH100; each GPU holds all of a step")
     add("--image", default="1024x768", metavar="WxH", help="pixels of the questions' images (default: %(default)s)")
+    about = "start a run of the pipeline on a cluster: image, namespace, account and sizes from profile and overlay"
+    add = command("submit", _run_submit, about)
+    add("given", nargs="*", metavar="NAME=VALUE", help="parameters of the pipeline; for those of params.yaml: --set")
+    add("--endpoint", default="", metavar="URL", help="of Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
+    add("--namespace", default="", help="with several users' Kubeflow, the run's (default: the overlay's)")
+    overlay = Path("deploy/kubernetes/overlays/standalone")
+    about = "what was installed (default: %(default)s)"
+    add("--overlay", type=Path, default=overlay, metavar="FOLDER", help=about)
+    add("--dry-run", action="store_true", help="print what would be run, and do not run it")
 
 
 def add_steps(commands: Commands) -> None:
@@ -169,3 +178,15 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     for refusal in refusals(found):
         print(f"vismem plan: {refusal}", file=sys.stderr)
     return 1 if found.remedies else 0
+
+
+def _run_submit(arguments: argparse.Namespace) -> int:
+    from vismem.submit import Request, submit
+
+    pairs = [text.partition("=") for text in arguments.given]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise UserError(f"'{wrong[0]}' is not NAME=VALUE, such as gpu_count=8")
+    given, settings = {name: value for name, _, value in pairs}, dict(arguments.settings)
+    names = ("overlay", "endpoint", "namespace")
+    chosen = {name: getattr(arguments, name) for name in names}
+    return submit(Request(arguments.profile or "", given=given, settings=settings, **chosen), arguments.dry_run)

@@ -34,7 +34,7 @@ from vismem.config.release import (
     RegistryConfig,
     SuiteConfig,
 )
-from vismem.config.section import Section
+from vismem.config.section import Section, rare
 from vismem.config.training import (
     DEFAULT_BASE,
     BaseConfig,
@@ -99,6 +99,9 @@ class Config(Section):
     """All parameters."""
 
     seed: int = Field(0, ge=0, description="seed of every random choice")
+    cluster: Mapping[str, str | int] = rare(
+        {}, description="what the pods of a cluster ask for, as `vismem submit` compiles it into the pipeline"
+    )
     preflight: PreflightConfig = PreflightConfig()
     prepare: PrepareConfig = PrepareConfig()
     validate_: ValidateConfig = Field(ValidateConfig(), alias="validate")

@@ -25,17 +25,24 @@ TASKS = ("preflight", *(step.name for step in STEPS))
 
 
 def configure(
-    profile: str, overrides: Mapping[str, Any], page: str, image: str = "", gpus: int = 0
+    profile: str, overrides: Mapping[str, Any], page: str, image: str = "", gpus: int = 0, launches: bool = False
 ) -> tuple[dict[str, Any], ...]:
     """The parameters of each of `TASKS`, in that order: what the component returns.
 
     All parameters, with their descriptions, also go to the file `page` as YAML. `gpus`: how many `preflight` must see.
-    `image` is the cluster's, empty elsewhere; there `preflight` also asks for MLflow's address. UserError where a
-    parameter is wrong, see `vismem.config.resolve`, names a data revision that is not there, or where the image's name
-    may mean another one tomorrow.
+    `image` is the cluster's, empty elsewhere; there `preflight` also asks for MLflow's address. `launches`: others train.
+    UserError where a parameter is wrong, see `vismem.config.resolve`, names a data revision that is not there, where the
+    image's name may mean another one tomorrow, and where the profile asks for more GPUs than there are to be: it would
+    train on the CPU.
     """
     take_s3_keys()
-    config = pinned(resolve(profile, {"preflight.gpus": gpus, **overrides}))
+    wanted = resolve(profile, overrides).preflight.gpus
+    if image and gpus < wanted and not launches:
+        raise UserError(
+            f"the parameters ask for {wanted} GPUs (preflight.gpus), and gpu_count is {gpus}: give more, as `vismem "
+            "submit` does, or for the CPU the override preflight.gpus=0"
+        )
+    config = pinned(resolve(profile, {"preflight.gpus": gpus if image else max(gpus, wanted), **overrides}))
     if image:
         check_image(image)
         environment = tuple(dict.fromkeys((*config.preflight.environment, "MLFLOW_TRACKING_URI")))

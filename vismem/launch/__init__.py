@@ -1,5 +1,6 @@
 """Runs a step where it is to run: in this process, in several of this machine, or on several nodes."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -32,6 +33,8 @@ def launch_step(
     checkpoints of long steps; UserError while another launch works on the same there.
     """
     launch = launch or LaunchConfig()
+    if name in SHARED and launch.backend != "trainer":
+        _check_gpu(name, config)
     if launch.backend != "process" and name not in SHARED:
         raise UserError(f"'{name}' runs in one process: use backend 'process'. Shared: {', '.join(SHARED)}")
     kept = launch.shared if launch.image else work if name in SHARED else None
@@ -52,6 +55,20 @@ def launch_step(
         replace_folder(fresh, artifacts / name)
         shutil.rmtree(place)
     return line
+
+
+def _check_gpu(name: str, config: Config) -> None:
+    """UserError where the parameters ask for GPUs, or a device plugin gave some, and torch sees none."""
+    import torch
+
+    given = os.environ.get("NVIDIA_VISIBLE_DEVICES", "")
+    asked = config.preflight.gpus or given.startswith(("GPU-", "MIG-"))
+    if asked and not torch.cuda.is_available():
+        raise UserError(
+            f"{name} would run on the CPU: this machine or pod was to have GPUs (preflight.gpus "
+            f"{config.preflight.gpus}, NVIDIA_VISIBLE_DEVICES '{given}'), and torch {torch.__version__} sees none. "
+            "Check `nvidia-smi` and the build of torch; for the CPU set preflight.gpus=0"
+        )
 
 
 def _run(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path], launch: LaunchConfig) -> str:

@@ -25,7 +25,6 @@ class LaunchConfig:
     num_processes: int = 1  # per node: as many as it has GPUs
     num_nodes: int = 1
     image: str = ""  # contains this library; empty: no cluster
-    namespace: str = "vismem"
     runtime: str = "vismem-torch"  # the TrainingRuntime, or the ClusterTrainingRuntime
     shared: Path = Path("/shared")  # mount point of a volume that all nodes see, the same here and there
     claim: str = "vismem-shared"  # the PersistentVolumeClaim of that volume, ReadWriteMany

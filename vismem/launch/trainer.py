@@ -16,9 +16,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from kubeflow import trainer as sdk
+from kubeflow.common.utils import get_default_target_namespace
 from kubeflow.trainer import options
 from kubeflow.trainer.backends.localprocess import constants as local
-from kubeflow.trainer.constants.constants import DEFAULT_TRAINING_RUNTIME, NODE, TRAINJOB_COMPLETE, TRAINJOB_FAILED
+from kubeflow.trainer.constants.constants import (
+    DEFAULT_TRAINING_RUNTIME,
+    GROUP,
+    NODE,
+    TRAINING_RUNTIME_PLURAL,
+    TRAINJOB_COMPLETE,
+    TRAINJOB_FAILED,
+    VERSION,
+)
+from kubernetes.client import ApiException  # type: ignore[import-untyped]
 from kubernetes.config import ConfigException  # type: ignore[import-untyped]
 
 from vismem.config import Config
@@ -34,6 +44,7 @@ PATIENCE = 60  # consecutive looks that may fail before the job is given up: the
 TAIL = 200  # lines of the log that are kept: torchrun reports on every process at its end
 TORCHRUN = ("-m", "torch.distributed.run")
 ENDED = {TRAINJOB_COMPLETE, TRAINJOB_FAILED}
+QUEUE = "kueue.x-k8s.io/queue-name"  # a label: Kueue admits the job from that queue
 
 
 def run_locally(launch: LaunchConfig, name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path]) -> str:
@@ -100,10 +111,12 @@ def run_on_cluster(launch: LaunchConfig, name: str, config: Config, place: Path,
 def run_job(name: str, command: list[str], launch: LaunchConfig) -> tuple[bool, list[str]]:
     """Run the command on every node as the TrainJob `name`; returns whether it succeeded, and the end of node 0's log.
 
-    UserError as from `run_on_cluster`.
+    The job lies in this pod's own namespace; outside a cluster in that of the kubeconfig's context. UserError as from
+    `run_on_cluster`.
     """
+    namespace = get_default_target_namespace()
     try:
-        client = sdk.TrainerClient(sdk.KubernetesBackendConfig(namespace=launch.namespace))
+        client = sdk.TrainerClient(sdk.KubernetesBackendConfig(namespace=namespace))
         if _status(client, name) == TRAINJOB_FAILED:
             _delete(client, name)
         with exit_on_sigterm():  # so that the nodes are given back
@@ -116,7 +129,7 @@ def run_job(name: str, command: list[str], launch: LaunchConfig) -> tuple[bool, 
     except (RuntimeError, TimeoutError, ConfigException) as error:
         reason = getattr(error.__cause__, "reason", None)
         raise UserError(
-            f"Kubeflow Trainer, namespace {launch.namespace}: {error}{f' ({reason})' if reason else ''}; "
+            f"Kubeflow Trainer, namespace {namespace}: {error}{f' ({reason})' if reason else ''}; "
             "deploy/kubernetes/README.md says what the cluster must have"
         ) from error
 
@@ -126,9 +139,12 @@ def submit_job(client: sdk.TrainerClient, name: str, command: list[str], launch:
 
     PET_* variables, which the controller sets, tell torchrun of the other nodes. Nodes get no secrets: all that they
     read lies on the shared volume. Should they need one, it goes into the runtime, since no patch may set a node's env.
+    Where `launch` names no queue of Kueue, the runtime may, as its label.
     """
-    resources = {resource: str(amount) for resource, amount in launch.resources.items()} or None
     labels = {"app.kubernetes.io/part-of": "vismem", "app.kubernetes.io/component": "training"}
+    if queue := launch.queue or _labels_of_runtime(client, launch.runtime).get(QUEUE):
+        labels[QUEUE] = queue
+    resources = {resource: str(amount) for resource, amount in launch.resources.items()} or None
     mount = {"name": "shared", "mountPath": str(launch.shared)}  # a volume of that name in the runtime is replaced
     pod = options.PodSpecPatch(
         volumes=[{"name": "shared", "persistentVolumeClaim": {"claimName": launch.claim}}],
@@ -143,12 +159,26 @@ def submit_job(client: sdk.TrainerClient, name: str, command: list[str], launch:
         trainer=sdk.CustomTrainerContainer(launch.image, num_nodes=launch.num_nodes, resources_per_node=resources),
         options=[
             options.Name(name),
-            options.Labels(labels | ({QUEUE: launch.queue} if launch.queue else {})),
+            options.Labels(labels),
             options.TrainerCommand(command),
             options.ActiveDeadlineSeconds(round(launch.hours * 3600)),
             options.RuntimePatch(options.TrainingRuntimeSpecPatch(job_set)),
         ],
     )
+
+
+def _labels_of_runtime(client: sdk.TrainerClient, name: str) -> dict[str, str]:
+    """The labels of the namespace's own TrainingRuntime, which the SDK reads and drops; none if it is the cluster's."""
+    backend = client.backend
+    try:
+        found = backend.custom_api.get_namespaced_custom_object(
+            GROUP, VERSION, backend.namespace, TRAINING_RUNTIME_PLURAL, name
+        )
+    except ApiException as error:
+        if error.status != 404:
+            raise RuntimeError(f"Failed to get Runtime: {name}") from error
+        return {}
+    return dict(found["metadata"].get("labels") or {})
 
 
 def _follow(client: sdk.TrainerClient, name: str) -> tuple[bool, list[str]]:

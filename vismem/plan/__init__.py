@@ -20,6 +20,7 @@ from vismem.progress import progress
 from vismem.steps import BASELINES
 
 PLANNED = ("stage1", "stage2", "evaluate")
+BYTES = {"bfloat16": 2, "float32": 4}  # of a parameter
 PROCESS = 4e9  # bytes, assumed: Python, torch and CUDA's libraries, data
 CHECKPOINTING, BATCH, PIXELS = "grpo.gradient_checkpointing", "grpo.batch_size", "memory.image_pixels"
 KNOBS = {  # what makes a step smaller, and the least value that is proposed; what changes no result comes first
@@ -49,13 +50,14 @@ class Plan:
     host: dict[str, float]
 
 
-def plan(config: Config, gpus: str, image: str, steps: Sequence[str] = ()) -> Plan:
+def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] = ()) -> Plan:
     """Plan a run of `config` on `gpus` (such as 8xH100) with images of WIDTHxHEIGHT.
 
     `steps`: those that are planned; by default the two stages, `evaluate`, and the baselines that its arms name.
     UserError for a base that cannot be read, GPUs that are not known, and batches that the GPUs cannot share.
     """
-    machine, size, known = Machine.named(gpus), _size(image), (*PLANNED, *(step.name for step in BASELINES))
+    machine = Machine.named(gpus) if isinstance(gpus, str) else gpus
+    size, known = _size(image), (*PLANNED, *(step.name for step in BASELINES))
     if config.grpo.batch_size % machine.count:
         raise UserError(f"grpo.batch_size {config.grpo.batch_size} must be a multiple of the {machine.count} GPUs")
     for name in steps:
@@ -63,8 +65,7 @@ def plan(config: Config, gpus: str, image: str, steps: Sequence[str] = ()) -> Pl
             raise UserError(f"no plan of '{name}'{nearest(name, known)}: there are {', '.join(known)}")
     arms = {name.partition("@")[0] for name in config.evaluate.arms}
     names = steps or [name for name in known if name in PLANNED or name in arms]
-    with beside_dispatch(), Shapes():
-        model = VisMemModel(hollow_base(config.base), config.memory, config.invocation)
+    model = hollow(config)
     own, added = parameters(model.backbone.model), parameters(model)
     found, remedies = [], {}
     with progress("plan", len(names)) as advance:
@@ -74,9 +75,9 @@ def plan(config: Config, gpus: str, image: str, steps: Sequence[str] = ()) -> Pl
                 remedies[name] = _remedy(step, config, machine, size)
             advance()
     base, others = sum(own.values()), sum(added.values())
-    stored = base * (2 if config.base.dtype == "bfloat16" else 4)
+    stored = base * BYTES[config.base.dtype]
     title = f"{config.base.model} ({model.backbone.family}, {config.base.dtype})"
-    disk, host = _disk(config, stored, base, others, found), _host(config, machine, stored, base, others)
+    disk, host = _disk(config, stored, base, others, found), _host(config, machine.count, stored, base, others)
     return Plan(title, machine, size, own, added, found, remedies, disk, host)
 
 
@@ -129,11 +130,26 @@ def _disk(config: Config, stored: float, base: float, added: float, steps: Seque
     return found
 
 
-def _host(config: Config, machine: Machine, stored: float, base: float, added: float) -> dict[str, float]:
-    """Bytes of the host's memory at the largest moment of training and of `export`."""
+def host_memory(config: Config, processes: int) -> dict[str, float]:
+    """Bytes of the host's memory at the largest moment of training by `processes` and of `export`.
+
+    UserError as from `plan`. No step is rehearsed: this takes seconds.
+    """
+    model = hollow(config)
+    base, added = (sum(parameters(part).values()) for part in (model.backbone.model, model))
+    return _host(config, processes, base * BYTES[config.base.dtype], base, added)
+
+
+def hollow(config: Config) -> VisMemModel:
+    """The base and what VisMem adds, without values. UserError for a base that cannot be read."""
+    with beside_dispatch(), Shapes():
+        return VisMemModel(hollow_base(config.base), config.memory, config.invocation)
+
+
+def _host(config: Config, processes: int, stored: float, base: float, added: float) -> dict[str, float]:
     export = 8 * (base + added) if config.export.graphs else stored + 4 * added
     return {
-        f"training: {machine.count} processes, each with the base before it moves": machine.count
+        f"training: {processes} processes, each with the base before it moves": processes
         * (stored + 4 * added + PROCESS),
         "export": export + PROCESS,
     }

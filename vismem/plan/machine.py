@@ -2,13 +2,16 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
+import psutil
 import torch
 
 from vismem.errors import UserError
 
 GIB = 2**30
+CGROUP_LIMITS = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
 CONTEXT = 0.8 * GIB  # assumed: CUDA's context, and the workspaces of cuBLAS and NCCL
 FRAGMENTS = 0.06  # assumed: of what lives, lost between blocks of torch's allocator
 FLOP_SHARE, BANDWIDTH_SHARE = 0.5, 0.7  # assumed, of the data sheet's rates
@@ -34,6 +37,12 @@ class Machine:
             raise UserError(f"--gpus {gpus}: give COUNTxCARD, such as 8xH100; CARD is one of {', '.join(CARDS)}")
         return cls(int(found[1]), found[2], *CARDS[found[2]])
 
+    @classmethod
+    def here(cls, count: int) -> Self:
+        """`count` of this machine's GPUs, by the memory that the smallest has. Rates are those of an A100."""
+        sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(count)]
+        return cls(count, torch.cuda.get_device_name(0), min(sizes), *CARDS["A100"][1:])
+
     def seconds(self, flops: int, moved: int, kind: torch.dtype) -> float:
         """Of one operation: the longest of computing, of reading and writing its bytes, and of launching it."""
         rate = self.float32 if kind == torch.float32 else self.bfloat16
@@ -43,6 +52,15 @@ class Machine:
     def usable(self) -> float:
         """Bytes of one GPU that tensors can have."""
         return (self.memory - CONTEXT) / (1 + FRAGMENTS)
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this process may use: its control group's limit, a pod's, or else the machine's."""
+    limits: list[int] = [psutil.virtual_memory().total]
+    for file in CGROUP_LIMITS:
+        if file.is_file() and (text := file.read_text().strip()).isdecimal():  # "max": none
+            limits.append(int(text))
+    return min(limits)
 
 
 CARDS = {

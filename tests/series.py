@@ -1,0 +1,47 @@
+"""The series that deploy/kubernetes reads of a server, and those that it has: of the runtime and of Triton itself."""
+
+import json
+import re
+from collections.abc import Iterator
+
+import yaml
+from manifests import KUBERNETES
+
+from vismem.serving.metrics import Metrics
+
+TRITON = {  # of Triton's own those that are used here
+    "nv_inference_pending_request_count",
+    "nv_inference_queue_duration_us",
+    "nv_inference_request_failure",
+    "nv_inference_request_success",
+}
+RUNTIME = {  # deploy/triton/model.py shows each under its own name
+    sample.name
+    for family in Metrics(int, int).registry.collect()
+    for sample in family.samples
+    if not sample.name.endswith("_created")
+}
+SERIES = TRITON | RUNTIME
+LABELS = {"namespace", "pod", "model", "version", "kind", "reason", "le"}  # the first two are Prometheus's
+MONITORING = KUBERNETES / "components" / "monitoring"
+
+
+def rule_queries() -> Iterator[str]:
+    """The expressions of the alerts, and what the autoscaler's adapter asks, for one pod."""
+    for group in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["spec"]["groups"]:
+        yield from (rule["expr"] for rule in group["rules"])
+    for rule in yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())["rules"]["custom"]:
+        yield rule["seriesQuery"]
+        yield rule["metricsQuery"].replace("<<.LabelMatchers>>", 'pod="a"').replace("<<.GroupBy>>", "pod")
+
+
+def dashboard_queries() -> Iterator[str]:
+    """The queries of the dashboard's panels."""
+    board = json.loads((MONITORING / "dashboard.json").read_text())
+    yield from (target["expr"] for panel in board["panels"] for target in panel["targets"])
+
+
+def asked() -> set[str]:
+    """The names of all series that are read."""
+    names = "|".join(sorted(SERIES, key=len, reverse=True))
+    return set(re.findall(rf"\b(?:{names})\b", "\n".join([*rule_queries(), *dashboard_queries()])))

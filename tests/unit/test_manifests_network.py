@@ -1,0 +1,86 @@
+"""Who may talk to whom in each install of deploy/kubernetes, and whom its policies leave alone."""
+
+from manifests import (
+    SEVERAL_NODES,
+    containers,
+    labels_of_pods,
+    named,
+    namespace_of,
+    of_kind,
+    overlays,
+    selects,
+    values,
+)
+
+OUTSIDE_PODS = ("workflows.argoproj.io/workflow",)  # labels of pods that others make in the namespace: steps of a run
+
+
+@overlays
+def test_network_policies_name_pods_and_ports_that_exist(overlay: str) -> None:
+    pods = labels_of_pods(overlay)
+    seen = [*pods.values(), *({label: "any"} for label in OUTSIDE_PODS), {"vismem/triton-client": "true"}]
+    ports = {port["name"]: port["containerPort"] for _, c in containers(overlay) for port in c.get("ports", [])}
+    for policy in of_kind(overlay, "NetworkPolicy"):
+        for selector in values(policy, "podSelector"):
+            assert any(selects(selector, labels) for labels in seen), policy["metadata"]["name"]
+        for port in (port["port"] for listed in values(policy, "ports") for port in listed):
+            assert isinstance(port, int) or port in ports, policy["metadata"]["name"]
+
+
+@overlays
+def test_pods_may_do_what_their_neighbours_expect_of_them(overlay: str) -> None:
+    """Both ends of a connection are open: the caller's egress and the other's ingress."""
+    connections = [("Deployment/mlflow", "CronJob/publish-champion", "http")]
+    if overlay in SEVERAL_NODES:
+        connections.append(("TrainingRuntime/vismem-torch/node", "TrainingRuntime/vismem-torch/node", None))
+    for server, client, port in connections:
+        assert allowed(overlay, "ingress", "from", server, client, port)
+        assert allowed(overlay, "egress", "to", client, server, port)
+    assert not allowed(overlay, "ingress", "from", "Deployment/triton", "Deployment/mlflow", "grpc")
+    assert not allowed(overlay, "egress", "to", "Deployment/triton", "Deployment/mlflow", "http")
+
+
+@overlays
+def test_names_are_looked_up_wherever_clusters_have_their_dns(overlay: str) -> None:
+    dns = named(overlay, "NetworkPolicy", "dns")["spec"]
+    assert dns["podSelector"] == named(overlay, "NetworkPolicy", "default-deny")["spec"]["podSelector"]
+    (rule,) = dns["egress"]
+    (spaces,) = [space for peer in rule["to"] for space in values(peer, "matchExpressions")]
+    assert spaces[0]["values"] == ["kube-system", "openshift-dns"]
+    assert {"cidr": "169.254.20.10/32"} in [peer.get("ipBlock") for peer in rule["to"]]  # NodeLocal DNSCache
+    assert {(port["port"], port["protocol"]) for port in rule["ports"]} == {
+        (port, protocol) for port in (53, 5353) for protocol in ("UDP", "TCP")
+    }
+
+
+@overlays
+def test_no_pod_waits_for_a_sidecar_or_is_kept_alive_by_one(overlay: str) -> None:
+    for key, labels in labels_of_pods(overlay).items():
+        assert labels["sidecar.istio.io/inject"] == "false", key
+
+
+def allowed(overlay: str, way: str, side: str, owner: str, peer: str, port: str | None) -> bool:
+    pods = labels_of_pods(overlay)
+    for policy in of_kind(overlay, "NetworkPolicy"):
+        if selects(policy["spec"]["podSelector"], pods[owner]):
+            for rule in policy["spec"].get(way, []):
+                peers = [one["podSelector"] for one in rule.get(side, []) if set(one) == {"podSelector"}]
+                open_ports = {one["port"] for one in rule.get("ports", [])}
+                if any(selects(one, pods[peer]) for one in peers) and (not open_ports or port in open_ports):
+                    return True
+    return False
+
+
+@overlays
+def test_nothing_of_ours_may_talk_that_is_not_named_and_no_policy_confines_others(overlay: str) -> None:
+    """Others are Kubeflow's own pods, or those that its controllers put into a profile's namespace."""
+    deny = named(overlay, "NetworkPolicy", "default-deny")
+    assert deny["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert all(selects(deny["spec"]["podSelector"], labels) for labels in labels_of_pods(overlay).values())
+    others = [{"app": "ml-pipeline"}, {"app": "ml-pipeline-ui-artifact"}, {"app": "seaweedfs"}, {}]
+    if namespace_of(overlay) == "kubeflow":
+        others.append(dict.fromkeys(OUTSIDE_PODS, "of-another-pipeline"))
+    for policy in of_kind(overlay, "NetworkPolicy"):
+        assert not any(selects(policy["spec"]["podSelector"], labels) for labels in others), policy["metadata"]["name"]
+        for rule in policy["spec"].get("ingress", []):
+            assert rule["from"], f"{policy['metadata']['name']} lets everybody in"

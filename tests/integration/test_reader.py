@@ -119,13 +119,13 @@ def test_vanilla_is_answered_by_the_bare_base_and_all_other_arms_with_it(
     for name, step in STEPS.items():
 
         def answering(model: VisMemModel, batch: Any, policy: Any, name: str = name, **more: Any) -> Any:
-            seen.setdefault(name, set()).add((isinstance(policy, Off), model.policy_lora.enabled))
+            seen.setdefault(name, set()).add((isinstance(policy, Off), policy.base))
             return generate(model, batch, policy, **more)
 
         monkeypatch.setattr(run, "generate", answering)
         (tmp_path / name).mkdir()
         step(CONFIG, stages, tmp_path / name)
-    assert seen == {"stage1": {(True, False), (False, True)}, "stage2": {(True, False), (False, True)}}
+    assert seen == {"stage1": {(True, True), (False, False)}, "stage2": {(True, True), (False, False)}}
 
 
 def test_the_vanilla_of_a_model_with_it_is_the_base_to_the_last_bit(stages: dict[str, Path], tiny_base: Path) -> None:

@@ -81,12 +81,17 @@ def test_a_curve_holds_every_step_and_figure(tmp_path: Path) -> None:
     assert [row["late"] for row in found] == [""] * 4 + ["1.0"] * 3
 
 
+def values(file: Path) -> list[tuple[str, float, int]]:
+    """The curve without its times, which are the file's."""
+    return [(name, value, step) for name, value, step, _ in read_curve(file)]
+
+
 def test_a_line_that_was_half_written_is_not_read_and_is_cut_on_resuming(tmp_path: Path) -> None:
     run(tmp_path)
     file = tmp_path / "run.csv"
-    whole, points = file.read_bytes(), read_curve(file)
+    whole, points = file.read_bytes(), values(file)
     file.write_bytes(whole + b"7,0.1")
-    assert read_curve(file) == points
+    assert values(file) == points
     run(tmp_path)
     assert file.read_bytes() == whole
 

@@ -30,7 +30,7 @@ def test_a_record_is_read_back_and_a_missing_or_unknown_field_is_an_error(record
     assert type(record).read(tmp_path) == record
     file = tmp_path / record.FILE
     values = json.loads(file.read_text())
-    for field in values:
+    for field in (name for name, info in type(record).model_fields.items() if info.is_required()):
         file.write_text(json.dumps({key: value for key, value in values.items() if key != field}))
         with pytest.raises(UserError, match=rf"{record.FILE} is damaged \({field}: Field required\): run `vismem"):
             type(record).read(tmp_path)

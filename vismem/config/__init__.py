@@ -22,6 +22,7 @@ from vismem.config.data import (
     NlvrSource,
     PrepareConfig,
     ScenesSource,
+    Severity,
     Source,
     ValidateConfig,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "RegistryConfig",
     "ScenesSource",
     "Section",
+    "Severity",
     "Source",
     "Stage1Config",
     "Stage2Config",

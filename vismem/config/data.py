@@ -1,5 +1,6 @@
 """Where the questions come from, and what the data must satisfy."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
@@ -8,7 +9,14 @@ from pydantic import Field, model_validator
 from vismem.config.section import Section
 
 Split = Literal["train", "validation", "test"]
-Severity = Literal["error", "quarantine", "warning"]
+
+
+class Severity(StrEnum):
+    """What a broken rule of the data does: stop the pipeline, set the rows that break it apart, or only say so."""
+
+    ERROR = "error"
+    QUARANTINE = "quarantine"
+    WARNING = "warning"
 
 
 class ScenesSource(Section):

@@ -7,6 +7,7 @@ A chart is a few panels, small enough for a phone. The report shows each as SVG 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +93,9 @@ def time_panel(metrics: Metrics) -> Panel | None:
             axes.vlines(time, low, high, color=colour, linewidth=1, alpha=0.5)
             draw_dot(axes, time, metrics.arms[arm][OVERALL], arm, words=words[arm])
             if arm in (VANILLA, VISMEM):
-                axes.text(time, high, label(arm), color=colour, ha="center", va="bottom")
+                # above the dot also where that is the interval's end
+                place: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+                axes.annotate(label(arm), (time, high), color=colour, **place)
         axes.grid()
         axes.margins(0.15)
         axes.set_xlabel("time per question (ms)")

@@ -1,20 +1,11 @@
-"""The rules of the data, as expectations of Great Expectations on columns of the facts; `judge` asks them."""
+"""The rules of the data, as expectations of Great Expectations on columns of the facts; `Project.judge` asks them."""
 
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Any
 
-from vismem.config import ValidateConfig
+from vismem.config import Severity, ValidateConfig
 from vismem.data.sample import Capability
 from vismem.errors import UserError, nearest
-
-
-class Severity(StrEnum):
-    """What a broken rule does: stop the pipeline, set the rows that break it apart, or only say so."""
-
-    ERROR = "error"
-    QUARANTINE = "quarantine"
-    WARNING = "warning"
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ NULL, BETWEEN, IN_SET = (f"expect_column_values_to_be_{kind}" for kind in ("null
 def rules(config: ValidateConfig) -> tuple[Rule, ...]:
     """All rules that VisMem brings, in the order of the report; UserError for a severity that none can have."""
     found = {rule.name: rule for rule in _rules(config)}
-    for name, severity in ((name, Severity(written)) for name, written in config.severities.items()):
+    for name, severity in config.severities.items():
         if name not in found:
             raise UserError(f"validate.severities: no rule '{name}'{nearest(name, found)}; rules: {', '.join(found)}")
         if severity is Severity.QUARANTINE and found[name].table != "rows":

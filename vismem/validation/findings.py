@@ -5,8 +5,9 @@ from functools import cached_property
 
 import pandas as pd
 
+from vismem.config import Severity
 from vismem.data.fingerprint import SPLITS, data_sha256
-from vismem.validation.expectations import Severity, Verdict
+from vismem.validation.expectations import Verdict
 from vismem.validation.facts import Shard
 
 

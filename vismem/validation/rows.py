@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from vismem.config import ValidateConfig
+from vismem.config import Severity, ValidateConfig
 from vismem.data.fingerprint import ImageFacts
 from vismem.data.sample import Sample
 from vismem.runtime.reserved import Reserved
-from vismem.validation.expectations import BETWEEN, NULL, Rule, Severity, rules
+from vismem.validation.expectations import BETWEEN, NULL, Rule, rules
 from vismem.validation.facts import row_facts
 
 

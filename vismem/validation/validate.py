@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vismem.config import BaseConfig, Config, ValidateConfig
+from vismem.config import BaseConfig, Config, Severity, ValidateConfig
 from vismem.data.fingerprint import SPLITS
 from vismem.data.revisions import read_revisions, write_revisions
 from vismem.data.sample import SCHEMA, shard_tables, write_shards
@@ -22,10 +22,10 @@ from vismem.models.tokens import MEMORY_TOKENS
 from vismem.progress import progress
 from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
 from vismem.runtime.reserved import Reserved
-from vismem.validation.expectations import Severity, Verdict, rules
+from vismem.validation.expectations import Verdict, rules
 from vismem.validation.facts import KEPT, Shard, collect_facts, find_shards
 from vismem.validation.findings import Findings
-from vismem.validation.judge import Judge
+from vismem.validation.project import Project
 from vismem.validation.report import render
 
 QUARANTINE_SCHEMA = pa.schema([*SCHEMA, ("reason", pa.string()), ("split", pa.string())])
@@ -73,9 +73,9 @@ def _reserved(base: BaseConfig) -> Reserved:
 def examine(settings: ValidateConfig, folder: Path, reserved: Reserved, out: Path) -> Findings:
     """Judge the shards below `folder` by every rule, with a base that has these tokens; only `out/gx` is written."""
     every = rules(settings)
-    judge = Judge(out, settings.plugins)
+    project = Project(out, settings.plugins)
     if settings.expectations:
-        every += judge.own_rules(settings.expectations, KEPT, {rule.name for rule in every})
+        every += project.own_rules(settings.expectations, KEPT, {rule.name for rule in every})
     stored = _read_profile(settings.task_profile) if settings.task_profile else None
     shards = find_shards(folder)
     good = [shard for shard in shards if shard.fault is None]
@@ -83,7 +83,7 @@ def examine(settings: ValidateConfig, folder: Path, reserved: Reserved, out: Pat
         rows = collect_facts(good, settings, reserved, advance)
     shard_table = pd.DataFrame({"shard": [s.name for s in shards], "fault": [s.fault for s in shards]}, dtype=object)
     tables = {"shards": shard_table, "rows": rows[[name for name in rows if name in KEPT]]}
-    verdicts = judge.judge(tables, every)
+    verdicts = project.judge(tables, every)
     reasons = _reasons(verdicts, rows)
     clean = rows.drop(index=list(reasons))
     task_mix = {split: _shares(clean.loc[clean["split"] == split, "task"]) for split in SPLITS}
@@ -91,8 +91,8 @@ def examine(settings: ValidateConfig, folder: Path, reserved: Reserved, out: Pat
     splits = _split_table(rows, clean, settings.required_splits, task_mix, profile)
     share = len(reasons) / len(rows) if len(rows) else 0.0
     total = pd.DataFrame([{"rows": len(rows), "quarantined": len(reasons), "quarantined_share": share}])
-    verdicts += judge.judge({"splits": splits, "total": total}, every)
-    judge.finish()
+    verdicts += project.judge({"splits": splits, "total": total}, every)
+    project.finish()
     tables |= {"splits": splits, "total": total}
     said = [_said(verdict, tables[verdict.rule.table], good) for verdict in verdicts]
     said.sort(key=lambda verdict: every.index(verdict.rule))

@@ -17,9 +17,10 @@ import pandas as pd
 import yaml
 from pandas.api.types import is_numeric_dtype
 
+from vismem.config import Severity
 from vismem.errors import UserError, nearest
 from vismem.files import read_json
-from vismem.validation.expectations import BETWEEN, Rule, Severity, Verdict
+from vismem.validation.expectations import BETWEEN, Rule, Verdict
 
 SEVERITIES = {Severity.ERROR: "critical", Severity.QUARANTINE: "warning", Severity.WARNING: "info"}  # there, ours
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -33,7 +34,7 @@ footer, .navbar, .cooltip .top { display: none; } .fa-exclamation-triangle::befo
 </style></head>"""
 
 
-class Judge:
+class Project:
     """A project of Great Expectations in the empty folder `folder/gx`, and the rules that a user adds in it."""
 
     def __init__(self, folder: Path, plugins: Iterable[Path] = ()) -> None:

@@ -70,7 +70,10 @@ class Install:
 
 @dataclass(frozen=True)
 class Request:
-    """A run that is asked for; `given`: the pipeline's parameters and the pods' settings, as texts; `settings`: overrides."""
+    """A run that is asked for.
+
+    `given`: parameters of the pipeline and settings of its pods, as texts; `settings`: overrides of params.yaml.
+    """
 
     profile: str
     overlay: Path

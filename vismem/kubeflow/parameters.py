@@ -30,10 +30,10 @@ def configure(
     """The parameters of each of `TASKS`, in that order: what the component returns.
 
     All parameters, with their descriptions, also go to the file `page` as YAML. `gpus`: how many `preflight` must see.
-    `image` is the cluster's, empty elsewhere; there `preflight` also asks for MLflow's address. `launches`: others train.
-    UserError where a parameter is wrong, see `vismem.config.resolve`, names a data revision that is not there, where the
-    image's name may mean another one tomorrow, and where the profile asks for more GPUs than there are to be: it would
-    train on the CPU.
+    `image` is the cluster's, empty elsewhere; there `preflight` also asks for MLflow's address. `launches`: others
+    train. UserError where a parameter is wrong, see `vismem.config.resolve`, names a data revision that is not there,
+    where the image's name may mean another one tomorrow, and where the profile asks for more GPUs than there are to be:
+    it would train on the CPU.
     """
     take_s3_keys()
     wanted = resolve(profile, overrides).preflight.gpus

@@ -44,7 +44,6 @@ PATIENCE = 60  # consecutive looks that may fail before the job is given up: the
 TAIL = 200  # lines of the log that are kept: torchrun reports on every process at its end
 TORCHRUN = ("-m", "torch.distributed.run")
 ENDED = {TRAINJOB_COMPLETE, TRAINJOB_FAILED}
-QUEUE = "kueue.x-k8s.io/queue-name"  # a label: Kueue admits the job from that queue
 
 
 def run_locally(launch: LaunchConfig, name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path]) -> str:

@@ -163,7 +163,8 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
     """Add `configure`, `preflight` and the steps, each with the outputs that it reads, to the pipeline being built."""
     given, evaluate = place.parameters, place.cluster.evaluation_gpu_count
     train = 0 if place.cluster.launches else place.cluster.gpu_count
-    image = "" if place.fixed_image else given.image
+    image, run = ("", "") if place.fixed_image else (given.image, dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    origin = {"image": image, "run": run}
     resumes = place.shared_volume  # from its checkpoints there; without, a retry would train from the start
     placed: dict[str, dict[str, Any]] = {
         "prepare": {"retried": True, "secrets": ("s3_secret",)},
@@ -187,8 +188,7 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
     for step in STEPS:
         component = getattr(components, step.name)
         inputs = {"parameters": parameters[step.name]} | {name: made[name][name] for name in step.inputs}
-        if "image" in component.component_spec.inputs:
-            inputs["image"] = image
+        inputs |= {name: value for name, value in origin.items() if name in component.component_spec.inputs}
         last = step.name == "deploy"
         with dsl.If(made["promote"]["Output"] == "promoted", name="promoted") if last else nullcontext():
             task = place(component(**inputs), **placed[step.name])

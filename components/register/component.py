@@ -6,6 +6,8 @@ from kfp import dsl
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def register(
     parameters: dict,
+    image: str,
+    run: str,
     export: dsl.Input[dsl.Model],
     evaluate: dsl.Input[dsl.Artifact],
     validate: dsl.Input[dsl.Dataset],
@@ -16,9 +18,12 @@ def register(
 
     Args:
         parameters: All sections, from `configure`.
+        image: Image of the tasks, a tag of the version; empty outside a cluster.
+        run: Id of the pipeline's run, a tag of the version; empty outside a cluster.
         register: version.json and verdict.json; metadata: name, version, run_id, model_id, manifest_sha256, verdict.
         verdict: Every rule of the gate with its figures.
     """
     from vismem.kubeflow.task import run_task
 
-    run_task(parameters, register, report=verdict, export=export, evaluate=evaluate, validate=validate)
+    inputs = {"export": export, "evaluate": evaluate, "validate": validate}
+    run_task(parameters, register, image=image, run=run, report=verdict, **inputs)

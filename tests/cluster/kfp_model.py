@@ -212,7 +212,8 @@ class Kubeflow:
             return group.inputs[source["componentInputParameter"]]
         if made := source.get("taskOutputParameter"):
             return group.outputs[made["producerTask"]]["parameters"][made["outputParameterKey"]]
-        return source["runtimeValue"]["constant"]
+        constant = source["runtimeValue"]["constant"]
+        return self.name if constant == "{{$.pipeline_job_uuid}}" else constant
 
     def outputs(self, name: str, defined: Values) -> Values:
         """Where the outputs of a task go: a folder of the store that no other task has."""

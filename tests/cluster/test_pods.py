@@ -100,6 +100,12 @@ def test_no_pod_has_a_variable_by_which_kubeflow_s_launcher_would_find_another_s
     assert pods["register"].env["VISMEM_AWS_ENDPOINT_URL_S3"] == ("vismem-s3", "AWS_ENDPOINT_URL_S3")
 
 
+def test_the_version_s_task_learns_which_run_and_which_image_made_it(kubeflow: Kubeflow) -> None:
+    pods = kubeflow.run(COMMITTED, {"image": "host/train@sha256:1"})
+    assert pods["register"].inputs["image"] == pods["register"].main["image"] == "host/train@sha256:1"
+    assert pods["register"].inputs["run"] == kubeflow.name
+
+
 def test_pods_that_train_or_decode_have_their_size_nodes_shared_memory_and_queue_and_are_not_evicted_to_save_nodes(
     kubeflow: Kubeflow, compiled: Callable[..., str]
 ) -> None:

@@ -25,6 +25,7 @@ from vismem.kubeflow.parameters import (
 )
 from vismem.kubeflow.results import describe, render_report, write_confusion, write_summary
 from vismem.kubeflow.task import run_task
+from vismem.provenance import origin_tags
 from vismem.records import Release
 from vismem.steps import BY_NAME, STEPS
 
@@ -241,6 +242,16 @@ def test_a_task_runs_its_step_and_describes_its_output(tmp_path: Path) -> None:
     assert metrics.metadata == {"rows_test": 2.0, "rows_validation": 1.0, "rows_train": 3.0}
     assert json.loads(Path(metrics.path).read_text()) == metrics.metadata
     assert out.metadata["data_sha256"] == json.loads((Path(out.path) / "stats.json").read_text())["data_sha256"]
+
+
+def test_a_task_of_a_cluster_says_which_run_and_which_image_it_belongs_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("KFP_RUN_ID", "VISMEM_IMAGE"):
+        monkeypatch.setenv(variable, "")  # so that they are put back
+    with pytest.raises(UserError):
+        run_task(parameters_of("register", Config()), artifact(tmp_path / "register"), image="host/train@1", run="k1")
+    assert origin_tags() == {"kfp_run_id": "k1", "image": "host/train@1"}
 
 
 def test_a_task_whose_input_is_missing_says_so(tmp_path: Path) -> None:

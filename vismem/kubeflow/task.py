@@ -29,21 +29,24 @@ def run_task(
     out: Artifact,
     *,
     image: str = "",
+    run: str = "",
     metrics: Artifact | None = None,
     report: Artifact | None = None,
     **inputs: Artifact,
 ) -> None:
     """Run the step whose name the folder of `out` has into that folder.
 
-    `parameters`: what `parameters_of` gave; `inputs`: the artifact of each step that it reads; `image`: that of the
-    nodes which Kubeflow Trainer starts, empty outside a cluster. Afterwards `out` has its provenance as metadata,
-    `metrics` its figures, `report` its page. Raises what the step raises.
+    `parameters`: what `parameters_of` gave; `inputs`: the artifact of each step that it reads; `image`: that of all
+    tasks and of nodes which Kubeflow Trainer starts, and `run`: the id of the pipeline's run; empty outside a cluster.
+    Afterwards `out` has its provenance as metadata, `metrics` its figures, `report` its page. Raises what the step
+    raises.
 
     The variable VISMEM_WORK may name a folder that outlives the task: long steps keep their checkpoints there, and a
     task that was killed resumes from them when it runs again, with the same parameters, inputs and code. The variable
     VISMEM_LAUNCH may hold the other fields of `LaunchConfig`, as JSON.
     """
     take_s3_keys()
+    os.environ.update({name: value for name, value in {"KFP_RUN_ID": run, "VISMEM_IMAGE": image}.items() if value})
     folder = Path(out.path)
     name = folder.name
     config = parse_config({key: value for key, value in parameters.items() if key != IDENTITY}, f"parameters of {name}")

@@ -10,10 +10,12 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from vismem.config import Config
-from vismem.evaluation import report
+from vismem.evaluation import compare, report
 from vismem.evaluation.arms import ARMS
 from vismem.evaluation.plots import evaluation_charts
 from vismem.evaluation.predictions import InvocationRecord
+from vismem.evaluation.scored import Scored
+from vismem.files import write_text
 from vismem.models.attention import Look
 
 STRANGE = [
@@ -53,8 +55,8 @@ def picture(width: int, height: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of three arms and ten more, of forty questions; some have strange text, pictures, or a look."""
+def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Pages of three arms and ten more, of forty questions; some have strange text, pictures, or a look."""
     few = hand_made()
     both = (InvocationRecord(2, "short", False, 0.25), InvocationRecord(9, "long", False, 0.75))
     marked = "seen,<m_I^s> and<m_I^l> answer: 3"
@@ -70,10 +72,23 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     charts = evaluation_charts(metrics, predictions, {})
     pictures = {"item-1": [picture(400, 200)], "item-9": [picture(20, 300), b"no picture", picture(90, 90)]}
     provenance = {"base model": STRANGE[1], STRANGE[0]: STRANGE[2]}
+    folder = tmp_path_factory.mktemp("pages")
     page = report.render(metrics, predictions, charts, pictures, provenance, Config().evaluate, LOOKS)
-    file = tmp_path_factory.mktemp("report") / "report.html"
-    file.write_text(page)
-    return file.as_uri()
+    write_text(folder / "report.html", page)
+    arms = {
+        arm: {
+            row.id: Scored(row.id, row.task, row.reference, row.score, "", row.question, row.marked_text)
+            for row in predictions[arm]
+        }
+        for arm in ("vanilla", "vismem")
+    }
+    write_text(folder / "compare.html", compare.render(arms, compare.compare(arms, seed=0, resamples=20), seed=0))
+    return {name: (folder / f"{name}.html").as_uri() for name in ("report", "compare")}
+
+
+@pytest.fixture
+def url(urls: dict[str, str]) -> str:
+    return urls["report"]
 
 
 @pytest.fixture
@@ -95,15 +110,16 @@ def watched(opened: Page, url: str) -> Iterator[Page]:
     opened.close()
     assert errors == []
     assert {address for address in asked if not address.startswith("data:")} == {url}
-    assert title == "VisMem evaluation", "no text of the data ran"
+    assert title in ("VisMem evaluation", "VisMem comparison"), "no text of the data ran"
 
 
 @pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("which", ["report", "compare"])
 def test_nothing_is_cut_off_on_a_phone_or_a_desk_by_day_or_by_night(
-    browser: Browser, url: str, width: int, scheme: str
+    browser: Browser, urls: dict[str, str], which: str, width: int, scheme: str
 ) -> None:
     opened = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
-    for page in watched(opened, url):
+    for page in watched(opened, urls[which]):
         assert page.evaluate("document.documentElement.scrollWidth") == width
         page.locator("#more").dispatch_event("click")  # all cards
         expect(page.locator("#answers > article:visible")).to_have_count(40)

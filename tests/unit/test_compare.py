@@ -1,6 +1,7 @@
 """`vismem compare`: files of every harness read alike, arms paired by question, hostile files refused in a line."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from vismem.cli import main
 from vismem.errors import UserError
-from vismem.evaluation.compare import compare, read_arms
+from vismem.evaluation.compare import compare, read_arms, render, table
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, write_predictions
 from vismem.evaluation.scored import Scored, read_scored
@@ -86,10 +87,7 @@ def kit_xlsx(folder: Path, arm: str) -> Path:
     return file
 
 
-KINDS: dict[Callable[[Path, str], Path], str | None] = {
-    own: None, lmms: "input_media", kit_tsv: "image_path", kit_json: "image_path", kit_judged: "image_path",
-    kit_xlsx: "image_path",
-}  # fmt: skip  # and by what each is clustered
+KINDS = {**dict.fromkeys((kit_tsv, kit_json, kit_judged, kit_xlsx), "image_path"), own: None, lmms: "input_media"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +97,7 @@ def test_files_of_every_harness_give_the_figures_of_an_evaluation(
     predictions = {arm: [prediction(*item) for item in enumerate(right)] for arm, right in RIGHT.items()}
     metrics = summarise(predictions, SECONDS, seed=5, resamples=200)
     arms = read_arms({arm: [kind(tmp_path, arm)] for arm in RIGHT}, cluster=KINDS[kind])
-    first, second = compare(arms, seed=5, resamples=200)
+    first, second = table(compare(arms, seed=5, resamples=200))
     gain, (low, high) = metrics["gain"]["overall"], metrics["intervals"]["vismem"]["overall"]
     assert (first["n"], first["clusters"], first["minus vanilla"]) == ("12", "4", "")
     assert second["score"] == f"{metrics['arms']['vismem']['overall']:.1f} ({low:.1f} to {high:.1f})"
@@ -109,7 +107,7 @@ def test_files_of_every_harness_give_the_figures_of_an_evaluation(
 
 def test_harnesses_are_paired_with_each_other_and_clusters_come_from_the_one_that_knows(tmp_path: Path) -> None:
     arms = read_arms({"ours": [own(tmp_path, "vanilla")], "theirs": [kit_tsv(tmp_path, "vanilla")]})
-    rows = compare(arms, seed=0, resamples=100)
+    rows = table(compare(arms, seed=0, resamples=100))
     assert [row["clusters"] for row in rows] == ["4", "4"]
     assert rows[1]["minus ours"].startswith("+0.0 (+0.0 to +0.0), p = 1.000")
 
@@ -121,12 +119,12 @@ def test_benchmarks_stand_apart_and_p_is_corrected_over_all_of_them() -> None:
 
     zeros, ones = "0" * 9, "1" * 9
     arms = {"a": rows("X", zeros) | rows("Y", zeros), "b": rows("X", ones) | rows("Y", zeros)}
-    table = compare(arms, seed=0, resamples=100)
-    assert [(row["benchmark"], row["arm"], row["n"]) for row in table] == [
+    found = table(compare(arms, seed=0, resamples=100))
+    assert [(row["benchmark"], row["arm"], row["n"]) for row in found] == [
         ("X", "a", "9"), ("X", "b", "9"), ("Y", "a", "9"), ("Y", "b", "9"),
         ("overall", "a", "18"), ("overall", "b", "18"),
     ]  # fmt: skip
-    said = [row["minus a"] for row in table]
+    said = [row["minus a"] for row in found]
     assert "p = 0.012: better" in said[1]  # 3 * 2 ** -8
     assert "p = 1.000: not shown" in said[3]
 
@@ -144,6 +142,37 @@ def test_the_command_prints_the_table_and_says_where_clusters_are_unknown(
         with pytest.raises(SystemExit, match="2"):
             main(["compare", *wrong])
         assert "give --arm NAME FILE... twice or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_has_the_figures_and_every_answer_whatever_stands_in_it(
+    kind: Callable[[Path, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "compare.html"
+    files = [argument for arm in RIGHT for argument in ("--arm", arm, str(kind(tmp_path, arm)))]
+    assert main(["compare", *files, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"compare: {out}\n")
+    page = out.read_text()
+    assert re.findall('data-right="(..)"', page) == [*map("".join, zip(*RIGHT.values(), strict=True))]
+    assert page.count('<p class="question" dir="auto">is it?</p>') == 12
+    assert "VisMem minus vanilla: +25.0 points" in page
+
+
+def test_the_page_marks_memories_escapes_answers_and_holds_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(text: str) -> dict[str, Scored]:
+        return {str(n): Scored(str(n), "Bench", "yes", n % 2, "", "<b>?</b>", text) for n in range(9)}
+
+    arms = {"a": rows("<script>alert(1)</script>"), "b": rows("seen,<m_I^s> yes \ud83d")}
+    found = compare(arms, seed=0, resamples=100)
+    page = render(arms, found, seed=0)
+    assert "<script>alert" not in page
+    assert "<b>?</b>" not in page
+    assert page.count('<span class="chip short">short-term memory</span>') == page.count('data-memory="ns"') == 9
+    page.encode()
+    monkeypatch.setattr("vismem.evaluation.compare.LARGEST", 2_000)
+    page = render(arms, found, seed=0)
+    assert 0 < page.count("<article") < 9
+    assert f"{page.count('<article')} of the 9 questions, drawn at random" in page
 
 
 def changed(file: Path, change: Callable[[str], str], name: str = "") -> Path:
@@ -255,9 +284,8 @@ def test_a_file_cut_anywhere_is_read_or_refused_and_never_fails_otherwise(
             found = read_scored(file)
         except UserError:
             continue
-        assert [replace(row, reference="") for row in found] == [
-            replace(row, reference="") for row in rows[: len(found)]
-        ]
+        told = [[replace(row, reference="") for row in each] for each in (found, rows[: len(found)])]
+        assert told[0] == told[1]
 
 
 def test_options_are_read_by_their_letters(tmp_path: Path) -> None:

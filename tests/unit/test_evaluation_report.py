@@ -151,7 +151,7 @@ def test_every_question_is_in_the_page_as_each_arm_answered_it_with_what_the_fil
     assert [card["data-memory"] for card in cards] == ["nsn", "nbn", "nsn", "nnn", "nln", *["nnn"] * 3]
     reordered = dict(reversed(predictions.items()))
     form = next(attributes for tag, attributes in Elements(page_of(reordered)).found if tag == "form")
-    assert form["data-vanilla"] == "2"
+    assert form["data-reference"] == "2"
     assert "hidden" in form, "without JavaScript there are no filters, and all cards are shown"
 
 

@@ -43,6 +43,7 @@ def add_commands(commands: Commands) -> None:
     add("--arm", nargs="+", action="append", required=True, metavar=("NAME", "FILE"), help=about)
     add("--metric", metavar="NAME", help="the harness's score to compare, where its files have several")
     add("--cluster", metavar="NAME", help="the key or column of what questions share, such as a picture's name")
+    add("--out", type=Path, metavar="FILE", help="also write a page with all answers, such as compare.html")
 
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
     add("--port", type=int, help="default: registry.ui_port; 0: any free one")
@@ -121,14 +122,18 @@ def _run_compare(arguments: argparse.Namespace) -> None:
     files = {name: [*map(Path, paths)] for name, *paths in arguments.arm}
     if len(files) < len(arguments.arm) or not all(files.values()) or len(files) < 2:
         arguments.parser.error("give --arm NAME FILE... twice or more, each with a name of its own and a file")
-    from vismem.evaluation.compare import compare, read_arms
+    from vismem.evaluation.compare import compare, read_arms, render, table
+    from vismem.files import write_text
     from vismem.summary import print_table
 
     arms = read_arms(files, arguments.metric, arguments.cluster)
     rows = compare(arms, seed=0, resamples=EvaluateConfig().bootstrap)
-    print_table(rows, "Scores in percent, differences in points, with 95 % intervals; p by Holm")
-    if rows[-1]["clusters"] == rows[-1]["n"]:
+    print_table(table(rows), "Scores in percent, differences in points, with 95 % intervals; p by Holm")
+    if rows[-1].clusters == rows[-1].n:
         print("Every question counts by itself: where some share a picture, name what tells with --cluster")
+    if arguments.out:
+        write_text(arguments.out, render(arms, rows, seed=0))
+        print(f"compare: {arguments.out}")
 
 
 def _run_ui(arguments: argparse.Namespace) -> None:

@@ -1,16 +1,22 @@
 """`vismem compare`: arms whose answers other programs scored, compared question by question."""
 
+import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
 from vismem.errors import UserError
+from vismem.evaluation.panels import to_svg
+from vismem.evaluation.plots import interval_panel, short_name
+from vismem.evaluation.report import LARGEST, MARK, SCRIPT, environment, memory_letter
 from vismem.evaluation.scored import Scored, read_scored
 from vismem.evaluation.statistics import holm, paired_difference, score_interval
-from vismem.records import OVERALL, p_value
+from vismem.pages import TIPS, storable
+from vismem.records import OVERALL, Difference, Interval, p_value
 
-SCORE = "{:.1f} ({:.1f} to {:.1f})"
 Arms = Mapping[str, Mapping[str, Scored]]  # arm -> its questions by id
 
 
@@ -37,8 +43,21 @@ def read_arms(files: Mapping[str, Sequence[Path]], metric: str | None = None, cl
     return {arm: {name: rows[name] for name in arms[first]} for arm, rows in arms.items()}
 
 
-def compare(arms: Arms, seed: int, resamples: int) -> list[dict[str, str]]:
-    """The rows of a table: an arm's for each benchmark and overall, scores in percent and differences in points.
+@dataclass(frozen=True)
+class Row:
+    """An arm's score on a benchmark in percent, and its difference from the first arm in points; none for that one."""
+
+    benchmark: str
+    arm: str
+    n: int
+    clusters: int
+    score: float
+    interval: Interval
+    difference: Difference | None
+
+
+def compare(arms: Arms, seed: int, resamples: int) -> list[Row]:
+    """A row for each benchmark and arm, and for each arm overall.
 
     `arms` as from `read_arms`. The first is what the others are compared with; p is Holm's over all comparisons. A
     question's cluster is what the file of any arm says, else the question.
@@ -58,19 +77,78 @@ def compare(arms: Arms, seed: int, resamples: int) -> list[dict[str, str]]:
         for name, mask in masks.items()
         for arm in others
     }
-    said = {}
-    for (cell, difference), p in zip(found.items(), holm([each.p for each in found.values()]), strict=True):
-        judged, (low, high) = difference.model_copy(update={"p_holm": p}), difference.ci95
-        said[cell] = f"{judged.delta:+.1f} ({low:+.1f} to {high:+.1f}), {p_value(p)}: {judged.outcome}"
+    corrected = holm([each.p for each in found.values()])
+    judged = {
+        cell: each.model_copy(update={"p_holm": p}) for (cell, each), p in zip(found.items(), corrected, strict=True)
+    }
     return [
-        {
-            "benchmark": name,
-            "arm": arm,
-            "n": str(mask.sum()),
-            "clusters": str(len(np.unique(clusters[mask]))),
-            "score": SCORE.format(scores[arm][mask].mean(), *score_interval(scores[arm][mask], clusters[mask])),
-            f"minus {first}": said.get((name, arm), ""),
-        }
+        Row(
+            name,
+            arm,
+            int(mask.sum()),
+            len(np.unique(clusters[mask])),
+            float(scores[arm][mask].mean()),
+            score_interval(scores[arm][mask], clusters[mask]),
+            judged.get((name, arm)),
+        )
         for name, mask in masks.items()
         for arm in arms
     ]
+
+
+def table(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The rows as texts."""
+    return [
+        {
+            "benchmark": row.benchmark,
+            "arm": row.arm,
+            "n": str(row.n),
+            "clusters": str(row.clusters),
+            "score": "{:.1f} ({:.1f} to {:.1f})".format(row.score, *row.interval),
+            f"minus {rows[0].arm}": in_words(row.difference) if row.difference else "",
+        }
+        for row in rows
+    ]
+
+
+def in_words(difference: Difference) -> str:
+    """The difference, its interval, its p and what these show."""
+    low, high = difference.ci95
+    return f"{difference.delta:+.1f} ({low:+.1f} to {high:+.1f}), {p_value(difference.judged_p)}: {difference.outcome}"
+
+
+def render(arms: Arms, rows: Sequence[Row], seed: int) -> str:
+    """A page with the rows as charts and table, and the answers; of very many as many as fit, drawn at random."""
+    made, first = environment(), rows[0].arm
+    questions, size = [*arms[first].values()], 0
+    draw, shown = made.get_template("card.html.j2").module.card, {}  # type: ignore[attr-defined]
+    for place in random.Random(seed).sample(range(len(questions)), len(questions)):
+        asked = questions[place]
+        answers = {arm: answered[asked.id] for arm, answered in arms.items()}
+        verdicts = ["1" if answer.score == 1 else "0" for answer in answers.values()]
+        memories = [memory_letter(MARK.findall(answer.marked_text)) for answer in answers.values()]
+        card = draw(asked, asked.benchmark, answers, (), verdicts, memories, {})
+        size += len(card.encode(errors="replace"))
+        if size > LARGEST:
+            break
+        shown[place] = card
+    ends = [end for row in rows for end in row.interval]
+    by_benchmark: dict[str, list[Row]] = {}
+    for row in rows:
+        by_benchmark.setdefault(row.benchmark, []).append(row)
+    panels = [
+        interval_panel(
+            f"{short_name(name)} (n = {of[0].n})", {row.arm: (row.score, row.interval) for row in of}, first, ends
+        )
+        for name, of in by_benchmark.items()
+    ]
+    page: str = made.get_template("compare.html.j2").render(
+        rows=by_benchmark,
+        arms=[*arms],
+        n=len(questions),
+        charts=[(panel.words, to_svg(panel)) for panel in panels],
+        cards=[shown[place] for place in sorted(shown)],
+        tasks=sorted({question.benchmark for question in questions}),
+        script=Markup(TIPS + SCRIPT.read_text()),
+    )
+    return storable(page)

@@ -23,7 +23,7 @@ from vismem.evaluation.panels import BAND, BLUE, GREY, ORANGE, Panel, draw_dot, 
 from vismem.evaluation.predictions import Prediction
 from vismem.models.kinds import MemoryKind
 from vismem.pages import storable
-from vismem.records import OVERALL, VANILLA, VISMEM, MemoryUse, Metrics
+from vismem.records import OVERALL, VANILLA, VISMEM, Interval, MemoryUse, Metrics
 
 KIND_COLOURS = {MemoryKind.SHORT: BLUE, MemoryKind.LONG: ORANGE}
 KIND_COLUMNS = {f"invocations_{kind.value}": f"{kind.value}-term" for kind in KIND_COLOURS}  # of stage2.csv
@@ -35,24 +35,35 @@ _FONT = FontProperties(size=9)
 
 def score_panels(metrics: Metrics) -> list[Panel]:
     """Scores with 95 % intervals: a panel overall and for each capability, a row per arm; dashed, vanilla's score."""
-    arms = list(metrics.arms)
-    ends = [end for groups in metrics.intervals.values() for interval in groups.values() for end in interval]
+    return [
+        interval_panel(
+            f"{group} (n = {metrics.counts.get(group, metrics.n)})",
+            {arm: (scores[group], metrics.intervals[arm][group]) for arm, scores in metrics.arms.items()},
+            VANILLA,
+            [end for groups in metrics.intervals.values() for interval in groups.values() for end in interval],
+        )
+        for group in (OVERALL, *metrics.counts)
+    ]
 
-    def draw(axes: Axes, group: str) -> None:
-        axes.axvline(metrics.arms[VANILLA][group], color=GREY, linewidth=1, linestyle="--")
-        for y, arm in enumerate(arms):
-            interval, words = metrics.intervals[arm][group], scored(metrics, arm, group)
-            draw_dot(axes, metrics.arms[arm][group], y, arm, interval, words=words)
-        name_rows(axes, [label(arm) for arm in arms])
+
+def interval_panel(
+    title: str, scores: Mapping[str, tuple[float, Interval]], reference: str, ends: Sequence[float]
+) -> Panel:
+    """Each arm's score in percent with its interval, a row per arm; dashed, that of `reference`.
+
+    `ends`: of the intervals of all panels that stand beside each other, which have one scale.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(scores[reference][0], color=GREY, linewidth=1, linestyle="--")
+        for y, (arm, (score, interval)) in enumerate(scores.items()):
+            draw_dot(axes, score, y, arm, interval, words=in_words(arm, score, interval))
+        name_rows(axes, [short_name(label(arm)) for arm in scores])
         axes.set_xlim(min(ends) - 3, max(ends) + 3)
         axes.set_xlabel("score (%)")
 
-    panels = []
-    for group in (OVERALL, *metrics.counts):
-        words = ", ".join(f"{label(arm)} {metrics.arms[arm][group]:.1f} %" for arm in arms)
-        title = f"{group} (n = {metrics.counts.get(group, metrics.n)})"
-        panels.append(Panel(title, f"Score, {group}: {words}", _height(len(arms)), partial(draw, group=group)))
-    return panels
+    words = ", ".join(f"{label(arm)} {score:.1f} %" for arm, (score, _) in scores.items())
+    return Panel(title, f"Score, {title}: {words}", _height(len(scores)), draw)
 
 
 def task_panels(metrics: Metrics) -> list[Panel]:
@@ -67,7 +78,7 @@ def task_panels(metrics: Metrics) -> list[Panel]:
                 if arm in scores:
                     words = f"{label(arm)}, {name}: {scores[arm]:.1f} %"
                     draw_dot(axes, scores[arm], y, arm, name="" if y else label(arm), words=words)
-        name_rows(axes, [f"{_short(name)} ({metrics.tasks[name].n})" for name in names])
+        name_rows(axes, [f"{short_name(name)} ({metrics.tasks[name].n})" for name in names])
         axes.set_xlim(-3, 103)
         axes.set_xlabel("score (%)")
 
@@ -106,8 +117,12 @@ def time_panel(metrics: Metrics) -> Panel | None:
 
 def scored(metrics: Metrics, arm: str, group: str) -> str:
     """An arm's score with its interval, in words."""
-    low, high = metrics.intervals[arm][group]
-    return f"{label(arm)}: {metrics.arms[arm][group]:.1f} % ({low:.1f} to {high:.1f})"
+    return in_words(arm, metrics.arms[arm][group], metrics.intervals[arm][group])
+
+
+def in_words(arm: str, score: float, interval: Interval) -> str:
+    """A score with its interval."""
+    return f"{label(arm)}: {score:.1f} % ({interval[0]:.1f} to {interval[1]:.1f})"
 
 
 def invocation_panels(tasks: Mapping[str, MemoryUse], answers: Sequence[Prediction]) -> list[Panel]:
@@ -121,7 +136,7 @@ def invocation_panels(tasks: Mapping[str, MemoryUse], answers: Sequence[Predicti
             bars = axes.barh(places, rates, 0.36, color=KIND_COLOURS[kind], label=f"{kind.value}-term")
             for bar, task, rate in zip(bars, tasks, rates, strict=True):
                 say(bar, f"{task}, {kind.value}-term: {rate:.2f} per answer")
-        name_rows(axes, [_short(task) for task in tasks])
+        name_rows(axes, [short_name(task) for task in tasks])
         axes.set_xlim(left=0)
         axes.set_xlabel("invocations per answer")
 
@@ -230,7 +245,7 @@ def write_plots(
     positions.to_csv(folder / "invocation_position.csv", index=False)
 
 
-def _short(task: str) -> str:
+def short_name(task: str) -> str:
     """A task's name, cut where it would leave no room for the chart."""
     name = storable(task).replace("_", " ")[:60]
     while text_to_path.get_text_width_height_descent(name, _FONT, False)[0] > WIDEST_NAME:

@@ -1,7 +1,7 @@
 // Filters the answers, a page at a time. Without it the page shows them all.
 const PAGE = 24;
 const form = document.querySelector("form.filters");
-const { vanilla } = form.dataset;
+const { reference } = form.dataset;
 const cards = [...document.querySelectorAll("#answers > article")];
 const texts = cards.map((card) => card.textContent.toLowerCase());
 const more = document.getElementById("more");
@@ -11,8 +11,8 @@ const tests = {
   wrong: (right, arm) => right[arm] !== "1",
   unparsed: (right, arm) => right[arm] === "u",
   differs: (right) => right.includes("1") && /[^1]/.test(right),
-  won: (right, arm) => right[arm] === "1" && right[vanilla] !== "1",
-  lost: (right, arm) => right[arm] !== "1" && right[vanilla] === "1",
+  won: (right, arm) => right[arm] === "1" && right[reference] !== "1",
+  lost: (right, arm) => right[arm] !== "1" && right[reference] === "1",
 };
 
 function show(limit) {

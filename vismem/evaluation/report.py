@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from jinja2 import Environment
 from markupsafe import Markup, escape
 from PIL import Image
 
@@ -33,6 +34,7 @@ from vismem.runtime.images import upright
 EXAMPLES = 4  # at most, of wins and of losses
 LOOKED_AT = 60  # questions at most for which the page shows where memories looked
 LARGEST = 4_000_000  # bytes of answers and their pictures in the page; of more, as many as fit are drawn at random
+MARK = re.compile(r"<m_I\^([sl])>")  # of a memory in an answer
 SCRIPT = Path(__file__).with_name("report.js")
 
 
@@ -45,8 +47,7 @@ class Cards:
         pictures: Mapping[str, Sequence[bytes]],
         looks: Mapping[int, Sequence[Look]],
     ) -> None:
-        self.environment = page_environment("vismem.evaluation")
-        self.environment.filters |= {f.__name__: f for f in (label, mark_memories, p_value, signed)}
+        self.environment = environment()
         self.rules: list[str] = []  # of the style sheet, one per picture
         self.size = 0  # bytes of all cards and rules so far
         self._macro = self.environment.get_template("card.html.j2").module.card  # type: ignore[attr-defined]
@@ -59,9 +60,10 @@ class Cards:
         answers = {arm: self._predictions[arm][place] for arm in arms}
         asked = next(iter(answers.values()))
         classes = [self._class(data) for data in self._pictures.get(asked.id, ())]
-        filtered = [(_verdict(answer), _memory(answer)) for answer in answers.values()]
+        verdicts = [_verdict(answer) for answer in answers.values()]
+        memories = [memory_letter(event.kind for event in answer.invocations) for answer in answers.values()]
         looks = {VISMEM: self._looks.get(place, ())}
-        card = Markup(self._macro(asked, self._tasks[place], answers, classes, *zip(*filtered, strict=True), looks))
+        card = Markup(self._macro(asked, self._tasks[place], answers, classes, verdicts, memories, looks))
         self.size += len(card.encode(errors="replace"))
         return card
 
@@ -76,6 +78,13 @@ class Cards:
                 self.rules.append(f".{self._classes[key]}{{background-image:url({address});--size:{size}}}")
                 self.size += len(self.rules[-1])
         return self._classes[key]
+
+
+def environment() -> Environment:
+    """Jinja for pages with `Cards` and figures."""
+    made = page_environment("vismem.evaluation")
+    made.filters |= {f.__name__: f for f in (label, mark_memories, p_value, signed)}
+    return made
 
 
 def render(
@@ -162,7 +171,7 @@ def examples(wins: Sequence[int], losses: Sequence[int], seed: int) -> tuple[lis
 
 def mark_memories(marked_text: str, looks: Sequence[Look] = ()) -> Markup:
     """The answer as HTML, each invocation a coloured chip, everything else escaped; a chip with a look shows it."""
-    parts = re.split("&lt;m_I\\^([sl])&gt;", str(escape(marked_text)))
+    parts = re.split(str(escape(MARK.pattern)), str(escape(marked_text)))
     kinds = [next(kind for kind in MemoryKind if kind[0] == letter) for letter in parts[1::2]]
     known: Sequence[Look | None] = looks if len(looks) == len(kinds) else [None] * len(kinds)
     chips = [_chip(kind, look) for kind, look in zip(kinds, known, strict=True)]
@@ -189,7 +198,7 @@ def _verdict(answer: Prediction) -> str:
     return "1" if answer.score == 1 else "u" if answer.rule == UNPARSED else "0"
 
 
-def _memory(answer: Prediction) -> str:
+def memory_letter(kinds: Iterable[str]) -> str:
     """The kinds of memory that an answer invoked, as one letter for the page's filter: s, l, b(oth) or n(one)."""
-    kinds = {event.kind for event in answer.invocations}
-    return "b" if len(kinds) > 1 else next(iter(kinds), "none")[0]
+    letters = {kind[0] for kind in kinds}
+    return "b" if len(letters) > 1 else next(iter(letters), "n")

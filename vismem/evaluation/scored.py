@@ -31,13 +31,18 @@ FAILED = ("[LMMS_EVAL_REQUEST_FAILED", "Failed to obtain answer")  # how the har
 
 @dataclass(frozen=True)
 class Scored:
-    """A question and its score, 0 to 1. `cluster` is what it is drawn with; empty where the file does not say."""
+    """An answered question and its score, 0 to 1. `cluster` is what it is drawn with.
+
+    Empty where the file does not say: cluster, question. The answer is as it came; ours has its memories marked.
+    """
 
     id: str
     benchmark: str
     reference: str
     score: float
     cluster: str
+    question: str = ""
+    marked_text: str = ""
 
 
 def read_scored(path: Path, metric: str | None = None, cluster: str | None = None) -> list[Scored]:
@@ -49,7 +54,9 @@ def read_scored(path: Path, metric: str | None = None, cluster: str | None = Non
     match path.suffix:
         case ".parquet":
             answers = _loaded(path, read_predictions)
-            rows = [Scored(a.id, a.source, a.reference, a.score, cluster_of(a)) for a in answers]
+            rows = [
+                Scored(a.id, a.source, a.reference, a.score, cluster_of(a), a.question, a.marked_text) for a in answers
+            ]
         case ".jsonl":
             rows = [*_lmms(path, metric, cluster)]
         case ".xlsx" | ".tsv" | ".json":
@@ -150,4 +157,5 @@ def _scored(
     if cluster and row.get(cluster) in (None, ""):
         raise UserError(f"{where}: no '{cluster}' to cluster by")
     together = f"{benchmark}: {row[cluster]}" if cluster else ""
-    return Scored(f"{benchmark}-{row['index']}", benchmark, str(reference), value, together)
+    question = str(row.get("question") or row.get("input") or "")
+    return Scored(f"{benchmark}-{row['index']}", benchmark, str(reference), value, together, question, str(answer))

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prepared import encoded, good, run, shards
 from project import PROFILE, Project, answered
 
@@ -22,6 +26,7 @@ from vismem.provenance import write_manifest
 from vismem.registry import inspect
 from vismem.validation.drift import FACTS, drift
 
+ROOT = Path(__file__).parents[2]
 MANY = 2_000
 
 
@@ -165,3 +170,23 @@ def test_validate_writes_what_its_clean_training_rows_look_like(tmp_path: Path) 
     assert profile.repeats == {1: 5, 2: 1}
     means = [round(sum(look) / len(look)) for look in (examine_image(row.images[0]).look for row in rows[:6])]
     assert sorted(means) == [value for value, count in profile.brightness.items() for _ in range(count)]
+
+
+def test_the_command_of_the_cluster_s_job_runs_as_it_stands(project: Project, tmp_path: Path) -> None:
+    trained(project)
+    folder, work = log(project, tmp_path / "log", tokens=9), tmp_path / "tmp"
+    work.mkdir()
+    file = ROOT / "deploy" / "kubernetes" / "components" / "requests" / "drift.yaml"
+    (job,) = [manifest for manifest in yaml.safe_load_all(file.read_text()) if manifest["kind"] == "CronJob"]
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    command = [part.replace("/requests/log", str(folder)) for part in container["command"]]
+    store = f"sqlite:///{project.store.database}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = os.environ | {"PATH": path, "HOME": str(work), "MLFLOW_TRACKING_URI": store, "VISMEM_PROFILE": ""}
+    done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert "- error answer_length: " in done.stdout
+    variables["VISMEM_PROFILE"] = "smoke"  # its versions have a name of their own
+    done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "of 'vismem-smoke'" in done.stderr

@@ -18,6 +18,7 @@ from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import open_store, translate_mlflow_errors, versions
 from vismem.registry.verdict import EVALUATION, read_registered
+from vismem.services import environment
 
 
 @translate_mlflow_errors()
@@ -66,7 +67,7 @@ def trained(config: Config, which: str) -> Trained:
     newest, data = versions(store)[0], version.tags.get("data_sha256")
     other = newest.tags.get("data_sha256") != data and int(newest.version) > int(version.version)
     profile, location = read_registered(store, version, Profile), store.client.get_run(version.run_id).info.artifact_uri
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
         store.files(str(location)).download_artifacts(EVALUATION, folder)
         answers = pd.read_json(Path(folder) / EVALUATION, orient="split").query("arm == @VISMEM")
     return Trained(

@@ -79,11 +79,8 @@ class TritonPythonModel:
         max_patches = int(os.environ.get("VISMEM_MAX_PATCHES", MAX_PATCHES))
         self.runtime = Runtime.open(folder / "bundle", threads, verified=True, max_patches=max_patches, rows=workers)
         check_golden(self.runtime, folder / "bundle")  # while the version before, if there is one, still answers
-        with (folder / "bundle" / "manifest.json").open("rb") as file:
-            served = {
-                "version": args["model_version"],
-                "manifest_sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+        manifest = hashlib.sha256((folder / "bundle" / "manifest.json").read_bytes()).hexdigest()
+        served = {"version": args["model_version"], "manifest_sha256": manifest}
         self.runtime.log = RequestLog.from_environment(served, self.runtime.metrics.logged)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
@@ -119,7 +116,8 @@ class TritonPythonModel:
         """Stop the running answers at their next token."""
         self.stopping = True
         self.pool.shutdown(wait=True, cancel_futures=True)
-        self.runtime.close()
+        if self.runtime.log:
+            self.runtime.log.close()
         self.ended = True
         self.reporter.join()
 

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter
 from vismem.config import DriftConfig
 from vismem.data.profile import Trained, counts, profile_of
 from vismem.errors import UserError
-from vismem.serving.request_log import Asked, RequestLog
+from vismem.serving.request_log import RequestLog
 from vismem.validation.drift import FACTS, compare
 from vismem.validation.requests import COLUMNS, read_requests
 
@@ -150,10 +150,10 @@ def logged(folder: Path, *questions: str) -> list[bytes]:
     """Lines that a server wrote of these questions."""
     count = Counter("logged", "of a test", ["outcome"], registry=CollectorRegistry())
     log = RequestLog(folder, 1.0, 1_000_000, False, {"version": "7", "manifest_sha256": MANIFEST}, count)
-    usage = {"finish": "stop", "prompt_tokens": 30, "tokens": 4, "memories": {"short": 2, "long": 1}}
+    answered = {"memory": "learned", "tokens": 4, "memories": {"short": 2, "long": 1}}
     for question in questions:
         image = Image.new("RGB", (32, 40), (90, 120, 150))
-        log.add(Asked([image], question, "learned", 120, 0.0), "two cups", 0.5, usage)
+        log.add([image], {"question": question, **answered})
     log.close()
     return [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_bytes().splitlines(keepends=True)]
 
@@ -177,7 +177,8 @@ def test_damaged_lines_are_counted_and_stop_nothing(tmp_path: Path) -> None:
         b"{\n", b"\n", b"null\n", b"\xff\xfe\n", b"[" * 100_000 + b"\n", b'{"format": 1}\n',
         changed(good, question="a \ud800 half"),
         changed(good, question="x" * 10_000_000),
-        changed(good, format=2), changed(good, tokens=None), changed(good, images=[]), changed(good, more=1),
+        changed(good, format=2), changed(good, tokens=None), changed(good, images=[]),
+        changed(good, memories={"short": "two"}),
         changed(good, time="yesterday"), changed(good, time="2026-01-01T00:00:00"),
         changed(good, images=[{"sha256": "", "width": 0, "height": 9, "look": "00"}]),
         changed(good, images=[{"sha256": "", "width": 9, "height": 9, "look": "zz"}]),

@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter
 
+from vismem.cli import build_parser
+from vismem.cli.ask import _set_request_log
 from vismem.data.fingerprint import examine_image
 from vismem.serving import request_log
-from vismem.serving.request_log import FOLDER, IMAGES, MEGABYTES, SHARE, Asked, RequestLog
+from vismem.serving.request_log import FOLDER, IMAGES, MEGABYTES, SHARE, RequestLog
 
 SERVED = {"version": "7", "manifest_sha256": "f00d"}
 
@@ -29,10 +31,13 @@ def opened(folder: Path, share: float = 1.0, most: int = 1_000_000, images: bool
     return RequestLog(folder, share, most, images, SERVED, counter())
 
 
+Asked = tuple[list[Image.Image], dict[str, Any]]
+
+
 def asked(number: int, question: str = "how many cups?", side: int = 32) -> Asked:
     """A request whose image is its number's alone."""
     image = Image.new("RGB", (side, side + 8), (number % 256, number // 256 % 256, 7))
-    return Asked([image], question, "learned", 120, 0.0)
+    return [image], {"question": question, "answer": "two", "tokens": 1}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -46,7 +51,7 @@ def outcome(log: RequestLog, name: str) -> int:
 def written(folder: Path, *requests: Asked, **options: Any) -> RequestLog:
     log = opened(folder, **options)
     for request in requests:
-        log.add(request, "two", 0.1, {"tokens": 1})
+        log.add(*request)
     log.close()
     return log
 
@@ -59,8 +64,8 @@ def test_a_line_says_what_was_asked_and_answered_and_an_image_is_known_as_valida
     log = written(tmp_path / "log", asked(3), images=True)
     (line,) = lines(tmp_path / "log")
     assert outcome(log, "written") == 1
-    assert {name: line[name] for name in ("question", "answer", "tokens", "memory", "version", "manifest_sha256")} == {
-        "question": "how many cups?", "answer": "two", "tokens": 1, "memory": "learned", **SERVED,
+    assert {name: line[name] for name in ("question", "answer", "tokens", "version", "manifest_sha256")} == {
+        "question": "how many cups?", "answer": "two", "tokens": 1, **SERVED,
     }  # fmt: skip
     (image,) = line["images"]
     kept = tmp_path / "log" / "images" / f"{image['sha256']}.png"
@@ -110,7 +115,7 @@ def test_the_folder_never_grows_over_its_bound_and_the_oldest_go(tmp_path: Path,
     (tmp_path / "notes.txt").write_text("x" * 50_000)  # not ours
     log = opened(tmp_path, most=20_000, images=images)
     for number in range(300):
-        log._write(asked(number, f"question {number}"), {})  # as the thread does, one after the other
+        log._write(*asked(number, f"question {number}"))  # as the thread does, one after the other
         assert size(tmp_path) - 50_000 <= 20_000
     log.close()
     found = [line["question"] for line in lines(tmp_path)]
@@ -132,10 +137,10 @@ def test_several_processes_share_a_folder_and_every_line_is_whole(tmp_path: Path
 
 def test_a_file_that_another_process_deleted_is_not_written_to_any_more(tmp_path: Path) -> None:
     log = opened(tmp_path)
-    log._write(asked(1), {})
+    log._write(*asked(1))
     for file in tmp_path.glob("*.jsonl"):
         file.unlink()
-    log._write(asked(2), {})
+    log._write(*asked(2))
     log.close()
     assert len(lines(tmp_path)) == 1
 
@@ -144,7 +149,7 @@ def test_a_full_disk_loses_and_counts_lines_leaves_none_half_and_the_log_recover
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     log, write = opened(tmp_path), os.write
-    log._write(asked(0), {})
+    log._write(*asked(0))
     full = threading.Event()
 
     def some(file: int, data: bytes) -> int:
@@ -153,7 +158,7 @@ def test_a_full_disk_loses_and_counts_lines_leaves_none_half_and_the_log_recover
     monkeypatch.setattr(os, "write", some)
     for number in range(1, 7):
         full.set() if number in (2, 3) else full.clear()
-        log.add(asked(number), "", 0.1, {})
+        log.add(*asked(number))
         while log.pending:
             pass
     log.close()
@@ -175,13 +180,13 @@ def test_a_dead_writer_and_one_that_does_not_keep_up_cost_lines_and_no_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, held = opened(tmp_path), threading.Event()
-    monkeypatch.setattr(log, "_append", lambda data: held.wait())
+    monkeypatch.setattr(log, "_write", lambda images, line: held.wait())
     for number in range(10):  # one is written, and of the others as many as PENDING allows wait
-        log.add(asked(number, side=4000), "", 0.1, {})
+        log.add(*asked(number, side=4000))
     assert outcome(log, "lost") == 10 - request_log.PENDING // (4000 * 4008)
     held.set()
     log.close()
-    log.add(asked(1), "", 0.1, {})
+    log.add(*asked(1))
     assert outcome(log, "lost") == 11 - request_log.PENDING // (4000 * 4008)
     assert log.pending == 0
 
@@ -189,7 +194,7 @@ def test_a_dead_writer_and_one_that_does_not_keep_up_cost_lines_and_no_caller(
 def test_an_image_that_cannot_be_read_any_more_costs_its_line_alone(tmp_path: Path) -> None:
     broken = Image.new("RGB", (8, 8))
     broken.close()
-    log = written(tmp_path, Asked([broken], "what?", "learned", 9, 0.0), asked(2, "a \ud800 half"))
+    log = written(tmp_path, ([broken], {"question": "what?"}), asked(2, "a \ud800 half"))
     assert (outcome(log, "written"), outcome(log, "lost")) == (1, 1)
     assert lines(tmp_path)[0]["question"] == "a \ud800 half"
 
@@ -206,3 +211,20 @@ def test_it_is_off_unless_the_environment_names_a_folder(tmp_path: Path, monkeyp
     monkeypatch.setenv(SHARE, "much")
     with pytest.raises(ValueError, match="much"):
         RequestLog.from_environment(SERVED, counter())
+
+
+@pytest.mark.parametrize("command", ["serve", "api"])
+def test_the_options_of_both_servers_are_what_the_process_that_answers_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (FOLDER, SHARE, MEGABYTES, IMAGES):
+        monkeypatch.setenv(name, "")  # and what the command sets is undone after the test
+    arguments = [command, "--request-log", "log", "--request-share", "0.5", "--request-log-mb", "3", "--request-images"]
+    _set_request_log(build_parser().parse_args([command]))
+    assert RequestLog.from_environment(SERVED, counter()) is None
+    _set_request_log(build_parser().parse_args(arguments))
+    log = RequestLog.from_environment(SERVED, counter())
+    assert log is not None
+    assert (log.folder, log.share, log.most, log.images) == (tmp_path / "log", 0.5, 3_000_000, True)
+    log.close()

@@ -69,27 +69,21 @@ def _add_served(add: Callable[..., Any], port: int) -> None:
 
 
 def _add_request_log(add: Callable[..., Any]) -> None:
-    """What `vismem drift` reads; whoever answers takes it from the environment."""
+    """What `vismem drift` reads."""
     about = "write a sample of the requests with their answers there, for `vismem drift`; default: none"
     add("--request-log", type=Path, metavar="FOLDER", help=about)
-    add("--request-share", type=_share, default=0.05, metavar="S", help="of the requests (default: %(default)s)")
+    add("--request-share", type=float, default=0.05, metavar="S", help="of the requests (default: %(default)s)")
     add("--request-log-mb", type=int, default=1_000, metavar="N", help="then the oldest go (default: %(default)s)")
     add("--request-images", action="store_true", help="keep the images too")
 
 
-def _share(text: str) -> float:
-    if not 0 < (share := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share: more than 0, at most 1")
-    return share
-
-
 def _set_request_log(arguments: argparse.Namespace) -> None:
+    """Whoever answers, perhaps a server's process, takes it from the environment."""
     from vismem.serving.request_log import FOLDER, IMAGES, MEGABYTES, SHARE
 
     if arguments.request_log:
-        values = {FOLDER: arguments.request_log.absolute(), SHARE: arguments.request_share}
-        values |= {MEGABYTES: arguments.request_log_mb, IMAGES: int(arguments.request_images)}
-        os.environ.update({name: str(value) for name, value in values.items()})
+        os.environ |= {FOLDER: str(arguments.request_log.absolute()), SHARE: str(arguments.request_share)}
+        os.environ |= {MEGABYTES: str(arguments.request_log_mb), IMAGES: str(int(arguments.request_images))}
 
 
 def _add_question(add: Callable[..., Any]) -> None:

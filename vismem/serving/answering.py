@@ -21,7 +21,7 @@ from vismem.runtime.chat import Chat, check_chat, one_turn, said
 from vismem.runtime.limits import NEW_TOKENS, RequestError
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
-from vismem.serving.request_log import Asked, RequestLog
+from vismem.serving.request_log import RequestLog
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
@@ -92,11 +92,10 @@ class _Text:
 
     def _pass(self, new: str, last: bool) -> str:
         text = self.held + new
-        if places := [place for stop in self.stop if (place := text.find(stop)) >= 0]:
-            self.stopped, certain = True, min(places)
-        else:
-            begun = [size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
-            certain = len(text) if last else len(text) - max(begun, default=0)
+        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+        begun = [size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        self.stopped = bool(places)
+        certain = min(places) if places else len(text) if last else len(text) - max(begun, default=0)
         self.held = text[certain:]
         self.passed += text[:certain]
         return text[:certain]
@@ -181,7 +180,8 @@ class Runtime:
         with self.preparing:
             sample = self.executor.prepare(images, chat, max_new_tokens)
         request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
-        return self._counted(self._chunks(request, stop, Asked(images, said(chat), mode, max_new_tokens, temperature)))
+        asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        return self._counted(self._chunks(request, stop, images, asked))
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -204,7 +204,7 @@ class Runtime:
             self.metrics.failures.inc()
             raise
 
-    def _chunks(self, request: Request, stop: Sequence[str], asked: Asked) -> Iterator[Chunk]:
+    def _chunks(self, request: Request, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Iterator[Chunk]:
         with self.preparing:
             self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
         answer, text = _Answer(request), _Text(self.executor.tokenizer, stop)
@@ -233,8 +233,9 @@ class Runtime:
             ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
             usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories))
             end = Chunk(text.finish(), "end", usage=usage)
-            if self.log and asked.max_new_tokens > 1:  # with 1 it is a probe
-                self.log.add(asked, text.passed, time.monotonic() - answer.arrived, asdict(usage))
+            if self.log and request.max_new_tokens > 1:  # with 1 it is a probe
+                took = {"answer": text.passed, "seconds": time.monotonic() - answer.arrived}
+                self.log.add(images, {**asked, **took, **asdict(usage)})
             yield end
         finally:
             answer.gone = True

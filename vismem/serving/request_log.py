@@ -5,7 +5,6 @@ what cannot be written is lost, and counted. Users' own words stand there: only 
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from errno import EFBIG, ENOSPC
 from pathlib import Path
@@ -26,26 +24,14 @@ from prometheus_client import Counter
 from vismem.runtime.images import look_of, pixels_sha256, upright
 
 # Variables of the server's environment: the folder, the share of the requests, the folder's largest size in megabytes,
-# and whether images are kept too.
+# and, if it is 1, that images are kept too.
 FOLDER, SHARE, MEGABYTES, IMAGES = (f"VISMEM_REQUEST_{name}" for name in ("LOG", "SHARE", "LOG_MB", "IMAGES"))
 FORMAT = 1  # of a line; its fields are those of `vismem.validation.requests.Line`
 FILES, PICTURES = "requests-*.jsonl", "images"
-PENDING = 64_000_000  # pixels that wait to be hashed: as many as one request may have
-TEXT = 10_000  # what a request without pixels counts as among them
+PENDING, TEXT = 64_000_000, 10_000  # pixels that wait to be hashed, as of one large request; what a text counts as
 PARTS = 16  # of the folder's largest size: one is what a process writes before it deletes old files again
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request, as far as it is logged."""
-
-    images: Sequence[Image.Image]
-    question: str  # all texts of a conversation
-    memory: str  # the mode
-    max_new_tokens: int
-    temperature: float
 
 
 class RequestLog:
@@ -60,7 +46,7 @@ class RequestLog:
         """`served`: what every line says of the model; `count`: lines by `outcome`, written or lost."""
         self.folder, self.share, self.most, self.images = folder, share, most_bytes, images
         self.served, self.count = served, count
-        self.waiting: SimpleQueue[tuple[Asked, dict[str, Any], int] | None] = SimpleQueue()
+        self.waiting: SimpleQueue[tuple[Sequence[Image.Image], dict[str, Any], int] | None] = SimpleQueue()
         self.pending, self.lock = 0, threading.Lock()
         self.file: int | None = None  # descriptor
         self.since = 0  # bytes written since old files were last deleted
@@ -77,16 +63,15 @@ class RequestLog:
         size = int(get(MEGABYTES, "1000")) * 1_000_000
         return cls(Path(folder), float(get(SHARE, "0.05")), size, get(IMAGES) == "1", served, count)
 
-    def add(self, asked: Asked, answer: str, seconds: float, usage: Mapping[str, Any]) -> None:
-        """Hand over an answered request. It returns at once, and raises nothing. `usage`: of `answering.Usage`."""
-        size = TEXT + sum(image.width * image.height for image in asked.images)
+    def add(self, images: Sequence[Image.Image], line: Mapping[str, Any]) -> None:
+        """Hand over an answered request, with its `question`. It returns at once, and raises nothing."""
+        size = TEXT + sum(image.width * image.height for image in images)
         with self.lock:
             taken = self.thread.is_alive() and (not self.pending or self.pending + size <= PENDING)
             self.pending += size * taken
         if taken:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            line = {"format": FORMAT, "time": now, **self.served, "answer": answer, "seconds": seconds, **usage}
-            self.waiting.put((asked, line, size))
+            self.waiting.put((images, {"format": FORMAT, "time": now, **self.served, **line}, size))
         else:
             self.count.labels("lost").inc()
 
@@ -99,9 +84,9 @@ class RequestLog:
 
     def _run(self) -> None:
         while (item := self.waiting.get()) is not None:
-            asked, line, size = item
+            images, line, size = item
             try:
-                self._write(asked, line)
+                self._write(images, line)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next request is tried
                 self.count.labels("lost").inc()
                 if not self.warned:
@@ -110,46 +95,39 @@ class RequestLog:
             with self.lock:
                 self.pending -= size
 
-    def _write(self, asked: Asked, line: dict[str, Any]) -> None:
-        seen = [upright(image) for image in asked.images]
+    def _write(self, images: Sequence[Image.Image], line: dict[str, Any]) -> None:
+        seen = [upright(image) for image in images]
         hashes = [pixels_sha256(image) for image in seen]
-        request = hashlib.sha256(b"".join(hashes) + asked.question.encode("utf-8", "surrogatepass"))
+        request = hashlib.sha256(b"".join(hashes) + line["question"].encode("utf-8", "surrogatepass"))
         if int.from_bytes(request.digest()[:8]) >= self.share * 2**64:
             return
-        line |= {"request": request.hexdigest(), "question": asked.question, "memory": asked.memory}
-        line |= {"max_new_tokens": asked.max_new_tokens, "temperature": asked.temperature}
-        line["images"] = []
+        line |= {"request": request.hexdigest(), "images": []}
         for sha256, image in zip(hashes, seen, strict=True):
             facts = {"width": image.width, "height": image.height, "look": look_of(image).hex()}
             line["images"].append({"sha256": sha256.hex(), **facts})
             if self.images:
                 self._keep(image, self.folder / PICTURES / f"{sha256.hex()}.png")
-        self._append(json.dumps(line).encode() + b"\n")
-        self.count.labels("written").inc()
-
-    def _append(self, data: bytes) -> None:
-        """Write one line, whole or not at all."""
+        data = json.dumps(line).encode() + b"\n"
         file = self._reserve(len(data))
         before = os.fstat(file).st_size
         try:
             if os.write(file, data) < len(data):
                 raise OSError(ENOSPC, os.strerror(ENOSPC))
         except OSError:
-            os.ftruncate(file, before)
+            os.ftruncate(file, before)  # a line is there whole or not at all
             raise
+        self.count.labels("written").inc()
 
     def _keep(self, image: Image.Image, path: Path) -> None:
         """Save an image under the hash of its pixels; one that is there is only marked as used now."""
         if path.is_file():
             return os.utime(path)
-        data = io.BytesIO()
-        image.save(data, "PNG")
-        self._reserve(data.tell())
+        self._reserve(1_000 + 4 * image.width * image.height)  # no PNG of it is larger
         path.parent.mkdir(mode=0o700, exist_ok=True)
         partial = path.with_name(uuid.uuid4().hex)
         try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data.getvalue())
+            partial.touch(0o600)
+            image.save(partial, "PNG")
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -161,8 +139,6 @@ class RequestLog:
             if self.file is not None:
                 os.close(self.file)
                 self.file = None
-            if size > self.most:
-                raise OSError(EFBIG, f"a request of {size} bytes, and the folder may hold {self.most}")
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._make_room(max(size, self.most // PARTS))
             name = FILES.replace("*", f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}")
@@ -171,7 +147,9 @@ class RequestLog:
         return self.file
 
     def _make_room(self, size: int) -> None:
-        """Delete the oldest files and images, whoever wrote them, until `size` bytes more fit the bound."""
+        """Delete the oldest files and images, whoever wrote them, until `size` bytes more fit; OSError if none does."""
+        if size > self.most:
+            raise OSError(EFBIG, f"a request of {size} bytes, and the folder may hold {self.most}")
         found = []
         for path in (*self.folder.glob(FILES), *self.folder.glob(f"{PICTURES}/*")):
             with suppress(FileNotFoundError):  # another process was quicker

@@ -6,65 +6,50 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-from pydantic import AwareDatetime, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
 from vismem.errors import UserError
-from vismem.records import Part
 from vismem.serving.request_log import FILES
 
 LONGEST = 4_000_000  # bytes of a line; what is longer was not written by a server
-
 COLUMNS = (
     *("request", "manifest_sha256", "memory", "question", "question_chars"),
     *("image_hashes", "min_side", "max_side", "brightness", "tokens", "memories"),
 )
 
-Look = Annotated[str, Field(pattern="^([0-9a-f]{2})+$")]
 
-
-class Picture(Part):
+class Picture(BaseModel):
     """An image of a request; see `vismem.runtime.images`."""
 
     sha256: str
     width: int = Field(ge=1)
     height: int = Field(ge=1)
-    look: Look
+    look: Annotated[str, Field(pattern="^([0-9a-f]{2})+$")]
 
 
-class Line(Part):
-    """One answered request."""
+class Line(BaseModel):
+    """One answered request, as far as it is compared."""
 
     format: Literal[1]
     time: AwareDatetime
-    version: str
     manifest_sha256: str
     request: str
     question: str
     images: tuple[Picture, ...] = Field(min_length=1)
     memory: str
-    max_new_tokens: int
-    temperature: float
-    answer: str
-    seconds: float
-    finish: Literal["stop", "length"]
-    prompt_tokens: int
     tokens: int
     memories: dict[str, int]
 
     def facts(self) -> dict[str, object]:
         """COLUMNS: as in `validation.facts.row_facts`, and how it was answered."""
         looks = b"".join(bytes.fromhex(image.look) for image in self.images)
-        return {
-            "request": self.request,
-            "manifest_sha256": self.manifest_sha256,
-            "memory": self.memory,
-            "question": self.question,
+        sides = [side for image in self.images for side in (image.width, image.height)]
+        return self.model_dump(include={"request", "manifest_sha256", "memory", "question", "tokens"}) | {
             "question_chars": len(self.question.strip()),
             "image_hashes": tuple(image.sha256 for image in self.images),
-            "min_side": min(min(image.width, image.height) for image in self.images),
-            "max_side": max(max(image.width, image.height) for image in self.images),
+            "min_side": min(sides),
+            "max_side": max(sides),
             "brightness": sum(looks) / len(looks),
-            "tokens": self.tokens,
             "memories": sum(self.memories.values()),
         }
 
@@ -76,8 +61,7 @@ def read_requests(folder: Path, days: float) -> tuple[pd.DataFrame, int]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: name what `vismem serve --request-log` or `vismem api` writes to")
-    oldest, unreadable = datetime.now(UTC) - timedelta(days=days), 0
-    found = list[Line]()
+    oldest, unreadable, found = datetime.now(UTC) - timedelta(days=days), 0, list[Line]()
     for data in _lines(folder):
         try:
             line = Line.model_validate_json(data)
@@ -99,5 +83,5 @@ def _lines(folder: Path) -> Iterator[bytes]:
         with file:
             while data := file.readline(LONGEST):
                 yield data
-                while not data.endswith(b"\n") and data:
+                while data and not data.endswith(b"\n"):
                     data = file.readline(LONGEST)

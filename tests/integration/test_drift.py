@@ -125,7 +125,7 @@ def test_a_champion_that_is_older_than_the_data_is_named(project: Project, tmp_p
     assert project.run("promote")["promoted"] is False
     _, differs, broken = found(project, folder)
     assert differs is True
-    assert broken == {"champion_current": "version 2 was trained on other data, and is not the champion"}
+    assert broken == {"champion_current": "version 2 is newer, and was trained on other data"}
 
 
 def test_the_command_ends_with_status_3_where_requests_differ(
@@ -159,15 +159,18 @@ def test_validate_writes_what_its_clean_training_rows_look_like(tmp_path: Path) 
     rows = [good("train", number) for number in range(6)]
     rows[1] = dataclasses.replace(rows[1], images=(encoded(1, (40, 60)),), question="Which of them, anyway?")
     rows += [dataclasses.replace(rows[0], id="again"), dataclasses.replace(rows[0], id="bad", answer=" ", choices=())]
+    rows += [dataclasses.replace(good("train", 7), images=()), good("train", 8)]
+    rows[-1] = dataclasses.replace(rows[-1], images=(encoded(8, (300, 32)),))
     shards(tmp_path, train=rows)
-    run(tmp_path, max_quarantined=1.0)
+    warnings = dict.fromkeys(("images_present", "image_max_side"), Severity.WARNING)
+    run(tmp_path, max_quarantined=1.0, max_pixels=200, severities=warnings)
     profile = Profile.read(tmp_path / "validate")
-    assert profile.question_length == {6: 5, 22: 1}
-    assert profile.image_min_side == {32: 5, 40: 1}
-    assert profile.image_max_side == {32: 5, 60: 1}
+    assert profile.question_length == {6: 6, 22: 1}
+    assert profile.image_min_side == {32: 6, 40: 1}
+    assert profile.image_max_side == {32: 5, 60: 1, 300: 1}
     assert profile.words == ("anyway", "of", "them", "which")
-    assert profile.unseen_words == {0: 5, 1: 1}
-    assert profile.repeats == {1: 5, 2: 1}
+    assert profile.unseen_words == {0: 6, 1: 1}
+    assert profile.repeats == {1: 6, 2: 1}
     means = [round(sum(look) / len(look)) for look in (examine_image(row.images[0]).look for row in rows[:6])]
     assert sorted(means) == [value for value, count in profile.brightness.items() for _ in range(count)]
 

@@ -20,7 +20,7 @@ from vismem.validation.drift import FACTS, compare
 from vismem.validation.requests import COLUMNS, read_requests
 
 VOCABULARY = [f"word{number}" for number in range(3000)]
-SEEDS = 60
+SEEDS = 40
 MANIFEST = "f00d"
 Change = Callable[[pd.DataFrame, np.random.Generator], pd.DataFrame]
 

@@ -52,7 +52,8 @@ def words_of(question: str) -> set[str]:
 
 
 def profile_of(rows: pd.DataFrame) -> Profile:
-    """The profile of rows of `validation.facts.collect_facts`."""
+    """The profile of rows of `validation.facts.collect_facts`; those without images that decode are left out."""
+    rows = rows.dropna(subset=["asked"])
     once = rows.drop_duplicates("asked")
     images = rows.drop_duplicates("image_hashes")
     spoken = [words_of(question) for question in once["question"]]
@@ -62,7 +63,7 @@ def profile_of(rows: pd.DataFrame) -> Profile:
         question_length=counts(once["question_chars"]),
         image_min_side=counts(images["min_side"]),
         image_max_side=counts(images["max_side"]),
-        brightness=counts(images["brightness"]),
+        brightness=counts(images["brightness"].dropna()),  # unknown where an image was too large to decode
         words=tuple(sorted(used)),
         unseen_words=counts(any(used[word] == 1 for word in words) for words in spoken),
         repeats=counts(rows["asked"].value_counts()),

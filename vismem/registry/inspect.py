@@ -76,7 +76,7 @@ def trained(config: Config, which: str) -> Trained:
         profile,
         counts(answers["tokens"]),
         counts(answers["memories"]),
-        f"version {newest.version} was trained on other data, and is not the champion" if other else None,
+        f"version {newest.version} is newer, and was trained on other data" if other else None,
     )
 
 

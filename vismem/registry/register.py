@@ -41,8 +41,8 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         tags[hash_tag(record)] = sha256_file(inputs[folder or "export"] / record.FILE)
     signature = sign_bundle(config.registry, inputs["export"], out)
     store = open_store(config.registry)
-    named = ("manifest_sha256", tags["manifest_sha256"])
-    known = next((v for v in versions(store) if named in v.tags.items() and hash_tag(Profile) in v.tags), None)
+    named, hashed = ("manifest_sha256", tags["manifest_sha256"]), set(map(hash_tag, FOLDERS))
+    known = next((v for v in versions(store) if named in v.tags.items() and hashed <= v.tags.keys()), None)
     version = known or _new_version(store, config, inputs, metrics, tags)
     if signature:
         store.client.log_model_artifact(version.model_id, str(signature))

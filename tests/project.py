@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import parse_config
+from vismem.data.profile import Profile
 from vismem.data.sample import Sample, write_shards
 from vismem.evaluation.predictions import InvocationRecord, Prediction, predictions_file, write_predictions
 from vismem.provenance import sha256_folder, write_manifest
@@ -46,6 +47,17 @@ VALIDATION = Validation.model_validate(
         "rules": [],
         "task_mix": {"train": {}},
     }
+)
+
+PROFILE = Profile(
+    format=1,
+    question_length={9: 1},
+    image_min_side={84: 1},
+    image_max_side={84: 1},
+    brightness={200: 1},
+    words=("how", "many"),
+    unseen_words={0: 1},
+    repeats={1: 1},
 )
 
 
@@ -113,6 +125,7 @@ class Project:
         write_shards([Sample("q1", (b"png",), "how many?", "two")], test)
         self.test_sha256 = sha256_folder(test, "*.parquet")
         VALIDATION.write(self.steps["validate"])
+        PROFILE.write(self.steps["validate"])
         (self.steps["validate"] / "report.html").write_text("<p>data</p>")
 
     def build(self, weights: bytes, score: float = 66.0, gain: float = 6.0, **changed: Any) -> None:

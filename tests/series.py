@@ -21,8 +21,10 @@ RUNTIME = {  # deploy/triton/model.py shows each under its own name
     for sample in family.samples
     if not sample.name.endswith("_created")
 }
-SERIES = TRITON | RUNTIME
-LABELS = {"namespace", "pod", "model", "version", "kind", "reason", "le"}  # the first two are Prometheus's
+JOBS = {"kube_job_status_failed"}  # of kube-state-metrics
+SERIES = TRITON | RUNTIME | JOBS
+# the first two are Prometheus's, the last is kube-state-metrics'
+LABELS = {"namespace", "pod", "model", "version", "kind", "reason", "outcome", "le", "job_name"}
 MONITORING = KUBERNETES / "components" / "monitoring"
 
 
@@ -42,6 +44,6 @@ def dashboard_queries() -> Iterator[str]:
 
 
 def asked() -> set[str]:
-    """The names of all series that are read."""
-    names = "|".join(sorted(SERIES, key=len, reverse=True))
+    """The names of all series of the server that are read."""
+    names = "|".join(sorted(SERIES - JOBS, key=len, reverse=True))
     return set(re.findall(rf"\b(?:{names})\b", "\n".join([*rule_queries(), *dashboard_queries()])))

@@ -12,11 +12,14 @@ from vismem.ask import examples
 from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
+from vismem.provenance import MANIFEST, sha256_file
 from vismem.services import HOST, free_ports, until_stopped
 from vismem.serving.answering import ROWS, Runtime
 from vismem.serving.exchange import TOKEN_VARIABLE
 from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
+from vismem.serving.request_log import RequestLog
+from vismem.sources import find_added
 
 END_SECONDS = 5  # that running answers get when the server stops
 
@@ -51,6 +54,9 @@ def serve_api(
     loaded = VisMem.from_pretrained(model, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
     token = "" if page else os.environ.get(TOKEN_VARIABLE, "").strip()
     runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
+    manifest = find_added(model).parent / MANIFEST  # of a bundle
+    served = {"version": model, "manifest_sha256": sha256_file(manifest) if manifest.is_file() else ""}
+    runtime.log = RequestLog.from_environment(served, runtime.metrics.logged)
     app = create_app(runtime, name, token)
     if page:
         called = f"{model} ({loaded.model.backbone.family})"

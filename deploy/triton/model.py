@@ -68,6 +68,7 @@ class TritonPythonModel:
         from vismem.runtime.limits import MAX_PATCHES, MAX_STOPS, check_request
         from vismem.serving.answering import STOPPED, Busy, Runtime
         from vismem.serving.golden import check_golden
+        from vismem.serving.request_log import RequestLog
 
         self.check_request, self.most_stops, self.busy, self.stopped = check_request, MAX_STOPS, Busy, STOPPED
         self.parse_messages, self.said = parse_messages, said
@@ -78,6 +79,9 @@ class TritonPythonModel:
         max_patches = int(os.environ.get("VISMEM_MAX_PATCHES", MAX_PATCHES))
         self.runtime = Runtime.open(folder / "bundle", threads, verified=True, max_patches=max_patches, rows=workers)
         check_golden(self.runtime, folder / "bundle")  # while the version before, if there is one, still answers
+        manifest = hashlib.sha256((folder / "bundle" / "manifest.json").read_bytes()).hexdigest()
+        served = {"version": args["model_version"], "manifest_sha256": manifest}
+        self.runtime.log = RequestLog.from_environment(served, self.runtime.metrics.logged)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
         self.stopping = self.ended = False  # a new answer ends at once; all have ended
@@ -112,6 +116,8 @@ class TritonPythonModel:
         """Stop the running answers at their next token."""
         self.stopping = True
         self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.runtime.log:
+            self.runtime.log.close()
         self.ended = True
         self.reporter.join()
 

@@ -137,7 +137,7 @@ def shown(server: TritonServer) -> dict[str, float]:
     """The runtime's series, each with its own label."""
     found = re.findall(r"^(vismem_\w+)\{(.*)\} (\S+)$", metrics(server), re.MULTILINE)
     assert all('model="vismem"' in labels and 'version="7"' in labels for _, labels, _ in found)
-    own = [re.findall(r'(?:kind|reason|le)="(.*?)"', labels) for _, labels, _ in found]
+    own = [re.findall(r'(?:kind|reason|outcome|le)="(.*?)"', labels) for _, labels, _ in found]
     return {" ".join([name, *values]): float(count) for (name, _, count), values in zip(found, own, strict=True)}
 
 

@@ -1,6 +1,7 @@
 """The commands that ask a model, and that serve one to be asked."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,7 @@ def add_commands(commands: Commands) -> None:
     add("--port", "--grpc-port", type=int, help="gRPC port; default: deploy.grpc_port, 0: any free one")
     add("--http-port", type=int, help="HTTP port; default: deploy.http_port")
     add("--metrics-port", type=int, help="Prometheus port; default: deploy.metrics_port")
+    _add_request_log(add)
 
     about = "serve a model over HTTP as OpenAI's API does, every family, until Ctrl-C"
     add = command("api", _run_api, about, options=False)
@@ -47,6 +49,7 @@ def add_commands(commands: Commands) -> None:
     add("--rows", type=int, default=8, metavar="N", help="answers decoded together (default: %(default)s)")
     add("--tls-certificate", type=Path, metavar="FILE", dest="certificate", help="PEM; with --tls-key")
     add("--tls-key", type=Path, metavar="FILE", dest="key", help="PEM")
+    _add_request_log(add)
 
     about = "a page in the browser that asks a model, beside its answer without memory, until Ctrl-C"
     add = command("playground", _run_playground, about, options=False)
@@ -63,6 +66,24 @@ def _add_served(add: Callable[..., Any], port: int) -> None:
     # 16,384 patches are 3.2 megapixels as Qwen2.5-VL cuts them.
     add("--max-patches", type=int, default=16_384, metavar="N", help="of a question's images (default: %(default)s)")
     add("--cache-mb", type=int, default=1_000, metavar="N", help="kept of images and prompts (default: %(default)s)")
+
+
+def _add_request_log(add: Callable[..., Any]) -> None:
+    """What `vismem drift` reads."""
+    about = "write a sample of the requests with their answers there, for `vismem drift`; default: none"
+    add("--request-log", type=Path, metavar="FOLDER", help=about)
+    add("--request-share", type=float, default=0.05, metavar="S", help="of the requests (default: %(default)s)")
+    add("--request-log-mb", type=int, default=1_000, metavar="N", help="then the oldest go (default: %(default)s)")
+    add("--request-images", action="store_true", help="keep the images too")
+
+
+def _set_request_log(arguments: argparse.Namespace) -> None:
+    """Whoever answers, perhaps a server's process, takes it from the environment."""
+    from vismem.serving.request_log import FOLDER, IMAGES, MEGABYTES, SHARE
+
+    if arguments.request_log:
+        os.environ |= {FOLDER: str(arguments.request_log.absolute()), SHARE: str(arguments.request_share)}
+        os.environ |= {MEGABYTES: str(arguments.request_log_mb), IMAGES: str(int(arguments.request_images))}
 
 
 def _add_question(add: Callable[..., Any]) -> None:
@@ -121,6 +142,7 @@ def _run_infer(arguments: argparse.Namespace) -> None:
 
 
 def _run_serve(arguments: argparse.Namespace) -> None:
+    _set_request_log(arguments)
     named = arguments.repository.absolute() if arguments.repository else None
     config, artifacts = enter(arguments)
     from vismem.serving.champion import champion_repository
@@ -140,6 +162,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
 
 
 def _run_api(arguments: argparse.Namespace) -> None:
+    _set_request_log(arguments)
     _serve_api(arguments, *SERVED, "name", "host", "rows", "certificate", "key")
 
 

@@ -45,6 +45,13 @@ def add_commands(commands: Commands) -> None:
     add("--cluster", metavar="NAME", help="the key or column of what questions share, such as a picture's name")
     add("--out", type=Path, metavar="FILE", help="also write a page with all answers, such as compare.html")
 
+    about = "compare the requests that a server logged with the data of its model; status 3 where they differ"
+    add = command("drift", _run_drift, about, outputs=True)
+    about = "what `vismem serve --request-log` wrote, or `vismem api`"
+    add("--request-log", type=Path, required=True, metavar="FOLDER", dest="log", help=about)
+    add("--days", type=float, default=7, metavar="N", help="only requests of the last N days (default: %(default)s)")
+    add("--model", default="champion", metavar="VERSION", help="number or alias (default: %(default)s)")
+
     add = command("ui", _run_ui, "open MLflow on the store and print the model's page")
     add("--port", type=int, help="default: registry.ui_port; 0: any free one")
 
@@ -116,6 +123,18 @@ def _run_models(arguments: argparse.Namespace) -> None:
             from vismem.registry.inspect import verify
 
             print(verify(config, *which))
+
+
+def _run_drift(arguments: argparse.Namespace) -> int:
+    log = arguments.log.absolute()
+    config, artifacts = enter(arguments)
+    from vismem.registry.inspect import trained
+    from vismem.validation.drift import drift
+
+    out = artifacts / "drift"
+    line, differs = drift(config.drift, trained(config, arguments.model), log, arguments.days, out)
+    print(arguments.caller.shown(f"{line}\nThe report is {out / 'report.html'}"))
+    return 3 if differs else 0
 
 
 def _run_compare(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from vismem.config.data import (
     SOURCES,
+    DriftConfig,
     DvcPath,
     DvcSource,
     EasyVqaSource,
@@ -61,6 +62,7 @@ __all__ = [
     "BaselinesConfig",
     "BaselinesGrpoConfig",
     "Config",
+    "DriftConfig",
     "DvcPath",
     "DvcSource",
     "EasyVqaSource",
@@ -120,6 +122,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
     deploy: DeployConfig = DeployConfig()
+    drift: DriftConfig = DriftConfig()
 
 
 def load_config(path: Path, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

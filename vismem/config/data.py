@@ -156,3 +156,15 @@ class ValidateConfig(Section):
     plugins: tuple[Path, ...] = Field((), description="Python files with expectation classes of your own")
     task_profile: Path | None = Field(None, description="stored task mix, JSON {task: share}; null: the train split's")
     required_splits: tuple[Split, ...] = Field(("train", "validation", "test"), description="splits that need rows")
+
+
+class DriftConfig(Section):
+    """When the requests that a server logged differ from the data of its model; `vismem drift`."""
+
+    max_distance: float = Field(
+        0.1, gt=0, lt=1, description="largest Kolmogorov-Smirnov distance of a distribution from training's [ours]"
+    )
+    max_unreadable: float = Field(
+        0.01, ge=0, le=1, description="share of the log's lines that may be damaged (warning)"
+    )
+    severities: dict[str, Severity] = Field({}, description="{rule: error or warning} in place of its own")

@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 
 from vismem.data.sample import Sample
-from vismem.runtime.images import upright
+from vismem.runtime.images import look_of, pixels_sha256, upright
 from vismem.runtime.limits import frames_of
 
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
-LOOK = 8  # sides of the small copy by which two images are seen to be alike
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
 
 
@@ -31,7 +30,7 @@ class ImageFacts:
     height: int = 0
     fault: str | None = None
     contrast: int = 0  # the widest range of values of one colour, 0 to 255: 0 for an image of one colour
-    look: bytes = b""  # LOOK x LOOK RGB means, which JPEG and resizing hardly change; empty where it is not decoded
+    look: bytes = b""  # see `look_of`; empty where it is not decoded
 
 
 def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
@@ -53,9 +52,8 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
         fault = str(error).split("<")[0].strip() or type(error).__name__
         return ImageFacts(hashlib.sha256(data).digest(), width, height, fault if data else "no bytes")
     width, height = seen.size
-    pixels = hashlib.sha256(b"%dx%d:" % (width, height) + seen.tobytes()).digest()
-    look = seen.resize((LOOK, LOOK), Image.Resampling.BILINEAR).tobytes()
-    return ImageFacts(pixels, width, height, None, int(np.ptp(seen.getextrema(), axis=1).max()), look)
+    contrast = int(np.ptp(seen.getextrema(), axis=1).max())
+    return ImageFacts(pixels_sha256(seen), width, height, None, contrast, look_of(seen))
 
 
 def image_cache(max_side: int | None = None) -> Callable[[bytes], ImageFacts]:

@@ -5,7 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from vismem.config import Config
+from vismem.data.profile import Profile, Trained, counts
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import file_hashes
@@ -13,8 +16,9 @@ from vismem.records import VISMEM, Metrics, ParityReport, Validation
 from vismem.registry.champion import mend_view, named_version, read_view
 from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import open_store, translate_mlflow_errors
-from vismem.registry.verdict import read_registered
+from vismem.registry.tracking import open_store, translate_mlflow_errors, versions
+from vismem.registry.verdict import EVALUATION, read_registered
+from vismem.services import environment
 
 
 @translate_mlflow_errors()
@@ -52,6 +56,27 @@ def verify(config: Config, which: str) -> str:
         f"{told['manifest_sha256'][:12]}, lineage, figures and tags agree"
         + (", and registry.public_key's owner signed it" if config.registry.public_key else "")
         + (f"; of the champions before, deleted in MLflow: {', '.join(sorted(lost, key=int))}" if lost else "")
+    )
+
+
+@translate_mlflow_errors()
+def trained(config: Config, which: str) -> Trained:
+    """What a version was trained on and how it answered. UserError where the registry has lost it."""
+    store = open_store(config.registry)
+    version = named_version(store, which)
+    newest, data = versions(store)[0], version.tags.get("data_sha256")
+    other = newest.tags.get("data_sha256") != data and int(newest.version) > int(version.version)
+    profile, location = read_registered(store, version, Profile), store.client.get_run(version.run_id).info.artifact_uri
+    with tempfile.TemporaryDirectory() as folder, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+        store.files(str(location)).download_artifacts(EVALUATION, folder)
+        answers = pd.read_json(Path(folder) / EVALUATION, orient="split").query("arm == @VISMEM")
+    return Trained(
+        version.version,
+        version.tags["manifest_sha256"],
+        profile,
+        counts(answers["tokens"]),
+        counts(answers["memories"]),
+        f"version {newest.version} is newer, and was trained on other data" if other else None,
     )
 
 

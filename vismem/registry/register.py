@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from vismem.config import Config
+from vismem.data.profile import Profile
 from vismem.data.revisions import read_revisions, revision_tags, revisions_of
 from vismem.errors import UserError
 from vismem.files import read_json
@@ -20,7 +21,7 @@ from vismem.registry.mlmodel import log_bundle
 from vismem.registry.runs import log_curve, log_metrics, tracked_run
 from vismem.registry.signing import sign_bundle
 from vismem.registry.tracking import Store, create_version, open_store, translate_mlflow_errors, versions
-from vismem.registry.verdict import EVALUATION, GATE, figure_tags, hash_tag, judge_version, publish_verdict
+from vismem.registry.verdict import EVALUATION, FOLDERS, GATE, figure_tags, hash_tag, judge_version, publish_verdict
 from vismem.registry.versions import CHALLENGER, Version
 
 TABLE = "question_id arm benchmark task capability cluster correct tokens memories question answer reference"
@@ -36,12 +37,12 @@ def register(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """
     metrics, lineage = _checked(inputs)
     tags = version_tags(inputs["export"], lineage, metrics)
-    for record, folder in (Metrics, "evaluate"), (Validation, "validate"), (ParityReport, "export"):
-        tags[hash_tag(record)] = sha256_file(inputs[folder] / record.FILE)
+    for record, folder in FOLDERS.items():
+        tags[hash_tag(record)] = sha256_file(inputs[folder or "export"] / record.FILE)
     signature = sign_bundle(config.registry, inputs["export"], out)
     store = open_store(config.registry)
-    named = ("manifest_sha256", tags["manifest_sha256"])
-    known = next((v for v in versions(store) if named in v.tags.items() and hash_tag(Metrics) in v.tags), None)
+    named, hashed = ("manifest_sha256", tags["manifest_sha256"]), set(map(hash_tag, FOLDERS))
+    known = next((v for v in versions(store) if named in v.tags.items() and hashed <= v.tags.keys()), None)
     version = known or _new_version(store, config, inputs, metrics, tags)
     if signature:
         store.client.log_model_artifact(version.model_id, str(signature))
@@ -74,6 +75,7 @@ def _checked(inputs: Mapping[str, Path]) -> tuple[Metrics, dict[str, Any]]:
         )
     metrics = Metrics.read(evaluate)
     Validation.read(validate)
+    Profile.read(validate)
     ParityReport.read(bundle)
     lineage: dict[str, Any] = read_json(bundle / "lineage.json", "run `vismem export` again")
     if missing := {"vanilla", "vismem"} - set(metrics.arms):
@@ -117,7 +119,7 @@ def _new_version(
             if path.name != "predictions":  # they are the table
                 store.client.log_artifact(run_id, str(path), "evaluate")
         store.client.log_table(run_id, table, EVALUATION)
-        for name in ("report.html", Validation.FILE):
+        for name in ("report.html", Validation.FILE, Profile.FILE):
             store.client.log_artifact(run_id, str(inputs["validate"] / name), "validate")
         model_id = log_bundle(store, run_id, inputs["export"], inputs["validate"] / "data" / "test", config.base)
         log_revisions(store, run_id, read_revisions(inputs["validate"]))

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from mlflow.exceptions import MlflowException
 
 from vismem.config import GateConfig
+from vismem.data.profile import Profile
 from vismem.errors import UserError
 from vismem.provenance import sha256_file
 from vismem.records import VISMEM, Metrics, ParityReport, Record, Rule, Validation, Verdict
@@ -22,8 +23,10 @@ from vismem.registry.versions import Version
 from vismem.services import environment
 
 GATE = "gate"  # tag: the gate's parameters at registration, as JSON
-# what a version is judged by, and the folder of its run that holds it; none: it is in the bundle
-FOLDERS: dict[type[Record], str] = {Metrics: "evaluate", Validation: "validate", ParityReport: ""}
+# what a version, and its requests, are judged by, and the folder of its run that holds it; none: it is in the bundle
+FOLDERS: dict[type[Record], str] = {
+    Metrics: "evaluate", Validation: "validate", Profile: "validate", ParityReport: "",
+}  # fmt: skip
 LONGEST_PAGE = 5000  # characters of a version's description that MLflow's databases take
 LINE, CUT = "\n\n---\n\n", f"\n\nThe rest of the card: `{BUNDLE}/README.md` of the version's files."
 EVALUATION = "evaluation.json"  # of a version's run: its answers as a table of MLflow

@@ -3,6 +3,7 @@
 Also the place of each patch: its row and column for the rotary position, its image and its attention window.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from vismem.runtime.limits import RequestError
 
 Grid = tuple[int, int]  # rows and columns of patches
+LOOK = 8  # sides of the small copy by which two images are seen to be alike
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -30,6 +32,16 @@ def upright(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def pixels_sha256(seen: Image.Image) -> bytes:
+    """32 bytes by which an image that is `upright` is known: the same for the same picture saved twice."""
+    return hashlib.sha256(b"%dx%d:" % seen.size + seen.tobytes()).digest()
+
+
+def look_of(seen: Image.Image) -> bytes:
+    """LOOK x LOOK RGB means of an image that is `upright`, which JPEG and resizing hardly change."""
+    return seen.resize((LOOK, LOOK), Image.Resampling.BILINEAR).tobytes()
 
 
 def decoded(images: Sequence[Image.Image]) -> list[Image.Image]:

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol
@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 
 from vismem.generation.invocation import InvocationPolicy, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
-from vismem.runtime.chat import Chat, check_chat, one_turn
+from vismem.runtime.chat import Chat, check_chat, one_turn, said
 from vismem.runtime.limits import NEW_TOKENS, RequestError
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
+from vismem.serving.request_log import RequestLog
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
@@ -79,24 +80,24 @@ class _Text:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.stream, self.stop = TextStream(tokenizer), [text for text in stop if text]
-        self.held, self.stopped = "", False
+        self.held, self.passed, self.stopped = "", "", False
 
     def add(self, token: int) -> str:
-        """What is certain with this token."""
-        return self._passed(self.stream.add(token), last=False)
+        """What is certain with this token; `passed` has all of it."""
+        return self._pass(self.stream.add(token), last=False)
 
     def finish(self) -> str:
         """What was held back."""
-        return "" if self.stopped else self._passed(self.stream.finish(), last=True)
+        return "" if self.stopped else self._pass(self.stream.finish(), last=True)
 
-    def _passed(self, new: str, last: bool) -> str:
+    def _pass(self, new: str, last: bool) -> str:
         text = self.held + new
-        if places := [place for stop in self.stop if (place := text.find(stop)) >= 0]:
-            self.stopped = True
-            return text[: min(places)]
+        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
         begun = [size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
-        certain = len(text) if last else len(text) - max(begun, default=0)
+        self.stopped = bool(places)
+        certain = min(places) if places else len(text) if last else len(text) - max(begun, default=0)
         self.held = text[certain:]
+        self.passed += text[:certain]
         return text[:certain]
 
 
@@ -125,6 +126,7 @@ class Runtime:
         self.decoding = 0  # answers
         self.stepped = -math.inf  # when the last step ended, by time.monotonic()
         self.metrics = Metrics(lambda: len(self.waiting), lambda: self.decoding)
+        self.log: RequestLog | None = None
 
     @classmethod
     def open(
@@ -178,7 +180,8 @@ class Runtime:
         with self.preparing:
             sample = self.executor.prepare(images, chat, max_new_tokens)
         request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
-        return self._counted(self._chunks(request, stop))
+        asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        return self._counted(self._chunks(request, stop, images, asked))
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -187,6 +190,8 @@ class Runtime:
             self.changed.notify()
         if self.thread:
             self.thread.join()
+        if self.log:
+            self.log.close()
 
     def _counted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """The chunks; what ends them early is counted."""
@@ -199,7 +204,7 @@ class Runtime:
             self.metrics.failures.inc()
             raise
 
-    def _chunks(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
+    def _chunks(self, request: Request, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Iterator[Chunk]:
         with self.preparing:
             self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
         answer, text = _Answer(request), _Text(self.executor.tokenizer, stop)
@@ -227,7 +232,11 @@ class Runtime:
             assert answer.row is not None
             ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
             usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories))
-            yield Chunk(text.finish(), "end", usage=usage)
+            end = Chunk(text.finish(), "end", usage=usage)
+            if self.log and request.max_new_tokens > 1:  # with 1 it is a probe
+                took = {"answer": text.passed, "seconds": time.monotonic() - answer.arrived}
+                self.log.add(images, {**asked, **took, **asdict(usage)})
+            yield end
         finally:
             answer.gone = True
 

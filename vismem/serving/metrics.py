@@ -25,6 +25,9 @@ class Metrics:
         self.memories = Counter("vismem_memories", "Memories that were invoked.", ["kind"], registry=registry)
         self.refused = Counter("vismem_refused", "Questions that were refused.", ["reason"], registry=registry)
         self.failures = Counter("vismem_failures", "Answers that a fault of the model ended.", registry=registry)
+        self.logged = Counter("vismem_logged", "Requests of the sample that is logged.", ["outcome"], registry=registry)
+        for outcome in ("written", "lost"):
+            self.logged.labels(outcome)
         for kind in KINDS:
             self.memories.labels(kind.value)
         for reason in ("invalid", "busy"):

@@ -29,6 +29,7 @@ SERVED = (  # of the library, what lies beside a served bundle: nothing of it im
     "serving/answering.py",
     "serving/golden.py",
     "serving/metrics.py",
+    "serving/request_log.py",
 )
 MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"
 UNARY = "unary"  # in a manifest: the hash of the manifest of NAME_unary

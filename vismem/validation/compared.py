@@ -10,7 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from vismem.data.fingerprint import LOOK, SPLITS
+from vismem.data.fingerprint import SPLITS
+from vismem.runtime.images import LOOK
 
 CHUNK = 4096  # images that are looked up at once
 

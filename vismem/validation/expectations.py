@@ -1,11 +1,13 @@
 """The rules of the data, as expectations of Great Expectations on columns of the facts; `Project.judge` asks them."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vismem.config import Severity, ValidateConfig
 from vismem.data.sample import Capability
 from vismem.errors import UserError, nearest
+from vismem.records import DataRule
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,34 @@ class Verdict:
         counted = [broken or f"{self.judged:,} {table} judged"] if self.judged != 1 else []
         return "; ".join(seen + counted) or "nothing to judge"
 
+    def record(self) -> DataRule:
+        """As it is kept."""
+        rule = self.rule
+        return DataRule(
+            name=rule.name,
+            severity=rule.severity.value,
+            success=self.success,
+            observed=self.observed,
+            message=self.message,
+        )
+
 
 NULL, BETWEEN, IN_SET = (f"expect_column_values_to_be_{kind}" for kind in ("null", "between", "in_set"))
 
 
 def rules(config: ValidateConfig) -> tuple[Rule, ...]:
     """All rules that VisMem brings, in the order of the report; UserError for a severity that none can have."""
-    found = {rule.name: rule for rule in _rules(config)}
-    for name, severity in config.severities.items():
+    return with_severities(_rules(config), config.severities, "validate.severities")
+
+
+def with_severities(rules: Iterable[Rule], severities: Mapping[str, Severity], key: str) -> tuple[Rule, ...]:
+    """The rules with the severities that the parameter `key` gives them; UserError for one that none can have."""
+    found = {rule.name: rule for rule in rules}
+    for name, severity in severities.items():
         if name not in found:
-            raise UserError(f"validate.severities: no rule '{name}'{nearest(name, found)}; rules: {', '.join(found)}")
+            raise UserError(f"{key}: no rule '{name}'{nearest(name, found)}; rules: {', '.join(found)}")
         if severity is Severity.QUARANTINE and found[name].table != "rows":
-            raise UserError(f"validate.severities.{name}: it judges no single row to set apart: error or warning")
+            raise UserError(f"{key}.{name}: it judges no single row to set apart: error or warning")
         found[name] = replace(found[name], severity=severity)
     return tuple(found.values())
 

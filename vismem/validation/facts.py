@@ -86,7 +86,7 @@ def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]
 _COLUMNS = {
     **dict.fromkeys(("shard", "position", "id_chars", "images", "videos", "choices"), "int64"),
     **dict.fromkeys(("question_chars", "answer_chars"), "int64"),
-    **dict.fromkeys(("min_side", "max_side", "aspect", "contrast"), "float64"),  # missing where no image has a size
+    **dict.fromkeys(("min_side", "max_side", "aspect", "contrast", "brightness"), "float64"),  # missing without a size
     **dict.fromkeys(("split", "id", "question", "answer", "value", "task", "capability", "source"), "object"),
     **dict.fromkeys(("null_fault", "token_fault", "image_fault", "mark_fault", "encoding_fault"), "object"),
     **dict.fromkeys(("markup_fault", "choice_fault", "answer_fault", "answer_listed"), "object"),
@@ -135,13 +135,14 @@ def row_facts(
     videos, choices: how many (videos are not looked at). null_fault (names of null columns), token_fault (the base's
     own), image_fault, mark_fault, encoding_fault, markup_fault, choice_fault, answer_fault: in words. min_side,
     max_side (pixels), aspect (the largest ratio of sides), contrast (the smallest range of values of an image, 0 to
-    255), image_hashes, looks (of those that decode). value (the answer as scoring reads it), answer_listed (it names a
-    choice), asked (what identifies images, question and choices), sha256.
+    255), brightness (their mean value), image_hashes, looks (of those that decode). value (the answer as scoring reads
+    it), answer_listed (it names a choice), asked (what identifies images, question and choices), sha256.
     """
     images = [examine(data or b"") for data in row["images"] or ()]
     sizes = [(facts.width, facts.height) for facts in images if facts.width]
     faults = [f"image {n} of {len(images)}: {facts.fault}" for n, facts in enumerate(images, start=1) if facts.fault]
     good = [facts for facts in images if facts.fault is None]
+    looks = b"".join(facts.look for facts in good)
     nulls = [f"'{name}'" for name in TEXT_COLUMNS if row[name] is None]
     answer, question = row["answer"] or "", row["question"] or ""
     choices = tuple(choice or "" for choice in row["choices"] or ())
@@ -163,6 +164,7 @@ def row_facts(
         "max_side": max(map(max, sizes), default=None),
         "aspect": max((max(size) / min(size) for size in sizes if min(size)), default=None),
         "contrast": min((facts.contrast for facts in good if facts.look), default=None),
+        "brightness": sum(looks) / len(looks) if looks else None,
         "image_hashes": hashes,
         "looks": tuple(facts.look for facts in good),
         "question": question,

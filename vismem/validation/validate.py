@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from vismem.config import BaseConfig, Config, Severity, ValidateConfig
 from vismem.data.fingerprint import SPLITS
+from vismem.data.profile import profile_of
 from vismem.data.revisions import read_revisions, write_revisions
 from vismem.data.sample import SCHEMA, shard_tables, write_shards
 from vismem.errors import UserError
@@ -20,7 +21,7 @@ from vismem.files import read_json, write_json
 from vismem.models.small_files import read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
 from vismem.progress import progress
-from vismem.records import AllRowCounts, DataRule, RowCounts, Validation
+from vismem.records import AllRowCounts, RowCounts, Validation
 from vismem.runtime.reserved import Reserved
 from vismem.validation.expectations import Verdict, rules
 from vismem.validation.facts import KEPT, Shard, collect_facts, find_shards
@@ -36,8 +37,8 @@ Mix = Mapping[str, float]  # task -> share
 def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Judge the shards of `inputs["prepare"]` and sort their rows into `out/data/<split>` and `out/quarantine`.
 
-    Also writes `validation.json`, `task_profile.json` (the train split's task mix), `report.html`, and the
-    facts, suites, checkpoint and Data Docs as a project of Great Expectations, `gx/`.
+    Also writes `validation.json`, `task_profile.json` (the train split's task mix), `profile.json` (see `Profile`),
+    `report.html`, and the facts, suites, checkpoint and Data Docs as a project of Great Expectations, `gx/`.
     Raises UserError with the list of broken rules of severity error; `out` then holds the report and the verdicts, and
     no data.
     """
@@ -48,6 +49,7 @@ def validate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     _record(findings).write(out)
     write_revisions(out, read_revisions(inputs["prepare"]))
     write_json(out / "task_profile.json", findings.task_mix["train"])
+    profile_of(findings.clean[findings.clean["split"] == "train"]).write(out)
     (out / "report.html").write_text(render(findings, settings), encoding="utf-8")
     if findings.errors:
         listed = "".join(f"\n  - {line}" for line in findings.errors)
@@ -171,16 +173,7 @@ def _record(findings: Findings) -> Validation:
             splits={s: RowCounts(total=total[s], clean=clean[s], quarantined=total[s] - clean[s]) for s in SPLITS},
         ),
         data_sha256=findings.data_sha256,
-        rules=tuple(
-            DataRule(
-                name=v.rule.name,
-                severity=v.rule.severity.value,
-                success=v.success,
-                observed=v.observed,
-                message=v.message,
-            )
-            for v in findings.verdicts
-        ),
+        rules=tuple(verdict.record() for verdict in findings.verdicts),
         task_mix=findings.task_mix,
     )
 

@@ -62,6 +62,7 @@ class TritonPythonModel:
         """Verify this version's folder, then load the runtime and the bundle from it."""
         model = Path(args["model_repository"]).resolve()  # what is there while this version is served
         folder = model / args["model_version"]
+        pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
         from vismem.runtime.chat import parse_messages, said

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the name."""
+        folder = Path(args["model_repository"]).resolve() / args["model_version"]
+        pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         self.model = args["model_name"].removesuffix("_unary")
         self.pool = ThreadPoolExecutor(MOST, thread_name_prefix="unary")
         self.free = threading.BoundedSemaphore(MOST)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import tracemalloc
+import weakref
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,14 @@ from vismem.config import Config, GrpoConfig, InvocationConfig, Stage1Config, St
 from vismem.data.sample import Sample, write_shards
 from vismem.generation import token_scores
 from vismem.generation.prompts import encode
-from vismem.generation.replay import prefill
+from vismem.generation.replay import answer_states, prefill
 from vismem.models.kinds import MemoryKind
 from vismem.models.variants import StaticPrefix
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training import run
+from vismem.training import run, stage2
 from vismem.training.loop import batch_at
 from vismem.training.run import FORMATION, new_model, trainable
 from vismem.training.stage1 import stage1
-from vismem.training.stage2 import fit_invocation
 
 DEPTH = 12  # blocks of the vision encoder
 
@@ -204,5 +204,32 @@ def test_the_head_is_fitted_to_answers_without_all_their_logits(
     width = model.vocabulary
     monkeypatch.setattr(token_scores, "MAX_LOGITS", 5 * width)
     with Alive(lambda tensor: tensor.shape[-1:] == (width,) and tensor.ndim > 1) as alive:
-        fit_invocation(model, tiny.samples()[:4], Stage2Config(), max_new_tokens=10, seed=0)
+        stage2.fit_invocation(model, tiny.samples()[:4], Stage2Config(), max_new_tokens=10, seed=0)
     assert 0 < alive.largest <= 5 * (width + 2)
+
+
+def test_the_head_is_fitted_to_answers_without_a_double_precision_copy_of_their_states(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without what the replay of earlier batches held beside the states."""
+    replayed: list[weakref.ref[Any]] = []
+
+    def once(*arguments: Any) -> Tensor:
+        assert all(earlier() is None for earlier in replayed)
+        states = answer_states(*arguments)
+        replayed.append(weakref.ref(states.untyped_storage()))
+        return states
+
+    monkeypatch.setattr(stage2, "answer_states", once)
+    model, rows = tiny.vismem(tiny_base), []
+    decisions = stage2._decisions(model, tiny.samples(40), 10, 0)
+    assert len(replayed) == 2
+    monkeypatch.setattr(stage2, "_decisions", lambda *_: decisions)
+    for together in (10_000, 7):
+        monkeypatch.setattr(token_scores, "MAX_LOGITS", together * model.backbone.width)
+        with Alive(lambda tensor: tensor.dtype == torch.double and tensor.ndim > 1) as alive:
+            stage2.fit_invocation(model, [], Stage2Config(), max_new_tokens=10, seed=0)
+        rows.append((model.tokens.head.clone(), model.tokens.bias.clone()))
+    assert 0 < alive.largest <= max(7 * model.backbone.width, model.vocabulary + 2) < decisions[0].numel()
+    for whole, in_pieces in zip(*rows, strict=True):
+        torch.testing.assert_close(in_pieces, whole, rtol=0, atol=2e-5)

@@ -54,6 +54,21 @@ def large(side: int) -> Sample:
     return dataclasses.replace(one, images=(data.getvalue(),))
 
 
+@torch.no_grad()
+def test_what_the_vision_encoder_holds_grows_as_the_number_of_patches_and_not_as_its_square(tiny_base: Path) -> None:
+    backbone, counted = load_base(tiny_base), []
+    processor = backbone.processor.image_processor
+    processor.size = type(processor.size)(shortest_edge=processor.size.shortest_edge, longest_edge=448**2)
+    for side in (224, 448):
+        vision = encode(backbone, [large(side)]).vision
+        with Alive() as alive:
+            backbone.patch_stream(vision)
+        counted.append((vision.mask.numel(), alive.largest, alive.peak))
+    assert counted[1][0] == 4 * counted[0][0]
+    for small, grown in zip(*counted, strict=True):
+        assert grown <= 4.1 * small
+
+
 def short_memory_gradients(model: VisMemModel, sample: Sample, on: bool) -> tuple[dict[str, Tensor], int]:
     """The gradients of a short memory's formation, and the most bytes that were alive while they were computed."""
     with torch.no_grad():

@@ -19,7 +19,7 @@ def segments(numbers: Tensor) -> list[Tensor]:
     starts = counts.cumsum(0) - counts
     return [
         places[starts[counts == size][:, None] + torch.arange(size, device=numbers.device)]
-        for size in counts.unique().tolist()
+        for size in torch.unique(counts).tolist()
     ]
 
 
@@ -28,6 +28,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, places: list[Tensor]) -> T
     flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
     found = torch.zeros_like(flat[0])
     for own in places:
-        attended = scaled_dot_product_attention(*(each[own].transpose(1, 2) for each in flat))
-        found[own] = attended.transpose(1, 2)
+        queries, keys, values = (each[own].transpose(1, 2) for each in flat)
+        found[own] = scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
     return found.view(len(query), -1, *found.shape[1:]).transpose(1, 2)

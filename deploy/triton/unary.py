@@ -1,6 +1,5 @@
 """The model NAME_unary: one request, one response, for clients without streams. It asks NAME and holds no weights."""
 
-import tempfile
 import threading
 import time
 import uuid
@@ -61,7 +60,7 @@ class TritonPythonModel:
 
     def _answer(self, inputs: list[Any], sender: Any) -> None:
         name = uuid.uuid4().hex
-        gone = Path(tempfile.gettempdir(), f"vismem-{name}")
+        gone = Path(f"/dev/shm/vismem-{name}")  # where Triton's own processes must be able to write
         with self.lock:
             self.asking[gone] = sender
         try:

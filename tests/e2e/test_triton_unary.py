@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -121,7 +120,7 @@ def test_an_answer_ends_when_its_client_has_gone(
     def left() -> int:
         return int(ask(server, "left")[0].text)
 
-    before, files = left(), set(Path(tempfile.gettempdir()).glob("vismem-*"))
+    before, files = left(), set(Path("/dev/shm").glob("vismem-*"))
     if way == "a cancelled call":
         call = client.async_infer(NAME, inputs("endless", limit=2000), callback=lambda *_: None)
         until(lambda: decoding(server))
@@ -130,7 +129,7 @@ def test_an_answer_ends_when_its_client_has_gone(
         with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
             client.infer(NAME, inputs("endless", limit=2000), client_timeout=1)
     until(lambda: left() == before + 1)
-    until(lambda: set(Path(tempfile.gettempdir()).glob("vismem-*")) <= files)
+    until(lambda: set(Path("/dev/shm").glob("vismem-*")) <= files)
     assert infer(client).as_numpy("TEXT")[0].decode() == " é0 é1 é2"
 
 

@@ -11,11 +11,12 @@ import json
 import locale
 import math
 import os
+import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ DEFAULTS = {
     "STREAM": True,
 }
 sys.dont_write_bytecode = True  # the repository stays as it was written
-INTERVAL = "interval_ms"  # the request's parameter
+INTERVAL, GONE = "interval_ms", "gone"  # parameters of a request
 STOP_VARIABLE = "VISMEM_STOP_FILE"
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
@@ -62,6 +63,7 @@ class TritonPythonModel:
         """Verify this version's folder, then load the runtime and the bundle from it."""
         model = Path(args["model_repository"]).resolve()  # what is there while this version is served
         folder = model / args["model_version"]
+        pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
         from vismem.runtime.chat import parse_messages, said
@@ -97,18 +99,19 @@ class TritonPythonModel:
         """
         for request in requests:
             sender = request.get_response_sender()
-            if self._reserve_worker(sender):
-                self.pool.submit(self._answer, request, sender)
+            gone = client_gone(request, sender)
+            if self._reserve_worker(gone):
+                self.pool.submit(self._answer, request, sender, gone)
             else:
                 self.runtime.metrics.refused.labels("busy").inc()
                 busy = failure(f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
                 sender.send(busy, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def _reserve_worker(self, sender: Any) -> bool:
+    def _reserve_worker(self, gone: Callable[[], bool]) -> bool:
         """Wait for a free worker; False when the deadline has passed or the client has gone."""
         end = time.monotonic() + self.deadline
         while not self.free.acquire(timeout=0.1):
-            if sender.is_cancelled() or time.monotonic() > end:
+            if gone() or time.monotonic() > end:
                 return False
         return True
 
@@ -148,7 +151,7 @@ class TritonPythonModel:
             self.stopping = self.stopping or os.path.exists(stop)
             time.sleep(0 if last else 0.5)
 
-    def _answer(self, request: Any, sender: Any) -> None:
+    def _answer(self, request: Any, sender: Any, gone: Callable[[], bool]) -> None:
         """Answer a request. A fault becomes an error response and ends this request only."""
         try:
             files, prompt, messages, options, interval = read_request(request)
@@ -158,7 +161,7 @@ class TritonPythonModel:
             asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
             images = self.check_request(files, asked, options["max_new_tokens"])
             with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
-                self._send(chunks, sender, interval)
+                self._send(chunks, sender, gone, interval)
         except ValueError as error:  # RequestError
             self.runtime.metrics.refused.labels("invalid").inc()
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
@@ -174,7 +177,7 @@ class TritonPythonModel:
             finally:
                 self.free.release()
 
-    def _send(self, chunks: Iterator[Any], sender: Any, interval: float) -> None:
+    def _send(self, chunks: Iterator[Any], sender: Any, gone: Callable[[], bool], interval: float) -> None:
         """Send the chunks, `interval` seconds of words in a response, all where it is infinite.
 
         Nothing waits for a memory to be formed. Busy where the server stops.
@@ -183,7 +186,7 @@ class TritonPythonModel:
         sent = -math.inf
         try:
             for chunk in chunks:
-                if sender.is_cancelled():
+                if gone():
                     return
                 if self.stopping:
                     raise self.busy(self.stopped)
@@ -227,6 +230,13 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any
         raise ValueError(f"the parameter {INTERVAL} is {milliseconds!r}: it must be a number of milliseconds")
     interval = milliseconds / 1000 if stream else math.inf
     return files, prompt, messages, {name.lower(): value for name, value in values.items()}, interval
+
+
+def client_gone(request: Any, sender: Any) -> Callable[[], bool]:
+    """Tells whether the client has gone; of a client of NAME_unary, `unary.py` says so with a file."""
+    name = str(json.loads(request.parameters() or "{}").get(GONE))
+    file = f"/dev/shm/vismem-{name}" if re.fullmatch("[0-9a-f]{32}", name) else ""
+    return lambda: sender.is_cancelled() or os.path.exists(file)
 
 
 def decoded(name: str, data: bytes) -> str:

@@ -1,7 +1,10 @@
 """The model NAME_unary: one request, one response, for clients without streams. It asks NAME and holds no weights."""
 
 import threading
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,22 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """Passes requests to NAME, many at a time, and joins the pieces of each answer."""
+    """Passes requests to NAME, many at a time, and joins the pieces of each answer.
+
+    Triton 2.51 cancels no request that one model sends to another: NAME looks for a file that says that the client
+    has gone.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the name."""
+        folder = Path(args["model_repository"]).resolve() / args["model_version"]
+        pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         self.model = args["model_name"].removesuffix("_unary")
         self.pool = ThreadPoolExecutor(MOST, thread_name_prefix="unary")
         self.free = threading.BoundedSemaphore(MOST)
+        self.asking: dict[Path, Any] = {}  # the senders of running requests, by the file for that
+        self.lock = threading.Lock()  # of `asking`: no sender is asked after its last response
+        threading.Thread(target=self._look, daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to a thread, which sends its response."""
@@ -37,18 +49,37 @@ class TritonPythonModel:
         """Wait for the running answers."""
         self.pool.shutdown()
 
+    def _look(self) -> None:
+        """Ten times a second: say of each request whether its client has gone."""
+        while True:
+            with self.lock:
+                for gone in [file for file, sender in self.asking.items() if sender.is_cancelled()]:
+                    gone.touch()
+                    del self.asking[gone]
+            time.sleep(0.1)
+
     def _answer(self, inputs: list[Any], sender: Any) -> None:
+        name = uuid.uuid4().hex
+        gone = Path(f"/dev/shm/vismem-{name}")  # where Triton's own processes must be able to write
+        with self.lock:
+            self.asking[gone] = sender
         try:
-            sender.send(self._asked([*inputs, pb_utils.Tensor("STREAM", np.array([False]))]), flags=FINAL)
+            response = self._asked([*inputs, pb_utils.Tensor("STREAM", np.array([False]))], name)
         except Exception as error:  # noqa: BLE001 - the server's boundary; without a response the client would wait
-            sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))), flags=FINAL)
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+        with self.lock:
+            self.asking.pop(gone, None)
+        gone.unlink(missing_ok=True)
+        try:
+            sender.send(response, flags=FINAL)
         finally:
             self.free.release()
 
-    def _asked(self, inputs: list[Any]) -> Any:
+    def _asked(self, inputs: list[Any], name: str) -> Any:
         """NAME's answer as one response: TEXT, the whole answer, and USAGE. NAME's error where it sent one."""
+        outputs = ["TEXT", "EVENT", "USAGE"]
         asked = pb_utils.InferenceRequest(
-            model_name=self.model, requested_output_names=["TEXT", "EVENT", "USAGE"], inputs=inputs
+            model_name=self.model, requested_output_names=outputs, inputs=inputs, parameters={"gone": name}
         )
         for response in asked.exec(decoupled=True):
             if response.has_error():

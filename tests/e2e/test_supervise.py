@@ -19,14 +19,21 @@ from vismem.serving.exchange import Token
 from vismem.steps import replace_folder
 
 CODE = """
-import sys
+import sys, time
 from pathlib import Path
 from vismem.config import parse_config
 from vismem.errors import UserError
 from vismem.serving import supervise
 supervise.CHECK_SECONDS, supervise.PATIENCE = 0.5, 2.0
+repository, slow, fetching = Path("deploy/model_repository"), Path("slow"), Path("fetching")
+def champion():
+    if slow.exists():
+        slow.rename(fetching)
+    while fetching.exists():
+        time.sleep(0.05)
+    return repository
 try:
-    supervise.serve(parse_config({}), Path("deploy/model_repository"), log=Path("log"), grpc_port=int(sys.argv[1]),
+    supervise.serve(parse_config({}), repository, champion=champion, log=Path("log"), grpc_port=int(sys.argv[1]),
                     http_port=0, metrics_port=0, write=lambda line: print(line, flush=True))
 except UserError as error:
     sys.exit(str(error))
@@ -103,8 +110,8 @@ def shared_memory() -> set[str]:
 
 
 @pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Serving]:
-    make_repository(tmp_path / "deploy")
+def serving(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    make_repository(tmp_path / "deploy", name=getattr(request, "param", "vismem"))
     running = Serving(tmp_path)
     try:
         until(lambda: running.lines or running.process.poll() is not None)
@@ -145,6 +152,18 @@ def test_a_failed_process_of_the_unary_model_is_found_too(serving: Serving, faul
     serving.said("the server is restarted")
     until(serving.answers)
     assert not runs(before)
+
+
+def test_a_failed_process_is_found_while_a_champion_is_fetched_and_the_fetch_ends_with_the_server(
+    serving: Serving,
+) -> None:
+    (serving.folder / "slow").touch()
+    until((serving.folder / "fetching").exists)
+    serving.process_of("vismem").send_signal(signal.SIGKILL)
+    serving.said("the server is restarted")
+    until(serving.answers)
+    serving.process.terminate()
+    assert serving.process.wait(60) == 0
 
 
 def test_sigterm_ends_running_streams_with_an_error_and_leaves_nothing(serving: Serving) -> None:
@@ -208,6 +227,7 @@ def test_new_releases_and_rollbacks_are_loaded_without_a_failed_request_and_bad_
         assert serving.ask() == "good0 good1 good2"
         (link,) = serving.folder.glob("serving-*/repository/vismem")
         assert (link / "8").is_dir()  # what a restart would load
+        assert not list(serving.folder.glob("serving-*/copies/*/9"))
         place = len(serving.lines)
         deploy(serving)  # what was served first: a rollback
         serving.said("vismem: the new release answers now", place)
@@ -224,3 +244,22 @@ def test_new_releases_and_rollbacks_are_loaded_without_a_failed_request_and_bad_
     assert faults == []
     assert set(words) == {f"{w}0 {w}1 {w}2" for w in ("é", "good", "again")}
     assert len(serving.lines) == 6, serving.lines
+
+
+@pytest.mark.parametrize("serving", ["vismem_challenger"], indirect=True)
+def test_a_challenger_is_unloaded_once_a_release_answers_and_not_for_one_that_is_refused(serving: Serving) -> None:
+    def models() -> set[str]:
+        return {path.name for path in next(serving.folder.glob("serving-*/repository")).iterdir()}
+
+    challenger = Client(f"grpc://{serving.url}", model="vismem_challenger")
+    question = {"images": ["image"], "question": "hi", "tokens": [7]}
+    deploy(serving, golden=[question])
+    serving.said("vismem: the new release is refused")
+    assert models() == {"vismem_challenger", "vismem_challenger_unary"}
+    assert challenger.ask(IMAGE, "hi", max_new_tokens=3) == "é0 é1 é2"
+    deploy(serving, word="good")
+    serving.said("vismem: the new release answers now")
+    until(lambda: models() == {"vismem", "vismem_unary"})
+    until(lambda: not any("/vismem_challenger" in word for child in serving.children() for word in child.cmdline()))
+    assert serving.ask() == "good0 good1 good2"
+    assert serving.answers()

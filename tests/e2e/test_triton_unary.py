@@ -2,16 +2,19 @@
 
 import base64
 import json
+import re
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from stand_in import IMAGE, png
+from stand_in import IMAGE, ask, metrics, png
 from tritonclient.utils import InferenceServerException
 
 from vismem.serving.client import Client
@@ -27,17 +30,35 @@ def client(server: TritonServer) -> Iterator[triton.InferenceServerClient]:
         yield connected
 
 
-def infer(client: triton.InferenceServerClient, prompt: str = "hi", images: Any = (IMAGE,), limit: int = 3) -> Any:
+def infer(client: triton.InferenceServerClient, *asked: Any, **more: Any) -> Any:
+    return client.infer(NAME, inputs(*asked, **more), client_timeout=60)
+
+
+def inputs(prompt: str = "hi", images: Any = (IMAGE,), limit: int = 3) -> list[triton.InferInput]:
     arrays = {
         "IMAGE": np.array(images, dtype=object),
         "PROMPT": np.array([prompt.encode()], dtype=object),
         "MAX_NEW_TOKENS": np.array([limit], np.int32),
     }
     kinds = {"MAX_NEW_TOKENS": "INT32"}
-    inputs = [triton.InferInput(name, array.shape, kinds.get(name, "BYTES")) for name, array in arrays.items()]
-    for tensor, array in zip(inputs, arrays.values(), strict=True):
+    tensors = [triton.InferInput(name, array.shape, kinds.get(name, "BYTES")) for name, array in arrays.items()]
+    for tensor, array in zip(tensors, arrays.values(), strict=True):
         tensor.set_data_from_numpy(array)
-    return client.infer(NAME, inputs, client_timeout=60)
+    return tensors
+
+
+def until(found: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20  # an endless answer takes 40
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def decoding(server: TritonServer) -> bool:
+    """Whether a token was decoded since the last look."""
+    before = re.findall(r"^vismem_tokens_total\{.*\} (\d+)", metrics(server), re.MULTILINE)
+    time.sleep(1)
+    return before != re.findall(r"^vismem_tokens_total\{.*\} (\d+)", metrics(server), re.MULTILINE)
 
 
 def post(server: TritonServer, path: str, body: dict[str, Any]) -> tuple[int, str]:
@@ -89,6 +110,26 @@ def test_a_refusal_and_a_fault_come_as_errors(server: TritonServer, client: trit
     status, reply = post(server, f"{NAME}/generate", {"IMAGE": ["@@"], "PROMPT": "hi"})
     assert status == 400
     assert "does not decode" in reply
+    assert infer(client).as_numpy("TEXT")[0].decode() == " é0 é1 é2"
+
+
+@pytest.mark.parametrize("way", ["a cancelled call", "a deadline"])
+def test_an_answer_ends_when_its_client_has_gone(
+    server: TritonServer, client: triton.InferenceServerClient, way: str
+) -> None:
+    def left() -> int:
+        return int(ask(server, "left")[0].text)
+
+    before, files = left(), set(Path("/dev/shm").glob("vismem-*"))
+    if way == "a cancelled call":
+        call = client.async_infer(NAME, inputs("endless", limit=2000), callback=lambda *_: None)
+        until(lambda: decoding(server))
+        call.cancel()
+    else:
+        with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+            client.infer(NAME, inputs("endless", limit=2000), client_timeout=1)
+    until(lambda: left() == before + 1)
+    until(lambda: set(Path("/dev/shm").glob("vismem-*")) <= files)
     assert infer(client).as_numpy("TEXT")[0].decode() == " é0 é1 é2"
 
 

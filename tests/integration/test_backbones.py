@@ -141,7 +141,8 @@ def _dense(backbone: Any, vision: VisionInput, tokens: Tensor) -> tuple[Tensor, 
             full = index in backbone.settings.fullatt_block_indexes
             mask = _mask(group if full else window, length, full)
             query, key, value = backbone._qkv(block, hidden, rotary)
-            hidden = backbone._rest(block, hidden, query, key, value, mask)
+            attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            hidden = backbone._rest(block, hidden, attended)
         return hidden[0, :-length], hidden[0, -length:]
     tiles = int(vision.image.max()) + 1
     start = backbone._embed(vision.patches.view(tiles, -1, vision.patches.shape[-1]))

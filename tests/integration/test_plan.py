@@ -222,15 +222,22 @@ def test_a_step_that_does_not_fit_is_refused_with_a_remedy_that_does(
     assert run(capsys, tiny_base, "--gpus", "1xH100", step, *remedy)[0] == 0
 
 
-def test_weights_that_do_not_fit_have_no_remedy_but_a_larger_card(
-    tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_base_that_a_gpu_cannot_hold_is_refused_by_that_whatever_the_number_of_gpus(
+    tiny_base: Path, gpus: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards = {"small": (CONTEXT + 100_000.0, 1e12, 1e12, 1e12), "large": CARDS["H100"]}
-    monkeypatch.setattr("vismem.plan.machine.CARDS", cards)
-    monkeypatch.setattr("vismem.plan.report.CARDS", cards)
-    status, _, err = run(capsys, tiny_base, "--gpus", "1xsmall", "stage1")
-    assert status == 1
-    assert err.endswith("; it fits on large\n")
+    weights = sum(weight.nbytes for weight in load_base(tiny_base).model.parameters())
+    cards = {"small": (CONTEXT + weights, 1e12, 1e12, 1e12), "large": CARDS["H100"]}
+    for known, said in ((cards, "on large or with a smaller"), ({"small": cards["small"]}, "with a smaller")):
+        monkeypatch.setattr("vismem.plan.machine.CARDS", known)
+        monkeypatch.setattr("vismem.plan.report.CARDS", known)
+        status, _, err = run(capsys, tiny_base, "--gpus", f"{gpus}xsmall", "stage1")
+        assert status == 1
+        assert err.endswith(f", and a base is not split among GPUs; it fits {said} base.model\n")
+    monkeypatch.setattr(Machine, "usable", 1.1 * weights)  # enough for the base, too little for what is computed
+    status, _, err = run(capsys, tiny_base, "--gpus", f"{gpus}xsmall", "stage1")
+    assert (status, "not split" in err) == (1, False)
+    assert err.endswith("; it fits no card known here\n")
 
 
 def test_wrong_requests_are_said_so(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import tracemalloc
+import weakref
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,14 @@ from vismem.config import Config, GrpoConfig, InvocationConfig, Stage1Config, St
 from vismem.data.sample import Sample, write_shards
 from vismem.generation import token_scores
 from vismem.generation.prompts import encode
-from vismem.generation.replay import prefill
+from vismem.generation.replay import answer_states, prefill
 from vismem.models.kinds import MemoryKind
 from vismem.models.variants import StaticPrefix
 from vismem.models.vismem import VisMemModel, load_base
-from vismem.training import run
+from vismem.training import run, stage2
 from vismem.training.loop import batch_at
 from vismem.training.run import FORMATION, new_model, trainable
 from vismem.training.stage1 import stage1
-from vismem.training.stage2 import fit_invocation
 
 DEPTH = 12  # blocks of the vision encoder
 
@@ -52,6 +52,21 @@ def large(side: int) -> Sample:
     data = io.BytesIO()
     Image.effect_noise((side, side), 90).convert("RGB").save(data, "png")
     return dataclasses.replace(one, images=(data.getvalue(),))
+
+
+@torch.no_grad()
+def test_what_the_vision_encoder_holds_grows_as_the_number_of_patches_and_not_as_its_square(tiny_base: Path) -> None:
+    backbone, counted = load_base(tiny_base), []
+    processor = backbone.processor.image_processor
+    processor.size = type(processor.size)(shortest_edge=processor.size.shortest_edge, longest_edge=448**2)
+    for side in (224, 448):
+        vision = encode(backbone, [large(side)]).vision
+        with Alive() as alive:
+            backbone.patch_stream(vision)
+        counted.append((vision.mask.numel(), alive.largest, alive.peak))
+    assert counted[1][0] == 4 * counted[0][0]
+    for small, grown in zip(*counted, strict=True):
+        assert grown <= 4.1 * small
 
 
 def short_memory_gradients(model: VisMemModel, sample: Sample, on: bool) -> tuple[dict[str, Tensor], int]:
@@ -204,5 +219,32 @@ def test_the_head_is_fitted_to_answers_without_all_their_logits(
     width = model.vocabulary
     monkeypatch.setattr(token_scores, "MAX_LOGITS", 5 * width)
     with Alive(lambda tensor: tensor.shape[-1:] == (width,) and tensor.ndim > 1) as alive:
-        fit_invocation(model, tiny.samples()[:4], Stage2Config(), max_new_tokens=10, seed=0)
+        stage2.fit_invocation(model, tiny.samples()[:4], Stage2Config(), max_new_tokens=10, seed=0)
     assert 0 < alive.largest <= 5 * (width + 2)
+
+
+def test_the_head_is_fitted_to_answers_without_a_double_precision_copy_of_their_states(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without what the replay of earlier batches held beside the states."""
+    replayed: list[weakref.ref[Any]] = []
+
+    def once(*arguments: Any) -> Tensor:
+        assert all(earlier() is None for earlier in replayed)
+        states = answer_states(*arguments)
+        replayed.append(weakref.ref(states.untyped_storage()))
+        return states
+
+    monkeypatch.setattr(stage2, "answer_states", once)
+    model, rows = tiny.vismem(tiny_base), []
+    decisions = stage2._decisions(model, tiny.samples(40), 10, 0)
+    assert len(replayed) == 2
+    monkeypatch.setattr(stage2, "_decisions", lambda *_: decisions)
+    for together in (10_000, 7):
+        monkeypatch.setattr(token_scores, "MAX_LOGITS", together * model.backbone.width)
+        with Alive(lambda tensor: tensor.dtype == torch.double and tensor.ndim > 1) as alive:
+            stage2.fit_invocation(model, [], Stage2Config(), max_new_tokens=10, seed=0)
+        rows.append((model.tokens.head.clone(), model.tokens.bias.clone()))
+    assert 0 < alive.largest <= max(7 * model.backbone.width, model.vocabulary + 2) < decisions[0].numel()
+    for whole, in_pieces in zip(*rows, strict=True):
+        torch.testing.assert_close(in_pieces, whole, rtol=0, atol=2e-5)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,36 @@ def test_a_unary_model_comes_after_its_model(releases: Releases) -> None:
     assert fresh(releases) == ["vismem"]
     releases.refused[releases._fresh()["vismem"]] = float("inf")
     assert fresh(releases) == []
+
+
+@pytest.mark.parametrize("verdict", ["successfully loaded 'vismem'", "failed to load 'vismem'"])
+def test_what_becomes_of_another_release_is_not_taken_for_the_new_one(releases: Releases, verdict: str) -> None:
+    """Triton loads the one before once more where a deployment has removed its folder."""
+    deploy(releases, version=8, word="new")
+    value, before = releases._fresh()["vismem"], releases.served["vismem"]
+    log = releases.source.parent / "log"
+    log.touch()
+    others = ("successfully loaded 'vismem'", "failed to load 'vismem'")
+    each = [f"{releases.copies / before / '7'}\n{other}\n{releases.copies / value / '7'}\n{other}" for other in others]
+    lines = iter([*each, f"{releases.copies / value / '8'}\nfailed to load 'vismem_unary'", verdict])
+
+    def check() -> None:
+        with log.open("a") as file:
+            file.write(next(lines) + "\n")
+
+    service = SimpleNamespace(log=log, check=check)
+    written = list[str]()
+    releases.update(SimpleNamespace(service=service), written.append)  # type: ignore[arg-type]
+    assert next(lines, None) is None
+    loaded = verdict.startswith("success")
+    assert written == [
+        "vismem: the new release answers now"
+        if loaded
+        else f"vismem: the new release is refused, the one before it serves on: {verdict}"
+    ]
+    assert releases.served["vismem"] == (value if loaded else before)
+    assert (releases.copies / value).exists() == loaded
+    assert (releases.repository / "vismem").resolve().name == releases.served["vismem"]
 
 
 def test_a_damaged_release_is_named_once_and_looked_at_again_later(

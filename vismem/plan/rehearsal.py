@@ -20,6 +20,7 @@ from vismem.evaluation.arms import resolve_arms
 from vismem.generation.invocation import InvocationPolicy, Random
 from vismem.generation.loop import DecodeLoop, Request
 from vismem.generation.replay import answer_states, prefill
+from vismem.generation.token_scores import together
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.generation.types import Rollout
 from vismem.models.backbones.base import Backbone
@@ -160,7 +161,7 @@ class Rehearsal(Run):
             states = answer_states(model, prefill(model, self.samples), rollouts, torch.arange(BATCH))
             states = torch.cat([earlier, states])
             del earlier
-            states.double()
+            states.flatten(0, 1)[: together(states.shape[-1])].double()
 
     # --- their phases ---
 

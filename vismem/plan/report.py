@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from vismem.plan import Plan
 from vismem.plan.machine import BANDWIDTH_SHARE, CARDS, CONTEXT, FLOP_SHARE, FRAGMENTS, GIB, LAUNCH, Machine
-from vismem.plan.rehearsal import StepPlan
+from vismem.plan.rehearsal import BASE, StepPlan
 
 NAME, COLUMN = 27, 10
 
@@ -42,11 +42,12 @@ def refusals(plan: Plan) -> Iterator[str]:
         changes = " ".join(f"--set {key}={str(value).lower()}" for key, value in (remedy or {}).items())
         ways = [f"with {changes}"] * bool(changes)
         ways += [f"on {name}" for name, card in CARDS.items() if Machine(1, name, *card).usable >= step.bytes][:1]
-        yield (
-            f"{step.name} does not fit: '{step.largest}' needs {step.bytes / GIB:.1f} GiB of "
-            f"{plan.machine.usable / GIB:.1f}, most of it {max(phase, key=phase.__getitem__)}; it fits "
-            f"{' or '.join(ways) or 'no card known here'}"
-        )
+        why = f"'{step.largest}' needs {step.bytes / GIB:.1f} GiB of {plan.machine.usable / GIB:.1f}"
+        why += f", most of it {max(phase, key=phase.__getitem__)}"
+        if phase[BASE] > plan.machine.usable:  # the number of GPUs is no remedy
+            why += f" ({phase[BASE] / GIB:.1f}), and a base is not split among GPUs"
+            ways.append("with a smaller base.model")
+        yield f"{step.name} does not fit: {why}; it fits {' or '.join(ways) or 'no card known here'}"
 
 
 def _step(step: StepPlan, usable: float) -> Iterator[str]:

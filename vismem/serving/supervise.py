@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -40,6 +41,8 @@ class Releases:
         self.served: dict[str, str] = {}  # per model the hash of its manifest
         self.refused: dict[str, float] = {}  # per such hash until when, by time.monotonic()
         self.lost = ""  # why the champion could not be found when it was last looked for
+        self.following: threading.Thread | None = None
+        self.taking = threading.Lock()  # while a release is taken from `source`
         if not model_names(source):
             raise UserError(f"{source} holds no model (no */config.pbtxt): run `vismem deploy` first")
         check_repository(source)
@@ -52,32 +55,46 @@ class Releases:
         """Take releases from where `champion` says that it is now; what is served serves on where it is not found."""
         lost = ""
         try:
-            self.source = champion()
+            source = champion()
+            with self.taking:
+                self.source = source
         except UserError as error:
             lost = str(error)
         if lost != self.lost and lost:
             write(f"the champion is not found: {lost}")
         self.lost = lost
 
+    def start_following(self, champion: Callable[[], Path], write: Callable[[str], None]) -> None:
+        """The same in a thread of its own, unless that runs still: to fetch a champion may take minutes."""
+        if self.following is None or not self.following.is_alive():
+            self.following = threading.Thread(target=self.follow, args=(champion, write), daemon=True)
+            self.following.start()
+
     def update(self, server: TritonServer, write: Callable[[str], None]) -> None:
         """Let `server` load what was deployed since, and say what came of it. UserError where the server exits.
 
         A model is loaded, and its golden questions asked, while the one before it answers; a new one that fails is
-        put back.
+        put back. Challengers that are deployed no more are unloaded once a release answers.
         """
-        if not (found := self._fresh()):
-            return
-        try:
-            check_repository(self.source)
-            for model, value in found.items():
-                self._copy(model, value)
-        except (UserError, OSError) as error:  # OSError: it is being replaced
-            if not found.values() & self.refused.keys():
-                write(f"not loaded: {error}")
-            self.refused |= dict.fromkeys(found.values(), time.monotonic() + RETRY_SECONDS)
-            return
+        with self.taking:
+            if not (found := self._fresh()):
+                return
+            try:
+                check_repository(self.source)
+                for model, value in found.items():
+                    self._copy(model, value)
+            except (UserError, OSError) as error:  # OSError: it is being replaced
+                if not found.values() & self.refused.keys():
+                    write(f"not loaded: {error}")
+                self.refused |= dict.fromkeys(found.values(), time.monotonic() + RETRY_SECONDS)
+                return
+            deployed = self._deployed()
         for model, value in sorted(found.items()):
             write(self._load(model, value, server))
+        if any(map(_is_release, self.served)):
+            for model in [name for name in self.served if not _is_release(name) and name not in deployed]:
+                self._put(model, None)
+                del self.served[model]
 
     def _fresh(self) -> dict[str, str]:
         """What was deployed and is neither served nor refused.
@@ -85,11 +102,11 @@ class Releases:
         A challenger takes no champion's place, and NAME_unary comes after NAME.
         """
         deployed, now = self._deployed(), time.monotonic()
-        released = any(not name.endswith((challenger_name(""), unary_name(""))) for name in self.served)
+        released = any(map(_is_release, self.served))
         found = {}
         for model, value in deployed.items():
             base = model.removesuffix(unary_name(""))
-            fits = base in self.served or not (released and base.endswith(challenger_name("")))
+            fits = base in self.served or not released or _is_release(base)
             if is_unary(model):
                 fits = self.served.get(base) == deployed.get(base)
             if fits and self.served.get(model) != value and self.refused.get(value, 0) < now:
@@ -105,24 +122,29 @@ class Releases:
         return found
 
     def _load(self, model: str, value: str, server: TritonServer) -> str:
-        """Put a release in its place and wait until Triton has loaded it, or failed to; the line that says so."""
-        before, log = self.served.get(model), server.service.log
+        """Put a release in its place and wait until Triton has loaded it, or failed to; the line that says so.
+
+        Triton also loads the one before again, where a deployment has removed its folder (the files' ctime changes):
+        what becomes of a release stands in the log behind the folder that its `model.py` names.
+        """
+        before, log, copy = self.served.get(model), server.service.log, self.copies / value
+        version = max(int(folder.name) for folder in copy.iterdir() if folder.name.isdecimal())
         read = log.stat().st_size
-        os.utime(self.copies / value)  # Triton loads what is newer than what it has, also where it is an older release
+        os.utime(copy)  # Triton loads what is newer than what it has, also where it is an older release
         self._put(model, value)
         end = time.monotonic() + READY_TIMEOUT
         reason = f"it did not load in {READY_TIMEOUT} s"
         verdict = re.compile(rf"(successfully loaded|failed to load) '{re.escape(model)}'\"?$", re.M)
         try:
             while time.monotonic() < end:
-                lines = log.read_bytes()[read:].decode(errors="replace")
+                _, _, lines = log.read_bytes()[read:].decode(errors="replace").partition(f"/{value}/{version}")
                 said = verdict.search(lines)
                 if said and said[1].startswith("success"):
                     self.served[model] = value
                     self._drop({before, *self.served.values()})
                     return f"{model}: the new release answers now"
                 if said:
-                    reason = find_error(lines.splitlines())
+                    reason = find_error([line for line in lines.splitlines() if f"'{model}'" in line])
                     break
                 server.service.check()
                 time.sleep(POLL)
@@ -130,6 +152,7 @@ class Releases:
             if self.served.get(model) != value:
                 self.refused[value] = math.inf
                 self._put(model, before)
+                shutil.rmtree(copy)
         return f"{model}: the new release is refused, the one before it serves on: {reason}"
 
     def _drop(self, kept: Collection[str | None]) -> None:
@@ -213,10 +236,14 @@ def _watch(
                 question = partial(ask_unary, http, model, PATIENCE)
                 check_model(question, metrics, model.removesuffix(unary_name("")), PATIENCE)
             if champion:
-                releases.follow(champion, write)
+                releases.start_following(champion, write)
             checked = time.monotonic()
         releases.update(server, write)
         time.sleep(POLL)
+
+
+def _is_release(model: str) -> bool:
+    return not model.removesuffix(unary_name("")).endswith(challenger_name(""))
 
 
 def _link(source: str, target: str) -> None:

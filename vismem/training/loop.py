@@ -15,13 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from vismem.errors import UserError
 from vismem.progress import progress
 from vismem.training.checkpoint import Checkpoint, Curve, TrainState
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 
+REDUCED = 2**26  # numbers of gradients that processes add up in a call
 Metrics = dict[str, float]
 SHOWN = ("loss", "reward", "kl", "accuracy")  # beside the progress, where an objective has them
 
@@ -158,12 +159,23 @@ def broadcast_parameters(parameters: Sequence[nn.Parameter], step: int, file: Pa
 
 
 def all_reduce_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Add up the processes' gradients. Objectives divide by the whole batch, so the sum is its gradient."""
+    """Add up the processes' gradients. Objectives divide by the whole batch, so the sum is its gradient.
+
+    A call takes as many parameters as have REDUCED numbers: those of adapters in one.
+    """
+    parts: list[list[Tensor]] = [[]]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if accelerator.num_processes > 1:
-            parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
+        if sum(each.numel() for each in parts[-1]) + parameter.numel() > REDUCED:
+            parts.append([])
+        parts[-1].append(parameter.grad)
+    if accelerator.num_processes == 1:
+        return
+    for part in filter(None, parts):
+        summed = accelerator.reduce(torch.cat([each.flatten() for each in part]), reduction="sum")
+        for gradient, piece in zip(part, summed.split([each.numel() for each in part]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
 
 
 def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.checkpoint import checkpoint
 
 from vismem.config import Config, Stage2Config
 from vismem.data.sample import Sample
@@ -94,16 +95,17 @@ def fit_invocation(
     wanted = [stage.start_probability, stage.delimiter_probability, ELSEWHERE]
     pieces = torch.split(states, min(512, together(model.vocabulary)))
     others = torch.cat([model.backbone.head(piece).double().logsumexp(-1) for piece in pieces])
-    features, place = states.double(), torch.tensor(places, device=states.device)
+    features, place = torch.split(states, together(states.shape[1])), torch.tensor(places, device=states.device)
     target = torch.tensor(wanted, dtype=torch.double, device=states.device)[place]
     weight = 1 / place.bincount(minlength=3).double()[place] / 3  # all sorts of places weigh the same
-    row = torch.zeros(features.shape[1], dtype=torch.double, device=states.device, requires_grad=True)
+    row = torch.zeros(states.shape[1], dtype=torch.double, device=states.device, requires_grad=True)
     bias = others.mean().detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([row, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        odds = features @ row + bias + math.log(2) - others
+        products = [checkpoint(_product, piece, row, use_reentrant=False) for piece in features]
+        odds = torch.cat(products) + bias + math.log(2) - others
         loss = binary_cross_entropy_with_logits(odds, target, weight, reduction="sum") + 1e-4 * row.pow(2).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
@@ -112,6 +114,11 @@ def fit_invocation(
     with torch.no_grad():
         model.tokens.head.copy_(row.expand_as(model.tokens.head))
         model.tokens.bias.fill_(float(bias))
+
+
+def _product(states: Tensor, row: Tensor) -> Tensor:
+    """(n,) in double precision, to which not all states of a large model could be copied at once."""
+    return states.double() @ row
 
 
 @torch.no_grad()
@@ -128,10 +135,11 @@ def _decisions(
         sample = torch.arange(len(batch), device=model.backbone.device)
         hidden = answer_states(model, prefill(model, batch), rollouts, sample)
         for row, rollout in enumerate(rollouts):
-            for index, token in enumerate(rollout.token_ids):
-                if token == LATENT or token in model.end_ids.values():
-                    continue
-                states.append(hidden[row, index])
-                delimiter = index > 0 and rollout.token_ids[index - 1] in model.delimiter_ids
+            tokens, skipped = rollout.token_ids, {LATENT, *model.end_ids.values()}
+            decided = [index for index, token in enumerate(tokens) if token not in skipped]
+            states.append(hidden[row, decided])
+            for index in decided:
+                delimiter = index > 0 and tokens[index - 1] in model.delimiter_ids
                 places.append((DELIMITER if delimiter else BETWEEN) if index else START)
-    return torch.stack(states), places
+        del hidden  # before the next batch is decoded
+    return torch.cat(states), places

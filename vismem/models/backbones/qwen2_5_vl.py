@@ -22,12 +22,13 @@ from vismem.models.backbones.base import (
     without_surplus,
 )
 from vismem.models.backbones.pixels import Patches, Pixels
+from vismem.models.backbones.segments import attend, segments
 from vismem.models.lora import LoraTarget
 from vismem.runtime.images import size_after_resizing
 
 
 class Qwen25VLBackbone(Backbone):
-    """See Backbone. The vision encoder runs as dense masked attention over equal-length rows, batched over images.
+    """See Backbone. The vision encoder runs over equal-length rows, batched over images and windows.
 
     A coarse image is the whole one, as the processor resizes it, resized once more by the same rule and filter.
     """
@@ -205,12 +206,11 @@ class Qwen25VLBackbone(Backbone):
         kernel = self.visual.patch_embed.proj.weight.flatten(1)  # a convolution over one patch, several times faster so
         embeds = nn.functional.linear(vision.patches.to(kernel.dtype), kernel)
         rotary = self._rotary(vision.positions)
-        same_image = vision.image[:, None, :, None] == vision.image[:, None, None, :]
-        same_window = vision.window[:, None, :, None] == vision.window[:, None, None, :]
+        images, windows = segments(vision.image), segments(vision.window)
         hidden, kept = embeds, []
         for block, whole in self._blocks():
-            mask = same_image if whole else same_window
-            hidden, key, value = self.through(self._patches_through, block, hidden, rotary, mask)
+            places = images if whole else windows
+            hidden, key, value = self.through(self._patches_through, block, hidden, rotary, places)
             if whole:  # in the others memory tokens are a window of their own
                 kept.append((key, value))
         return PatchStream(embeds, kept, hidden, vision, vision.mask)
@@ -220,10 +220,10 @@ class Qwen25VLBackbone(Backbone):
         return [(block, index in self.visual.fullatt_block_indexes) for index, block in enumerate(self.blocks)]
 
     def _patches_through(
-        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor
+        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], places: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self._qkv(block, hidden, rotary)
-        return self._rest(block, hidden, query, key, value, mask), key, value
+        return self._rest(block, hidden, attend(query, key, value, places)), key, value
 
     def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
         rows, length, _ = tokens.shape
@@ -244,7 +244,8 @@ class Qwen25VLBackbone(Backbone):
         if read:
             keys, values, sample = read
             key, value = torch.cat([keys[sample], key], dim=2), torch.cat([values[sample], value], dim=2)
-        return self._rest(block, hidden, query, key, value, mask)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self._rest(block, hidden, attended)
 
     def project(self, hidden: Tensor) -> Tensor:
         rows, length, width = hidden.shape
@@ -269,8 +270,7 @@ class Qwen25VLBackbone(Backbone):
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     @staticmethod
-    def _rest(block: Any, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    def _rest(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + block.attn.proj(attended.transpose(1, 2).flatten(2))
         result: Tensor = hidden + block.mlp(block.norm2(hidden))
         return result

@@ -104,9 +104,10 @@ def environment_of(container: Manifest, annotations: Manifest) -> dict[str, str]
         if "value" in variable:
             known = re.compile(r"\$\((\w+)\)")
             found[variable["name"]] = known.sub(lambda match: found.get(match[1], match[0]), variable["value"])
-        elif path := variable["valueFrom"].get("fieldRef", {}).get("fieldPath", ""):
-            if key := re.fullmatch(r"metadata\.annotations\['(.+)'\]", path):
-                found[variable["name"]] = annotations.get(key[1], "")
+            continue
+        path = variable["valueFrom"].get("fieldRef", {}).get("fieldPath", "")
+        if key := re.fullmatch(r"metadata\.annotations\['(.+)'\]", path):
+            found[variable["name"]] = annotations.get(key[1], "")
     return found
 
 

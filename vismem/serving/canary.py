@@ -45,15 +45,15 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     if not own.is_file():
         return told
     samples = [sample for sample in jsonl.read(JsonlSource(kind="jsonl", path=own, split="test")) if not sample.videos]
-    found = [score(sample, _ask(canary, sample.images, sample.question, limit)) for sample in samples]
-    told += f", {sum(found):g} of {len(samples)} of {own.name} right"
+    right = [score(sample, _ask(canary, sample.images, sample.question, limit)) for sample in samples]
+    told += f", {sum(right):g} of {len(samples)} of {own.name} right"
     if servers is None or not samples:
         return told
     before = Client(f"grpc://{servers}", model=model)
     known = [score(sample, before.ask(sample.images, sample.question, max_new_tokens=limit)) for sample in samples]
     told += f", {sum(known):g} by the version before"
-    p = permutation_p(np.array(found), np.array(known), np.array([sample.cluster or sample.id for sample in samples]))
-    if sum(found) < sum(known) and p < ALPHA:
+    p = permutation_p(np.array(right), np.array(known), np.array([sample.cluster or sample.id for sample in samples]))
+    if sum(right) < sum(known) and p < ALPHA:
         raise WrongAnswerError(f"{told} (p = {p:.2g})")
     return told
 

@@ -7,7 +7,7 @@ or the ledger is rolled back. What a pod serves stands in its template, whenever
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -100,7 +100,7 @@ def annotations(deployment: Any) -> dict[str, str]:
     return dict(deployment.spec.template.metadata.annotations or {})
 
 
-def pod_annotations(values: dict[str, str | None]) -> dict[str, Any]:
+def pod_annotations(values: Mapping[str, str | None]) -> dict[str, Any]:
     """The part of a Deployment's spec that sets annotations of its pods; None removes one."""
     return {"template": {"metadata": {"annotations": values}}}
 
@@ -126,8 +126,10 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
         try:
             before = servers if seen.get(VERSION) else None
             asked = question_canary(config, release, folder / "questions.jsonl", canary, before)
-        except WrongAnswerError as error:
+        except UserError as error:
             cluster.check_mine(cluster.read(CANARY))  # else another's canary was asked
+            if not isinstance(error, WrongAnswerError):
+                raise
             cluster.stop_canary()
             raise UserError(_refuse(config, release, str(error))) from None
         cluster.change(SERVERS, lambda seen: _next(cluster, pins, seen))
@@ -152,21 +154,21 @@ def _refuse(config: Config, release: Published, reason: str) -> str:
     return f"version {release.version} is refused, the servers serve what they did: {reason}; {told}"
 
 
-def _next(cluster: Deployments, pins: dict[str, str | None], servers: Any) -> dict[str, Any]:
+def _next(cluster: Deployments, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
     """The patch that makes the servers follow the canary. Its owner is read after them: see `Deployments.change`."""
     cluster.check_mine(cluster.read(CANARY))
     kept = {PREVIOUS + name: annotations(servers).get(name) for name in pins}
     return {"metadata": {"annotations": kept}, "spec": pod_annotations(pins)}
 
 
-def _back(pins: dict[str, str | None], servers: Any) -> dict[str, Any]:
+def _back(pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
     """The patch that makes the servers serve what they did before `pins`."""
     _check_pins(pins, servers)
     kept = servers.metadata.annotations or {}
     return {"spec": pod_annotations({name: kept.get(PREVIOUS + name) for name in pins})}
 
 
-def _check_pins(pins: dict[str, str | None], servers: Any) -> None:
+def _check_pins(pins: Mapping[str, str | None], servers: Any) -> None:
     if not pins.items() <= annotations(servers).items():
         raise UserError("another rollout has taken over: it has changed the servers")
 

@@ -37,7 +37,7 @@ class Cluster:
     """The namespace. `models` is the volume; pods of a version in `broken` never become ready."""
 
     def __init__(self, models: Path, replicas: int = 2) -> None:
-        self.models, self.broken = models, set[str]()
+        self.models, self.broken, self.deadline = models, set[str](), DEADLINE
         self.deployments = {name: deepcopy(named(INSTALL, "Deployment", name)) for name in ("triton", "triton-canary")}
         self.rules = named(INSTALL, "Role", "rollout")["rules"]
         self.pods: dict[str, list[Manifest]] = {name: [] for name in self.deployments}
@@ -126,7 +126,7 @@ class Cluster:
         counts["availableReplicas"] = sum(pod["ready"] for pod in pods)
         complete = len(updated) == len(pods) == counts["availableReplicas"] == spec["replicas"]
         self.late[name] = 0 if moved or complete else self.late[name] + 1
-        reason = "ProgressDeadlineExceeded" if self.late[name] > DEADLINE else "ReplicaSetUpdated"
+        reason = "ProgressDeadlineExceeded" if self.late[name] > self.deadline else "ReplicaSetUpdated"
         condition = {"type": "Progressing", "status": str(reason == "ReplicaSetUpdated"), "reason": reason}
         deployment["status"] = {
             "observedGeneration": deployment["metadata"]["generation"],

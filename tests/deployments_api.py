@@ -20,11 +20,13 @@ import yaml
 from manifests import environment_of, named, namespace_of
 
 from vismem.provenance import MANIFEST, sha256_file
+from vismem.serving.exchange import Answer, DisconnectedError, Token
 from vismem.serving.repository import MANIFEST_VARIABLE
 
 INSTALL = "multi-node"
 NAMESPACE = namespace_of(INSTALL)
 PATCH = "application/strategic-merge-patch+json"
+ANSWER = "two"
 DEADLINE = 6  # steps of the controller without progress
 Manifest = dict[str, Any]
 
@@ -148,6 +150,33 @@ class Cluster:
     def _comes_up(self, pod: Manifest) -> bool:
         found = [sha256_file(file) for file in pod["release"].glob(f"vismem/{MANIFEST}")]
         return pod["release"].name not in self.broken and bool(found) and pod["manifest"] in ("", *found)
+
+
+class Pods:
+    """The clients of one cluster: a question goes to a ready pod behind the address."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.answers: dict[str, Any] = {}  # by version, where it is not ANSWER: a text, or an error
+        self.meanwhile: Callable[[], object] = lambda: None  # at each question
+
+    def client(self, address: str, model: str) -> "Pods":
+        assert model == "vismem"
+        self.name = address.removeprefix("grpc://").removesuffix(":8001")
+        return self
+
+    def ask(self, images: Any, question: str, max_new_tokens: int) -> Answer:
+        self.meanwhile()
+        ready = self.cluster.versions(self.name)
+        if not ready:
+            raise DisconnectedError("nobody")
+        answer = self.answers.get(ready[0], ANSWER)
+        if isinstance(answer, Exception):
+            raise answer
+        return Answer.of([Token(answer, "token"), Token("", "end")], {}, 0.1)
+
+    def check_version(self, url: str, model: str, version: str) -> None:
+        assert self.cluster.versions(url.removesuffix(":8001")) == [version]
 
 
 def merge(into: Manifest, patch: Manifest) -> None:

@@ -15,9 +15,9 @@ from deployments_api import NAMESPACE, Cluster, Manifest, served
 from kubernetes.config import load_kube_config
 from project import Project
 
+from vismem import rollout
 from vismem.registry.champion import read_ledger
 from vismem.services import free_ports
-from vismem.serving import rollout
 from vismem.serving.repository import MANIFEST_VARIABLE
 
 

@@ -11,44 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments_api import NAMESPACE, Cluster, served
+from deployments_api import ANSWER, NAMESPACE, Cluster, Pods, served
 from kubernetes.client import AppsV1Api
 from kubernetes.config import load_kube_config
 from project import Project
 
+from vismem import canary, rollout
 from vismem.registry import release
 from vismem.registry.champion import read_ledger
-from vismem.serving import canary, rollout
-from vismem.serving.exchange import Answer, DisconnectedError, ServerError, Token
+from vismem.serving.exchange import Answer, ServerError
 
-GOLDEN, WRONG, OWN = "two", "three", "how many dots?"
-
-
-class Pods:
-    """The clients of one cluster: a question goes to a ready pod behind the address."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.answers: dict[str, Any] = {}  # by version, where it is not GOLDEN: a text, or an error
-        self.asked = self.meanwhile = lambda: None
-
-    def client(self, address: str, model: str) -> "Pods":
-        assert model == "vismem"
-        self.name = address.removeprefix("grpc://").removesuffix(":8001")
-        return self
-
-    def ask(self, images: Any, question: str, max_new_tokens: int) -> Answer:
-        self.meanwhile()
-        ready = self.cluster.versions(self.name)
-        if not ready:
-            raise DisconnectedError("nobody")
-        answer = self.answers.get(ready[0], GOLDEN)
-        if isinstance(answer, Exception):
-            raise answer
-        return Answer.of([Token(answer, "token"), Token("", "end")], {}, 0.1)
-
-    def check_version(self, url: str, model: str, version: str) -> None:
-        assert self.cluster.versions(url.removesuffix(":8001")) == [version]
+WRONG, OWN = "three", "how many dots?"
 
 
 class Here:
@@ -60,7 +33,7 @@ class Here:
         golden = project.steps["export"] / "golden"
         golden.mkdir(parents=True)
         (golden / "1-1").write_bytes(b"png")
-        asked = {"images": ["1-1"], "question": "how many?", "tokens": [1], "answer": GOLDEN}
+        asked = {"images": ["1-1"], "question": "how many?", "tokens": [1], "answer": ANSWER}
         (golden / "golden.json").write_text(json.dumps([asked]))
         self.cluster = Cluster(folder / "models")
         self.pods = Pods(self.cluster)
@@ -150,7 +123,7 @@ def test_a_first_version_that_answers_wrongly_is_served_by_nobody(
 def test_questions_of_yours_are_judged_against_the_version_before(here: Here) -> None:
     def write(questions: int) -> None:
         rows = [
-            {"id": str(n), "image": f"data:image/png;base64,{n:04}", "prompt": OWN, "answer": GOLDEN}
+            {"id": str(n), "image": f"data:image/png;base64,{n:04}", "prompt": OWN, "answer": ANSWER}
             for n in range(questions)
         ]
         (here.cluster.models / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -222,11 +195,11 @@ def at_request(here: Here, count: int, act: Callable[[], object]) -> Iterator[No
         yield
 
 
-@pytest.mark.parametrize("answer", [GOLDEN, WRONG])
+@pytest.mark.parametrize("answer", [ANSWER, WRONG])
 def test_a_job_killed_at_any_request_is_finished_by_the_next(here: Here, answer: str) -> None:
     here.release(b"two", 68.0)
     here.pods.answers["2"] = answer
-    expected = "2" if answer == GOLDEN else "1"
+    expected = "2" if answer == ANSWER else "1"
     killed = 0
     while True:
         killed += 1

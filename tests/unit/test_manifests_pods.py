@@ -25,8 +25,8 @@ from manifests import (
     values,
 )
 
+from vismem import rollout
 from vismem.config import resolve
-from vismem.serving import rollout
 from vismem.serving.command import PROFILE_VARIABLE
 from vismem.serving.repository import MANIFEST_VARIABLE
 

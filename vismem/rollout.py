@@ -1,4 +1,4 @@
-"""Brings the champion to the servers of a cluster, or the one before back: `python -m vismem.serving.rollout`, a Job.
+"""Brings the champion to the servers of a cluster, or the one before back: `python -m vismem.rollout`, a Job.
 
 The champion is fetched to the servers' volume; one pod of it, the canary, is asked real questions; the servers follow,
 or the ledger is rolled back. What a pod serves stands in its template, whenever it starts.
@@ -15,10 +15,10 @@ from uuid import uuid4
 from kubernetes.client import ApiException, AppsV1Api  # type: ignore[import-untyped]
 from kubernetes.config import load_config  # type: ignore[import-untyped]
 
+from vismem.canary import WrongAnswerError, question_canary
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.registry.release import rollback
-from vismem.serving.canary import WrongAnswerError, question_canary
 from vismem.serving.command import run_command
 from vismem.serving.publish import Published, publish
 
@@ -175,7 +175,7 @@ def _check_pins(pins: Mapping[str, str | None], servers: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line; return 0 if all servers serve the champion, 1 if not."""
-    parser = argparse.ArgumentParser(prog="python -m vismem.serving.rollout", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vismem.rollout", description=__doc__)
     parser.add_argument("--to", dest="folder", type=Path, required=True, help="the volume that the servers read")
     parser.add_argument("--namespace", required=True, help="where the servers are")
     parser.add_argument("--canary", default=f"{CANARY}:8001", help="gRPC host:port (default: %(default)s)")

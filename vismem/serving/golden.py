@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from vismem.models.tokens import KINDS
 from vismem.runtime.limits import RequestError
 from vismem.serving.answering import Chunk, Runtime
 
@@ -22,8 +23,6 @@ NEW_TOKENS = 24  # of an answer: enough for a memory and words behind it
 
 def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], str]], bundle: Path) -> None:
     """Store in `bundle` the first QUESTIONS (encoded images, text) that `runtime` takes, with their greedy answers."""
-    from vismem.serving.exchange import Token, marked  # does not lie beside a served bundle
-
     (bundle / FOLDER).mkdir()
     stored: list[dict[str, Any]] = []
     for number, (images, question) in enumerate(questions, start=1):
@@ -33,8 +32,8 @@ def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], st
             (bundle / FOLDER / asked["images"][-1]).write_bytes(image)
         with suppress(RequestError):
             chunks = _chunks(runtime, bundle, asked)
-            answer = marked(Token(chunk.text, chunk.event) for chunk in chunks)
-            stored.append(asked | {"tokens": _tokens(chunks), "answer": answer})
+            shown = "".join(f"⟨{chunk.event}⟩" if chunk.event in KINDS else chunk.text for chunk in chunks).strip()
+            stored.append(asked | {"tokens": _tokens(chunks), "answer": shown})
         if len(stored) == QUESTIONS:
             break
     (bundle / FOLDER / FILE).write_text(json.dumps(stored, ensure_ascii=False, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """What `kubectl apply -k` would send for each install of deploy/kubernetes, and ways to look into it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,20 @@ def containers(overlay: str) -> Iterator[tuple[str, Manifest]]:
     for key, template in pod_templates(overlay).items():
         for container in template["spec"].get("initContainers", []) + template["spec"]["containers"]:
             yield f"{key}/{container['name']}", container
+
+
+def environment_of(container: Manifest, annotations: Manifest) -> dict[str, str]:
+    """What the kubelet makes of a container's variables that name values, annotations of the pod, or each other."""
+    found: dict[str, str] = {}
+    for variable in container["env"]:
+        if "value" in variable:
+            known = re.compile(r"\$\((\w+)\)")
+            found[variable["name"]] = known.sub(lambda match: found.get(match[1], match[0]), variable["value"])
+            continue
+        path = variable["valueFrom"].get("fieldRef", {}).get("fieldPath", "")
+        if key := re.fullmatch(r"metadata\.annotations\['(.+)'\]", path):
+            found[variable["name"]] = annotations.get(key[1], "")
+    return found
 
 
 def values(node: Any, key: str) -> Iterator[Any]:

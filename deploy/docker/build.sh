@@ -15,6 +15,7 @@ fi
 
 [ "$(basename "$engine")" != buildah ] || BUILD_FLAGS="--layers ${BUILD_FLAGS:-}"  # reuse layers, as the others do
 
+python=$(sed -n 's/^ARG BASE=//p' deploy/docker/train.Dockerfile)
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 revision=$(git rev-parse HEAD)
 [ -z "$(git status --porcelain --untracked-files=no)" ] || revision=$revision-dirty
@@ -28,14 +29,19 @@ build() {  # IMAGE ARGUMENT...
     "$engine" build --file "$file" --tag "$name:${TAG:-$version}" \
         --build-arg VERSION="$version" --build-arg REVISION="$revision" --build-arg SOURCE="${SOURCE:-}" \
         --build-arg CREATED="$(git log -1 --format=%cI)" \
-        ${BASE:+--build-arg BASE="$BASE"} ${PIP_CONF:+--secret id=pip_conf,src="$PIP_CONF"} ${BUILD_FLAGS:-} "$@" .
+        ${PIP_CONF:+--secret id=pip_conf,src="$PIP_CONF"} ${BUILD_FLAGS:-} "$@" .
     echo "built $name:${TAG:-$version} with $engine"
 }
 
 for image in ${IMAGES:-serve train}; do
     case $image in
-        train) build vismem-train --build-arg TORCH="${TORCH:-cuda}" ${TORCH_INDEX+--build-arg TORCH_INDEX="$TORCH_INDEX"} ;;
-        serve) build vismem-serve ;;
+        train) build vismem-train ${BASE:+--build-arg BASE="$BASE"} --build-arg TORCH="${TORCH:-cuda}" \
+            ${TORCH_INDEX+--build-arg TORCH_INDEX="$TORCH_INDEX"} ;;
+        serve)
+            if [ "${TRITON:-}" = wheel ]; then
+                build vismem-serve --build-arg BASE="${BASE:-$python}" --build-arg LOCK=serve --build-arg TRITON=
+            else build vismem-serve ${TRITON:+--build-arg BASE="$TRITON"}
+            fi ;;
         *) echo "build.sh: no image '$image': train or serve" >&2; exit 1 ;;
     esac
 done

@@ -2,11 +2,11 @@
 # `make images` builds it; README.md beside this file explains the arguments.
 
 # The digest of python:3.11-slim-bookworm on 2026-10-01. To refresh: `skopeo inspect docker://IMAGE:TAG` or
-# `docker buildx imagetools inspect IMAGE:TAG`, and put the index's digest here and in serve.Dockerfile.
+# `docker buildx imagetools inspect IMAGE:TAG`, and put the index's digest here.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
-# Triton's environment, apart because it needs numpy < 2: the deploy step smoke-tests the model on a real server.
-# The same lines as in serve.Dockerfile, so that both images are made from one layer.
+# Triton's environment, apart because it needs numpy < 2: the deploy step smoke-tests the model on a real server, the
+# wheel's, which nobody outside the pod can reach.
 FROM ${BASE} AS serving
 COPY deploy/environments/serve.lock /locks/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \

@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 [ -n "${UPGRADE:-}" ] || cat torch-cuda.lock train.lock dev.lock > "$scratch/all.lock"
-[ -n "${UPGRADE:-}" ] || cp serve.lock bootstrap.lock "$scratch"
+[ -n "${UPGRADE:-}" ] || cp serve.lock triton.lock bootstrap.lock "$scratch"
 
 lock() {  # NAME ARGUMENT...; versions that $scratch/NAME.lock holds are kept
     name=$1
@@ -38,9 +38,10 @@ lock train pyproject.toml --extra pipeline --extra export --extra kubeflow --ext
 printf 'hatchling\nsetuptools\n' > "$scratch/build.in"
 lock build "$scratch/build.in" --constraint "$scratch/all.lock"
 lock serve deploy/triton/requirements.txt
+lock triton deploy/triton/container.txt --constraint "$scratch/serve.lock"
 printf 'uv\n' > "$scratch/uv.in"
 lock bootstrap "$scratch/uv.in"
-cp "$scratch/serve.lock" "$scratch/bootstrap.lock" "$scratch/build.lock" .
+cp "$scratch/serve.lock" "$scratch/triton.lock" "$scratch/bootstrap.lock" "$scratch/build.lock" .
 
 # torch and what only its CUDA build needs go into a file of their own
 cuda='name ~ /^(torch|triton|(nvidia|cuda)-.*)$/ && name != "nvidia-ml-py"'  # that one is for MLflow's figures of GPUs

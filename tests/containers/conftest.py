@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # for `pipelines`
 def images() -> dict[str, str]:
     """`{"train": NAME, "serve": NAME}`, built from the checkout as it is; unchanged layers are used again."""
     if not BUILT:
-        settings = {"TORCH": "cpu", **os.environ, "TAG": TAG}
+        settings = {"TORCH": "cpu", "TRITON": "wheel", **os.environ, "TAG": TAG}
         done = subprocess.run([ROOT / "deploy/docker/build.sh"], env=settings, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 0, f"the images do not build:\n{done.stderr[-3000:]}"
     prefix = "" if _daemon_answers() else "localhost/"  # podman's name for an image that no registry holds

@@ -13,7 +13,7 @@ from vismem.cli import main
 from vismem.config import parse_config
 from vismem.errors import UserError
 from vismem.serving.client import Client, main_infer
-from vismem.serving.environment import VARIABLE, find_serving_environment
+from vismem.serving.environment import TRITON_VARIABLE, VARIABLE, find_serving_environment
 from vismem.serving.server import TritonServer, triton_server
 from vismem.serving.supervise import serve
 
@@ -121,4 +121,22 @@ def test_a_serving_environment_without_triton_is_reported(
 ) -> None:
     monkeypatch.setenv(VARIABLE, python)
     with pytest.raises(UserError, match=message):
+        find_serving_environment()
+
+
+def test_a_triton_of_nvidia_s_image_runs_with_the_stub_that_lies_in_its_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layout, made of the wheel's parts."""
+    wheel, home = find_serving_environment(), tmp_path / "tritonserver"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "tritonserver").symlink_to(wheel.binary)
+    (home / "lib").symlink_to(wheel.libraries[0])
+    wheel.make_backend_folder(home / "backends")
+    monkeypatch.setenv(TRITON_VARIABLE, str(home))
+    assert find_serving_environment().stub.parent == home / "backends" / "python"
+    with triton_server(make_repository(tmp_path), log=tmp_path / "log") as server:
+        assert str(home) in Path(f"/proc/{server.service.process.pid}/cmdline").read_text()
+    (home / "backends" / "python" / "triton_python_backend_stub").unlink()
+    with pytest.raises(UserError, match="backend_stub is missing from the Triton that VISMEM_TRITON names"):
         find_serving_environment()

@@ -10,17 +10,17 @@ from vismem.config import resolve
 from vismem.errors import UserError
 from vismem.provenance import write_manifest
 from vismem.registry import release
+from vismem.rollout import main as rollout_command
 from vismem.serving.champion import champion_repository
 from vismem.serving.command import PROFILE_VARIABLE
-from vismem.serving.publish import main as publish_command
 from vismem.serving.publish import publish
 from vismem.serving.repository import write_model_repository
 
 
-def served(folder: Path) -> dict[str, bytes]:
-    """What the servers of a cluster would serve: the weights of each version in the current repository."""
-    files = (folder / "current").glob("*/*/bundle/vismem/memory.safetensors")
-    return {"/".join(path.relative_to(folder / "current").parts[:2]): path.read_bytes() for path in files}
+def served(repository: Path) -> dict[str, bytes]:
+    """What a server of that repository would serve: the weights of each version."""
+    files = repository.glob("*/*/bundle/vismem/memory.safetensors")
+    return {"/".join(path.relative_to(repository).parts[:2]): path.read_bytes() for path in files}
 
 
 def test_the_published_repository_is_the_champion_s_and_follows_it_back(project: Project, tmp_path: Path) -> None:
@@ -29,25 +29,24 @@ def test_the_published_repository_is_the_champion_s_and_follows_it_back(project:
         publish(project.config, models)
     assert not models.exists()
     project.release(b"one", score=66.0)
-    assert publish(project.config, models).startswith("vismem version 1 is current in ")
-    assert served(models) == {"vismem/1": b"one"}
+    first = publish(project.config, models)
+    assert (first.version, first.repository) == ("1", models / "releases" / "1")
+    assert served(first.repository) == {"vismem/1": b"one"}
     project.release(b"two", score=65.0, gain=0.5)  # refused
-    assert publish(project.config, models) == "vismem version 1 is current already"
+    assert publish(project.config, models) == first
     project.release(b"three", score=68.0)
-    publish(project.config, models)
-    assert served(models) == {"vismem/3": b"three"}
+    assert served(publish(project.config, models).repository) == {"vismem/3": b"three"}
     assert sorted(path.name for path in (models / "releases").iterdir()) == ["1", "3"]  # a running server reads on
     release.rollback(project.config)
     project.store.client.set_registered_model_alias("vismem", "champion", "3")  # the ledger is asked, not the alias
-    publish(project.config, models)
-    assert served(models) == {"vismem/1": b"one"}
+    assert publish(project.config, models) == first
 
 
 def test_vismem_serve_serves_the_ledger_s_champion_whatever_was_deployed_last(project: Project) -> None:
     deployed = project.artifacts / "deploy" / "model_repository"
 
     def serves() -> dict[str, bytes]:
-        return served(champion_repository(project.config, project.artifacts).parent)
+        return served(champion_repository(project.config, project.artifacts))
 
     assert champion_repository(project.config, project.artifacts) == deployed, "to try out what was refused"
     project.release(b"one", score=66.0)
@@ -63,15 +62,9 @@ def test_vismem_serve_serves_the_ledger_s_champion_whatever_was_deployed_last(pr
     assert project.champion() == "1"
 
 
-def test_a_published_link_holds_wherever_the_volume_is_mounted(project: Project, tmp_path: Path) -> None:
-    project.release(b"one", score=66.0)
-    publish(project.config, tmp_path / "models")
-    assert served((tmp_path / "models").rename(tmp_path / "mounted")) == {"vismem/1": b"one"}
-
-
 def test_a_bundle_damaged_in_the_store_is_not_published(project: Project, tmp_path: Path) -> None:
     project.release(b"one", score=66.0)
-    publish(project.config, tmp_path / "models")
+    first = publish(project.config, tmp_path / "models")
     made = project.release(b"two", score=68.0)
     kept = project.artifacts.parent / "mlartifacts" / "models" / made["model_id"] / "artifacts" / "bundle"
     (kept / "vismem" / "memory.safetensors").write_bytes(b"tw0")
@@ -80,7 +73,7 @@ def test_a_bundle_damaged_in_the_store_is_not_published(project: Project, tmp_pa
     write_manifest(kept)  # whoever can change the files can change their list, not what the registry says of it
     with pytest.raises(UserError, match=r"version 2 .* manifest\.json is another than was registered"):
         publish(project.config, tmp_path / "models")
-    assert served(tmp_path / "models") == {"vismem/1": b"one"}
+    assert [path.name for path in first.repository.parent.iterdir() if path.suffix != ".partial"] == ["1"]
 
 
 def test_publishing_goes_on_where_it_was_killed(project: Project, tmp_path: Path) -> None:
@@ -88,37 +81,36 @@ def test_publishing_goes_on_where_it_was_killed(project: Project, tmp_path: Path
     half = tmp_path / "models" / "releases" / "1.partial"
     (half / "bundle").mkdir(parents=True)
     (half / "bundle" / "left").write_bytes(b"half")
-    (tmp_path / "models" / "current.partial").symlink_to("nowhere")
-    publish(project.config, tmp_path / "models")
-    assert served(tmp_path / "models") == {"vismem/1": b"one"}
-    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["current", "releases"]
+    assert served(publish(project.config, tmp_path / "models").repository) == {"vismem/1": b"one"}
+    assert [path.name for path in half.parent.iterdir()] == ["1"]
 
 
-def test_the_publishing_command_says_what_it_did_or_why_not(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", project.config.registry.tracking_uri)
-    assert publish_command(["--to", str(tmp_path / "models")]) == 1
-    assert "has no champion yet" in capsys.readouterr().err
+def test_a_release_damaged_on_the_volume_is_fetched_again(project: Project, tmp_path: Path) -> None:
     project.release(b"one", score=66.0)
-    assert publish_command(["--to", str(tmp_path / "models")]) == 0
-    assert "vismem version 1 is current in" in capsys.readouterr().out
+    published = publish(project.config, tmp_path / "models")
+    (published.bundle / "vismem" / "memory.safetensors").unlink()
+    (published.bundle / "vismem" / "memory.safetensors").write_bytes(b"0ne")
+    assert publish(project.config, tmp_path / "models") == published
+    assert served(published.repository) == {"vismem/1": b"one"}
 
 
-def test_the_profile_s_model_is_published_under_the_profile_s_name(
+def test_a_rollout_without_a_champion_says_so(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", project.config.registry.tracking_uri)
-    project.release(b"default", score=66.0)
+    command = ["--to", str(tmp_path / "models"), "--namespace", "mine"]
+    assert rollout_command(command) == 1
+    assert "'vismem' in " in capsys.readouterr().err
     profile = "qwen2_5_vl_7b"
-    wanted = resolve(profile)
-    registry = project.config.registry.model_copy(update={"model_name": wanted.registry.model_name})
-    project.config = project.config.model_copy(update={"registry": registry})
-    command = ["--to", str(tmp_path / "models")]
-    assert publish_command([*command, "--profile", profile]) == 1
-    assert f"'{wanted.registry.model_name}' in " in capsys.readouterr().err
-    project.release(b"large", score=66.0)
     monkeypatch.setenv(PROFILE_VARIABLE, profile)  # as in a pod
-    assert publish_command(command) == 0
-    assert f"{wanted.registry.model_name} version 1 is current in" in capsys.readouterr().out
-    assert served(tmp_path / "models") == {f"{wanted.deploy.model_name}/1": b"large"}
+    assert rollout_command(command) == 1
+    assert f"'{resolve(profile).registry.model_name}' in " in capsys.readouterr().err
+
+
+def test_the_profile_s_model_is_published_under_the_profile_s_name(project: Project, tmp_path: Path) -> None:
+    wanted = resolve("qwen2_5_vl_7b")
+    registry = project.config.registry.model_copy(update={"model_name": wanted.registry.model_name})
+    project.config = project.config.model_copy(update={"registry": registry, "deploy": wanted.deploy})
+    project.release(b"large", score=66.0)
+    found = publish(project.config, tmp_path / "models")
+    assert served(found.repository) == {f"{wanted.deploy.model_name}/1": b"large"}

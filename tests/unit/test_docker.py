@@ -19,12 +19,16 @@ def instructions(dockerfile: str) -> list[str]:
     return [line for line in "\n".join(lines).replace("\\\n", "").splitlines() if line.strip()]
 
 
+BASES = {
+    "train.Dockerfile": r"ARG BASE=\S+:3\.11-slim-bookworm@sha256:[0-9a-f]{64}",
+    "serve.Dockerfile": r"ARG BASE=nvcr\.io/nvidia/tritonserver:(2[5-9])\.(\d\d)-py3",
+}
+
+
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
 def test_an_image_starts_from_a_pinned_base_and_ends_as_an_ordinary_user(dockerfile: str) -> None:
     lines = instructions(dockerfile)
-    assert re.fullmatch(r"ARG BASE=\S+:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", lines[0])
-    assert lines[0] == instructions(DOCKERFILES[0])[0]
-    assert lines[1] == "FROM ${BASE} AS serving"
+    assert re.fullmatch(BASES[dockerfile], lines[0])
     assert {line.split(" AS ")[0] for line in lines if line.startswith("FROM")} == {"FROM ${BASE}"}
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]
     after = lines[lines.index("USER 1000:1000") :]
@@ -32,9 +36,13 @@ def test_an_image_starts_from_a_pinned_base_and_ends_as_an_ordinary_user(dockerf
     assert all("org.opencontainers.image." + label in "".join(lines) for label in ("version", "revision", "source"))
 
 
-def test_both_images_make_triton_s_environment_by_the_same_lines_and_so_from_one_layer() -> None:
-    train, serve = (instructions(dockerfile) for dockerfile in DOCKERFILES)
-    assert train[1 : train.index("FROM ${BASE} AS packages")] == serve[1 : serve.index("FROM ${BASE}")]
+def test_the_triton_of_clusters_has_the_fixes_since_25_07_and_no_wheel_s_triton_beside_it() -> None:
+    match = re.fullmatch(BASES["serve.Dockerfile"], instructions("serve.Dockerfile")[0])
+    assert match
+    assert (int(match[1]), int(match[2])) >= (25, 7)
+    assert "ARG LOCK=triton" in instructions("serve.Dockerfile")
+    lock = (ROOT / "deploy/environments/triton.lock").read_text()
+    assert "nvidia-pytriton" not in lock
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
@@ -52,7 +60,7 @@ def test_what_an_image_copies_is_there_and_let_through(dockerfile: str) -> None:
     ]
     assert copies
     for source in (source for line in copies for source in line):
-        source = source.replace("$TORCH", "cuda")
+        source = source.replace("$TORCH", "cuda").replace("$LOCK", "triton")
         assert list(ROOT.glob(source)), f"{source} is not there"
         assert any(fnmatch(source, pattern) for pattern in let_through), f".dockerignore keeps {source} out"
 
@@ -95,10 +103,21 @@ def test_make_images_takes_mirrors_and_names_from_the_environment_only() -> None
     serve, train = build(
         TORCH="cpu", TORCH_INDEX="", BASE="mirror/python@sha256:0", PIP_CONF="/etc/p", REGISTRY="r.example/t", TAG="7"
     )
+    assert "BASE=mirror/python@sha256:0" in train
+    assert "BASE=" not in serve
     for line in (train, serve):
-        assert "BASE=mirror/python@sha256:0" in line
         assert "--secret id=pip_conf,src=/etc/p" in line
     assert "--tag r.example/t/vismem-train:7 " in train
     assert "latest" not in train
     assert "--build-arg TORCH=cpu --build-arg TORCH_INDEX= " in train
     assert [line.split("--file ")[1].split()[0] for line in build(IMAGES="serve")] == ["deploy/docker/serve.Dockerfile"]
+
+
+def test_make_images_takes_another_triton_and_the_wheel_s_for_one_machine() -> None:
+    serve, _ = build(TRITON="mirror/triton@sha256:1", BASE="mirror/python@sha256:0")
+    assert "--build-arg BASE=mirror/triton@sha256:1" in serve
+    assert "LOCK" not in serve
+    serve, _ = build(TRITON="wheel")
+    assert f"--build-arg {instructions('train.Dockerfile')[0].removeprefix('ARG ')} --build-arg LOCK=serve" in serve
+    assert "--build-arg TRITON= " in serve
+    assert "--build-arg BASE=mirror/python@sha256:0 " in build(TRITON="wheel", BASE="mirror/python@sha256:0")[0]

@@ -1,11 +1,14 @@
 """The Python environments: locks that hold what the project asks for, and the script that installs them."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "environments"
-LOCKS = ("bootstrap", "build", "dev", "serve", "torch-cpu", "torch-cuda", "train")
+LOCKS = ("bootstrap", "build", "dev", "serve", "torch-cpu", "torch-cuda", "train", "triton")
 IN_TRAIN = ("pipeline", "export", "kubeflow", "signing")  # the extras that vismem-train holds
 
 # A Python that says its version and has a configured pip; a uv that writes down its arguments and what pip handed on,
@@ -62,9 +65,25 @@ def test_the_locks_hold_what_pyproject_asks_for_and_the_training_image_what_it_n
     assert not set(train) & set(locked("dev"))
 
 
-def test_the_serving_lock_holds_what_its_requirements_ask_for() -> None:
-    assert_fits((ROOT / "deploy/triton/requirements.txt").read_text().splitlines(), locked("serve"))
+def test_the_serving_locks_hold_what_their_requirements_ask_for_in_the_same_versions() -> None:
+    container, wheel = ((ROOT / "deploy/triton" / name).read_text() for name in ("container.txt", "requirements.txt"))
+    assert "-r container.txt\n" in wheel
+    assert_fits(container.splitlines(), locked("triton"))
+    assert_fits(wheel.replace("-r container.txt\n", container).splitlines(), locked("serve"))
+    assert locked("triton").items() <= locked("serve").items()
     assert not {"torch", "transformers"} & set(locked("serve"))
+
+
+def test_a_serving_container_holds_every_package_that_its_command_and_its_probe_import() -> None:
+    """Not those of the model's own library, which tests/e2e imports in a serving environment."""
+    program = "import json, sys, vismem.cli, vismem.serving.supervise, vismem.serving.probe, tritonclient.grpc.aio; "
+    program += "print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    known, lock = packages_distributions(), set(locked("triton"))
+    imported = {name for name in json.loads(done.stdout) if name in known and not name.startswith("_")}
+    missing = {name for name in imported if not lock & {canonicalize_name(package) for package in known[name]}}
+    assert {"shtab", "httpx2", "tritonclient"} <= imported
+    assert missing == {"vismem"}
 
 
 def test_the_training_lock_leaves_torch_to_the_chosen_build() -> None:

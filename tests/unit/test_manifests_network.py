@@ -30,7 +30,8 @@ def test_network_policies_name_pods_and_ports_that_exist(overlay: str) -> None:
 @overlays
 def test_pods_may_do_what_their_neighbours_expect_of_them(overlay: str) -> None:
     """Both ends of a connection are open: the caller's egress and the other's ingress."""
-    connections = [("Deployment/mlflow", "CronJob/publish-champion", "http")]
+    connections = [("Deployment/mlflow", "CronJob/rollout", "http")]
+    connections += [(f"Deployment/{name}", "CronJob/rollout", "grpc") for name in ("triton", "triton-canary")]
     if overlay in SEVERAL_NODES:
         connections.append(("TrainingRuntime/vismem-torch/node", "TrainingRuntime/vismem-torch/node", None))
     for server, client, port in connections:
@@ -38,6 +39,14 @@ def test_pods_may_do_what_their_neighbours_expect_of_them(overlay: str) -> None:
         assert allowed(overlay, "egress", "to", client, server, port)
     assert not allowed(overlay, "ingress", "from", "Deployment/triton", "Deployment/mlflow", "grpc")
     assert not allowed(overlay, "egress", "to", "Deployment/triton", "Deployment/mlflow", "http")
+
+
+@overlays
+def test_a_canary_is_asked_by_the_rollout_alone_which_may_reach_the_kubernetes_api(overlay: str) -> None:
+    (rule,) = named(overlay, "NetworkPolicy", "triton-canary")["spec"]["ingress"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "rollout"}}}]
+    *_, api = named(overlay, "NetworkPolicy", "rollout")["spec"]["egress"]
+    assert api == {"ports": [{"port": 443}, {"port": 6443}]}
 
 
 @overlays

@@ -5,6 +5,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import published
@@ -15,6 +16,7 @@ from manifests import (
     ROOT,
     SEVERAL_NODES,
     containers,
+    environment_of,
     named,
     namespace_of,
     of_kind,
@@ -23,8 +25,10 @@ from manifests import (
     values,
 )
 
+from vismem import rollout
 from vismem.config import resolve
 from vismem.serving.command import PROFILE_VARIABLE
+from vismem.serving.repository import MANIFEST_VARIABLE
 
 # --- containers ---
 
@@ -69,7 +73,7 @@ def test_images_are_those_that_the_overlay_names(overlay: str) -> None:
 @overlays
 def test_whatever_serves_has_all_three_probes(overlay: str) -> None:
     serving = {key: container for key, container in containers(overlay) if "ports" in container}
-    assert len(serving) == 2
+    assert len(serving) == 3
     for container in serving.values():
         ports = {port["name"] for port in container["ports"]}
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -91,23 +95,45 @@ def test_tritons_probes_ask_it_a_question_and_leave_it_the_time_to_answer(overla
 
 
 @overlays
-def test_triton_is_told_where_the_published_model_lies(overlay: str) -> None:
-    """Writer and readers agree on the folder; the readers cannot write."""
-    (publish,) = pod_templates(overlay)["CronJob/publish-champion"]["spec"]["containers"]
-    (triton,) = pod_templates(overlay)["Deployment/triton"]["spec"]["containers"]
-    folder = publish["command"][-1]
-    (written,) = [mount for mount in publish["volumeMounts"] if mount["mountPath"] == folder]
-    (read,) = [mount for mount in triton["volumeMounts"] if mount["mountPath"] == folder]
-    assert (written.get("readOnly", False), read["readOnly"]) == (False, True)
-    environment = {variable["name"]: variable.get("value") for variable in triton["env"]}
-    assert environment["MODEL_REPOSITORY"] == f"{folder}/current"
+def test_what_a_pod_serves_stands_in_its_template_and_applying_again_leaves_it(overlay: str) -> None:
+    """Writer and readers agree on folder and annotations; the readers cannot write."""
+    (job,) = pod_templates(overlay)["CronJob/rollout"]["spec"]["containers"]
+    assert job["command"][3:5] == ["--to", "/models"]
+    (written,) = [mount for mount in job["volumeMounts"] if mount["mountPath"] == "/models"]
+    for name in (rollout.SERVERS, rollout.CANARY):
+        template = pod_templates(overlay)[f"Deployment/{name}"]
+        (triton,) = template["spec"]["containers"]
+        (read,) = [mount for mount in triton["volumeMounts"] if mount["mountPath"] == "/models"]
+        assert (written.get("readOnly", False), read["readOnly"]) == (False, True)
+        pins = {rollout.VERSION: "7", rollout.MANIFEST: "abc"}
+        assert environment_of(triton, pins)["MODEL_REPOSITORY"] == "/models/releases/7"
+        assert environment_of(triton, pins)[MANIFEST_VARIABLE] == "abc"
+        assert environment_of(triton, {})["MODEL_REPOSITORY"] == "/models/releases/", "before the first rollout"
+        assert not pins.keys() & template["metadata"]["annotations"].keys()
     assert "MODEL_REPOSITORY" in (ROOT / "deploy" / "docker" / "serve.sh").read_text()
 
 
 @overlays
-def test_publishing_and_probes_take_one_profile(overlay: str) -> None:
+def test_a_canary_is_a_server_of_which_there_is_none_until_a_rollout_asks_for_one(overlay: str) -> None:
+    named_by = "app.kubernetes.io/name"
+    servers, canary = (deepcopy(named(overlay, "Deployment", of)["spec"]) for of in (rollout.SERVERS, rollout.CANARY))
+    assert (canary.pop("replicas"), canary.pop("strategy")) == (0, {"type": "Recreate"})
+    for labels in (canary["selector"]["matchLabels"], canary["template"]["metadata"]["labels"]):
+        assert labels[named_by] == rollout.CANARY
+        labels[named_by] = rollout.SERVERS
+    one_node = overlay not in SEVERAL_NODES
+    assert servers.pop("strategy")["rollingUpdate"]["maxUnavailable"] == int(one_node)
+    assert servers["template"]["spec"].pop("topologySpreadConstraints")
+    assert canary == servers
+    (triton,) = servers["template"]["spec"]["containers"]
+    startup = triton["startupProbe"]
+    assert servers["progressDeadlineSeconds"] > startup["periodSeconds"] * startup["failureThreshold"]
+
+
+@overlays
+def test_rollouts_and_probes_take_one_profile(overlay: str) -> None:
     assert named(overlay, "ConfigMap", "vismem")["data"] == {PROFILE_VARIABLE: ""}
-    for key in ("CronJob/publish-champion", "Deployment/triton"):
+    for key in ("CronJob/rollout", "Deployment/triton", "Deployment/triton-canary"):
         (container,) = pod_templates(overlay)[key]["spec"]["containers"]
         (variable,) = [entry for entry in container["env"] if entry["name"] == PROFILE_VARIABLE]
         assert variable["valueFrom"] == {"configMapKeyRef": {"name": "vismem", "key": PROFILE_VARIABLE}}
@@ -147,10 +173,23 @@ def test_a_new_image_s_mlflow_finds_its_tables_or_their_older_form(tmp_path: Pat
 
 
 @overlays
-def test_the_publishing_job_does_not_run_for_ever(overlay: str) -> None:
+def test_a_rollout_does_not_run_for_ever_nor_before_the_pods_had_their_time(overlay: str) -> None:
     """Training's jobs have their end from LaunchConfig.hours: tests/unit/test_trainer_adapter.py."""
-    hour, job = 3600, named(overlay, "CronJob", "publish-champion")["spec"]["jobTemplate"]["spec"]
-    assert job["activeDeadlineSeconds"] <= (3 * hour if overlay == "7b" else hour)
+    hour, job = 3600, named(overlay, "CronJob", "rollout")["spec"]["jobTemplate"]["spec"]
+    assert job["activeDeadlineSeconds"] <= (5 * hour if overlay == "7b" else 2 * hour)
+    most = named(overlay, "HorizontalPodAutoscaler", "triton")["spec"]["maxReplicas"]
+    pods = named(overlay, "Deployment", "triton")["spec"]["progressDeadlineSeconds"]
+    assert job["activeDeadlineSeconds"] >= (2 + min(most, 2)) * pods
+
+
+@overlays
+def test_a_rollout_that_refused_is_not_tried_again_and_one_that_lost_its_node_is(overlay: str) -> None:
+    job = named(overlay, "CronJob", "rollout")["spec"]["jobTemplate"]["spec"]
+    assert job["podFailurePolicy"]["rules"] == [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": [0]}},
+    ]
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
 
 
 def test_the_sizes_for_7b_models_hold_one_with_graphs_and_its_training(tmp_path: Path) -> None:
@@ -188,9 +227,10 @@ def test_images_may_come_from_a_registry_that_asks_for_a_key(overlay: str) -> No
 
 
 @overlays
-def test_only_a_runs_account_has_rights_and_no_more_than_it_uses(overlay: str) -> None:
+def test_only_runs_and_rollouts_have_rights_and_no_more_than_they_use(overlay: str) -> None:
+    """What a rollout uses is recorded by tests/integration/test_rollout.py."""
     bound = {subject["name"] for binding in of_kind(overlay, "RoleBinding") for subject in binding["subjects"]}
-    assert bound == {"vismem-pipeline"}
+    assert bound == {"vismem-pipeline", "rollout"}
     rights = {
         (group, resource): set(rule["verbs"])
         for role in of_kind(overlay, "Role")
@@ -203,6 +243,7 @@ def test_only_a_runs_account_has_rights_and_no_more_than_it_uses(overlay: str) -
         ("", "configmaps"): {"get"},
         ("", "secrets"): {"get"},
         ("", "pods"): {"get", "list", "watch"},
+        ("apps", "deployments"): {"get", "patch"},
     }
     if overlay in SEVERAL_NODES:
         expected[("trainer.kubeflow.org", "trainjobs")] = {"create", "get", "list", "watch", "delete"}
@@ -217,9 +258,9 @@ def test_only_a_runs_account_has_rights_and_no_more_than_it_uses(overlay: str) -
 
 
 @overlays
-def test_no_pod_here_gets_a_token_of_the_api(overlay: str) -> None:
+def test_no_pod_here_but_a_rollout_gets_a_token_of_the_api(overlay: str) -> None:
     for key, template in pod_templates(overlay).items():
-        assert template["spec"]["automountServiceAccountToken"] is False, key
+        assert template["spec"]["automountServiceAccountToken"] is (key == "CronJob/rollout"), key
     accounts = {
         m["metadata"]["name"]: m.get("automountServiceAccountToken") for m in of_kind(overlay, "ServiceAccount")
     }

@@ -94,18 +94,19 @@ def _unsigned(store: Store, version: Version) -> Rule | None:
 
 
 @translate_mlflow_errors()
-def rollback(config: Config, to: str | None = None) -> str:
+def rollback(config: Config, to: str | None = None, left: str | None = None) -> str:
     """Make the champion before the present one, or the earlier one `to`, champion again; return a line that says so.
 
     The version that is left is blocked: `promote` refuses it from then on. Without `to`, repeated calls go further back
-    along the promotions; with it, a repeated call changes nothing. Versions that were deleted or are blocked are passed
-    over. UserError where there is none, or where another moved the champion meanwhile: nothing is rolled back then.
+    along the promotions; with it, a repeated call changes nothing, nor does one whose `left` is no longer champion.
+    Versions that were deleted or are blocked are passed over. UserError where there is none, or where another moved the
+    champion meanwhile: nothing is rolled back then.
     """
     store = open_store(config.registry)
     seen = mend_view(store)
 
     def decide(ledger: Ledger) -> Move | None:
-        if to is not None and ledger.champion == to:
+        if (to is not None and ledger.champion == to) or left not in (None, ledger.champion):
             return None
         if ledger != seen:
             raise UserError(
@@ -122,8 +123,8 @@ def rollback(config: Config, to: str | None = None) -> str:
 
     ledger = transact(store, decide)
     mend_view(store)
-    if ledger == seen:
-        return f"{store.model} version {to} is champion: nothing is to be rolled back"
+    if ledger == seen or (left and left not in ledger.blocked):
+        return f"{store.model} version {ledger.champion} is champion: nothing is to be rolled back"
     move = ledger.moves[-1]
     was = f"version {move.previous}, which is not promoted again"
     return f"{store.model} version {move.version} is champion again, instead of {was}"

@@ -26,5 +26,4 @@ def champion_repository(config: Config, artifacts: Path) -> Path:
         return deployed
     from vismem.serving.publish import publish
 
-    publish(config, artifacts / "champion")
-    return artifacts / "champion" / "current"
+    return publish(config, artifacts / "champion").repository

@@ -1,6 +1,7 @@
-"""The serving environment: a Python environment with tritonserver from the nvidia-pytriton wheel, apart from ours.
+"""The serving environment: a Python environment, and the Triton of NVIDIA's image or of the nvidia-pytriton wheel.
 
-Apart, because Triton's Python backend needs numpy < 2. `make serving` makes it from deploy/triton/requirements.txt.
+Apart from ours, because Triton's Python backend needs numpy < 2. `make serving` makes the wheel's from
+deploy/triton/requirements.txt.
 """
 
 import json
@@ -13,7 +14,10 @@ from vismem.errors import UserError
 from vismem.shipped import shipped
 
 VARIABLE = "VISMEM_SERVING_PYTHON"
+TRITON_VARIABLE = "VISMEM_TRITON"  # NVIDIA's folder, /opt/tritonserver in its image; empty: the wheel's Triton
 DEFAULT_PYTHON = Path(__file__).parents[2] / ".venv-serving" / "bin" / "python"
+
+STUB = "triton_python_backend_stub"  # the Python backend's child process; NVIDIA's is for its image's Python
 
 _QUERY = """
 import importlib.util, json, os, sys, sysconfig
@@ -41,8 +45,9 @@ class ServingEnvironment:
         """Lay the Python backend and the right stub into `folder`, as tritonserver wants them; return it."""
         target = folder / "python"
         target.mkdir(parents=True)
-        for file in (*self.binary.parents[1].glob("backends/python/*"), self.stub):
-            (target / file.name).symlink_to(file)
+        files = [*self.binary.parents[1].glob("backends/python/*"), self.stub]
+        for name, file in {file.name: file for file in files}.items():
+            (target / name).symlink_to(file)
         return folder
 
     def variables(self) -> dict[str, str]:
@@ -77,18 +82,23 @@ def find_serving_environment() -> ServingEnvironment:
         raise UserError(f"{python} does not run: {done.stderr.strip()[-300:]}; run `make serving` again")
     facts = json.loads(done.stdout)
     version, library, folders = facts["version"], facts["library"], facts["folders"]
-    if facts["pytriton"] is None:
+    if triton := os.environ.get(TRITON_VARIABLE):
+        home, source = Path(triton), f"the Triton that {TRITON_VARIABLE} names: `vismem-serve` has one that is whole"
+        libraries, stub = home / "lib", home / "backends" / "python" / STUB
+    elif facts["pytriton"] is None:
         raise UserError(f"{python} has no nvidia-pytriton, which ships tritonserver: run `make serving` again")
-    package = Path(facts["pytriton"])
-    binary = package / "tritonserver" / "bin" / "tritonserver"
-    stub = package / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
+    else:
+        package, source = Path(facts["pytriton"]), f"nvidia-pytriton for Python {version}: run `make serving`"
+        home, libraries = package / "tritonserver", package.parent / "nvidia_pytriton.libs"
+        stub = home / "python_backend_stubs" / version / STUB
+    binary = home / "bin" / "tritonserver"
     for part in (binary, stub):
         if not part.is_file():
-            raise UserError(f"{part} is missing from nvidia-pytriton for Python {version}: run `make serving`")
+            raise UserError(f"{part} is missing from {source}")
     shared = next((Path(folder) for folder in folders if (Path(folder) / library).is_file()), None)
     if shared is None:
         raise UserError(
             f"tritonserver needs the shared library {library} of Python {version}: "
             f"`apt-get install libpython{version}` (looked in {', '.join(folders)})"
         )
-    return ServingEnvironment(python, binary, stub, (package.parent / "nvidia_pytriton.libs", shared))
+    return ServingEnvironment(python, binary, stub, (libraries, shared))

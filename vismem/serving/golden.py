@@ -1,6 +1,7 @@
 """Golden questions: what a bundle answered where it was exported. A server asks them before it serves the bundle.
 
-`golden/golden.json` in the bundle: per question its images' files, the text, and the answer's tokens with its invokes.
+`golden/golden.json` in the bundle: per question its images' files, the text, the answer's tokens with its invokes, and
+the answer as a client shows it (`Answer.marked`), by which a canary is judged.
 """
 
 import json
@@ -11,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from vismem.models.tokens import KINDS
 from vismem.runtime.limits import RequestError
-from vismem.serving.answering import Runtime
+from vismem.serving.answering import Chunk, Runtime
 
 FOLDER, FILE = "golden", "golden.json"
 QUESTIONS = 4  # at most
@@ -29,7 +31,9 @@ def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], st
             asked["images"].append(f"{number}-{place}")
             (bundle / FOLDER / asked["images"][-1]).write_bytes(image)
         with suppress(RequestError):
-            stored.append(asked | {"tokens": _tokens(runtime, bundle, asked)})
+            chunks = _chunks(runtime, bundle, asked)
+            shown = "".join(f"⟨{chunk.event}⟩" if chunk.event in KINDS else chunk.text for chunk in chunks).strip()
+            stored.append(asked | {"tokens": _tokens(chunks), "answer": shown})
         if len(stored) == QUESTIONS:
             break
     (bundle / FOLDER / FILE).write_text(json.dumps(stored, ensure_ascii=False, indent=1) + "\n")
@@ -45,7 +49,7 @@ def check_golden(runtime: Runtime, bundle: Path) -> int:
         raise RuntimeError(f"{bundle} holds no golden questions ({FOLDER}/{FILE}): export it again")
     questions: list[dict[str, Any]] = json.loads(file.read_text())
     for asked in questions:
-        if (found := _tokens(runtime, bundle, asked)) != asked["tokens"]:
+        if (found := _tokens(_chunks(runtime, bundle, asked))) != asked["tokens"]:
             raise RuntimeError(
                 f"the golden question '{asked['question']}' is answered by the tokens {found}, not {asked['tokens']} "
                 "as where the bundle was exported: this machine computes otherwise, or the bundle is not what it was"
@@ -53,8 +57,12 @@ def check_golden(runtime: Runtime, bundle: Path) -> int:
     return len(questions)
 
 
-def _tokens(runtime: Runtime, bundle: Path, asked: dict[str, Any]) -> list[int]:
-    """The ids of the words and invoke tokens of the greedy answer."""
+def _chunks(runtime: Runtime, bundle: Path, asked: dict[str, Any]) -> list[Chunk]:
+    """The greedy answer."""
     images = [Image.open(bundle / FOLDER / name) for name in asked["images"]]
-    answer = runtime.generate(images, asked["question"], max_new_tokens=NEW_TOKENS)
-    return [chunk.token for chunk in answer if chunk.token is not None]
+    return list(runtime.generate(images, asked["question"], max_new_tokens=NEW_TOKENS))
+
+
+def _tokens(chunks: list[Chunk]) -> list[int]:
+    """The ids of the words and invoke tokens."""
+    return [chunk.token for chunk in chunks if chunk.token is not None]

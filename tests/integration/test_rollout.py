@@ -1,0 +1,285 @@
+"""A released version reaches the servers of a cluster, or the one before stays everywhere: a real store, an API.
+
+Pods answer as a test says of their version; tests/e2e/test_rollout.py asks a real Triton.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployments_api import ANSWER, NAMESPACE, Cluster, Pods, served
+from kubernetes.client import AppsV1Api
+from kubernetes.config import load_kube_config
+from project import Project
+
+from vismem import canary, rollout
+from vismem.registry import release
+from vismem.registry.champion import read_ledger
+from vismem.serving.exchange import Answer, ServerError
+
+WRONG, OWN = "three", "how many dots?"
+
+
+class Here:
+    """A project, its cluster, and the command that the job runs."""
+
+    def __init__(self, project: Project, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.project, self.patch = project, patch
+        self.start: tuple[bytes, Any] | None = None
+        golden = project.steps["export"] / "golden"
+        golden.mkdir(parents=True)
+        (golden / "1-1").write_bytes(b"png")
+        asked = {"images": ["1-1"], "question": "how many?", "tokens": [1], "answer": ANSWER}
+        (golden / "golden.json").write_text(json.dumps([asked]))
+        self.cluster = Cluster(folder / "models")
+        self.pods = Pods(self.cluster)
+        patch.setattr(canary, "Client", lambda address, model: self.pods.client(address, model))
+        patch.setattr(canary, "_check_version", lambda *given: self.pods.check_version(*given))
+        patch.setattr(rollout, "POLL", 0)
+
+    def release(self, weights: bytes, score: float) -> None:
+        assert self.project.release(weights, score)["promoted"]
+
+    def roll_out(self) -> str:
+        """The job's line, or why it failed."""
+        try:
+            return rollout.rollout(
+                self.project.config, self.cluster.models, NAMESPACE, "triton-canary:8001", "triton:8001"
+            )
+        except rollout.UserError as error:
+            return f"failed: {error}"
+
+    def rewind(self) -> None:
+        """Back to the moment of the first call: what the API, the pods and the registry were then."""
+        database = self.project.artifacts.parent / "mlflow.db"
+        if not self.start:
+            self.start = database.read_bytes(), deepcopy((self.cluster.deployments, self.cluster.pods))
+        database.write_bytes(self.start[0])
+        self.cluster.deployments, self.cluster.pods = deepcopy(self.start[1])
+
+    @property
+    def state(self) -> tuple[list[str], list[str], str | None]:
+        """What all pods of the servers serve, what those of the canary, and the ledger's champion."""
+        self.cluster.settle()
+        return self.cluster.versions(), self.cluster.versions("triton-canary"), read_ledger(self.project.store).champion
+
+
+@pytest.fixture
+def here(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+    """Version 1 is released and served by two pods."""
+    found = Here(project, tmp_path, monkeypatch)
+    with served(found.cluster, tmp_path) as kubeconfig:
+        monkeypatch.setattr(rollout, "load_config", lambda: load_kube_config(str(kubeconfig)))
+        found.release(b"one", 66.0)
+        assert found.roll_out() == "version 1 is served by all pods of 'triton': the canary gave its 1 golden answers"
+        assert found.state == (["1", "1"], [], "1")
+        yield found
+
+
+def test_a_new_champion_is_asked_as_a_canary_before_the_servers_follow(here: Here) -> None:
+    here.release(b"two", 68.0)
+    seen = []
+    here.pods.meanwhile = lambda: seen.append((here.cluster.versions(), here.cluster.versions("triton-canary")))
+    assert here.roll_out().startswith("version 2 is served by all")
+    assert seen == [(["1", "1"], ["2"])]
+    assert here.state == (["2", "2"], [], "2")
+    assert here.roll_out() == "version 2 is served by all pods of 'triton': they were told so before"
+    release.rollback(here.project.config)
+    assert here.roll_out().startswith("version 1 is served by all")
+    assert here.state == (["1", "1"], [], "1")
+
+
+@pytest.mark.parametrize("answer", [WRONG, ServerError("the model failed")])
+def test_a_version_that_answers_wrongly_is_rolled_back_and_the_one_before_stays_everywhere(
+    here: Here, answer: Any
+) -> None:
+    here.release(b"two", 68.0)
+    here.pods.answers["2"] = answer
+    told = here.roll_out()
+    assert told.startswith("failed: version 2 is refused, the servers serve what they did: ")
+    assert "version 1 is champion again, instead of version 2" in told
+    assert here.state == (["1", "1"], [], "1")
+    assert "2" in read_ledger(here.project.store).blocked
+    assert here.roll_out().endswith("they were told so before")
+    assert "rolled back" in release.promote_version(here.project.config, "2")
+
+
+def test_a_first_version_that_answers_wrongly_is_served_by_nobody(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Here(project, tmp_path, monkeypatch)
+    found.pods.answers["1"] = WRONG
+    with served(found.cluster, tmp_path) as kubeconfig:
+        monkeypatch.setattr(rollout, "load_config", lambda: load_kube_config(str(kubeconfig)))
+        found.release(b"one", 66.0)
+        assert "there is no earlier champion" in found.roll_out()
+        assert found.state == ([], [], "1")
+
+
+def test_questions_of_yours_are_judged_against_the_version_before(here: Here) -> None:
+    def write(questions: int) -> None:
+        rows = [
+            {"id": str(n), "image": f"data:image/png;base64,{n:04}", "prompt": OWN, "answer": ANSWER}
+            for n in range(questions)
+        ]
+        (here.cluster.models / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    here.release(b"two", 68.0)
+    original = here.pods.ask
+
+    def ask(images: Any, question: str, max_new_tokens: int) -> Answer:
+        here.pods.answers = {"2": WRONG} if question == OWN else {}
+        return original(images, question, max_new_tokens)
+
+    here.pods.ask = ask  # type: ignore[method-assign]
+    write(5)  # all wrong, and too few to tell
+    assert here.roll_out().endswith("1 golden answers, 0 of 5 of questions.jsonl right, 5 by the version before")
+    release.rollback(here.project.config)
+    assert here.roll_out().startswith("version 1 is served")
+    release.promote_version(here.project.config, "2", unblock=True)
+    write(6)
+    assert "0 of 6 of questions.jsonl right, 6 by the version before (p = 0.031)" in here.roll_out()
+    assert here.state == (["1", "1"], [], "1")
+
+
+@pytest.mark.parametrize("broken", ["canary", "servers"])
+def test_pods_that_do_not_become_ready_leave_the_version_before_and_the_ledger(here: Here, broken: str) -> None:
+    here.release(b"two", 68.0)
+    if broken == "canary":
+        here.cluster.broken.add("2")
+    else:
+        here.pods.meanwhile = lambda: here.cluster.broken.add("2")
+    told = here.roll_out()
+    name = "triton-canary" if broken == "canary" else "triton"
+    assert told.startswith(f"failed: the pods of deployment '{name}' did not become ready in time")
+    assert here.state[0] == ["1", "1"]
+    assert read_ledger(here.project.store).champion == "2", "a cluster without room is no fault of a version"
+    here.cluster.broken.clear()
+    here.pods.meanwhile = lambda: None
+    assert here.roll_out().startswith("version 2 is served by all")
+    assert here.state == (["2", "2"], [], "2")
+
+
+class Killed(BaseException):
+    """The job's end at a request."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+@contextmanager
+def at_request(here: Here, count: int, act: Callable[[], object]) -> Iterator[None]:
+    """Let `act` happen before the request of that number that a job makes, in the job's own process."""
+    left = [count]
+
+    class Api(AppsV1Api):  # type: ignore[misc]
+        def read_namespaced_deployment(self, *given: Any) -> Any:
+            return self.counted(super().read_namespaced_deployment, *given)
+
+        def patch_namespaced_deployment(self, *given: Any) -> Any:
+            return self.counted(super().patch_namespaced_deployment, *given)
+
+        def counted(self, call: Callable[..., Any], *given: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                act()
+            return call(*given)
+
+    with here.patch.context() as patch:
+        patch.setattr(rollout, "AppsV1Api", Api)
+        yield
+
+
+@pytest.mark.parametrize("answer", [ANSWER, WRONG])
+def test_a_job_killed_at_any_request_is_finished_by_the_next(here: Here, answer: str) -> None:
+    here.release(b"two", 68.0)
+    here.pods.answers["2"] = answer
+    expected = "2" if answer == ANSWER else "1"
+    killed = 0
+    while True:
+        killed += 1
+        here.rewind()
+        try:
+            with at_request(here, killed, kill):
+                here.roll_out()
+            break
+        except Killed:
+            assert set(here.state[0]) in ({"1"}, {"2"})
+        told = here.roll_out()
+        assert here.state == ([expected] * 2, [], expected), (killed, told)
+    assert killed > 8
+
+
+def test_of_two_jobs_at_once_one_ends_the_other_and_wins(here: Here) -> None:
+    here.release(b"two", 68.0)
+    told: list[str] = []
+    while True:
+        number = len(told)
+        here.rewind()
+        with at_request(here, number + 1, lambda: told.append(here.roll_out())):
+            first = here.roll_out()
+        assert here.state == (["2", "2"], [], "2")
+        if len(told) > number:
+            assert told[-1].startswith("version 2 is served by all")
+            assert first.startswith(("version 2 is served by all", "failed: another rollout has taken over")), number
+        else:
+            break
+    assert len(told) > 8
+
+
+def test_a_job_of_an_older_champion_does_not_undo_a_newer_one(here: Here) -> None:
+    here.release(b"two", 68.0)
+
+    def overtake() -> None:
+        here.pods.meanwhile = lambda: None
+        here.release(b"three", 70.0)
+        assert here.roll_out().startswith("version 3 is served by all")
+
+    here.pods.meanwhile = overtake
+    assert here.roll_out().startswith("failed: another rollout has taken over")
+    assert here.state == (["3", "3"], [], "3")
+
+
+def test_an_older_champion_s_wrong_answer_does_not_roll_back_a_newer_one(here: Here) -> None:
+    here.release(b"two", 68.0)
+    here.pods.answers["2"] = WRONG
+    here.pods.meanwhile = lambda: read_ledger(here.project.store).champion == "2" and here.release(b"three", 70.0)
+    assert "version 3 is champion: nothing is to be rolled back" in here.roll_out()
+    assert here.state == (["1", "1"], [], "3")
+
+
+def test_pods_added_at_any_moment_serve_what_their_siblings_serve(here: Here) -> None:
+    here.release(b"two", 68.0)
+    here.pods.meanwhile = lambda: here.cluster.scale("triton", 4)
+    seen = []
+    here.cluster.before_request = lambda _: seen.append(set(here.cluster.versions()))
+    assert here.roll_out().startswith("version 2 is served by all")
+    assert here.state == (["2"] * 4, [], "2")
+    here.release(b"three", 70.0)
+    here.cluster.scale("triton", 5)
+    for pod in here.cluster.pods["triton"][:2]:  # restarted
+        here.cluster.pods["triton"].remove(pod)
+    assert here.state == (["2"] * 5, [], "3"), "the champion is not what decides"
+
+
+def test_a_release_that_was_changed_on_the_volume_is_served_by_no_pod_that_starts(here: Here) -> None:
+    manifest = here.cluster.models / "releases" / "1" / "vismem" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    here.cluster.scale("triton", 3)
+    here.cluster.settle()
+    assert [pod["ready"] for pod in here.cluster.pods["triton"]] == [True, True, False]
+
+
+def test_a_rollout_uses_all_rights_that_its_role_gives_and_no_other(here: Here) -> None:
+    here.release(b"two", 68.0)
+    here.roll_out()
+    (rule,) = here.cluster.rules
+    assert rule["apiGroups"] == ["apps"]
+    assert here.cluster.used == {(verb, name) for verb in rule["verbs"] for name in rule["resourceNames"]}
+    here.cluster.rules = [rule | {"resourceNames": ["triton-canary"]}]
+    assert "deployment 'triton' in namespace 'kubeflow' cannot be read: 403 Forbidden" in here.roll_out()

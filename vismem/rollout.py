@@ -1,0 +1,187 @@
+"""Brings the champion to the servers of a cluster, or the one before back: `python -m vismem.rollout`, a Job.
+
+The champion is fetched to the servers' volume; one pod of it, the canary, is asked real questions; the servers follow,
+or the ledger is rolled back. What a pod serves stands in its template, whenever it starts.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from kubernetes.client import ApiException, AppsV1Api  # type: ignore[import-untyped]
+from kubernetes.config import load_config  # type: ignore[import-untyped]
+
+from vismem.canary import WrongAnswerError, question_canary
+from vismem.config import Config
+from vismem.errors import UserError
+from vismem.registry.release import rollback
+from vismem.serving.command import run_command
+from vismem.serving.publish import Published, publish
+
+SERVERS, CANARY = "triton", "triton-canary"  # Deployments, and the Services before their pods
+VERSION, MANIFEST = "vismem/version", "vismem/manifest-sha256"  # of a pod template: what its pods serve
+ROLLOUT = "vismem/rollout"  # of the canary's pod template: whose it is
+PREVIOUS = "before."  # in front of VERSION and MANIFEST, of the servers' Deployment: what they served before
+POLL = 2.0  # seconds
+
+
+class NotReadyError(UserError):
+    """Pods did not become ready within Kubernetes' progress deadline."""
+
+
+class Deployments:
+    """The Deployments of a namespace, as one rollout sees and changes them."""
+
+    def __init__(self, namespace: str) -> None:
+        load_config()  # the pod's own account; outside a cluster the kubeconfig's
+        self.api, self.namespace, self.me = AppsV1Api(), namespace, uuid4().hex
+
+    def read(self, name: str) -> Any:
+        """The Deployment as it is now. UserError where this account may not, or it is not there."""
+        try:
+            return self.api.read_namespaced_deployment(name, self.namespace)
+        except ApiException as error:
+            raise UserError(
+                f"deployment '{name}' in namespace '{self.namespace}' cannot be read: {error.status} {error.reason}; "
+                "deploy/kubernetes/README.md says how it is installed"
+            ) from None
+
+    def change(self, name: str, body_of: Callable[[Any], dict[str, Any]]) -> None:
+        """Patch a Deployment with what `body_of` makes of it; again, where another changed it between.
+
+        What `body_of` reads of others was so after the Deployment was, and before the patch.
+        """
+        while True:
+            seen = self.read(name)
+            body = body_of(seen)
+            body.setdefault("metadata", {})["resourceVersion"] = seen.metadata.resource_version
+            try:
+                self.api.patch_namespaced_deployment(name, self.namespace, body)
+                return
+            except ApiException as error:
+                if error.status != 409:
+                    raise
+
+    def wait(self, name: str, check: Callable[[Any], object]) -> None:
+        """Until all pods are of the present template and ready, as `kubectl rollout status` does.
+
+        UserError where Kubernetes' progress deadline has passed, or from `check`, which sees each state.
+        """
+        while True:
+            seen = self.read(name)
+            check(seen)
+            status, wanted = seen.status, seen.spec.replicas
+            if (status.observed_generation or 0) >= seen.metadata.generation:
+                if any(condition.reason == "ProgressDeadlineExceeded" for condition in status.conditions or []):
+                    raise NotReadyError(f"the pods of deployment '{name}' did not become ready in time")
+                if {wanted} == {status.replicas or 0, status.updated_replicas or 0, status.available_replicas or 0}:
+                    return
+            time.sleep(POLL)
+
+    def check_mine(self, canary: Any) -> None:
+        """UserError where another rollout has taken the canary over, or somebody scaled it down."""
+        if annotations(canary).get(ROLLOUT) != self.me:
+            raise UserError("another rollout has taken over: this one ends, and has changed nothing since")
+        if not canary.spec.replicas:
+            raise UserError(f"deployment '{CANARY}' was scaled down meanwhile: nothing was rolled out; run this again")
+
+    def stop_canary(self, whose: Callable[[dict[str, str]], bool] | None = None) -> None:
+        """Scale the canary down if it is this rollout's, or by the annotations of its pods `whose`."""
+        whose = whose or (lambda found: found.get(ROLLOUT) == self.me)
+        self.change(CANARY, lambda seen: {"spec": {"replicas": 0}} if whose(annotations(seen)) else {})
+
+
+def annotations(deployment: Any) -> dict[str, str]:
+    """Those of its pod template."""
+    return dict(deployment.spec.template.metadata.annotations or {})
+
+
+def pod_annotations(values: Mapping[str, str | None]) -> dict[str, Any]:
+    """The part of a Deployment's spec that sets annotations of its pods; None removes one."""
+    return {"template": {"metadata": {"annotations": values}}}
+
+
+def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: str) -> str:
+    """Fetch the champion into `folder` and have all servers serve it; return a line that says so.
+
+    `canary` and `servers`: gRPC addresses, host:port. Changes are made by compare-and-set, so that of two rollouts the
+    later one ends the other, and one that was killed is finished by the next. UserError where the champion did not come
+    up, or answered wrongly: the servers serve what they did. After a wrong answer the ledger is rolled back and blocks
+    the version; that a cluster has no room is no fault of a version.
+    """
+    release, cluster = publish(config, folder), Deployments(namespace)
+    pins = {VERSION: release.version, MANIFEST: release.manifest}
+    seen = annotations(cluster.read(SERVERS))
+    if pins.items() <= seen.items():
+        asked = "they were told so before"
+        cluster.stop_canary(lambda found: found.get(VERSION) == release.version)  # left by a run that was killed
+    else:
+        claim = {"replicas": 1, **pod_annotations({**pins, ROLLOUT: cluster.me})}
+        cluster.change(CANARY, lambda _: {"spec": claim})
+        cluster.wait(CANARY, cluster.check_mine)
+        try:
+            before = servers if seen.get(VERSION) else None
+            asked = question_canary(config, release, folder / "questions.jsonl", canary, before)
+        except UserError as error:
+            cluster.check_mine(cluster.read(CANARY))  # else another's canary was asked
+            if not isinstance(error, WrongAnswerError):
+                raise
+            cluster.stop_canary()
+            raise UserError(_refuse(config, release, str(error))) from None
+        cluster.change(SERVERS, lambda seen: _next(cluster, pins, seen))
+        cluster.stop_canary()
+    try:
+        cluster.wait(SERVERS, lambda seen: _check_pins(pins, seen))
+    except NotReadyError as error:
+        cluster.change(SERVERS, lambda seen: _back(pins, seen))
+        raise UserError(
+            f"{error}: the servers go back to the version before; mend the cluster and run this again, or "
+            "`vismem models rollback`"
+        ) from None
+    return f"version {release.version} is served by all pods of '{SERVERS}': {asked}"
+
+
+def _refuse(config: Config, release: Published, reason: str) -> str:
+    """Roll the ledger back from a release; the line that says why."""
+    try:
+        told = rollback(config, left=release.version)
+    except UserError as error:  # it is the first
+        told = str(error)
+    return f"version {release.version} is refused, the servers serve what they did: {reason}; {told}"
+
+
+def _next(cluster: Deployments, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
+    """The patch that makes the servers follow the canary. Its owner is read after them: see `Deployments.change`."""
+    cluster.check_mine(cluster.read(CANARY))
+    kept = {PREVIOUS + name: annotations(servers).get(name) for name in pins}
+    return {"metadata": {"annotations": kept}, "spec": pod_annotations(pins)}
+
+
+def _back(pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
+    """The patch that makes the servers serve what they did before `pins`."""
+    _check_pins(pins, servers)
+    kept = servers.metadata.annotations or {}
+    return {"spec": pod_annotations({name: kept.get(PREVIOUS + name) for name in pins})}
+
+
+def _check_pins(pins: Mapping[str, str | None], servers: Any) -> None:
+    if not pins.items() <= annotations(servers).items():
+        raise UserError("another rollout has taken over: it has changed the servers")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one line; return 0 if all servers serve the champion, 1 if not."""
+    parser = argparse.ArgumentParser(prog="python -m vismem.rollout", description=__doc__)
+    parser.add_argument("--to", dest="folder", type=Path, required=True, help="the volume that the servers read")
+    parser.add_argument("--namespace", required=True, help="where the servers are")
+    parser.add_argument("--canary", default=f"{CANARY}:8001", help="gRPC host:port (default: %(default)s)")
+    parser.add_argument("--servers", default=f"{SERVERS}:8001", help="gRPC host:port (default: %(default)s)")
+    return run_command(parser, arguments, rollout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,8 @@ mutmut makes the mutants and runs, for each, the tests that reach the mutated fu
 pass. The exit status is 1 if less than SHARE of a module's mutants are killed, if one survives that accepted.toml does
 not list, or if one that it lists is killed.
 
-mutmut mutates the bodies of functions and methods, but not those under a decorator, and nothing outside a function.
+mutmut mutates the bodies of functions and methods, but not those under a decorator, and nothing outside a function. Of
+the modules that modules.toml has under "sampled" every fifth mutant of a function is made, its first among them.
 """
 
 import argparse
@@ -17,12 +18,14 @@ import sys
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 WORK = ROOT / "runs" / "mutants"  # one copy of the checkout per module, made anew by every run
 SHARE = 0.9
+EVERY, SAMPLED = "*", "*__mutmut_*[16]"  # names of mutants
 KILLED = (1, 3, 24, -24, 36, 152)  # exit status of pytest with a failed test, or of a mutant that ran too long
 SURVIVED = 0
 UNSEEN = re.compile(r",\s*((strict|device)=[\w.]+)?\)")
@@ -59,12 +62,17 @@ def main() -> int:
     chosen = arguments.module or list(tests)
     if unknown := [module for module in chosen if module not in tests]:
         parser.error(f"modules.toml names no tests for {', '.join(unknown)}; it has {', '.join(tests)}")
-    return int(any([judge(module, *mutate(module, tests[module], arguments.jobs)) for module in chosen]))
+    return int(any([judge(module, *mutate(module, *tests[module], arguments.jobs)) for module in chosen]))
 
 
-def modules() -> dict[str, list[str]]:
-    """Module -> the test files that hold it."""
-    return tomllib.loads((HERE / "modules.toml").read_text())
+def modules() -> dict[str, tuple[list[str], str]]:
+    """Module -> the test files that hold it, and the names of the mutants that are made."""
+    lists = tomllib.loads((HERE / "modules.toml").read_text())
+    return {
+        module: (tests, names)
+        for key, names in (("every", EVERY), ("sampled", SAMPLED))
+        for module, tests in lists[key].items()
+    }
 
 
 def accepted() -> dict[tuple[str, str], str]:
@@ -73,8 +81,9 @@ def accepted() -> dict[tuple[str, str], str]:
     return {(entry["function"], change.strip()): entry["reason"] for entry in entries for change in entry["changes"]}
 
 
-def mutate(module: str, tests: list[str], jobs: int) -> tuple[int, list[Mutant]]:
-    """Run all mutants of a module in a copy of the checkout, `jobs` at a time; their number, and the ones not killed.
+def mutate(module: str, tests: list[str], names: str, jobs: int) -> tuple[int, list[Mutant]]:
+    """Run a module's mutants of these names in a copy of the checkout, `jobs` at a time; their number, and the ones
+    not killed.
 
     Those that `no_test_can_see` are not counted, unless one does: a looser `zip` is the same for sequences of equal
     length, and another device is, where there is one.
@@ -87,8 +96,9 @@ def mutate(module: str, tests: list[str], jobs: int) -> tuple[int, list[Mutant]]
     with (folder / "pyproject.toml").open("a") as file:
         file.write(SETTINGS.format(module=json.dumps([module]), tests=json.dumps(tests)))
     print(f"{module}: the mutants run in {folder.relative_to(ROOT)}", flush=True)
-    _mutmut(folder, "run", "--max-children", str(jobs))
-    codes = json.loads((folder / "mutants" / f"{module}.meta").read_text())["exit_code_by_key"]
+    _mutmut(folder, "run", "--max-children", str(jobs), names)
+    every = json.loads((folder / "mutants" / f"{module}.meta").read_text())["exit_code_by_key"]
+    codes = {name: code for name, code in every.items() if fnmatch(name, names)}
     alive = [_described(folder, name, code) for name, code in codes.items() if code not in KILLED]
     counted = [mutant for mutant in alive if not no_test_can_see(mutant.change)]
     return len(codes) - len(alive) + len(counted), counted

@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 WORK = ROOT / "runs" / "mutants"  # one copy of the checkout per module, made anew by every run
 SHARE = 0.9
 EVERY, SAMPLED = "*", "*__mutmut_*[16]"  # names of mutants
+FUNCTIONS = "*[!0-9]"  # of functions: whose tests must pass without a mutant
 KILLED = (1, 3, 24, -24, 36, 152)  # exit status of pytest with a failed test, or of a mutant that ran too long
 SURVIVED = 0
 UNSEEN = re.compile(r",\s*((strict|device)=[\w.]+)?\)")
@@ -96,7 +97,7 @@ def mutate(module: str, tests: list[str], names: str, jobs: int) -> tuple[int, l
     with (folder / "pyproject.toml").open("a") as file:
         file.write(SETTINGS.format(module=json.dumps([module]), tests=json.dumps(tests)))
     print(f"{module}: the mutants run in {folder.relative_to(ROOT)}", flush=True)
-    _mutmut(folder, "run", "--max-children", str(jobs), names)
+    _mutmut(folder, "run", "--max-children", str(jobs), names, FUNCTIONS)
     every = json.loads((folder / "mutants" / f"{module}.meta").read_text())["exit_code_by_key"]
     codes = {name: code for name, code in every.items() if fnmatch(name, names)}
     alive = [_described(folder, name, code) for name, code in codes.items() if code not in KILLED]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from vismem.generation.invocation import BASE_MODES
 from vismem.models.tokens import KINDS
 from vismem.runtime.chat import IMAGE, Turn, joined
 from vismem.runtime.images import decoded_base64
@@ -75,7 +76,7 @@ class Message(Strict):
 class Extension(Strict):
     """What OpenAI has no word for."""
 
-    memory: Literal["learned", "off", "short", "long", "vanilla"] | None = None  # None: what `model` says
+    memory: Literal[*BASE_MODES] | None = None  # type: ignore[valid-type]  # None: what `model` says
     attention: bool = False  # whether the reply says where each memory looked
 
 

@@ -44,6 +44,7 @@ def test_with_invocation_off_the_text_equals_hugging_face_generate(model: VisMem
         output = base.generate(**inputs, max_new_tokens=20, do_sample=False)
         expected = output[0, inputs["input_ids"].shape[1] :].tolist()
         assert list(rollout.token_ids) == expected[: len(rollout.token_ids)]
+        assert rollout.text == processor.decode(expected, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("policy", [Off(), RANDOM, Learned(), Learned(sampled=(MemoryKind.LONG,))])

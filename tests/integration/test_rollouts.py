@@ -1,0 +1,75 @@
+"""The record of an answer: its text, its marks, how long it is and whether it ended by itself."""
+
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from vismem.generation.engine import generate, stream
+from vismem.generation.invocation import Learned
+from vismem.generation.prompts import encode
+from vismem.generation.types import LATENT, Rollout
+from vismem.models.kinds import MemoryKind
+from vismem.models.tokens import MEMORY_TOKENS
+from vismem.models.vismem import VisMemModel
+
+MARKS = dict(zip(MemoryKind, MEMORY_TOKENS[:2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path) -> VisMemModel:
+    """A model that likes to invoke."""
+    return tiny.eager(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def rollouts(model: VisMemModel) -> list[Rollout]:
+    return generate(model, tiny.samples(), Learned(), max_new_tokens=24, temperature=1.0)
+
+
+def test_the_marked_text_is_the_text_with_a_mark_where_a_memory_was_invoked(
+    model: VisMemModel, rollouts: list[Rollout]
+) -> None:
+    tokenizer = model.backbone.processor.tokenizer
+    for rollout in rollouts:
+        said, kinds = rollout.marked_text, [invocation.kind for invocation in rollout.invocations]
+        places = sorted((place, kind) for kind in MARKS for place in _places(said, MARKS[kind]))
+        assert [kind for _, kind in places] == kinds
+        assert not any(token in said for token in (*MEMORY_TOKENS[2:], tokenizer.eos_token))
+        for token in (*MARKS.values(), *tokenizer.all_special_tokens):
+            said = said.replace(token, "")
+        assert said == rollout.text
+    assert any(rollout.invocations for rollout in rollouts)
+
+
+def _places(text: str, mark: str) -> list[int]:
+    return [place for place in range(len(text)) if text.startswith(mark, place)]
+
+
+def test_its_length_counts_words_and_it_is_finished_where_the_last_one_ends_it(
+    model: VisMemModel, rollouts: list[Rollout]
+) -> None:
+    visual = encode(model.backbone, tiny.samples()).visual.sum(1).tolist()
+    for rollout, seen in zip(rollouts, visual, strict=True):
+        words = [token for token in rollout.token_ids if token != LATENT and token not in model.memory_ids]
+        assert (rollout.answer_length, rollout.visual_tokens) == (len(words), seen)
+        assert rollout.finished == (words[-1] in model.stop_ids)
+    assert {rollout.finished for rollout in rollouts} == {True, False}
+
+
+def test_a_stream_gives_the_tokens_of_the_answer_and_returns_its_record(
+    model: VisMemModel, rollouts: list[Rollout]
+) -> None:
+    hidden = {LATENT, *model.end_ids.values()}
+    for sample, expected in zip(tiny.samples()[:4], rollouts, strict=False):
+        pieces, records = stream(model, sample, Learned(), max_new_tokens=24, temperature=1.0), list[Rollout]()
+        came = [*_kept(pieces, records)]
+        assert came == [token for token in expected.token_ids if token not in hidden]
+        assert records[0].logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert replace(records[0], logprobs=expected.logprobs) == expected
+
+
+def _kept(pieces: Generator[int, None, Rollout], records: list[Rollout]) -> Iterator[int]:
+    records.append((yield from pieces))

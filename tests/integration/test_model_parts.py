@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from vismem.config import MemoryConfig
+from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.generation.engine import generate
@@ -90,3 +90,10 @@ def test_within_the_block_activations_are_recomputed_and_gradients_are_the_same(
     with pytest.raises(ValueError, match="within"), failing:
         raise ValueError("within")
     assert gradients()[0] == count
+
+
+def test_images_are_shrunk_to_the_memorys_most_pixels_and_without_one_to_the_processors_own(tiny_base: Path) -> None:
+    for pixels, expected in ((4 * 28**2, 4 * 28**2), (0, 36 * 28**2)):
+        memory = tiny.MEMORY.model_copy(update={"image_pixels": pixels})
+        made = VisMemModel(load_base(tiny_base), memory, InvocationConfig())
+        assert made.backbone.processor.image_processor.size["longest_edge"] == expected

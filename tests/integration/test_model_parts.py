@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from vismem.config import InvocationConfig, MemoryConfig
@@ -97,3 +98,15 @@ def test_images_are_shrunk_to_the_memorys_most_pixels_and_without_one_to_the_pro
         memory = tiny.MEMORY.model_copy(update={"image_pixels": pixels})
         made = VisMemModel(load_base(tiny_base), memory, InvocationConfig())
         assert made.backbone.processor.image_processor.size["longest_edge"] == expected
+
+
+def test_a_tokenizer_that_puts_a_token_of_its_own_before_every_text_changes_no_initial_row(
+    model: VisMemModel, tiny_base: Path
+) -> None:
+    base, first = load_base(tiny_base), "<|endoftext|>"
+    tokenizer = base.processor.tokenizer
+    named = [(first, tokenizer.convert_tokens_to_ids(first))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=named)
+    assert len(tokenizer("\n")["input_ids"]) == 2
+    made = VisMemModel(base, tiny.MEMORY, model.invocation_config)
+    assert all(map(torch.equal, made.tokens.parameters(), model.tokens.parameters()))

@@ -1,15 +1,19 @@
 """The record of an answer: its text, its marks, how long it is and whether it ended by itself."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
+from vismem.generation.controls import Shuffled
 from vismem.generation.engine import generate, stream
-from vismem.generation.invocation import Learned
+from vismem.generation.invocation import Learned, Random
+from vismem.generation.loop import DecodeLoop, Request
 from vismem.generation.prompts import encode
+from vismem.generation.torch_executor import TorchExecutor, _column_at
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import MEMORY_TOKENS
@@ -73,3 +77,43 @@ def test_a_stream_gives_the_tokens_of_the_answer_and_returns_its_record(
 
 def _kept(pieces: Generator[int, None, Rollout], records: list[Rollout]) -> Iterator[int]:
     records.append((yield from pieces))
+
+
+def formed(model: VisMemModel, request: Request) -> list[tuple[MemoryKind, int, torch.Tensor]]:
+    """Every memory that a request's rows are given, with its kind and its sample's place."""
+    executor, kept = TorchExecutor(model), list[tuple[MemoryKind, int, torch.Tensor]]()
+    original = executor.form
+
+    def form(kind: MemoryKind, rows: Sequence[int]) -> torch.Tensor:
+        memory = original(kind, rows)
+        kept.extend((kind, int(executor.state.sample[row]), own) for row, own in zip(rows, memory, strict=True))
+        return memory
+
+    executor.form = form  # type: ignore[method-assign]
+    with executor.running():
+        loop = DecodeLoop(executor)
+        loop.join(request)
+        while loop.step():
+            pass
+    return kept
+
+
+def test_a_shuffled_memory_is_the_one_that_the_other_question_forms_at_its_answers_start(model: VisMemModel) -> None:
+    samples = tiny.samples()[:5]
+    donors = Shuffled().donors(samples)
+    assert donors is not None
+    given = formed(model, Request(samples, Shuffled(), max_new_tokens=16, temperature=1.0, group_size=2))
+    assert {kind for kind, _, _ in given} == {*MemoryKind}
+    own = {
+        (kind, place): formed(model, Request([sample], Random(limit=1, probability=1.0, kinds=(kind,)), 1))[0][2]
+        for kind in MemoryKind
+        for place, sample in enumerate(samples)
+    }
+    for kind, place, memory in given:
+        assert torch.allclose(memory, own[kind, donors[place]], atol=1e-5)
+
+
+def test_a_number_draws_the_first_column_whose_cumulative_probability_exceeds_it_or_the_last() -> None:
+    cumulative = torch.tensor([[0.25, 0.25, 0.75, 1.0]], dtype=torch.double).repeat(5, 1)
+    at = torch.tensor([0.0, 0.25, 0.5, 0.999, 1.0], dtype=torch.double)  # rounding may reach the end
+    assert _column_at(cumulative, at).tolist() == [0, 2, 2, 3, 3]

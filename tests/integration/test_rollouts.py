@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from vismem.generation.controls import Shuffled
-from vismem.generation.engine import generate, stream
-from vismem.generation.invocation import Learned, Random
+from vismem.generation.engine import generate, rollout_of, stream
+from vismem.generation.invocation import Learned, Off, Random
 from vismem.generation.loop import DecodeLoop, Request
 from vismem.generation.prompts import encode
 from vismem.generation.torch_executor import TorchExecutor, _column_at
@@ -117,3 +117,27 @@ def test_a_number_draws_the_first_column_whose_cumulative_probability_exceeds_it
     cumulative = torch.tensor([[0.25, 0.25, 0.75, 1.0]], dtype=torch.double).repeat(5, 1)
     at = torch.tensor([0.0, 0.25, 0.5, 0.999, 1.0], dtype=torch.double)  # rounding may reach the end
     assert _column_at(cumulative, at).tolist() == [0, 2, 2, 3, 3]
+
+
+def test_rows_of_the_policys_adapter_and_of_the_bare_base_are_decoded_beside_each_other(tiny_base: Path) -> None:
+    model, samples = tiny.eager(tiny_base), tiny.samples()
+    generator = torch.Generator().manual_seed(0)
+    for up in model.policy_lora.up.values():
+        up.normal_(0, 0.5, generator=generator)
+    model.policy_lora.enabled = True
+    asked = Request(samples[:3], Learned(), 10, 1.0, seed=1), Request(samples[3:6], Off(base=True), 10, 1.0, seed=2)
+    executor = TorchExecutor(model)
+    with executor.running():
+        loop = DecodeLoop(executor)
+        rows = [loop.join(request) for request in asked]
+        while loop.step():
+            pass
+    for request, found in zip(asked, rows, strict=True):
+        options = {"max_new_tokens": 10, "temperature": 1.0, "seed": request.seed}
+        for row, expected in zip(found, generate(model, request.samples, request.policy, **options), strict=True):
+            assert rollout_of(model, row).logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+            assert replace(rollout_of(model, row), logprobs=expected.logprobs) == expected
+    assert any(row.invocations for row in rows[0])
+    model.policy_lora.enabled = False
+    bare = generate(model, samples[:3], Learned(), max_new_tokens=10, temperature=1.0, seed=1)
+    assert [rollout.token_ids for rollout in bare] != [tuple(t for t, _, _ in row.tokens) for row in rows[0]]

@@ -21,7 +21,7 @@ from common import Parts, parser, peak_mib, publish, questions, random_base, tab
 from PIL import Image
 
 from vismem.config import InvocationConfig, MemoryConfig
-from vismem.data.sample import Sample, iterate_samples
+from vismem.data.sample import Sample, StoredSamples
 from vismem.generation import engine
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
 from vismem.generation.loop import DecodeLoop
@@ -52,7 +52,7 @@ def load(artifacts: Path, items: int) -> tuple[dict[str, Side], list[Sample], st
     base, stage2 = artifacts / "base", artifacts / "stage2"
     policy: InvocationPolicy = Random(probability=0.5)
     own = base.is_dir()
-    samples = iterate_samples(artifacts / "validate" / "data" / "validation") if own else questions(items)
+    samples = StoredSamples(artifacts / "validate" / "data" / "validation") if own else questions(items)
     with tempfile.TemporaryDirectory() as folder:
         base = base if own else random_base(Path(folder))
         if stage2.is_dir():

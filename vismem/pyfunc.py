@@ -4,8 +4,6 @@ MLflow imports this module by the name that stands in the version's MLmodel, whe
 with ONNX graphs answers by them, without torch.
 """
 
-import base64
-import binascii
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from vismem.registry import BUNDLE
+from vismem.runtime.images import decoded_base64
 from vismem.runtime.limits import RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
 from vismem.serving.exchange import Token, marked, plain
@@ -75,9 +74,8 @@ def _encoded(image: str) -> bytes:
     local = _SERVED not in os.environ
     if local and os.path.isfile(image):
         return Path(image).read_bytes()
-    head, comma, data = image.partition(",")
     try:
-        return base64.b64decode(data if comma and head.endswith(";base64") else image, validate=True)
-    except (binascii.Error, ValueError):
+        return decoded_base64(image)
+    except ValueError:
         also = " nor the path of a file here" if local else ""
         raise RequestError(f"the image '{image[:60]}' is not base64{also}: send the encoded file as base64") from None

@@ -16,7 +16,6 @@ from vismem.models.backbones.base import Backbone
 from vismem.models.vismem import VisMemModel
 
 FRESH = 1_000_000  # a seed whose questions no training has seen
-SIDES = (84, 112, 140, 168)  # pixels
 WAYS = {"coarse": Off(), "coarse, then whole": Relook(), "whole": FullResolution()}
 BATCH = 64
 MAX_NEW_TOKENS = 120

@@ -14,8 +14,8 @@ from torch import nn
 from recipes.tiny_vlm.card import STARTED, begin, write_card
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import Language, Vision
-from recipes.tiny_vlm.scenes import questions, scope_of
-from recipes.tiny_vlm.scores import SIDES, score, score_split
+from recipes.tiny_vlm.scenes import SIDES, questions, scope_of
+from recipes.tiny_vlm.scores import score, score_split
 from recipes.tiny_vlm.sequences import pages
 from vismem.data.collate import target_text
 from vismem.data.fingerprint import sample_sha256

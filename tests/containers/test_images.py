@@ -11,7 +11,7 @@ import pytest
 from docker.models.containers import Container
 
 from pipelines import run_local
-from vismem.data.sample import iterate_samples
+from vismem.data.sample import StoredSamples
 from vismem.services import free_ports
 from vismem.serving.client import Client
 from vismem.serving.exchange import plain
@@ -148,7 +148,7 @@ def test_the_serving_image_answers_over_grpc_and_stops_when_told_to(
 ) -> None:
     container, ports = served
     url = f"127.0.0.1:{ports['grpc']}"
-    sample = next(iter(iterate_samples(finished / "validate" / "validate" / "data" / "test")))
+    sample = next(iter(StoredSamples(finished / "validate" / "validate" / "data" / "test")))
     client = Client(f"grpc://{url}", model="vismem")
     streamed = tuple(client.stream(sample.images, sample.question, max_new_tokens=24))
     assert plain(streamed)

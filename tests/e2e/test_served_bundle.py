@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from examples import ask_grpc
-from vismem.data.sample import Sample, iterate_samples
+from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.generation.invocation import MODES
 from vismem.runtime.chat import Turn
@@ -42,7 +42,7 @@ def test_the_smoke_tests_example_is_the_runtimes_own_answer(deployed: Path, runt
     smoke = json.loads((deployed / "smoke.json").read_text())
     assert (smoke["model"], smoke["version"], smoke["promoted"]) == ("vismem_challenger", 2, False)
     assert smoke["items_with_memory"] > 0
-    sample = next(s for s in iterate_samples(tiny_data / "data" / "test") if s.question == smoke["question"])
+    sample = next(s for s in StoredSamples(tiny_data / "data" / "test") if s.question == smoke["question"])
     tokens = in_process(runtime, sample)
     assert (smoke["answer"], smoke["answer_marked"]) == (plain(tokens), marked(tokens))
 

@@ -44,6 +44,7 @@ def test_with_invocation_off_the_text_equals_hugging_face_generate(model: VisMem
         output = base.generate(**inputs, max_new_tokens=20, do_sample=False)
         expected = output[0, inputs["input_ids"].shape[1] :].tolist()
         assert list(rollout.token_ids) == expected[: len(rollout.token_ids)]
+        assert rollout.text == processor.decode(expected, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("policy", [Off(), RANDOM, Learned(), Learned(sampled=(MemoryKind.LONG,))])
@@ -59,14 +60,17 @@ def test_a_row_is_the_same_alone_and_among_others(eager: VisMemModel, policy: ob
         assert alone.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize(("policy", "kinds"), [(RANDOM, ()), (Learned(), tuple(MemoryKind))])
-def test_replay_scores_what_decoding_scored(eager: VisMemModel, policy: object, kinds: tuple[MemoryKind, ...]) -> None:
-    """Latents, cache and positions of the update pass equal those of sampling."""
-    rollouts = generate(eager, tiny.samples(), policy, max_new_tokens=16, temperature=1.0, seed=5, group_size=2)  # type: ignore[arg-type]
-    assert any(len(r.invocations) > 1 for r in rollouts)
+@pytest.mark.parametrize(
+    ("policy", "most"),
+    [(RANDOM, 3), (Learned(), 3), (Learned(limit=2), 2), (Learned(limit=1), 1), (Learned(limit=0), 0)],
+)
+def test_replay_scores_what_decoding_scored(eager: VisMemModel, policy: InvocationPolicy, most: int) -> None:
+    """Latents, cache and positions of the update pass equal those of sampling, and so does what was barred."""
+    rollouts = generate(eager, tiny.samples(), policy, max_new_tokens=16, temperature=1.0, seed=5, group_size=2)
+    assert max(len(r.invocations) for r in rollouts) == most
     context = prefill(eager, tiny.samples())
     sample = torch.arange(len(tiny.samples())).repeat_interleave(2)
-    scores = score(eager, context, rollouts, sample, sampled_kinds=kinds)
+    scores = score(eager, context, rollouts, sample, sampled_kinds=policy.sampled, limit=policy.limit)
     for row, rollout in enumerate(rollouts):
         for index, (sampled, expected) in enumerate(zip(rollout.loss_mask, rollout.logprobs, strict=True)):
             assert bool(scores.mask[row, index]) == sampled
@@ -238,6 +242,7 @@ def test_leaving_memories_out_leaves_the_words(eager: VisMemModel) -> None:
         words = [t for t in rollout.token_ids if t != LATENT and t not in eager.memory_ids]
         assert list(bare.token_ids) == words
         assert len(bare.loss_mask) == len(bare.logprobs) == len(words)
+        assert (bare.invocations, bare.marked_text) == ((), rollout.text)
 
 
 def _exact_norm(self: Qwen2_5_VLRMSNorm, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """VisMem's model by itself: the grown vocabulary, what it starts from, and its files."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,35 @@ def test_a_folder_or_a_base_that_is_missing_is_named(tiny_base: Path, tmp_path: 
 def test_a_base_is_loaded_in_the_precision_that_is_asked_for(tiny_base: Path) -> None:
     assert load_base(tiny_base).embedding.weight.dtype == torch.float32
     assert load_base(str(tiny_base), "bfloat16").embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_baselines_adapter_is_taken_over_alone_and_only_where_it_has_this_models_size(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    trained, model = made(tiny_base, seed=1), made(tiny_base)
+    with torch.no_grad():
+        for up in trained.policy_lora.up.values():
+            up.fill_(0.5)
+    trained.save_pretrained(tmp_path / "off")
+    trained.policy_lora.enabled = True
+    trained.save_pretrained(tmp_path / "on")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_policy_lora(tmp_path / "on")
+    for name, value in model.state_dict().items():
+        own = trained.state_dict() if name.startswith("policy_lora.") else before
+        assert torch.equal(value, own[name]), name
+    with pytest.raises(UserError, match="has no LoRA of this size"):
+        model.load_policy_lora(tmp_path / "off")
+    same = model.policy_lora.settings
+    for other in ({"rank": same.rank + 1}, {"alpha": same.alpha + 1}, {"every_linear": True}):
+        model.set_policy_lora(replace(same, **other))
+        with pytest.raises(UserError, match="give a folder that the same baseline wrote"):
+            model.load_policy_lora(tmp_path / "on")
+
+
+def test_a_memorys_length_and_how_many_are_within_the_models_own_limit(model: VisMemModel) -> None:
+    lengths = {MemoryKind.SHORT: model.memory_config.short_length, MemoryKind.LONG: model.memory_config.long_length}
+    assert {kind: model.length_of(kind) for kind in MemoryKind} == lengths
+    assert model.slots_of(MemoryKind.SHORT) == model.backbone.merge * lengths[MemoryKind.SHORT]
+    assert model.slots_of(MemoryKind.LONG) == lengths[MemoryKind.LONG]
+    assert [model.limit(asked) for asked in (None, 0, 1, 3, 9)] == [3, 0, 1, 3, 3]

@@ -6,6 +6,9 @@ import pytest
 import tiny_families as families
 import tiny_stages
 
+from vismem.generation.context import Context
+from vismem.generation.invocation import Learned
+from vismem.generation.loop import DecodeLoop, Request
 from vismem.generation.prompts import inputs_of
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.vismem import VisMemModel
@@ -43,3 +46,23 @@ def test_an_answer_that_would_need_more_positions_than_there_are_is_refused(mode
     prepare(executor, sample, held - prompt - memories)
     with pytest.raises(RequestError, match=f"need {held + 1} positions, the model has {held}"):
         prepare(executor, sample, held - prompt - memories + 1)
+
+
+def test_what_was_read_of_one_question_serves_it_again_and_no_other(model: VisMemModel) -> None:
+    executor = TorchExecutor(model, cache_bytes=10**9)
+    questions = [(sample, text) for text in ("which is it?", "how many are there?") for sample in SAMPLES[:2]]
+    answers = []
+    for kept in (TorchExecutor(model), executor, executor):
+        for sample, text in questions:
+            chat, loop = one_turn(text, len(sample.images)), DecodeLoop(kept)
+            with kept.running():
+                (row,) = loop.join(Request([kept.prepare(families.pictures(sample), chat, 4)], Learned(), 4))
+                while loop.step():
+                    pass
+            answers.append([token for token, _, _ in row.tokens])
+    assert answers == answers[:4] * 3
+    kept_contexts = [(read, size) for read, size in executor.cache.kept.values() if isinstance(read, Context)]
+    assert len(kept_contexts) == len(questions)
+    for read, size in kept_contexts:
+        held = [read.prompt.embeds, read.prompt.vision.patches, read.visual, *read.cache.keys, *read.cache.values]
+        assert size == sum(tensor.element_size() * tensor.numel() for tensor in held)

@@ -13,7 +13,7 @@ KNOWN = ("training.grpo.kl_term", "- a\n+ b")
 
 
 def test_modules_and_their_tests_exist() -> None:
-    for module, tests in modules().items():
+    for module, (tests, _) in modules().items():
         assert tests, module
         assert [name for name in (module, *tests) if not (ROOT / name).is_file()] == []
 

@@ -49,34 +49,39 @@ class EasyVqaSource(Section):
     test: int = Field(0, ge=0, description="questions taken for test")
 
 
-class JsonlSource(Section):
+class LocalFiles(Section):
+    """Files of one split, on disk."""
+
+    split: Split
+    limit: int | None = Field(None, ge=1, description="rows at most; null means all")
+
+    def paths(self) -> dict[str, Path]:
+        """The paths that it names, by their parameters."""
+        return {name: value for name in ("path", "images") if (value := getattr(self, name, None)) is not None}
+
+
+class JsonlSource(LocalFiles):
     """Your own questions: JSON lines with `id`, `image` or `images` (paths beside the file), `prompt`, `answer`."""
 
     kind: Literal["jsonl"]
     path: Path = Field(description="the .jsonl file")
     images: Path | None = Field(None, description="the folder that images' paths start at; null: the file's")
-    split: Split
-    limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
-class NlvrSource(Section):
+class NlvrSource(LocalFiles):
     """NLVR v1.0 (CC-BY-4.0): its repository's layout (a folder with a .json) or one Parquet file."""
 
     kind: Literal["nlvr"]
     path: Path = Field(description="a folder of the repository (train/, dev/), or a .parquet file")
-    split: Split
     directories: tuple[int, ...] = Field((), description="numbered image directories read; empty: all [NLVR README]")
-    limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
-class LmuDataSource(Section):
+class LmuDataSource(LocalFiles):
     """A benchmark as VLMEvalKit keeps it on disk: `$LMUData/NAME.tsv`."""
 
     kind: Literal["lmudata"]
     name: str = Field(description="the file's name without .tsv, such as MMStar, BLINK, MUIRBench or MMMU_DEV_VAL")
     path: Path | None = Field(None, description="the folder of .tsv files; null: the environment's LMUData")
-    split: Split
-    limit: int | None = Field(None, ge=1, description="rows at most; null means all")
 
 
 LocalSource = JsonlSource | NlvrSource | LmuDataSource
@@ -105,8 +110,8 @@ class DvcSource(DvcPath):
     @model_validator(mode="after")
     def _is_fetched(self) -> Self:
         for source in self.sources:
-            for place in (source.path, getattr(source, "images", None)):
-                if place is not None and not place.is_relative_to(self.path):
+            for place in source.paths().values():
+                if not place.is_relative_to(self.path):
                     raise ValueError(f"{place} is not in {self.path}, which is all that is fetched")
             if source.path is None:
                 raise ValueError(f"{source.kind} needs `path`, the folder in {self.path} that it is in")

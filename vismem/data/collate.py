@@ -29,8 +29,3 @@ def _part(part: str | None) -> dict[str, Any]:
 def target_text(sample: Sample) -> str:
     """The reference answer: rationale (where there is one), mark, answer."""
     return f"{sample.rationale} {ANSWER_MARK} {sample.answer}".strip()
-
-
-def answer_part(text: str) -> str:
-    """What stands after the last answer mark in a decoded text; the whole text where there is none."""
-    return text.rsplit(ANSWER_MARK, 1)[-1].strip()

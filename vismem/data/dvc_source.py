@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vismem.config import Config, DvcPath, DvcSource, Source
+from vismem.config import Config, DvcPath, DvcSource, LocalFiles, Source
 from vismem.data.revisions import DataRevision
 from vismem.disk import is_full_disk
 from vismem.errors import UserError, mask_credentials
@@ -37,7 +37,8 @@ def fetched(config: Config) -> tuple[Config, list[DataRevision]]:
             sources += [_moved(inner, source.path, place) for inner in source.sources]
         else:
             sources.append(source)
-            files |= dict.fromkeys(file for path in _paths(source).values() for file in _tracked_by(path))
+            named = source.paths().values() if isinstance(source, LocalFiles) else ()
+            files |= dict.fromkeys(file for path in named for file in _tracked_by(path))
     return _with(config, sources), [*found, *(revision for file in files for revision in _committed(file))]
 
 
@@ -190,13 +191,8 @@ def _revision(source: DvcPath, files: Any) -> DataRevision:
 
 def _moved(source: Any, path: Path, place: Path) -> Any:
     """A source that reads what lies at `place` and was `path` in the repository."""
-    moved = {name: place / value.relative_to(path) for name, value in _paths(source).items()}
+    moved = {name: place / value.relative_to(path) for name, value in source.paths().items()}
     return source.model_copy(update=moved)
-
-
-def _paths(source: Any) -> dict[str, Path]:
-    """The paths that a local source names, by their parameters."""
-    return {name: value for name in ("path", "images") if (value := getattr(source, name, None)) is not None}
 
 
 def _tracked_by(path: Path) -> list[Path]:

@@ -205,11 +205,6 @@ def _sample(row: dict[str, Any]) -> Sample:
     return Sample(**row)
 
 
-def iterate_samples(folder: Path) -> Iterator[Sample]:
-    """Yield the samples of one split's folder in order. FileNotFoundError if it holds no shard."""
-    yield from StoredSamples(folder)
-
-
 def read_samples(folder: Path) -> list[Sample]:
     """All samples of one split's folder, in order."""
     return list(StoredSamples(folder))

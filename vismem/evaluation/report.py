@@ -1,6 +1,5 @@
 """`report.html`: one self-contained page that reads offline, from metrics, predictions and charts."""
 
-import base64
 import hashlib
 import io
 import random
@@ -29,7 +28,7 @@ from vismem.models.attention import Look
 from vismem.models.kinds import MemoryKind
 from vismem.pages import TIPS, page_environment, storable, thumbnail
 from vismem.records import OVERALL, VANILLA, VISMEM, Metrics, p_value
-from vismem.runtime.images import upright
+from vismem.runtime.images import decoded_base64, upright
 
 EXAMPLES = 4  # at most, of wins and of losses
 LOOKED_AT = 60  # questions at most for which the page shows where memories looked
@@ -73,7 +72,7 @@ class Cards:
             address = thumbnail(data)
             self._classes[key] = f"p{len(self._classes)}" if address else ""
             if address:
-                width, height = upright(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))).size
+                width, height = upright(Image.open(io.BytesIO(decoded_base64(address)))).size
                 size = f"{100 * min(1, width / height):.0f}% {100 * min(1, height / width):.0f}%"
                 self.rules.append(f".{self._classes[key]}{{background-image:url({address});--size:{size}}}")
                 self.size += len(self.rules[-1])

@@ -259,7 +259,7 @@ class VisMemModel(nn.Module):
         """Take over the weights of the policy's adapter alone. UserError where it is another one than this model's."""
         settings = _read_saved(folder, self.backbone)
         own, other = asdict(self.policy_lora.settings), settings.get("policy_settings", {})
-        if not settings["policy_lora"] or any(other[key] != own[key] for key in ("rank", "alpha", "every_linear")):
+        if not settings["policy_lora"] or any(other.get(key) != own[key] for key in ("rank", "alpha", "every_linear")):
             raise UserError(f"{folder} has no LoRA of this size: give a folder that the same baseline wrote")
         weights = load_file(Path(folder) / "policy.safetensors")
         kept = {name: value for name, value in weights.items() if name.startswith("policy_lora.")}

@@ -29,7 +29,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
 from vismem.plan.model import WORD, answers, hollow_base, questions
 from vismem.plan.shapes import OTHER, Shapes, beside_dispatch
-from vismem.steps import BASELINES, STEPS
+from vismem.steps import BY_NAME
 from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 from vismem.training.rollout import GrpoObjective, RolloutBatch
@@ -37,7 +37,6 @@ from vismem.training.run import Inputs, Parameters, Run, changes_prefill, count_
 from vismem.training.stage2 import FITTED
 from vismem.training.supervised import Supervised
 
-STEP_BY_NAME = {step.name: step for step in (*STEPS, *BASELINES)}
 BASE, ADDED, GRADIENTS, STATES = "base weights", "VisMem's weights", "gradients", "optimiser states"
 FIXED = (BASE, ADDED, GRADIENTS, STATES)  # no batch makes them smaller
 NOWHERE = Path("/nonexistent")
@@ -77,7 +76,7 @@ class Rehearsal(Run):
 
     def rehearse(self) -> StepPlan:
         """The step as planned."""
-        step = STEP_BY_NAME[self.name]
+        step = BY_NAME[self.name]
         with (
             beside_dispatch(),
             self.shapes,

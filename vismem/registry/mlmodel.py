@@ -14,7 +14,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from vismem.config import BaseConfig
-from vismem.data.sample import iterate_samples
+from vismem.data.sample import StoredSamples
 from vismem.errors import mask_credentials
 from vismem.registry import BUNDLE
 from vismem.registry.tracking import Store
@@ -41,7 +41,7 @@ def log_bundle(store: Store, run_id: str, bundle: Path, test: Path, base: BaseCo
     params = {"base": mask_credentials(base.model)}
     model = store.client.create_logged_model(experiment, store.model, run_id, params=params, model_type="vismem")
     model_id = str(model.model_id)
-    asked = (one for one in iterate_samples(test) if len(one.images) == 1 and not one.videos)
+    asked = (one for one in StoredSamples(test) if len(one.images) == 1 and not one.videos)
     example = next(
         ({"image": base64.b64encode(one.images[0]).decode(), "question": one.question} for one in asked), None
     )

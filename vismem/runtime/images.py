@@ -3,6 +3,7 @@
 Also the place of each patch: its row and column for the rotary position, its image and its attention window.
 """
 
+import base64
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,18 @@ from vismem.runtime.limits import RequestError
 
 Grid = tuple[int, int]  # rows and columns of patches
 LOOK = 8  # sides of the small copy by which two images are seen to be alike
+DATA_URI = "data:"
+
+
+def decoded_base64(text: str) -> bytes:
+    """Bytes from base64, wrapped in lines or not, or from a data URI of it. ValueError where it is neither."""
+    if text.startswith(DATA_URI):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError(
+                f"a data URI of base64 begins with data:image/png;base64, or the like, not with {head[:40]}"
+            )
+    return base64.b64decode("".join(map(str.strip, text.splitlines())), validate=True)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -1,8 +1,7 @@
 """A chat completion as OpenAI writes it: the request, the reply, whole or streamed, and what is said of a wrong one."""
 
-import base64
-import binascii
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,10 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from vismem.generation.invocation import BASE_MODES
 from vismem.models.tokens import KINDS
 from vismem.runtime.chat import IMAGE, Turn, joined
+from vismem.runtime.images import decoded_base64
 from vismem.runtime.limits import MAX_STOPS
 from vismem.serving.answering import Chunk
 
@@ -75,7 +76,7 @@ class Message(Strict):
 class Extension(Strict):
     """What OpenAI has no word for."""
 
-    memory: Literal["learned", "off", "short", "long", "vanilla"] | None = None  # None: what `model` says
+    memory: Literal[*BASE_MODES] | None = None  # type: ignore[valid-type]  # None: what `model` says
     attention: bool = False  # whether the reply says where each memory looked
 
 
@@ -136,12 +137,11 @@ def read_body(body: bytes) -> Completion:
 
 def decoded_url(url: str) -> bytes:
     """The file in a data URL. Refused for another URL, and for one that does not decode."""
-    head, comma, data = url.partition(",")
-    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
+    if not re.match("data:image/[^,]*;base64,", url):
         raise Refused(400, "an image must be a data URL, such as data:image/png;base64,...", field="messages")
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+        return decoded_base64(url)
+    except ValueError as error:
         raise Refused(400, f"an image's base64 does not decode: {error}", field="messages") from None
 
 

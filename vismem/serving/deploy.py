@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vismem.config import Config
-from vismem.data.sample import Sample, iterate_samples
+from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.files import write_json
 from vismem.progress import progress
@@ -42,7 +42,7 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     model = config.deploy.model_name if promoted else challenger_name(config.deploy.model_name)
     bundle, repository = inputs["export"], out / "model_repository"
     shutil.rmtree(repository, ignore_errors=True)
-    rows = iterate_samples(inputs["validate"] / "data" / "test")
+    rows = StoredSamples(inputs["validate"] / "data" / "test")
     samples = list(islice((sample for sample in rows if not sample.videos), 8))  # a bundle takes images only
     if not samples:
         raise UserError(f"{inputs['validate']}/data/test has no row without a video to smoke-test the server with")

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from vismem.config import Config
 from vismem.errors import UserError
+from vismem.files import link_or_copy
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.services import HOST, POLL, until_stopped
 from vismem.serving.client import challenger_name
@@ -29,8 +30,8 @@ RETRY_SECONDS = 30.0  # after which a repository that was damaged, or half writt
 class Releases:
     """What the server reads: a folder of links, one per model, to copies of what was deployed.
 
-    A release takes another's place in one step, the replacement of a link. The copies are hard links, so that
-    `vismem deploy` may remove what it deployed before; symbolic links where those cannot be made.
+    A release takes another's place in one step, the replacement of a link. The copies are hard links where the file
+    system has them: `vismem deploy` may remove what it deployed before.
     """
 
     def __init__(self, source: Path, folder: Path) -> None:
@@ -166,7 +167,7 @@ class Releases:
         if not (copy := self.copies / value).exists():
             partial = self.copies / "partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(self.source / model, partial, copy_function=_link)
+            shutil.copytree(self.source / model, partial, copy_function=link_or_copy)
             if sha256_file(partial / MANIFEST) != value:
                 raise UserError(f"{self.source} is being replaced")
             partial.rename(copy)
@@ -244,11 +245,3 @@ def _watch(
 
 def _is_release(model: str) -> bool:
     return not model.removesuffix(unary_name("")).endswith(challenger_name(""))
-
-
-def _link(source: str, target: str) -> None:
-    real = os.path.realpath(source)
-    try:
-        os.link(real, target)
-    except OSError:  # another file system, or one without hard links
-        os.symlink(real, target)

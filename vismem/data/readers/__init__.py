@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from vismem.config import EasyVqaSource, JsonlSource, LmuDataSource, NlvrSource, ScenesSource, Source
+from vismem.config import EasyVqaSource, JsonlSource, LmuDataSource, LocalFiles, NlvrSource, ScenesSource, Source
 from vismem.data.readers import easy_vqa, jsonl, lmudata, nlvr
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate
@@ -22,5 +22,5 @@ def read(source: Source, split: str, seed: int) -> Iterator[Sample]:
     """The source's samples for one split, in a fixed order, at most its limit. UserError where it cannot be read."""
     if isinstance(source, EasyVqaSource | ScenesSource):
         yield from DRAWN[type(source)](source, split, seed)
-    elif isinstance(source, JsonlSource | LmuDataSource | NlvrSource) and split == source.split:
+    elif isinstance(source, LocalFiles) and split == source.split:
         yield from islice(WHOLE[type(source)](source), source.limit)

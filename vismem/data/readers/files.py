@@ -1,14 +1,11 @@
-"""What readers share: files that stay inside their source's folder, base64, JSON lines, columns that must be there."""
+"""What readers share: files that stay inside their source's folder, JSON lines, columns that must be there."""
 
-import base64
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vismem.errors import UserError
-
-DATA_URI = "data:"
 
 
 def inside(folder: Path, path: Path, where: str) -> Path:
@@ -26,17 +23,6 @@ def inside(folder: Path, path: Path, where: str) -> Path:
             "only what is inside is read"
         )
     return target
-
-
-def decoded_base64(text: str) -> bytes:
-    """Bytes from base64, wrapped in lines or not, or from a data URI of it. ValueError where it is neither."""
-    if text.startswith(DATA_URI):
-        head, _, text = text.partition(",")
-        if not head.endswith(";base64"):
-            raise ValueError(
-                f"a data URI of base64 begins with data:image/png;base64, or the like, not with {head[:40]}"
-            )
-    return base64.b64decode("".join(map(str.strip, text.splitlines())), validate=True)
 
 
 def json_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

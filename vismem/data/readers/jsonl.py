@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import JsonlSource
-from vismem.data.readers.files import DATA_URI, decoded_base64, inside, json_lines
+from vismem.data.readers.files import inside, json_lines
 from vismem.data.sample import Capability, Sample, Video
 from vismem.errors import UserError
+from vismem.runtime.images import DATA_URI, decoded_base64
 
 NEEDED = ("id", "image or images or videos", "prompt", "answer")
 

@@ -20,10 +20,11 @@ from typing import BinaryIO
 
 from vismem.config import LmuDataSource
 from vismem.data.benchmarks import BY_FILE
-from vismem.data.readers.files import decoded_base64, inside, not_utf8, require_columns
+from vismem.data.readers.files import inside, not_utf8, require_columns
 from vismem.data.sample import Capability, Sample, lettered, option_lines
 from vismem.errors import UserError
 from vismem.runtime.chat import MARK
+from vismem.runtime.images import decoded_base64
 
 VARIABLE = "LMUData"  # of the environment, VLMEvalKit's own
 LONGEST_INDEX = 64  # characters; a longer `image` is an image

@@ -1,0 +1,145 @@
+"""The executor over a bundle's graphs, the graphs being the modules from which they are exported: torch decodes alike.
+
+`exported/` asks the same of real graphs, which take half a minute to export.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.utils._pytree
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from vismem.export.onnx import Graph, graphs_of, runtime_settings
+from vismem.export.parity import check_parity, prepared
+from vismem.generation.engine import generate, rollout_of
+from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
+from vismem.generation.loop import DecodeLoop, Request, Row
+from vismem.generation.onnx_executor import OnnxExecutor, shares
+from vismem.models.kinds import MemoryKind
+from vismem.models.memory import pooling
+from vismem.models.vismem import VisMemModel
+from vismem.runtime.bundle import Bundle
+from vismem.runtime.limits import RequestError
+
+SHORT, LONG = MemoryKind
+SAMPLES = tuple(replace(sample, id="") for sample in tiny.samples())  # a question from outside has no id
+EVERYWHERE = Random(probability=0.5, anywhere=1.0)  # a bundle names no delimiters
+ELSEWHERE = Replay(recorded={row_key("", 0): [(1, LONG), (4, SHORT)]}, swap=True)
+ASKED: tuple[tuple[InvocationPolicy, int, float], ...] = (  # with tokens and temperature, each for a sample of its own
+    (Learned(), 12, 0.0),
+    (Off(), 5, 0.7),
+    (EVERYWHERE, 9, 1.0),
+    (Learned(sampled=(LONG,)), 14, 1.0),
+    (Learned(limit=1), 8, 1.3),
+    (ELSEWHERE, 10, 1.0),
+    (ELSEWHERE, 10, 0.0),
+    (Learned(), 7, 1.0),
+)
+
+
+class Computed:
+    """A graph before its export, called as `bundle.Graph` is; how often it was."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.inputs, self.calls = graph, graph.inputs, 0
+
+    @torch.no_grad()
+    def __call__(self, **values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        self.calls += 1
+        given: list[Any] = [torch.from_numpy(np.ascontiguousarray(values[name])) for name in self.inputs]
+        named = len(self.graph.arguments) - 1
+        if isinstance(self.graph.arguments[-1], list):
+            given = [*given[:named], given[named:]]
+        found, _ = torch.utils._pytree.tree_flatten(self.graph.module(*given))
+        return {name: tensor.numpy() for name, tensor in zip(self.graph.outputs, found, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path) -> VisMemModel:
+    """A model that likes to invoke."""
+    return tiny.eager(tiny_base)
+
+
+@pytest.fixture
+def bundle(model: VisMemModel) -> Bundle:
+    rows = torch.cat([model.tokens.invoke, model.tokens.end])
+    tokenizer = Tokenizer.from_str(model.backbone.processor.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    opened = SimpleNamespace(
+        settings=runtime_settings(model),
+        embedding=model.backbone.embedding.weight.detach().numpy(),
+        memory_rows=rows.detach().numpy(),
+        tokenizer=tokenizer,
+        **{graph.name: Computed(graph) for graph in graphs_of(model)},
+    )
+    return cast(Bundle, opened)
+
+
+def test_answers_and_memories_are_torchs(model: VisMemModel, bundle: Bundle) -> None:
+    parity = check_parity(model, OnnxExecutor(bundle), SAMPLES[:4], max_new_tokens=12, tolerance=1e-4)
+    assert (parity.passed, parity.greedy_equal, parity.differences) == (True, 4, ())
+    assert parity.memories > 2 * 4
+    assert parity.max_memory_difference < 1e-4
+
+
+def test_rows_that_join_and_leave_at_any_time_are_each_as_torch_decodes_it_alone(
+    model: VisMemModel, bundle: Bundle
+) -> None:
+    executor = OnnxExecutor(bundle)
+    loop, rows = DecodeLoop(executor), list[Row]()
+    for number, (policy, tokens, temperature) in enumerate(ASKED):
+        question = prepared(executor, SAMPLES[number], tokens)
+        rows += loop.join(Request([question], policy, tokens, temperature, seed=number))
+        loop.step()
+        loop.step()
+    while loop.step():
+        pass
+    for number, (row, (policy, tokens, temperature)) in enumerate(zip(rows, ASKED, strict=True)):
+        (expected,) = generate(
+            model, [SAMPLES[number]], policy, max_new_tokens=tokens, temperature=temperature, seed=number
+        )
+        found = rollout_of(model, row)
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4), number
+        assert replace(found, logprobs=expected.logprobs) == expected, number
+    assert {kind for row in rows for kind in (i.kind for i in row.invocations)} == {SHORT, LONG}
+    assert (executor.questions, executor.logits, len(executor.hidden)) == ([], [], 0), "nothing stays allocated"
+
+
+def test_what_was_read_of_images_and_prompts_is_kept_within_the_bytes_that_are_given(bundle: Bundle) -> None:
+    graphs: Any = bundle
+    for size, again in ((10**9, (0, 0)), (0, (2, 1))):
+        executor = OnnxExecutor(bundle, cache_bytes=size)
+        first, second = (prepared(executor, SAMPLES[0], 4) for _ in range(2))
+        executor.read(first, memory=True)
+        before = graphs.vision.calls, graphs.decoder.calls
+        executor.read(second, memory=True)
+        assert (graphs.vision.calls - before[0], graphs.decoder.calls - before[1]) == again
+        assert np.array_equal(first.read["hidden"], second.read["hidden"])
+        assert all(np.array_equal(first.stream[name], second.stream[name]) for name in first.stream)
+
+
+def test_limits_are_the_models_own_and_a_question_over_them_is_refused(model: VisMemModel, bundle: Bundle) -> None:
+    executor = OnnxExecutor(bundle, max_patches=10)
+    assert [executor.limit(asked) for asked in (None, 0, 1, 99)] == [model.limit(asked) for asked in (None, 0, 1, 99)]
+    with pytest.raises(RequestError, match="patches: the limit is 10"):
+        prepared(executor, SAMPLES[0], 4)
+    held, most = bundle.settings["decoder"]["max_positions"], executor.limit(None)
+    executor.max_patches = None
+    read = int(prepared(executor, SAMPLES[0], 4).prompt.positions.max()) + 1
+    fits = held - read - most * (max(executor.lengths.values()) + 2)
+    prepared(executor, SAMPLES[0], fits)
+    with pytest.raises(RequestError, match="positions"):
+        prepared(executor, SAMPLES[0], fits + 1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 9, 12])
+def test_image_tokens_are_shared_out_as_torch_shares_them(count: int) -> None:
+    visual = torch.ones(1, count, dtype=torch.bool)
+    np.testing.assert_allclose(shares(4, count), pooling(visual, 4)[0].numpy(), atol=1e-7)

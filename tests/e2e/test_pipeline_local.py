@@ -216,7 +216,7 @@ def test_a_registration_that_was_killed_leaves_one_version_and_no_run_that_seems
 def test_a_refusal_by_the_gate_is_no_failure_and_leaves_a_note(refused: Run) -> None:
     assert refused.summary.startswith("# The run succeeded")
     note = (refused.folder / "promote" / "note").read_text()
-    assert note.startswith("# Not promoted: vismem version 1")
+    assert note.startswith("# Not promoted: vismem-smoke version 1")
     assert "the gain's 95 % interval is" in note
 
 

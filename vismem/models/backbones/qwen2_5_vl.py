@@ -22,7 +22,7 @@ from vismem.models.backbones.base import (
     without_surplus,
 )
 from vismem.models.backbones.pixels import Patches, Pixels
-from vismem.models.backbones.segments import attend, segments
+from vismem.models.backbones.segments import Segments, attend, segments
 from vismem.models.lora import LoraTarget
 from vismem.runtime.images import size_after_resizing
 
@@ -220,7 +220,7 @@ class Qwen25VLBackbone(Backbone):
         return [(block, index in self.visual.fullatt_block_indexes) for index, block in enumerate(self.blocks)]
 
     def _patches_through(
-        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], places: list[Tensor]
+        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], places: Segments
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self._qkv(block, hidden, rotary)
         return self._rest(block, hidden, attend(query, key, value, places)), key, value

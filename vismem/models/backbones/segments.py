@@ -1,15 +1,21 @@
-"""Attention of patches within their segments (windows, images), without a mask over all pairs of patches."""
+"""Attention of patches within their segments (windows, images), without a mask over all pairs of many patches."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+DENSE = 256  # patches of a sample: up to so many one masked attention is less work than one for each size of segment
+Segments = Tensor | list[Tensor]
 
-def segments(numbers: Tensor) -> list[Tensor]:
+
+def segments(numbers: Tensor) -> Segments:
     """Where each segment's patches are, for each size of segment: (segments, size) places in S * P.
 
-    `numbers` (S, P): which segment of its sample a patch belongs to, -1: to none.
+    `numbers` (S, P): which segment of its sample a patch belongs to, -1: to none. Where P is at most DENSE: the pairs
+    of one segment, (S, 1, P, P).
     """
+    if numbers.shape[1] <= DENSE:
+        return numbers[:, None, :, None] == numbers[:, None, None, :]
     real = (numbers >= 0).flatten()
     of_sample = torch.arange(len(numbers), device=numbers.device)[:, None] * numbers.shape[1]
     numbered = (of_sample + numbers).flatten()[real]
@@ -23,8 +29,10 @@ def segments(numbers: Tensor) -> list[Tensor]:
     ]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, places: list[Tensor]) -> Tensor:
-    """What each patch (S, heads, P, width) reads of its segment; patches of none get zeros."""
+def attend(query: Tensor, key: Tensor, value: Tensor, places: Segments) -> Tensor:
+    """What each patch (S, heads, P, width) reads of its segment; what patches of none get means nothing."""
+    if isinstance(places, Tensor):
+        return scaled_dot_product_attention(query, key, value, attn_mask=places)
     flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
     found = torch.zeros_like(flat[0])
     for own in places:

@@ -1,6 +1,6 @@
 """A released version reaches the servers of a cluster, or the one before stays everywhere: a real store, an API.
 
-Pods answer as a test says of their version; tests/e2e/test_rollout.py asks a real Triton.
+Pods answer as a test says of their version; tests/e2e/test_canary.py asks a real Triton.
 """
 
 import json

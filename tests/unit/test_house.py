@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from collections import Counter
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -87,6 +88,12 @@ def test_no_package_imports_itself_over_others() -> None:
 
 def _package(name: str) -> str:
     return ".".join(name.split(".")[:2])
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest collects only one of them."""
+    names = Counter(file.name for file in tracked() if ROOT / "tests" in file.parents)
+    assert {name for name, count in names.items() if count > 1} == {"conftest.py"}
 
 
 def test_files_can_be_read_to_their_end() -> None:

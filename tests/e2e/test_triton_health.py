@@ -66,8 +66,8 @@ def says_ready(server: TritonServer) -> bool:
 
 
 def test_the_probes_of_a_pod_find_a_living_server_well_with_what_the_serving_image_has(server: TritonServer) -> None:
-    deployments = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "base" / "triton.yaml").read_text())
-    (triton,) = (d["spec"]["template"]["spec"]["containers"][0] for d in deployments if d["kind"] == "Deployment")
+    deployment = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "base" / "triton" / "deployment.yaml").read_text())
+    (triton,) = deployment["spec"]["template"]["spec"]["containers"]
     environment = find_serving_environment()
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         command = [str(environment.python), *triton[name]["exec"]["command"][1:], *probed(server)]

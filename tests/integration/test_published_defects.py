@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from project import PARITY, VALIDATION, scores
+from project import PARITY, PROFILE, VALIDATION, scores
 from safetensors.torch import load_file
 from tiny_stages import GRPO, STAGE, STAGES, objective_of
 
@@ -125,6 +125,7 @@ def test_a_bundle_is_not_judged_by_the_scores_of_the_model_before_it(tmp_path: P
     inputs = {name: tmp_path / name for name in BY_NAME["register"].inputs}
     scores(stage2_sha256="before").write(inputs["evaluate"])
     VALIDATION.write(inputs["validate"])
+    PROFILE.write(inputs["validate"])
     PARITY.write(inputs["export"])
     write_json(inputs["export"] / "lineage.json", {"inputs_sha256": {"stage2": "after"}})
     write_manifest(inputs["export"])

@@ -81,17 +81,17 @@ def test_sizes_are_looked_at_where_gpus_are_asked_for_and_there(config: Config) 
 
 
 def test_a_cluster_s_run_with_less_gpus_than_its_profile_asks_for_ends_at_its_first_task(tmp_path: Path) -> None:
-    def configured(gpus: int, launch: dict[str, Any], cluster: bool = True, **overrides: Any) -> int:
-        *tasks, _ = configure(LARGE, overrides, str(tmp_path / "params.yaml"), launch, gpus, cluster)
+    def configured(gpus: int, image: str = "train:1", launches: bool = False, **overrides: Any) -> int:
+        tasks = configure(LARGE, overrides, str(tmp_path / "params.yaml"), image, gpus, launches)
         found: int = tasks[0]["preflight"]["gpus"]
         return found
 
     with pytest.raises(UserError, match=r"ask for 1 GPUs.* gpu_count is 0"):
-        configured(0, {})
-    assert configured(8, {}) == 8
-    assert configured(0, {"backend": "trainer"}) == 0, "its nodes have the GPUs"
-    assert configured(0, {}, **{"preflight.gpus": 0}) == 0
-    assert configured(0, {}, cluster=False) == 1, "of this machine"
+        configured(0)
+    assert configured(8) == 8
+    assert configured(0, launches=True) == 0, "its nodes have the GPUs"
+    assert configured(0, **{"preflight.gpus": 0}) == 0  # type: ignore[arg-type]
+    assert configured(0, image="") == 1, "of this machine"
 
 
 @pytest.mark.parametrize(

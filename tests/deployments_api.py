@@ -31,7 +31,7 @@ NAMESPACE = namespace_of(INSTALL)
 PATCH = "application/merge-patch+json"
 ANSWER = "two"
 DEADLINE = 6  # steps of the controller without progress
-BEHIND = 4  # steps until KServe follows
+BEHIND = 8  # steps until KServe follows: more than a rollout makes requests between its change and its first look
 DEPLOYMENTS, SERVICES = "apps/v1/deployments", "serving.kserve.io/v1beta1/inferenceservices"
 Manifest = dict[str, Any]
 

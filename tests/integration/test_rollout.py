@@ -47,11 +47,13 @@ class Here:
     def roll_out(self) -> str:
         """The job's line, or why it failed."""
         try:
-            return rollout.rollout(
+            told = rollout.rollout(
                 self.project.config, self.cluster.models, NAMESPACE, "triton-canary:8001", "triton:8001", self.kserve
             )
         except rollout.UserError as error:
             return f"failed: {error}"
+        assert f"version {' '.join(set(self.cluster.versions()))} is served by all" in told
+        return told
 
     def rewind(self) -> None:
         """Back to the moment of the first call: what the API, the pods and the registry were then."""

@@ -1,10 +1,12 @@
-"""A stand-in for the Kubernetes API of a cluster with VisMem: its two Deployments, and the controller behind them.
+"""A stand-in for the Kubernetes API of a cluster with VisMem: its two Deployments, and the controllers behind them.
 
 Held to what Kubernetes publishes: a patch that names another resourceVersion than the present one is a conflict; maps
 are merged and null removes a key; only a changed spec makes a new generation; a new pod template replaces pods within
 maxSurge and maxUnavailable, or after all others where the strategy is Recreate; no progress until the deadline is a
 condition of the Deployment; an account may do what its Role says. A pod is ready where the release that its environment
 names is there, with the manifest that it names. Every request lets the controller make one step.
+
+With KServe the servers' Deployment is what kserve_rules.py says of their InferenceService, some steps late.
 """
 
 import json
@@ -17,17 +19,20 @@ from threading import RLock, Thread
 from typing import Any
 
 import yaml
-from manifests import environment_of, named, namespace_of
+from kserve_rules import deployment_of, status_of
+from manifests import environment_of, named, namespace_of, servers
 
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.serving.exchange import Answer, DisconnectedError, Token
 from vismem.serving.repository import MANIFEST_VARIABLE
 
-INSTALL = "multi-node"
+INSTALL, WITH_KSERVE = "multi-node", "kserve"
 NAMESPACE = namespace_of(INSTALL)
-PATCH = "application/strategic-merge-patch+json"
+PATCH = "application/merge-patch+json"
 ANSWER = "two"
 DEADLINE = 6  # steps of the controller without progress
+BEHIND = 8  # steps until KServe follows: more than a rollout makes requests between its change and its first look
+DEPLOYMENTS, SERVICES = "apps/v1/deployments", "serving.kserve.io/v1beta1/inferenceservices"
 Manifest = dict[str, Any]
 
 
@@ -36,20 +41,27 @@ class RefusedError(Exception):
 
 
 class Cluster:
-    """The namespace. `models` is the volume; pods of a version in `broken` never become ready."""
+    """The namespace. `models` is the volume; pods of a version in `broken` never become ready.
 
-    def __init__(self, models: Path, replicas: int = 2) -> None:
+    The servers' Deployment has the key "triton", whatever its name is.
+    """
+
+    def __init__(self, models: Path, replicas: int = 2, kserve: bool = False) -> None:
         self.models, self.broken, self.deadline = models, set[str](), DEADLINE
-        self.deployments = {name: deepcopy(named(INSTALL, "Deployment", name)) for name in ("triton", "triton-canary")}
-        self.rules = named(INSTALL, "Role", "rollout")["rules"]
+        install = WITH_KSERVE if kserve else INSTALL
+        names = {"triton": servers(install), "triton-canary": "triton-canary"}
+        self.deployments = {key: deepcopy(named(install, "Deployment", name)) for key, name in names.items()}
+        self.service = deepcopy(named(install, "InferenceService", "triton")) if kserve else {}
+        self.behind = 0
+        self.rules = named(install, "Role", "rollout")["rules"]
         self.pods: dict[str, list[Manifest]] = {name: [] for name in self.deployments}
         self.late = dict.fromkeys(self.deployments, 0)
-        self.used: set[tuple[str, str]] = set()  # verb and name
+        self.used: set[tuple[str, str, str]] = set()  # group/version/resource, verb and name
         self.before_request: Callable[[str], None] = lambda _: None
         self.revision, self.lock = 0, RLock()
-        for deployment in self.deployments.values():
-            deployment["metadata"] |= {"generation": 1, "uid": "u", "resourceVersion": "0"}
-            deployment["status"] = {}
+        for made in filter(None, (*self.deployments.values(), self.service)):
+            made["metadata"] |= {"generation": 1, "uid": "u", "resourceVersion": "0"}
+            made["status"] = {}
         self.scale("triton", replicas)
 
     def scale(self, name: str, replicas: int) -> None:
@@ -58,7 +70,7 @@ class Cluster:
             deployment, pods = self.deployments[name], self.pods[name]
             old = [pod["template"] for pod in pods if pod["template"] != deployment["spec"]["template"]]
             pods.extend(self._start(template) for template in old[:1])
-            self._merge(deployment, {"spec": {"replicas": replicas}})
+            self._merge(name, deployment, {"spec": {"replicas": replicas}})
 
     def versions(self, name: str = "triton") -> list[str]:
         """What the ready pods serve."""
@@ -68,38 +80,74 @@ class Cluster:
         for _ in range(20):
             self._step()
 
-    def handle(self, verb: str, name: str, body: Manifest | None) -> Manifest:
-        if not any(name in rule["resourceNames"] and verb in rule["verbs"] for rule in self.rules):
+    def handle(self, verb: str, resource: str, name: str, body: Manifest | None) -> Manifest:
+        if not any(self._allows(rule, verb, resource, name) for rule in self.rules):
             raise RefusedError(403, "Forbidden")
         with self.lock:
-            self.used.add((verb, name))
+            self.used.add((resource, verb, name))
             self._step()
-            deployment = self.deployments[name]
+            key, found = self._find(resource, name)
             if body is not None:
-                now = deployment["metadata"]["resourceVersion"]
+                now = found["metadata"]["resourceVersion"]
                 if body.get("metadata", {}).pop("resourceVersion", now) != now:
                     raise RefusedError(409, "Conflict")
-                self._merge(deployment, body)
-            return deepcopy(deployment)
+                self._merge(key, found, body)
+            return deepcopy(found)
 
-    def _merge(self, deployment: Manifest, body: Manifest) -> None:
-        before = deepcopy(deployment)
-        merge(deployment, body)
-        if deployment["spec"] != before["spec"]:
-            deployment["metadata"]["generation"] += 1
-        if deployment["spec"]["template"] != before["spec"]["template"]:
-            self.late[deployment["metadata"]["name"]] = 0
-        self._touch(deployment, before)
+    @staticmethod
+    def _allows(rule: Manifest, verb: str, resource: str, name: str) -> bool:
+        group, _, plural = resource.split("/")
+        return (
+            group in rule["apiGroups"]
+            and plural in rule["resources"]
+            and name in rule["resourceNames"]
+            and verb in rule["verbs"]
+        )
 
-    def _touch(self, deployment: Manifest, before: Manifest) -> None:
-        if deployment != before:
+    def _find(self, resource: str, name: str) -> tuple[str, Manifest]:
+        if resource == SERVICES:
+            return "service", self.service
+        assert resource == DEPLOYMENTS
+        return next((key, one) for key, one in self.deployments.items() if one["metadata"]["name"] == name)
+
+    def _merge(self, key: str, into: Manifest, body: Manifest) -> None:
+        before = deepcopy(into)
+        merge(into, body)
+        if into["spec"] != before["spec"]:
+            into["metadata"]["generation"] += 1
+        if key == "service":
+            self.behind = BEHIND
+        elif into["spec"]["template"] != before["spec"]["template"]:
+            self.late[key] = 0
+        self._touch(into, before)
+
+    def _touch(self, changed: Manifest, before: Manifest) -> None:
+        if changed != before:
             self.revision += 1
-            deployment["metadata"]["resourceVersion"] = str(self.revision)
+            changed["metadata"]["resourceVersion"] = str(self.revision)
 
     def _step(self) -> None:
         with self.lock:
+            if self.service:
+                self._follow()
             for name in self.deployments:
                 self._control(name)
+
+    def _follow(self) -> None:
+        """KServe's controller: the status is that of the Deployment before it is changed."""
+        self.behind -= 1
+        if self.behind > 0:
+            return
+        deployment, before = self.deployments["triton"], deepcopy(self.service)
+        self.service["status"] = status_of(deployment)
+        self._touch(self.service, before)
+        template = deployment_of(self.service)["spec"]["template"]
+        if template != deployment["spec"]["template"]:
+            old = deepcopy(deployment)
+            deployment["spec"]["template"] = template
+            deployment["metadata"]["generation"] += 1
+            self.late["triton"] = 0
+            self._touch(deployment, old)
 
     def _control(self, name: str) -> None:
         deployment, pods = self.deployments[name], self.pods[name]
@@ -206,8 +254,10 @@ class _Handler(BaseHTTPRequestHandler):
         folder, _, name = self.path.partition("?")[0].rpartition("/")
         self.cluster.before_request(verb)
         try:
-            assert folder == f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments"
-            status, found = 200, self.cluster.handle(verb, name, body)
+            place = f"/namespaces/{NAMESPACE}"
+            assert folder.startswith("/apis/")
+            assert place in folder
+            status, found = 200, self.cluster.handle(verb, folder.removeprefix("/apis/").replace(place, ""), name, body)
         except RefusedError as error:
             status, reason = error.args
             found = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status, "reason": reason}

@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 import yaml
+from kserve_rules import deployment_of
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 NODES, ALL = ("/single-gpu  #", "/multi-node  #"), ("  # - ../../", "  - ../../")
+KSERVE = ("  # - ../../components/kserve", "  - ../../components/kserve")
 OVERLAYS = {  # installs: an overlay, its namespace, and what of its components is exchanged, as its comments say
     "single-gpu": ("standalone", "kubeflow", ()),
     "multi-node": ("standalone", "kubeflow", (NODES,)),
     "kubeflow-profile": ("kubeflow-profile", "vismem", ()),
-    "7b": ("kubeflow-profile", "vismem", (NODES, ALL)),
+    "7b": ("kubeflow-profile", "vismem", (NODES, ALL, KSERVE[::-1])),
+    "kserve": ("standalone", "kubeflow", (NODES, ALL)),
 }
-SEVERAL_NODES = ("7b", "multi-node")
+SEVERAL_NODES, LARGE = ("7b", "kserve", "multi-node"), ("7b", "kserve")
 SECRETS = {  # made by hand, see deploy/kubernetes/README.md: those that must be there, and their keys
     "vismem-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"},
     "vismem-mlflow": {"MLFLOW_TRACKING_URI"},
@@ -57,6 +60,18 @@ def kustomize(folder: Path) -> list[Manifest]:
     return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
+@lru_cache
+def in_cluster(overlay: str) -> list[Manifest]:
+    """Them, and the Deployments that KServe makes."""
+    made = [deployment_of(manifest) for manifest in render(overlay) if manifest["kind"] == "InferenceService"]
+    return [*render(overlay), *made]
+
+
+def servers(overlay: str) -> str:
+    """The Deployment of Triton's pods."""
+    return "triton-predictor" if overlay == "kserve" else "triton"
+
+
 def namespace_of(overlay: str) -> str:
     """Where an install lies."""
     return OVERLAYS[overlay][1]
@@ -64,7 +79,7 @@ def namespace_of(overlay: str) -> str:
 
 def of_kind(overlay: str, *kinds: str) -> list[Manifest]:
     """Those of these kinds."""
-    return [manifest for manifest in render(overlay) if manifest["kind"] in kinds]
+    return [manifest for manifest in in_cluster(overlay) if manifest["kind"] in kinds]
 
 
 def named(overlay: str, kind: str, name: str) -> Manifest:
@@ -76,7 +91,7 @@ def named(overlay: str, kind: str, name: str) -> Manifest:
 def pod_templates(overlay: str) -> dict[str, Manifest]:
     """Everything that makes pods, by "kind/name"."""
     found = {}
-    for manifest in render(overlay):
+    for manifest in in_cluster(overlay):
         key = f"{manifest['kind']}/{manifest['metadata']['name']}"
         if manifest["kind"] == "Deployment":
             found[key] = manifest["spec"]["template"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from kubernetes.client import ApiException, AppsV1Api  # type: ignore[import-untyped]
+from kubernetes.client import ApiException, CustomObjectsApi  # type: ignore[import-untyped]
 from kubernetes.config import load_config  # type: ignore[import-untyped]
 
 from vismem.canary import WrongAnswerError, question_canary
@@ -23,6 +23,9 @@ from vismem.serving.command import run_command
 from vismem.serving.publish import Published, publish
 
 SERVERS, CANARY = "triton", "triton-canary"  # Deployments, and the Services before their pods
+PREDICTOR = f"{SERVERS}-predictor"  # with KServe: the Deployment that it makes of the InferenceService SERVERS
+DEPLOYMENT = ("apps", "v1", "deployments")
+INFERENCE_SERVICE = ("serving.kserve.io", "v1beta1", "inferenceservices")
 VERSION, MANIFEST = "vismem/version", "vismem/manifest-sha256"  # of a pod template: what its pods serve
 ROLLOUT = "vismem/rollout"  # of the canary's pod template: whose it is
 PREVIOUS = "before."  # in front of VERSION and MANIFEST, of the servers' Deployment: what they served before
@@ -33,52 +36,63 @@ class NotReadyError(UserError):
     """Pods did not become ready within Kubernetes' progress deadline."""
 
 
-class Deployments:
-    """The Deployments of a namespace, as one rollout sees and changes them."""
+class Cluster:
+    """What makes the pods of servers and canary, as one rollout sees and changes it: JSON as the API gives it."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, kserve: bool) -> None:
         load_config()  # the pod's own account; outside a cluster the kubeconfig's
-        self.api, self.namespace, self.me = AppsV1Api(), namespace, uuid4().hex
+        self.api, self.namespace, self.me = CustomObjectsApi(), namespace, uuid4().hex
+        self.kserve = kserve
 
     def read(self, name: str) -> Any:
-        """The Deployment as it is now. UserError where this account may not, or it is not there."""
-        try:
-            return self.api.read_namespaced_deployment(name, self.namespace)
-        except ApiException as error:
-            raise UserError(
-                f"deployment '{name}' in namespace '{self.namespace}' cannot be read: {error.status} {error.reason}; "
-                "deploy/kubernetes/README.md says how it is installed"
-            ) from None
+        """The object as it is now. UserError where this account may not, or it is not there."""
+        return self._call("read", self.api.get_namespaced_custom_object, name)
 
     def change(self, name: str, body_of: Callable[[Any], dict[str, Any]]) -> None:
-        """Patch a Deployment with what `body_of` makes of it; again, where another changed it between.
+        """Patch an object with what `body_of` makes of it; again, where another changed it between.
 
-        What `body_of` reads of others was so after the Deployment was, and before the patch.
+        What `body_of` reads of others was so after the object was, and before the patch. UserError as in `read`, or
+        where the change is refused.
         """
-        while True:
+        changed = None
+        while changed is None:
             seen = self.read(name)
             body = body_of(seen)
-            body.setdefault("metadata", {})["resourceVersion"] = seen.metadata.resource_version
-            try:
-                self.api.patch_namespaced_deployment(name, self.namespace, body)
-                return
-            except ApiException as error:
-                if error.status != 409:
-                    raise
+            body.setdefault("metadata", {})["resourceVersion"] = seen["metadata"]["resourceVersion"]
+            changed = self._call("changed", self.api.patch_namespaced_custom_object, name, body)
+
+    def _call(self, what: str, call: Callable[..., Any], name: str, *body: dict[str, Any]) -> Any:
+        """The object that the API answers with; None at a conflict."""
+        group, version, plural = INFERENCE_SERVICE if self.kserve and name == SERVERS else DEPLOYMENT
+        try:
+            return call(group, version, self.namespace, plural, name, *body)
+        except ApiException as error:
+            if error.status == 409:
+                return None
+            raise UserError(
+                f"{plural[:-1]} '{name}' in namespace '{self.namespace}' cannot be {what}: {error.status} "
+                f"{error.reason}; deploy/kubernetes/README.md says how it is installed"
+            ) from None
 
     def wait(self, name: str, check: Callable[[Any], object]) -> None:
         """Until all pods are of the present template and ready, as `kubectl rollout status` does.
 
-        UserError where Kubernetes' progress deadline has passed, or from `check`, which sees each state.
+        An InferenceService's own status does not say so: its observedGeneration is the Deployment's, and it stays ready
+        while pods are replaced. UserError where Kubernetes' progress deadline has passed, or from `check`, which sees
+        each state.
         """
         while True:
             seen = self.read(name)
             check(seen)
-            status, wanted = seen.status, seen.spec.replicas
-            if (status.observed_generation or 0) >= seen.metadata.generation:
-                if any(condition.reason == "ProgressDeadlineExceeded" for condition in status.conditions or []):
-                    raise NotReadyError(f"the pods of deployment '{name}' did not become ready in time")
-                if {wanted} == {status.replicas or 0, status.updated_replicas or 0, status.available_replicas or 0}:
+            pods = self.read(PREDICTOR) if "predictor" in seen["spec"] else seen
+            status, wanted = pods.get("status", {}), pods["spec"]["replicas"]
+            if pins_of(pods) == pins_of(seen) and status.get("observedGeneration", 0) >= pods["metadata"]["generation"]:
+                reasons = [condition.get("reason") for condition in status.get("conditions", [])]
+                if "ProgressDeadlineExceeded" in reasons:
+                    raise NotReadyError(
+                        f"the pods of deployment '{pods['metadata']['name']}' did not become ready in time"
+                    )
+                if {wanted} == {status.get(count, 0) for count in ("replicas", "updatedReplicas", "availableReplicas")}:
                     return
             time.sleep(POLL)
 
@@ -86,7 +100,7 @@ class Deployments:
         """UserError where another rollout has taken the canary over, or somebody scaled it down."""
         if annotations(canary).get(ROLLOUT) != self.me:
             raise UserError("another rollout has taken over: this one ends, and has changed nothing since")
-        if not canary.spec.replicas:
+        if not canary["spec"]["replicas"]:
             raise UserError(f"deployment '{CANARY}' was scaled down meanwhile: nothing was rolled out; run this again")
 
     def stop_canary(self, whose: Callable[[dict[str, str]], bool] | None = None) -> None:
@@ -95,36 +109,44 @@ class Deployments:
         self.change(CANARY, lambda seen: {"spec": {"replicas": 0}} if whose(annotations(seen)) else {})
 
 
-def annotations(deployment: Any) -> dict[str, str]:
-    """Those of its pod template."""
-    return dict(deployment.spec.template.metadata.annotations or {})
+def annotations(seen: Any) -> dict[str, str]:
+    """Those of its pods."""
+    pods = seen["spec"]["predictor"] if "predictor" in seen["spec"] else seen["spec"]["template"]["metadata"]
+    return dict(pods.get("annotations") or {})
 
 
-def pod_annotations(values: Mapping[str, str | None]) -> dict[str, Any]:
-    """The part of a Deployment's spec that sets annotations of its pods; None removes one."""
-    return {"template": {"metadata": {"annotations": values}}}
+def pins_of(seen: Any) -> dict[str, str | None]:
+    """What its pods are told to serve."""
+    return {name: annotations(seen).get(name) for name in (VERSION, MANIFEST)}
 
 
-def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: str) -> str:
+def pod_annotations(seen: Any, values: Mapping[str, str | None]) -> dict[str, Any]:
+    """The part of its spec that sets annotations of its pods; None removes one."""
+    pods = {"annotations": values}
+    return {"predictor": pods} if "predictor" in seen["spec"] else {"template": {"metadata": pods}}
+
+
+def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: str, kserve: bool) -> str:
     """Fetch the champion into `folder` and have all servers serve it; return a line that says so.
 
-    `canary` and `servers`: gRPC addresses, host:port. Changes are made by compare-and-set, so that of two rollouts the
-    later one ends the other, and one that was killed is finished by the next. UserError where the champion did not come
-    up, or answered wrongly: the servers serve what they did. After a wrong answer the ledger is rolled back and blocks
-    the version; that a cluster has no room is no fault of a version.
+    `canary` and `servers`: gRPC addresses, host:port; `kserve`: whether an InferenceService makes the servers. Changes
+    are made by compare-and-set, so that of two rollouts the later one ends the other, and one that was killed is
+    finished by the next. UserError where the champion did not come up, or answered wrongly: the servers serve what they
+    did. After a wrong answer the ledger is rolled back and blocks the version; that a cluster has no room is no fault
+    of a version.
     """
-    release, cluster = publish(config, folder), Deployments(namespace)
-    pins = {VERSION: release.version, MANIFEST: release.manifest}
-    seen = annotations(cluster.read(SERVERS))
-    if pins.items() <= seen.items():
+    release, cluster = publish(config, folder), Cluster(namespace, kserve)
+    pins: dict[str, str | None] = {VERSION: release.version, MANIFEST: release.manifest}
+    seen = pins_of(cluster.read(SERVERS))
+    if seen == pins:
         asked = "they were told so before"
         cluster.stop_canary(lambda found: found.get(VERSION) == release.version)  # left by a run that was killed
     else:
-        claim = {"replicas": 1, **pod_annotations({**pins, ROLLOUT: cluster.me})}
-        cluster.change(CANARY, lambda _: {"spec": claim})
+        claim = {**pins, ROLLOUT: cluster.me}
+        cluster.change(CANARY, lambda seen: {"spec": {"replicas": 1, **pod_annotations(seen, claim)}})
         cluster.wait(CANARY, cluster.check_mine)
         try:
-            before = servers if seen.get(VERSION) else None
+            before = servers if seen[VERSION] else None
             asked = question_canary(config, release, folder / "questions.jsonl", canary, before)
         except UserError as error:
             cluster.check_mine(cluster.read(CANARY))  # else another's canary was asked
@@ -154,22 +176,22 @@ def _refuse(config: Config, release: Published, reason: str) -> str:
     return f"version {release.version} is refused, the servers serve what they did: {reason}; {told}"
 
 
-def _next(cluster: Deployments, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
-    """The patch that makes the servers follow the canary. Its owner is read after them: see `Deployments.change`."""
+def _next(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
+    """The patch that makes the servers follow the canary. Its owner is read after them: see `Cluster.change`."""
     cluster.check_mine(cluster.read(CANARY))
-    kept = {PREVIOUS + name: annotations(servers).get(name) for name in pins}
-    return {"metadata": {"annotations": kept}, "spec": pod_annotations(pins)}
+    kept = {PREVIOUS + name: value for name, value in pins_of(servers).items()}
+    return {"metadata": {"annotations": kept}, "spec": pod_annotations(servers, pins)}
 
 
 def _back(pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
     """The patch that makes the servers serve what they did before `pins`."""
     _check_pins(pins, servers)
-    kept = servers.metadata.annotations or {}
-    return {"spec": pod_annotations({name: kept.get(PREVIOUS + name) for name in pins})}
+    kept = servers["metadata"].get("annotations") or {}
+    return {"spec": pod_annotations(servers, {name: kept.get(PREVIOUS + name) for name in pins})}
 
 
 def _check_pins(pins: Mapping[str, str | None], servers: Any) -> None:
-    if not pins.items() <= annotations(servers).items():
+    if pins_of(servers) != pins:
         raise UserError("another rollout has taken over: it has changed the servers")
 
 
@@ -180,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--namespace", required=True, help="where the servers are")
     parser.add_argument("--canary", default=f"{CANARY}:8001", help="gRPC host:port (default: %(default)s)")
     parser.add_argument("--servers", default=f"{SERVERS}:8001", help="gRPC host:port (default: %(default)s)")
+    parser.add_argument("--kserve", action="store_true", help=f"the servers are those of InferenceService '{SERVERS}'")
     return run_command(parser, arguments, rollout)
 
 

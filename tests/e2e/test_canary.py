@@ -78,7 +78,7 @@ def test_a_real_triton_is_the_canary_of_a_version_that_is_served_and_of_one_that
 
     def roll_out() -> Any:
         url = f"127.0.0.1:{cluster.ports['grpc']}"
-        return rollout.rollout(project.config, cluster.models, NAMESPACE, url, url)
+        return rollout.rollout(project.config, cluster.models, NAMESPACE, url, url, kserve=False)
 
     assert project.release(weights, 66.0)["promoted"]
     golden = json.loads((bundle / "golden" / "golden.json").read_text())

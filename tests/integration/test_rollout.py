@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from deployments_api import ANSWER, NAMESPACE, Cluster, Pods, served
-from kubernetes.client import AppsV1Api
+from kubernetes.client import CustomObjectsApi
 from kubernetes.config import load_kube_config
 from project import Project
 
@@ -27,7 +27,7 @@ WRONG, OWN = "three", "how many dots?"
 class Here:
     """A project, its cluster, and the command that the job runs."""
 
-    def __init__(self, project: Project, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, project: Project, folder: Path, patch: pytest.MonkeyPatch, kserve: bool = False) -> None:
         self.project, self.patch = project, patch
         self.start: tuple[bytes, Any] | None = None
         golden = project.steps["export"] / "golden"
@@ -35,7 +35,7 @@ class Here:
         (golden / "1-1").write_bytes(b"png")
         asked = {"images": ["1-1"], "question": "how many?", "tokens": [1], "answer": ANSWER}
         (golden / "golden.json").write_text(json.dumps([asked]))
-        self.cluster = Cluster(folder / "models")
+        self.cluster, self.kserve = Cluster(folder / "models", kserve=kserve), kserve
         self.pods = Pods(self.cluster)
         patch.setattr(canary, "Client", lambda address, model: self.pods.client(address, model))
         patch.setattr(canary, "_check_version", lambda *given: self.pods.check_version(*given))
@@ -47,19 +47,21 @@ class Here:
     def roll_out(self) -> str:
         """The job's line, or why it failed."""
         try:
-            return rollout.rollout(
-                self.project.config, self.cluster.models, NAMESPACE, "triton-canary:8001", "triton:8001"
+            told = rollout.rollout(
+                self.project.config, self.cluster.models, NAMESPACE, "triton-canary:8001", "triton:8001", self.kserve
             )
         except rollout.UserError as error:
             return f"failed: {error}"
+        assert f"version {' '.join(set(self.cluster.versions()))} is served by all" in told
+        return told
 
     def rewind(self) -> None:
         """Back to the moment of the first call: what the API, the pods and the registry were then."""
-        database = self.project.artifacts.parent / "mlflow.db"
+        database, cluster = self.project.artifacts.parent / "mlflow.db", self.cluster
         if not self.start:
-            self.start = database.read_bytes(), deepcopy((self.cluster.deployments, self.cluster.pods))
+            self.start = database.read_bytes(), deepcopy((cluster.deployments, cluster.service, cluster.pods))
         database.write_bytes(self.start[0])
-        self.cluster.deployments, self.cluster.pods = deepcopy(self.start[1])
+        cluster.deployments, cluster.service, cluster.pods = deepcopy(self.start[1])
 
     @property
     def state(self) -> tuple[list[str], list[str], str | None]:
@@ -68,10 +70,12 @@ class Here:
         return self.cluster.versions(), self.cluster.versions("triton-canary"), read_ledger(self.project.store).champion
 
 
-@pytest.fixture
-def here(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+@pytest.fixture(params=[False, True], ids=["deployment", "kserve"])
+def here(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Here]:
     """Version 1 is released and served by two pods."""
-    found = Here(project, tmp_path, monkeypatch)
+    found = Here(project, tmp_path, monkeypatch, kserve=request.param)
     with served(found.cluster, tmp_path) as kubeconfig:
         monkeypatch.setattr(rollout, "load_config", lambda: load_kube_config(str(kubeconfig)))
         found.release(b"one", 66.0)
@@ -154,7 +158,7 @@ def test_pods_that_do_not_become_ready_leave_the_version_before_and_the_ledger(h
     else:
         here.pods.meanwhile = lambda: here.cluster.broken.add("2")
     told = here.roll_out()
-    name = "triton-canary" if broken == "canary" else "triton"
+    name = here.cluster.deployments["triton-canary" if broken == "canary" else "triton"]["metadata"]["name"]
     assert told.startswith(f"failed: the pods of deployment '{name}' did not become ready in time")
     assert here.state[0] == ["1", "1"]
     assert read_ledger(here.project.store).champion == "2", "a cluster without room is no fault of a version"
@@ -177,12 +181,12 @@ def at_request(here: Here, count: int, act: Callable[[], object]) -> Iterator[No
     """Let `act` happen before the request of that number that a job makes, in the job's own process."""
     left = [count]
 
-    class Api(AppsV1Api):  # type: ignore[misc]
-        def read_namespaced_deployment(self, *given: Any) -> Any:
-            return self.counted(super().read_namespaced_deployment, *given)
+    class Api(CustomObjectsApi):  # type: ignore[misc]
+        def get_namespaced_custom_object(self, *given: Any) -> Any:
+            return self.counted(super().get_namespaced_custom_object, *given)
 
-        def patch_namespaced_deployment(self, *given: Any) -> Any:
-            return self.counted(super().patch_namespaced_deployment, *given)
+        def patch_namespaced_custom_object(self, *given: Any) -> Any:
+            return self.counted(super().patch_namespaced_custom_object, *given)
 
         def counted(self, call: Callable[..., Any], *given: Any) -> Any:
             left[0] -= 1
@@ -191,7 +195,7 @@ def at_request(here: Here, count: int, act: Callable[[], object]) -> Iterator[No
             return call(*given)
 
     with here.patch.context() as patch:
-        patch.setattr(rollout, "AppsV1Api", Api)
+        patch.setattr(rollout, "CustomObjectsApi", Api)
         yield
 
 
@@ -278,8 +282,18 @@ def test_a_release_that_was_changed_on_the_volume_is_served_by_no_pod_that_start
 def test_a_rollout_uses_all_rights_that_its_role_gives_and_no_other(here: Here) -> None:
     here.release(b"two", 68.0)
     here.roll_out()
-    (rule,) = here.cluster.rules
-    assert rule["apiGroups"] == ["apps"]
-    assert here.cluster.used == {(verb, name) for verb in rule["verbs"] for name in rule["resourceNames"]}
-    here.cluster.rules = [rule | {"resourceNames": ["triton-canary"]}]
-    assert "deployment 'triton' in namespace 'kubeflow' cannot be read: 403 Forbidden" in here.roll_out()
+    given = {
+        (resource, verb, name)
+        for rule in here.cluster.rules
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+        for name in rule["resourceNames"]
+    }
+    assert {(resource.split("/")[-1], verb, name) for resource, verb, name in here.cluster.used} == given
+    rules = here.cluster.rules
+    here.cluster.rules = []
+    kind = "inferenceservice" if here.kserve else "deployment"
+    assert f"{kind} 'triton' in namespace 'kubeflow' cannot be read: 403 Forbidden" in here.roll_out()
+    release.rollback(here.project.config)
+    here.cluster.rules = [rule | {"verbs": ["get"]} for rule in rules]
+    assert "deployment 'triton-canary' in namespace 'kubeflow' cannot be changed: 403 Forbidden" in here.roll_out()

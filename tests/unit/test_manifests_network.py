@@ -9,6 +9,7 @@ from manifests import (
     of_kind,
     overlays,
     selects,
+    servers,
     values,
 )
 
@@ -30,15 +31,16 @@ def test_network_policies_name_pods_and_ports_that_exist(overlay: str) -> None:
 @overlays
 def test_pods_may_do_what_their_neighbours_expect_of_them(overlay: str) -> None:
     """Both ends of a connection are open: the caller's egress and the other's ingress."""
+    triton = servers(overlay)
     connections = [("Deployment/mlflow", "CronJob/rollout", "http")]
-    connections += [(f"Deployment/{name}", "CronJob/rollout", "grpc") for name in ("triton", "triton-canary")]
+    connections += [(f"Deployment/{name}", "CronJob/rollout", "grpc") for name in (triton, "triton-canary")]
     if overlay in SEVERAL_NODES:
         connections.append(("TrainingRuntime/vismem-torch/node", "TrainingRuntime/vismem-torch/node", None))
     for server, client, port in connections:
         assert allowed(overlay, "ingress", "from", server, client, port)
         assert allowed(overlay, "egress", "to", client, server, port)
-    assert not allowed(overlay, "ingress", "from", "Deployment/triton", "Deployment/mlflow", "grpc")
-    assert not allowed(overlay, "egress", "to", "Deployment/triton", "Deployment/mlflow", "http")
+    assert not allowed(overlay, "ingress", "from", f"Deployment/{triton}", "Deployment/mlflow", "grpc")
+    assert not allowed(overlay, "egress", "to", f"Deployment/{triton}", "Deployment/mlflow", "http")
 
 
 @overlays

@@ -6,12 +6,16 @@ import sqlite3
 import subprocess
 import sys
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import published
+import pytest
 from kubernetes.utils.quantity import parse_quantity as size
 from manifests import (
     KUBERNETES,
+    LARGE,
+    OVERLAYS,
     PULL_SECRET,
     ROOT,
     SEVERAL_NODES,
@@ -22,6 +26,7 @@ from manifests import (
     of_kind,
     overlays,
     pod_templates,
+    servers,
     values,
 )
 
@@ -85,7 +90,7 @@ def test_whatever_serves_has_all_three_probes(overlay: str) -> None:
 @overlays
 def test_tritons_probes_ask_it_a_question_and_leave_it_the_time_to_answer(overlay: str) -> None:
     """tests/e2e/test_triton_health.py runs the very command."""
-    (triton,) = named(overlay, "Deployment", "triton")["spec"]["template"]["spec"]["containers"]
+    (triton,) = named(overlay, "Deployment", servers(overlay))["spec"]["template"]["spec"]["containers"]
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         command = triton[name]["exec"]["command"]
         assert command[:4] == ["python", "-m", "vismem.serving.probe", "--timeout"]
@@ -100,7 +105,7 @@ def test_what_a_pod_serves_stands_in_its_template_and_applying_again_leaves_it(o
     (job,) = pod_templates(overlay)["CronJob/rollout"]["spec"]["containers"]
     assert job["command"][3:5] == ["--to", "/models"]
     (written,) = [mount for mount in job["volumeMounts"] if mount["mountPath"] == "/models"]
-    for name in (rollout.SERVERS, rollout.CANARY):
+    for name in (servers(overlay), rollout.CANARY):
         template = pod_templates(overlay)[f"Deployment/{name}"]
         (triton,) = template["spec"]["containers"]
         (read,) = [mount for mount in triton["volumeMounts"] if mount["mountPath"] == "/models"]
@@ -113,7 +118,7 @@ def test_what_a_pod_serves_stands_in_its_template_and_applying_again_leaves_it(o
     assert "MODEL_REPOSITORY" in (ROOT / "deploy" / "docker" / "serve.sh").read_text()
 
 
-@overlays
+@pytest.mark.parametrize("overlay", OVERLAYS.keys() - {"kserve"})  # that: test_manifests_kserve.py
 def test_a_canary_is_a_server_of_which_there_is_none_until_a_rollout_asks_for_one(overlay: str) -> None:
     named_by = "app.kubernetes.io/name"
     servers, canary = (deepcopy(named(overlay, "Deployment", of)["spec"]) for of in (rollout.SERVERS, rollout.CANARY))
@@ -133,7 +138,7 @@ def test_a_canary_is_a_server_of_which_there_is_none_until_a_rollout_asks_for_on
 @overlays
 def test_rollouts_and_probes_take_one_profile(overlay: str) -> None:
     assert named(overlay, "ConfigMap", "vismem")["data"] == {PROFILE_VARIABLE: ""}
-    for key in ("CronJob/rollout", "Deployment/triton", "Deployment/triton-canary"):
+    for key in ("CronJob/rollout", f"Deployment/{servers(overlay)}", "Deployment/triton-canary"):
         (container,) = pod_templates(overlay)[key]["spec"]["containers"]
         (variable,) = [entry for entry in container["env"] if entry["name"] == PROFILE_VARIABLE]
         assert variable["valueFrom"] == {"configMapKeyRef": {"name": "vismem", "key": PROFILE_VARIABLE}}
@@ -176,9 +181,9 @@ def test_a_new_image_s_mlflow_finds_its_tables_or_their_older_form(tmp_path: Pat
 def test_a_rollout_does_not_run_for_ever_nor_before_the_pods_had_their_time(overlay: str) -> None:
     """Training's jobs have their end from LaunchConfig.hours: tests/unit/test_trainer_adapter.py."""
     hour, job = 3600, named(overlay, "CronJob", "rollout")["spec"]["jobTemplate"]["spec"]
-    assert job["activeDeadlineSeconds"] <= (5 * hour if overlay == "7b" else 2 * hour)
+    assert job["activeDeadlineSeconds"] <= (5 * hour if overlay in LARGE else 2 * hour)
     most = named(overlay, "HorizontalPodAutoscaler", "triton")["spec"]["maxReplicas"]
-    pods = named(overlay, "Deployment", "triton")["spec"]["progressDeadlineSeconds"]
+    pods = named(overlay, "Deployment", "triton-canary")["spec"]["progressDeadlineSeconds"]
     assert job["activeDeadlineSeconds"] >= (2 + min(most, 2)) * pods
 
 
@@ -231,13 +236,10 @@ def test_only_runs_and_rollouts_have_rights_and_no_more_than_they_use(overlay: s
     """What a rollout uses is recorded by tests/integration/test_rollout.py."""
     bound = {subject["name"] for binding in of_kind(overlay, "RoleBinding") for subject in binding["subjects"]}
     assert bound == {"vismem-pipeline", "rollout"}
-    rights = {
-        (group, resource): set(rule["verbs"])
-        for role in of_kind(overlay, "Role")
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-    }
+    rights: dict[tuple[str, str], set[str]] = {}
+    for rule in (rule for role in of_kind(overlay, "Role") for rule in role["rules"]):
+        for right in product(rule["apiGroups"], rule["resources"]):
+            rights.setdefault(right, set()).update(rule["verbs"])
     expected = {
         ("argoproj.io", "workflowtaskresults"): {"create", "patch"},
         ("", "configmaps"): {"get"},
@@ -249,6 +251,8 @@ def test_only_runs_and_rollouts_have_rights_and_no_more_than_they_use(overlay: s
         expected[("trainer.kubeflow.org", "trainjobs")] = {"create", "get", "list", "watch", "delete"}
         expected[("trainer.kubeflow.org", "trainingruntimes")] = {"get"}
         expected[("", "pods/log")] = {"get"}
+    if overlay == "kserve":
+        expected[("serving.kserve.io", "inferenceservices")] = {"get", "patch"}
     assert rights == expected
     for role in of_kind(overlay, "Role"):
         for rule in role["rules"]:
@@ -281,5 +285,5 @@ def test_no_secret_stands_in_a_manifest(overlay: str) -> None:
 
 @overlays
 def test_triton_holds_no_secret(overlay: str) -> None:
-    template = pod_templates(overlay)["Deployment/triton"]
+    template = pod_templates(overlay)[f"Deployment/{servers(overlay)}"]
     assert not [*values(template, "secretRef"), *values(template, "secretKeyRef"), *values(template, "envFrom")]

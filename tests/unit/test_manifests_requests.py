@@ -1,6 +1,6 @@
 """The component `requests` of deploy/kubernetes: what logs requests, what compares them, and that none does without."""
 
-from manifests import named, overlays, pod_templates, render
+from manifests import LARGE, named, overlays, pod_templates, render
 from test_manifests_network import allowed
 
 from vismem.cli import build_parser
@@ -56,5 +56,5 @@ def test_a_difference_fails_the_job_at_once_and_other_faults_are_tried_again() -
 def test_the_alert_about_drift_names_the_jobs_of_the_schedule(overlay: str) -> None:
     rules = [rule for manifest in render(overlay) if manifest["kind"] == "PrometheusRule" for rule in
              manifest["spec"]["groups"][0]["rules"] if rule["alert"] == "VisMemDrift"]  # fmt: skip
-    assert len(rules) == (overlay == WITH)
+    assert len(rules) == (overlay in LARGE)
     assert all('job_name=~"drift-.*"' in rule["expr"] for rule in rules)

@@ -118,7 +118,7 @@ def test_what_a_pod_serves_stands_in_its_template_and_applying_again_leaves_it(o
     assert "MODEL_REPOSITORY" in (ROOT / "deploy" / "docker" / "serve.sh").read_text()
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS.keys() - {"kserve"})  # that: test_manifests_kserve.py
+@pytest.mark.parametrize("overlay", sorted(OVERLAYS.keys() - {"kserve"}))  # that: test_manifests_kserve.py
 def test_a_canary_is_a_server_of_which_there_is_none_until_a_rollout_asks_for_one(overlay: str) -> None:
     named_by = "app.kubernetes.io/name"
     servers, canary = (deepcopy(named(overlay, "Deployment", of)["spec"]) for of in (rollout.SERVERS, rollout.CANARY))

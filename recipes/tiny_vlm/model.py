@@ -57,7 +57,9 @@ class Size:
     vision_layers: int = 3
 
 
-def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
+def build_processor(
+    texts: Iterable[str], min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> Qwen2_5_VLProcessor:
     """A Qwen2.5-VL processor whose byte-level BPE was trained on `texts`.
 
     Qwen's own splitting rule keeps punctuation apart from words, so every delimiter is a token of its own.
@@ -78,7 +80,7 @@ def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
         padding_side="left",
     )
     make_video_optional()
-    images = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    images = Qwen2VLImageProcessorPil(min_pixels=min_pixels, max_pixels=max_pixels)
     return Qwen2_5_VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 

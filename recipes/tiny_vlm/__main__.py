@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Settings.language_steps, help="of the language phase")
     parser.add_argument("--vision-steps", type=int, default=Settings.vision_steps)
     parser.add_argument("--detail-steps", type=int, default=Settings.detail_steps)
-    parser.add_argument("--wide", action="store_true", help="a model for NLVR's wide images, on generated scenes of boxes")
+    parser.add_argument(
+        "--wide", action="store_true", help="a model for NLVR's wide images, on generated scenes of boxes"
+    )
     arguments = parser.parse_args()
     origin = {"command": shlex.join(["python", "-m", "recipes.tiny_vlm", *sys.argv[1:]]), "git": git_state()}
     if arguments.wide:

@@ -120,11 +120,12 @@ class Language:
         return {"loss": float(total)}
 
 
-def answer_loss(backbone: Backbone, batch: Sequences) -> Tensor:
-    """Summed cross-entropy of the answers' tokens."""
+def answer_loss(backbone: Backbone, batch: Sequences, read: Tensor | None = None) -> Tensor:
+    """Summed cross-entropy of the answers' tokens; `read` (R, L, L): the tokens before it that each may read."""
     length = batch.mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=batch.mask.device).tril()
-    hidden = backbone.language(batch.embeds, batch.positions, causal & batch.mask[:, None, None, :])
+    before = causal & (batch.mask[:, None] if read is None else read)
+    hidden = backbone.language(batch.embeds, batch.positions, before[:, None])
     learnt = batch.labels != IGNORED
     loss: Tensor = nn.functional.cross_entropy(backbone.head(hidden[learnt]), batch.labels[learnt], reduction="sum")
     return loss

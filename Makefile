@@ -31,7 +31,7 @@ smoke: setup  ## the same at toy size, in runs/smoke/
 	$(VISMEM) summary --profile smoke
 
 nlvr: $(INSTALLED)  ## train and score on NLVR, DATA= its folder: a base for wide pictures, its memory, the report; on the CPU
-	@test -e data/nlvr || ln -s '$(abspath $(DATA))' data/nlvr
+	@test -e data/nlvr || ln -s "$$(realpath '$(DATA)')" data/nlvr
 	@test -e runs/wide-vlm || .venv/bin/python -m recipes.tiny_vlm --wide --out runs/wide-vlm
 	$(VISMEM) repro --profile nlvr evaluate
 

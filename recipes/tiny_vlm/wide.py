@@ -32,8 +32,7 @@ from vismem.training.loop import LoopSettings, Objective, train
 
 ROWS, COLUMNS, SIDE = 5, 20, 20  # visual tokens of an image, and the pixels of it along the side of one
 PIXELS = ROWS * COLUMNS * CELL**2  # which every image is resized to
-BOXES = ("first", "second", "third")
-WORDS = (*COLOURS, *SHAPES, *SIZES.values(), *SIDES, "block", *map(str, range(1, 1 + ROWS)), *BOXES, "wall")
+WORDS = (*COLOURS, *SHAPES, *SIZES.values(), *SIDES, "block")
 TURN, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"  # as in model.CHAT_TEMPLATE
 STRIP = (3, 16)  # visual tokens of a strip, the smallest and largest number
 STRIP_SHARE, FIRST_SHARE = 0.35, 0.7  # of the answers that have a strip, and of these with it first, not after the mark
@@ -73,27 +72,20 @@ class Sight:
         return random.Random(f"{self.seed}/sight/{step}").sample(range(len(self.scenes)), self.batch)
 
     def backward(self, batch: list[int]) -> dict[str, float]:
-        """Add the gradient of the mean squared error, in units of an embedding's variance."""
+        """Add the gradient of the squared error, relative to that of a tower that is blind: 1.0 is as bad as that."""
         prompt = encode(self.backbone, [self.images[at] for at in batch])
         target = torch.cat([self.target(self.scenes[at]) for at in batch])
-        loss = (prompt.embeds[prompt.visual] - target).square().mean() / EMBEDDING_STD**2
+        loss = (prompt.embeds[prompt.visual] - target).square().sum() / target.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.detach())}
 
     def target(self, scene: Scene) -> Tensor:
-        """(tokens, d) half the sum: of each token's row and box, and of each shape all that is said of it."""
-        words = self.words
-        middles = [SIDE * column + SIDE // 2 for column in range(COLUMNS)]
-        boxes = [words[BOXES[x // STEP] if x % STEP < 100 else "wall"] for x in middles]
-        cells = torch.stack([words[str(row + 1)] + box for row in range(ROWS) for box in boxes])
+        """(tokens, d) half the sum of all that is said of the shapes in each; nothing of places, which tokens have."""
+        words, cells = self.words, torch.zeros(ROWS * COLUMNS, self.backbone.width)
         for item in (item for box in scene for item in box):
+            # With their product, of two shapes in one token it can be told which colour is whose.
             colour, shape = words[item.colour], words["square" if item.shape == "block" else item.shape]
-            said = [
-                colour,
-                shape,
-                colour * shape / EMBEDDING_STD,
-                words[SIZES[item.size]],
-            ]  # the third: which go together
+            said = [colour, shape, words[SIZES[item.size]], colour * shape / EMBEDDING_STD]
             said += [words[name] for name in (*item.walls, *(["block"] if item.shape == "block" else []))]
             x, y = STEP * item.box + item.left + item.size // 2, item.top + item.size // 2
             cells[COLUMNS * min(y // SIDE, ROWS - 1) + x // SIDE] += torch.stack(said).sum(0)

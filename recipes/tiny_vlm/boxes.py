@@ -21,7 +21,9 @@ BOX, STEP, HEIGHT, WIDTH = 100, 150, 100, 400  # pixels: a box's side, from box 
 GROUND, BETWEEN = (211, 211, 211), (128, 128, 128)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 ALIKE = ("of the same color",)  # ways to say it
-TRIES = 12  # for a sentence of the wanted truth, or a free place
+COUNTS = 0.4  # of the questions; the others are sentences
+DRAWS = 40  # scenes that a sentence is tried on, to find one of which it is true and one of which it is false
+TRIES = 12  # for a free place
 SCALE = 3  # oversampling
 
 
@@ -46,6 +48,7 @@ class Item:
 Box = Sequence[Item]  # a tower's from the base upwards
 Scene = Sequence[Box]
 Count = tuple[str, int, Callable[[int], bool]]  # words, the number that decides on the plural, and the rule
+Sentence = tuple[str, Callable[[Scene], bool]]
 Phrase = tuple[str, str, Callable[[Item, Box], bool]]  # a noun, what follows it, and whether it is said of an item
 
 
@@ -73,22 +76,44 @@ def picture(scene: Scene) -> bytes:
     return buffer.getvalue()
 
 
-def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question about the scene and its answer: a sentence that is as often true as false, or a number asked for."""
-    if rng.random() < 0.25:
-        if rng.random() < 0.5:
-            noun, place, test = _phrase(scene, rng)
-            return f"how many {noun}s {place}".strip() + "?", str(sum(test(item, box) for box in scene for item in box))
-        inner, holds = _holding(scene, rng)
-        return f"how many boxes with {inner}?", str(sum(map(holds, scene)))
-    wanted = rng.random() < 0.5
-    while True:
-        make = rng.choice((_of_items, _of_boxes, _of_boxes))
-        for _ in range(TRIES):
-            sentence, truth = make(scene, rng)
-            if truth == wanted:
-                first = sentence[0].upper() if rng.random() < 0.8 else sentence[0]
-                return f"true or false: {first}{sentence[1:]}{rng.choice(('', '.'))}", str(truth).lower()
+def questions(scenes: Sequence[Scene], each: int, rng: random.Random) -> list[list[tuple[str, str]]]:
+    """For each scene questions with answers, `each` on average: numbers, or whether a sentence is true.
+
+    A sentence is asked of one scene of which it is true and of one of which it is false: its words say nothing of that.
+    """
+    asked: list[list[tuple[str, str]]] = [[] for _ in scenes]
+    kinds = {kind: [at for at, scene in enumerate(scenes) if _towers(scene) == kind] for kind in (True, False)}
+    while sum(map(len, asked)) < each * len(scenes):
+        at = rng.randrange(len(scenes))
+        towers = _towers(scenes[at])
+        if rng.random() < COUNTS:
+            text, answer = _count(towers, rng)
+            asked[at].append((text, answer(scenes[at])))
+            continue
+        text, rule = (_of_items if rng.random() < 0.35 else _of_boxes)(towers, rng)
+        first = text[0].upper() if rng.random() < 0.8 else text[0]
+        text = f"true or false: {first}{text[1:]}{rng.choice(('', '.'))}"
+        found = {rule(scenes[at]): at for at in rng.choices(kinds[towers], k=DRAWS)}
+        if len(found) == 2:
+            for truth, at in found.items():
+                asked[at].append((text, str(truth).lower()))
+    return asked
+
+
+def _towers(scene: Scene) -> bool:
+    return scene[0][0].shape == "block"
+
+
+def _count(towers: bool, rng: random.Random) -> tuple[str, Callable[[Scene], str]]:
+    kind = rng.random()
+    if kind < 0.3:
+        inner, holds = _holding(towers, rng)
+        return f"how many boxes with {inner}?", lambda scene: str(sum(map(holds, scene)))
+    noun, place, said = _phrase(towers, rng)
+    text = f"how many {noun}s {place}".strip()
+    if kind < 0.6:
+        return f"{text}?", lambda scene: str(sum(said(item, box) for box in scene for item in box))
+    return f"{text} in each box?", lambda scene: " ".join(str(sum(said(item, box) for item in box)) for box in scene)
 
 
 def _tower(rng: random.Random, box: int) -> Box:
@@ -136,9 +161,9 @@ def _quantity(rng: random.Random, most: int = 7) -> Count:
     return f"{word} than {number}", n, partial(operator.lt if word == "more" else operator.gt, n)
 
 
-def _phrase(scene: Scene, rng: random.Random, placed: bool = True) -> Phrase:
+def _phrase(towers: bool, rng: random.Random, placed: bool = True) -> Phrase:
     colour = rng.choice((*COLOURS, *COLOURS, ""))
-    if scene[0][0].shape == "block":
+    if towers:
         place, at = "", None
         if placed and rng.random() < 0.3:
             base = rng.choice(("as the base", "at the base", "at the bottom"))
@@ -173,27 +198,25 @@ def _counted(quantity: Count, phrase: Phrase) -> str:
     return f"{quantity[0]} {phrase[0]}{'' if quantity[1] == 1 else 's'} {phrase[1]}".strip()
 
 
-def _of_items(scene: Scene, rng: random.Random) -> tuple[str, bool]:
-    quantity, phrase = _quantity(rng), _phrase(scene, rng)
-    count = sum(phrase[2](item, box) for box in scene for item in box)
-    return f"there {'is' if quantity[1] == 1 else 'are'} {_counted(quantity, phrase)}", quantity[2](count)
+def _of_items(towers: bool, rng: random.Random) -> Sentence:
+    quantity, phrase = _quantity(rng), _phrase(towers, rng)
+    words = f"there {'is' if quantity[1] == 1 else 'are'} {_counted(quantity, phrase)}"
+    return words, lambda scene: quantity[2](sum(phrase[2](item, box) for box in scene for item in box))
 
 
-def _of_boxes(scene: Scene, rng: random.Random) -> tuple[str, bool]:
-    inner, holds = _holding(scene, rng)
-    count = sum(map(holds, scene))
-    noun = rng.choice(("tower", "tower", "box")) if scene[0][0].shape == "block" else "box"
+def _of_boxes(towers: bool, rng: random.Random) -> Sentence:
+    inner, holds = _holding(towers, rng)
+    noun = rng.choice(("tower", "tower", "box")) if towers else "box"
     if rng.random() < 0.08:
-        return f"{rng.choice(('all', 'each', 'every'))} {noun} has {inner}", count == 3
+        return f"{rng.choice(('all', 'each', 'every'))} {noun} has {inner}", lambda scene: all(map(holds, scene))
     words, n, rule = _quantity(rng, 3) if rng.random() < 0.6 else ("a", 1, partial(operator.le, 1))
     verb, ending = ("is", "") if n == 1 else ("are", "es" if noun == "box" else "s")
-    return f"there {verb} {words} {noun}{ending} with {inner}", rule(count)
+    return f"there {verb} {words} {noun}{ending} with {inner}", lambda scene: rule(sum(map(holds, scene)))
 
 
-def _holding(scene: Scene, rng: random.Random) -> tuple[str, Callable[[Box], bool]]:
+def _holding(towers: bool, rng: random.Random) -> tuple[str, Callable[[Box], bool]]:
     """What a box has, in words and as a rule."""
     kind, (one, other) = rng.random(), rng.sample(list(COLOURS), 2)
-    towers = scene[0][0].shape == "block"
     things = "blocks" if towers else rng.choice(("items", "objects"))
     if kind < 0.1:
         return f"only {one} {things}", lambda box: {i.colour for i in box} == {one}
@@ -211,7 +234,7 @@ def _holding(scene: Scene, rng: random.Random) -> tuple[str, Callable[[Box], boo
     if towers and kind < 0.52:
         words = f"a {one} block {rng.choice(('over', 'above', 'on top of'))} a {other} block"
         return words, lambda box: (other, one) in pairwise(item.colour for item in box)
-    parts = [(_quantity(rng), _phrase(scene, rng, placed=False)) for _ in range(rng.choice((1, 1, 2)))]
+    parts = [(_quantity(rng), _phrase(towers, rng, placed=False)) for _ in range(rng.choice((1, 1, 2)))]
     return " and ".join(_counted(*part) for part in parts), lambda box: all(
         rule(sum(said(item, box) for item in box)) for (_, _, rule), (_, _, said) in parts
     )

@@ -55,6 +55,7 @@ class Size:
     heads: int = 4
     vision_width: int = 96
     vision_layers: int = 3
+    window: int = 2  # visual tokens along the side of what all but every other layer attends within
 
 
 def build_processor(
@@ -110,7 +111,7 @@ def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_
             "intermediate_size": 2 * size.vision_width,
             "num_heads": 4,
             "out_hidden_size": size.width,
-            "window_size": 2 * CELL,
+            "window_size": size.window * CELL,
             "fullatt_block_indexes": sorted({*range(1, size.vision_layers, 2), size.vision_layers - 1}),
         },
         image_token_id=ids["image_pad"],

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from recipes.tiny_vlm.boxes import COLOURS, SHAPES, SIDES, SIZES, STEP, Scene, draw_scene, picture, question
+from recipes.tiny_vlm.boxes import COLOURS, SHAPES, SIDES, SIZES, STEP, Scene, draw_scene, picture, questions
 from recipes.tiny_vlm.card import begin
 from recipes.tiny_vlm.model import CELL, EMBEDDING_STD, Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import answer_loss, embedding_of
@@ -43,15 +43,15 @@ Asked = Sequence[tuple[list[int], list[int]]]  # questions about one image and t
 class WideSettings:
     """How much and how fast it learns."""
 
-    size: Size = field(default_factory=lambda: Size(layers=4))
-    scenes: int = 3_000
-    questions: int = 30  # of each scene
-    vision_steps: int = 220
-    language_steps: int = 280
-    batch: int = 16  # scenes per step
+    size: Size = field(default_factory=lambda: Size(layers=4, window=COLUMNS))
+    scenes: int = 4_000
+    questions: int = 30  # of each scene, on average
+    vision_steps: int = 700
+    language_steps: int = 1500
+    batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
     learning_rate: float = 4e-3  # peak of AdamW
-    matrix_learning_rate: float = 0.01  # peak of Muon
+    matrix_learning_rate: float = 0.02  # peak of Muon
 
 
 @dataclass
@@ -128,10 +128,10 @@ class Reading:
 
     def lay_out(self, at: int, rng: random.Random) -> tuple[Table, Tensor]:
         """One image with some of its questions, and for each token the number of its question, or 0: the image's."""
-        image, first = self.prefix.copy(), at * ROWS * COLUMNS
+        image, first, asked = self.prefix.copy(), at * ROWS * COLUMNS, self.asked[at]
         image[image[:, 0] > 0, 0] += first
         following, parts, numbers = 1 + int(image[:, 3:].max()), [image], [0] * len(image)
-        for number, (prompt, answer) in enumerate(rng.sample(self.asked[at], self.settings.asked), start=1):
+        for number, (prompt, answer) in enumerate(rng.sample(asked, min(len(asked), self.settings.asked)), start=1):
             pieces, place = [word_table(prompt)], 0
             if rng.random() < STRIP_SHARE:
                 shown = sorted(rng.sample(range(ROWS * COLUMNS), rng.randint(*STRIP)))
@@ -150,12 +150,10 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     """Write the trained model with its card to `out`, in Hugging Face format; return `out`. A killed run resumes."""
     work = out.with_name(f"{out.name}.partial")
     started = begin(work, {"seed": seed, "settings": asdict(settings)}, origin)
-    scenes, images, pairs = [], [], []
-    for at in range(settings.scenes):
-        rng = random.Random(f"{seed}/boxes/{at}")
-        scenes.append(draw_scene(rng))
-        images.append(Sample(id="", images=(picture(scenes[-1]),), question="", answer=""))
-        pairs.append([question(scenes[-1], rng) for _ in range(settings.questions)])
+    rng = random.Random(f"{seed}/boxes")
+    scenes = [draw_scene(rng) for _ in range(settings.scenes)]
+    images = [Sample(id="", images=(picture(scene),), question="", answer="") for scene in scenes]
+    pairs = questions(scenes, settings.questions, rng)
     texts = (f"{text} a {ANSWER_MARK} {answer}" for asked in pairs for text, answer in asked)
     processor = build_processor(texts, PIXELS - CELL**2 // 2, PIXELS)
     backbone = Qwen25VLBackbone(build_model(settings.size, processor, seed), processor)

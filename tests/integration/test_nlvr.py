@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.tiny_vlm.boxes import Item, Scene, draw_scene, picture, question
+from recipes.tiny_vlm.boxes import Item, Scene, draw_scene, picture, questions
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import answer_loss
 from recipes.tiny_vlm.sequences import stack
@@ -218,32 +218,41 @@ def test_a_tower_that_is_blind_loses_one(backbone: Qwen25VLBackbone, monkeypatch
 # --- its questions ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_said_of_a_scene_is_so() -> None:
-    """Two kinds of question, worked out anew from their words."""
+@pytest.fixture(scope="module")
+def asked() -> list[tuple[Scene, str, str]]:
+    """Scenes with questions and their answers."""
+    rng = random.Random(0)
+    scenes = [draw_scene(rng) for _ in range(400)]
+    return [(scene, *pair) for scene, pairs in zip(scenes, questions(scenes, 12, rng), strict=True) for pair in pairs]
+
+
+def test_what_is_said_of_a_scene_is_so(asked: list[tuple[Scene, str, str]]) -> None:
+    """Three kinds of question, worked out anew from their words."""
     checked = Counter[str]()
-    for at in range(400):
-        rng = random.Random(at)
-        scene = draw_scene(rng)
-        items = [(item.colour, item.shape) for box in scene for item in box]
-        for text, answer in (question(scene, rng) for _ in range(10)):
-            if found := re.fullmatch(r"how many (black|yellow|blue) (circle|square|triangle|block)s\?", text):
-                assert answer == str(items.count((found[1], found[2])))
-                checked["count"] += 1
-            elif found := re.fullmatch(
-                r"true or false: there is a (?:box|tower) with only (\w+) (?:items|objects|blocks)\.?", text, re.I
-            ):
-                assert answer == str(any({i.colour for i in box} == {found[1]} for box in scene)).lower()
-                checked[answer] += 1
-    assert min(checked["count"], checked["true"], checked["false"]) > 20
+    for scene, text, answer in asked:
+        if found := re.fullmatch(
+            r"how many (black|yellow|blue) (circle|square|triangle|block)s( in each box)?\?", text
+        ):
+            counts = [[(i.colour, i.shape) for i in box].count((found[1], found[2])) for box in scene]
+            assert answer == (" ".join(map(str, counts)) if found[3] else str(sum(counts)))
+            checked[f"count{found[3]}"] += 1
+        elif found := re.fullmatch(
+            r"true or false: there is a (?:box|tower) with only (\w+) (?:items|objects|blocks)\.?", text, re.I
+        ):
+            assert answer == str(any({i.colour for i in box} == {found[1]} for box in scene)).lower()
+            checked[answer] += 1
+    assert len(checked) == 4
+    assert min(checked.values()) > 10
 
 
-def test_sentences_are_as_often_true_as_false() -> None:
-    answers = Counter[str]()
-    for at in range(200):
-        rng = random.Random(at)
-        scene = draw_scene(rng)
-        answers += Counter(answer for _, answer in (question(scene, rng) for _ in range(10)))
-    assert 0.45 < answers["true"] / (answers["true"] + answers["false"]) < 0.55
+def test_the_words_of_a_sentence_do_not_tell_whether_it_is_true(asked: list[tuple[Scene, str, str]]) -> None:
+    """Each is asked as often where it is true as where it is false."""
+    truths = {text: Counter[str]() for _, text, _ in asked if text.startswith("true or false")}
+    for _, text, answer in asked:
+        if text in truths:
+            truths[text][answer] += 1
+    assert len(truths) > 1000
+    assert all(count["true"] == count["false"] == count.total() / 2 for count in truths.values())
 
 
 def test_a_picture_has_the_colours_and_places_of_nlvr() -> None:

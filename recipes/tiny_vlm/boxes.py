@@ -21,7 +21,7 @@ BOX, STEP, HEIGHT, WIDTH = 100, 150, 100, 400  # pixels: a box's side, from box 
 GROUND, BETWEEN = (211, 211, 211), (128, 128, 128)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 ALIKE = ("of the same color",)  # ways to say it
-COUNTS = 0.4  # of the questions; the others are sentences
+COUNTS = 0.7  # of what is drawn; the rest are sentences, which are asked twice
 DRAWS = 40  # scenes that a sentence is tried on, to find one of which it is true and one of which it is false
 TRIES = 12  # for a free place
 SCALE = 3  # oversampling
@@ -106,12 +106,12 @@ def _towers(scene: Scene) -> bool:
 
 def _count(towers: bool, rng: random.Random) -> tuple[str, Callable[[Scene], str]]:
     kind = rng.random()
-    if kind < 0.3:
+    if kind < 0.2:
         inner, holds = _holding(towers, rng)
         return f"how many boxes with {inner}?", lambda scene: str(sum(map(holds, scene)))
     noun, place, said = _phrase(towers, rng)
     text = f"how many {noun}s {place}".strip()
-    if kind < 0.6:
+    if kind < 0.5:
         return f"{text}?", lambda scene: str(sum(said(item, box) for box in scene for item in box))
     return f"{text} in each box?", lambda scene: " ".join(str(sum(said(item, box) for item in box)) for box in scene)
 

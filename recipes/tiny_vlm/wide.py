@@ -31,6 +31,7 @@ from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.training.loop import LoopSettings, Objective, train
 
 ROWS, COLUMNS, SIDE = 5, 20, 20  # visual tokens of an image, and the pixels of it along the side of one
+BOXES = [0] * 5 + [3] * 2 + [1] * 6 + [3] * 2 + [2] * 5  # the box that each column of tokens shows, or 3
 PIXELS = ROWS * COLUMNS * CELL**2  # which every image is resized to
 WORDS = (*COLOURS, *SHAPES, *SIZES.values(), *SIDES, "block")
 TURN, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"  # as in model.CHAT_TEMPLATE
@@ -47,6 +48,7 @@ class WideSettings:
     scenes: int = 4_000
     questions: int = 30  # of each scene, on average
     vision_steps: int = 700
+    shapes_only: int = 450  # of them, in which no places are said
     language_steps: int = 1500
     batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
@@ -63,24 +65,31 @@ class Sight:
     images: Sequence[Sample]
     seed: int
     batch: int
+    shapes_only: int  # steps before places are said, which alone would be learnt first
 
     def __post_init__(self) -> None:
         self.words = {word: embedding_of(self.backbone, word) for word in WORDS}
+        draw = torch.Generator().manual_seed(self.seed)
+        rows, boxes = torch.randn(2, COLUMNS, self.backbone.width, generator=draw) * EMBEDDING_STD
+        self.places = (rows[:ROWS, None] + boxes[BOXES]).flatten(0, 1) / 2
 
-    def collect(self, step: int) -> list[int]:
-        """The scenes of a step."""
-        return random.Random(f"{self.seed}/sight/{step}").sample(range(len(self.scenes)), self.batch)
+    def collect(self, step: int) -> tuple[list[int], bool]:
+        """The scenes of a step, and whether places are said as well."""
+        chosen = random.Random(f"{self.seed}/sight/{step}").sample(range(len(self.scenes)), self.batch)
+        return chosen, step >= self.shapes_only
 
-    def backward(self, batch: list[int]) -> dict[str, float]:
-        """Add the gradient of the squared error, relative to that of a tower that is blind: 1.0 is as bad as that."""
-        prompt = encode(self.backbone, [self.images[at] for at in batch])
-        target = torch.cat([self.target(self.scenes[at]) for at in batch])
-        loss = (prompt.embeds[prompt.visual] - target).square().sum() / target.square().sum()
+    def backward(self, batch: tuple[list[int], bool]) -> dict[str, float]:
+        """Add the gradient of the squared error, relative to that of a tower that sees no shapes: 1.0 is that bad."""
+        chosen, placed = batch
+        prompt = encode(self.backbone, [self.images[at] for at in chosen])
+        shapes = torch.cat([self.target(self.scenes[at]) for at in chosen])
+        target = shapes + placed * self.places.repeat(len(chosen), 1)
+        loss = (prompt.embeds[prompt.visual] - target).square().sum() / shapes.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.detach())}
 
     def target(self, scene: Scene) -> Tensor:
-        """(tokens, d) half the sum of all that is said of the shapes in each; nothing of places, which tokens have."""
+        """(tokens, d) half the sum of all that is said of the shapes in each."""
         words, cells = self.words, torch.zeros(ROWS * COLUMNS, self.backbone.width)
         for item in (item for box in scene for item in box):
             # With their product, of two shapes in one token it can be told which colour is whose.
@@ -165,7 +174,12 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
         loop = LoopSettings(name, steps, settings.learning_rate, 0.05, settings.matrix_learning_rate, weight_decay=0.01)
         last[name] = train(objective, dict(module.named_parameters()), loop, work, Accelerator(cpu=True)).last
 
-    learn("vision", Sight(backbone, scenes, images, seed, settings.batch), backbone.visual, settings.vision_steps)
+    learn(
+        "vision",
+        Sight(backbone, scenes, images, seed, settings.batch, settings.shapes_only),
+        backbone.visual,
+        settings.vision_steps,
+    )
     with torch.no_grad():
         seen = (encode(backbone, images[at : at + ENCODED]) for at in range(0, len(images), ENCODED))
         features = torch.cat([prompt.embeds[prompt.visual].half() for prompt in seen])

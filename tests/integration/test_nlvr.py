@@ -198,21 +198,25 @@ def loss_of(backbone: Qwen25VLBackbone, sample: Sample) -> float:
 
 
 def test_each_token_says_what_stands_there(backbone: Qwen25VLBackbone) -> None:
-    sight = Sight(backbone, [SHAPES], [], 0, 1)
+    sight = Sight(backbone, [SHAPES], [], 0, 1, 0)
     words, cells = sight.words, 2 * sight.target(SHAPES).view(5, 20, -1)
-    assert not cells[0].any()  # nothing is said of places
+    assert not cells[0].any()
     circle = words["yellow"] + words["circle"] + words["yellow"] * words["circle"] / 0.3 + words["small"]
     torch.testing.assert_close(cells[1, 0], circle + words["left"])
     large = words["blue"] + words["triangle"] + words["blue"] * words["triangle"] / 0.3 + words["big"]
     torch.testing.assert_close(cells[4, 11], large + words["right"] + words["bottom"])
 
 
-def test_a_tower_that_is_blind_loses_one(backbone: Qwen25VLBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    sight = Sight(backbone, [SHAPES, TOWERS], [Sample("", (picture(s),), "", "") for s in (SHAPES, TOWERS)], 0, 2)
+def test_a_tower_that_sees_no_shapes_loses_one(backbone: Qwen25VLBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    sight = Sight(backbone, [SHAPES, TOWERS], [Sample("", (picture(s),), "", "") for s in (SHAPES, TOWERS)], 0, 2, 1)
     prompt = encode(backbone, sight.images)
-    blind = dataclasses.replace(prompt, embeds=torch.zeros_like(prompt.embeds, requires_grad=True))
-    monkeypatch.setattr("recipes.tiny_vlm.wide.encode", lambda *_: blind)
-    assert sight.backward([0, 1]) == {"loss": pytest.approx(1.0)}
+    for step in (0, 1):  # before and after places are said
+        embeds = torch.zeros_like(prompt.embeds, requires_grad=True)
+        said = embeds.masked_scatter(prompt.visual[..., None], step * sight.places.repeat(2, 1))
+        monkeypatch.setattr(
+            "recipes.tiny_vlm.wide.encode", lambda *_, said=said: dataclasses.replace(prompt, embeds=said)
+        )
+        assert sight.backward(sight.collect(step)) == {"loss": pytest.approx(1.0)}
 
 
 # --- its questions ----------------------------------------------------------------------------------------------------

@@ -81,22 +81,24 @@ def questions(scenes: Sequence[Scene], each: int, rng: random.Random) -> list[li
 
     A sentence is asked of one scene of which it is true and of one of which it is false: its words say nothing of that.
     """
-    asked: list[list[tuple[str, str]]] = [[] for _ in scenes]
+    made: list[tuple[int, str, str]] = []  # the scene, the question and its answer
     kinds = {kind: [at for at, scene in enumerate(scenes) if _towers(scene) == kind] for kind in (True, False)}
-    while sum(map(len, asked)) < each * len(scenes):
+    while len(made) < each * len(scenes):
         at = rng.randrange(len(scenes))
         towers = _towers(scenes[at])
         if rng.random() < COUNTS:
             text, answer = _count(towers, rng)
-            asked[at].append((text, answer(scenes[at])))
+            made.append((at, text, answer(scenes[at])))
             continue
         text, rule = (_of_items if rng.random() < 0.35 else _of_boxes)(towers, rng)
         first = text[0].upper() if rng.random() < 0.8 else text[0]
         text = f"true or false: {first}{text[1:]}{rng.choice(('', '.'))}"
         found = {rule(scenes[at]): at for at in rng.choices(kinds[towers], k=DRAWS)}
         if len(found) == 2:
-            for truth, at in found.items():
-                asked[at].append((text, str(truth).lower()))
+            made += [(at, text, str(truth).lower()) for truth, at in found.items()]
+    asked: list[list[tuple[str, str]]] = [[] for _ in scenes]
+    for at, text, answered in made:
+        asked[at].append((text, answered))
     return asked
 
 

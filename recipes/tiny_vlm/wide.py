@@ -85,7 +85,7 @@ class Sight:
         shapes = torch.cat([self.target(self.scenes[at]) for at in chosen])
         target = shapes + placed * self.places.repeat(len(chosen), 1)
         loss = (prompt.embeds[prompt.visual] - target).square().sum() / shapes.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return {"loss": float(loss.detach())}
 
     def target(self, scene: Scene) -> Tensor:

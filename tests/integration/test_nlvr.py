@@ -227,7 +227,7 @@ def asked() -> list[tuple[Scene, str, str]]:
     """Scenes with questions and their answers."""
     rng = random.Random(0)
     scenes = [draw_scene(rng) for _ in range(400)]
-    return [(scene, *pair) for scene, pairs in zip(scenes, questions(scenes, 12, rng), strict=True) for pair in pairs]
+    return [(scene, *pair) for scene, pairs in zip(scenes, questions(scenes, 25, rng), strict=True) for pair in pairs]
 
 
 def test_what_is_said_of_a_scene_is_so(asked: list[tuple[Scene, str, str]]) -> None:

@@ -7,8 +7,7 @@ import io
 import operator
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 
 from PIL import Image, ImageDraw
@@ -20,7 +19,19 @@ SIDES = ("left", "right", "top", "bottom")
 BOX, STEP, HEIGHT, WIDTH = 100, 150, 100, 400  # pixels: a box's side, from box to box, and the picture
 GROUND, BETWEEN = (211, 211, 211), (128, 128, 128)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
-ALIKE = ("of the same color",)  # ways to say it
+ENDS = (
+    ("as the base", 0),
+    ("at the base", 0),
+    ("at the bottom", 0),
+    ("as the top", -1),
+    ("at the top", -1),
+)  # of a tower
+WALLS = (  # ways to say what a shape touches, and which sides that may be
+    *((name, SIDES) for name in ("the edge", "the wall", "a wall", "any edge")),
+    *((f"{side} wall of a box", (side,)) for side in ("left", "right")),
+    *((name, ("bottom",)) for name in ("the base", "the bottom of a box")),
+    ("the top of the box", ("top",)),
+)
 COUNTS = 0.7  # of what is drawn; the rest are sentences, which are asked twice
 DRAWS = 40  # scenes that a sentence is tried on, to find one of which it is true and one of which it is false
 TRIES = 12  # for a free place
@@ -39,10 +50,10 @@ class Item:
     shape: str  # one of SHAPES, or a block of a tower
 
     @property
-    def walls(self) -> tuple[str, ...]:
+    def walls(self) -> set[str]:
         """The walls of the box that it touches."""
         gaps = (self.left, BOX - self.left - self.size, self.top, BOX - self.top - self.size)
-        return tuple(side for side, gap in zip(SIDES, gaps, strict=True) if gap <= 1)
+        return {side for side, gap in zip(SIDES, gaps, strict=True) if gap <= 1}
 
 
 Box = Sequence[Item]  # a tower's from the base upwards
@@ -133,65 +144,51 @@ def _scattered(rng: random.Random, box: int) -> Box:
             left, top = (rng.randint(0, BOX - size) for _ in range(2))
             if rng.random() < 0.3:
                 left, top = rng.choice(((0, top), (BOX - size, top), (left, 0), (left, BOX - size)))
-            fresh = Item(box, left, top, size, "", "")
-            if not any(_overlap(fresh, item) for item in items):
-                items.append(replace(fresh, colour=rng.choice(colours), shape=rng.choice(shapes)))
+            apart = (
+                max(left - i.left - i.size, i.left - left - size, top - i.top - i.size, i.top - top - size)
+                for i in items
+            )
+            if min(apart, default=0) >= 0:
+                items.append(Item(box, left, top, size, rng.choice(colours), rng.choice(shapes)))
                 break
     return items
 
 
-def _overlap(one: Item, other: Item) -> bool:
-    apart = (2 * (a - b) + one.size - other.size for a, b in ((one.left, other.left), (one.top, other.top)))
-    return all(abs(distance) < one.size + other.size for distance in apart)
-
-
 def _quantity(rng: random.Random, most: int = 7) -> Count:
     n = min(rng.choice((1, 1, 1, 2, 2, 3, 4, 5, 6)), most)
-    number, kind = rng.choice((str(n), NUMBERS[n])), rng.random()
-    if kind < 0.3:
-        return rng.choice(("a", "a", "at least 1", "at least one")), 1, partial(operator.le, 1)
-    if kind < 0.7:
-        words = rng.choice((f"exactly {number}", f"only {number}", number, number))
-        return words, n, partial(operator.le if (words, n) == (number, 1) else operator.eq, n)
-    if kind < 0.9:
-        return f"{rng.choice(('at least', 'atleast'))} {number}", n, partial(operator.le, n)
-    if kind < 0.94:
-        return "no", 0, partial(operator.eq, 0)
-    if kind < 0.97:
-        return f"at most {number}", n, partial(operator.ge, n)
-    word = rng.choice(("more", "less"))
-    return f"{word} than {number}", n, partial(operator.lt if word == "more" else operator.gt, n)
+    number = rng.choice((str(n), NUMBERS[n]))
+    ways = [  # a weight, the words, and the rule with its number
+        (30, rng.choice(("a", "a", "at least 1", "at least one")), operator.ge, 1),
+        (20, rng.choice((f"exactly {number}", f"only {number}")), operator.eq, n),
+        (20, number, operator.ge if n == 1 else operator.eq, n),
+        (20, f"{rng.choice(('at least', 'atleast'))} {number}", operator.ge, n),
+        (4, "no", operator.eq, 0),
+        (3, f"at most {number}", operator.le, n),
+        (2, f"more than {number}", operator.gt, n),
+        (2, f"less than {number}", operator.lt, n),
+    ]
+    _, words, rule, n = rng.choices(ways, [way[0] for way in ways])[0]
+    return words, n, lambda count: rule(count, n)
 
 
 def _phrase(towers: bool, rng: random.Random, placed: bool = True) -> Phrase:
     colour = rng.choice((*COLOURS, *COLOURS, ""))
     if towers:
-        place, at = "", None
-        if placed and rng.random() < 0.3:
-            base = rng.choice(("as the base", "at the base", "at the bottom"))
-            place, at = rng.choice(((base, 0), (rng.choice(("as the top", "at the top")), -1)))
-            place += " of a tower"
+        end, at = rng.choice(ENDS) if placed and rng.random() < 0.3 else ("", None)
+        place = f"{end} of a tower" if end else ""
         return f"{colour} block".strip(), place, lambda i, b: colour in ("", i.colour) and (at is None or i is b[at])
     noun = rng.choice(("item", "object", *SHAPES))
     size = rng.choice(list(SIZES.values())) if rng.random() < 0.06 else ""
-    sides: tuple[str, ...] = SIDES
-    place, turned = "", False
-    if placed and rng.random() < 0.35:
-        side = rng.choice((*SIDES, "", "", "", ""))
-        sides = (side,) if side else SIDES
-        wall = rng.choice(("the edge", "the wall", "a wall", "any edge"))
-        names = {"": wall, "bottom": rng.choice(("the base", "the bottom of a box")), "top": "the top of the box"}
-        place = f"{rng.choice(('', 'closely '))}touching {names.get(side, f'{side} wall of a box')}"
-        if turned := rng.random() < 0.15:
-            place = f"not {place}"
+    wall, sides = rng.choice(WALLS) if placed and rng.random() < 0.35 else ("", ())
+    turned = rng.random() < 0.15
     return (
         " ".join(filter(None, (size, colour, noun))),
-        place,
+        f"{'not ' if turned else ''}{rng.choice(('', 'closely '))}touching {wall}" if wall else "",
         lambda i, _: (
             colour in ("", i.colour)
-            and (noun == i.shape or noun not in SHAPES)
+            and noun in ("item", "object", i.shape)
             and size in ("", SIZES[i.size])
-            and (not place or turned != any(side in i.walls for side in sides))
+            and (not wall or turned == i.walls.isdisjoint(sides))
         ),
     )
 
@@ -211,7 +208,7 @@ def _of_boxes(towers: bool, rng: random.Random) -> Sentence:
     noun = rng.choice(("tower", "tower", "box")) if towers else "box"
     if rng.random() < 0.08:
         return f"{rng.choice(('all', 'each', 'every'))} {noun} has {inner}", lambda scene: all(map(holds, scene))
-    words, n, rule = _quantity(rng, 3) if rng.random() < 0.6 else ("a", 1, partial(operator.le, 1))
+    words, n, rule = _quantity(rng, 3) if rng.random() < 0.6 else ("a", 1, lambda count: count > 0)
     verb, ending = ("is", "") if n == 1 else ("are", "es" if noun == "box" else "s")
     return f"there {verb} {words} {noun}{ending} with {inner}", lambda scene: rule(sum(map(holds, scene)))
 
@@ -227,7 +224,7 @@ def _holding(towers: bool, rng: random.Random) -> tuple[str, Callable[[Box], boo
         return words, lambda box: {i.colour for i in box} == {one, other}
     if kind < 0.25:
         n = rng.randint(1, 3)
-        words = f"{things} of {n} different colors" if n > 1 else f"{things} {rng.choice(ALIKE)}"
+        words = f"{things} of {n} different colors" if n > 1 else f"{things} of the same color"
         return words, lambda box: len({i.colour for i in box}) == n and len(box) > 1
     if towers and kind < 0.45:
         at, place = rng.choice(((0, "base"), (-1, "top"), (0, "bottom")))

@@ -50,10 +50,10 @@ class Item:
     shape: str  # one of SHAPES, or a block of a tower
 
     @property
-    def walls(self) -> set[str]:
+    def walls(self) -> tuple[str, ...]:
         """The walls of the box that it touches."""
         gaps = (self.left, BOX - self.left - self.size, self.top, BOX - self.top - self.size)
-        return {side for side, gap in zip(SIDES, gaps, strict=True) if gap <= 1}
+        return tuple(side for side, gap in zip(SIDES, gaps, strict=True) if gap <= 1)
 
 
 Box = Sequence[Item]  # a tower's from the base upwards
@@ -188,7 +188,7 @@ def _phrase(towers: bool, rng: random.Random, placed: bool = True) -> Phrase:
             colour in ("", i.colour)
             and noun in ("item", "object", i.shape)
             and size in ("", SIZES[i.size])
-            and (not wall or turned == i.walls.isdisjoint(sides))
+            and (not wall or turned == set(sides).isdisjoint(i.walls))
         ),
     )
 

@@ -37,7 +37,6 @@ WORDS = (*COLOURS, *SHAPES, *SIZES.values(), *SIDES, "block")
 TURN, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"  # as in model.CHAT_TEMPLATE
 STRIP = (3, 16)  # visual tokens of a strip, the smallest and largest number
 STRIP_SHARE, FIRST_SHARE = 0.35, 0.7  # of the answers that have a strip, and of these with it first, not after the mark
-Asked = Sequence[tuple[list[int], list[int]]]  # questions about one image and their answers, as tokens
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class WideSettings:
     scenes: int = 4_000
     questions: int = 30  # of each scene, on average
     vision_steps: int = 700
-    shapes_only: int = 450  # of them, in which no places are said
+    shapes_only: int = 450  # of them, before places are said: of both at once it would learn places first
     language_steps: int = 1500
     batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
@@ -64,8 +63,7 @@ class Sight:
     scenes: Sequence[Scene]
     images: Sequence[Sample]
     seed: int
-    batch: int
-    shapes_only: int  # steps before places are said, which alone would be learnt first
+    settings: WideSettings
 
     def __post_init__(self) -> None:
         self.words = {word: embedding_of(self.backbone, word) for word in WORDS}
@@ -75,8 +73,8 @@ class Sight:
 
     def collect(self, step: int) -> tuple[list[int], bool]:
         """The scenes of a step, and whether places are said as well."""
-        chosen = random.Random(f"{self.seed}/sight/{step}").sample(range(len(self.scenes)), self.batch)
-        return chosen, step >= self.shapes_only
+        chosen = random.Random(f"{self.seed}/sight/{step}").sample(range(len(self.scenes)), self.settings.batch)
+        return chosen, step >= self.settings.shapes_only
 
     def backward(self, batch: tuple[list[int], bool]) -> dict[str, float]:
         """Add the gradient of the squared error, relative to that of a tower that sees no shapes: 1.0 is that bad."""
@@ -93,9 +91,9 @@ class Sight:
         words, cells = self.words, torch.zeros(ROWS * COLUMNS, self.backbone.width)
         for item in (item for box in scene for item in box):
             # With their product, of two shapes in one token it can be told which colour is whose.
-            colour, shape = words[item.colour], words["square" if item.shape == "block" else item.shape]
-            said = [colour, shape, words[SIZES[item.size]], colour * shape / EMBEDDING_STD]
-            said += [words[name] for name in (*item.walls, *(["block"] if item.shape == "block" else []))]
+            shapes = ("square", "block") if item.shape == "block" else (item.shape,)
+            colour, *others = (words[name] for name in (item.colour, *shapes, SIZES[item.size], *item.walls))
+            said = [colour, *others, colour * others[0] / EMBEDDING_STD]
             x, y = STEP * item.box + item.left + item.size // 2, item.top + item.size // 2
             cells[COLUMNS * min(y // SIDE, ROWS - 1) + x // SIDE] += torch.stack(said).sum(0)
         return cells / 2
@@ -107,7 +105,7 @@ class Reading:
 
     backbone: Backbone
     features: Tensor  # (images * tokens, d)
-    asked: Sequence[Asked]
+    pairs: Sequence[Sequence[tuple[str, str]]]  # the questions about each image, with their answers
     image: Sample  # any of them: all have the same prompt
     seed: int
     settings: WideSettings
@@ -119,6 +117,10 @@ class Reading:
         with torch.no_grad():
             table = prompt_table(encode(self.backbone, [self.image]), 0, text, 0)
         self.prefix = table[: table[:, 0].nonzero()[0][-1] + 1 + self.backbone.image_markers]
+        self.asked = [
+            [(tokenizer(q + TURN)["input_ids"], tokenizer(f"{ANSWER_MARK} {a}{END}")["input_ids"]) for q, a in asked]
+            for asked in self.pairs
+        ]
         self.line_break, self.colon = (tokenizer(text)["input_ids"][-1] for text in ("\n", ANSWER_MARK))
 
     def collect(self, step: int) -> list[tuple[Table, Tensor]]:
@@ -166,7 +168,7 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     texts = (f"{text} a {ANSWER_MARK} {answer}" for asked in pairs for text, answer in asked)
     processor = build_processor(texts, PIXELS - CELL**2 // 2, PIXELS)
     backbone = Qwen25VLBackbone(build_model(settings.size, processor, seed), processor)
-    model, tokenizer, last = backbone.model, processor.tokenizer, {}
+    model, last = backbone.model, {}
 
     def learn(name: str, objective: Objective, module: nn.Module, steps: int) -> None:
         model.requires_grad_(False)
@@ -174,23 +176,11 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
         loop = LoopSettings(name, steps, settings.learning_rate, 0.05, settings.matrix_learning_rate, weight_decay=0.01)
         last[name] = train(objective, dict(module.named_parameters()), loop, work, Accelerator(cpu=True)).last
 
-    learn(
-        "vision",
-        Sight(backbone, scenes, images, seed, settings.batch, settings.shapes_only),
-        backbone.visual,
-        settings.vision_steps,
-    )
+    learn("vision", Sight(backbone, scenes, images, seed, settings), backbone.visual, settings.vision_steps)
     with torch.no_grad():
         seen = (encode(backbone, images[at : at + ENCODED]) for at in range(0, len(images), ENCODED))
         features = torch.cat([prompt.embeds[prompt.visual].half() for prompt in seen])
-    tokens = [
-        [
-            (tokenizer(text + TURN)["input_ids"], tokenizer(f"{ANSWER_MARK} {answer}{END}")["input_ids"])
-            for text, answer in asked
-        ]
-        for asked in pairs
-    ]
-    reading = Reading(backbone, features, tokens, images[0], seed, settings)
+    reading = Reading(backbone, features, pairs, images[0], seed, settings)
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
     learn("language", reading, speaking, settings.language_steps)
     model.requires_grad_(False).eval().save_pretrained(work)

@@ -20,9 +20,8 @@ from recipes.tiny_vlm.boxes import Item, Scene, draw_scene, picture, questions
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import answer_loss
 from recipes.tiny_vlm.sequences import stack
-from recipes.tiny_vlm.wide import END, PIXELS, TURN, Reading, Sight, WideSettings, train_wide
+from recipes.tiny_vlm.wide import PIXELS, Reading, Sight, WideSettings, train_wide
 from vismem.config import load_config
-from vismem.data.collate import ANSWER_MARK
 from vismem.data.readers import nlvr
 from vismem.data.sample import Sample
 from vismem.files import read_json
@@ -33,7 +32,7 @@ from vismem.steps import run_step
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = WideSettings(
-    Size(32, 2, 2, 32, 2), scenes=6, questions=3, vision_steps=2, language_steps=2, batch=2, asked=2
+    Size(32, 2, 2, 32, 2), scenes=6, questions=3, vision_steps=2, shapes_only=1, language_steps=2, batch=2, asked=2
 )
 ORIGIN = {"command": "the command", "git": {"commit": "0123abc", "dirty": False}}
 TOWERS: Scene = [
@@ -156,18 +155,11 @@ def test_the_same_seed_gives_the_same_base(base: Path, tmp_path: Path) -> None:
 
 
 def test_questions_that_share_an_image_lose_what_the_product_s_own_prompts_lose(backbone: Qwen25VLBackbone) -> None:
-    tokenizer, pairs = (
-        backbone.processor.tokenizer,
-        [("how many blue circles?", "2"), ("true or false: There is a box.", "true")],
-    )
+    pairs = [("how many blue circles?", "2"), ("true or false: There is a box.", "true")]
     images = [Sample("", (picture(scene),), "", "") for scene in (TOWERS, SHAPES)]
     with torch.no_grad():
         seen = encode(backbone, images)
-    asked = [
-        (tokenizer(text + TURN)["input_ids"], tokenizer(f"{ANSWER_MARK} {answer}{END}")["input_ids"])
-        for text, answer in pairs
-    ]
-    reading = Reading(backbone, seen.embeds[seen.visual], [asked, asked], images[0], 0, SETTINGS)
+    reading = Reading(backbone, seen.embeds[seen.visual], [pairs, pairs], images[0], 0, SETTINGS)
     for at in (0, 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("recipes.tiny_vlm.wide.STRIP_SHARE", 0)
@@ -198,7 +190,7 @@ def loss_of(backbone: Qwen25VLBackbone, sample: Sample) -> float:
 
 
 def test_each_token_says_what_stands_there(backbone: Qwen25VLBackbone) -> None:
-    sight = Sight(backbone, [SHAPES], [], 0, 1, 0)
+    sight = Sight(backbone, [SHAPES], [], 0, SETTINGS)
     words, cells = sight.words, 2 * sight.target(SHAPES).view(5, 20, -1)
     assert not cells[0].any()
     circle = words["yellow"] + words["circle"] + words["yellow"] * words["circle"] / 0.3 + words["small"]
@@ -208,7 +200,9 @@ def test_each_token_says_what_stands_there(backbone: Qwen25VLBackbone) -> None:
 
 
 def test_a_tower_that_sees_no_shapes_loses_one(backbone: Qwen25VLBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    sight = Sight(backbone, [SHAPES, TOWERS], [Sample("", (picture(s),), "", "") for s in (SHAPES, TOWERS)], 0, 2, 1)
+    sight = Sight(
+        backbone, [SHAPES, TOWERS], [Sample("", (picture(s),), "", "") for s in (SHAPES, TOWERS)], 0, SETTINGS
+    )
     prompt = encode(backbone, sight.images)
     for step in (0, 1):  # before and after places are said
         embeds = torch.zeros_like(prompt.embeds, requires_grad=True)
@@ -241,7 +235,9 @@ def test_what_is_said_of_a_scene_is_so(asked: list[tuple[Scene, str, str]]) -> N
             assert answer == (" ".join(map(str, counts)) if found[3] else str(sum(counts)))
             checked[f"count{found[3]}"] += 1
         elif found := re.fullmatch(
-            r"true or false: there is a (?:box|tower) with only (black|yellow|blue) (?:items|objects|blocks)\.?", text, re.I
+            r"true or false: there is a (?:box|tower) with only (black|yellow|blue) (?:items|objects|blocks)\.?",
+            text,
+            re.I,
         ):
             assert answer == str(any({i.colour for i in box} == {found[1]} for box in scene)).lower()
             checked[answer] += 1

@@ -19,13 +19,8 @@ SIDES = ("left", "right", "top", "bottom")
 BOX, STEP, HEIGHT, WIDTH = 100, 150, 100, 400  # pixels: a box's side, from box to box, and the picture
 GROUND, BETWEEN = (211, 211, 211), (128, 128, 128)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
-ENDS = (
-    ("as the base", 0),
-    ("at the base", 0),
-    ("at the bottom", 0),
-    ("as the top", -1),
-    ("at the top", -1),
-)  # of a tower
+ENDS = [*((f"{way} of a tower", 0) for way in ("as the base", "at the base", "at the bottom"))]
+ENDS += [*((f"{way} of a tower", -1) for way in ("as the top", "at the top"))]
 WALLS = (  # ways to say what a shape touches, and which sides that may be
     *((name, SIDES) for name in ("the edge", "the wall", "a wall", "any edge")),
     *((f"{side} wall of a box", (side,)) for side in ("left", "right")),
@@ -98,8 +93,8 @@ def questions(scenes: Sequence[Scene], each: int, rng: random.Random) -> list[li
         at = rng.randrange(len(scenes))
         towers = _towers(scenes[at])
         if rng.random() < COUNTS:
-            text, answer = _count(towers, rng)
-            made.append((at, text, answer(scenes[at])))
+            text, counted = _count(towers, rng)
+            made.append((at, text, counted(scenes[at])))
             continue
         text, rule = (_of_items if rng.random() < 0.35 else _of_boxes)(towers, rng)
         first = text[0].upper() if rng.random() < 0.8 else text[0]
@@ -108,8 +103,8 @@ def questions(scenes: Sequence[Scene], each: int, rng: random.Random) -> list[li
         if len(found) == 2:
             made += [(at, text, str(truth).lower()) for truth, at in found.items()]
     asked: list[list[tuple[str, str]]] = [[] for _ in scenes]
-    for at, text, answered in made:
-        asked[at].append((text, answered))
+    for at, text, answer in made:
+        asked[at].append((text, answer))
     return asked
 
 
@@ -174,8 +169,7 @@ def _quantity(rng: random.Random, most: int = 7) -> Count:
 def _phrase(towers: bool, rng: random.Random, placed: bool = True) -> Phrase:
     colour = rng.choice((*COLOURS, *COLOURS, ""))
     if towers:
-        end, at = rng.choice(ENDS) if placed and rng.random() < 0.3 else ("", None)
-        place = f"{end} of a tower" if end else ""
+        place, at = rng.choice(ENDS) if placed and rng.random() < 0.3 else ("", None)
         return f"{colour} block".strip(), place, lambda i, b: colour in ("", i.colour) and (at is None or i is b[at])
     noun = rng.choice(("item", "object", *SHAPES))
     size = rng.choice(list(SIZES.values())) if rng.random() < 0.06 else ""

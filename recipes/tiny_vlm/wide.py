@@ -1,8 +1,8 @@
 """The tiny VLM for wide images, before it has seen any of NLVR: it learns from `boxes`, first to see, then to read.
 
 A visual token is 20 pixels of a 400 x 100 image, as wide as a block of a tower. Vision: every token becomes the sum of
-the embeddings of the words for the shapes whose centres it holds. Language: several questions follow one image, each of
-which reads the image and itself only, and in some answers a strip of visual tokens appears again.
+the embeddings of the words for the shapes whose centres it holds, and of its place. Language: several questions follow
+one image, each of which reads the image and itself only, and in some answers a strip of visual tokens appears again.
 """
 
 import random
@@ -46,9 +46,9 @@ class WideSettings:
     size: Size = field(default_factory=lambda: Size(layers=4, window=COLUMNS))
     scenes: int = 4_000
     questions: int = 30  # of each scene, on average
-    vision_steps: int = 700
+    vision_steps: int = 900
     shapes_only: int = 450  # of them, before places are said: of both at once it would learn places first
-    language_steps: int = 1500
+    language_steps: int = 2500
     batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
     learning_rate: float = 4e-3  # peak of AdamW

@@ -9,7 +9,7 @@ INSTALLED = .venv/.installed
 SERVING = .venv-serving/.installed
 COMPILED = .venv/.compiled
 
-.PHONY: help try setup serving demo smoke pipeline study tiny-vlm test lint docs ui serve playground stack images locks \
+.PHONY: help try setup serving demo smoke nlvr pipeline study tiny-vlm test lint docs ui serve playground stack images locks \
 	test-containers mutants
 
 help:  ## list the targets
@@ -29,6 +29,11 @@ demo: setup  ## the whole job: from visual questions to a released model that an
 smoke: setup  ## the same at toy size, in runs/smoke/
 	$(VISMEM) repro --profile smoke
 	$(VISMEM) summary --profile smoke
+
+nlvr: $(INSTALLED)  ## train and score on NLVR, DATA= its folder: a base for wide pictures, its memory, the report; on the CPU
+	@test -e data/nlvr || ln -s "$$(realpath '$(DATA)')" data/nlvr
+	@test -e runs/wide-vlm || .venv/bin/python -m recipes.tiny_vlm --wide --out runs/wide-vlm
+	$(VISMEM) repro --profile nlvr evaluate
 
 PROFILE ?= smoke
 pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PROFILE= for the full size

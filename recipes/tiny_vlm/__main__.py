@@ -7,6 +7,7 @@ from pathlib import Path
 
 from recipes.tiny_vlm.memory import memory_config, train_memory
 from recipes.tiny_vlm.train import Settings, train_tiny_vlm
+from recipes.tiny_vlm.wide import WideSettings, train_wide
 from vismem.provenance import git_state
 
 
@@ -20,9 +21,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Settings.language_steps, help="of the language phase")
     parser.add_argument("--vision-steps", type=int, default=Settings.vision_steps)
     parser.add_argument("--detail-steps", type=int, default=Settings.detail_steps)
+    parser.add_argument(
+        "--wide", action="store_true", help="a model for NLVR's wide images, on generated scenes of boxes"
+    )
     arguments = parser.parse_args()
     origin = {"command": shlex.join(["python", "-m", "recipes.tiny_vlm", *sys.argv[1:]]), "git": git_state()}
-    if not arguments.keep:
+    if arguments.wide:
+        print("model:", train_wide(arguments.out, arguments.seed, WideSettings(), origin))
+    elif not arguments.keep:
         settings = Settings(
             language_steps=arguments.steps, vision_steps=arguments.vision_steps, detail_steps=arguments.detail_steps
         )

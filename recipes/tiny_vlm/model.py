@@ -55,9 +55,12 @@ class Size:
     heads: int = 4
     vision_width: int = 96
     vision_layers: int = 3
+    window: int = 2  # visual tokens along the side of what all but every other layer attends within
 
 
-def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
+def build_processor(
+    texts: Iterable[str], min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> Qwen2_5_VLProcessor:
     """A Qwen2.5-VL processor whose byte-level BPE was trained on `texts`.
 
     Qwen's own splitting rule keeps punctuation apart from words, so every delimiter is a token of its own.
@@ -78,7 +81,7 @@ def build_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
         padding_side="left",
     )
     make_video_optional()
-    images = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    images = Qwen2VLImageProcessorPil(min_pixels=min_pixels, max_pixels=max_pixels)
     return Qwen2_5_VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
@@ -108,7 +111,7 @@ def build_model(size: Size, processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_
             "intermediate_size": 2 * size.vision_width,
             "num_heads": 4,
             "out_hidden_size": size.width,
-            "window_size": 2 * CELL,
+            "window_size": size.window * CELL,
             "fullatt_block_indexes": sorted({*range(1, size.vision_layers, 2), size.vision_layers - 1}),
         },
         image_token_id=ids["image_pad"],

@@ -49,7 +49,7 @@ class Vision:
 
     def __init__(self, backbone: Backbone, samples: Sequence[Sample], seed: int) -> None:
         self.backbone, self.samples, self.seed = backbone, samples, seed
-        self.words = [torch.stack([_embedding_of(backbone, word) for word in kind]) for kind in WORDS.values()]
+        self.words = [torch.stack([embedding_of(backbone, word) for word in kind]) for kind in WORDS.values()]
 
     def collect(self, step: int) -> tuple[list[Sample], bool]:
         """The questions of a step, without their text, and whether their images are shown whole."""
@@ -120,11 +120,12 @@ class Language:
         return {"loss": float(total)}
 
 
-def answer_loss(backbone: Backbone, batch: Sequences) -> Tensor:
-    """Summed cross-entropy of the answers' tokens."""
+def answer_loss(backbone: Backbone, batch: Sequences, read: Tensor | None = None) -> Tensor:
+    """Summed cross-entropy of the answers' tokens; `read` (R, L, L): the tokens before it that each may read."""
     length = batch.mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=batch.mask.device).tril()
-    hidden = backbone.language(batch.embeds, batch.positions, causal & batch.mask[:, None, None, :])
+    before = causal & (batch.mask[:, None] if read is None else read)
+    hidden = backbone.language(batch.embeds, batch.positions, before[:, None])
     learnt = batch.labels != IGNORED
     loss: Tensor = nn.functional.cross_entropy(backbone.head(hidden[learnt]), batch.labels[learnt], reduction="sum")
     return loss
@@ -161,7 +162,7 @@ def _chunks(items: Sequence[T], device: torch.device) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _embedding_of(backbone: Backbone, word: str) -> Tensor:
+def embedding_of(backbone: Backbone, word: str) -> Tensor:
     """(d,) the embedding of the word inside a sentence; where it is several tokens, their sum at the same scale."""
     ids = backbone.processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
     rows: Tensor = backbone.embedding.weight.detach()[ids]

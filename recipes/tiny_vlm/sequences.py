@@ -82,7 +82,7 @@ def pages(backbone: Backbone, samples: Sequence[Sample]) -> tuple[list[Page], Te
             text = [token for token in ids if token != pad_id]
             tables = []
             for view in views:
-                tables.append(_prompt_table(view, row, text, count))
+                tables.append(prompt_table(view, row, text, count))
                 features.append(view.embeds[row][view.visual[row]])
                 count += len(features[-1])
             coarse, whole = tables
@@ -96,7 +96,7 @@ def pages(backbone: Backbone, samples: Sequence[Sample]) -> tuple[list[Page], Te
                     block=slice(places[0] - backbone.image_markers, places[-1] + 1 + backbone.image_markers),
                     images=np.arange(first, count),
                     objects=tuple(first + tokens for tokens in object_tokens(sample)),
-                    answer=_words(answer, learnt=True),
+                    answer=word_table(answer, learnt=True),
                     breaks=(0, *(at + 1 for at, token in enumerate(answer[:-1]) if token in delimiters), len(answer)),
                     line_break=line_break,
                     detail=NEEDS[sample.task] == "detail",
@@ -163,7 +163,7 @@ def cells_of(height: int, width: int) -> NDArray[np.int64]:
     return (3 * (row * 3 // (2 * height))[:, None] + column * 3 // (2 * width)).reshape(-1)
 
 
-def _prompt_table(view: Prompt, row: int, text: Sequence[int], before: int) -> Table:
+def prompt_table(view: Prompt, row: int, text: Sequence[int], before: int) -> Table:
     """One prompt of a view; its image tokens' features come after `before` others, its other tokens are `text`."""
     length = int(view.mask[row].sum())
     visual = view.visual[row, :length].cpu().numpy()
@@ -174,7 +174,8 @@ def _prompt_table(view: Prompt, row: int, text: Sequence[int], before: int) -> T
     return table
 
 
-def _words(ids: Sequence[int], learnt: bool = False) -> Table:
+def word_table(ids: Sequence[int], learnt: bool = False) -> Table:
+    """Words one after the other, their positions counted from 0."""
     table = np.zeros((len(ids), 6), dtype=np.int32)
     table[:, 1], table[:, 2], table[:, 3:] = ids, learnt, np.arange(len(ids))[:, None]
     return table
@@ -198,6 +199,6 @@ def _strip(page: Page, rng: random.Random) -> Table:
         kept = np.concatenate(chosen).tolist()
         kept = rng.sample(kept, min(slots, len(kept)))
     kept.sort()
-    table = _words([page.line_break] * (slots + 2))
+    table = word_table([page.line_break] * (slots + 2))
     table[1:-1, 0] = [1 + kept[slot * len(kept) // slots] for slot in range(slots)]
     return table

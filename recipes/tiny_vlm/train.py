@@ -71,9 +71,14 @@ def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, A
             },
         },
     }
+    return finish(work, out, "base.md.j2", facts)
+
+
+def finish(work: Path, out: Path, template: str, facts: dict[str, Any]) -> Path:
+    """Write the card, and put what the run has made in the place of `out`."""
     for leftover in (*work.glob("*.checkpoint"), work / STARTED):
         leftover.unlink()
-    write_card(work, "base.md.j2", facts)
+    write_card(work, template, facts)
     shutil.rmtree(out, ignore_errors=True)
     work.rename(out)
     return out

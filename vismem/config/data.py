@@ -69,10 +69,10 @@ class JsonlSource(LocalFiles):
 
 
 class NlvrSource(LocalFiles):
-    """NLVR v1.0 (CC-BY-4.0): its repository's layout (a folder with a .json) or one Parquet file."""
+    """NLVR v1.0 (CC-BY-4.0): its repository's layout (a folder with a .json) or Parquet files."""
 
     kind: Literal["nlvr"]
-    path: Path = Field(description="a folder of the repository (train/, dev/), or a .parquet file")
+    path: Path = Field(description="a folder of the repository (train/, dev/), or .parquet: train for train*.parquet")
     directories: tuple[int, ...] = Field((), description="numbered image directories read; empty: all [NLVR README]")
 
 

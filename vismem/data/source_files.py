@@ -9,6 +9,7 @@ from typing import Any
 from vismem.config import Config, DvcSource, JsonlSource, LmuDataSource, NlvrSource
 from vismem.data.dvc_source import COMMIT, find
 from vismem.data.readers.lmudata import VARIABLE
+from vismem.data.readers.nlvr import parquet_files
 from vismem.files import read_json, write_json
 
 DATA = Path("data")  # what dvc.yaml lets `prepare` and `validate` depend on
@@ -21,7 +22,7 @@ def files_of(source: Any) -> list[Path]:
     if isinstance(source, JsonlSource):
         places = [source.path, source.images or source.path.parent]  # images lie beside it
     elif isinstance(source, NlvrSource):
-        places = [source.path]
+        places = [source.path, *parquet_files(source.path)]
     elif isinstance(source, LmuDataSource) and (given := source.path or os.environ.get(VARIABLE)):
         folder = Path(given)
         places = [folder / f"{source.name}.tsv", folder / f"{source.name}_local.tsv", folder / "images" / source.name]

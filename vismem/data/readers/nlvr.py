@@ -1,11 +1,13 @@
 """NLVR v1.0 (Suhr et al., ACL 2017, CC-BY-4.0): is a human sentence true of an image of three boxes?
 
-Reads a folder of its repository (`train/` with `train.json` and `images/DIRECTORY/train-N-M-K.png`) or a Parquet file
+Reads a folder of its repository (`train/` with `train.json` and `images/DIRECTORY/train-N-M-K.png`) or Parquet files
 (id, image, question, answer, split, directory). Its identifiers leak the label (M does), so ours are hashes of them.
 """
 
 import hashlib
 from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,12 +30,17 @@ def read(source: NlvrSource) -> Iterator[Sample]:
     """
     if source.path.is_dir():
         return _repository(source)
-    if source.path.is_file():
-        return _parquet(source)
+    if files := parquet_files(source.path):
+        return chain.from_iterable(_parquet(source, file) for file in files)
     raise UserError(
         f"no NLVR data at {source.path}: `path` in prepare.sources must be a folder of the repository "
         f"(such as nlvr/train) or a .parquet file"
     )
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The file itself, or those in place of a folder: `train.parquet` and `train_rest.parquet` for `train`."""
+    return [path] if path.is_file() else sorted(path.parent.glob(f"{path.name}*.parquet"))
 
 
 def opaque_id(identifier: str) -> str:
@@ -83,16 +90,16 @@ def _repository(source: NlvrSource) -> Iterator[Sample]:
                 yield _sample(stem, target.read_bytes(), row["sentence"], row["label"], where)
 
 
-def _parquet(source: NlvrSource) -> Iterator[Sample]:
+def _parquet(source: NlvrSource, path: Path) -> Iterator[Sample]:
     try:
-        file = pq.ParquetFile(source.path)
+        file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{source.path} is not a readable Parquet file: {error}") from None
-    require_columns(source.path, COLUMNS, file.schema_arrow.names)
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    require_columns(path, COLUMNS, file.schema_arrow.names)
     if not pa.types.is_binary(kind := file.schema_arrow.field("image").type):
-        raise UserError(f"{source.path}: column 'image' must hold the PNG's bytes (binary), it holds {kind}")
+        raise UserError(f"{path}: column 'image' must hold the PNG's bytes (binary), it holds {kind}")
     batches = file.iter_batches(batch_size=256, columns=list(COLUMNS))
     for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
         if _is_wanted(source, row["directory"]):
-            where = f"{source.path}, row {number}"
+            where = f"{path}, row {number}"
             yield _sample(row["id"], row["image"] or b"", row["question"] or "", row["answer"], where)

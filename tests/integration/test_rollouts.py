@@ -10,11 +10,13 @@ import tiny
 import torch
 from PIL import Image
 
+from vismem.generation import torch_executor
 from vismem.generation.controls import Relook, Shuffled
 from vismem.generation.engine import generate, rollout_of, stream
 from vismem.generation.invocation import Learned, Off, Random
 from vismem.generation.loop import DecodeLoop, Prefilled, Request
 from vismem.generation.prompts import encode, shown_again
+from vismem.generation.replay import prefill, score
 from vismem.generation.torch_executor import TorchExecutor, _column_at
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.kinds import MemoryKind
@@ -121,6 +123,17 @@ def test_a_number_draws_the_first_column_whose_cumulative_probability_exceeds_it
     assert _column_at(cumulative, at).tolist() == [0, 2, 2, 3, 3]
 
 
+def test_tokens_are_chosen_a_few_rows_at_a_time_with_log_probabilities_in_the_models_type(
+    model: VisMemModel, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_executor, "together", lambda vocabulary: 5)
+    found = generate(model, tiny.samples(), Learned(), max_new_tokens=24, temperature=1.0)
+    for rollout, expected in zip(found, rollouts, strict=True):
+        assert rollout.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert replace(rollout, logprobs=expected.logprobs) == expected
+        assert torch.tensor(rollout.logprobs).tolist() == [*rollout.logprobs]
+
+
 def test_images_shown_again_open_the_answer_and_count_as_its_latents(model: VisMemModel) -> None:
     samples, executor = tiny.samples()[:3], TorchExecutor(model)
     prompt = encode(model.backbone, samples)
@@ -182,6 +195,11 @@ def test_rows_of_the_policys_adapter_and_of_the_bare_base_are_decoded_beside_eac
             assert rollout_of(model, row).logprobs == pytest.approx(expected.logprobs, abs=1e-4)
             assert replace(rollout_of(model, row), logprobs=expected.logprobs) == expected
     assert any(row.invocations for row in rows[0])
+    rollouts = [rollout_of(model, row) for row in rows[0]]
+    scores = score(model, prefill(model, samples[:3]), rollouts, torch.arange(3), sampled_kinds=Learned().sampled)
+    for row, logprobs, sampled in zip(rows[0], scores.logprobs, scores.mask, strict=True):
+        drawn = [logprob for _, loss, logprob in row.tokens if loss]
+        assert logprobs[sampled].tolist() == pytest.approx(drawn, abs=1e-4)
     model.policy_lora.enabled = False
     bare = generate(model, samples[:3], Learned(), max_new_tokens=10, temperature=1.0, seed=1)
     assert [rollout.token_ids for rollout in bare] != [tuple(t for t, _, _ in row.tokens) for row in rows[0]]

@@ -144,6 +144,13 @@ def test_what_was_read_of_images_and_prompts_is_kept_within_the_bytes_that_are_g
                 assert np.array_equal((other.stream | other.read)[name], values), name
 
 
+def test_a_prompt_joins_without_what_short_memories_read_of_its_images(bundle: Bundle) -> None:
+    graphs: Any = bundle
+    executor = OnnxExecutor(bundle)
+    executor.join(Request([prepared(executor, SAMPLES[0], 4)], Learned(), 4), limit=2)
+    assert (graphs.vision.calls, graphs.decoder.calls) == (1, 1)
+
+
 def test_memory_tokens_may_lie_beyond_the_table_of_embeddings(model: VisMemModel, bundle: Bundle) -> None:
     executor, ids = OnnxExecutor(bundle), np.array([5, *model.memory_ids, 0])
     expected = model.embed(torch.from_numpy(ids)).numpy()

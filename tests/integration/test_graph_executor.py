@@ -45,15 +45,17 @@ ASKED: tuple[tuple[InvocationPolicy, int, float], ...] = (  # with tokens and te
 
 
 class Computed:
-    """A graph before its export, called as `bundle.Graph` is; how often it was."""
+    """A graph before its export, called as `bundle.Graph` is; how often it was. It takes inputs of its types alone."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.inputs, self.calls = graph, graph.inputs, 0
+        self.types = [tensor.dtype for tensor in torch.utils._pytree.tree_leaves(graph.arguments)]
 
     @torch.no_grad()
     def __call__(self, **values: NDArray[Any]) -> dict[str, NDArray[Any]]:
         self.calls += 1
         given: list[Any] = [torch.from_numpy(np.ascontiguousarray(values[name])) for name in self.inputs]
+        assert [tensor.dtype for tensor in given] == self.types, self.graph.name
         named = len(self.graph.arguments) - 1
         if isinstance(self.graph.arguments[-1], list):
             given = [*given[:named], given[named:]]
@@ -63,23 +65,30 @@ class Computed:
 
 @pytest.fixture(scope="module")
 def model(tiny_base: Path) -> VisMemModel:
-    """A model that likes to invoke."""
-    return tiny.eager(tiny_base)
+    """A model that likes to invoke, with learned first tokens: they start at zero where they are added to others."""
+    model = tiny.eager(tiny_base)
+    for former in (model.short, model.long):
+        former.memory_init.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    return model
 
 
 @pytest.fixture
 def bundle(model: VisMemModel) -> Bundle:
+    return opened(model)
+
+
+def opened(model: VisMemModel) -> Bundle:
     rows = torch.cat([model.tokens.invoke, model.tokens.end])
     tokenizer = Tokenizer.from_str(model.backbone.processor.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
-    opened = SimpleNamespace(
+    graphs = SimpleNamespace(
         settings=runtime_settings(model),
         embedding=model.backbone.embedding.weight.detach().numpy(),
         memory_rows=rows.detach().numpy(),
         tokenizer=tokenizer,
         **{graph.name: Computed(graph) for graph in graphs_of(model)},
     )
-    return cast(Bundle, opened)
+    return cast(Bundle, graphs)
 
 
 def test_answers_and_memories_are_torchs(model: VisMemModel, bundle: Bundle) -> None:
@@ -87,6 +96,13 @@ def test_answers_and_memories_are_torchs(model: VisMemModel, bundle: Bundle) -> 
     assert (parity.passed, parity.greedy_equal, parity.differences) == (True, 4, ())
     assert parity.memories > 2 * 4
     assert parity.max_memory_difference < 1e-4
+
+
+def test_memories_whose_first_tokens_stand_alone_are_torchs_too(tiny_base: Path) -> None:
+    memory = tiny.MEMORY.model_copy(update={"short_init": "random", "long_init": "random"})
+    model = tiny.vismem(tiny_base, memory).requires_grad_(False)
+    parity = check_parity(model, OnnxExecutor(opened(model)), SAMPLES[:2], max_new_tokens=4, tolerance=1e-4)
+    assert (parity.passed, parity.differences, parity.memories) == (True, (), 2 * 2)
 
 
 def test_rows_that_join_and_leave_at_any_time_are_each_as_torch_decodes_it_alone(
@@ -123,6 +139,27 @@ def test_what_was_read_of_images_and_prompts_is_kept_within_the_bytes_that_are_g
         assert (graphs.vision.calls - before[0], graphs.decoder.calls - before[1]) == again
         assert np.array_equal(first.read["hidden"], second.read["hidden"])
         assert all(np.array_equal(first.stream[name], second.stream[name]) for name in first.stream)
+        for sample in SAMPLES[1:3]:
+            other, alone = (prepared(by, sample, 4) for by in (executor, OnnxExecutor(bundle)))
+            executor.read(other, memory=True)
+            OnnxExecutor(bundle).read(alone, memory=True)
+            for name, values in (alone.stream | alone.read).items():
+                assert np.array_equal((other.stream | other.read)[name], values), name
+
+
+def test_a_prompt_joins_without_what_short_memories_read_of_its_images(bundle: Bundle) -> None:
+    graphs: Any = bundle
+    executor = OnnxExecutor(bundle)
+    executor.join(Request([prepared(executor, SAMPLES[0], 4)], Learned(), 4), limit=2)
+    assert (graphs.vision.calls, graphs.decoder.calls) == (1, 1)
+
+
+def test_memory_tokens_may_lie_beyond_the_table_of_embeddings(model: VisMemModel, bundle: Bundle) -> None:
+    executor, ids = OnnxExecutor(bundle), np.array([5, *model.memory_ids, 0])
+    expected = model.embed(torch.from_numpy(ids)).numpy()
+    assert np.array_equal(executor._embed(ids), expected)
+    bundle.embedding = bundle.embedding[: min(model.memory_ids)]
+    assert np.array_equal(executor._embed(ids), expected)
 
 
 def test_limits_are_the_models_own_and_a_question_over_them_is_refused(model: VisMemModel, bundle: Bundle) -> None:

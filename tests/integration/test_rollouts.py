@@ -1,5 +1,6 @@
 """The record of an answer: its text, its marks, how long it is and whether it ended by itself."""
 
+import io
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 
-from vismem.generation.controls import Shuffled
+from vismem.generation import torch_executor
+from vismem.generation.controls import Relook, Shuffled
 from vismem.generation.engine import generate, rollout_of, stream
 from vismem.generation.invocation import Learned, Off, Random
-from vismem.generation.loop import DecodeLoop, Request
-from vismem.generation.prompts import encode
+from vismem.generation.loop import DecodeLoop, Prefilled, Request
+from vismem.generation.prompts import encode, shown_again
+from vismem.generation.replay import prefill, score
 from vismem.generation.torch_executor import TorchExecutor, _column_at
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.kinds import MemoryKind
@@ -119,12 +123,65 @@ def test_a_number_draws_the_first_column_whose_cumulative_probability_exceeds_it
     assert _column_at(cumulative, at).tolist() == [0, 2, 2, 3, 3]
 
 
-def test_rows_of_the_policys_adapter_and_of_the_bare_base_are_decoded_beside_each_other(tiny_base: Path) -> None:
-    model, samples = tiny.eager(tiny_base), tiny.samples()
-    generator = torch.Generator().manual_seed(0)
+def test_tokens_are_chosen_a_few_rows_at_a_time_with_log_probabilities_in_the_models_type(
+    model: VisMemModel, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_executor, "together", lambda vocabulary: 5)
+    found = generate(model, tiny.samples(), Learned(), max_new_tokens=24, temperature=1.0)
+    for rollout, expected in zip(found, rollouts, strict=True):
+        assert rollout.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert replace(rollout, logprobs=expected.logprobs) == expected
+        assert torch.tensor(rollout.logprobs).tolist() == [*rollout.logprobs]
+
+
+def test_images_shown_again_open_the_answer_and_count_as_its_latents(model: VisMemModel) -> None:
+    samples, executor = tiny.samples()[:3], TorchExecutor(model)
+    prompt = encode(model.backbone, samples)
+    opened = shown_again(prompt, prompt, model.backbone.image_markers)
+    with executor.running():
+        rows = DecodeLoop(executor).join(Request(samples, Relook(), 3))
+    for place, row in enumerate(rows):
+        length, before = int(opened.mask[place].sum()), int(prompt.mask[place].sum())
+        assert row.prompt == Prefilled(length, 2 * int(prompt.visual[place].sum()), length - before)
+    again, behind = (
+        generate(model, samples, policy, max_new_tokens=6, temperature=1.0, prompt=given)
+        for policy, given in ((Relook(), None), (Off(), opened))
+    )
+    for row, found, expected in zip(rows, again, behind, strict=True):
+        assert found.token_ids == (LATENT,) * row.prompt.added + expected.token_ids
+        assert found.logprobs[row.prompt.added :] == expected.logprobs
+
+
+@pytest.fixture
+def adapted(tiny_base: Path) -> VisMemModel:
+    """A model whose policy has an adapter that changes every answer."""
+    model, generator = tiny.eager(tiny_base), torch.Generator().manual_seed(0)
     for up in model.policy_lora.up.values():
         up.normal_(0, 0.5, generator=generator)
     model.policy_lora.enabled = True
+    return model
+
+
+def test_a_prompt_that_was_read_with_the_adapter_does_not_serve_the_bare_base(adapted: VisMemModel) -> None:
+    sample, executor = tiny.samples()[0], TorchExecutor(adapted, cache_bytes=10**9)
+    found = []
+    for policy in (Learned(limit=0), Off(base=True)):
+        answers = []
+        for by in (TorchExecutor(adapted), executor, executor):
+            images = [Image.open(io.BytesIO(data)) for data in sample.images]
+            with by.running():
+                loop = DecodeLoop(by)
+                (row,) = loop.join(Request([by.prepare(images, sample.turns(), 6)], policy, 6))
+                while loop.step():
+                    pass
+            answers.append(row.tokens)
+        assert answers[1:] == answers[:1] * 2
+        found.append(answers[0])
+    assert found[0] != found[1]
+
+
+def test_rows_of_the_policys_adapter_and_of_the_bare_base_are_decoded_beside_each_other(adapted: VisMemModel) -> None:
+    model, samples = adapted, tiny.samples()
     asked = Request(samples[:3], Learned(), 10, 1.0, seed=1), Request(samples[3:6], Off(base=True), 10, 1.0, seed=2)
     executor = TorchExecutor(model)
     with executor.running():
@@ -138,6 +195,11 @@ def test_rows_of_the_policys_adapter_and_of_the_bare_base_are_decoded_beside_eac
             assert rollout_of(model, row).logprobs == pytest.approx(expected.logprobs, abs=1e-4)
             assert replace(rollout_of(model, row), logprobs=expected.logprobs) == expected
     assert any(row.invocations for row in rows[0])
+    rollouts = [rollout_of(model, row) for row in rows[0]]
+    scores = score(model, prefill(model, samples[:3]), rollouts, torch.arange(3), sampled_kinds=Learned().sampled)
+    for row, logprobs, sampled in zip(rows[0], scores.logprobs, scores.mask, strict=True):
+        drawn = [logprob for _, loss, logprob in row.tokens if loss]
+        assert logprobs[sampled].tolist() == pytest.approx(drawn, abs=1e-4)
     model.policy_lora.enabled = False
     bare = generate(model, samples[:3], Learned(), max_new_tokens=10, temperature=1.0, seed=1)
     assert [rollout.token_ids for rollout in bare] != [tuple(t for t, _, _ in row.tokens) for row in rows[0]]

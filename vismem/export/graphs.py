@@ -204,7 +204,7 @@ class ShortMemory(VisionTower):
 
         queries (K, d); segment (T, d), the current segment's hidden states; positions (P, 2) float of the patches;
         features, patch_embeds and stream: as VisionEncoder gives them with its adapter on. Where M_init stands alone,
-        of these only queries and stream are inputs.
+        of these only queries and stream are read.
         """
         memory: Tensor = self.short.memory_init
         places = queries.new_zeros(len(queries) + len(memory), 2)  # the identity

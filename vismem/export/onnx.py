@@ -159,7 +159,6 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
             "queries": model.memory_config.queries,
             "short_length": model.length_of(MemoryKind.SHORT),
             "long_length": model.length_of(MemoryKind.LONG),
-            "look": model.short.patches,
             "pool_images": model.long.patches,
             "max_per_answer": model.invocation_config.max_per_answer,
         },

@@ -213,11 +213,8 @@ class OnnxExecutor:
     def _short(self, question: Question, queries: Floats, said: Floats) -> Floats:
         """Queries and memory tokens beside the whole images' patches in the vision encoder, its LoRA on."""
         self._read_images(question)
-        inputs = {"queries": queries, "segment": said, "positions": question.whole["positions"], **question.stream}
-        if not self.memory["look"]:  # M_init stands alone, at the identity position
-            for name in ("segment", "positions", "features", "patch_embeds"):
-                del inputs[name]
-        return self.bundle.short(**inputs)["memory"]
+        positions = question.whole["positions"]
+        return self.bundle.short(queries=queries, segment=said, positions=positions, **question.stream)["memory"]
 
     def _read_images(self, question: Question) -> None:
         """The whole images with the short former's adapter on: once per question."""

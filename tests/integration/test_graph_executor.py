@@ -21,7 +21,7 @@ from vismem.export.parity import check_parity, prepared
 from vismem.generation.engine import generate, rollout_of
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.loop import DecodeLoop, Request, Row
-from vismem.generation.onnx_executor import OnnxExecutor, shares
+from vismem.generation.onnx_executor import OnnxExecutor, _grown, shares
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import pooling
 from vismem.models.vismem import VisMemModel
@@ -174,6 +174,12 @@ def test_limits_are_the_models_own_and_a_question_over_them_is_refused(model: Vi
     prepared(executor, SAMPLES[0], fits)
     with pytest.raises(RequestError, match="positions"):
         prepared(executor, SAMPLES[0], fits + 1)
+
+
+def test_what_is_allocated_stays_where_fewer_rows_are_needed() -> None:
+    held = np.ones((5, 2, 3, 1), np.float32)
+    assert _grown(held, 3, 2, slots=2) is held
+    assert _grown(held, 3, 4, slots=2).shape == (5, 2, 4, 1)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 9, 12])

@@ -10,16 +10,16 @@ With KServe the servers' Deployment is what kserve_rules.py says of their Infere
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import RLock, Thread
+from threading import RLock
 from typing import Any
 
-import yaml
 from kserve_rules import deployment_of, status_of
+from kubernetes_server import JsonAnswers, kubernetes_server
 from manifests import environment_of, named, namespace_of, servers
 
 from vismem.provenance import MANIFEST, sha256_file
@@ -239,7 +239,7 @@ def merge(into: Manifest, patch: Manifest) -> None:
             into[key] = value
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonAnswers, BaseHTTPRequestHandler):  # named for ruff: so `do_GET` may be called that
     cluster: Cluster
 
     def do_GET(self) -> None:
@@ -261,31 +261,9 @@ class _Handler(BaseHTTPRequestHandler):
         except RefusedError as error:
             status, reason = error.args
             found = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status, "reason": reason}
-        content = json.dumps(found).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.answer(found, status)
 
 
-@contextmanager
-def served(cluster: Cluster, folder: Path) -> Iterator[Path]:
-    """Serve it, and write the kubeconfig that leads to it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"cluster": cluster}))
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    there = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
-    context = {"name": "here", "context": {"cluster": "here", "user": "me"}}
-    config = {"apiVersion": "v1", "kind": "Config", "current-context": "here", "clusters": [there],
-              "contexts": [context], "users": [{"name": "me", "user": {}}]}  # fmt: skip
-    (folder / "kubeconfig").write_text(yaml.safe_dump(config))
-    try:
-        yield folder / "kubeconfig"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def served(cluster: Cluster, folder: Path) -> AbstractContextManager[Path]:
+    """Serve it; the kubeconfig that leads to it."""
+    return kubernetes_server(_Handler, cluster, folder)

@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import yaml
+from kubernetes_server import JsonAnswers, kubernetes_server
 
 ROOT = Path(__file__).parents[1]
 RUNTIME = ROOT / "deploy/kubernetes/components/multi-node/trainer.yaml"
@@ -98,7 +98,7 @@ class Cluster:
         ]}  # fmt: skip
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonAnswers, BaseHTTPRequestHandler):  # named for ruff: so `do_GET` may be called that
     cluster: Cluster
 
     def do_GET(self) -> None:
@@ -131,36 +131,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.answer(self.cluster.delete(self.path.rpartition("/")[2]))
 
-    def answer(self, body: dict[str, Any], status: int = 200) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[tuple[Cluster, Path]]:
     """Serve one, and write the kubeconfig that leads to it; stop what still runs there."""
     stand_in = Cluster(folder)
-    handler = type("Handler", (_Handler,), {"cluster": stand_in})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    there = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
-    context = {"name": "here", "context": {"cluster": "here", "user": "me", "namespace": NAMESPACE}}
-    config = {"apiVersion": "v1", "kind": "Config", "current-context": "here", "clusters": [there],
-              "contexts": [context], "users": [{"name": "me", "user": {}}]}  # fmt: skip
-    (folder / "kubeconfig").write_text(yaml.safe_dump(config))
-    try:
-        yield stand_in, folder / "kubeconfig"
-    finally:
-        for name in stand_in.pods:
-            stand_in.stop(name)
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with kubernetes_server(_Handler, stand_in, folder, namespace=NAMESPACE) as kubeconfig:
+        try:
+            yield stand_in, kubeconfig
+        finally:
+            for name in stand_in.pods:
+                stand_in.stop(name)

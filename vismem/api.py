@@ -51,10 +51,11 @@ def serve_api(
         if file and not file.is_file():
             raise UserError(f"{file} is not there")
     ports = free_ports({"http": port}, host=host, flag="--port")
-    loaded = VisMem.from_pretrained(model, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
+    added = find_added(model)  # once: an alias may move, and a bundle is hashed
+    loaded = VisMem.from_pretrained(added, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
     token = "" if page else os.environ.get(TOKEN_VARIABLE, "").strip()
     runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
-    manifest = find_added(model).parent / MANIFEST  # of a bundle
+    manifest = added.parent / MANIFEST  # of a bundle
     served = {"version": model, "manifest_sha256": sha256_file(manifest) if manifest.is_file() else ""}
     runtime.log = RequestLog.from_environment(served, runtime.metrics.logged)
     app = create_app(runtime, name, token)

@@ -19,8 +19,8 @@ SIDES = ("left", "right", "top", "bottom")
 BOX, STEP, HEIGHT, WIDTH = 100, 150, 100, 400  # pixels: a box's side, from box to box, and the picture
 GROUND, BETWEEN = (211, 211, 211), (128, 128, 128)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
-ENDS = [*((f"{way} of a tower", 0) for way in ("as the base", "at the base", "at the bottom"))]
-ENDS += [*((f"{way} of a tower", -1) for way in ("as the top", "at the top"))]
+ENDS = [(f"{way} of a tower", 0) for way in ("as the base", "at the base", "at the bottom")]
+ENDS += [(f"{way} of a tower", -1) for way in ("as the top", "at the top")]
 WALLS = (  # ways to say what a shape touches, and which sides that may be
     *((name, SIDES) for name in ("the edge", "the wall", "a wall", "any edge")),
     *((f"{side} wall of a box", (side,)) for side in ("left", "right")),

@@ -18,6 +18,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from project import PASSES
 
 from vismem.config import resolve
 from vismem.registry.tracking import experiment_id, open_store, versions
@@ -42,14 +43,6 @@ TINY: dict[str, Any] = {
 SERVED = pytest.mark.skipif(
     not Path(os.environ.get(VARIABLE, DEFAULT_PYTHON)).is_file(), reason="no serving environment: `make serving`"
 )
-PASSES = {
-    "gate.min_items": 1,
-    "gate.min_clusters": 1,
-    "gate.min_gain": -100,
-    "gate.min_gain_low": -100,
-    "gate.max_capability_drop": 100,
-    "gate.max_time_overhead": 1000,
-}
 LONG = ("stage1", "stage2")  # steps that keep checkpoints
 PLACES = {  # each in the midst of its task's work, in the order of the tasks, since a run keeps what earlier ones made
     "configure": ("configure", "configure/*resolved*"),

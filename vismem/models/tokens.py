@@ -8,6 +8,11 @@ KINDS = tuple(MemoryKind)  # the order of the invoke rows, and of the end rows
 MEMORY_TOKENS = ("<m_I^s>", "<m_I^l>", "<m_E^s>", "<m_E^l>")  # both invokes, both ends
 
 
+def marked_text(text: str, event: str) -> str:
+    """A piece of an answer as it is shown: ⟨short⟩ or ⟨long⟩ where that is its event, else the text."""
+    return f"⟨{event}⟩" if event in KINDS else text
+
+
 def add_memory_tokens(tokenizer: Any) -> tuple[int, int, int, int]:
     """Register `MEMORY_TOKENS` as indivisible special tokens; return their ids in that order. Safe to repeat."""
     tokenizer.add_tokens(list(MEMORY_TOKENS), special_tokens=True)

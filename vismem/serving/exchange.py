@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from vismem.errors import UserError
-from vismem.models.tokens import KINDS
+from vismem.models.tokens import KINDS, marked_text
 from vismem.runtime.chat import Chat
 from vismem.runtime.images import upright
 from vismem.runtime.limits import NEW_TOKENS
@@ -54,7 +54,7 @@ class Token:
     @property
     def marked(self) -> str:
         """The text to show where invocations should be seen."""
-        return f"⟨{self.event}⟩" if self.event in KINDS else self.text
+        return marked_text(self.text, self.event)
 
 
 def plain(tokens: Iterable[Token]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vismem.models.tokens import KINDS
+from vismem.models.tokens import marked_text
 from vismem.runtime.limits import RequestError
 from vismem.serving.answering import Chunk, Runtime
 
@@ -32,7 +32,7 @@ def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], st
             (bundle / FOLDER / asked["images"][-1]).write_bytes(image)
         with suppress(RequestError):
             chunks = _chunks(runtime, bundle, asked)
-            shown = "".join(f"⟨{chunk.event}⟩" if chunk.event in KINDS else chunk.text for chunk in chunks).strip()
+            shown = "".join(marked_text(chunk.text, chunk.event) for chunk in chunks).strip()
             stored.append(asked | {"tokens": _tokens(chunks), "answer": shown})
         if len(stored) == QUESTIONS:
             break

@@ -163,16 +163,22 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], accelerator: Accele
 
     A call takes as many parameters as have REDUCED numbers: those of adapters in one.
     """
-    parts: list[list[Tensor]] = [[]]
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if sum(each.numel() for each in parts[-1]) + parameter.numel() > REDUCED:
-            parts.append([])
-        parts[-1].append(parameter.grad)
+        gradients.append(parameter.grad)
     if accelerator.num_processes == 1:
         return
-    for part in filter(None, parts):
+    parts: list[list[Tensor]] = []
+    held = 0  # numbers in the last part
+    for gradient in gradients:
+        held += gradient.numel()
+        if not parts or held > REDUCED:
+            parts.append([])
+            held = gradient.numel()
+        parts[-1].append(gradient)
+    for part in parts:
         summed = accelerator.reduce(torch.cat([each.flatten() for each in part]), reduction="sum")
         for gradient, piece in zip(part, summed.split([each.numel() for each in part]), strict=True):
             gradient.copy_(piece.view_as(gradient))

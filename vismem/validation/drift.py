@@ -65,7 +65,7 @@ def drift(settings: DriftConfig, trained: Trained, log: Path, days: float, out: 
     write_json(out / "drift.json", record | {"rules": [v.record().model_dump(mode="json") for v in verdicts]})
     facts = [{"name": name, **row} for name, row in found.to_dict("index").items()]
     page = page_environment("vismem.validation").get_template("drift.html.j2")
-    text = page.render(head=head, verdicts=verdicts, errors=errors, facts=facts, about=FACTS)
+    text = page.render(head=head, verdicts=verdicts, errors=errors, facts=facts, about=FACTS, p_value=p_value)
     (out / "report.html").write_text(text, encoding="utf-8")
     return line, bool(errors)
 

@@ -10,18 +10,21 @@ With KServe the servers' Deployment is what kserve_rules.py says of their Infere
 """
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import pytest
 from kserve_rules import deployment_of, status_of
+from kubernetes.client import CustomObjectsApi
 from kubernetes_server import JsonAnswers, kubernetes_server
 from manifests import environment_of, named, namespace_of, servers
 
+from vismem import rollout
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.serving.exchange import Answer, DisconnectedError, Token
 from vismem.serving.repository import MANIFEST_VARIABLE
@@ -267,3 +270,26 @@ class _Handler(JsonAnswers, BaseHTTPRequestHandler):  # named for ruff: so `do_G
 def served(cluster: Cluster, folder: Path) -> AbstractContextManager[Path]:
     """Serve it; the kubeconfig that leads to it."""
     return kubernetes_server(_Handler, cluster, folder)
+
+
+@contextmanager
+def at_request(patch: pytest.MonkeyPatch, count: int, act: Callable[[], object]) -> Iterator[None]:
+    """Let `act` happen before the request of that number that a job makes, in the job's own process."""
+    left = [count]
+
+    class Api(CustomObjectsApi):  # type: ignore[misc]
+        def get_namespaced_custom_object(self, *given: Any) -> Any:
+            return self.counted(super().get_namespaced_custom_object, *given)
+
+        def patch_namespaced_custom_object(self, *given: Any) -> Any:
+            return self.counted(super().patch_namespaced_custom_object, *given)
+
+        def counted(self, call: Callable[..., Any], *given: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                act()
+            return call(*given)
+
+    with patch.context() as inner:
+        inner.setattr(rollout, "CustomObjectsApi", Api)
+        yield

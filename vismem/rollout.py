@@ -20,7 +20,7 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.registry.release import rollback
 from vismem.serving.command import run_command
-from vismem.serving.publish import Published, publish
+from vismem.serving.publish import Published, is_champion, publish
 
 SERVERS, CANARY = "triton", "triton-canary"  # Deployments, and the Services before their pods
 PREDICTOR = f"{SERVERS}-predictor"  # with KServe: the Deployment that it makes of the InferenceService SERVERS
@@ -144,6 +144,9 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
     else:
         claim = {**pins, ROLLOUT: cluster.me}
         cluster.change(CANARY, lambda seen: {"spec": {"replicas": 1, **pod_annotations(seen, claim)}})
+        if not is_champion(config, release.version):  # another became it, and perhaps served, before the claim
+            cluster.stop_canary()
+            raise UserError(f"version {release.version} is champion no more: nothing was rolled out; run this again")
         cluster.wait(CANARY, cluster.check_mine)
         try:
             before = servers if seen[VERSION] else None

@@ -4,15 +4,13 @@ Pods answer as a test says of their version; tests/e2e/test_canary.py asks a rea
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments_api import ANSWER, NAMESPACE, Cluster, Pods, served
-from kubernetes.client import CustomObjectsApi
+from deployments_api import ANSWER, NAMESPACE, Cluster, Pods, at_request, served
 from kubernetes.config import load_kube_config
 from project import Project
 
@@ -176,29 +174,6 @@ def kill() -> None:
     raise Killed
 
 
-@contextmanager
-def at_request(here: Here, count: int, act: Callable[[], object]) -> Iterator[None]:
-    """Let `act` happen before the request of that number that a job makes, in the job's own process."""
-    left = [count]
-
-    class Api(CustomObjectsApi):  # type: ignore[misc]
-        def get_namespaced_custom_object(self, *given: Any) -> Any:
-            return self.counted(super().get_namespaced_custom_object, *given)
-
-        def patch_namespaced_custom_object(self, *given: Any) -> Any:
-            return self.counted(super().patch_namespaced_custom_object, *given)
-
-        def counted(self, call: Callable[..., Any], *given: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                act()
-            return call(*given)
-
-    with here.patch.context() as patch:
-        patch.setattr(rollout, "CustomObjectsApi", Api)
-        yield
-
-
 @pytest.mark.parametrize("answer", [ANSWER, WRONG])
 def test_a_job_killed_at_any_request_is_finished_by_the_next(here: Here, answer: str) -> None:
     here.release(b"two", 68.0)
@@ -209,7 +184,7 @@ def test_a_job_killed_at_any_request_is_finished_by_the_next(here: Here, answer:
         killed += 1
         here.rewind()
         try:
-            with at_request(here, killed, kill):
+            with at_request(here.patch, killed, kill):
                 here.roll_out()
             break
         except Killed:
@@ -219,20 +194,28 @@ def test_a_job_killed_at_any_request_is_finished_by_the_next(here: Here, answer:
     assert killed > 8
 
 
-def test_of_two_jobs_at_once_one_ends_the_other_and_wins(here: Here) -> None:
+@pytest.mark.parametrize("newer", [False, True], ids=["same champion", "newer champion"])
+def test_of_two_jobs_at_once_one_ends_the_other_and_wins(here: Here, newer: bool) -> None:
     here.release(b"two", 68.0)
-    told: list[str] = []
+    told, wins = list[str](), "3" if newer else "2"
+
+    def second() -> None:
+        if newer:
+            here.release(b"three", 70.0)
+        told.append(here.roll_out())
+
     while True:
         number = len(told)
         here.rewind()
-        with at_request(here, number + 1, lambda: told.append(here.roll_out())):
+        with at_request(here.patch, number + 1, second):
             first = here.roll_out()
-        assert here.state == (["2", "2"], [], "2")
-        if len(told) > number:
-            assert told[-1].startswith("version 2 is served by all")
-            assert first.startswith(("version 2 is served by all", "failed: another rollout has taken over")), number
-        else:
+        if len(told) == number:
             break
+        assert here.state == ([wins] * 2, [], wins), number
+        assert told[-1].startswith(f"version {wins} is served by all")
+        fits = "failed: version 2 is champion no more" if newer else "version 2 is served by all"
+        assert first.startswith((fits, "failed: another rollout has taken over")), number
+    assert here.state == (["2", "2"], [], "2")
     assert len(told) > 8
 
 

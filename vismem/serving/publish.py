@@ -54,3 +54,10 @@ def publish(config: Config, folder: Path) -> Published:
             (partial / "repository").rename(release)
             shutil.rmtree(partial)
     return Published(champion.version, release, bundle, sha256_file(release / model / MANIFEST))
+
+
+@translate_mlflow_errors()
+def is_champion(config: Config, version: str) -> bool:
+    """Whether the ledger says so now."""
+    champion = champion_version(open_store(config.registry))
+    return champion is not None and champion.version == version

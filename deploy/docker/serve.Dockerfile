@@ -11,7 +11,7 @@ COPY deploy/environments/$LOCK.lock /locks/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/serving && \
     python3 -m pip --python /opt/serving/bin/python --disable-pip-version-check install --no-cache-dir \
-      --require-hashes -r /locks/$LOCK.lock
+      --require-hashes --no-deps -r /locks/$LOCK.lock
 # NVIDIA's image has a user 1000 already.
 RUN { getent passwd 1000 || { groupadd --gid 1000 vismem && useradd --uid 1000 --gid 1000 vismem; }; } && \
     install --directory --owner 1000 --group 1000 /home/vismem

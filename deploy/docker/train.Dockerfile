@@ -6,13 +6,13 @@
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 # Triton's environment, apart because it needs numpy < 2: the deploy step smoke-tests the model on a real server, the
-# wheel's, which nobody outside the pod can reach.
+# wheel's, which nobody outside the pod can reach. --no-deps: a lock is whole, and pip refuses an extra of what it hashes.
 FROM ${BASE} AS serving
 COPY deploy/environments/serve.lock /locks/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/serving && \
     python3 -m pip --python /opt/serving/bin/python --disable-pip-version-check install --no-cache-dir \
-      --require-hashes -r /locks/serve.lock
+      --require-hashes --no-deps -r /locks/serve.lock
 
 FROM ${BASE} AS packages
 # PyPI's torch is the CUDA build with its NVIDIA packages; the CPU build has another hash and lies on PyTorch's index.
@@ -22,7 +22,7 @@ COPY deploy/environments/build.lock deploy/environments/torch-$TORCH.lock deploy
 # Two packages come as source only: setuptools, also from a lock, builds them without fetching anything unchecked.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/venv && \
-    pip="python3 -m pip --python /opt/venv/bin/python --disable-pip-version-check install --no-cache-dir --require-hashes" && \
+    pip="python3 -m pip --python /opt/venv/bin/python --disable-pip-version-check install --no-cache-dir --require-hashes --no-deps" && \
     $pip -r /locks/build.lock && \
     if [ "$TORCH" = cpu ] && [ -n "$TORCH_INDEX" ]; then export PIP_EXTRA_INDEX_URL="$TORCH_INDEX"; fi && \
     $pip --no-build-isolation -r /locks/torch-$TORCH.lock -r /locks/train.lock

@@ -3,6 +3,7 @@
 Rules: kubeflow/pipelines 2.17, backend/src/v2/compiler/argocompiler; for tries argo-workflows 4, workflow/controller.
 """
 
+import json
 from copy import deepcopy
 from typing import Any
 
@@ -107,6 +108,12 @@ def pod_template(retried: bool) -> Values:
             "containers": [main],
         }
     )
+
+
+def filled_in(pod: Values, number: int) -> Values:
+    """The pod as Argo's controller posts it for a task's try of that number, from 1."""
+    filled: Values = json.loads(json.dumps(pod).replace("{{retries}}", str(number - 1)))
+    return filled
 
 
 def tried_again(given: dict[str, str], phase: str, tries: int, elapsed: float) -> bool:

@@ -7,7 +7,7 @@ kfp_argo.py and kfp_driver.py. Tasks take turns. What a container returns is the
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -25,6 +25,10 @@ CONDITION = re.compile(r"(!\()?inputs\.parameter_values\['(.+?)'\] == '(.*?)'\)?
 DONE = ("COMPLETE", "CACHED", "CANCELED")  # CANCELED: its condition does not hold
 
 
+class PodEndedError(Exception):
+    """How a pod ended that did not succeed: FAILED (its launcher said so), or LOST (killed with its launcher)."""
+
+
 @dataclass(frozen=True)
 class Pod:
     """The pod of a task."""
@@ -33,6 +37,7 @@ class Pod:
     manifest: Values
     inputs: Values  # the parameters, resolved
     command: list[str]  # what Kubeflow's launcher runs in it
+    made: Values  # its output artifacts; what runs it may add metadata to them
     key: str | None  # in the cache; None: it is never looked up
     tries: dict[str, str]  # as argo.tried_again takes it
 
@@ -50,6 +55,12 @@ class Pod:
             secret = variable.get("valueFrom", {}).get("secretKeyRef")
             found[variable["name"]] = (secret["name"], secret["key"]) if secret else variable.get("value")
         return found
+
+    @property
+    def volumes(self) -> Values:
+        """The volume at each path."""
+        named = {volume["name"]: volume for volume in self.manifest["spec"]["volumes"]}
+        return {mount["mountPath"]: named[mount["name"]] for mount in self.main["volumeMounts"]}
 
 
 @dataclass
@@ -84,7 +95,10 @@ class Group:
 
 
 class Kubeflow:
-    """A cluster with its cache and artifact store. `execute` gives the output parameters of a pod that succeeds."""
+    """A cluster with its cache and artifact store.
+
+    `execute` runs a pod and gives its output parameters, or raises PodEndedError.
+    """
 
     def __init__(self, execute: Callable[[Pod], Values], store: str = "minio://mlpipeline/v2/artifacts") -> None:
         self.execute, self.store = execute, store
@@ -96,8 +110,8 @@ class Kubeflow:
     ) -> dict[str, Pod]:
         """The pods of a run of the compiled pipeline, in their order; a task that is tried again has one.
 
-        `ends`: of the tasks that do not succeed at once, how their pods end: COMPLETE, FAILED (the launcher says so) or
-        LOST (killed with its launcher). Raises kfp_api.RefusedError for arguments that the API server refuses.
+        `ends`: of tasks by name, how their first pods end instead of being executed: FAILED or LOST, see PodEndedError.
+        Raises kfp_api.RefusedError for arguments that the API server refuses.
         """
         self.spec, *platform = _read(pipeline)
         given = dict(arguments or {})
@@ -165,14 +179,14 @@ class Kubeflow:
         outputs = self.outputs(name, defined)
         lists = {port: {"artifacts": [made]} for port, made in artifacts.items()}
         executor_input = {"inputs": {"parameterValues": inputs, "artifacts": lists}, "outputs": outputs}
-        pod = self.pods[name] = self.pod(name, task, container, settings, executor_input, key, group)
-        for number, ending in enumerate(self.ends.get(name, ["COMPLETE"]), start=1):
+        made = {port: listed["artifacts"][0] for port, listed in outputs["artifacts"].items()}
+        pod = self.pods[name] = self.pod(name, task, container, settings, executor_input, made, key, group)
+        for number in count(1):
             group.states[name] = "RUNNING"
+            ending, returned = self.attempt(pod, number)
             if ending == "COMPLETE":
-                made = {port: listed["artifacts"][0] for port, listed in outputs["artifacts"].items()}
-                held = {port: {**artifact, "name": str(next(self.numbers))} for port, artifact in made.items()}
-                returned = self.execute(pod)
                 assert set(returned) == set(defined.get("parameters", {})), name
+                held = {port: {**artifact, "name": str(next(self.numbers))} for port, artifact in made.items()}
                 group.outputs[name] = {"parameters": returned, "artifacts": held}
                 self.cache |= {key: group.outputs[name]} if key else {}
             if ending != "LOST":
@@ -181,6 +195,16 @@ class Kubeflow:
             if ending == "COMPLETE" or not argo.tried_again(pod.tries, "Failed", number, 0):
                 break
         return ending == "COMPLETE"
+
+    def attempt(self, pod: Pod, number: int) -> tuple[str, Values]:
+        """How the task's pod of that number, from 1, ends: as is planned, or as it is executed; and its parameters."""
+        planned = self.ends.get(pod.task, [])
+        if number <= len(planned):
+            return planned[number - 1], {}
+        try:
+            return "COMPLETE", self.execute(replace(pod, manifest=argo.filled_in(pod.manifest, number)))
+        except PodEndedError as ended:
+            return str(ended), {}
 
     def inputs(self, task: Values, group: Group) -> Values:
         """The parameters of a task. What is null, or missing though optional, is left out."""
@@ -228,8 +252,8 @@ class Kubeflow:
         }
 
     def pod(
-        self, name: str, task: Values, container: Values, settings: Values, executor_input: Values, key: str | None,
-        group: Group,
+        self, name: str, task: Values, container: Values, settings: Values, executor_input: Values, made: Values,
+        key: str | None, group: Group,
     ) -> Pod:  # fmt: skip
         """The pod as it is posted, but for what Argo's controller adds to it."""
         inputs = executor_input["inputs"]["parameterValues"]
@@ -243,7 +267,7 @@ class Kubeflow:
         metadata["annotations"] = {**given.get("annotations", {}), "pipelines.kubeflow.org/runtime-role": "launcher"}
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
         run = [sent if word == "{{$}}" else word for word in words]
-        return Pod(name, manifest, inputs, run, key, argo.retries(task))
+        return Pod(name, manifest, inputs, run, made, key, argo.retries(task))
 
 
 @lru_cache

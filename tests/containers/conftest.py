@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BUILT = os.environ.get("VISMEM_IMAGES", "")
 TAG = BUILT or "test"
-sys.path.insert(0, str(ROOT))  # for `pipelines`
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cluster")]  # for `pipelines`, and the model of Kubeflow
 
 
 @pytest.fixture(scope="session")

@@ -44,10 +44,18 @@ def accuracy(backbone: Backbone, prompt_pixels: int, samples: Sequence[Sample], 
     scores: Scores = {}
     for way, policy in ways.items():
         right = defaultdict[str, list[float]](list)
-        for start in range(0, len(samples), BATCH):
-            batch = samples[start : start + BATCH]
-            for sample, answer in zip(batch, decode(model, batch, policy, max_new_tokens=MAX_NEW_TOKENS), strict=True):
-                for group in ("all", NEEDS[sample.task], sample.task):
-                    right[group].append(grade(sample, answer.text))
-        scores[way] = {group: round(100 * sum(found) / len(found), 2) for group, found in right.items()}
+        for sample, found in zip(samples, answered_right(model, samples, policy), strict=True):
+            for group in ("all", NEEDS[sample.task], sample.task):
+                right[group].append(found)
+        scores[way] = {group: round(100 * sum(each) / len(each), 2) for group, each in right.items()}
+    return scores
+
+
+def answered_right(model: VisMemModel, samples: Sequence[Sample], policy: Off) -> list[float]:
+    """The scores of the greedy answers, 1 for one that is right."""
+    scores: list[float] = []
+    for start in range(0, len(samples), BATCH):
+        batch = samples[start : start + BATCH]
+        answers = decode(model, batch, policy, max_new_tokens=MAX_NEW_TOKENS)
+        scores += [grade(sample, answer.text) for sample, answer in zip(batch, answers, strict=True)]
     return scores

@@ -21,16 +21,21 @@ from recipes.tiny_vlm.boxes import COLOURS, SHAPES, SIDES, SIZES, STEP, Scene, d
 from recipes.tiny_vlm.card import begin
 from recipes.tiny_vlm.model import CELL, EMBEDDING_STD, Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import answer_loss, embedding_of
+from recipes.tiny_vlm.scores import FRESH, answered_right
 from recipes.tiny_vlm.sequences import ENCODED, Table, prompt_table, stack, word_table
 from recipes.tiny_vlm.train import finish
+from vismem.config import InvocationConfig, MemoryConfig
 from vismem.data.collate import ANSWER_MARK
 from vismem.data.sample import Sample
+from vismem.generation.invocation import Off
 from vismem.generation.prompts import encode, prompt_text
 from vismem.models.backbones.base import Backbone
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
+from vismem.models.vismem import VisMemModel
 from vismem.training.loop import LoopSettings, Objective, train
 
 ROWS, COLUMNS, SIDE = 5, 20, 20  # visual tokens of an image, and the pixels of it along the side of one
+TRUTH = ("false", "true")
 BOXES = [0] * 5 + [3] * 2 + [1] * 6 + [3] * 2 + [2] * 5  # the box that each column of tokens shows, or 3
 PIXELS = ROWS * COLUMNS * CELL**2  # which every image is resized to
 WORDS = (*COLOURS, *SHAPES, *SIZES.values(), *SIDES, "block")
@@ -51,6 +56,7 @@ class WideSettings:
     language_steps: int = 2500
     batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
+    fresh: int = 100  # scenes that no training has seen, which the base is scored on
     learning_rate: float = 4e-3  # peak of AdamW
     matrix_learning_rate: float = 0.02  # peak of Muon
 
@@ -185,4 +191,22 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     learn("language", reading, speaking, settings.language_steps)
     model.requires_grad_(False).eval().save_pretrained(work)
     processor.save_pretrained(work)
-    return finish(work, out, "wide.md.j2", {**started, "parameters": model.num_parameters(), "last": last})
+    facts = {"parameters": model.num_parameters(), "last": last, "fresh": fresh_score(backbone, settings)}
+    return finish(work, out, "wide.md.j2", {**started, **facts})
+
+
+def fresh_score(backbone: Backbone, settings: WideSettings) -> dict[str, float]:
+    """Of sentences about scenes that no training has seen: how many, and the percent of greedy answers that are right.
+
+    Without looking it is 50: each is asked of a scene of which it is true, and of one of which it is false.
+    """
+    rng = random.Random(f"{FRESH}/boxes")
+    scenes = [draw_scene(rng) for _ in range(settings.fresh)]
+    samples = [
+        Sample(id="", images=(picture(scene),), question=text, answer=answer, choices=TRUTH)
+        for scene, asked in zip(scenes, questions(scenes, settings.asked, rng), strict=True)
+        for text, answer in asked
+        if answer in TRUTH
+    ]
+    right = answered_right(VisMemModel(backbone, MemoryConfig(prompt_pixels=0), InvocationConfig()), samples, Off())
+    return {"n": len(right), "score": round(100 * sum(right) / max(len(right), 1), 2)}

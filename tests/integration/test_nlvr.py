@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from recipes.tiny_vlm.boxes import Item, Scene, draw_scene, picture, questions
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import answer_loss
 from recipes.tiny_vlm.sequences import stack
-from recipes.tiny_vlm.wide import PIXELS, Reading, Sight, WideSettings, train_wide
+from recipes.tiny_vlm.wide import PIXELS, Reading, Sight, WideSettings, fresh_score, train_wide
 from vismem.config import load_config
 from vismem.data.readers import nlvr
 from vismem.data.sample import Sample
@@ -32,7 +33,15 @@ from vismem.steps import run_step
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = WideSettings(
-    Size(32, 2, 2, 32, 2), scenes=6, questions=3, vision_steps=2, shapes_only=1, language_steps=2, batch=2, asked=2
+    Size(32, 2, 2, 32, 2),
+    scenes=6,
+    questions=3,
+    vision_steps=2,
+    shapes_only=1,
+    language_steps=2,
+    batch=2,
+    asked=2,
+    fresh=9,
 )
 ORIGIN = {"command": "the command", "git": {"commit": "0123abc", "dirty": False}}
 TOWERS: Scene = [
@@ -152,6 +161,19 @@ def test_the_same_seed_gives_the_same_base(base: Path, tmp_path: Path) -> None:
     assert {**file_hashes(again), "vision.csv": "", "language.csv": ""} == {
         **file_hashes(base), "vision.csv": "", "language.csv": ""
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", ["true", "false"])
+def test_a_base_that_does_not_look_is_scored_as_chance(
+    backbone: Qwen25VLBackbone, base: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setattr(
+        "recipes.tiny_vlm.scores.decode",
+        lambda model, batch, policy, max_new_tokens: [SimpleNamespace(text=f"answer: {answer}")] * len(batch),
+    )
+    score = fresh_score(backbone, SETTINGS)
+    assert score["score"] == 50
+    assert f"Of {score['n']} true-or-false sentences" in (base / "README.md").read_text()
 
 
 def test_questions_that_share_an_image_lose_what_the_product_s_own_prompts_lose(backbone: Qwen25VLBackbone) -> None:

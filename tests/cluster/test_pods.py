@@ -1,6 +1,7 @@
 """Each pod of a run: valid, with its image, variables, secrets, volumes, resources and nodes, and tried again."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kfp_argo as argo
@@ -42,6 +43,7 @@ EVERYTHING: dict[str, Any] = {
     "image_pull_policy": "Always",
 }
 HOUR = 3600
+SPLITS = ("train", "validation", "test")
 
 
 def limits(pod: Pod) -> dict[str, str]:
@@ -83,6 +85,20 @@ def test_the_default_image_names_a_version_and_one_that_moves_ends_the_run_in_it
     with pytest.raises(UserError, match="has a tag that moves"):
         kubeflow.run(COMMITTED, {"image": "registry.example.com/vismem-train:latest"})
     assert set(kubeflow.pods) == {"configure"}
+
+
+def test_a_run_on_data_that_no_pod_has_ends_in_its_first_task(
+    kubeflow: Kubeflow, compiled: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    large = compiled(gpu_count=8, evaluation_gpu_count=1)
+    with pytest.raises(UserError, match=r"names data/train.jsonl, which no task of a cluster has: .* kind `dvc`"):
+        kubeflow.run(large, {"profile": "qwen2_5_vl_7b"})
+    assert set(kubeflow.pods) == {"configure"}
+    for split in SPLITS:  # as on a shared volume
+        (tmp_path / f"{split}.jsonl").touch()
+    there = {f"prepare.sources.{at}.path": str(tmp_path / f"{split}.jsonl") for at, split in enumerate(SPLITS)}
+    assert "deploy" in kubeflow.run(large, {"profile": "qwen2_5_vl_7b", "overrides": there})
 
 
 def test_a_pod_gets_the_secrets_that_its_task_uses_by_the_names_that_the_run_gives(kubeflow: Kubeflow) -> None:

@@ -82,7 +82,8 @@ def test_sizes_are_looked_at_where_gpus_are_asked_for_and_there(config: Config) 
 
 def test_a_cluster_s_run_with_less_gpus_than_its_profile_asks_for_ends_at_its_first_task(tmp_path: Path) -> None:
     def configured(gpus: int, image: str = "train:1", launches: bool = False, **overrides: Any) -> int:
-        tasks = configure(LARGE, overrides, str(tmp_path / "params.yaml"), image, gpus, launches)
+        given = {"prepare.sources": [{"kind": "scenes"}], **overrides}
+        tasks = configure(LARGE, given, str(tmp_path / "params.yaml"), image, gpus, launches)
         found: int = tasks[0]["preflight"]["gpus"]
         return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from vismem.config import Config, resolve
+from vismem.config import Config, DvcSource, resolve
 from vismem.data.dvc_source import pinned
 from vismem.data.source_files import files_of, fingerprint, rule_files
 from vismem.errors import UserError
@@ -31,9 +31,9 @@ def configure(
 
     All parameters, with their descriptions, also go to the file `page` as YAML. `gpus`: how many `preflight` must see.
     `image` is the cluster's, empty elsewhere; there `preflight` also asks for MLflow's address. `launches`: others
-    train. UserError where a parameter is wrong, see `vismem.config.resolve`, names a data revision that is not there,
-    where the image's name may mean another one tomorrow, and where the profile asks for more GPUs than there are to be:
-    it would train on the CPU.
+    train. UserError where a parameter is wrong, see `vismem.config.resolve`, names data that no task has, or a revision
+    that is not there, where the image's name may mean another one tomorrow, and where the profile asks for more GPUs
+    than there are to be: it would train on the CPU.
     """
     take_s3_keys()
     wanted = resolve(profile, overrides).preflight.gpus
@@ -45,6 +45,7 @@ def configure(
     config = pinned(resolve(profile, {"preflight.gpus": gpus if image else max(gpus, wanted), **overrides}))
     if image:
         check_image(image)
+        check_sources(config)
         environment = tuple(dict.fromkeys((*config.preflight.environment, "MLFLOW_TRACKING_URI")))
         preflight = config.preflight.model_copy(update={"environment": environment})
         config = config.model_copy(update={"preflight": preflight})
@@ -69,6 +70,17 @@ def check_image(image: str) -> None:
             f"image '{image}' has a tag that moves: nodes would run different code under one name. Name it by digest "
             "(REGISTRY/vismem-train@sha256:...) or by a tag that is never pushed again, such as the version"
         )
+
+
+def check_sources(config: Config) -> None:
+    """UserError for a source whose files do not lie here, where a cluster's tasks run."""
+    for source in config.prepare.sources:
+        path = None if isinstance(source, DvcSource) else getattr(source, "path", None)
+        if path is not None and not Path(path).exists():
+            raise UserError(
+                f"prepare.sources names {path}, which no task of a cluster has: its image holds no data. Name a source "
+                "of the kind `dvc` there (docs/data.md), or a path on the shared volume"
+            )
 
 
 def parameters_of(name: str, config: Config) -> dict[str, Any]:

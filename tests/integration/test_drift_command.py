@@ -139,8 +139,9 @@ def test_a_champion_whose_data_has_moved_on_is_older_than_it(
     source = DvcProject(tmp_path / "questions", "../remote")
     fixed = source.commit("left", "v1").strip()
     kept = find(DvcPath(repo=str(source.root), rev="main", path=Path("data/scans")))
-    kept = kept.model_copy(update={"repo": str(source.root)})  # else its name, as it has no origin
-    write_revisions(project.steps["validate"], [kept, kept.model_copy(update={"rev": fixed})])
+    kept = kept.model_copy(update={"repo": str(source.root), "rev": ""})  # as of a project's own, cloned from there
+    never_moves = kept.model_copy(update={"repo": "gone", "rev": fixed, "path": "data/other"})
+    write_revisions(project.steps["validate"], [kept, never_moves])
     trained(project)
     folder = log(project, tmp_path / "log")
     assert found(project, folder)[1:] == (False, {})
@@ -153,7 +154,7 @@ def test_a_champion_whose_data_has_moved_on_is_older_than_it(
     source.root.rename(tmp_path / "elsewhere")
     _, differs, broken = found(project, folder)
     assert (differs, list(broken)) == (False, ["data_known"])
-    assert broken["data_known"].startswith(f"data/scans at main of {source.root}: ")
+    assert broken["data_known"].startswith(f"data/scans at HEAD of {source.root}: ")
 
 
 def test_the_command_ends_with_status_3_where_requests_differ(

@@ -1,4 +1,4 @@
-"""When the alert on the rate of memories fires, by promtool, which evaluates rules as Prometheus does."""
+"""When the alert on the rate of memories fires, by promtool, with which Prometheus tests rules."""
 
 import re
 import shutil

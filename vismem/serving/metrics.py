@@ -43,7 +43,7 @@ class Metrics:
             self.refused.labels(reason)
 
     def show_evaluation(self, bundle: Path) -> None:
-        """Show the evaluation's memories per answer; nothing where the bundle names none: an older one, or no bundle."""
+        """Show the evaluation's memories per answer; nothing where the bundle names none, as older ones."""
         file = bundle / "lineage.json"
         lineage = json.loads(file.read_text()) if file.is_file() else {}
         for kind, value in (lineage.get(PER_ANSWER) or {}).items():

@@ -15,9 +15,11 @@ TRITON = {  # of Triton's own those that are used here
     "nv_inference_request_failure",
     "nv_inference_request_success",
 }
+SHOWN = Metrics(int, int)
+SHOWN.evaluated.labels("short")  # a bundle says it
 RUNTIME = {  # deploy/triton/model.py shows each under its own name
     sample.name
-    for family in Metrics(int, int).registry.collect()
+    for family in SHOWN.registry.collect()
     for sample in family.samples
     if not sample.name.endswith("_created")
 }

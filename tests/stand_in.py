@@ -129,6 +129,7 @@ def make_repository(
     (bundle / "golden").mkdir()
     (bundle / "golden" / "image").write_bytes(IMAGE)
     write_json(bundle / "golden" / "golden.json", list(golden))
+    write_json(bundle / "lineage.json", {"memories_per_answer": {"short": 0.25, "long": 0.0}})
     write_manifest(bundle)
     (library / "serving" / "answering.py").write_text(runtime)
     write_model_repository(bundle, folder / "partial", name, version, library=library)

@@ -55,6 +55,7 @@ def serve_api(
     loaded = VisMem.from_pretrained(added, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
     token = "" if page else os.environ.get(TOKEN_VARIABLE, "").strip()
     runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
+    runtime.metrics.show_evaluation(added.parent)
     manifest = added.parent / MANIFEST  # of a bundle
     served = {"version": model, "manifest_sha256": sha256_file(manifest) if manifest.is_file() else ""}
     runtime.log = RequestLog.from_environment(served, runtime.metrics.logged)

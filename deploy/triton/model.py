@@ -81,6 +81,7 @@ class TritonPythonModel:
         max_patches = int(os.environ.get("VISMEM_MAX_PATCHES", MAX_PATCHES))
         self.runtime = Runtime.open(folder / "bundle", threads, verified=True, max_patches=max_patches, rows=workers)
         check_golden(self.runtime, folder / "bundle")  # while the version before, if there is one, still answers
+        self.runtime.metrics.show_evaluation(folder / "bundle")
         manifest = hashlib.sha256((folder / "bundle" / "manifest.json").read_bytes()).hexdigest()
         served = {"version": args["model_version"], "manifest_sha256": manifest}
         self.runtime.log = RequestLog.from_environment(served, self.runtime.metrics.logged)

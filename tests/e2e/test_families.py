@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +50,7 @@ def test_a_model_goes_from_questions_to_a_server(project: Path, variant: str) ->
         assert Client(address).ask(picture, ASKED, max_new_tokens=8).marked == own.marked
         said = run("infer", "--image", str(picture), ASKED, "--max-new-tokens", "8", "--url", address)
         assert said.strip() == own.marked
+        named = json.loads((artifacts / "export" / "lineage.json").read_text())["memories_per_answer"]
+        page = urllib.request.urlopen(f"{address}/metrics").read().decode()
+        for kind, value in named.items():
+            assert f'vismem_evaluation_memories_per_answer{{kind="{kind}"}} {value}' in page

@@ -156,3 +156,5 @@ def test_the_series_of_autoscaler_alerts_and_dashboard_are_those_of_the_server(s
         time.sleep(0.1)
     for name in wanted & TRITON:
         assert re.search(rf'^{name}{{model="vismem",(reason="\w+",)?version="7"}} ', metrics(server), re.MULTILINE)
+    named = {kind: shown(server)[f"vismem_evaluation_memories_per_answer {kind}"] for kind in ("short", "long")}
+    assert named == {"short": 0.25, "long": 0}  # by its bundle

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
+from dvc_project import DvcProject
 from prepared import encoded, good, run, shards
 from project import PROFILE, Project, answered
 
 from vismem.cli import main
-from vismem.config import Severity
+from vismem.config import DvcPath, Severity
+from vismem.data.dvc_source import find
 from vismem.data.fingerprint import examine_image
 from vismem.data.profile import Profile
+from vismem.data.revisions import write_revisions
 from vismem.errors import UserError
 from vismem.evaluation.predictions import predictions_file, write_predictions
 from vismem.files import read_json
@@ -126,6 +129,32 @@ def test_a_champion_that_is_older_than_the_data_is_named(project: Project, tmp_p
     _, differs, broken = found(project, folder)
     assert differs is True
     assert broken == {"champion_current": "version 2 is newer, and was trained on other data"}
+
+
+def test_a_champion_whose_data_has_moved_on_is_older_than_it(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    source = DvcProject(tmp_path / "questions", "../remote")
+    fixed = source.commit("left", "v1").strip()
+    kept = find(DvcPath(repo=str(source.root), rev="main", path=Path("data/scans")))
+    kept = kept.model_copy(update={"repo": str(source.root), "rev": ""})  # as of a project's own, cloned from there
+    never_moves = kept.model_copy(update={"repo": "gone", "rev": fixed, "path": "data/other"})
+    write_revisions(project.steps["validate"], [kept, never_moves])
+    trained(project)
+    folder = log(project, tmp_path / "log")
+    assert found(project, folder)[1:] == (False, {})
+
+    commit = source.commit("right", "v2").strip()
+    now = find(DvcPath(repo=str(source.root), rev="main", path=Path("data/scans"))).md5
+    moved = f"data/scans of {source.root} is {now} since commit {commit[:12]}, and version 1 was trained on {kept.md5}"
+    assert found(project, folder)[1:] == (True, {"champion_current": moved})
+
+    source.root.rename(tmp_path / "elsewhere")
+    _, differs, broken = found(project, folder)
+    assert (differs, list(broken)) == (False, ["data_known"])
+    assert broken["data_known"].startswith(f"data/scans at HEAD of {source.root}: ")
 
 
 def test_the_command_ends_with_status_3_where_requests_differ(

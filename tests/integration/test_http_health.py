@@ -34,9 +34,13 @@ def client(runtime: Runtime) -> TestClient:
     return TestClient(create_app(runtime, "tiny"))
 
 
-def ask(runtime: Runtime, **options: Any) -> list[Chunk]:
+def begin(runtime: Runtime, **options: Any) -> Iterator[Chunk]:
     images = [Image.open(io.BytesIO(image)) for image in SAMPLE.images]
-    return list(runtime.generate(images, SAMPLE.question, **options))
+    return runtime.generate(images, SAMPLE.question, **options)
+
+
+def ask(runtime: Runtime, **options: Any) -> list[Chunk]:
+    return list(begin(runtime, **options))
 
 
 def counted(client: TestClient) -> dict[str, float]:
@@ -133,3 +137,28 @@ def test_what_was_done_refused_and_failed_is_counted(
     assert (now["vismem_refused_total invalid"], now["vismem_refused_total busy"]) == (1, 1)
     assert now["vismem_failures_total"] == 1
     assert (now["vismem_waiting"], now["vismem_decoding"]) == (0, 0)
+
+
+def test_memories_per_answer_are_of_answers_as_the_evaluation_s(client: TestClient, runtime: Runtime) -> None:
+    for options in ({"max_new_tokens": 1}, {"memory": "short"}, {"memory": "off"}):
+        ask(runtime, **{"max_new_tokens": 6, **options})
+    with closing(begin(runtime, max_new_tokens=6)) as left:  # type: ignore[type-var]
+        next(left)  # and is read no further
+    names = [f"vismem_memories_per_answer_{part} {kind}" for kind in ("short", "long") for part in ("count", "sum")]
+    assert [counted(client)[name] for name in names] == [0, 0, 0, 0]
+    usages = [ask(runtime, max_new_tokens=tokens)[-1].usage for tokens in (2, 6, 12)]
+    invoked = [sum(usage.memories.get(kind, 0) for usage in usages if usage) for kind in ("short", "long")]
+    assert sum(invoked) > 0
+    assert [counted(client)[name] for name in names] == [3, invoked[0], 3, invoked[1]]
+
+
+@pytest.mark.parametrize("lineage", ['{"memories_per_answer": {"short": 0.25, "long": 0}}', "{}", None])
+def test_the_evaluation_s_memories_per_answer_are_shown_where_the_bundle_names_them(
+    lineage: str | None, client: TestClient, runtime: Runtime, tmp_path: Path
+) -> None:
+    if lineage is not None:
+        (tmp_path / "lineage.json").write_text(lineage)
+    runtime.metrics.show_evaluation(tmp_path)
+    shown = {name: value for name, value in counted(client).items() if name.startswith("vismem_evaluation_")}
+    named = {f"vismem_evaluation_memories_per_answer {kind}": value for kind, value in (("short", 0.25), ("long", 0))}
+    assert shown == (named if "memories" in (lineage or "") else {})

@@ -52,7 +52,7 @@ def trained(rng: np.random.Generator, n: int = 4000) -> Trained:
     rows = population(n, rng)
     evaluated = population(1000, rng)
     lengths, memories = counts(evaluated["tokens"]), counts(evaluated["memories"])
-    return Trained("7", MANIFEST, profile_of(rows), lengths, memories, None)
+    return Trained("7", MANIFEST, profile_of(rows), lengths, memories, None, ())
 
 
 def requests(rng: np.random.Generator, n: int = 1500) -> pd.DataFrame:

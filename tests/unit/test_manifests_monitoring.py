@@ -4,6 +4,7 @@ tests/e2e/test_triton_health.py holds `SERIES` to a real tritonserver.
 """
 
 import json
+import re
 from collections.abc import Iterator
 
 import promql_parser as promql
@@ -61,8 +62,7 @@ def test_an_alert_says_what_is_wrong_how_much_it_matters_and_what_it_may_be() ->
         kept = next((set(p.modifier.labels) for p in parts(promql.parse(alert["expr"])) if getattr(p, "modifier", None)
                      and isinstance(p, promql.AggregateExpr)), set())  # fmt: skip
         for text in alert["annotations"].values():
-            named_labels = {word.split("}}")[0].strip().removeprefix("$labels.") for word in text.split("{{")[1:]}
-            assert named_labels <= kept, alert["alert"]
+            assert set(re.findall(r"\$labels\.(\w+)", text)) <= kept, alert["alert"]
 
 
 def test_prometheus_scrapes_the_metrics_of_triton_s_pods_and_may_reach_them() -> None:

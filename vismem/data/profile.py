@@ -11,6 +11,7 @@ from typing import Literal
 
 import pandas as pd
 
+from vismem.data.revisions import DataRevision
 from vismem.records import Record
 
 Counts = Mapping[int, int]  # value -> how often it occurs
@@ -39,6 +40,7 @@ class Trained:
     answer_length: Counts  # tokens of the answers that it was evaluated by
     memories: Counts  # invoked in each of them
     newer_data: str | None  # why there is a newer version of other data, if there is
+    revisions: tuple[DataRevision, ...]  # of its data, as far as DVC keeps it
 
 
 def counts(values: Iterable[float]) -> dict[int, int]:

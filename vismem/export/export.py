@@ -15,6 +15,7 @@ from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.export.parity import check_parity
 from vismem.files import empty_folder, write_json
 from vismem.generation.onnx_executor import OnnxExecutor
+from vismem.models.kinds import MemoryKind
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
@@ -23,6 +24,7 @@ from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport
 from vismem.runtime.bundle import Bundle
 from vismem.serving.answering import Runtime
 from vismem.serving.golden import write_golden
+from vismem.serving.metrics import PER_ANSWER
 
 
 def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -47,6 +49,9 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     parity = _with_graphs(model, config, inputs, out) if config.export.graphs else WITHOUT_GRAPHS
     parity.write(out)
     origin = lineage(config, inputs["validate"] / "data", {name: inputs[name] for name in ("base", "stage2")})
+    if metrics.invocation:
+        used = metrics.invocation.overall
+        origin[PER_ANSWER] = {kind.value: getattr(used, kind.value).per_answer for kind in MemoryKind}
     origin["revisions"] = [kept.model_dump() for kept in read_revisions(inputs["validate"])]
     (out / PICTURE).write_bytes(to_sheet(score_panels(metrics)))
     (out / "README.md").write_text(model_card(config, model, metrics, parity, origin))

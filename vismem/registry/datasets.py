@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlflow.entities import Dataset, DatasetInput, InputTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 
 from vismem.data.revisions import DataRevision
 from vismem.registry.tracking import Store
@@ -13,3 +13,9 @@ def log_revisions(store: Store, run_id: str, revisions: Sequence[DataRevision]) 
     context = [InputTag("mlflow.data.context", "training")]
     data = [Dataset(kept.path, kept.md5, source_type="dvc", source=kept.model_dump_json()) for kept in revisions]
     store.client.log_inputs(run_id, datasets=[DatasetInput(each, context) for each in data])
+
+
+def run_revisions(run: Run) -> tuple[DataRevision, ...]:
+    """The revisions that `log_revisions` named as the run's inputs."""
+    inputs = (given.dataset for given in run.inputs.dataset_inputs)
+    return tuple(DataRevision.model_validate_json(data.source) for data in inputs if data.source_type == "dvc")

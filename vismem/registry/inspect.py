@@ -14,6 +14,7 @@ from vismem.files import read_json
 from vismem.provenance import file_hashes
 from vismem.records import VISMEM, Metrics, ParityReport, Validation
 from vismem.registry.champion import mend_view, named_version, read_view
+from vismem.registry.datasets import run_revisions
 from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import open_store, translate_mlflow_errors, versions
@@ -66,9 +67,9 @@ def trained(config: Config, which: str) -> Trained:
     version = named_version(store, which)
     newest, data = versions(store)[0], version.tags.get("data_sha256")
     other = newest.tags.get("data_sha256") != data and int(newest.version) > int(version.version)
-    profile, location = read_registered(store, version, Profile), store.client.get_run(version.run_id).info.artifact_uri
+    profile, run = read_registered(store, version, Profile), store.client.get_run(version.run_id)
     with tempfile.TemporaryDirectory() as folder, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
-        store.files(str(location)).download_artifacts(EVALUATION, folder)
+        store.files(str(run.info.artifact_uri)).download_artifacts(EVALUATION, folder)
         answers = pd.read_json(Path(folder) / EVALUATION, orient="split").query("arm == @VISMEM")
     return Trained(
         version.version,
@@ -77,6 +78,7 @@ def trained(config: Config, which: str) -> Trained:
         counts(answers["tokens"]),
         counts(answers["memories"]),
         f"version {newest.version} is newer, and was trained on other data" if other else None,
+        run_revisions(run),
     )
 
 

@@ -140,8 +140,7 @@ class Runtime:
     ) -> "Runtime":
         """A runtime over a bundle's graphs, with `threads` threads. BundleError for one that is missing or damaged.
 
-        `verified`: the caller has just verified or written the bundle; its files are not hashed again. `max_patches`,
-        `cache_bytes`: see OnnxExecutor.
+        `verified`: the caller has just verified or written the bundle. `max_patches`, `cache_bytes`: see OnnxExecutor.
         """
         from vismem.generation.onnx_executor import OnnxExecutor
         from vismem.runtime.bundle import Bundle
@@ -233,6 +232,7 @@ class Runtime:
             ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
             usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories))
             end = Chunk(text.finish(), "end", usage=usage)
+            self.metrics.answered(asked, memories)
             if self.log and request.max_new_tokens > 1:  # with 1 it is a probe
                 took = {"answer": text.passed, "seconds": time.monotonic() - answer.arrived}
                 self.log.add(images, {**asked, **took, **asdict(usage)})

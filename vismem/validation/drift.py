@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ks_2samp, kstwo
 
-from vismem.config import DriftConfig, Severity
+from vismem.config import DriftConfig, DvcPath, Severity
+from vismem.data.dvc_source import COMMIT, find
 from vismem.data.profile import Counts, Trained, counts, words_of
+from vismem.errors import UserError
 from vismem.evaluation.statistics import holm
 from vismem.files import write_json
 from vismem.pages import page_environment
@@ -48,10 +50,12 @@ def drift(settings: DriftConfig, trained: Trained, log: Path, days: float, out: 
     found = compare(settings, trained, rows)
     few = [name for name, row in found.iterrows() if np.isnan(row["drift"])]
     values: dict[str, Any] = {f"{name}_drift": row["drift"] for name, row in found.iterrows()}
+    moved, unknown = _data_now(trained)
     values |= {
         "few": ", ".join(map(str, few)) or None,
         "unreadable_share": unreadable / max(unreadable + len(rows), 1),
-        "newer_data": trained.newer_data,
+        "newer_data": "; ".join(filter(None, (trained.newer_data, *moved))) or None,
+        "unknown_data": "; ".join(unknown) or None,
     }
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "gx", ignore_errors=True)
@@ -104,6 +108,23 @@ def _distributions(trained: Trained, rows: pd.DataFrame) -> Iterator[tuple[str, 
     yield "memories", trained.memories, counts(answered["memories"])
 
 
+def _data_now(trained: Trained) -> tuple[list[str], list[str]]:
+    """What DVC keeps under the revisions of a version's data: where it is other data now, and where nobody can tell."""
+    moved, unknown = [], dict[str, str]()  # by repository, each asked no more once it did not answer
+    for kept in trained.revisions:
+        if COMMIT.fullmatch(kept.rev) or kept.repo in unknown:
+            continue
+        try:
+            now = find(DvcPath(repo=kept.repo, rev=kept.rev or "HEAD", path=Path(kept.path)))
+        except UserError as error:
+            unknown[kept.repo] = str(error).removeprefix("prepare.sources dvc: ")
+        else:
+            if now.md5 != kept.md5:
+                of = f"{kept.path} of {kept.repo} is {now.md5} since commit {now.commit[:12]}"
+                moved.append(f"{of}, and version {trained.version} was trained on {kept.md5}")
+    return moved, [*unknown.values()]
+
+
 def _distance(reference: Counts, seen: Counts, more: bool) -> tuple[int, int, float, float]:
     """Sizes, distance and p of two samples; `more`: only larger values than the reference's count."""
     values = [np.repeat(list(held), list(held.values())) for held in (reference, seen)]
@@ -124,7 +145,9 @@ def _rules(settings: DriftConfig) -> Iterator[Rule]:
         holds = f"{about}: at most {limit:.0%} away from training"
         yield Rule(name, error, "requests", f"{name}_drift", BETWEEN, {"max_value": limit}, holds, about)
     yield Rule("champion_current", error, "requests", "newer_data", NULL, {},
-               "no newer version was trained on other data", "{newer_data}")  # fmt: skip
+               "no newer version was trained on other data, and its own is the newest", "{newer_data}")  # fmt: skip
+    yield Rule("data_known", warning, "requests", "unknown_data", NULL, {},
+               "what its data is now can be found out", "{unknown_data}")  # fmt: skip
     yield Rule("enough_requests", warning, "requests", "few", NULL, {},
                f"there are enough requests to see a distance of {limit:.0%}", "too few to tell: {few}")  # fmt: skip
     yield Rule("lines_readable", warning, "requests", "unreadable_share", BETWEEN,

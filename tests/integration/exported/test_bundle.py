@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from pictures import TOKENS
 from PIL import Image
+from project import KIND, USE
 
 from vismem import VisMem
 from vismem.cli import main
@@ -24,6 +25,7 @@ from vismem.export.onnx import prompt_parts
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import verify_manifest
+from vismem.records import Invocation, MemoryUse, Metrics
 from vismem.runtime.bundle import BundleError
 from vismem.serving.answering import Runtime
 
@@ -110,6 +112,19 @@ def test_the_card_s_examples_run_as_they_stand(bundle, tmp_path, monkeypatch, ca
         texts.append(capsys.readouterr().out.strip())
     assert texts[0] == texts[1] != ""
     assert texts[2] != ""
+
+
+@pytest.mark.parametrize("named", [{"short": 0.5, "long": 0.25}, None])
+def test_a_bundle_names_the_memories_per_answer_of_the_arm_vismem_if_it_was_evaluated(named, inputs, config, tmp_path):
+    metrics = Metrics.read(inputs["evaluate"])
+    overall = USE | {kind: KIND | {"per_answer": value} for kind, value in (named or {}).items()}
+    used = Invocation(overall=MemoryUse(**overall), tasks={}) if named else None
+    arms = metrics.arms if named else {"vanilla": metrics.arms["vanilla"]}
+    metrics.model_copy(update={"invocation": used, "arms": arms}).write(tmp_path)
+    settings = config.model_copy(update={"export": config.export.model_copy(update={"graphs": False})})
+    (out := tmp_path / "bundle").mkdir()
+    export(settings, inputs | {"evaluate": tmp_path}, out)
+    assert json.loads((out / "lineage.json").read_text()).get("memories_per_answer") == named
 
 
 def test_missing_metrics_are_named(inputs, config, tmp_path):

@@ -50,6 +50,7 @@ class OnnxExecutor:
         self.memory, self.tokens, self.decoder = settings["memory"], settings["tokens"], settings["decoder"]
         self.kinds = dict(zip(self.tokens["invoke"], KINDS, strict=True))
         self.ends = dict(zip(KINDS, self.tokens["end"], strict=True))
+        self.own_rows = {token: at for at, token in enumerate((*self.kinds, *self.ends.values()))}  # of embeddings
         self.delimiters: frozenset[int] = frozenset()
         self.stops = frozenset(self.tokens["stop"])
         self.lengths = {kind: int(self.memory[f"{kind}_length"]) for kind in KINDS}
@@ -106,23 +107,24 @@ class OnnxExecutor:
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
         scores = np.stack(self.logits)
         count = scores.shape[1] - len(KINDS)
-        scores[:, [token for token in (*self.kinds, *self.ends.values()) if token < count]] = -np.inf
+        scores[:, [token for token in self.own_rows if token < count]] = -np.inf
         scores[:, count:][asked.barred] = -np.inf
         scores /= np.where(asked.temperature > 0, asked.temperature, 1.0).astype(np.float32)[:, None]
         scores -= scores.max(1, keepdims=True)
+        weights = np.exp(scores.astype(np.float64))
+        totals = np.log(weights.sum(1))
+        best = np.where(asked.declines, scores[:, :count].argmax(1), scores.argmax(1))
         tokens, logprobs = [], []
-        for row, score in enumerate(scores):
-            weight, end = np.exp(score.astype(np.float64)), count if asked.declines[row] else len(score)
-            if asked.temperature[row] == 0:
-                column = int(score[:end].argmax())
-            else:
-                column = _drawn(weight, end, asked.uniform[row])
+        for row, column in enumerate(best.tolist()):
+            if asked.temperature[row] > 0:
+                end = count if asked.declines[row] else scores.shape[1]
+                column = _drawn(weights[row], end, asked.uniform[row])
             if column >= count:
                 column = count + int(asked.standing[row, column - count])
             if asked.forced[row] != NONE:
                 column = count + int(asked.forced[row])
             tokens.append(column if column < count else self.tokens["invoke"][column - count])
-            logprobs.append(float(score[column] - np.log(weight.sum())))
+            logprobs.append(float(scores[row, column] - totals[row]))
         return tokens, logprobs
 
     def append(self, tokens: Sequence[int]) -> None:
@@ -139,11 +141,13 @@ class OnnxExecutor:
     def keep(self, rows: Sequence[int]) -> None:
         if not rows:  # nothing stays allocated
             return self._empty()
-        index = list(rows)
+        index, count, used = list(rows), len(rows), int(self.slots.used.max())
         self.slots.keep(rows)
         self.questions, self.logits = [self.questions[row] for row in rows], [self.logits[row] for row in rows]
-        for held in (*self.past.values(), self.embeddings, self.hidden, self.positions):
-            held[: len(rows)] = held[index]
+        for held in self.past.values():
+            held[:count, :, :used] = held[index, :, :used]
+        for held in (self.embeddings, self.hidden, self.positions):
+            held[:count, :used] = held[index, :used]
 
     # --- the rows ---
 
@@ -181,9 +185,10 @@ class OnnxExecutor:
     def _embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Floats:
         """(n, d); the four memory tokens have rows of their own."""
         table = self.bundle.embedding
-        rows: Floats = np.array(table[np.minimum(ids, len(table) - 1)], np.float32)
-        for place, token in enumerate((*self.tokens["invoke"], *self.tokens["end"])):
-            rows[np.asarray(ids) == token] = self.bundle.memory_rows[place]
+        rows: Floats = table[np.minimum(ids, len(table) - 1)]
+        for at, token in enumerate(ids):
+            if (own := self.own_rows.get(token)) is not None:
+                rows[at] = self.bundle.memory_rows[own]
         return rows
 
     # --- memories ---

@@ -59,7 +59,7 @@ class Bundle:
         )
         weights = onnx / self.settings["weights"]
         self.embedding, self.memory_rows = (
-            np.memmap(weights, np.float32, "r", place["offset"], tuple(place["shape"]))
+            np.asarray(np.memmap(weights, np.float32, "r", place["offset"], tuple(place["shape"])))
             for place in (self.settings["tensors"][name] for name in ("embedding", "memory_rows"))
         )
         self.tokenizer = Tokenizer.from_file(str(folder / "processor" / "tokenizer.json"))

@@ -145,17 +145,17 @@ def size_after_resizing(size: tuple[int, int], processor: Any, name: str = "an i
 
 def _flat_patches(image: Image.Image, settings: Mapping[str, Any]) -> NDArray[np.float32]:
     """(P, channels * temporal * patch * patch); rescaled in double precision and normalised in single."""
-    pixels = np.array(image, np.float64)  # (height, width, channels)
+    patch, merge, values = settings["patch_size"], settings["merge_size"], np.asarray(image)
+    height, width, channels = values.shape
+    blocks = values.reshape(height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
+    pixels = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, 1, patch**2).astype(np.float64)
     if settings["do_rescale"]:
         pixels *= settings["rescale_factor"]
     scaled: NDArray[np.float32] = pixels.astype(np.float32)
     if settings["do_normalize"]:
-        scaled -= np.array(settings["mean"], np.float32)
-        scaled /= np.array(settings["std"], np.float32)
-    patch, merge, (height, width, channels) = settings["patch_size"], settings["merge_size"], scaled.shape
-    blocks = scaled.reshape(height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-    return blocks.repeat(settings["temporal_patch_size"], axis=5).reshape(height // patch * (width // patch), -1)
+        scaled -= np.array(settings["mean"], np.float32)[:, None, None]
+        scaled /= np.array(settings["std"], np.float32)[:, None, None]
+    return scaled.repeat(settings["temporal_patch_size"], axis=2).reshape(len(scaled), -1)
 
 
 def _places(grid: tuple[int, int], settings: Mapping[str, Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -145,7 +145,7 @@ def _rules(settings: DriftConfig) -> Iterator[Rule]:
         holds = f"{about}: at most {limit:.0%} away from training"
         yield Rule(name, error, "requests", f"{name}_drift", BETWEEN, {"max_value": limit}, holds, about)
     yield Rule("champion_current", error, "requests", "newer_data", NULL, {},
-               "no newer version was trained on other data, and its own is the newest", "{newer_data}")  # fmt: skip
+               "no newer version was trained on other data, and its own has not changed", "{newer_data}")  # fmt: skip
     yield Rule("data_known", warning, "requests", "unknown_data", NULL, {},
                "what its data is now can be found out", "{unknown_data}")  # fmt: skip
     yield Rule("enough_requests", warning, "requests", "few", NULL, {},

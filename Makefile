@@ -78,7 +78,7 @@ images:  ## build both container images; TORCH=cpu for machines without a GPU (d
 locks: $(INSTALLED)  ## rewrite the lock files after a change of requirements; UPGRADE=1 for the newest versions
 	PATH="$$PATH:.venv/bin" $(ENVIRONMENTS)/locks.sh
 
-test-containers: setup  ## build both images, run the smoke pipeline and its pods of a cluster in containers, ask the served model
+test-containers: setup  ## build both images, run the smoke pipeline and the pods of a cluster in them, ask the served model
 	.venv/bin/python -m pytest tests/containers
 
 $(INSTALLED): pyproject.toml $(wildcard $(ENVIRONMENTS)/*)

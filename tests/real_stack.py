@@ -57,15 +57,19 @@ class Stack:
         finally:
             connection.close()
 
+    @property
+    def s3(self) -> dict[str, str]:
+        """Keywords of `boto3.client` that open its S3 server."""
+        return {
+            "endpoint_url": self.environment["AWS_ENDPOINT_URL_S3"],
+            "aws_access_key_id": self.secrets["access_key"],
+            "aws_secret_access_key": self.secrets["secret_key"],
+            "region_name": "us-east-1",
+        }
+
     def objects(self, prefix: str) -> dict[str, bytes]:
         """What lies in the bucket below a prefix."""
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.environment["AWS_ENDPOINT_URL_S3"],
-            aws_access_key_id=self.secrets["access_key"],
-            aws_secret_access_key=self.secrets["secret_key"],
-            region_name="us-east-1",
-        )
+        client = boto3.client("s3", **self.s3)
         found = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         keys = [item["Key"] for page in found for item in page.get("Contents", ())]
         return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}

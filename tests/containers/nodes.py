@@ -6,13 +6,10 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import docker
 from docker.models.containers import Container
-from kfp_model import Pod, PodEndedError
-
-Values = dict[str, Any]
+from kfp_model import Pod, PodEndedError, Values
 
 LAUNCHER = Path(__file__).parent / "launcher.py"
 UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -22,8 +19,8 @@ class Node:
     """One core of a machine with an engine.
 
     `claims`: the folder behind each claim of a volume; `secrets`: of each the values; `store`: how the launcher opens
-    the object store, as keywords of `boto3.client`. Pods keep their logs in `logs`, by task, and what their launchers
-    published in `published`. `evict`: of a task, when its first pod is killed.
+    the object store, as keywords of `boto3.client`. `logs` has those of its pods by task; `evict` says of a task when
+    its next pod is killed.
     """
 
     def __init__(
@@ -37,7 +34,6 @@ class Node:
     ) -> None:
         self.engine, self.folder, self.claims, self.secrets, self.store = engine, folder, claims, secrets, store
         self.logs: dict[str, list[str]] = {}
-        self.published: dict[str, Values] = {}
         self.evict: dict[str, Callable[[], bool]] = {}
 
     def execute(self, pod: Pod) -> Values:
@@ -49,7 +45,7 @@ class Node:
         shutil.copy(LAUNCHER, launcher / "launch")
         (launcher / "launch").chmod(0o555)
         (launcher / "store.json").write_text(json.dumps(self.store))
-        security, main = pod.main["securityContext"], pod.main
+        main, security = pod.main, pod.main["securityContext"]
         container = self.engine.containers.create(
             main["image"],
             entrypoint=main["command"],
@@ -70,7 +66,7 @@ class Node:
             container.remove(force=True)
         if lost:
             raise PodEndedError("LOST")
-        published = self.published[pod.task] = json.loads((launcher / "published.json").read_text())
+        published = json.loads((launcher / "published.json").read_text())
         assert (status == 0) == (published["state"] == "COMPLETE"), logs[-1]
         if status:
             raise PodEndedError("FAILED")

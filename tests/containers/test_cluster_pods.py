@@ -14,6 +14,7 @@ from nodes import Node
 from project import PASSES
 from real_stack import Stack, running_stack
 
+from pipelines.pipeline import S3
 from vismem.records import Metrics
 from vismem.stack import BUCKET
 
@@ -36,27 +37,10 @@ class Cluster:
         self.engine, self.image, self.stack, self.volume = engine, image, stack, folder / "volume"
         self.volume.mkdir(parents=True)
         self.give_volume_to("0:0")
-        keys = {key: stack.secrets[name] for key, name in (("id", "access_key"), ("secret", "secret_key"))}
-        endpoint = stack.environment["AWS_ENDPOINT_URL_S3"]
-        self.node = Node(
-            engine,
-            folder / "pods",
-            claims={"vismem-shared": self.volume},
-            secrets={
-                "vismem-s3": {
-                    "AWS_ACCESS_KEY_ID": keys["id"],
-                    "AWS_SECRET_ACCESS_KEY": keys["secret"],
-                    "AWS_ENDPOINT_URL_S3": endpoint,
-                },
-                "vismem-mlflow": {"MLFLOW_TRACKING_URI": stack.environment["MLFLOW_TRACKING_URI"]},
-            },
-            store={
-                "endpoint_url": endpoint,
-                "aws_access_key_id": keys["id"],
-                "aws_secret_access_key": keys["secret"],
-                "region_name": "us-east-1",
-            },
-        )
+        secrets = {"vismem-s3": {key: stack.environment[key] for key in S3}}
+        secrets["vismem-mlflow"] = {"MLFLOW_TRACKING_URI": stack.environment["MLFLOW_TRACKING_URI"]}
+        claims = {"vismem-shared": self.volume}
+        self.node = Node(engine, folder / "pods", claims=claims, secrets=secrets, store=stack.s3)
         self.kubeflow = Kubeflow(self.node.execute, store=f"minio://{BUCKET}/{STORE}")
 
     def give_volume_to(self, owner: str) -> None:

@@ -12,6 +12,7 @@ from project import Project
 from vismem.errors import UserError
 from vismem.registry import fetch, inspect
 from vismem.registry.tracking import versions
+from vismem.serving.publish import publish
 
 PLAIN, PEM = serialization.NoEncryption(), serialization.Encoding.PEM
 
@@ -51,6 +52,20 @@ def test_only_what_the_trusted_key_signed_is_promoted_and_fetched(project: Proje
     use(project, **ours)  # the same bundle again, signed: its version is the one that is there
     made = project.release(b"69.0", score=69.0)
     assert (made["promoted"], made["version"]) == (True, "3")
+
+
+def test_what_was_fetched_before_a_key_was_named_is_held_to_it_too(project: Project, tmp_path: Path) -> None:
+    keys, cache, models = write_keys(tmp_path, "ours"), tmp_path / "cache", tmp_path / "models"
+    project.release(b"one", score=66.0)
+    fetched, published = fetch.fetch_bundle(project.config.registry, "1", cache), publish(project.config, models)
+    use(project, **keys)
+    with pytest.raises(UserError, match="vismem version 1 has no signature"):
+        fetch.fetch_bundle(project.config.registry, "1", cache)
+    with pytest.raises(UserError, match="vismem version 1 has no signature"):
+        publish(project.config, models)
+    project.run("register")
+    assert fetch.fetch_bundle(project.config.registry, "1", cache) == fetched
+    assert publish(project.config, models) == published
 
 
 def test_files_changed_with_all_their_hashes_are_found_by_the_signature_alone(project: Project, tmp_path: Path) -> None:

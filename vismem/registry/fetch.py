@@ -1,6 +1,5 @@
 """Fetches a registered version's bundle for use outside the pipeline, once: a cache keeps it by its manifest's hash."""
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ from vismem.config import RegistryConfig
 from vismem.errors import UserError
 from vismem.registry.champion import named_version
 from vismem.registry.runs import download_bundle
+from vismem.registry.signing import check_signature
 from vismem.registry.tracking import open_store, translate_mlflow_errors
 from vismem.registry.versions import database, tracking_uri
 from vismem.services import environment
@@ -18,20 +18,29 @@ from vismem.services import environment
 def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     """The folder in `cache` of the version with that number or alias.
 
-    UserError where there is no such store or version, or its files are damaged. An absent SQLite store is not made.
+    UserError where there is no such store or version, or its files are damaged; what the cache has must be signed too,
+    see `check_signature`. An absent SQLite store is not made.
     """
     uri = tracking_uri(config)
     if (file := database(uri)) and not file.is_file():
         raise UserError(f"no MLflow registry {uri}: go to the project's folder, or set MLFLOW_TRACKING_URI")
     store = open_store(config)
     version = named_version(store, which)
-    folder = cache / version.tags["manifest_sha256"]
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as made:
-            fresh = Path(made) / "bundle"
-            fresh.mkdir()
-            with environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": str(sys.stderr.isatty())}):
-                download_bundle(store, version, fresh)
-            os.rename(fresh, folder)
+    if (hashed := version.tags.get("manifest_sha256")) is None:
+        raise UserError(f"version {version.version} of '{store.model}' is none that `vismem register` made")
+    folder = cache / hashed
+    if folder.is_dir():
+        check_signature(store, version, folder)
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as made:
+        fresh = Path(made) / "bundle"
+        fresh.mkdir()
+        with environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": str(sys.stderr.isatty())}):
+            download_bundle(store, version, fresh)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another was quicker
+                raise
     return folder

@@ -10,6 +10,7 @@ from vismem.locks import lock_folder
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.registry.champion import champion_version
 from vismem.registry.runs import download_bundle
+from vismem.registry.signing import check_signature
 from vismem.registry.tracking import open_store, translate_mlflow_errors
 from vismem.serving.repository import check_repository, repository_problems, write_model_repository
 
@@ -30,7 +31,7 @@ class Published:
 def publish(config: Config, folder: Path) -> Published:
     """Fetch the champion into `folder`, unless it is there undamaged.
 
-    UserError where there is no champion, or the store's files are damaged; then nothing changes.
+    UserError where there is no champion, or the store's files are damaged or not signed; then nothing changes.
     """
     store = open_store(config.registry)
     champion = champion_version(store)
@@ -42,7 +43,9 @@ def publish(config: Config, folder: Path) -> Published:
     with lock_folder(folder, PATIENCE):
         registered = champion.tags.get("manifest_sha256")
         intact = (bundle / MANIFEST).is_file() and sha256_file(bundle / MANIFEST) == registered
-        if not intact or repository_problems(release):
+        if intact and not repository_problems(release):
+            check_signature(store, champion, bundle)
+        else:
             partial = release.with_name(f"{champion.version}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "bundle").mkdir(parents=True)

@@ -1,0 +1,37 @@
+"""A registered version is fetched into a cache that several processes share."""
+
+from pathlib import Path
+
+import pytest
+from project import Project
+
+from vismem.errors import UserError
+from vismem.provenance import verify_manifest
+from vismem.registry import fetch
+from vismem.registry.runs import download_bundle
+from vismem.registry.tracking import Store
+from vismem.registry.versions import Version
+
+
+def test_of_two_that_fetch_a_version_at_once_the_slower_takes_what_the_other_fetched(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.release(b"one", score=66.0)
+    registry, cache = project.config.registry, tmp_path / "cache"
+
+    def overtaken(store: Store, version: Version, folder: Path) -> None:
+        download_bundle(store, version, folder)
+        monkeypatch.setattr(fetch, "download_bundle", download_bundle)
+        fetch.fetch_bundle(registry, "champion", cache)
+
+    monkeypatch.setattr(fetch, "download_bundle", overtaken)
+    found = fetch.fetch_bundle(registry, "champion", cache)
+    assert (list(cache.iterdir()), verify_manifest(found)) == ([found], [])
+
+
+def test_a_version_that_somebody_else_registered_is_refused(project: Project, tmp_path: Path) -> None:
+    project.store.client.create_registered_model("vismem")
+    project.store.client.create_model_version("vismem", "s3://none/none")
+    with pytest.raises(UserError, match="version 1 of 'vismem' is none that `vismem register` made"):
+        fetch.fetch_bundle(project.config.registry, "1", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

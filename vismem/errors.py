@@ -24,6 +24,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, 300 characters at most, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def mask_credentials(text: str) -> str:
     """The text with `***` for user names and passwords of the URIs in it."""
     return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub("://***@", text))

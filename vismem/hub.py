@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vismem.config import DEFAULT_BASE
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.files import write_json, write_text
 
 CARD = "README.md"
@@ -65,8 +65,7 @@ def fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
     except OSError as error:  # all of the hub's errors are such
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no folder {name}, and no model '{name}' from the hub ({reason})") from None
+        raise UserError(f"no folder {name}, and no model '{name}' from the hub ({first_line(error)})") from None
 
 
 def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | None) -> str:
@@ -84,6 +83,7 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a model with VisMem")
         except (HTTPError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the hub did not take '{repo_id}' ({reason}): `hf auth login` names an account") from None
+            raise UserError(
+                f"the hub did not take '{repo_id}' ({first_line(error)}): `hf auth login` names an account"
+            ) from None
     return str(url)

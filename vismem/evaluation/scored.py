@@ -19,7 +19,7 @@ import pandas as pd
 
 from vismem.data.readers.files import json_lines, require_columns
 from vismem.data.sample import Sample, lettered, option_lines
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.evaluation.answers import score
 from vismem.evaluation.metrics import cluster_of
 from vismem.evaluation.predictions import read_predictions
@@ -76,8 +76,8 @@ def _loaded(path: Path, read: Callable[[Path], list[Any]]) -> list[Any]:
     except ImportError:
         raise UserError(f"{path}: `pip install openpyxl` reads .xlsx; or run VLMEvalKit with PRED_FORMAT=tsv") from None
     except Exception as error:  # noqa: BLE001 - whatever a reader stumbles over in a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged, or of another kind than its name says: {reason[:300]}") from None
+        said = first_line(error)
+        raise UserError(f"{path} is damaged, or of another kind than its name says: {said}") from None
 
 
 def _lmms(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored]:

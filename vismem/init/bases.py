@@ -16,7 +16,7 @@ from PIL import Image
 
 from vismem.config import BaseConfig
 from vismem.data.sample import Sample
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.init.rows import Row
 from vismem.models.small_files import read_small, read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
@@ -94,12 +94,8 @@ def look_at(config: BaseConfig) -> Base:
     try:
         settings = read_small(config, "config.json")
     except OSError as error:
-        why = str(error).strip().splitlines()[0]
-        return Base(
-            config.model,
-            small=False,
-            unknown=f"{config.model} cannot be looked at ({why}): it is taken for a large one",
-        )
+        why = f"{config.model} cannot be looked at ({first_line(error)}): it is taken for a large one"
+        return Base(config.model, small=False, unknown=why)
     if "vision_config" not in settings:
         raise UserError(f"base.model '{config.model}' has no vision: a vision-language model is needed")
     text = settings.get("text_config", settings)

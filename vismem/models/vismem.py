@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vismem.config import InvocationConfig, MemoryConfig
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.files import read_json, write_json
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
@@ -287,6 +287,6 @@ def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
             model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
         processor = load_processor(base)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {reason}") from error
+        said = first_line(error)
+        raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {said}") from error
     return backbone_of(model, processor)

@@ -10,7 +10,7 @@ from torch import nn
 
 from vismem.config import BaseConfig
 from vismem.data.sample import Sample
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone
@@ -33,10 +33,9 @@ def hollow_base(config: BaseConfig) -> Backbone:
         check_family(settings.model_type)
         processor = load_processor(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot read config.json and the processor's files of base.model '{source}': {reason}. A folder with "
-            "these small files is enough (--set base.model=FOLDER); no weights are read"
+            f"cannot read config.json and the processor's files of base.model '{source}': {first_line(error)}. A "
+            "folder with these small files is enough (--set base.model=FOLDER); no weights are read"
         ) from None
     return backbone_of(AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype)), processor)
 

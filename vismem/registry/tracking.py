@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import RegistryConfig
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.registry import BUNDLE
 from vismem.registry.versions import Version, database, tracking_uri
 from vismem.services import environment
@@ -59,7 +59,7 @@ def translate_mlflow_errors() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise UserError(f"MLflow: {_first_line(error)}; what was done so far stays, and can be done again") from error
+        raise UserError(f"MLflow: {first_line(error)}; what was done so far stays, and can be done again") from error
 
 
 def open_store(config: RegistryConfig) -> Store:
@@ -75,7 +75,7 @@ def open_store(config: RegistryConfig) -> Store:
         client.search_experiments(max_results=1)
     except MlflowException as error:
         raise UserError(
-            f"the MLflow store {uri} does not answer ({_first_line(error)}): "
+            f"the MLflow store {uri} does not answer ({first_line(error)}): "
             "check registry.tracking_uri or MLFLOW_TRACKING_URI"
         ) from None
     return Store(client, uri, config)
@@ -99,9 +99,7 @@ def ping(config: RegistryConfig) -> str:
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001  the client library of whatever store the files are in
-            raise UserError(
-                f"the MLflow store {store.uri} answers, but takes no files ({_first_line(error)})"
-            ) from None
+            raise UserError(f"the MLflow store {store.uri} answers, but takes no files ({first_line(error)})") from None
     return f"{store.uri} answers and takes files at {location}"
 
 
@@ -174,7 +172,3 @@ def _version(item: Any) -> Version:
         created=float(item.creation_timestamp or 0) / 1000,
         tags=tags,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from vismem.data.fingerprint import SPLITS
 from vismem.data.profile import profile_of
 from vismem.data.revisions import read_revisions, write_revisions
 from vismem.data.sample import SCHEMA, shard_tables, write_shards
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.files import read_json, write_json
 from vismem.models.small_files import read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
@@ -65,10 +65,9 @@ def _reserved(base: BaseConfig) -> Reserved:
     try:
         return Reserved(read_tokenizer(base), MEMORY_TOKENS)
     except OSError as error:
-        why = str(error).strip().splitlines()[0]
         raise UserError(
-            f"base.model '{base.model}' has no tokenizer.json to check texts by ({why}): give a base that has one, or "
-            "reach the hub"
+            f"base.model '{base.model}' has no tokenizer.json to check texts by ({first_line(error)}): give a base "
+            "that has one, or reach the hub"
         ) from None
 
 

@@ -88,5 +88,9 @@ class _Server(uvicorn.Server):
         self.ready = ready
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        await super().startup(sockets)
+        """UserError where the port was taken while the model was loaded."""
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn has logged why
+            raise UserError(f"port {self.config.port} cannot be used: choose another with --port") from None
         self.ready()

@@ -20,6 +20,7 @@ from typing import NoReturn
 from vismem.errors import UserError
 
 HOST = "127.0.0.1"
+TERMINATED = 128 + signal.SIGTERM  # the exit status of a process that SIGTERM ended
 READY_SECONDS = 300.0  # a busy machine needs minutes to import MLflow
 POLL = 0.2  # seconds
 MARK = "VISMEM_SERVICE_OF"  # a variable in a service's environment: the folder that it works in
@@ -172,11 +173,11 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """A block that SIGTERM ends in order, with status 143, so that its children are stopped; main thread only."""
+    """A block that SIGTERM ends in order, with TERMINATED, so that its children are stopped; main thread only."""
     if threading.current_thread() is not threading.main_thread():  # only that one may set a signal's handler
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
     finally:
@@ -189,7 +190,9 @@ def until_stopped(write: Callable[[str], None]) -> Iterator[None]:
     try:
         with exit_on_sigterm():
             yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as end:
+        if getattr(end, "code", TERMINATED) != TERMINATED:
+            raise  # nobody stopped it
         write("stopped")
 
 

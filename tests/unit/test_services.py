@@ -14,7 +14,17 @@ import psutil
 import pytest
 
 from vismem.errors import UserError
-from vismem.services import MARK, NotYetError, Service, end_leftovers, free_ports, start_service, watch
+from vismem.services import (
+    MARK,
+    TERMINATED,
+    NotYetError,
+    Service,
+    end_leftovers,
+    free_ports,
+    start_service,
+    until_stopped,
+    watch,
+)
 
 FOREVER = "import time; print('up', flush=True); time.sleep(600)"
 
@@ -137,3 +147,18 @@ def test_a_program_that_refuses_root_runs_as_nobody_and_still_reaches_root_s_fol
     )
     assert service.process.wait(60) == 0, service.log.read_text()
     assert service.log.read_text().strip() == "True reached"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(TERMINATED)])
+def test_what_serves_until_it_is_stopped_ends_without_an_error(end: BaseException) -> None:
+    written: list[str] = []
+    with until_stopped(written.append):
+        raise end
+    assert written == ["stopped"]
+
+
+def test_what_ends_by_itself_was_not_stopped() -> None:
+    written: list[str] = []
+    with pytest.raises(SystemExit, match="3"), until_stopped(written.append):
+        sys.exit(3)
+    assert written == []

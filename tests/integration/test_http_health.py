@@ -139,6 +139,17 @@ def test_what_was_done_refused_and_failed_is_counted(
     assert (now["vismem_waiting"], now["vismem_decoding"]) == (0, 0)
 
 
+def test_an_answer_that_fails_midway_is_no_longer_decoded(
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.executor.stops = frozenset()
+    steps, choose = iter([1, 1, 0]), runtime.executor.choose
+    monkeypatch.setattr(runtime.executor, "choose", lambda asked: (1 / next(steps), choose(asked))[1])
+    with pytest.raises(ZeroDivisionError):
+        ask(runtime)
+    assert counted(client)["vismem_decoding"] == 0
+
+
 def test_memories_per_answer_are_of_answers_as_the_evaluation_s(client: TestClient, runtime: Runtime) -> None:
     for options in ({"max_new_tokens": 1}, {"memory": "short"}, {"memory": "off"}):
         ask(runtime, **{"max_new_tokens": 6, **options})

@@ -85,3 +85,29 @@ class TextStream:
         """What was held back, if an answer ends within a character."""
         text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         return text[self.emitted :]
+
+
+class StoppedText:
+    """Text as it comes, up to the first stop string; what may be the beginning of one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.stream, self.stop = TextStream(tokenizer), [text for text in stop if text]
+        self.held, self.passed, self.stopped = "", "", False
+
+    def add(self, token: int) -> str:
+        """What is certain with this token; `passed` has all of it."""
+        return self._pass(self.stream.add(token), last=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return "" if self.stopped else self._pass(self.stream.finish(), last=True)
+
+    def _pass(self, new: str, last: bool) -> str:
+        text = self.held + new
+        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+        begun = [size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        self.stopped = bool(places)
+        certain = min(places) if places else len(text) if last else len(text) - max(begun, default=0)
+        self.held = text[certain:]
+        self.passed += text[:certain]
+        return text[:certain]

@@ -19,7 +19,7 @@ from vismem.generation.invocation import InvocationPolicy, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.chat import Chat, check_chat, one_turn, said
 from vismem.runtime.limits import NEW_TOKENS, RequestError
-from vismem.runtime.prompt import TextStream
+from vismem.runtime.prompt import StoppedText
 from vismem.serving.metrics import Metrics
 from vismem.serving.request_log import RequestLog
 
@@ -75,32 +75,6 @@ class Chunk:
     usage: Usage | None = None  # of the "end"
 
 
-class _Text:
-    """Text as it comes, up to the first stop string; what may be the beginning of one is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.stream, self.stop = TextStream(tokenizer), [text for text in stop if text]
-        self.held, self.passed, self.stopped = "", "", False
-
-    def add(self, token: int) -> str:
-        """What is certain with this token; `passed` has all of it."""
-        return self._pass(self.stream.add(token), last=False)
-
-    def finish(self) -> str:
-        """What was held back."""
-        return "" if self.stopped else self._pass(self.stream.finish(), last=True)
-
-    def _pass(self, new: str, last: bool) -> str:
-        text = self.held + new
-        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
-        begun = [size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
-        self.stopped = bool(places)
-        certain = min(places) if places else len(text) if last else len(text) - max(begun, default=0)
-        self.held = text[certain:]
-        self.passed += text[:certain]
-        return text[:certain]
-
-
 @dataclass(eq=False)
 class _Answer:
     """One answer between its caller and the thread that decodes it."""
@@ -123,9 +97,9 @@ class Runtime:
         self.preparing = threading.BoundedSemaphore(PREPARING)
         self.thread: threading.Thread | None = None
         self.closed = False
-        self.decoding = 0  # answers
+        self.answers: dict[Row, _Answer] = {}  # that are decoded
         self.stepped = -math.inf  # when the last step ended, by time.monotonic()
-        self.metrics = Metrics(lambda: len(self.waiting), lambda: self.decoding)
+        self.metrics = Metrics(lambda: len(self.waiting), lambda: len(self.answers))
         self.log: RequestLog | None = None
 
     @classmethod
@@ -206,7 +180,7 @@ class Runtime:
     def _chunks(self, request: Request, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Iterator[Chunk]:
         with self.preparing:
             self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
-        answer, text = _Answer(request), _Text(self.executor.tokenizer, stop)
+        answer, text = _Answer(request), StoppedText(self.executor.tokenizer, stop)
         with self.changed:
             if self.closed:
                 raise Busy(STOPPED)
@@ -232,10 +206,11 @@ class Runtime:
             ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
             usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories))
             end = Chunk(text.finish(), "end", usage=usage)
-            self.metrics.answered(asked, memories)
-            if self.log and request.max_new_tokens > 1:  # with 1 it is a probe
-                took = {"answer": text.passed, "seconds": time.monotonic() - answer.arrived}
-                self.log.add(images, {**asked, **took, **asdict(usage)})
+            if request.max_new_tokens > 1:  # with 1 it is a probe
+                self.metrics.answered(str(asked["memory"]), memories)
+                if self.log:
+                    took = {"answer": text.passed, "seconds": time.monotonic() - answer.arrived}
+                    self.log.add(images, {**asked, **took, **asdict(usage)})
             yield end
         finally:
             answer.gone = True
@@ -243,29 +218,30 @@ class Runtime:
     # --- the thread that decodes ---
 
     def _run(self) -> None:
-        loop, answers = DecodeLoop(self.executor), dict[Row, _Answer]()
+        loop = DecodeLoop(self.executor)
         try:
             with self.executor.running():
                 while not self.closed:
                     try:
-                        self._admit(loop, answers)
-                        self._step(loop, answers)
+                        self._admit(loop)
+                        self._step(loop)
                     except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
-                        for answer in answers.values():
+                        failed, self.answers = self.answers, {}
+                        for answer in failed.values():
                             answer.tokens.put(error)
-                        loop, answers = DecodeLoop(self.executor), {}
+                        loop = DecodeLoop(self.executor)
                         self.executor.keep(())
         finally:  # also where this thread dies
             with self.changed:
                 self.closed = True
-            for answer in (*answers.values(), *self.waiting):  # nothing joins `waiting` any more
+            for answer in (*self.answers.values(), *self.waiting):  # nothing joins `waiting` any more
                 answer.tokens.put(Busy(STOPPED))
 
-    def _admit(self, loop: DecodeLoop, answers: dict[Row, _Answer]) -> None:
+    def _admit(self, loop: DecodeLoop) -> None:
         """Let waiting answers join while there are places; wait for one where there is nothing to decode."""
-        while len(answers) < self.rows:
+        while len(self.answers) < self.rows:
             with self.changed:
-                if not answers:
+                if not self.answers:
                     self.changed.wait_for(lambda: self.waiting or self.closed)
                 if not self.waiting or self.closed:
                     return
@@ -279,22 +255,22 @@ class Runtime:
             except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on
                 answer.tokens.put(error)
             else:
-                answers[answer.row] = answer
+                self.answers[answer.row] = answer
 
-    def _step(self, loop: DecodeLoop, answers: dict[Row, _Answer]) -> None:
+    def _step(self, loop: DecodeLoop) -> None:
         """Decode a token of every answer, and let those go that are finished or that nobody reads."""
-        for row, answer in list(answers.items()):
+        for row, answer in list(self.answers.items()):
             if answer.gone:
                 loop.leave(row)
-                del answers[row]
+                del self.answers[row]
         for row, token in loop.step():
-            kind, answer = self.executor.kinds.get(token), answers[row]
+            kind, answer = self.executor.kinds.get(token), self.answers[row]
             (self.metrics.memories.labels(kind.value) if kind else self.metrics.tokens).inc()
             if row.decisions == 1:
                 self.metrics.first_token.observe(time.monotonic() - answer.arrived)
             answer.tokens.put(token)
             if row.finished:
-                answers.pop(row).tokens.put(None)
-        if not answers:
+                self.answers.pop(row).tokens.put(None)
+        if not self.answers:
             loop.step()  # lets the last ones go
-        self.decoding, self.stepped = len(answers), time.monotonic()
+        self.stepped = time.monotonic()

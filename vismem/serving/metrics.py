@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 
@@ -49,11 +48,8 @@ class Metrics:
         for kind, value in (lineage.get(PER_ANSWER) or {}).items():
             self.evaluated.labels(kind).set(value)
 
-    def answered(self, asked: Mapping[str, Any], memories: Mapping[str, int]) -> None:
-        """Count an answer that ended, if it is one as in the evaluation; with one token it is a probe.
-
-        `asked`: as the request log has it; `memories`: those that were invoked, by kind.
-        """
-        if asked["memory"] == "learned" and asked["max_new_tokens"] > 1:
+    def answered(self, mode: str, memories: Mapping[str, int]) -> None:
+        """Count an answer that ended, no probe, if it is one as in the evaluation; `memories` it invoked, by kind."""
+        if mode == "learned":
             for kind in KINDS:
                 self.per_answer.labels(kind.value).observe(memories.get(kind.value, 0))

@@ -201,3 +201,10 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(project: Path) -
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("line", ["models promote --to 3", "models show --unblock", "models rollback --data v1"])
+def test_an_option_of_another_action_is_not_passed_over(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"vismem models: {line.split()[2]} goes with `vismem models "), said

@@ -66,9 +66,13 @@ def test_releases_come_from_where_the_champion_is(releases: Releases, tmp_path: 
     def lost() -> Path:
         raise UserError("the registry does not answer")
 
-    for champion in (lost, lost, lambda: other, lost):
+    def full() -> Path:
+        raise OSError(28, "No space left on device")
+
+    for champion in (lost, lost, lambda: other, lost, full, full):
         releases.follow(champion, lines.append)
-    assert lines == ["the champion is not found: the registry does not answer"] * 2
+    reasons = ["the registry does not answer"] * 2 + ["[Errno 28] No space left on device"]
+    assert lines == [f"the champion is not found: {reason}" for reason in reasons]
     assert releases.source == other
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vismem import steps
+from vismem import launch, steps
 from vismem.config import Config
 from vismem.config.section import is_rare
 from vismem.errors import UserError
@@ -234,3 +234,20 @@ def imported(path: str) -> set[str]:
                 package = ROOT / name.replace(".", "/") / "__init__.py"
                 waiting += [found.relative_to(ROOT).as_posix() for found in (file, package) if found.is_file()]
     return seen
+
+
+def test_what_a_killed_run_left_is_no_part_of_an_output_that_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, config: Config, place: Path, *_: object) -> str:
+        (place / name).mkdir()
+        (place / name / "made").touch()
+        return "line"
+
+    monkeypatch.setattr(launch, "_run", run)
+    inputs = {name: tmp_path / name for name in ("base", "validate")}
+    for folder in (*inputs.values(), tmp_path / "stage1.partial"):
+        folder.mkdir()
+        (folder / "left").touch()
+    assert launch.launch_step("stage1", Config(), tmp_path, inputs, work=tmp_path / "work") == "line"
+    assert [file.name for file in (tmp_path / "stage1").iterdir()] == ["made"]

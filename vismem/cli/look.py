@@ -19,6 +19,7 @@ VERSIONS: dict[str, tuple[str, ...]] = {  # actions of `models`, and the version
     "verify": ("champion",),
     "delete": ("",),
 }
+ONLY = {"data": "list", "to": "rollback", "unblock": "promote"}  # options of `models`: the action of each
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 
 
@@ -85,8 +86,9 @@ def _run_models(arguments: argparse.Namespace) -> None:
     if len(arguments.which) > len(usual):
         raise UserError(f"`vismem models {arguments.action}` takes {len(usual) or 'no'} VERSION")
     which = (*arguments.which, *usual[len(arguments.which) :])
-    if arguments.data and arguments.action != "list":
-        raise UserError("--data goes with `vismem models list` only")
+    for option, action in ONLY.items():
+        if getattr(arguments, option) and arguments.action != action:
+            raise UserError(f"--{option} goes with `vismem models {action}` only")
     match arguments.action:
         case "list":
             from vismem.registry.listing import models

@@ -51,7 +51,8 @@ def launch_step(
                 folders = {needed: _copy_once(folder, place / "inputs" / needed) for needed, folder in folders.items()}
             line = _run(name, config, place, folders, launch)
         fresh = artifacts / f"{name}.partial"
-        shutil.copytree(place / name, fresh, dirs_exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)  # of another run, which was killed
+        shutil.copytree(place / name, fresh)
         replace_folder(fresh, artifacts / name)
         shutil.rmtree(place)
     return line

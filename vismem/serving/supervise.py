@@ -59,7 +59,7 @@ class Releases:
             source = champion()
             with self.taking:
                 self.source = source
-        except UserError as error:
+        except (UserError, OSError) as error:  # OSError: the disk is full
             lost = str(error)
         if lost != self.lost and lost:
             write(f"the champion is not found: {lost}")

@@ -24,11 +24,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Of optional inputs; MAX_NEW_TOKENS is NEW_TOKENS of vismem.runtime.limits.
-DEFAULTS = {
+DEFAULTS = {  # of optional inputs; that of MAX_NEW_TOKENS is the library's
     "PROMPT": b"",
     "MESSAGES": b"",
-    "MAX_NEW_TOKENS": 120,
     "TEMPERATURE": 0.0,
     "SEED": 0,
     "MEMORY": b"learned",
@@ -209,9 +207,11 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any
 
     ValueError says what is wrong.
     """
+    from vismem.runtime.limits import NEW_TOKENS  # verified by now
+
     files, stop = list(map(image_of, _several(request, "IMAGE"))), _several(request, "STOP")
-    values: dict[str, Any] = dict(DEFAULTS)
-    for name in DEFAULTS:
+    values: dict[str, Any] = {**DEFAULTS, "MAX_NEW_TOKENS": NEW_TOKENS}
+    for name in values:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is not None:
             value = tensor.as_numpy()

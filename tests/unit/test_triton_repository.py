@@ -124,7 +124,6 @@ def test_a_version_below_one_is_refused(bundle: Path, tmp_path: Path) -> None:
 
 def test_what_a_request_leaves_out_is_the_same_in_triton_s_files_as_elsewhere(bundle: Path, tmp_path: Path) -> None:
     model = write_model_repository(bundle, tmp_path, "vismem", 1)
-    assert f'"MAX_NEW_TOKENS": {NEW_TOKENS},' in (model / "1" / "model.py").read_text()
     assert re.search(rf'"MAX_NEW_TOKENS".*# {NEW_TOKENS}$', (model / "config.pbtxt").read_text(), re.MULTILINE)
     assert f"| optional, {NEW_TOKENS} |" in Path("deploy/triton/README.md").read_text()
 

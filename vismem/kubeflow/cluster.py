@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from vismem.config import Section, load_params
 from vismem.errors import UserError, nearest
-from vismem.launch import LaunchConfig
+from vismem.launch.config import Backend, LaunchConfig
 
 VARIABLE = "VISMEM_CLUSTER"
 HOUR = 3600  # seconds
@@ -43,7 +43,7 @@ class Cluster(Section):
     )
     node_selector: dict[str, str] = Field({}, description="labels of the nodes for them")
     queue: str = Field("", description="Kueue's queue for them; empty: none")
-    training_backend: Literal["process", "torchrun", "trainer"] = Field("process", description="how stage I and II run")
+    training_backend: Backend = Field("process", description="how stage I and II run")
     num_processes: int = Field(1, description="processes per node, one per GPU")
     num_nodes: int = Field(
         1, description="nodes; more than one needs `trainer`, and the pipeline with the shared volume"

@@ -8,7 +8,7 @@ from typing import Any
 from vismem.data.revisions import read_revisions, revision_tags, revisions_of
 from vismem.files import read_json, write_json, write_text
 from vismem.provenance import MANIFEST, sha256_file, sha256_folder
-from vismem.records import Metrics, ParityReport, RegisteredVersion, Release, Validation, Verdict, portable
+from vismem.records import OVERALL, Metrics, ParityReport, RegisteredVersion, Release, Validation, Verdict, portable
 
 Values = dict[str, Any]
 REPORTS = {"validate": "report.html", "evaluate": "report.html", "export": "README.md"}
@@ -62,7 +62,7 @@ def _read(name: str, folder: Path) -> tuple[Values, Values]:
                 for arm, groups in metrics.arms.items()
                 for group, score in groups.items()
             }
-            if gain := metrics.gain.get("overall"):
+            if gain := metrics.gain.get(OVERALL):
                 scores |= {"gain": gain.delta, "gain_low": gain.ci95[0], "gain_high": gain.ci95[1], "gain_p": gain.p}
             return {"stage2_sha256": metrics.stage2_sha256, "questions": metrics.n}, scores
         case "export":

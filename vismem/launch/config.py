@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
+from typing import Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
 from vismem.errors import UserError
 
 QUEUE = "kueue.x-k8s.io/queue-name"  # the label that puts a job or a pod into a queue of Kueue
-BACKENDS = ("process", "torchrun", "trainer")
+Backend = Literal["process", "torchrun", "trainer"]
+BACKENDS = get_args(Backend)
 
 
 @dataclass(frozen=True)

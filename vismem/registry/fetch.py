@@ -9,7 +9,7 @@ from vismem.errors import UserError
 from vismem.registry.champion import named_version
 from vismem.registry.runs import download_bundle
 from vismem.registry.signing import check_signature
-from vismem.registry.tracking import open_store, translate_mlflow_errors
+from vismem.registry.tracking import PROGRESS_BAR, open_store, translate_mlflow_errors
 from vismem.registry.versions import database, tracking_uri
 from vismem.services import environment
 
@@ -36,7 +36,7 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as made:
         fresh = Path(made) / "bundle"
         fresh.mkdir()
-        with environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": str(sys.stderr.isatty())}):
+        with environment({PROGRESS_BAR: str(sys.stderr.isatty())}):
             download_bundle(store, version, fresh)
         try:
             fresh.rename(folder)

@@ -12,12 +12,12 @@ from vismem.data.profile import Profile, Trained, counts
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import file_hashes
-from vismem.records import VISMEM, Metrics, ParityReport, Validation
+from vismem.records import OVERALL, VISMEM, Metrics, ParityReport, Validation
 from vismem.registry.champion import mend_view, named_version, read_view
 from vismem.registry.datasets import run_revisions
 from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import open_store, translate_mlflow_errors, versions
+from vismem.registry.tracking import PROGRESS_BAR, open_store, translate_mlflow_errors, versions
 from vismem.registry.verdict import EVALUATION, read_registered
 from vismem.services import environment
 
@@ -68,7 +68,7 @@ def trained(config: Config, which: str) -> Trained:
     newest, data = versions(store)[0], version.tags.get("data_sha256")
     other = newest.tags.get("data_sha256") != data and int(newest.version) > int(version.version)
     profile, run = read_registered(store, version, Profile), store.client.get_run(version.run_id)
-    with tempfile.TemporaryDirectory() as folder, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+    with tempfile.TemporaryDirectory() as folder, environment({PROGRESS_BAR: "false"}):
         store.files(str(run.info.artifact_uri)).download_artifacts(EVALUATION, folder)
         answers = pd.read_json(Path(folder) / EVALUATION, orient="split").query("arm == @VISMEM")
     return Trained(
@@ -93,7 +93,7 @@ def compare(config: Config, first: str, second: str) -> tuple[list[dict[str, str
     columns = [f"version {version.version}" for version in versions]
     ours, theirs = one.arms[VISMEM], other.arms[VISMEM]
     figures = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
-    figures["gain over vanilla"] = (one.gain["overall"].delta, other.gain["overall"].delta)
+    figures["gain over vanilla"] = (one.gain[OVERALL].delta, other.gain[OVERALL].delta)
     rows = [
         {
             "figure": name.replace("_", " "),

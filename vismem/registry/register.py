@@ -14,7 +14,7 @@ from vismem.data.revisions import read_revisions, revision_tags, revisions_of
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import MANIFEST, origin_tags, sha256_file, sha256_folder, verify_manifest
-from vismem.records import Metrics, ParityReport, RegisteredVersion, Validation, portable
+from vismem.records import VANILLA, VISMEM, Metrics, ParityReport, RegisteredVersion, Validation, portable
 from vismem.registry.champion import mend_view
 from vismem.registry.datasets import log_revisions
 from vismem.registry.mlmodel import log_bundle
@@ -78,7 +78,7 @@ def _checked(inputs: Mapping[str, Path]) -> tuple[Metrics, dict[str, Any]]:
     Profile.read(validate)
     ParityReport.read(bundle)
     lineage: dict[str, Any] = read_json(bundle / "lineage.json", "run `vismem export` again")
-    if missing := {"vanilla", "vismem"} - set(metrics.arms):
+    if missing := {VANILLA, VISMEM} - set(metrics.arms):
         raise UserError(
             f"the scores in {evaluate} have no arm {' or '.join(sorted(missing))}, which the gate compares: "
             "name both in evaluate.arms and run `vismem evaluate` again"

@@ -13,12 +13,12 @@ from vismem.config import GateConfig
 from vismem.data.profile import Profile
 from vismem.errors import UserError
 from vismem.provenance import sha256_file
-from vismem.records import VISMEM, Metrics, ParityReport, Record, Rule, Validation, Verdict
+from vismem.records import OVERALL, VISMEM, Metrics, ParityReport, Record, Rule, Validation, Verdict
 from vismem.registry import BUNDLE
 from vismem.registry.gate import DIGITS, Champion, judge
 from vismem.registry.ledger import Ledger
 from vismem.registry.runs import bundle_location
-from vismem.registry.tracking import Store, find_version
+from vismem.registry.tracking import PROGRESS_BAR, Store, find_version
 from vismem.registry.versions import Version
 from vismem.services import environment
 
@@ -131,8 +131,8 @@ def figure_tags(metrics: Metrics) -> dict[str, str]:
         "test_sha256": metrics.test_sha256,
         "items_sha256": metrics.items_sha256,
         "n": str(metrics.n),
-        "score": f"{metrics.arms[VISMEM]['overall']:.{DIGITS}f}",
-        "gain": f"{metrics.gain['overall'].delta:.{DIGITS}f}",
+        "score": f"{metrics.arms[VISMEM][OVERALL]:.{DIGITS}f}",
+        "gain": f"{metrics.gain[OVERALL].delta:.{DIGITS}f}",
     }
 
 
@@ -144,7 +144,7 @@ def read_registered(store: Store, version: Version, record: type[R]) -> R:
     else:
         location, path = bundle_location(store, version), record.FILE
     try:
-        with tempfile.TemporaryDirectory() as here, environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+        with tempfile.TemporaryDirectory() as here, environment({PROGRESS_BAR: "false"}):
             store.files(location).download_artifacts(path, here)
             if sha256_file(Path(here) / path) != version.tags.get(hash_tag(record)):
                 raise UserError(f"its sha256 is not the version's tag {hash_tag(record)}")

@@ -92,9 +92,12 @@ class Answer(str):
         answer = cls(plain(pieces))
         answer.marked, answer.pieces, answer.usage, answer.seconds = marked(pieces), tuple(pieces), usage, seconds
         answer.tokens, answer.finished = usage.get("tokens", 0), usage.get("finish") == "stop"
-        answer.invocations = tuple(
-            Invoked(piece.event, len(plain(pieces[:at]))) for at, piece in enumerate(pieces) if piece.event in KINDS
-        )
+        said, invoked = "", list[Invoked]()
+        for piece in pieces:
+            if piece.event in KINDS:
+                invoked.append(Invoked(piece.event, min(len(said.lstrip()), len(answer))))
+            said += piece.text
+        answer.invocations = tuple(invoked)
         return answer
 
 

@@ -20,17 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from common import ROOT, parser, publish, questions, table
+from common import MEMORY, parser, publish, questions, table
 
 from vismem import Client
-from vismem.provenance import write_manifest
 from vismem.serving.deploy import api_server
-from vismem.serving.repository import write_model_repository
-from vismem.serving.server import triton_server
 
 CLIENTS, MORTAL, QUESTIONS = 8, 4, 24
 LIMIT = 40  # tokens
-MODEL = ROOT / "assets" / "tiny-vlm-memory"
 Asked = dict[str, tuple[list[str], str, dict[str, Any]]]
 CLIENT = """
 import base64, json, random, sys
@@ -56,15 +52,12 @@ while True:
 def served(kind: str, folder: Path, name: str = "vismem") -> Iterator[tuple[str, int]]:
     """A server's address, and the process that it is or that began it."""
     if kind == "api":
-        with api_server(MODEL, "vismem", "float32", folder / "log") as (address, service):
+        with api_server(MEMORY, "vismem", "float32", folder / "log") as (address, service):
             yield address, service.process.pid
         return
-    from serving import export
+    from serving import triton
 
-    export(folder / "bundle")
-    write_manifest(folder / "bundle")
-    write_model_repository(folder / "bundle", folder / "repository", name, 1)
-    with triton_server(folder / "repository", log=folder / "log") as server:
+    with triton(name) as server:
         yield f"grpc://{server.grpc_url}", server.service.process.pid
 
 

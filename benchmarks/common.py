@@ -34,7 +34,7 @@ from vismem.training.stage1 import Formation
 from vismem.training.stage2 import Invocation
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY_VLM = ROOT / "assets" / "tiny-vlm"
+TINY_VLM, MEMORY = ROOT / "assets" / "tiny-vlm", ROOT / "assets" / "tiny-vlm-memory"
 OBJECTIVES: dict[type[GrpoStageConfig], tuple[type[GrpoObjective], tuple[str, ...]]] = {  # and what they train
     GrpoStageConfig: (PolicyGrpo, POLICY_LORA),
     Stage1Config: (Formation, FORMATION),

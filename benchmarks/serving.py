@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import ROOT, parser, publish, questions, table
+from common import MEMORY, parser, publish, questions, table
 from PIL import Image
 
 from vismem.data.sample import Sample
@@ -30,14 +30,14 @@ from vismem.serving.client import Client
 from vismem.serving.exchange import marked
 from vismem.serving.golden import write_golden
 from vismem.serving.repository import write_model_repository
-from vismem.serving.server import triton_server
+from vismem.serving.server import TritonServer, triton_server
 
 STREAMS = (1, 2, 4, 8, 16)
 
 
 def export(folder: Path) -> None:
     """Write the graphs of the memory that comes with VisMem, its processor, and golden questions."""
-    model = VisMem.from_pretrained(ROOT / "assets" / "tiny-vlm-memory", "cpu").model
+    model = VisMem.from_pretrained(MEMORY, "cpu").model
     write_graphs(model, folder / "onnx", opset=18)
     model.backbone.processor.save_pretrained(folder / "processor")
     with closing(Runtime.open(folder, verified=True)) as runtime:
@@ -52,15 +52,15 @@ def load() -> Runtime:
 
 
 @contextmanager
-def triton() -> Iterator[Client]:
-    """A client of the same graphs behind Triton, whose worker has one thread too."""
+def triton(name: str = "vismem") -> Iterator[TritonServer]:
+    """The same graphs behind Triton as the model `name`, whose worker has one thread too."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         export(folder / "bundle")
         write_manifest(folder / "bundle")
-        write_model_repository(folder / "bundle", folder / "repository", "vismem", 1)
+        write_model_repository(folder / "bundle", folder / "repository", name, 1)
         with triton_server(folder / "repository", log=folder / "log") as server:
-            yield Client(f"grpc://{server.grpc_url}", model="vismem")
+            yield server
 
 
 Pieces = list[tuple[str, str]]  # of an answer: text and event
@@ -90,8 +90,9 @@ def over_grpc(runtime: Runtime, samples: Sequence[Sample], repeats: int) -> list
 
     All give the same answers, as does the torch executor.
     """
-    ratios, model = [], VisMem.from_pretrained(ROOT / "assets" / "tiny-vlm-memory", "cpu")
-    with triton() as client:
+    ratios, model = [], VisMem.from_pretrained(MEMORY, "cpu")
+    with triton() as server:
+        client = Client(f"grpc://{server.grpc_url}", model="vismem")
         client.ask(samples[0].images, samples[0].question)
         for repeat in range(repeats):
             asked = samples[repeat::repeats]

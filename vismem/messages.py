@@ -14,7 +14,8 @@ from vismem.disk import NO_SPACE, free_space, megabytes
 CALLED_FROM, CALLED_WITH = "VISMEM_CALLED_FROM", "VISMEM_CALLED_WITH"  # variables: a folder and a profile
 # A relative path, after the scheme of a SQLite store also a bare name; not a part of an address or of a longer path.
 _PATH = re.compile(r"(?<![\w/.:~-])(sqlite:///(?=[\w.])|)((?:[\w.~=-]+/)*[\w.~=-]*[\w~=-])")
-_COMMAND = re.compile(r"`vismem (?!infer|ask|try|playground|init|stack|completion)([a-z]\w*(?: [^`]*)?)`")
+_WITHOUT_PROFILE = "infer|ask|try|api|playground|init|stack|compare|sweep|completion"  # commands
+_COMMAND = re.compile(rf"`vismem (?!{_WITHOUT_PROFILE})([a-z]\w*(?: [^`]*)?)`")
 
 
 @dataclass(frozen=True)

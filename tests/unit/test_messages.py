@@ -1,10 +1,12 @@
 """Messages from inside a profile's workspace, as the person outside sees them."""
 
 import errno
+from argparse import _SubParsersAction
 from pathlib import Path
 
 import pytest
 
+from vismem.cli import build_parser
 from vismem.messages import Caller
 
 
@@ -39,6 +41,14 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_paths_and_commands_are_the_caller_s(workspace: Path, inside: str, outside: str) -> None:
     assert Caller(workspace, "toy").shown(inside) == outside
     assert Caller(workspace).shown(inside) == inside
+
+
+def test_no_command_is_named_with_a_profile_that_it_does_not_take(workspace: Path) -> None:
+    commands = next(action for action in build_parser()._actions if isinstance(action, _SubParsersAction)).choices
+    without = [name for name, parser in commands.items() if "--profile" not in parser._option_string_actions]
+    assert {"api", "ask"} <= {*without}
+    for name in without:
+        assert Caller(workspace, "toy").shown(f"`vismem {name} X`") == f"`vismem {name} X`"
 
 
 def test_a_path_is_seen_from_the_caller_s_folder(workspace: Path) -> None:

@@ -47,6 +47,8 @@ def serve_api(
     """
     if (certificate is None) != (key is None):
         raise UserError("TLS needs both --tls-certificate and --tls-key")
+    if rows < 1:
+        raise UserError(f"--rows is {rows}: it must be at least 1")
     for file in (certificate, key):
         if file and not file.is_file():
             raise UserError(f"{file} is not there")

@@ -16,7 +16,7 @@ from vismem.data.sample import Sample
 from vismem.evaluation.answers import score
 from vismem.files import read_json
 from vismem.inference import VisMem
-from vismem.serving.exchange import Answer
+from vismem.serving.exchange import Answer, check_seed
 from vismem.shipped import shipped
 
 DEFAULT_MODEL = "assets/tiny-vlm-memory"  # comes with VisMem
@@ -36,6 +36,7 @@ def ask(
     model: str = DEFAULT_MODEL,
     base: str | None = None,
     *,
+    seed: int = 0,
     stream: bool = False,
     write: Callable[[str], None] = partial(print, end="", flush=True),  # noqa: B008
     **request: Any,
@@ -44,14 +45,15 @@ def ask(
 
     `request`: what `VisMem.answer` takes beside images and question. UserError as it and `from_pretrained` raise it.
     """
+    check_seed(seed)
     disable_progress_bar()
     loaded = VisMem.from_pretrained(model, base=base)
     if stream:
-        for token in loaded.stream(images, question, **request):
+        for token in loaded.stream(images, question, seed=seed, **request):
             write(token.marked)
         write("\n")
     else:
-        write(loaded.answer(images, question, **request).marked + "\n")
+        write(loaded.answer(images, question, seed=seed, **request).marked + "\n")
 
 
 def try_examples(console: Console, program: str) -> None:

@@ -224,9 +224,9 @@ def free_ports(wanted: Mapping[str, int], *, host: str = HOST, flag: str = "--{n
             try:
                 listener.bind((host, port))
                 listener.listen()
-            except OSError as error:
+            except (OSError, OverflowError) as error:  # OverflowError: there is no such port
                 raise UserError(
-                    f"port {port} on {host} cannot be used ({error.strerror}): "
+                    f"port {port} on {host} cannot be used ({getattr(error, 'strerror', error)}): "
                     f"choose another with {flag.format(name=name)}, 0 for any free one"
                 ) from None
             found[name] = listener.getsockname()[1]

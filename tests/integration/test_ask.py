@@ -51,6 +51,7 @@ def test_an_answer_has_its_memories_marked_and_streams_the_same(capsys: pytest.C
         (("--image", "https://example.org/a.png"), "https://example.org/a.png is a URL: download it first"),
         (("--image", IMAGE, "--model", "models:/vismem@champion"), "no MLflow registry sqlite:///mlflow.db"),
         (("--image", IMAGE, "--base", "./none"), "the base './none' is not on this machine"),
+        (("--image", IMAGE, "--seed", "-1"), "--seed is -1: it must lie in 0.."),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], said: str) -> None:
@@ -112,3 +113,8 @@ def texts(notebook: Any) -> list[list[str]]:
     outputs = [cell.get("outputs", []) for cell in notebook.cells]
     shown = [[output.get("text") or output["data"]["text/plain"] for output in cell] for cell in outputs]
     return [[text for text in cell if not text.startswith("<PIL")] for cell in shown]
+
+
+def test_a_server_that_would_answer_nobody_is_not_started(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["api", "--rows", "0"]) == 1
+    assert capsys.readouterr().err == "vismem api: --rows is 0: it must be at least 1\n"

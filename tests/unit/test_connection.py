@@ -1,6 +1,7 @@
 """The connection that a client's answers share: one for an event loop, and another after it broke."""
 
 import asyncio
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -8,7 +9,8 @@ import pytest
 
 from vismem import AsyncClient, Client
 from vismem.serving.connection import Connection
-from vismem.serving.exchange import DisconnectedError, ServerError
+from vismem.serving.exchange import DisconnectedError, Question, ServerError
+from vismem.serving.over_grpc import _requests
 
 
 def test_a_loop_has_one_connection_until_it_is_dropped() -> None:
@@ -59,3 +61,11 @@ def test_a_server_that_is_not_there_is_named_whole_and_streamed() -> None:
             ask(b"", "?")
     with pytest.raises(DisconnectedError, match=r"no model server answers at nowhere.invalid:1"):
         Client("grpc://nowhere.invalid:1", model="vismem").ask(b"", "?")
+
+
+def test_a_deadline_need_not_be_finite() -> None:
+    async def asked(timeout: float) -> int:
+        request = await anext(_requests("vismem", Question((b"png",), "?"), False, timeout))
+        return int(request["timeout"])
+
+    assert [asyncio.run(asked(timeout)) for timeout in (math.inf, 2.5, 0)] == [10**15, 2_500_000, 1]

@@ -2,7 +2,7 @@
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from vismem.errors import UserError
 from vismem.hub import fetch, push

@@ -134,6 +134,8 @@ def test_ports_differ_and_one_in_use_is_named_with_its_option() -> None:
         busy.listen()
         with pytest.raises(UserError, match=r"cannot be used .* --mlflow-port, 0 for any free one"):
             free_ports({"mlflow": busy.getsockname()[1]})
+    with pytest.raises(UserError, match=r"port 70000 on 127\.0\.0\.1 cannot be used \(.*0-65535.*--s3-port"):
+        free_ports({"s3": 70000})
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")

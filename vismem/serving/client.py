@@ -30,6 +30,7 @@ from vismem.serving.exchange import (
     Question,
     RefusedError,
     Token,
+    check_seed,
     encoded_images,
 )
 from vismem.serving.over_grpc import OverGrpc
@@ -236,8 +237,7 @@ def main_infer(
         check_request(files, prompt.encode(errors="surrogatepass"), max_new_tokens, images)
     except RequestError as error:
         raise UserError(str(error)) from None
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}: it must lie in 0..{2**63 - 1}")
+    check_seed(seed)
     token = os.environ.get(TOKEN_VARIABLE)
     client = Client(url if "://" in url else f"grpc://{url}", model=model, token=token, timeout=timeout)
     options: dict[str, Any] = {"memory": memory, "max_new_tokens": max_new_tokens}

@@ -114,6 +114,12 @@ class Question:
     stop: tuple[str, ...] = ()
 
 
+def check_seed(seed: int) -> None:
+    """UserError for one that a server, which has 64 bits for it, would not take either."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}: it must lie in 0..{2**63 - 1}")
+
+
 def encoded_images(images: Images) -> tuple[bytes, ...]:
     """One or more images as encoded files. UserError for a path without a file, and for a URL."""
     return tuple(map(encoded, [images] if isinstance(images, AnyImage) else images))

@@ -155,8 +155,10 @@ class VisMem:
         folder, base = Path(folder), self.base
         self.model.save_pretrained(folder)
         if not base.everywhere:
-            shutil.copytree(self.place, folder / "base", dirs_exist_ok=True)
-            base = Base("base", sha256_folder(folder / "base", WEIGHTS))
+            copy = folder / "base"
+            if not (copy.is_dir() and copy.samefile(self.place)):  # else the model came from this folder
+                shutil.copytree(self.place, copy, dirs_exist_ok=True)
+            base = Base("base", sha256_folder(copy, WEIGHTS))
         base.write(folder)
         write_card(folder, self.card, base.model)
         write_code(folder)

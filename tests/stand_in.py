@@ -68,6 +68,8 @@ class Runtime:
                     yield Chunk("", "short")
                 if i == 2 and prompt == "fail":
                     raise RuntimeError("as asked")
+                if i == 2 and prompt == "misfit":
+                    raise ValueError("as asked")
                 if i == 2 and prompt == "die":
                     os._exit(1)
                 time.sleep(0.02 if prompt == "endless" else 0)

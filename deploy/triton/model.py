@@ -65,13 +65,13 @@ class TritonPythonModel:
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
         from vismem.runtime.chat import parse_messages, said
-        from vismem.runtime.limits import MAX_PATCHES, MAX_STOPS, check_request
+        from vismem.runtime.limits import MAX_PATCHES, MAX_STOPS, RequestError, check_request
         from vismem.serving.answering import STOPPED, Busy, Runtime
         from vismem.serving.golden import check_golden
         from vismem.serving.request_log import RequestLog
 
         self.check_request, self.most_stops, self.busy, self.stopped = check_request, MAX_STOPS, Busy, STOPPED
-        self.parse_messages, self.said = parse_messages, said
+        self.parse_messages, self.said, self.at_fault = parse_messages, said, RequestError
         workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together
         threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime
         queue = json.loads(args["model_config"])["dynamic_batching"]["default_queue_policy"]
@@ -155,13 +155,13 @@ class TritonPythonModel:
         try:
             files, prompt, messages, options, interval = read_request(request)
             if len(options["stop"]) > self.most_stops:
-                raise ValueError(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
+                raise self.at_fault(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
             chat = self.parse_messages(messages) if messages else None
             asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
             images = self.check_request(files, asked, options["max_new_tokens"])
             with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
                 self._send(chunks, sender, gone, interval)
-        except ValueError as error:  # RequestError
+        except self.at_fault as error:
             self.runtime.metrics.refused.labels("invalid").inc()
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
         except self.busy as error:
@@ -205,9 +205,9 @@ class TritonPythonModel:
 def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
     """A request's image files, prompt, messages, options of `generate`, and the seconds that a response may collect.
 
-    ValueError says what is wrong.
+    RequestError says what is wrong.
     """
-    from vismem.runtime.limits import NEW_TOKENS  # verified by now
+    from vismem.runtime.limits import NEW_TOKENS, RequestError  # verified by now
 
     files, stop = list(map(image_of, _several(request, "IMAGE"))), _several(request, "STOP")
     values: dict[str, Any] = {**DEFAULTS, "MAX_NEW_TOKENS": NEW_TOKENS}
@@ -216,19 +216,19 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any
         if tensor is not None:
             value = tensor.as_numpy()
             if value.size != 1:
-                raise ValueError(f"{name} must hold one value, not {value.size}")
+                raise RequestError(f"{name} must hold one value, not {value.size}")
             values[name] = value.item()
     prompt, messages, stream = bytes(values.pop("PROMPT")), bytes(values.pop("MESSAGES")), values.pop("STREAM")
     if prompt and messages:
-        raise ValueError("PROMPT and MESSAGES are both there: send one of them")
+        raise RequestError("PROMPT and MESSAGES are both there: send one of them")
     values["MEMORY"], values["STOP"] = decoded("MEMORY", values["MEMORY"]), [decoded("STOP", text) for text in stop]
     if not 0 <= values["TEMPERATURE"] <= 100:  # refuses NaN too
-        raise ValueError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
+        raise RequestError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
     if values["SEED"] < 0:
-        raise ValueError(f"SEED is {values['SEED']}: it must not be negative")
+        raise RequestError(f"SEED is {values['SEED']}: it must not be negative")
     milliseconds = json.loads(request.parameters() or "{}").get(INTERVAL, 0)
     if type(milliseconds) is not int or milliseconds < 0:
-        raise ValueError(f"the parameter {INTERVAL} is {milliseconds!r}: it must be a number of milliseconds")
+        raise RequestError(f"the parameter {INTERVAL} is {milliseconds!r}: it must be a number of milliseconds")
     interval = milliseconds / 1000 if stream else math.inf
     return files, prompt, messages, {name.lower(): value for name, value in values.items()}, interval
 
@@ -241,11 +241,13 @@ def client_gone(request: Any, sender: Any) -> Callable[[], bool]:
 
 
 def decoded(name: str, data: bytes) -> str:
-    """An input's text. ValueError for one that is not UTF-8."""
+    """An input's text. RequestError for one that is not UTF-8."""
+    from vismem.runtime.limits import RequestError
+
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise ValueError(f"{name} is not UTF-8 text") from None
+        raise RequestError(f"{name} is not UTF-8 text") from None
 
 
 def image_of(data: bytes) -> bytes:

@@ -57,10 +57,11 @@ def test_a_bad_request_is_refused_with_its_reason_and_the_server_answers_on(
     assert ask(server) == ANSWER
 
 
-def test_a_fault_in_the_middle_of_an_answer_ends_that_answer_only(server: TritonServer) -> None:
-    pieces = client_of(server).stream([IMAGE], "fail")
+@pytest.mark.parametrize(("prompt", "kind"), [("fail", "RuntimeError"), ("misfit", "ValueError")])
+def test_a_fault_in_the_middle_of_an_answer_ends_that_answer_only(server: TritonServer, prompt: str, kind: str) -> None:
+    pieces = client_of(server).stream([IMAGE], prompt)
     assert [next(pieces), next(pieces), next(pieces)] == list(ANSWER[:3])
-    with pytest.raises(ServerError, match="the model failed: RuntimeError: as asked") as caught:
+    with pytest.raises(ServerError, match=f"the model failed: {kind}: as asked") as caught:
         next(pieces)
     assert type(caught.value) is ServerError  # no refusal: the same question may be answered later
     assert ask(server) == ANSWER

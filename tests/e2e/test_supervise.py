@@ -15,7 +15,7 @@ from stand_in import IMAGE, make_repository
 
 from vismem.errors import UserError
 from vismem.serving.client import Client
-from vismem.serving.exchange import Token
+from vismem.serving.exchange import BusyError, Token
 from vismem.steps import replace_folder
 
 CODE = """
@@ -175,7 +175,7 @@ def test_sigterm_ends_running_streams_with_an_error_and_leaves_nothing(serving: 
     assert mine
     serving.process.terminate()
     for stream in streams:
-        with pytest.raises(UserError, match="the server stops: ask again later"):
+        with pytest.raises(BusyError, match="the server stops: ask again later"):
             list(stream)
     assert serving.process.wait(60) == 0
     serving.reader.join()

@@ -209,6 +209,19 @@ def test_a_busy_server_is_told_apart(model: VisMem, monkeypatch: pytest.MonkeyPa
         assert first.result() == second.result()
 
 
+def test_a_server_that_stops_within_an_answer_is_busy(model: VisMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(tokens: object) -> None:
+        raise SystemExit
+
+    stopping = Runtime(TorchExecutor(model.model))
+    monkeypatch.setattr(stopping.executor, "append", stop)  # behind the first token
+    with (
+        served(create_app(stopping, "tiny")) as address,
+        pytest.raises(BusyError, match="v1: the server stops: ask again later"),
+    ):
+        Client(address).ask(IMAGES, QUESTION)
+
+
 def test_a_fault_of_the_model_is_no_refusal(client: Client, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(runtime.executor, "append", lambda tokens: 1 / 0)

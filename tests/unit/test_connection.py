@@ -9,8 +9,8 @@ import pytest
 
 from vismem import AsyncClient, Client
 from vismem.serving.connection import Connection
-from vismem.serving.exchange import DisconnectedError, Question, ServerError
-from vismem.serving.over_grpc import _requests
+from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError
+from vismem.serving.over_grpc import OverGrpc, _requests
 
 
 def test_a_loop_has_one_connection_until_it_is_dropped() -> None:
@@ -69,3 +69,16 @@ def test_a_deadline_need_not_be_finite() -> None:
         return int(request["timeout"])
 
     assert [asyncio.run(asked(timeout)) for timeout in (math.inf, 2.5, 0)] == [10**15, 2_500_000, 1]
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("the server stops: ask again later", BusyError),
+        ("Exceeds maximum queue size", BusyError),
+        ("the model failed: RuntimeError: out of memory", ServerError),
+        ("SEED is -1: it must not be negative", RefusedError),
+    ],
+)
+def test_what_triton_says_is_told_apart(message: str, kind: type[ServerError]) -> None:
+    assert type(OverGrpc("here:1")._fault("vismem", message)) is kind

@@ -19,6 +19,7 @@ from vismem.runtime.chat import said
 from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
 from vismem.serving.completion import ARMS, Completion, Refused, Reply, decoded_url, read_body
+from vismem.serving.exchange import BUSY_TYPE
 from vismem.serving.health import status_routes
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
@@ -81,7 +82,7 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             runtime.metrics.refused.labels("invalid").inc()
             return Refused(400, str(error)).response()
         except Busy as error:
-            return Refused(429, str(error), "rate_limit_error").response()
+            return Refused(429, str(error), BUSY_TYPE).response()
         except Exception as error:
             logger.exception("an answer failed")
             return Refused(500, f"the model failed: {type(error).__name__}: {error}", "server_error").response()
@@ -98,6 +99,8 @@ async def events(reply: Reply, first: Chunk, chunks: Iterator[Chunk], request: R
             for event in reply.events(chunk):
                 yield event
         yield DONE
+    except Busy as error:
+        yield f"data: {json.dumps(Refused(429, str(error), BUSY_TYPE).body())}\n\n"
     except Exception as error:  # noqa: BLE001 - the status is sent: the client gets the reason as an event
         yield f"data: {json.dumps(Refused(500, f'the model failed: {error}', 'server_error').body())}\n\n"
 

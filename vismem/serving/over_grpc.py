@@ -12,10 +12,11 @@ from vismem.serving.connection import Connection
 from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
 from vismem.serving.repository import is_unary
 
-BUSY = {  # part of a server's message: what it means for the caller
+BUSY = {  # part of a server's message: what it means for the caller, where it does not say so itself
     "Exceeds maximum queue size": "it is busy, its queue is full: try again later",
     "Request timeout expired": "it is busy, the request waited too long: try again later",
     "all workers were busy": "it is busy, the request waited too long: try again later",
+    "ask again later": "",
 }
 FAILED = {  # the same; other messages say what is wrong with the request
     "is not healthy": "its process is not healthy: restart `vismem serve`",

@@ -10,7 +10,7 @@ import httpx2
 
 from vismem.runtime.chat import messages_of, one_turn
 from vismem.serving.connection import Connection
-from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
+from vismem.serving.exchange import BUSY_TYPE, BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
 
 BUSY = (429, 503)
 LIMITS = httpx2.Limits(max_connections=None, keepalive_expiry=2)  # seconds: before uvicorn closes it, at 5
@@ -41,10 +41,11 @@ class OverHttp:
                     return
                 event = json.loads(data)
                 if "error" in event:
-                    raise ServerError(f"the server at {self.address}: {event['error']['message']}")
+                    kind = BusyError if event["error"].get("type") == BUSY_TYPE else ServerError
+                    raise kind(f"the server at {self.address}: {event['error']['message']}")
                 for choice in event["choices"]:
-                    if kind := choice.get("vismem", {}).get("memory"):
-                        yield Token("", kind)
+                    if memory := choice.get("vismem", {}).get("memory"):
+                        yield Token("", memory)
                     if text := choice["delta"].get("content"):
                         yield Token(text, "token")
                     if choice["finish_reason"]:

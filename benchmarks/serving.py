@@ -40,7 +40,7 @@ def export(folder: Path) -> None:
     model = VisMem.from_pretrained(MEMORY, "cpu").model
     write_graphs(model, folder / "onnx", opset=18)
     model.backbone.processor.save_pretrained(folder / "processor")
-    with closing(Runtime.open(folder, verified=True)) as runtime:
+    with closing(Runtime.open(folder)) as runtime:
         write_golden(runtime, ((sample.images, sample.question) for sample in questions(4)), folder)
 
 
@@ -48,7 +48,7 @@ def load() -> Runtime:
     """The runtime over them."""
     with tempfile.TemporaryDirectory() as folder:
         export(Path(folder))
-        return Runtime.open(folder, verified=True, rows=max(STREAMS), cache_bytes=0)
+        return Runtime.open(folder, rows=max(STREAMS), cache_bytes=0)
 
 
 @contextmanager

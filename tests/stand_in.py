@@ -38,7 +38,7 @@ class Chunk:
 
 class Runtime:
     @classmethod
-    def open(cls, bundle, threads, verified, max_patches, rows):
+    def open(cls, bundle, threads, max_patches, rows):
         return cls(bundle)
 
     def __init__(self, bundle):

@@ -14,6 +14,8 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
+from vismem.errors import UserError
+from vismem.provenance import verify_manifest
 from vismem.registry import BUNDLE
 from vismem.runtime.images import decoded_base64
 from vismem.runtime.limits import RequestError, check_request
@@ -24,9 +26,14 @@ _SERVED = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow sets it where others ask
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "Answering":
-    """MLflow's entry. `model_config`: `threads` of graphs, or `dtype`, `device`, `base` (`VisMem.from_pretrained`)."""
+    """MLflow's entry. `model_config`: `threads` of graphs, or `dtype`, `device`, `base` (`VisMem.from_pretrained`).
+
+    UserError where a file is not as the bundle's manifest says.
+    """
     bundle, settings = Path(path) / BUNDLE, model_config or {}
     if (bundle / "onnx").is_dir():
+        if problems := verify_manifest(bundle):
+            raise UserError(f"{bundle} is damaged: {'; '.join(problems[:5])}: fetch or export it again")
         return Answering(Runtime.open(bundle, **settings))
     from vismem.generation.torch_executor import TorchExecutor
     from vismem.inference import VisMem

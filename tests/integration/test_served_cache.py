@@ -31,7 +31,7 @@ def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return lambda size: Runtime(TorchExecutor(model, cache_bytes=size))
     write_graphs(model, folder / "bundle" / "onnx", 18)
     model.backbone.processor.save_pretrained(folder / "bundle" / "processor")
-    bundle = Bundle(folder / "bundle", threads=1, verified=True)
+    bundle = Bundle(folder / "bundle", threads=1)
     return lambda size: Runtime(OnnxExecutor(bundle, cache_bytes=size))
 
 

@@ -1,6 +1,5 @@
-"""Opens an exported bundle: verifies its files by the manifest, starts the ONNX sessions, maps the embedding table."""
+"""Opens an exported bundle: starts the ONNX sessions, maps the embedding table."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ Array = NDArray[Any]
 
 
 class BundleError(Exception):
-    """The bundle is missing, incomplete or damaged: what, where, and what to do."""
+    """The bundle has no graphs, or graphs of another release: what, where, and what to do."""
 
 
 class Graph:
@@ -38,15 +37,12 @@ class Graph:
 class Bundle:
     """The opened bundle. `vision`, `short`, `builder` and `decoder` are its graphs, `settings` is runtime.json."""
 
-    def __init__(self, folder: Path, threads: int, verified: bool) -> None:
-        """Verify the files, unless the caller has, and open them.
+    def __init__(self, folder: Path, threads: int) -> None:
+        """Open files that the caller has verified or written: onnxruntime loads a damaged weight file without an error.
 
-        Raises BundleError for a folder without manifest.json, another format, or a file that is missing, damaged or
-        not in the manifest.
+        Raises BundleError for a folder without graphs, and for another format.
         """
         self.folder, onnx = folder, folder / "onnx"
-        if not verified:
-            _verify(folder)
         if not (onnx / "runtime.json").is_file():
             raise BundleError(
                 f"{folder} has no ONNX graphs: serve it by `vismem api`, or export again with export.graphs true"
@@ -63,22 +59,3 @@ class Bundle:
             for place in (self.settings["tensors"][name] for name in ("embedding", "memory_rows"))
         )
         self.tokenizer = Tokenizer.from_file(str(folder / "processor" / "tokenizer.json"))
-
-
-def _verify(folder: Path) -> None:
-    """onnxruntime loads a damaged weight file without an error, so every file is hashed before any is used."""
-    try:
-        expected: dict[str, str] = json.loads((folder / "manifest.json").read_text())["files"]
-    except FileNotFoundError:
-        raise BundleError(f"{folder} is no exported bundle: {folder}/manifest.json is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{folder}/manifest.json is damaged ({error}): fetch or export the bundle again") from None
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
-    for name in sorted(expected.keys() | (found - {"manifest.json"})):
-        problem = "is missing" if name not in found else "is not in the manifest" if name not in expected else ""
-        if not problem:
-            with (folder / name).open("rb") as file:
-                same = hashlib.file_digest(file, "sha256").hexdigest() == expected[name]
-            problem = "" if same else "is damaged"
-        if problem:
-            raise BundleError(f"{folder / name} {problem}: fetch or export the bundle again")

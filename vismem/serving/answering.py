@@ -107,19 +107,18 @@ class Runtime:
         cls,
         bundle: Path | str,
         threads: int = 1,
-        verified: bool = False,
         max_patches: int | None = None,
         rows: int = ROWS,
         cache_bytes: int = CACHE_BYTES,
     ) -> "Runtime":
-        """A runtime over a bundle's graphs, with `threads` threads. BundleError for one that is missing or damaged.
+        """A runtime over a bundle's graphs, with `threads` threads; for files that are verified, see `Bundle`.
 
-        `verified`: the caller has just verified or written the bundle. `max_patches`, `cache_bytes`: see OnnxExecutor.
+        `max_patches`, `cache_bytes`: see OnnxExecutor.
         """
         from vismem.generation.onnx_executor import OnnxExecutor
         from vismem.runtime.bundle import Bundle
 
-        return cls(OnnxExecutor(Bundle(Path(bundle), threads, verified), max_patches, cache_bytes), rows)
+        return cls(OnnxExecutor(Bundle(Path(bundle), threads), max_patches, cache_bytes), rows)
 
     def generate(
         self,

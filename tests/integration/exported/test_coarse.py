@@ -58,7 +58,7 @@ def test_coarse_prompts_give_torchs_tokens_and_memories(coarse, coarse_bundle, s
     sample = replace(tiny.samples()[0], id="x", images=images)
     forced = {0: MemoryKind.SHORT, 2: MemoryKind.LONG, 4: MemoryKind.SHORT}
     expected, reference = by_torch(coarse, sample, forced)
-    tokens, memories = by_graphs(Bundle(coarse_bundle, threads=1, verified=True), sample, forced)
+    tokens, memories = by_graphs(Bundle(coarse_bundle, threads=1), sample, forced)
     assert tokens == expected
     assert len(memories) == 3
     for ours, theirs in zip(memories, reference, strict=True):
@@ -69,7 +69,7 @@ def test_the_runtime_reads_torchs_pixels_to_the_bit(coarse, coarse_bundle):
     images = encoded(noise(200, 90), noise(84, 84, 1))
     sample = replace(tiny.samples()[0], images=images)
     expected = encode(coarse.backbone, [sample])
-    executor = OnnxExecutor(Bundle(coarse_bundle, threads=1, verified=True))
+    executor = OnnxExecutor(Bundle(coarse_bundle, threads=1))
     found = executor.prepare(pictures(sample), sample.turns(), TOKENS)
     assert np.array_equal(found.whole["pixels"], expected.vision.patches[0].numpy())
     assert np.array_equal(found.prompt.visual, expected.visual[0].numpy())
@@ -79,15 +79,15 @@ def test_the_runtime_reads_torchs_pixels_to_the_bit(coarse, coarse_bundle):
 
 def test_whole_and_coarse_patches_count_against_the_servers_limit(coarse_bundle):
     images = [noise(168, 168), noise(84, 84)]  # 144 and 36 patches; in the prompt 36 and 36
-    allowed = Runtime.open(coarse_bundle, verified=True, max_patches=252)
+    allowed = Runtime.open(coarse_bundle, max_patches=252)
     assert next(allowed.generate(images, "what?")).event == "token"
     with pytest.raises(RequestError, match="the images make 252 patches: the limit is 251"):
-        Runtime.open(coarse_bundle, verified=True, max_patches=251).generate(images, "what?")
+        Runtime.open(coarse_bundle, max_patches=251).generate(images, "what?")
 
 
 def test_parity_is_of_coarse_prompts_on_both_sides(coarse, model, coarse_bundle):
     samples = [replace(s, images=encoded(noise(168, 112, i))) for i, s in enumerate(tiny.samples()[:2])]
-    executor = OnnxExecutor(Bundle(coarse_bundle, threads=1, verified=True))
+    executor = OnnxExecutor(Bundle(coarse_bundle, threads=1))
     assert check_parity(coarse, executor, samples, max_new_tokens=6, tolerance=1e-4).passed
     assert not check_parity(model, executor, samples, max_new_tokens=6, tolerance=1e-4).passed
 

@@ -20,7 +20,7 @@ def test_answers_together_are_each_as_alone_however_many_come_and_go(runtime):
         (sample, {"max_new_tokens": 4 + 3 * (at % 5), "temperature": float(at % 2), "seed": at, "memory": at % 4 != 3})
         for at, sample in enumerate(tiny.samples() * 2)
     ]
-    several = Runtime.open(runtime.executor.bundle.folder, verified=True, rows=6)
+    several = Runtime.open(runtime.executor.bundle.folder, rows=6)
 
     def answer(at, of):
         sample, options = asked[at]

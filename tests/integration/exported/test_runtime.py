@@ -90,7 +90,7 @@ def test_a_request_beyond_the_models_positions_is_refused_before_its_images_are_
 
 def test_more_patches_than_the_server_allows_are_refused_before_the_images_are_decoded(bundle, monkeypatch):
     images = [Image.open(io.BytesIO(data)) for data in encoded(noise(168, 168)) * 2]
-    allowed = Runtime.open(bundle, verified=True, max_patches=287)
+    allowed = Runtime.open(bundle, max_patches=287)
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     with pytest.raises(RequestError, match="the images make 288 patches: the limit is 287"):
         allowed.generate(images, "what?")

@@ -62,7 +62,7 @@ def test_the_gate_passes_it_and_says_why_and_triton_s_runtime_refuses_it(bare: P
     assert "no ONNX graphs" in rule.reason
     assert not gate._parity(PARITY.model_copy(update={"items": 0, "greedy_equal": 0})).passed, "with graphs it must be"
     with pytest.raises(BundleError, match="has no ONNX graphs: serve it by `vismem api`"):
-        Bundle(bare, threads=1, verified=False)
+        Bundle(bare, threads=1)
 
 
 def test_its_card_says_how_to_serve_it(bare: Path, bundle: Path) -> None:

@@ -214,6 +214,7 @@ def test_a_server_that_stops_within_an_answer_is_busy(model: VisMem, monkeypatch
         raise SystemExit
 
     stopping = Runtime(TorchExecutor(model.model))
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
     monkeypatch.setattr(stopping.executor, "append", stop)  # behind the first token
     with (
         served(create_app(stopping, "tiny")) as address,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vismem.runtime.cache import ContentCache, hash_of
+from vismem.runtime.cache import ContentCache
+from vismem.runtime.images import hash_of
 
 
 def test_what_is_held_is_computed_once_and_what_was_used_the_longest_ago_goes_first() -> None:

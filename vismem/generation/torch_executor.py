@@ -24,9 +24,9 @@ from vismem.models.backbones.base import Inputs, Prompt, following
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
-from vismem.runtime.cache import ContentCache, hash_of
+from vismem.runtime.cache import ContentCache
 from vismem.runtime.chat import Chat
-from vismem.runtime.images import decoded
+from vismem.runtime.images import decoded, hash_of
 from vismem.runtime.limits import check_patches, check_positions
 from vismem.runtime.reserved import Reserved
 

@@ -1,12 +1,9 @@
 """What was computed of a content, by its hash, so that the same image or prompt is read once. Bounded."""
 
-import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
-
-from PIL import Image
 
 T = TypeVar("T")
 
@@ -35,12 +32,3 @@ class ContentCache:
                 while self.held > self.most:
                     self.held -= self.kept.popitem(last=False)[1][1]
         return value
-
-
-def hash_of(images: Sequence[Image.Image]) -> bytes:
-    """Of decoded images, by their sizes and pixels."""
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(f"{image.size} {image.mode} ".encode())
-        digest.update(image.tobytes())
-    return digest.digest()

@@ -52,6 +52,11 @@ def pixels_sha256(seen: Image.Image) -> bytes:
     return hashlib.sha256(b"%dx%d:" % seen.size + seen.tobytes()).digest()
 
 
+def hash_of(seen: Sequence[Image.Image]) -> bytes:
+    """32 bytes by which such images are known together, in their order."""
+    return hashlib.sha256(b"".join(map(pixels_sha256, seen))).digest()
+
+
 def look_of(seen: Image.Image) -> bytes:
     """LOOK x LOOK RGB means of an image that is `upright`, which JPEG and resizing hardly change."""
     return seen.resize((LOOK, LOOK), Image.Resampling.BILINEAR).tobytes()

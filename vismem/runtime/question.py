@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem.runtime.bundle import Bundle
-from vismem.runtime.cache import hash_of
 from vismem.runtime.chat import Chat
-from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, resized
+from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, hash_of, resized
 from vismem.runtime.limits import check_patches, check_positions
 from vismem.runtime.prompt import Prompt, tokenise
 

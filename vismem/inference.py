@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from vismem.data.sample import Sample
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.generation.engine import generate, stream
 from vismem.generation.invocation import MODES, InvocationPolicy, mode_of
 from vismem.generation.types import LATENT, Rollout
@@ -66,12 +66,16 @@ class VisMem:
         comes with VisMem), a hub id, or "models:/NAME@ALIAS" or "models:/NAME/VERSION" of the MLflow registry.
         `device`: the first GPU where there is one, else the CPU. `base`: hub id or folder, where it is not as the
         model says.
-        UserError for what is missing or damaged, and for a base that does not fit.
+        UserError for what is missing or damaged, for a base that does not fit, and for a device that is not here.
         """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)  # before a large model is loaded
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"the device '{device}' cannot be used: {first_line(error)}") from None
         added = find_added(name)
         reference, place = find_base(added, base)
         model = VisMemModel.from_pretrained(added, place, dtype)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model.backbone.model.to(device)
         model.to(device)
         return cls(model, reference, place, read_card(added))

@@ -115,6 +115,16 @@ def texts(notebook: Any) -> list[list[str]]:
     return [[text for text in cell if not text.startswith("<PIL")] for cell in shown]
 
 
-def test_a_server_that_would_answer_nobody_is_not_started(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["api", "--rows", "0"]) == 1
-    assert capsys.readouterr().err == "vismem api: --rows is 0: it must be at least 1\n"
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--rows", "0", "--rows is 0: it must be at least 1"),
+        ("--device", "gpu", "the device 'gpu' cannot be used: Expected one of cpu, cuda"),
+    ],
+)
+def test_a_server_that_could_answer_nobody_is_not_started(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
+) -> None:
+    assert cli.main(["api", "--port", "0", option, value]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"vismem api: {said}")

@@ -4,8 +4,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +30,11 @@ class Caller:
         folder, named = os.environ.get(CALLED_FROM), os.environ.get(CALLED_WITH)
         return cls(Path(folder), named) if folder and named else cls(Path.cwd(), profile)
 
-    @contextmanager
-    def known(self) -> Iterator[None]:
+    def known(self) -> AbstractContextManager[None]:
         """Within the block, the processes that this one starts know who called."""
-        if self.profile:
-            os.environ.update({CALLED_FROM: str(self.folder), CALLED_WITH: self.profile})
-        try:
-            yield
-        finally:
-            for name in (CALLED_FROM, CALLED_WITH):
-                os.environ.pop(name, None)
+        from vismem.services import environment
+
+        return environment({CALLED_FROM: str(self.folder), CALLED_WITH: self.profile} if self.profile else {})
 
     def explain(self, error: Exception) -> str:
         """The error in one line."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Final
 
 from vismem.runtime.limits import MAX_PROMPT_BYTES, RequestError
@@ -79,10 +79,9 @@ def _parts(content: Any) -> Iterator[str | None]:
 def joined(parts: Iterable[str | None]) -> tuple[str | None, ...]:
     """The parts, texts that stand side by side made one, on lines of their own."""
     found: list[str | None] = []
-    for part in parts:
-        if part is not IMAGE and found and found[-1] is not IMAGE:
-            part = f"{found.pop()}\n{part}"
-        found.append(part)
+    for is_image, group in groupby(parts, lambda part: part is IMAGE):
+        run = list(group)
+        found += run if is_image else ["\n".join(map(str, run))]
     return tuple(found)
 
 

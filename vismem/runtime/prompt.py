@@ -105,7 +105,8 @@ class StoppedText:
     def _pass(self, new: str, last: bool) -> str:
         text = self.held + new
         places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
-        begun = [size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        sizes = ((stop, size) for stop in self.stop for size in range(1, min(len(stop), len(text) + 1)))
+        begun = [size for stop, size in sizes if text.endswith(stop[:size])]
         self.stopped = bool(places)
         certain = min(places) if places else len(text) if last else len(text) - max(begun, default=0)
         self.held = text[certain:]

@@ -1,0 +1,28 @@
+"""Texts at which an answer stops: what they cost, whatever a client sends."""
+
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from vismem.runtime.prompt import StoppedText
+
+TOKENIZER = Tokenizer.from_file("assets/tiny-vlm/tokenizer.json")
+
+
+class Counted(str):
+    """A text that counts how often a part of it is taken."""
+
+    parts = 0
+
+    def __getitem__(self, place: Any) -> str:
+        Counted.parts += 1
+        return super().__getitem__(place)
+
+
+def test_a_long_stop_costs_no_more_than_the_text_that_is_held_back() -> None:
+    words = TOKENIZER.encode("how many red circles are there").ids
+    text = StoppedText(TOKENIZER, [Counted("x" * 20_000), "circles are"])
+    said = [text.add(word) for word in words]
+    assert TOKENIZER.decode(words).startswith("".join(said))
+    assert text.stopped
+    assert Counted.parts <= len("how many red circles are there") * len(words)

@@ -3,9 +3,10 @@
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from vismem.generation.torch_executor import TorchExecutor
-from vismem.serving import health
+from vismem.serving import answering, health
 from vismem.serving.answering import Busy, Chunk, Runtime
 from vismem.serving.http import create_app
 
@@ -137,6 +138,25 @@ def test_what_was_done_refused_and_failed_is_counted(
     assert (now["vismem_refused_total invalid"], now["vismem_refused_total busy"]) == (1, 1)
     assert now["vismem_failures_total"] == 1
     assert (now["vismem_waiting"], now["vismem_decoding"]) == (0, 0)
+
+
+def test_the_time_to_the_first_token_begins_before_images_and_prompt_are_read(
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [5.0]
+    monkeypatch.setattr(answering, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def after(seconds: float, own: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*given: Any, **named: Any) -> Any:
+            clock[0] += seconds
+            return own(*given, **named)
+
+        return slow
+
+    for name, seconds in (("prepare", 100.0), ("read", 10.0), ("join", 1.0)):
+        monkeypatch.setattr(runtime.executor, name, after(seconds, getattr(runtime.executor, name)))
+    ask(runtime, max_new_tokens=1)
+    assert counted(client)["vismem_first_token_seconds_sum"] == 111
 
 
 def test_an_answer_that_fails_midway_is_no_longer_decoded(

@@ -80,9 +80,9 @@ class _Answer:
     """One answer between its caller and the thread that decodes it."""
 
     request: Request
+    arrived: float  # by time.monotonic()
     tokens: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)  # None: it is finished
     row: Row | None = None  # once it has joined
-    arrived: float = field(default_factory=time.monotonic)
     gone: bool = False  # nobody reads it any more
 
 
@@ -140,6 +140,7 @@ class Runtime:
         `looks` each memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor).
         Raises RequestError for an unusable request, and at the first chunk Busy where too many wait.
         """
+        arrived = time.monotonic()
         if not images:
             raise RequestError("no image: send at least one with the question")
         if max_new_tokens < 1:
@@ -151,9 +152,9 @@ class Runtime:
         check_chat(chat, len(images))
         with self.preparing:
             sample = self.executor.prepare(images, chat, max_new_tokens)
-        request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
+        answer = _Answer(Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks), arrived)
         asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        return self._counted(self._chunks(request, stop, images, asked))
+        return self._counted(self._chunks(answer, stop, images, asked))
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -176,10 +177,10 @@ class Runtime:
             self.metrics.failures.inc()
             raise
 
-    def _chunks(self, request: Request, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Iterator[Chunk]:
+    def _chunks(self, answer: _Answer, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Iterator[Chunk]:
+        request, text = answer.request, StoppedText(self.executor.tokenizer, stop)
         with self.preparing:
             self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
-        answer, text = _Answer(request), StoppedText(self.executor.tokenizer, stop)
         with self.changed:
             if self.closed:
                 raise Busy(STOPPED)

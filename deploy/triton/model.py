@@ -71,7 +71,7 @@ class TritonPythonModel:
         from vismem.serving.request_log import RequestLog
 
         self.check_request, self.most_stops, self.busy, self.stopped = check_request, MAX_STOPS, Busy, STOPPED
-        self.parse_messages, self.said, self.at_fault = parse_messages, said, RequestError
+        self.parse_messages, self.said, self.request_error = parse_messages, said, RequestError
         workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together
         threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime
         queue = json.loads(args["model_config"])["dynamic_batching"]["default_queue_policy"]
@@ -155,13 +155,13 @@ class TritonPythonModel:
         try:
             files, prompt, messages, options, interval = read_request(request)
             if len(options["stop"]) > self.most_stops:
-                raise self.at_fault(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
+                raise self.request_error(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
             chat = self.parse_messages(messages) if messages else None
             asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
             images = self.check_request(files, asked, options["max_new_tokens"])
             with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
                 self._send(chunks, sender, gone, interval)
-        except self.at_fault as error:
+        except self.request_error as error:
             self.runtime.metrics.refused.labels("invalid").inc()
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
         except self.busy as error:

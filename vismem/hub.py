@@ -64,7 +64,7 @@ def fetch(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
-    except OSError as error:  # all of the hub's errors are such
+    except (OSError, ValueError) as error:  # ValueError: no name of the hub's; all others are OSErrors
         raise UserError(f"no folder {name}, and no model '{name}' from the hub ({first_line(error)})") from None
 
 

@@ -24,3 +24,8 @@ def test_a_hub_that_takes_nothing_is_told_in_one_line(
     if isinstance(error, OSError):
         with pytest.raises(UserError, match=rf"no model 'some/one' from the hub \({said}\)"):
             fetch("some/one")
+
+
+def test_a_name_that_the_hub_does_not_have_at_all_is_told_so() -> None:
+    with pytest.raises(UserError, match=r"^no folder some/one--two, and no model .* from the hub \(.*--"):
+        fetch("some/one--two")

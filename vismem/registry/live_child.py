@@ -27,7 +27,7 @@ from vismem.errors import UserError
 from vismem.provenance import git_state, origin_tags
 from vismem.registry import GIVEN_RUN
 from vismem.registry.runs import Point, log_params, log_points, now, read_curve
-from vismem.registry.tracking import IMPATIENT, Store, experiment_id, open_store
+from vismem.registry.tracking import IMPATIENT, Store, experiment_id, open_store, tag_is
 from vismem.services import environment
 from vismem.steps import BY_NAME
 
@@ -150,7 +150,7 @@ class Run:
             self.run_id = self.given
             return
         experiment = experiment_id(store)
-        mine = f"attributes.status = 'RUNNING' and tags.`{WORKSPACE}` = '{self.workspace}'"
+        mine = f"attributes.status = 'RUNNING' and {tag_is(WORKSPACE, self.workspace)}"
         for left in store.client.search_runs([experiment], mine):
             store.client.set_terminated(left.info.run_id, "KILLED")
         tags = {WORKSPACE: self.workspace, "mlflow.source.name": "vismem repro", **origin_tags()}

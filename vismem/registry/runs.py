@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vismem.provenance import MANIFEST, origin_tags, sha256_file, verify_manifes
 from vismem.records import portable
 from vismem.registry import BUNDLE, GIVEN_RUN, LIVE_RUN
 from vismem.registry.signing import check_signature
-from vismem.registry.tracking import Store, experiment_id, translate_mlflow_errors
+from vismem.registry.tracking import Store, experiment_id, tag_is, translate_mlflow_errors
 from vismem.registry.versions import Version
 
 LONGEST_PARAM = 6000
@@ -39,7 +40,7 @@ def tracked_run(store: Store, name: str, tags: Mapping[str, str], params: Mappin
     process that was killed: it ends KILLED.
     """
     experiment = experiment_id(store)
-    same = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    same = " and ".join(starmap(tag_is, tags.items()))
     given = _open_run(store, os.environ.get(GIVEN_RUN))
     for left in store.client.search_runs([experiment], f"attributes.status = 'RUNNING' and {same}"):
         if left.info.run_id != given:

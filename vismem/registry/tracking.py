@@ -123,6 +123,12 @@ def experiment_id(store: Store) -> str:
         return experiment_id(store)  # another process was quicker
 
 
+def tag_is(key: str, value: str) -> str:
+    """The clause for a tag's value in a search for runs; an apostrophe may be in it."""
+    quote = '"' if "'" in value else "'"
+    return f"tags.`{key}` = {quote}{value}{quote}"
+
+
 def create_version(store: Store, run_id: str, model_id: str, tags: Mapping[str, str]) -> Version:
     """Register a logged model as the next version."""
     create_model_once(store, store.model, "Latent vision memory for a vision-language model")

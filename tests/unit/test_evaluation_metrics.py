@@ -27,7 +27,8 @@ from vismem.generation.invocation import Learned
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.kinds import MemoryKind
 
-NOTHING = {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "p_holm": 1.0, "detectable": None}
+UNSEEN = 100 * 1.959964**2 / (2 + 1.959964**2)  # points that two items without a difference do not exclude
+NOTHING = {"delta": 0.0, "ci95": pytest.approx([-UNSEEN, UNSEEN]), "p": 1.0, "p_holm": 1.0, "detectable": None}
 
 
 @pytest.fixture

@@ -95,10 +95,17 @@ def test_graded_scores_of_single_questions_are_compared_by_the_exact_sign_test()
     assert permutation_p(arm, reference, alone(arm)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_identical_arms_differ_by_nothing() -> None:
-    scores = np.array([100.0, 0.0, 100.0, 100.0, 0.0])
+@pytest.mark.parametrize("n", [5, 12, 400])
+def test_identical_arms_differ_by_nothing_and_few_items_say_little_of_others(n: int) -> None:
+    """None of n differs: by Wilson's interval up to z^2 / (n + z^2) of all may, each by 100 points."""
+    scores, end = np.resize([100.0, 0.0, 100.0], n), 100 * 1.959964**2 / (n + 1.959964**2)
     difference = compared(scores, scores.copy(), alone(scores))
-    assert difference == Difference(delta=0.0, ci95=(0.0, 0.0), p=1.0, detectable=None)
+    assert difference == Difference(delta=0.0, ci95=difference.ci95, p=1.0, detectable=None)
+    assert difference.ci95 == pytest.approx((-end, end))
+    together = compared(scores, scores.copy(), np.arange(n) // 4)
+    assert together.ci95[1] > 1.5 * end, "of a quarter as many clusters"
+    ahead = compared(np.full(n, 100.0), np.zeros(n), alone(scores))
+    assert (ahead.delta, ahead.ci95) == (100.0, pytest.approx((100 - 2 * end, 100.0)))
 
 
 def test_the_difference_is_the_difference_of_the_means() -> None:

@@ -102,7 +102,7 @@ GOLD = {
         [
             row("validation_Math_1", "In <image 1>, which?", "B", **FOUR, split="validation", category="Math"),
             row("validation_Math_2", "How much?", "6.5", split="validation", category="Math"),
-            row("validation_Math_3", "How much?", """['24/7', "Newton's", '3.429']""", split="validation", category="Math"),
+            row("validation_Math_3", "How much?", """["Newton's", '3.429']""", split="validation", category="Math"),
             row("validation_Art_1", "Which?", "C", **FOUR, split="validation", category="Art"),
             row("dev_Art_1", "Which?", "A", **FOUR, split="dev", category="Art"),
         ],

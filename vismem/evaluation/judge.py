@@ -43,8 +43,10 @@ class Judge:
         UserError where the endpoint does not answer or refuses.
         """
         prompts = [_PROMPT.format(rule=rule, question=q, reference=r, answer=a) for q, r, a in asked]
+        once = dict.fromkeys(prompts)
         with ThreadPoolExecutor(TOGETHER) as pool:
-            return [*map(_score_in, pool.map(self._reply, prompts))]
+            replies = dict(zip(once, pool.map(self._reply, once), strict=True))
+        return [_score_in(replies[prompt]) for prompt in prompts]
 
     def _reply(self, prompt: str) -> str:
         """What the model replies at temperature 0: asked once, and read from the folder ever after."""
@@ -56,7 +58,8 @@ class Judge:
             try:
                 response = httpx2.post(address, json=request, headers=headers, timeout=SECONDS).raise_for_status()
                 reply = str(response.json()["choices"][0]["message"]["content"])
-            except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+                reply = reply.encode(errors="replace").decode()  # a half of a character cannot be kept
+            except (httpx2.HTTPError, httpx2.InvalidURL, LookupError, RecursionError, TypeError, ValueError) as error:
                 why = str(error).split("\n")[0] or type(error).__name__
                 raise UserError(f"the judge at {address} does not score ({why}): see its address and {KEY}") from None
             write_json(file, {"request": request, "reply": reply})

@@ -160,6 +160,13 @@ def test_options_that_differ_in_case_or_marks_alone_are_not_the_same(choices: tu
         assert [score(sample, option) for option in choices] == [float(option == own) for option in choices]
 
 
+def test_options_of_the_same_words_are_told_apart_by_the_letter_of_the_reference() -> None:
+    choices = ("red", "red", "blue")
+    lettered, spelt = (Sample("1", (), LETTERED.format(*choices), gold, choices=choices) for gold in ("B", "red"))
+    assert [score(lettered, reply) for reply in ("A", "B", "B. red", "red", "blue")] == [0.0, 1.0, 1.0, 0.0, 0.0]
+    assert [score(spelt, reply) for reply in ("A", "B", "red", "C")] == [1.0, 1.0, 1.0, 0.0]
+
+
 def test_a_reply_that_fits_several_options_alike_says_none_of_them() -> None:
     for reply in ("stop", "sToP", "I think it says sToP on it"):
         assert read(reply, ("STOP", "Stop", "Yield"), "Stop").rule == UNPARSED

@@ -53,6 +53,12 @@ def test_a_file_with_the_kit_s_own_scores_is_its_benchmark_s(
     ]
 
 
+def test_of_options_that_are_pictures_the_letter_counts(tmp_path: Path) -> None:
+    row = {"question": "Which is like <image>?", "A": "<image>", "B": "<image>", "C": "None", "answer": "B"}
+    found = kit(tmp_path, "MUIRBench", *(row | {"prediction": said} for said in ("A", "B", "The answer is (B).", "C")))
+    assert [answer.score for answer in found] == [0.0, 1.0, 1.0, 0.0]
+
+
 def test_of_mathvista_s_choices_the_letter_counts(tmp_path: Path) -> None:
     row = {
         "question": "Which is it?\nChoices:\n(A) D\n(B) A\n(C) F", "question_type": "multi_choice",

@@ -104,7 +104,11 @@ def answer_form(question: str, answer: str, choices: Sequence[str]) -> AnswerFor
     own = {option.strip().upper(): option for option in options.values()}
     letters_only = bool(own) and all(len(letter) == 1 and letter in ascii_uppercase for letter in own) and not shown
     options = own if letters_only else options
-    by_letter = shown or letters_only or _LETTER.fullmatch(answer.strip()) is not None
+    named = _LETTER.fullmatch(answer.strip()) is not None
+    if shown and named:  # of two with the same words one is right
+        texts = [*options.values()]
+        options = {at: f"{text} ({at})" if texts.count(text) > 1 else text for at, text in options.items()}
+    by_letter = shown or letters_only or named
     polar = _polar(options.values() if options else (answer,))
     form = AnswerForm(AnswerKind.CHOICE, options, by_letter, shown, polar)
     several = _LETTERS.fullmatch(answer.strip()) is not None and len(form.letters(answer) or "") > 1

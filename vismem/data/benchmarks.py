@@ -1,7 +1,7 @@
 """The twelve benchmarks of the paper's Table 1: where their questions are, what counts, and the paper's own figures.
 
-Files, parts and overall figures are as VLMEvalKit (vlmeval/dataset) has them, HallusionBench's as its authors. Data only;
-readers and evaluation use it.
+Files, parts and overall figures are as VLMEvalKit (vlmeval/dataset) has them, HallusionBench's as its authors. Data
+only; readers and evaluation use it.
 """
 
 import ast

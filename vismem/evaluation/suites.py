@@ -24,7 +24,7 @@ from vismem.data.clusters import cluster_ids
 from vismem.data.fingerprint import image_cache
 from vismem.data.instructions import instructed, instruction_for
 from vismem.data.readers import lmudata
-from vismem.data.sample import Sample, write_shards
+from vismem.data.sample import Sample, StoredSamples, write_shards
 from vismem.errors import UserError
 from vismem.evaluation import plots
 from vismem.evaluation.answers import UNPARSED
@@ -115,10 +115,11 @@ def _prepared(benchmark: Benchmark, config: Config, files: Path, data: Path) -> 
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     try:
         write_shards(_questions(one, config, files), folder)
-        pick(folder, None, 0)
     except UserError as error:
+        return replace(one, why=f"not asked: {error}")
+    if not len(StoredSamples(folder)):
         reasons = ", ".join(f"{count} rows: {reason}" for reason, count in one.left_out.items())
-        one.why = f"not asked: {reasons or error}"
+        one.why = f"not asked: {reasons or 'its file has no rows'}"
     return one
 
 

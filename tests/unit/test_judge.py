@@ -25,6 +25,12 @@ def test_a_verdict_is_one_number_from_0_to_1(reply: str, score: float | None) ->
     assert _score_in(reply) == score
 
 
+def test_a_reply_without_end_is_read_in_the_end() -> None:
+    """With the square of its length this would take hours."""
+    for word in ("no", "1", "<think>", "0.5 ", "-"):
+        assert _score_in(word * 200_000) == (0.5 if word == "0.5 " else None)
+
+
 class Reply:
     """What an endpoint answers."""
 

@@ -17,7 +17,7 @@ from vismem.files import read_json, write_json
 
 KEY = "VISMEM_JUDGE_KEY"  # of the environment: sent as the bearer token
 TOGETHER, SECONDS = 8, 120.0  # requests at once, and until a reply
-_NUMBER = re.compile(r"[^\s*`\"'()\[\]{}:=,;]*\d[^\s*`\"'()\[\]{}:=,;]*")  # all that stands with it: -1, 1/10, 1%
+_BETWEEN = re.compile(r"[\s*`\"'()\[\]{}:=,;]+")  # what may stand around a number; not -1, 1/10, 1%
 _SCORE = re.compile(r"(?:0(?:\.\d+)?|1(?:\.0+)?)")
 _PROMPT = """Score an answer to a question about an image, which you do not see, against the reference.
 {rule}
@@ -68,6 +68,7 @@ class Judge:
 
 def _score_in(reply: str) -> float | None:
     """The only number of a reply, thoughts apart, if it is one from 0 to 1."""
-    numbers = [number.rstrip(".!") for number in _NUMBER.findall(without_thoughts(reply))]
+    words = _BETWEEN.split(without_thoughts(reply))
+    numbers = [word.rstrip(".!") for word in words if any(map(str.isdigit, word))]
     scores = {float(number) if _SCORE.fullmatch(number) else None for number in numbers}
     return scores.pop() if len(scores) == 1 else None

@@ -28,6 +28,12 @@ def test_of_mmmu_the_validation_part_counts_and_any_answer_of_a_list_is_right(tm
     ]
 
 
+@pytest.mark.parametrize("answer", ["[", "[{[]: 1}]", "[" * 10_000, "[]", "[1 + ]"])
+def test_what_is_no_list_of_answers_is_one_answer(tmp_path: Path, answer: str) -> None:
+    found = kit(tmp_path, "MMMU_DEV_VAL", *({"answer": answer, "prediction": said} for said in (answer, "1")))
+    assert [row.score for row in found] == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("dataset", ["MMVet", "MV-MATH"])
 def test_what_a_judge_scores_is_not_scored_by_words(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(UserError, match=f"a judge model scores {dataset}: give the file"):

@@ -66,7 +66,7 @@ def references(sample: Sample) -> tuple[str, ...]:
     if sample.source in BY_FILE and BY_FILE[sample.source].any_of and sample.answer.startswith("["):
         try:
             return tuple(map(str, ast.literal_eval(sample.answer))) or (sample.answer,)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             pass  # no list
     return (sample.answer,)
 

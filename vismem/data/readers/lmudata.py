@@ -163,7 +163,7 @@ def _images(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> tupl
         return tuple(file.read_bytes() for file in files)
     except KeyError:
         raise UserError(f"{where}: `image` names row {held}, which is not there or has no image itself") from None
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{where}: `image` is neither base64 nor a list of it: {error}") from None
     except OSError as error:
         raise UserError(

@@ -160,6 +160,11 @@ def test_options_that_differ_in_case_or_marks_alone_are_not_the_same(choices: tu
         assert [score(sample, option) for option in choices] == [float(option == own) for option in choices]
 
 
+def test_letters_in_either_case_are_options_of_their_own() -> None:
+    sample = Sample("1", (), "Which gene?", "a", choices=("a", "A", "b"))
+    assert [score(sample, reply) for reply in ("a", "A", "b", "answer: a")] == [1.0, 0.0, 0.0, 1.0]
+
+
 def test_options_of_the_same_words_are_told_apart_by_the_letter_of_the_reference() -> None:
     choices = ("red", "red", "blue")
     lettered, spelt = (Sample("1", (), LETTERED.format(*choices), gold, choices=choices) for gold in ("B", "red"))

@@ -40,6 +40,15 @@ def test_what_a_judge_scores_is_not_scored_by_words(tmp_path: Path, dataset: str
         kit(tmp_path, dataset, {"answer": "-1<AND>-5", "prediction": "-1<AND>-5"})
 
 
+@pytest.mark.parametrize("dataset", ["BLINK_circular", "MMBench_DEV_EN_V11"])
+def test_questions_that_are_asked_in_every_order_of_their_options_are_not_scored_one_by_one(
+    tmp_path: Path, dataset: str
+) -> None:
+    rows = [{"A": "x", "B": "y", "answer": "A"}, {"A": "y", "B": "x", "answer": "B"}]
+    with pytest.raises(UserError, match=f"asks a question of {dataset} in several orders of its options: give the"):
+        kit(tmp_path, dataset, *(row | {"prediction": "A"} for row in rows))
+
+
 @pytest.mark.parametrize(
     ("dataset", "name", "column", "scores"),
     [

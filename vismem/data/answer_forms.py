@@ -102,7 +102,8 @@ def answer_form(question: str, answer: str, choices: Sequence[str]) -> AnswerFor
     options = lettered(choices) or _shown_options(question)
     shown = _shows(question, options)
     own = {option.strip().upper(): option for option in options.values()}
-    letters_only = bool(own) and all(len(letter) == 1 and letter in ascii_uppercase for letter in own) and not shown
+    single = all(len(letter) == 1 and letter in ascii_uppercase for letter in own)
+    letters_only = single and len(own) == len({*options.values()}) > 0 and not shown
     options = own if letters_only else options
     named = _LETTER.fullmatch(answer.strip()) is not None
     if shown and named:  # of two with the same words one is right

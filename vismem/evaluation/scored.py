@@ -28,6 +28,7 @@ from vismem.evaluation.predictions import read_predictions
 
 LMMS_FILE = re.compile(r"(?:.*_)?samples_(?P<task>.+)\.jsonl")
 KIT_SCORES = ("hit", "score", "eval_score", "match")  # columns in which VLMEvalKit's files of results hold a score
+CIRCULAR = ("circular", "mmbench", "ccbench", "mmcr")  # in the names of benchmarks of which a question is many rows
 TRUTHS = {"True": 1, "False": 0}
 RESULT = re.compile(r"_(?:auxmatch|gpt[^_]*|(?:[^_]+|exact_matching)_result)$")  # _gpt...: of a judge that gives points
 FAILED = ("[LMMS_EVAL_REQUEST_FAILED", "Failed to obtain answer")  # how the harnesses' answers of failed calls begin
@@ -108,6 +109,9 @@ def _kit(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored
     held, benchmark = metric or next((name for name in KIT_SCORES if name in columns), None), _benchmark(path)
     if not held and benchmark in BY_FILE and BY_FILE[benchmark].judge:
         raise UserError(f"{path}: a judge model scores {benchmark}: give the file in which VLMEvalKit has its scores")
+    if not held and any(word in benchmark.lower() for word in CIRCULAR):
+        orders = f"VLMEvalKit asks a question of {benchmark} in several orders of its options"
+        raise UserError(f"{path}: {orders}: give the file in which it has its scores")
     needed = ("index", "answer", "prediction", held or "question", *([cluster] if cluster else []))
     require_columns(path, needed, columns)
     for number, row in enumerate(rows, start=1):

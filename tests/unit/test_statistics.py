@@ -105,7 +105,16 @@ def test_identical_arms_differ_by_nothing_and_few_items_say_little_of_others(n: 
     together = compared(scores, scores.copy(), np.arange(n) // 4)
     assert together.ci95[1] > 1.5 * end, "of a quarter as many clusters"
     ahead = compared(np.full(n, 100.0), np.zeros(n), alone(scores))
-    assert (ahead.delta, ahead.ci95) == (100.0, pytest.approx((100 - 2 * end, 100.0)))
+    assert (ahead.delta, ahead.ci95) == (100.0, pytest.approx((100 - end, 100.0)))
+
+
+def test_that_no_item_is_worse_does_not_exclude_that_some_are() -> None:
+    arm, reference = arms(10, 1, 0, 29)
+    low, high = bootstrap_interval(arm - reference, alone(arm), resamples=500, seed=1)
+    unseen = 100 * 1.959964**2 / (40 + 1.959964**2)
+    assert low == 0
+    assert compared(arm, reference, alone(arm)).ci95 == pytest.approx((2.5 - np.hypot(2.5, unseen), high))
+    assert compared(reference, arm, alone(arm)).ci95 == pytest.approx((-high, np.hypot(2.5, unseen) - 2.5))
 
 
 def test_the_difference_is_the_difference_of_the_means() -> None:
@@ -215,7 +224,7 @@ def test_no_interval_reaches_beyond_what_a_score_can_be() -> None:
     arm, reference = arms(0, 3, 0, 3)
     assert compared(arm, reference, np.repeat([0, 1], 3)).ci95 == (-100.0, 100.0)
     gains = np.full(6, 100.0), np.full(6, -100.0)
-    assert compared(*gains, np.repeat([0, 1, 2], 2)).ci95 == (200.0, 200.0), "gains may differ by more"
+    assert compared(*gains, np.repeat([0, 1, 2], 2)).ci95 == pytest.approx((43.5973, 200.0)), "gains may differ by more"
     low, high = score_interval(np.array([100.0, 0.0]), np.arange(2))
     assert 0 <= low < 50 < high <= 100
 

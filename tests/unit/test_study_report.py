@@ -83,7 +83,7 @@ def test_tokens_read_are_the_visual_ones_and_the_vectors_of_memories() -> None:
 def test_a_pooled_interval_is_that_of_paired_differences() -> None:
     """Arms that differ on every item by the same leave what ten items cannot exclude, whatever their scores vary."""
     one, two = (answers({"vanilla": "0" * count, "vismem": "1" * count}) for count in (6, 4))
-    assert figures_of(one, two)["arms"]["vismem"]["gain"]["pooled"]["ci95"] == pytest.approx([44.49, 100.0], abs=0.01)
+    assert figures_of(one, two)["arms"]["vismem"]["gain"]["pooled"]["ci95"] == pytest.approx([72.25, 100.0], abs=0.01)
 
 
 def test_questions_about_one_image_count_together_and_the_same_id_in_two_seeds_does_not() -> None:
@@ -205,7 +205,7 @@ def test_the_page_shows_the_figures_where_they_belong() -> None:
     costs = page[page.index("## What it costs") :]
     assert row(costs, "VisMem") == ["VisMem", "", "1,200", "0", "40", "0.0", "30.0", "+100%"]
     moved = page[page.index("## Transfer") :]
-    assert row(moved, "VisMem") == ["VisMem", "100.0", "100.0", "+50.0 (+0.0 to +100.0)"]
+    assert row(moved, "VisMem") == ["VisMem", "100.0", "100.0", "+50.0 (-32.6 to +100.0)"]
     assert row(page, "base") == ["base", "2", "15"]
     assert "All parameters are the defaults." in page
 

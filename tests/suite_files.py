@@ -82,11 +82,12 @@ GOLD = {
     "BLINK": Gold(
         [
             row(n, "Which is darker?", "B", str([shown(), shown()]), A="the first", B="the second", category="Depth")
-            for n in ("val_1", "val_2")
+            for n in ("val_1", "val_2", "val_2")
         ],
-        [("A", "B"), ("the second", "B")],
+        [("A", "B"), ("the second", "B"), ("the second", "B")],
         (50, 100),
         "<image><image>Which is darker?\nA. the first\nB. the second\nAnswer with the letter of the right option.",
+        {"an index that is there before": 1},
     ),
     "MUIRBench": Gold(
         [
@@ -101,7 +102,7 @@ GOLD = {
         [
             row("validation_Math_1", "In <image 1>, which?", "B", **FOUR, split="validation", category="Math"),
             row("validation_Math_2", "How much?", "6.5", split="validation", category="Math"),
-            row("validation_Math_3", "How much?", "['24/7', '3.429']", split="validation", category="Math"),
+            row("validation_Math_3", "How much?", """["Newton's", '3.429']""", split="validation", category="Math"),
             row("validation_Art_1", "Which?", "C", **FOUR, split="validation", category="Art"),
             row("dev_Art_1", "Which?", "A", **FOUR, split="dev", category="Art"),
         ],
@@ -126,12 +127,16 @@ GOLD = {
                 "1", f"{VISTA}What fraction is blue?\nChoices:\n(A) 3/11\n(B) 8/11\n(C) 6/11", "8/11",
                 question_type="multi_choice", answer_type="text", choices="['3/11', '8/11', '6/11']", answer_option="B",
             ),
+            row(
+                "5", f"{VISTA}Which is the root?\nChoices:\n(A) F\n(B) A\n(C) D", "A",
+                question_type="multi_choice", answer_type="text", choices="['F', 'A', 'D']", answer_option="B",
+            ),
             row("2", f"{FREE}Which number is missing?", "14", question_type="free_form", answer_type="integer"),
             row("3", f"{FREE}How much money? (Unit: $)", "1.45", question_type="free_form", answer_type="float"),
             row("4", f"{FREE}Between which years?", "[2007, 2008]", question_type="free_form", answer_type="list"),
         ],
-        [("(A)", "(B) 8/11"), ("It is 14.", "14"), ("1.5", "$1.45"), ("[2008, 2007]", "[2007, 2008]")],
-        (25, 100),
+        [("(A)", "(B) 8/11"), ("A", "B"), ("It is 14.", "14"), ("1.5", "$1.45"), ("[2008, 2007]", "[2007, 2008]")],
+        (20, 100),
         "(B) 8/11\n(C) 6/11",
     ),
     "MV-MATH": Gold(  # by the judge; the file is what the page makes of its release

@@ -248,7 +248,8 @@ def test_a_missing_or_broken_file_is_named_and_the_others_go_on(
     own = tmp_path / "LMUData"
     shutil.copytree(files, own)
     (own / "MMStar.tsv").unlink()
-    (own / "BLINK.tsv").write_text("index\tquestion\tanswer\timage\n7\tWhich?\tA\t" + "no base64 " * 9)
+    (own / "BLINK.tsv").write_text("index\tquestion\tanswer\timage\n6\tWhich?\tA\t\n7\tWhich?\tA\t" + "no base64 " * 9)
+    (own / "LogicVista.tsv").write_text("index\tquestion\tanswer\n")
     (own / "MUIRBench.tsv").write_text("index\tquestion\n7\tWhich?\n")
     (own / "HallusionBench.tsv").write_text((files / "MMStar.tsv").read_text())
     (own / "images" / "MV-MATH" / "b_3.jpg").unlink()
@@ -257,6 +258,7 @@ def test_a_missing_or_broken_file_is_named_and_the_others_go_on(
     for name, said in {
         "MMStar": "MMStar.tsv: download it with VLMEvalKit",
         "BLINK": "BLINK.tsv, row 7: `image` is neither base64",
+        "LogicVista": "not asked: its file has no rows",
         "MUIRBench": "MUIRBench.tsv: no column answer",
         "HallusionBench": "4 rows: an answer of another kind (choice)",
         "MV-Math": "MV-MATH.tsv, row 1110: ",

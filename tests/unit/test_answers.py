@@ -128,3 +128,51 @@ def test_the_score_is_exact_after_case_spacing_and_final_stop() -> None:
 def test_a_reference_target_scores_one() -> None:
     sample = Sample("1", (), "How many?", "2", choices=("1", "2", "3"), rationale="red at left, red at right, 2 red.")
     assert score(sample, f"{sample.rationale} answer: {sample.answer}") == 1.0
+
+
+LETTERED = "Which letter marks the thorax?\nA. {}\nB. {}\nC. {}"
+
+
+@pytest.mark.parametrize("texts", ["KMP", "CAB", "BKA", "kac"])
+def test_where_options_are_letters_themselves_a_reply_names_the_one_that_it_is_shown_under(texts: str) -> None:
+    """As in AI2D's diagrams, which MMStar has: "A" is the first option, not the one that says A."""
+    for gold in "ABC":
+        sample = Sample("1", (), LETTERED.format(*texts), gold, choices=tuple(texts))
+        own = texts["ABC".index(gold)]
+        for shape in ("{}", "({})", "The answer is {}.", "{} because of the line"):
+            assert [letter for letter in "ABC" if score(sample, shape.format(letter))] == [gold], shape
+        assert score(sample, f"{gold}. {own}") == score(sample, f"({gold}) {own}") == 1.0
+    assert score(sample, "Q") == 0.0
+
+
+def test_an_option_that_is_a_letter_may_be_named_by_it_where_no_option_is_shown_under_it() -> None:
+    sample = Sample("1", (), LETTERED.format(*"KMP"), "B", choices=tuple("KMP"))
+    assert [score(sample, reply) for reply in ("M", "m", "K", "The answer is M.")] == [1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "choices", [("STOP", "Stop", "stop."), ("5 mA", "5 MA", "5 A"), ("Stop!", "Stop?", "Go"), ("aB", "AB", "ab")]
+)
+def test_options_that_differ_in_case_or_marks_alone_are_not_the_same(choices: tuple[str, ...]) -> None:
+    for gold, own in zip("ABC", choices, strict=True):
+        sample = Sample("1", (), LETTERED.format(*choices), gold, choices=choices)
+        assert [score(sample, letter) for letter in "ABC"] == [float(letter == gold) for letter in "ABC"]
+        assert [score(sample, option) for option in choices] == [float(option == own) for option in choices]
+
+
+def test_letters_in_either_case_are_options_of_their_own() -> None:
+    sample = Sample("1", (), "Which gene?", "a", choices=("a", "A", "b"))
+    assert [score(sample, reply) for reply in ("a", "A", "b", "answer: a")] == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_options_of_the_same_words_are_told_apart_by_the_letter_of_the_reference() -> None:
+    choices = ("red", "red", "blue")
+    lettered, spelt = (Sample("1", (), LETTERED.format(*choices), gold, choices=choices) for gold in ("B", "red"))
+    assert [score(lettered, reply) for reply in ("A", "B", "B. red", "red", "blue")] == [0.0, 1.0, 1.0, 0.0, 0.0]
+    assert [score(spelt, reply) for reply in ("A", "B", "red", "C")] == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_a_reply_that_fits_several_options_alike_says_none_of_them() -> None:
+    for reply in ("stop", "sToP", "I think it says sToP on it"):
+        assert read(reply, ("STOP", "Stop", "Yield"), "Stop").rule == UNPARSED
+    assert read("It says yield", ("STOP", "Stop", "Yield"), "Stop").value == "Yield"

@@ -27,7 +27,8 @@ from vismem.generation.invocation import Learned
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.kinds import MemoryKind
 
-NOTHING = {"delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "p_holm": 1.0, "detectable": None}
+UNSEEN = 100 * 1.959964**2 / (2 + 1.959964**2)  # points that two items without a difference do not exclude
+NOTHING = {"delta": 0.0, "ci95": pytest.approx([-UNSEEN, UNSEEN]), "p": 1.0, "p_holm": 1.0, "detectable": None}
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_gains_are_paired_differences_with_the_exact_p(metrics: dict) -> None:
     assert overall["delta"] == 25.0
     assert overall["p"] == pytest.approx(2 * (1 + 4) / 2**4)  # three items gained, one lost
     assert overall["ci95"][0] <= 25.0 <= overall["ci95"][1]
-    reasoning = {"delta": -50.0, "ci95": [-100.0, 0.0], "p": 1.0, "p_holm": 1.0}
+    reasoning = {"delta": -50.0, "ci95": pytest.approx([-100.0, np.hypot(50, UNSEEN) - 50]), "p": 1.0, "p_holm": 1.0}
     assert metrics["gain"]["reasoning"] == {**reasoning, "detectable": pytest.approx(50 * (12.7062 + 1.376382))}
     assert set(metrics["ablations"]) == {"short_only"}
     assert metrics["ablations"]["short_only"]["overall"]["delta"] == 12.5

@@ -206,6 +206,7 @@ def test_the_folder_may_come_from_the_environment(tmp_path: Path, monkeypatch: p
         ([{**ROW, "image": "99"}], "row 7: `image` names row 99"),
         ([{**ROW, "image": "no base64 " * 9}], "row 7: `image` is neither base64"),
         ([{**ROW, "image": "[" * 5000}], "row 7: `image` is neither base64"),
+        ([{**ROW, "image": "", "image_path": "[{[]: 1}]"}], "row 7: `image` is neither base64"),
         ([{**ROW, "image": "data:image/png," + "A" * 99}], "row 7: .* begins with data:image/png;base64"),
         ([{**ROW, "image": "", "image_path": "../../../secret.png"}], "outside the source's folder"),
         ([{**ROW, "image": "", "image_path": "gone.png"}], "gone.png: No such file"),

@@ -95,10 +95,26 @@ def test_graded_scores_of_single_questions_are_compared_by_the_exact_sign_test()
     assert permutation_p(arm, reference, alone(arm)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_identical_arms_differ_by_nothing() -> None:
-    scores = np.array([100.0, 0.0, 100.0, 100.0, 0.0])
+@pytest.mark.parametrize("n", [5, 12, 400])
+def test_identical_arms_differ_by_nothing_and_few_items_say_little_of_others(n: int) -> None:
+    """None of n differs: by Wilson's interval up to z^2 / (n + z^2) of all may, each by 100 points."""
+    scores, end = np.resize([100.0, 0.0, 100.0], n), 100 * 1.959964**2 / (n + 1.959964**2)
     difference = compared(scores, scores.copy(), alone(scores))
-    assert difference == Difference(delta=0.0, ci95=(0.0, 0.0), p=1.0, detectable=None)
+    assert difference == Difference(delta=0.0, ci95=difference.ci95, p=1.0, detectable=None)
+    assert difference.ci95 == pytest.approx((-end, end))
+    together = compared(scores, scores.copy(), np.arange(n) // 4)
+    assert together.ci95[1] > 1.5 * end, "of a quarter as many clusters"
+    ahead = compared(np.full(n, 100.0), np.zeros(n), alone(scores))
+    assert (ahead.delta, ahead.ci95) == (100.0, pytest.approx((100 - end, 100.0)))
+
+
+def test_that_no_item_is_worse_does_not_exclude_that_some_are() -> None:
+    arm, reference = arms(10, 1, 0, 29)
+    low, high = bootstrap_interval(arm - reference, alone(arm), resamples=500, seed=1)
+    unseen = 100 * 1.959964**2 / (40 + 1.959964**2)
+    assert low == 0
+    assert compared(arm, reference, alone(arm)).ci95 == pytest.approx((2.5 - np.hypot(2.5, unseen), high))
+    assert compared(reference, arm, alone(arm)).ci95 == pytest.approx((-high, np.hypot(2.5, unseen) - 2.5))
 
 
 def test_the_difference_is_the_difference_of_the_means() -> None:
@@ -208,7 +224,7 @@ def test_no_interval_reaches_beyond_what_a_score_can_be() -> None:
     arm, reference = arms(0, 3, 0, 3)
     assert compared(arm, reference, np.repeat([0, 1], 3)).ci95 == (-100.0, 100.0)
     gains = np.full(6, 100.0), np.full(6, -100.0)
-    assert compared(*gains, np.repeat([0, 1, 2], 2)).ci95 == (200.0, 200.0), "gains may differ by more"
+    assert compared(*gains, np.repeat([0, 1, 2], 2)).ci95 == pytest.approx((43.5973, 200.0)), "gains may differ by more"
     low, high = score_interval(np.array([100.0, 0.0]), np.arange(2))
     assert 0 <= low < 50 < high <= 100
 

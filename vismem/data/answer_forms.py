@@ -48,17 +48,22 @@ class AnswerForm:
     polar: tuple[str, str] | None = None  # the two words where these are asked for
 
     def option(self, text: str) -> str | None:
-        """The text of the option that `text`, as a whole, is: its words, its number or its letter, or all of them."""
+        """The text of the option that `text`, as a whole, is: its words, its number or its letter, or all of them.
+
+        A capital is first of all the letter that an option is shown under. None for words that fit several alike.
+        """
         bare = strip(text)
-        for same in (normalise, without_article):
-            for option in self.options.values():
-                if same(bare) and same(option) == same(bare):
-                    return option
+        letter = _LETTER.fullmatch(bare) if self.by_letter else None
+        if self.shown and letter and letter["letter"] in self.options:
+            return self.options[letter["letter"]]
+        for same, own in ((str.strip, text), (strip, bare), (normalise, bare), (without_article, bare)):
+            if fitting := {option for option in self.options.values() if same(own) and same(option) == same(own)}:
+                return fitting.pop() if len(fitting) == 1 else None
         if number := parse_number(bare):
             equal = [o for o in self.options.values() if (its := parse_number(o)) and same_number(number, its)]
             if len(equal) == 1:
                 return equal[0]
-        if self.by_letter and (letter := _LETTER.fullmatch(bare)):
+        if letter:
             return self.options.get(letter["letter"].upper())
         if self.by_letter and (labelled := _LETTER.match(bare)):
             own = self.options.get(labelled["letter"].upper())
@@ -97,9 +102,14 @@ def answer_form(question: str, answer: str, choices: Sequence[str]) -> AnswerFor
     options = lettered(choices) or _shown_options(question)
     shown = _shows(question, options)
     own = {option.strip().upper(): option for option in options.values()}
-    letters_only = bool(own) and all(len(letter) == 1 and letter in ascii_uppercase for letter in own)
+    single = all(len(letter) == 1 and letter in ascii_uppercase for letter in own)
+    letters_only = single and len(own) == len({*options.values()}) > 0 and not shown
     options = own if letters_only else options
-    by_letter = shown or letters_only or _LETTER.fullmatch(answer.strip()) is not None
+    named = _LETTER.fullmatch(answer.strip()) is not None
+    if shown and named:  # of two with the same words one is right
+        texts = [*options.values()]
+        options = {at: f"{text} ({at})" if texts.count(text) > 1 else text for at, text in options.items()}
+    by_letter = shown or letters_only or named
     polar = _polar(options.values() if options else (answer,))
     form = AnswerForm(AnswerKind.CHOICE, options, by_letter, shown, polar)
     several = _LETTERS.fullmatch(answer.strip()) is not None and len(form.letters(answer) or "") > 1

@@ -1,8 +1,10 @@
 """The twelve benchmarks of the paper's Table 1: where their questions are, what counts, and the paper's own figures.
 
-Files, parts and overall figures are as VLMEvalKit (vlmeval/dataset) has them. Data only; readers and evaluation use it.
+Files, parts and overall figures are as VLMEvalKit (vlmeval/dataset) has them, HallusionBench's as its authors. Data
+only; readers and evaluation use it.
 """
 
+import ast
 from dataclasses import dataclass
 
 from vismem.data.answer_forms import AnswerKind
@@ -57,6 +59,16 @@ BENCHMARKS = (
     Benchmark("MMVU", _WRITE, 55.4, 68.2, unsupported=_MMVU),
 )
 BY_FILE = {benchmark.file: benchmark for benchmark in BENCHMARKS if benchmark.file}
+
+
+def references(sample: Sample) -> tuple[str, ...]:
+    """The answers of which any one is right: the sample's own, or those that it lists where its benchmark does so."""
+    if sample.source in BY_FILE and BY_FILE[sample.source].any_of and sample.answer.startswith("["):
+        try:
+            return tuple(map(str, ast.literal_eval(sample.answer))) or (sample.answer,)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            pass  # no list
+    return (sample.answer,)
 
 
 def counted(sample: Sample) -> bool:

@@ -7,7 +7,7 @@ answer is kept, so that a report can show how arms differ in it.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vismem.data.answer_forms import (
     LABELS,
@@ -19,6 +19,7 @@ from vismem.data.answer_forms import (
     strip,
     without_article,
 )
+from vismem.data.benchmarks import references
 from vismem.data.numbers import parse_number, read_number, same_number
 from vismem.data.sample import Sample
 from vismem.evaluation.answer_marks import last_marked, without_thoughts
@@ -92,7 +93,17 @@ UNREAD = Extraction(None, UNPARSED)
 
 def score(sample: Sample, text: str) -> float:
     """1.0 if the answer read out of `text` equals the sample's, 0.0 otherwise."""
-    return float(is_correct(sample, read(sample, text)))
+    return read_and_score(sample, text)[1]
+
+
+def read_and_score(sample: Sample, text: str) -> tuple[Extraction, float]:
+    """What is read out of `text`, and its score; where several references are right, by the one that it meets."""
+    found = []
+    for answer in references(sample):
+        own = replace(sample, answer=answer)
+        extraction = read(own, text)
+        found.append((extraction, float(is_correct(own, extraction))))
+    return max(found, key=lambda each: each[1])
 
 
 def read(sample: Sample, text: str) -> Extraction:
@@ -122,11 +133,13 @@ def extract(text: str, form: AnswerForm) -> Extraction:
 
 
 def is_correct(sample: Sample, extraction: Extraction) -> bool:
-    """Whether an extraction agrees with the sample's answer: numbers by value, words by `normalise`."""
+    """Whether an extraction is the sample's answer: the same option, number by value, or words by `normalise`."""
     form = answer_form(sample.question, sample.answer, sample.choices)
     expected = reference_value(form, sample.answer) or sample.answer
     if extraction.value is None:
         return False
+    if form.options:
+        return extraction.value == expected
     if form.kind is AnswerKind.NUMBER:
         said, wanted = parse_number(extraction.value), parse_number(expected)
         return said is not None and wanted is not None and same_number(said, wanted)
@@ -251,6 +264,7 @@ def _mentioned(text: str, form: AnswerForm) -> str | None:
     named = {label for label in labels if label}
     clauses = [normalise(clause) for clause in _CLAUSES.split(text)]
     rest, mentioned = normalise(text), False
+    words = [*map(normalise, {*form.options.values()})]
     for option in sorted(form.options.values(), key=len, reverse=True):
         wanted = normalise(option)
         pattern = re.compile(rf"(?<![\w-]){re.escape(wanted)}(?![\w-]|[.,]\d)")
@@ -260,7 +274,7 @@ def _mentioned(text: str, form: AnswerForm) -> str | None:
             denied = [_NEGATION.search(part) for part in before]
             if all(denied) and not _LISTED.search(text):
                 continue  # "a dog, not a cat"
-            if any(denied):
+            if any(denied) or words.count(wanted) > 1:
                 return None
             named.add(option)
             mentioned = True

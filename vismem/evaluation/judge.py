@@ -12,11 +12,13 @@ from pathlib import Path
 import httpx2
 
 from vismem.errors import UserError
+from vismem.evaluation.answer_marks import without_thoughts
 from vismem.files import read_json, write_json
 
 KEY = "VISMEM_JUDGE_KEY"  # of the environment: sent as the bearer token
 TOGETHER, SECONDS = 8, 120.0  # requests at once, and until a reply
-_SCORE = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?)(?![\d.]*\d)")
+_BETWEEN = re.compile(r"[\s*`\"'()\[\]{}:=,;]+")  # what may stand around a number; not -1, 1/10, 1%
+_SCORE = re.compile(r"(?:0(?:\.\d+)?|1(?:\.0+)?)")
 _PROMPT = """Score an answer to a question about an image, which you do not see, against the reference.
 {rule}
 Reply with the score alone: a number from 0.0 (totally wrong) to 1.0 (totally right), such as 0.0, 0.5 or 1.0.
@@ -41,9 +43,10 @@ class Judge:
         UserError where the endpoint does not answer or refuses.
         """
         prompts = [_PROMPT.format(rule=rule, question=q, reference=r, answer=a) for q, r, a in asked]
+        once = dict.fromkeys(prompts)
         with ThreadPoolExecutor(TOGETHER) as pool:
-            found = [{*map(float, _SCORE.findall(reply))} for reply in pool.map(self._reply, prompts)]
-        return [scores.pop() if len(scores) == 1 else None for scores in found]
+            replies = dict(zip(once, pool.map(self._reply, once), strict=True))
+        return [_score_in(replies[prompt]) for prompt in prompts]
 
     def _reply(self, prompt: str) -> str:
         """What the model replies at temperature 0: asked once, and read from the folder ever after."""
@@ -55,8 +58,17 @@ class Judge:
             try:
                 response = httpx2.post(address, json=request, headers=headers, timeout=SECONDS).raise_for_status()
                 reply = str(response.json()["choices"][0]["message"]["content"])
-            except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+                reply = reply.encode(errors="replace").decode()  # a half of a character cannot be kept
+            except (httpx2.HTTPError, httpx2.InvalidURL, LookupError, RecursionError, TypeError, ValueError) as error:
                 why = str(error).split("\n")[0] or type(error).__name__
                 raise UserError(f"the judge at {address} does not score ({why}): see its address and {KEY}") from None
             write_json(file, {"request": request, "reply": reply})
         return str(read_json(file, "remove it")["reply"])
+
+
+def _score_in(reply: str) -> float | None:
+    """The only number of a reply, thoughts apart, if it is one from 0 to 1."""
+    words = _BETWEEN.split(without_thoughts(reply))
+    numbers = [word.rstrip(".!") for word in words if any(map(str.isdigit, word))]
+    scores = {float(number) if _SCORE.fullmatch(number) else None for number in numbers}
+    return scores.pop() if len(scores) == 1 else None

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from vismem.data.sample import Sample
-from vismem.evaluation.answers import is_correct, read
+from vismem.evaluation.answers import read_and_score
 from vismem.generation.types import LATENT, Rollout
 from vismem.records import portable
 
@@ -59,7 +59,7 @@ def predict(sample: Sample, rollout: Rollout, cluster: str = "") -> Prediction:
     """Read and score a decoded answer. ValueError if the rollout is another sample's."""
     if rollout.sample_id != sample.id:
         raise ValueError(f"the answer to '{rollout.sample_id}' was paired with the question '{sample.id}'")
-    found = read(sample, rollout.text)
+    found, score = read_and_score(sample, rollout.text)
     places = relative_positions(rollout)
     return Prediction(
         id=sample.id,
@@ -72,7 +72,7 @@ def predict(sample: Sample, rollout: Rollout, cluster: str = "") -> Prediction:
         marked_text=rollout.marked_text,
         extracted=found.value,
         rule=found.rule,
-        score=float(is_correct(sample, found)),
+        score=score,
         invocations=tuple(
             InvocationRecord(event.position, event.kind.value, event.forced, place)
             for event, place in zip(rollout.invocations, places, strict=True)

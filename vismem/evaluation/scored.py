@@ -17,7 +17,9 @@ from typing import Any
 
 import pandas as pd
 
+from vismem.data.benchmarks import BY_FILE, counted
 from vismem.data.readers.files import json_lines, require_columns
+from vismem.data.readers.lmudata import reference
 from vismem.data.sample import Sample, lettered, option_lines
 from vismem.errors import UserError, first_line
 from vismem.evaluation.answers import score
@@ -26,6 +28,9 @@ from vismem.evaluation.predictions import read_predictions
 
 LMMS_FILE = re.compile(r"(?:.*_)?samples_(?P<task>.+)\.jsonl")
 KIT_SCORES = ("hit", "score", "eval_score", "match")  # columns in which VLMEvalKit's files of results hold a score
+CIRCULAR = ("circular", "mmbench", "ccbench", "mmcr")  # in the names of benchmarks of which a question is many rows
+TRUTHS = {"True": 1, "False": 0}
+RESULT = re.compile(r"_(?:auxmatch|gpt[^_]*|(?:[^_]+|exact_matching)_result)$")  # _gpt...: of a judge that gives points
 FAILED = ("[LMMS_EVAL_REQUEST_FAILED", "Failed to obtain answer")  # how the harnesses' answers of failed calls begin
 
 
@@ -101,16 +106,24 @@ def _lmms(path: Path, metric: str | None, cluster: str | None) -> Iterator[Score
 def _kit(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored]:
     rows = _loaded(path, _table)
     columns = [*rows[0]] if rows else []
-    held = metric or next((name for name in KIT_SCORES if name in columns), None)
+    held, benchmark = metric or next((name for name in KIT_SCORES if name in columns), None), _benchmark(path)
+    if not held and benchmark in BY_FILE and BY_FILE[benchmark].judge:
+        raise UserError(f"{path}: a judge model scores {benchmark}: give the file in which VLMEvalKit has its scores")
+    if not held and any(word in benchmark.lower() for word in CIRCULAR):
+        orders = f"VLMEvalKit asks a question of {benchmark} in several orders of its options"
+        raise UserError(f"{path}: {orders}: give the file in which it has its scores")
     needed = ("index", "answer", "prediction", held or "question", *([cluster] if cluster else []))
     require_columns(path, needed, columns)
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
+        sample = _sample(row, benchmark)
+        if not counted(sample):
+            continue
         try:
-            value = float(row[held]) if held else _by_our_rules(row)
+            value = float(TRUTHS.get(row[held], row[held])) if held else score(sample, row["prediction"])
         except ValueError:
             raise UserError(f"{where}: '{held}' is no number but {row[str(held)]!r}: evaluate it to its end") from None
-        yield _scored(_benchmark(path), row, row["answer"].strip(), row["prediction"], value, cluster, where)
+        yield _scored(benchmark, row, sample.answer, row["prediction"], value, cluster, where)
 
 
 def _table(path: Path) -> list[dict[str, str]]:
@@ -134,17 +147,18 @@ def _table(path: Path) -> list[dict[str, str]]:
 
 
 def _benchmark(path: Path) -> str:
-    """The data set: VLMEvalKit writes MODEL/[RUN/]MODEL_DATASET[_JUDGE_result].xlsx."""
+    """The data set: VLMEvalKit writes MODEL/[RUN/]MODEL_DATASET.xlsx, and results behind it, see `RESULT`."""
     for folder in path.absolute().parents[:2]:
         if path.stem.startswith(f"{folder.name}_"):
-            return re.sub(r"_(?:[^_]+|exact_matching)_result$", "", path.stem.removeprefix(f"{folder.name}_"))
+            return RESULT.sub("", path.stem.removeprefix(f"{folder.name}_"))
     raise UserError(f"{path}: VLMEvalKit keeps its files in a folder of the model's name; leave it there")
 
 
-def _by_our_rules(row: Mapping[str, str]) -> float:
+def _sample(row: Mapping[str, str], benchmark: str) -> Sample:
     choices = tuple(row.get(letter, "") for letter in ascii_uppercase)
-    question = "\n".join((row["question"], *option_lines(lettered(choices))))
-    return score(Sample("", (), question, row["answer"].strip(), choices if any(choices) else ()), row["prediction"])
+    question = "\n".join((row.get("question", ""), *option_lines(lettered(choices))))
+    offered, part = choices if any(choices) else (), row.get("split", "").strip()
+    return Sample("", (), question, reference(row), offered, source=benchmark, part=part)
 
 
 def _scored(

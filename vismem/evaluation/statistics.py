@@ -90,15 +90,23 @@ def permutation_p(arm: Scores, reference: Scores, clusters: Labels) -> float:
 def paired_difference(arm: Scores, reference: Scores, clusters: Labels, *, resamples: int, seed: int) -> Difference:
     """Mean difference (arm - reference) on the same items (n,), scores in percent, with interval and p by clusters.
 
-    The bootstrap draws items, each with both arms' scores, so the interval is that of the paired difference.
+    The bootstrap draws items, each with both arms' scores, so the interval is that of the paired difference. Where no
+    item is worse (or better) no draw has one, though as many may be as Wilson's interval of none allows: these, as far
+    apart as can be, are added to that end in squares (Newcombe, 1998).
     `detectable` is the true difference that such data show with a chance of POWER; None where nothing varies.
     """
     p = permutation_p(arm, reference, clusters)  # refuses arms on other items, which numpy might broadcast
     difference, n = arm - reference, len(arm)
     farthest = max(100.0, np.abs(difference).max())  # beyond 100 where gains are compared, as the study does
     interval = bootstrap_interval(difference, clusters, resamples=resamples, seed=seed)
-    low, high = np.clip(interval, -farthest, farthest)
-    found = Difference(delta=float(difference.mean()), ci95=(float(low), float(high)), p=p)
+    delta, (low, high) = float(difference.mean()), interval
+    unseen = farthest * score_interval(np.zeros(n), clusters)[1] / 100
+    if not (difference < 0).any():
+        low = delta - np.hypot(low - delta, unseen)
+    if not (difference > 0).any():
+        high = delta + np.hypot(high - delta, unseen)
+    low, high = np.clip((low, high), -farthest, farthest)
+    found = Difference(delta=delta, ci95=(float(low), float(high)), p=p)
     widening = _widening(difference - difference.mean(), clusters)
     if not np.ptp(difference) or np.isinf(widening):
         return found

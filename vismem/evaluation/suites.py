@@ -5,7 +5,6 @@ A benchmark that cannot be scored says why, and the others go on.
 
 import hashlib
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from vismem.data.clusters import cluster_ids
 from vismem.data.fingerprint import image_cache
 from vismem.data.instructions import instructed, instruction_for
 from vismem.data.readers import lmudata
-from vismem.data.sample import Sample, write_shards
+from vismem.data.sample import Sample, StoredSamples, write_shards
 from vismem.errors import UserError
 from vismem.evaluation import plots
 from vismem.evaluation.answers import UNPARSED
@@ -116,26 +115,29 @@ def _prepared(benchmark: Benchmark, config: Config, files: Path, data: Path) -> 
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     try:
         write_shards(_questions(one, config, files), folder)
-        pick(folder, None, 0)
     except UserError as error:
+        return replace(one, why=f"not asked: {error}")
+    if not len(StoredSamples(folder)):
         reasons = ", ".join(f"{count} rows: {reason}" for reason, count in one.left_out.items())
-        one.why = f"not asked: {reasons or error}"
+        one.why = f"not asked: {reasons or 'its file has no rows'}"
     return one
 
 
 def _questions(one: Asked, config: Config, files: Path) -> Iterator[Sample]:
     """The questions with their instruction; rows that cannot be asked or scored are counted in `one.left_out`."""
-    benchmark, examine = one.benchmark, image_cache()
+    benchmark, examine, seen = one.benchmark, image_cache(), set[str]()
     source = LmuDataSource(kind="lmudata", name=benchmark.file, path=files, split="test")
     for sample in lmudata.read(source, judged=True):
         form = answer_form(sample.question, sample.answer, sample.choices)
         faults = {
             f"part {sample.part}": not counted(sample),
+            "an index that is there before": sample.id in seen,
             "no image": not sample.images,
             "an image that cannot be read": any(examine(image).fault for image in sample.images),
             "no answer, or one that is no option": not (sample.answer and reference_value(form, sample.answer)),
             f"an answer of another kind ({form.kind})": form.kind not in benchmark.kinds,
         }
+        seen.add(sample.id)
         if fault := next((reason for reason, is_so in faults.items() if is_so), None):
             one.left_out[fault] += 1
         elif instruction_for(form.kind, config.prepare.instructions) and not benchmark.judge:
@@ -149,7 +151,7 @@ def _predictions(one: Asked, rollouts: list[Rollout], own: list[str], judge: Jud
     """Every answer scored as its benchmark does. UserError where it needs a judge, and that is not there."""
     answered = list(zip(one.samples, rollouts, own, strict=True))
     if not one.benchmark.judge:
-        return [_best(one.benchmark, *answer) for answer in answered]
+        return [predict(*answer) for answer in answered]
     if judge is None:
         raise UserError("a judge model scores it: name one with suite.judge_url and suite.judge_model")
     found = [predict(*answer) for answer in answered]
@@ -158,13 +160,6 @@ def _predictions(one: Asked, rollouts: list[Rollout], own: list[str], judge: Jud
         replace(p, score=s or 0.0, extracted=None if s is None else f"{s:g}", rule=UNPARSED if s is None else "judge")
         for p, s in zip(found, scores, strict=True)
     ]
-
-
-def _best(benchmark: Benchmark, sample: Sample, rollout: Rollout, cluster: str) -> Prediction:
-    """The answer scored by rules; where several references are right, by the one that it meets."""
-    listed = re.findall(r"""['"]([^'"]+)['"]""", sample.answer) if benchmark.any_of and sample.answer[:1] == "[" else []
-    scored = [predict(replace(sample, answer=answer), rollout, cluster) for answer in listed or [sample.answer]]
-    return replace(max(scored, key=lambda prediction: prediction.score), reference=sample.answer)
 
 
 def _write(config: Config, inputs: Mapping[str, Path], out: Path, every: Sequence[Asked]) -> str:

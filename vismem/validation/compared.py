@@ -14,6 +14,9 @@ from vismem.data.fingerprint import SPLITS
 from vismem.runtime.images import LOOK
 
 CHUNK = 4096  # images that are looked up at once
+_CELLS = np.arange(LOOK * LOOK * 3).reshape(LOOK, LOOK, 3)
+# The places of a small copy's values in what it is turned and mirrored; as it stands last.
+TURNED = [np.rot90(side, quarters).ravel() for side in (_CELLS[:, ::-1], _CELLS) for quarters in (1, 2, 3, 0)]
 
 
 def compare(table: pd.DataFrame, shards: Sequence[str], levels: int) -> dict[str, pd.Series]:
@@ -80,6 +83,8 @@ def _near_leaks(table: pd.DataFrame, place: pd.Series, levels: int) -> tuple[pd.
 def _alike(images: pd.DataFrame, levels: int) -> Iterator[tuple[bytes, bytes]]:
     """Pairs of an image and the one of an earlier split that looks most like it, as far as they look alike.
 
+    One that does as it stands comes behind those that do turned by quarters or mirrored.
+
     Images whose small copy is almost of one colour are left out: nothing can be seen in it.
     """
     looks = images.loc[images["look"].str.len() > 0]
@@ -94,7 +99,8 @@ def _alike(images: pd.DataFrame, levels: int) -> Iterator[tuple[bytes, bytes]]:
         tree = cKDTree(cells[earlier])
         for start in range(0, len(later), CHUNK):
             chunk = later[start : start + CHUNK]
-            _, nearest = tree.query(cells[chunk], p=np.inf, distance_upper_bound=levels + 0.5)
-            for image, other in zip(chunk, nearest, strict=True):
-                if other < len(earlier):
-                    yield hashes[image], hashes[earlier[other]]
+            for turn in TURNED:
+                _, nearest = tree.query(cells[chunk][:, turn], p=np.inf, distance_upper_bound=levels + 0.5)
+                for image, other in zip(chunk, nearest, strict=True):
+                    if other < len(earlier):
+                        yield hashes[image], hashes[earlier[other]]

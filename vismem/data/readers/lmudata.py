@@ -113,13 +113,19 @@ def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Samp
         id=f"{source.name}-{row['index']}",
         images=images,
         question="\n".join((text, *option_lines(lettered(shown)))),
-        answer=row["answer"].strip(),
+        answer=reference(row),
         choices=tuple(re.sub(MARK, lambda _: f"image {next(numbers)}", choice) for choice in shown),
         task=row.get("category") or source.name,
         capability=BY_FILE[source.name].capability if source.name in BY_FILE else Capability.UNDERSTANDING,
         source=source.name,
         part=row.get("split", "").strip(),
     )
+
+
+def reference(row: Row) -> str:
+    """The answer; of MathVista's choices, as VLMEvalKit has it, the letter: their texts may be letters themselves."""
+    lettered_choice = row.get("question_type") == "multi_choice" and row.get("answer_option", "").strip()
+    return lettered_choice or row["answer"].strip()
 
 
 def place_images(texts: Sequence[str], images: tuple[bytes, ...]) -> tuple[list[str], tuple[bytes, ...]]:
@@ -157,7 +163,7 @@ def _images(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> tupl
         return tuple(file.read_bytes() for file in files)
     except KeyError:
         raise UserError(f"{where}: `image` names row {held}, which is not there or has no image itself") from None
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{where}: `image` is neither base64 nor a list of it: {error}") from None
     except OSError as error:
         raise UserError(

@@ -56,8 +56,8 @@ class AnswerForm:
         letter = _LETTER.fullmatch(bare) if self.by_letter else None
         if self.shown and letter and letter["letter"] in self.options:
             return self.options[letter["letter"]]
-        for same, own in ((str.strip, text), (strip, bare), (normalise, bare), (without_article, bare)):
-            if fitting := {option for option in self.options.values() if same(own) and same(option) == same(own)}:
+        for same, said in ((str.strip, text), (strip, bare), (normalise, bare), (without_article, bare)):
+            if fitting := {option for option in self.options.values() if same(said) and same(option) == same(said)}:
                 return fitting.pop() if len(fitting) == 1 else None
         if number := parse_number(bare):
             equal = [o for o in self.options.values() if (its := parse_number(o)) and same_number(number, its)]

@@ -49,16 +49,16 @@ class WideSettings:
     """How much and how fast it learns."""
 
     size: Size = field(default_factory=lambda: Size(layers=4, window=COLUMNS))
-    scenes: int = 4_000
-    questions: int = 30  # of each scene, on average
-    vision_steps: int = 900
-    shapes_only: int = 450  # of them, before places are said: of both at once it would learn places first
-    language_steps: int = 2500
+    scenes: int = 8_000
+    questions: int = 20  # of each scene, on average
+    vision_steps: int = 2_400
+    shapes_only: int = 1_200  # of them, before places are said: of both at once it would learn places first
+    language_steps: int = 6_000
     batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
     fresh: int = 100  # scenes that no training has seen, which the base is scored on
-    learning_rate: float = 4e-3  # peak of AdamW
-    matrix_learning_rate: float = 0.02  # peak of Muon
+    vision_rates: tuple[float, float] = (4e-3, 0.02)  # peaks of AdamW and of Muon
+    language_rates: tuple[float, float] = (1.5e-3, 5e-3)  # at the tower's it does not learn to read
 
 
 @dataclass
@@ -176,19 +176,20 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     backbone = Qwen25VLBackbone(build_model(settings.size, processor, seed), processor)
     model, last = backbone.model, {}
 
-    def learn(name: str, objective: Objective, module: nn.Module, steps: int) -> None:
+    def learn(name: str, objective: Objective, module: nn.Module, steps: int, rates: tuple[float, float]) -> None:
         model.requires_grad_(False)
         module.requires_grad_(True)
-        loop = LoopSettings(name, steps, settings.learning_rate, 0.05, settings.matrix_learning_rate, weight_decay=0.01)
+        loop = LoopSettings(name, steps, rates[0], 0.05, rates[1], weight_decay=0.01)
         last[name] = train(objective, dict(module.named_parameters()), loop, work, Accelerator(cpu=True)).last
 
-    learn("vision", Sight(backbone, scenes, images, seed, settings), backbone.visual, settings.vision_steps)
+    sight = Sight(backbone, scenes, images, seed, settings)
+    learn("vision", sight, backbone.visual, settings.vision_steps, settings.vision_rates)
     with torch.no_grad():
         seen = (encode(backbone, images[at : at + ENCODED]) for at in range(0, len(images), ENCODED))
         features = torch.cat([prompt.embeds[prompt.visual].half() for prompt in seen])
     reading = Reading(backbone, features, pairs, images[0], seed, settings)
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
-    learn("language", reading, speaking, settings.language_steps)
+    learn("language", reading, speaking, settings.language_steps, settings.language_rates)
     model.requires_grad_(False).eval().save_pretrained(work)
     processor.save_pretrained(work)
     facts = {"parameters": model.num_parameters(), "last": last, "fresh": fresh_score(backbone, settings)}

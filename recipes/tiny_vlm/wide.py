@@ -45,20 +45,29 @@ STRIP_SHARE, FIRST_SHARE = 0.35, 0.7  # of the answers that have a strip, and of
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Peak learning rates."""
+
+    adamw: float
+    muon: float
+
+
+@dataclass(frozen=True)
 class WideSettings:
     """How much and how fast it learns."""
 
     size: Size = field(default_factory=lambda: Size(layers=4, window=COLUMNS))
-    scenes: int = 4_000
-    questions: int = 30  # of each scene, on average
-    vision_steps: int = 900
-    shapes_only: int = 450  # of them, before places are said: of both at once it would learn places first
-    language_steps: int = 2500
+    scenes: int = 8_000
+    questions: int = 20  # of each scene, on average
+    vision_steps: int = 2_400
+    shapes_only: int = 1_200  # of them, before places are said: of both at once it would learn places first
+    language_steps: int = 4_500
+    plain: int = 2_700  # of them, before any strip is shown: with strips from the start it learns to read far later
     batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
     fresh: int = 100  # scenes that no training has seen, which the base is scored on
-    learning_rate: float = 4e-3  # peak of AdamW
-    matrix_learning_rate: float = 0.02  # peak of Muon
+    vision_rates: Rates = field(default_factory=lambda: Rates(4e-3, 0.02))
+    language_rates: Rates = field(default_factory=lambda: Rates(1e-3, 4e-3))  # at the tower's it does not learn to read
 
 
 @dataclass
@@ -132,7 +141,9 @@ class Reading:
     def collect(self, step: int) -> list[tuple[Table, Tensor]]:
         """The sequences of a step; see `lay_out`."""
         rng = random.Random(f"{self.seed}/reading/{step}")
-        return [self.lay_out(at, rng) for at in rng.sample(range(len(self.asked)), self.settings.batch)]
+        strips = STRIP_SHARE if step >= self.settings.plain else 0
+        chosen = rng.sample(range(len(self.asked)), self.settings.batch)
+        return [self.lay_out(at, rng, strips) for at in chosen]
 
     def backward(self, batch: list[tuple[Table, Tensor]]) -> dict[str, float]:
         """Add the gradient of the mean over the answers' tokens."""
@@ -143,14 +154,17 @@ class Reading:
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.detach())}
 
-    def lay_out(self, at: int, rng: random.Random) -> tuple[Table, Tensor]:
-        """One image with some of its questions, and for each token the number of its question, or 0: the image's."""
+    def lay_out(self, at: int, rng: random.Random, strips: float) -> tuple[Table, Tensor]:
+        """One image with some of its questions, and for each token the number of its question, or 0: the image's.
+
+        `strips`: the share of the answers that have one.
+        """
         image, first, asked = self.prefix.copy(), at * ROWS * COLUMNS, self.asked[at]
         image[image[:, 0] > 0, 0] += first
         following, parts, numbers = 1 + int(image[:, 3:].max()), [image], [0] * len(image)
         for number, (prompt, answer) in enumerate(rng.sample(asked, min(len(asked), self.settings.asked)), start=1):
             pieces, place = [word_table(prompt)], 0
-            if rng.random() < STRIP_SHARE:
+            if rng.random() < strips:
                 shown = sorted(rng.sample(range(ROWS * COLUMNS), rng.randint(*STRIP)))
                 place = 0 if rng.random() < FIRST_SHARE else 1 + answer.index(self.colon)
                 strip = word_table([self.line_break] * (len(shown) + 2))
@@ -176,19 +190,20 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     backbone = Qwen25VLBackbone(build_model(settings.size, processor, seed), processor)
     model, last = backbone.model, {}
 
-    def learn(name: str, objective: Objective, module: nn.Module, steps: int) -> None:
+    def learn(name: str, objective: Objective, module: nn.Module, steps: int, rates: Rates) -> None:
         model.requires_grad_(False)
         module.requires_grad_(True)
-        loop = LoopSettings(name, steps, settings.learning_rate, 0.05, settings.matrix_learning_rate, weight_decay=0.01)
+        loop = LoopSettings(name, steps, rates.adamw, 0.05, rates.muon, weight_decay=0.01)
         last[name] = train(objective, dict(module.named_parameters()), loop, work, Accelerator(cpu=True)).last
 
-    learn("vision", Sight(backbone, scenes, images, seed, settings), backbone.visual, settings.vision_steps)
+    sight = Sight(backbone, scenes, images, seed, settings)
+    learn("vision", sight, backbone.visual, settings.vision_steps, settings.vision_rates)
     with torch.no_grad():
         seen = (encode(backbone, images[at : at + ENCODED]) for at in range(0, len(images), ENCODED))
         features = torch.cat([prompt.embeds[prompt.visual].half() for prompt in seen])
     reading = Reading(backbone, features, pairs, images[0], seed, settings)
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
-    learn("language", reading, speaking, settings.language_steps)
+    learn("language", reading, speaking, settings.language_steps, settings.language_rates)
     model.requires_grad_(False).eval().save_pretrained(work)
     processor.save_pretrained(work)
     facts = {"parameters": model.num_parameters(), "last": last, "fresh": fresh_score(backbone, settings)}

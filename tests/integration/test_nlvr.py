@@ -156,7 +156,14 @@ def test_an_image_of_nlvr_becomes_a_hundred_visual_tokens(base: Path, backbone: 
     assert processor["size"] == {"shortest_edge": PIXELS - 392, "longest_edge": PIXELS}
 
 
-def test_the_same_seed_gives_the_same_base(base: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_base_also_where_it_was_killed_before_its_end(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.tiny_vlm.wide.fresh_score", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_wide(tmp_path / "again", 0, SETTINGS, ORIGIN)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)  # no step is taken again
     again = train_wide(tmp_path / "again", 0, SETTINGS, ORIGIN)
     assert {**file_hashes(again), "vision.csv": "", "language.csv": ""} == {
         **file_hashes(base), "vision.csv": "", "language.csv": ""
@@ -183,14 +190,22 @@ def test_questions_that_share_an_image_lose_what_the_product_s_own_prompts_lose(
         seen = encode(backbone, images)
     reading = Reading(backbone, seen.embeds[seen.visual], [pairs, pairs], images[0], 0, SETTINGS)
     for at in (0, 1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("recipes.tiny_vlm.wide.STRIP_SHARE", 0)
-            table, numbers = reading.lay_out(at, random.Random(0))
+        table, numbers = reading.lay_out(at, random.Random(0), strips=0)
         read = (numbers[None] == numbers[:, None]) | (numbers[None] == 0)
         with torch.no_grad():
             together = answer_loss(backbone, stack(backbone, reading.features, [table]), read[None])
             alone = sum(loss_of(backbone, dataclasses.replace(images[at], question=q, answer=a)) for q, a in pairs)
         assert float(together) == pytest.approx(float(alone), rel=1e-4)
+
+
+def test_strips_are_shown_once_the_plain_steps_are_over(backbone: Qwen25VLBackbone) -> None:
+    pairs = [[(f"how many blue circles {n}?", "2") for n in range(20)]] * 2
+    image = Sample("", (picture(SHAPES),), "", "")
+    settings = dataclasses.replace(SETTINGS, plain=3, asked=20)
+    reading = Reading(backbone, torch.zeros(200, backbone.width), pairs, image, 0, settings)
+    shown = [[int((table[:, 0] > 0).sum()) for table, _ in reading.collect(step)] for step in range(6)]
+    assert shown[:3] == [[100, 100]] * 3
+    assert min(count for step in shown[3:] for count in step) > 100
 
 
 def loss_of(backbone: Qwen25VLBackbone, sample: Sample) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from project import Project
 
+from vismem.config import parse_config
 from vismem.errors import UserError
 from vismem.provenance import verify_manifest
 from vismem.registry import fetch
@@ -35,3 +36,16 @@ def test_a_version_that_somebody_else_registered_is_refused(project: Project, tm
     with pytest.raises(UserError, match="version 1 of 'vismem' is none that `vismem register` made"):
         fetch.fetch_bundle(project.config.registry, "1", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_process_that_goes_to_another_project_s_folder_finds_that_project_s_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for weights in (b"one", b"two"):
+        folder = tmp_path / weights.decode()
+        Project(folder).release(weights, score=66.0)
+        monkeypatch.chdir(folder)
+        bundle = fetch.fetch_bundle(parse_config({}).registry, "champion", folder / "cache")
+        found.append((bundle / "vismem" / "memory.safetensors").read_bytes())
+    assert found == [b"one", b"two"]

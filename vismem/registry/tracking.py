@@ -16,7 +16,7 @@ from typing import Any
 from vismem.config import RegistryConfig
 from vismem.errors import UserError, first_line
 from vismem.registry import BUNDLE
-from vismem.registry.versions import Version, database, tracking_uri
+from vismem.registry.versions import SQLITE, Version, database, tracking_uri
 from vismem.services import environment
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -51,7 +51,7 @@ class Store:
 
     def files(self, location: str) -> Any:
         """MLflow's access to the files at the location of an experiment, a run or a logged model."""
-        return get_artifact_repository(location, self.uri, self.uri)
+        return get_artifact_repository(location, self.client.tracking_uri, self.client.tracking_uri)
 
 
 @contextmanager
@@ -68,11 +68,12 @@ def open_store(config: RegistryConfig) -> Store:
     # migrations, instant "waiting", an example that is checked
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry", "mlflow.pyfunc"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    uri = tracking_uri(config)
+    uri = whole = tracking_uri(config)
     if (file := database(uri)) is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        whole = f"{SQLITE}{file}"  # MLflow keeps what it opened by its address, also when the folder is another by now
     try:
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client = MlflowClient(tracking_uri=whole, registry_uri=whole)
         client.search_experiments(max_results=1)
     except MlflowException as error:
         raise UserError(
@@ -133,7 +134,8 @@ def create_version(store: Store, run_id: str, model_id: str, tags: Mapping[str, 
     """Register a logged model as the next version."""
     create_model_once(store, store.model, "Latent vision memory for a vision-language model")
     tags = {**tags, "model_id": model_id, BUNDLE: BUNDLE}
-    with environment({"MLFLOW_TRACKING_URI": store.uri}):  # a SQL registry looks up models:/ID there, not at its own
+    # a SQL registry looks up models:/ID there, not at its own
+    with environment({"MLFLOW_TRACKING_URI": store.client.tracking_uri}):
         made = store.client.create_model_version(
             store.model, f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags
         )

@@ -69,6 +69,12 @@ def verify_manifest(folder: Path) -> list[str]:
     return missing + changed + unknown
 
 
+def check_manifest(folder: Path) -> None:
+    """UserError where `verify_manifest` finds problems."""
+    if problems := verify_manifest(folder):
+        raise UserError(f"{folder} is damaged: {'; '.join(problems[:5])}: fetch or export it again")
+
+
 def git_state(folder: Path | None = None) -> dict[str, Any]:
     """`{"commit": str | None, "dirty": bool | None}` of the checkout that holds `folder`.
 

@@ -14,8 +14,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
-from vismem.errors import UserError
-from vismem.provenance import verify_manifest
+from vismem.provenance import check_manifest
 from vismem.registry import BUNDLE
 from vismem.runtime.images import decoded_base64
 from vismem.runtime.limits import RequestError, check_request
@@ -32,8 +31,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "A
     """
     bundle, settings = Path(path) / BUNDLE, model_config or {}
     if (bundle / "onnx").is_dir():
-        if problems := verify_manifest(bundle):
-            raise UserError(f"{bundle} is damaged: {'; '.join(problems[:5])}: fetch or export it again")
+        check_manifest(bundle)
         return Answering(Runtime.open(bundle, **settings))
     from vismem.generation.torch_executor import TorchExecutor
     from vismem.inference import VisMem

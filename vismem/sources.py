@@ -11,7 +11,7 @@ from vismem.errors import UserError
 from vismem.files import user_cache
 from vismem.hub import fetch
 from vismem.models.reference import HUB_ID, REFERENCE, Base
-from vismem.provenance import MANIFEST, verify_manifest
+from vismem.provenance import MANIFEST, check_manifest
 from vismem.shipped import shipped
 
 ADDED = "vismem.json"  # stands in every folder of what VisMem adds
@@ -25,8 +25,8 @@ def find_added(name: str | Path) -> Path:
     where there is nothing of that name, or it is damaged.
     """
     folder = _folder_of(str(name))
-    if (folder / MANIFEST).is_file() and (problems := verify_manifest(folder)):
-        raise UserError(f"{folder} is damaged: {'; '.join(problems[:5])}: fetch or export it again")
+    if (folder / MANIFEST).is_file():
+        check_manifest(folder)
     inside = folder / "vismem"  # of a bundle
     added = inside if (inside / ADDED).is_file() else folder
     if not (added / ADDED).is_file():

@@ -169,7 +169,7 @@ class Run:
             sections = BY_NAME[stage.step].sections if stage.step in BY_NAME else ()  # dvc.yaml may have others
             log_params(store, stage.run_id, {key: self.values[key] for key in sections})
         if stage.monitor is None and not stage.ended and os.environ.get(SYSTEM_METRICS, "").lower() != "false":
-            stage.monitor = SystemMetricsMonitor(stage.run_id, tracking_uri=store.uri)
+            stage.monitor = SystemMetricsMonitor(stage.run_id, tracking_uri=store.client.tracking_uri)
             stage.monitor.start()
         if stage.ended and stage.monitor:
             stage.monitor.finish()

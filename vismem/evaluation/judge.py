@@ -7,9 +7,13 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import httpx2
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+from urllib3.exceptions import HTTPError
 
 from vismem.errors import UserError
 from vismem.evaluation.answer_marks import without_thoughts
@@ -17,6 +21,18 @@ from vismem.files import read_json, write_json
 
 KEY = "VISMEM_JUDGE_KEY"  # of the environment: sent as the bearer token
 TOGETHER, SECONDS = 8, 120.0  # requests at once, and until a reply
+# A busy endpoint is asked again after what it says, or after 0, 2, 4, 8, 16 and 32 seconds and a random bit more.
+RETRY = Retry(
+    6,
+    connect=1,
+    read=1,
+    status_forcelist=(429, 500, 502, 503, 504),
+    allowed_methods=None,
+    backoff_factor=1,
+    backoff_jitter=1,
+    retry_after_max=60,
+    raise_on_status=False,
+)
 _BETWEEN = re.compile(r"[\s*`\"'()\[\]{}:=,;]+")  # what may stand around a number; not -1, 1/10, 1%
 _SCORE = re.compile(r"(?:0(?:\.\d+)?|1(?:\.0+)?)")
 _PROMPT = """Score an answer to a question about an image, which you do not see, against the reference.
@@ -44,11 +60,13 @@ class Judge:
         """
         prompts = [_PROMPT.format(rule=rule, question=q, reference=r, answer=a) for q, r, a in asked]
         once = dict.fromkeys(prompts)
-        with ThreadPoolExecutor(TOGETHER) as pool:
-            replies = dict(zip(once, pool.map(self._reply, once), strict=True))
+        with ThreadPoolExecutor(TOGETHER) as pool, requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(pool_maxsize=TOGETHER, max_retries=RETRY))
+            replies = dict(zip(once, pool.map(partial(self._reply, session), once), strict=True))
         return [_score_in(replies[prompt]) for prompt in prompts]
 
-    def _reply(self, prompt: str) -> str:
+    def _reply(self, session: requests.Session, prompt: str) -> str:
         """What the model replies at temperature 0: asked once, and read from the folder ever after."""
         request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0.0}
         address, key = f"{self.url.rstrip('/')}/chat/completions", os.environ.get(KEY)
@@ -56,10 +74,11 @@ class Judge:
         if not file.is_file():
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             try:
-                response = httpx2.post(address, json=request, headers=headers, timeout=SECONDS).raise_for_status()
+                response = session.post(address, json=request, headers=headers, timeout=SECONDS)
+                response.raise_for_status()
                 reply = str(response.json()["choices"][0]["message"]["content"])
                 reply = reply.encode(errors="replace").decode()  # a half of a character cannot be kept
-            except (httpx2.HTTPError, httpx2.InvalidURL, LookupError, RecursionError, TypeError, ValueError) as error:
+            except (requests.RequestException, HTTPError, LookupError, RecursionError, TypeError, ValueError) as error:
                 why = str(error).split("\n")[0] or type(error).__name__
                 raise UserError(f"the judge at {address} does not score ({why}): see its address and {KEY}") from None
             write_json(file, {"request": request, "reply": reply})

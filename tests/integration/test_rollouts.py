@@ -32,7 +32,7 @@ def model(tiny_base: Path) -> VisMemModel:
     return tiny.eager(tiny_base)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # of each test its own: mutmut takes what a fixture calls for a call of the test that it is made for
 def rollouts(model: VisMemModel) -> list[Rollout]:
     return generate(model, tiny.samples(), Learned(), max_new_tokens=24, temperature=1.0)
 

@@ -40,7 +40,7 @@ Scene = Sequence[Box]
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """Towers of one to four blocks, or one to eight shapes in each box that do not overlap; many touch a wall."""
+    """Towers of one to four blocks, or one to eight shapes in each box that do not overlap; many touch a wall or two."""
     draw = _tower if rng.random() < 0.5 else _scattered
     return [draw(rng, box) for box in range(3)]
 
@@ -82,7 +82,8 @@ def _scattered(rng: random.Random, box: int) -> Box:
             size = rng.choice(list(SIZES))
             left, top = (rng.randint(0, BOX - size) for _ in range(2))
             if rng.random() < 0.3:
-                left, top = rng.choice(((0, top), (BOX - size, top), (left, 0), (left, BOX - size)))
+                wall, side = rng.choice((0, BOX - size)), rng.choice((0, BOX - size))
+                left, top = rng.choice(((wall, top), (wall, top), (left, wall), (left, wall), (wall, side)))
             apart = (
                 max(left - i.left - i.size, i.left - left - size, top - i.top - i.size, i.top - top - size)
                 for i in items

@@ -8,9 +8,9 @@ import operator
 import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from recipes.tiny_vlm.boxes import COLOURS, SHAPES, SIDES, SIZES, Box, Item, Scene, is_of_towers
+from vismem.data.sample import Sample
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 ENDS = [(f"{way} of a tower", 0) for way in ("as the base", "at the base", "at the bottom")]
@@ -33,38 +33,34 @@ Part = tuple[str, Numbers, Callable[[int], bool]]  # words, the one number that 
 Reader = Callable[[Scene], tuple[str, str]]  # the thought before the answer, box by box, and the answer
 
 
-class Asked(NamedTuple):
-    """A question about a scene."""
-
-    question: str
-    thought: str
-    answer: str
-
-
-def questions(scenes: Sequence[Scene], each: int, rng: random.Random) -> list[list[Asked]]:
-    """For each scene questions with answers, `each` on average: numbers, or whether a sentence is true.
+def questions(scenes: Sequence[Scene], each: int, rng: random.Random) -> list[list[Sample]]:
+    """For each scene questions about it, `each` on average: how many there are, or whether a sentence is true.
 
     A sentence is asked of one scene of which it is true and of one of which it is false: its words say nothing of that.
     """
-    made: list[tuple[int, Asked]] = []  # with the scene
+    made: list[tuple[int, Sample]] = []  # with the scene
     kinds = {kind: [at for at, scene in enumerate(scenes) if is_of_towers(scene) == kind] for kind in (True, False)}
     while len(made) < each * len(scenes):
         at = rng.randrange(len(scenes))
         towers = is_of_towers(scenes[at])
         if rng.random() < COUNTS:
             text, read = _count(towers, rng)
-            made.append((at, Asked(text, *read(scenes[at]))))
+            made.append((at, _asked(text, read(scenes[at]))))
             continue
         text, read = (_of_items if rng.random() < 0.35 else _of_boxes)(towers, rng)
         first = text[0].upper() if rng.random() < 0.8 else text[0]
         text = f"true or false: {first}{text[1:]}{rng.choice(('', '.'))}"
         found = {read(scenes[at])[1]: at for at in rng.choices(kinds[towers], k=DRAWS)}
         if len(found) == 2:
-            made += [(at, Asked(text, *read(scenes[at]))) for at in found.values()]
-    asked: list[list[Asked]] = [[] for _ in scenes]
+            made += [(at, _asked(text, read(scenes[at]))) for at in found.values()]
+    asked: list[list[Sample]] = [[] for _ in scenes]
     for at, question in made:
         asked[at].append(question)
     return asked
+
+
+def _asked(question: str, read: tuple[str, str]) -> Sample:
+    return Sample(id="", images=(), question=question, rationale=read[0], answer=read[1])
 
 
 def _count(towers: bool, rng: random.Random) -> tuple[str, Reader]:

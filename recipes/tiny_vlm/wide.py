@@ -7,7 +7,7 @@ one image, each of which reads the image and itself only, and in some answers a 
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from recipes.tiny_vlm.card import begin
 from recipes.tiny_vlm.model import CELL, EMBEDDING_STD, Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import answer_loss, embedding_of
 from recipes.tiny_vlm.scores import FRESH, answered_right
-from recipes.tiny_vlm.sentences import Asked, questions
+from recipes.tiny_vlm.sentences import questions
 from recipes.tiny_vlm.sequences import ENCODED, Table, prompt_table, stack, word_table
 from recipes.tiny_vlm.train import finish
 from vismem.config import InvocationConfig, MemoryConfig
-from vismem.data.collate import ANSWER_MARK
+from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.generation.invocation import Off
 from vismem.generation.prompts import encode, prompt_text
@@ -122,7 +122,7 @@ class Reading:
 
     backbone: Backbone
     features: Tensor  # (images * tokens, d)
-    questions: Sequence[Sequence[Asked]]  # about each image
+    questions: Sequence[Sequence[Sample]]  # about each image
     image: Sample  # any of them: all have the same prompt
     seed: int
     settings: WideSettings
@@ -135,7 +135,10 @@ class Reading:
             table = prompt_table(encode(self.backbone, [self.image]), 0, text, 0)
         self.prefix = table[: table[:, 0].nonzero()[0][-1] + 1 + self.backbone.image_markers]
         self.asked = [
-            [(tokenizer(one.question + TURN)["input_ids"], tokenizer(said(one) + END)["input_ids"]) for one in asked]
+            [
+                (tokenizer(one.question + TURN)["input_ids"], tokenizer(target_text(one) + END)["input_ids"])
+                for one in asked
+            ]
             for asked in self.questions
         ]
         self.line_break, *delimiters = (tokenizer(f"a{text}")["input_ids"][-1] for text in "\n,.:")
@@ -189,7 +192,7 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     scenes = [draw_scene(rng) for _ in range(settings.scenes)]
     images = [Sample(id="", images=(picture(scene),), question="", answer="") for scene in scenes]
     asked = questions(scenes, settings.questions, rng)
-    texts = (f"{one.question} a {said(one)}" for each in asked for one in each)
+    texts = (f"{one.question} a {target_text(one)}" for each in asked for one in each)
     processor = build_processor(texts, PIXELS - CELL**2 // 2, PIXELS)
     backbone = Qwen25VLBackbone(build_model(settings.size, processor, seed), processor)
     model, last = backbone.model, {}
@@ -214,11 +217,6 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     return finish(work, out, "wide.md.j2", {**started, **facts})
 
 
-def said(asked: Asked) -> str:
-    """What is answered: the thought, where there is one, and the answer behind its mark."""
-    return f"{asked.thought} {ANSWER_MARK} {asked.answer}".strip()
-
-
 def fresh_score(backbone: Backbone, settings: WideSettings) -> dict[str, float]:
     """Of sentences about scenes that no training has seen: how many, and the percent of greedy answers that are right.
 
@@ -227,7 +225,7 @@ def fresh_score(backbone: Backbone, settings: WideSettings) -> dict[str, float]:
     rng = random.Random(f"{FRESH}/boxes")
     scenes = [draw_scene(rng) for _ in range(settings.fresh)]
     samples = [
-        Sample(id="", images=(picture(scene),), question=one.question, answer=one.answer, choices=TRUTH)
+        replace(one, images=(picture(scene),), choices=TRUTH)
         for scene, asked in zip(scenes, questions(scenes, settings.asked, rng), strict=True)
         for one in asked
         if one.answer in TRUTH

@@ -40,7 +40,7 @@ Scene = Sequence[Box]
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """Towers of one to four blocks, or one to eight shapes in each box that do not overlap; many touch a wall or two."""
+    """Towers of one to four blocks, or one to eight shapes in each box that do not overlap; many touch walls."""
     draw = _tower if rng.random() < 0.5 else _scattered
     return [draw(rng, box) for box in range(3)]
 

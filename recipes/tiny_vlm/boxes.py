@@ -40,7 +40,7 @@ Scene = Sequence[Box]
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """Towers of one to four blocks, or one to eight shapes in each box that do not overlap; many touch walls."""
+    """Towers of one to four blocks, or one to seven shapes in each box that do not overlap; many touch walls."""
     draw = _tower if rng.random() < 0.5 else _scattered
     return [draw(rng, box) for box in range(3)]
 
@@ -69,15 +69,13 @@ def is_of_towers(scene: Scene) -> bool:
 
 
 def _tower(rng: random.Random, box: int) -> Box:
-    colours = rng.sample(list(COLOURS), rng.choice((1, 2, 3, 3)))
-    levels = range(rng.choice((1, 2, 3, 4, 4)))
+    levels, colours = range(rng.randint(1, 4)), list(COLOURS)
     return [Item(box, 40, 80 - 21 * level, 20, rng.choice(colours), "block") for level in levels]
 
 
 def _scattered(rng: random.Random, box: int) -> Box:
     items: list[Item] = []
-    colours, shapes = rng.sample(list(COLOURS), rng.randint(1, 3)), rng.sample(SHAPES, rng.randint(1, 3))
-    for _ in range(rng.choice((1, 1, 2, 3, 4, 5, 6, 7, 8))):
+    for _ in range(rng.randint(1, 7)):
         for _ in range(TRIES):
             size = rng.choice(list(SIZES))
             left, top = (rng.randint(0, BOX - size) for _ in range(2))
@@ -89,6 +87,6 @@ def _scattered(rng: random.Random, box: int) -> Box:
                 for i in items
             )
             if min(apart, default=0) >= 0:
-                items.append(Item(box, left, top, size, rng.choice(colours), rng.choice(shapes)))
+                items.append(Item(box, left, top, size, rng.choice(list(COLOURS)), rng.choice(SHAPES)))
                 break
     return items

@@ -63,8 +63,8 @@ class WideSettings:
     questions: int = 20  # of each scene, on average
     vision_steps: int = 2_400
     shapes_only: int = 1_200  # of them, before places are said: of both at once it would learn places first
-    language_steps: int = 4_500
-    plain: int = 2_700  # of them, before any strip is shown: with strips from the start it learns to read far later
+    language_steps: int = 4_000
+    plain: int = 2_400  # of them, before any strip is shown: with strips from the start it learns to read far later
     batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
     fresh: int = 100  # scenes that no training has seen, which the base is scored on

@@ -1,4 +1,4 @@
-"""The tiny VLM for wide images, before it has seen any of NLVR: it learns from `boxes`, first to see, then to read.
+"""The tiny VLM for wide images, before it has seen any of NLVR: it learns to see `boxes`, then to read `sentences`.
 
 A visual token is 20 pixels of a 400 x 100 image, as wide as a block of a tower. Vision: every token becomes the sum of
 the embeddings of the words for the shapes whose centres it holds, and of its place. Language: several questions follow
@@ -7,7 +7,7 @@ one image, each of which reads the image and itself only, and in some answers a 
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from recipes.tiny_vlm.boxes import COLOURS, SHAPES, SIDES, SIZES, STEP, Scene, draw_scene, picture, questions
+from recipes.tiny_vlm.boxes import COLOURS, SHAPES, SIDES, SIZES, STEP, Scene, draw_scene, picture
 from recipes.tiny_vlm.card import begin
 from recipes.tiny_vlm.model import CELL, EMBEDDING_STD, Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import answer_loss, embedding_of
 from recipes.tiny_vlm.scores import FRESH, answered_right
+from recipes.tiny_vlm.sentences import questions
 from recipes.tiny_vlm.sequences import ENCODED, Table, prompt_table, stack, word_table
 from recipes.tiny_vlm.train import finish
 from vismem.config import InvocationConfig, MemoryConfig
-from vismem.data.collate import ANSWER_MARK
+from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.generation.invocation import Off
 from vismem.generation.prompts import encode, prompt_text
@@ -41,7 +42,8 @@ PIXELS = ROWS * COLUMNS * CELL**2  # which every image is resized to
 WORDS = (*COLOURS, *SHAPES, *SIZES.values(), *SIDES, "block")
 TURN, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"  # as in model.CHAT_TEMPLATE
 STRIP = (3, 16)  # visual tokens of a strip, the smallest and largest number
-STRIP_SHARE, FIRST_SHARE = 0.35, 0.7  # of the answers that have a strip, and of these with it first, not after the mark
+STRIP_SHARE = 0.35  # of the answers that have a strip
+FIRST_SHARE = 0.7  # of these: it stands first, not behind a delimiter
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class WideSettings:
     questions: int = 20  # of each scene, on average
     vision_steps: int = 2_400
     shapes_only: int = 1_200  # of them, before places are said: of both at once it would learn places first
-    language_steps: int = 4_500
-    plain: int = 2_700  # of them, before any strip is shown: with strips from the start it learns to read far later
+    language_steps: int = 4_000
+    plain: int = 2_400  # of them, before any strip is shown: with strips from the start it learns to read far later
     batch: int = 8  # scenes per step
     asked: int = 10  # questions of each of them
     fresh: int = 100  # scenes that no training has seen, which the base is scored on
@@ -120,7 +122,7 @@ class Reading:
 
     backbone: Backbone
     features: Tensor  # (images * tokens, d)
-    pairs: Sequence[Sequence[tuple[str, str]]]  # the questions about each image, with their answers
+    questions: Sequence[Sequence[Sample]]  # about each image
     image: Sample  # any of them: all have the same prompt
     seed: int
     settings: WideSettings
@@ -133,10 +135,14 @@ class Reading:
             table = prompt_table(encode(self.backbone, [self.image]), 0, text, 0)
         self.prefix = table[: table[:, 0].nonzero()[0][-1] + 1 + self.backbone.image_markers]
         self.asked = [
-            [(tokenizer(q + TURN)["input_ids"], tokenizer(f"{ANSWER_MARK} {a}{END}")["input_ids"]) for q, a in asked]
-            for asked in self.pairs
+            [
+                (tokenizer(one.question + TURN)["input_ids"], tokenizer(target_text(one) + END)["input_ids"])
+                for one in asked
+            ]
+            for asked in self.questions
         ]
-        self.line_break, self.colon = (tokenizer(text)["input_ids"][-1] for text in ("\n", ANSWER_MARK))
+        self.line_break, *delimiters = (tokenizer(f"a{text}")["input_ids"][-1] for text in "\n,.:")
+        self.delimiters = set(delimiters)
 
     def collect(self, step: int) -> list[tuple[Table, Tensor]]:
         """The sequences of a step; see `lay_out`."""
@@ -166,7 +172,8 @@ class Reading:
             pieces, place = [word_table(prompt)], 0
             if rng.random() < strips:
                 shown = sorted(rng.sample(range(ROWS * COLUMNS), rng.randint(*STRIP)))
-                place = 0 if rng.random() < FIRST_SHARE else 1 + answer.index(self.colon)
+                if rng.random() >= FIRST_SHARE:
+                    place = 1 + rng.choice([at for at, token in enumerate(answer) if token in self.delimiters])
                 strip = word_table([self.line_break] * (len(shown) + 2))
                 strip[1:-1, 0] = [1 + first + token for token in shown]
                 pieces += [word_table(answer[:place], learnt=True), strip]
@@ -184,8 +191,8 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     rng = random.Random(f"{seed}/boxes")
     scenes = [draw_scene(rng) for _ in range(settings.scenes)]
     images = [Sample(id="", images=(picture(scene),), question="", answer="") for scene in scenes]
-    pairs = questions(scenes, settings.questions, rng)
-    texts = (f"{text} a {ANSWER_MARK} {answer}" for asked in pairs for text, answer in asked)
+    asked = questions(scenes, settings.questions, rng)
+    texts = (f"{one.question} a {target_text(one)}" for each in asked for one in each)
     processor = build_processor(texts, PIXELS - CELL**2 // 2, PIXELS)
     backbone = Qwen25VLBackbone(build_model(settings.size, processor, seed), processor)
     model, last = backbone.model, {}
@@ -201,7 +208,7 @@ def train_wide(out: Path, seed: int, settings: WideSettings, origin: dict[str, A
     with torch.no_grad():
         seen = (encode(backbone, images[at : at + ENCODED]) for at in range(0, len(images), ENCODED))
         features = torch.cat([prompt.embeds[prompt.visual].half() for prompt in seen])
-    reading = Reading(backbone, features, pairs, images[0], seed, settings)
+    reading = Reading(backbone, features, asked, images[0], seed, settings)
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
     learn("language", reading, speaking, settings.language_steps, settings.language_rates)
     model.requires_grad_(False).eval().save_pretrained(work)
@@ -218,10 +225,10 @@ def fresh_score(backbone: Backbone, settings: WideSettings) -> dict[str, float]:
     rng = random.Random(f"{FRESH}/boxes")
     scenes = [draw_scene(rng) for _ in range(settings.fresh)]
     samples = [
-        Sample(id="", images=(picture(scene),), question=text, answer=answer, choices=TRUTH)
+        replace(one, images=(picture(scene),), choices=TRUTH)
         for scene, asked in zip(scenes, questions(scenes, settings.asked, rng), strict=True)
-        for text, answer in asked
-        if answer in TRUTH
+        for one in asked
+        if one.answer in TRUTH
     ]
     right = answered_right(VisMemModel(backbone, MemoryConfig(prompt_pixels=0), InvocationConfig()), samples, Off())
     return {"n": len(right), "score": round(100 * sum(right) / max(len(right), 1), 2)}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.tiny_vlm.boxes import Item, Scene, draw_scene, picture, questions
+from recipes.tiny_vlm.boxes import Item, Scene, picture
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import answer_loss
 from recipes.tiny_vlm.sequences import stack
@@ -184,28 +184,38 @@ def test_a_base_that_does_not_look_is_scored_as_chance(
 
 
 def test_questions_that_share_an_image_lose_what_the_product_s_own_prompts_lose(backbone: Qwen25VLBackbone) -> None:
-    pairs = [("how many blue circles?", "2"), ("true or false: There is a box.", "true")]
+    asked = [
+        Sample("", (), "how many blue circles?", "2"),
+        Sample("", (), "true or false: There is a box.", "true", rationale="1 1 1, 3."),
+    ]
     images = [Sample("", (picture(scene),), "", "") for scene in (TOWERS, SHAPES)]
     with torch.no_grad():
         seen = encode(backbone, images)
-    reading = Reading(backbone, seen.embeds[seen.visual], [pairs, pairs], images[0], 0, SETTINGS)
+    reading = Reading(backbone, seen.embeds[seen.visual], [asked, asked], images[0], 0, SETTINGS)
     for at in (0, 1):
         table, numbers = reading.lay_out(at, random.Random(0), strips=0)
         read = (numbers[None] == numbers[:, None]) | (numbers[None] == 0)
         with torch.no_grad():
             together = answer_loss(backbone, stack(backbone, reading.features, [table]), read[None])
-            alone = sum(loss_of(backbone, dataclasses.replace(images[at], question=q, answer=a)) for q, a in pairs)
+            alone = sum(loss_of(backbone, dataclasses.replace(one, images=images[at].images)) for one in asked)
         assert float(together) == pytest.approx(float(alone), rel=1e-4)
 
 
 def test_strips_are_shown_once_the_plain_steps_are_over(backbone: Qwen25VLBackbone) -> None:
-    pairs = [[(f"how many blue circles {n}?", "2") for n in range(20)]] * 2
+    """First, or behind a delimiter of the answer."""
+    asked = [[Sample("", (), f"how many blue circles {n}?", "2", rationale="1 1 0.") for n in range(20)]] * 2
     image = Sample("", (picture(SHAPES),), "", "")
     settings = dataclasses.replace(SETTINGS, plain=3, asked=20)
-    reading = Reading(backbone, torch.zeros(200, backbone.width), pairs, image, 0, settings)
-    shown = [[int((table[:, 0] > 0).sum()) for table, _ in reading.collect(step)] for step in range(6)]
+    reading = Reading(backbone, torch.zeros(200, backbone.width), asked, image, 0, settings)
+    tables = [[table for table, _ in reading.collect(step)] for step in range(6)]
+    shown = [[int((table[:, 0] > 0).sum()) for table in step] for step in tables]
     assert shown[:3] == [[100, 100]] * 3
     assert min(count for step in shown[3:] for count in step) > 100
+    before, line_break = Counter[str](), reading.line_break
+    for table in (table for step in tables[3:] for table in step):
+        starts = [at for at in range(2, len(table)) if table[at, 0] > 0 and table[at - 1, 1] == line_break]
+        before.update(backbone.processor.tokenizer.decode(table[at - 2, 1]) for at in starts)
+    assert set(before) == {"\n", ".", ":"}, "the prompt's end, the thought's and the mark's"
 
 
 def loss_of(backbone: Qwen25VLBackbone, sample: Sample) -> float:
@@ -248,48 +258,6 @@ def test_a_tower_that_sees_no_shapes_loses_one(backbone: Qwen25VLBackbone, monke
             "recipes.tiny_vlm.wide.encode", lambda *_, said=said: dataclasses.replace(prompt, embeds=said)
         )
         assert sight.backward(sight.collect(step)) == {"loss": pytest.approx(1.0)}
-
-
-# --- its questions ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def asked() -> list[tuple[Scene, str, str]]:
-    """Scenes with questions and their answers."""
-    rng = random.Random(0)
-    scenes = [draw_scene(rng) for _ in range(400)]
-    return [(scene, *pair) for scene, pairs in zip(scenes, questions(scenes, 25, rng), strict=True) for pair in pairs]
-
-
-def test_what_is_said_of_a_scene_is_so(asked: list[tuple[Scene, str, str]]) -> None:
-    """Three kinds of question, worked out anew from their words."""
-    checked = Counter[str]()
-    for scene, text, answer in asked:
-        if found := re.fullmatch(
-            r"how many (black|yellow|blue) (circle|square|triangle|block)s( in each box)?\?", text
-        ):
-            counts = [[(i.colour, i.shape) for i in box].count((found[1], found[2])) for box in scene]
-            assert answer == (" ".join(map(str, counts)) if found[3] else str(sum(counts)))
-            checked[f"count{found[3]}"] += 1
-        elif found := re.fullmatch(
-            r"true or false: there is a (?:box|tower) with only (black|yellow|blue) (?:items|objects|blocks)\.?",
-            text,
-            re.I,
-        ):
-            assert answer == str(any({i.colour for i in box} == {found[1]} for box in scene)).lower()
-            checked[answer] += 1
-    assert len(checked) == 4
-    assert min(checked.values()) > 10
-
-
-def test_the_words_of_a_sentence_do_not_tell_whether_it_is_true(asked: list[tuple[Scene, str, str]]) -> None:
-    """Each is asked as often where it is true as where it is false."""
-    truths = {text: Counter[str]() for _, text, _ in asked if text.startswith("true or false")}
-    for _, text, answer in asked:
-        if text in truths:
-            truths[text][answer] += 1
-    assert len(truths) > 1000
-    assert all(count["true"] == count["false"] == count.total() / 2 for count in truths.values())
 
 
 def test_a_picture_has_the_colours_and_places_of_nlvr() -> None:

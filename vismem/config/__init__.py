@@ -104,7 +104,7 @@ PROFILE_FOLDER = "deploy/profiles"
 class Config(Section):
     """All parameters."""
 
-    seed: int = Field(0, ge=0, description="seed of every random choice")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
     cluster: Mapping[str, str | int] = rare(
         {}, description="what the pods of a cluster ask for, as `vismem submit` compiles it into the pipeline"
     )

@@ -46,12 +46,16 @@ def make_workspace(params: Path, profile: str | None, overrides: Mapping[str, An
 
 
 def workspace_name(profile: str | None, overrides: Mapping[str, Any]) -> str:
-    """PROFILE, with overrides PROFILE~KEY-VALUE~...: runs with other parameters do not replace each other's outputs."""
+    """PROFILE, with overrides PROFILE~KEY-VALUE~...: runs with other parameters do not replace each other's outputs.
+
+    A hash stands for what a folder's name cannot hold.
+    """
     values = sorted(f"{key}-{json.dumps(value, ensure_ascii=False, default=str)}" for key, value in overrides.items())
-    name = "~".join([profile or "params", *(re.sub(r"[^\w.-]+", "_", value).strip("_") for value in values)])
-    if len(name) <= LONGEST_NAME:
+    whole = "~".join([profile or "params", *(value.replace('"', "") for value in values)])
+    name = re.sub(r"[^\w.~-]+", "_", whole)
+    if name == whole and len(name) <= LONGEST_NAME:
         return name
-    return f"{name[:LONGEST_NAME]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name[:LONGEST_NAME]}~{hashlib.sha256('~'.join(values).encode()).hexdigest()[:8]}"
 
 
 def rebase(config: Config, root: Path, folder: Path) -> Config:

@@ -193,12 +193,13 @@ def test_an_unknown_profile_names_the_nearest_and_all() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no parameter file"), ("a: [1", "is not valid YAML"), ("- 1\n- 2\n", "must hold a mapping")],
-)
-def test_a_file_that_is_no_parameter_file_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    [(None, "no parameter file"), (b"a: [1", "is not valid YAML"), (b"- 1\n- 2\n", "must hold a mapping"),
+     (b"# caf\xe9", "is not valid YAML: 'utf-8' codec")],
+)  # fmt: skip
+def test_a_file_that_is_no_parameter_file_is_refused(tmp_path: Path, text: bytes | None, message: str) -> None:
     path = tmp_path / "params.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(UserError, match=message):
         load_config(path)
 

@@ -222,7 +222,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"no parameter file {path}: run in the project's root, or name one with --params")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")

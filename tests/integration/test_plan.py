@@ -178,6 +178,12 @@ def test_baselines_and_evaluation_hold_what_is_planned(tiny_base: Path, name: st
     assert sums(plan) == pytest.approx(sums(real), rel=0.02)
 
 
+@pytest.mark.parametrize(("words", "limit"), [(1, 3), (4, 1)])
+def test_an_answer_with_room_for_one_memory_holds_what_is_planned(tiny_base: Path, words: int, limit: int) -> None:
+    plan, real = planned_and_measured("evaluate", config_of(tiny_base, {"batch": 1, "words": words, "limit": limit}))
+    assert sums(plan) == pytest.approx(sums(real), rel=0.02)
+
+
 def test_the_checkpoints_are_those_of_the_warm_start_and_of_grpo_one_of_them_twice(tiny_base: Path) -> None:
     config = config_of(tiny_base, SMALL)
     found = plan(config, MACHINE, "84x84", ["stage1"])

@@ -227,10 +227,11 @@ class Rehearsal(Run):
                 executor.append([WORD] * count)
                 for kind in kinds:
                     executor.form(kind, asking)  # the first reads the prompts too
+                inserted = sorted(kinds, key=self.model.length_of)[-limit:]  # there may be room for one alone
                 before = shapes.seconds
-                for kind in kinds:
+                for kind in inserted:
                     executor.insert(kind, asking, executor.form(kind, asking))
-                formed = (shapes.seconds - before) / len(kinds) * limit * count / len(asking)
+                formed = (shapes.seconds - before) / len(inserted) * limit * count / len(asking)
             state, before = executor.state, shapes.seconds
             state.slots.take(max(0, state.cache.capacity - int(state.slots.used.max()) - 1))
             loop.step()

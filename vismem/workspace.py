@@ -16,9 +16,12 @@ from typing import Any
 
 from vismem.config import Config, DvcSource, Section, load_config
 from vismem.errors import UserError
+from vismem.locks import lock_file
 from vismem.params_file import render_params
 
 RUNS = "runs"
+PLACE = Path(".dvc") / "tmp" / "vismem"  # of a run's own files, and its lock; DVC and git ignore it
+COPIED = ("dvc.yaml", ".dvcignore", ".dvc/.gitignore")
 LONGEST_NAME = 100
 LINKED = ("vismem", "assets", "deploy", "data")  # what stages depend on; dvc.yaml is the same in every workspace
 
@@ -26,7 +29,8 @@ LINKED = ("vismem", "assets", "deploy", "data")  # what stages depend on; dvc.ya
 def make_workspace(params: Path, profile: str | None, overrides: Mapping[str, Any] | None = None) -> Path:
     """Write or refresh the workspace of a profile, overrides, or both, beside the parameter file; return its folder.
 
-    Files are touched only where their content changes. UserError as from `load_config`.
+    Files are touched only where their content changes. UserError as from `load_config`, and where a run is in the
+    workspace, whose later steps would read what changed.
     """
     root = params.resolve().parent
     config = load_config(params, profile, overrides)
@@ -36,12 +40,16 @@ def make_workspace(params: Path, profile: str | None, overrides: Mapping[str, An
         link = folder / name
         if (root / name).is_dir() and not link.is_symlink():
             link.symlink_to(Path("..") / ".." / name)
-    _write(folder / "params.yaml", render_params(rebase(config, root, folder)))
+    wanted = {
+        "params.yaml": render_params(rebase(config, root, folder)),
+        **{name: (root / name).read_text() for name in COPIED if (root / name).is_file()},
+    }
+    if any(not (folder / name).is_file() or (folder / name).read_text() != text for name, text in wanted.items()):
+        with lock_file(folder / PLACE / "lock", os.path.relpath(folder)):
+            for name, text in wanted.items():
+                _write(folder / name, text)
     if find_spec("dvc") is not None:
         _derive_dvc_config(root, folder)
-    for name in ("dvc.yaml", ".dvcignore", ".dvc/.gitignore"):
-        if (root / name).is_file():
-            _write(folder / name, (root / name).read_text())
     return folder
 
 

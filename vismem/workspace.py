@@ -59,9 +59,10 @@ def workspace_name(profile: str | None, overrides: Mapping[str, Any]) -> str:
     A hash stands for what a folder's name cannot hold.
     """
     values = sorted(f"{key}-{json.dumps(value, ensure_ascii=False, default=str)}" for key, value in overrides.items())
-    whole = "~".join([profile or "params", *(value.replace('"', "") for value in values)])
-    name = re.sub(r"[^\w.~-]+", "_", whole)
-    if name == whole and len(name) <= LONGEST_NAME:
+    plain = [value.replace('"', "") for value in values]
+    kept = [re.sub(r"[^\w.-]+", "_", value) for value in plain]
+    name = "~".join([profile or "params", *kept])
+    if kept == plain and len(name) <= LONGEST_NAME:
         return name
     return f"{name[:LONGEST_NAME]}~{hashlib.sha256('~'.join(values).encode()).hexdigest()[:8]}"
 

@@ -133,6 +133,24 @@ def test_what_a_killed_replacement_leaves_the_next_one_takes_away(
     assert [path.name for path in (project / "data").iterdir()] == ["own"]
 
 
+def test_a_replacement_that_is_stopped_between_two_renames_puts_the_old_folder_back(
+    project: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, rename = write(project.parent / "photos"), Path.rename
+    run("own", "--data", file)
+    before = (project / "data" / "own" / "train.jsonl").read_bytes()
+
+    def rename_or_stop(path: Path, target: Path) -> Path:
+        if path.name.endswith(".new"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_stop)
+    run("own", "--data", file, "--seed", 1, "--force", status=130)
+    assert (project / "data" / "own" / "train.jsonl").read_bytes() == before
+    assert [path.name for path in (project / "data").iterdir()] == ["own"]
+
+
 def test_a_disk_that_is_full_by_then_and_a_run_at_once_change_nothing(
     project: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,8 @@ def _write(request: Request, target: Path, profile: Path, files: Mapping[str, st
             fresh.rename(target)
             fresh_profile.rename(profile)
         finally:
+            if old.exists() and not target.exists():  # stopped between the two
+                old.rename(target)
             fresh_profile.unlink(missing_ok=True)
             for folder in (fresh, old):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -88,7 +88,7 @@ class Curve:
     def __init__(self, file: Path, steps: int) -> None:
         """Go on behind the first `steps` steps: a killed training wrote more than its checkpoint knows.
 
-        UserError where the file has fewer.
+        UserError where the file has fewer, or is none of figures.
         """
         self.file = file
         self.names: list[str] = []  # none: the first step replaces what a killed training left
@@ -103,11 +103,13 @@ class Curve:
                 kept = [len(line) for line in islice(lines, steps) if line.endswith(b"\n")]
                 if len(kept) == steps:
                     lines.truncate(len(header) + sum(kept))
-                    self.names = next(csv.reader([header.decode()]))
+                    self.names = next(csv.reader([header.decode(errors="replace")]))
         if len(kept) < steps:
             raise UserError(
                 f"{self.file} has {len(kept)} steps and the checkpoint beside it {steps}: delete both to train anew"
             )
+        if self.names[:1] != ["step"]:
+            raise UserError(f"{self.file} is damaged: delete it and the checkpoint beside it to train anew")
 
     def append(self, figures: dict[str, float]) -> None:
         """Add a step. Only one with a figure that no step before it had costs writing the file anew."""

@@ -30,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
     OSError, with the file's name, where it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    fresh = path.parent / f".{path.name}.{os.getpid()}.new"  # `path` may be a folder, by mistake
     try:
         fresh.write_text(text)
         os.replace(fresh, path)

@@ -134,8 +134,9 @@ def check_registry(config: RegistryConfig) -> Finding:
 
     try:
         return Finding("registry", True, ping(config))
-    except (UserError, OSError) as error:  # OSError: no folder for a SQLite file
-        return Finding("registry", False, str(error), "start the MLflow server, or correct its address or credentials")
+    except Exception as error:  # noqa: BLE001 - a store's driver is missing, its file is none, and what else stores raise
+        remedy = "start the MLflow server, or correct its address or credentials"
+        return Finding("registry", False, _one_line(error), remedy)
 
 
 def check_base(model: str) -> Finding:
@@ -145,7 +146,8 @@ def check_base(model: str) -> Finding:
     what = f"base model {model}"
     try:
         settings, seen = _find_settings(model)
-        family = str(read_json(settings).get("model_type"))
+        values = read_json(settings)
+        family = str(values.get("model_type") if isinstance(values, dict) else None)
         check_family(family)
         return Finding(what, True, seen.format(family))
     except (UserError, OSError, ValueError) as error:

@@ -27,9 +27,8 @@ from vismem.progress import about
 from vismem.registry.live_run import PIDS, LiveRun
 from vismem.services import environment, exit_on_sigterm
 from vismem.times import Times
-from vismem.workspace import make_workspace
+from vismem.workspace import PLACE, make_workspace
 
-PLACE = Path(".dvc") / "tmp" / "vismem"  # DVC and git ignore it
 INTERRUPTED = 130
 RUNNING, CACHED = "Running stage '%s':", "Stage '%s' is cached - skipping run, checking out outputs"  # DVC's log
 UNCHANGED = "Stage '%s' didn't change, skipping"

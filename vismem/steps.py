@@ -35,6 +35,11 @@ class Step:
     optional: tuple[str, ...] = ()
     about: str = ""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The steps whose folders it takes."""
+        return self.inputs + self.optional
+
     def load(self) -> Callable[..., str]:
         """Import and return the step's function."""
         function: Callable[..., str] = pkgutil.resolve_name(self.target)
@@ -194,7 +199,7 @@ def replace_folder(fresh: Path, out: Path) -> None:
 def input_folders(name: str, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> dict[str, Path]:
     """The folder of each step that the step `name` reads. UserError where one is missing that is not optional."""
     step = BY_NAME[name]
-    folders = {needed: (inputs or {}).get(needed, artifacts / needed) for needed in step.inputs + step.optional}
+    folders = {needed: (inputs or {}).get(needed, artifacts / needed) for needed in step.reads}
     for needed in step.inputs:
         if not folders[needed].is_dir():
             raise UserError(

@@ -7,7 +7,7 @@ and run by another process, since nothing in `vismem/` imports kfp.
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 
 from vismem.config import Config, resolve
-from vismem.errors import UserError, nearest
+from vismem.errors import UserError, first_line, nearest
 from vismem.kubeflow.cluster import Cluster, load_cluster
 
 ACCOUNT, IMAGE, EXPERIMENT = "vismem-pipeline", "vismem-train", "vismem"
 PIPELINE = Path("pipelines/vismem.yaml")  # with another volume or other settings it has the same parameters
 TOKEN = "KF_PIPELINES_SA_TOKEN_PATH"  # kfp's variable: the file of a token for a Kubeflow of many users
-KINDS = {"STRUCT": dict, "STRING": str}
+OPTIONS = {"profile": "--profile", "overrides": "--set"}  # parameters of the pipeline that are checked before
 SCRIPT = """\
 import kfp
 from pipelines.pipeline import make_pipeline
@@ -51,21 +51,23 @@ class Install:
 
     @classmethod
     def read(cls, overlay: Path) -> "Install":
-        """Read kustomization.yaml. UserError where there is none, or the registry is still that of the example."""
+        """Read kustomization.yaml. UserError for none, a broken one, or where the registry is still the example's."""
         file = overlay / "kustomization.yaml"
         if not file.is_file():
             raise UserError(f"no {file}: run in the project's root, or name your overlay with --overlay")
-        values = yaml.safe_load(file.read_text())
-        images = {image["name"]: image for image in values.get("images", ())}
-        image = images.get(IMAGE, {})
-        name = image.get("newName", IMAGE)
+        try:
+            values = yaml.load(file.read_text(), yaml.BaseLoader)  # all texts: a tag 1.10 is no number
+            image: dict[str, str] = next((one for one in values.get("images") or () if one["name"] == IMAGE), {})
+            namespace, name = str(values["namespace"]), str(image.get("newName", IMAGE))
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, LookupError, TypeError) as error:
+            raise UserError(f"{file} is no kustomization with namespace and images: {first_line(error)}") from None
         if "/" not in name or name.startswith("registry.example.com"):
             raise UserError(
                 f"{file} names no registry of yours for {IMAGE}: push the image, and name it under `images`"
             )
         reference = f"{name}@{image['digest']}" if "digest" in image else f"{name}:{image.get('newTag', 'latest')}"
-        shared = any(Path(part).name == "multi-node" for part in values.get("components", ()))
-        return cls(values["namespace"], reference, shared)
+        shared = any(Path(part).name == "multi-node" for part in values.get("components") or ())
+        return cls(namespace, reference, shared)
 
 
 @dataclass(frozen=True)
@@ -133,32 +135,30 @@ UNPINNED = (
 
 
 def split(
-    request: Request, install: Install, config: Config, known: Mapping[str, Mapping[str, Any]]
+    request: Request, install: Install, config: Config, known: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters of the pipeline, which knows `known`, and the settings of its pods, see `Cluster`.
 
-    What is given wins over the profile's `cluster`. UserError for a name that neither has, or a value of another type.
+    What is given wins over the profile's `cluster`. UserError for a name that neither has.
     """
     arguments: dict[str, Any] = {"profile": request.profile, "image": install.image}
     if request.settings:
         arguments["overrides"] = dict(request.settings)
     settings = dict(config.cluster)
     for name, value in request.given.items():
+        if name in OPTIONS:
+            raise UserError(f"{name} is no parameter to give here: use {OPTIONS[name]}")
         if name in Cluster.model_fields:
-            settings[name] = yaml.safe_load(value)
+            try:
+                settings[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UserError(f"{name}={value} is no YAML: {' '.join(str(error).split())}") from None
         elif name in known:
-            arguments[name] = _typed(name, value, KINDS[known[name]["parameterType"]])
+            arguments[name] = value
         else:
             names = (*known, *Cluster.model_fields)
             raise UserError(f"the pipeline has no parameter '{name}'{nearest(name, names)}; --set is for params.yaml's")
     return arguments, settings
-
-
-def _typed(name: str, value: str, kind: type) -> Any:
-    found = value if kind is str else yaml.safe_load(value)
-    if not isinstance(found, kind):
-        raise UserError(f"{name}={value}: give a value of type {kind.__name__}, as JSON")
-    return found
 
 
 def check_sizes(config: Config, cluster: Cluster) -> list[str]:

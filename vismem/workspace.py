@@ -16,9 +16,12 @@ from typing import Any
 
 from vismem.config import Config, DvcSource, Section, load_config
 from vismem.errors import UserError
+from vismem.locks import lock_file
 from vismem.params_file import render_params
 
 RUNS = "runs"
+PLACE = Path(".dvc") / "tmp" / "vismem"  # of a run's own files, and its lock; DVC and git ignore it
+COPIED = ("dvc.yaml", ".dvcignore", ".dvc/.gitignore")
 LONGEST_NAME = 100
 LINKED = ("vismem", "assets", "deploy", "data")  # what stages depend on; dvc.yaml is the same in every workspace
 
@@ -26,7 +29,8 @@ LINKED = ("vismem", "assets", "deploy", "data")  # what stages depend on; dvc.ya
 def make_workspace(params: Path, profile: str | None, overrides: Mapping[str, Any] | None = None) -> Path:
     """Write or refresh the workspace of a profile, overrides, or both, beside the parameter file; return its folder.
 
-    Files are touched only where their content changes. UserError as from `load_config`.
+    Files are touched only where their content changes. UserError as from `load_config`, and where a run is in the
+    workspace, whose later steps would read what changed.
     """
     root = params.resolve().parent
     config = load_config(params, profile, overrides)
@@ -36,22 +40,31 @@ def make_workspace(params: Path, profile: str | None, overrides: Mapping[str, An
         link = folder / name
         if (root / name).is_dir() and not link.is_symlink():
             link.symlink_to(Path("..") / ".." / name)
-    _write(folder / "params.yaml", render_params(rebase(config, root, folder)))
+    wanted = {
+        "params.yaml": render_params(rebase(config, root, folder)),
+        **{name: (root / name).read_text() for name in COPIED if (root / name).is_file()},
+    }
+    if any(not (folder / name).is_file() or (folder / name).read_text() != text for name, text in wanted.items()):
+        with lock_file(folder / PLACE / "lock", os.path.relpath(folder)):
+            for name, text in wanted.items():
+                _write(folder / name, text)
     if find_spec("dvc") is not None:
         _derive_dvc_config(root, folder)
-    for name in ("dvc.yaml", ".dvcignore", ".dvc/.gitignore"):
-        if (root / name).is_file():
-            _write(folder / name, (root / name).read_text())
     return folder
 
 
 def workspace_name(profile: str | None, overrides: Mapping[str, Any]) -> str:
-    """PROFILE, with overrides PROFILE~KEY-VALUE~...: runs with other parameters do not replace each other's outputs."""
+    """PROFILE, with overrides PROFILE~KEY-VALUE~...: runs with other parameters do not replace each other's outputs.
+
+    A hash stands for what a folder's name cannot hold.
+    """
     values = sorted(f"{key}-{json.dumps(value, ensure_ascii=False, default=str)}" for key, value in overrides.items())
-    name = "~".join([profile or "params", *(re.sub(r"[^\w.-]+", "_", value).strip("_") for value in values)])
-    if len(name) <= LONGEST_NAME:
+    plain = [value.replace('"', "") for value in values]
+    kept = [re.sub(r"[^\w.-]+", "_", value) for value in plain]
+    name = "~".join([profile or "params", *kept])
+    if kept == plain and len(name) <= LONGEST_NAME:
         return name
-    return f"{name[:LONGEST_NAME]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name[:LONGEST_NAME]}~{hashlib.sha256('~'.join(values).encode()).hexdigest()[:8]}"
 
 
 def rebase(config: Config, root: Path, folder: Path) -> Config:

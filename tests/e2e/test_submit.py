@@ -15,9 +15,10 @@ from manifests import KUBERNETES, named, namespace_of
 
 from vismem.cli import main
 from vismem.config import resolve
+from vismem.errors import UserError
 from vismem.kubeflow.cluster import load_cluster
 from vismem.plan import host_memory
-from vismem.submit import ACCOUNT, IMAGE, TOKEN
+from vismem.submit import ACCOUNT, IMAGE, TOKEN, Install
 
 IMAGES = "registry.example.org/team"
 DIGEST = f"sha256:{'0' * 64}"
@@ -137,6 +138,11 @@ def test_a_large_profile_brings_sizes_that_are_enough(server: KfpApi, tmp_path: 
         (["evaluation_gpu_count=0"], "on the CPU, for days"),
         (["gpu_cuont=8"], "no parameter 'gpu_cuont' (did you mean 'gpu_count'?)"),
         (["num_processes=many"], "'num_processes': Input should be a valid integer"),
+        (["num_processes=0"], "'num_processes': Input should be greater than 0"),
+        (["training_memory=200 GB"], "'training_memory': String should match pattern"),
+        (["tolerations=["], "tolerations=[ is no YAML: while parsing a flow node"),
+        (["profile=smoke"], "use --profile"),
+        (['overrides={"seed": 3}'], "use --set"),
         (["tolerations={}"], "'tolerations': Input should be a valid tuple"),
         (["gpu_count"], "'gpu_count' is not NAME=VALUE"),
         (["--overlay", "nowhere"], "no nowhere/kustomization.yaml"),
@@ -150,6 +156,28 @@ def test_what_cannot_succeed_is_refused_before_anything_is_sent(
     assert main(["submit", *options, *overlay(tmp_path / "mine"), *given]) == 1
     assert reason in capsys.readouterr().err
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "kustomization.yaml is no kustomization with namespace and images: "),
+        ("images: [{name: vismem-train, newName: r.io/vismem-train}]", "no kustomization with namespace and images"),
+        ("namespace: x\nimages: {vismem-train: r.io}", "no kustomization with namespace and images"),
+        ("namespace: [", "no kustomization with namespace and images: while parsing"),
+        ("namespace: x\nimages:\ncomponents:\n", "names no registry of yours"),
+    ],
+)
+def test_an_overlay_that_is_broken_is_one_line(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        Install.read(tmp_path)
+
+
+def test_a_tag_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    image = "{name: vismem-train, newName: r.io/vismem-train, newTag: 1.10}"
+    (tmp_path / "kustomization.yaml").write_text(f"namespace: 7\nimages: [{image}]\ncomponents: [../multi-node]")
+    assert Install.read(tmp_path) == Install("7", "r.io/vismem-train:1.10", shared=True)
 
 
 def test_an_image_without_a_digest_is_warned_of_and_a_base_out_of_reach_not_held_against_the_run(

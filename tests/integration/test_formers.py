@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vismem.config import InvocationConfig, MemoryConfig
+from vismem.errors import UserError
 from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
 from vismem.models.lora import Lora, LoraTarget
@@ -64,6 +65,11 @@ def merged(adapter: Lora, targets: list[LoraTarget]) -> Iterator[None]:
 
 
 # --- the query builder ---
+
+
+def test_heads_that_do_not_divide_the_width_are_refused_before_anything_is_formed() -> None:
+    with pytest.raises(UserError, match=f"memory.builder_heads 3 must divide the base's width, {WIDTH}"):
+        QueryBuilder(WIDTH, MemoryConfig(builder_heads=3))
 
 
 def test_queries_are_read_by_a_pre_norm_transformer_from_the_states_and_each_other() -> None:

@@ -21,6 +21,7 @@ from vismem.generation.loop import DecodeLoop, Request
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.backbones.base import Backbone
 from vismem.models.vismem import VisMemModel, load_base
+from vismem.plan import plan
 from vismem.plan.machine import CARDS, CONTEXT, Machine
 from vismem.plan.model import hollow_base, parameters, questions
 from vismem.plan.rehearsal import BASE, GRADIENTS, STATES, Rehearsal, StepPlan
@@ -177,6 +178,20 @@ def test_baselines_and_evaluation_hold_what_is_planned(tiny_base: Path, name: st
     assert sums(plan) == pytest.approx(sums(real), rel=0.02)
 
 
+@pytest.mark.parametrize(("words", "limit"), [(1, 3), (4, 1)])
+def test_an_answer_with_room_for_one_memory_holds_what_is_planned(tiny_base: Path, words: int, limit: int) -> None:
+    plan, real = planned_and_measured("evaluate", config_of(tiny_base, {"batch": 1, "words": words, "limit": limit}))
+    assert sums(plan) == pytest.approx(sums(real), rel=0.02)
+
+
+def test_the_checkpoints_are_those_of_the_warm_start_and_of_grpo_one_of_them_twice(tiny_base: Path) -> None:
+    config = config_of(tiny_base, SMALL)
+    found = plan(config, MACHINE, "84x84", ["stage1"])
+    formation = sum(found.added[part] for part in ("builder", "short", "long"))
+    numbers = formation + found.added["policy_lora"] + 2 * formation
+    assert found.disk["checkpoints, the last twice while it is replaced"] == 12 * numbers
+
+
 def test_what_is_replaced_for_a_plan_is_put_back(tiny_base: Path) -> None:
     config, query = config_of(tiny_base, SMALL), torch.randn(1, 1, 2, 8)
     whole = torch.nn.functional.scaled_dot_product_attention(query, query, query)
@@ -244,11 +259,17 @@ def test_a_base_that_a_gpu_cannot_hold_is_refused_by_that_whatever_the_number_of
 
 
 def test_wrong_requests_are_said_so(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = ("--gpus", "2xH100", "--set")
     for base, arguments, said in (
         (tiny_base, ("--gpus", "80"), "COUNTxCARD"),
         (tiny_base, ("--gpus", "1xH10"), "L40S, A100, H100, H200"),
         (tiny_base, ("--gpus", "3xH100"), "must be a multiple of the 3 GPUs"),
+        (tiny_base, (*two, "stage1.warm_start.batch_size=3"), "warm_start: a batch_size of 3 must be a multiple"),
+        (tiny_base, (*two, "baselines.supervised.batch_size=3", "sft_lora"), "sft_lora: a batch_size of 3 must"),
         (tiny_base, ("--gpus", "1xH100", "--image", "84"), "WIDTHxHEIGHT"),
+        (tiny_base, ("--gpus", "1xH100", "--image", "100000x100000"), "sets such images apart"),
+        (tiny_base, ("--gpus", "1xH100", "--image", "4000x40"), "validate.max_aspect 50)"),
+        (tiny_base, ("--gpus", "1xH100", "--image", "27x100"), "validate.min_pixels 28"),
         (tiny_base, ("--gpus", "1xH100", "stage3"), "did you mean 'stage"),
         (tmp_path, ("--gpus", "1xH100"), "config.json"),
     ):

@@ -17,6 +17,7 @@ from vismem.cli import main
 from vismem.config import RegistryConfig
 from vismem.locks import lock_file
 from vismem.registry.tracking import experiment_id, open_store
+from vismem.workspace import make_workspace
 
 ROOT = Path(__file__).parents[2]
 MADE = "mkdir -p artifacts/{name} && echo made {name} && date > artifacts/{name}/date"
@@ -253,3 +254,22 @@ def test_a_profile_s_run_is_known_by_its_folder(workspace: Workspace, capfd: pyt
     with lock_file(workspace.root / "runs" / "toy" / ".dvc" / "tmp" / "vismem" / "lock", "test"):
         assert main(["repro", "--profile", "toy"]) == 1
     assert "vismem repro: runs/toy is in use by process" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("untracked")
+def test_a_workspace_in_which_a_run_is_keeps_the_parameters_that_its_next_steps_will_read(
+    workspace: Workspace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    profile = workspace.root / "deploy" / "profiles" / "toy.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("seed: 3\n")
+    made = make_workspace(workspace.root / "params.yaml", "toy")
+    before = (made / "params.yaml").read_text()
+    with lock_file(made / ".dvc" / "tmp" / "vismem" / "lock", "test"):
+        assert make_workspace(workspace.root / "params.yaml", "toy") == made, "nothing is to be changed"
+        profile.write_text("seed: 9\n")
+        assert main(["repro", "--profile", "toy"]) == 1
+        assert "vismem repro: runs/toy is in use by process" in capfd.readouterr().err
+        assert (made / "params.yaml").read_text() == before
+    make_workspace(workspace.root / "params.yaml", "toy")
+    assert (made / "params.yaml").read_text() != before

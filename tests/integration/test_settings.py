@@ -131,11 +131,11 @@ def test_every_setting_of_the_loop_arrives_under_its_own_name() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 0.2), ("warmup_ratio", 0.9), ("weight_decay", 0.5), ("max_grad_norm", 0.1), ("updates", 2),
+    [("learning_rate", 0.2), ("warmup_ratio", 0.9), ("weight_decay", 0.5), ("max_grad_norm", 0.1), ("updates", 3),
      ("target_kl", 0.05), ("steps", 3)],
 )  # fmt: skip
 def test_every_setting_of_the_loop_moves_the_training(name: str, value: float, tmp_path: Path) -> None:
-    usual = {"steps": 4, "learning_rate": 0.1, "warmup_ratio": 0.1, "max_grad_norm": 2.5}
+    usual = {"steps": 4, "learning_rate": 0.1, "warmup_ratio": 0.1, "max_grad_norm": 2.5, "updates": 2}
     ends = []
     for settings in (usual, usual | {name: value}):
         slope, run = Slope(lambda *_: {"update_kl": 0.1}), f"run{len(ends)}"

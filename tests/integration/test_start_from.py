@@ -1,16 +1,19 @@
 """Continuing from an earlier memory, or an earlier LoRA: training starts from its weights."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vismem import steps
 from vismem.config import BaselinesConfig, BaselinesGrpoConfig, Config, GrpoConfig, Stage1Config, SupervisedConfig
 from vismem.config import WarmStartConfig as Warm
+from vismem.data.sample import write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.steps import run_step
@@ -130,3 +133,79 @@ def test_a_lora_of_another_size_or_none_is_refused(earlier: Path, inputs: dict[s
             run_step("sft_lora", continued("sft_lora", tmp_path), tmp_path / "out", inputs)
     with pytest.raises(UserError, match=r"set base\.model"):
         run_step("full", continued("full", tmp_path), tmp_path / "out", inputs)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def changed(file: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    save_file({name: change(value).contiguous() for name, value in load_file(file).items()}, file)
+
+
+def lacking(file: Path) -> None:
+    save_file(dict([*load_file(file).items()][1:]), file)
+
+
+def told(file: Path, *left_out: str, **told: Any) -> None:
+    saved = {name: value for name, value in read_json(file).items() if name not in left_out}
+    write_json(file, saved | told)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    r"memory\.safetensors is damaged": ("stage1", lambda folder: cut(folder / "memory.safetensors")),
+    r"policy\.safetensors is damaged": ("sft_lora", lambda folder: cut(folder / "policy.safetensors")),
+    "do not fit, it was trained on another base: size mismatch": (
+        "stage1",
+        lambda folder: changed(folder / "memory.safetensors", lambda value: value.repeat([2] * max(1, value.ndim))),
+    ),
+    "do not fit, .*: size": (
+        "sft_lora",
+        lambda folder: changed(folder / "policy.safetensors", lambda value: value.repeat([2] * max(1, value.ndim))),
+    ),
+    "do not fit, .*: Missing key": ("stage1", lambda folder: lacking(folder / "memory.safetensors")),
+    "do not fit, .*: Missing": ("sft_lora", lambda folder: lacking(folder / "policy.safetensors")),
+    "it lacks family, memory: give a folder": (
+        "stage1",
+        lambda folder: told(folder / "vismem.json", "family", "memory"),
+    ),
+    "it lacks family, format": ("stage1", lambda folder: write_json(folder / "vismem.json", ["no settings"])),
+    "another memory than params.yaml: set memory.later 1": (
+        "stage1",
+        lambda folder: told(folder / "vismem.json", memory=tiny.MEMORY.model_dump() | {"later": 1}),
+    ),
+    "no LoRA of this size": (
+        "sft_lora",
+        lambda folder: told(
+            folder / "vismem.json", policy_settings={"rank": 4, "alpha": 8, "dropout": 0, "vision": True}
+        ),
+    ),
+    "step 0 made weights that are infinite or no numbers": (
+        "stage1",
+        lambda folder: changed(folder / "memory.safetensors", lambda value: value * torch.nan),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_a_folder_that_is_damaged_or_of_another_base_is_refused_in_one_line(
+    said: str, earlier: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    name, damage = DAMAGES[said]
+    folder = shutil.copytree(earlier / name, tmp_path / "start")
+    damage(folder)
+    with pytest.raises(UserError, match=said) as caught:
+        run_step(name, continued(name, folder), tmp_path, inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_training_without_questions_to_check_by_is_refused_before_it_begins(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    data = shutil.copytree(inputs["validate"], tmp_path / "validate")
+    shutil.rmtree(data / "data" / "validation")
+    write_shards([], data / "data" / "validation")
+    for name in NAMES:
+        with pytest.raises(UserError, match="validation has no rows: name sources with a validation split"):
+            run_step(name, CONFIG, tmp_path, {**inputs, "validate": data})
+        assert not [*tmp_path.glob("*.partial/*")]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from vismem.cli import main
-from vismem.evaluation.sweep import SCORES
+from vismem.evaluation.sweep import SCORES, experiments, shown_by_dvc
 
 STEP = """import json, pathlib, yaml
 queries = yaml.safe_load(open("params.yaml"))["memory"]["queries"]
@@ -34,7 +34,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("step.py").write_text(STEP)
     Path("params.yaml").write_text(yaml.safe_dump({"memory": {"queries": 8}}))
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"evaluate": stage}, "metrics": [SCORES]}))
-    run("git", "init", "-q")
+    run("git", "init", "-q", "-b", "master")
     run("dvc", "init", "-q")
     run("dvc", "config", "core.analytics", "false")
     run("git", "add", "-A")
@@ -52,6 +52,20 @@ def test_the_experiments_of_dvc_become_a_page(project: Path, capsys: pytest.Capt
     page = Path("page.html").read_text()
     for queries in (2, 4):
         assert f'data-tip="memory.queries {queries}: {queries / 2:+.1f} points (+0.0 to +{queries}.0), ' in page
+
+
+def test_scores_of_a_run_are_not_shown_under_parameters_that_were_edited_since(project: Path) -> None:
+    def found() -> list[tuple[str, int]]:
+        return [(each.name, each.parameters["memory.queries"]) for each in experiments(shown_by_dvc())]
+
+    run("dvc", "repro", "-q")
+    assert found() == [("workspa", 8)]
+    run("git", "add", "-A")
+    run("git", "commit", "-qm", "ran")
+    Path("params.yaml").write_text(yaml.safe_dump({"memory": {"queries": 16}}))
+    assert found() == [("master", 8)]
+    run("git", "commit", "-qam", "edited")
+    assert found() == []
 
 
 def test_outside_a_project_it_says_so_and_writes_nothing(

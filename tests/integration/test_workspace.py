@@ -89,9 +89,9 @@ def test_a_run_with_settings_is_apart_and_dvc_sees_each_changed_parameter(root: 
 
 def test_a_workspace_s_name_is_a_folder_s_whatever_the_settings_are() -> None:
     assert workspace_name("toy", {}) == "toy"
-    one, other = ({"base.model": f"../../{letter * 200}"} for letter in "ab")
-    names = {workspace_name(None, one), workspace_name(None, other)}
-    assert len(names) == 2
+    values = (f"../../{'a' * 200}", f"../../{'b' * 200}", "a/b", "a b", "a_b", [","], ["."], [",", ";"])
+    names = {workspace_name(None, {"base.model": value}) for value in values}
+    assert len(names) == len(values)
     assert all("/" not in name and len(name) < 255 for name in names)
     assert workspace_name(None, {"a": 1, "b": 2}) == workspace_name(None, {"b": 2, "a": 1})
 

@@ -29,6 +29,13 @@ def test_a_reference_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "base.json").read_text()) == {"model": "base", "weights_sha256": "5a5a"}
 
 
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"model": "x"}'])
+def test_a_reference_that_is_damaged_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "base.json").write_text(text)
+    with pytest.raises(UserError, match=r"base\.json is damaged: it lacks model or weights_sha256"):
+        Base.read(tmp_path)
+
+
 def test_the_step_base_says_where_its_copy_came_from(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run `vismem base` again$"):
         Base.of_step(tmp_path)

@@ -106,6 +106,9 @@ def test_a_curve_that_lacks_steps_of_its_checkpoint_is_an_error(tmp_path: Path) 
     file.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
     with pytest.raises(UserError, match=r"run\.csv has 3 steps and the checkpoint beside it 7: delete both"):
         run(tmp_path)
+    file.write_bytes(b"\xff" + whole[1:])
+    with pytest.raises(UserError, match=r"run\.csv is damaged: delete it and the checkpoint"):
+        run(tmp_path)
     file.unlink()
     with pytest.raises(UserError, match="has 0 steps"):
         run(tmp_path)
@@ -123,7 +126,7 @@ def test_the_curve_is_on_the_disk_before_a_checkpoint_that_knows_it(
 
 def test_a_checkpoint_of_another_version_is_an_error(tmp_path: Path) -> None:
     save_file({"parameter/weight": torch.ones(1)}, tmp_path / "run.checkpoint", metadata={"history": "[]"})
-    with pytest.raises(UserError, match="another version of vismem: delete it"):
+    with pytest.raises(UserError, match=r"another version of vismem .*: delete it"):
         run(tmp_path)
 
 

@@ -208,3 +208,18 @@ def test_an_option_of_another_action_is_not_passed_over(line: str, capsys: pytes
     assert main(line.split()) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"vismem models: {line.split()[2]} goes with `vismem models "), said
+
+
+def test_an_input_that_the_step_does_not_read_is_refused_and_not_left_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a slip of the pen would train on what lies in the artifacts' folder."""
+    (tmp_path / "params.yaml").write_text("")
+    for step, said in (
+        ("stage1", "--input validat: it reads base, validate (did you mean 'validate'?)"),
+        ("prepare", "--input validat: it reads no step"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([step, "--params", str(tmp_path / "params.yaml"), "--input", f"validat={tmp_path}"])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err

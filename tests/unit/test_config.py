@@ -165,6 +165,10 @@ def test_merge_changes_neither_side() -> None:
         ({"seed": "many"}, "'seed': Input should be a valid integer"),
         ({"memory": {"queries": 0}}, "'memory.queries': Input should be greater than or equal to 1 (got 0)"),
         ({"memory": 3}, "'memory': "),
+        ({"seed": 2**32}, "'seed': Input should be less than 4294967296"),
+        ({"stage1": {"learning_rate": float("inf")}}, "'stage1.learning_rate': Input should be a finite number"),
+        ({"gate": {"min_gain": float("nan")}}, "'gate.min_gain': Input should be a finite number"),
+        ({"invocation": {"delimiters": [".", ""]}}, "'invocation.delimiters.1': String should have at least 1 char"),
         ({"base": {"dtype": "float8"}}, "'base.dtype': Input should be 'float32' or 'bfloat16' (got 'float8')"),
         ({"prepare": {"sources": [{"kind": "csv"}]}}, "'csv'"),
         ({"prepare": {"sources": [{"kind": "jsonl", "split": "test"}]}}, "'prepare.sources.0.path': Field required"),
@@ -189,12 +193,13 @@ def test_an_unknown_profile_names_the_nearest_and_all() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no parameter file"), ("a: [1", "is not valid YAML"), ("- 1\n- 2\n", "must hold a mapping")],
-)
-def test_a_file_that_is_no_parameter_file_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    [(None, "no parameter file"), (b"a: [1", "is not valid YAML"), (b"- 1\n- 2\n", "must hold a mapping"),
+     (b"# caf\xe9", "is not valid YAML: 'utf-8' codec")],
+)  # fmt: skip
+def test_a_file_that_is_no_parameter_file_is_refused(tmp_path: Path, text: bytes | None, message: str) -> None:
     path = tmp_path / "params.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(UserError, match=message):
         load_config(path)
 

@@ -35,3 +35,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     with pytest.raises(OSError, match="No space left"):
         write_text(tmp_path / "x", "new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "old")]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"'\.'"):
+        write_text(Path(), "where a folder is")
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]

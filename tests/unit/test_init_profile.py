@@ -46,6 +46,8 @@ def test_steps_grow_with_the_rows_up_to_the_defaults(tiny: Base) -> None:
     assert tuple(few[key] for key in keys) == (10, 5, 5)
     assert some["stage1.warm_start.steps"] == 250
     assert tuple(many[key] for key in keys) == default
+    passes = parse_config({"stage1": {"steps": 0}, "stage2": {"steps": 0}})  # 0: so many as `grpo.epochs` says
+    assert tuple(values(tiny, passes)[key] for key in keys) == (10, 5, 5)
 
 
 @pytest.mark.parametrize(("test", "needed"), [(12, 200), (200, 200), (1000, 950)])

@@ -163,9 +163,9 @@ def test_a_mark_is_never_shown_as_text_and_no_fault_of_a_row(tmp_path: Path) -> 
     (sample,) = read_all(write(tmp_path, {**ROW, "question": "<image 1> Which colour has <image 1>?"}))
     assert sample.turns()[0].parts[:3] == (IMAGE, " Which colour has ", IMAGE)
     reserved = Reserved(Tokenizer(models.WordLevel()), (MARK,))
-    assert row_faults(sample, ValidateConfig(), image_cache(), reserved)[0] == []
+    assert row_faults(sample, ValidateConfig(), image_cache(), reserved) == []
     faulty = replace(sample, question=f"{sample.question} {MARK}")
-    assert "<image> in 'question'" in row_faults(faulty, ValidateConfig(), image_cache(), reserved)[0][0]
+    assert "<image> in 'question'" in row_faults(faulty, ValidateConfig(), image_cache(), reserved)[0]
 
 
 def test_mmmu_s_dev_rows_are_left_out_and_counted(tmp_path: Path) -> None:

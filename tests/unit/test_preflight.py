@@ -207,12 +207,23 @@ def test_a_registry_that_answers_but_takes_no_files_is_found_out(
     assert "answers, but takes no files" in finding.seen
 
 
+@pytest.mark.parametrize("store", ["sqlite:///README.md", "http://[::1", "mysql://user:secret@127.0.0.1/db"])
+def test_a_store_that_is_none_or_has_no_driver_here_fails_a_check_and_not_the_preflight(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    finding = check_registry(parse_config({"registry": {"tracking_uri": store}}).registry)
+    assert (finding.ok, finding.seen != "") == (False, True)
+
+
 def test_a_base_model_in_a_folder_must_be_of_a_known_family(tmp_path: Path) -> None:
     assert "no config.json" in check_base(str(tmp_path)).seen
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     assert check_base(str(tmp_path)) == Finding(f"base model {tmp_path}", True, "a folder with a qwen2_5_vl")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "model family 'llama' is not supported" in check_base(str(tmp_path)).seen
+    (tmp_path / "config.json").write_text("[]")
+    assert "model family 'None' is not supported" in check_base(str(tmp_path)).seen
 
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for_and_the_cache_counts(

@@ -151,8 +151,12 @@ def test_what_was_fetched_once_is_not_fetched_again_and_a_full_commit_needs_no_r
     project.run("git", "tag", "same", commit)
     again, same = fetch(source(project, rev="same"))
     assert (again.md5, same) == (first.md5, place)
-    project.root.rename(tmp_path / "gone")
     known = first.model_copy(update={"rev": commit})
+    (note,) = (tmp_path / "XDG_CACHE_HOME").glob("vismem/dvc/*.json")
+    for damaged in ("{}", "[]", "{"):
+        note.write_text(damaged)
+        assert fetch(source(project, rev=commit)) == (known, place), "found anew"
+    project.root.rename(tmp_path / "gone")
     assert fetch(source(project, rev=commit)) == (known, place)
     assert find(source(project, rev=commit)) == known
     for config in (parsed(project, rev="main"), parsed(project, rev=commit, md5="0" * 32)):

@@ -7,6 +7,7 @@ import pytest
 
 from vismem.data import sample as module
 from vismem.data.sample import Sample, StoredSamples, Video, write_shards
+from vismem.errors import UserError
 
 ROWS = [
     Sample(str(n), (bytes([n]) * 1000,), "?", "a", choices=("a", "b")[: n % 3], videos=(Video((b"v",), 2.0),) * (n % 2))
@@ -54,3 +55,13 @@ def test_what_was_read_last_is_kept_up_to_a_limit(tmp_path: Path, monkeypatch: p
     before, samples = pa.total_allocated_bytes(), StoredSamples(tmp_path)
     assert [sample.id for sample in samples] == [sample.id for sample in large]
     assert 300_000 < pa.total_allocated_bytes() - before < 900_000
+
+
+def test_a_damaged_shard_is_one_line_that_names_it(tmp_path: Path) -> None:
+    write_shards(ROWS, tmp_path)
+    (shard,) = tmp_path.glob("*.parquet")
+    whole = shard.read_bytes()
+    for content in (whole[:-50], b"", b"PAR1" + whole[4:-8] + b"\xff" * 4 + b"PAR1"):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=r"part-00000\.parquet is damaged \(.*\): run the step"):
+            StoredSamples(tmp_path)

@@ -104,7 +104,7 @@ PROFILE_FOLDER = "deploy/profiles"
 class Config(Section):
     """All parameters."""
 
-    seed: int = Field(0, ge=0, description="seed of every random choice")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
     cluster: Mapping[str, str | int] = rare(
         {}, description="what the pods of a cluster ask for, as `vismem submit` compiles it into the pipeline"
     )
@@ -222,7 +222,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"no parameter file {path}: run in the project's root, or name one with --params")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")

@@ -7,9 +7,9 @@ from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
-    """A frozen group of parameters; an unknown key is an error."""
+    """A frozen group of parameters; an unknown key is an error, and so is a number that is infinite or none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
     @classmethod
     def by_key(cls) -> dict[str, FieldInfo]:

@@ -1,7 +1,7 @@
 """The base model, its memories, both stages of training, and the baselines."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -53,7 +53,9 @@ class MemoryConfig(Section):
 class InvocationConfig(Section):
     """When memory may be invoked (paper Sec. 3.2, Eq. 3-4)."""
 
-    delimiters: tuple[str, ...] = Field((",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]")
+    delimiters: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]"
+    )
     init_token: str = Field("\n", description="delimiter whose embedding the four new rows are copied from [ours]")
     max_per_answer: int = Field(4, ge=0, description="max invocations per answer [ours] [paper: no limit]")
     perturbation: float = rare(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")

@@ -111,7 +111,10 @@ def _known(source: DvcPath) -> DataRevision | None:
     note = _note(source, source.rev)
     if not COMMIT.fullmatch(source.rev) or not note.is_file():
         return None
-    known = DataRevision(**{**read_json(note), "rev": source.rev})
+    try:
+        known = DataRevision(**{**read_json(note), "rev": source.rev})
+    except (UserError, TypeError, ValueError):  # damaged, or of another version: found anew
+        return None
     return known if source.md5 in (None, known.md5) else None
 
 

@@ -3,6 +3,7 @@
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import chain, count, islice
@@ -13,6 +14,7 @@ from typing import Any, overload
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vismem.errors import UserError, first_line
 from vismem.runtime.chat import Turn, one_turn
 
 ROWS_PER_GROUP, BYTES_PER_GROUP = 256, 4_000_000  # of a shard's row group at most
@@ -150,7 +152,7 @@ class StoredSamples(Sequence[Sample]):
     """The samples of one split's folder, in order, read from its shards as they are asked for.
 
     The row groups that were read last stay in memory, CACHED_BYTES of them. FileNotFoundError if the folder holds no
-    shard; ValueError (pyarrow's) for a damaged one.
+    shard; UserError for a damaged one.
     """
 
     def __init__(self, folder: Path, places: Sequence[int] | None = None) -> None:
@@ -160,7 +162,8 @@ class StoredSamples(Sequence[Sample]):
             raise FileNotFoundError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
         self._groups, self._ends, end = list[tuple[Path, int]](), list[int](), 0
         for shard in shards:
-            metadata = pq.read_metadata(shard)
+            with _told(shard):
+                metadata = pq.read_metadata(shard)
             for group in range(metadata.num_row_groups):
                 end += metadata.row_group(group).num_rows
                 self._groups.append((shard, group))
@@ -188,12 +191,21 @@ class StoredSamples(Sequence[Sample]):
         table = self._read.pop(group, None)
         if table is None:
             shard, number = self._groups[group]
-            with pq.ParquetFile(shard) as file:
+            with _told(shard), pq.ParquetFile(shard) as file:
                 table = file.read_row_group(number, use_threads=False)
         self._read[group] = table
         while len(self._read) > 1 and sum(kept.nbytes for kept in self._read.values()) > CACHED_BYTES:
             self._read.pop(next(iter(self._read)))
         return table
+
+
+@contextmanager
+def _told(shard: Path) -> Iterator[None]:
+    """A block in which what pyarrow raises for a damaged shard is a UserError."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise UserError(f"{shard} is damaged ({first_line(error)}): run the step that wrote it again") from None
 
 
 def _sample(row: dict[str, Any]) -> Sample:

@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
@@ -18,7 +20,9 @@ from vismem.errors import UserError
 from vismem.evaluation.panels import BLUE, GREY, Panel, say, to_svg
 from vismem.evaluation.report import signed
 from vismem.pages import TIPS, page_environment, storable
+from vismem.provenance import git
 from vismem.records import Interval
+from vismem.steps import STEPS
 
 SCORES = "artifacts/evaluate/scores.json"
 QUEUE = "`dvc exp run --queue -S 'memory.queries=2,4,8' evaluate`, then `dvc queue start`"
@@ -35,13 +39,27 @@ class Experiment:
 
 
 def shown_by_dvc() -> list[dict[str, Any]]:
-    """What `dvc exp show` says of the project in the working directory. UserError where DVC fails."""
+    """What `dvc exp show` says of the project in the working directory. UserError where DVC fails.
+
+    A workspace or a commit whose parameters were edited since its last run has the scores of others: they are left out.
+    """
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no word"])[-1]
         raise UserError(f"`dvc exp show` failed ({said}): run in the project's root, which is a Git repository")
-    return list(json.loads(done.stdout))
+    shown = list(json.loads(done.stdout))
+    return [state if _was_run(state) else state | {"data": None} for state in shown]
+
+
+def _was_run(state: Mapping[str, Any]) -> bool:
+    """Whether the steps up to `evaluate` had the state's parameters when they ran, by its dvc.lock."""
+    rev, lock = state["rev"], Path("dvc.lock")
+    text = git(Path(), "show", f"{rev}:./{lock}") if rev != "workspace" else lock.read_text() if lock.is_file() else ""
+    stages = (yaml.safe_load(text or "") or {}).get("stages", {})
+    now, names = _content((state["data"] or {}).get("params"), PARAMS_FILE.name), [step.name for step in STEPS]
+    used = [stages.get(name, {}).get("params") or {} for name in names[: names.index("evaluate") + 1]]
+    return all(now.get(key) == value for files in used for key, value in files.get(PARAMS_FILE.name, {}).items())
 
 
 def experiments(shown: Sequence[Mapping[str, Any]]) -> list[Experiment]:

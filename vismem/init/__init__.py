@@ -20,6 +20,7 @@ from vismem.init.profile import LARGE, MARK, render_profile, settings_of
 from vismem.init.report import RECORD, describe
 from vismem.init.rows import File, Row, Rows, read_rows
 from vismem.init.splits import Splits, split_rows
+from vismem.locks import lock_file
 from vismem.messages import Caller
 from vismem.provenance import sha256_file
 from vismem.times import tiny_vlm_seconds
@@ -68,9 +69,9 @@ def init(params: Path, request: Request, caller: Caller) -> str:
     settings = settings_of(request.name, base, splits.rows, below, _seen_from(rows.images, root), seed)
     command = f"vismem {shlex.join(sys.argv[1:])}" if sys.argv[1:2] == ["init"] else "vismem init"
     text = render_profile(request.name, command, base, settings)
-    _write(target, profile, _files(rows, splits, request), text)
     made = load_config(params, overrides={one.key: one.value for one in settings})
     seconds = sum(tiny_vlm_seconds(made, {split: len(of) for split, of in splits.rows.items()}).values())
+    _write(request, target, profile, _files(rows, splits, request), text)
     wrote = [caller.path(path) for path in (target, profile)]
     return describe(shlex.join(caller.program()), request.name, rows, splits, base, seconds, below, wrote)
 
@@ -123,18 +124,26 @@ def _json_line(row: Row) -> str:
     return json.dumps(row.values, ensure_ascii=False) + "\n"
 
 
-def _write(target: Path, profile: Path, files: Mapping[str, str], text: str) -> None:
-    """Move the folder into its place, and then the profile into its own."""
-    for leftover in target.parent.glob(f".{target.name}.*.new"):  # of a killed run
-        shutil.rmtree(leftover)
-    fresh, old = (target.with_name(f".{target.name}.{os.getpid()}.{word}") for word in ("new", "old"))
-    try:
-        for name, content in files.items():
-            write_text(fresh / name, content)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-        write_text(profile, text)
-    finally:
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
+def _write(request: Request, target: Path, profile: Path, files: Mapping[str, str], text: str) -> None:
+    """Move the folder into its place, and then the profile into its own; nothing is moved before all is written."""
+    lock, fresh, old = (target.with_name(f".{target.name}.{word}") for word in ("lock", "new", "old"))
+    fresh_profile = profile.with_name(f".{profile.name}.new")
+    with lock_file(lock, os.path.relpath(target)):
+        try:
+            _check_free(request, target, profile)  # another run may have written it meanwhile
+            for folder in (fresh, old):  # of a killed run
+                shutil.rmtree(folder, ignore_errors=True)
+            for name, content in files.items():
+                write_text(fresh / name, content)
+            write_text(fresh_profile, text)
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+            fresh_profile.rename(profile)
+        finally:
+            if old.exists() and not target.exists():  # stopped between the two
+                old.rename(target)
+            fresh_profile.unlink(missing_ok=True)
+            for folder in (fresh, old):
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink()

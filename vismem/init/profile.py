@@ -51,13 +51,13 @@ def settings_of(
         warm, each = bounded(PASSES * train // batch, config.stage1.warm_start.steps), max(1, train // grpo.batch_size)
         passed = f"one pass over {train} questions, {grpo.batch_size} per step; {at_most}"
         steps = [
-            Setting("stage1.steps", min(config.stage1.steps, each), passed),
+            Setting("stage1.steps", min(config.stage1.steps or each, each), passed),
             Setting(
                 "stage1.warm_start.steps",
                 warm,
                 f"{PASSES} passes over {train} questions, {batch} per step; 10 at least, {at_most}",
             ),
-            Setting("stage2.steps", min(config.stage2.steps, each), passed),
+            Setting("stage2.steps", min(config.stage2.steps or each, each), passed),
         ]
     else:
         passes = grpo.epochs * max(1, train // grpo.batch_size)
@@ -114,7 +114,7 @@ def render_profile(name: str, command: str, base: Base, settings: Sequence[Setti
     """The profile's text: above each key what it means, and why it has its value."""
     lines = [
         f"{MARK} for your own data: `vismem repro --profile {name}` runs it in runs/{name}/.",
-        *_comment(f"Made by: {command}"),
+        *_comment(f"Made by: {_printable(command)}"),
         *_comment(
             "It overlays params.yaml. Above each key stands what it means, then why it has its value for your data. "
             "Change what you like; what is not here is as in params.yaml."
@@ -148,6 +148,11 @@ def _lines(key: str, value: Any) -> Iterator[str]:
 
 def _comment(text: str) -> list[str]:
     return [f"# {line}" for line in textwrap.wrap(text, 112, break_long_words=False, break_on_hyphens=False)]
+
+
+def _printable(text: str) -> str:
+    """The text without what ends a line of YAML, or may not be in one: names of files may hold it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _flow(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The rows of a user's files, checked one by one: what is good, and what is wrong with the others."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ from typing import Any
 from vismem.config import ValidateConfig
 from vismem.config.data import Split
 from vismem.data.collate import target_text
-from vismem.data.fingerprint import ImageFacts, image_cache
+from vismem.data.fingerprint import ImageFacts, image_cache, sample_pictures
 from vismem.data.readers import jsonl
 from vismem.data.readers.files import json_object, numbered_lines
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.progress import progress
+from vismem.runtime.images import DATA_URI
 from vismem.runtime.reserved import Reserved
 from vismem.validation.rows import row_faults
 
@@ -38,7 +39,7 @@ class Row:
     where: str  # "train.jsonl, line 3", the path as the user gave it
     values: dict[str, Any]  # as it will be written: the user's keys, an id, paths from the common folder of images
     split: Split | None
-    pictures: tuple[bytes, ...]  # by their pixels, hashes
+    pictures: tuple[bytes, ...]  # images and videos by their pixels, hashes
     group: str | None  # what must not be parted besides: the row's key `group`
     sides: tuple[tuple[int, int], ...]  # width and height of each image, pixels
     question: str
@@ -77,10 +78,10 @@ def read_rows(
     that cannot be read; what is wrong with a row is counted.
     """
     for file in files:
-        _require_file(file.path)
-    rows = Rows(Path(os.path.commonpath([file.images.absolute() for file in files])))
+        _require_file(file)
+    rows = Rows(_common([file.images for file in files]))
     examine = image_cache(settings.max_pixels)
-    ids, asked = dict[str, str](), dict[tuple[object, ...], Row]()
+    ids, asked, unnamed = dict[str, str](), dict[tuple[object, ...], Row](), list[Row]()
     with progress("check rows") as advance:
         for file in files:
             for where, line in numbered_lines(file.path):
@@ -91,15 +92,22 @@ def read_rows(
                     rows.bad.append(str(fault))
                     continue
                 key = (row.pictures, " ".join(row.question.split()))
-                if first := ids.get(row.values["id"]):
+                if had_id and (first := ids.get(row.values["id"])):
                     rows.duplicates.append(f"{where}: the id '{row.values['id']}' is that of {first}")
                 elif before := asked.get(key):
                     other = "" if before.answer == row.answer else f", with another answer ('{before.answer}')"
                     rows.duplicates.append(f"{where}: the same question about the same images as {before.where}{other}")
                 else:
-                    ids[row.values["id"]], asked[key] = where, row
+                    asked[key] = row
                     rows.good.append(row)
-                    rows.named += not had_id
+                    if had_id:
+                        ids[row.values["id"]] = where
+                    else:
+                        unnamed.append(row)
+    for row in unnamed:  # now that all of the user's own are known
+        row.values["id"] = _unused(row.values["id"], ids)
+        ids[row.values["id"]] = row.where
+    rows.named = len(unnamed)
     return rows
 
 
@@ -117,18 +125,17 @@ def _row(
     values = json_object(line, where, NEEDED)
     had_id = str(values.get("id") or "").strip() != ""
     if not had_id:
-        values["id"] = _new_id(file.path.absolute(), images, where)
+        values["id"] = _new_id(Path(os.path.abspath(file.path)), images, where)
     sample = jsonl.sample_of(values, file.images, where, file.path.name)
-    faults, facts = row_faults(sample, settings, examine, reserved)
-    if faults:
+    if faults := row_faults(sample, settings, examine, reserved):
         raise UserError(f"{where}: {'; '.join(faults)}")
     seen = [examine(data) for data in sample.images]
     row = Row(
         where=where,
-        values=_moved(values, Path(os.path.relpath(file.images.absolute(), images))),
+        values=_moved(values, Path(os.path.relpath(os.path.realpath(file.images), os.path.realpath(images)))),
         split=file.split or _split(values, where),
-        pictures=facts["image_hashes"],
-        group=None if values.get("group") is None else str(values["group"]),
+        pictures=tuple(sample_pictures(sample, examine)),
+        group=sample.cluster or None,
         sides=tuple((facts.width, facts.height) for facts in seen),
         question=sample.question,
         answer=sample.answer,
@@ -138,15 +145,30 @@ def _row(
     return replace(row, values={**row.values, "id": sample.id}), had_id
 
 
-def _require_file(path: Path) -> None:
+def _require_file(file: File) -> None:
+    path = file.path
+    try:
+        f"{path.absolute()}{file.images}".encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!r}: a name on the way there is not UTF-8, rename it") from None
     if path.is_dir():
-        there = ", ".join(sorted(file.name for file in path.glob("*.jsonl"))[:5]) or "no .jsonl file"
+        there = ", ".join(sorted(found.name for found in path.glob("*.jsonl"))[:5]) or "no .jsonl file"
         hint = "; a benchmark's .tsv is a source of its own, see data/README.md" if any(path.glob("*.tsv")) else ""
         raise UserError(f"{path} is a folder: name the .jsonl file in it; it has {there}{hint}")
     if path.suffix == ".tsv":
         raise UserError(f"{path} is a table: `vismem init` takes JSON lines; for VLMEvalKit's files see data/README.md")
     if not path.is_file():
         raise UserError(f"no file {path}: one JSON object per line is needed, see data/README.md")
+
+
+def _common(folders: Sequence[Path]) -> Path:
+    """The folder that all paths to images can start at; of several the one above, links followed as readers do."""
+    given = {os.path.abspath(folder) for folder in folders}
+    return Path(os.path.commonpath(map(os.path.realpath, given)) if len(given) > 1 else given.pop())
+
+
+def _unused(name: str, ids: Collection[str]) -> str:
+    return next(id for id in (name, *(f"{name}-{again}" for again in range(2, len(ids) + 3))) if id not in ids)
 
 
 def _new_id(path: Path, images: Path, where: str) -> str:
@@ -159,15 +181,20 @@ def _split(values: dict[str, Any], where: str) -> Split | None:
     name = values.get("split")
     if name is None:
         return None
-    if name not in SPLITS:
+    if not isinstance(name, str) or name not in SPLITS:
         raise UserError(f"{where}: 'split' must be one of {', '.join(SPLITS)}, got {name!r}")
     return SPLITS[name]  # type: ignore[return-value]
 
 
 def _moved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The row with its paths, meant from `folder`, as seen from the folder above; absolute ones stay."""
+    """The row with its paths, meant from `folder`, as seen from the folder above; absolute ones and data URIs stay."""
 
     def move(value: Any) -> Any:
-        return [move(item) for item in value] if isinstance(value, list) else (folder / value).as_posix()
+        if isinstance(value, list):
+            return [move(item) for item in value]
+        if isinstance(value, dict):  # a video
+            return value | {"frames": move(value["frames"])}
+        return value if value.startswith(DATA_URI) else (folder / value).as_posix()
 
-    return {key: move(value) if key in ("image", "images") and value else value for key, value in values.items()}
+    paths = ("image", "images", "videos")
+    return {key: move(value) if key in paths and value else value for key, value in values.items()}

@@ -17,6 +17,7 @@ from vismem.launch.config import Backend, LaunchConfig
 
 VARIABLE = "VISMEM_CLUSTER"
 HOUR = 3600  # seconds
+QUANTITY = r"^\d+(\.\d+)?([eE]\d+|m|k|[KMGTPE]i?)?$"
 
 
 class Cluster(Section):
@@ -25,11 +26,13 @@ class Cluster(Section):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
-    task_cpu: str = Field("2", description="cores of a task that neither trains nor decodes")
-    task_memory: str = Field("8Gi", description="memory of such a task")
+    task_cpu: str = Field("2", pattern=QUANTITY, description="cores of a task that neither trains nor decodes")
+    task_memory: str = Field("8Gi", pattern=QUANTITY, description="memory of such a task")
     task_hours: int = Field(6, gt=0, description="a try of such a task is stopped after them")
-    training_cpu: str = Field("4", description="cores of a task, or of a node of `trainer`, that trains or decodes")
-    training_memory: str = Field("16Gi", description="memory of such a task or node")
+    training_cpu: str = Field(
+        "4", pattern=QUANTITY, description="cores of a task, or of a node of `trainer`, that trains or decodes"
+    )
+    training_memory: str = Field("16Gi", pattern=QUANTITY, description="memory of such a task or node")
     training_hours: int = Field(
         72, gt=0, description="a try of such a task, or a job of `trainer`, is stopped after them"
     )
@@ -44,9 +47,9 @@ class Cluster(Section):
     node_selector: dict[str, str] = Field({}, description="labels of the nodes for them")
     queue: str = Field("", description="Kueue's queue for them; empty: none")
     training_backend: Backend = Field("process", description="how stage I and II run")
-    num_processes: int = Field(1, description="processes per node, one per GPU")
+    num_processes: int = Field(1, gt=0, description="processes per node, one per GPU")
     num_nodes: int = Field(
-        1, description="nodes; more than one needs `trainer`, and the pipeline with the shared volume"
+        1, gt=0, description="nodes; more than one needs `trainer`, and the pipeline with the shared volume"
     )
 
     @property

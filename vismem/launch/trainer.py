@@ -38,6 +38,7 @@ from vismem.launch.config import QUEUE, LaunchConfig
 from vismem.launch.torchrun import process_environment, reason_of
 from vismem.params_file import render_params
 from vismem.services import exit_on_sigterm
+from vismem.steps import BY_NAME
 
 POLL = 5.0  # seconds between looks at a job
 PATIENCE = 60  # consecutive looks that may fail before the job is given up: the API server may be restarting
@@ -70,7 +71,8 @@ def run_locally(launch: LaunchConfig, name: str, config: Config, artifacts: Path
 def step_arguments(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path], params: Path) -> list[str]:
     """The arguments of `vismem` that run the step in one process of several; writes its parameters to `params`."""
     write_text(params, render_params(config))
-    folders = [f"--input={needed}={folder.absolute()}" for needed, folder in inputs.items()]
+    read = {needed: folder for needed, folder in inputs.items() if needed in BY_NAME[name].reads}
+    folders = [f"--input={needed}={folder.absolute()}" for needed, folder in read.items()]
     return [name, f"--params={params}", f"--artifacts={artifacts.absolute()}", "--processes=1", *folders]
 
 

@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from vismem.config import MemoryConfig
+from vismem.errors import UserError
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.lora import Lora, LoraSettings
 
@@ -44,6 +45,8 @@ class QueryBuilder(nn.Module):
 
     def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()
+        if width % config.builder_heads:
+            raise UserError(f"memory.builder_heads {config.builder_heads} must divide the base's width, {width}")
         self.query_init = nn.Parameter(torch.randn(config.queries, width) * config.init_std)
         self.layers = nn.ModuleList(BuilderLayer(width, config.builder_heads) for _ in range(config.builder_layers))
         self.norm = nn.LayerNorm(width)

@@ -31,11 +31,14 @@ class Base:
 
     @classmethod
     def read(cls, folder: Path) -> "Base | None":
-        """The reference in a folder of what VisMem adds; None: it has none."""
+        """The reference in a folder of what VisMem adds; None: it has none. UserError for a damaged one."""
         if not (folder / REFERENCE).is_file():
             return None
         named = read_json(folder / REFERENCE)
-        return cls(named["model"], named["weights_sha256"])
+        try:
+            return cls(named["model"], named["weights_sha256"])
+        except (LookupError, TypeError):
+            raise UserError(f"{folder / REFERENCE} is damaged: it lacks model or weights_sha256") from None
 
     @classmethod
     def of_step(cls, folder: Path) -> "Base":

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vismem.config import InvocationConfig, MemoryConfig
@@ -17,7 +18,7 @@ from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
 from vismem.models.checkpointing import checkpointed, recomputed
 from vismem.models.kinds import MemoryKind
-from vismem.models.loading import no_weight_bars
+from vismem.models.loading import no_weight_bars, read_weights, take_weights
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer, summary
 from vismem.models.policy import PolicyWeights, TokenRows
@@ -25,6 +26,7 @@ from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 2  # of what `save_pretrained` writes; in 1 a short memory started from means of patches
+SAVED = {"format", "family", "memory", "invocation", "memory_ids", "policy_lora"}  # what `vismem.json` says, always
 # of a memory's settings, those that its weights do not show
 FREE = ("lora_dropout", "init_std", "image_pixels", "prompt_pixels")
 
@@ -243,33 +245,34 @@ class VisMemModel(nn.Module):
         if self.memory_ids != tuple(settings["memory_ids"]):
             raise UserError(f"the base has another tokenizer than the one that {folder} was trained with")
         own = self.memory_config.model_dump(mode="json")
-        other = [name for name, value in settings["memory"].items() if name not in FREE and value != own[name]]
+        other = [name for name, value in settings["memory"].items() if name not in FREE and value != own.get(name)]
         if other:
             values = ", ".join(f"memory.{name} {settings['memory'][name]}" for name in other)
             raise UserError(f"{folder} has another memory than params.yaml: set {values}")
         policy = LoraSettings(**settings.get("policy_settings", asdict(self.policy_lora.settings)))
         if policy != self.policy_lora.settings:
             self.set_policy_lora(policy)
-        self.load_state_dict(
-            load_file(Path(folder) / "memory.safetensors") | load_file(Path(folder) / "policy.safetensors")
-        )
+        take_weights(self, read_weights(folder / "memory.safetensors", folder / "policy.safetensors"), folder)
         self.policy_lora.enabled = settings["policy_lora"]
 
     def load_policy_lora(self, folder: Path) -> None:
         """Take over the weights of the policy's adapter alone. UserError where it is another one than this model's."""
         settings = _read_saved(folder, self.backbone)
-        own, other = asdict(self.policy_lora.settings), settings.get("policy_settings", {})
-        if not settings["policy_lora"] or any(other.get(key) != own[key] for key in ("rank", "alpha", "every_linear")):
+        own, other = self.policy_lora.settings, settings.get("policy_settings")
+        if not settings["policy_lora"] or not other or LoraSettings(**other | {"dropout": own.dropout}) != own:
             raise UserError(f"{folder} has no LoRA of this size: give a folder that the same baseline wrote")
-        weights = load_file(Path(folder) / "policy.safetensors")
-        kept = {name: value for name, value in weights.items() if name.startswith("policy_lora.")}
-        self.load_state_dict(self.state_dict() | kept)
+        weights, lora = read_weights(folder / "policy.safetensors"), "policy_lora."
+        kept = {name: value for name, value in self.state_dict().items() if not name.startswith(lora)}
+        taken = {name: value for name, value in weights.items() if name.startswith(lora)}
+        take_weights(self, kept | taken, folder)
 
 
 def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
     """The settings that `save_pretrained` wrote. UserError for a folder without them, or of another family."""
     file = Path(folder) / "vismem.json"
-    settings: dict[str, Any] = read_json(file, "give a folder that stage1, stage2 or export wrote")
+    settings: dict[str, Any] = read_json(file, wanted := "give a folder that stage1, stage2 or export wrote")
+    if lacking := SAVED - (settings.keys() if isinstance(settings, dict) else set()):
+        raise UserError(f"{file} is damaged, it lacks {', '.join(sorted(lacking))}: {wanted}")
     if settings["format"] != FORMAT:
         raise UserError(f"{folder} has format {settings['format']}, this release reads {FORMAT}: train it anew")
     if backbone.family != settings["family"]:
@@ -286,7 +289,7 @@ def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
         with no_weight_bars():
             model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
         processor = load_processor(base)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         said = first_line(error)
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {said}") from error
     return backbone_of(model, processor)

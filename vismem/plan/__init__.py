@@ -4,12 +4,13 @@ The figures come from running the steps' own code on tensors without values (`sh
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from vismem.config import Config, resolve
+from vismem.config import Config, ValidateConfig, resolve
 from vismem.errors import UserError, nearest
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
@@ -54,12 +55,11 @@ def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] =
     """Plan a run of `config` on `gpus` (such as 8xH100) with images of WIDTHxHEIGHT.
 
     `steps`: those that are planned; by default the two stages, `evaluate`, and the baselines that its arms name.
-    UserError for a base that cannot be read, GPUs that are not known, and batches that the GPUs cannot share.
+    UserError for a base that cannot be read, GPUs that are not known, batches that the GPUs cannot share, and images
+    that `validate` would set apart.
     """
     machine = Machine.named(gpus) if isinstance(gpus, str) else gpus
-    size, known = _size(image), (*PLANNED, *(step.name for step in BASELINES))
-    if config.grpo.batch_size % machine.count:
-        raise UserError(f"grpo.batch_size {config.grpo.batch_size} must be a multiple of the {machine.count} GPUs")
+    size, known = _size(image, config.validate_), (*PLANNED, *(step.name for step in BASELINES))
     for name in steps:
         if name not in known:
             raise UserError(f"no plan of '{name}'{nearest(name, known)}: there are {', '.join(known)}")
@@ -81,11 +81,16 @@ def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] =
     return Plan(title, machine, size, own, added, found, remedies, disk, host)
 
 
-def _size(image: str) -> tuple[int, int]:
-    width, _, height = image.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+def _size(image: str, settings: ValidateConfig) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", image)
+    if found is None:
         raise UserError(f"--image {image}: give WIDTHxHEIGHT in pixels, such as 1024x768")
-    return int(width), int(height)
+    width, height = sides = int(found[1]), int(found[2])
+    low, high, aspect = settings.min_pixels, settings.max_pixels, settings.max_aspect
+    if not (low <= min(sides) and max(sides) <= high and max(sides) <= aspect * min(sides)):
+        limits = f"validate.min_pixels {low}, validate.max_pixels {high}, validate.max_aspect {aspect:g}"
+        raise UserError(f"--image {image}: `validate` sets such images apart ({limits})")
+    return width, height
 
 
 def _remedy(step: StepPlan, config: Config, machine: Machine, image: tuple[int, int]) -> dict[str, Any] | None:
@@ -126,7 +131,7 @@ def _disk(config: Config, stored: float, base: float, added: float, steps: Seque
     found[f"export: the bundle, {'with' if config.export.graphs else 'without'} graphs"] = bundle
     found["register: MLflow's copy of the bundle"] = bundle
     found["DVC's copies of what steps write"] = sum(list(found.values())[1:-1])
-    found["a checkpoint, twice while it is replaced"] = 24 * max(step.trained for step in steps)
+    found["checkpoints, the last twice while it is replaced"] = 12 * max(step.saved + step.trained for step in steps)
     return found
 
 

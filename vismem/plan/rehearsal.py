@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from vismem.config import Config
+from vismem.errors import UserError
 from vismem.evaluation.arms import resolve_arms
 from vismem.generation.invocation import InvocationPolicy, Random
 from vismem.generation.loop import DecodeLoop, Request
@@ -50,7 +51,8 @@ class StepPlan:
 
     name: str
     rows: int = 0  # answers decoded together
-    trained: int = 0  # parameters
+    trained: int = 0  # parameters; of several trainings in a step the last one's
+    saved: int = 0  # parameters in the checkpoints of all of them
     phases: dict[str, dict[str, int]] = field(default_factory=dict)  # of each phase the bytes at its peak, by part
     seconds: float = 0.0  # of a training step; of a batch in `evaluate`
 
@@ -114,8 +116,11 @@ class Rehearsal(Run):
     ) -> int:
         if not settings.steps:
             return 0
+        if batch_size % (gpus := self.machine.count):
+            raise UserError(f"{settings.name}: a batch_size of {batch_size} must be a multiple of the {gpus} GPUs")
         objective.prompts_need_gradient, plan = changes_prefill(trained), self.plan
-        plan.trained, share, sampled = count_of(trained), max(1, batch_size // self.machine.count), 0.0
+        plan.trained, share, sampled = count_of(trained), batch_size // gpus, 0.0
+        plan.saved += plan.trained
         with self._optimised(trained, settings.matrix_learning_rate):
             update = self.shapes.seconds
             if isinstance(objective, Supervised):
@@ -222,10 +227,11 @@ class Rehearsal(Run):
                 executor.append([WORD] * count)
                 for kind in kinds:
                     executor.form(kind, asking)  # the first reads the prompts too
+                inserted = sorted(kinds, key=self.model.length_of)[-limit:]  # there may be room for one alone
                 before = shapes.seconds
-                for kind in kinds:
+                for kind in inserted:
                     executor.insert(kind, asking, executor.form(kind, asking))
-                formed = (shapes.seconds - before) / len(kinds) * limit * count / len(asking)
+                formed = (shapes.seconds - before) / len(inserted) * limit * count / len(asking)
             state, before = executor.state, shapes.seconds
             state.slots.take(max(0, state.cache.capacity - int(state.slots.used.max()) - 1))
             loop.step()

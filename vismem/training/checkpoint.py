@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.files import write_text
 
 
@@ -37,20 +37,34 @@ class Checkpoint:
         self.held = {group["name"]: (group["params"][0], each.state) for each in used for group in each.param_groups}
 
     def load(self) -> TrainState:
-        """Restore what `save` wrote; without a file nothing is restored. UserError for a file of another version."""
+        """Restore what `save` wrote; without a file nothing is restored.
+
+        UserError for a file that is damaged, or of another version or model.
+        """
         if not self.file.is_file():
             return TrainState()
-        with safe_open(self.file, framework="pt") as file, torch.no_grad():
+        try:
+            return self._restore()
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            said = f"{self.file} is damaged, or of another version of vismem ({first_line(error)})"
+            raise UserError(f"{said}: delete it to train anew") from None
+
+    @torch.no_grad()
+    def _restore(self) -> TrainState:
+        with safe_open(self.file, framework="pt") as file:
             metadata, keys = file.metadata() or {}, file.keys()
-            if "train_state" not in metadata:
-                raise UserError(f"{self.file} was written by another version of vismem: delete it to train anew")
+            train_state = TrainState(**json.loads(metadata["train_state"]))
+            if other := {key for key in keys if key.startswith("parameter/")} ^ {f"parameter/{n}" for n in self.held}:
+                raise ValueError(f"other weights, such as {min(other)}")
             for name, (weight, state) in self.held.items():
+                if (shape := file.get_slice(f"parameter/{name}").get_shape()) != [*weight.shape]:
+                    raise ValueError(f"{name} of shape {shape}, not {[*weight.shape]}")
                 weight.copy_(file.get_tensor(f"parameter/{name}"))
                 for kind in [key.removesuffix(f"/{name}") for key in keys if key.endswith(f"/{name}")]:
                     if kind != "parameter":
                         device = "cpu" if kind == "step" else weight.device
                         state[weight][kind] = file.get_tensor(f"{kind}/{name}").to(device)
-        return TrainState(**json.loads(metadata["train_state"]))
+        return train_state
 
     def save(self, train_state: TrainState) -> None:
         """Write everything that `load` restores."""
@@ -61,6 +75,7 @@ class Checkpoint:
         }
         fresh = self.file.with_suffix(".new")
         save_file(tensors, fresh, metadata={"train_state": json.dumps(asdict(train_state))})
+        sync(fresh)
         fresh.replace(self.file)
 
 
@@ -73,7 +88,7 @@ class Curve:
     def __init__(self, file: Path, steps: int) -> None:
         """Go on behind the first `steps` steps: a killed training wrote more than its checkpoint knows.
 
-        UserError where the file has fewer.
+        UserError where the file has fewer, or is none of figures.
         """
         self.file = file
         self.names: list[str] = []  # none: the first step replaces what a killed training left
@@ -88,11 +103,13 @@ class Curve:
                 kept = [len(line) for line in islice(lines, steps) if line.endswith(b"\n")]
                 if len(kept) == steps:
                     lines.truncate(len(header) + sum(kept))
-                    self.names = next(csv.reader([header.decode()]))
+                    self.names = next(csv.reader([header.decode(errors="replace")]))
         if len(kept) < steps:
             raise UserError(
                 f"{self.file} has {len(kept)} steps and the checkpoint beside it {steps}: delete both to train anew"
             )
+        if self.names[:1] != ["step"]:
+            raise UserError(f"{self.file} is damaged: delete it and the checkpoint beside it to train anew")
 
     def append(self, figures: dict[str, float]) -> None:
         """Add a step. Only one with a figure that no step before it had costs writing the file anew."""
@@ -114,5 +131,10 @@ class Curve:
 
     def sync(self) -> None:
         """Return when the file is on the disk, so that no checkpoint that follows knows more steps."""
-        with self.file.open("rb") as lines:
-            os.fsync(lines.fileno())
+        sync(self.file)
+
+
+def sync(file: Path) -> None:
+    """Return when the file is on the disk."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())

@@ -91,11 +91,11 @@ def train(
             for step in range(state.steps, settings.steps):
                 started = time.perf_counter()
                 batch = objective.collect(step)
-                for _ in range(settings.updates):
+                for update in range(settings.updates):
                     for weight in weights:
                         weight.grad = None
                     metrics = objective.backward(batch)
-                    if 0 < settings.target_kl < metrics.get("update_kl", 0.0):
+                    if update and 0 < settings.target_kl < metrics.get("update_kl", 0.0):
                         break
                     all_reduce_gradients(weights, accelerator)
                     metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
@@ -104,6 +104,8 @@ def train(
                     for optimizer in used:
                         optimizer.step()
                     round_masters(masters, parameters)
+                if not math.isfinite(nn.utils.get_total_norm(weights)):
+                    raise UserError(_diverged(settings.name, step, metrics))
                 seconds = time.perf_counter() - started
                 state = TrainState(step + 1, state.seconds + seconds, {"step": step, **metrics})
                 advance(**{name: metrics[name] for name in SHOWN if name in metrics})
@@ -113,6 +115,12 @@ def train(
                         curve.sync()
                         checkpoint.save(state)
     return state
+
+
+def _diverged(name: str, step: int, metrics: Metrics) -> str:
+    figures = ", ".join(f"{figure} {metrics[figure]:g}" for figure in ("loss", "gradient_norm") if figure in metrics)
+    kept = "no checkpoint holds them; lower its learning rate"
+    return f"{name}: step {step} made weights that are infinite or no numbers ({figures}): {kept}"
 
 
 def shard_batch(chosen: Sequence[int], accelerator: Accelerator) -> list[int]:

@@ -39,7 +39,7 @@ Parameters = Mapping[str, nn.Parameter]
 class Run:
     """Device, data and model of a step, and what its training took so far. `model` loads the model from the inputs.
 
-    UserError for a train split without rows.
+    UserError for a train or validation split without rows.
     """
 
     def __init__(
@@ -51,10 +51,11 @@ class Run:
         data = inputs["validate"] / "data"
         self.samples: Sequence[Sample] = StoredSamples(data / "train")
         self.validation: Sequence[Sample] = StoredSamples(data / "validation")
-        if not self.samples:
-            raise UserError(
-                f"{data / 'train'} has no rows: name sources with a train split in params.yaml, section prepare"
-            )
+        for split, rows in (("train", self.samples), ("validation", self.validation)):
+            if not rows:
+                raise UserError(
+                    f"{data / split} has no rows: name sources with a {split} split in params.yaml, section prepare"
+                )
         self.model = model(config, inputs)
         self.model.backbone.model.to(self.accelerator.device)
         self.model.to(self.accelerator.device)
@@ -138,7 +139,7 @@ class Run:
         for name, policy in arms.items():
             rollouts = self.check(AFTER, name, policy)
             right = self.checks[AFTER][name]
-            metrics[name] = {"score": 100 * sum(right) / max(1, len(right)), **rollout_figures(rollouts)}
+            metrics[name] = {"score": 100 * sum(right) / len(right), **rollout_figures(rollouts)}
             lines += answer_lines(checked[:LOGGED], rollouts[:LOGGED], "score", right[:LOGGED], arm=name)
         count = count_of(self.trained)
         if self.accelerator.is_main_process:

@@ -18,15 +18,15 @@ from vismem.validation.facts import row_facts
 
 def row_faults(
     sample: Sample, settings: ValidateConfig, examine: Callable[[bytes], ImageFacts], reserved: Reserved | None
-) -> tuple[list[str], dict[str, Any]]:
-    """What is wrong with the sample, one phrase per broken rule, and its facts (`facts.row_facts`).
+) -> list[str]:
+    """What is wrong with the sample, one phrase per broken rule.
 
     Rules that compare it with other rows (unique ids, no image in two splits) are not asked, nor the one about the
     base's own tokens without `reserved`.
     """
     facts = row_facts(sample.as_row(), examine, reserved)
     asked = [rule for rule in rules(settings) if rule.severity is Severity.QUARANTINE and rule.column in facts]
-    return [rule.broken.format(**facts) for rule in asked if _breaks(rule, facts[rule.column])], facts
+    return [rule.broken.format(**facts) for rule in asked if _breaks(rule, facts[rule.column])]
 
 
 def _breaks(rule: Rule, value: Any) -> bool:

@@ -29,6 +29,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def one_line(error: Exception) -> str:
+    """All that an error says, in one line, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def mask_credentials(text: str) -> str:
     """The text with `***` for user names and passwords of the URIs in it."""
     return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub("://***@", text))

@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 
 from vismem.config import BaseConfig, Config, RegistryConfig
 from vismem.disk import free_space
-from vismem.errors import UserError, mask_credentials
+from vismem.errors import UserError, mask_credentials, one_line
 from vismem.files import read_json, write_text
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3, 5  # a dead endpoint costs this, not the clients' own minute of retries
@@ -260,4 +260,4 @@ def _find_settings(model: str) -> tuple[Path, str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)[:300]

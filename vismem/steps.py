@@ -187,12 +187,20 @@ def _output_folder(name: str, config: Config, artifacts: Path, folders: Mapping[
 
 
 def replace_folder(fresh: Path, out: Path) -> None:
-    """Put `fresh` in the place of `out`: by two renames rather than a deletion, so that a kill loses nothing."""
+    """Put `fresh` in the place of `out`: by two renames rather than a deletion, so that a kill loses nothing.
+
+    Where it is stopped between the two, `out` is put back.
+    """
     old = out.with_name(f"{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
-    fresh.rename(out)
+    try:
+        fresh.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

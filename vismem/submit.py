@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from vismem.config import Config, resolve
-from vismem.errors import UserError, first_line, nearest
+from vismem.errors import UserError, first_line, nearest, one_line
 from vismem.kubeflow.cluster import Cluster, load_cluster
 
 ACCOUNT, IMAGE, EXPERIMENT = "vismem-pipeline", "vismem-train", "vismem"
@@ -152,7 +152,7 @@ def split(
             try:
                 settings[name] = yaml.safe_load(value)
             except yaml.YAMLError as error:
-                raise UserError(f"{name}={value} is no YAML: {' '.join(str(error).split())}") from None
+                raise UserError(f"{name}={value} is no YAML: {one_line(error)}") from None
         elif name in known:
             arguments[name] = value
         else:

@@ -44,10 +44,11 @@ def make_workspace(params: Path, profile: str | None, overrides: Mapping[str, An
         "params.yaml": render_params(rebase(config, root, folder)),
         **{name: (root / name).read_text() for name in COPIED if (root / name).is_file()},
     }
-    if any(not (folder / name).is_file() or (folder / name).read_text() != text for name, text in wanted.items()):
+    changed = [name for name, text in wanted.items() if not _holds(folder / name, text)]
+    if changed:
         with lock_file(folder / PLACE / "lock", os.path.relpath(folder)):
-            for name, text in wanted.items():
-                _write(folder / name, text)
+            for name in changed:
+                (folder / name).write_text(wanted[name])
     if find_spec("dvc") is not None:
         _derive_dvc_config(root, folder)
     return folder
@@ -118,6 +119,5 @@ def _derive_dvc_config(root: Path, folder: Path) -> None:
                 found.update(values)
 
 
-def _write(path: Path, text: str) -> None:
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text

@@ -124,10 +124,11 @@ def _phrase(towers: bool, rng: random.Random, placed: bool = True) -> Phrase:
         return f"{colour} block".strip(), place, lambda i, b: colour in ("", i.colour) and (at is None or i is b[at])
     noun = rng.choice(("item", "object", *SHAPES))
     size = rng.choice(list(SIZES.values())) if rng.random() < 0.06 else ""
-    wall, sides = rng.choice(WALLS) if placed and rng.random() < 0.35 else ("", ())
-    least = 1 + (bool(wall) and rng.random() < 0.1)  # walls that it touches
-    wall = rng.choice(CORNERS) if least == 2 else wall
-    sides = SIDES if least == 2 else sides
+    wall, sides, least = "", tuple[str, ...](), 0  # so many of the sides it touches at least
+    if placed and rng.random() < 0.35:
+        (wall, sides), least = rng.choice(WALLS), 1
+        if rng.random() < 0.1:
+            wall, sides, least = rng.choice(CORNERS), SIDES, 2
     turned = rng.random() < 0.15
     return (
         " ".join(filter(None, (size, colour, noun))),

@@ -14,7 +14,7 @@ from vismem.config import PARAMS_FILE
 from vismem.errors import UserError, nearest
 from vismem.launch import LaunchConfig, launch_step
 from vismem.ranks import is_main_rank
-from vismem.steps import BASELINES, BY_NAME, SHARED, STEPS, SUITE, Step
+from vismem.steps import BASELINES, BY_NAME, SHARED, STEPS, Step
 from vismem.workspace import RUNS, workspace_name
 
 
@@ -113,7 +113,7 @@ def _run_step(arguments: argparse.Namespace) -> int:
     if not arguments.params.is_file() and not model:  # a step in the wrong folder would work with the defaults
         raise UserError(f"no parameter file {arguments.params}: run in the project's root, or name one with --params")
     processes, inputs = getattr(arguments, "processes", 1), dict(arguments.input)
-    known = SUITE.reads if suite else BY_NAME[arguments.command].reads
+    known = BY_NAME["suite" if suite else arguments.command].reads
     for name in inputs:
         if name not in known:
             arguments.parser.error(f"--input {name}: it reads {', '.join(known) or 'no step'}{nearest(name, known)}")

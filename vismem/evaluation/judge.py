@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.evaluation.answer_marks import without_thoughts
 from vismem.files import read_json, write_json
 
@@ -60,7 +60,7 @@ class Judge:
         """
         prompts = [_PROMPT.format(rule=rule, question=q, reference=r, answer=a) for q, r, a in asked]
         once = dict.fromkeys(prompts)
-        with ThreadPoolExecutor(TOGETHER) as pool, requests.Session() as session:
+        with requests.Session() as session, ThreadPoolExecutor(TOGETHER) as pool:
             for scheme in ("http://", "https://"):
                 session.mount(scheme, HTTPAdapter(pool_maxsize=TOGETHER, max_retries=RETRY))
             replies = dict(zip(once, pool.map(partial(self._reply, session), once), strict=True))
@@ -79,8 +79,8 @@ class Judge:
                 reply = str(response.json()["choices"][0]["message"]["content"])
                 reply = reply.encode(errors="replace").decode()  # a half of a character cannot be kept
             except (requests.RequestException, HTTPError, LookupError, RecursionError, TypeError, ValueError) as error:
-                why = str(error).split("\n")[0] or type(error).__name__
-                raise UserError(f"the judge at {address} does not score ({why}): see its address and {KEY}") from None
+                why = f"the judge at {address} does not score ({first_line(error)})"
+                raise UserError(f"{why}: see its address and {KEY}") from None
             write_json(file, {"request": request, "reply": reply})
         return str(read_json(file, "remove it")["reply"])
 

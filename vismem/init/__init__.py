@@ -23,6 +23,7 @@ from vismem.init.splits import Splits, split_rows
 from vismem.locks import lock_file
 from vismem.messages import Caller
 from vismem.provenance import sha256_file
+from vismem.steps import replace_folder
 from vismem.times import tiny_vlm_seconds
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
@@ -126,24 +127,18 @@ def _json_line(row: Row) -> str:
 
 def _write(request: Request, target: Path, profile: Path, files: Mapping[str, str], text: str) -> None:
     """Move the folder into its place, and then the profile into its own; nothing is moved before all is written."""
-    lock, fresh, old = (target.with_name(f".{target.name}.{word}") for word in ("lock", "new", "old"))
+    lock, fresh = (target.with_name(f".{target.name}.{word}") for word in ("lock", "new"))
     fresh_profile = profile.with_name(f".{profile.name}.new")
     with lock_file(lock, os.path.relpath(target)):
         try:
             _check_free(request, target, profile)  # another run may have written it meanwhile
-            for folder in (fresh, old):  # of a killed run
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(fresh, ignore_errors=True)  # of a killed run
             for name, content in files.items():
                 write_text(fresh / name, content)
             write_text(fresh_profile, text)
-            if target.exists():
-                target.rename(old)
-            fresh.rename(target)
+            replace_folder(fresh, target)
             fresh_profile.rename(profile)
         finally:
-            if old.exists() and not target.exists():  # stopped between the two
-                old.rename(target)
             fresh_profile.unlink(missing_ok=True)
-            for folder in (fresh, old):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(fresh, ignore_errors=True)
             lock.unlink()

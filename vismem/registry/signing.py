@@ -9,7 +9,7 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 
 from vismem.config import RegistryConfig
-from vismem.errors import UserError
+from vismem.errors import UserError, one_line
 from vismem.registry.tracking import Store
 from vismem.registry.versions import Version
 
@@ -58,5 +58,4 @@ def check_signature(store: Store, version: Version, bundle: Path) -> None:
     except (MlflowException, OSError) as error:
         raise SignatureError(f"{called} has no signature, and registry.public_key asks for one") from error
     except Exception as error:  # whatever a file that is no signature leads to
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise SignatureError(f"{called} is not signed by the key of registry.public_key ({said})") from error
+        raise SignatureError(f"{called} is not signed by the key of registry.public_key ({one_line(error)})") from error

@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from vismem.config import GateConfig
 from vismem.data.profile import Profile
-from vismem.errors import UserError
+from vismem.errors import UserError, one_line
 from vismem.provenance import sha256_file
 from vismem.records import OVERALL, VISMEM, Metrics, ParityReport, Record, Rule, Validation, Verdict
 from vismem.registry import BUNDLE
@@ -152,7 +152,7 @@ def read_registered(store: Store, version: Version, record: type[R]) -> R:
     except (MlflowException, OSError, UserError) as error:
         raise UserError(
             f"{store.uri} does not hold a whole {path} of {store.model} version {version.version} "
-            f"({' '.join(str(error).split())}): run `vismem evaluate`, `vismem export` and `vismem register` again"
+            f"({one_line(error)}): run `vismem evaluate`, `vismem export` and `vismem register` again"
         ) from error
 
 

@@ -18,7 +18,7 @@ import yaml
 from pandas.api.types import is_numeric_dtype
 
 from vismem.config import Severity
-from vismem.errors import UserError, nearest
+from vismem.errors import UserError, nearest, one_line
 from vismem.files import read_json
 from vismem.validation.expectations import BETWEEN, Rule, Verdict
 
@@ -71,7 +71,7 @@ class Project:
             try:
                 made = _expectation(rule)
             except Exception as error:  # noqa: BLE001 - pydantic's, and whatever a class of the user's raises
-                raise UserError(f"{where}: {rule.expectation}: {' '.join(str(error).split())}") from None
+                raise UserError(f"{where}: {rule.expectation}: {one_line(error)}") from None
             if rule.severity is Severity.QUARANTINE and not isinstance(made, of_rows):
                 raise UserError(f"{where}: {rule.expectation} judges no single row to set apart: critical or info")
             if rule.name in {*taken, *(other.name for other in found)}:
@@ -122,7 +122,7 @@ def _entries(path: Path) -> list[Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"validate.expectations: cannot read {path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"validate.expectations: cannot read {path}: {one_line(error)}") from None
     values = values.get("expectations") if isinstance(values, dict) else values
     if not isinstance(values, list):
         raise UserError(f"{path} must hold a list of expectations, or a suite with `expectations`")

@@ -25,7 +25,8 @@ from vismem.config import GrpoConfig, GrpoStageConfig, ScenesSource, Stage1Confi
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
 from vismem.generation.types import Rollout
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training import rollout
 from vismem.training.baselines import PolicyGrpo
 from vismem.training.rollout import GrpoObjective

@@ -26,7 +26,8 @@ from vismem.generation import engine
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
 from vismem.generation.loop import DecodeLoop
 from vismem.generation.prompts import prompt_text
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 
 TARGETS = {1: 1.0, 8: 1.5, 32: 2.0}  # tokens/s of the engine, as multiples of Hugging Face's
 HUGGING_FACE, VANILLA, VISMEM = "huggingface", "vanilla", "vismem"

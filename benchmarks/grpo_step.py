@@ -30,7 +30,8 @@ from transformers import AutoModelForImageTextToText
 
 from vismem.config import GrpoConfig, GrpoStageConfig, InvocationConfig, MemoryConfig, Stage1Config
 from vismem.data.sample import Sample
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 
 OURS, TRL, STAGE1 = "ours, memory off", "TRL GRPOTrainer", "ours, stage I"
 MISSING = [name for name in ("trl", "datasets", "peft") if not find_spec(name)]  # of what TRL's side needs

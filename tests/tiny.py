@@ -12,8 +12,9 @@ from vismem.data.collate import target_text
 from vismem.data.sample import Sample, write_shards
 from vismem.data.scenes import generate
 from vismem.files import read_json
+from vismem.models.loading import load_base
 from vismem.models.tokens import MEMORY_TOKENS
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 from vismem.provenance import file_hashes, verify_manifest
 
 SIZE = Size(width=32, layers=2, heads=2, vision_width=32, vision_layers=2)

@@ -40,6 +40,11 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def share_of_work(accelerator: Any, together: int) -> tuple[int, int]:
+    """Which share of a step's work this process of accelerate's has, and of how many; `together` have the same one."""
+    return accelerator.process_index // together, accelerator.num_processes // together
+
+
 def join_ranks() -> Ranks:
     """Meet the other processes. UserError if they are not as many as torchrun said, or share GPUs.
 

@@ -27,8 +27,9 @@ from vismem.models.backbones import backbone_of
 from vismem.models.backbones.base import Backbone, VisionInput
 from vismem.models.backbones.tiles import TiledBackbone
 from vismem.models.kinds import MemoryKind
+from vismem.models.loading import load_base
 from vismem.models.memory import OWN
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training.base import base as copy_base
 
 RANDOM = Random(probability=0.7, anywhere=0.3)

@@ -21,8 +21,9 @@ from vismem.evaluation.evaluate import decode, load_models
 from vismem.evaluation.predictions import read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Off
+from vismem.models.loading import load_base
 from vismem.models.variants import load_variant
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 from vismem.records import VANILLA
 from vismem.steps import BASELINES, STEPS, run_step
 from vismem.training import baselines, loop

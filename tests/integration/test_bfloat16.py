@@ -22,7 +22,8 @@ from vismem.config import (
 )
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training.baselines import full, grpo_lora, sft_lora
 from vismem.training.run import FORMATION, POLICY_LORA
 from vismem.training.stage1 import stage1

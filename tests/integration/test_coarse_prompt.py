@@ -25,7 +25,8 @@ from vismem.generation.replay import prefill, score
 from vismem.generation.types import LATENT
 from vismem.models.backbones.base import Backbone, Prompt
 from vismem.models.kinds import MemoryKind
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 
 RANDOM = Random(probability=0.7, anywhere=0.3)
 LIMITS = {"qwen2_5_vl": 9 * 28**2, "internvl": 3 * 56**2, "llava_onevision": 2 * 45**2}  # some images fit, some do not

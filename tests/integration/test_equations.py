@@ -16,9 +16,10 @@ from vismem.generation.invocation import Random
 from vismem.generation.replay import prefill, score
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
+from vismem.models.loading import load_base
 from vismem.models.memory import FormationInputs, QueryBuilder, causal_mask, pooling
 from vismem.models.tokens import delimiter_ids
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 
 
 @pytest.fixture(scope="module")

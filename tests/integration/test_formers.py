@@ -17,9 +17,10 @@ from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError
 from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
+from vismem.models.loading import load_base
 from vismem.models.lora import Lora, LoraTarget
 from vismem.models.memory import FormationInputs, QueryBuilder, causal_mask, pooling, summary
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 
 WIDTH = 32  # of the tiny model
 REAL = (5, 3, 4)  # real entries of three rows, padded to 5

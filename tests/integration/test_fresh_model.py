@@ -7,9 +7,10 @@ import torch
 
 from vismem.config import InvocationConfig
 from vismem.generation.replay import prefill
+from vismem.models.loading import load_base
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.tokens import delimiter_ids
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 
 
 def fresh(base: Path) -> VisMemModel:

@@ -11,8 +11,9 @@ from test_sizes import large
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Random
 from vismem.generation.prompts import encode, prompt_text
+from vismem.models.loading import load_base
 from vismem.models.processors import load_processor
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 
 # between what a small image and a large one make; of both LLaVAs 7,000
 BUDGETS = {"qwen2_5_vl": 19_600, "internvl": 14_000, "internvl_qk": 15_000}

@@ -26,8 +26,9 @@ from vismem.generation.types import LATENT, Rollout
 from vismem.models import memory
 from vismem.models.backbones.base import Backbone
 from vismem.models.kinds import MemoryKind
+from vismem.models.loading import load_base
 from vismem.models.memory import causal_mask
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA
 from vismem.training.stage1 import stage1
 from vismem.training.stage2 import Invocation, stage2

@@ -14,11 +14,12 @@ from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.generation.prompts import encode
 from vismem.models.kinds import MemoryKind
+from vismem.models.loading import load_base
 from vismem.models.lora import LoraSettings
 from vismem.models.memory import causal_mask
 from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.tokens import delimiter_ids
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 
 
 @pytest.fixture

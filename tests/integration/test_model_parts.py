@@ -16,7 +16,8 @@ from vismem.files import read_json, write_json
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Random
 from vismem.generation.replay import prefill, score
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from vismem.config import InvocationConfig, Stage2Config
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned
 from vismem.generation.replay import answer_states, prefill
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training import stage2
 from vismem.training.stage2 import fit_invocation
 

@@ -13,7 +13,8 @@ from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmSt
 from vismem.files import read_json
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training import rollout, run, supervised
 from vismem.training.run import POLICY_LORA
 from vismem.training.stage1 import stage1

@@ -29,7 +29,8 @@ from vismem.config import (
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
 from vismem.models.kinds import MemoryKind
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 from vismem.steps import BY_NAME
 from vismem.training import loop
 from vismem.training.rollout import RolloutBatch

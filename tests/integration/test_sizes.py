@@ -24,8 +24,9 @@ from vismem.generation import token_scores
 from vismem.generation.prompts import encode
 from vismem.generation.replay import answer_states, prefill
 from vismem.models.kinds import MemoryKind
+from vismem.models.loading import load_base
 from vismem.models.variants import StaticPrefix
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training import run, stage2
 from vismem.training.loop import batch_at
 from vismem.training.run import FORMATION, new_model, trainable

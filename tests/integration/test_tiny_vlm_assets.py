@@ -10,7 +10,8 @@ from recipes.tiny_vlm import scores
 from recipes.tiny_vlm.card import FACTS
 from vismem.files import read_json
 from vismem.models.backbones.base import Backbone
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder
 
 ASSETS = Path(__file__).parents[2] / "assets"

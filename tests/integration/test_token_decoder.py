@@ -9,9 +9,9 @@ import torch
 from vismem.generation.decode_state import RowCache
 from vismem.models.backbones import decoder
 from vismem.models.backbones.decoder import TokenDecoder
+from vismem.models.loading import load_base
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import causal_mask
-from vismem.models.vismem import load_base
 
 ROWS, READ, LENGTHS = 3, 7, (7, 4, 6)
 

@@ -25,7 +25,8 @@ from vismem.generation.replay import prefill, score
 from vismem.generation.types import Invocation as Invoked
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training import run
 from vismem.training.base import base
 from vismem.training.run import FORMATION, INVOCATION, POLICY_LORA, trainable

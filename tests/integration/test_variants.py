@@ -19,8 +19,9 @@ from vismem.generation.prompts import encode
 from vismem.generation.replay import prefill, score
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
+from vismem.models.loading import load_base
 from vismem.models.variants import Continuous, StaticPrefix, load_variant
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 from vismem.training.baselines import answer_behind_memory
 
 KINDS = (StaticPrefix, Continuous)

@@ -16,8 +16,9 @@ from vismem.data.sample import Sample, Video, read_samples, write_shards
 from vismem.errors import UserError
 from vismem.export.parity import prepared
 from vismem.generation.prompts import encode
+from vismem.models.loading import load_base
 from vismem.models.memory import causal_mask, summary
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 from vismem.runtime.limits import RequestError
 
 CLIP, MIXED, TWO = families.video_samples()

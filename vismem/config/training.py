@@ -17,6 +17,9 @@ class BaseConfig(Section):
 
     model: str = Field(DEFAULT_BASE, description="folder or hub id for from_pretrained; the default comes with VisMem")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights' type")
+    tensor_parallel: bool = Field(
+        False, description="all processes of a step hold the language model together, not a copy each [ours]"
+    )
 
     def folder(self) -> Path | None:
         """The model's folder, from the working folder or of what comes with VisMem; None: `model` is a hub id."""

@@ -32,10 +32,12 @@ from vismem.files import empty_folder, write_json, write_text
 from vismem.generation.engine import generate
 from vismem.generation.types import Rollout
 from vismem.models.attention import Look
+from vismem.models.loading import load_base
 from vismem.models.variants import load_variant
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
+from vismem.ranks import share_of_work
 from vismem.records import VISMEM, Metrics
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
@@ -53,12 +55,16 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     samples = pick(folder, config.evaluate.limit, config.seed)
     models = load_models(arms, inputs, config)
     decoded = decode(models, arms, samples, config, out, accelerator)
-    if not accelerator.is_main_process:
+    if not (accelerator.is_main_process or config.base.tensor_parallel):
         return ""
     predictions: dict[str, list[Prediction]] = {name: [] for name in decoded}
     for place, (sample, cluster) in enumerate(zip(samples, cluster_ids(samples), strict=True)):
         for name, run in decoded.items():
             predictions[name].append(predict(sample, run.rollouts[place], cluster))
+    asked = {place: samples[place] for place in report.to_look_at(predictions, config.seed)}
+    looks = find_looks(models[VISMEM], asked, decoded[VISMEM].rollouts, config) if asked else {}
+    if not accelerator.is_main_process:
+        return ""
     ids = [answer.id for answer in predictions[arms[0].name]]
     seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
     metrics = Metrics(
@@ -83,8 +89,6 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    asked = {place: samples[place] for place in report.to_look_at(predictions, config.seed)}
-    looks = find_looks(models[VISMEM], asked, decoded[VISMEM].rollouts, config) if asked else {}
     write(config, out, predictions, metrics, charts, Pictures((samples, ids)), sources, looks)
     return headline(metrics)
 
@@ -135,7 +139,7 @@ def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config)
 
     A baseline's folder lays an adapter over the base, or (full fine-tuning) is a base itself.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, base = "cuda" if torch.cuda.is_available() else "cpu", config.base
     models: dict[str, VisMemModel] = {}
     for arm in arms:
         if arm.model in models:
@@ -147,9 +151,10 @@ def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config)
                 f"run `vismem {arm.model}` first, or leave the arm out"
             )
         if (folder / "vismem.json").is_file():
-            model = load_variant(folder, inputs["base"], config.base.dtype)
+            model = load_variant(folder, inputs["base"], base.dtype, base.tensor_parallel)
         else:
-            model = VisMemModel(load_base(folder, config.base.dtype), config.memory, config.invocation)
+            backbone = load_base(folder, base.dtype, base.tensor_parallel)
+            model = VisMemModel(backbone, config.memory, config.invocation)
         model.backbone.model.to(device)
         models[arm.model] = model.to(device)
     return models
@@ -183,7 +188,8 @@ def decode(
     there: a killed run resumes behind them, and an arm that has answered does not again. `about`: for the progress.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
-    rank = accelerator.process_index
+    rank, together = accelerator.process_index, max([1, *(model.backbone.processes for model in models.values())])
+    share, shares = share_of_work(accelerator, together)
     files = sorted(kept.glob(ANSWERS.format("*"))) if kept else []
     known = {file.name: _TURNS.validate_json(file.read_bytes()) for file in files}
     done = {place: run for turns in known.values() for place, run in _flat(turns).items()}
@@ -194,7 +200,7 @@ def decode(
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
     left = {turn: [arm for arm in arms if (turn, arm.name) not in done] for turn in range(count)}
-    mine = [turn for turn in range(count) if left[turn]][rank :: accelerator.num_processes]
+    mine = [turn for turn in range(count) if left[turn]][share::shares]
     due = [arm for arm in arms if any(arm in left[turn] for turn in mine)]
     for arm in due:
         _answer(models[arm.model], arm, samples[:WARM_UP], config)

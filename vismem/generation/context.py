@@ -70,5 +70,5 @@ class Context:
             return self.model.form(kind, inputs)
         with Attention() as attention:
             memory = self.model.form(kind, inputs)
-        self.looks += attention.looks(kind, inputs, self.model.slots_of(kind))
+        self.looks += attention.looks(kind, inputs, self.model.slots_of(kind), self.model.backbone.processes)
         return memory

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -53,9 +53,11 @@ class Attention(TorchFunctionMode):
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1).mean(1)
 
-    def looks(self, kind: MemoryKind, inputs: FormationInputs, tokens: int) -> list[Look]:
-        """Where each row's memory looked, whose `tokens` are the last queries."""
+    def looks(self, kind: MemoryKind, inputs: FormationInputs, tokens: int, processes: int = 1) -> list[Look]:
+        """Where each row's memory looked, whose `tokens` are the last queries; `processes` have some heads each."""
         weights = self.weights(tokens).mean(1)
+        if processes > 1:
+            distributed.all_reduce(weights.div_(processes))
         read = Row.short if kind is MemoryKind.SHORT else Row.long
         return [read(inputs, row).look(own) for row, own in enumerate(weights)]
 

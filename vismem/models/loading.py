@@ -4,12 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers.utils import logging
 
 from vismem.errors import UserError, first_line
+from vismem.models.backbones import backbone_of, check_family
+from vismem.models.backbones.base import Backbone
+from vismem.models.processors import load_processor
+from vismem.models.tensor_parallel import sharded
 
 
 @contextmanager
@@ -40,3 +45,25 @@ def take_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
     except RuntimeError as error:
         said = str(error).splitlines()[1].strip()[:200]
         raise UserError(f"the weights in {source} do not fit, it was trained on another base: {said}") from None
+
+
+def load_base(base: Path | str, dtype: str = "float32", tensor_parallel: bool = False) -> Backbone:
+    """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported.
+
+    With `tensor_parallel`, all processes that torchrun started hold it together, each its share.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        settings = AutoConfig.from_pretrained(str(base))
+        check_family(settings.model_type)
+        more = sharded(settings.text_config) if tensor_parallel else {}
+        with no_weight_bars():
+            model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype), **more)
+        processor = load_processor(base)
+    except (OSError, ValueError, SafetensorError) as error:
+        said = first_line(error)
+        raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {said}") from error
+    backbone = backbone_of(model, processor)
+    backbone.processes = distributed.get_world_size() if more else 1
+    return backbone

@@ -12,6 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vismem.models.tensor_parallel import share, whole
+
 
 @dataclass(frozen=True)
 class LoraTarget:
@@ -67,16 +69,18 @@ class Lora(nn.Module):
             hook.remove()
 
     def _add(
-        self, key: str, target: LoraTarget, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+        self, key: str, target: LoraTarget, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
         """The forward hook of a target: its output with the adapter's part; None leaves the output as it is."""
         if not self.enabled:
             return None
         down, up = self.down[key], self.up[key]
-        delta = self.scale * (self.dropout(inputs[0].to(down.dtype)) @ down.T @ up.T)
+        states = whole(inputs[0], module.in_features).to(down.dtype)
+        delta = self.scale * (self.dropout(states) @ down.T @ up.T)
         if self.adapted is not None:
             delta = delta * self.adapted.to(delta.dtype).view(-1, *[1] * (delta.dim() - 1))
-        return output + nn.functional.pad(delta, (target.start, output.shape[-1] - target.stop)).to(output.dtype)
+        delta = nn.functional.pad(delta, (target.start, module.out_features - target.stop))
+        return output + share(delta, output.shape[-1]).to(output.dtype)
 
     @contextmanager
     def active(self, on: bool = True) -> Iterator[None]:

@@ -65,9 +65,9 @@ class Continuous(VisMemModel):
 VARIANTS: dict[str, type[VisMemModel]] = {kind.variant: kind for kind in (VisMemModel, StaticPrefix, Continuous)}
 
 
-def load_variant(folder: Path, base: Path | str, dtype: str = "float32") -> VisMemModel:
+def load_variant(folder: Path, base: Path | str, dtype: str = "float32", tensor_parallel: bool = False) -> VisMemModel:
     """`VisMemModel.from_pretrained` of whichever model was saved in `folder`. UserError for an unknown one."""
     name = read_json(folder / "vismem.json", "give a folder that a training wrote").get("variant", VisMemModel.variant)
     if name not in VARIANTS:
         raise UserError(f"{folder / 'vismem.json'}: unknown variant '{name}'; there are {', '.join(VARIANTS)}")
-    return VARIANTS[name].from_pretrained(folder, base, dtype)
+    return VARIANTS[name].from_pretrained(folder, base, dtype, tensor_parallel)

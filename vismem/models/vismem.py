@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vismem.config import InvocationConfig, MemoryConfig
-from vismem.errors import UserError, first_line
+from vismem.errors import UserError
 from vismem.files import read_json, write_json
-from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
 from vismem.models.checkpointing import checkpointed, recomputed
 from vismem.models.kinds import MemoryKind
-from vismem.models.loading import no_weight_bars, read_weights, take_weights
+from vismem.models.loading import load_base, read_weights, take_weights
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer, summary
 from vismem.models.policy import PolicyWeights, TokenRows
-from vismem.models.processors import load_processor
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 2  # of what `save_pretrained` writes; in 1 a short memory started from means of patches
@@ -226,9 +223,11 @@ class VisMemModel(nn.Module):
         self.backbone.processor.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, base: Path | str, dtype: str = "float32") -> Self:
-        """Load a base and lay what `save_pretrained` wrote over it."""
-        backbone = load_base(base, dtype)
+    def from_pretrained(
+        cls, folder: Path, base: Path | str, dtype: str = "float32", tensor_parallel: bool = False
+    ) -> Self:
+        """Load a base, as `load_base` does, and lay what `save_pretrained` wrote over it."""
+        backbone = load_base(base, dtype, tensor_parallel)
         settings = _read_saved(folder, backbone)
         if (variant := settings.get("variant", VisMemModel.variant)) != cls.variant:
             raise UserError(f"{folder} holds the model '{variant}', which only `vismem evaluate` decodes")
@@ -278,18 +277,3 @@ def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
     if backbone.family != settings["family"]:
         raise UserError(f"{folder} was trained on {settings['family']}, but the base is {backbone.family}")
     return settings
-
-
-def load_base(base: Path | str, dtype: str = "float32") -> Backbone:
-    """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    try:
-        check_family(AutoConfig.from_pretrained(str(base)).model_type)
-        with no_weight_bars():
-            model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype))
-        processor = load_processor(base)
-    except (OSError, ValueError, SafetensorError) as error:
-        said = first_line(error)
-        raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {said}") from error
-    return backbone_of(model, processor)

@@ -15,7 +15,7 @@ from vismem.errors import UserError, nearest
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
 from vismem.plan.model import hollow_base, parameters
-from vismem.plan.rehearsal import FIXED, Rehearsal, StepPlan
+from vismem.plan.rehearsal import Rehearsal, StepPlan
 from vismem.plan.shapes import Shapes, beside_dispatch
 from vismem.progress import progress
 from vismem.steps import BASELINES
@@ -96,7 +96,14 @@ def _size(image: str, settings: ValidateConfig) -> tuple[int, int]:
 def _remedy(step: StepPlan, config: Config, machine: Machine, image: tuple[int, int]) -> dict[str, Any] | None:
     """Parameters with which a step fits, or None: what makes it smaller is halved until it fits."""
     changed: dict[str, Any] = {}
-    if sum(size for part, size in step.phases[step.largest].items() if part in FIXED) > machine.usable:
+    if step.fixed > machine.usable and machine.count > 1 and not config.base.tensor_parallel:
+        changed = {"base.tensor_parallel": True}
+        config = resolve(overrides=config.model_dump(by_alias=True) | changed)
+        try:
+            step = Rehearsal(step.name, config, machine, image).rehearse()
+        except UserError:  # so many GPUs cannot share it
+            return None
+    if step.fixed > machine.usable:
         return None
     for key in [*KNOBS] * 2:  # again, since another phase may be the largest by then
         if key != PIXELS and key.startswith("evaluate.") != (step.name == "evaluate"):
@@ -145,16 +152,18 @@ def host_memory(config: Config, processes: int) -> dict[str, float]:
     return _host(config, processes, base * BYTES[config.base.dtype], base, added)
 
 
-def hollow(config: Config) -> VisMemModel:
-    """The base and what VisMem adds, without values. UserError for a base that cannot be read."""
+def hollow(config: Config, processes: int = 1) -> VisMemModel:
+    """The base, as `hollow_base`, and what VisMem adds, without values. UserError for a base that cannot be read."""
     with beside_dispatch(), Shapes():
-        return VisMemModel(hollow_base(config.base), config.memory, config.invocation)
+        return VisMemModel(hollow_base(config.base, processes), config.memory, config.invocation)
 
 
 def _host(config: Config, processes: int, stored: float, base: float, added: float) -> dict[str, float]:
     export = 8 * (base + added) if config.export.graphs else stored + 4 * added
+    held = "a share of the base" if config.base.tensor_parallel else "the base before it moves"
+    if config.base.tensor_parallel:
+        stored = sum(parameters(hollow(config, processes).backbone.model).values()) * BYTES[config.base.dtype]
     return {
-        f"training: {processes} processes, each with the base before it moves": processes
-        * (stored + 4 * added + PROCESS),
+        f"training: {processes} processes, each with {held}": processes * (stored + 4 * added + PROCESS),
         "export": export + PROCESS,
     }

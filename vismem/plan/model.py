@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
 from vismem.config import BaseConfig
 from vismem.data.sample import Sample
@@ -15,6 +16,7 @@ from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone
 from vismem.models.processors import load_processor
+from vismem.models.tensor_parallel import WHOLE, check_shares
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 
@@ -23,8 +25,11 @@ ANSWER = "one cup, " * 80  # of reference, about 240 tokens
 WORD = 5  # any token of the tokenizer
 
 
-def hollow_base(config: BaseConfig) -> Backbone:
-    """The base, within a block of `Shapes`: no weights are read. UserError for one that is not there or is unknown."""
+def hollow_base(config: BaseConfig, processes: int = 1) -> Backbone:
+    """The base, within a block of `Shapes`: no weights are read. UserError for one that is not there or is unknown.
+
+    With `tensor_parallel`, as one of so many processes holds it.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     source = str(config.folder() or config.model)
@@ -37,7 +42,23 @@ def hollow_base(config: BaseConfig) -> Backbone:
             f"cannot read config.json and the processor's files of base.model '{source}': {first_line(error)}. A "
             "folder with these small files is enough (--set base.model=FOLDER); no weights are read"
         ) from None
-    return backbone_of(AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype)), processor)
+    model = AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype))
+    if config.tensor_parallel and processes > 1:
+        check_shares(settings.text_config, processes)
+        _keep_share(model, processes)
+    return backbone_of(model, processor)
+
+
+def _keep_share(model: Any, processes: int) -> None:
+    """Cut the weights to what one of so many processes holds, by the same plan of transformers' as `sharded`."""
+    for name, module in model.named_modules():
+        style = (model.tp_plan | WHOLE).get(replace_layer_number_by_wildcard(name), "")
+        if style.startswith(("colwise", "rowwise")):
+            axis = 0 if style.startswith("colwise") else 1
+            for own, weight in module.named_parameters():
+                if axis < weight.dim():
+                    part = weight.detach().narrow(axis, 0, weight.shape[axis] // processes)
+                    setattr(module, own, nn.Parameter(part.clone()))
 
 
 def parameters(model: nn.Module) -> dict[str, float]:

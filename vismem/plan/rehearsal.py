@@ -39,7 +39,7 @@ from vismem.training.stage2 import FITTED
 from vismem.training.supervised import Supervised
 
 BASE, ADDED, GRADIENTS, STATES = "base weights", "VisMem's weights", "gradients", "optimiser states"
-FIXED = (BASE, ADDED, GRADIENTS, STATES)  # no batch makes them smaller
+FIXED = (BASE, ADDED, GRADIENTS, STATES)
 NOWHERE = Path("/nonexistent")
 INPUTS: Inputs = dict.fromkeys(("base", "validate", "stage1"), NOWHERE)
 BATCH = 32  # questions of a batch of `fit_invocation`
@@ -65,6 +65,11 @@ class StepPlan:
     def bytes(self) -> int:
         """At its peak."""
         return sum(self.phases[self.largest].values())
+
+    @property
+    def fixed(self) -> int:
+        """What no batch makes smaller, of the bytes at its peak."""
+        return sum(size for part, size in self.phases[self.largest].items() if part in FIXED)
 
 
 class Rehearsal(Run):
@@ -96,7 +101,7 @@ class Rehearsal(Run):
 
     def _base(self, *_: object) -> Backbone:
         with self.shapes.part(BASE):
-            return hollow_base(self.config.base)
+            return hollow_base(self.config.base, self.machine.count)
 
     # --- what the steps call ---
 
@@ -116,10 +121,11 @@ class Rehearsal(Run):
     ) -> int:
         if not settings.steps:
             return 0
-        if batch_size % (gpus := self.machine.count):
-            raise UserError(f"{settings.name}: a batch_size of {batch_size} must be a multiple of the {gpus} GPUs")
+        shares = 1 if self.config.base.tensor_parallel else self.machine.count
+        if batch_size % shares:
+            raise UserError(f"{settings.name}: a batch_size of {batch_size} must be a multiple of the {shares} GPUs")
         objective.prompts_need_gradient, plan = changes_prefill(trained), self.plan
-        plan.trained, share, sampled = count_of(trained), batch_size // gpus, 0.0
+        plan.trained, share, sampled = count_of(trained), batch_size // shares, 0.0
         plan.saved += plan.trained
         with self._optimised(trained, settings.matrix_learning_rate):
             update = self.shapes.seconds

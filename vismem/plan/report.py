@@ -44,9 +44,9 @@ def refusals(plan: Plan) -> Iterator[str]:
         ways += [f"on {name}" for name, card in CARDS.items() if Machine(1, name, *card).usable >= step.bytes][:1]
         why = f"'{step.largest}' needs {step.bytes / GIB:.1f} GiB of {plan.machine.usable / GIB:.1f}"
         why += f", most of it {max(phase, key=phase.__getitem__)}"
-        if phase[BASE] > plan.machine.usable:  # the number of GPUs is no remedy
-            why += f" ({phase[BASE] / GIB:.1f}), and a base is not split among GPUs"
-            ways.append("with a smaller base.model")
+        if phase[BASE] > plan.machine.usable and not changes:
+            why += f" ({phase[BASE] / GIB:.1f})"
+            ways += ["with base.tensor_parallel on more GPUs", "with a smaller base.model"]
         yield f"{step.name} does not fit: {why}; it fits {' or '.join(ways) or 'no card known here'}"
 
 

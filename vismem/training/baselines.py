@@ -48,6 +48,8 @@ def full(config: Config, inputs: Inputs, out: Path) -> str:
     """The language model, embeddings and head learn the reference answers; `out` becomes a Hugging Face folder."""
     if config.baselines.start_from is not None:
         raise UserError("full has no LoRA to start from (baselines.start_from): set base.model to what it wrote")
+    if config.base.tensor_parallel:
+        raise UserError("full trains the base's own weights, which base.tensor_parallel divides: no process has all")
     run = Run("full", config, inputs, out, new_model)
     base = run.model.backbone
     modules = nn.ModuleDict({"language_model": base.model.model.language_model, "lm_head": base.head})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vismem.errors import UserError
 from vismem.progress import progress
+from vismem.ranks import share_of_work
 from vismem.training.checkpoint import Checkpoint, Curve, TrainState
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 
@@ -123,19 +124,20 @@ def _diverged(name: str, step: int, metrics: Metrics) -> str:
     return f"{name}: step {step} made weights that are infinite or no numbers ({figures}): {kept}"
 
 
-def shard_batch(chosen: Sequence[int], accelerator: Accelerator) -> list[int]:
-    """This process's shard of a batch. UserError as from `check_shards`."""
-    check_shards(len(chosen), accelerator)
-    return list(chosen[accelerator.process_index :: accelerator.num_processes])
+def shard_batch(chosen: Sequence[int], accelerator: Accelerator, together: int = 1) -> list[int]:
+    """This process's shard of a batch: `together` processes have the same one. UserError as from `check_shards`."""
+    check_shards(len(chosen), accelerator, together)
+    own, shards = share_of_work(accelerator, together)
+    return list(chosen[own::shards])
 
 
-def check_shards(batch_size: int, accelerator: Accelerator) -> None:
+def check_shards(batch_size: int, accelerator: Accelerator, together: int) -> None:
     """UserError where a batch has no equal shards; of equal shards the mean of means is the batch's mean."""
-    processes = accelerator.num_processes
-    if batch_size % processes:
+    _, shards = share_of_work(accelerator, together)
+    if batch_size % shards:
         raise UserError(
-            f"a batch of {batch_size} questions cannot be shared equally among {processes} processes: make batch_size "
-            f"a multiple of {processes}, or launch as many processes as divide {batch_size}"
+            f"a batch of {batch_size} questions cannot be shared equally among {shards} processes: make batch_size "
+            f"a multiple of {shards}, or launch as many processes as divide {batch_size}"
         )
 
 

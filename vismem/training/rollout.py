@@ -98,7 +98,7 @@ class GrpoObjective:
     def collect(self, step: int) -> RolloutBatch:
         """Sample a group of answers for each prompt of the step, and score them."""
         chosen = batch_at(step, len(self.samples), self.grpo.batch_size, self.seed)
-        batch = tuple(self.samples[i] for i in shard_batch(chosen, self.accelerator))
+        batch = tuple(self.samples[i] for i in shard_batch(chosen, self.accelerator, self.model.backbone.processes))
         policy = self.policy(step)
         rollouts = self.sample(batch, policy, step)
         rewards = rewards_of(batch, rollouts)

@@ -1,7 +1,6 @@
 """One step of training from its inputs to its metrics: what stage I, stage II and the baselines share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -17,8 +16,10 @@ from vismem.files import write_json, write_text
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy
 from vismem.generation.types import Rollout
-from vismem.models.vismem import VisMemModel, load_base
+from vismem.models.loading import load_base
+from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
+from vismem.ranks import share_of_work
 from vismem.training.loop import LoopSettings, Metrics, train
 from vismem.training.rollout import GrpoObjective, answer_lines, rollout_figures
 from vismem.training.supervised import Supervised, Written
@@ -113,15 +114,16 @@ class Run:
         """
         checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
         quiet, together = not self.accelerator.is_main_process, self.config.grpo.micro_batch
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        own, shares = share_of_work(self.accelerator, self.model.backbone.processes)
         answered: list[tuple[int, list[Rollout]]] = []
         with progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
-            for at in range(0, len(checked), together)[rank::processes]:
+            for at in range(0, len(checked), together)[own::shares]:
                 batch = checked[at : at + together]
                 found = generate(self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed)
                 answered.append((at, found))
-                advance(len(batch) * processes)
-        rollouts = [rollout for _, found in sorted(gather_object(answered), key=itemgetter(0)) for rollout in found]
+                advance(len(batch) * shares)
+        batches = sorted(dict(gather_object(answered)).items())  # some may come from several processes
+        rollouts = [rollout for _, found in batches for rollout in found]
         self.checks[when][name] = [score(s, rollout.text) for s, rollout in zip(checked, rollouts, strict=True)]
         return rollouts
 
@@ -164,7 +166,7 @@ class Run:
 
 def new_model(config: Config, inputs: Inputs, kind: type[VisMemModel] = VisMemModel) -> VisMemModel:
     """VisMem or a variant of it, untrained, on the base of the inputs."""
-    backbone = load_base(inputs["base"], config.base.dtype)
+    backbone = load_base(inputs["base"], config.base.dtype, config.base.tensor_parallel)
     return kind(backbone, config.memory, config.invocation, config.seed)
 
 

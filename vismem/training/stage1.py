@@ -56,7 +56,8 @@ def _first_model(config: Config, inputs: Inputs) -> VisMemModel:
 def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     """Train the formation of memories; writes the model's own weights, logs and metrics to `out`."""
     run, grpo, warm = Run("stage1", config, inputs, out, _first_model), config.grpo, config.stage1.warm_start
-    check_shards(min(grpo.batch_size, len(run.samples)), run.accelerator)  # before the warm start, not after it
+    batch_size, together = min(grpo.batch_size, len(run.samples)), run.model.backbone.processes
+    check_shards(batch_size, run.accelerator, together)  # before the warm start, not after it
     reader = warm.policy_lora and warm.steps > 0
     run.model.policy_lora.enabled |= reader
     written = partial(answer_with_memory, probability=warm.invoke_probability)

@@ -61,10 +61,12 @@ class Invocation(GrpoObjective):
 def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     """Train when to invoke which memory; writes the complete model, both stages' curves and metrics to `out`."""
     settings = config.stage2
-    stage1 = inputs["stage1"]
-    run = Run(
-        "stage2", config, inputs, out, lambda *_: VisMemModel.from_pretrained(stage1, inputs["base"], config.base.dtype)
-    )
+    stage1, base = inputs["stage1"], config.base
+
+    def trained_before(*_: object) -> VisMemModel:
+        return VisMemModel.from_pretrained(stage1, inputs["base"], base.dtype, base.tensor_parallel)
+
+    run = Run("stage2", config, inputs, out, trained_before)
     with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
         fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits

@@ -43,7 +43,7 @@ class Supervised:
     def collect(self, step: int) -> tuple[tuple[Sample, ...], list[Rollout]]:
         """Reference answers."""
         chosen = batch_at(step, len(self.samples), self.batch_size, self.seed)
-        batch = tuple(self.samples[i] for i in shard_batch(chosen, self.accelerator))
+        batch = tuple(self.samples[i] for i in shard_batch(chosen, self.accelerator, self.model.backbone.processes))
         torch.manual_seed(self.seed * 1_000_003 + step)  # dropout
         return batch, [self.written(self.model, sample, self.seed + step) for sample in batch]
 

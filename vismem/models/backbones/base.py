@@ -114,6 +114,7 @@ class Backbone(ABC):
     merge: int  # g, patch tokens that the projector merges into one
     blocks: Any  # of the vision encoder, as far as the projector needs them
     heads: int  # of each of them
+    processes = 1  # that hold the language model together, and do the same work
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor

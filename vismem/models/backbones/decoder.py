@@ -1,7 +1,7 @@
 """One token per row through a decoder of Llama's shape: what decoding spends its time on, without the layers' overhead.
 
-The arithmetic is Hugging Face's. Linear layers that adapters hang on are called as they are; of the others only the
-weights are used. Attention reads each key once for all query heads that share it.
+The arithmetic is Hugging Face's. Linear layers that adapters hang on, or that processes share, are called as they are;
+of the others only the weights are used. Attention reads each key once for all query heads that share it.
 """
 
 from typing import Any
@@ -73,7 +73,7 @@ class TokenDecoder:
 
 def _linear(layer: Any, states: Tensor) -> Tensor:
     """A linear layer's output. The call of a module costs as much as a small product: it is spared where it can be."""
-    if type(layer) is nn.Linear and not layer._forward_hooks:
+    if type(layer) is nn.Linear and not layer._forward_hooks and "forward" not in vars(layer):
         return linear(states, layer.weight, layer.bias)
     output: Tensor = layer(states)
     return output

@@ -42,7 +42,8 @@ def hugging_face_side(model: VisMemModel, samples: Sequence[Sample], max_new_tok
     texts = [prompt_text(processor, s) for s in samples]
     images = [[Image.open(io.BytesIO(data)).convert("RGB") for data in s.images] for s in samples]
     encoded = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-    made = base.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
+    with model.policy_lora.active(False):
+        made = base.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
     answers = made[:, encoded["input_ids"].shape[1] :].tolist()
     ends = [next((i + 1 for i, token in enumerate(row) if token in model.stop_ids), len(row)) for row in answers]
     return [tuple(row[:end]) for row, end in zip(answers, ends, strict=True)]
@@ -60,11 +61,12 @@ def load(artifacts: Path, items: int) -> tuple[dict[str, Side], list[Sample], st
             model, policy = VisMemModel.from_pretrained(stage2, base), Learned()
         else:
             model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig())
+    model.backbone.prompt_pixels = None  # whole images in all prompts, as Hugging Face has them
 
     def engine_side(policy: InvocationPolicy, samples: Sequence[Sample], longest: int) -> Tokens:
         return [rollout.token_ids for rollout in engine.generate(model, samples, policy, max_new_tokens=longest)]
 
-    ours = {VANILLA: partial(engine_side, Off()), VISMEM: partial(engine_side, policy)}
+    ours = {VANILLA: partial(engine_side, Off(base=True)), VISMEM: partial(engine_side, policy)}
     sides: dict[str, Side] = {HUGGING_FACE: partial(hugging_face_side, model), **ours}
     return sides, list(islice(samples, items)), "learned" if isinstance(policy, Learned) else "forced"
 

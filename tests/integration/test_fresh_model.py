@@ -31,17 +31,6 @@ def test_fresh_adapters_are_off_and_change_nothing_where_they_are_on(tiny_base: 
             assert torch.equal(states(model), plain)
 
 
-def test_a_policys_adapter_that_is_replaced_is_off_the_base(tiny_base: Path) -> None:
-    model = fresh(tiny_base)
-    plain, old = states(model), model.policy_lora
-    for up in old.up.values():
-        torch.nn.init.normal_(up)
-    model.set_policy_lora(LoraSettings(2, 4.0, 0.0, every_linear=True))
-    assert not model.policy_lora.enabled
-    with old.active():
-        assert torch.equal(states(model), plain)
-
-
 def test_dropout_falls_on_an_adapters_input_in_training_only(tiny_base: Path) -> None:
     backbone = load_base(tiny_base)
     lora = Lora(backbone.language_targets(), LoraSettings(4, 8.0, 0.5))

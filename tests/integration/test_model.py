@@ -216,14 +216,15 @@ def test_a_policy_s_own_adapter_comes_back_as_it_was_trained(tiny_base: Path, tm
 
 def test_another_adapter_leaves_none_of_the_first_on_the_base(tiny_base: Path) -> None:
     model = tiny.vismem(tiny_base)
-    first = model.policy_lora
-    model.set_policy_lora(LoraSettings(2, 8.0, 0.0))
-    torch.nn.init.ones_(next(iter(first.up.values())))
     embeds, positions = torch.randn(1, 2, model.backbone.width), torch.arange(2).expand(3, 1, -1)
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
     plain = model.backbone.language(embeds, positions, mask)
-    with first.active():
-        assert torch.equal(model.backbone.language(embeds, positions, mask), plain)
+    torch.nn.init.ones_(next(iter(model.policy_lora.up.values())))
+    model.policy_lora.enabled = True
+    assert not torch.equal(model.backbone.language(embeds, positions, mask), plain)
+    model.set_policy_lora(LoraSettings(2, 8.0, 0.0, every_linear=True))
+    assert not model.policy_lora.enabled
+    assert torch.equal(model.backbone.language(embeds, positions, mask), plain)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vismem.models.tensor_parallel import share, whole
 
@@ -52,28 +53,34 @@ class Lora(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.down = nn.ParameterDict()
         self.up = nn.ParameterDict()
-        self.enabled = False
         self.adapted: Tensor | None = None  # (R,) whether each row of a batch has the adapter; None: all have it
-        self.handles = []
+        self.targets: dict[str, LoraTarget] = {}
+        self.hooks: list[RemovableHandle] = []
         for target in targets:
             key = f"{target.name}.{target.start}".replace(".", "_")
             down = torch.empty(settings.rank, target.module.in_features)
             nn.init.kaiming_uniform_(down, a=5**0.5)
             self.down[key] = nn.Parameter(down)
             self.up[key] = nn.Parameter(torch.zeros(target.stop - target.start, settings.rank))
-            self.handles.append(target.module.register_forward_hook(partial(self._add, key, target)))
+            self.targets[key] = target
 
-    def remove(self) -> None:
-        """Take the adapter off the base for good."""
-        for hook in self.handles:
-            hook.remove()
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter is on. One that is off leaves no hook, so it costs nothing."""
+        return bool(self.hooks)
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        if on and not self.hooks:
+            for key, target in self.targets.items():
+                self.hooks.append(target.module.register_forward_hook(partial(self._add, key, target)))
+        while self.hooks and not on:
+            self.hooks.pop().remove()
 
     def _add(
         self, key: str, target: LoraTarget, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
-        """The forward hook of a target: its output with the adapter's part; None leaves the output as it is."""
-        if not self.enabled:
-            return None
+    ) -> Tensor:
+        """The forward hook of a target: its output with the adapter's part."""
         down, up = self.down[key], self.up[key]
         states = whole(inputs[0], module.in_features).to(down.dtype)
         delta = self.scale * (self.dropout(states) @ down.T @ up.T)

@@ -192,7 +192,7 @@ class VisMemModel(nn.Module):
 
     def set_policy_lora(self, settings: LoraSettings) -> None:
         """Give the policy another adapter, fresh and off."""
-        self.policy_lora.remove()
+        self.policy_lora.enabled = False
         targets = self.backbone.language_targets(settings.every_linear)
         if settings.vision:
             targets += [replace(target, name=f"vision.{target.name}") for target in self.backbone.vision_targets()]

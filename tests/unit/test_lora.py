@@ -84,3 +84,20 @@ def test_an_adapter_that_is_off_leaves_no_hook_however_often_it_was_on() -> None
     lora.enabled = False
     with lora.rows([True]):
         assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 5, 6), (3, 4, 5, 6)])
+def test_an_adapter_can_be_on_for_some_rows_of_a_batch(shape: tuple[int, ...]) -> None:
+    layer, lora = adapted()
+    inputs = torch.randn(shape)
+    plain, all_adapted = layer(inputs), expected(layer, lora, inputs)
+    with lora.active():
+        with lora.rows([True, False, True]):
+            mixed = layer(inputs)
+        for on, alike in (([True] * 3, all_adapted), ([False] * 3, plain)):
+            with lora.rows(on):
+                assert_close(layer(inputs), alike)
+        assert_close(layer(inputs), all_adapted)
+    assert_close(mixed, torch.stack([all_adapted[0], plain[1], all_adapted[2]]))
+    with lora.rows([True] * 3):
+        assert torch.equal(layer(inputs), plain), "an adapter that is off stays so"

@@ -85,7 +85,7 @@ class Lora(nn.Module):
         states = whole(inputs[0], module.in_features).to(down.dtype)
         delta = self.scale * (self.dropout(states) @ down.T @ up.T)
         if self.adapted is not None:
-            delta = delta * self.adapted.to(delta.dtype).view(-1, *[1] * (delta.dim() - 1))
+            delta = delta * self.adapted.view(-1, *[1] * (delta.dim() - 1))
         delta = nn.functional.pad(delta, (target.start, module.out_features - target.stop))
         return output + share(delta, output.shape[-1]).to(output.dtype)
 

@@ -56,10 +56,10 @@ def verify_manifest(folder: Path) -> list[str]:
     """Problems of `folder` against its `manifest.json`, one line each; empty when every file is as it was written."""
     path = folder / MANIFEST
     try:
-        expected: dict[str, str] = read_json(path)["files"]
+        expected = dict[str, str](read_json(path)["files"])
     except UserError as error:
         return [str(error)]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return [f"{path} is damaged: it is not a JSON object with 'files'"]
     found = file_hashes(folder)
     missing = [f"{name} is missing" for name in expected if name not in found]

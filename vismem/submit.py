@@ -97,8 +97,11 @@ def submit(request: Request, dry: bool = False) -> int:
     if not PIPELINE.is_file():
         raise UserError(f"no {PIPELINE} here: run in the project's root")
     config = resolve(request.profile, request.settings)
-    spec = next(yaml.safe_load_all(PIPELINE.read_text()))
-    arguments, settings = split(request, install, config, spec["root"]["inputDefinitions"]["parameters"])
+    try:
+        known = next(yaml.safe_load_all(PIPELINE.read_text()))["root"]["inputDefinitions"]["parameters"]
+    except (yaml.YAMLError, StopIteration, KeyError, TypeError) as error:
+        raise UserError(f"{PIPELINE} is no compiled pipeline ({one_line(error)}): `git checkout` it") from None
+    arguments, settings = split(request, install, config, known)
     notes = check_sizes(config, load_cluster(settings))
     if "@" not in install.image:
         notes.append(UNPINNED.format(install.image))

@@ -174,6 +174,17 @@ def test_an_overlay_that_is_broken_is_one_line(text: str, reason: str, tmp_path:
         Install.read(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "[", "3", "root: {}", "root: {inputDefinitions: 7}"])
+def test_a_compiled_pipeline_that_is_broken_is_one_line(
+    text: str, server: KfpApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vismem.submit.PIPELINE", broken := tmp_path / "pipeline.yaml")
+    broken.write_text(text)
+    assert main(["submit", "--endpoint", server.endpoint, *overlay(tmp_path / "mine")]) == 1
+    assert f"{broken} is no compiled pipeline" in capsys.readouterr().err
+    assert server.requests == []
+
+
 def test_a_tag_is_taken_as_it_is_written(tmp_path: Path) -> None:
     image = "{name: vismem-train, newName: r.io/vismem-train, newTag: 1.10}"
     (tmp_path / "kustomization.yaml").write_text(f"namespace: 7\nimages: [{image}]\ncomponents: [../multi-node]")

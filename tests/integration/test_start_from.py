@@ -209,3 +209,9 @@ def test_training_without_questions_to_check_by_is_refused_before_it_begins(
         with pytest.raises(UserError, match="validation has no rows: name sources with a validation split"):
             run_step(name, CONFIG, tmp_path, {**inputs, "validate": data})
         assert not [*tmp_path.glob("*.partial/*")]
+
+
+@pytest.mark.parametrize("name", ["full", "static_prefix", "continuous"])
+def test_a_baseline_that_has_no_lora_starts_from_none(name: str, inputs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{name} has no LoRA to start from"):
+        run_step(name, continued(name, tmp_path), tmp_path, inputs)

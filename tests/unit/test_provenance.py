@@ -50,8 +50,9 @@ def test_a_changed_a_missing_and_an_unknown_file_are_each_named(folder):
 
 def test_a_folder_without_a_readable_manifest_is_a_problem(folder):
     assert len(verify_manifest(folder)) == 1
-    (folder / "manifest.json").write_text("{")
-    assert "damaged" in verify_manifest(folder)[0]
+    for text in ("{", "[]", "{}", '{"files": 3}', '{"files": "ab"}'):
+        (folder / "manifest.json").write_text(text)
+        assert "damaged" in verify_manifest(folder)[0], text
 
 
 def test_a_folders_hash_changes_with_a_byte_and_with_a_name(folder):

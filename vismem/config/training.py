@@ -167,7 +167,7 @@ class SupervisedConfig(Section):
 
 
 class BaselinesGrpoConfig(GrpoStageConfig):
-    """GRPO of grpo_lora: by default it takes about as long as both stages."""
+    """GRPO of grpo_lora. In the study 150 steps took 0.12 of VisMem's seconds; about 1,250 would take as long."""
 
     steps: int = Field(150, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW, cosine decay [ours]")

@@ -46,8 +46,7 @@ from vismem.training.supervised import Written, plain_answer
 
 def full(config: Config, inputs: Inputs, out: Path) -> str:
     """The language model, embeddings and head learn the reference answers; `out` becomes a Hugging Face folder."""
-    if config.baselines.start_from is not None:
-        raise UserError("full has no LoRA to start from (baselines.start_from): set base.model to what it wrote")
+    _check_fresh("full", config, "set base.model to what it wrote")
     if config.base.tensor_parallel:
         raise UserError("full trains the base's own weights, which base.tensor_parallel divides: no process has all")
     run = Run("full", config, inputs, out, new_model)
@@ -65,6 +64,12 @@ def full(config: Config, inputs: Inputs, out: Path) -> str:
         processor.save_pretrained(folder)
 
     return run.finish({run.name: Off()}, save)
+
+
+def _check_fresh(name: str, config: Config, remedy: str) -> None:
+    """UserError where a baseline without a LoRA is to start from one."""
+    if config.baselines.start_from is not None:
+        raise UserError(f"{name} has no LoRA to start from (baselines.start_from): {remedy}")
 
 
 def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
@@ -102,6 +107,7 @@ grpo_lora_vision = partial(_train_lora, "grpo_lora_vision")
 
 def static_prefix(config: Config, inputs: Inputs, out: Path) -> str:
     """Learned vectors at the answer's start, as many as a short and a long memory together; the base is frozen."""
+    _check_fresh("static_prefix", config, "set it to null")
     run = Run("static_prefix", config, inputs, out, partial(new_model, kind=StaticPrefix))
     trained = trainable(run.model, PREFIX)
     _announce(run, trained, "the vectors of a static prefix")
@@ -111,6 +117,7 @@ def static_prefix(config: Config, inputs: Inputs, out: Path) -> str:
 
 def continuous(config: Config, inputs: Inputs, out: Path) -> str:
     """A memory formed once from the images alone, at the answer's start; the base is frozen."""
+    _check_fresh("continuous", config, "set it to null")
     settings = config.baselines.supervised
     run = Run("continuous", config, inputs, out, partial(new_model, kind=Continuous))
     trained = trainable(run.model, ("builder.", "short."))

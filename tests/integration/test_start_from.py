@@ -215,3 +215,11 @@ def test_training_without_questions_to_check_by_is_refused_before_it_begins(
 def test_a_baseline_that_has_no_lora_starts_from_none(name: str, inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{name} has no LoRA to start from"):
         run_step(name, continued(name, tmp_path), tmp_path, inputs)
+
+
+def test_a_base_of_no_numbers_ends_training_in_one_line(inputs: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(inputs["base"], tmp_path / "base")
+    changed(base / "model.safetensors", lambda value: value * torch.nan)
+    for name in NAMES:
+        with pytest.raises(UserError, match="made weights that are infinite or no numbers"):
+            run_step(name, CONFIG, tmp_path, {**inputs, "base": base})

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_families as families
 import tiny_stages
+import torch
 
 from vismem.generation.context import Context
-from vismem.generation.invocation import Learned
-from vismem.generation.loop import DecodeLoop, Request
+from vismem.generation.invocation import NONE, Learned
+from vismem.generation.loop import Asked, DecodeLoop, Request
+from vismem.generation.onnx_executor import _drawn
 from vismem.generation.prompts import inputs_of
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.vismem import VisMemModel
@@ -66,3 +69,20 @@ def test_what_was_read_of_one_question_serves_it_again_and_no_other(model: VisMe
     for read, size in kept_contexts:
         held = [read.prompt.embeds, read.prompt.vision.patches, read.visual, *read.cache.keys, *read.cache.values]
         assert size == sum(tensor.element_size() * tensor.numel() for tensor in held)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_no_numbers_choose_a_word_and_leave_other_rows_alone(
+    model: VisMemModel, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """A word, although the memory tokens are barred: a forward pass that overflows is no way to form a memory."""
+    scores = torch.zeros(2, model.vocabulary + 2)
+    scores[0] = torch.nan
+    monkeypatch.setattr(model, "logits", lambda last: scores.clone())
+    both, barred = np.full(2, 0.5), np.ones((2, 2), bool)
+    asked = Asked(both * 2 * temperature, both, barred, np.zeros(2, bool), np.zeros((2, 2), int), np.full(2, NONE))
+    tokens, _ = TorchExecutor(model).choose(asked)
+    assert tokens[0] == 0
+    assert tokens[1] < model.vocabulary
+    assert bool(tokens[1]) == bool(temperature)
+    assert _drawn(np.full(7, np.nan), end=7, uniform=0.5) == 0

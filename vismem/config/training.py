@@ -10,6 +10,8 @@ from vismem.shipped import shipped
 
 DEFAULT_BASE = "assets/tiny-vlm"
 Init = Literal["patches", "random"]
+Rate = Annotated[float, Field(gt=0, le=10)]
+MatrixRate = Annotated[float, Field(ge=0, le=10)]
 
 
 class BaseConfig(Section):
@@ -88,7 +90,7 @@ class GrpoStageConfig(Section):
 
     steps: int = Field(0, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     group_size: int = Field(16, ge=2, description="G, rollouts per prompt [paper]")
-    learning_rate: float = Field(5e-5, gt=0, description="peak rate of AdamW, cosine decay [paper]")
+    learning_rate: Rate = Field(5e-5, description="peak rate of AdamW, cosine decay [paper]")
     warmup_ratio: float = Field(0.2, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.015, ge=0, description="beta [paper]")
     target_kl: float = Field(
@@ -101,8 +103,8 @@ class WarmStartConfig(Section):
 
     steps: int = Field(400, ge=0, description="steps; 0 leaves it out [paper: 0]")
     batch_size: int = Field(32, ge=1, description="questions per step")
-    learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
-    matrix_learning_rate: float = Field(0.007, ge=0, description="peak rate of Muon on matrices; 0: AdamW on all")
+    learning_rate: Rate = Field(3e-3, description="peak rate of AdamW")
+    matrix_learning_rate: MatrixRate = Field(0.007, description="peak rate of Muon on matrices; 0: AdamW on all")
     invoke_probability: float = Field(
         0.4, ge=0, le=1, description="chance of a memory at the answer's start and at a delimiter [ours]"
     )
@@ -113,7 +115,7 @@ class Stage1Config(GrpoStageConfig):
     """Stage I, formation: trains the query builder and both formers; memory is invoked at random."""
 
     steps: int = Field(20, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
-    learning_rate: float = Field(2e-4, gt=0, description="peak rate; at this size above the paper's [paper: 5e-5]")
+    learning_rate: Rate = Field(2e-4, description="peak rate; at this size above the paper's [paper: 5e-5]")
     invoke_probability: float = Field(0.5, ge=0, le=1, description="chance of a memory at a delimiter [ours]")
     anywhere_after: float = rare(0.5, ge=0, le=1, description="share of the steps after which any position may invoke")
     anywhere_share: float = rare(0.1, ge=0, le=1, description="chance there, relative to invoke_probability [ours]")
@@ -128,7 +130,7 @@ class Stage2Config(GrpoStageConfig):
 
     steps: int = Field(160, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     group_size: int = Field(8, ge=2, description="G, rollouts per prompt [paper: 16]")
-    learning_rate: float = Field(2e-2, gt=0, description="peak rate of the new tokens' rows [paper: 1e-5]")
+    learning_rate: Rate = Field(2e-2, description="peak rate of the new tokens' rows [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.030, ge=0, description="beta, to the policy of the stage's start [paper]")
     target_kl: float = Field(
@@ -145,7 +147,7 @@ class Stage2Config(GrpoStageConfig):
     )
     end_lr_scale: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
     policy_lora: bool = Field(False, description="also train LoRA on the policy's q_proj and v_proj [ours]")
-    policy_learning_rate: float = Field(1e-3, gt=0, description="peak rate of that LoRA, where it is on [paper: 1e-5]")
+    policy_learning_rate: Rate = Field(1e-3, description="peak rate of that LoRA, where it is on [paper: 1e-5]")
 
 
 class SupervisedConfig(Section):
@@ -156,12 +158,12 @@ class SupervisedConfig(Section):
     longer: float = Field(3.0, gt=0, description="sft_lora_long's steps, relative to sft_lora's [measured]")
     batch_size: int = Field(32, ge=1, description="questions per step")
     micro_batch: int = Field(64, ge=1, description="questions per backward pass; changes memory, not the result")
-    learning_rate: float = Field(3e-3, gt=0, description="peak rate of a LoRA")
-    prefix_learning_rate: float = Field(1e-2, gt=0, description="peak rate of static_prefix's vectors")
-    matrix_learning_rate: float = Field(
-        0.007, ge=0, description="peak rate of Muon on continuous's matrices, as in the warm start; 0: AdamW on all"
+    learning_rate: Rate = Field(3e-3, description="peak rate of a LoRA")
+    prefix_learning_rate: Rate = Field(1e-2, description="peak rate of static_prefix's vectors")
+    matrix_learning_rate: MatrixRate = Field(
+        0.007, description="peak rate of Muon on continuous's matrices, as in the warm start; 0: AdamW on all"
     )
-    full_learning_rate: float = Field(1e-3, gt=0, description="peak rate of full fine-tuning")
+    full_learning_rate: Rate = Field(1e-3, description="peak rate of full fine-tuning")
     warmup_ratio: float = rare(0.05, ge=0, le=1, description="share of the steps that warm up")
     weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay")
 
@@ -170,7 +172,7 @@ class BaselinesGrpoConfig(GrpoStageConfig):
     """GRPO of grpo_lora. In the study 150 steps took 0.12 of VisMem's seconds; about 1,250 would take as long."""
 
     steps: int = Field(150, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
-    learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW, cosine decay [ours]")
+    learning_rate: Rate = Field(1e-3, description="peak rate of AdamW, cosine decay [ours]")
 
 
 class BaselinesConfig(Section):

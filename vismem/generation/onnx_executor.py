@@ -251,6 +251,8 @@ def _drawn(weight: NDArray[np.float64], end: int, uniform: float) -> int:
     """
     cumulative = weight.cumsum()
     at = uniform * cumulative[-1]
+    if np.isnan(at):  # a word, as greedily: no memory
+        return 0
     column = min(int(np.searchsorted(cumulative, at, side="right")), len(weight) - 1)
     if column >= end:
         kept = cumulative[end - 1]

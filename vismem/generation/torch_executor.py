@@ -167,7 +167,7 @@ class TorchExecutor:
         cumulative = logprobs.double().exp().cumsum(-1)
         total, words = cumulative[:, -1], cumulative[:, vocabulary - 1]
         drawn = torch.from_numpy(asked.uniform).to(total.device) * total
-        columns = _column_at(cumulative, drawn)
+        columns = _column_at(cumulative, drawn).masked_fill(total.isnan(), 0)  # a word, as greedily: no memory
         if not asked.declines.any():
             return columns
         declined = torch.from_numpy(asked.declines).to(columns.device) & (columns >= vocabulary)

@@ -22,6 +22,7 @@ from vismem.generation.slots import room
 from vismem.generation.token_scores import together
 from vismem.models.backbones.base import Inputs, Prompt, following
 from vismem.models.kinds import MemoryKind
+from vismem.models.tensor_parallel import agreed
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.runtime.cache import ContentCache
@@ -145,7 +146,7 @@ class TorchExecutor:
         standing = torch.from_numpy(asked.standing).to(device)
         picked = standing.gather(1, (columns - vocabulary).clamp_min(0)[:, None])[:, 0]
         columns = columns.where(columns < vocabulary, vocabulary + picked)
-        columns = columns.where(forced == NONE, vocabulary + forced)
+        columns = agreed(columns.where(forced == NONE, vocabulary + forced), self.backbone.processes)
         chosen = logprobs.gather(1, columns[:, None])[:, 0]
         return self.model.token_of(columns).tolist(), chosen.tolist()
 

@@ -49,6 +49,13 @@ def share(columns: Tensor, width: int) -> Tensor:
     return result
 
 
+def agreed(chosen: Tensor, processes: int) -> Tensor:
+    """What the first of so many processes chose: sums may differ in their last digits, and all must go on alike."""
+    if processes > 1:
+        distributed.broadcast(chosen, 0)
+    return chosen
+
+
 class _Gather(Function):
     """Every process computes the same of the columns, so a gradient's own share is the whole of it."""
 

@@ -188,7 +188,7 @@ def decode(
     there: a killed run resumes behind them, and an arm that has answered does not again. `about`: for the progress.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
-    rank, together = accelerator.process_index, max([1, *(model.backbone.processes for model in models.values())])
+    rank, together = accelerator.process_index, accelerator.num_processes if config.base.tensor_parallel else 1
     share, shares = share_of_work(accelerator, together)
     files = sorted(kept.glob(ANSWERS.format("*"))) if kept else []
     known = {file.name: _TURNS.validate_json(file.read_bytes()) for file in files}

@@ -211,6 +211,9 @@ def test_strips_are_shown_once_the_plain_steps_are_over(backbone: Qwen25VLBackbo
     shown = [[int((table[:, 0] > 0).sum()) for table in step] for step in tables]
     assert shown[:3] == [[100, 100]] * 3
     assert min(count for step in shown[3:] for count in step) > 100
+    for table in (table for step in tables for table in step):
+        images = {int(token - 1) // 100 for token in table[:, 0] if token > 0}
+        assert len(images) == 1, "a strip is of the image that is asked about"
     before, line_break = Counter[str](), reading.line_break
     for table in (table for step in tables[3:] for table in step):
         starts = [at for at in range(2, len(table)) if table[at, 0] > 0 and table[at - 1, 1] == line_break]

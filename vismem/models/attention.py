@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import FormationInputs
+from vismem.models.tensor_parallel import mean
 
 Map = tuple[tuple[float, ...], ...]  # rows of weights
 
@@ -55,9 +56,7 @@ class Attention(TorchFunctionMode):
 
     def looks(self, kind: MemoryKind, inputs: FormationInputs, tokens: int, processes: int = 1) -> list[Look]:
         """Where each row's memory looked, whose `tokens` are the last queries; `processes` have some heads each."""
-        weights = self.weights(tokens).mean(1)
-        if processes > 1:
-            distributed.all_reduce(weights.div_(processes))
+        weights = mean(self.weights(tokens).mean(1), processes)
         read = Row.short if kind is MemoryKind.SHORT else Row.long
         return [read(inputs, row).look(own) for row, own in enumerate(weights)]
 

@@ -56,6 +56,13 @@ def agreed(chosen: Tensor, processes: int) -> Tensor:
     return chosen
 
 
+def mean(values: Tensor, processes: int) -> Tensor:
+    """The mean of what so many processes found, each of its own share; `values` may be overwritten."""
+    if processes > 1:
+        distributed.all_reduce(values.div_(processes))
+    return values
+
+
 class _Gather(Function):
     """Every process computes the same of the columns, so a gradient's own share is the whole of it."""
 

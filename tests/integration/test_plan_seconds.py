@@ -1,0 +1,51 @@
+"""How long `vismem plan` says that a step takes, by how much of it there is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from vismem.config import parse_config
+from vismem.plan.machine import Machine
+from vismem.plan.rehearsal import Rehearsal
+
+
+class WithoutDecoding(Rehearsal):
+    def _decode(self, *_: Any, **__: Any) -> float:
+        return 0.0
+
+
+def seconds(kind: type[Rehearsal], name: str, base: Path, **changes: Any) -> float:
+    sections = {
+        "base": {"model": str(base)},
+        "memory": tiny.MEMORY.model_dump(),
+        "stage1": {"warm_start": {"steps": 0}},
+        **changes,
+    }
+    return kind(name, parse_config(sections), Machine.named("1xH100"), (84, 84)).rehearse().seconds
+
+
+@pytest.mark.parametrize("name", ["sft_lora", "grpo_lora"])
+def test_a_step_s_backward_pass_takes_as_many_times_as_long_as_it_has_micro_batches(tiny_base: Path, name: str) -> None:
+    def backward(questions: int) -> float:
+        supervised = {"batch_size": questions, "micro_batch": 4}
+        baselines = {"supervised": supervised, "grpo": {"group_size": 2}}
+        grpo = {"batch_size": questions, "micro_batch": 8, "max_new_tokens": 12}
+        return seconds(WithoutDecoding, name, tiny_base, baselines=baselines, grpo=grpo)
+
+    one, two, three = (backward(4 * micro_batches) for micro_batches in (1, 2, 3))
+    assert two - one == pytest.approx(three - two)
+    assert two > 1.5 * one
+
+
+def test_memories_take_as_long_whether_many_rows_form_them_at_once_or_few(tiny_base: Path) -> None:
+    """Every answer has as many as its limit; together they are formed a little faster."""
+    grpo = {"batch_size": 8, "max_new_tokens": 4}
+    took = {
+        chance: seconds(
+            Rehearsal, "stage1", tiny_base, grpo=grpo, stage1={"invoke_probability": chance, "warm_start": {"steps": 0}}
+        )
+        for chance in (0.25, 1.0)
+    }
+    assert took[1.0] < took[0.25] < 2 * took[1.0]

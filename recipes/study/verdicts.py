@@ -78,17 +78,16 @@ def _at_equal_seconds(claim: Values, training: Values) -> Values:
 
 
 def _converged(base: Values) -> list[Values]:
-    """G2, from the base's own `training.json`: `scores.longer` are those of half as many steps again, by need."""
-    scores = base.get("scores", {})
-    longer = scores.get("longer", {})
-    before = scores.get("splits", {}).get("validation", {}).get("coarse", {})
+    """G2, from the base's own `training.json`: `scores.longer`, before and after half as many steps again, by need."""
+    longer = base.get("scores", {}).get("longer", {})
+    before, after = longer.get("before", {}), longer.get("after", {})
     parts = []
     for need in ("coarse", "compute"):
         text = f"the base with more steps - the base, {need}"
-        if need not in longer or need not in before:
+        if need not in before:
             parts.append(_said("G2", text, NOT_RUN, ""))
             continue
-        gain = longer[need] - before[need]
+        gain = after[need] - before[need]
         parts.append(_said("G2", text, REVERSED if gain > CONVERGED else HOLDS, f"{gain:+.1f}"))
     return parts
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from recipes.tiny_vlm.memory import memory_config, train_memory
-from recipes.tiny_vlm.train import Settings, train_tiny_vlm
+from recipes.tiny_vlm.train import Settings, train_longer, train_tiny_vlm
 from recipes.tiny_vlm.wide import WideSettings, train_wide
 from vismem.provenance import git_state
 
@@ -18,6 +18,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--memory", type=Path, help="also train a memory for it, into this folder")
     parser.add_argument("--keep", action="store_true", help="take the model that is in --out, train the memory only")
+    parser.add_argument(
+        "--longer", action="store_true", help="take it, and add to its card what half as many steps again would gain"
+    )
     parser.add_argument("--steps", type=int, default=Settings.language_steps, help="of the language phase")
     parser.add_argument("--vision-steps", type=int, default=Settings.vision_steps)
     parser.add_argument("--detail-steps", type=int, default=Settings.detail_steps)
@@ -32,7 +35,8 @@ def main() -> None:
         settings = Settings(
             language_steps=arguments.steps, vision_steps=arguments.vision_steps, detail_steps=arguments.detail_steps
         )
-        print("model:", train_tiny_vlm(arguments.out, arguments.seed, settings, origin))
+        train_one = train_longer if arguments.longer else train_tiny_vlm
+        print("model:", train_one(arguments.out, arguments.seed, settings, origin))
     if arguments.memory:
         config = memory_config(arguments.out, arguments.seed)
         print("memory:", train_memory(arguments.memory, arguments.out, config, origin))

@@ -38,6 +38,13 @@ def score_split(backbone: Backbone, prompt_pixels: int, split: str, count: int) 
     return accuracy(backbone, prompt_pixels, list(generate(source, split, FRESH, count)), WAYS)
 
 
+def score_coarse(backbone: Backbone, prompt_pixels: int, count: int) -> dict[str, float]:
+    """On fresh questions of the validation split, from coarse prompts alone: percent by need, and of "all"."""
+    samples = list(generate(ScenesSource(image_size=SIDE, tasks=()), "validation", FRESH, count))
+    found = accuracy(backbone, prompt_pixels, samples, {"coarse": WAYS["coarse"]})["coarse"]
+    return {group: found[group] for group in ("all", *dict.fromkeys(NEEDS.values()))}
+
+
 def accuracy(backbone: Backbone, prompt_pixels: int, samples: Sequence[Sample], ways: dict[str, Off]) -> Scores:
     """Percent of greedy answers that are right."""
     model = VisMemModel(backbone, MemoryConfig(prompt_pixels=prompt_pixels), InvocationConfig())

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from recipes.tiny_vlm.card import STARTED, begin, write_card
+from recipes.tiny_vlm.card import FACTS, STARTED, begin, write_card
 from recipes.tiny_vlm.model import Size, build_model, build_processor
 from recipes.tiny_vlm.objectives import Language, Vision
 from recipes.tiny_vlm.scenes import SIDES, questions, scope_of
-from recipes.tiny_vlm.scores import score, score_split
+from recipes.tiny_vlm.scores import score, score_coarse, score_split
 from recipes.tiny_vlm.sequences import pages
 from vismem.data.collate import target_text
 from vismem.data.fingerprint import sample_sha256
 from vismem.data.sample import Sample
+from vismem.files import read_json
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
+from vismem.models.loading import load_base
 from vismem.training.loop import LoopSettings, Objective, train
 
 
@@ -39,6 +41,7 @@ class Settings:
     matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices
     checkpoint_every: int = 100
     scored: int = 460  # fresh questions per picture size and per split
+    compared: int = 4000  # of the validation split, before and after `train_longer`
 
 
 def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, Any]) -> Path:
@@ -74,6 +77,29 @@ def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, A
     return finish(work, out, "base.md.j2", facts)
 
 
+def train_longer(out: Path, seed: int, settings: Settings, origin: dict[str, Any]) -> Path:
+    """Train the model of `out` for half as many steps again, and add to its card what that gains; its weights stay.
+
+    The language model alone: the vision tower is not trained any more once it speaks. A killed run resumes in
+    `OUT.longer.partial`.
+    """
+    work = out.with_name(f"{out.name}.longer.partial")
+    half = replace(
+        settings, vision_steps=0, language_steps=settings.language_steps // 2, detail_steps=settings.detail_steps // 2
+    )
+    begin(work, {"seed": seed, "settings": asdict(half)}, origin)
+    backbone = load_base(out)
+    assert isinstance(backbone, Qwen25VLBackbone)
+    before = score_coarse(backbone, settings.prompt_pixels, settings.compared)
+    fit(backbone, questions(settings.questions, seed), seed + 1, half, work)  # other draws of the same questions
+    after = score_coarse(backbone, settings.prompt_pixels, settings.compared)
+    facts = read_json(out / FACTS)
+    facts["scores"]["longer"] = {"questions": settings.compared, "before": before, "after": after, **origin}
+    write_card(out, facts.pop("template"), facts)
+    shutil.rmtree(work)
+    return out
+
+
 def finish(work: Path, out: Path, template: str, facts: dict[str, Any]) -> Path:
     """Write the card, and put what the run has made in the place of `out`."""
     for leftover in (*work.glob("*.checkpoint"), work / STARTED):
@@ -87,7 +113,7 @@ def finish(work: Path, out: Path, template: str, facts: dict[str, Any]) -> Path:
 def fit(
     backbone: Qwen25VLBackbone, samples: Sequence[Sample], seed: int, settings: Settings, work: Path
 ) -> dict[str, float]:
-    """Train vision, then language; return the last loss of each phase. On a GPU where there is one."""
+    """Train vision, if it has steps, then language; return the last loss of each phase. On a GPU where there is one."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model = backbone.model.to(accelerator.device)
     backbone.prompt_pixels = settings.prompt_pixels
@@ -107,7 +133,8 @@ def fit(
         )
         losses[name] = round(train(objective, dict(module.named_parameters()), loop, work, accelerator).last["loss"], 4)
 
-    learn("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps)
+    if settings.vision_steps:
+        learn("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps)
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
     laid = pages(backbone, samples)
     learn("language", Language(backbone, *laid, seed, settings.batch_size), speaking, settings.language_steps)

@@ -1,6 +1,7 @@
 """The recipe of the tiny VLM, for a few steps."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from recipes.tiny_vlm import objectives, train
 from recipes.tiny_vlm.card import FACTS
 from recipes.tiny_vlm.memory import memory_config, train_memory
-from recipes.tiny_vlm.train import Settings, train_tiny_vlm
+from recipes.tiny_vlm.train import Settings, train_longer, train_tiny_vlm
 from vismem.config import GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.files import read_json
+from vismem.models.backbones.base import Backbone
+from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import file_hashes
 
@@ -96,6 +99,31 @@ def test_a_run_killed_at_any_step_and_resumed_equals_the_one_that_was_not(
     train_tiny_vlm(out, SEED, SETTINGS, ORIGIN)
     assert len(calls) - (at + 1) <= STEPS - at + 1, "it resumed from a checkpoint"
     assert file_hashes(out) == file_hashes(made)
+
+
+def test_what_more_steps_would_gain_is_noted_and_the_weights_stay(made: Path, tmp_path: Path) -> None:
+    """The model that is scored last is the one that was trained on."""
+    shutil.copytree(made, out := tmp_path / "made")
+    trained = list[bool]()
+
+    def scored(backbone: Backbone, pixels: int, count: int) -> dict[str, float]:
+        trained.append(not torch.equal(backbone.head.weight, weights["lm_head.weight"]))
+        return {"all": 50.0 + len(trained)}
+
+    weights = {name: value.clone() for name, value in load_base(out).model.state_dict().items()}
+    origin = {"command": "another", "git": {"commit": "4567def", "dirty": False}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "score_coarse", scored)
+        assert train_longer(out, SEED, SETTINGS, origin) == out
+    assert trained == [False, True]
+    facts = read_json(out / FACTS)
+    longer = facts["scores"].pop("longer")
+    assert longer == {"questions": SETTINGS.compared, "before": {"all": 51.0}, "after": {"all": 52.0}, **origin}
+    assert facts == read_json(made / FACTS)
+    assert (out / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+    assert "it goes from\n51.0 to 52.0 % of all on 4,000 fresh questions" in (out / "README.md").read_text()
+    tiny.check_card(out)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_killed_run_of_another_seed_is_not_resumed(

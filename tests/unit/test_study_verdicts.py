@@ -139,12 +139,11 @@ def test_the_order_holds_where_all_its_steps_do_in_one_seed() -> None:
 
 @pytest.mark.parametrize(("compute", "said"), [(52.9, "holds"), (53.1, "reversed"), (40.0, "holds"), (None, "not run")])
 def test_the_base_has_converged_where_more_steps_gain_at_most_three_points(compute: float | None, said: str) -> None:
-    longer = {"coarse": 91.0} | ({} if compute is None else {"compute": compute})
-    before = {"validation": {"coarse": {"coarse": 90.0, "compute": 50.0}}}
-    parts = of("G2", base={"scores": {"splits": before, "longer": longer}})
+    before = {"coarse": 90.0} | ({} if compute is None else {"compute": 50.0})
+    parts = of("G2", base={"scores": {"longer": {"before": before, "after": {"coarse": 91.0, "compute": compute}}}})
     assert [part["verdict"] for part in parts] == ["holds", said]
     assert parts[0]["said"] == "+1.0"
-    assert {part["verdict"] for part in of("G2", base={"scores": {"splits": before}})} == {"not run"}
+    assert {part["verdict"] for part in of("G2", base={"scores": {}})} == {"not run"}
 
 
 def costs(tokens: list[float], milliseconds: list[float]) -> dict[str, Any]:

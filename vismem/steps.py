@@ -54,6 +54,7 @@ _TRAINS = {
     "sft_lora_vision": "train sft_lora with a LoRA of the vision encoder too",
     "grpo_lora": "train a LoRA by GRPO",
     "grpo_lora_matched": "train grpo_lora with as many parameters as VisMem trains",
+    "grpo_lora_long": "train grpo_lora for as many seconds as VisMem, about",
     "grpo_lora_vision": "train grpo_lora with a LoRA of the vision encoder too",
     "static_prefix": "train vectors without content for the answer's start",
     "continuous": "train a memory of the image alone for the answer's start",

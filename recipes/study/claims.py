@@ -55,10 +55,10 @@ def of_arms(random: str) -> list[Claim]:
         Claim("F2", VISMEM, "sft_lora_matched"),
         Claim("F3", VISMEM, "sft_lora_vision"),
         *(Claim("F4", VISMEM, arm) for arm in ("grpo_lora", "grpo_lora_vision")),
-        *(Claim("F5", VISMEM, arm) for arm in ("sft_lora_long", "grpo_lora")),
     ]
 
 
+EQUAL_SECONDS = tuple(Claim("F5", VISMEM, arm) for arm in ("sft_lora_long", "grpo_lora_long"))
 TRANSFER = (Claim("T1", VISMEM, VANILLA), Claim("T2", VISMEM, "sft_lora"))  # on tasks that were not trained on
 
 

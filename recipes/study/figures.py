@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from recipes.study import budgets
-from recipes.study.claims import TRANSFER, compare, judge, of_arms, whole_order
+from recipes.study.claims import EQUAL_SECONDS, TRANSFER, compare, judge, of_arms, whole_order
 from vismem.evaluation.metrics import is_yes_no, summarise
 from vismem.evaluation.predictions import Prediction
 from vismem.records import VANILLA
@@ -67,6 +67,16 @@ def tokens_read(answers: Sequence[Prediction], lengths: Mapping[str, int]) -> fl
     """Visual tokens before an answer and vectors of memories in it, on average."""
     vectors = sum(lengths[event.kind] for answer in answers for event in answer.invocations)
     return (sum(answer.visual_tokens for answer in answers) + vectors) / len(answers)
+
+
+def long_figures(answers: Mapping[int, Answers], training: Mapping[str, Values], resamples: int) -> Values:
+    """Of baselines that trained for about as long as VisMem: {arms (`arm_figures`), training, claims (`judge`)}.
+
+    `training`: what each of them, and VisMem, took in the same repetitions.
+    """
+    scores = score_table(answers)
+    claims = judge(EQUAL_SECONDS, scores, resamples)
+    return {"arms": arm_figures(scores, resamples), "training": training, "claims": claims}
 
 
 def transfer_figures(answers: Mapping[int, Answers], trained: Sequence[str], resamples: int) -> Values:

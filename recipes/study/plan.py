@@ -33,10 +33,12 @@ class Settings(Section):
             "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_100", "forced_short",
             "forced_long", "vismem@1", "vismem@2", "no_memory", "as_short", "as_long", "shuffled", "noise", "swapped",
             "relook", "full_resolution", "static_prefix", "continuous", "sft_lora", "sft_lora_matched",
-            "sft_lora_long", "sft_lora_vision", "grpo_lora", "grpo_lora_vision",
+            "sft_lora_vision", "grpo_lora", "grpo_lora_vision",
         ),
         description="arms that answer the test split; those named like a baseline are also trained",
     )  # fmt: skip
+    long_seeds: int = Field(1, ge=0, description="repetitions that also train baselines for as long as VisMem")
+    long_arms: tuple[str, ...] = Field(("sft_lora_long", "grpo_lora_long"), description="arms of those")
     transfer_seeds: int = Field(1, ge=0, description="repetitions that also train on half of the tasks")
     transfer_arms: tuple[str, ...] = Field(("vanilla", "vismem", "sft_lora"), description="arms of those")
     stage_seeds: int = Field(1, ge=0, description="repetitions that also train in four stages, each on other tasks")
@@ -73,7 +75,8 @@ def plan(config: Config, settings: Settings, folder: Path) -> list[Job]:
     for number in range(settings.seeds):
         seed = config.seed + number
         variant = config.model_copy(update={"seed": seed})
-        jobs += _steps(variant, settings.arms, folder, f"seed-{seed}")
+        long = settings.long_arms if number < settings.long_seeds else ()
+        jobs += _steps(variant, (*settings.arms, *long), folder, f"seed-{seed}")
         if scenes and number < settings.transfer_seeds:
             halves = tuple(source.model_copy(update={"train_tasks": trained_half(source)}) for source in scenes)
             half = variant.model_copy(update={"prepare": config.prepare.model_copy(update={"sources": halves})})

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from recipes.study.budgets import checked_memories, nearest_rate
-from recipes.study.figures import Answers, check_figures, study_figures, transfer_figures
+from recipes.study.figures import Answers, check_figures, long_figures, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, headline, pictures, render
 from recipes.study.plan import Settings, changed, parameters, trained_half
@@ -41,19 +41,20 @@ def write_report(
         if place.name.startswith("stages-"):
             stages.setdefault(int(place.name.split("-")[1]), []).append(read_answers(place, settings.stage_arms))
     answers = {seed: read_answers(place, settings.arms) for seed, place in seeds.items()}
+    longer = {seed: place for seed, place in seeds.items() if seed < config.seed + settings.long_seeds}
+    compared = [*(arm for arm in (VANILLA, VISMEM) if arm in settings.arms), *settings.long_arms]
+    long = {seed: read_answers(place, compared) for seed, place in longer.items()}
     moved = {seed: read_answers(place, settings.transfer_arms) for seed, place in halves.items()}
     seconds = {
-        seed: {arm: row["seconds_per_sample"] for arm, row in Metrics.read(place / "evaluate").arms.items()}
-        for seed, place in seeds.items()
+        seed: {arm: took[arm]["seconds_per_sample"] for arm in settings.arms}
+        for seed, took in ((seed, Metrics.read(place / "evaluate").arms) for seed, place in seeds.items())
     }
-    baselines = [step.name for step in BASELINES if step.name in settings.arms]
-    trained_by = {VISMEM: ("stage1", "stage2"), **{name: (name,) for name in baselines}}
     records = {name: record for name, record in read_records(folder).items() if name in {job.name for job in jobs}}
     differing = changed(parameters(resolve(), Settings()), parameters(config, settings))
     half = [task for source in config.prepare.sources for task in trained_half(source)]
     resamples = config.evaluate.bootstrap
     lengths = {"short": config.memory.short_length, "long": config.memory.long_length}
-    trained = {arm: training(list(seeds.values()), steps) for arm, steps in trained_by.items()}
+    trained = trainings(list(seeds.values()), settings.arms)
     random = nearest_rate(checked_memories(trained[VISMEM]["validation"]["stage2"]))
     figures = {
         "command": command,
@@ -68,6 +69,7 @@ def write_report(
         "items": {seed: len(rows[VANILLA]) for seed, rows in answers.items()},
         **study_figures(answers, seconds, lengths, random, resamples),
         "training": trained,
+        "long": long_figures(long, trainings(list(longer.values()), compared), resamples) if long else None,
         "transfer": transfer_figures(moved, half, resamples) if moved else None,
         "checks": checks(seeds, resamples),
         "stages": stage_figures(stages, resamples) if stages else None,
@@ -102,6 +104,12 @@ def base_facts(config: Config) -> Mapping[str, Any]:
     folder = config.base.folder()
     facts = folder / "training.json" if folder else None
     return read_json(facts) if facts and facts.is_file() else {}
+
+
+def trainings(folders: Sequence[Path], arms: Sequence[str]) -> dict[str, Any]:
+    """The `training` of VisMem, and of those arms that are baselines."""
+    baselines = {step.name: (step.name,) for step in BASELINES if step.name in arms}
+    return {arm: training(folders, steps) for arm, steps in {VISMEM: ("stage1", "stage2"), **baselines}.items()}
 
 
 def training(folders: Sequence[Path], steps: Sequence[str]) -> Mapping[str, Any]:

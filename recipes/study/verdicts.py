@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from recipes.study.claims import (
+    EQUAL_SECONDS,
     HOLDS,
     NOT_RUN,
     NOT_SHOWN,
@@ -54,7 +55,8 @@ def verdicts(plan: Mapping[str, Mapping[str, str]], figures: Values) -> list[Val
 def all_parts(figures: Values) -> list[Values]:
     """The parts of all claims, from the figures of `report.json`."""
     return [
-        *(_at_equal_seconds(p, figures["training"]) if p["id"] == "F5" else p for p in figures["claims"]),
+        *figures["claims"],
+        *_at_equal_seconds(figures["long"]),
         *_converged(figures["base"]),
         *_cheaper(figures["arms"]),
         *_reinforced(figures["checks"]),
@@ -68,13 +70,19 @@ def _said(id_: str, text: str, verdict_: str, said: str) -> Values:
     return {"id": id_, "text": text, "verdict": verdict_, "said": said}
 
 
-def _at_equal_seconds(claim: Values, training: Values) -> Values:
+def _at_equal_seconds(long: Values | None) -> list[Values]:
     """F5: the part of a baseline that trained for less than the method's seconds was not run."""
-    own, method = (training.get(claim[side], {}).get("train_seconds") for side in ("below", "above"))
-    if claim["found"] is None or own is None or not method:
-        return {**claim, "verdict": NOT_RUN}
-    enough, note = own >= AS_LONG * method, f"trained {own / method:.2f} times as long as {label(VISMEM)}"
-    return {**claim, "note": note} if enough else {**claim, "note": f"{note}: too short", "verdict": NOT_RUN}
+    if long is None:
+        return judge(EQUAL_SECONDS, None, 0)
+    parts, took = [], {arm: costs["train_seconds"] for arm, costs in long["training"].items()}
+    for claim in long["claims"]:
+        if claim["found"] is not None:
+            times = took[claim["below"]] / took[claim["above"]]
+            claim = {**claim, "note": f"trained {times:.2f} times as long as {label(VISMEM)}"}
+            if times < AS_LONG:
+                claim |= {"note": f"{claim['note']}: too short", "verdict": NOT_RUN}
+        parts.append(claim)
+    return parts
 
 
 def _converged(base: Values) -> list[Values]:

@@ -35,8 +35,10 @@ NAMES = [step.name for step in BASELINES]
 FROZEN = [name for name in NAMES if name != "full"]
 LORAS = [name for name in NAMES if "lora" in name]
 GRPO = GrpoConfig(batch_size=2, max_new_tokens=10, checkpoint_every=2)
-STAGE = BaselinesGrpoConfig(steps=4, group_size=4, learning_rate=1e-2)
-SUPERVISED = SupervisedConfig(steps=6, batch_size=4, learning_rate=1e-2, full_learning_rate=1e-3, warmup_ratio=0.2)
+STAGE = BaselinesGrpoConfig(steps=4, longer=1.5, group_size=4, learning_rate=1e-2)
+SUPERVISED = SupervisedConfig(
+    steps=6, longer=1.5, batch_size=4, learning_rate=1e-2, full_learning_rate=1e-3, warmup_ratio=0.2
+)
 CONFIG = Config(
     memory=tiny.MEMORY,
     grpo=GRPO,
@@ -195,7 +197,7 @@ def test_a_killed_and_resumed_baseline_equals_an_unbroken_one(
 def test_metrics_say_what_training_took(made: Made, name: str) -> None:
     figures = json.loads((made[0][name] / "metrics.json").read_text())
     questions, rollouts = (4 * 2, 4 * 2 * 4) if name.startswith("grpo") else (6 * 4, 0)
-    questions *= 3 if name == "sft_lora_long" else 1
+    questions *= 1.5 if name.endswith("_long") else 1
     assert (figures["train_samples"], figures["train_rollouts"]) == (questions, rollouts)
     assert figures["train_seconds"] > 0
     assert 0 <= figures["validation"][name]["score"] <= 100

@@ -164,12 +164,12 @@ def test_every_parameter_of_training_is_read_while_training(
         stage1=Stage1Config(warm_start=warm, anywhere_after=0, **stage),
         stage2=Stage2Config(**stage),
         baselines=BaselinesConfig(
-            supervised=SupervisedConfig(steps=0, epochs=1, batch_size=2), grpo=BaselinesGrpoConfig(**stage)
+            supervised=SupervisedConfig(steps=0, epochs=1, batch_size=2, longer=2), grpo=BaselinesGrpoConfig(**stage)
         ),
     )
     inputs = {"base": tiny_base, "validate": tiny.save_data(tmp_path / "validate", count=3)}
     monkeypatch.setattr(Section, "__getattribute__", recording, raising=False)
-    for name in ("stage1", "stage2", "sft_lora", "sft_lora_long", "grpo_lora", "static_prefix", "continuous", "full"):
+    for name in ("stage1", "stage2", "sft_lora_long", "grpo_lora_long", "static_prefix", "continuous", "full"):
         inputs[name] = tmp_path / name
         inputs[name].mkdir()
         BY_NAME[name].load()(config, inputs, inputs[name])

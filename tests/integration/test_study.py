@@ -27,7 +27,7 @@ TOY = {
     "evaluate": {"max_new_tokens": 4, "bootstrap": 100},
 }  # fmt: skip
 ONE_SEED = [
-    *("--seeds", "1", "--transfer-seeds", "0", "--stage-seeds", "0"),
+    *("--seeds", "1", "--long-seeds", "0", "--transfer-seeds", "0", "--stage-seeds", "0"),
     *("--arms", "vanilla", "vismem", "shuffled", "sft_lora"),
 ]
 STEPS = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "evaluate")

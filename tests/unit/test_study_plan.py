@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from recipes.study.__main__ import main
-from recipes.study.claims import TRANSFER, of_arms
+from recipes.study.claims import EQUAL_SECONDS, TRANSFER, of_arms
 from recipes.study.plan import Settings, plan, stage_tasks, trained_half
 from vismem.config import Config, EasyVqaSource, ScenesSource, parse_config
 from vismem.data.tasks import NEEDS
@@ -16,6 +16,7 @@ TOY = Settings(
     seeds=2,
     transfer_seeds=1,
     stage_seeds=0,
+    long_seeds=0,
     arms=("vanilla", "vismem", "sft_lora"),
     transfer_arms=("vanilla", "vismem"),
 )
@@ -29,6 +30,8 @@ def test_the_plan_has_every_step_of_every_seed_and_transfer_shares_the_base(tmp_
     assert set(jobs) == wanted
     assert jobs["seed-6/evaluate"].needs == tuple(f"seed-6/{n}" for n in ("base", "stage2", "validate", "sft_lora"))
     assert {name for name, job in jobs.items() if job.timed} == {name for name in jobs if name.endswith("/evaluate")}
+    longer = {job.name for job in plan(PLAN, TOY.model_copy(update={"long_seeds": 1}), tmp_path)}
+    assert longer - wanted == {"seed-5/sft_lora_long", "seed-5/grpo_lora_long"}
 
 
 def test_every_repetition_has_its_parameters_written_out(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def test_claims_compare_what_the_plan_says() -> None:
     vismem = {
         "M1": "short_only long_only", "M7": "vanilla", "M8": "no_memory", "M9": "shuffled noise swapped",
         "M10": "static_prefix continuous", "F1": "sft_lora", "F2": "sft_lora_matched", "F3": "sft_lora_vision",
-        "F4": "grpo_lora grpo_lora_vision", "F5": "sft_lora_long grpo_lora",
+        "F4": "grpo_lora grpo_lora_vision",
     }  # fmt: skip
     wanted = {(id_, "vismem", arm, None) for id_, arms in vismem.items() for arm in arms.split()}
     wanted |= {
@@ -97,7 +100,8 @@ def test_claims_compare_what_the_plan_says() -> None:
     assert {(claim.id, claim.above, claim.below, claim.need) for claim in claims} == wanted
     assert len(claims) == len(wanted)
     assert {claim.id: claim.margin for claim in claims if claim.margin} == {"G1": 15.0, "M7": 15.0}
-    assert [(claim.id, claim.above, claim.below) for claim in TRANSFER] == [
+    assert [(claim.id, claim.above, claim.below) for claim in (*EQUAL_SECONDS, *TRANSFER)] == [
+        ("F5", "vismem", "sft_lora_long"), ("F5", "vismem", "grpo_lora_long"),
         ("T1", "vismem", "vanilla"), ("T2", "vismem", "sft_lora"),
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes.study.claims import compare
-from recipes.study.figures import Answers, score_table, study_figures, tokens_read, transfer_figures
+from recipes.study.figures import Answers, long_figures, score_table, study_figures, tokens_read, transfer_figures
 from recipes.study.page import render, stage_table, table
 from recipes.study.plan import Settings, changed, parameters
 from recipes.study.report import training
@@ -173,6 +173,8 @@ def test_parameters_that_differ_from_the_defaults_are_named_in_full() -> None:
 
 def figures(*seeds: Answers) -> dict:
     moved = transfer_figures({0: answers({"vanilla": "1010", "vismem": "1111"}, "aabb")}, ["a"], RESAMPLES)
+    took = {arm: {"train_seconds": 40.0} for arm in ("vismem", "sft_lora_long", "grpo_lora_long")}
+    long = {"vanilla": "1010", "vismem": "1111", "sft_lora_long": "1100", "grpo_lora_long": "1000"}
     found = {
         "command": "python -m recipes.study", "machine": "a machine", "versions": {"python": "3"}, "commits": ["abc"],
         "wall_seconds": 3725.4, "jobs": {"seed-0/base": 10.0, "seed-1/base": 20.0}, "at_once": 2, "parameters": {},
@@ -183,7 +185,7 @@ def figures(*seeds: Answers) -> dict:
                 "validation": {},
             }
         },
-        "transfer": moved, "stages": None, "checks": {}, "base": {},
+        "long": long_figures({0: answers(long)}, took, RESAMPLES), "transfer": moved, "stages": None, "checks": {}, "base": {},
     }  # fmt: skip
     return {**found, "plan": verdicts(PLAN, found)}
 
@@ -204,6 +206,9 @@ def test_the_page_shows_the_figures_where_they_belong() -> None:
     assert row(page, "VisMem")[4].startswith("+37.5 (")
     costs = page[page.index("## What it costs") :]
     assert row(costs, "VisMem") == ["VisMem", "", "1,200", "0", "40", "0.0", "30.0", "+100%"]
+    long = page[page.index("## At equal seconds") :]
+    assert "1 seed. Training seconds: VisMem 40, SFT-LoRA, longer 40, GRPO-LoRA, longer 40." in long
+    assert row(long, "SFT-LoRA, longer")[:3] == ["SFT-LoRA, longer", "50.0", "50.0"]
     moved = page[page.index("## Transfer") :]
     assert row(moved, "VisMem") == ["VisMem", "100.0", "100.0", "+50.0 (-32.6 to +100.0)"]
     assert row(page, "base") == ["base", "2", "15"]

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from recipes.study.claims import TRANSFER, compare, judge, of_arms, part, together, verdict, whole_order
+from recipes.study.claims import EQUAL_SECONDS, TRANSFER, compare, judge, of_arms, part, together, verdict, whole_order
 from recipes.study.figures import check_figures
 from recipes.study.page import aims, part_table, plan_table, tally
 from recipes.study.plan import Settings
@@ -18,7 +18,7 @@ RESAMPLES = 100
 ROOT = Path(__file__).parents[2]
 TASK = {need: next(task for task in NEEDS if NEEDS[task] == need) for need in ("coarse", "detail", "compute")}
 NOTHING: dict[str, Any] = {
-    "claims": [], "training": {}, "base": {}, "arms": {}, "checks": {}, "oracle": None, "stages": None,
+    "claims": [], "long": None, "base": {}, "arms": {}, "checks": {}, "oracle": None, "stages": None,
     "transfer": None,
 }  # fmt: skip
 
@@ -166,16 +166,16 @@ def test_memory_is_cheaper_where_tokens_and_seconds_are_fewer_in_every_seed(
 
 
 def test_equal_seconds_are_judged_only_where_the_baseline_had_them() -> None:
-    rights = shares(vismem=20, sft_lora_long=0, grpo_lora=0)
-    turned = shares(vismem=0, sft_lora_long=20, grpo_lora=20)
-    seconds = {"vismem": 100.0, "sft_lora_long": 90.0, "grpo_lora": 89.0}
+    rights = shares(vismem=20, sft_lora_long=0, grpo_lora_long=0)
+    turned = shares(vismem=0, sft_lora_long=20, grpo_lora_long=20)
+    seconds = {"vismem": 100.0, "sft_lora_long": 90.0, "grpo_lora_long": 89.0}
     training = {arm: {"train_seconds": took} for arm, took in seconds.items()}
     for given, said in ((rights, "holds"), (turned, "reversed")):
-        long, grpo = of("F5", claims=judge(of_arms("random_50"), scores(given), RESAMPLES), training=training)
+        claims = judge(EQUAL_SECONDS, scores(given), RESAMPLES)
+        long, grpo = of("F5", long={"claims": claims, "training": training})
         assert (long["verdict"], long["note"]) == (said, "trained 0.90 times as long as VisMem")
         assert (grpo["verdict"], grpo["note"]) == ("not run", "trained 0.89 times as long as VisMem: too short")
-    unknown = of("F5", claims=judge(of_arms("random_50"), scores(rights), RESAMPLES), training={})
-    assert {part["verdict"] for part in unknown} == {"not run"}
+    assert {part["verdict"] for part in of("F5")} == {"not run"}
 
 
 def checked(name: str, before: str, after: str) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class SupervisedConfig(Section):
 
     steps: int = Field(400, ge=0, description="steps; 0 means `epochs` passes over the train split")
     epochs: int = rare(2, ge=1, description="passes over the train split, where steps is 0")
-    longer: float = Field(3.0, gt=0, description="sft_lora_long's steps, relative to sft_lora's [measured]")
+    longer: float = Field(11.0, gt=0, description="sft_lora_long's steps, relative to sft_lora's [measured]")
     batch_size: int = Field(32, ge=1, description="questions per step")
     micro_batch: int = Field(64, ge=1, description="questions per backward pass; changes memory, not the result")
     learning_rate: Rate = Field(3e-3, description="peak rate of a LoRA")
@@ -169,9 +169,10 @@ class SupervisedConfig(Section):
 
 
 class BaselinesGrpoConfig(GrpoStageConfig):
-    """GRPO of grpo_lora. In the study 150 steps took 0.12 of VisMem's seconds; about 1,250 would take as long."""
+    """GRPO of grpo_lora."""
 
     steps: int = Field(150, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
+    longer: float = Field(9.0, gt=0, description="grpo_lora_long's steps, relative to grpo_lora's [measured]")
     learning_rate: Rate = Field(1e-3, description="peak rate of AdamW, cosine decay [ours]")
 
 

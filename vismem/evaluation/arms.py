@@ -63,6 +63,7 @@ def _baseline(name: str, label: str, description: str, policy: policies.Invocati
 _AT_START = policies.Random(limit=1, probability=1.0, kinds=(MemoryKind.SHORT,))
 _MATCHED = "the same with as many parameters as VisMem's formation"
 _VISION = "the same with a LoRA of the vision encoder, trained together"
+_LONG = "the same, trained for about as many seconds as VisMem"
 _FULL_RESOLUTION = "the base model, no memory, its images not shrunk to memory.prompt_pixels"
 _ARMS = (
     Arm(VANILLA, "vanilla", "the base model, no memory", policies.Off(base=True)),
@@ -80,10 +81,11 @@ _ARMS = (
     Arm("full_resolution", "full resolution", _FULL_RESOLUTION, controls.FullResolution(base=True)),
     _baseline("sft_lora", "SFT-LoRA", "a LoRA of the base, trained on the reference answers"),
     _baseline("sft_lora_matched", "SFT-LoRA, matched", _MATCHED),
-    _baseline("sft_lora_long", "SFT-LoRA, longer", "the same, trained for about as many seconds as VisMem"),
+    _baseline("sft_lora_long", "SFT-LoRA, longer", _LONG),
     _baseline("sft_lora_vision", "SFT-LoRA, vision too", _VISION),
     _baseline("grpo_lora", "GRPO-LoRA", "a LoRA of the base, trained by GRPO"),
     _baseline("grpo_lora_matched", "GRPO-LoRA, matched", _MATCHED),
+    _baseline("grpo_lora_long", "GRPO-LoRA, longer", _LONG),
     _baseline("grpo_lora_vision", "GRPO-LoRA, vision too", _VISION),
     _baseline(
         "static_prefix",

@@ -1,7 +1,7 @@
 """The baselines: fine-tuning of the same base with the same data, engine, rewards and training loop as VisMem.
 
 `sft_lora` and `grpo_lora` train a LoRA of the policy on q_proj and v_proj, the `matched` ones a LoRA with as many
-parameters as VisMem's formation, the `vision` ones a LoRA on q and v of the vision encoder too. `sft_lora_long` trains
+parameters as VisMem's formation, the `vision` ones a LoRA on q and v of the vision encoder too. The `long` ones train
 for about as many seconds as VisMem. `static_prefix` trains vectors without content, which stand where a memory is
 forced at the answer's start; `continuous` trains VisMem's query builder and short former to form that memory from the
 images alone. `full` trains the language model with its embeddings and head. The projector stays frozen, as in
@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from vismem.config import Config
+from vismem.config import Config, SupervisedConfig
 from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS
@@ -88,11 +88,14 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
     layers = "all linear layers" if adapter.every_linear else "q and v"
     layers += ", the vision encoder's too" if adapter.vision else ""
     _announce(run, trained, f"LoRA of rank {adapter.rank} on {layers}")
-    if name.startswith("sft"):
-        times = settings.supervised.longer if name.endswith("_long") else 1.0
-        _train_supervised(run, trained, settings.supervised.learning_rate, times=times)
+    objective = settings.supervised if name.startswith("sft") else settings.grpo
+    times = objective.longer if name.endswith("_long") else 1.0
+    if isinstance(objective, SupervisedConfig):
+        _train_supervised(run, trained, objective.learning_rate, times=times)
     else:
-        run.train_grpo(PolicyGrpo, settings.grpo, trained)
+        grpo = config.grpo
+        steps = round(times * steps_of(objective.steps, grpo.epochs, grpo.batch_size, len(run.samples)))
+        run.train_grpo(PolicyGrpo, objective.model_copy(update={"steps": steps}), trained)
     return run.finish({name: Off()})
 
 
@@ -102,6 +105,7 @@ sft_lora_long = partial(_train_lora, "sft_lora_long")
 sft_lora_vision = partial(_train_lora, "sft_lora_vision")
 grpo_lora = partial(_train_lora, "grpo_lora")
 grpo_lora_matched = partial(_train_lora, "grpo_lora_matched")
+grpo_lora_long = partial(_train_lora, "grpo_lora_long")
 grpo_lora_vision = partial(_train_lora, "grpo_lora_vision")
 
 

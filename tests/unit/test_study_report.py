@@ -185,7 +185,8 @@ def figures(*seeds: Answers) -> dict:
                 "validation": {},
             }
         },
-        "long": long_figures({0: answers(long)}, took, RESAMPLES), "transfer": moved, "stages": None, "checks": {}, "base": {},
+        "long": long_figures({0: answers(long)}, took, RESAMPLES), "transfer": moved, "stages": None,
+        "checks": {}, "base": {},
     }  # fmt: skip
     return {**found, "plan": verdicts(PLAN, found)}
 

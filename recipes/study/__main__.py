@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.out or Path(f"runs/study-{given.profile}" if given.profile else "runs/study")
     try:
         settings = Settings(**{name: getattr(given, name) for name in Settings.model_fields})
-        for arms in (settings.arms, settings.long_arms, settings.transfer_arms):
+        for arms in ((*settings.arms, *settings.long_arms), settings.transfer_arms):
             resolve_arms(arms)
         config = load_config(given.params, given.profile)
         with exit_on_sigterm(), lock_folder(folder) as lock:  # SIGTERM also stops the running steps

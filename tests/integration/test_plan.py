@@ -187,7 +187,8 @@ def test_an_answer_with_room_for_one_memory_holds_what_is_planned(tiny_base: Pat
 
 def test_the_checkpoints_are_those_of_the_warm_start_and_of_grpo_one_of_them_twice(tiny_base: Path) -> None:
     config = config_of(tiny_base, SMALL)
-    found = plan(config, MACHINE, "84x84", ["stage1"])
+    found = plan(config, MACHINE, "112x84", ["stage1"])
+    assert found.image == (112, 84)
     formation = sum(found.added[part] for part in ("builder", "short", "long"))
     numbers = formation + found.added["policy_lora"] + 2 * formation
     assert found.disk["checkpoints, the last twice while it is replaced"] == 12 * numbers

@@ -1,4 +1,4 @@
-"""How long `vismem plan` says that a step takes, by how much of it there is."""
+"""What `vismem plan` makes of batches: how long they take, and how small they may become."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import tiny
 
-from vismem.config import parse_config
+from vismem.cli import main
+from vismem.config import load_config, parse_config
 from vismem.plan.machine import Machine
 from vismem.plan.rehearsal import Rehearsal
 
@@ -49,3 +50,23 @@ def test_memories_take_as_long_whether_many_rows_form_them_at_once_or_few(tiny_b
         for chance in (0.25, 1.0)
     }
     assert took[1.0] < took[0.25] < 2 * took[1.0]
+
+
+def test_a_batch_is_halved_to_a_question_for_each_gpu_and_no_further(
+    tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else is as small as it can be."""
+    settings = {
+        "base.model": str(tiny_base),
+        "stage1.warm_start.steps": 0,
+        "grpo.micro_batch": 1,
+        "grpo.gradient_checkpointing": True,
+    }
+    least = load_config(Path("params.yaml"), "smoke", {**settings, "grpo.batch_size": 2})
+    needed = Rehearsal("stage1", least, Machine.named("2xH100"), (84, 84)).rehearse().bytes
+    given = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    for usable, said in ((needed, "--set grpo.batch_size=2"), (needed - 1, "it fits no card known here")):
+        monkeypatch.setattr(Machine, "usable", usable)
+        command = ["plan", "--params", "params.yaml", "--profile", "smoke", *given, "--image", "84x84"]
+        assert main([*command, "--gpus", "2xH100", "stage1"]) == 1
+        assert said in capsys.readouterr().err

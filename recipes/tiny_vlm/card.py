@@ -27,7 +27,8 @@ def begin(work: Path, wanted: dict[str, Any], origin: dict[str, Any]) -> dict[st
 
 def write_card(folder: Path, template: str, facts: dict[str, Any]) -> None:
     """Write the facts, with the versions that they lack, the card that states them, and the manifest of all files."""
-    facts = {"template": template, "versions": versions(), **facts}
+    facts = {"template": template, **facts}
+    facts.setdefault("versions", versions())
     write_json(folder / FACTS, facts)
     (folder / CARD).unlink(missing_ok=True)
     write_text(folder / CARD, render(facts, file_hashes(folder)))

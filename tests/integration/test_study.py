@@ -27,10 +27,10 @@ TOY = {
     "evaluate": {"max_new_tokens": 4, "bootstrap": 100},
 }  # fmt: skip
 ONE_SEED = [
-    *("--seeds", "1", "--long-seeds", "0", "--transfer-seeds", "0", "--stage-seeds", "0"),
+    *("--seeds", "1", "--long-arms", "sft_lora_long", "--transfer-seeds", "0", "--stage-seeds", "0"),
     *("--arms", "vanilla", "vismem", "shuffled", "sft_lora"),
 ]
-STEPS = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "evaluate")
+STEPS = ("prepare", "validate", "base", "stage1", "stage2", "sft_lora", "sft_lora_long", "evaluate")
 
 
 @pytest.fixture
@@ -73,9 +73,12 @@ def test_a_killed_study_goes_on_where_it_was_and_a_finished_one_has_nothing_to_d
     report = json.loads((folder / "report.json").read_text())
     metrics = json.loads((seed / "evaluate" / "metrics.json").read_text())
     assert report["items"] == {"0": 26}
-    assert {arm: row["mean"] for arm, row in report["arms"].items()} == {
-        arm: row["overall"] for arm, row in metrics["arms"].items()
-    }
+    scored = {arm: row["mean"] for arm, row in (report["arms"] | report["long"]["arms"]).items()}
+    assert scored == {arm: row["overall"] for arm, row in metrics["arms"].items()}
+    assert report["long"]["arms"].keys() - report["arms"] == {"sft_lora_long"}
+    longer, equal = report["long"]["training"], report["training"]
+    assert longer["sft_lora_long"]["train_samples"] == 11 * equal["sft_lora"]["train_samples"]
+    assert longer["vismem"] == equal["vismem"]
     assert report["arms"]["vismem"]["gain"]["pooled"] == metrics["gain"]["overall"]
     assert report["training"]["vismem"]["train_seconds"] > 0
     verdicts = {claim["id"]: claim["verdict"] for claim in report["plan"]}

@@ -54,9 +54,10 @@ def verdicts(plan: Mapping[str, Mapping[str, str]], figures: Values) -> list[Val
 
 def all_parts(figures: Values) -> list[Values]:
     """The parts of all claims, from the figures of `report.json`."""
+    long = figures["long"] or {"claims": judge(EQUAL_SECONDS, None, 0), "training": {}}
     return [
         *figures["claims"],
-        *_at_equal_seconds(figures["long"]),
+        *(_at_equal_seconds(claim, long["training"]) for claim in long["claims"]),
         *_converged(figures["base"]),
         *_cheaper(figures["arms"]),
         *_reinforced(figures["checks"]),
@@ -70,19 +71,13 @@ def _said(id_: str, text: str, verdict_: str, said: str) -> Values:
     return {"id": id_, "text": text, "verdict": verdict_, "said": said}
 
 
-def _at_equal_seconds(long: Values | None) -> list[Values]:
+def _at_equal_seconds(claim: Values, training: Values) -> Values:
     """F5: the part of a baseline that trained for less than the method's seconds was not run."""
-    if long is None:
-        return judge(EQUAL_SECONDS, None, 0)
-    parts, took = [], {arm: costs["train_seconds"] for arm, costs in long["training"].items()}
-    for claim in long["claims"]:
-        if claim["found"] is not None:
-            times = took[claim["below"]] / took[claim["above"]]
-            claim = {**claim, "note": f"trained {times:.2f} times as long as {label(VISMEM)}"}
-            if times < AS_LONG:
-                claim |= {"note": f"{claim['note']}: too short", "verdict": NOT_RUN}
-        parts.append(claim)
-    return parts
+    own, method = (training.get(claim[side], {}).get("train_seconds") for side in ("below", "above"))
+    if claim["found"] is None or own is None or not method:
+        return {**claim, "verdict": NOT_RUN}
+    enough, note = own >= AS_LONG * method, f"trained {own / method:.2f} times as long as {label(VISMEM)}"
+    return {**claim, "note": note} if enough else {**claim, "note": f"{note}: too short", "verdict": NOT_RUN}
 
 
 def _converged(base: Values) -> list[Values]:
@@ -92,7 +87,7 @@ def _converged(base: Values) -> list[Values]:
     parts = []
     for need in ("coarse", "compute"):
         text = f"the base with more steps - the base, {need}"
-        if need not in before:
+        if need not in after or need not in before:
             parts.append(_said("G2", text, NOT_RUN, ""))
             continue
         gain = after[need] - before[need]

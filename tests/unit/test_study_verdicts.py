@@ -139,8 +139,9 @@ def test_the_order_holds_where_all_its_steps_do_in_one_seed() -> None:
 
 @pytest.mark.parametrize(("compute", "said"), [(52.9, "holds"), (53.1, "reversed"), (40.0, "holds"), (None, "not run")])
 def test_the_base_has_converged_where_more_steps_gain_at_most_three_points(compute: float | None, said: str) -> None:
-    before = {"coarse": 90.0} | ({} if compute is None else {"compute": 50.0})
-    parts = of("G2", base={"scores": {"longer": {"before": before, "after": {"coarse": 91.0, "compute": compute}}}})
+    before, after = {"coarse": 90.0, "compute": 50.0}, {"coarse": 91.0}
+    after |= {} if compute is None else {"compute": compute}
+    parts = of("G2", base={"scores": {"longer": {"before": before, "after": after}}})
     assert [part["verdict"] for part in parts] == ["holds", said]
     assert parts[0]["said"] == "+1.0"
     assert {part["verdict"] for part in of("G2", base={"scores": {}})} == {"not run"}
@@ -175,7 +176,8 @@ def test_equal_seconds_are_judged_only_where_the_baseline_had_them() -> None:
         long, grpo = of("F5", long={"claims": claims, "training": training})
         assert (long["verdict"], long["note"]) == (said, "trained 0.90 times as long as VisMem")
         assert (grpo["verdict"], grpo["note"]) == ("not run", "trained 0.89 times as long as VisMem: too short")
-    assert {part["verdict"] for part in of("F5")} == {"not run"}
+    unknown = of("F5", long={"claims": judge(EQUAL_SECONDS, scores(rights), RESAMPLES), "training": {}})
+    assert {part["verdict"] for part in (*unknown, *of("F5"))} == {"not run"}
 
 
 def checked(name: str, before: str, after: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,9 @@ from trainer_api import cluster
 
 from vismem.cli import main
 from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
-from vismem.data.sample import read_samples
+from vismem.data.sample import Sample, read_samples
 from vismem.errors import UserError
+from vismem.generation.types import Rollout
 from vismem.launch import LaunchConfig, launch_step
 from vismem.launch import trainer as adapter
 from vismem.launch.torchrun import run_processes
@@ -59,9 +60,16 @@ if "RANK" in os.environ or "--multiprocessing-fork" in sys.orig_argv:
 
 @pytest.fixture(scope="module", autouse=True)
 def _scores_differ(tmp_path_factory: pytest.TempPathFactory, scores_differ: None) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("scores")
+    """One process samples as two do: for other numbers of rows, rounding would decide one draw in some 100,000."""
+
+    def sample_as_two(objective: GrpoObjective, batch: Sequence[Sample], *settings: Any) -> list[Rollout]:
+        group, halves = objective.stage.group_size, [sample(objective, batch[rank::2], *settings) for rank in (0, 1)]
+        return [rollout for at in range(len(batch)) for rollout in halves[at % 2][at // 2 * group :][:group]]
+
+    folder, sample = tmp_path_factory.mktemp("scores"), GrpoObjective.sample
     (folder / "sitecustomize.py").write_text(SCORES)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GrpoObjective, "sample", sample_as_two)
         patch.setenv("PYTHONPATH", os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""))))
         yield
 
@@ -181,6 +189,8 @@ def test_a_failing_process_makes_the_launch_fail_with_its_reason_and_no_output_a
 def test_a_step_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'prepare' runs in one process"):
         launch_step("prepare", CONFIG, tmp_path, launch=TORCHRUN)
+    with pytest.raises(UserError, match="'prepare' runs in one process, not under torchrun"):
+        run_processes(2, run_step, "prepare", CONFIG, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,12 +209,6 @@ def test_fewer_processes_than_were_started_are_an_error(monkeypatch: pytest.Monk
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="2 processes were started, and 1 run together"):
         join_ranks()
-
-
-def test_a_step_of_one_process_is_refused_under_torchrun(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'prepare' runs in one process, not under torchrun"):
-        run_processes(2, run_step, "prepare", CONFIG, tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def sleep_as_rank(folder: Path) -> str:

@@ -25,6 +25,13 @@ from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.models.loading import load_base
 from vismem.training.loop import LoopSettings, Objective, train
 
+# The phases of the language model, and the shares of what is asked in each, by need; see Language.
+SHARES: dict[str, dict[str, float]] = {
+    "language": {},
+    "detail": {"detail": 0.5},
+    "compute": {"compute": 0.5, "detail": 0.25},
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,7 +42,8 @@ class Settings:
     questions: int = 36_000
     vision_steps: int = 800
     language_steps: int = 8000
-    detail_steps: int = 3000  # of the same, at the end, detail being asked more and with what answers it
+    detail_steps: int = 3000  # more of the same, detail being asked more and with what answers it
+    compute_steps: int = 6000  # more, compute being asked more: it takes longest to learn
     batch_size: int = 64  # questions per language step
     learning_rate: float = 4e-3  # peak of AdamW
     matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices
@@ -84,9 +92,8 @@ def train_longer(out: Path, seed: int, settings: Settings, origin: dict[str, Any
     `OUT.longer.partial`.
     """
     work = out.with_name(f"{out.name}.longer.partial")
-    half = replace(
-        settings, vision_steps=0, language_steps=settings.language_steps // 2, detail_steps=settings.detail_steps // 2
-    )
+    halves = {f"{phase}_steps": getattr(settings, f"{phase}_steps") // 2 for phase in SHARES}
+    half = replace(settings, vision_steps=0, **halves)
     begin(work, {"seed": seed, "settings": asdict(half)}, origin)
     backbone = load_base(out)
     assert isinstance(backbone, Qwen25VLBackbone)
@@ -137,7 +144,8 @@ def fit(
         learn("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps)
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
     laid = pages(backbone, samples)
-    learn("language", Language(backbone, *laid, seed, settings.batch_size), speaking, settings.language_steps)
-    learn("detail", Language(backbone, *laid, seed, settings.batch_size, detail=True), speaking, settings.detail_steps)
+    for phase, shares in SHARES.items():
+        objective = Language(backbone, *laid, seed, settings.batch_size, phase, shares)
+        learn(phase, objective, speaking, getattr(settings, f"{phase}_steps"))
     model.requires_grad_(False).cpu()
     return losses

@@ -11,21 +11,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vismem import steps
-from vismem.config import BaselinesConfig, BaselinesGrpoConfig, Config, GrpoConfig, Stage1Config, SupervisedConfig
+from vismem.config import BaselinesConfig, BaselinesGrpoConfig, Config, GrpoConfig, Stage1Config, Stage2Config
+from vismem.config import SupervisedConfig as Sft
 from vismem.config import WarmStartConfig as Warm
 from vismem.data.sample import write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
 from vismem.steps import run_step
 from vismem.training import loop
+from vismem.training.run import Run
 
 STAGE: dict[str, Any] = {"steps": 3, "group_size": 4, "learning_rate": 1e-2}
 CONFIG = Config(
     memory=tiny.MEMORY,
     grpo=GrpoConfig(batch_size=2, max_new_tokens=8, checkpoint_every=1),
     stage1=Stage1Config(warm_start=Warm(steps=2, batch_size=4), **STAGE),
+    stage2=Stage2Config(**STAGE),
     baselines=BaselinesConfig(
-        rank=4, alpha=8, supervised=SupervisedConfig(steps=3, batch_size=4), grpo=BaselinesGrpoConfig(**STAGE)
+        rank=4, alpha=8, supervised=Sft(steps=3, batch_size=4), grpo=BaselinesGrpoConfig(**STAGE)
     ),
 )
 NAMES = ("stage1", "sft_lora", "grpo_lora")
@@ -42,6 +45,7 @@ def earlier(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, s
     artifacts = tmp_path_factory.mktemp("earlier")
     for name in NAMES:
         run_step(name, CONFIG, artifacts, inputs)
+    run_step("stage2", CONFIG, artifacts, {**inputs, "stage1": artifacts / "stage1"})
     return artifacts
 
 
@@ -75,6 +79,20 @@ def test_training_starts_from_the_weights_of_the_folder(
     after = weights(tmp_path / name)
     assert any(not torch.equal(value, after[key]) for key, value in before.items())
     assert read_json(tmp_path / name / "vismem.json")["policy_lora"]
+
+
+@pytest.mark.parametrize("left_by", ["stage1", "stage2"])
+def test_stage_ii_goes_on_with_the_rows_of_an_earlier_one_and_fits_fresh_ones(
+    left_by: str, earlier: Path, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fitted anew to the prior, the model would have forgotten when to invoke."""
+    began: list[torch.Tensor] = []
+    monkeypatch.setattr(Run, "train_grpo", lambda run, *_, **__: began.append(run.model.tokens.head.detach().clone()))
+    monkeypatch.setattr(Run, "finish", lambda run, *_: "")
+    folders = {**inputs, "stage1": earlier / left_by}
+    run_step("stage2", CONFIG, tmp_path, folders)
+    kept = torch.equal(began[0], weights(earlier / left_by)["tokens.head"])
+    assert kept == (left_by == "stage2")
 
 
 @pytest.mark.parametrize("name", NAMES)

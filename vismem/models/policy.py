@@ -18,6 +18,11 @@ class TokenRows(nn.Module):
         self.head = nn.Parameter(head[:2].clone())  # end tokens are never sampled: they need no head
         self.bias = nn.Parameter(torch.zeros(2))
 
+    @property
+    def fitted(self) -> bool:
+        """Whether a stage II has begun with them (see `fit_invocation`)."""
+        return bool(self.bias.any())
+
 
 class PolicyWeights(nn.Module):
     """A frozen copy of the policy's own weights: the new tokens' rows, and its adapter's matrices."""

@@ -2,7 +2,7 @@
 
 Paper Sec. 3.4, Eq. 13-15. How the rows are initialised is a choice of ours: the invoke tokens' rows in the head are
 fitted so that memory has a chosen chance at the answer's start and another after delimiters, and hardly any elsewhere;
-GRPO moves them from there.
+GRPO moves them from there. Rows that an earlier stage II has left are kept as they are.
 """
 
 import math
@@ -67,8 +67,9 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         return VisMemModel.from_pretrained(stage1, inputs["base"], base.dtype, base.tensor_parallel)
 
     run = Run("stage2", config, inputs, out, trained_before)
-    with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
-        fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
+    if not run.model.tokens.fitted:
+        with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
+            fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
     run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on

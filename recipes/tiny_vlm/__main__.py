@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--memory", type=Path, help="also train a memory for it, into this folder")
     parser.add_argument("--keep", action="store_true", help="take the model that is in --out, train the memory only")
     parser.add_argument(
-        "--longer", action="store_true", help="take it, and add to its card what half as many steps again would gain"
+        "--longer", action="store_true", help="take it, and add to its card what its last phase once more would gain"
     )
     parser.add_argument(
         "--wide", action="store_true", help="a model for NLVR's wide images, on generated scenes of boxes"

@@ -86,19 +86,17 @@ def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, A
 
 
 def train_longer(out: Path, seed: int, settings: Settings, origin: dict[str, Any]) -> Path:
-    """Train the model of `out` for half as many steps again, and add to its card what that gains; its weights stay.
+    """Train the model of `out` for its last phase once more, and add to its card what that gains; its weights stay.
 
-    The language model alone: the vision tower is not trained any more once it speaks. A killed run resumes in
-    `OUT.longer.partial`.
+    A killed run resumes in `OUT.longer.partial`.
     """
     work = out.with_name(f"{out.name}.longer.partial")
-    halves = {f"{phase}_steps": getattr(settings, f"{phase}_steps") // 2 for phase in SHARES}
-    half = replace(settings, vision_steps=0, **halves)
-    begin(work, {"seed": seed, "settings": asdict(half)}, origin)
+    again = replace(settings, vision_steps=0, language_steps=0, detail_steps=0)
+    begin(work, {"seed": seed, "settings": asdict(again)}, origin)
     backbone = load_base(out)
     assert isinstance(backbone, Qwen25VLBackbone)
     before = score_coarse(backbone, settings.prompt_pixels, settings.compared)
-    fit(backbone, questions(settings.questions, seed), seed + 1, half, work)  # other draws of the same questions
+    fit(backbone, questions(settings.questions, seed), seed + 1, again, work)  # other draws of the same questions
     after = score_coarse(backbone, settings.prompt_pixels, settings.compared)
     facts = read_json(out / FACTS)
     facts["scores"]["longer"] = {"questions": settings.compared, "before": before, "after": after, **origin}
@@ -120,13 +118,15 @@ def finish(work: Path, out: Path, template: str, facts: dict[str, Any]) -> Path:
 def fit(
     backbone: Qwen25VLBackbone, samples: Sequence[Sample], seed: int, settings: Settings, work: Path
 ) -> dict[str, float]:
-    """Train vision, if it has steps, then language; return the last loss of each phase. On a GPU where there is one."""
+    """Train vision, then language; return the last loss of each phase that has steps. On a GPU where there is one."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model = backbone.model.to(accelerator.device)
     backbone.prompt_pixels = settings.prompt_pixels
     losses = {}
 
-    def learn(name: str, objective: Objective, module: nn.Module, steps: int) -> None:
+    def learn(name: str, objective: Objective, module: nn.Module) -> None:
+        if not (steps := getattr(settings, f"{name}_steps")):
+            return
         model.requires_grad_(False)
         module.requires_grad_(True)
         loop = LoopSettings(
@@ -140,12 +140,10 @@ def fit(
         )
         losses[name] = round(train(objective, dict(module.named_parameters()), loop, work, accelerator).last["loss"], 4)
 
-    if settings.vision_steps:
-        learn("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps)
+    learn("vision", Vision(backbone, samples, seed), backbone.visual)
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
     laid = pages(backbone, samples)
     for phase, shares in SHARES.items():
-        objective = Language(backbone, *laid, seed, settings.batch_size, phase, shares)
-        learn(phase, objective, speaking, getattr(settings, f"{phase}_steps"))
+        learn(phase, Language(backbone, *laid, seed, settings.batch_size, phase, shares), speaking)
     model.requires_grad_(False).cpu()
     return losses

@@ -25,7 +25,7 @@ from vismem.evaluation.arms import label
 from vismem.records import VISMEM
 
 PLAN = Path("docs/results/plan.md")
-CONVERGED = 3.0  # points that half as many steps again may gain the base (G2)
+CONVERGED = 3.0  # points that the base's last phase once more may gain it (G2)
 AS_LONG = 0.9  # times the method's seconds from which on a baseline trained as long (F5)
 FORGOTTEN = 6.5  # points that may be lost (C1)
 
@@ -81,7 +81,7 @@ def _at_equal_seconds(claim: Values, training: Values) -> Values:
 
 
 def _converged(base: Values) -> list[Values]:
-    """G2, from the base's own `training.json`: `scores.longer`, before and after half as many steps again, by need."""
+    """G2, from the base's own `training.json`: `scores.longer`, before and after its last phase once more, by need."""
     longer = base.get("scores", {}).get("longer", {})
     before, after = longer.get("before", {}), longer.get("after", {})
     parts = []

@@ -19,11 +19,8 @@ def main() -> None:
     parser.add_argument("--memory", type=Path, help="also train a memory for it, into this folder")
     parser.add_argument("--keep", action="store_true", help="take the model that is in --out, train the memory only")
     parser.add_argument(
-        "--longer", action="store_true", help="take it, and add to its card what half as many steps again would gain"
+        "--longer", action="store_true", help="take it, and add to its card what its last phase once more would gain"
     )
-    parser.add_argument("--steps", type=int, default=Settings.language_steps, help="of the language phase")
-    parser.add_argument("--vision-steps", type=int, default=Settings.vision_steps)
-    parser.add_argument("--detail-steps", type=int, default=Settings.detail_steps)
     parser.add_argument(
         "--wide", action="store_true", help="a model for NLVR's wide images, on generated scenes of boxes"
     )
@@ -32,11 +29,8 @@ def main() -> None:
     if arguments.wide:
         print("model:", train_wide(arguments.out, arguments.seed, WideSettings(), origin))
     elif not arguments.keep:
-        settings = Settings(
-            language_steps=arguments.steps, vision_steps=arguments.vision_steps, detail_steps=arguments.detail_steps
-        )
         train_one = train_longer if arguments.longer else train_tiny_vlm
-        print("model:", train_one(arguments.out, arguments.seed, settings, origin))
+        print("model:", train_one(arguments.out, arguments.seed, Settings(), origin))
     if arguments.memory:
         config = memory_config(arguments.out, arguments.seed)
         print("memory:", train_memory(arguments.memory, arguments.out, config, origin))

@@ -3,12 +3,13 @@
 Vision: the vision tower and the projector learn to turn each cell of generated scenes into the sum of the (untrained)
 embeddings of the words for its colour, shape, texture, row and column; then they are frozen. Language: the language
 model learns to answer, mostly from coarse images, and in a share of the answers the whole images appear again; at the
-end of it, more often where they are needed.
+end of it, more often where they are needed, and with more of the questions that take longest to learn.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeVar
 
@@ -89,25 +90,32 @@ class Vision:
 
 @dataclass
 class Language:
-    """See loop.Objective: the mean cross-entropy of the answers' tokens."""
+    """See loop.Objective: the mean cross-entropy of the answers' tokens.
+
+    `shares`: of the questions drawn, by what they need; the others share the rest. Where detail has one, it is asked so
+    that it can be answered.
+    """
 
     backbone: Backbone
     pages: Sequence[Page]
     features: Tensor  # that the pages show
     seed: int
     batch_size: int
-    detail: bool = False  # half of the questions need detail, and are asked so that they can be answered
+    phase: str = "language"  # names its draws
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        share = sum(page.detail for page in self.pages) / len(self.pages)
-        weight = (1 - share) / share if self.detail else 1.0
-        self.weights = list(accumulate(weight if page.detail else 1.0 for page in self.pages))
+        count = Counter(page.need for page in self.pages)
+        others = sum(count[need] for need in count if need not in self.shares)
+        each = (1 - sum(self.shares.values())) / max(others, 1)  # of the others
+        weights = {need: share / each / count[need] for need, share in self.shares.items()}
+        self.weights = list(accumulate(weights.get(page.need, 1.0) for page in self.pages))
 
     def collect(self, step: int) -> list[Table]:
         """The sequences of a step, by length."""
-        rng = random.Random(f"{self.seed}/{'detail' if self.detail else 'language'}/{step}")
+        rng = random.Random(f"{self.seed}/{self.phase}/{step}")
         drawn = rng.choices(self.pages, cum_weights=self.weights, k=self.batch_size)
-        return sorted((lay_out(page, rng, self.detail) for page in drawn), key=len)
+        return sorted((lay_out(page, rng, "detail" in self.shares) for page in drawn), key=len)
 
     def backward(self, batch: list[Table]) -> Metrics:
         """Add the gradient of the mean over the batch's tokens."""

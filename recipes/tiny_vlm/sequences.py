@@ -53,7 +53,7 @@ class Page:
     answer: Table  # positions counted from 0
     breaks: tuple[int, ...]  # the answer's start, after each of its delimiters, and its end
     line_break: int  # the token that opens and closes a strip
-    detail: bool  # whether only the whole images answer it
+    need: str  # see vismem.data.tasks; only the whole images answer what needs "detail"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def pages(backbone: Backbone, samples: Sequence[Sample]) -> tuple[list[Page], Te
                     answer=word_table(answer, learnt=True),
                     breaks=(0, *(at + 1 for at, token in enumerate(answer[:-1]) if token in delimiters), len(answer)),
                     line_break=line_break,
-                    detail=NEEDS[sample.task] == "detail",
+                    need=NEEDS[sample.task],
                 )
             )
     return made, torch.cat(features)
@@ -116,7 +116,7 @@ def lay_out(page: Page, rng: random.Random | None, answerable: bool = False) -> 
     parts, following, shown = [prompt], 1 + int(prompt[:, 3:].max()), 0
     for first, last in pairwise(page.breaks):
         looks = [page.answer[first:last]]
-        needed = answerable and page.detail and not whole and first == 0
+        needed = answerable and page.need == "detail" and not whole and first == 0
         if rng is not None and shown < MAX_SHOWN and (needed or rng.random() < often):
             share = FIRST_BLOCK_SHARE if needed else BLOCK_SHARE
             looks.insert(0, _block(page) if rng.random() < share else _strip(page, rng))

@@ -25,6 +25,13 @@ from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.models.loading import load_base
 from vismem.training.loop import LoopSettings, Objective, train
 
+# The phases of the language model, and the shares of what is asked in each, by need; see Language.
+SHARES: dict[str, dict[str, float]] = {
+    "language": {},
+    "detail": {"detail": 0.5},
+    "compute": {"compute": 0.5, "detail": 0.25},
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,7 +42,8 @@ class Settings:
     questions: int = 36_000
     vision_steps: int = 800
     language_steps: int = 8000
-    detail_steps: int = 3000  # of the same, at the end, detail being asked more and with what answers it
+    detail_steps: int = 3000  # more of the same, detail being asked more and with what answers it
+    compute_steps: int = 6000  # more, compute being asked more: it takes longest to learn
     batch_size: int = 64  # questions per language step
     learning_rate: float = 4e-3  # peak of AdamW
     matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices
@@ -78,20 +86,17 @@ def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, A
 
 
 def train_longer(out: Path, seed: int, settings: Settings, origin: dict[str, Any]) -> Path:
-    """Train the model of `out` for half as many steps again, and add to its card what that gains; its weights stay.
+    """Train the model of `out` for its last phase once more, and add to its card what that gains; its weights stay.
 
-    The language model alone: the vision tower is not trained any more once it speaks. A killed run resumes in
-    `OUT.longer.partial`.
+    A killed run resumes in `OUT.longer.partial`.
     """
     work = out.with_name(f"{out.name}.longer.partial")
-    half = replace(
-        settings, vision_steps=0, language_steps=settings.language_steps // 2, detail_steps=settings.detail_steps // 2
-    )
-    begin(work, {"seed": seed, "settings": asdict(half)}, origin)
+    again = replace(settings, vision_steps=0, language_steps=0, detail_steps=0)
+    begin(work, {"seed": seed, "settings": asdict(again)}, origin)
     backbone = load_base(out)
     assert isinstance(backbone, Qwen25VLBackbone)
     before = score_coarse(backbone, settings.prompt_pixels, settings.compared)
-    fit(backbone, questions(settings.questions, seed), seed + 1, half, work)  # other draws of the same questions
+    fit(backbone, questions(settings.questions, seed), seed + 1, again, work)  # other draws of the same questions
     after = score_coarse(backbone, settings.prompt_pixels, settings.compared)
     facts = read_json(out / FACTS)
     facts["scores"]["longer"] = {"questions": settings.compared, "before": before, "after": after, **origin}
@@ -113,13 +118,15 @@ def finish(work: Path, out: Path, template: str, facts: dict[str, Any]) -> Path:
 def fit(
     backbone: Qwen25VLBackbone, samples: Sequence[Sample], seed: int, settings: Settings, work: Path
 ) -> dict[str, float]:
-    """Train vision, if it has steps, then language; return the last loss of each phase. On a GPU where there is one."""
+    """Train vision, then language; return the last loss of each phase that has steps. On a GPU where there is one."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model = backbone.model.to(accelerator.device)
     backbone.prompt_pixels = settings.prompt_pixels
     losses = {}
 
-    def learn(name: str, objective: Objective, module: nn.Module, steps: int) -> None:
+    def learn(name: str, objective: Objective, module: nn.Module) -> None:
+        if not (steps := getattr(settings, f"{name}_steps")):
+            return
         model.requires_grad_(False)
         module.requires_grad_(True)
         loop = LoopSettings(
@@ -133,11 +140,10 @@ def fit(
         )
         losses[name] = round(train(objective, dict(module.named_parameters()), loop, work, accelerator).last["loss"], 4)
 
-    if settings.vision_steps:
-        learn("vision", Vision(backbone, samples, seed), backbone.visual, settings.vision_steps)
+    learn("vision", Vision(backbone, samples, seed), backbone.visual)
     speaking = nn.ModuleDict({"language": model.model.language_model, "head": model.lm_head})
     laid = pages(backbone, samples)
-    learn("language", Language(backbone, *laid, seed, settings.batch_size), speaking, settings.language_steps)
-    learn("detail", Language(backbone, *laid, seed, settings.batch_size, detail=True), speaking, settings.detail_steps)
+    for phase, shares in SHARES.items():
+        learn(phase, Language(backbone, *laid, seed, settings.batch_size, phase, shares), speaking)
     model.requires_grad_(False).cpu()
     return losses

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from recipes.tiny_vlm import objectives, train
 from recipes.tiny_vlm.card import FACTS
 from recipes.tiny_vlm.memory import memory_config, train_memory
-from recipes.tiny_vlm.train import Settings, train_longer, train_tiny_vlm
+from recipes.tiny_vlm.train import SHARES, Settings, train_longer, train_tiny_vlm
 from vismem.config import GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.files import read_json
 from vismem.models.backbones.base import Backbone
@@ -29,11 +29,13 @@ SETTINGS = Settings(
     vision_steps=4,
     language_steps=4,
     detail_steps=4,
+    compute_steps=4,
     batch_size=4,
     checkpoint_every=2,
     scored=2,
 )
-STEPS = SETTINGS.vision_steps + SETTINGS.language_steps + SETTINGS.detail_steps
+PHASES = ("vision", *SHARES)
+STEPS = sum(getattr(SETTINGS, f"{phase}_steps") for phase in PHASES)
 SEED = 3
 ORIGIN = {"command": "the command", "git": {"commit": "0123abc", "dirty": False}}
 
@@ -52,9 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, few_images: None) -> Path:
 
 
 def test_each_phase_trains_its_own_part_and_lowers_its_loss(tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, vision_steps=30, language_steps=30, detail_steps=30)
+    settings = dataclasses.replace(SETTINGS, **{f"{phase}_steps": 30 for phase in PHASES})
     out = train_tiny_vlm(tmp_path / "made", SEED, settings, ORIGIN)
-    for phase in ("vision", "language", "detail"):
+    for phase in PHASES:
         lines = [line.split(",") for line in (out / f"{phase}.csv").read_text().splitlines()[1:]]
         assert len(lines) == 30
         assert float(lines[-1][1]) < 0.8 * float(lines[0][1])

@@ -28,6 +28,7 @@ from recipes.tiny_vlm.sequences import (
     pages,
     stack,
 )
+from recipes.tiny_vlm.train import SHARES
 from vismem.data.collate import prompt_messages, target_text
 from vismem.data.sample import Sample
 from vismem.data.scenes import draw, layouts_of
@@ -172,7 +173,7 @@ def test_a_question_that_needs_detail_is_asked_so_that_it_can_be_answered(laid: 
         for draw_ in range(40):
             asked, otherwise = (lay_out(page, random.Random(f"{number}/{draw_}"), is_) for is_ in (True, False))
             assert asked[asked[:, 2] > 0, 1].tolist() == plain[plain[:, 2] > 0, 1].tolist(), "the same answer"
-            if not page.detail:
+            if page.need != "detail":
                 assert np.array_equal(asked, otherwise)
                 continue
             assert (asked[:, 0] > 0).sum() >= (page.coarse[:, 0] > 0).sum()
@@ -190,28 +191,31 @@ def test_a_question_that_needs_detail_is_asked_so_that_it_can_be_answered(laid: 
     assert seen["block"] / (seen["block"] + seen["strip"]) == pytest.approx(FIRST_BLOCK_SHARE, abs=0.06)
 
 
-@pytest.mark.parametrize("detail", [True, False])
-def test_the_last_phase_draws_half_of_its_questions_from_those_that_need_detail(
-    backbone: Qwen25VLBackbone, laid: tuple[list[Page], Tensor], monkeypatch: pytest.MonkeyPatch, detail: bool
+@pytest.mark.parametrize(("phase", "shares"), SHARES.items())
+def test_each_phase_asks_its_shares_of_the_questions_and_each_of_a_need_as_often_as_the_others(
+    backbone: Qwen25VLBackbone,
+    laid: tuple[list[Page], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+    shares: dict[str, float],
 ) -> None:
     drawn: list[int] = []
 
     def lay(page: Page, rng: random.Random, answerable: bool) -> Table:
-        assert answerable == detail
+        assert answerable == ("detail" in shares)
         drawn.append(next(number for number, other in enumerate(laid[0]) if other is page))
         return lay_out(page, rng, answerable)
 
     monkeypatch.setattr(objectives, "lay_out", lay)
-    Language(backbone, *laid, 0, 4000, detail).collect(0)
-    counts = Counter(drawn)
-    needing = {number for number, page in enumerate(laid[0]) if page.detail}
-    natural = len(needing) / len(laid[0])
-    assert abs(natural - 0.5) > 0.1, "the two must be told apart"
-    share = 0.5 if detail else natural
-    for part, size in ((needing, share), (set(counts) - needing, 1 - share)):
-        assert sum(counts[number] for number in part) / 4000 == pytest.approx(size, abs=0.04)
-        for number in part:
-            assert counts[number] == pytest.approx(4000 * size / len(part), rel=0.6), "each as often as the others"
+    Language(backbone, *laid, 0, 4000, phase, shares).collect(0)
+    counts, number_of = Counter(drawn), Counter(page.need for page in laid[0])
+    others = sum(number for need, number in number_of.items() if need not in shares)
+    for need, number in number_of.items():
+        size = shares.get(need, (1 - sum(shares.values())) * number / others)
+        of_need = [at for at, page in enumerate(laid[0]) if page.need == need]
+        assert sum(counts[at] for at in of_need) / 4000 == pytest.approx(size, abs=0.025)
+        for at in of_need:
+            assert counts[at] == pytest.approx(4000 * size / number, rel=0.6)
 
 
 def test_a_strip_shows_some_objects_or_scattered_tokens_in_order(laid: tuple[list[Page], Tensor]) -> None:

@@ -12,7 +12,7 @@ from vismem.errors import UserError
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.lora import Lora, LoraSettings
 
-OWN = 5.0  # score of the token that a slot of a short memory has of its own, above all others
+OWN = 5.0  # score of the token that a slot of a short memory takes, above all others
 LIKE = 2.0  # by which the likeness of what is being said and a token adds to its score, before training
 
 
@@ -113,19 +113,17 @@ class ShortFormer(nn.Module):
         """Where the slots look: (R, N_s, T) weights over the rows' image tokens, each slot's sum 1; 0 without images.
 
         queries (R, K, d); segment (R, d); features (R, T, d) of the image tokens, those that are no padding marked in
-        real (R, T). A slot has a token of its own, the middle one of its share of them. What it wants, a linear map of
-        segment and query, is compared with the tokens' features, each over its own scale: at first, the segment is.
+        real (R, T). What a slot wants, a linear map of segment and query, is compared with the tokens' features, each
+        over its own scale: at first, the segment is. Slot after slot takes the token that it likes best of those left,
+        and sees little else.
         """
         features = features.to(queries.dtype)
         keys = features * torch.rsqrt(features.pow(2).mean(-1, keepdim=True) + 1e-6)
         slot = torch.arange(self.length, device=real.device)
-        middle = (2 * slot + 1) * real.sum(1, keepdim=True) // (2 * self.length)
-        own = middle[..., None] == torch.arange(features.shape[1], device=real.device)
         asked = queries[:, slot * queries.shape[1] // self.length]
         wanted = self.wanted(torch.cat([segment[:, None].expand_as(asked), asked], dim=-1))
-        scores = OWN * own + wanted @ keys.transpose(1, 2) / wanted.shape[-1] ** 0.5
-        shares = scores.masked_fill(~real[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-        weight: Tensor = shares * real[:, None]
+        liked = wanted @ keys.transpose(1, 2) / wanted.shape[-1] ** 0.5
+        weight: Tensor = in_turn(liked, real) * real[:, None]
         return weight
 
     def seen(self, weight: Tensor, patches: Tensor) -> Tensor:
@@ -225,6 +223,21 @@ class LongFormer(nn.Module):
         last = hidden[:, -self.length :]
         result: Tensor = self.output(last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6)) * self.output_scale
         return result
+
+
+def in_turn(liked: Tensor, real: Tensor) -> Tensor:
+    """(R, N, T) shares: slot after slot takes the token that it likes best of those left, and sees little else of them.
+
+    `liked` (R, N, T); `real` (R, T) marks the tokens. Where all are taken, all are left again.
+    """
+    left, shares, place = real, [], torch.arange(real.shape[1], device=real.device)
+    for slot in liked.unbind(1):
+        scores = slot.masked_fill(~left, torch.finfo(slot.dtype).min)
+        best = place == scores.argmax(1, keepdim=True)
+        shares.append((scores + OWN * best).softmax(-1))
+        left = left & ~best
+        left = torch.where(left.any(1, keepdim=True), left, real)
+    return torch.stack(shares, dim=1)
 
 
 def summary(states: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The warm start's answers: reference answers with short and long memories in them, most of them at delimiters."""
+"""The warm start's answers: reference answers with short and long memories at their start and after delimiters."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_memories_come_at_the_start_and_after_delimiters_and_are_as_often_short_
 
 
 def test_an_answer_has_at_least_one_memory_and_at_most_the_models_limit(model: VisMemModel, sample: Sample) -> None:
-    for probability, most in ((0.0, 1), (0.2, 3), (1.0, 3)):
+    for probability, most in ((0.0, 1), (0.4, 3), (1.0, 3)):
         counts = [len(answer_with_memory(model, sample, seed, probability).invocations) for seed in SEEDS]
         assert (min(counts), max(counts)) == (1 if probability < 1 else 3, most)
 
@@ -79,22 +79,17 @@ def test_of_too_few_or_too_many_places_each_is_as_likely(
     written = [answer_with_memory(model, sample, seed, probability) for seed in SEEDS]
     found = [at for each in written for at in chosen(model, each)]
     expected = len(found) / len(among)
-    assert set(found) == set(among)
     for place in among:
         assert found.count(place) == pytest.approx(expected, abs=4 * expected**0.5), place
 
 
-@pytest.mark.parametrize("anywhere", [0.0, 0.25, 1.0])
-def test_each_place_has_the_chosen_chance(
-    anywhere: float, model: VisMemModel, tiny_base: Path, sample: Sample
-) -> None:
-    unlimited, among = tiny.vismem(tiny_base, limit=100), places(model, sample)
-    others = len(plain_answer(model, sample).token_ids) - len(among)
-    written = [answer_with_memory(unlimited, sample, seed, 0.4, anywhere) for seed in SEEDS]
-    usual = [at in among for each in written for at in chosen(model, each)]
-    none = 0.6 ** len(among) * (1 - 0.4 * anywhere) ** others  # then one of the former places is drawn
-    assert sum(usual) / len(SEEDS) == pytest.approx(0.4 * len(among) + none, rel=0.1)
-    assert (len(usual) - sum(usual)) / len(SEEDS) == pytest.approx(0.4 * anywhere * others, rel=0.1)
+def test_each_place_has_the_chosen_chance(model: VisMemModel, tiny_base: Path, sample: Sample) -> None:
+    unlimited = tiny.vismem(tiny_base, limit=100)
+    among, counts = places(model, sample), 0
+    for seed in SEEDS:
+        counts += len(answer_with_memory(unlimited, sample, seed, 0.4).invocations)
+    none = 0.6 ** len(among)  # then one place is drawn
+    assert counts / len(SEEDS) == pytest.approx(0.4 * len(among) + none, rel=0.1)
 
 
 def test_memories_depend_on_the_seed_and_the_sample_alone(model: VisMemModel) -> None:

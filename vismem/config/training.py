@@ -108,7 +108,6 @@ class WarmStartConfig(Section):
     invoke_probability: float = Field(
         0.4, ge=0, le=1, description="chance of a memory at the answer's start and at a delimiter [ours]"
     )
-    anywhere_share: float = Field(0.1, ge=0, le=1, description="chance between delimiters, relative to that [ours]")
     policy_lora: bool = Field(True, description="also train LoRA on the policy's q_proj and v_proj, the reader [ours]")
 
 

@@ -60,7 +60,7 @@ def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     check_shards(batch_size, run.accelerator, together)  # before the warm start, not after it
     reader = warm.policy_lora and warm.steps > 0
     run.model.policy_lora.enabled |= reader
-    written = partial(answer_with_memory, probability=warm.invoke_probability, anywhere=warm.anywhere_share)
+    written = partial(answer_with_memory, probability=warm.invoke_probability)
     settings = LoopSettings(
         "warm_start",
         warm.steps,

@@ -6,7 +6,6 @@ With memories it is the warm start of stage I, an option of ours; without it is 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -84,23 +83,19 @@ def plain_answer(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
     )
 
 
-def answer_with_memory(
-    model: VisMemModel, sample: Sample, seed: int, probability: float, anywhere: float = 0.0
-) -> Rollout:
-    """The same with memories, short or long: at its start and after delimiters with chance `probability` each.
+def answer_with_memory(model: VisMemModel, sample: Sample, seed: int, probability: float) -> Rollout:
+    """The same with memories at its start and after delimiters, each with chance `probability`, short or long.
 
-    `anywhere` is the chance before every other word, relative to that. There is at least one memory, and there are at
-    most `max_per_answer`: where none came up one is at a uniform choice of the former places, and of too many a uniform
-    choice stays. All is drawn from the seed and the sample's id.
+    There is at least one, and there are at most `max_per_answer`: where none came up, or too many, the places are a
+    uniform choice. All is drawn from the seed and the sample's id.
     """
     plain = plain_answer(model, sample)
     words, delimiters = plain.token_ids, set(model.delimiter_ids)
-    usual = np.array([True, *(before in delimiters for before in words[:-1])])
-    coins, order, kinds = row_uniforms(seed, row_key(sample.id, 0), "warm start", 3 * len(words)).reshape(3, -1)
+    places = [0, *(i + 1 for i, before in enumerate(words[:-1]) if before in delimiters)]
+    coins, order, kinds = row_uniforms(seed, row_key(sample.id, 0), "warm start", 3 * len(places)).reshape(3, -1)
     shuffled = order.argsort()
-    chances = np.where(usual, probability, probability * anywhere)
-    drawn = shuffled[(coins < chances)[shuffled]][: model.invocation_config.max_per_answer]
-    chosen = {int(at): KINDS[int(2 * kinds[at])] for at in (drawn if drawn.size else shuffled[usual[shuffled]][:1])}
+    drawn = [at for at in shuffled if coins[at] < probability][: model.invocation_config.max_per_answer]
+    chosen = {places[at]: KINDS[int(2 * kinds[at])] for at in drawn or shuffled[:1]}
     ids: list[int] = []
     mask: list[bool] = []
     invocations = []

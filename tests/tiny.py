@@ -54,7 +54,7 @@ def vismem(
     kind: type[VisMemModel] = VisMemModel,
 ) -> VisMemModel:
     """VisMem, or a variant of it. What starts at zero is moved off it, so that an adapter left on would show."""
-    model = kind(load_base(base), memory, InvocationConfig(max_per_answer=limit), seed)
+    model = kind(load_base(base), memory, InvocationConfig(max_per_answer=limit, anywhere=True), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

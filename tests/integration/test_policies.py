@@ -131,7 +131,7 @@ def test_noise_stands_where_the_memory_would_with_its_mean_and_spread(model: Vis
         noise = Noise().latents(memory, view, seed=3)
         assert float(noise.mean()) == pytest.approx(float(memory.mean()), abs=1e-6)
         assert float(noise.std()) == pytest.approx(float(memory.std()), rel=1e-4)
-        assert float((noise - memory).abs().mean()) > float(memory.std())
+        assert float((noise - memory).abs().mean()) > float(memory.std()) / 2
         expected = words_behind_the_memory(rollout, full_pass(model, sample, rollout, noise[0]))
         assert words_behind_the_memory(rollout, rollout.logprobs) == pytest.approx(expected, abs=1e-4)
         checked += len(expected)

@@ -16,11 +16,11 @@ SHORT, LONG = 0, 1
 ROWS = 4000
 
 
-def view(rows: int, *, decision: int = 3, after_delimiter: bool = True) -> StepView:
+def view(rows: int, *, decision: int = 3, at_delimiter: bool = True) -> StepView:
     return StepView(
         tuple(row_key(f"s{row}", 0) for row in range(rows)),
         np.full(rows, decision),
-        np.full(rows, after_delimiter),
+        np.full(rows, at_delimiter),
     )
 
 
@@ -30,11 +30,11 @@ def share(policy: InvocationPolicy, at: StepView) -> float:
 
 def test_at_one_hundred_percent_a_memory_comes_at_every_delimiter_and_nowhere_else() -> None:
     assert share(Random(probability=1.0), view(50)) == 1
-    assert share(Random(probability=1.0), view(50, after_delimiter=False)) == 0
+    assert share(Random(probability=1.0), view(50, at_delimiter=False)) == 0
 
 
 def test_the_start_counts_as_a_delimiter() -> None:
-    start = view(50, decision=0, after_delimiter=False)
+    start = view(50, decision=0)
     assert share(Random(probability=1.0), start) == 1
 
 
@@ -46,7 +46,7 @@ def test_a_random_memory_comes_with_its_probability_and_either_kind_as_often(per
 
 
 def test_anywhere_is_relative_to_the_probability_at_delimiters() -> None:
-    between = view(ROWS, after_delimiter=False)
+    between = view(ROWS, at_delimiter=False)
     assert share(Random(probability=0.5, anywhere=0.5), between) == pytest.approx(0.25, abs=0.03)
     assert share(Random(probability=1.0, anywhere=1.0), between) == 1
 

@@ -61,6 +61,7 @@ class InvocationConfig(Section):
     delimiters: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (",", ".", ";", ":", "\n", "?", "!"), description="delimiter set [ours]"
     )
+    anywhere: bool = Field(False, description="the model may also call memory between delimiters [ours] [paper: true]")
     init_token: str = Field("\n", description="delimiter whose embedding the four new rows are copied from [ours]")
     max_per_answer: int = Field(4, ge=0, description="max invocations per answer [ours] [paper: no limit]")
     perturbation: float = rare(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")

@@ -161,10 +161,12 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
             "long_length": model.length_of(MemoryKind.LONG),
             "pool_images": model.long.patches,
             "max_per_answer": model.invocation_config.max_per_answer,
+            "anywhere": model.invocation_config.anywhere,
         },
         "tokens": {
             "image": backbone.model.config.image_token_id,
             "stop": list(model.stop_ids),
+            "delimiters": list(model.delimiter_ids),
             "invoke": [model.invoke_ids[kind] for kind in MemoryKind],
             "end": [model.end_ids[kind] for kind in MemoryKind],
         },

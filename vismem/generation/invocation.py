@@ -30,7 +30,7 @@ class StepView:
 
     keys: tuple[str, ...]  # (R) stable names, `row_key(sample id, member of the group)`
     decision: NDArray[np.int64]  # (R,) tokens decided so far, memories' own tokens not counted
-    after_delimiter: NDArray[np.bool_]  # (R,) the last token was a delimiter
+    at_delimiter: NDArray[np.bool_]  # (R,) the last token was a delimiter, or there is none
 
 
 def row_key(sample_id: str, member: int) -> str:
@@ -136,7 +136,7 @@ class Random(InvocationPolicy):
         choice = super().force(view, seed)
         for row, key in enumerate(view.keys):
             at = int(view.decision[row])
-            chance = self.probability * (1.0 if view.after_delimiter[row] or at == 0 else self.anywhere)
+            chance = self.probability * (1.0 if view.at_delimiter[row] else self.anywhere)
             if chance > 0:
                 coin, kind = row_uniforms(seed, key, f"invoke {at}", 2)
                 if coin < chance:

@@ -88,6 +88,7 @@ class Executor(Protocol):
     kinds: dict[int, MemoryKind]  # by invoke token
     ends: dict[MemoryKind, int]  # end tokens
     delimiters: frozenset[int]
+    anywhere: bool  # whether the model may also call memory between them
     stops: frozenset[int]
 
     def limit(self, asked: int | None) -> int:
@@ -193,6 +194,8 @@ class DecodeLoop:
         for policy, seed, own in _by_policy(rows, [at for at, row in enumerate(rows) if row.may_invoke]):
             view = _view([rows[at] for at in own])
             barred[own], forced[own] = ~policy.allowed(view), policy.force(view, seed)
+            if not self.executor.anywhere:
+                barred[own] |= ~view.at_delimiter[:, None]
         return Asked(
             temperature=np.array([row.request.temperature for row in rows]),
             uniform=np.array([row.uniform[min(row.decisions, len(row.uniform) - 1)] for row in rows]),
@@ -230,5 +233,5 @@ def _view(rows: Sequence[Row]) -> StepView:
     return StepView(
         keys=tuple(row.key for row in rows),
         decision=np.array([row.decisions for row in rows]),
-        after_delimiter=np.array([row.after_delimiter for row in rows]),
+        at_delimiter=np.array([row.after_delimiter or row.decisions == 0 for row in rows]),
     )

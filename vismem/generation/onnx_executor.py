@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 
 
 class OnnxExecutor:
-    """See `vismem.generation.loop.Executor`. Policies that look for delimiters find none: a bundle names none."""
+    """See `vismem.generation.loop.Executor`."""
 
     slots: Slots
     questions: list[Question]  # of each row
@@ -51,8 +51,8 @@ class OnnxExecutor:
         self.kinds = dict(zip(self.tokens["invoke"], KINDS, strict=True))
         self.ends = dict(zip(KINDS, self.tokens["end"], strict=True))
         self.own_rows = {token: at for at, token in enumerate((*self.kinds, *self.ends.values()))}  # of embeddings
-        self.delimiters: frozenset[int] = frozenset()
-        self.stops = frozenset(self.tokens["stop"])
+        self.delimiters, self.stops = frozenset(self.tokens["delimiters"]), frozenset(self.tokens["stop"])
+        self.anywhere = bool(self.memory["anywhere"])
         self.lengths = {kind: int(self.memory[f"{kind}_length"]) for kind in KINDS}
         nothing: Floats = np.zeros((1, self.decoder["kv_heads"], 0, self.decoder["head_width"]), np.float32)
         self.no_past = {name: nothing for name in bundle.decoder.inputs if name.startswith("past_")}

@@ -192,6 +192,9 @@ class _Pass:
             if len(rollout.invocations) >= limit > 0:
                 full[row, rollout.invocations[limit - 1].position + 1 :] = True
         mask, full = mask.to(self.device), full.to(self.device)
+        if not self.model.invocation_config.anywhere:
+            delimiters = torch.tensor(self.model.delimiter_ids, device=self.device)
+            full[:, 1:] |= ~torch.isin(self.ids[:, :-1], delimiters)
         columns = self.model.column_of(self.ids)[mask]
         may_invoke = torch.tensor([kind in sampled_kinds and limit > 0 for kind in KINDS], device=self.device)
         barred = full[mask][:, None] | ~may_invoke

@@ -65,6 +65,7 @@ class TorchExecutor:
         self.kinds = {token: kind for kind, token in model.invoke_ids.items()}
         self.ends, self.limit = model.end_ids, model.limit
         self.delimiters, self.stops = frozenset(model.delimiter_ids), frozenset(model.stop_ids)
+        self.anywhere = model.invocation_config.anywhere
         self.encoding = threading.Lock()  # of the processor's tokenizer, which changes while it encodes
         self.state = DecodeState(model)
         self.sources: list[_Source] = []  # of each row

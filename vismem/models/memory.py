@@ -13,6 +13,7 @@ from vismem.models.backbones.base import Backbone, PatchStream, Prompt
 from vismem.models.lora import Lora, LoraSettings
 
 OWN = 5.0  # score of the token that a slot of a short memory takes, above all others
+ALIKE = 1e-3  # difference of scores from which on one token is liked better than another
 LIKE = 2.0  # by which the likeness of what is being said and a token adds to its score, before training
 
 
@@ -228,12 +229,16 @@ class LongFormer(nn.Module):
 def in_turn(liked: Tensor, real: Tensor) -> Tensor:
     """(R, N, T) shares: slot after slot takes the token that it likes best of those left, and sees little else of them.
 
-    `liked` (R, N, T); `real` (R, T) marks the tokens. Where all are taken, all are left again.
+    `liked` (R, N, T); `real` (R, T) marks the tokens; where all are taken, all are left again. Of those alike to ALIKE
+    it takes the first, so that kernels which round otherwise choose the same.
     """
+    if not real.shape[1]:
+        return liked
     left, shares, place = real, [], torch.arange(real.shape[1], device=real.device)
     for slot in liked.unbind(1):
         scores = slot.masked_fill(~left, torch.finfo(slot.dtype).min)
-        best = place == scores.argmax(1, keepdim=True)
+        rank = (scores.detach() / ALIKE).round()
+        best = place == rank.argmax(1, keepdim=True)
         shares.append((scores + OWN * best).softmax(-1))
         left = left & ~best
         left = torch.where(left.any(1, keepdim=True), left, real)

@@ -22,7 +22,7 @@ from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, Query
 from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
-FORMAT = 2  # of what `save_pretrained` writes; in 1 a short memory started from means of patches
+FORMAT = 3  # of what `save_pretrained` writes; in 1 and 2 a short memory showed means of image tokens
 SAVED = {"format", "family", "memory", "invocation", "memory_ids", "policy_lora"}  # what `vismem.json` says, always
 # of a memory's settings, those that its weights do not show
 FREE = ("lora_dropout", "init_std", "image_pixels", "prompt_pixels")

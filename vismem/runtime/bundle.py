@@ -9,7 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-FORMAT = 3
+FORMAT = 4
 Array = NDArray[Any]
 
 

@@ -30,9 +30,9 @@ class Formation(GrpoObjective):
     stage: Stage1Config
 
     def policy(self, step: int) -> InvocationPolicy:
-        """At delimiters first, later also between them."""
+        """At delimiters first, later also between them, where the model may call memory there."""
         steps = steps_of(self.stage.steps, self.grpo.epochs, self.grpo.batch_size, len(self.samples))
-        anywhere = step >= self.stage.anywhere_after * steps
+        anywhere = self.model.invocation_config.anywhere and step >= self.stage.anywhere_after * steps
         return Random(
             probability=self.stage.invoke_probability,
             anywhere=self.stage.anywhere_share if anywhere else 0.0,

@@ -33,7 +33,7 @@ class MemoryConfig(Section):
     """The latent memories (paper Sec. 3.3, Eq. 5-6 and 9-11)."""
 
     queries: int = Field(8, ge=1, description="K, memory queries [paper 4.1]")
-    short_length: int = Field(4, ge=1, description="N_s, vectors of a short-term memory [paper: 8]")
+    short_length: int = Field(8, ge=1, description="N_s, vectors of a short-term memory [paper]")
     long_length: int = Field(8, ge=1, description="N_l, vectors of a long-term memory [paper: 16]")
     builder_layers: int = Field(2, ge=1, description="layers of the query builder [ours]")
     builder_heads: int = Field(4, ge=1, description="attention heads of the query builder [ours]")
@@ -63,7 +63,7 @@ class InvocationConfig(Section):
     )
     anywhere: bool = Field(False, description="the model may also call memory between delimiters [ours] [paper: true]")
     init_token: str = Field("\n", description="delimiter whose embedding the four new rows are copied from [ours]")
-    max_per_answer: int = Field(4, ge=0, description="max invocations per answer [ours] [paper: no limit]")
+    max_per_answer: int = Field(8, ge=0, description="max invocations per answer [ours] [paper: no limit]")
     perturbation: float = rare(0.01, ge=0, description="relative std of the new rows' perturbation [ours]")
 
 
@@ -104,8 +104,8 @@ class WarmStartConfig(Section):
 
     steps: int = Field(400, ge=0, description="steps; 0 leaves it out [paper: 0]")
     batch_size: int = Field(32, ge=1, description="questions per step")
-    learning_rate: Rate = Field(3e-3, description="peak rate of AdamW")
-    matrix_learning_rate: MatrixRate = Field(0.007, description="peak rate of Muon on matrices; 0: AdamW on all")
+    learning_rate: Rate = Field(1e-3, description="peak rate of AdamW")
+    matrix_learning_rate: MatrixRate = Field(0.0025, description="peak rate of Muon on matrices; 0: AdamW on all")
     invoke_probability: float = Field(
         0.4, ge=0, le=1, description="chance of a memory at the answer's start and at a delimiter [ours]"
     )

@@ -187,7 +187,6 @@ def test_as_many_memory_tokens_as_image_tokens_start_as_the_patches_themselves(b
         weight = model.short.look(
             torch.ones(1, 4, backbone.width), torch.ones(1, backbone.width), backbone.project(stream.hidden), real
         )
-    assert weight.argmax(-1).tolist() == [list(range(tokens))]
     assert not weight[0].tril(-1).any(), "what earlier slots have taken"
     slot, later = torch.triu_indices(tokens, tokens, 1)
     apart = weight[0].diagonal()[slot] / weight[0, slot, later]

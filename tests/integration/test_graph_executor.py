@@ -24,13 +24,14 @@ from vismem.generation.loop import DecodeLoop, Request, Row
 from vismem.generation.onnx_executor import OnnxExecutor, _grown, shares
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import pooling
+from vismem.models.tokens import delimiter_ids
 from vismem.models.vismem import VisMemModel
 from vismem.runtime.bundle import Bundle
 from vismem.runtime.limits import RequestError
 
 SHORT, LONG = MemoryKind
 SAMPLES = tuple(replace(sample, id="") for sample in tiny.samples())  # a question from outside has no id
-EVERYWHERE = Random(probability=0.5, anywhere=1.0)  # a bundle names no delimiters
+EVERYWHERE = Random(probability=0.5, anywhere=1.0)
 ELSEWHERE = Replay(recorded={row_key("", 0): [(1, LONG), (4, SHORT)]}, swap=True)
 ASKED: tuple[tuple[InvocationPolicy, int, float], ...] = (  # with tokens and temperature, each for a sample of its own
     (Learned(), 12, 0.0),
@@ -105,10 +106,15 @@ def test_memories_whose_first_tokens_stand_alone_are_torchs_too(tiny_base: Path)
     assert (parity.passed, parity.differences, parity.memories) == (True, (), 2 * 2)
 
 
+@pytest.mark.parametrize("anywhere", [True, False])
 def test_rows_that_join_and_leave_at_any_time_are_each_as_torch_decodes_it_alone(
-    model: VisMemModel, bundle: Bundle
+    model: VisMemModel, anywhere: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executor = OnnxExecutor(bundle)
+    invocation = model.invocation_config.model_copy(update={"anywhere": anywhere})
+    monkeypatch.setattr(model, "invocation_config", invocation)
+    spoken = delimiter_ids(model.backbone.processor.tokenizer, tuple("aeiou"))
+    monkeypatch.setattr(model, "delimiter_ids", spoken)
+    executor = OnnxExecutor(opened(model))
     loop, rows = DecodeLoop(executor), list[Row]()
     for number, (policy, tokens, temperature) in enumerate(ASKED):
         question = prepared(executor, SAMPLES[number], tokens)

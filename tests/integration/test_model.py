@@ -197,7 +197,7 @@ def test_memory_and_policy_are_written_apart_and_come_back(model: VisMemModel, t
     assert settings.keys() == {
         "format", "variant", "family", "memory", "invocation", "memory_ids", "policy_lora", "policy_settings"
     }  # fmt: skip
-    assert (settings["format"], settings["family"]) == (2, "qwen2_5_vl")
+    assert (settings["format"], settings["family"]) == (3, "qwen2_5_vl")
 
 
 def test_a_policy_s_own_adapter_comes_back_as_it_was_trained(tiny_base: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_another_adapter_leaves_none_of_the_first_on_the_base(tiny_base: Path) -
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"format": 1}, "{folder} has format 1, this release reads 2: train it anew"),
+        ({"format": 1}, "{folder} has format 1, this release reads 3: train it anew"),
         ({"family": "internvl"}, "{folder} was trained on internvl, but the base is qwen2_5_vl"),
         ({"memory_ids": [1, 2, 3, 4]}, "the base has another tokenizer than the one that {folder} was trained with"),
     ],

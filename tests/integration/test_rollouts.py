@@ -34,7 +34,7 @@ def model(tiny_base: Path) -> VisMemModel:
 
 @pytest.fixture  # of each test its own: mutmut takes what a fixture calls for a call of the test that it is made for
 def rollouts(model: VisMemModel) -> list[Rollout]:
-    return generate(model, tiny.samples(), Learned(), max_new_tokens=24, temperature=1.0)
+    return generate(model, tiny.samples(), Learned(), max_new_tokens=40, temperature=1.0)
 
 
 def test_the_marked_text_is_the_text_with_a_mark_where_a_memory_was_invoked(
@@ -72,7 +72,7 @@ def test_a_stream_gives_the_tokens_of_the_answer_and_returns_its_record(
 ) -> None:
     hidden = {LATENT, *model.end_ids.values()}
     for sample, expected in zip(tiny.samples()[:4], rollouts, strict=False):
-        pieces, records = stream(model, sample, Learned(), max_new_tokens=24, temperature=1.0), list[Rollout]()
+        pieces, records = stream(model, sample, Learned(), max_new_tokens=40, temperature=1.0), list[Rollout]()
         came = [*_kept(pieces, records)]
         assert came == [token for token in expected.token_ids if token not in hidden]
         assert records[0].logprobs == pytest.approx(expected.logprobs, abs=1e-4)
@@ -127,7 +127,7 @@ def test_tokens_are_chosen_a_few_rows_at_a_time_with_log_probabilities_in_the_mo
     model: VisMemModel, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_executor, "together", lambda vocabulary: 5)
-    found = generate(model, tiny.samples(), Learned(), max_new_tokens=24, temperature=1.0)
+    found = generate(model, tiny.samples(), Learned(), max_new_tokens=40, temperature=1.0)
     for rollout, expected in zip(found, rollouts, strict=True):
         assert rollout.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
         assert replace(rollout, logprobs=expected.logprobs) == expected

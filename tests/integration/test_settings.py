@@ -159,7 +159,7 @@ def test_every_parameter_of_training_is_read_while_training(
     warm = WarmStartConfig(steps=1, batch_size=2)
     config = Config(
         memory=tiny.MEMORY,
-        invocation=InvocationConfig(delimiters=tuple("abcdefghijklmnopqrstuvwxyz,")),  # so that some are spoken
+        invocation=InvocationConfig(delimiters=tuple("abcdefghijklmnopqrstuvwxyz,"), anywhere=True),  # some are spoken
         grpo=GRPO.model_copy(update={"epochs": 1}),
         stage1=Stage1Config(warm_start=warm, anywhere_after=0, **stage),
         stage2=Stage2Config(**stage),

@@ -241,7 +241,7 @@ def in_turn(liked: Tensor, real: Tensor) -> Tensor:
         best = place == rank.argmax(1, keepdim=True)
         shares.append((scores + OWN * best).softmax(-1))
         left = left & ~best
-        left = torch.where(left.any(1, keepdim=True), left, real)
+        left = left | (real & ~left.any(1, keepdim=True))
     return torch.stack(shares, dim=1)
 
 

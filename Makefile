@@ -42,7 +42,7 @@ pipeline: setup  ## the Kubeflow pipeline on this machine, in runs/pipeline/; PR
 study: $(INSTALLED)  ## the evidence: every arm with three seeds, two hours on 2 cores; resumes
 	.venv/bin/python -m recipes.study --write docs/results/embedded.md
 
-tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; three hours
+tiny-vlm: $(INSTALLED)  ## retrain the tiny VLM of assets/ and its memory; four hours
 	.venv/bin/python -m recipes.tiny_vlm --seed 0 --out assets/tiny-vlm --memory assets/tiny-vlm-memory
 
 # A file at a time: its tests share what they make. The longest files come first, so that no process ends alone, and there

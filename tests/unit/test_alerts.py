@@ -48,7 +48,7 @@ def judged(folder: Path, series: dict[str, str], fired: dict[str, str], at: str 
         names = {"severity": "info", "namespace": "n", "model": "vismem", "version": "7", "kind": kind}
         summary = f"vismem version 7 invokes {kind} memories more or less often than in its evaluation."
         description = (
-            f"Over a day, in at least 500 answers, their mean per answer is {distance} away from the evaluation's; "
+            f"Over a day, in at least 1100 answers, their mean per answer is {distance} away from the evaluation's; "
             "0.05 plus half of the evaluation's is allowed. The questions, or the lengths that are asked for, are "
             "not those of the test split; docs/drift.md says what to do."
         )
@@ -77,7 +77,7 @@ def test_it_fires_where_answers_invoke_more_or_less_than_in_the_evaluation(
     long = answers(labels(kind="long"), 1, 0.2) | evaluated(labels(kind="long"), 0.2)
     series = answers(labels(), 1, live) | evaluated(labels(), evaluation) | long
     assert judged(tmp_path, series, {"short": distance}) == ""
-    assert judged(tmp_path, series, {}, at="9h") == "", "500 answers, and then an hour"
+    assert judged(tmp_path, series, {}, at="19h") == "", "1100 answers, and then an hour"
 
 
 SILENT = {
@@ -112,6 +112,6 @@ def test_chance_alone_fires_it_on_less_than_one_day_in_900() -> None:
 
 
 def test_the_answers_of_all_pods_count(tmp_path: Path) -> None:
-    pods = [answers(labels(pod), 0.2, 0.5) | evaluated(labels(pod), 0.2) for pod in "ab"]
+    pods = [answers(labels(pod), 0.4, 0.5) | evaluated(labels(pod), 0.2) for pod in "ab"]
     assert judged(tmp_path, pods[0], {}) == ""
     assert judged(tmp_path, pods[0] | pods[1], {"short": "0.30"}) == ""

@@ -44,7 +44,7 @@ def config_of(base: Path, size: dict[str, int], **grpo: Any) -> Config:
         {
             "base": {"model": str(base)},
             "memory": tiny.MEMORY.model_dump(),
-            "invocation": {"max_per_answer": size["limit"]},
+            "invocation": {"max_per_answer": size["limit"], "anywhere": True},
             "grpo": {"batch_size": size["batch"], "max_new_tokens": size["words"], "micro_batch": 4, **grpo},
             "stage1": {**group, "warm_start": {"steps": 1, "batch_size": 2}},
             "stage2": group,

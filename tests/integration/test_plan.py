@@ -166,6 +166,7 @@ def test_a_whole_training_step_holds_no_more_than_is_planned(tiny_base: Path) ->
     config = config_of(tiny_base, LARGE, batch_size=4)
     planned = sums(Rehearsal("stage1", config, MACHINE, IMAGE).rehearse())
     largest = max(planned["rollouts"], planned["backward"])
+    torch.manual_seed(0)  # what is answered, and so held, depends on the weights
     assert 0.7 * largest < sums(Whole("stage1", config).rehearse())["stage1"] <= largest
 
 

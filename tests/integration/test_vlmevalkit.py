@@ -36,8 +36,8 @@ from vismem.serving.http import create_app
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny-vlm-memory"
 PYTHON = os.environ.get("VLMEVALKIT_PYTHON")
-ARMS = {"vanilla": "vismem-vanilla", "vismem": "vismem", "short_only": "vismem-short_only"}  # and their models
-LIMIT, COUNT = 24, 10  # tokens, questions
+ARMS = {"vanilla": "vismem-vanilla", "vismem": "vismem", "long_only": "vismem-long_only"}  # and their models
+LIMIT, COUNT = 40, 24  # tokens, questions
 BENCHMARK = "TinyScenes"
 
 

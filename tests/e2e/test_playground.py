@@ -29,7 +29,7 @@ from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
 
 EXAMPLES = examples()
-BOTH = EXAMPLES[6]  # its answer has memories of both kinds
+TWICE = EXAMPLES[12]  # its answer has two memories
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +85,13 @@ def marked(page: Page, card: str) -> str:
 
 
 def test_an_uploaded_picture_is_answered_with_marks_beside_the_vanilla_answer(page: Page, model: VisMem) -> None:
-    upload(page, "mine.png", BOTH.images[0])
+    upload(page, "mine.png", TWICE.images[0])
     expect(page.locator("#about")).to_have_text("mine.png")
-    ask(page, BOTH.question)
-    expected = model.answer(BOTH.images, BOTH.question)
-    assert {memory.kind for memory in expected.invocations} == {"short", "long"}
+    ask(page, TWICE.question)
+    expected = model.answer(TWICE.images, TWICE.question)
+    assert {memory.kind for memory in expected.invocations} == {"short"}
     assert marked(page, "#with") == expected.marked
-    assert marked(page, "#without") == model.answer(BOTH.images, BOTH.question, memory=False)
+    assert marked(page, "#without") == model.answer(TWICE.images, TWICE.question, memory=False)
     took = page.inner_text("#with .took")
     assert re.match(
         rf"{expected.tokens} tokens in \d+\.\d\d s; the first after \d+\.\d\d s\. The prompt has \d+ ", took
@@ -101,11 +101,11 @@ def test_an_uploaded_picture_is_answered_with_marks_beside_the_vanilla_answer(pa
 
 
 def test_a_mark_shows_where_its_memory_looked(page: Page, runtime: Runtime) -> None:
-    page.locator(".examples button").nth(EXAMPLES.index(BOTH)).click()
+    page.locator(".examples button").nth(EXAMPLES.index(TWICE)).click()
     ask(page)
-    assert page.inner_text("#right") == f"Right is: {BOTH.answer}"
+    assert page.inner_text("#right") == f"Right is: {TWICE.answer}"
     looks: list[Look] = []
-    list(runtime.generate([Image.open(io.BytesIO(BOTH.images[0]))], BOTH.question, looks=looks))
+    list(runtime.generate([Image.open(io.BytesIO(TWICE.images[0]))], TWICE.question, looks=looks))
     marks = page.locator("#with .text .chip")
     assert marks.count() == len(looks) == 2
     expect(page.locator("#heat")).to_be_hidden()
@@ -137,16 +137,16 @@ def test_what_is_refused_is_said_on_the_page_and_the_next_question_is_answered(p
         expect(page.locator(f"{card} .fault")).to_contain_text("does not decode: it is no PNG, JPEG, WEBP file")
     upload(page, "large.png", bytes(MAX_IMAGE_BYTES + 1))
     expect(page.locator("#about")).to_contain_text("large.png is too large: the limit is 20 MB")
-    upload(page, "good.png", BOTH.images[0])
+    upload(page, "good.png", TWICE.images[0])
     page.fill("#question", "a <m_I^s>?")
     page.click("#ask")
     expect(page.locator("#with .fault")).to_contain_text("one of the model's own tokens")
-    ask(page, BOTH.question)
+    ask(page, TWICE.question)
     assert page.locator(".fault").count() == 0
 
 
 def test_what_comes_from_outside_is_shown_as_text(page: Page) -> None:
-    upload(page, "<img src=x onerror=alert(1)>.png", BOTH.images[0])
+    upload(page, "<img src=x onerror=alert(1)>.png", TWICE.images[0])
     expect(page.locator("#about")).to_have_text("<img src=x onerror=alert(1)>.png")
 
 

@@ -56,7 +56,7 @@ class Row:
     invocations: list[Invocation] = field(default_factory=list)
     decisions: int = 0
     answer_length: int = 0
-    after_delimiter: bool = False
+    at_delimiter: bool = True  # the last token was a delimiter, or there is none
     remembering: bool = False  # a memory was inserted, and no word has followed it yet
     finished: bool = False
 
@@ -216,7 +216,7 @@ class DecodeLoop:
             row.answer_length += 1
             row.finished = token in self.executor.stops or row.answer_length >= row.request.max_new_tokens
         row.decisions += 1
-        row.after_delimiter = token in self.executor.delimiters
+        row.at_delimiter = token in self.executor.delimiters
         row.remembering = kind is not None
 
 
@@ -233,5 +233,5 @@ def _view(rows: Sequence[Row]) -> StepView:
     return StepView(
         keys=tuple(row.key for row in rows),
         decision=np.array([row.decisions for row in rows]),
-        at_delimiter=np.array([row.after_delimiter or row.decisions == 0 for row in rows]),
+        at_delimiter=np.array([row.at_delimiter for row in rows]),
     )

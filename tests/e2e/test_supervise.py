@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,12 @@ class Serving:
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def commands(self) -> Iterator[str]:
+        """The command lines of its children."""
+        for child in self.children():
+            with suppress(psutil.NoSuchProcess):  # one that has just ended
+                yield " ".join(child.cmdline())
 
     def process_of(self, model: str) -> psutil.Process:
         stubs = [child for child in self.children() if "stub" in child.name()]
@@ -260,6 +267,6 @@ def test_a_challenger_is_unloaded_once_a_release_answers_and_not_for_one_that_is
     deploy(serving, word="good")
     serving.said("vismem: the new release answers now")
     until(lambda: models() == {"vismem", "vismem_unary"})
-    until(lambda: not any("/vismem_challenger" in word for child in serving.children() for word in child.cmdline()))
+    until(lambda: not any("/vismem_challenger" in command for command in serving.commands()))
     assert serving.ask() == "good0 good1 good2"
     assert serving.answers()

@@ -162,12 +162,13 @@ class Whole(Measured):
         return 0
 
 
-def test_a_whole_training_step_holds_no_more_than_is_planned(tiny_base: Path) -> None:
-    config = config_of(tiny_base, LARGE, batch_size=4)
+def test_a_whole_training_step_holds_what_is_planned_and_no_more(tiny_base: Path) -> None:
+    """With a memory at each answer's start and no other, random answers have as many as the plan counts."""
+    config = config_of(tiny_base, LARGE | {"limit": 1}, batch_size=4)
+    config = config.model_copy(update={"stage1": config.stage1.model_copy(update={"invoke_probability": 1.0})})
     planned = sums(Rehearsal("stage1", config, MACHINE, IMAGE).rehearse())
     largest = max(planned["rollouts"], planned["backward"])
-    torch.manual_seed(0)  # what is answered, and so held, depends on the weights
-    assert 0.7 * largest < sums(Whole("stage1", config).rehearse())["stage1"] <= largest
+    assert 0.95 * largest < sums(Whole("stage1", config).rehearse())["stage1"] <= largest
 
 
 @pytest.mark.parametrize("name", ["full", "sft_lora_vision", "grpo_lora", "continuous", "evaluate"])

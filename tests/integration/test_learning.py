@@ -96,6 +96,23 @@ def test_rewarded_answers_gain_on_unrewarded_ones_of_their_group(name: str, tiny
     assert gaps[1] > gaps[0] + 1e-5
 
 
+@pytest.mark.parametrize(("loss_type", "share"), [("grpo", 1.0), ("dr_grpo", 0.5)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_answers_are_divided_by_the_longest_that_is_allowed_or_by_their_own_length(
+    name: str, loss_type: str, share: float, tiny_base: Path
+) -> None:
+    """The same answers where twice as many tokens would be allowed."""
+    objective, trained = tiny_stages.objective_of(name, tiny_base, loss_type=loss_type)
+    batch, gradients = objective.collect(0), []
+    for _ in range(2):
+        objective.model.zero_grad()
+        objective.backward(batch)
+        gradients.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]))
+        objective.grpo = objective.grpo.model_copy(update={"max_new_tokens": 2 * objective.grpo.max_new_tokens})
+    assert float(gradients[0].norm()) > 0
+    torch.testing.assert_close(gradients[1], share * gradients[0])
+
+
 WRITTEN = {
     "warm start": (partial(answer_with_memory, probability=0.4), FORMATION),
     "sft_lora": (plain_answer, POLICY_LORA),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_stages import objective_of
 
 from vismem.config import BaseConfig, Config, GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config, WarmStartConfig
-from vismem.data.sample import read_samples
+from vismem.data.sample import Sample, read_samples
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Random
 from vismem.generation.replay import prefill, score
@@ -237,6 +237,28 @@ def test_the_wrong_kind_is_punished_only_where_its_swap_would_have_scored_higher
     rewards = [0.5, 0.5, 0.5, 0.5]
     after = paid(rewards, [1.0, 0.5, 0.0, 1.0], [True, True, True, False], tiny_base, penalty=0.3)
     assert after == pytest.approx([0.5 - 0.3 * 0.5, 0.5, 0.5, 0.5])
+
+
+def test_only_prompts_with_an_answer_that_is_not_right_are_decoded_in_reverse(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with its own rollouts, and to the same scores as with the others beside it."""
+    objective, _ = objective_of("stage2", tiny_base, group_size=4, penalty=0.3)
+    batch, sample, asked = objective.samples[:3], objective.sample, []
+    rollouts = sample(batch, objective.policy(0), 0)
+    assert all(any(r.invocations for r in rollouts[at : at + 4]) for at in (0, 4, 8))
+
+    def recorded(prompts: Sequence[Sample], *rest: Any) -> list[Rollout]:
+        asked.append([prompt.id for prompt in prompts])
+        return sample(prompts, *rest)
+
+    monkeypatch.setattr(objective, "sample", recorded)
+    monkeypatch.setattr("vismem.training.stage2.rewards_of", lambda prompts, _: torch.ones(len(prompts), 4))
+    rewards = torch.tensor([[1.0] * 4, [0.0] * 4, [1.0] * 4])
+    paid = objective.shaped(rewards, batch, rollouts, 0)
+    assert asked == [[batch[1].id]]
+    assert torch.equal(paid[0], rewards[0])
+    assert paid[1].tolist() == pytest.approx([-0.3 * bool(r.invocations) for r in rollouts[4:8]])
 
 
 def test_penalties_never_pay_and_grow_with_their_intensity(tiny_base: Path) -> None:

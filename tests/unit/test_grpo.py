@@ -84,6 +84,16 @@ def test_the_objective_has_no_gradient_where_it_is_clipped_or_masked() -> None:
     assert_close(logprobs.grad, torch.tensor([[0.0, -0.5 / 3, -1.1 / 3], [1.5, 0.0, 0.0]]))
 
 
+def test_with_one_length_a_token_weighs_the_same_in_a_long_answer_and_in_a_short_one() -> None:
+    # As above, each row divided by 4 in place of its 3 and 2 tokens.
+    logprobs, *rest = clipped_objective()
+    term = policy_term(logprobs, *rest, clip_low=0.2, clip_high=0.3, length=4)
+    assert float(term.loss.detach()) == pytest.approx((-2.9 + 4.6) / 4)
+    term.loss.backward()
+    assert logprobs.grad is not None
+    assert_close(logprobs.grad, torch.tensor([[0.0, -0.5 / 4, -1.1 / 4], [1.5 * 2 / 4, 0.0, 0.0]]))
+
+
 def test_k3_draws_the_policy_to_the_reference_and_punishes_what_only_the_reference_says_the_most() -> None:
     # d(k3) / d(log pi) = 1 - ref / pi: for pi = 1/2, ref = 1/4 it is 1/2; for pi = 1/4, ref = 1/2 it is -1.
     policy, reference = torch.tensor([0.5, 0.25]).log().requires_grad_(), torch.tensor([0.25, 0.5]).log()
@@ -116,6 +126,7 @@ def test_means_count_the_tokens_of_the_mask_alone() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
     mask = torch.tensor([[True, False, True], [False, True, False], [False, False, False]])
     assert_close(rollout_means(values, mask), torch.tensor([2.0, 5.0, 0.0]))
+    assert_close(rollout_means(values, mask, length=8), torch.tensor([0.5, 0.625, 0.0]))
 
 
 def test_the_type_penalty_is_how_much_higher_the_other_kind_would_have_scored() -> None:

@@ -78,12 +78,20 @@ class GrpoConfig(Section):
     clip_low: float = Field(0.2, gt=0, description="lower clip of the ratio; works from `updates` 2 on [paper]")
     clip_high: float = Field(0.2, gt=0, description="upper clip of the ratio; works from `updates` 2 on [paper]")
     max_new_tokens: int = Field(120, ge=1, description="longest answer in tokens, latents not counted")
+    loss_type: Literal["grpo", "dr_grpo"] = Field(
+        "dr_grpo", description="divides an answer's loss: its tokens (grpo) [paper], or max_new_tokens (dr_grpo)"
+    )
     weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay [ours]")
     max_grad_norm: float = rare(1.0, gt=0, description="gradient norm clip [ours]")
     normalise_by_std: bool = rare(True, description="divide advantages by the group's standard deviation [paper]")
     temperature: float = rare(1.0, gt=0, description="sampling temperature of rollouts [ours]")
     checkpoint_every: int = rare(50, ge=1, description="steps between checkpoints, supervised too")
     sample_every: int = rare(10, ge=1, description="steps between logged groups of answers")
+
+    @property
+    def loss_length(self) -> int | None:
+        """What the loss of every answer is divided by; None: its own number of tokens."""
+        return self.max_new_tokens if self.loss_type == "dr_grpo" else None
 
 
 class GrpoStageConfig(Section):

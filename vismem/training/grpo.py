@@ -38,24 +38,30 @@ def negative_penalty(rewards: Tensor) -> Tensor:
 class PolicyTerm:
     """The clipped objective of some rollouts, and its statistics."""
 
-    loss: Tensor  # sum over rollouts of the token mean, negated: divide by the number of rollouts of the whole batch
+    loss: Tensor  # sum over rollouts, negated: divide by the number of rollouts of the whole batch
     clipped: Tensor  # sampled tokens whose ratio was clipped
     tokens: Tensor  # sampled tokens
 
 
 def policy_term(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    length: int | None = None,
 ) -> PolicyTerm:
     """min(rho * A, clip(rho, 1 - low, 1 + high) * A), mean over each rollout's tokens, summed over rollouts (Eq. 8).
 
-    `logprobs`, `old`, `mask` (R, T); `advantages` (R,). Summed rather than averaged over rollouts, so that
-    micro-batches add up to the whole batch whatever their sizes.
+    `logprobs`, `old`, `mask` (R, T); `advantages` (R,); `length` as in `rollout_means`. Summed rather than averaged
+    over rollouts, so that micro-batches add up to the whole batch whatever their sizes.
     """
     ratio = torch.where(mask, logprobs - old, torch.zeros_like(old)).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantages[:, None], bounded * advantages[:, None])
     return PolicyTerm(
-        loss=-rollout_means(gain, mask).sum(),
+        loss=-rollout_means(gain, mask, length).sum(),
         clipped=(ratio != bounded).sum(),  # never of a masked token, whose ratio is 1
         tokens=mask.sum(),
     )
@@ -67,6 +73,10 @@ def kl_term(logprobs: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def rollout_means(values: Tensor, mask: Tensor) -> Tensor:
-    """(R,) mean of each row of `values` (R, T) where `mask` is set; 0 for a row with nothing set."""
-    return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
+def rollout_means(values: Tensor, mask: Tensor, length: int | None = None) -> Tensor:
+    """(R,) mean of each row of `values` (R, T) where `mask` is set; 0 for a row with nothing set.
+
+    With `length` the sum is divided by that, the same for all rows, and not by their own number of tokens: a token of
+    a long answer then weighs as much as one of a short answer (Dr. GRPO, arXiv 2503.20783).
+    """
+    return (values * mask).sum(dim=1) / (length or mask.sum(dim=1).clamp_min(1))

@@ -158,14 +158,15 @@ class GrpoObjective:
         sample = torch.arange(rows.start, rows.stop, device=device) // self.stage.group_size - first
         scores = self.scores(batch.policy, context, rollouts, sample)
         old = padded([r.logprobs for r in rollouts], scores.logprobs)
-        term = policy_term(scores.logprobs, old, advantages, scores.mask, self.grpo.clip_low, self.grpo.clip_high)
+        clip, length = (self.grpo.clip_low, self.grpo.clip_high), self.grpo.loss_length
+        term = policy_term(scores.logprobs, old, advantages, scores.mask, *clip, length)
         loss, logged = term.loss, {}
         if self.stage.kl_coefficient > 0:
             with torch.no_grad():
                 found = self.reference(batch.policy, context, rollouts, sample)
             reference = torch.zeros_like(scores.logprobs).masked_scatter(scores.mask, found.logprobs[found.mask])
             kl = kl_term(scores.logprobs, reference)
-            loss = loss + self.stage.kl_coefficient * rollout_means(kl, scores.mask).sum()
+            loss = loss + self.stage.kl_coefficient * rollout_means(kl, scores.mask, length).sum()
             logged["kl"] = float((kl.detach() * scores.mask).sum())
         if loss.requires_grad:  # not where no row of the micro-batch invoked
             self.accelerator.backward(loss / len(batch.rollouts) / self.accelerator.num_processes)

@@ -8,6 +8,7 @@ GRPO moves them from there. Rows that an earlier stage II has left are kept as t
 import math
 import shutil
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -47,14 +48,19 @@ class Invocation(GrpoObjective):
         return Learned()
 
     def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
-        """S - alpha * (p_type + p_neg); tau_rev is decoded from the same seed with every kind swapped (Eq. 13-15)."""
-        group, swapped = self.stage.group_size, rewards
-        keys = [row_key(rollout.sample_id, index % group) for index, rollout in enumerate(rollouts)]
-        recorded = {key: decisions_of(self.model, rollout) for key, rollout in zip(keys, rollouts, strict=True)}
-        if any(recorded.values()) and self.stage.penalty > 0:
-            reversed_rollouts = self.sample(batch, Replay(recorded=recorded, swap=True), step)
-            invoked = torch.tensor([bool(r.invocations) for r in rollouts]).view_as(rewards)
-            swapped = torch.where(invoked, rewards_of(batch, reversed_rollouts), rewards)
+        """S - alpha * (p_type + p_neg); tau_rev is decoded from the same seed with every kind swapped (Eq. 13-15).
+
+        Not for prompts that got right answers alone: no reverse scores higher.
+        """
+        group, swapped = self.stage.group_size, rewards.clone()
+        invoked = torch.tensor([bool(rollout.invocations) for rollout in rollouts]).view_as(rewards)
+        asked = (invoked & (rewards < 1)).any(dim=1)
+        if asked.any() and self.stage.penalty > 0:
+            keys = [row_key(rollout.sample_id, index % group) for index, rollout in enumerate(rollouts)]
+            recorded = {key: decisions_of(self.model, rollout) for key, rollout in zip(keys, rollouts, strict=True)}
+            again = list(compress(batch, asked.tolist()))
+            scores = rewards_of(again, self.sample(again, Replay(recorded=recorded, swap=True), step))
+            swapped[asked] = torch.where(invoked[asked], scores, rewards[asked])
         return rewards - self.stage.penalty * (type_penalty(rewards, swapped) + negative_penalty(rewards))
 
 

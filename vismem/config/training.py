@@ -79,7 +79,7 @@ class GrpoConfig(Section):
     clip_high: float = Field(0.2, gt=0, description="upper clip of the ratio; works from `updates` 2 on [paper]")
     max_new_tokens: int = Field(120, ge=1, description="longest answer in tokens, latents not counted")
     loss_type: Literal["grpo", "dr_grpo"] = Field(
-        "dr_grpo", description="divides an answer's loss: its tokens (grpo) [paper], or max_new_tokens (dr_grpo)"
+        "dr_grpo", description="divides an answer's loss: its tokens (grpo) or `max_new_tokens` (dr_grpo) [paper: grpo]"
     )
     weight_decay: float = rare(0.0, ge=0, description="AdamW weight decay [ours]")
     max_grad_norm: float = rare(1.0, gt=0, description="gradient norm clip [ours]")
@@ -146,10 +146,16 @@ class Stage2Config(GrpoStageConfig):
         0.05, ge=0, description="KL per token that ends a batch's updates, from `grpo.updates` 2 on; 0: never [paper]"
     )
     start_probability: float = Field(
-        0.2, gt=0, lt=1, description="initial chance of memory at answer start, fitted [paper: a delimiter's row]"
+        0.2,
+        gt=0,
+        lt=1,
+        description="chance of memory at answer start, fitted in the first stage II [paper: a delimiter's row]",
     )
     delimiter_probability: float = Field(
-        0.2, gt=0, lt=1, description="initial chance of memory at a delimiter, fitted [paper: a delimiter's row]"
+        0.2,
+        gt=0,
+        lt=1,
+        description="chance of memory at a delimiter, fitted in the first stage II [paper: a delimiter's row]",
     )
     penalty: float = Field(
         0.3, ge=0, description="alpha of p_type + p_neg; `grpo.normalise_by_std` undoes p_neg of 0/1 scores [paper]"

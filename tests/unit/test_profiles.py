@@ -116,7 +116,9 @@ def test_the_profiles_of_large_models_name_every_difference_from_the_paper(name:
 
 
 def test_a_value_that_is_not_the_paper_s_is_noticed() -> None:
-    assert list(differences(Config(grpo=GrpoConfig(batch_size=9, updates=2)).grpo)) == ["batch_size", "updates"]
+    assert list(differences(Config(grpo=GrpoConfig(batch_size=9, updates=2)).grpo)) == [
+        "batch_size", "updates", "loss_type"
+    ]  # fmt: skip
     assert list(differences(Config().stage1, "stage1.")) == [
         "stage1.learning_rate", "stage1.warm_start.steps"
     ]  # fmt: skip

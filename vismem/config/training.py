@@ -141,7 +141,7 @@ class Stage2Config(GrpoStageConfig):
     group_size: int = Field(8, ge=2, description="G, rollouts per prompt [paper: 16]")
     learning_rate: Rate = Field(2e-2, description="peak rate of the new tokens' rows [paper: 1e-5]")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
-    kl_coefficient: float = Field(0.030, ge=0, description="beta, to the policy of the stage's start [paper]")
+    kl_coefficient: float = Field(0.003, ge=0, description="beta, to the policy of the stage's start [paper: 0.03]")
     target_kl: float = Field(
         0.05, ge=0, description="KL per token that ends a batch's updates, from `grpo.updates` 2 on; 0: never [paper]"
     )

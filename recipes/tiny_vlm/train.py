@@ -30,6 +30,7 @@ SHARES: dict[str, dict[str, float]] = {
     "language": {},
     "detail": {"detail": 0.5},
     "compute": {"compute": 0.5, "detail": 0.25},
+    "more": {"compute": 0.5, "detail": 0.25},
 }
 
 
@@ -44,6 +45,7 @@ class Settings:
     language_steps: int = 8000
     detail_steps: int = 3000  # more of the same, detail being asked more and with what answers it
     compute_steps: int = 6000  # more, compute being asked more: it takes longest to learn
+    more_steps: int = 6000  # the same once more from the start of its schedule, with other draws
     batch_size: int = 64  # questions per language step
     learning_rate: float = 4e-3  # peak of AdamW
     matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices
@@ -91,7 +93,7 @@ def train_longer(out: Path, seed: int, settings: Settings, origin: dict[str, Any
     A killed run resumes in `OUT.longer.partial`.
     """
     work = out.with_name(f"{out.name}.longer.partial")
-    again = replace(settings, vision_steps=0, language_steps=0, detail_steps=0)
+    again = replace(settings, vision_steps=0, language_steps=0, detail_steps=0, compute_steps=0)
     begin(work, {"seed": seed, "settings": asdict(again)}, origin)
     backbone = load_base(out)
     assert isinstance(backbone, Qwen25VLBackbone)

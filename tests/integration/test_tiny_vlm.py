@@ -30,6 +30,7 @@ SETTINGS = Settings(
     language_steps=4,
     detail_steps=4,
     compute_steps=4,
+    more_steps=4,
     batch_size=4,
     checkpoint_every=2,
     scored=2,

@@ -19,6 +19,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from vismem.ask import DEFAULT_MODEL, examples
+from vismem.data.sample import Sample
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.models.attention import Look
@@ -29,12 +30,20 @@ from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
 
 EXAMPLES = examples()
-TWICE = EXAMPLES[12]  # its answer has two memories
 
 
 @pytest.fixture(scope="module")
 def model() -> VisMem:
     return VisMem.from_pretrained(DEFAULT_MODEL, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def twice(model: VisMem) -> Sample:
+    """An example of one picture whose answer has two memories, both of them short."""
+    of_one = [sample for sample in EXAMPLES if len(sample.images) == 1]
+    answers = model.answers([(sample.images, sample.question) for sample in of_one])
+    kinds = [[memory.kind for memory in answer.invocations] for answer in answers]
+    return of_one[kinds.index(["short", "short"])]
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +93,16 @@ def marked(page: Page, card: str) -> str:
     return str(page.locator(f"{card} .text").evaluate(text))
 
 
-def test_an_uploaded_picture_is_answered_with_marks_beside_the_vanilla_answer(page: Page, model: VisMem) -> None:
-    upload(page, "mine.png", TWICE.images[0])
+def test_an_uploaded_picture_is_answered_with_marks_beside_the_vanilla_answer(
+    page: Page, model: VisMem, twice: Sample
+) -> None:
+    upload(page, "mine.png", twice.images[0])
     expect(page.locator("#about")).to_have_text("mine.png")
-    ask(page, TWICE.question)
-    expected = model.answer(TWICE.images, TWICE.question)
+    ask(page, twice.question)
+    expected = model.answer(twice.images, twice.question)
     assert {memory.kind for memory in expected.invocations} == {"short"}
     assert marked(page, "#with") == expected.marked
-    assert marked(page, "#without") == model.answer(TWICE.images, TWICE.question, memory=False)
+    assert marked(page, "#without") == model.answer(twice.images, twice.question, memory=False)
     took = page.inner_text("#with .took")
     assert re.match(
         rf"{expected.tokens} tokens in \d+\.\d\d s; the first after \d+\.\d\d s\. The prompt has \d+ ", took
@@ -100,12 +111,12 @@ def test_an_uploaded_picture_is_answered_with_marks_beside_the_vanilla_answer(pa
     assert page.inner_text("#right") == ""  # it is no example
 
 
-def test_a_mark_shows_where_its_memory_looked(page: Page, runtime: Runtime) -> None:
-    page.locator(".examples button").nth(EXAMPLES.index(TWICE)).click()
+def test_a_mark_shows_where_its_memory_looked(page: Page, runtime: Runtime, twice: Sample) -> None:
+    page.locator(".examples button").nth(EXAMPLES.index(twice)).click()
     ask(page)
-    assert page.inner_text("#right") == f"Right is: {TWICE.answer}"
+    assert page.inner_text("#right") == f"Right is: {twice.answer}"
     looks: list[Look] = []
-    list(runtime.generate([Image.open(io.BytesIO(TWICE.images[0]))], TWICE.question, looks=looks))
+    list(runtime.generate([Image.open(io.BytesIO(twice.images[0]))], twice.question, looks=looks))
     marks = page.locator("#with .text .chip")
     assert marks.count() == len(looks) == 2
     expect(page.locator("#heat")).to_be_hidden()
@@ -129,7 +140,7 @@ def test_a_mark_shows_where_its_memory_looked(page: Page, runtime: Runtime) -> N
     expect(page.locator("#heat")).to_be_hidden()
 
 
-def test_what_is_refused_is_said_on_the_page_and_the_next_question_is_answered(page: Page) -> None:
+def test_what_is_refused_is_said_on_the_page_and_the_next_question_is_answered(page: Page, twice: Sample) -> None:
     upload(page, "text.png", b"no picture")
     page.fill("#question", "what?")
     page.click("#ask")
@@ -137,16 +148,16 @@ def test_what_is_refused_is_said_on_the_page_and_the_next_question_is_answered(p
         expect(page.locator(f"{card} .fault")).to_contain_text("does not decode: it is no PNG, JPEG, WEBP file")
     upload(page, "large.png", bytes(MAX_IMAGE_BYTES + 1))
     expect(page.locator("#about")).to_contain_text("large.png is too large: the limit is 20 MB")
-    upload(page, "good.png", TWICE.images[0])
+    upload(page, "good.png", twice.images[0])
     page.fill("#question", "a <m_I^s>?")
     page.click("#ask")
     expect(page.locator("#with .fault")).to_contain_text("one of the model's own tokens")
-    ask(page, TWICE.question)
+    ask(page, twice.question)
     assert page.locator(".fault").count() == 0
 
 
-def test_what_comes_from_outside_is_shown_as_text(page: Page) -> None:
-    upload(page, "<img src=x onerror=alert(1)>.png", TWICE.images[0])
+def test_what_comes_from_outside_is_shown_as_text(page: Page, twice: Sample) -> None:
+    upload(page, "<img src=x onerror=alert(1)>.png", twice.images[0])
     expect(page.locator("#about")).to_have_text("<img src=x onerror=alert(1)>.png")
 
 

@@ -33,14 +33,15 @@ pytestmark = pytest.mark.usefixtures("scores_differ")
 def test_log_probabilities_are_of_the_stream_with_its_memories_so_the_first_ratio_is_one(
     stage: str, tiny_base: Path
 ) -> None:
-    objective, _ = objective_of(stage, tiny_base, clip_low=1e-3, clip_high=1e-3, kl_coefficient=0.0)
+    settings = {"clip_low": 1e-3, "clip_high": 1e-3, "kl_coefficient": 0.0, "loss_type": "grpo"}
+    objective, _ = objective_of(stage, tiny_base, **settings)
     batch = objective.collect(0)
     kinds = {invocation.kind for rollout in batch.rollouts for invocation in rollout.invocations}
     assert kinds == set(MemoryKind)
     metrics = objective.backward(batch)
     assert metrics["clip_fraction"] == 0
     assert metrics["update_kl"] == pytest.approx(0, abs=1e-7)
-    assert metrics["loss"] == pytest.approx(0, abs=1e-4), "advantages of a group add up to zero"
+    assert metrics["loss"] == pytest.approx(0, abs=1e-4), "advantages of a group add up to zero, and so do means of them"
     bare = dataclasses.replace(batch, rollouts=tuple(without_memory(rollout) for rollout in batch.rollouts))
     assert objective.backward(bare)["clip_fraction"] > 0.2, "without the memories the ratio would be another"
 

@@ -43,7 +43,7 @@ def test_log_probabilities_are_of_the_stream_with_its_memories_so_the_first_rati
     assert metrics["update_kl"] == pytest.approx(0, abs=1e-7)
     assert metrics["loss"] == pytest.approx(0, abs=1e-4), "advantages of a group add up to zero, as do their means"
     bare = dataclasses.replace(batch, rollouts=tuple(without_memory(rollout) for rollout in batch.rollouts))
-    assert objective.backward(bare)["clip_fraction"] > 0.2, "without the memories the ratio would be another"
+    assert objective.backward(bare)["clip_fraction"] > 0.25, "without the memories the ratio would be another"
 
 
 def test_the_loss_counts_what_was_sampled_and_nothing_that_was_inserted(tiny_base: Path) -> None:

@@ -56,8 +56,10 @@ class Invocation(GrpoObjective):
         invoked = torch.tensor([bool(rollout.invocations) for rollout in rollouts]).view_as(rewards)
         asked = (invoked & (rewards < 1)).any(dim=1)
         if asked.any() and self.stage.penalty > 0:
-            keys = [row_key(rollout.sample_id, index % group) for index, rollout in enumerate(rollouts)]
-            recorded = {key: decisions_of(self.model, rollout) for key, rollout in zip(keys, rollouts, strict=True)}
+            recorded = {
+                row_key(rollout.sample_id, index % group): decisions_of(self.model, rollout)
+                for index, rollout in enumerate(rollouts)
+            }
             again = list(compress(batch, asked.tolist()))
             scores = rewards_of(again, self.sample(again, Replay(recorded=recorded, swap=True), step))
             swapped[asked] = torch.where(invoked[asked], scores, rewards[asked])

@@ -75,5 +75,5 @@ def _time_left(seconds: float, done: int, left: int | None) -> str:
 
 
 def _text(figures: Mapping[str, Any]) -> str:
-    shown = {key: f"{value:#.3g}" if isinstance(value, float) else value for key, value in figures.items()}
+    shown = {key: f"{value:#.3g}".rstrip(".") if isinstance(value, float) else value for key, value in figures.items()}
     return " ".join(f"{key} {value}" for key, value in shown.items())

@@ -29,8 +29,7 @@ from vismem.training.loop import LoopSettings, Objective, train
 SHARES: dict[str, dict[str, float]] = {
     "language": {},
     "detail": {"detail": 0.5},
-    "compute": {"compute": 0.5, "detail": 0.25},
-    "more": {"compute": 0.5, "detail": 0.25},
+    **dict.fromkeys(("compute", "more"), {"compute": 0.5, "detail": 0.25}),
 }
 
 

@@ -50,8 +50,8 @@ def test_without_a_terminal_a_line_says_how_far_it_is_with_the_latest_figures_an
         advance(loss=0.5)
         advance(1, loss=0.25, arm="vanilla")
         assert line() == "train: 582 of 600 loss 0.250 arm vanilla, about 3 min left\n"
-        advance(18)
-        assert line() == "train: 600 of 600\n"
+        advance(18, reward=123.4)
+        assert line() == "train: 600 of 600 reward 123\n"
 
 
 def test_work_of_unknown_size_has_a_line_too(line: Callable[[], str]) -> None:

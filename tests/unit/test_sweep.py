@@ -38,6 +38,7 @@ def test_experiments_with_scores_count_once_for_each_set_of_parameters() -> None
     assert [(each.name, each.gain) for each in found] == [("a", 1.0), ("b", 2.0), ("c", 3.0), ("d", 4.0)]
     assert found[0].interval == (0.0, 2.0)
     assert found[0].parameters == {"seed": 0, "memory.queries": 2, "memory.short_length": 4}
+    assert len(experiments(shown(state("whole", 1.0, queries=2), state("float", 1.0, queries=2.0)))) == 1
     with_head = one_at_a_time()
     with_head[1] |= state("main", 7.0, queries=3)
     assert [each.name for each in experiments(with_head)][-1] == "main"

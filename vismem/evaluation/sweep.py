@@ -68,7 +68,8 @@ def experiments(shown: Sequence[Mapping[str, Any]]) -> list[Experiment]:
     for state in (*(run["revs"][0] for each in shown for run in each["experiments"] or ()), *shown):
         data = state["data"] or {}
         gain = _content(data.get("metrics"), SCORES).get("gain")
-        (parameters,) = pd.json_normalize([_content(data.get("params"), PARAMS_FILE.name)]).to_dict("records")
+        (read,) = pd.json_normalize([_content(data.get("params"), PARAMS_FILE.name)]).to_dict("records")
+        parameters = {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in read.items()}
         if gain and parameters:
             ends, name = (gain["low"], gain["high"]), state["name"] or state["rev"][:7]
             found.setdefault(json.dumps(parameters), Experiment(name, parameters, gain["points"], ends))

@@ -81,6 +81,14 @@ class Asked:
     standing: NDArray[np.int64]  # (R, 2) the kind that is invoked where the short, where the long one is drawn
     forced: Choices  # (R,) the kind that is invoked, whatever is drawn
 
+    def settled(self, drawn: Sequence[int], words: int) -> list[int]:
+        """The columns that count, where these were drawn; behind `words` columns stand the short and the long invoke."""
+        columns = []
+        for column, standing, forced in zip(drawn, self.standing.tolist(), self.forced.tolist(), strict=True):
+            invoked = standing[column - words] if forced == NONE and column >= words else forced
+            columns.append(column if invoked == NONE else words + invoked)
+        return columns
+
 
 class Executor(Protocol):
     """What computes: it holds R rows, in the order in which they joined."""

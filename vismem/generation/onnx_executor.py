@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vismem.generation.invocation import MODES, NONE
+from vismem.generation.invocation import MODES
 from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.slots import Slots, room
 from vismem.models.kinds import MemoryKind
@@ -113,19 +113,13 @@ class OnnxExecutor:
         scores -= scores.max(1, keepdims=True)
         weights = np.exp(scores.astype(np.float64))
         totals = np.log(weights.sum(1))
-        best = np.where(asked.declines, scores[:, :count].argmax(1), scores.argmax(1))
-        tokens, logprobs = [], []
-        for row, column in enumerate(best.tolist()):
-            if asked.temperature[row] > 0:
-                end = count if asked.declines[row] else scores.shape[1]
-                column = _drawn(weights[row], end, asked.uniform[row])
-            if column >= count:
-                column = count + int(asked.standing[row, column - count])
-            if asked.forced[row] != NONE:
-                column = count + int(asked.forced[row])
-            tokens.append(column if column < count else self.tokens["invoke"][column - count])
-            logprobs.append(float(scores[row, column] - totals[row]))
-        return tokens, logprobs
+        columns = np.where(asked.declines, scores[:, :count].argmax(1), scores.argmax(1)).tolist()
+        for row in np.flatnonzero(asked.temperature > 0):
+            end = count if asked.declines[row] else scores.shape[1]
+            columns[row] = _drawn(weights[row], end, asked.uniform[row])
+        columns = asked.settled(columns, count)
+        tokens = [column if column < count else self.tokens["invoke"][column - count] for column in columns]
+        return tokens, (scores[np.arange(len(columns)), columns] - totals).tolist()
 
     def append(self, tokens: Sequence[int]) -> None:
         self._feed(self._embed(tokens)[:, None], range(len(tokens)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from vismem.data.sample import Sample
 from vismem.generation.context import Context
 from vismem.generation.decode_state import DecodeState
-from vismem.generation.invocation import BASE_MODES, NONE
+from vismem.generation.invocation import BASE_MODES
 from vismem.generation.loop import Asked, Prefilled, Request
 from vismem.generation.prompts import encode, inputs_of
 from vismem.generation.slots import room
@@ -134,22 +134,21 @@ class TorchExecutor:
 
     def _choose(self, last: Tensor, asked: Asked) -> tuple[list[int], list[float]]:
         """The same for rows whose next token follows the hidden states `last` (R, d)."""
-        logits, vocabulary = self.model.logits(last), self.model.vocabulary
-        device = logits.device
-        barred, forced = torch.from_numpy(asked.barred).to(device), torch.from_numpy(asked.forced).to(device)
-        logits[:, vocabulary:].masked_fill_(barred, -torch.inf)
-        temperature = torch.from_numpy(asked.temperature).to(device, logits.dtype)
-        logprobs = (logits / temperature.where(temperature > 0, 1.0)[:, None]).log_softmax(-1)
-        sampled = asked.temperature > 0
-        columns = self._drawn(logprobs, asked) if sampled.any() else self._greedy(logprobs, asked)
-        if sampled.any() and not sampled.all():
-            columns = columns.where(temperature > 0, self._greedy(logprobs, asked))
-        standing = torch.from_numpy(asked.standing).to(device)
-        picked = standing.gather(1, (columns - vocabulary).clamp_min(0)[:, None])[:, 0]
-        columns = columns.where(columns < vocabulary, vocabulary + picked)
-        columns = agreed(columns.where(forced == NONE, vocabulary + forced), self.backbone.processes)
-        chosen = logprobs.gather(1, columns[:, None])[:, 0]
-        return self.model.token_of(columns).tolist(), chosen.tolist()
+        logits, vocabulary, invokes = self.model.logits(last), self.model.vocabulary, tuple(self.kinds)
+        logits[:, vocabulary:].masked_fill_(torch.from_numpy(asked.barred).to(logits.device), -torch.inf)
+        if not (sampled := asked.temperature > 0).any():
+            logprobs = logits.log_softmax(-1)
+            columns = self._greedy(logprobs, asked)
+        else:
+            temperature = torch.from_numpy(asked.temperature).to(logits)
+            logprobs = (logits / temperature.where(temperature > 0, 1.0)[:, None]).log_softmax(-1)
+            columns = self._drawn(logprobs, asked)
+            if not sampled.all():
+                columns = columns.where(temperature > 0, self._greedy(logprobs, asked))
+        settled = asked.settled(agreed(columns, self.backbone.processes).tolist(), vocabulary)
+        chosen = logprobs.gather(1, torch.tensor(settled, device=logits.device)[:, None])[:, 0]
+        tokens = [column if column < vocabulary else invokes[column - vocabulary] for column in settled]
+        return tokens, chosen.tolist()
 
     def _greedy(self, logprobs: Tensor, asked: Asked) -> Tensor:
         """(R,) the best column; the best word in a row that declines invoke tokens."""

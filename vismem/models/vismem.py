@@ -89,7 +89,7 @@ class VisMemModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., V + 2): the base's vocabulary, with the memory tokens barred, then the two invokes.
 
-        The invoke tokens' scores stand in the two last columns whatever their ids (see `token_of`).
+        The invoke tokens' scores stand in the two last columns whatever their ids (see `column_of`).
         """
         return torch.cat(self.logit_parts(hidden), dim=-1)
 
@@ -112,13 +112,6 @@ class VisMemModel(nn.Module):
         for i, kind in enumerate(KINDS):
             columns = torch.where(ids == self.invoke_ids[kind], self.vocabulary + i, columns)
         return columns
-
-    def token_of(self, columns: Tensor) -> Tensor:
-        """Token ids for columns of `logits`."""
-        ids = columns
-        for i, kind in enumerate(KINDS):
-            ids = torch.where(columns == self.vocabulary + i, self.invoke_ids[kind], ids)
-        return ids
 
     # --- formation ---
 

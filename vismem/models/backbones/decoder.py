@@ -50,6 +50,7 @@ class TokenDecoder:
         hidden = embeds[:, 0]
         rows = len(hidden)
         heads = (rows, -1, self.width)
+        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, -torch.inf)  # as each layer would
         for index, layer in enumerate(self.layers):
             normed = _norm(layer.before, hidden)
             query, key = _linear(layer.query, normed).view(heads), _linear(layer.key, normed).view(heads)

@@ -112,7 +112,8 @@ def test_a_shift_is_named_by_the_rule_about_it_and_by_no_other(name: str) -> Non
     reference, rows = trained(rng), requests(rng)
     found = compare(DriftConfig(), reference, SHIFTS[name](rows, rng))
     assert drifted(found) == [name]
-    assert drifted(compare(DriftConfig(max_distance=0.9), reference, SHIFTS[name](rows, rng)), 0.9) in ([], [name])
+    lenient = compare(DriftConfig(max_distance=0.9), reference, SHIFTS[name](rows, rng))
+    assert drifted(lenient, 0.9) == [], "nothing is nearly another world's"
 
 
 def test_a_difference_that_is_significant_and_small_is_no_drift() -> None:

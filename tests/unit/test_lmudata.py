@@ -217,6 +217,31 @@ def test_a_broken_file_is_refused_with_its_place(tmp_path: Path, rows: list[dict
         read_all(write(tmp_path, *rows))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('8\t"Is it\tred\n9\tIs it "red?\tno', "line 4: no tab-separated table"),  # a quote that is closed rows below
+        ('8\t"Is it red?\tno\n9\tIs it?\tno', "line 4: no tab-separated table"),  # never
+        ("8\tIs it\tred?\tno", "line 3: a row of other columns"),
+        ("8\tIs it", "line 3: a row of other columns"),
+    ],
+)
+def test_a_row_that_would_swallow_others_or_shift_its_columns_is_refused(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    source = write(tmp_path, {"index": "7", "question": "Is it?", "answer": "no"})
+    with (tmp_path / "BLINK.tsv").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(UserError, match=message):
+        read_all(source)
+
+
+def test_a_limit_counts_what_the_score_is_of(tmp_path: Path) -> None:
+    rows = [{**ROW, "index": str(n), "split": split} for n, split in enumerate(("dev", "validation", "dev", "dev"))]
+    source = write(tmp_path, *rows, {**ROW, "index": "4", "split": "validation"}, name="MMMU_DEV_VAL")
+    assert [sample.id[-1] for sample in read_all(source.model_copy(update={"limit": 1}))] == ["0", "1"]
+
+
 def test_a_missing_benchmark_names_those_that_are_there(tmp_path: Path) -> None:
     source = write(tmp_path, ROW)
     with pytest.raises(UserError, match="has BLINK"):

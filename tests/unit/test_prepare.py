@@ -20,7 +20,7 @@ from vismem.errors import UserError
 
 def encoded(color: tuple[int, int, int], kind: str = "PNG", size: tuple[int, int] = (32, 32)) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, kind)
+    Image.new("RGB", size, color).save(file, kind, lossless=True)
     return file.getvalue()
 
 
@@ -119,7 +119,7 @@ def test_a_picture_in_two_splits_stays_in_the_one_that_comes_first_in_precedence
 
 
 def test_the_same_picture_in_another_file_format_is_still_the_same_picture(tmp_path: Path) -> None:
-    train = jsonl(tmp_path / "in", "train", {"a.bmp": encoded((1, 2, 3), "BMP")})
+    train = jsonl(tmp_path / "in", "train", {"a.webp": encoded((1, 2, 3), "WEBP")})
     test = jsonl(tmp_path / "in", "test", {"a.png": encoded((1, 2, 3))})
     prepare(config(train, test), {}, tmp_path)
     assert len(read_samples(tmp_path / "test")) == 1
@@ -177,8 +177,13 @@ def test_a_data_sets_hash_depends_on_every_field_and_on_the_split() -> None:
 def test_an_images_facts_are_those_of_its_pixels() -> None:
     facts = examine_image(encoded((1, 2, 3), size=(40, 30)))
     assert (facts.width, facts.height, facts.fault) == (40, 30, None)
-    assert facts.sha256 == examine_image(encoded((1, 2, 3), "BMP", size=(40, 30))).sha256
+    assert facts.sha256 == examine_image(encoded((1, 2, 3), "WEBP", size=(40, 30))).sha256
     assert facts.sha256 != examine_image(encoded((1, 2, 3), size=(30, 40))).sha256
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "GIF"])
+def test_an_image_that_no_server_would_read_has_a_fault(kind: str) -> None:
+    assert f"a {kind} file: save it as one of PNG, JPEG, WEBP" in str(examine_image(encoded((1, 2, 3), kind)).fault)
 
 
 def test_a_truncated_image_has_a_fault_and_the_headers_size() -> None:

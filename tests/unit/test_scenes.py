@@ -190,3 +190,7 @@ def test_bad_parameters_are_named() -> None:
         next(iter(generate(ScenesSource(train=1, tasks=("juggle",)), "train", 0)))
     with pytest.raises(UserError, match="multiple of 28"):
         next(iter(generate(ScenesSource(train=1, image_size=90), "train", 0)))
+    with pytest.raises(UserError, match="max_objects 1, which is 2 to 9"):
+        next(iter(generate(ScenesSource(train=1, min_objects=1, max_objects=1), "train", 0)))
+    with pytest.raises(UserError, match="task 'tour' finds nothing to ask in scenes of 2 to 2 objects"):
+        next(iter(generate(ScenesSource(train=1, tasks=("tour",), min_objects=2, max_objects=2), "train", 0)))

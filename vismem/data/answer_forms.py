@@ -135,6 +135,18 @@ def reference_value(form: AnswerForm, answer: str) -> str | None:
     return normalise(answer) if form.polar else answer
 
 
+def canonical(form: AnswerForm, answer: str) -> str | None:
+    """One text for all answers of a form that are scored as the same; None for one that is none of the options."""
+    value = reference_value(form, answer)
+    if value is None:
+        return None
+    if form.kind is AnswerKind.LETTERS and form.options:  # whatever their order
+        return ", ".join(sorted(normalise(form.options[letter]) for letter in value.split(", ")))
+    if form.kind is AnswerKind.NUMBER and (number := parse_number(answer)):
+        return f"{number.value if number.value.denominator == 1 else float(number.value)}{number.unit}"
+    return (without_article if form.kind is AnswerKind.TEXT else normalise)(value)
+
+
 def normalise(text: str) -> str:
     """Lower case, single spaces, none before punctuation, no final punctuation."""
     joined = re.sub(r"\s+([,.;:!?])", r"\1", " ".join(text.split()))

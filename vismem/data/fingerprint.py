@@ -15,7 +15,7 @@ from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.runtime.images import look_of, pixels_sha256, upright
-from vismem.runtime.limits import frames_of
+from vismem.runtime.limits import FORMATS, frames_of
 
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
@@ -44,8 +44,12 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
             width, height = image.size
             if max_side is not None and max(width, height) > max_side:
                 return ImageFacts(hashlib.sha256(data).digest(), width, height)
+            fault = None
             if (frames := frames_of(image)) > 1:
                 fault = f"an animation of {frames} frames, of which a model sees one"
+            elif image.format not in (*FORMATS, "MPO"):
+                fault = f"a {image.format} file: save it as one of {', '.join(FORMATS)}, which a server reads too"
+            if fault:
                 return ImageFacts(hashlib.sha256(data).digest(), width, height, fault)
             seen = upright(image)
     except Exception as error:  # noqa: BLE001 - a hostile file can raise anything in a decoder: the row is at fault

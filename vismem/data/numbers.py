@@ -141,18 +141,21 @@ def same_number(reply: Number, reference: Number) -> bool:
 
     Whole numbers and powers of ten must be equal. A reference with decimals is met by what rounds to it, and a
     fraction by its decimals, two at least. A unit may be left out, but must not be another. Where one is a percentage
-    and the other has no unit, it may be meant as such or as its hundredth.
+    and the other has no unit, it may be meant as such or as its hundredth, to as many digits.
     """
     left, right = reply.unit, reference.unit
     degrees = "°" in (left, right) and left[:1] == right[:1]
     if not (left == right or "" in (left, right) or degrees):
         return False
-    hundredth = "%" in (left, right) and left != right
-    replies = [reply.value, reply.value / 100] if hundredth and left == "%" else [reply.value]
-    references = [reference.value, reference.value / 100] if hundredth and right == "%" else [reference.value]
-    places = reply.places if reference.places is None and (reply.places or 0) >= 2 else reference.places
+    replies, references = ((1, Fraction(1, 100)) if unit == "%" and left != right else (1,) for unit in (left, right))
+    by_reply = reference.places is None and (reply.places or 0) >= 2
+    places = reply.places if by_reply else reference.places
     tolerance = Fraction(1, 2 * 10**places) if places else Fraction(0)
-    return any(abs(said - wanted) <= tolerance for said in replies for wanted in references)
+    return any(
+        abs(reply.value * said - reference.value * meant) <= tolerance * (said if by_reply else meant)
+        for said in replies
+        for meant in references
+    )
 
 
 def _only_number(plain: str) -> Number | None:

@@ -77,8 +77,12 @@ class Sample:
 
 
 def lettered(choices: Sequence[str]) -> dict[str, str]:
-    """The choices that are offered, by letter: A is the first, and one that is empty takes its letter with it."""
-    return {letter: choice for letter, choice in zip(ascii_uppercase, choices, strict=False) if choice}
+    """The choices that are offered, by letter: A is the first, and one that is empty takes its letter with it.
+
+    Behind Z stand the numbers from 27 on, by which an answer cannot name them.
+    """
+    labels = chain(ascii_uppercase, map(str, count(len(ascii_uppercase) + 1)))
+    return {label: choice for label, choice in zip(labels, choices, strict=False) if choice}
 
 
 def option_lines(options: Mapping[str, str]) -> list[str]:
@@ -204,7 +208,7 @@ def _told(shard: Path) -> Iterator[None]:
     """A block in which what pyarrow raises for a damaged shard is a UserError."""
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{shard} is damaged ({first_line(error)}): run the step that wrote it again") from None
 
 

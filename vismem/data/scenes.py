@@ -21,14 +21,15 @@ from vismem.errors import UserError
 BACKGROUND = (245, 245, 240)
 DEPTH = 25  # levels by which a texture brightens and darkens its colour
 RADIUS = 0.38  # of a shape, as a share of its cell
+TRIES = 10_000  # scenes that are drawn for one question at most
 
 
 def world_of(source: ScenesSource, split: str) -> World:
     """What the scenes of one split may hold. UserError for parameters that no scene can satisfy."""
-    if source.image_size % 28 or source.min_objects > source.max_objects or source.max_objects > len(CELLS):
+    if source.image_size % 28 or not source.min_objects <= source.max_objects <= len(CELLS) or source.max_objects < 2:
         raise UserError(
             f"prepare.sources scenes: image_size {source.image_size} must be a multiple of 28, and "
-            f"1 <= min_objects {source.min_objects} <= max_objects {source.max_objects} <= {len(CELLS)}"
+            f"1 <= min_objects {source.min_objects} <= max_objects {source.max_objects}, which is 2 to {len(CELLS)}"
         )
     return World(split, source.min_objects, source.max_objects)
 
@@ -36,7 +37,8 @@ def world_of(source: ScenesSource, split: str) -> World:
 def generate(source: ScenesSource, split: str, seed: int, count: int | None = None, first: int = 0) -> Iterator[Sample]:
     """Yield `count` questions of the split (None: as many as `source` says) from `first` on, its tasks in equal shares.
 
-    A sample depends on `seed`, `split` and its index only. UserError for an unknown task.
+    A sample depends on `seed`, `split` and its index only. UserError for an unknown task, and for one that finds nothing
+    to ask in scenes of so few objects.
     """
     unknown = [name for name in source.tasks + source.train_tasks if name not in BUILDERS]
     if unknown:
@@ -46,9 +48,11 @@ def generate(source: ScenesSource, split: str, seed: int, count: int | None = No
     for index in range(first, first + (int(getattr(source, split)) if count is None else count)):
         world.rng.seed(f"{seed}/{split}/{index}")
         task = names[index % len(names)]
-        puzzle = None
-        while puzzle is None or not all(world.owns(layout) for layout in puzzle.layouts):
-            puzzle = BUILDERS[task](world)
+        tries = (BUILDERS[task](world) for _ in range(TRIES))
+        puzzle = next((made for made in tries if made and all(world.owns(layout) for layout in made.layouts)), None)
+        if puzzle is None:
+            held = f"{source.min_objects} to {source.max_objects} objects"
+            raise UserError(f"prepare.sources scenes: task '{task}' finds nothing to ask in scenes of {held}")
         yield Sample(
             id=f"scenes-{split}-{index:06d}",
             images=tuple(draw(layout, source.image_size, world.rng) for layout in puzzle.layouts),

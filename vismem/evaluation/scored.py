@@ -29,6 +29,7 @@ from vismem.evaluation.predictions import read_predictions
 LMMS_FILE = re.compile(r"(?:.*_)?samples_(?P<task>.+)\.jsonl")
 KIT_SCORES = ("hit", "score", "eval_score", "match")  # columns in which VLMEvalKit's files of results hold a score
 CIRCULAR = ("circular", "mmbench", "ccbench", "mmcr")  # in the names of benchmarks of which a question is many rows
+GIVEN = ("doc_id", "target")  # numbers of lmms-eval's that are no score
 TRUTHS = {"True": 1, "False": 0}
 RESULT = re.compile(r"_(?:auxmatch|gpt[^_]*|(?:[^_]+|exact_matching)_result)$")  # _gpt...: of a judge that gives points
 FAILED = ("[LMMS_EVAL_REQUEST_FAILED", "Failed to obtain answer")  # how the harnesses' answers of failed calls begin
@@ -91,7 +92,7 @@ def _lmms(path: Path, metric: str | None, cluster: str | None) -> Iterator[Score
         raise UserError(f"{path}: lmms-eval calls its files DATE_samples_TASK.jsonl; keep the name, it says the task")
     for where, row in json_lines(path, ("doc_id", "filtered_resps")):
         held = {key: cell.get("score") if isinstance(cell, dict) else cell for key, cell in row.items()}
-        scores = {key: float(cell) for key, cell in held.items() if isinstance(cell, int | float) and key != "doc_id"}
+        scores = {key: float(cell) for key, cell in held.items() if isinstance(cell, int | float) and key not in GIVEN}
         if metric or len(scores) != 1:
             scores = {key: cell for key, cell in scores.items() if key == metric}
         if not scores:

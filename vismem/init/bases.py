@@ -57,12 +57,12 @@ class Base:
         """Why the base's answer to this question would mean nothing, one line each; none where nothing is known."""
         if self.processor is None:
             return []
-        images = [Image.open(io.BytesIO(data)) for data in sample.images]
         try:
+            images = [Image.open(io.BytesIO(data)) for data in sample.images]
             seen = [size_after_resizing(image.size, self.processor) for image in images]
             return list(self.scope.doubts(images, seen, said(sample.turns()))) if self.scope else []
-        except RequestError as error:
-            return [str(error)]
+        except (RequestError, OSError) as error:  # an image that does not decode, where the rules let it pass
+            return [str(error).split("<")[0].strip()]
 
     def resized(self, rows: Sequence[Row]) -> Iterator[str]:
         """How the base sees pictures that are too large or too small for it, one sentence each."""

@@ -46,6 +46,7 @@ class Row:
     answer: str
     target: str  # what the model learns to write: rationale, mark, answer
     doubts: tuple[str, ...] = ()  # why the base cannot read it
+    choices: tuple[str, ...] = ()  # in the order of the alphabet
 
 
 @dataclass
@@ -91,7 +92,7 @@ def read_rows(
                 except UserError as fault:
                     rows.bad.append(str(fault))
                     continue
-                key = (row.pictures, " ".join(row.question.split()))
+                key = (row.pictures, " ".join(row.question.split()), row.choices)
                 if had_id and (first := ids.get(row.values["id"])):
                     rows.duplicates.append(f"{where}: the id '{row.values['id']}' is that of {first}")
                 elif before := asked.get(key):
@@ -141,6 +142,7 @@ def _row(
         answer=sample.answer,
         target=target_text(sample),
         doubts=tuple(doubts(sample)),
+        choices=tuple(sorted(sample.choices)),
     )
     return replace(row, values={**row.values, "id": sample.id}), had_id
 

@@ -14,6 +14,7 @@ from vismem.data.fingerprint import SPLITS
 from vismem.runtime.images import LOOK
 
 CHUNK = 4096  # images that are looked up at once
+ALIKE = 8  # of the images that look like another, those that look most like it
 _CELLS = np.arange(LOOK * LOOK * 3).reshape(LOOK, LOOK, 3)
 # The places of a small copy's values in what it is turned and mirrored; as it stands last.
 TURNED = [np.rot90(side, quarters).ravel() for side in (_CELLS[:, ::-1], _CELLS) for quarters in (1, 2, 3, 0)]
@@ -66,9 +67,11 @@ def _near_leaks(table: pd.DataFrame, place: pd.Series, levels: int) -> tuple[pd.
     """Where another split, of higher precedence, shows an image that looks like one of a row's; and asks the same."""
     shown = table[["split", "image_hashes", "looks"]].explode(["image_hashes", "looks"]).dropna()
     shown = shown.set_axis(["split", "image", "look"], axis=1)
-    shown["like"] = shown["image"].map(dict(_alike(shown.drop_duplicates("image"), levels)) if levels else {})
+    pairs = list(_alike(shown.drop_duplicates("image"), levels)) if levels else []
+    alike = pd.DataFrame(pairs, columns=["image", "like"]).groupby("image")["like"].agg(list).to_dict()
+    shown["like"] = shown["image"].map(dict(pairs))
     near = shown.dropna().groupby(level=0).first()
-    owner = shown.loc[shown["image"].isin(near["like"])]
+    owner = shown.loc[shown["image"].isin({like for _, like in pairs})]
     # Of the rows that show the image, the first, and the first that asks and answers the same.
     asked_so = zip(table["question"], table["value"], strict=True)
     words = [f"{' '.join(question.casefold().split())}\n{value}" for question, value in asked_so]
@@ -76,16 +79,18 @@ def _near_leaks(table: pd.DataFrame, place: pd.Series, levels: int) -> tuple[pd.
     for row, image in owner["image"].items():
         first.setdefault(image, place[row])
         first.setdefault((image, words[row]), place[row])
-    asked = {row: first.get((image, words[row])) for row, image in near["like"].items()}
+    asked = {
+        row: next((first[like, words[row]] for like in alike[image] if (like, words[row]) in first), None)
+        for row, image in near["image"].items()
+    }
     return near["like"].map(first), pd.Series(asked, dtype=object)
 
 
 def _alike(images: pd.DataFrame, levels: int) -> Iterator[tuple[bytes, bytes]]:
-    """Pairs of an image and the one of an earlier split that looks most like it, as far as they look alike.
+    """Pairs of an image and those of an earlier split that look most like it, ALIKE at most, as far as they do.
 
-    One that does as it stands comes behind those that do turned by quarters or mirrored.
-
-    Images whose small copy is almost of one colour are left out: nothing can be seen in it.
+    The one that looks most like it comes last, and those that do as they stand behind those that do turned by quarters
+    or mirrored. Images whose small copy is almost of one colour are left out: nothing can be seen in it.
     """
     looks = images.loc[images["look"].str.len() > 0]
     cells: NDArray[np.uint8] = np.frombuffer(b"".join(looks["look"]), np.uint8).reshape(-1, LOOK * LOOK, 3)
@@ -100,7 +105,8 @@ def _alike(images: pd.DataFrame, levels: int) -> Iterator[tuple[bytes, bytes]]:
         for start in range(0, len(later), CHUNK):
             chunk = later[start : start + CHUNK]
             for turn in TURNED:
-                _, nearest = tree.query(cells[chunk][:, turn], p=np.inf, distance_upper_bound=levels + 0.5)
-                for image, other in zip(chunk, nearest, strict=True):
-                    if other < len(earlier):
+                turned = cells[chunk][:, turn]
+                _, nearest = tree.query(turned, k=range(1, ALIKE + 1), p=np.inf, distance_upper_bound=levels + 0.5)
+                for image, others in zip(chunk, nearest, strict=True):
+                    for other in others[others < len(earlier)][::-1]:
                         yield hashes[image], hashes[earlier[other]]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vismem.config import ValidateConfig
-from vismem.data.answer_forms import answer_form, normalise, reference_value
+from vismem.data.answer_forms import answer_form, canonical
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA, iterate_rows
 from vismem.runtime.chat import one_turn, said
@@ -135,8 +135,9 @@ def row_facts(
     videos, choices: how many (videos are not looked at). null_fault (names of null columns), token_fault (the base's
     own), image_fault, mark_fault, encoding_fault, markup_fault, choice_fault, answer_fault: in words. min_side,
     max_side (pixels), aspect (the largest ratio of sides), contrast (the smallest range of values of an image, 0 to
-    255), brightness (their mean value), image_hashes, looks (of those that decode). value (the answer as scoring reads
-    it), answer_listed (it names a choice), asked (what identifies images, question and choices), sha256.
+    255), brightness (their mean value), image_hashes, looks (of those that decode). value (one text for all answers
+    that score as this one does), answer_listed (it names a choice), asked (what identifies images, question and
+    choices), sha256.
     """
     images = [examine(data or b"") for data in row["images"] or ()]
     sizes = [(facts.width, facts.height) for facts in images if facts.width]
@@ -146,7 +147,7 @@ def row_facts(
     nulls = [f"'{name}'" for name in TEXT_COLUMNS if row[name] is None]
     answer, question = row["answer"] or "", row["question"] or ""
     choices = tuple(choice or "" for choice in row["choices"] or ())
-    value = reference_value(answer_form(question, answer, choices), answer)  # as scoring reads it
+    value = canonical(answer_form(question, answer, choices), answer)
     hashes = tuple(seen_sha256(images, ()))
     texts = [("question", said(one_turn(question, len(images)))), ("answer", answer), ("rationale", row["rationale"])]
     texts += [("choices", choice) for choice in choices]
@@ -172,7 +173,7 @@ def row_facts(
         "choices": sum(map(bool, choices)),
         "answer": answer,
         "answer_chars": len(answer.strip()),
-        "value": None if value is None else normalise(value),
+        "value": value,
         "answer_listed": value is not None if any(choices) else None,
         "mark_fault": mark_fault(question, len(images)),
         "encoding_fault": encoding_fault(texts),

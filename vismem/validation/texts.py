@@ -11,6 +11,7 @@ Named = Iterable[tuple[str, str | None]]  # the name of a field, and its text
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")  # and turned text
 _OTHER_THAN_ASCII = re.compile(r"[^\x00-\x7f]+")
+_LEADS = "\u00c2\u00c3\u00c4\u00c5\u00ce\u00cf\u00d0\u00d1"  # of Latin, Greek, Cyrillic in UTF-8, so read
 _MARKUP = re.compile(
     r"<\|[\w ]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>"
     r"|</?(?:bos|eos|pad|unk|img|video|audio|think|start_of_turn|end_of_turn)>"
@@ -28,6 +29,8 @@ def encoding_fault(texts: Named) -> str | None:
         if found := _CONTROL.search(text or ""):
             return f"'{name}' holds the control character U+{ord(found[0]):04X}"
         for run in _OTHER_THAN_ASCII.findall(text or ""):
+            if len(run) == 2 and run[0] not in _LEADS:  # the end of a sound word, and a quote or a dash
+                continue
             data = run.encode("cp1252", "ignore")  # what it was read from, if it was UTF-8 read as Windows-1252
             if len(data) == len(run) and (meant := data.decode(errors="ignore")).encode() == data:
                 return f"'{name}' holds '{run[:20]}', which is '{meant[:20]}' in UTF-8 read as another encoding"

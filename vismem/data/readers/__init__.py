@@ -1,10 +1,10 @@
 """Readers of visual questions: one file per format, and the choice among them."""
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 from vismem.config import EasyVqaSource, JsonlSource, LmuDataSource, LocalFiles, NlvrSource, ScenesSource, Source
+from vismem.data.benchmarks import counted
 from vismem.data.readers import easy_vqa, jsonl, lmudata, nlvr
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate
@@ -19,8 +19,17 @@ WHOLE: dict[type, Callable[[Any], Iterator[Sample]]] = {
 
 
 def read(source: Source, split: str, seed: int) -> Iterator[Sample]:
-    """The source's samples for one split, in a fixed order, at most its limit. UserError where it cannot be read."""
+    """The source's samples for one split, in a fixed order; of those that count at most its limit.
+
+    UserError where it cannot be read.
+    """
     if isinstance(source, EasyVqaSource | ScenesSource):
         yield from DRAWN[type(source)](source, split, seed)
     elif isinstance(source, LocalFiles) and split == source.split:
-        yield from islice(WHOLE[type(source)](source), source.limit)
+        left = source.limit
+        for sample in WHOLE[type(source)](source):
+            if left == 0:
+                return
+            if left is not None:
+                left -= counted(sample)
+            yield sample

@@ -38,7 +38,11 @@ def read(source: JsonlSource) -> Iterator[Sample]:
 
 
 def sample_of(row: dict[str, Any], folder: Path, where: str, source: str) -> Sample:
-    """The sample that one line's object describes; its images are in `folder`. UserError as from `read`."""
+    """The sample that one line's object describes; its images are in `folder`. UserError as from `read`.
+
+    A key whose value is null counts as left out.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
     capability, known = row.get("capability", Capability.UNDERSTANDING), [str(known) for known in Capability]
     _require(capability in known, where, f"'capability' must be one of {', '.join(known)}", capability)
     return Sample(
@@ -96,7 +100,7 @@ def _image(folder: Path, name: str | Path, where: str) -> bytes:
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
-    value = "" if row.get(key) is None else row[key]
+    value = row.get(key, "")
     typed = isinstance(value, str | int | float) and not isinstance(value, bool)
     _require(typed, where, f"'{key}' must be a string", value)
     return str(value)

@@ -92,10 +92,13 @@ def _file(source: LmuDataSource) -> Path:
 def _rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # images are fields
     with path.open(newline="", encoding="utf-8-sig") as lines:
-        table = csv.DictReader(lines, delimiter="\t", restval="")
+        table = csv.DictReader(lines, delimiter="\t", strict=True)
         try:
             require_columns(path, ("index", "question", "answer"), table.fieldnames or ())
-            yield from table
+            for row in table:
+                if None in row or None in row.values():
+                    raise UserError(f"{path}, line {table.line_num}: a row of other columns than the header's")
+                yield row
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, behind line {table.line_num}: {not_utf8(error)}") from None
         except csv.Error as error:

@@ -102,4 +102,4 @@ def _parquet(source: NlvrSource, path: Path) -> Iterator[Sample]:
     for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
         if _is_wanted(source, row["directory"]):
             where = f"{path}, row {number}"
-            yield _sample(row["id"], row["image"] or b"", row["question"] or "", row["answer"], where)
+            yield _sample(str(row["id"]), row["image"] or b"", row["question"] or "", row["answer"], where)

@@ -5,7 +5,6 @@ are those of an earlier run are kept. The exit status is 1 where a task failed; 
 """
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # pipelines/ lies 
 
 from pipelines.containers import container_runner
 from pipelines.pipeline import ROOT, make_pipeline
+from vismem.cli.options import setting
 from vismem.errors import UserError
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline as the command line says; return the exit status."""
     parser = argparse.ArgumentParser(description="Run the VisMem pipeline on this machine.")
     parser.add_argument("--profile", default="", help="a profile of deploy/profiles/; default: none")
-    many: dict[str, Any] = {"type": pair, "action": "append", "default": []}
+    many: dict[str, Any] = {"type": setting, "action": "append", "default": []}
     parser.add_argument("--set", **many, metavar="KEY=VALUE", help="one parameter, such as stage1.steps=30")
     parser.add_argument("--argument", **many, metavar="NAME=VALUE", help="another parameter of the pipeline")
     folder = ROOT / "runs" / "pipeline"
@@ -45,15 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-
-
-def pair(text: str) -> tuple[str, Any]:
-    """Key and value of `KEY=VALUE`; the value is JSON where it can be read so, else text."""
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def run(arguments: dict[str, Any], folder: Path, *, cache: bool = True, image: str | None = None) -> int:

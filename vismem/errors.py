@@ -4,8 +4,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
-_IN_AUTHORITY = re.compile(r"""://(?:[^\s/"']*|[^\s/:@"']*:[^\s@"']*)@""")  # a password may hold a slash
-_IN_QUERY = re.compile(r"""(?<=[?&])((?:user|username|password|passwd|token|secret)=)[^\s&"']+""", re.IGNORECASE)
+_IN_AUTHORITY = re.compile(r"""://(?:[^\s/"']*|[^\s/:@"']*:[^\s@"]*)@""")  # a password may hold a slash, or a quote
+_SECRETS = "user|username|[\\w-]*(?:password|passwd|token|secret|key|signature|credential)"
+_IN_QUERY = re.compile(rf"""(?<=[?&])((?:{_SECRETS})=)[^\s&"']+""", re.IGNORECASE)
 
 
 class UserError(Exception):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vismem.disk import NO_SPACE, free_space, megabytes
+from vismem.errors import mask_credentials
 
 CALLED_FROM, CALLED_WITH = "VISMEM_CALLED_FROM", "VISMEM_CALLED_WITH"  # variables: a folder and a profile
 # A relative path, after the scheme of a SQLite store also a bare name; not a part of an address or of a longer path.
@@ -37,8 +38,8 @@ class Caller:
         return environment({CALLED_FROM: str(self.folder), CALLED_WITH: self.profile} if self.profile else {})
 
     def explain(self, error: Exception) -> str:
-        """The error in one line."""
-        return self.shown(" ".join(_said(error).split()))
+        """The error in one line, without credentials."""
+        return mask_credentials(self.shown(" ".join(_said(error).split())))
 
     def shown(self, text: str) -> str:
         """The text with paths as seen from the caller's folder, and with the profile in the commands that it names."""

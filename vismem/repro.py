@@ -73,7 +73,10 @@ def _run_dvc(arguments: Sequence[str]) -> int:
     except DvcParserError:
         return 2  # it has said what it does not know
     if options.dry:
-        return int(options.func(options).do_run())
+        try:
+            return int(options.func(options).do_run())
+        except DvcException as error:
+            raise UserError(_one_line(error.__cause__ or error)) from error
     shown = Display(load_config(Path("params.yaml")), quiet=options.quiet > 0, whole=not options.targets)
     outcome = "FAILED"
     try:

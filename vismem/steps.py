@@ -145,6 +145,12 @@ BY_NAME: dict[str, Step] = {step.name: step for step in (*STEPS, *BASELINES, SUI
 SHARED = ("stage1", "stage2", "evaluate", "suite", *_TRAINS)  # the steps that several processes can share
 
 
+def all_sections(name: str) -> set[str]:
+    """The parameter sections of a step and of all steps before it."""
+    step = BY_NAME[name]
+    return set(step.sections).union(*map(all_sections, step.inputs))
+
+
 def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Path] | None = None) -> str:
     """Run one step and return its line. Output appears at `artifacts/NAME` only when the step has succeeded.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from vismem.config import DEFAULT_BASE, Config
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
-from vismem.steps import BY_NAME
+from vismem.steps import BY_NAME, all_sections
 
 SPLITS = ("train", "validation", "test")
 ENOUGH = 5.0  # seconds of work, after which the machine's speed can be told
@@ -58,14 +58,8 @@ class Times:
         """The parameters that a step's time hangs on: its own and those of all steps before it."""
         if name not in BY_NAME:
             return ""
-        needed: set[str] = set()
-        waiting = [name]
-        while waiting:
-            step = BY_NAME[waiting.pop()]
-            needed.update(step.sections)
-            waiting += step.inputs
         values = self.config.model_dump(mode="json", by_alias=True)
-        chosen = {section: values[section] for section in sorted(needed - {"seed"})}
+        chosen = {section: values[section] for section in sorted(all_sections(name) - {"seed"})}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 

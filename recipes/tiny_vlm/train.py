@@ -29,7 +29,7 @@ from vismem.training.loop import LoopSettings, Objective, train
 SHARES: dict[str, dict[str, float]] = {
     "language": {},
     "detail": {"detail": 0.5},
-    **dict.fromkeys(("compute", "more"), {"compute": 0.5, "detail": 0.25}),
+    **{phase: {"compute": 0.5, "detail": 0.25} for phase in ("compute", "more")},
 }
 
 

@@ -8,6 +8,7 @@ from project import Project
 
 from vismem.cli import main
 from vismem.errors import UserError, mask_credentials
+from vismem.messages import Caller
 from vismem.preflight import check_registry, preflight
 from vismem.provenance import lineage
 from vismem.registry.tracking import open_store
@@ -21,6 +22,11 @@ from vismem.registry.tracking import open_store
         ("'https://alice:s3cret@at@host/path'", "'https://***@host/path'"),
         ("https://s3cret@host, http://alice:s3cret@b", "https://***@host, http://***@b"),
         ("postgresql://host/db?user=alice&password=s3cret", "postgresql://host/db?user=***&password=***"),
+        ("postgresql://alice:s3'cret@host/db", "postgresql://***@host/db"),
+        (
+            "https://b/f?X-Amz-Signature=s3cret&api_key=s3cret&private_token=s3cret&sslpassword=s3cret&n=1",
+            "https://b/f?X-Amz-Signature=***&api_key=***&private_token=***&sslpassword=***&n=1",
+        ),
         ('{"uri":"http://alice:s3cret@h","mail":"a@b.c"}', '{"uri":"http://***@h","mail":"a@b.c"}'),
         ("http://host/path, mail a@b.c", "http://host/path, mail a@b.c"),
         ("http://host:80/a and http://host:80/b", "http://host:80/a and http://host:80/b"),
@@ -30,6 +36,11 @@ from vismem.registry.tracking import open_store
 def test_credentials_are_masked_and_nothing_else(text: str, shown: str) -> None:
     assert mask_credentials(text) == shown
     assert str(UserError(f"wrong: {text}")) == f"wrong: {shown}"
+
+
+def test_what_a_server_refuses_is_printed_without_credentials() -> None:
+    error = OSError("403 Client Error: Forbidden for url: http://alice:s3cret@host/api")
+    assert Caller.of(None).explain(error) == "403 Client Error: Forbidden for url: http://***@host/api"
 
 
 def test_a_store_s_address_is_masked_in_errors_checks_listings_runs_and_lineage(

@@ -30,6 +30,15 @@ def test_of_two_that_fetch_a_version_at_once_the_slower_takes_what_the_other_fet
     assert (list(cache.iterdir()), verify_manifest(found)) == ([found], [])
 
 
+def test_what_was_damaged_in_the_cache_is_fetched_again(project: Project, tmp_path: Path) -> None:
+    project.release(b"one", score=66.0)
+    registry, cache = project.config.registry, tmp_path / "cache"
+    found = fetch.fetch_bundle(registry, "champion", cache)
+    (found / "vismem" / "memory.safetensors").write_bytes(b"another")
+    assert fetch.fetch_bundle(registry, "champion", cache) == found
+    assert (list(cache.iterdir()), verify_manifest(found)) == ([found], [])
+
+
 def test_a_version_that_somebody_else_registered_is_refused(project: Project, tmp_path: Path) -> None:
     project.store.client.create_registered_model("vismem")
     project.store.client.create_model_version("vismem", "s3://none/none")

@@ -1,5 +1,6 @@
 """`vismem repro` as people see it: real DVC on three steps that are lines of shell; the run in MLflow is real too."""
 
+import json
 import os
 import re
 import signal
@@ -132,6 +133,9 @@ def test_what_dvc_refuses_is_one_line(workspace: Workspace, capfd: pytest.Captur
     assert "data" in line
     assert main(["repro", "stage7"]) == 1
     assert "stage7" in capfd.readouterr().err.splitlines()[-1]
+    for arguments in (["--dry"], ["--dry", "stage7"]):
+        assert main(["repro", *arguments]) == 1
+        assert capfd.readouterr().err.splitlines()[-1].startswith("vismem repro: ")
     (workspace.root / "dvc.yaml").write_text("stages: a: b")
     assert main(["repro"]) == 1
     (line,) = capfd.readouterr().err.splitlines()
@@ -184,8 +188,11 @@ def test_a_run_that_is_terminated_takes_its_step_with_it(
     import psutil
 
     steps = psutil.Process(running.pid).children(recursive=True)
-    running.terminate()
+    for _ in range(4):  # `timeout` sends two, to the process and to its group
+        running.terminate()
+        time.sleep(0.05)
     assert running.wait(60) == 143
+    assert json.loads((workspace.root / ".dvc" / "tmp" / "rwlock").read_text()) == {}, "DVC's note is whole"
     assert psutil.wait_procs(steps, timeout=60)[1] == []
     until(lambda: [status for _, status in workspace.runs()] == ["KILLED"])
 

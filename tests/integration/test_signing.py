@@ -1,5 +1,6 @@
 """Bundles are signed at registration, and where a public key is named, others are neither promoted nor fetched."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from project import Project
 from vismem.errors import UserError
 from vismem.registry import fetch, inspect
 from vismem.registry.tracking import versions
+from vismem.serving.champion import champion_repository
 from vismem.serving.publish import publish
 
 PLAIN, PEM = serialization.NoEncryption(), serialization.Encoding.PEM
@@ -63,7 +65,12 @@ def test_what_was_fetched_before_a_key_was_named_is_held_to_it_too(project: Proj
         fetch.fetch_bundle(project.config.registry, "1", cache)
     with pytest.raises(UserError, match="vismem version 1 has no signature"):
         publish(project.config, models)
+    deployed = project.artifacts / "deploy" / "model_repository"
+    shutil.copytree(published.repository, deployed)
+    with pytest.raises(UserError, match="vismem version 1 has no signature"):
+        champion_repository(project.config, project.artifacts)
     project.run("register")
+    assert champion_repository(project.config, project.artifacts).parents[1] == project.artifacts / "champion"
     assert fetch.fetch_bundle(project.config.registry, "1", cache) == fetched
     assert publish(project.config, models) == published
 

@@ -12,7 +12,7 @@ import yaml
 from vismem.cli import build_parser, main
 from vismem.config import Config, parse_config
 from vismem.params_file import render_params
-from vismem.steps import STEPS
+from vismem.steps import STEPS, Step
 
 HEAVY = ("torch", "transformers", "mlflow", "dvc", "pandas", "matplotlib", "scipy", "pyarrow")
 
@@ -208,6 +208,18 @@ def test_an_option_of_another_action_is_not_passed_over(line: str, capsys: pytes
     assert main(line.split()) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"vismem models: {line.split()[2]} goes with `vismem models "), said
+
+
+def test_a_package_that_is_not_installed_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(step: Step) -> None:
+        raise ModuleNotFoundError("No module named 'great_expectations.core'", name="great_expectations.core")
+
+    monkeypatch.setattr(Step, "load", load)
+    assert main(["prepare"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vismem prepare: the Python package 'great_expectations' is not installed")
 
 
 def test_an_input_that_the_step_does_not_read_is_refused_and_not_left_aside(

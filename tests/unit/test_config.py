@@ -9,6 +9,7 @@ import yaml
 from vismem.config import Config, JsonlSource, ScenesSource, Section, load_config, merge, parse_config, resolve
 from vismem.config.section import is_rare
 from vismem.errors import UserError
+from vismem.kubeflow.cluster import load_cluster
 from vismem.params_file import render_params
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +203,13 @@ def test_a_file_that_is_no_parameter_file_is_refused(tmp_path: Path, text: bytes
         path.write_bytes(text)
     with pytest.raises(UserError, match=message):
         load_config(path)
+
+
+def test_what_pods_tolerate_and_which_nodes_they_take_may_stand_in_a_profile() -> None:
+    pods = {"node_selector": {"gpu": "h100"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
+    cluster = load_cluster(parse_config({"cluster": pods}).cluster)
+    assert cluster.node_selector == {"gpu": "h100"}
+    assert cluster.tolerations == [{"key": "gpu", "operator": "Exists"}]
 
 
 def test_sources_keep_their_kinds() -> None:

@@ -39,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vismem {arguments.command}: {arguments.caller.explain(error)}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing == "vismem" or os.environ.get("VISMEM_DEBUG"):
+            raise
+        extra = f"the Python package '{missing}' is not installed: VisMem's extras have it, see pyproject.toml"
+        print(f"vismem {arguments.command}: {extra} (`pip install 'vismem[pipeline]'`)", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"vismem {arguments.command}: stopped", file=sys.stderr)
         return 130

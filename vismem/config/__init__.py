@@ -105,7 +105,7 @@ class Config(Section):
     """All parameters."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
-    cluster: Mapping[str, str | int] = rare(
+    cluster: Mapping[str, Any] = rare(
         {}, description="what the pods of a cluster ask for, as `vismem submit` compiles it into the pipeline"
     )
     preflight: PreflightConfig = PreflightConfig()

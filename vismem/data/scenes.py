@@ -37,8 +37,8 @@ def world_of(source: ScenesSource, split: str) -> World:
 def generate(source: ScenesSource, split: str, seed: int, count: int | None = None, first: int = 0) -> Iterator[Sample]:
     """Yield `count` questions of the split (None: as many as `source` says) from `first` on, its tasks in equal shares.
 
-    A sample depends on `seed`, `split` and its index only. UserError for an unknown task, and for one that finds nothing
-    to ask in scenes of so few objects.
+    A sample depends on `seed`, `split` and its index only. UserError for an unknown task, and for one that finds
+    nothing to ask in scenes of so few objects.
     """
     unknown = [name for name in source.tasks + source.train_tasks if name not in BUILDERS]
     if unknown:

@@ -82,7 +82,7 @@ class Asked:
     forced: Choices  # (R,) the kind that is invoked, whatever is drawn
 
     def settled(self, drawn: Sequence[int], words: int) -> list[int]:
-        """The columns that count, where these were drawn; behind `words` columns stand the short and the long invoke."""
+        """The columns that count where these were drawn. Behind `words` columns stand the short and the long invoke."""
         columns = []
         for column, standing, forced in zip(drawn, self.standing.tolist(), self.forced.tolist(), strict=True):
             invoked = standing[column - words] if forced == NONE and column >= words else forced

@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vismem.config import Config, DvcSource, resolve
+from vismem.config import DEFAULT_BASE, Config, DvcSource, resolve
 from vismem.data.dvc_source import pinned
 from vismem.data.source_files import files_of, fingerprint, rule_files
 from vismem.errors import UserError
@@ -16,7 +16,7 @@ from vismem.files import write_text
 from vismem.params_file import render_params
 from vismem.provenance import sha256_file
 from vismem.shipped import shipped
-from vismem.steps import BASELINES, BY_NAME, STEPS
+from vismem.steps import BASELINES, STEPS, all_sections
 
 PACKAGES = Path(__file__).parents[2]  # where the folder `vismem` lies: a checkout, or site-packages
 IDENTITY = "made_from"  # no section: what else the output depends on
@@ -88,8 +88,9 @@ def parameters_of(name: str, config: Config) -> dict[str, Any]:
 
     The earlier ones cost no cache hit: what they change reaches the step through its inputs. `export` also writes the
     baselines' section into the lineage; `preflight` and `register`, which are never cached, get all sections. For a
-    step, `IDENTITY` names its code, the files of `prepare`'s sources and those of `validate`'s rules, so that a cache
-    that knows only parameters and inputs runs the step again when these change. Nulls are left out: Kubeflow has none,
+    step, `IDENTITY` names its code, the files of `prepare`'s sources, those of `validate`'s rules, and those of the
+    folder that is the base or that stage I starts from, so that a cache that knows only parameters and inputs runs the
+    step again when these change. Nulls are left out: Kubeflow has none,
     and they are the defaults of their keys.
     """
     values: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -97,18 +98,16 @@ def parameters_of(name: str, config: Config) -> dict[str, Any]:
         return values
     if name != "register":
         recorded = {section for step in BASELINES for section in step.sections} if name == "export" else set()
-        values = {section: value for section, value in values.items() if section in _sections(name) | recorded}
+        values = {section: value for section, value in values.items() if section in all_sections(name) | recorded}
     identity = {"code": code_fingerprint(name)}
     if name == "prepare":
         identity["sources"] = sources_fingerprint(config)
     if name == "validate" and (files := rule_files(config)):
         identity["rules"] = fingerprint(files)
+    given = {"base": config.base.model, "stage1": config.stage1.start_from}.get(name)
+    if given and given != DEFAULT_BASE and Path(given).is_dir():
+        identity["given"] = fingerprint(_files(Path(given)))
     return {**values, IDENTITY: identity}
-
-
-def _sections(name: str) -> set[str]:
-    step = BY_NAME[name]
-    return set(step.sections).union(*(_sections(earlier) for earlier in step.inputs))
 
 
 def code_fingerprint(name: str, root: Path = PACKAGES) -> str:
@@ -123,7 +122,8 @@ def code_fingerprint(name: str, root: Path = PACKAGES) -> str:
     deps = yaml.safe_load(place("dvc.yaml").read_text())["stages"][name]["deps"]
     code = [dep for dep in deps if dep != "data" and not dep.startswith("artifacts/")]  # not the inputs and sources
     files = [(dep, file) for dep in code for file in _files(place(dep)) if file.suffix != ".pyc"]
-    return _sha256(f"{dep}/{file.relative_to(place(dep)).as_posix()} {sha256_file(file)}" for dep, file in files)
+    lines = [f"{dep}/{file.relative_to(place(dep)).as_posix()} {sha256_file(file)}" for dep, file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def sources_fingerprint(config: Config) -> str:
@@ -133,7 +133,3 @@ def sources_fingerprint(config: Config) -> str:
 
 def _files(place: Path) -> list[Path]:
     return sorted(path for path in (place, *place.rglob("*")) if path.is_file())
-
-
-def _sha256(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

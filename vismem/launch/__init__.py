@@ -1,5 +1,6 @@
 """Runs a step where it is to run: in this process, in several of this machine, or on several nodes."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -30,7 +31,8 @@ def launch_step(
 
     UserError where a process fails, with its reason; then `artifacts/NAME` stays as it was, and the next launch resumes
     from the last checkpoint. Where `artifacts` may be gone by then, `work` names a folder that is kept, for the
-    checkpoints of long steps; UserError while another launch works on the same there.
+    checkpoints of long steps, and whose name stands for the code that made them; UserError while another launch works
+    on the same there.
     """
     launch = launch or LaunchConfig()
     if name in SHARED and launch.backend != "trainer":
@@ -43,7 +45,10 @@ def launch_step(
     if launch.image and not kept.is_dir():
         raise UserError(f"no shared volume at {kept}: mount the one that the training nodes see there")
     folders = input_folders(name, artifacts, inputs)
-    place = kept / f"vismem-{name}-{identity(name, config, folders)[:12]}"
+    made_of = identity(name, config, folders)
+    if launch.image and work is not None:  # on the shared volume lies what other code has made, too
+        made_of = hashlib.sha256(f"{work.name} {made_of}".encode()).hexdigest()
+    place = kept / f"vismem-{name}-{made_of[:12]}"
     line = f"{name}: made before, in {place}"
     with lock_folder(place, PATIENCE):
         if not (place / name).is_dir():
@@ -54,7 +59,10 @@ def launch_step(
         shutil.rmtree(fresh, ignore_errors=True)  # of another run, which was killed
         shutil.copytree(place / name, fresh)
         replace_folder(fresh, artifacts / name)
-        shutil.rmtree(place)
+        gone = place.with_name(f"{place.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        place.rename(gone)  # at once: half of it is never taken for the whole
+        shutil.rmtree(gone)
     return line
 
 

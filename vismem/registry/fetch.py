@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
+from vismem.provenance import verify_manifest
 from vismem.registry.champion import named_version
 from vismem.registry.runs import download_bundle
 from vismem.registry.signing import check_signature
@@ -18,8 +19,8 @@ from vismem.services import environment
 def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     """The folder in `cache` of the version with that number or alias.
 
-    UserError where there is no such store or version, or its files are damaged; what the cache has must be signed too,
-    see `check_signature`. An absent SQLite store is not made.
+    UserError where there is no such store or version, or its files are damaged there; what the cache has must be signed
+    too, see `check_signature`, and is fetched again where it is damaged. An absent SQLite store is not made.
     """
     uri = tracking_uri(config)
     if (file := database(uri)) and not file.is_file():
@@ -29,7 +30,7 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     if (hashed := version.tags.get("manifest_sha256")) is None:
         raise UserError(f"version {version.version} of '{store.model}' is none that `vismem register` made")
     folder = cache / hashed
-    if folder.is_dir():
+    if folder.is_dir() and not verify_manifest(folder):
         check_signature(store, version, folder)
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -39,6 +40,8 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
         with environment({PROGRESS_BAR: str(sys.stderr.isatty())}):
             download_bundle(store, version, fresh)
         try:
+            if folder.is_dir() and verify_manifest(folder):
+                folder.rename(Path(made) / "damaged")
             fresh.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another was quicker

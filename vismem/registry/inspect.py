@@ -12,13 +12,13 @@ from vismem.data.profile import Profile, Trained, counts
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.provenance import file_hashes
-from vismem.records import OVERALL, VISMEM, Metrics, ParityReport, Validation
+from vismem.records import OVERALL, VISMEM, Metrics
 from vismem.registry.champion import mend_view, named_version, read_view
 from vismem.registry.datasets import run_revisions
 from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import PROGRESS_BAR, open_store, translate_mlflow_errors, versions
-from vismem.registry.verdict import EVALUATION, read_registered
+from vismem.registry.verdict import EVALUATION, FOLDERS, read_registered
 from vismem.services import environment
 
 
@@ -38,8 +38,8 @@ def verify(config: Config, which: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder)
         download_bundle(store, version, bundle)
-        read_registered(store, version, Validation)
-        read_registered(store, version, ParityReport)
+        for record in FOLDERS:
+            read_registered(store, version, record)
         lineage: dict[str, Any] = read_json(bundle / "lineage.json")
         metrics = read_registered(store, version, Metrics)
         told = version_tags(bundle, lineage, metrics)

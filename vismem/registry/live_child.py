@@ -23,7 +23,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from vismem.config import Config, parse_config
-from vismem.errors import UserError, one_line
+from vismem.errors import UserError, mask_credentials, one_line
 from vismem.provenance import git_state, origin_tags
 from vismem.registry import GIVEN_RUN
 from vismem.registry.runs import Point, log_params, log_points, now, read_curve
@@ -119,7 +119,8 @@ class Run:
                 self.curves.points = []
         except (UserError, MlflowException, OSError) as error:
             if not self.told:
-                print(f"no live curves: {one_line(error)}; the training goes on without", file=sys.stderr, flush=True)
+                said = mask_credentials(one_line(error))
+                print(f"no live curves: {said}; the training goes on without", file=sys.stderr, flush=True)
             self.told = True
             return False
         return True

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def tracked_run(store: Store, name: str, tags: Mapping[str, str], params: Mappin
     process that was killed: it ends KILLED.
     """
     experiment = experiment_id(store)
-    same = " and ".join(starmap(tag_is, tags.items()))
+    same = " and ".join(tag_is(key, value) for key, value in tags.items() if not {"'", '"'} <= {*value})
     given = _open_run(store, os.environ.get(GIVEN_RUN))
     for left in store.client.search_runs([experiment], f"attributes.status = 'RUNNING' and {same}"):
         if left.info.run_id != given:

@@ -27,6 +27,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils import get_results_from_paginated_fn
 
+CLIENTS = ("mlflow", "sqlalchemy", "botocore", "boto3", "requests", "urllib3")  # packages
 PROGRESS_BAR = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"  # "false": none when files are fetched
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds, not minutes
 
@@ -56,11 +57,21 @@ class Store:
 
 @contextmanager
 def translate_mlflow_errors() -> Iterator[None]:
-    """Turn what MLflow says within the block or function (a server gone, a name refused) into a one-line UserError."""
+    """Turn what MLflow says within the block or function (a server gone, a name refused) into a one-line UserError.
+
+    So is what its clients of databases, of S3 and of HTTP say.
+    """
     try:
         yield
-    except MlflowException as error:
+    except Exception as error:
+        if not of_a_store(error):
+            raise
         raise UserError(f"MLflow: {first_line(error)}; what was done so far stays, and can be done again") from error
+
+
+def of_a_store(error: Exception) -> bool:
+    """Whether MLflow or a client that it uses has raised the error, or a database's driver is missing."""
+    return isinstance(error, ModuleNotFoundError) or type(error).__module__.partition(".")[0] in CLIENTS
 
 
 def open_store(config: RegistryConfig) -> Store:
@@ -75,7 +86,9 @@ def open_store(config: RegistryConfig) -> Store:
     try:
         client = MlflowClient(tracking_uri=whole, registry_uri=whole)
         client.search_experiments(max_results=1)
-    except MlflowException as error:
+    except Exception as error:
+        if not of_a_store(error):
+            raise
         raise UserError(
             f"the MLflow store {uri} does not answer ({first_line(error)}): "
             "check registry.tracking_uri or MLFLOW_TRACKING_URI"
@@ -125,7 +138,7 @@ def experiment_id(store: Store) -> str:
 
 
 def tag_is(key: str, value: str) -> str:
-    """The clause for a tag's value in a search for runs; an apostrophe may be in it."""
+    """The clause for a tag's value in a search for runs; it may hold either kind of quote, not both."""
     quote = '"' if "'" in value else "'"
     return f"tags.`{key}` = {quote}{value}{quote}"
 

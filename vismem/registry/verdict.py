@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from huggingface_hub import ModelCard
 from mlflow.exceptions import MlflowException
+from pydantic import ValidationError
 
 from vismem.config import GateConfig
 from vismem.data.profile import Profile
@@ -32,6 +33,10 @@ LINE, CUT = "\n\n---\n\n", f"\n\nThe rest of the card: `{BUNDLE}/README.md` of t
 EVALUATION = "evaluation.json"  # of a version's run: its answers as a table of MLflow
 REPORTS = {"scores": "evaluate/report.html", "answers": EVALUATION, "data": "validate/report.html"}
 R = TypeVar("R", bound=Record)
+
+
+class LostRecordError(UserError):
+    """The store has lost a record that a version was registered with, or it is of a release that wrote others."""
 
 
 def judge_version(store: Store, version: Version, ledger: Ledger, gate: GateConfig, unblock: bool = False) -> Verdict:
@@ -60,7 +65,13 @@ def registered_gate(store: Store, version: Version) -> GateConfig:
     """The gate's parameters that `register` judged the version by."""
     if GATE not in version.tags:
         raise UserError(f"{store.model} version {version.version} has no tag '{GATE}': run `vismem register` again")
-    return GateConfig.model_validate_json(version.tags[GATE])
+    try:
+        return GateConfig.model_validate_json(version.tags[GATE])
+    except ValidationError:
+        raise UserError(
+            f"tag '{GATE}' of {store.model} version {version.version} is of another release of VisMem: "
+            "run `vismem register` again"
+        ) from None
 
 
 def publish_verdict(store: Store, version: Version, verdict: Verdict, folder: Path, bundle: Path | None = None) -> None:
@@ -101,7 +112,7 @@ def _page(store: Store, version: Version, verdict: Verdict, bundle: Path | None)
 
 
 def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
-    """The ledger's champion by its registered figures; one deleted from MLflow has no usable score.
+    """The ledger's champion by its registered figures; one deleted from MLflow, or its figures, has no usable score.
 
     One from before hashes were kept has its tags only, as has one that `vismem register` did not make.
     """
@@ -110,7 +121,10 @@ def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
     version = find_version(store, ledger.champion)
     tags = version.tags if version else {}
     if version and hash_tag(Metrics) in tags:
-        tags = figure_tags(read_registered(store, version, Metrics))
+        try:
+            tags = figure_tags(read_registered(store, version, Metrics))
+        except LostRecordError:
+            tags = {}
     try:
         score, n = float(tags["score"]), int(tags["n"])
     except (KeyError, ValueError):
@@ -137,20 +151,26 @@ def figure_tags(metrics: Metrics) -> dict[str, str]:
 
 
 def read_registered(store: Store, version: Version, record: type[R]) -> R:
-    """The record that the version was registered with. UserError where it is lost or another than was registered."""
+    """The record that the version was registered with.
+
+    LostRecordError where it is lost or cannot be read, UserError where it is another than was registered.
+    """
+    kind: type[UserError] = LostRecordError
     folder = FOLDERS[record]
-    if folder:
-        location, path = str(store.client.get_run(version.run_id).info.artifact_uri), f"{folder}/{record.FILE}"
-    else:
-        location, path = bundle_location(store, version), record.FILE
+    path = f"{folder}/{record.FILE}" if folder else record.FILE
     try:
+        if folder:
+            location = str(store.client.get_run(version.run_id).info.artifact_uri)
+        else:
+            location = bundle_location(store, version)
         with tempfile.TemporaryDirectory() as here, environment({PROGRESS_BAR: "false"}):
             store.files(location).download_artifacts(path, here)
             if sha256_file(Path(here) / path) != version.tags.get(hash_tag(record)):
+                kind = UserError
                 raise UserError(f"its sha256 is not the version's tag {hash_tag(record)}")
             return record.read(Path(here) / folder)
     except (MlflowException, OSError, UserError) as error:
-        raise UserError(
+        raise kind(
             f"{store.uri} does not hold a whole {path} of {store.model} version {version.version} "
             f"({one_line(error)}): run `vismem evaluate`, `vismem export` and `vismem register` again"
         ) from error

@@ -14,9 +14,11 @@ from vismem import steps
 from vismem.config import BaselinesConfig, BaselinesGrpoConfig, Config, GrpoConfig, Stage1Config, Stage2Config
 from vismem.config import SupervisedConfig as Sft
 from vismem.config import WarmStartConfig as Warm
+from vismem.config import parse_config
 from vismem.data.sample import write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
+from vismem.kubeflow.parameters import IDENTITY, parameters_of
 from vismem.steps import run_step
 from vismem.training import loop
 from vismem.training.run import Run
@@ -241,3 +243,18 @@ def test_a_base_of_no_numbers_ends_training_in_one_line(inputs: dict[str, Path],
     for name in NAMES:
         with pytest.raises(UserError, match="made weights that are infinite or no numbers"):
             run_step(name, CONFIG, tmp_path, {**inputs, "base": base})
+
+
+@pytest.mark.parametrize(("step", "section"), [("base", {"model": ""}), ("stage1", {"start_from": ""})])
+def test_a_given_model_that_changes_in_its_folder_changes_what_its_step_is_cached_by(
+    tmp_path: Path, step: str, section: dict[str, str]
+) -> None:
+    config = parse_config({step: dict.fromkeys(section, str(tmp_path))})
+    others, keys = [task for task in ("prepare", "stage2") if task != step], []
+    for weights in ("old", "old", "newer"):
+        if not keys or weights != "old":
+            (tmp_path / "memory.safetensors").write_text(weights)
+        keys.append(parameters_of(step, config)[IDENTITY])
+        unchanged = [parameters_of(task, config)[IDENTITY] for task in others]
+    assert keys[0] == keys[1] != keys[2]
+    assert unchanged == [parameters_of(task, parse_config({}))[IDENTITY] for task in others]

@@ -161,21 +161,6 @@ def test_new_data_in_a_source_s_folder_changes_what_prepare_is_cached_by(tmp_pat
     assert parameters_of("validate", config) == validate
 
 
-@pytest.mark.parametrize(("step", "section"), [("base", {"model": ""}), ("stage1", {"start_from": ""})])
-def test_a_given_model_that_changes_in_its_folder_changes_what_its_step_is_cached_by(
-    tmp_path: Path, step: str, section: dict[str, str]
-) -> None:
-    config = parse_config({step: dict.fromkeys(section, str(tmp_path))})
-    others, keys = [task for task in ("prepare", "stage2") if task != step], []
-    for weights in ("old", "old", "newer"):
-        if not keys or weights != "old":
-            (tmp_path / "memory.safetensors").write_text(weights)
-        keys.append(parameters_of(step, config)[IDENTITY])
-        unchanged = [parameters_of(task, config)[IDENTITY] for task in others]
-    assert keys[0] == keys[1] != keys[2]
-    assert unchanged == [parameters_of(task, parse_config({}))[IDENTITY] for task in others]
-
-
 def test_a_change_of_code_changes_what_those_steps_are_cached_by_that_use_it(tmp_path: Path) -> None:
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     for folder in ("vismem", "deploy", "assets"):

@@ -1,4 +1,4 @@
-"""Where a launch works: in a folder for a step, its parameters, its inputs and its code, which is gone once it is made."""
+"""Where a launch works: in a folder for a step with its parameters, inputs and code, which is gone once it is made."""
 
 import shutil
 from pathlib import Path

@@ -63,6 +63,8 @@ class VisMemForAnswers(PreTrainedModel):  # type: ignore[misc]
         `VisMem.answer` does. UserError for a memory token among them, and where image tokens and images do not match.
         """
         backbone = self.added.backbone
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
         if torch.isin(input_ids, torch.tensor(self.added.memory_ids, device=input_ids.device)).any():
             raise UserError(
                 "input_ids hold a memory token, which only the model itself writes: take it out of the text"

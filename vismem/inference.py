@@ -7,10 +7,11 @@ print(model.answer("photo.png", "how many cups?").marked)
 """
 
 import logging
+import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,11 @@ from vismem.data.sample import Sample
 from vismem.errors import UserError, first_line
 from vismem.generation.engine import generate, stream
 from vismem.generation.invocation import MODES, InvocationPolicy, mode_of
+from vismem.generation.prompts import encode
+from vismem.generation.torch_executor import check_length
 from vismem.generation.types import LATENT, Rollout
 from vismem.hub import push, read_card, write_card, write_code
+from vismem.models.backbones.base import Prompt
 from vismem.models.reference import WEIGHTS, Base
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
@@ -31,7 +35,7 @@ from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.runtime.prompt import TextStream
 from vismem.runtime.reserved import Reserved
 from vismem.scope import Scope
-from vismem.serving.exchange import Answer, AnyImage, Images, Token, encoded_images
+from vismem.serving.exchange import Answer, AnyImage, Images, Token, check_seed, encoded_images
 from vismem.sources import find_added, find_base
 
 Memory = bool | Literal["short", "long"]
@@ -99,7 +103,7 @@ class VisMem:
 
         `memory`: True, the model may invoke both kinds; "short" or "long", one of them; False, none. `temperature` 0
         is greedy. UserError for an image that cannot be read, a question that holds one of the model's own tokens (such
-        as `<m_I^s>` or `<|im_end|>`), and a request over the limits.
+        as `<m_I^s>` or `<|im_end|>`), a setting that cannot be, and a request over the limits or the base's length.
         """
         (answer,) = self.answers(
             [(images, question)], memory=memory, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -118,19 +122,17 @@ class VisMem:
     ) -> list[Answer]:
         """Answer (images, question) pairs, `batch_size` together; see `answer`. In float32 each is as it is alone."""
         samples = [self.sample(images, question, max_new_tokens) for images, question in questions]
+        drawn = _drawn(max_new_tokens, temperature, seed)
         answers = []
         for at in range(0, len(samples), batch_size):
-            started = time.perf_counter()
-            rollouts = generate(
-                self.model,
-                samples[at : at + batch_size],
-                policy_of(memory),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-            )
-            seconds = time.perf_counter() - started
-            answers += [Answer.of(self._pieces(rollout), _usage(rollout), seconds) for rollout in rollouts]
+            started, batch = time.perf_counter(), samples[at : at + batch_size]
+            prompt = self._prompt(batch, max_new_tokens)
+            rollouts = generate(self.model, batch, policy_of(memory), prompt=prompt, **drawn)
+            seconds, read = time.perf_counter() - started, prompt.mask.sum(1).tolist()
+            answers += [
+                Answer.of(self._pieces(rollout), _usage(rollout, tokens), seconds)
+                for rollout, tokens in zip(rollouts, read, strict=True)
+            ]
         return answers
 
     def stream(
@@ -145,9 +147,8 @@ class VisMem:
     ) -> Iterator[Token]:
         """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.exchange`."""
         sample = self.sample(images, question, max_new_tokens)
-        policy = policy_of(memory)
-        ids = stream(self.model, sample, policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        return self._text(ids)
+        policy, drawn = policy_of(memory), _drawn(max_new_tokens, temperature, seed)
+        return self._text(stream(self.model, sample, policy, prompt=self._prompt([sample], max_new_tokens), **drawn))
 
     # --- files ---
 
@@ -197,6 +198,16 @@ class VisMem:
         # Random numbers are drawn by the id: as the server does.
         return Sample("", files, question="", answer="", chat=tuple(chat))
 
+    @torch.inference_mode()
+    def _prompt(self, samples: Sequence[Sample], max_new_tokens: int) -> Prompt:
+        """The prompts, encoded. UserError where one is too long for the base."""
+        prompt = encode(self.model.backbone, samples)
+        try:
+            check_length(self.model, prompt, max_new_tokens)
+        except RequestError as error:
+            raise UserError(str(error)) from None
+        return prompt
+
     def _pieces(self, rollout: Rollout) -> list[Token]:
         hidden = {LATENT, *self.model.end_ids.values()}
         return list(self._text(token for token in rollout.token_ids if token not in hidden))
@@ -215,11 +226,20 @@ class VisMem:
         yield Token("", "end")
 
 
-def _usage(rollout: Rollout) -> dict[str, Any]:
+def _drawn(max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+    """What tokens are drawn by. UserError for a seed or a temperature that cannot be."""
+    check_seed(seed)
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature={temperature}: it is 0, which is greedy, or more")
+    return {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+
+
+def _usage(rollout: Rollout, prompt_tokens: int) -> dict[str, Any]:
     """What an answer took, as a server says it (`answering.Usage`)."""
     memories = Counter(invocation.kind.value for invocation in rollout.invocations)
     finish = "stop" if rollout.finished else "length"
-    return {"finish": finish, "tokens": rollout.answer_length, "memories": dict(memories)}
+    tokens = {"prompt_tokens": prompt_tokens, "tokens": rollout.answer_length}
+    return {"finish": finish, **tokens, "memories": dict(memories)}
 
 
 def policy_of(memory: Memory) -> InvocationPolicy:

@@ -17,13 +17,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--memory", type=Path, help="also train a memory for it, into this folder")
-    parser.add_argument("--keep", action="store_true", help="take the model that is in --out, train the memory only")
-    parser.add_argument(
-        "--longer", action="store_true", help="take it, and add to its card what its last phase once more would gain"
-    )
-    parser.add_argument(
-        "--wide", action="store_true", help="a model for NLVR's wide images, on generated scenes of boxes"
-    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--keep", action="store_true", help="take the model that is in --out, train the memory only")
+    longer = "take that model, and add to its card what its last phase once more would gain"
+    which.add_argument("--longer", action="store_true", help=longer)
+    which.add_argument("--wide", action="store_true", help="a model for NLVR's wide images, on generated boxes")
     arguments = parser.parse_args()
     origin = {"command": shlex.join(["python", "-m", "recipes.tiny_vlm", *sys.argv[1:]]), "git": git_state()}
     if arguments.wide:

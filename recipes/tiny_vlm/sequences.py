@@ -119,7 +119,7 @@ def lay_out(page: Page, rng: random.Random | None, answerable: bool = False) -> 
         needed = answerable and page.need == "detail" and not whole and first == 0
         if rng is not None and shown < MAX_SHOWN and (needed or rng.random() < often):
             share = FIRST_BLOCK_SHARE if needed else BLOCK_SHARE
-            looks.insert(0, _block(page) if rng.random() < share else _strip(page, rng))
+            looks.insert(0, page.whole[page.block] if rng.random() < share else _strip(page, rng))
             shown += 1
         for part in looks:
             moved = part.copy()
@@ -179,11 +179,6 @@ def word_table(ids: Sequence[int], learnt: bool = False) -> Table:
     table = np.zeros((len(ids), 6), dtype=np.int32)
     table[:, 1], table[:, 2], table[:, 3:] = ids, learnt, np.arange(len(ids))[:, None]
     return table
-
-
-def _block(page: Page) -> Table:
-    """The whole images with their markers, in the positions that they have relative to each other."""
-    return page.whole[page.block]
 
 
 def _strip(page: Page, rng: random.Random) -> Table:

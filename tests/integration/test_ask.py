@@ -51,7 +51,7 @@ def test_an_answer_has_its_memories_marked_and_streams_the_same(capsys: pytest.C
         (("--image", "https://example.org/a.png"), "https://example.org/a.png is a URL: download it first"),
         (("--image", IMAGE, "--model", "models:/vismem@champion"), "no MLflow registry sqlite:///mlflow.db"),
         (("--image", IMAGE, "--base", "./none"), "the base './none' is not on this machine"),
-        (("--image", IMAGE, "--seed", "-1"), "--seed is -1: it must lie in 0.."),
+        (("--image", IMAGE, "--seed", "-1"), "the seed is -1: it must be a whole number in 0.."),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], said: str) -> None:

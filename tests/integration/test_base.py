@@ -1,6 +1,7 @@
 """The step `base`: a folder or hub id is found from wherever a run works, checked, and copied with its fingerprint."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 from vismem.config import Config, parse_config
 from vismem.errors import UserError
 from vismem.files import read_json
+from vismem.models.loading import load_base
 from vismem.models.processors import load_processor
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.steps import run_step
@@ -76,7 +78,8 @@ def test_weights_of_another_type_are_written_in_the_one_that_is_asked_for(sharde
     assert AutoModelForImageTextToText.from_pretrained(tmp_path).dtype is torch.float32
 
 
-def test_a_base_that_lacks_weights_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_that_lacks_weights_is_refused(tiny_base: Path, tmp_path: Path, dtype: str) -> None:
     """Hugging Face would draw them at random."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_base, folder)
@@ -85,10 +88,43 @@ def test_a_base_that_lacks_weights_is_refused(tiny_base: Path, tmp_path: Path) -
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"lacks weights of the model: lm_head\.weight"):
-        base(config(folder), {}, tmp_path / "out")
+        base(parse_config({"base": {"model": str(folder), "dtype": dtype}}), {}, tmp_path / "out")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights as safetensors"):
         base(config(folder), {}, tmp_path / "out")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "weights cut off": lambda folder: cut(folder / "model.safetensors"),
+    "a tokenizer cut off": lambda folder: cut(folder / "tokenizer.json"),
+    "an index without a map": lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+    "other sizes than the weights'": lambda folder: edit(folder / "config.json", '"intermediate_size": ', "1"),
+    "a word for a number": lambda folder: edit(folder / "config.json", '"hidden_size": ', '"wide"'),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+}
+
+
+def edit(file: Path, key: str, value: str) -> None:
+    """Give a JSON file's first entry of that key another value."""
+    before, found, after = file.read_text().partition(key)
+    assert found
+    file.write_text(f"{before}{key}{value},{after.partition(',')[2]}")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_base_is_one_plain_error(tiny_base: Path, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "model")
+    DAMAGES[damage](folder)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=f"{folder}"):
+        base(config(folder), {}, tmp_path / "out")
+    if "index" not in damage:  # which is read only where the weights are in several files
+        with pytest.raises(UserError, match=f"{folder}"):
+            load_base(folder)
 
 
 def test_the_default_is_found_from_any_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,8 +145,20 @@ def test_what_is_wrong_with_a_request_is_said(model: VisMem, tmp_path: Path) -> 
             model.answer(image, question)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=said):
             model.stream(image, question)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="memory='medium'"):
-        model.answer(*QUESTIONS[0], memory="medium")  # type: ignore[arg-type]
+    many = "what? " * 4000
+    for given, said in (
+        ({"memory": "medium"}, "memory='medium'"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"seed": 1.5}, r"the seed is 1\.5"),
+        ({"temperature": -1.0}, r"temperature=-1\.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"question": many}, r"need \d+ positions, the model has"),
+    ):
+        request = {"images": QUESTIONS[0][0], "question": QUESTIONS[0][1], **given}
+        with pytest.raises(UserError, match=said):
+            model.answer(**request)
+        with pytest.raises(UserError, match=said):
+            model.stream(**request)
 
 
 def test_what_stage2_wrote_finds_its_base_beside_it(model: VisMem, stages: Path) -> None:

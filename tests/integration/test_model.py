@@ -19,6 +19,7 @@ from vismem.models.lora import LoraSettings
 from vismem.models.memory import causal_mask
 from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.tokens import delimiter_ids
+from vismem.models.variants import load_variant
 from vismem.models.vismem import VisMemModel
 
 
@@ -134,7 +135,6 @@ def test_only_what_vismem_adds_is_trainable(tiny_base: Path) -> None:
     assert not model.backbone.model.training
     assert (model.length_of(MemoryKind.SHORT), model.length_of(MemoryKind.LONG)) == (4, 6)
     assert not model.policy_lora.enabled
-    assert not model.recompute
 
 
 def test_the_reference_is_the_policy_without_its_adapter(model: VisMemModel) -> None:
@@ -242,6 +242,16 @@ def test_a_folder_that_another_base_was_trained_with_is_refused(
     with pytest.raises(UserError) as refused:
         VisMemModel.from_pretrained(tmp_path, tiny_base)
     assert str(refused.value) == message.format(folder=tmp_path, base=tiny_base)
+
+
+@pytest.mark.parametrize("key", ["memory", "invocation", "policy_settings", "memory_ids"])
+def test_settings_of_a_later_release_are_refused(key: str, model: VisMemModel, tiny_base: Path, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    settings = read_json(tmp_path / "vismem.json")
+    for value in ({"luck": 7}, 7):
+        write_json(tmp_path / "vismem.json", settings | {key: value})
+        with pytest.raises(UserError, match=r"vismem\.json is damaged, or of a later release|has another tokenizer"):
+            load_variant(tmp_path, tiny_base)
 
 
 def test_a_folder_or_a_base_that_is_missing_is_named(tiny_base: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS, find_arm
 from vismem.export.parity import recorded_memories
-from vismem.generation.controls import Noise, Relook, Shuffled, Swapped
+from vismem.generation.controls import Noise, OfKind, Relook, Shuffled, Swapped
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Replay, StepView, row_key
 from vismem.generation.prompts import encode
@@ -116,6 +116,9 @@ def test_swapped_forms_the_other_kind_at_the_places_of_the_models_own_choice(mod
     asked = {row_key(r.sample_id, 0): [(place, kind.other) for place, kind in decisions_of(model, r)] for r in rollouts}
     again = answers(model, Replay(recorded=asked, swap=True))
     assert [r.token_ids for r in again] == [r.token_ids for r in rollouts]
+    for kind in MemoryKind:
+        rollouts = answers(model, OfKind(kind=kind))
+        assert {(i.kind, i.forced) for r in rollouts for i in r.invocations} == {(kind, True)}, "not the model's choice"
 
 
 def test_noise_stands_where_the_memory_would_with_its_mean_and_spread(model: VisMemModel) -> None:

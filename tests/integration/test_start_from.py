@@ -11,10 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vismem import steps
-from vismem.config import BaselinesConfig, BaselinesGrpoConfig, Config, GrpoConfig, Stage1Config, Stage2Config
+from vismem.config import (
+    BaselinesConfig,
+    BaselinesGrpoConfig,
+    Config,
+    GrpoConfig,
+    Stage1Config,
+    Stage2Config,
+    parse_config,
+)
 from vismem.config import SupervisedConfig as Sft
 from vismem.config import WarmStartConfig as Warm
-from vismem.config import parse_config
 from vismem.data.sample import write_shards
 from vismem.errors import UserError
 from vismem.files import read_json, write_json

@@ -6,6 +6,8 @@ import pytest
 import tiny_families as families
 import torch
 
+from vismem.errors import UserError
+from vismem.files import read_json, write_json
 from vismem.generation.decode_state import RowCache
 from vismem.models.backbones import decoder
 from vismem.models.backbones.decoder import TokenDecoder
@@ -66,3 +68,13 @@ def test_an_unknown_decoder_is_left_to_hugging_face(tmp_path: Path) -> None:
     language.config._attn_implementation = "eager"
     assert not TokenDecoder.known(language)
     assert backbone.step == backbone.language
+
+
+def test_a_language_model_with_sliding_windows_is_refused(tmp_path: Path) -> None:
+    """Of Qwen2.5 some have them; here every token reads all that came before."""
+    families.save_base(tmp_path, "qwen2_5_vl")
+    settings = read_json(tmp_path / "config.json")
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": None}
+    write_json(tmp_path / "config.json", settings | {"text_config": settings["text_config"] | windows})
+    with pytest.raises(UserError, match="uses sliding-window attention is not supported"):
+        load_base(tmp_path)

@@ -36,7 +36,8 @@ def with_video(*frames: bytes, fps: float = 2.0) -> Sample:
 
 @torch.no_grad()
 def test_logits_of_a_batch_with_and_without_videos_equal_hugging_face(model: VisMemModel) -> None:
-    backbone, rows = model.backbone, [*families.video_samples(), *families.samples()]
+    backbone, marked = model.backbone, dataclasses.replace(MIXED, question="what is <image> in it?")
+    rows = [*families.video_samples(), *families.samples(), marked]
     prompt = encode(backbone, rows)
     hidden = backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
     for row, sample in enumerate(rows):

@@ -71,6 +71,14 @@ def test_an_answer_has_at_least_one_memory_and_at_most_the_models_limit(model: V
         assert (min(counts), max(counts)) == (1 if probability < 1 else 3, most)
 
 
+def test_a_model_that_may_have_none_has_none(
+    model: VisMemModel, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = model.invocation_config.model_copy(update={"max_per_answer": 0})
+    monkeypatch.setattr(model, "invocation_config", none)
+    assert all(answer_with_memory(model, sample, seed, 0.4).invocations == () for seed in SEEDS)
+
+
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_of_too_few_or_too_many_places_each_is_as_likely(
     probability: float, model: VisMemModel, sample: Sample

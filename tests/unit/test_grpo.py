@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from vismem.generation.replay import padded
 from vismem.training.grpo import (
     group_advantages,
     kl_term,
@@ -17,7 +18,6 @@ from vismem.training.grpo import (
 )
 from vismem.training.loop import LoopSettings, batch_at, lr_scale
 from vismem.training.optimizers import optimizers
-from vismem.training.rollout import padded
 
 
 def test_advantages_are_centred_and_divided_by_the_standard_deviation_of_their_group() -> None:
@@ -149,7 +149,7 @@ def test_p_neg_alone_leaves_the_advantages_of_right_and_wrong_answers_as_they_ar
 
 
 def test_rows_are_padded_with_zeros_on_the_right() -> None:
-    assert_close(padded([[-1.0], [-2.0, -3.0]], torch.ones(2, 3)), torch.tensor([[-1.0, 0, 0], [-2.0, -3.0, 0]]))
+    assert_close(padded([[-1.0], [-2.0, -3.0]], torch.float64), torch.tensor([[-1.0, 0], [-2.0, -3.0]]).double())
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:

@@ -11,13 +11,13 @@ ANSWER_MARK = "answer:"
 def prompt_messages(sample: Sample) -> list[dict[str, Any]]:
     """The turns for `processor.apply_chat_template`, with placeholders of images and videos.
 
-    Videos stand behind the images that the last turn begins with.
+    Videos stand behind the images of the last turn.
     """
     messages: list[dict[str, Any]] = [
         {"role": turn.role, "content": [*map(_part, turn.parts)]} for turn in sample.turns()
     ]
     content = messages[-1]["content"]
-    leading = next((at for at, part in enumerate(content) if part["type"] == "text"), len(content))
+    leading = max((at + 1 for at, part in enumerate(content) if part["type"] == "image"), default=0)
     content[leading:leading] = [{"type": "video"} for _ in sample.videos]
     return messages
 

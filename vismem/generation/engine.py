@@ -50,10 +50,11 @@ def stream(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    prompt: Prompt | None = None,
 ) -> Generator[int, None, Rollout]:
     """Yield the tokens of one answer, words and invokes, when they are decoded; returns what `generate` returns."""
     loop = DecodeLoop(TorchExecutor(model))
-    (row,) = loop.join(Request([sample], policy, max_new_tokens, temperature, seed))
+    (row,) = loop.join(Request([sample], policy, max_new_tokens, temperature, seed, prompt=prompt))
     while decided := loop.step():
         yield decided[0][1]
     return rollout_of(model, row)

@@ -16,6 +16,8 @@ from vismem.generation.types import LATENT, Invocation
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 
+UNCHANGED = tuple(range(len(KINDS)))
+
 
 @dataclass(frozen=True)
 class Request:
@@ -216,7 +218,7 @@ class DecodeLoop:
     def _record(self, row: Row, token: int, logprob: float, forced: bool) -> None:
         kind = self.executor.kinds.get(token)
         if kind:
-            forced = forced or row.request.policy.invoked(kind) is not kind  # not what the model asked for
+            forced = forced or row.standing != UNCHANGED  # then it may not be what the model asked for
             row.invocations.append(Invocation(len(row.tokens), kind, forced))
             row.tokens.append((token, not forced, 0.0 if forced else logprob))
         else:

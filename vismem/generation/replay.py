@@ -5,7 +5,7 @@ growing KV cache; between two chunks the next memories are formed from the hidde
 gradient of a later token reaches the former that made an earlier latent (paper Sec. 3.4).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, pairwise
 from typing import Any
@@ -48,15 +48,25 @@ def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None
 
 def without_memory(rollout: Rollout) -> Rollout:
     """The same answer with every invocation left out: what the reference policy of stage I reads."""
-    keep = [True] * len(rollout.token_ids)
-    for invocation in rollout.invocations:
-        end = invocation.position + 1
-        while rollout.token_ids[end] == LATENT:
-            end += 1  # at last the end token's place
-        keep[invocation.position : end + 1] = [False] * (end + 1 - invocation.position)
+    ids, invoked = rollout.token_ids, {invocation.position for invocation in rollout.invocations}
+    pairs = enumerate(zip((None, *ids), ids, strict=False))  # an end token follows a latent one
+    keep = [LATENT not in pair and at not in invoked for at, pair in pairs]
     per_token = ("token_ids", "loss_mask", "logprobs")
     kept: dict[str, Any] = {name: tuple(compress(getattr(rollout, name), keep)) for name in per_token}
     return replace(rollout, **kept, invocations=(), marked_text=rollout.text)
+
+
+def with_memories(model: VisMemModel, rollout: Rollout, kinds: Mapping[int, MemoryKind]) -> Rollout:
+    """An answer without memories, with one of `kinds` forced before each of these tokens."""
+    tokens, invocations = list[tuple[int, bool]](), []
+    for place, word in enumerate(rollout.token_ids):
+        if kind := kinds.get(place):
+            invocations.append(Invocation(len(tokens), kind, forced=True))
+            memory = (model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind])
+            tokens += [(token, False) for token in memory]
+        tokens.append((word, True))
+    ids, mask = zip(*tokens, strict=True)
+    return replace(rollout, token_ids=ids, loss_mask=mask, logprobs=(0.0,) * len(ids), invocations=tuple(invocations))
 
 
 def decisions_of(model: VisMemModel, rollout: Rollout) -> tuple[tuple[int, MemoryKind], ...]:
@@ -111,7 +121,7 @@ class _Pass:
     def __init__(self, model: VisMemModel, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> None:
         self.model, self.context, self.rollouts, self.sample = model, context, rollouts, sample
         self.device = sample.device
-        self.ids = _padded([rollout.token_ids for rollout in rollouts], torch.long).to(self.device)  # (R, T)
+        self.ids = padded([rollout.token_ids for rollout in rollouts], torch.long).to(self.device)  # (R, T)
         self.latents: list[Tensor] = []
         # what has been read so far, right-padded: the prompt, then chunk after chunk
         self.keys = context.prompt.mask[sample]
@@ -184,7 +194,7 @@ class _Pass:
 
     def scores(self, sampled_kinds: tuple[MemoryKind, ...], limit: int, temperature: float) -> Scores:
         hidden = self.hidden()
-        mask = _padded([rollout.loss_mask for rollout in self.rollouts], torch.bool)
+        mask = padded([rollout.loss_mask for rollout in self.rollouts], torch.bool)
         full = torch.zeros_like(mask)
         for row, rollout in enumerate(self.rollouts):
             for invocation in rollout.invocations:  # a word comes first after every memory
@@ -203,7 +213,8 @@ class _Pass:
         return Scores(chosen, entropy, mask, self.latents)
 
 
-def _padded(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    """Rows of numbers as a tensor (R, T), right-padded with zeros."""
     return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
 
 

@@ -82,9 +82,7 @@ class TorchExecutor:
         pictures: Any = tuple(decoded(images))
         with self.encoding:
             inputs = inputs_of(self.backbone, [Sample("", pictures, question="", answer="", chat=tuple(chat))])
-        held = int(self.backbone.model.config.text_config.max_position_embeddings)
-        read = int(following(inputs.positions, inputs.mask))
-        check_positions(read + self._room(max_new_tokens, self.limit(None)), held)
+        check_length(self.model, inputs, max_new_tokens)
         return Prepared(inputs, hash_of(pictures))
 
     def read(self, sample: Prepared, memory: bool) -> None:
@@ -100,7 +98,8 @@ class TorchExecutor:
                 prompt = request.prompt or encode(self.backbone, samples, policy.whole)
                 opened = policy.opened(prompt, self.backbone, samples)
                 context = self.state.prefill(opened)
-        self.state.join(context, request.group_size, self._room(request.max_new_tokens, limit), remember=limit > 0)
+        own = _room(self.model, request.max_new_tokens, limit)
+        self.state.join(context, request.group_size, own, remember=limit > 0)
         context.looks = request.looks
         source = _Source(context, prompt, not policy.base, policy.donors(samples))
         self.sources += [source] * (len(samples) * request.group_size)
@@ -110,18 +109,12 @@ class TorchExecutor:
     def _read(self, sample: Prepared, base: bool) -> Context:
         """Without what memories read of it: that grows, so it is kept with the answer's row alone."""
 
-        def features() -> Tensor | None:
-            return self.backbone.features(sample.inputs)
-
         def prefill() -> Context:
-            seen = self.cache.get(("seen", base, sample.seen), features, _bytes)
+            seen = self.cache.get(("seen", base, sample.seen), lambda: self.backbone.features(sample.inputs), _bytes)
             return self.state.prefill(self.backbone.placed(sample.inputs, seen))
 
         key = "read", base, sample.seen, tuple(sample.inputs.ids[0].tolist())
         return replace(self.cache.get(key, prefill, _bytes))
-
-    def _room(self, max_new_tokens: int, memories: int) -> int:
-        return room(max_new_tokens, memories, max(map(self.model.length_of, KINDS)))
 
     def choose(self, asked: Asked) -> tuple[list[int], list[float]]:
         tokens, logprobs, size = list[int](), list[float](), together(self.model.vocabulary)
@@ -211,6 +204,17 @@ class TorchExecutor:
             self.state.keep(rows)
         else:  # nothing stays allocated
             self.state = DecodeState(self.model)
+
+
+def check_length(model: VisMemModel, read: Inputs | Prompt, max_new_tokens: int) -> None:
+    """RequestError where the longest of the prompts, with its answer, needs more positions than the base has."""
+    held = int(model.backbone.model.config.text_config.max_position_embeddings)
+    longest = int(following(read.positions, read.mask).max())
+    check_positions(longest + _room(model, max_new_tokens, model.limit(None)), held)
+
+
+def _room(model: VisMemModel, max_new_tokens: int, memories: int) -> int:
+    return room(max_new_tokens, memories, max(map(model.length_of, KINDS)))
 
 
 def _bytes(read: Context | Tensor | None) -> int:

@@ -31,7 +31,7 @@ def recomputed(function: Callable[..., Any], *args: Any, adapters: Sequence[Lora
 
 @contextmanager
 def checkpointed(backbone: Backbone, adapters: Sequence[Lora]) -> Iterator[None]:
-    """Within the block, each layer of the language model and each block of the vision encoder is `recomputed`."""
+    """Within the block, each layer of the language model is `recomputed`, and all that goes `backbone.through`."""
     layers = list(backbone.model.model.language_model.layers)  # Hugging Face's, in the order of their caches
     for index, layer in enumerate(layers):
         layer.forward = _recomputing(layer.forward, index, adapters)

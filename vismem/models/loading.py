@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
@@ -15,6 +17,9 @@ from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone
 from vismem.models.processors import load_processor
 from vismem.models.tensor_parallel import sharded
+
+# What reading a model's files raises where one of them is damaged.
+DAMAGED = (SafetensorError, StrictDataclassError, RuntimeError, ValueError, KeyError)
 
 
 @contextmanager
@@ -47,6 +52,19 @@ def take_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
         raise UserError(f"the weights in {source} do not fit, it was trained on another base: {said}") from None
 
 
+def check_processor(processor: Any, settings: Any, base: Path | str) -> None:
+    """UserError where a processor writes other tokens for images than the model of these settings reads.
+
+    transformers makes up a tokenizer of a few words where a base's own is missing.
+    """
+    written = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if written != settings.image_token_id:
+        raise UserError(
+            f"'{base}' has no tokenizer, or another model's: it writes images as token {written}, and the model reads "
+            f"{settings.image_token_id}"
+        )
+
+
 def load_base(base: Path | str, dtype: str = "float32", tensor_parallel: bool = False) -> Backbone:
     """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported.
 
@@ -61,9 +79,10 @@ def load_base(base: Path | str, dtype: str = "float32", tensor_parallel: bool = 
         with no_weight_bars():
             model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype), **more)
         processor = load_processor(base)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (*DAMAGED, OSError) as error:
         said = first_line(error)
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {said}") from error
+    check_processor(processor, settings, base)
     backbone = backbone_of(model, processor)
     backbone.processes = distributed.get_world_size() if more else 1
     return backbone

@@ -44,8 +44,8 @@ class StaticPrefix(VisMemModel):
 class Continuous(VisMemModel):
     """A short memory of the images alone, as CoMEM's (arXiv 2505.17670): its queries read nothing of the question.
 
-    Of the cognitive state H only the visual hidden states are left. In every prompt images stand before the question,
-    so the causal language model computes them without it, as from a prompt that holds the images alone.
+    Of the cognitive state H only the visual hidden states are left. Where images stand before the question, as they do
+    unless it has marks for them, the causal language model computes them without it, as from the images alone.
     """
 
     variant = "continuous"
@@ -67,7 +67,8 @@ VARIANTS: dict[str, type[VisMemModel]] = {kind.variant: kind for kind in (VisMem
 
 def load_variant(folder: Path, base: Path | str, dtype: str = "float32", tensor_parallel: bool = False) -> VisMemModel:
     """`VisMemModel.from_pretrained` of whichever model was saved in `folder`. UserError for an unknown one."""
-    name = read_json(folder / "vismem.json", "give a folder that a training wrote").get("variant", VisMemModel.variant)
+    settings = read_json(folder / "vismem.json", "give a folder that a training wrote")
+    name = settings.get("variant", VisMemModel.variant) if isinstance(settings, dict) else None
     if name not in VARIANTS:
         raise UserError(f"{folder / 'vismem.json'}: unknown variant '{name}'; there are {', '.join(VARIANTS)}")
     return VARIANTS[name].from_pretrained(folder, base, dtype, tensor_parallel)

@@ -1,6 +1,6 @@
 """A frozen VLM with latent vision memory: form memories, embed and score the grown vocabulary, save and load."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vismem.config import InvocationConfig, MemoryConfig
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.files import read_json, write_json
 from vismem.models.backbones.base import Backbone, PatchStream, Prompt, VisionInput
-from vismem.models.checkpointing import checkpointed, recomputed
+from vismem.models.checkpointing import checkpointed
 from vismem.models.kinds import MemoryKind
 from vismem.models.loading import load_base, read_weights, take_weights
 from vismem.models.lora import Lora, LoraSettings
@@ -57,7 +57,6 @@ class VisMemModel(nn.Module):
             self.short = ShortFormer(backbone, memory, adapter)
             self.long = LongFormer(backbone, memory, adapter)
             self.policy_lora = Lora(backbone.language_targets(), adapter)
-        self.recompute = False  # see `checkpointed`
         self.to(backbone.device)
         self.eval()
 
@@ -140,12 +139,13 @@ class VisMemModel(nn.Module):
 
     def form(self, kind: MemoryKind, inputs: FormationInputs) -> Tensor:
         """Form one memory per row: (R, N_kind, d), differentiable (Eq. 5 and 9-11)."""
-        queries = self._run(self.builder, inputs.cognitive, inputs.cognitive_mask)
+        queries = self.backbone.through(self.builder, inputs.cognitive, inputs.cognitive_mask)
         with self.policy_lora.active(False):
             if kind is MemoryKind.SHORT:
                 assert inputs.patches is not None
                 segment = summary(inputs.cognitive.to(queries.dtype), inputs.segment_mask)
-                memory = self._run(self.short, self.backbone, queries, segment, inputs.patches, inputs.sample)
+                read = self.backbone, queries, segment, inputs.patches, inputs.sample
+                memory = self.backbone.through(self.short, *read)
             else:
                 memory = self.long(self.backbone, queries, inputs)
         result: Tensor = memory.to(self.backbone.embedding.weight.dtype)
@@ -154,19 +154,9 @@ class VisMemModel(nn.Module):
     @contextmanager
     def checkpointed(self, on: bool = True) -> Iterator[None]:
         """Within the block, what is run keeps few activations: the backward pass recomputes them (where `on`)."""
-        before, self.recompute = self.recompute, on
-        try:
-            with checkpointed(self.backbone, self._adapters) if on and not before else nullcontext():
-                yield
-        finally:
-            self.recompute = before
-
-    @property
-    def _adapters(self) -> tuple[Lora, ...]:
-        return self.short.lora, self.long.lora, self.policy_lora
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return recomputed(function, *args, adapters=self._adapters) if self.recompute else function(*args)
+        adapters = self.short.lora, self.long.lora, self.policy_lora
+        with checkpointed(self.backbone, adapters) if on else nullcontext():
+            yield
 
     @contextmanager
     def reference(self, start: PolicyWeights | None = None) -> Iterator[None]:
@@ -224,7 +214,7 @@ class VisMemModel(nn.Module):
         settings = _read_saved(folder, backbone)
         if (variant := settings.get("variant", VisMemModel.variant)) != cls.variant:
             raise UserError(f"{folder} holds the model '{variant}', which only `vismem evaluate` decodes")
-        model = cls(backbone, MemoryConfig(**settings["memory"]), InvocationConfig(**settings["invocation"]))
+        model = cls(backbone, settings["memory"], settings["invocation"])
         model.load_weights(folder)
         return model
 
@@ -234,15 +224,13 @@ class VisMemModel(nn.Module):
         UserError where they are of another family or tokenizer, or of a memory of other sizes.
         """
         settings = _read_saved(folder, self.backbone)
-        if self.memory_ids != tuple(settings["memory_ids"]):
+        if self.memory_ids != settings["memory_ids"]:
             raise UserError(f"the base has another tokenizer than the one that {folder} was trained with")
-        own = self.memory_config.model_dump(mode="json")
-        other = [name for name, value in settings["memory"].items() if name not in FREE and value != own.get(name)]
-        if other:
-            values = ", ".join(f"memory.{name} {settings['memory'][name]}" for name in other)
+        own, saved = (each.model_dump(mode="json") for each in (self.memory_config, settings["memory"]))
+        if other := [name for name, value in saved.items() if name not in FREE and value != own[name]]:
+            values = ", ".join(f"memory.{name} {saved[name]}" for name in other)
             raise UserError(f"{folder} has another memory than params.yaml: set {values}")
-        policy = LoraSettings(**settings.get("policy_settings", asdict(self.policy_lora.settings)))
-        if policy != self.policy_lora.settings:
+        if (policy := settings["policy_settings"]) and policy != self.policy_lora.settings:
             self.set_policy_lora(policy)
         take_weights(self, read_weights(folder / "memory.safetensors", folder / "policy.safetensors"), folder)
         self.policy_lora.enabled = settings["policy_lora"]
@@ -250,8 +238,8 @@ class VisMemModel(nn.Module):
     def load_policy_lora(self, folder: Path) -> None:
         """Take over the weights of the policy's adapter alone. UserError where it is another one than this model's."""
         settings = _read_saved(folder, self.backbone)
-        own, other = self.policy_lora.settings, settings.get("policy_settings")
-        if not settings["policy_lora"] or not other or LoraSettings(**other | {"dropout": own.dropout}) != own:
+        own, other = self.policy_lora.settings, settings["policy_settings"]
+        if not settings["policy_lora"] or not other or replace(other, dropout=own.dropout) != own:
             raise UserError(f"{folder} has no LoRA of this size: give a folder that the same baseline wrote")
         weights, lora = read_weights(folder / "policy.safetensors"), "policy_lora."
         kept = {name: value for name, value in self.state_dict().items() if not name.startswith(lora)}
@@ -260,7 +248,10 @@ class VisMemModel(nn.Module):
 
 
 def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
-    """The settings that `save_pretrained` wrote. UserError for a folder without them, or of another family."""
+    """The settings that `save_pretrained` wrote, those of memory, invocation and policy typed.
+
+    UserError for a folder without them, or of another family, or that cannot be read.
+    """
     file = Path(folder) / "vismem.json"
     settings: dict[str, Any] = read_json(file, wanted := "give a folder that stage1, stage2 or export wrote")
     if lacking := SAVED - (settings.keys() if isinstance(settings, dict) else set()):
@@ -269,4 +260,13 @@ def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
         raise UserError(f"{folder} has format {settings['format']}, this release reads {FORMAT}: train it anew")
     if backbone.family != settings["family"]:
         raise UserError(f"{folder} was trained on {settings['family']}, but the base is {backbone.family}")
-    return settings
+    policy = settings.get("policy_settings")
+    try:
+        return settings | {
+            "memory": MemoryConfig(**settings["memory"]),
+            "invocation": InvocationConfig(**settings["invocation"]),
+            "policy_settings": policy and LoraSettings(**policy),
+            "memory_ids": tuple(settings["memory_ids"]),
+        }
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged, or of a later release ({first_line(error)}): {wanted}") from None

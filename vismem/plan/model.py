@@ -12,7 +12,8 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 from vismem.config import BaseConfig
 from vismem.data.sample import Sample
 from vismem.errors import UserError, first_line
-from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.generation.replay import with_memories
+from vismem.generation.types import Rollout
 from vismem.models.backbones import backbone_of, check_family
 from vismem.models.backbones.base import Backbone
 from vismem.models.processors import load_processor
@@ -85,14 +86,6 @@ def answers(
 
 
 def _answer(model: VisMemModel, sample_id: str, words: int, memories: int, row: int) -> Rollout:
-    ids: list[int] = []
-    invocations = []
-    pieces = max(1, memories)
-    for index in range(pieces):
-        if memories:
-            kind = KINDS[(row + index) % 2]
-            invocations.append(Invocation(len(ids), kind, forced=True))
-            ids += [model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind]]
-        ids += [WORD] * (words * (index + 1) // pieces - words * index // pieces)
-    said = tuple(token == WORD for token in ids)
-    return Rollout(sample_id, tuple(ids), said, (0.0,) * len(ids), tuple(invocations), "", "", True, words)
+    said = (WORD,) * words
+    plain = Rollout(sample_id, said, (True,) * words, (0.0,) * words, (), "", "", True, words)
+    return with_memories(model, plain, {words * at // memories: KINDS[(row + at) % 2] for at in range(memories)})

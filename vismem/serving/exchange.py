@@ -117,8 +117,8 @@ class Question:
 
 def check_seed(seed: int) -> None:
     """UserError for one that a server, which has 64 bits for it, would not take either."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}: it must lie in 0..{2**63 - 1}")
+    if not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise UserError(f"the seed is {seed}: it must be a whole number in 0..{2**63 - 1}")
 
 
 def encoded_images(images: Images) -> tuple[bytes, ...]:

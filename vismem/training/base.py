@@ -9,11 +9,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vismem.config import Config
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.files import link_or_copy, read_json, write_json
 from vismem.hub import fetch
 from vismem.models.backbones import FAMILIES
-from vismem.models.loading import no_weight_bars
+from vismem.models.loading import DAMAGED, check_processor, no_weight_bars
 from vismem.models.processors import load_processor
 from vismem.progress import progress
 from vismem.provenance import MANIFEST, sha256_folder, verify_manifest
@@ -37,7 +37,7 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         raise UserError(f"base.model '{name}' is not what its manifest says: {'; '.join(problems)}: restore {folder}")
     try:
         settings = AutoConfig.from_pretrained(name if folder is None else str(folder))
-    except (OSError, ValueError) as error:
+    except (*DAMAGED, OSError) as error:
         raise UserError(f"base.model '{name}' is no model that can be loaded (hub id or folder): {error}") from None
     family = settings.model_type
     if getattr(settings, "vision_config", None) is None:
@@ -49,8 +49,14 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         )
     source = fetch(name) if folder is None else folder
     with no_weight_bars(), progress("base", quiet=sys.stderr.isatty()):  # there the hub's own bar shows a download
-        count, how = _write(source, out, config.base.dtype)
-        load_processor(source).save_pretrained(out)
+        try:
+            count, how = _write(source, out, config.base.dtype)
+            processor = load_processor(source)
+        except DAMAGED as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"base.model '{name}' is damaged ({said}): fetch it again") from None
+        check_processor(processor, settings, name)
+        processor.save_pretrained(out)
     fingerprint = sha256_folder(out, "*.safetensors")
     if folder is not None and (scope := Scope.read(folder)):
         scope.write(out)
@@ -70,14 +76,13 @@ def _write(source: Path, out: Path, dtype: str) -> tuple[int, str]:
     """Write the model of the folder `source` in a precision; how many parameters it has, and how they came to `out`."""
     if not (files := _weight_files(source)):
         raise UserError(f"{source} has no weights as safetensors: save it with transformers' save_pretrained")
-    if any(kind != TYPES[dtype] for file in files for kind in _types(file)):
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-        model.save_pretrained(out)
-        return model.num_parameters(), f"copied as {dtype}"
     # without its weights, which need not be in memory to be linked
     model, found = AutoModelForImageTextToText.from_pretrained(source, device_map="meta", output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{source} lacks weights of the model: {', '.join(missing[:3])}: fetch or save it again")
+    if any(kind != TYPES[dtype] for file in files for kind in _types(file)):
+        AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).save_pretrained(out)
+        return model.num_parameters(), f"copied as {dtype}"
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     for file in (*files, *source.glob(INDEX)):

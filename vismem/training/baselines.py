@@ -8,7 +8,6 @@ images alone. `full` trains the language model with its embeddings and head. The
 VisMem, and but for the `vision` ones the vision encoder too, so that every arm is given the same image features.
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS
 from vismem.generation.invocation import InvocationPolicy, Off
-from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.generation.replay import with_memories
+from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.loading import no_weight_bars
 from vismem.models.lora import LoraSettings
@@ -132,15 +132,7 @@ def continuous(config: Config, inputs: Inputs, out: Path) -> str:
 
 def answer_behind_memory(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
     """The reference answer of one sample with a memory forced at its start, short by its tokens."""
-    plain, kind = plain_answer(model, sample), MemoryKind.SHORT
-    memory = (model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind])
-    return replace(
-        plain,
-        token_ids=memory + plain.token_ids,
-        loss_mask=(False,) * len(memory) + plain.loss_mask,
-        logprobs=(0.0,) * len(memory) + plain.logprobs,
-        invocations=(Invocation(0, kind, forced=True),),
-    )
+    return with_memories(model, plain_answer(model, sample), {0: MemoryKind.SHORT})
 
 
 def _train_supervised(

@@ -91,11 +91,11 @@ def train(
         with progress(settings.name, settings.steps, state.steps, quiet=not main) as advance:
             for step in range(state.steps, settings.steps):
                 started = time.perf_counter()
-                batch = objective.collect(step)
+                batch, metrics = objective.collect(step), Metrics()
                 for update in range(settings.updates):
                     for weight in weights:
                         weight.grad = None
-                    metrics = objective.backward(batch)
+                    metrics |= objective.backward(batch)
                     if update and 0 < settings.target_kl < metrics.get("update_kl", 0.0):
                         break
                     all_reduce_gradients(weights, accelerator)

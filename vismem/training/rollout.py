@@ -15,7 +15,7 @@ from vismem.data.sample import Sample
 from vismem.generation.context import Context
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy
-from vismem.generation.replay import Scores, prefill, score
+from vismem.generation.replay import Scores, padded, prefill, score
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
 from vismem.models.policy import PolicyWeights
@@ -157,7 +157,7 @@ class GrpoObjective:
         rollouts, advantages = batch.rollouts[rows], batch.advantages[rows].to(device)
         sample = torch.arange(rows.start, rows.stop, device=device) // self.stage.group_size - first
         scores = self.scores(batch.policy, context, rollouts, sample)
-        old = padded([r.logprobs for r in rollouts], scores.logprobs)
+        old = padded([r.logprobs for r in rollouts], scores.logprobs.dtype).to(device)
         clip, length = (self.grpo.clip_low, self.grpo.clip_high), self.grpo.loss_length
         term = policy_term(scores.logprobs, old, advantages, scores.mask, *clip, length)
         loss, logged = term.loss, {}
@@ -189,14 +189,6 @@ def answer_lines(
         for sample, rollout, value in zip(samples, rollouts, values, strict=True)
     ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def padded(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
-    """Rows of numbers as a tensor of the shape and type of `like`, right-padded with zeros."""
-    values = torch.zeros(like.shape, dtype=like.dtype)
-    for index, row in enumerate(rows):
-        values[index, : len(row)] = torch.tensor(row, dtype=like.dtype)
-    return values.to(like.device)
 
 
 def rollout_figures(rollouts: Sequence[Rollout]) -> Metrics:

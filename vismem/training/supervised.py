@@ -4,7 +4,7 @@ With memories it is the warm start of stage I, an option of ours; without it is 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +13,8 @@ from vismem.data.collate import target_text
 from vismem.data.sample import Sample
 from vismem.generation.invocation import row_key, row_uniforms
 from vismem.generation.prompts import target_ids
-from vismem.generation.replay import prefill, score
-from vismem.generation.types import LATENT, Invocation, Rollout
+from vismem.generation.replay import prefill, score, with_memories
+from vismem.generation.types import Rollout
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.training.grpo import rollout_means
@@ -86,29 +86,14 @@ def plain_answer(model: VisMemModel, sample: Sample, seed: int = 0) -> Rollout:
 def answer_with_memory(model: VisMemModel, sample: Sample, seed: int, probability: float) -> Rollout:
     """The same with memories at its start and after delimiters, each with chance `probability`, short or long.
 
-    There is at least one, and there are at most `max_per_answer`: where none came up, or too many, the places are a
-    uniform choice. All is drawn from the seed and the sample's id.
+    There is at least one, if there may be any, and there are at most `max_per_answer`: where none came up, or too many,
+    the places are a uniform choice. All is drawn from the seed and the sample's id.
     """
     plain = plain_answer(model, sample)
     words, delimiters = plain.token_ids, set(model.delimiter_ids)
     places = [0, *(i + 1 for i, before in enumerate(words[:-1]) if before in delimiters)]
     coins, order, kinds = row_uniforms(seed, row_key(sample.id, 0), "warm start", 3 * len(places)).reshape(3, -1)
     shuffled = order.argsort()
-    drawn = [at for at in shuffled if coins[at] < probability][: model.invocation_config.max_per_answer]
-    chosen = {places[at]: KINDS[int(2 * kinds[at])] for at in drawn or shuffled[:1]}
-    ids: list[int] = []
-    mask: list[bool] = []
-    invocations = []
-    for index, word in enumerate(words):
-        if kind := chosen.get(index):
-            memory = [model.invoke_ids[kind], *[LATENT] * model.length_of(kind), model.end_ids[kind]]
-            invocations.append(Invocation(len(ids), kind, forced=True))
-            ids, mask = ids + memory, mask + [False] * len(memory)
-        ids, mask = [*ids, word], [*mask, True]
-    return replace(
-        plain,
-        token_ids=tuple(ids),
-        loss_mask=tuple(mask),
-        logprobs=(0.0,) * len(ids),
-        invocations=tuple(invocations),
-    )
+    limit = model.invocation_config.max_per_answer
+    drawn = [at for at in shuffled if coins[at] < probability][:limit] or shuffled[: min(1, limit)]
+    return with_memories(model, plain, {places[at]: KINDS[int(2 * kinds[at])] for at in drawn})

@@ -124,6 +124,8 @@ class Backbone(ABC):
         self.vision_width = int(self.settings.hidden_size)  # w, of the vision encoder
         self.embedding: nn.Embedding = model.get_input_embeddings()  # kept: Hugging Face searches at every call
         self.head: nn.Linear = model.get_output_embeddings()
+        if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or ()):
+            raise UserError(f"a {self.family} whose language model uses sliding-window attention is not supported")
 
     @abstractmethod
     def inputs(
@@ -166,7 +168,7 @@ class Backbone(ABC):
         """Run the patches through the vision encoder (with whatever adapter is active)."""
 
     def through(self, block: Callable[..., Any], *args: Any) -> Any:
-        """Run one block of the vision encoder; `checkpointed` lets the backward pass run it again."""
+        """Run a block of the vision encoder, or a part of VisMem; `checkpointed` lets it run again, backwards."""
         return block(*args)
 
     @abstractmethod

@@ -74,7 +74,9 @@ class Qwen25VLBackbone(Backbone):
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
         padded, right = right_padded(ids, mask.bool(), self.processor.tokenizer.pad_token_id)
         sizes = [tuple(grid) for grid in grids.tolist()]
-        parts = torch.split(pixels, [t * h * w for t, h, w in sizes])
+        if (cut := [t * h * w for t, h, w in sizes]) and sum(cut) != len(pixels):
+            raise UserError(f"image_grid_thw counts {sum(cut)} patches, pixel_values has {len(pixels)}")
+        parts = torch.split(pixels, cut)
         each = iter(zip(parts, sizes, strict=True))
         counts = (padded == self.model.config.vision_start_token_id).sum(1).tolist()
         pictures = [list(islice(each, count)) for count in counts]
@@ -210,7 +212,7 @@ class Qwen25VLBackbone(Backbone):
         hidden, kept = embeds, []
         for block, whole in self._blocks():
             places = images if whole else windows
-            hidden, key, value = self.through(self._patches_through, block, hidden, rotary, places)
+            hidden, key, value = self.through(self._block, block, hidden, rotary, places)
             if whole:  # in the others memory tokens are a window of their own
                 kept.append((key, value))
         return PatchStream(embeds, kept, hidden, vision, vision.mask)
@@ -218,12 +220,6 @@ class Qwen25VLBackbone(Backbone):
     def _blocks(self) -> list[tuple[Any, bool]]:
         """The blocks in order, and whether attention in them is over the whole image."""
         return [(block, index in self.visual.fullatt_block_indexes) for index, block in enumerate(self.blocks)]
-
-    def _patches_through(
-        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], places: Segments
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self._qkv(block, hidden, rotary)
-        return self._rest(block, hidden, attend(query, key, value, places)), key, value
 
     def memory_stream(self, tokens: Tensor, positions: Tensor, stream: PatchStream, sample: Tensor) -> Tensor:
         rows, length, _ = tokens.shape
@@ -233,19 +229,22 @@ class Qwen25VLBackbone(Backbone):
         hidden, kept = tokens.to(stream.embeds.dtype), iter(stream.keys_values)
         for block, whole in self._blocks():
             read = (*next(kept), sample) if whole else ()
-            hidden = self.through(self._memory_through, block, hidden, rotary, mask if whole else own, *read)
+            hidden, *_ = self.through(self._block, block, hidden, rotary, mask if whole else own, *read)
         return hidden
 
-    def _memory_through(
-        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, *read: Tensor
-    ) -> Tensor:
-        """Memory tokens through a block; `read`: keys and values of all samples' patches, and the rows' samples."""
-        query, key, value = self._qkv(block, hidden, rotary)
+    def _block(
+        self, block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], places: Segments, *read: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches or memory tokens through a block, with their own keys and values.
+
+        `places`: the keys that each may see. `read`: keys and values of all samples' patches, and the rows' samples.
+        """
+        query, *own = self._qkv(block, hidden, rotary)
+        key, value = own
         if read:
-            keys, values, sample = read
-            key, value = torch.cat([keys[sample], key], dim=2), torch.cat([values[sample], value], dim=2)
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self._rest(block, hidden, attended)
+            *patches, sample = read
+            key, value = (torch.cat([seen[sample], mine], dim=2) for seen, mine in zip(patches, own, strict=True))
+        return self._rest(block, hidden, attend(query, key, value, places)), *own
 
     def project(self, hidden: Tensor) -> Tensor:
         rows, length, width = hidden.shape

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismem.errors import UserError
 from vismem.models.backbones.base import Backbone, Clip, Inputs, PatchStream, Prompt, VisionInput
 from vismem.models.lora import LoraTarget
 
@@ -36,8 +35,6 @@ class TiledBackbone(Backbone):
         depth = int(self.settings.num_hidden_layers)
         self.layers = [i % (depth + 1) for i in ([layers] if isinstance(layers, int) else layers)]
         self.blocks = getattr(self.tower.encoder, self.layers_name)[: max(self.layers)]
-        if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or ()):
-            raise UserError(f"a {self.family} whose language model uses sliding-window attention is not supported")
 
     # --- what a family says ---
 

@@ -111,19 +111,21 @@ def main() -> None:
         alone = Client(address, timeout=120)
         expected = answers_alone(alone, asked)
         clients = [start(file, address, number, number) for number in range(CLIENTS)]
-        memory, killed, began = [megabytes(server)], 0, time.monotonic()
-        while (passed := time.monotonic() - began) < args.seconds:
-            time.sleep(rng.uniform(0.5, 1.5))
-            number = rng.randrange(MORTAL)
-            clients[number].kill()
-            clients[number].wait()
-            killed += 1
-            clients[number] = start(file, address, number, CLIENTS + killed)
-            if passed >= 5 * len(memory):
-                memory.append(megabytes(server))
-        for client in clients:
-            client.kill()
-            client.wait()
+        try:
+            memory, killed, began = [megabytes(server)], 0, time.monotonic()
+            while (passed := time.monotonic() - began) < args.seconds:
+                time.sleep(rng.uniform(0.5, 1.5))
+                number = rng.randrange(MORTAL)
+                clients[number].kill()
+                clients[number].wait()
+                killed += 1
+                clients[number] = start(file, address, number, CLIENTS + killed)
+                if passed >= 5 * len(memory):
+                    memory.append(megabytes(server))
+        finally:
+            for client in clients:
+                client.kill()
+                client.wait()
         again = answers_alone(alone, asked)
         answers = [json.loads(line) for each in folder.glob("*.jsonl") for line in each.read_text().splitlines()]
     wrong = [(name, said) for name, said in answers if said != expected[name]]

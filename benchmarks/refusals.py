@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,6 @@ from malformed import MALFORMED
 from vismem.serving.client import Client
 
 
-class Grpc:
-    """What `over_grpc.ask` takes for a server."""
-
-    def __init__(self, url: str) -> None:
-        self.grpc_url = url
-
-
 def requests(kind: str, address: str) -> dict[str, Callable[[], Any]]:
     """Every malformed request, by name, as a call that returns when it is refused."""
     if kind == "api":
@@ -41,7 +35,7 @@ def requests(kind: str, address: str) -> dict[str, Callable[[], Any]]:
         bodies |= {name: body for name, (_, body, _) in over_http.WRONG.items()}
         files = {name: body if isinstance(body, bytes) else json.dumps(body).encode() for name, body in bodies.items()}
         return {name: partial(post, address, file) for name, file in files.items()}
-    server: Any = Grpc(address.removeprefix("grpc://"))
+    server: Any = SimpleNamespace(grpc_url=address.removeprefix("grpc://"))
     inputs = {name: (over_grpc.inputs_of(request), {}) for name, request in MALFORMED.items()}
     inputs |= {name: (tensors, types) for name, (tensors, types, _) in over_grpc.WRONG.items()}
     return {name: partial(over_grpc.ask, server, tensors, **types) for name, (tensors, types) in inputs.items()}
@@ -64,11 +58,13 @@ def while_asked(address: str, work: Callable[[], None]) -> float:
     found, stop = list[float](), threading.Event()
     asking = threading.Thread(target=gaps, args=(Client(address, timeout=120), found, stop))
     asking.start()
-    time.sleep(1)
-    found.clear()
-    work()
-    stop.set()
-    asking.join()
+    try:
+        time.sleep(1)
+        found.clear()
+        work()
+    finally:
+        stop.set()
+        asking.join()
     return max(found)
 
 

@@ -9,6 +9,7 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from vismem.config import Config, JsonlSource
+from vismem.data.clusters import cluster_ids
 from vismem.data.readers import jsonl
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
@@ -18,6 +19,7 @@ from vismem.serving.exchange import Answer, BusyError, DeadlineError, Disconnect
 from vismem.serving.golden import FILE, FOLDER, NEW_TOKENS
 from vismem.serving.publish import Published
 
+READY_SECONDS = 10.0  # for saying that it is ready
 ALPHA = 0.05  # fewer right answers than the servers' with a smaller p are too few
 
 
@@ -52,7 +54,7 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     before = Client(f"grpc://{servers}", model=model)
     known = [score(sample, before.ask(sample.images, sample.question, max_new_tokens=limit)) for sample in samples]
     told += f", {sum(known):g} by the version before"
-    p = permutation_p(np.array(right), np.array(known), np.array([sample.cluster or sample.id for sample in samples]))
+    p = permutation_p(np.array(right), np.array(known), np.array(cluster_ids(samples)))
     if sum(right) < sum(known) and p < ALPHA:
         raise WrongAnswerError(f"{told} (p = {p:.2g})")
     return told
@@ -72,7 +74,7 @@ def _check_version(url: str, model: str, version: str) -> None:
     """UserError unless that version of the model answers at `url`."""
     try:
         with InferenceServerClient(url) as client:
-            served = client.is_model_ready(model, version)
+            served = client.is_model_ready(model, version, client_timeout=READY_SECONDS)
     except InferenceServerException as error:
         raise UserError(f"no canary answers at {url}: {error.message()}") from None
     if not served:

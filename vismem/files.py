@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vismem"
 
 
-def empty_folder(folder: Path) -> None:
-    """Remove what is in the folder, such as what a killed run left there."""
-    for leftover in folder.iterdir():
+def empty_folder(folder: Path, kept: Collection[Path] = ()) -> None:
+    """Remove what is in the folder, such as what a killed run left there, but for the files `kept`."""
+    for leftover in {*folder.iterdir()} - {*kept}:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

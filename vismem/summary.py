@@ -13,7 +13,7 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.messages import Caller
-from vismem.records import EXAMPLE, Metrics, Release, Verdict
+from vismem.records import EXAMPLE, VISMEM, Metrics, Release, Verdict
 
 REPORTS = {
     "the data": "validate/report.html",
@@ -35,7 +35,8 @@ def print_summary(config: Config, artifacts: Path, caller: Caller, console: Cons
     metrics = Metrics.read(artifacts / "evaluate")
     release, verdict = Release.read(artifacts / "promote"), Verdict.read(artifacts / "promote")
     smoke = read_json(artifacts / "deploy" / "smoke.json", "run `vismem deploy` again")
-    console.print("", score_table(metrics), headline(metrics), "", sep="\n")
+    table = [score_table(metrics)] if VISMEM in metrics.arms else []
+    console.print("", *table, headline(metrics), "", sep="\n")
     console.print(*verdict_lines(verdict, release), "", *example_lines(smoke), "", sep="\n")
     for what, name in REPORTS.items():
         if (artifacts / name).is_file():

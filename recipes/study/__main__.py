@@ -19,6 +19,7 @@ from vismem.errors import UserError
 from vismem.evaluation.arms import resolve_arms
 from vismem.files import read_json, write_json
 from vismem.locks import lock_folder
+from vismem.records import VISMEM
 from vismem.services import exit_on_sigterm
 
 
@@ -38,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.out or Path(f"runs/study-{given.profile}" if given.profile else "runs/study")
     try:
         settings = Settings(**{name: getattr(given, name) for name in Settings.model_fields})
-        for arms in ((*settings.arms, *settings.long_arms), settings.transfer_arms):
+        for arms in ((*settings.arms, *settings.long_arms), settings.transfer_arms, settings.stage_arms):
             resolve_arms(arms)
+        if VISMEM not in settings.stage_arms:
+            raise UserError(f"--stage-arms: '{VISMEM}' is missing; what it forgets is compared with what others do")
         config = load_config(given.params, given.profile)
         with exit_on_sigterm(), lock_folder(folder) as lock:  # SIGTERM also stops the running steps
             keep_parameters(folder / "parameters.json", parameters(config, settings))

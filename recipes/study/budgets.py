@@ -134,11 +134,8 @@ def oracle(scores: pd.DataFrame, resamples: int) -> Values | None:
 def _share(scores: pd.DataFrame, resamples: int) -> Values:
     three = scores[list(CHOICES)]
     way, gone = (side.to_numpy() - three.mean(axis=1).to_numpy() for side in (three.max(axis=1), scores[VISMEM]))
-    if not way.any():
-        return {"mean": float(three.to_numpy().mean()), "share": None, "share_ci95": None}
-    interval = share_interval(100 * gone, way, clusters_of(scores), resamples=resamples, seed=0)
-    return {
-        "mean": float(three.to_numpy().mean()),
-        "share": float(100 * gone.sum() / way.sum()),
-        "share_ci95": interval,
-    }
+    found: Values = {"mean": float(three.to_numpy().mean()), "share": None, "share_ci95": None}
+    if way.any():
+        found["share"] = float(100 * gone.sum() / way.sum())
+        found["share_ci95"] = share_interval(100 * gone, way, clusters_of(scores), resamples=resamples, seed=0)
+    return found

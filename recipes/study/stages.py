@@ -16,7 +16,7 @@ def stage_figures(answers: Mapping[int, Sequence[Answers]], resamples: int) -> V
     it lost with what VisMem lost}, for arms that are trained; changed: answers that vanilla, which is VisMem with
     memory and adapter off, gave otherwise after a later stage}.
     """
-    stages = [score_table({seed: rows[stage] for seed, rows in answers.items()}) for stage in range(_count(answers))]
+    stages = [score_table(dict(zip(answers, rows, strict=True))) for rows in zip(*answers.values(), strict=True)]
     first, last = stages[0], stages[-1]
     arms = {
         arm: {
@@ -34,9 +34,3 @@ def stage_figures(answers: Mapping[int, Sequence[Answers]], resamples: int) -> V
         for before, after in zip(rows[0][VANILLA], stage[VANILLA], strict=True)
     )
     return {"n": len(first), "arms": arms, "less": less, "changed": changed}
-
-
-def _count(answers: Mapping[int, Sequence[Answers]]) -> int:
-    """How many stages every seed has."""
-    (count,) = {len(rows) for rows in answers.values()}
-    return count

@@ -1,6 +1,7 @@
 """`vismem sweep` on experiments that DVC itself has queued, run and shown, in a repository of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ def test_scores_of_a_run_are_not_shown_under_parameters_that_were_edited_since(p
     def found() -> list[tuple[str, int]]:
         return [(each.name, each.parameters["memory.queries"]) for each in experiments(shown_by_dvc())]
 
+    run(sys.executable, "step.py")
+    assert found() == [], "by hand: nobody knows with which parameters"
+    shutil.rmtree("artifacts")
     run("dvc", "repro", "-q")
     assert found() == [("workspa", 8)]
     run("git", "add", "-A")

@@ -147,6 +147,11 @@ def test_a_profile_of_the_project_hides_the_shipped_one_of_its_name(
     assert resolve("smoke").seed == 41
 
 
+def test_a_key_that_is_no_text_is_named() -> None:
+    with pytest.raises(UserError, match=r"unknown key 'stage1\.1'"):
+        resolve(overrides={"stage1": {1: 2}})
+
+
 def test_merge_changes_neither_side() -> None:
     below, above = {"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}, "d": None}
     assert merge(below, above) == {"a": {"b": 1, "c": [3]}, "d": None}

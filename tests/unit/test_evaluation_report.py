@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import errno
 import hashlib
 import io
 import math
@@ -60,7 +61,7 @@ def png(colour: str, side: int = 8) -> bytes:
 
 def page_of(predictions: dict[str, list[Prediction]], pictures: dict[str, list[bytes]] | None = None) -> str:
     charts: dict[str, list[Panel]] = {"scores": [], "tasks": []}
-    return report.render(recorded(predictions), predictions, charts, pictures or {}, {}, Config().evaluate)
+    return report.render(recorded(predictions), predictions, charts, (pictures or {}).get, {}, Config().evaluate)
 
 
 class Elements(HTMLParser):
@@ -93,6 +94,24 @@ def test_the_table_for_the_terminal_shows_every_capability(metrics: Metrics) -> 
     assert f"{metrics.gain['understanding'].p:.3f}" not in text, "p of the capabilities is Holm's"
 
 
+def test_answers_that_were_kept_stay_until_all_is_written(
+    tmp_path: Path, predictions: dict[str, list[Prediction]], metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "answers-0.checkpoint"
+    kept.write_text("{}")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            write(Config(), tmp_path, predictions, metrics, {}, {}.get, {})
+    assert kept.is_file()
+    write(Config(), tmp_path, predictions, metrics, {}, {}.get, {})
+    assert not kept.exists()
+
+
 def test_the_step_writes_a_page_that_needs_no_network(
     tmp_path: Path, predictions: dict[str, list[Prediction]], metrics: Metrics
 ) -> None:
@@ -100,7 +119,7 @@ def test_the_step_writes_a_page_that_needs_no_network(
     (tmp_path / "predictions" / "leftover.parquet").write_bytes(b"")
     pictures = {"item-1": [b"\x89PNG", png("red")]}
     charts = evaluation_charts(metrics, predictions, CURVES)
-    write(Config(), tmp_path, predictions, metrics, charts, pictures, {"base model": "hand"})
+    write(Config(), tmp_path, predictions, metrics, charts, pictures.get, {"base model": "hand"})
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!#)""", page)
     assert not re.search(r"url\((?!data:|#)", page)

@@ -15,7 +15,7 @@ from vismem.config import Config
 from vismem.evaluation import report
 from vismem.evaluation.looks import map_picture
 from vismem.evaluation.panels import to_svg
-from vismem.evaluation.plots import evaluation_charts, scored, time_panel
+from vismem.evaluation.plots import evaluation_charts, in_words, time_panel
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.report import mark_memories, to_look_at
 from vismem.models.attention import Look
@@ -115,10 +115,9 @@ def test_every_arm_is_a_point_of_score_against_time_that_says_which(predictions:
     panel = time_panel(metrics)
     assert panel is not None
     tips = Tips(to_svg(panel)).found
-    assert sorted(tips) == sorted(
-        f"{scored(metrics, arm, 'overall')}, {1000 * metrics.arms[arm]['seconds_per_sample']:.1f} ms"
-        for arm in predictions
-    )
+    said = {arm: in_words(arm, metrics.arms[arm]["overall"], metrics.intervals[arm]["overall"]) for arm in predictions}
+    times = {arm: f"{1000 * metrics.arms[arm]['seconds_per_sample']:.1f} ms" for arm in predictions}
+    assert sorted(tips) == sorted(f"{said[arm]}, {times[arm]}" for arm in predictions)
     assert tips[-1].startswith("VisMem: 75.0 % ("), "on top of the others"
     assert tips[-1].endswith("), 25.0 ms")
     for arm in metrics.arms.values():

@@ -81,3 +81,13 @@ def test_of_mathvista_s_choices_the_letter_counts(tmp_path: Path) -> None:
     }  # fmt: skip
     found = kit(tmp_path, "MathVista_MINI", *(row | {"prediction": said} for said in ("B", "(B) A", "A", "C")))
     assert [(row.reference, row.score) for row in found] == [("B", 1.0), ("B", 1.0), ("B", 0.0), ("B", 0.0)]
+
+
+def test_a_reference_that_is_a_number_is_no_score(tmp_path: Path) -> None:
+    file = tmp_path / "20261127_200421_samples_Bench.jsonl"
+    row = {"doc_id": 0, "target": 1, "filtered_resps": ["0"], "acc": {"pred": "0", "gold": "1"}}
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="line 1: no score, or several"):
+        read_scored(file)
+    file.write_text(json.dumps(row | {"acc": 0.0}) + "\n")
+    assert [scored.score for scored in read_scored(file)] == [0.0]

@@ -109,6 +109,10 @@ def test_claims_compare_what_the_plan_says() -> None:
 def test_an_unknown_arm_is_named_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--arms", "vanilla", "vismen", "--out", str(tmp_path / "study")]) == 1
     assert "unknown arm 'vismen' (did you mean 'vismem'?)" in capsys.readouterr().err
+    assert main(["--stage-arms", "vanilla", "vismen", "--out", str(tmp_path / "study")]) == 1
+    assert "unknown arm 'vismen'" in capsys.readouterr().err
+    assert main(["--stage-arms", "vanilla", "sft_lora", "--out", str(tmp_path / "study")]) == 1
+    assert "--stage-arms: 'vismem' is missing" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
 
 

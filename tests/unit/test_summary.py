@@ -79,6 +79,15 @@ def test_the_summary_ends_with_a_command_to_paste(artifacts: Path) -> None:
     )
 
 
+def test_a_last_evaluation_without_vismem_has_no_table_of_it(artifacts: Path) -> None:
+    metrics = scores()
+    del metrics.arms["vismem"]
+    metrics.write(artifacts / "evaluate")
+    console = Console(record=True, file=(artifacts / "out.txt").open("w"))
+    print_summary(Config(), artifacts, Caller(artifacts.parent), console)
+    assert "Ask it yourself" not in lines(console)
+
+
 def test_the_summary_needs_nothing_heavy(artifacts: Path) -> None:
     write_text(artifacts / "params.yaml", "seed: 0\n")
     program = (

@@ -55,48 +55,6 @@ from vismem.config.training import (
 from vismem.errors import UserError, nearest
 from vismem.shipped import shipped
 
-__all__ = [
-    "DEFAULT_BASE",
-    "PARAMS_FILE",
-    "SOURCES",
-    "BaseConfig",
-    "BaselinesConfig",
-    "BaselinesGrpoConfig",
-    "Config",
-    "DriftConfig",
-    "DvcPath",
-    "DvcSource",
-    "EasyVqaSource",
-    "EvaluateConfig",
-    "ExportConfig",
-    "GateConfig",
-    "GrpoConfig",
-    "GrpoStageConfig",
-    "InstructionsConfig",
-    "InvocationConfig",
-    "JsonlSource",
-    "LmuDataSource",
-    "LocalFiles",
-    "MemoryConfig",
-    "NlvrSource",
-    "PrepareConfig",
-    "RegistryConfig",
-    "ScenesSource",
-    "Section",
-    "Severity",
-    "Source",
-    "Stage1Config",
-    "Stage2Config",
-    "SuiteConfig",
-    "SupervisedConfig",
-    "ValidateConfig",
-    "WarmStartConfig",
-    "load_config",
-    "load_params",
-    "merge",
-    "parse_config",
-    "resolve",
-]
 PARAMS_FILE = Path("params.yaml")
 PROFILE_FOLDER = "deploy/profiles"
 
@@ -187,7 +145,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in values.items():
         inner = _nested(value) if isinstance(value, Mapping) else value
-        for part in reversed(key.split(".")):
+        for part in reversed(str(key).split(".")):
             inner = {part: inner}
         nested = merge(nested, inner)
     return nested

@@ -270,8 +270,11 @@ def _mentioned(text: str, form: AnswerForm) -> str | None:
         pattern = re.compile(rf"(?<![\w-]){re.escape(wanted)}(?![\w-]|[.,]\d)")
         if len(wanted) > 1 and pattern.search(rest):
             rest = pattern.sub(" | ", rest)
-            before = [clause[: at.start()] for clause in clauses if (at := pattern.search(clause))]
-            denied = [_NEGATION.search(part) for part in before]
+            found = [(clause, at) for clause in clauses if (at := pattern.search(clause))]
+            denied = [
+                _NEGATION.search(clause[: at.start()]) or _DENIED.match(clause[at.end() :].lstrip())
+                for clause, at in found
+            ]
             if all(denied) and not _LISTED.search(text):
                 continue  # "a dog, not a cat"
             if any(denied) or words.count(wanted) > 1:

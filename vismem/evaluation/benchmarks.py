@@ -3,11 +3,12 @@
 A benchmark is what a sample's `source` names. Rows that `validate` set apart are no part of a score, but are counted.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import Scores
@@ -56,18 +57,11 @@ def hallusion(ids: Sequence[str], scores: Scores) -> dict[str, float]:
     parts = [name.removeprefix(f"{HALLUSION}-").split("_") for name in ids]
     if any(len(part) != 6 for part in parts):
         return {}
-    of_figure, of_question = (
-        defaultdict[tuple[str, ...], list[float]](list),
-        defaultdict[tuple[str, ...], list[float]](list),
-    )
-    for (*kind, _, number, figure, question), value in zip(parts, scores.tolist(), strict=True):
-        of_figure[*kind, number, figure].append(value)
-        of_question[*kind, number, question].append(value)
-    accuracies = {
-        "aAcc": float(scores.mean()),
-        "fAcc": float(np.mean([min(values) for values in of_figure.values()])),
-        "qAcc": float(np.mean([min(values) for values in of_question.values()])),
-    }
+    table = pd.DataFrame(parts, columns=["category", "subcategory", "visual", "set", "figure", "question"])
+    accuracies = {"aAcc": float(scores.mean())}
+    for name, counted in (("fAcc", "figure"), ("qAcc", "question")):
+        together = table.assign(score=scores).groupby(["category", "subcategory", "set", counted])["score"]
+        accuracies[name] = float(together.min().mean())
     return accuracies | {"mean": float(np.mean([*accuracies.values()]))}
 
 

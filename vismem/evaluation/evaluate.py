@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -89,7 +89,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, Pictures((samples, ids)), sources, looks)
+    write(config, out, predictions, metrics, charts, pictures_of((samples, ids)), sources, looks)
     return headline(metrics)
 
 
@@ -115,23 +115,19 @@ def rows_set_apart(validated: Path) -> Counter[str]:
     return Counter(row["source"] or "" for table in tables for row in table.to_pylist() if row["split"] == "test")
 
 
-class Pictures(Mapping[str, tuple[bytes, ...]]):
-    """A sample's pictures by its id, read as they are asked for: its images, and the first frame of each video."""
+def pictures_of(*splits: tuple[Sequence[Sample], Sequence[str]]) -> report.Pictures:
+    """A sample's pictures by its id, read as they are asked for: its images, and the first frame of each video.
 
-    def __init__(self, *splits: tuple[Sequence[Sample], Sequence[str]]) -> None:
-        """`splits`: samples, and their ids."""
-        self._places = {name: (samples, place) for samples, ids in splits for place, name in enumerate(ids)}
+    `splits`: samples, and their ids.
+    """
+    places = {name: (samples, place) for samples, ids in splits for place, name in enumerate(ids)}
 
-    def __getitem__(self, name: str) -> tuple[bytes, ...]:
-        samples, place = self._places[name]
+    def read(name: str) -> tuple[bytes, ...]:
+        samples, place = places[name]
         sample = samples[place]
         return (*sample.images, *(video.frames[0] for video in sample.videos))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+    return read
 
 
 def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config) -> dict[str, VisMemModel]:
@@ -240,13 +236,16 @@ def write(
     predictions: Mapping[str, Sequence[Prediction]],
     metrics: Metrics,
     charts: Mapping[str, Sequence[Panel]],
-    pictures: Mapping[str, Sequence[bytes]],
+    pictures: report.Pictures,
     sources: Mapping[str, str],
     looks: Mapping[int, Sequence[Look]] = MappingProxyType({}),
     suite: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write all files of the step into `out`; leftovers of a killed run go. `suite`: its rows, where it was one."""
-    empty_folder(out)
+    """Write all files of the step into `out`; leftovers of a killed run go. `suite`: its rows, where it was one.
+
+    The answers that were kept go last: where a file cannot be written, the next run need not decode them again.
+    """
+    empty_folder(out, kept := [*out.glob(ANSWERS.format("*"))])
     for arm, answers in predictions.items():
         write_predictions(answers, predictions_file(out, arm))
     metrics.write(out)
@@ -262,6 +261,8 @@ def write(
     }
     page = report.render(metrics, predictions, charts, pictures, provenance, config.evaluate, looks, suite)
     write_text(out / "report.html", page)
+    for file in kept:
+        file.unlink()
 
 
 def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:

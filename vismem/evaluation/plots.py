@@ -96,7 +96,10 @@ def time_panel(metrics: Metrics) -> Panel | None:
     times = {arm: time for arm, time in times.items() if time > 0}
     if not times:
         return None
-    words = {arm: f"{scored(metrics, arm, OVERALL)}, {time:.1f} ms" for arm, time in times.items()}
+    words = {
+        arm: f"{in_words(arm, metrics.arms[arm][OVERALL], metrics.intervals[arm][OVERALL])}, {time:.1f} ms"
+        for arm, time in times.items()
+    }
 
     def draw(axes: Axes) -> None:
         for arm, time in sorted(times.items(), key=lambda item: item[0] in (VANILLA, VISMEM)):  # these on top
@@ -113,11 +116,6 @@ def time_panel(metrics: Metrics) -> Panel | None:
         axes.set_ylabel("score (%)")
 
     return Panel("overall", f"Score against time: {'; '.join(words.values())}", 2.8, draw)
-
-
-def scored(metrics: Metrics, arm: str, group: str) -> str:
-    """An arm's score with its interval, in words."""
-    return in_words(arm, metrics.arms[arm][group], metrics.intervals[arm][group])
 
 
 def in_words(arm: str, score: float, interval: Interval) -> str:

@@ -5,7 +5,7 @@ import io
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,8 @@ LARGEST = 4_000_000  # bytes of answers and their pictures in the page; of more,
 MARK = re.compile(r"<m_I\^([sl])>")  # of a memory in an answer
 SCRIPT = Path(__file__).with_name("report.js")
 
+Pictures = Callable[[str], Sequence[bytes] | None]  # a sample's, by its id
+
 
 class Cards:
     """Answered questions as HTML. A picture that several questions share is embedded once, as a class of the style."""
@@ -43,7 +45,7 @@ class Cards:
     def __init__(
         self,
         predictions: Mapping[str, Sequence[Prediction]],
-        pictures: Mapping[str, Sequence[bytes]],
+        pictures: Pictures,
         looks: Mapping[int, Sequence[Look]],
     ) -> None:
         self.environment = environment()
@@ -58,7 +60,7 @@ class Cards:
         """The question at `place` as `arms` answered it; its pictures are in `rules` from now on."""
         answers = {arm: self._predictions[arm][place] for arm in arms}
         asked = next(iter(answers.values()))
-        classes = [self._class(data) for data in self._pictures.get(asked.id, ())]
+        classes = [self._class(data) for data in self._pictures(asked.id) or ()]
         verdicts = [_verdict(answer) for answer in answers.values()]
         memories = [memory_letter(event.kind for event in answer.invocations) for answer in answers.values()]
         looks = {VISMEM: self._looks.get(place, ())}
@@ -90,29 +92,30 @@ def render(
     metrics: Metrics,
     predictions: Mapping[str, Sequence[Prediction]],
     charts: Mapping[str, Sequence[Panel]],
-    pictures: Mapping[str, Sequence[bytes]],
+    pictures: Pictures,
     provenance: Mapping[str, str],
     settings: EvaluateConfig,
     looks: Mapping[int, Sequence[Look]] = MappingProxyType({}),
     suite: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The page. `charts`: panels by name; `pictures`: a sample's id to its images; `looks`: by place, see `find_looks`;
+    """The page. `charts`: panels by name; `pictures`: of a sample, by its id; `looks`: by place, see `find_looks`;
     `suite`: rows of `suite.json`.
 
     Everything that came from data is escaped; pictures are embedded, as thumbnails.
     """
-    cards = Cards(predictions, pictures, looks)
+    cards, vanilla = Cards(predictions, pictures, looks), predictions[VANILLA]
+    clusters = {(task, cluster_of(answer)) for task, answer in zip(task_names(vanilla), vanilla, strict=True)}
     wins, losses = disagreements(predictions)
     shown_wins, shown_losses = (
         [cards.card(place, (VISMEM, VANILLA)) for place in places] for places in examples(wins, losses, metrics.seed)
     )
     answers = all_answers(cards, metrics, looks)
-    references = [normalise(answer.reference) for answer in predictions[VANILLA] if is_yes_no(answer)]
+    references = [normalise(answer.reference) for answer in vanilla if is_yes_no(answer)]
     page: str = cards.environment.get_template("report.html.j2").render(
         metrics=metrics,
         headline=headline(metrics),
         groups=[OVERALL, *metrics.counts],
-        fewest=min(Counter(task for task, _ in {(a.task, cluster_of(a)) for a in predictions[VANILLA]}).values()),
+        fewest=min(Counter(task for task, _ in clusters).values()),
         yes_is_right=100 * references.count("yes") / max(len(references), 1),
         arms=resolve_arms(list(metrics.arms)),
         differences=({VISMEM: metrics.gain} if metrics.gain else {}) | metrics.ablations,

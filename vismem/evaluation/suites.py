@@ -30,7 +30,7 @@ from vismem.evaluation import plots
 from vismem.evaluation.answers import UNPARSED
 from vismem.evaluation.arms import resolve_arms
 from vismem.evaluation.benchmarks import score_of
-from vismem.evaluation.evaluate import Pictures, Run, decode, load_models, pick, write
+from vismem.evaluation.evaluate import Run, decode, load_models, pick, pictures_of, write
 from vismem.evaluation.judge import Judge
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict
@@ -178,7 +178,7 @@ def _write(config: Config, inputs: Mapping[str, Path], out: Path, every: Sequenc
     mean = {"name": "mean of those scored", "capability": "", "score": "", "why": "", "n": len(items), "left_out": {}}
     rows.append(mean | {"scores": metrics.macro, "paper": means})
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    pictures = Pictures(*((one.samples, own) for one, own in zip(scored, ids, strict=True)))
+    pictures = pictures_of(*((one.samples, own) for one, own in zip(scored, ids, strict=True)))
     judge = f"{config.suite.judge_model or 'none'} {config.suite.judge_url}"
     sources = {"base model": str(inputs["base"]), "test data (sha256)": metrics.test_sha256, "judge": judge}
     write(config, out, predictions, metrics, charts, pictures, sources, suite=rows)

@@ -59,7 +59,8 @@ def _was_run(state: Mapping[str, Any]) -> bool:
     stages = (yaml.safe_load(text or "") or {}).get("stages", {})
     now, names = _content((state["data"] or {}).get("params"), PARAMS_FILE.name), [step.name for step in STEPS]
     used = [stages.get(name, {}).get("params") or {} for name in names[: names.index("evaluate") + 1]]
-    return all(now.get(key) == value for files in used for key, value in files.get(PARAMS_FILE.name, {}).items())
+    kept = [item for files in used for item in files.get(PARAMS_FILE.name, {}).items()]
+    return "evaluate" in stages and all(now.get(key) == value for key, value in kept)
 
 
 def experiments(shown: Sequence[Mapping[str, Any]]) -> list[Experiment]:

@@ -1,0 +1,56 @@
+"""What a canary's answers to your own questions prove: questions about one picture are one observation."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vismem import canary
+from vismem.config import Config
+
+PER_PICTURE = 10
+
+
+def asked(folder: Path, pictures: int) -> Path:
+    """Questions about so many pictures, PER_PICTURE each; "yes" is right."""
+    lines = []
+    for picture in range(pictures):
+        Image.new("RGB", (32, 32), (20 * picture, 0, 0)).save(folder / f"{picture}.png")
+        row = {"image": f"{picture}.png", "answer": "yes", "choices": ["yes", "no"]}
+        lines += [{"id": f"{picture}-{n}", "prompt": f"is it {n}?", **row} for n in range(PER_PICTURE)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "own.jsonl"
+
+
+@pytest.mark.parametrize(("pictures", "refused"), [(2, False), (12, True)])
+def test_many_questions_about_few_pictures_do_not_prove_a_version_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, refused: bool
+) -> None:
+    """The new version is wrong about every second picture; the one before is right about all."""
+
+    class Answering:
+        def __init__(self, address: str, model: str) -> None:
+            self.canary = address == "grpc://canary"
+
+        def ask(self, images: Any, question: str, **_: Any) -> str:
+            shade = Image.open(io.BytesIO(images[0])).getpixel((0, 0))[0]  # type: ignore[index]
+            return "no" if self.canary and shade // 20 % 2 else "yes"
+
+    (tmp_path / canary.FOLDER / canary.FILE).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / canary.FOLDER / canary.FILE).write_text("[]")
+    monkeypatch.setattr(canary, "Client", Answering)
+    monkeypatch.setattr(canary, "_check_version", lambda *_: None)
+    release: Any = SimpleNamespace(version="2", bundle=tmp_path)
+
+    def check() -> str:
+        return canary.question_canary(Config(), release, "canary", asked(tmp_path, pictures), "servers")
+
+    if refused:
+        with pytest.raises(canary.WrongAnswerError, match=r"60 of 120 of own.jsonl right, 120 by the version before"):
+            check()
+    else:
+        assert "10 of 20 of own.jsonl right, 20 by the version before" in check()

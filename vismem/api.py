@@ -1,10 +1,12 @@
 """`vismem api` and `vismem playground`: a model behind the HTTP endpoint, in this process, on the CPU or a GPU."""
 
+import asyncio
 import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from socket import socket
+from threading import Thread
 
 import uvicorn
 
@@ -72,22 +74,23 @@ def serve_api(
         log_level="warning",
         ssl_certfile=certificate,
         ssl_keyfile=key,
-        timeout_graceful_shutdown=END_SECONDS,
+        timeout_graceful_shutdown=2 * END_SECONDS,
         server_header=False,
     )
     with until_stopped(write), closing(runtime):
         address = f"{'https' if certificate else 'http'}://{host}:{ports['http']}"
         closed = "with a token" if token else "without a token"
         line = f"serving {name} ({loaded.model.backbone.family}) on {address}/v1, {closed}"
-        _Server(settings, lambda: write(f"playground: {address}/ (Ctrl-C ends it)" if page else line)).run()
+        said = f"playground: {address}/ (Ctrl-C ends it)" if page else line
+        _Server(settings, lambda: write(said), runtime.close).run()
 
 
 class _Server(uvicorn.Server):
-    """A server that calls `ready` once it listens."""
+    """A server that calls `ready` once it listens, and `end`, in a thread, END_SECONDS after it is told to stop."""
 
-    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None], end: Callable[[], None]) -> None:
         super().__init__(settings)
-        self.ready = ready
+        self.ready, self.end = ready, end
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """UserError where the port was taken while the model was loaded."""
@@ -96,3 +99,8 @@ class _Server(uvicorn.Server):
         except SystemExit:  # uvicorn has logged why
             raise UserError(f"port {self.config.port} cannot be used: choose another with --port") from None
         self.ready()
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Wait for running answers; those that `end` cuts off say so to their clients."""
+        asyncio.get_running_loop().call_later(END_SECONDS, Thread(target=self.end).start)
+        await super().shutdown(sockets)

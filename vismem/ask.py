@@ -1,6 +1,6 @@
 """`vismem ask` and `vismem try`: a trained model in this process, no server, no parameter file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from vismem.data.sample import Sample
 from vismem.evaluation.answers import score
 from vismem.files import read_json
 from vismem.inference import VisMem
-from vismem.serving.exchange import Answer, check_seed
+from vismem.serving.exchange import Answer, Token, check_seed
 from vismem.shipped import shipped
 
 DEFAULT_MODEL = "assets/tiny-vlm-memory"  # comes with VisMem
@@ -48,12 +48,11 @@ def ask(
     check_seed(seed)
     disable_progress_bar()
     loaded = VisMem.from_pretrained(model, base=base)
-    if stream:
-        for token in loaded.stream(images, question, seed=seed, **request):
-            write(token.marked)
-        write("\n")
-    else:
-        write(loaded.answer(images, question, seed=seed, **request).marked + "\n")
+    request |= {"images": images, "question": question, "seed": seed}
+    pieces: Iterable[Token | Answer] = loaded.stream(**request) if stream else [loaded.answer(**request)]
+    for piece in pieces:
+        write(piece.marked)
+    write("\n")
 
 
 def try_examples(console: Console, program: str) -> None:

@@ -19,7 +19,7 @@ from vismem.registry import BUNDLE
 from vismem.runtime.images import decoded_base64
 from vismem.runtime.limits import RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
-from vismem.serving.exchange import Token, marked, plain
+from vismem.serving.exchange import Answer, Token
 
 _SERVED = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow sets it where others ask: they name no files of that machine
 
@@ -57,10 +57,9 @@ class Answering:
 
     def _whole(self, row: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
         chunks = list(self._chunks(row, params))
-        pieces, usage = [Token(chunk.text, chunk.event) for chunk in chunks], chunks[-1].usage
-        assert usage is not None
-        counts = {"tokens": usage.tokens, "memories": sum(usage.memories.values())}
-        return {"answer": plain(pieces), "marked": marked(pieces), **counts}
+        answer = Answer.of([Token(chunk.text, chunk.event) for chunk in chunks], vars(chunks[-1].usage), 0.0)
+        counts = {"tokens": answer.tokens, "memories": len(answer.invocations)}
+        return {"answer": str(answer), "marked": answer.marked, **counts}
 
     def _chunks(self, row: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[Chunk]:
         """MlflowException where the request is at fault (a server's 400), or there is too much to do (503)."""

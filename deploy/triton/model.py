@@ -34,6 +34,7 @@ DEFAULTS = {  # of optional inputs; that of MAX_NEW_TOKENS is the library's
 }
 sys.dont_write_bytecode = True  # the repository stays as it was written
 INTERVAL, GONE = "interval_ms", "gone"  # parameters of a request
+LOOK_SECONDS = 0.02  # between two looks whether the client is still there
 STOP_VARIABLE = "VISMEM_STOP_FILE"
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # Triton's stub ignores the environment's: files would be read as ASCII
 
@@ -65,12 +66,12 @@ class TritonPythonModel:
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
         from vismem.runtime.chat import parse_messages, said
-        from vismem.runtime.limits import MAX_PATCHES, MAX_STOPS, RequestError, check_request
+        from vismem.runtime.limits import MAX_PATCHES, RequestError, check_request
         from vismem.serving.answering import STOPPED, Busy, Runtime
         from vismem.serving.golden import check_golden
         from vismem.serving.request_log import RequestLog
 
-        self.check_request, self.most_stops, self.busy, self.stopped = check_request, MAX_STOPS, Busy, STOPPED
+        self.check_request, self.busy, self.stopped = check_request, Busy, STOPPED
         self.parse_messages, self.said, self.request_error = parse_messages, said, RequestError
         workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together
         threads = int(os.environ.get("VISMEM_THREADS", "1"))  # of onnxruntime
@@ -102,7 +103,7 @@ class TritonPythonModel:
             if self._reserve_worker(gone):
                 self.pool.submit(self._answer, request, sender, gone)
             else:
-                self.runtime.metrics.refused.labels("busy").inc()
+                self.runtime.metrics.refused.labels("busy").inc(not gone())
                 busy = failure(f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
                 sender.send(busy, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -154,8 +155,6 @@ class TritonPythonModel:
         """Answer a request. A fault becomes an error response and ends this request only."""
         try:
             files, prompt, messages, options, interval = read_request(request)
-            if len(options["stop"]) > self.most_stops:
-                raise self.request_error(f"STOP holds {len(options['stop'])} texts: send at most {self.most_stops}")
             chat = self.parse_messages(messages) if messages else None
             asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
             images = self.check_request(files, asked, options["max_new_tokens"])
@@ -182,16 +181,18 @@ class TritonPythonModel:
         Nothing waits for a memory to be formed. Busy where the server stops.
         """
         pieces: list[Any] = []
-        sent = -math.inf
+        sent = looked = -math.inf
         try:
             for chunk in chunks:
-                if gone():
-                    return
                 if self.stopping:
                     raise self.busy(self.stopped)
                 pieces.append(chunk)
-                due = interval < math.inf and (chunk.event != "token" or time.monotonic() - sent >= interval)
-                if due:
+                now = time.monotonic()
+                if now - looked >= LOOK_SECONDS:  # to ask the server takes longer than a small model's token
+                    if gone():
+                        return
+                    looked = now
+                if interval < math.inf and (chunk.event != "token" or now - sent >= interval):
                     sender.send(response_of(pieces))
                     pieces, sent = [], time.monotonic()
         except Exception:

@@ -137,6 +137,7 @@ def test_with_a_token_only_who_has_it_is_answered(runtime: Runtime) -> None:
     with served(create_app(runtime, "tiny", token="s3cret")) as address:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Bearer s3cret2"}):
             assert post(address, GOOD, **headers)[0] == 401
+        assert post(address, GOOD, **{"Host": "x/health?"})[0] == 401, "whatever the path is made of"
         assert post(address, GOOD, Authorization="Bearer s3cret")[0] == 200
         with urllib.request.urlopen(f"{address}/health", timeout=10) as reply:
             assert json.loads(reply.read()) == {"status": "ok"}
@@ -161,18 +162,40 @@ def held_up(model: VisMem, monkeypatch: pytest.MonkeyPatch, waiting: int) -> tup
 def test_a_flood_is_refused_beyond_the_queue_and_the_rest_is_answered(
     model: VisMem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before an image is decoded."""
     few, held = held_up(model, monkeypatch, waiting=2)
+    prepared, prepare = list[int](), few.executor.prepare
+    monkeypatch.setattr(few.executor, "prepare", lambda *given: (prepared.append(1), prepare(*given))[1])
     with served(create_app(few, "tiny")) as address, ThreadPoolExecutor(12) as pool:
         first = pool.submit(post, address, GOOD)
         while few.waiting or not few.thread:  # it is being read, and holds up the others
             time.sleep(0.01)
         asked = [pool.submit(post, address, GOOD) for _ in range(11)]
-        while sum(future.done() for future in asked) < 11 - 2:
+        while sum(future.done() for future in asked) < 12 - 6:
             time.sleep(0.01)
         held.set()
-        statuses = sorted(future.result()[0] for future in asked)
-        assert first.result()[0] == 200
-    assert statuses == [200] * 2 + [429] * 9
+        statuses = sorted(future.result()[0] for future in [first, *asked])
+    assert statuses == [200] * 6 + [429] * 6, "four are decoded together, and two wait"
+    assert len(prepared) == 6
+
+
+def test_who_leaves_while_waiting_gives_the_place_to_others(model: VisMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Runtime(TorchExecutor(model.model), rows=1, waiting=1)
+    with served(create_app(few, "tiny")) as address, endless(few), ThreadPoolExecutor(1) as pool:
+        running = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+        stream = ask(running, stream=True, max_completion_tokens=2000)
+        next(iter(stream))
+        place, body = f"{address}/v1/chat/completions", json.dumps(GOOD).encode()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                urllib.request.urlopen(urllib.request.Request(place, body), timeout=0.5)
+        until = time.monotonic() + 20
+        while len(few.places) > 1:
+            assert time.monotonic() < until, "who has left still has a place"
+            time.sleep(0.05)
+        waits = pool.submit(post, address, GOOD | {"max_tokens": 1})
+        stream.close()
+        assert waits.result()[0] == 200
 
 
 def test_a_wrong_request_is_refused_while_many_answers_are_waited_for(

@@ -115,13 +115,14 @@ def test_what_was_done_refused_and_failed_is_counted(
     joins, held, join = threading.Event(), threading.Event(), runtime.executor.join
     patched = lambda *given: (joins.set(), held.wait(60), join(*given))[2]  # noqa: E731
     monkeypatch.setattr(runtime.executor, "join", patched)
-    asking = [threading.Thread(target=ask, args=(runtime,), kwargs={"max_new_tokens": 1}) for _ in range(2)]
+    asking = [threading.Thread(target=ask, args=(runtime,), kwargs={"max_new_tokens": 1}) for _ in range(3)]
     asking[0].start()
     joins.wait(60)  # it holds up the others
     asking[1].start()
-    while not runtime.waiting:
+    asking[2].start()
+    while len(runtime.waiting) < 2:
         time.sleep(0.01)
-    assert counted(client)["vismem_waiting"] == 1
+    assert counted(client)["vismem_waiting"] == 2
     with pytest.raises(Busy):
         ask(runtime)
     held.set()
@@ -132,9 +133,9 @@ def test_what_was_done_refused_and_failed_is_counted(
         ask(runtime)
     now = counted(client)
     kinds = ("short", "long")
-    assert now["vismem_tokens_total"] == usage.tokens + 2 == 14
+    assert now["vismem_tokens_total"] == usage.tokens + 3 == 15
     assert [now[f"vismem_memories_total {kind}"] for kind in kinds] >= [usage.memories.get(kind, 0) for kind in kinds]
-    assert now["vismem_first_token_seconds_count"] == 3
+    assert now["vismem_first_token_seconds_count"] == 4
     assert (now["vismem_refused_total invalid"], now["vismem_refused_total busy"]) == (1, 1)
     assert now["vismem_failures_total"] == 1
     assert (now["vismem_waiting"], now["vismem_decoding"]) == (0, 0)

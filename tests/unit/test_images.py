@@ -1,12 +1,15 @@
 """What every model sees of an image file: turned as EXIF says, on white, 8 bits; no animation."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
 from vismem.data.fingerprint import examine_image
+from vismem.runtime import images
 from vismem.runtime.images import upright
 from vismem.runtime.limits import RequestError, check_request
 
@@ -44,6 +47,29 @@ def test_an_image_is_turned_as_its_exif_data_says(orientation: int, kind: str) -
     assert opened(data).size == stored.size
     assert upright(opened(data)).tobytes() == PICTURE.tobytes()
     assert examine_image(data).sha256 == examine_image(saved(PICTURE)).sha256, "the same picture to a reader"
+
+
+def test_odd_data_in_other_tags_is_no_fault_of_a_picture() -> None:
+    """Written back, the tags would be an error: Pillow reads what it cannot write."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.XResolution] = 6, (72, 1)
+    data = bytearray(saved(PICTURE.transpose(TURNS[6]), exif=exif))  # type: ignore[arg-type]
+    tag = data.index(b"\x1a\x01\x05\x00") if b"\x1a\x01\x05\x00" in data else data.index(b"\x01\x1a\x00\x05")
+    data[tag + 4 : tag + 8] = b"\x00" * 4  # a rational of no numbers
+    chunk = data.index(b"eXIf")
+    size = int.from_bytes(data[chunk - 4 : chunk], "big")
+    data[chunk + 4 + size : chunk + 8 + size] = zlib.crc32(data[chunk : chunk + 4 + size]).to_bytes(4, "big")
+    assert upright(opened(bytes(data))).tobytes() == PICTURE.tobytes()
+
+
+@pytest.mark.parametrize("error", [struct.error("odd"), TypeError("odd"), AssertionError("odd")])
+def test_whatever_a_decoder_raises_is_the_image_s_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image.Image) -> Image.Image:
+        raise error
+
+    monkeypatch.setattr(images, "upright", fail)
+    with pytest.raises(RequestError, match="image 1 of 1 does not decode: odd"):
+        images.decoded([PICTURE])
 
 
 def test_what_is_transparent_is_white_and_what_is_half_so_is_half_white() -> None:

@@ -266,7 +266,10 @@ def shares(slots: int, count: int) -> Floats:
 
 def _grown(held: Floats, rows: int, capacity: int, slots: int) -> Floats:
     """`held` with at least `rows` rows, along axis 0, and `capacity` slots, along axis `slots`; new ones are zero."""
-    rows, capacity = max(rows, held.shape[0]), max(capacity, held.shape[slots])
-    added = [(0, 0)] * held.ndim
-    added[0], added[slots] = (0, rows - held.shape[0]), (0, capacity - held.shape[slots])
-    return np.pad(held, added) if (rows, capacity) != (held.shape[0], held.shape[slots]) else held
+    if held.shape[0] >= rows and held.shape[slots] >= capacity:
+        return held
+    shape = [*held.shape]
+    shape[0], shape[slots] = max(rows, shape[0]), max(capacity, shape[slots])
+    larger = np.zeros(shape, held.dtype)
+    larger[tuple(map(slice, held.shape))] = held
+    return larger

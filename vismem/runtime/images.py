@@ -11,13 +11,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from vismem.runtime.limits import RequestError
 
 Grid = tuple[int, int]  # rows and columns of patches
 LOOK = 8  # sides of the small copy by which two images are seen to be alike
 DATA_URI = "data:"
+TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decoded_base64(text: str) -> bytes:
@@ -28,17 +37,17 @@ def decoded_base64(text: str) -> bytes:
             raise ValueError(
                 f"a data URI of base64 begins with data:image/png;base64, or the like, not with {head[:40]}"
             )
-    return base64.b64decode("".join(map(str.strip, text.splitlines())), validate=True)
+    return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """The image as every model sees it, in training and behind a server: decoded, 8 bits a channel, RGB.
 
-    It is turned as its EXIF data says, and stands on white where it is transparent. OSError, SyntaxError or ValueError
-    for one that does not decode.
+    It is turned as its EXIF data says, and stands on white where it is transparent. Whatever Pillow raises for one that
+    does not decode.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    if (turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation))) is not None:
+        image = image.transpose(turn)  # by ImageOps, odd data in other tags would be an error
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
         image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -68,7 +77,7 @@ def decoded(images: Sequence[Image.Image]) -> list[Image.Image]:
     for number, image in enumerate(images):
         try:
             found.append(upright(image))
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - a hostile file can raise anything in a decoder
             name = f"image {number + 1} of {len(images)}"
             raise RequestError(f"{name} does not decode: {error}; send the complete file") from None
     return found

@@ -12,6 +12,7 @@ MAX_IMAGE_PIXELS = 50_000_000
 MAX_TOTAL_PIXELS = 64_000_000
 MAX_PROMPT_BYTES = 65_536  # as UTF-8
 MAX_STOPS = 4  # texts before which an answer ends
+MAX_STOP_BYTES = 256  # of one, as UTF-8: every token is compared with it
 MAX_NEW_TOKENS = 2_048
 NEW_TOKENS = 120  # the longest answer where a request does not say
 MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
@@ -58,6 +59,14 @@ def check_request(
             raise RequestError(f"{name} is an animation of {frames} frames: send one of them")
     _check("pixels", [image.width * image.height for image in images], names, MAX_IMAGE_PIXELS, MAX_TOTAL_PIXELS)
     return images
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """RequestError for too many texts before which an answer ends, or one that is too long."""
+    if len(stops) > MAX_STOPS:
+        raise RequestError(f"STOP holds {len(stops)} texts: send at most {MAX_STOPS}")
+    if (longest := max((len(stop.encode(errors="surrogatepass")) for stop in stops), default=0)) > MAX_STOP_BYTES:
+        raise RequestError(f"STOP holds a text of {longest} bytes: the limit is {MAX_STOP_BYTES}")
 
 
 def check_patches(patches: int, most: int | None) -> None:

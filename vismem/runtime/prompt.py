@@ -67,40 +67,28 @@ def _positions(visual: NDArray[np.bool_], grids: Sequence[tuple[int, int]]) -> I
 
 
 class TextStream:
-    """Turns token ids into text as they come; a character of several tokens comes out whole."""
+    """Turns token ids into text as they come, up to the first stop string.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    A character of several tokens comes out whole; what may be the beginning of a stop string is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self.stop = [text for text in stop if text]
         self.ids: list[int] = []
-        self.emitted = 0  # characters
-
-    def add(self, token: int) -> str:
-        """The text that became certain with this token; may be empty. Special tokens give none."""
-        self.ids.append(token)
-        text: str = self.stream.step(self.tokenizer, token) or ""
-        self.emitted += len(text)
-        return text
-
-    def finish(self) -> str:
-        """What was held back, if an answer ends within a character."""
-        text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        return text[self.emitted :]
-
-
-class StoppedText:
-    """Text as it comes, up to the first stop string; what may be the beginning of one is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.stream, self.stop = TextStream(tokenizer), [text for text in stop if text]
         self.held, self.passed, self.stopped = "", "", False
 
     def add(self, token: int) -> str:
-        """What is certain with this token; `passed` has all of it."""
-        return self._pass(self.stream.add(token), last=False)
+        """The text that is certain with this token, may be empty; `passed` has all of it. Special tokens give none."""
+        self.ids.append(token)
+        return self._pass(self.stream.step(self.tokenizer, token) or "", last=False)
 
     def finish(self) -> str:
-        """What was held back."""
-        return "" if self.stopped else self._pass(self.stream.finish(), last=True)
+        """What was held back, also of a character within which an answer ends."""
+        if self.stopped:
+            return ""
+        text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        return self._pass(text[len(self.passed) + len(self.held) :], last=True)
 
     def _pass(self, new: str, last: bool) -> str:
         text = self.held + new

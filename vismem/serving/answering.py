@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 from PIL import Image
 from tokenizers import Tokenizer
@@ -18,8 +19,8 @@ from tokenizers import Tokenizer
 from vismem.generation.invocation import InvocationPolicy, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.chat import Chat, check_chat, one_turn, said
-from vismem.runtime.limits import NEW_TOKENS, RequestError
-from vismem.runtime.prompt import StoppedText
+from vismem.runtime.limits import NEW_TOKENS, RequestError, check_stops
+from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
 from vismem.serving.request_log import RequestLog
 
@@ -27,7 +28,7 @@ ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
 PREPARING = os.cpu_count() or 1  # questions whose images are decoded and read at a time
 CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
-STOPPED = "the server stops: ask again later"
+STOPPED, LEFT = "the server stops: ask again later", "nobody reads the answer"
 
 
 class Busy(Exception):  # noqa: N818 - of the moment, no error
@@ -79,21 +80,22 @@ class Chunk:
 class _Answer:
     """One answer between its caller and the thread that decodes it."""
 
-    request: Request
     arrived: float  # by time.monotonic()
+    gone: threading.Event  # nobody reads it any more
+    request: Request = field(init=False)  # once it is prepared
     tokens: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)  # None: it is finished
     row: Row | None = None  # once it has joined
-    gone: bool = False  # nobody reads it any more
 
 
 class Runtime:
     """An executor, ready to answer. It may be used by several threads at once; their answers are decoded together."""
 
     def __init__(self, executor: Served, rows: int = ROWS, waiting: int = WAITING) -> None:
-        """`rows`: answers that are decoded at a time; `waiting` others wait at most."""
+        """`rows`: answers that are decoded at a time; `waiting` others wait, or are prepared, at most."""
         self.executor, self.rows, self.most = executor, rows, waiting
+        self.places = WeakSet[_Answer]()  # from when a question comes until nobody reads its answer any more
         self.waiting: deque[_Answer] = deque()
-        self.changed = threading.Condition()  # of `waiting` and `closed`
+        self.changed = threading.Condition()  # of `places`, `waiting` and `closed`
         self.preparing = threading.BoundedSemaphore(PREPARING)
         self.thread: threading.Thread | None = None
         self.closed = False
@@ -131,14 +133,15 @@ class Runtime:
         memory: bool | str = True,
         stop: Sequence[str] = (),
         looks: list[Any] | None = None,
+        gone: threading.Event | None = None,
     ) -> Iterator[Chunk]:
-        """Yield the answer's chunks; closing the iterator ends the work at the next token.
+        """Yield the answer's chunks; closing the iterator ends the work at the next token, as setting `gone` does.
 
         `prompt`: a question (see `one_turn` for where the images stand in it) or a conversation.
         `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of the executor's
         modes, or True for "learned" and False for "off". The answer ends before the first of the `stop` strings. To
         `looks` each memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor).
-        Raises RequestError for an unusable request, and at the first chunk Busy where too many wait.
+        Raises RequestError for an unusable request, and Busy where too many wait, before an image is decoded.
         """
         arrived = time.monotonic()
         if not images:
@@ -150,11 +153,14 @@ class Runtime:
             raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(modes)}")
         chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
         check_chat(chat, len(images))
+        check_stops(stop)
+        answer = _Answer(arrived, gone or threading.Event())
+        self._take_place(answer)
         with self.preparing:
             sample = self.executor.prepare(images, chat, max_new_tokens)
-        answer = _Answer(Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks), arrived)
+        answer.request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
         asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        return self._counted(self._chunks(answer, stop, images, asked))
+        return self._chunks(answer, stop, images, asked)
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -166,33 +172,30 @@ class Runtime:
         if self.log:
             self.log.close()
 
-    def _counted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The chunks; what ends them early is counted."""
-        try:
-            yield from chunks
-        except Busy:
-            self.metrics.refused.labels("busy").inc()
-            raise
-        except Exception:
-            self.metrics.failures.inc()
-            raise
+    def _take_place(self, answer: _Answer) -> None:
+        """Busy where there is none. The place is free again when the answer is dropped."""
+        with self.changed:
+            why = STOPPED if self.closed else f"{self.most} questions are waiting: ask again later"
+            if self.closed or len(self.places) >= self.rows + self.most:
+                self.metrics.refused.labels("busy").inc()
+                raise Busy(why)
+            self.places.add(answer)
 
     def _chunks(self, answer: _Answer, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Iterator[Chunk]:
-        request, text = answer.request, StoppedText(self.executor.tokenizer, stop)
-        with self.preparing:
-            self.executor.read(request.samples[0], memory=request.policy.limit != 0)  # beside the thread that decodes
-        with self.changed:
-            if self.closed:
-                raise Busy(STOPPED)
-            if sum(not other.gone for other in self.waiting) >= self.most:
-                raise Busy(f"{self.most} questions are waiting: ask again later")
-            self.waiting.append(answer)
-            if self.thread is None:
-                self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
-                self.thread.start()
-            self.changed.notify()
+        """The chunks; what ends them early is counted."""
+        request, text = answer.request, TextStream(self.executor.tokenizer, stop)
         words, memories = 0, Counter[str]()
         try:
+            with self.preparing:  # beside the thread that decodes
+                self.executor.read(request.samples[0], memory=request.policy.limit != 0)
+            with self.changed:
+                if self.closed:
+                    raise Busy(STOPPED)
+                self.waiting.append(answer)
+                if self.thread is None:
+                    self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
+                    self.thread.start()
+                self.changed.notify()
             while not text.stopped and (token := answer.tokens.get()) is not None:
                 if isinstance(token, BaseException):
                     raise token
@@ -212,8 +215,15 @@ class Runtime:
                     took = {"answer": text.passed, "seconds": time.monotonic() - answer.arrived}
                     self.log.add(images, {**asked, **took, **asdict(usage)})
             yield end
+        except Busy:
+            self.metrics.refused.labels("busy").inc(not answer.gone.is_set())
+            raise
+        except Exception:
+            self.metrics.failures.inc()
+            raise
         finally:
-            answer.gone = True
+            answer.gone.set()
+            self.places.discard(answer)
 
     # --- the thread that decodes ---
 
@@ -239,6 +249,10 @@ class Runtime:
 
     def _admit(self, loop: DecodeLoop) -> None:
         """Let waiting answers join while there are places; wait for one where there is nothing to decode."""
+        with self.changed:
+            for answer in [answer for answer in self.waiting if answer.gone.is_set()]:
+                self.waiting.remove(answer)
+                answer.tokens.put(Busy(LEFT))
         while len(self.answers) < self.rows:
             with self.changed:
                 if not self.answers:
@@ -248,8 +262,6 @@ class Runtime:
             loop.settle()  # what fails here is no fault of the one that joins
             with self.changed:
                 answer = self.waiting.popleft()
-            if answer.gone:
-                continue
             try:
                 (answer.row,) = loop.join(answer.request)
             except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on
@@ -260,9 +272,9 @@ class Runtime:
     def _step(self, loop: DecodeLoop) -> None:
         """Decode a token of every answer, and let those go that are finished or that nobody reads."""
         for row, answer in list(self.answers.items()):
-            if answer.gone:
+            if answer.gone.is_set():
                 loop.leave(row)
-                del self.answers[row]
+                self.answers.pop(row).tokens.put(Busy(LEFT))
         for row, token in loop.step():
             kind, answer = self.executor.kinds.get(token), self.answers[row]
             (self.metrics.memories.labels(kind.value) if kind else self.metrics.tokens).inc()

@@ -137,7 +137,7 @@ def read_body(body: bytes) -> Completion:
 
 def decoded_url(url: str) -> bytes:
     """The file in a data URL. Refused for another URL, and for one that does not decode."""
-    if not re.match("data:image/[^,]*;base64,", url):
+    if not re.match("data:image/[^,]{0,100};base64,", url):
         raise Refused(400, "an image must be a data URL, such as data:image/png;base64,...", field="messages")
     try:
         return decoded_base64(url)

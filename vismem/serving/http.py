@@ -3,9 +3,11 @@
 What OpenAI has no word for travels in a field `vismem`: which memories a request allows, and where they were invoked.
 """
 
+import asyncio
 import hmac
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,6 +26,7 @@ from vismem.serving.health import status_routes
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
 SPARE_THREADS = 16
+LOOK_SECONDS = 0.2  # between two looks whether who waits is still there
 DONE = "data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Any]) -> Response:
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token and request.url.path != "/health" and not hmac.compare_digest(sent.encode(), token.encode()):
+        if token and request.scope["path"] != "/health" and not hmac.compare_digest(sent.encode(), token.encode()):
             return Refused(401, "no such token: send `Authorization: Bearer TOKEN`", "authentication_error").response()
         response: Response = await call(request)
         return response
@@ -69,25 +72,31 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             mode = wanted.vismem.memory or modes[wanted.model]
             if wanted.model != name and mode != modes[wanted.model]:
                 raise Refused(400, f"'{wanted.model}' is memory '{modes[wanted.model]}', not '{mode}'", field="vismem")
-            reply = Reply(wanted.model, wanted)
-            chunks = await run_in_threadpool(begin, runtime, wanted, mode, reply.looks)
-            first = await run_in_threadpool(next, chunks)  # so that what goes wrong before it has a status
+            reply, gone = Reply(wanted.model, wanted), threading.Event()
+            chunks = await run_in_threadpool(begin, runtime, wanted, mode, reply.looks, gone)
+            first = await _first(chunks, request, gone)  # so that what goes wrong before it has a status
             if not wanted.stream:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
             return StreamingResponse(events(reply, first, chunks, request), media_type="text/event-stream")
-        except Refused as refused:
-            runtime.metrics.refused.labels("invalid").inc()
-            return refused.response()
-        except RequestError as error:
-            runtime.metrics.refused.labels("invalid").inc()
-            return Refused(400, str(error)).response()
-        except Busy as error:
-            return Refused(429, str(error), BUSY_TYPE).response()
-        except Exception as error:
-            logger.exception("an answer failed")
-            return Refused(500, f"the model failed: {type(error).__name__}: {error}", "server_error").response()
+        except Exception as error:  # noqa: BLE001 - the server's boundary
+            if isinstance(error, Refused | RequestError):
+                runtime.metrics.refused.labels("invalid").inc()
+            return refusal(error).response()
 
     return app
+
+
+def refusal(error: Exception) -> Refused:
+    """What a client is told of an error; one that is no refusal is logged."""
+    match error:
+        case Refused():
+            return error
+        case RequestError():
+            return Refused(400, str(error))
+        case Busy():
+            return Refused(429, str(error), BUSY_TYPE)
+    logger.error("an answer failed", exc_info=error)
+    return Refused(500, f"the model failed: {type(error).__name__}: {error}", "server_error")
 
 
 async def events(reply: Reply, first: Chunk, chunks: Iterator[Chunk], request: Request) -> AsyncIterator[str]:
@@ -99,10 +108,8 @@ async def events(reply: Reply, first: Chunk, chunks: Iterator[Chunk], request: R
             for event in reply.events(chunk):
                 yield event
         yield DONE
-    except Busy as error:
-        yield f"data: {json.dumps(Refused(429, str(error), BUSY_TYPE).body())}\n\n"
     except Exception as error:  # noqa: BLE001 - the status is sent: the client gets the reason as an event
-        yield f"data: {json.dumps(Refused(500, f'the model failed: {error}', 'server_error').body())}\n\n"
+        yield f"data: {json.dumps(refusal(error).body())}\n\n"
 
 
 async def _body(request: Request) -> bytes:
@@ -113,6 +120,15 @@ async def _body(request: Request) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise Refused(413, f"the request is larger than {MAX_BODY_BYTES} bytes")
     return bytes(body)
+
+
+async def _first(chunks: Iterator[Chunk], request: Request, gone: threading.Event) -> Chunk:
+    """The first chunk; `gone` is set where the client leaves before it comes."""
+    waiting = asyncio.ensure_future(run_in_threadpool(next, chunks))
+    while not (await asyncio.wait({waiting}, timeout=LOOK_SECONDS))[0]:
+        if await request.is_disconnected():
+            gone.set()
+    return waiting.result()
 
 
 async def _read(chunks: Iterator[Chunk], request: Request) -> AsyncIterator[Chunk]:
@@ -126,8 +142,8 @@ async def _read(chunks: Iterator[Chunk], request: Request) -> AsyncIterator[Chun
         chunks.close()  # type: ignore[attr-defined]  # it is a generator
 
 
-def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any]) -> Iterator[Chunk]:
-    """The chunks of the answer. RequestError or Refused for an unusable request, before any graph runs."""
+def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any], gone: threading.Event) -> Iterator[Chunk]:
+    """The chunks of the answer. RequestError, Refused or Busy where there are none, before any graph runs."""
     chat = [message.turn() for message in wanted.messages]
     files = [decoded_url(url) for message in wanted.messages for url in message.urls()]
     asked = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
@@ -143,4 +159,5 @@ def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any]) -> 
         memory=mode,
         stop=stop,
         looks=looks if wanted.vismem.attention else None,
+        gone=gone,
     )

@@ -6,7 +6,6 @@ Triton reports a model ready for ever, also when the Python process behind it ha
 import argparse
 import io
 import json
-import re
 import sys
 import time
 import urllib.error
@@ -15,6 +14,7 @@ from base64 import b64encode
 from collections.abc import Callable, Sequence
 
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from vismem.config import Config
 from vismem.errors import UserError
@@ -89,10 +89,8 @@ def _decoded(url: str, model: str) -> int:
             text = response.read().decode()
     except OSError as error:  # URLError is one
         raise UserError(f"the server's metrics at {url} cannot be read: {error}") from None
-    counts = re.findall(
-        rf'^vismem_tokens_total\{{(?=[^}}]*model="{re.escape(model)}")[^}}]*\}} (\d+)', text, re.MULTILINE
-    )
-    return sum(map(int, counts))
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return round(sum(s.value for s in samples if s.name == "vismem_tokens_total" and s.labels.get("model") == model))
 
 
 if __name__ == "__main__":

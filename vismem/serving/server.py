@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,7 +78,10 @@ def triton_server(
             stop_seconds=EXIT_TIMEOUT + 10,
             find_error=find_error,
         )
-        with _no_shared_memory_left(shared), service, _answers_ended_first(stop):
+        with ExitStack() as ends:
+            ends.callback(_remove_shared_memory, shared)
+            ends.enter_context(service)
+            ends.callback(stop.touch)  # the models' processes end running answers: Triton would wait, and abort
             address = HOST if host == "0.0.0.0" else host
             url = f"{address}:{ports['grpc']}"
             service.wait_until(lambda: check_http(f"http://{address}:{ports['http']}/v2/health/ready"), READY_TIMEOUT)
@@ -95,23 +98,10 @@ def model_names(repository: Path) -> list[str]:
     return sorted(file.parent.name for file in repository.glob("*/config.pbtxt"))
 
 
-@contextmanager
-def _answers_ended_first(stop: Path) -> Iterator[None]:
-    """Tell the models' processes before the server is stopped: it waits for running answers, and aborts in the end."""
-    try:
-        yield
-    finally:
-        stop.touch()
-
-
-@contextmanager
-def _no_shared_memory_left(prefix: str) -> Iterator[None]:
+def _remove_shared_memory(prefix: str) -> None:
     """Remove what a server that was killed leaves."""
-    try:
-        yield
-    finally:
-        for region in SHARED_MEMORY.glob(f"{prefix}*"):
-            region.unlink(missing_ok=True)
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
 
 
 def find_error(lines: Sequence[str]) -> str:

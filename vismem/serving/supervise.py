@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import link_or_copy
+from vismem.locks import lock_folder
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.services import HOST, POLL, until_stopped
 from vismem.serving.client import challenger_name
@@ -207,7 +208,14 @@ def serve(
     ports = {"grpc": config.deploy.grpc_port, "http": config.deploy.http_port, "metrics": config.deploy.metrics_port}
     ports |= {name: port for name, port in asked.items() if port is not None}
     log.parent.mkdir(parents=True, exist_ok=True)
-    with until_stopped(write), TemporaryDirectory(prefix="serving-", dir=log.parent) as folder:
+    for left in log.parent.glob("serving-*"):  # of one that was killed, unless it serves still
+        with suppress(UserError), lock_folder(left):
+            shutil.rmtree(left)
+    with (
+        until_stopped(write),
+        TemporaryDirectory(prefix="serving-", dir=log.parent) as folder,
+        lock_folder(Path(folder)),
+    ):
         releases = Releases(repository, Path(folder).absolute())  # links lead there
         while True:
             with triton_server(releases.repository, log=log, host=host, ports=ports) as server:

@@ -94,6 +94,7 @@ def test_an_iterator_that_was_never_begun_asks_for_nothing(runtime):
     sample = tiny.samples()[0]
     runtime.generate(pictures(sample), sample.question).close()
     assert not runtime.waiting
+    assert not runtime.places
 
 
 def test_a_fault_reaches_its_callers_and_the_next_are_answered(runtime, monkeypatch):

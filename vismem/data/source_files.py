@@ -58,8 +58,8 @@ def record_outside(config: Config) -> None:
         files = [file.resolve() for file in files_of(source)]
         outside = [file for file in files if not file.is_relative_to(DATA.resolve())]
         if outside:
-            named = (source.kind, getattr(source, "name", None), source.path and source.path.resolve())
-            found[" ".join(str(part) for part in named if part)] = fingerprint(outside)
+            named = (source.kind, *(str(getattr(source, key, "") or "") for key in ("name", "path")))
+            found[" ".join(filter(None, named))] = fingerprint(outside)
     rules = [file.resolve() for file in rule_files(config)]
     if outside := [file for file in rules if not file.is_relative_to(DATA.resolve())]:
         found["rules of validate"] = fingerprint(outside)

@@ -46,7 +46,7 @@ def upright(image: Image.Image) -> Image.Image:
     It is turned as its EXIF data says, and stands on white where it is transparent. Whatever Pillow raises for one that
     does not decode.
     """
-    if (turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation))) is not None:
+    if (turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))) is not None:
         image = image.transpose(turn)  # by ImageOps, odd data in other tags would be an error
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
         image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))

@@ -239,12 +239,12 @@ class Qwen25VLBackbone(Backbone):
 
         `places`: the keys that each may see. `read`: keys and values of all samples' patches, and the rows' samples.
         """
-        query, *own = self._qkv(block, hidden, rotary)
-        key, value = own
+        query, own_key, own_value = self._qkv(block, hidden, rotary)
+        key, value = own_key, own_value
         if read:
-            *patches, sample = read
-            key, value = (torch.cat([seen[sample], mine], dim=2) for seen, mine in zip(patches, own, strict=True))
-        return self._rest(block, hidden, attend(query, key, value, places)), *own
+            keys, values, sample = read
+            key, value = torch.cat([keys[sample], key], dim=2), torch.cat([values[sample], value], dim=2)
+        return self._rest(block, hidden, attend(query, key, value, places)), own_key, own_value
 
     def project(self, hidden: Tensor) -> Tensor:
         rows, length, width = hidden.shape

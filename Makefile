@@ -15,7 +15,7 @@ COMPILED = .venv/.compiled
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
-try: $(INSTALLED)  ## one minute: ask the tiny VLM about example images, with and without memory
+try: $(INSTALLED)  ## half a minute: ask the tiny VLM about example images, with and without memory
 	@$(VISMEM) try
 
 setup: $(INSTALLED) $(SERVING) $(COMPILED)  ## make both Python environments: 3 GB on disk, 9 GB with a GPU; PYTHON= names the Python

@@ -51,7 +51,7 @@ def print_summary(config: Config, artifacts: Path, caller: Caller, console: Cons
 def verdict_lines(verdict: Verdict, release: Release) -> list[str]:
     """The gate's verdict: one line of outcome, then one per rule with its reason. Rich markup."""
     name = f"{release.name} version {release.version}"
-    passed = f"[bold green]RELEASED[/]: the gate passed {name}; it is the champion"
+    passed = f"[bold green]RELEASED[/]: the gate passed {name}; it became the champion"
     refused = f"[bold red]NOT RELEASED[/]: the gate refused {name}"
     marks = {True: "[green]✓[/]", False: "[red]✗[/]"}
     return [

@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         adapter (B,) 1.0 where the long former's LoRA is on (the policy's is off there); past: key and value of each
         layer in turn (B, kv_heads, T - S, head_dim). Returns logits of the last position (B, V + 2), the two invokes
         last; hidden states after the final norm (B, S, d); the long memory that the last N_l of them make
-        (B, <= N_l, d); and the new past.
+        (B, <= N_l, d); and keys and values of the new embeddings (B, kv_heads, S, head_dim), in the past's order.
         """
         batch, length, _ = embeddings.shape
         angles = torch.einsum("abs,fa->bsf", positions, self.axes) * self.frequencies
@@ -98,13 +98,13 @@ class Decoder(nn.Module):
             query, value = bare(attention.q_proj, y) + added_query, bare(attention.v_proj, y) + added_value
             parts = ((query, self.heads), (attention.k_proj(y), self.kv_heads), (value, self.kv_heads))
             query, key, value = (part.reshape(batch, length, n, self.head_dim).transpose(1, 2) for part, n in parts)
-            key = torch.cat((past[2 * number], rotate(key, cos, sin)), dim=2)
-            value = torch.cat((past[2 * number + 1], value), dim=2)
-            present += [key, value]
-            # Grouped attention without copies of the keys.
+            present += [key := rotate(key, cos, sin), value]
+            # Grouped attention without copies: of the past's keys neither for each query head nor before the new ones.
             query = rotate(query, cos, sin).reshape(batch, self.kv_heads, -1, length, self.head_dim)
-            scores = query * self.head_dim**-0.5 @ key[:, :, None].transpose(-1, -2) + bias
-            mixed = torch.softmax(scores, dim=-1) @ value[:, :, None]
+            query, keys, values = query * self.head_dim**-0.5, (past[2 * number], key), (past[2 * number + 1], value)
+            scores = torch.cat([query @ part[:, :, None].transpose(-1, -2) for part in keys], dim=-1) + bias
+            weights, read = torch.softmax(scores, dim=-1), total - length
+            mixed = weights[..., :read] @ values[0][:, :, None] + weights[..., read:] @ values[1][:, :, None]
             mixed = mixed.reshape(batch, self.heads, length, self.head_dim)
             x = x + attention.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))

@@ -170,7 +170,7 @@ class OnnxExecutor:
             **{name: held[own[:, 0], :, :limit] for name, held in self.past.items()},
         )
         for name, held in self.past.items():
-            held[own, :, slots] = out[f"present_{name[5:]}"][:, :, limit:].transpose(0, 2, 1, 3)
+            held[own, :, slots] = out[f"present_{name[5:]}"].transpose(0, 2, 1, 3)
         self.embeddings[own, slots], self.hidden[own, slots] = embeddings, out["hidden"]
         self.positions[own, slots] = positions[..., None]
         for row, logits in zip(rows, out["logits"], strict=True):

@@ -9,7 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-FORMAT = 4
+FORMAT = 5
 Array = NDArray[Any]
 
 

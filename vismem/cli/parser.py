@@ -20,7 +20,7 @@ STATUSES = {
     "1": "failed; one line says what was wrong and what to do, VISMEM_DEBUG=1 where it came from",
     "2": "the command line is wrong",
     "3": "`drift` found that requests differ from the training data",
-    "130": "stopped by Ctrl-C; `serve`, `ui` and `stack` end with 0 then",
+    "130": "stopped by Ctrl-C; `serve`, `api`, `playground`, `ui` and `stack` end with 0 then",
 }
 
 

@@ -47,7 +47,7 @@ def test_many_questions_about_few_pictures_do_not_prove_a_version_worse(
     release: Any = SimpleNamespace(version="2", bundle=tmp_path)
 
     def check() -> str:
-        return canary.question_canary(Config(), release, "canary", asked(tmp_path, pictures), "servers")
+        return canary.question_canary(Config(), release, asked(tmp_path, pictures), "canary", "servers")
 
     if refused:
         with pytest.raises(canary.WrongAnswerError, match=r"60 of 120 of own.jsonl right, 120 by the version before"):

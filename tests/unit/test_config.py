@@ -214,7 +214,7 @@ def test_what_pods_tolerate_and_which_nodes_they_take_may_stand_in_a_profile() -
     pods = {"node_selector": {"gpu": "h100"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
     cluster = load_cluster(parse_config({"cluster": pods}).cluster)
     assert cluster.node_selector == {"gpu": "h100"}
-    assert cluster.tolerations == [{"key": "gpu", "operator": "Exists"}]
+    assert cluster.tolerations == ({"key": "gpu", "operator": "Exists"},)
 
 
 def test_sources_keep_their_kinds() -> None:

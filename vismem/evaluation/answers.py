@@ -135,8 +135,8 @@ def extract(text: str, form: AnswerForm) -> Extraction:
 def is_correct(sample: Sample, extraction: Extraction) -> bool:
     """Whether an extraction is the sample's answer: the same option, number by value, or words by `normalise`."""
     form = answer_form(sample.question, sample.answer, sample.choices)
-    expected = reference_value(form, sample.answer) or sample.answer
-    if extraction.value is None:
+    expected = reference_value(form, sample.answer)  # None where it is none of the options: nothing is right then
+    if extraction.value is None or expected is None:
         return False
     if form.options:
         return extraction.value == expected

@@ -37,7 +37,7 @@ def decoded_base64(text: str) -> bytes:
             raise ValueError(
                 f"a data URI of base64 begins with data:image/png;base64, or the like, not with {head[:40]}"
             )
-    return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
+    return base64.b64decode(text.strip().encode("ascii").translate(None, b"\r\n"), validate=True)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -22,6 +22,7 @@ STAND_IN = """
 import json, os, time
 from dataclasses import dataclass
 
+from vismem.runtime.limits import check_stops
 from vismem.serving.metrics import Metrics
 
 class Busy(Exception):
@@ -48,6 +49,7 @@ class Runtime:
         self.metrics = Metrics(lambda: 0, lambda: 0)
 
     def generate(self, images, prompt, *, max_new_tokens=48, temperature=0.0, seed=0, memory="learned", stop=()):
+        check_stops(stop)
         if prompt == "echo":
             sizes = [image.size for image in images]
             yield Chunk(json.dumps([sizes, max_new_tokens, temperature, seed, memory, stop]), "end")

@@ -179,7 +179,7 @@ def exit_on_sigterm() -> Iterator[None]:
         return
 
     def end(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut off what the first one set in order
+        signal.signal(signal.SIGTERM, lambda *_: None)  # a second one would cut off what the first one set in order
         sys.exit(TERMINATED)
 
     before = signal.signal(signal.SIGTERM, end)

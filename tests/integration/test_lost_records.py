@@ -1,14 +1,16 @@
 """What the registry has lost of a version, or somebody has changed."""
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+import requests
 from project import Project
 
 from vismem.errors import UserError
 from vismem.registry import inspect
-from vismem.registry.tracking import find_version, open_store
+from vismem.registry.tracking import Store, find_version, open_store
 
 
 def files_of(project: Project, version: str) -> Path:
@@ -37,6 +39,21 @@ def test_a_champion_whose_figures_were_changed_stops_every_successor(project: Pr
     file.write_text(file.read_text().replace("66.0", "16.0"))
     with pytest.raises(UserError, match=r"not hold a whole evaluate/metrics.json of vismem version 1 \(its sha256"):
         project.release(b"two", score=61.0)
+    assert project.champion() == "1"
+
+
+def test_a_store_that_fails_for_a_moment_lets_no_successor_pass(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.release(b"one", score=66.0)
+
+    def files(store: Store, location: str) -> Any:
+        raise requests.ConnectionError("503")
+
+    monkeypatch.setattr(Store, "files", files)
+    with pytest.raises(UserError, match=r"not hold a whole evaluate/metrics.json of vismem version \d \(503"):
+        project.release(b"two", score=61.0)
+    monkeypatch.undo()
     assert project.champion() == "1"
 
 

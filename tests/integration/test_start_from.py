@@ -197,9 +197,13 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
         lambda folder: told(folder / "vismem.json", "family", "memory"),
     ),
     "it lacks family, format": ("stage1", lambda folder: write_json(folder / "vismem.json", ["no settings"])),
-    "another memory than params.yaml: set memory.later 1": (
+    "another memory than params.yaml: set memory.queries 5": (
         "stage1",
-        lambda folder: told(folder / "vismem.json", memory=tiny.MEMORY.model_dump() | {"later": 1}),
+        lambda folder: told(folder / "vismem.json", memory=tiny.MEMORY.model_dump(mode="json") | {"queries": 5}),
+    ),
+    "is damaged, or of a later release .*later": (
+        "stage1",
+        lambda folder: told(folder / "vismem.json", memory=tiny.MEMORY.model_dump(mode="json") | {"later": 1}),
     ),
     "no LoRA of this size": (
         "sft_lora",

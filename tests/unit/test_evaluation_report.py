@@ -99,6 +99,7 @@ def test_answers_that_were_kept_stay_until_all_is_written(
 ) -> None:
     kept = tmp_path / "answers-0.checkpoint"
     kept.write_text("{}")
+    charts = evaluation_charts(metrics, predictions, CURVES)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -106,9 +107,9 @@ def test_answers_that_were_kept_stay_until_all_is_written(
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "write", full)
         with pytest.raises(OSError, match="No space"):
-            write(Config(), tmp_path, predictions, metrics, {}, {}.get, {})
+            write(Config(), tmp_path, predictions, metrics, charts, {}.get, {})
     assert kept.is_file()
-    write(Config(), tmp_path, predictions, metrics, {}, {}.get, {})
+    write(Config(), tmp_path, predictions, metrics, charts, {}.get, {})
     assert not kept.exists()
 
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
-        if missing == "vismem" or os.environ.get("VISMEM_DEBUG"):
+        if missing in ("vismem", "None") or os.environ.get("VISMEM_DEBUG"):
             raise
         extra = f"the Python package '{missing}' is not installed: VisMem's extras have it, see pyproject.toml"
         print(f"vismem {arguments.command}: {extra} (`pip install 'vismem[pipeline]'`)", file=sys.stderr)

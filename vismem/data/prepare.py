@@ -43,7 +43,7 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     dropped = sum((split.dropped for split in splits.values()), Counter[str]())
     sizes = ", ".join(f"{len(split.digests)} {name}" for name, split in splits.items())
     elsewhere, parts = (sum(n for why, n in dropped.items() if (why in SPLITS) == known) for known in (True, False))
-    tail = f"; {elsewhere} rows dropped, their image or group is in another split" if elsewhere else ""
+    tail = f"; {elsewhere} rows dropped, their image is in another split" if elsewhere else ""
     tail += f"; {parts} rows left out, they are of a part that is not counted" if parts else ""
     return f"prepared {sizes} rows{tail}; data {whole[:12]}"
 
@@ -54,14 +54,14 @@ class _Split:
 
     name: str
     examine: Callable[[bytes], ImageFacts]
-    owners: dict[bytes, str]  # the split of each image and group, shared by all: the first that has it
+    owners: dict[bytes, str]  # the split of each image, shared by all: the first that shows it
     images: set[bytes] = field(default_factory=set)
     values: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by the field's name
     dropped: Counter[str] = field(default_factory=Counter)  # by the split that has the image, or the part not counted
     digests: list[bytes] = field(default_factory=list)
 
     def take(self, sample: Sample) -> bool:
-        """Count a row; False, and counted as dropped, where another split has one of its images or videos or its group.
+        """Count a row; False, and counted as dropped, where another split has one of its images or videos.
 
         So are rows of a part of a benchmark that its score is not of.
 
@@ -71,13 +71,11 @@ class _Split:
             self.dropped[f"{sample.source}, part {sample.part}"] += 1
             return False
         hashes = sample_pictures(sample, self.examine)
-        kind = sample.source.partition(":")[0]  # a file's name stands behind it
-        ties = [*hashes, *([f"{kind}: {sample.cluster}".encode()] if sample.cluster else [])]
-        others = [owner for tie in ties if (owner := self.owners.get(tie, self.name)) != self.name]
+        others = [owner for digest in hashes if (owner := self.owners.get(digest, self.name)) != self.name]
         if others:
             self.dropped[others[0]] += 1
             return False
-        self.owners.update(dict.fromkeys(ties, self.name))
+        self.owners.update(dict.fromkeys(hashes, self.name))
         self.images.update(hashes)
         for name in ("task", "capability", "source", "answer"):
             self.values[name][str(getattr(sample, name))] += 1

@@ -44,6 +44,10 @@ _DENIED = re.compile(
     r"^(?:(?:is|was|seems|looks)\s*)?(?:not\b(?!\s+(?:option\s+)?[(\[]?[a-z]\b)|n't|wrong|incorrect|false)",
     re.IGNORECASE,
 )
+_DENIED_BEHIND = re.compile(  # but not "red not blue"
+    r"^(?:(?:is|was|seems|looks)\s*(?:not\b|n't)|(?:(?:is|was|seems|looks)\s+)?(?:wrong|incorrect|false)\b)",
+    re.IGNORECASE,
+)
 _IS_RIGHT = re.compile(
     r"(?:^|(?<=[\s(\[]))(?P<letter>[A-Z])[)\]]?\s+(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|answer)\b",
     re.IGNORECASE,
@@ -272,7 +276,7 @@ def _mentioned(text: str, form: AnswerForm) -> str | None:
             rest = pattern.sub(" | ", rest)
             found = [(clause, at) for clause in clauses if (at := pattern.search(clause))]
             denied = [
-                _NEGATION.search(clause[: at.start()]) or _DENIED.match(clause[at.end() :].lstrip())
+                _NEGATION.search(clause[: at.start()]) or _DENIED_BEHIND.match(clause[at.end() :].lstrip())
                 for clause, at in found
             ]
             if all(denied) and not _LISTED.search(text):

@@ -47,7 +47,10 @@ def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None
 
 
 def without_memory(rollout: Rollout) -> Rollout:
-    """The same answer with every invocation left out: what the reference policy of stage I reads."""
+    """The same answer with every invocation left out: what the reference policy of stage I reads.
+
+    No policy of a training puts vectors of its own before the answer, as relook does.
+    """
     ids, invoked = rollout.token_ids, {invocation.position for invocation in rollout.invocations}
     pairs = enumerate(zip((None, *ids), ids, strict=False))  # an end token follows a latent one
     keep = [LATENT not in pair and at not in invoked for at, pair in pairs]

@@ -61,7 +61,9 @@ class Base:
             images = [Image.open(io.BytesIO(data)) for data in sample.images]
             seen = [size_after_resizing(image.size, self.processor) for image in images]
             return list(self.scope.doubts(images, seen, said(sample.turns()))) if self.scope else []
-        except (RequestError, OSError) as error:  # an image that does not decode, where the rules let it pass
+        except RequestError as error:
+            return [str(error)]
+        except OSError as error:  # an image that does not decode, where the rules let it pass
             return [str(error).split("<")[0].strip()]
 
     def resized(self, rows: Sequence[Row]) -> Iterator[str]:

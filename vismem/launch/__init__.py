@@ -59,10 +59,9 @@ def launch_step(
         shutil.rmtree(fresh, ignore_errors=True)  # of another run, which was killed
         shutil.copytree(place / name, fresh)
         replace_folder(fresh, artifacts / name)
-        gone = place.with_name(f"{place.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        place.rename(gone)  # at once: half of it is never taken for the whole
-        shutil.rmtree(gone)
+        place.rename(kept / f"{place.name}.gone-{os.getpid()}")  # at once: half of it is never taken for the whole
+        for gone in kept.glob("vismem-*.gone-*"):  # also what a kill has left
+            shutil.rmtree(gone, ignore_errors=True)
     return line
 
 

@@ -80,6 +80,8 @@ def load_base(base: Path | str, dtype: str = "float32", tensor_parallel: bool = 
             model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype), **more)
         processor = load_processor(base)
     except (*DAMAGED, OSError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         said = first_line(error)
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {said}") from error
     check_processor(processor, settings, base)

@@ -269,4 +269,5 @@ def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
             "memory_ids": tuple(settings["memory_ids"]),
         }
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged, or of a later release ({first_line(error)}): {wanted}") from None
+        said = "; ".join(f"{fault['loc']}: {fault['msg']}" for fault in getattr(error, "errors", list)())
+        raise UserError(f"{file} is damaged, or of a later release ({said or first_line(error)}): {wanted}") from None

@@ -44,6 +44,6 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
                 folder.rename(Path(made) / "damaged")
             fresh.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another was quicker
+            if not folder.is_dir() or verify_manifest(folder):  # else another was quicker
                 raise
     return folder

@@ -155,22 +155,26 @@ def read_registered(store: Store, version: Version, record: type[R]) -> R:
 
     LostRecordError where it is lost or cannot be read, UserError where it is another than was registered.
     """
-    kind: type[UserError] = LostRecordError
-    folder = FOLDERS[record]
+    folder, lost = FOLDERS[record], False
     path = f"{folder}/{record.FILE}" if folder else record.FILE
     try:
         if folder:
             location = str(store.client.get_run(version.run_id).info.artifact_uri)
         else:
             location = bundle_location(store, version)
+        files = store.files(location)
+        if path not in {found.path for found in files.list_artifacts(folder or None)}:
+            lost = True  # the store says so: what it does not say now, it may say later
+            raise UserError("it is not there")
         with tempfile.TemporaryDirectory() as here, environment({PROGRESS_BAR: "false"}):
-            store.files(location).download_artifacts(path, here)
+            files.download_artifacts(path, here)
             if sha256_file(Path(here) / path) != version.tags.get(hash_tag(record)):
-                kind = UserError
                 raise UserError(f"its sha256 is not the version's tag {hash_tag(record)}")
+            lost = True  # unless this release can read it
             return record.read(Path(here) / folder)
     except (MlflowException, OSError, UserError) as error:
-        raise kind(
+        lost = lost or getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+        raise (LostRecordError if lost else UserError)(
             f"{store.uri} does not hold a whole {path} of {store.model} version {version.version} "
             f"({one_line(error)}): run `vismem evaluate`, `vismem export` and `vismem register` again"
         ) from error

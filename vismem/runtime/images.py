@@ -48,6 +48,7 @@ def upright(image: Image.Image) -> Image.Image:
     """
     if (turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))) is not None:
         image = image.transpose(turn)  # by ImageOps, odd data in other tags would be an error
+        image.info.pop("exif", None)
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
         image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

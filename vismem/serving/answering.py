@@ -156,8 +156,12 @@ class Runtime:
         check_stops(stop)
         answer = _Answer(arrived, gone or threading.Event())
         self._take_place(answer)
-        with self.preparing:
-            sample = self.executor.prepare(images, chat, max_new_tokens)
+        try:
+            with self.preparing:
+                sample = self.executor.prepare(images, chat, max_new_tokens)
+        except BaseException:
+            self.places.discard(answer)
+            raise
         answer.request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
         asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
         return self._chunks(answer, stop, images, asked)
@@ -262,6 +266,9 @@ class Runtime:
             loop.settle()  # what fails here is no fault of the one that joins
             with self.changed:
                 answer = self.waiting.popleft()
+            if answer.gone.is_set():
+                answer.tokens.put(Busy(LEFT))
+                continue
             try:
                 (answer.row,) = loop.join(answer.request)
             except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on

@@ -22,8 +22,12 @@ def champion_repository(config: Config, artifacts: Path) -> Path:
         return deployed
     manifest = deployed / config.deploy.model_name / ledger.champion / "bundle" / MANIFEST
     version = view.find(ledger.champion)
-    known = version and manifest.is_file() and sha256_file(manifest) == version.tags.get("manifest_sha256")
-    if known and config.registry.public_key is None:  # else its signature is checked
+    if version and manifest.is_file() and sha256_file(manifest) == version.tags.get("manifest_sha256"):
+        if config.registry.public_key is not None:
+            from vismem.registry.signing import check_signature
+            from vismem.registry.tracking import open_store
+
+            check_signature(open_store(config.registry), version, manifest.parent)
         return deployed
     from vismem.serving.publish import publish
 

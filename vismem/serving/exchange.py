@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Question:
 
 def check_seed(seed: int) -> None:
     """UserError for one that a server, which has 64 bits for it, would not take either."""
-    if not (isinstance(seed, int) and 0 <= seed < 2**63):
+    if not (isinstance(seed, Integral) and 0 <= seed < 2**63):
         raise UserError(f"the seed is {seed}: it must be a whole number in 0..{2**63 - 1}")
 
 

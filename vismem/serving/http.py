@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
 
 from vismem.runtime.chat import said
 from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
@@ -49,13 +50,8 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     app = FastAPI(title="VisMem", openapi_url=None, lifespan=lifespan)
     app.include_router(status_routes(runtime))
 
-    @app.middleware("http")
-    async def guard(request: Request, call: Callable[[Request], Any]) -> Response:
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token and request.scope["path"] != "/health" and not hmac.compare_digest(sent.encode(), token.encode()):
-            return Refused(401, "no such token: send `Authorization: Bearer TOKEN`", "authentication_error").response()
-        response: Response = await call(request)
-        return response
+    if token:
+        app.add_middleware(_Guard, token=token)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -97,6 +93,22 @@ def refusal(error: Exception) -> Refused:
             return Refused(429, str(error), BUSY_TYPE)
     logger.error("an answer failed", exc_info=error)
     return Refused(500, f"the model failed: {type(error).__name__}: {error}", "server_error")
+
+
+class _Guard:
+    """Lets in who sends the token, and all to /health. FastAPI's own middleware would hide that a client has left."""
+
+    def __init__(self, app: Any, token: str) -> None:
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """An ASGI application."""
+        if scope["type"] == "http" and scope["path"] != "/health":
+            sent = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(sent.encode(), self.token.encode()):
+                why = "no such token: send `Authorization: Bearer TOKEN`"
+                return await Refused(401, why, "authentication_error").response()(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 async def events(reply: Reply, first: Chunk, chunks: Iterator[Chunk], request: Request) -> AsyncIterator[str]:

@@ -209,7 +209,7 @@ def serve(
     ports |= {name: port for name, port in asked.items() if port is not None}
     log.parent.mkdir(parents=True, exist_ok=True)
     for left in log.parent.glob("serving-*"):  # of one that was killed, unless it serves still
-        with suppress(UserError), lock_folder(left):
+        with suppress(UserError, OSError), lock_folder(left):  # it may be another user's
             shutil.rmtree(left)
     with (
         until_stopped(write),

@@ -1,7 +1,8 @@
 """The step `base`: finds the vision-language model that goes in, checks it and keeps it with its fingerprint."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,10 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         )
     source = fetch(name) if folder is None else folder
     with no_weight_bars(), progress("base", quiet=sys.stderr.isatty()):  # there the hub's own bar shows a download
-        try:
-            count, how = _write(source, out, config.base.dtype)
+        with _whole(name):
             processor = load_processor(source)
-        except DAMAGED as error:
-            said = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"base.model '{name}' is damaged ({said}): fetch it again") from None
         check_processor(processor, settings, name)
+        count, how = _write(source, out, config.base.dtype, name)
         processor.save_pretrained(out)
     fingerprint = sha256_folder(out, "*.safetensors")
     if folder is not None and (scope := Scope.read(folder)):
@@ -72,15 +70,27 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     return f"base: {name}, {family} of {size} parameters, weights {fingerprint[:12]}, {how}"
 
 
-def _write(source: Path, out: Path, dtype: str) -> tuple[int, str]:
+@contextmanager
+def _whole(name: str) -> Iterator[None]:
+    """A block in which what a damaged file raises where it is read is a UserError."""
+    try:
+        yield
+    except DAMAGED as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"base.model '{name}' is damaged ({said}): fetch it again") from None
+
+
+def _write(source: Path, out: Path, dtype: str, name: str) -> tuple[int, str]:
     """Write the model of the folder `source` in a precision; how many parameters it has, and how they came to `out`."""
-    if not (files := _weight_files(source)):
-        raise UserError(f"{source} has no weights as safetensors: save it with transformers' save_pretrained")
-    # without its weights, which need not be in memory to be linked
-    model, found = AutoModelForImageTextToText.from_pretrained(source, device_map="meta", output_loading_info=True)
+    with _whole(name):
+        if not (files := _weight_files(source)):
+            raise UserError(f"{source} has no weights as safetensors: save it with transformers' save_pretrained")
+        # without its weights, which need not be in memory to be linked
+        model, found = AutoModelForImageTextToText.from_pretrained(source, device_map="meta", output_loading_info=True)
+        other = any(kind != TYPES[dtype] for file in files for kind in _types(file))
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{source} lacks weights of the model: {', '.join(missing[:3])}: fetch or save it again")
-    if any(kind != TYPES[dtype] for file in files for kind in _types(file)):
+    if other:
         AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).save_pretrained(out)
         return model.num_parameters(), f"copied as {dtype}"
     model.config.save_pretrained(out)

@@ -80,7 +80,7 @@ def _near_leaks(table: pd.DataFrame, place: pd.Series, levels: int) -> tuple[pd.
         first.setdefault(image, place[row])
         first.setdefault((image, words[row]), place[row])
     asked = {
-        row: next((first[like, words[row]] for like in alike[image] if (like, words[row]) in first), None)
+        row: next((first[like, words[row]] for like in reversed(alike[image]) if (like, words[row]) in first), None)
         for row, image in near["image"].items()
     }
     return near["like"].map(first), pd.Series(asked, dtype=object)

@@ -102,7 +102,7 @@ def _rows(path: Path) -> Iterator[Row]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, behind line {table.line_num}: {not_utf8(error)}") from None
         except csv.Error as error:
-            raise UserError(f"{path}, behind line {table.line_num}: no tab-separated table ({error})") from None
+            raise UserError(f"{path}, line {table.reader.line_num}: no tab-separated table ({error})") from None
 
 
 def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Sample:

@@ -57,6 +57,9 @@ def test_files_of_several_folders_go_together_and_a_missing_id_says_where_it_is_
     }
 
 
+FITS = list(enumerate([("a dog", "a cat"), ("a bird", "a fish")]))
+
+
 def test_bad_rows_are_counted_and_named_and_the_good_ones_kept(project: Path, run: Callable[..., str]) -> None:
     (project.parent / "photos" / "text.png").write_text("no image")
     more: Lines = [
@@ -69,10 +72,11 @@ def test_bad_rows_are_counted_and_named_and_the_good_ones_kept(project: Path, ru
         question(24, image="1.png", answer="elsewhere"),
         question(25, image="2.png", prompt="how many?", answer="3", choices=["1", "2"]),
         question(26, image="../photos/../project/params.yaml"),
+        *(question(30 + n, image="3.png", prompt="which fits?", answer=a, choices=[a, b]) for n, (a, b) in FITS),
     ]
     file = write(project.parent / "photos", 12, more)
     said = run("own", "--data", os.path.relpath(file))
-    assert "21 rows, 12 good, 6 bad, 3 asked before" in said
+    assert "23 rows, 14 good, 6 bad, 3 asked before" in said, "other choices make another question"
     for reason in (
         "../photos/mine.jsonl, line 13: broken JSON",
         "../photos/mine.jsonl, line 14: no image file ../photos/gone.png",

@@ -105,7 +105,7 @@ def test_one_benchmark_without_quarantine_needs_no_table_of_its_own() -> None:
 def test_the_report_shows_every_benchmark_with_what_was_set_apart(predictions: dict[str, list[Prediction]]) -> None:
     metrics = Metrics(**summarise(predictions, SECONDS, seed=0, resamples=50, set_apart={"second": 2}), **HASHES)
     charts: dict[str, list[Panel]] = {"scores": [], "tasks": []}
-    page = report.render(metrics, predictions, charts, {}, {}, Config().evaluate)
+    page = report.render(metrics, predictions, charts, {}.get, {}, Config().evaluate)
     assert "<tr><td>second</td><td>3</td><td>2</td><td>33.3</td>" in page
     assert "<td>macro: the mean of the benchmarks</td><td></td><td></td><td>46.7</td>" in page
     assert 'data-task="first: chain"' in page

@@ -151,7 +151,7 @@ def test_a_report_needs_no_vismem_arm(tmp_path: Path, predictions: dict[str, lis
     metrics = recorded(predictions)
     assert (metrics.gain, metrics.invocation) == ({}, None)
     charts = {name: panels[:1] for name, panels in evaluation_charts(metrics, predictions, {}).items()}
-    write(Config(), tmp_path, predictions, metrics, charts, {}, {})
+    write(Config(), tmp_path, predictions, metrics, charts, {}.get, {})
     assert "Vanilla answers 50.0 %" in (tmp_path / "report.html").read_text()
 
 
@@ -183,7 +183,7 @@ def test_a_hostile_question_runs_nothing(predictions: dict[str, list[Prediction]
     metrics = recorded(predictions)
     provenance = {hostile: hostile}
     charts = evaluation_charts(metrics, predictions, CURVES)
-    page = report.render(metrics, predictions, charts, {}, provenance, Config().evaluate)
+    page = report.render(metrics, predictions, charts, {}.get, provenance, Config().evaluate)
     elements = Elements(page).found
     assert [attributes for tag, attributes in elements if tag == "script"] == [{}]
     assert not [

@@ -222,9 +222,9 @@ def test_a_broken_file_is_refused_with_its_place(tmp_path: Path, rows: list[dict
     [
         (
             '8\t"Is it\tred\n9\tIs it "red?\tno',
-            "behind line 2: no tab-separated table",
+            "line 4: no tab-separated table",
         ),  # a quote that is closed rows below
-        ('8\t"Is it red?\tno\n9\tIs it?\tno', "behind line 2: no tab-separated table"),  # never
+        ('8\t"Is it red?\tno\n9\tIs it?\tno', "line 4: no tab-separated table"),  # never
         ("8\tIs it\tred?\tno", "line 3: a row of other columns"),
         ("8\tIs it", "line 3: a row of other columns"),
     ],

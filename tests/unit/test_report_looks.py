@@ -51,7 +51,7 @@ def predictions() -> dict[str, list[Prediction]]:
 def page_of(predictions: dict[str, list[Prediction]], looks: dict[int, list[Look]] | None = None) -> str:
     metrics = recorded(predictions, resamples=20)
     return report.render(
-        metrics, predictions, evaluation_charts(metrics, predictions, {}), {}, {}, Config().evaluate, looks or {}
+        metrics, predictions, evaluation_charts(metrics, predictions, {}), {}.get, {}, Config().evaluate, looks or {}
     )
 
 

@@ -60,7 +60,8 @@ def launch_step(
         shutil.rmtree(fresh, ignore_errors=True)  # of another run, which was killed
         shutil.copytree(place / name, fresh)
         replace_folder(fresh, artifacts / name)
-        place.rename(kept / f"{place.name}.gone-{uuid.uuid4().hex[:8]}")  # at once: half of it is never taken for the whole
+        # at once: half of it is never taken for the whole
+        place.rename(kept / f"{place.name}.gone-{uuid.uuid4().hex[:8]}")
         for gone in kept.glob("vismem-*.gone-*"):  # also what a kill has left
             shutil.rmtree(gone, ignore_errors=True)
     return line

@@ -20,6 +20,7 @@ from kfp_api import KfpApi
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = "pipelines/vismem.yaml"
+COMPILED = "runs/pipeline.yaml"  # what the page compiles for a cluster's settings; the API is the same
 COMMAND = r"\s*(\.venv/bin/)?(kfp |python -c .import kfp)"
 SUBMIT = f"kfp run submit -f {PIPELINE} -e vismem -r first"
 
@@ -211,6 +212,7 @@ def test_every_documented_command_works_as_it_stands(server: KfpApi, home: Path,
         if "retry" in command:  # only what has failed can be
             next(iter(server.runs.values())).state = "FAILED"
     command = command.replace('"overrides=$(cat data.json)"', shlex.quote(f"overrides={data_json()}"))
+    command = command.replace(COMPILED, PIPELINE)
     command = re.sub(r"--endpoint \S+", f"--endpoint {server.endpoint}", command)
     done = run(command, home, server.endpoint)
     assert done.returncode == 0, done.stderr

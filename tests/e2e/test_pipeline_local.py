@@ -43,7 +43,7 @@ TINY: dict[str, Any] = {
 SERVED = pytest.mark.skipif(
     not Path(os.environ.get(VARIABLE, DEFAULT_PYTHON)).is_file(), reason="no serving environment: `make serving`"
 )
-LONG = ("stage1", "stage2")  # steps that keep checkpoints
+LONG = ("stage1", "stage2", "evaluate")  # steps that keep checkpoints
 PLACES = {  # each in the midst of its task's work, in the order of the tasks, since a run keeps what earlier ones made
     "configure": ("configure", "configure/*resolved*"),
     "preflight": ("preflight", "preflight/*report*"),

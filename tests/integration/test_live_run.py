@@ -192,6 +192,24 @@ def test_a_registry_that_does_not_answer_is_said_once_and_no_run_is_handed_over(
     assert line.startswith("no live curves: the MLflow store http://127.0.0.1:9 does not answer")
 
 
+def test_a_step_that_ends_while_its_curves_are_looked_for_harms_nothing(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = Curves(project.artifacts)
+    curves.begin("stage1", 0)
+    write_curve(project, "stage1.partial", CURVE)
+
+    def gone(folder: Path, pattern: str) -> Iterator[Path]:
+        raise FileNotFoundError(folder / pattern)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", gone)
+        curves.look()
+    assert not curves.points
+    curves.look()
+    assert len(curves.points) == 3
+
+
 def test_a_curve_of_a_killed_run_waits_until_it_is_written_again_and_each_point_is_read_once(project: Project) -> None:
     curves = Curves(project.artifacts)
     write_curve(project, "stage1.partial", "step,reward\n0,9.0\n")

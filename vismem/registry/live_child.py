@@ -61,8 +61,8 @@ class Curves:
             self._read(self.folder.stem, self.folder, self.old)
 
     def _read(self, step: str, folder: Path, old: int) -> None:
-        for file in sorted(folder.glob("*.csv")):
-            with suppress(FileNotFoundError):  # the step ends at this moment
+        with suppress(FileNotFoundError):  # the step ends at this moment
+            for file in sorted(folder.glob("*.csv")):
                 if file.stat().st_mtime_ns <= old:
                     continue
                 new = [point for point in read_curve(file) if point[2] > self.last.get(file.stem, -1)]

@@ -98,9 +98,8 @@ def test_patches_in_merge_order_go_through_the_projector_as_in_hugging_face(
     """So a memory's g vectors are merged exactly as g patches are."""
     backbone, prompt = model.backbone, encode(model.backbone, seeing)
     stream = backbone.patch_stream(prompt.vision)
-    projected = backbone.project(stream.hidden)
     for row, sample in enumerate(seeing):
-        ours = projected[row][prompt.vision.mask[row, :: backbone.merge]]
+        ours = stream.features[row][prompt.vision.mask[row, :: backbone.merge]]
         theirs = _their_features(backbone, sample)
         if backbone.family == "llava_onevision":  # packing drops padding and adds line ends: the base view comes first
             ours, theirs = ours[:9], theirs[:9]
@@ -126,7 +125,8 @@ def test_an_appended_memory_reads_all_patches_and_leaves_them_as_they_are(
             prompt.vision.window[row : row + 1, real],
         )
         patches, expected = _dense(backbone, alone, tokens[row : row + 1])
-        torch.testing.assert_close(stream.hidden[row, real], patches, atol=1e-5, rtol=1e-4)
+        features = stream.features[row, real[:: backbone.merge]]
+        torch.testing.assert_close(features, backbone.project(patches[None])[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(memory[row], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -185,7 +185,7 @@ def test_as_many_memory_tokens_as_image_tokens_start_as_the_patches_themselves(b
     with torch.no_grad():
         model.short.wanted.weight.zero_()
         weight = model.short.look(
-            torch.ones(1, 4, backbone.width), torch.ones(1, backbone.width), backbone.project(stream.hidden), real
+            torch.ones(1, 4, backbone.width), torch.ones(1, backbone.width), stream.features, real
         )
     assert not weight[0].tril(-1).any(), "what earlier slots have taken"
     slot, later = torch.triu_indices(tokens, tokens, 1)

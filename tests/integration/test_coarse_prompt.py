@@ -261,7 +261,7 @@ def test_a_short_memory_tells_apart_images_that_are_the_same_in_the_prompt(tiny_
         files.append(file.getvalue())
     alike = [dataclasses.replace(sample, images=(data,)) for data in files]
     prompts = [encode(model.backbone, [one]) for one in alike]
-    features = [model.backbone.project(model.short_stream(prompt.vision).hidden)[0] for prompt in prompts]
+    features = [model.short_stream(prompt.vision).features[0] for prompt in prompts]
     shown = [prompt.embeds[prompt.visual] for prompt in prompts]
     difference, hidden = (float((one - other).detach().abs().mean()) for one, other in (features, shown))
     assert difference > 10 * hidden

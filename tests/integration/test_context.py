@@ -56,3 +56,17 @@ def test_what_a_kind_reads_of_the_prompts_is_computed_once_and_nothing_for_the_o
     for _, inputs, _ in formed:
         assert [inputs.patches, inputs.prefix][KINDS.index(kind)] is read
         assert [inputs.prefix, inputs.patches][KINDS.index(kind)] is None
+
+
+def test_the_prompts_images_are_projected_once_and_each_short_memory_alone(
+    model: VisMemModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, own = list[int](), model.backbone.project
+    monkeypatch.setattr(model.backbone, "project", lambda hidden: rows.append(len(hidden)) or own(hidden))
+    policy = Random(probability=0.5, anywhere=1.0, kinds=(MemoryKind.SHORT,))
+    samples = tiny.samples()[:4]
+    _, formed = recorded(model, lambda: generate(model, samples, policy, max_new_tokens=6))
+    _, stream, *memories = rows  # the first is the coarse prompts'
+    assert stream == len(samples)
+    assert memories == [len(inputs.sample) for _, inputs, _ in formed]
+    assert min(memories) < len(samples)

@@ -155,7 +155,7 @@ def test_a_short_memory_starts_from_the_images_patches_and_goes_through_the_proj
                 continue
             assert inputs.patches is not None
             queries = model.builder(inputs.cognitive, inputs.cognitive_mask)
-            seen = backbone.project(inputs.patches.hidden)[0]
+            seen = inputs.patches.features[0]
             said = inputs.cognitive[0, inputs.segment_mask[0]]
             tokens = short.memory_init + looked(short, queries[0], said, seen, inputs.patches.embeds[0])
             positions = looked(short, queries[0], said, seen, inputs.patches.vision.positions[0].float())

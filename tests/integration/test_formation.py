@@ -63,9 +63,9 @@ def test_prompts_are_read_for_memories_with_their_formers_adapter_and_no_other(m
     assert _equal(prefix.keys_values, long)
     assert not _equal(long, plain)
     assert not _equal(policy, plain)
-    assert torch.equal(stream.hidden, short.hidden)
+    assert torch.equal(stream.features, short.features)
     assert _equal(stream.keys_values, short.keys_values)
-    assert not torch.equal(stream.hidden, bare.hidden)
+    assert not torch.equal(stream.features, bare.features)
 
 
 def test_each_former_runs_with_its_own_adapter_and_without_the_others(model: VisMemModel, formed: Formed) -> None:

@@ -158,7 +158,7 @@ def test_a_short_memory_is_read_beside_its_patches_from_where_its_queries_look(
             start, places = former.memory_init, torch.full((4 * backbone.merge, 2), -1.0)
             if former.patches:
                 real = patches.vision.mask[sample]
-                seen = backbone.project(stream.hidden)[sample, real[:: backbone.merge]]
+                seen = stream.features[sample, real[:: backbone.merge]]
                 said = inputs.cognitive[row, inputs.segment_mask[row]]
                 start = start + looked(former, queries[row], said, seen, stream.embeds[sample, real])
                 places = looked(former, queries[row], said, seen, patches.vision.positions[sample, real].float())

@@ -146,7 +146,7 @@ def states_of_the_base(backbone: Backbone) -> tuple[Tensor, ...]:
     with torch.no_grad():
         prompt = encode(backbone, families.samples())
         hidden = backbone.language(prompt.embeds, prompt.positions, causal_mask(prompt.mask))
-        return prompt.embeds, backbone.patch_stream(prompt.vision).hidden, hidden
+        return prompt.embeds, backbone.patch_stream(prompt.vision).features, hidden
 
 
 def test_forming_memories_leaves_no_adapter_on_even_where_it_fails(

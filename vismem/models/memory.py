@@ -101,8 +101,8 @@ class ShortFormer(nn.Module):
         memory = self.memory_init.expand(rows, -1, -1)
         positions = queries.new_full((rows, count + memory.shape[1], 2), -1.0)
         if self.patches:
-            features, real = backbone.project(stream.hidden), stream.vision.mask[:, :: self.merge]
-            weight = self.look(queries, segment, features[sample], real[sample])
+            real = stream.vision.mask[:, :: self.merge]
+            weight = self.look(queries, segment, stream.features[sample], real[sample])
             memory = memory + self.seen(weight, stream.embeds[sample])
             positions[:, count:] = self.seen(weight, stream.vision.positions[sample].to(weight.dtype))
         tokens = torch.cat([self.query(queries), memory], dim=1)

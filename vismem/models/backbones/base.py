@@ -39,12 +39,14 @@ class VisionInput:
 
 @dataclass
 class PatchStream:
-    """The patches inside the vision encoder: their embeddings, and the keys and values that memory tokens read."""
+    """The patches inside the vision encoder: their embeddings, the keys and values that memory tokens read, and what
+    the projector makes of them.
+    """
 
     embeds: Tensor  # (S, P, w) patch embeddings, before the first block
     # per block in which memory tokens read patches: (S, heads, keys, head width) each; class tokens may be added
     keys_values: list[tuple[Tensor, Tensor]]
-    hidden: Tensor  # (S, P, w) as the projector takes it
+    features: Tensor  # (S, P / g, d) image tokens
     vision: VisionInput
     readable: Tensor  # (S, keys) False on padding
 
@@ -214,13 +216,13 @@ class Backbone(ABC):
             if isinstance(linear, nn.Linear) and (every_linear or name.endswith((".q_proj", ".v_proj")))
         ]
 
-    def without_patches(self, vision: VisionInput, states: int = 1) -> PatchStream:
-        """The stream of samples none of which has an image; the projector takes `states` states of the encoder."""
+    def without_patches(self, vision: VisionInput) -> PatchStream:
+        """The stream of samples none of which has an image."""
         samples, weight = len(vision.image), self.embedding.weight
         embeds = weight.new_zeros(samples, 0, self.vision_width)
         none = weight.new_zeros(samples, self.heads, 0, self.vision_width // self.heads)
         keys_values = [(none, none)] * len(self.blocks)
-        return PatchStream(embeds, keys_values, embeds.repeat(1, 1, states), vision, vision.mask)
+        return PatchStream(embeds, keys_values, weight.new_zeros(samples, 0, self.width), vision, vision.mask)
 
     @property
     def device(self) -> torch.device:

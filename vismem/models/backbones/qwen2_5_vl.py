@@ -139,8 +139,7 @@ class Qwen25VLBackbone(Backbone):
         _, packed, _ = inputs.more
         if not packed.image.shape[1]:
             return None
-        found: Tensor = self.project(self.patch_stream(packed).hidden)[packed.mask[:, :: self.merge]]
-        return found
+        return self.patch_stream(packed).features[packed.mask[:, :: self.merge]]
 
     def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
         visual, _, vision = inputs.more
@@ -215,7 +214,7 @@ class Qwen25VLBackbone(Backbone):
             hidden, key, value = self.through(self._block, block, hidden, rotary, places)
             if whole:  # in the others memory tokens are a window of their own
                 kept.append((key, value))
-        return PatchStream(embeds, kept, hidden, vision, vision.mask)
+        return PatchStream(embeds, kept, self.through(self.project, hidden), vision, vision.mask)
 
     def _blocks(self) -> list[tuple[Any, bool]]:
         """The blocks in order, and whether attention in them is over the whole image."""

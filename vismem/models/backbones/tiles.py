@@ -139,7 +139,7 @@ class TiledBackbone(Backbone):
     def patch_stream(self, vision: VisionInput) -> PatchStream:
         samples, length, values = vision.patches.shape
         if not length:
-            return self.without_patches(vision, len(self.layers))
+            return self.without_patches(vision)
         tiles = int(vision.image.max()) + 1
         n = length // tiles
         present = vision.image.view(samples, tiles, n)[..., 0] >= 0
@@ -157,7 +157,8 @@ class TiledBackbone(Backbone):
         embeds = self._embed(vision.patches.view(samples, tiles, n, values)[present])
         hidden = self._run(embeds, keep)
         readable = present.repeat_interleave(embeds.shape[1], dim=1)
-        return PatchStream(by_sample(embeds[:, -n:]), keys_values, by_sample(hidden[:, -n:]), vision, readable)
+        features = self.through(self.project, by_sample(hidden[:, -n:]))
+        return PatchStream(by_sample(embeds[:, -n:]), keys_values, features, vision, readable)
 
     def _embed(self, patches: Tensor) -> Tensor:
         """Flattened pixels (B, n, values) in merge order to states before the first block (B, class tokens + n, w)."""

@@ -187,7 +187,7 @@ class BaselinesGrpoConfig(GrpoStageConfig):
     """GRPO of grpo_lora."""
 
     steps: int = Field(150, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
-    longer: float = Field(10.0, gt=0, description="grpo_lora_long's steps, relative to grpo_lora's [measured]")
+    longer: float = Field(16.0, gt=0, description="grpo_lora_long's steps, relative to grpo_lora's [measured]")
     learning_rate: Rate = Field(1e-3, description="peak rate of AdamW, cosine decay [ours]")
 
 

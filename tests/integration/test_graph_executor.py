@@ -20,7 +20,7 @@ from vismem.export.onnx import Graph, graphs_of, runtime_settings
 from vismem.export.parity import check_parity, prepared
 from vismem.generation.engine import generate, rollout_of
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
-from vismem.generation.loop import DecodeLoop, Request, Row
+from vismem.generation.loop import DecodeLoop, Request, Row, greedy_columns
 from vismem.generation.onnx_executor import OnnxExecutor, _grown, shares
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import pooling
@@ -97,6 +97,27 @@ def test_answers_and_memories_are_torchs(model: VisMemModel, bundle: Bundle) -> 
     assert (parity.passed, parity.greedy_equal, parity.differences) == (True, 4, ())
     assert parity.memories > 2 * 4
     assert parity.max_memory_difference < 1e-4
+
+
+def test_invoke_rows_that_stage_two_left_equal_are_the_short_one_in_every_runtime(tiny_base: Path) -> None:
+    model = tiny.eager(tiny_base)
+    for rows in (model.tokens.head, model.tokens.bias):
+        rows[1] = rows[0]
+    parity = check_parity(model, OnnxExecutor(opened(model)), SAMPLES, max_new_tokens=12, tolerance=1e-4)
+    assert (parity.greedy_equal, parity.differences) == (len(SAMPLES), ())
+    answers = [generate(model, [sample], Learned(), max_new_tokens=12)[0] for sample in SAMPLES]
+    assert {place.kind for answer in answers for place in answer.invocations} == {SHORT}
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+@pytest.mark.parametrize(
+    ("short", "long", "best"),
+    [(1.0, 1.0, 1), (1.0, 1.00001, 1), (1.0, 1.001, 2), (1.001, 1.0, 1), (-np.inf, 1.0, 2), (-np.inf, -np.inf, 0)],
+)
+def test_of_two_invoke_tokens_that_differ_by_rounding_the_short_one_is_best(
+    array: Any, short: float, long: float, best: int
+) -> None:
+    assert greedy_columns(array([[0.0, short, long], [2.0, short, long]])).tolist() == [best, 0]
 
 
 def test_memories_whose_first_tokens_stand_alone_are_torchs_too(tiny_base: Path) -> None:

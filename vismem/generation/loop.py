@@ -17,6 +17,7 @@ from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 
 UNCHANGED = tuple(range(len(KINDS)))
+TIE = 1e-4  # nats; rounding is below it
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,16 @@ class Asked:
             invoked = standing[column - words] if forced == NONE and column >= words else forced
             columns.append(column if invoked == NONE else words + invoked)
         return columns
+
+
+def greedy_columns(scores: Any) -> Any:
+    """(R,) the best column of scores (R, V + 2), both arrays of NumPy or both of torch.
+
+    Of two invoke tokens within TIE it is the short one's: stage II starts from equal rows, and where no reward told
+    them apart the rest is rounding, which differs between runtimes and batches.
+    """
+    best, short, long = scores.argmax(1), scores[:, -2], scores[:, -1]
+    return best - 1 * ((best == scores.shape[1] - 1) & (long < short + TIE))
 
 
 class Executor(Protocol):

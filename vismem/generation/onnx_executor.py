@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem.generation.invocation import MODES
-from vismem.generation.loop import Asked, Prefilled, Request
+from vismem.generation.loop import Asked, Prefilled, Request, greedy_columns
 from vismem.generation.slots import Slots, room
 from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
@@ -113,7 +113,7 @@ class OnnxExecutor:
         scores -= scores.max(1, keepdims=True)
         weights = np.exp(scores.astype(np.float64))
         totals = np.log(weights.sum(1))
-        columns = np.where(asked.declines, scores[:, :count].argmax(1), scores.argmax(1)).tolist()
+        columns = np.where(asked.declines, scores[:, :count].argmax(1), greedy_columns(scores)).tolist()
         for row in np.flatnonzero(asked.temperature > 0):
             end = count if asked.declines[row] else scores.shape[1]
             columns[row] = _drawn(weights[row], end, asked.uniform[row])

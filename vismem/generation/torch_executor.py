@@ -16,7 +16,7 @@ from vismem.data.sample import Sample
 from vismem.generation.context import Context
 from vismem.generation.decode_state import DecodeState
 from vismem.generation.invocation import BASE_MODES
-from vismem.generation.loop import Asked, Prefilled, Request
+from vismem.generation.loop import Asked, Prefilled, Request, greedy_columns
 from vismem.generation.prompts import encode, inputs_of
 from vismem.generation.slots import room
 from vismem.generation.token_scores import together
@@ -145,7 +145,7 @@ class TorchExecutor:
 
     def _greedy(self, logprobs: Tensor, asked: Asked) -> Tensor:
         """(R,) the best column; the best word in a row that declines invoke tokens."""
-        columns = logprobs.argmax(-1)
+        columns: Tensor = greedy_columns(logprobs)
         if not asked.declines.any():
             return columns
         declines = torch.from_numpy(asked.declines).to(columns.device)

@@ -45,12 +45,15 @@ def served(app: FastAPI) -> Iterator[str]:
 
 @contextmanager
 def endless(runtime: Runtime) -> Iterator[None]:
-    """Within the block no token ends an answer; its limit does."""
-    stops, runtime.executor.stops = runtime.executor.stops, frozenset()
+    """Within the block no token ends an answer, and 2,000 of them take twice as long as `ends` waits."""
+    executor: Any = runtime.executor
+    stops, executor.stops, choose = executor.stops, frozenset(), executor.choose
+    executor.choose = lambda asked: (time.sleep(0.02), choose(asked))[1]
     try:
         yield
     finally:
-        runtime.executor.stops = stops
+        executor.stops = stops
+        del executor.choose
 
 
 def ends(runtime: Runtime) -> None:

@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import time
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
@@ -161,6 +162,13 @@ def metrics(server: TritonServer) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.ports['metrics']}/metrics", timeout=10) as reply:
         text: str = reply.read().decode()
     return text
+
+
+def decoding(server: TritonServer) -> bool:
+    """Whether a token was decoded since the last look."""
+    before = re.findall(r"^vismem_tokens_total\{.*\} (\d+)", metrics(server), re.MULTILINE)
+    time.sleep(1)
+    return before != re.findall(r"^vismem_tokens_total\{.*\} (\d+)", metrics(server), re.MULTILINE)
 
 
 def pending(server: TritonServer) -> int:

@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
-from stand_in import ANSWER, IMAGE, ask, client_of, endless, png
+from stand_in import ANSWER, IMAGE, ask, client_of, decoding, endless, png
 
+from vismem.canary import _check_version
 from vismem.errors import UserError
 from vismem.serving.client import AsyncClient
 from vismem.serving.exchange import RefusedError, ServerError, Token, marked, plain
@@ -89,7 +90,8 @@ def test_async_answers_come_side_by_side_and_one_that_is_given_up_is_stopped(ser
 
     async def given_up() -> None:
         asking = asyncio.create_task(client.ask(IMAGE, "endless", max_new_tokens=2000))
-        await asyncio.sleep(1)
+        while not await asyncio.to_thread(decoding, server):
+            pass
         asking.cancel()
 
     before = int(plain(ask(server, "left")))
@@ -97,6 +99,12 @@ def test_async_answers_come_side_by_side_and_one_that_is_given_up_is_stopped(ser
     assert left_at_last(server, before + 2) == before + 2
     asyncio.run(given_up())
     assert left_at_last(server, before + 3) == before + 3
+
+
+def test_a_server_of_another_version_is_not_taken_for_the_canary(server: TritonServer) -> None:
+    _check_version(server.grpc_url, "vismem", "7")
+    with pytest.raises(UserError, match=r"does not serve version 99 of 'vismem'"):
+        _check_version(server.grpc_url, "vismem", "99")
 
 
 def test_a_killed_client_stops_its_answer_on_the_server(server: TritonServer) -> None:

@@ -1,9 +1,12 @@
 """The step `evaluate` on a tiny random model: all files, the same metrics from the same seed, arms that differ."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -89,6 +92,8 @@ def test_the_metrics_hold_what_the_gate_and_the_report_read(result: Path) -> Non
     metrics = json.loads((result / "metrics.json").read_text())
     assert (metrics["n"], metrics["seed"], list(metrics["arms"])) == (9, 3, list(OWN))
     assert all(figures["seconds_per_sample"] > 0 for figures in metrics["arms"].values())
+    ids = [answer.id for answer in read_predictions(predictions_file(result, VANILLA))]
+    assert metrics["items_sha256"] == hashlib.sha256("\n".join(ids).encode()).hexdigest()
     assert set(metrics["gain"]["overall"]) == {"delta", "ci95", "p", "p_holm", "detectable"}
     assert (result / "report.html").stat().st_size > 10_000
 
@@ -129,6 +134,24 @@ def test_a_killed_evaluation_goes_on_behind_its_answers_and_ends_like_an_unbroke
         again, unbroken = (read_predictions(predictions_file(folder, arm)) for folder in (tmp_path, result))
         assert again == unbroken
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in result.iterdir())
+
+
+def test_an_arm_s_seconds_are_those_of_its_own_decoding_and_the_arms_take_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, order = [0.0], list[str]()
+
+    def answer(_: object, arm: Arm, samples: Sequence[Sample], __: object) -> list[Any]:
+        order.append(arm.name)
+        clock[0] += len(samples) * (1.0 if arm.name == VANILLA else 3.0)
+        return [None] * len(samples)
+
+    monkeypatch.setattr(module, "_answer", answer)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: 0.0))
+    models: Any = {VISMEM: None}
+    runs = decode(models, [ARMS[VANILLA], ARMS[VISMEM]], tiny.samples()[:9], CONFIG)
+    assert {name: run.seconds for name, run in runs.items()} == {VANILLA: 9.0, VISMEM: 27.0}
+    assert order[2:] == [VANILLA, VISMEM, VISMEM, VANILLA, VANILLA, VISMEM], "behind the warm-up"
 
 
 def test_batches_do_not_change_an_answer(inputs: dict[str, Path]) -> None:

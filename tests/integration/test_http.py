@@ -137,6 +137,9 @@ def test_with_a_token_only_who_has_it_is_answered(runtime: Runtime) -> None:
     with served(create_app(runtime, "tiny", token="s3cret")) as address:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Bearer s3cret2"}):
             assert post(address, GOOD, **headers)[0] == 401
+        for path in ("/metrics", "/v1/models", "/nowhere"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(f"{address}{path}", timeout=10)
         assert post(address, GOOD, **{"Host": "x/health?"})[0] == 401, "whatever the path is made of"
         assert post(address, GOOD, Authorization="Bearer s3cret")[0] == 200
         with urllib.request.urlopen(f"{address}/health", timeout=10) as reply:
@@ -148,6 +151,18 @@ def test_an_answer_whose_reader_has_gone_is_decoded_no_further(client: openai.Op
         stream = ask(client, stream=True, max_completion_tokens=2000)
         next(iter(stream))
         stream.close()
+        ends(runtime)
+
+
+def test_a_whole_answer_whose_asker_has_gone_is_decoded_no_further(url: str, runtime: Runtime) -> None:
+    """Behind its first token; `test_who_leaves_while_waiting...` leaves before it."""
+    place, decoded = f"{url}/v1/chat/completions", runtime.metrics.tokens._value.get
+    before = decoded()
+    with endless(runtime):
+        asked = urllib.request.Request(place, json.dumps(GOOD | {"max_tokens": 2000}).encode())
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(asked, timeout=1.5)
+        assert decoded() > before
         ends(runtime)
 
 

@@ -16,6 +16,7 @@ from vismem.config import BaseConfig, ValidateConfig
 from vismem.data.sample import Sample, Video
 from vismem.models.small_files import read_tokenizer
 from vismem.runtime.reserved import Reserved
+from vismem.validation.findings import Findings
 from vismem.validation.validate import examine
 
 Splits = dict[str, list[Sample]]
@@ -251,21 +252,35 @@ FAULTS = (
 )  # fmt: skip
 
 
-def found(fault: Fault, folder: Path) -> set[str]:
+STOPS = {"schema", "non_empty_splits", "no_leakage", "quarantined_share", "split_loss"}
+WARNS = {
+    *("near_duplicates", "images_not_blank", "answers_meant", "choices_distinct", "texts_without_markup"),
+    *("rows_distinct", "label_balance", "task_drift"),
+}  # and all others set rows apart
+
+
+def found(fault: Fault, folder: Path) -> Findings:
     splits = clean()
     fault.plant(splits)
     shards(folder, **splits)
     fault.files(folder / "prepare" / "train")
     reserved = Reserved(read_tokenizer(BaseConfig()), ("<m_I^s>",))
-    findings = examine(ValidateConfig(), folder / "prepare", reserved, folder)
+    return examine(ValidateConfig(), folder / "prepare", reserved, folder)
+
+
+def broken(findings: Findings) -> set[str]:
     return {verdict.rule.name for verdict in findings.verdicts if not verdict.success}
 
 
 def test_clean_data_breaks_no_rule(tmp_path: Path) -> None:
-    assert found(Fault("none", nothing), tmp_path) == set()
+    assert broken(found(Fault("none", nothing), tmp_path)) == set()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_named_by_its_check_and_by_no_other(fault: Fault, tmp_path: Path) -> None:
-    assert found(fault, tmp_path) == set(fault.checks.split())
+    findings, checks = found(fault, tmp_path), set(fault.checks.split())
+    assert broken(findings) == checks
+    assert {line.partition(":")[0] for line in findings.errors} == checks & STOPS
+    assert set(findings.warnings) == checks & WARNS
+    assert bool(findings.reasons) == bool(checks - STOPS - WARNS)
     assert bool(fault.checks) != bool(fault.why_missed), "a miss has its reason"

@@ -66,6 +66,15 @@ def check_view(project: Project) -> str | None:
     return ledger.champion
 
 
+def test_a_version_is_judged_by_the_gate_that_it_was_registered_with(project: Project) -> None:
+    project.build(b"one", score=66.0, gain=6.0)
+    project.run("register")
+    stricter = project.config.gate.model_copy(update={"min_gain": 7.0})
+    project.config = project.config.model_copy(update={"gate": stricter})
+    assert project.run("promote")["promoted"]
+    assert not project.release(b"two", score=68.0, gain=6.5)["promoted"]
+
+
 @pytest.mark.parametrize(("action", "fault"), [("promote", kill), ("rollback", kill), ("promote", fill_disk)])
 def test_after_a_kill_or_a_full_disk_at_any_call_ledger_and_view_agree_again_and_the_work_can_be_finished(
     project: Project, monkeypatch: pytest.MonkeyPatch, action: str, fault: Callable[[], None]

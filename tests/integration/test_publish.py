@@ -8,6 +8,7 @@ from project import Project
 
 from vismem.config import resolve
 from vismem.errors import UserError
+from vismem.locks import lock_folder
 from vismem.provenance import write_manifest
 from vismem.registry import release
 from vismem.rollout import main as rollout_command
@@ -40,6 +41,16 @@ def test_the_published_repository_is_the_champion_s_and_follows_it_back(project:
     release.rollback(project.config)
     project.store.client.set_registered_model_alias("vismem", "champion", "3")  # the ledger is asked, not the alias
     assert publish(project.config, models) == first
+
+
+def test_two_jobs_do_not_fetch_into_one_folder(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.release(b"one", score=66.0)
+    monkeypatch.setattr("vismem.serving.publish.PATIENCE", 0.0)
+    with lock_folder(tmp_path / "models"), pytest.raises(UserError, match="is in use by process"):
+        publish(project.config, tmp_path / "models")
+    assert publish(project.config, tmp_path / "models").version == "1"
 
 
 def test_vismem_serve_serves_the_ledger_s_champion_whatever_was_deployed_last(project: Project) -> None:

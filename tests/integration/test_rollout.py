@@ -17,7 +17,7 @@ from project import Project
 from vismem import canary, rollout
 from vismem.registry import release
 from vismem.registry.champion import read_ledger
-from vismem.serving.exchange import Answer, ServerError
+from vismem.serving.exchange import Answer, BusyError, DeadlineError, DisconnectedError, ServerError
 
 WRONG, OWN = "three", "how many dots?"
 
@@ -108,6 +108,15 @@ def test_a_version_that_answers_wrongly_is_rolled_back_and_the_one_before_stays_
     assert "2" in read_ledger(here.project.store).blocked
     assert here.roll_out().endswith("they were told so before")
     assert "rolled back" in release.promote_version(here.project.config, "2")
+
+
+@pytest.mark.parametrize("error", [BusyError("busy"), DeadlineError("late"), DisconnectedError("gone")])
+def test_a_canary_that_is_busy_late_or_gone_is_no_fault_of_its_version(here: Here, error: Exception) -> None:
+    here.release(b"two", 68.0)
+    here.pods.answers["2"] = error
+    assert here.roll_out() == f"failed: {error}"
+    ledger = read_ledger(here.project.store)
+    assert (ledger.champion, ledger.blocked, here.cluster.versions()) == ("2", {}, ["1", "1"])
 
 
 def test_a_first_version_that_answers_wrongly_is_served_by_nobody(

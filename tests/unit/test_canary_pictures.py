@@ -26,31 +26,32 @@ def asked(folder: Path, pictures: int) -> Path:
     return folder / "own.jsonl"
 
 
-@pytest.mark.parametrize(("pictures", "refused"), [(2, False), (12, True)])
-def test_many_questions_about_few_pictures_do_not_prove_a_version_worse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, refused: bool
-) -> None:
-    """The new version is wrong about every second picture; the one before is right about all."""
+def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: str) -> str:
+    """What is said of a version where `wrong` ("canary" or "servers") is wrong about every second picture."""
 
     class Answering:
         def __init__(self, address: str, model: str) -> None:
-            self.canary = address == "grpc://canary"
+            self.wrong = address == f"grpc://{wrong}"
 
         def ask(self, images: Any, question: str, **_: Any) -> str:
             shade = Image.open(io.BytesIO(images[0])).getpixel((0, 0))[0]  # type: ignore[index]
-            return "no" if self.canary and shade // 20 % 2 else "yes"
+            return "no" if self.wrong and shade // 20 % 2 else "yes"
 
-    (tmp_path / canary.FOLDER / canary.FILE).parent.mkdir(exist_ok=True, parents=True)
-    (tmp_path / canary.FOLDER / canary.FILE).write_text("[]")
+    (folder / canary.FOLDER / canary.FILE).parent.mkdir(exist_ok=True, parents=True)
+    (folder / canary.FOLDER / canary.FILE).write_text("[]")
     monkeypatch.setattr(canary, "Client", Answering)
     monkeypatch.setattr(canary, "_check_version", lambda *_: None)
-    release: Any = SimpleNamespace(version="2", bundle=tmp_path)
+    release: Any = SimpleNamespace(version="2", bundle=folder)
+    return canary.question_canary(Config(), release, asked(folder, pictures), "canary", "servers")
 
-    def check() -> str:
-        return canary.question_canary(Config(), release, asked(tmp_path, pictures), "canary", "servers")
 
-    if refused:
-        with pytest.raises(canary.WrongAnswerError, match=r"60 of 120 of own.jsonl right, 120 by the version before"):
-            check()
-    else:
-        assert "10 of 20 of own.jsonl right, 20 by the version before" in check()
+def test_many_questions_about_few_pictures_do_not_prove_a_version_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "10 of 20 of own.jsonl right, 20 by the version before" in told(tmp_path, monkeypatch, 2, "canary")
+    with pytest.raises(canary.WrongAnswerError, match=r"60 of 120 of own.jsonl right, 120 by the version before"):
+        told(tmp_path, monkeypatch, 12, "canary")
+
+
+def test_a_version_that_is_proven_better_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "120 of 120 of own.jsonl right, 60 by the version before" in told(tmp_path, monkeypatch, 12, "servers")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from project import scores
 
 from vismem.config import SOURCES, Config, JsonlSource, PrepareConfig, Section, load_config, parse_config, resolve
 from vismem.errors import UserError
@@ -265,6 +266,13 @@ def test_figures_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     (tmp_path / "metrics.json").write_text('{"accuracy": NaN, "n": 12, "tasks": {}, "parameters": Infinity}')
     assert describe("base", tmp_path)[1] == {"n": 12.0}
+
+
+def test_the_figures_of_a_run_are_the_evaluation_s(tmp_path: Path) -> None:
+    scores(66.0, 6.0).write(tmp_path)
+    figures = describe("evaluate", tmp_path)[1]
+    shown = ("vismem_overall", "vanilla_overall", "gain", "gain_low", "gain_high")
+    assert [figures[name] for name in shown] == [66.0, 60.0, 6.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize(("promoted", "head"), [(True, "# Promoted"), (False, "# Not promoted")])

@@ -53,7 +53,7 @@ def resuming(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 def tiny_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("failing", "killed", "resuming")
     made = [Step("first", f"{__name__}:first", (), ())]
-    made += [Step(name, f"{__name__}:{name}", ("first",), ()) for name in names]
+    made += [Step(name, f"{__name__}:{name}", ("first",), ("seed",)) for name in names]
     monkeypatch.setattr(steps, "BY_NAME", {step.name: step for step in made})
 
 
@@ -88,6 +88,24 @@ def test_a_failing_step_keeps_its_old_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_steps")
+def test_an_output_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_step("first", Config(seed=4), tmp_path)
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "first.partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        run_step("first", Config(seed=5), tmp_path)
+    assert tree(tmp_path / "first") == {"file.txt": "4"}
+
+
+@pytest.mark.usefixtures("tiny_steps")
 def test_a_killed_step_leaves_no_output_and_the_next_run_finds_its_checkpoint(tmp_path: Path) -> None:
     run_step("first", Config(seed=9), tmp_path)
     program = (
@@ -105,15 +123,14 @@ def test_a_killed_step_leaves_no_output_and_the_next_run_finds_its_checkpoint(tm
 
 
 @pytest.mark.usefixtures("tiny_steps")
-def test_a_checkpoint_made_from_other_inputs_is_thrown_away(tmp_path: Path) -> None:
-    run_step("first", Config(seed=9), tmp_path)
-    with pytest.raises(UserError, match="no luck"):
-        run_step("failing", Config(), tmp_path)
-    (tmp_path / "failing.partial" / "checkpoint").write_text("9")
-    run_step("first", Config(seed=1), tmp_path)
-    with pytest.raises(UserError, match="no luck"):
-        run_step("failing", Config(), tmp_path)
-    assert not (tmp_path / "failing.partial" / "checkpoint").exists()
+def test_a_checkpoint_made_from_other_inputs_or_with_other_parameters_is_thrown_away(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "failing.partial" / "checkpoint"
+    for of_first, own, kept in ((9, 2, False), (9, 2, True), (1, 2, False), (1, 3, False)):
+        run_step("first", Config(seed=of_first), tmp_path)
+        with pytest.raises(UserError, match="no luck"):
+            run_step("failing", Config(seed=own), tmp_path)
+        assert checkpoint.exists() == kept, (of_first, own)
+        checkpoint.touch()
 
 
 @pytest.mark.usefixtures("tiny_steps")

@@ -1,0 +1,80 @@
+"""`vismem api`: what its options do to the server that it starts."""
+
+import json
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from http_calls import messages, post
+from stand_in import png
+
+from vismem import cli
+
+PICTURE = png(84, 84)  # 36 patches
+
+
+@contextmanager
+def api(*options: str) -> Iterator[str]:
+    """The address of the model that ships, served with these options."""
+    command = [sys.executable, "-m", "vismem.cli", "api", "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            yield line.split()[4].rstrip(",").removesuffix("/v1")
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1, signed by itself, and its key."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now, here = datetime.now(UTC), x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    signed = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    certificate = signed.add_extension(here, critical=True).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    (tmp_path / "certificate.pem").write_bytes(certificate.public_bytes(pem))
+    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(pem, form, plain))
+    return tmp_path / "certificate.pem", tmp_path / "key.pem"
+
+
+def test_with_a_certificate_nothing_is_said_in_clear(pair: tuple[Path, Path]) -> None:
+    certificate, key = pair
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    with api(f"--tls-certificate={certificate}", f"--tls-key={key}") as address:
+        assert address.startswith("https://127.0.0.1:")
+        with urllib.request.urlopen(f"{address}/health", context=trusted, timeout=30) as reply:
+            assert json.loads(reply.read()) == {"status": "ok"}
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            urllib.request.urlopen(address.replace("https", "http") + "/health", timeout=30)
+
+
+@pytest.mark.parametrize("option", ["--tls-certificate", "--tls-key"])
+def test_half_a_certificate_starts_no_server(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["api", "--port", "0", option, __file__]) == 1
+    assert "TLS needs both --tls-certificate and --tls-key" in capsys.readouterr().err
+
+
+def test_more_patches_than_the_server_allows_are_refused() -> None:
+    asked = {"model": "vismem", "messages": messages([PICTURE], "what?"), "max_tokens": 1}
+    with api("--max-patches", "36") as address:
+        assert post(address, asked)[0] == 200
+        asked["messages"] = messages([PICTURE, PICTURE], "what?")
+        status, reply = post(address, asked)
+        assert (status, reply["error"]["message"]) == (
+            400,
+            "the images make 72 patches: the limit is 36; send fewer or smaller",
+        )

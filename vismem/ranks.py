@@ -5,11 +5,15 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from vismem.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+PATIENCE = timedelta(
+    hours=12
+)  # the first process hashes, saves and asks a judge alone; torchrun ends all when one dies
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def join_ranks() -> Ranks:
     if 0 < gpus < here:
         raise UserError(f"{here} processes on a machine with {gpus} GPUs: ask for one process per GPU")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    state = PartialState(cpu=gpus == 0)
+    state = PartialState(cpu=gpus == 0, timeout=PATIENCE)
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
         raise UserError(f"{os.environ['WORLD_SIZE']} processes were started, and {state.num_processes} run together")
     return Ranks(state)

@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from vismem.config import Config
 from vismem.disk import explain_full_disk
 from vismem.errors import UserError
+from vismem.files import write_text
 from vismem.locks import lock_file
 from vismem.provenance import sha256_folder
 from vismem.ranks import is_main_rank, is_rank, join_ranks
@@ -183,10 +185,11 @@ def _output_folder(name: str, config: Config, artifacts: Path, folders: Mapping[
     partial, note, lock = (artifacts / f"{name}.{kind}" for kind in ("partial", "partial.id", "lock"))
     with lock_file(lock, str(partial)), explain_full_disk(partial, artifacts / name):
         made_of = identity(name, config, folders)
-        if partial.is_dir() and not (note.is_file() and note.read_text() == made_of):
-            shutil.rmtree(partial)
+        if not (note.is_file() and note.read_text() == made_of):
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            write_text(note, made_of)
         partial.mkdir(parents=True, exist_ok=True)
-        note.write_text(made_of)
         yield partial
         replace_folder(partial, artifacts / name)
         note.unlink()
@@ -196,10 +199,14 @@ def _output_folder(name: str, config: Config, artifacts: Path, folders: Mapping[
 def replace_folder(fresh: Path, out: Path) -> None:
     """Put `fresh` in the place of `out`: by two renames rather than a deletion, so that a kill loses nothing.
 
-    Where it is stopped between the two, `out` is put back.
+    Where it is stopped between the two, `out` is put back. On NFS files that are still open keep their folder.
     """
     old = out.with_name(f"{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    for number in count():
+        shutil.rmtree(old, ignore_errors=True)
+        if not old.exists():
+            break
+        old = out.with_name(f"{out.name}.old{number}")
     if out.exists():
         out.rename(old)
     try:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,14 +202,13 @@ def test_without_the_shared_volume_a_cluster_is_not_asked(one: dict[str, Path], 
 
 
 def test_fewer_processes_than_were_started_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Alone:
-        num_processes = 1
-
-    monkeypatch.setattr("accelerate.PartialState", lambda cpu: Alone())
+    given, alone = dict[str, Any](), type("Alone", (), {"num_processes": 1})
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: (given.update(options), alone)[1])
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="2 processes were started, and 1 run together"):
         join_ranks()
+    assert given["timeout"] > timedelta(hours=1), "the others wait while the first one hashes, saves and asks a judge"
 
 
 def sleep_as_rank(folder: Path) -> str:

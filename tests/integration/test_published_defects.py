@@ -8,6 +8,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -42,6 +43,9 @@ def test_log_probabilities_are_of_the_stream_with_its_memories_so_the_first_rati
     assert metrics["clip_fraction"] == 0
     assert metrics["update_kl"] == pytest.approx(0, abs=1e-7)
     assert metrics["loss"] == pytest.approx(0, abs=1e-4), "advantages of a group add up to zero, as do their means"
+    likelier = [dataclasses.replace(r, logprobs=tuple(p + 2 for p in r.logprobs)) for r in batch.rollouts]
+    metrics = objective.backward(dataclasses.replace(batch, rollouts=tuple(likelier)))
+    assert metrics["update_kl"] == pytest.approx(np.exp(-2) + 2 - 1, rel=1e-4), "k3, of what sampled, to what is"
     bare = dataclasses.replace(batch, rollouts=tuple(without_memory(rollout) for rollout in batch.rollouts))
     assert objective.backward(bare)["clip_fraction"] > 0.25, "without the memories the ratio would be another"
 

@@ -19,6 +19,7 @@ from tiny_stages import objective_of
 
 from vismem.config import BaseConfig, Config, GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import Sample, read_samples
+from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Random
 from vismem.generation.replay import prefill, score
@@ -69,6 +70,17 @@ def test_a_curve_can_be_followed_while_it_grows(
     stage1(CONFIG, {"base": tiny_base, "validate": tiny_data}, tmp_path)
     assert [len(text.splitlines()) for text in seen] == [0, 2, 3, 4]
     assert all(curve.read_text().startswith(text) for text in seen)
+
+
+@pytest.mark.parametrize("changed", ["stage1.invoke_probability", "invocation.max_per_answer"])
+def test_a_stage_that_would_form_no_memory_is_refused_before_it_trains(
+    changed: str, tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    section, name = changed.split(".")
+    settings = getattr(CONFIG, section).model_copy(update={name: 0})
+    with pytest.raises(UserError, match=f"train nothing.*{changed}"):
+        stage1(CONFIG.model_copy(update={section: settings}), {"base": tiny_base, "validate": tiny_data}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_base_is_loaded_and_saved_in_silence(

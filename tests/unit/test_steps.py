@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,30 @@ def test_an_output_that_cannot_take_its_place_leaves_the_old_one(
     with pytest.raises(OSError, match="Input/output"):
         run_step("first", Config(seed=5), tmp_path)
     assert tree(tmp_path / "first") == {"file.txt": "4"}
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_an_old_output_whose_files_are_open_on_nfs_is_in_nobody_s_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # .nfs files stay
+    for seed in range(4):
+        run_step("first", Config(seed=seed), tmp_path)
+        assert tree(tmp_path / "first") == {"file.txt": str(seed)}
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_a_disk_without_room_for_the_note_leaves_a_checkpoint_and_its_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_step("first", Config(), tmp_path)
+    with pytest.raises(UserError, match="no luck"):
+        run_step("failing", Config(), tmp_path)
+    before = tree(tmp_path / "failing.partial"), (tmp_path / "failing.partial.id").read_text()
+    monkeypatch.setattr("vismem.steps.write_text", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="no luck"):
+        run_step("failing", Config(), tmp_path)
+    assert (tree(tmp_path / "failing.partial"), (tmp_path / "failing.partial.id").read_text()) == before
 
 
 @pytest.mark.usefixtures("tiny_steps")

@@ -115,7 +115,10 @@ class WarmStartConfig(Section):
     learning_rate: Rate = Field(1e-3, description="peak rate of AdamW")
     matrix_learning_rate: MatrixRate = Field(0.0025, description="peak rate of Muon on matrices; 0: AdamW on all")
     invoke_probability: float = Field(
-        0.4, ge=0, le=1, description="chance of a memory at the answer's start and at a delimiter [ours]"
+        0.4,
+        ge=0,
+        le=1,
+        description="chance of a memory at the answer's start and at a delimiter; one comes in any case [ours]",
     )
     policy_lora: bool = Field(True, description="also train LoRA on the policy's q_proj and v_proj, the reader [ours]")
 

@@ -174,7 +174,7 @@ class GrpoObjective:
             "loss": float(loss.detach()),
             "tokens": float(term.tokens),
             **logged,
-            "update_kl": float((kl_term(scores.logprobs.detach(), old) * scores.mask).sum()),
+            "update_kl": float((kl_term(old, scores.logprobs.detach()) * scores.mask).sum()),
             "clip_fraction": float(term.clipped),
             "entropy": float((scores.entropy * scores.mask).sum()),
         }

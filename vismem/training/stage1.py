@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vismem.config import Config, Stage1Config
+from vismem.errors import UserError
 from vismem.generation.context import Context
 from vismem.generation.invocation import InvocationPolicy, Off, Random
 from vismem.generation.replay import Scores, without_memory
@@ -58,6 +59,10 @@ def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     run, grpo, warm = Run("stage1", config, inputs, out, _first_model), config.grpo, config.stage1.warm_start
     batch_size, together = min(grpo.batch_size, len(run.samples)), run.model.backbone.processes
     check_shards(batch_size, run.accelerator, together)  # before the warm start, not after it
+    if not (config.stage1.invoke_probability and run.model.limit(None)):
+        raise UserError(
+            "stage1 would train nothing: it needs stage1.invoke_probability and invocation.max_per_answer above 0"
+        )
     reader = warm.policy_lora and warm.steps > 0
     run.model.policy_lora.enabled |= reader
     written = partial(answer_with_memory, probability=warm.invoke_probability)

@@ -23,10 +23,10 @@ RUNTIME = {  # deploy/triton/model.py shows each under its own name
     for sample in family.samples
     if not sample.name.endswith("_created")
 }
-JOBS = {"kube_job_status_failed"}  # of kube-state-metrics
+JOBS = {"kube_job_failed", "kube_job_created"}  # of kube-state-metrics
 SERIES = TRITON | RUNTIME | JOBS
-# the first two are Prometheus's, the last is kube-state-metrics'
-LABELS = {"namespace", "pod", "model", "version", "kind", "reason", "outcome", "le", "job_name"}
+# the first two are Prometheus's, the last two are kube-state-metrics'
+LABELS = {"namespace", "pod", "model", "version", "kind", "reason", "outcome", "le", "job_name", "condition"}
 MONITORING = KUBERNETES / "components" / "monitoring"
 
 

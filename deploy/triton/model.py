@@ -86,7 +86,7 @@ class TritonPythonModel:
         self.runtime.log = RequestLog.from_environment(served, self.runtime.metrics.logged)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
-        self.stopping = self.ended = False  # a new answer ends at once; all have ended
+        self.draining = self.stopping = self.ended = False  # none begins; a running one ends at once; all have ended
         # The process, so that no two that serve one version at a time share a series: tritonserver 2.51 crashes then.
         labels = {"model": args["model_name"], "version": args["model_version"], "process": str(os.getpid())}
         self.reporter = threading.Thread(target=self._report, args=(labels,), daemon=True)
@@ -100,7 +100,10 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             gone = client_gone(request, sender)
-            if self._reserve_worker(gone):
+            if self.draining:
+                stops = failure(self.stopped, pb_utils.TritonError.UNAVAILABLE)
+                sender.send(stops, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            elif self._reserve_worker(gone):
                 self.pool.submit(self._answer, request, sender, gone)
             else:
                 self.runtime.metrics.refused.labels("busy").inc(not gone())
@@ -127,10 +130,10 @@ class TritonPythonModel:
     def _report(self, labels: dict[str, str]) -> None:
         """Twice a second: show the runtime's counters among Triton's metrics, and look whether the server stops.
 
-        Triton ends a model only after its running answers, so a file that STOP_VARIABLE names says it before. This
-        thread alone touches metrics: tritonserver 2.51 crashes where two do.
+        Triton ends a model only after its running answers, so a file that STOP_VARIABLE names says it before, and the
+        file `drain` beside it before that. This thread alone touches metrics: tritonserver 2.51 crashes where two do.
         """
-        stop = os.environ.get(STOP_VARIABLE, "")
+        stop = Path(os.environ.get(STOP_VARIABLE, "/nowhere/stop"))
         families: dict[str, Any] = {}
         shown: dict[tuple[str, ...], tuple[Any, float]] = {}
         last = False
@@ -148,7 +151,8 @@ class TritonPythonModel:
                     metric, before = shown[key]
                     metric.increment(value - before)
                     shown[key] = metric, value
-            self.stopping = self.stopping or os.path.exists(stop)
+            self.draining = self.draining or stop.with_name("drain").exists()
+            self.stopping = self.stopping or stop.exists()
             time.sleep(0 if last else 0.5)
 
     def _answer(self, request: Any, sender: Any, gone: Callable[[], bool]) -> None:

@@ -154,6 +154,24 @@ def test_every_volume_that_is_mounted_exists_and_every_one_that_exists_is_mounte
 
 
 @overlays
+def test_pods_that_mount_a_volume_of_one_node_stay_on_one_node(overlay: str) -> None:
+    claims = {claim["metadata"]["name"]: claim["spec"] for claim in of_kind(overlay, "PersistentVolumeClaim")}
+    at_one_node: dict[str, list[bool]] = {}
+    for template in pod_templates(overlay).values():
+        rules = template["spec"].get("affinity", {"podAffinity": {}})["podAffinity"]
+        terms = rules.get("requiredDuringSchedulingIgnoredDuringExecution", [])
+        near = [term["labelSelector"]["matchLabels"] for term in terms if "hostname" in term["topologyKey"]]
+        for claim in {*values(template, "claimName")}:
+            if claims[claim]["accessModes"] == ["ReadWriteOnce"]:
+                kept = (
+                    near == [{"vismem/volume": "models"}] and near[0].items() <= template["metadata"]["labels"].items()
+                )
+                at_one_node.setdefault(claim, []).append(kept)
+    assert all(all(pods) for pods in at_one_node.values() if len(pods) > 1), at_one_node
+    assert len(at_one_node.get("vismem-models", ())) == (0 if overlay in SEVERAL_NODES else 3)
+
+
+@overlays
 def test_selectors_match_the_pods_that_they_are_meant_for(overlay: str) -> None:
     pods = labels_of_pods(overlay)
     for deployment in of_kind(overlay, "Deployment"):

@@ -48,7 +48,7 @@ def test_a_canary_is_asked_by_the_rollout_alone_which_may_reach_the_kubernetes_a
     (rule,) = named(overlay, "NetworkPolicy", "triton-canary")["spec"]["ingress"]
     assert rule["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "rollout"}}}]
     *_, api = named(overlay, "NetworkPolicy", "rollout")["spec"]["egress"]
-    assert api == {"ports": [{"port": 443}, {"port": 6443}]}
+    assert api == {"ports": [{"port": port} for port in (443, 6443, 9000, 8333)]}, "and the object store"
 
 
 @overlays

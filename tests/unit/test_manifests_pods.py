@@ -126,9 +126,9 @@ def test_a_canary_is_a_server_of_which_there_is_none_until_a_rollout_asks_for_on
     for labels in (canary["selector"]["matchLabels"], canary["template"]["metadata"]["labels"]):
         assert labels[named_by] == rollout.CANARY
         labels[named_by] = rollout.SERVERS
-    one_node = overlay not in SEVERAL_NODES
-    assert servers.pop("strategy")["rollingUpdate"]["maxUnavailable"] == int(one_node)
-    assert servers["template"]["spec"].pop("topologySpreadConstraints")
+    assert servers.pop("strategy")["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}, "one pod serves on"
+    spread = servers["template"]["spec"].pop("topologySpreadConstraints", None)
+    assert bool(spread) == (overlay in SEVERAL_NODES)
     assert canary == servers
     (triton,) = servers["template"]["spec"]["containers"]
     startup = triton["startupProbe"]

@@ -12,6 +12,7 @@ from unittest.mock import mock_open
 
 import pytest
 from kubeflow_trainer_api import models
+from manifests import values
 from trainer_api import NAMESPACE, Cluster, cluster
 
 from vismem.config import Config
@@ -27,7 +28,7 @@ LAUNCH = LaunchConfig(
     image="registry.example.com/vismem-train@sha256:0",
     resources={GPU: 8, "cpu": 16, "memory": "256Gi"},
     node_selector={"gpu": "h100"},
-    tolerations=({"key": GPU, "operator": "Exists", "effect": "NoSchedule"},),
+    tolerations=({"key": "spot", "operator": "Exists", "effect": "NoSchedule"},),
     hours=2,
 )
 COMMAND = ["python", "-m", "torch.distributed.run", "-m", "vismem.cli", "stage1"]
@@ -97,7 +98,8 @@ def test_a_job_s_nodes_see_the_shared_volume_and_run_where_they_may(job: dict[st
     (container,) = pod["containers"]
     assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
     assert pod["nodeSelector"] == {"gpu": "h100"}
-    assert pod["tolerations"] == [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]
+    (before,) = values(stand_in.runtime, "tolerations")
+    assert pod["tolerations"] == [*before, *LAUNCH.tolerations], "the list takes the place of the runtime's"
     (there,) = stand_in.runtime["spec"]["template"]["spec"]["replicatedJobs"]
     named = [found["name"] for found in there["template"]["spec"]["template"]["spec"]["containers"]]
     assert (replicated["name"], [container["name"]]) == (there["name"], named), "of another name, it would be refused"

@@ -44,6 +44,8 @@ POLL = 5.0  # seconds between looks at a job
 PATIENCE = 60  # consecutive looks that may fail before the job is given up: the API server may be restarting
 TAIL = 200  # lines of the log that are kept: torchrun reports on every process at its end
 TORCHRUN = ("-m", "torch.distributed.run")
+# The runtime's own toleration: Trainer merges strategically, so that a list of others takes its place.
+GPU_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 ENDED = {TRAINJOB_COMPLETE, TRAINJOB_FAILED}
 
 
@@ -151,7 +153,7 @@ def submit_job(client: sdk.TrainerClient, name: str, command: list[str], launch:
         volumes=[{"name": "shared", "persistentVolumeClaim": {"claimName": launch.claim}}],
         containers=[options.ContainerPatch(NODE, volume_mounts=[mount])],
         node_selector=dict(launch.node_selector) or None,
-        tolerations=[dict(toleration) for toleration in launch.tolerations] or None,
+        tolerations=[GPU_TAINT, *map(dict, launch.tolerations)] if launch.tolerations else None,
     )
     job = options.JobTemplatePatch(spec=options.JobSpecPatch(template=options.PodTemplatePatch(spec=pod)))
     job_set = options.JobSetTemplatePatch(spec=options.JobSetSpecPatch([options.ReplicatedJobPatch(NODE, job)]))

@@ -17,8 +17,9 @@ from vismem.config import BaseConfig
 from vismem.data.sample import StoredSamples
 from vismem.errors import mask_credentials
 from vismem.registry import BUNDLE
-from vismem.registry.tracking import Store
+from vismem.registry.tracking import LARGE_FILES, Store
 from vismem.runtime.limits import NEW_TOKENS
+from vismem.services import environment
 
 _INPUTS = {"image": "string", "question": "string"}
 _OUTPUTS = {"answer": "string", "marked": "string", "tokens": "long", "memories": "long"}
@@ -46,7 +47,8 @@ def log_bundle(store: Store, run_id: str, bundle: Path, test: Path, base: BaseCo
         ({"image": base64.b64encode(one.images[0]).decode(), "question": one.question} for one in asked), None
     )
     try:
-        store.client.log_model_artifacts(model_id, str(bundle), BUNDLE)
+        with environment(LARGE_FILES):
+            store.client.log_model_artifacts(model_id, str(bundle), BUNDLE)
         with tempfile.TemporaryDirectory() as made:
             mlflow.pyfunc.save_model(
                 beside := f"{made}/model",

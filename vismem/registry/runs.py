@@ -17,8 +17,9 @@ from vismem.provenance import MANIFEST, origin_tags, sha256_file, verify_manifes
 from vismem.records import portable
 from vismem.registry import BUNDLE, GIVEN_RUN, LIVE_RUN
 from vismem.registry.signing import check_signature
-from vismem.registry.tracking import Store, experiment_id, tag_is, translate_mlflow_errors
+from vismem.registry.tracking import LARGE_FILES, Store, experiment_id, tag_is, translate_mlflow_errors
 from vismem.registry.versions import Version
+from vismem.services import environment
 
 LONGEST_PARAM = 6000
 
@@ -129,7 +130,8 @@ def download_bundle(store: Store, version: Version, folder: Path) -> None:
 
     UserError where the store has lost it, or the files are not those that were registered; see `check_signature`.
     """
-    store.files(bundle_location(store, version)).download_artifacts("", str(folder))
+    with environment(LARGE_FILES):
+        store.files(bundle_location(store, version)).download_artifacts("", str(folder))
     problems = verify_manifest(folder)
     if not problems and sha256_file(folder / MANIFEST) != version.tags.get("manifest_sha256"):
         problems = [f"{MANIFEST} is another than was registered"]

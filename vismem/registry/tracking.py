@@ -29,6 +29,7 @@ from mlflow.utils import get_results_from_paginated_fn
 
 CLIENTS = ("mlflow", "sqlalchemy", "botocore", "boto3", "requests", "urllib3")  # packages
 PROGRESS_BAR = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"  # "false": none when files are fetched
+LARGE_FILES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "7200"}  # seconds: its server answers once a whole file is in the bucket
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # seconds, not minutes
 
 

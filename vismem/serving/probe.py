@@ -22,6 +22,7 @@ from vismem.serving.client import Client
 from vismem.serving.command import run_command
 from vismem.serving.exchange import Answer
 
+DECODED = "vismem_tokens_total"  # since the server's start
 DEAD = "is not healthy"  # what Triton says of a model whose process has ended
 
 
@@ -53,13 +54,13 @@ def check_model(question: Callable[[], object], metrics: str, model: str, timeou
     UserError where neither comes in `timeout` seconds, or its process has ended; a restart helps it.
     """
     end = time.monotonic() + timeout
-    before = _decoded(metrics, model)
+    before = round(counted(metrics, model, DECODED))
     try:
         question()
     except UserError as error:
         if DEAD in str(error):
             raise
-        while (others := _decoded(metrics, model) - before) <= 0:
+        while (others := round(counted(metrics, model, DECODED)) - before) <= 0:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
@@ -82,15 +83,15 @@ def _blank() -> bytes:
     return file.getvalue()
 
 
-def _decoded(url: str, model: str) -> int:
-    """How many tokens a model has decoded since the server's start."""
+def counted(url: str, model: str, *series: str) -> float:
+    """The sum of a model's values of these series. UserError where the metrics at `url` cannot be read."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             text = response.read().decode()
     except OSError as error:  # URLError is one
         raise UserError(f"the server's metrics at {url} cannot be read: {error}") from None
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return round(sum(s.value for s in samples if s.name == "vismem_tokens_total" and s.labels.get("model") == model))
+    return sum(sample.value for sample in samples if sample.name in series and sample.labels.get("model") == model)
 
 
 if __name__ == "__main__":

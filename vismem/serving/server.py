@@ -2,21 +2,24 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vismem.errors import UserError
-from vismem.services import HOST, Service, check_http, free_ports, start_service
+from vismem.services import HOST, POLL, Service, check_http, free_ports, start_service
 from vismem.serving.environment import find_serving_environment
-from vismem.serving.probe import ask
+from vismem.serving.probe import ask, counted
 from vismem.serving.repository import check_repository, is_unary
 
-READY_TIMEOUT = 180  # seconds
+READY_TIMEOUT = int(os.environ.get("VISMEM_READY_SECONDS", "180"))  # that a server and its models get to load in
+DRAIN_SECONDS = float(os.environ.get("VISMEM_DRAIN_SECONDS", "0"))  # that running answers get before they are ended
 EXIT_TIMEOUT = 5  # seconds that running answers get to end in
 STOP_VARIABLE = "VISMEM_STOP_FILE"  # of a file that tells the models' processes to end their answers
+RUNNING = ("vismem_decoding", "vismem_waiting")  # series of answers
 SHARED_MEMORY = Path("/dev/shm")
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
 # header as the key, and takes it from its command line, which every user of the machine can read. So this header has a
@@ -82,6 +85,8 @@ def triton_server(
             ends.callback(_remove_shared_memory, shared)
             ends.enter_context(service)
             ends.callback(stop.touch)  # the models' processes end running answers: Triton would wait, and abort
+            if DRAIN_SECONDS:
+                ends.callback(_drain, stop.with_name("drain"), f"http://{HOST}:{ports['metrics']}/metrics", models)
             address = HOST if host == "0.0.0.0" else host
             url = f"{address}:{ports['grpc']}"
             service.wait_until(lambda: check_http(f"http://{address}:{ports['http']}/v2/health/ready"), READY_TIMEOUT)
@@ -91,6 +96,16 @@ def triton_server(
                 except UserError as error:
                     raise UserError(f"the server started, but does not answer: {error}; its log is {log}") from None
             yield TritonServer(repository, models, url, ports, service)
+
+
+def _drain(flag: Path, metrics: str, models: Sequence[str]) -> None:
+    """Let running answers end, for DRAIN_SECONDS at most; the models' processes refuse new questions meanwhile."""
+    flag.touch()
+    end = time.monotonic() + DRAIN_SECONDS
+    with suppress(UserError):  # the server is dead
+        time.sleep(1)  # they look twice a second
+        while time.monotonic() < end and any(counted(metrics, model, *RUNNING) for model in models):
+            time.sleep(POLL)
 
 
 def model_names(repository: Path) -> list[str]:

@@ -20,7 +20,7 @@ from vismem.provenance import MANIFEST, sha256_file
 from vismem.services import HOST, POLL, until_stopped
 from vismem.serving.client import challenger_name
 from vismem.serving.probe import ask_unary, check_model
-from vismem.serving.repository import check_repository, is_unary, unary_name
+from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, unary_name
 from vismem.serving.server import READY_TIMEOUT, TritonServer, find_error, model_names, triton_server
 
 CHECK_SECONDS = 10.0  # from one question to a model to the next
@@ -164,8 +164,11 @@ class Releases:
                 shutil.rmtree(copy)
 
     def _copy(self, model: str, value: str) -> None:
-        """Keep the release `value` of a model, as it is in `source`."""
-        if not (copy := self.copies / value).exists():
+        """Keep the release `value` of a model, as it is in `source`; one that is pinned is there for good."""
+        copy = self.copies / value
+        if os.environ.get(MANIFEST_VARIABLE):
+            copy.symlink_to((self.source / model).absolute())
+        elif not copy.exists():
             partial = self.copies / "partial"
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(self.source / model, partial, copy_function=link_or_copy)

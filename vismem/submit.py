@@ -19,6 +19,7 @@ import yaml
 from vismem.config import Config, resolve
 from vismem.errors import UserError, first_line, nearest, one_line
 from vismem.kubeflow.cluster import Cluster, load_cluster
+from vismem.kubeflow.parameters import refuse_credentials
 
 ACCOUNT, IMAGE, EXPERIMENT = "vismem-pipeline", "vismem-train", "vismem"
 PIPELINE = Path("pipelines/vismem.yaml")  # with another volume or other settings it has the same parameters
@@ -97,6 +98,7 @@ def submit(request: Request, dry: bool = False) -> int:
     if not PIPELINE.is_file():
         raise UserError(f"no {PIPELINE} here: run in the project's root")
     config = resolve(request.profile, request.settings)
+    refuse_credentials(config)
     try:
         known = next(yaml.safe_load_all(PIPELINE.read_text()))["root"]["inputDefinitions"]["parameters"]
     except (yaml.YAMLError, StopIteration, KeyError, TypeError) as error:

@@ -145,6 +145,10 @@ def test_a_large_profile_brings_sizes_that_are_enough(server: KfpApi, tmp_path: 
         (['overrides={"seed": 3}'], "use --set"),
         (["tolerations={}"], "'tolerations': Input should be a valid tuple"),
         (["gpu_count"], "'gpu_count' is not NAME=VALUE"),
+        (
+            ["--set", "registry.tracking_uri=https://me:s3cret@host/"],
+            "credentials, for all to read who may see a run: ",
+        ),
         (["--overlay", "nowhere"], "no nowhere/kustomization.yaml"),
         (["--overlay", str(KUBERNETES / "overlays" / "standalone")], "names no registry of yours"),
     ],
@@ -154,7 +158,9 @@ def test_what_cannot_succeed_is_refused_before_anything_is_sent(
 ) -> None:
     options = ["--profile", LARGE, "--set", f"base.model={large}", "--endpoint", server.endpoint]
     assert main(["submit", *options, *overlay(tmp_path / "mine"), *given]) == 1
-    assert reason in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert reason in said.err
+    assert "s3cret" not in said.out + said.err
     assert server.requests == []
 
 

@@ -11,7 +11,7 @@ import yaml
 from vismem.config import DEFAULT_BASE, Config, DvcSource, resolve
 from vismem.data.dvc_source import pinned
 from vismem.data.source_files import files_of, fingerprint, rule_files
-from vismem.errors import UserError
+from vismem.errors import UserError, mask_credentials
 from vismem.files import write_text
 from vismem.params_file import render_params
 from vismem.provenance import sha256_file
@@ -36,7 +36,10 @@ def configure(
     than there are to be: it would train on the CPU.
     """
     take_s3_keys()
-    wanted = resolve(profile, overrides).preflight.gpus
+    asked = resolve(profile, overrides)
+    if image:
+        refuse_credentials(asked)
+    wanted = asked.preflight.gpus
     if image and gpus < wanted and not launches:
         raise UserError(
             f"the parameters ask for {wanted} GPUs (preflight.gpus), and gpu_count is {gpus}: give more, as `vismem "
@@ -81,6 +84,17 @@ def check_sources(config: Config) -> None:
                 f"prepare.sources names {path}, which no task of a cluster has: its image holds no data. Name a source "
                 "of the kind `dvc` there (docs/data.md), or a path on the shared volume"
             )
+
+
+def refuse_credentials(config: Config) -> None:
+    """UserError for a URI with a password or token: parameters stand in a run's arguments, logs and pages."""
+    parameters = config.model_dump_json(by_alias=True)
+    if (masked := mask_credentials(parameters)) != parameters:
+        place = next(i for i, (one, other) in enumerate(zip(parameters, masked, strict=False)) if one != other)
+        raise UserError(
+            f"a parameter holds credentials, for all to read who may see a run: ...{masked[:place][-40:]}***...; "
+            "give them by a secret, or by Git's credential helper"
+        )
 
 
 def parameters_of(name: str, config: Config) -> dict[str, Any]:

@@ -99,6 +99,14 @@ def test_answers_and_memories_are_torchs(model: VisMemModel, bundle: Bundle) -> 
     assert parity.max_memory_difference < 1e-4
 
 
+def test_equal_answers_with_memories_beyond_the_tolerance_do_not_pass(
+    model: VisMemModel, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vismem.export.parity.memory_difference", lambda *_: 2e-4)
+    parity = check_parity(model, OnnxExecutor(bundle), SAMPLES[:2], max_new_tokens=6, tolerance=1e-4)
+    assert (parity.passed, parity.greedy_equal, parity.max_memory_difference) == (False, 2, 2e-4)
+
+
 def test_invoke_rows_that_stage_two_left_equal_are_the_short_one_in_every_runtime(tiny_base: Path) -> None:
     model = tiny.eager(tiny_base)
     for rows in (model.tokens.head, model.tokens.bias):

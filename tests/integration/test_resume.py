@@ -98,6 +98,19 @@ def test_a_run_killed_at_any_step_and_resumed_equals_the_one_that_was_not(
     assert contents(tmp_path) == contents(unbroken[name])
 
 
+def test_stage2_is_resumed_against_the_reference_that_it_began_with(
+    unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another GPU would fit other rows; here none are fitted."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stage2(CONFIG, unbroken, tmp_path)
+    monkeypatch.setattr("vismem.training.stage2.fit_invocation", lambda *_: 1 / 0)
+    stage2(CONFIG, unbroken, tmp_path)
+    assert contents(tmp_path) == contents(unbroken["stage2"])
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_a_run_killed_while_it_writes_a_checkpoint_or_its_result_resumes_as_if_never_killed(
     name: str, unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

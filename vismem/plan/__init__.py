@@ -78,6 +78,8 @@ def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] =
     stored = base * BYTES[config.base.dtype]
     title = f"{config.base.model} ({model.backbone.family}, {config.base.dtype})"
     disk, host = _disk(config, stored, base, others, found), _host(config, machine.count, stored, base, others)
+    copied = 12 * max(step.trained for step in found)  # weights and AdamW's states, on the host while they are written
+    host["a checkpoint"] = copied + machine.count * (4 * others + PROCESS)
     return Plan(title, machine, size, own, added, found, remedies, disk, host)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
@@ -75,11 +76,17 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         return VisMemModel.from_pretrained(stage1, inputs["base"], base.dtype, base.tensor_parallel)
 
     run = Run("stage2", config, inputs, out, trained_before)
-    if not run.model.tokens.fitted:
+    kept = out / "fitted.checkpoint"  # the reference of a run that is resumed, perhaps on another GPU
+    if kept.is_file():
+        run.model.tokens.load_state_dict(load_file(kept))
+    elif not run.model.tokens.fitted:
         with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
             fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
+    if run.accelerator.is_main_process and not kept.is_file():
+        save_file(run.model.tokens.state_dict(), out / ".fitted.new")
+        (out / ".fitted.new").replace(kept)
     run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
     lora_scale = settings.policy_learning_rate / settings.learning_rate

@@ -4,7 +4,6 @@ Triton reports a model ready for ever, also when the Python process behind it ha
 """
 
 import argparse
-import io
 import json
 import sys
 import time
@@ -20,20 +19,21 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.serving.client import Client
 from vismem.serving.command import run_command
-from vismem.serving.exchange import Answer
+from vismem.serving.exchange import Answer, encoded
 
+BLANK = encoded(Image.new("RGB", (84, 84), "white"))
 DECODED = "vismem_tokens_total"  # since the server's start
 DEAD = "is not healthy"  # what Triton says of a model whose process has ended
 
 
 def ask(url: str, model: str, timeout: float) -> Answer:
     """One token about a blank image from `model` at `url` (gRPC host:port). UserError if none comes in `timeout` s."""
-    return Client(f"grpc://{url}", model=model, timeout=timeout).ask(_blank(), "?", max_new_tokens=1)
+    return Client(f"grpc://{url}", model=model, timeout=timeout).ask(BLANK, "?", max_new_tokens=1)
 
 
 def ask_unary(url: str, model: str, timeout: float) -> None:
     """The same of a unary model at `url` (HTTP), which asks the one behind it: both processes are proved by it."""
-    body = {"IMAGE": [b64encode(_blank()).decode()], "PROMPT": "?", "MAX_NEW_TOKENS": 1}
+    body = {"IMAGE": [b64encode(BLANK).decode()], "PROMPT": "?", "MAX_NEW_TOKENS": 1}
     try:
         urllib.request.urlopen(f"{url}/v2/models/{model}/generate", json.dumps(body).encode(), timeout=timeout).close()
     except urllib.error.HTTPError as error:
@@ -75,12 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metrics", default="http://127.0.0.1:8002/metrics", help="(default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for the answer (default: 20)")
     return run_command(parser, arguments, probe)
-
-
-def _blank() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (84, 84), "white").save(file, "PNG")
-    return file.getvalue()
 
 
 def counted(url: str, model: str, *series: str) -> float:

@@ -150,8 +150,7 @@ def total_variation(one: Mix, other: Mix) -> float:
 
 
 def _shares(tasks: pd.Series) -> dict[str, float]:
-    counts = Counter(tasks)
-    return {task: counts[task] / counts.total() for task in sorted(counts)}
+    return dict(tasks.value_counts(normalize=True).sort_index())
 
 
 def _read_profile(path: Path) -> dict[str, float]:

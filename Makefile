@@ -1,6 +1,6 @@
 # What people do in a checkout. `make` alone lists it.
 
-# the tiny VLM is too small for more threads; with one, `make demo` is seed 0 of `make study`, to the last digit
+# the tiny VLM is too small for more threads; with one, `make demo` is seed 0 of `make study` at the same commit, to the last digit
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY = passive
 VISMEM = .venv/bin/vismem

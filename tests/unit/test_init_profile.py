@@ -109,7 +109,7 @@ def test_a_large_base_gets_the_paper_s_settings_and_no_time_is_promised(
     assert (config.stage1, config.stage2, config.memory) == (paper.stage1, paper.stage2, paper.memory)
     assert (config.base, config.preflight) == (paper.base, paper.preflight)
     assert "cannot be looked at" in said, "there is no hub here"
-    assert "how long it takes there is not known" in said
+    assert "plan --profile own --gpus 8xH100` says what fits" in said
     assert yaml.safe_load(text)["extends"] == "qwen2_5_vl_7b"
 
 

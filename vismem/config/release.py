@@ -21,7 +21,10 @@ class PreflightConfig(Section):
 class EvaluateConfig(Section):
     """Which arms answer the test split, and how their scores are compared."""
 
-    arms: tuple[str, ...] = Field(("vanilla", "vismem"), description="decoding policies compared")
+    arms: tuple[str, ...] = Field(
+        ("vanilla", "vismem"),
+        description="what answers: vanilla, vismem, no_memory, relook, ...; all: evaluation/arms.py",
+    )
     limit: int | None = Field(None, ge=1, description="max test items; null: all")
     batch_size: int = Field(64, ge=1, description="rows decoded together")
     max_new_tokens: int = Field(120, ge=1, description="max tokens of an answer")
@@ -31,7 +34,10 @@ class EvaluateConfig(Section):
 class SuiteConfig(Section):
     """`vismem evaluate --suite paper`: a trained memory on the paper's benchmarks; batches are as in `evaluate`."""
 
-    arms: tuple[str, ...] = Field(("vanilla", "vismem"), description="decoding policies compared")
+    arms: tuple[str, ...] = Field(
+        ("vanilla", "vismem"),
+        description="what answers: vanilla, vismem, no_memory, relook, ...; all: evaluation/arms.py",
+    )
     data: Path | None = Field(None, description="the folder of .tsv files; null: the environment's LMUData")
     limit: int | None = Field(None, ge=1, description="max questions of each benchmark; null: all")
     judge_url: str = Field("", description="OpenAI-compatible endpoint, as https://host/v1; its key: VISMEM_JUDGE_KEY")

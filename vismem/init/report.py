@@ -138,6 +138,7 @@ def _next(program: str, name: str, base: Base, seconds: float) -> Iterator[str]:
     if base.small:
         yield f"Next, {about(seconds)} on two CPU cores:"
     else:
-        yield "Next, on a machine with a GPU (how long it takes there is not known here):"
+        fits = f"`{program} plan --profile {name} --gpus 8xH100` says what fits, and how fast"
+        yield f"Next, on a machine with a GPU ({fits}):"
     yield f"  {program} repro --profile {name}"
     yield f"  {program} summary --profile {name}"

@@ -24,7 +24,8 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     """
     uri = tracking_uri(config)
     if (file := database(uri)) and not file.is_file():
-        raise UserError(f"no MLflow registry {uri}: go to the project's folder, or set MLFLOW_TRACKING_URI")
+        where = "run in the project's folder, for a profile in runs/PROFILE"
+        raise UserError(f"no MLflow registry {uri} here: {where}, or set MLFLOW_TRACKING_URI")
     store = open_store(config)
     version = named_version(store, which)
     if (hashed := version.tags.get("manifest_sha256")) is None:

@@ -76,10 +76,8 @@ def _holder(file: Path) -> str:
         pid, host, since = int(note["pid"]), str(note["host"]), time.localtime(note["since"])
     except (OSError, ValueError, TypeError, KeyError):  # not yet written, or gone meanwhile
         return ": another run works there; wait for it or end it, then start again"
-    import psutil
-
     here = host == socket.gethostname()
-    if here and not psutil.pid_exists(pid):
+    if here and not _alive(pid):
         return (
             ": another run works there, or a step of one that was killed is still at it; "
             "wait for it or end it, then start again"
@@ -88,3 +86,13 @@ def _holder(file: Path) -> str:
     return (
         f" by process {pid}{where} since {time.strftime('%Y-%m-%d %H:%M:%S', since)}: wait for it, or end it ({kill})"
     )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -201,12 +201,10 @@ def replace_folder(fresh: Path, out: Path) -> None:
 
     Where it is stopped between the two, `out` is put back. On NFS files that are still open keep their folder.
     """
-    old = out.with_name(f"{out.name}.old")
-    for number in count():
-        shutil.rmtree(old, ignore_errors=True)
-        if not old.exists():
-            break
-        old = out.with_name(f"{out.name}.old{number}")
+    for left in out.parent.glob(f"{out.name}.old*"):
+        shutil.rmtree(left, ignore_errors=True)
+    names = (out.with_name(f"{out.name}.old{number or ''}") for number in count())
+    old = next(name for name in names if not name.exists())
     if out.exists():
         out.rename(old)
     try:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class TritonPythonModel:
         self.runtime.log = RequestLog.from_environment(served, self.runtime.metrics.logged)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
+        self.running: set[Future[None]] = set()
         self.draining = self.stopping = self.ended = False  # none begins; a running one ends at once; all have ended
         # The process, so that no two that serve one version at a time share a series: tritonserver 2.51 crashes then.
         labels = {"model": args["model_name"], "version": args["model_version"], "process": str(os.getpid())}
@@ -100,11 +101,13 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             gone = client_gone(request, sender)
-            if self.draining:
+            if not self.draining and self._reserve_worker(gone):
+                running = self.pool.submit(self._answer, request, sender, gone)
+                self.running.add(running)
+                running.add_done_callback(self.running.discard)
+            elif self.draining:
                 stops = failure(self.stopped, pb_utils.TritonError.UNAVAILABLE)
                 sender.send(stops, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            elif self._reserve_worker(gone):
-                self.pool.submit(self._answer, request, sender, gone)
             else:
                 self.runtime.metrics.refused.labels("busy").inc(not gone())
                 busy = failure(f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
@@ -130,8 +133,9 @@ class TritonPythonModel:
     def _report(self, labels: dict[str, str]) -> None:
         """Twice a second: show the runtime's counters among Triton's metrics, and look whether the server stops.
 
-        Triton ends a model only after its running answers, so a file that STOP_VARIABLE names says it before, and the
-        file `drain` beside it before that. This thread alone touches metrics: tritonserver 2.51 crashes where two do.
+        Triton ends a model only after its running answers, so a file that STOP_VARIABLE names says it before; the file
+        `drain` beside it asks for a file `idle-PID` once no answer runs. This thread alone touches metrics: tritonserver
+        2.51 crashes where two do.
         """
         stop = Path(os.environ.get(STOP_VARIABLE, "/nowhere/stop"))
         families: dict[str, Any] = {}
@@ -151,6 +155,8 @@ class TritonPythonModel:
                     metric, before = shown[key]
                     metric.increment(value - before)
                     shown[key] = metric, value
+            if self.draining and not self.running:
+                stop.with_name(f"idle-{os.getpid()}").touch()
             self.draining = self.draining or stop.with_name("drain").exists()
             self.stopping = self.stopping or stop.exists()
             time.sleep(0 if last else 0.5)

@@ -90,7 +90,7 @@ def test_async_answers_come_side_by_side_and_one_that_is_given_up_is_stopped(ser
 
     async def given_up() -> None:
         asking = asyncio.create_task(client.ask(IMAGE, "endless", max_new_tokens=2000))
-        while not await asyncio.to_thread(decoding, server):
+        while not asking.done() and not await asyncio.to_thread(decoding, server):
             pass
         asking.cancel()
 

@@ -20,7 +20,7 @@ def test_running_answers_end_and_new_questions_are_refused(tmp_path: Path, monke
             rest = pool.submit(list, running)
             late = pool.submit(refused_at_last, server)
         assert len(rest.result()) == 251
-        assert late.result() == "the server stops: ask again later"
+        assert late.result().endswith("the server stops: ask again later")
     assert "Exit timeout expired" not in (tmp_path / "log").read_text()
 
 
@@ -30,5 +30,5 @@ def refused_at_last(server: module.TritonServer) -> str:
         try:
             ask(server)
         except BusyError as error:
-            return str(error).rpartition("vismem: ")[2]
+            return str(error)
     return "never"

@@ -78,7 +78,7 @@ def test_a_stage_that_would_form_no_memory_is_refused_before_it_trains(
 ) -> None:
     section, name = changed.split(".")
     settings = getattr(CONFIG, section).model_copy(update={name: 0})
-    with pytest.raises(UserError, match=f"train nothing.*{changed}"):
+    with pytest.raises(UserError, match=f"would form no memory.*{changed}"):
         stage1(CONFIG.model_copy(update={section: settings}), {"base": tiny_base, "validate": tiny_data}, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -195,8 +195,9 @@ def test_on_a_cluster_preflight_asks_for_mlflow_and_overrides_win_over_the_pods_
     for image, environment in (("train:1.0", ["TOKEN", "MLFLOW_TRACKING_URI"]), ("", ["TOKEN"])):
         preflight = configure("", overrides, str(tmp_path / "page"), image, 4)[0]["preflight"]
         assert (preflight["environment"], preflight["gpus"]) == (environment, 1)
+    configure("", {"registry.tracking_uri": "ssh://git@host"}, str(tmp_path / "page"), "train:1.0", 1)
     with pytest.raises(UserError, match=r"holds credentials.*://\*\*\*"):
-        configure("", {"registry.tracking_uri": "http://x:t0ken@host"}, str(tmp_path / "page"), "train:1.0", 0)
+        configure("", {"registry.tracking_uri": "http://t0ken@host"}, str(tmp_path / "page"), "train:1.0", 0)
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------
@@ -279,9 +280,8 @@ def test_the_figures_of_a_run_are_the_evaluation_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("promoted", "head"), [(True, "# Promoted"), (False, "# Not promoted")])
 def test_the_page_of_promote_gives_the_outcome_with_its_reasons(tmp_path: Path, promoted: bool, head: str) -> None:
     reasons = ("the gain is 1.0 points",)
-    Release(name="vismem", version="4", model_id="m-1", promoted=promoted, previous=None, reasons=reasons).write(
-        tmp_path
-    )
+    release = Release(name="vismem", version="4", model_id="m-1", promoted=promoted, previous=None, reasons=reasons)
+    release.write(tmp_path)
     page = render_report("promote", tmp_path)
     assert page.startswith(f"{head}: vismem version 4\n\n- the gain is 1.0 points\n")
     assert ("Nothing is deployed" in page) is not promoted

@@ -35,7 +35,7 @@ def test_the_job_reads_what_the_servers_write_on_one_volume_that_holds_the_bound
     assert build_parser().parse_args(words[2:5]).log.as_posix() == variables[FOLDER]
 
 
-def test_the_job_may_ask_mlflow_and_nothing_else() -> None:
+def test_the_job_may_ask_mlflow_and_no_server() -> None:
     assert allowed(WITH, "ingress", "from", "Deployment/mlflow", "CronJob/drift", "http")
     assert allowed(WITH, "egress", "to", "CronJob/drift", "Deployment/mlflow", "http")
     assert not allowed(WITH, "egress", "to", "CronJob/drift", "Deployment/triton", "grpc")

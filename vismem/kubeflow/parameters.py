@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,11 @@ def check_sources(config: Config) -> None:
 
 
 def refuse_credentials(config: Config) -> None:
-    """UserError for a URI with a password or token: parameters stand in a run's arguments, logs and pages."""
-    parameters = config.model_dump_json(by_alias=True)
+    """UserError for a URI with a password or token: parameters stand in a run's arguments, logs and pages.
+
+    A user's name alone is none where a key is what is asked for (ssh://git@host).
+    """
+    parameters = re.sub("ssh://[^:/@]+@", "ssh://", config.model_dump_json(by_alias=True))
     if (masked := mask_credentials(parameters)) != parameters:
         place = next(i for i, (one, other) in enumerate(zip(parameters, masked, strict=False)) if one != other)
         raise UserError(

@@ -22,7 +22,6 @@ from vismem.serving.command import run_command
 from vismem.serving.exchange import Answer, encoded
 
 BLANK = encoded(Image.new("RGB", (84, 84), "white"))
-DECODED = "vismem_tokens_total"  # since the server's start
 DEAD = "is not healthy"  # what Triton says of a model whose process has ended
 
 
@@ -54,13 +53,13 @@ def check_model(question: Callable[[], object], metrics: str, model: str, timeou
     UserError where neither comes in `timeout` seconds, or its process has ended; a restart helps it.
     """
     end = time.monotonic() + timeout
-    before = round(counted(metrics, model, DECODED))
+    before = _decoded(metrics, model)
     try:
         question()
     except UserError as error:
         if DEAD in str(error):
             raise
-        while (others := round(counted(metrics, model, DECODED)) - before) <= 0:
+        while (others := _decoded(metrics, model) - before) <= 0:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
@@ -77,15 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(parser, arguments, probe)
 
 
-def counted(url: str, model: str, *series: str) -> float:
-    """The sum of a model's values of these series. UserError where the metrics at `url` cannot be read."""
+def _decoded(url: str, model: str) -> int:
+    """How many tokens a model has decoded since the server's start."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             text = response.read().decode()
     except OSError as error:  # URLError is one
         raise UserError(f"the server's metrics at {url} cannot be read: {error}") from None
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return sum(sample.value for sample in samples if sample.name in series and sample.labels.get("model") == model)
+    return round(sum(s.value for s in samples if s.name == "vismem_tokens_total" and s.labels.get("model") == model))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,14 +12,13 @@ from tempfile import TemporaryDirectory
 from vismem.errors import UserError
 from vismem.services import HOST, POLL, Service, check_http, free_ports, start_service
 from vismem.serving.environment import find_serving_environment
-from vismem.serving.probe import ask, counted
-from vismem.serving.repository import check_repository, is_unary
+from vismem.serving.probe import ask
+from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary
 
 READY_TIMEOUT = int(os.environ.get("VISMEM_READY_SECONDS", "180"))  # that a server and its models get to load in
 DRAIN_SECONDS = float(os.environ.get("VISMEM_DRAIN_SECONDS", "0"))  # that running answers get before they are ended
 EXIT_TIMEOUT = 5  # seconds that running answers get to end in
 STOP_VARIABLE = "VISMEM_STOP_FILE"  # of a file that tells the models' processes to end their answers
-RUNNING = ("vismem_decoding", "vismem_waiting")  # series of answers
 SHARED_MEMORY = Path("/dev/shm")
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
 # header as the key, and takes it from its command line, which every user of the machine can read. So this header has a
@@ -60,8 +59,9 @@ def triton_server(
         options = {
             "model-repository": repository,
             "backend-directory": environment.make_backend_folder(Path(scratch)),
-            # Triton looks for changes itself: a client that may tell it could load any code, see CLOSED.
-            "model-control-mode": "poll",
+            # Triton looks for changes itself: a client that may tell it could load any code, see CLOSED. What is pinned
+            # does not change, and it would not ask for the pin.
+            "model-control-mode": "none" if os.environ.get(MANIFEST_VARIABLE) else "poll",
             "repository-poll-secs": 1,
             "exit-timeout-secs": EXIT_TIMEOUT,
             "grpc-restricted-protocol": CLOSED,
@@ -87,7 +87,7 @@ def triton_server(
             ends.enter_context(service)
             ends.callback(stop.touch)  # the models' processes end running answers: Triton would wait, and abort
             if DRAIN_SECONDS:
-                ends.callback(_drain, stop.with_name("drain"), f"http://{address}:{ports['metrics']}/metrics", models)
+                ends.callback(_drain, Path(scratch), repository)
             url = f"{address}:{ports['grpc']}"
             service.wait_until(lambda: check_http(f"http://{address}:{ports['http']}/v2/health/ready"), READY_TIMEOUT)
             for model in models:  # one whose Python process has died still says READY
@@ -98,14 +98,13 @@ def triton_server(
             yield TritonServer(repository, models, url, ports, service)
 
 
-def _drain(flag: Path, metrics: str, models: Sequence[str]) -> None:
+def _drain(scratch: Path, repository: Path) -> None:
     """Let running answers end, for DRAIN_SECONDS at most; the models' processes refuse new questions meanwhile."""
-    flag.touch()
+    (scratch / "drain").touch()
     end = time.monotonic() + DRAIN_SECONDS
-    with suppress(UserError):  # the server is dead
-        time.sleep(1)  # they look twice a second
-        while time.monotonic() < end and any(counted(metrics, model, *RUNNING) for model in models):
-            time.sleep(POLL)
+    models = [name for name in model_names(repository) if not is_unary(name)]  # a process each
+    while time.monotonic() < end and len([*scratch.glob("idle-*")]) < len(models):
+        time.sleep(POLL)
 
 
 def model_names(repository: Path) -> list[str]:

@@ -164,7 +164,7 @@ class Releases:
                 shutil.rmtree(copy)
 
     def _copy(self, model: str, value: str) -> None:
-        """Keep the release `value` of a model, as it is in `source`; one that is pinned is there for good."""
+        """Keep the release `value` of a model, as it is in `source`; a pinned one is served where it is."""
         copy = self.copies / value
         if os.environ.get(MANIFEST_VARIABLE):
             copy.symlink_to((self.source / model).absolute())

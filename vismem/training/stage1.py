@@ -61,7 +61,7 @@ def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     check_shards(batch_size, run.accelerator, together)  # before the warm start, not after it
     if not (config.stage1.invoke_probability and run.model.limit(None)):
         raise UserError(
-            "stage1 would train nothing: it needs stage1.invoke_probability and invocation.max_per_answer above 0"
+            "stage1's GRPO would form no memory: set stage1.invoke_probability and invocation.max_per_answer above 0"
         )
     reader = warm.policy_lora and warm.steps > 0
     run.model.policy_lora.enabled |= reader

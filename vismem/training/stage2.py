@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
@@ -25,9 +25,11 @@ from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random,
 from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.token_scores import together
 from vismem.generation.types import LATENT, Rollout
+from vismem.models.loading import read_weights
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.records import VANILLA, VISMEM
+from vismem.training.checkpoint import sync
 from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
@@ -78,15 +80,16 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     run = Run("stage2", config, inputs, out, trained_before)
     kept = out / "fitted.checkpoint"  # the reference of a run that is resumed, perhaps on another GPU
     if kept.is_file():
-        run.model.tokens.load_state_dict(load_file(kept))
+        run.model.tokens.load_state_dict(read_weights(kept))
     elif not run.model.tokens.fitted:
         with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
             fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
-    if run.accelerator.is_main_process and not kept.is_file():
-        save_file(run.model.tokens.state_dict(), out / ".fitted.new")
-        (out / ".fitted.new").replace(kept)
+    if run.accelerator.is_main_process and out.is_dir() and not kept.is_file():  # a plan has no folder
+        save_file(run.model.tokens.state_dict(), fresh := out / ".fitted.new")
+        sync(fresh)
+        fresh.replace(kept)
     run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
     lora_scale = settings.policy_learning_rate / settings.learning_rate

@@ -98,6 +98,11 @@ MALFORMED: dict[str, Malformed] = {
     "62 megapixels in a small file": of_images("has 62000000 pixels", png(10_000, 6_200, "1")),
     "pixels in sum": of_images("have 72000000 pixels together", *[png_header(6_000, 6_000)] * 2),
     "a large file": of_images(r"has 20\d{6} bytes: the limit is", PNG + bytes(20_000_000)),
+    "a JPEG of 20,000 segments": of_images(
+        "of so many segments or scans", JPEG[:2] + b"\xff\xe3\0\2" * 20_000 + JPEG[2:]
+    ),
+    "a JPEG of 500 pieces of EXIF": of_images("of so many", JPEG[:2] + b"\xff\xe1\0\x08Exif\0\0" * 500 + JPEG[2:]),
+    "a JPEG of 200 scans": of_images("of so many", JPEG[:-2] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 200 + JPEG[-2:]),
     "a strip": of_images("one side is over 200 times the other|absolute aspect ratio", picture("PNG", (1000, 2))),
     "no question": saying("PROMPT is empty", ""),
     "blanks": saying("PROMPT is empty", " \n\t"),

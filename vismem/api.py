@@ -16,7 +16,7 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.services import HOST, free_ports, until_stopped
-from vismem.serving.answering import ROWS, Runtime
+from vismem.serving.answering import ROWS, WAITING, Runtime
 from vismem.serving.exchange import TOKEN_VARIABLE
 from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
@@ -74,6 +74,7 @@ def serve_api(
         log_level="warning",
         ssl_certfile=certificate,
         ssl_keyfile=key,
+        limit_concurrency=8 * (rows + WAITING),  # connections
         timeout_graceful_shutdown=2 * END_SECONDS,
         server_header=False,
     )

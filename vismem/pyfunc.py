@@ -17,7 +17,7 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from vismem.provenance import check_manifest
 from vismem.registry import BUNDLE
 from vismem.runtime.images import decoded_base64
-from vismem.runtime.limits import RequestError, check_request
+from vismem.runtime.limits import MAX_PATCHES, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
 from vismem.serving.exchange import Answer, Token
 
@@ -32,7 +32,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "A
     bundle, settings = Path(path) / BUNDLE, model_config or {}
     if (bundle / "onnx").is_dir():
         check_manifest(bundle)
-        return Answering(Runtime.open(bundle, **settings))
+        return Answering(Runtime.open(bundle, **{"max_patches": MAX_PATCHES, **settings}))
     from vismem.generation.torch_executor import TorchExecutor
     from vismem.inference import VisMem
 

@@ -134,8 +134,8 @@ class TritonPythonModel:
         """Twice a second: show the runtime's counters among Triton's metrics, and look whether the server stops.
 
         Triton ends a model only after its running answers, so a file that STOP_VARIABLE names says it before; the file
-        `drain` beside it asks for a file `idle-PID` once no answer runs. This thread alone touches metrics: tritonserver
-        2.51 crashes where two do.
+        `drain` beside it asks for a file `idle-PID` once no answer runs. This thread alone touches metrics:
+        tritonserver 2.51 crashes where two do.
         """
         stop = Path(os.environ.get(STOP_VARIABLE, "/nowhere/stop"))
         families: dict[str, Any] = {}

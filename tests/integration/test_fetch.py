@@ -7,7 +7,7 @@ from project import Project
 
 from vismem.config import parse_config
 from vismem.errors import UserError
-from vismem.provenance import verify_manifest
+from vismem.provenance import verify_manifest, write_manifest
 from vismem.registry import fetch
 from vismem.registry.runs import download_bundle
 from vismem.registry.tracking import Store
@@ -37,6 +37,19 @@ def test_what_was_damaged_in_the_cache_is_fetched_again(project: Project, tmp_pa
     (found / "vismem" / "memory.safetensors").write_bytes(b"another")
     assert fetch.fetch_bundle(registry, "champion", cache) == found
     assert (list(cache.iterdir()), verify_manifest(found)) == ([found], [])
+
+
+def test_a_folder_of_the_cache_that_is_sound_but_another_s_is_fetched_again(project: Project, tmp_path: Path) -> None:
+    project.release(b"one", score=66.0)
+    registry, cache = project.config.registry, tmp_path / "cache"
+    found = fetch.fetch_bundle(registry, "champion", cache)
+    (found / "vismem" / "memory.safetensors").write_bytes(b"another")
+    write_manifest(found)
+    assert fetch.fetch_bundle(registry, "champion", cache) == found
+    assert (found / "vismem" / "memory.safetensors").read_bytes() == b"one"
+    project.store.client.set_model_version_tag("vismem", "1", "manifest_sha256", f"../cache/{found.name}")
+    with pytest.raises(UserError, match="has no sha256 in its tag"):
+        fetch.fetch_bundle(registry, "champion", cache)
 
 
 def test_a_version_that_somebody_else_registered_is_refused(project: Project, tmp_path: Path) -> None:

@@ -56,6 +56,24 @@ def test_a_folder_beside_the_reference_comes_before_one_of_the_working_folder(
     assert Base("base").place() == Path("base")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.safetensors.index.json", {"weight_map": {"a": "model.safetensors", "b": "v2/evil.safetensors"}}),
+        ("config.json", {"transformers_weights": "v2/model.safetensors"}),
+    ],
+)
+def test_a_base_that_would_be_loaded_from_other_files_than_were_hashed_is_another(
+    tmp_path: Path, name: str, text: dict[str, object]
+) -> None:
+    base = Base(str(tmp_path / "base"), base_in(tmp_path / "base"))
+    (tmp_path / "base" / "config.json").write_text("{}")
+    assert base.place() == tmp_path / "base"
+    (tmp_path / "base" / name).write_text(json.dumps(text))
+    with pytest.raises(UserError, match="has other weights than the base"):
+        base.place()
+
+
 def test_the_base_that_comes_with_vismem_is_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The request log by itself: which requests are in it, its bound on disk, and that no fault of it reaches a caller."""
 
+import io
 import json
 import os
 import stat
@@ -73,6 +74,15 @@ def test_a_line_says_what_was_asked_and_answered_and_an_image_is_known_as_valida
     assert (facts.sha256.hex(), facts.width, facts.height, facts.look.hex()) == tuple(
         image[name] for name in ("sha256", "width", "height", "look")
     )
+
+
+def test_what_a_file_holds_beside_its_pixels_is_not_kept(tmp_path: Path) -> None:
+    (image,), line = asked(3)
+    file = io.BytesIO()
+    image.save(file, "PNG", icc_profile=os.urandom(100_000))
+    written(tmp_path / "log", ([Image.open(file)], line), images=True)
+    (kept,) = (tmp_path / "log" / "images").iterdir()
+    assert kept.stat().st_size < 1_000
 
 
 def test_only_the_owner_may_read_it_whatever_the_umask(tmp_path: Path) -> None:

@@ -73,11 +73,13 @@ def load_base(base: Path | str, dtype: str = "float32", tensor_parallel: bool = 
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
-        settings = AutoConfig.from_pretrained(str(base))
+        settings = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
         check_family(settings.model_type)
         more = sharded(settings.text_config) if tensor_parallel else {}
         with no_weight_bars():
-            model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=getattr(torch, dtype), **more)
+            model = AutoModelForImageTextToText.from_pretrained(
+                str(base), dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True, **more
+            )
         processor = load_processor(base)
     except (*DAMAGED, OSError) as error:
         if isinstance(error, torch.OutOfMemoryError):

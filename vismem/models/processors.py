@@ -24,6 +24,6 @@ def make_video_optional() -> None:
 def load_processor(source: Path | str) -> Any:
     """The processor of a hub id or a folder; its images have the same pixels on every machine."""
     make_video_optional()
-    processor = AutoProcessor.from_pretrained(str(source))
-    processor.image_processor = AutoImageProcessor.from_pretrained(str(source), backend="pil")
+    processor = AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
+    processor.image_processor = AutoImageProcessor.from_pretrained(str(source), backend="pil", trust_remote_code=False)
     return processor

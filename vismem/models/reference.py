@@ -65,6 +65,13 @@ class Base:
                 folder = fetch(self.model)
         if folder is None:
             raise UserError(f"the base '{self.model}' is not on this machine: say where it is with base= (--base)")
-        if self.sha256 and sha256_folder(folder, WEIGHTS) != self.sha256:
+        if self.sha256 and (sha256_folder(folder, WEIGHTS) != self.sha256 or _reads_elsewhere(folder)):
             raise UserError(f"{folder} has other weights than the base that the memory was trained on: give that one")
         return folder
+
+
+def _reads_elsewhere(folder: Path) -> bool:
+    """Whether transformers would load weights of the folder that are none of WEIGHTS, by its index or configuration."""
+    names = [name for file in folder.glob("*.index.json") for name in read_json(file).get("weight_map", {}).values()]
+    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return any("/" in str(name) for name in names) or "transformers_weights" in settings

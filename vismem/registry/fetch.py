@@ -1,12 +1,13 @@
 """Fetches a registered version's bundle for use outside the pipeline, once: a cache keeps it by its manifest's hash."""
 
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 from vismem.config import RegistryConfig
 from vismem.errors import UserError
-from vismem.provenance import verify_manifest
+from vismem.provenance import MANIFEST, sha256_file, verify_manifest
 from vismem.registry.champion import named_version
 from vismem.registry.runs import download_bundle
 from vismem.registry.signing import check_signature
@@ -30,8 +31,10 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     version = named_version(store, which)
     if (hashed := version.tags.get("manifest_sha256")) is None:
         raise UserError(f"version {version.version} of '{store.model}' is none that `vismem register` made")
+    if not re.fullmatch("[0-9a-f]{64}", hashed):
+        raise UserError(f"version {version.version} of '{store.model}' has no sha256 in its tag manifest_sha256")
     folder = cache / hashed
-    if folder.is_dir() and not verify_manifest(folder):
+    if _is_whole(folder):
         check_signature(store, version, folder)
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -41,10 +44,15 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
         with environment({PROGRESS_BAR: str(sys.stderr.isatty())}):
             download_bundle(store, version, fresh)
         try:
-            if folder.is_dir() and verify_manifest(folder):
+            if folder.is_dir() and not _is_whole(folder):
                 folder.rename(Path(made) / "damaged")
             fresh.rename(folder)
         except OSError:
-            if not folder.is_dir() or verify_manifest(folder):  # else another was quicker
+            if not _is_whole(folder):  # else another was quicker
                 raise
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache holds the files that its name stands for."""
+    return folder.is_dir() and not verify_manifest(folder) and sha256_file(folder / MANIFEST) == folder.name

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from vismem.runtime.limits import RequestError
 
@@ -82,6 +82,14 @@ def decoded(images: Sequence[Image.Image]) -> list[Image.Image]:
             name = f"image {number + 1} of {len(images)}"
             raise RequestError(f"{name} does not decode: {error}; send the complete file") from None
     return found
+
+
+def let_go(images: Sequence[Image.Image], pixels: bool) -> None:
+    """Free what images that were read from files hold: a WebP's decoder, two frames, and the `pixels`."""
+    for image in images:
+        vars(image).pop("_decoder", None)
+        if pixels and isinstance(image, ImageFile.ImageFile):
+            image.close()
 
 
 def resized(images: Sequence[Image.Image], grids: Sequence[Grid], settings: Mapping[str, Any]) -> list[Image.Image]:

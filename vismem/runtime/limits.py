@@ -1,7 +1,11 @@
 """What one request may hold. The server and `vismem infer` both check it with `check_request`, before any work."""
 
 import io
-from collections.abc import Sequence
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 
 from PIL import Image, UnidentifiedImageError
 
@@ -17,10 +21,33 @@ MAX_NEW_TOKENS = 2_048
 NEW_TOKENS = 120  # the longest answer where a request does not say
 MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
+# Of a JPEG: Pillow joins its EXIF segments in quadratic time, and each scan of a progressive one goes over all blocks.
+MAX_SEGMENTS, MAX_EXIF, MAX_SCANS = 10_000, 400, 100
+SEGMENT = re.compile(rb"\xff[\xe0-\xef\xfe]")
 
 
 class RequestError(ValueError):
     """The request is at fault: what was wrong with it."""
+
+
+class Room:
+    """So much of something that threads may hold together; one that asks for more than all waits until it is alone."""
+
+    def __init__(self, whole: int) -> None:
+        self.whole, self.held, self.changed = whole, 0, threading.Condition()
+
+    @contextmanager
+    def of(self, part: int) -> Iterator[None]:
+        """A block that holds `part` of it."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.held == 0 or self.held + part <= self.whole)
+            self.held += part
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.held -= part
+                self.changed.notify_all()
 
 
 def check_request(
@@ -49,6 +76,7 @@ def check_request(
     images: list[Image.Image] = []
     for name, file in zip(names, files, strict=True):
         try:
+            check_jpeg(file)
             images.append(Image.open(io.BytesIO(file), formats=FORMATS))
         except Image.DecompressionBombError:
             raise RequestError(f"{name} has too many pixels: the limit is {MAX_IMAGE_PIXELS}") from None
@@ -59,6 +87,15 @@ def check_request(
             raise RequestError(f"{name} is an animation of {frames} frames: send one of them")
     _check("pixels", [image.width * image.height for image in images], names, MAX_IMAGE_PIXELS, MAX_TOTAL_PIXELS)
     return images
+
+
+def check_jpeg(file: bytes) -> None:
+    """ValueError for a JPEG that is made to take minutes of decoding; other files pass."""
+    if not file.startswith(b"\xff\xd8"):
+        return
+    segments = sum(1 for _ in islice(SEGMENT.finditer(file), MAX_SEGMENTS + 1))
+    if segments > MAX_SEGMENTS or file.count(b"Exif\0\0") > MAX_EXIF or file.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError("a JPEG of so many segments or scans is no photo; save it again")
 
 
 def check_stops(stops: Sequence[str]) -> None:

@@ -19,14 +19,15 @@ from tokenizers import Tokenizer
 from vismem.generation.invocation import InvocationPolicy, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.chat import Chat, check_chat, one_turn, said
-from vismem.runtime.limits import NEW_TOKENS, RequestError, check_stops
+from vismem.runtime.images import let_go
+from vismem.runtime.limits import MAX_TOTAL_PIXELS, NEW_TOKENS, RequestError, Room, check_stops
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
 from vismem.serving.request_log import RequestLog
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
-PREPARING = os.cpu_count() or 1  # questions whose images are decoded and read at a time
+PREPARING = os.cpu_count() or 1  # questions that are read at a time
 CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
 STOPPED, LEFT = "the server stops: ask again later", "nobody reads the answer"
 
@@ -93,10 +94,11 @@ class Runtime:
     def __init__(self, executor: Served, rows: int = ROWS, waiting: int = WAITING) -> None:
         """`rows`: answers that are decoded at a time; `waiting` others wait, or are prepared, at most."""
         self.executor, self.rows, self.most = executor, rows, waiting
-        self.places = WeakSet[_Answer]()  # from when a question comes until nobody reads its answer any more
+        self.places = WeakSet[_Answer]()  # from when a question comes until its answer is decoded, or has no reader
         self.waiting: deque[_Answer] = deque()
         self.changed = threading.Condition()  # of `places`, `waiting` and `closed`
         self.preparing = threading.BoundedSemaphore(PREPARING)
+        self.decoding = Room(MAX_TOTAL_PIXELS)  # several copies of an image are made on the way
         self.thread: threading.Thread | None = None
         self.closed = False
         self.answers: dict[Row, _Answer] = {}  # that are decoded
@@ -157,8 +159,9 @@ class Runtime:
         answer = _Answer(arrived, gone or threading.Event())
         self._take_place(answer)
         try:
-            with self.preparing:
+            with self.decoding.of(sum(image.width * image.height for image in images)):
                 sample = self.executor.prepare(images, chat, max_new_tokens)
+                let_go(images, pixels=self.log is None)
         except BaseException:
             self.places.discard(answer)
             raise
@@ -290,6 +293,7 @@ class Runtime:
             answer.tokens.put(token)
             if row.finished:
                 self.answers.pop(row).tokens.put(None)
+                self.places.discard(answer)
         if not self.answers:
             loop.step()  # lets the last ones go
         self.stepped = time.monotonic()

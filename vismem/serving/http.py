@@ -26,6 +26,10 @@ from vismem.serving.exchange import BUSY_TYPE
 from vismem.serving.health import status_routes
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
+MAX_BODIES_BYTES = 12 * MAX_BODY_BYTES  # of all requests that are read
+MAX_MARKS = 300_000  # quotes and commas of a body: base64 has none, and every field and item has
+BODY_SECONDS, SEND_SECONDS = 120, 60  # for a whole body; for a piece of an answer that its reader does not take
+OTHER_SITES = ("cross-site", "same-site")  # where browsers say that a page of another site asks
 SPARE_THREADS = 16
 LOOK_SECONDS = 0.2  # between two looks whether who waits is still there
 DONE = "data: [DONE]\n\n"
@@ -50,6 +54,8 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     app = FastAPI(title="VisMem", openapi_url=None, lifespan=lifespan)
     app.include_router(status_routes(runtime))
 
+    bodies = _Bodies()
+    app.add_middleware(_Patience)
     if token:
         app.add_middleware(_Guard, token=token)
 
@@ -61,7 +67,9 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(request: Request) -> Response:
         try:
-            wanted = await run_in_threadpool(read_body, await _body(request))
+            if request.headers.get("sec-fetch-site") in OTHER_SITES:
+                raise Refused(403, "pages of other sites may not ask", "authentication_error")
+            wanted = await bodies.read(request)
             if wanted.model not in modes:
                 there = ", ".join(f"'{known}'" for known in modes)
                 raise Refused(404, f"there is no model '{wanted.model}' here, but {there}", field="model")
@@ -124,14 +132,47 @@ async def events(reply: Reply, first: Chunk, chunks: Iterator[Chunk], request: R
         yield f"data: {json.dumps(refusal(error).body())}\n\n"
 
 
-async def _body(request: Request) -> bytes:
-    """A request's body. Refused for one that is too large, at the first byte too many."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise Refused(413, f"the request is larger than {MAX_BODY_BYTES} bytes")
-    return bytes(body)
+class _Patience:
+    """Ends an answer whose reader takes nothing of it any more and keeps the connection."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """An ASGI application."""
+
+        async def send_in_time(message: Any) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
+        await self.app(scope, receive, send_in_time)
+
+
+class _Bodies:
+    """The bodies of all requests that are read."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    async def read(self, request: Request) -> Completion:
+        """A request. Refused for one that is too large, at the first byte too many, too slow, or not understood."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    self.bytes += len(part)
+                    if len(body) > MAX_BODY_BYTES:
+                        raise Refused(413, f"the request is larger than {MAX_BODY_BYTES} bytes")
+                    if self.bytes > MAX_BODIES_BYTES:
+                        raise Refused(429, "too many large requests at a time: ask again later", BUSY_TYPE)
+            if body.count(b'"') + body.count(b",") > MAX_MARKS:
+                raise Refused(413, "the request has too many fields")
+            return await run_in_threadpool(read_body, bytes(body))
+        except TimeoutError:
+            raise Refused(408, f"the request did not come within {BODY_SECONDS} seconds") from None
+        finally:
+            self.bytes -= len(body)
 
 
 async def _first(chunks: Iterator[Chunk], request: Request, gone: threading.Event) -> Chunk:

@@ -127,6 +127,7 @@ class RequestLog:
         partial = path.with_name(uuid.uuid4().hex)
         try:
             partial.touch(0o600)
+            image.info.clear()  # a profile may be larger than the pixels
             image.save(partial, "PNG")
             os.replace(partial, path)
         finally:

@@ -1,0 +1,122 @@
+"""Requests that are made to hold an HTTP server up: many fields, slow bodies, readers that do not read, other sites."""
+
+import asyncio
+import io
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_stages
+from http_calls import GOOD, post, served
+from PIL import Image
+
+from vismem.generation.torch_executor import TorchExecutor
+from vismem.runtime.images import let_go
+from vismem.runtime.limits import Room
+from vismem.serving import http
+from vismem.serving.answering import Runtime
+from vismem.serving.http import _Patience, create_app
+
+
+def opened(kind: str = "PNG") -> Image.Image:
+    file = io.BytesIO()
+    Image.new("RGBA", (84, 84), "red").save(file, kind)
+    return Image.open(file)
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_base: Path) -> Runtime:
+    return Runtime(TorchExecutor(tiny_stages.eager_model(tiny_base)), rows=1, waiting=0)
+
+
+@pytest.fixture(scope="module")
+def url(runtime: Runtime) -> Iterator[str]:
+    with served(create_app(runtime, "tiny")) as address:
+        yield address
+
+
+@pytest.mark.parametrize("body", [b'{"a":1' + b',"a":1' * 200_000 + b"}", b'{"messages":[' + b"1," * 400_000 + b"1]}"])
+def test_a_body_of_very_many_fields_is_not_read(url: str, body: bytes) -> None:
+    status, reply = post(url, body)
+    assert (status, reply["error"]["message"]) == (413, "the request has too many fields")
+
+
+def test_bodies_that_do_not_come_or_are_too_large_together_are_refused(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9000\r\n\r\n".encode()
+    monkeypatch.setattr(http, "BODY_SECONDS", 2.0)
+    monkeypatch.setattr(http, "MAX_BODIES_BYTES", 10_000)
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(head + b" " * 8_000)
+        time.sleep(0.5)
+        assert post(url, b" " * 8_000)[0] == 429
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+    assert post(url, GOOD)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
+)
+def test_a_page_of_another_site_may_not_ask(url: str, site: str, status: int) -> None:
+    assert post(url, GOOD, **{"Sec-Fetch-Site": site})[0] == status
+
+
+def test_who_takes_nothing_of_an_answer_holds_nobody_up(runtime: Runtime) -> None:
+    unread = runtime.generate([opened()], "what?", max_new_tokens=4)
+    next(unread)
+    until = time.monotonic() + 20
+    while runtime.places:
+        assert time.monotonic() < until, "its answer is decoded, and it has a place still"
+        time.sleep(0.01)
+    assert list(runtime.generate([opened()], "what?", max_new_tokens=2))[-1].event == "end"
+
+
+def test_a_piece_that_its_reader_does_not_take_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "SEND_SECONDS", 0.1)
+
+    async def answer(_: Any, __: Any, send: Any) -> None:
+        await send({})
+
+    async def never(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(_Patience(answer)({}, None, never))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_image_that_was_read_holds_neither_pixels_nor_a_decoder(kind: str) -> None:
+    image, own = opened(kind), Image.new("RGB", (8, 8), "blue")
+    image.load()
+    let_go([image, own], pixels=True)
+    assert not hasattr(image, "_decoder")
+    with pytest.raises(ValueError, match="closed image"):
+        image.convert("RGB")
+    assert image.size == (84, 84)
+    assert own.getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_room_holds_its_whole_and_what_is_larger_alone() -> None:
+    room, inside, most = Room(10), list[int](), list[int]()
+
+    def work(part: int) -> None:
+        with room.of(part):
+            inside.append(part)
+            most.append(sum(inside))
+            assert sum(inside) <= 10 or inside == [part]
+            time.sleep(0.02)
+            inside.remove(part)
+
+    threads = [threading.Thread(target=work, args=(part,)) for part in (4, 4, 4, 30, 6, 10, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == len(threads), "nobody was inside with too many others"
+    assert 8 <= max(total for total in most if total != 30) <= 10

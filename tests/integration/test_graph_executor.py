@@ -3,6 +3,8 @@
 `exported/` asks the same of real graphs, which take half a minute to export.
 """
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ from vismem.models.memory import pooling
 from vismem.models.tokens import delimiter_ids
 from vismem.models.vismem import VisMemModel
 from vismem.runtime.bundle import Bundle
-from vismem.runtime.limits import RequestError
+from vismem.runtime.limits import RequestError, Room
 
 SHORT, LONG = MemoryKind
 SAMPLES = tuple(replace(sample, id="") for sample in tiny.samples())  # a question from outside has no id
@@ -97,6 +99,27 @@ def test_answers_and_memories_are_torchs(model: VisMemModel, bundle: Bundle) -> 
     assert (parity.passed, parity.greedy_equal, parity.differences) == (True, 4, ())
     assert parity.memories > 2 * 4
     assert parity.max_memory_difference < 1e-4
+
+
+def test_long_prompts_are_read_one_after_the_other_and_short_ones_together(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, inside, seen = OnnxExecutor(bundle), list[int](), list[int]()
+
+    def read(*_: Any) -> None:
+        inside.append(1)
+        time.sleep(0.1)
+        seen.append(len(inside))
+        inside.pop()
+
+    monkeypatch.setattr(executor, "_read", read)
+    question = prepared(executor, SAMPLES[0], 4)
+    for whole, together in ((1, 1), (10**9, 4)):
+        executor.attending = Room(whole)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: executor.read(question, memory=False), range(4)))
+        assert max(seen) == together
+        seen.clear()
 
 
 def test_equal_answers_with_memories_beyond_the_tolerance_do_not_pass(

@@ -20,6 +20,7 @@ from vismem.models.tokens import KINDS
 from vismem.runtime.bundle import Bundle
 from vismem.runtime.cache import ContentCache
 from vismem.runtime.chat import Chat
+from vismem.runtime.limits import MAX_PATCHES, Room
 from vismem.runtime.question import Question, prepare
 
 Floats = NDArray[np.float32]
@@ -45,6 +46,7 @@ class OnnxExecutor:
         `cache_bytes`: of what is kept of images and prompts that may be asked again.
         """
         self.cache = ContentCache(cache_bytes)
+        self.attending = Room(MAX_PATCHES**2)  # attention is dense: many long prompts at a time would not fit
         self.bundle, self.max_patches, settings = bundle, max_patches, bundle.settings
         self.tokenizer = bundle.tokenizer
         self.memory, self.tokens, self.decoder = settings["memory"], settings["tokens"], settings["decoder"]
@@ -72,6 +74,10 @@ class OnnxExecutor:
 
         Other threads than the one that decodes may do so before the question joins; no row changes.
         """
+        with self.attending.of(max(len(question.prompt.ids), len(question.whole["pixels"])) ** 2):
+            self._read(question, memory)
+
+    def _read(self, question: Question, memory: bool) -> None:
         ids, positions = question.prompt.ids, question.prompt.positions
         seen = self.cache.get(("shown", question.seen), lambda: self._see(question.shown, 0.0)["features"], _bytes)
         embeddings = self._embed(ids)

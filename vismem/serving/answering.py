@@ -143,7 +143,8 @@ class Runtime:
         `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of the executor's
         modes, or True for "learned" and False for "off". The answer ends before the first of the `stop` strings. To
         `looks` each memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor).
-        Raises RequestError for an unusable request, and Busy where too many wait, before an image is decoded.
+        Images that were read from files are closed. Raises RequestError for an unusable request, and Busy where too
+        many wait, before an image is decoded.
         """
         arrived = time.monotonic()
         if not images:

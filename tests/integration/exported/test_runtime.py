@@ -174,6 +174,7 @@ def test_the_bases_own_columns_of_memory_tokens_never_win(model, runtime, monkey
         for options in ({}, {"temperature": 1.0}, {"memory": False}):
             given = pictures(sample), sample.question
             expected = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]
+            given = pictures(sample), sample.question
             with monkeypatch.context() as patch:
                 patch.setattr(runtime.executor.bundle, "decoder", fed)
                 found = [chunk.token for chunk in runtime.generate(*given, max_new_tokens=TOKENS, **options)]

@@ -13,7 +13,7 @@ from vismem.errors import UserError
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 PATIENCE = timedelta(
     hours=12
-)  # the first process hashes, saves and asks a judge alone; torchrun ends all when one dies
+)  # while the first process hashes, saves or asks a judge; when one dies, torchrun ends all
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,13 @@ def triton_server(
             stop_seconds=EXIT_TIMEOUT + 10,
             find_error=find_error,
         )
-        address = HOST if host == "0.0.0.0" else host
         with ExitStack() as ends:
             ends.callback(_remove_shared_memory, shared)
             ends.enter_context(service)
             ends.callback(stop.touch)  # the models' processes end running answers: Triton would wait, and abort
             if DRAIN_SECONDS:
                 ends.callback(_drain, Path(scratch), repository)
+            address = HOST if host == "0.0.0.0" else host
             url = f"{address}:{ports['grpc']}"
             service.wait_until(lambda: check_http(f"http://{address}:{ports['http']}/v2/health/ready"), READY_TIMEOUT)
             for model in models:  # one whose Python process has died still says READY

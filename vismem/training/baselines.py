@@ -94,7 +94,7 @@ def _train_lora(name: str, config: Config, inputs: Inputs, out: Path) -> str:
         _train_supervised(run, trained, objective.learning_rate, times=times)
     else:
         grpo = config.grpo
-        steps = max(1, round(times * steps_of(objective.steps, grpo.epochs, grpo.batch_size, len(run.samples))))
+        steps = steps_of(objective.steps, grpo.epochs, grpo.batch_size, len(run.samples), times)
         run.train_grpo(PolicyGrpo, objective.model_copy(update={"steps": steps}), trained)
     return run.finish({name: Off()})
 
@@ -146,7 +146,7 @@ def _train_supervised(
     settings = run.config.baselines.supervised
     loop = LoopSettings(
         run.name,
-        max(1, round(times * steps_of(settings.steps, settings.epochs, settings.batch_size, len(run.samples)))),
+        steps_of(settings.steps, settings.epochs, settings.batch_size, len(run.samples), times),
         learning_rate,
         settings.warmup_ratio,
         matrix_learning_rate,

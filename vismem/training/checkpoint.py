@@ -73,10 +73,7 @@ class Checkpoint:
             for name, (weight, state) in self.held.items()
             for kind, value in {"parameter": weight, **state[weight]}.items()
         }
-        fresh = self.file.with_suffix(".new")
-        save_file(tensors, fresh, metadata={"train_state": json.dumps(asdict(train_state))})
-        sync(fresh)
-        fresh.replace(self.file)
+        save_whole(tensors, self.file, {"train_state": json.dumps(asdict(train_state))})
 
 
 class Curve:
@@ -132,6 +129,14 @@ class Curve:
     def sync(self) -> None:
         """Return when the file is on the disk, so that no checkpoint that follows knows more steps."""
         sync(self.file)
+
+
+def save_whole(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors in one move, onto the disk: who is killed meanwhile has the old file or the new one."""
+    fresh = file.with_suffix(".new")
+    save_file(tensors, fresh, metadata=metadata)
+    sync(fresh)
+    fresh.replace(file)
 
 
 def sync(file: Path) -> None:

@@ -187,9 +187,9 @@ def count_of(parameters: Parameters) -> int:
     return sum(parameter.numel() for parameter in parameters.values())
 
 
-def steps_of(steps: int, epochs: int, batch_size: int, samples: int) -> int:
-    """Steps of a training: `steps`, or where that is 0, `epochs` passes over the samples."""
-    return steps or epochs * max(1, samples // batch_size)
+def steps_of(steps: int, epochs: int, batch_size: int, samples: int, times: float = 1.0) -> int:
+    """Steps of a training: `steps`, or where that is 0, `epochs` passes over the samples; `times` as many, never 0."""
+    return max(1, round(times * (steps or epochs * max(1, samples // batch_size))))
 
 
 def loop_settings(name: str, config: Config, stage: GrpoStageConfig, samples: int) -> LoopSettings:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +28,7 @@ from vismem.models.loading import read_weights
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.records import VANILLA, VISMEM
-from vismem.training.checkpoint import sync
+from vismem.training.checkpoint import save_whole
 from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
@@ -87,9 +86,7 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
     if run.accelerator.is_main_process and out.is_dir() and not kept.is_file():  # a plan has no folder
-        save_file(run.model.tokens.state_dict(), fresh := out / ".fitted.new")
-        sync(fresh)
-        fresh.replace(kept)
+        save_whole(run.model.tokens.state_dict(), kept)
     run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on
     trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
     lora_scale = settings.policy_learning_rate / settings.learning_rate

@@ -22,7 +22,7 @@ STOP_SECONDS = 20.0  # that a process has to exit after SIGTERM
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # measured: spinning threads cost a factor of six
 RECORDS = "jobs.jsonl"
 
-Record = dict[str, Any]  # job, started (a timestamp), seconds, commit
+Record = dict[str, Any]  # job, started (a timestamp), seconds, commit, stopped (before its end)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Job:
 def run_jobs(jobs: Sequence[Job], folder: Path, lock: int, at_once: int, console: Console) -> None:
     """Run the jobs whose output is missing, in the given order as far as `needs` allow, at most `at_once` at a time.
 
-    Logs go to `folder/logs/`, one line per finished job to `folder/jobs.jsonl`. All jobs inherit the file descriptor
+    Logs go to `folder/logs/`, one line per run of a job to `folder/jobs.jsonl`. All jobs inherit the file descriptor
     `lock`. A job that fails stops the others and raises UserError with its reason and its log's path.
     """
     running: dict[subprocess.Popen[bytes], Record] = {}
@@ -74,15 +74,20 @@ def run_jobs(jobs: Sequence[Job], folder: Path, lock: int, at_once: int, console
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+            for record in running.values():
+                _keep(record, folder, stopped=True)
 
 
-def read_records(folder: Path) -> dict[str, Record]:
-    """The last record of every job that finished in `folder`, by its name."""
-    file, records = folder / RECORDS, {}
+def read_records(folder: Path) -> dict[str, list[Record]]:
+    """The runs behind each output in `folder`, by its job: those that were stopped, then the one that ended."""
+    file, records = folder / RECORDS, dict[str, list[Record]]()
     for line in file.read_text().splitlines() if file.is_file() else []:
         with suppress(ValueError):  # truncated by a kill
             record = json.loads(line)
-            records[record["job"]] = record
+            runs = records.setdefault(record["job"], [])
+            if runs and not runs[-1].get("stopped"):  # made anew
+                runs.clear()
+            runs.append(record)
     return records
 
 
@@ -112,12 +117,10 @@ def _start(job: Job, folder: Path, lock: int) -> tuple[subprocess.Popen[bytes], 
 
 
 def _finish(status: int, record: Record, folder: Path, console: Console) -> None:
-    """Keep the record of a job that succeeded. UserError for one that failed; the end of its log is printed."""
+    """Keep the record of a job. UserError for one that failed; the end of its log is printed."""
     name, log = record["job"], _log(folder, record["job"])
+    _keep(record, folder, stopped=status != 0)
     if status == 0:
-        record["seconds"] = round(time.time() - record["started"], 2)
-        with (folder / RECORDS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
         console.print(f"{name}: {record['seconds']:.0f} s", highlight=False)
         return
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -126,3 +129,9 @@ def _finish(status: int, record: Record, folder: Path, console: Console) -> None
     how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
     reason = f": {lines[-1].strip()}" if lines else ""
     raise UserError(f"{name} {how}{reason} (log: {log}). Finished jobs are kept; run the same command again to resume")
+
+
+def _keep(record: Record, folder: Path, stopped: bool) -> None:
+    record |= {"seconds": round(time.time() - record["started"], 2), "stopped": stopped}
+    with (folder / RECORDS).open("a") as file:
+        file.write(json.dumps(record) + "\n")

@@ -49,7 +49,8 @@ def write_report(
         seed: {arm: took[arm]["seconds_per_sample"] for arm in settings.arms}
         for seed, took in ((seed, Metrics.read(place / "evaluate").arms) for seed, place in seeds.items())
     }
-    records = {name: record for name, record in read_records(folder).items() if name in {job.name for job in jobs}}
+    runs = {name: runs for name, runs in read_records(folder).items() if name in {job.name for job in jobs}}
+    records = [record for each in runs.values() for record in each]
     differing = changed(parameters(resolve(), Settings()), parameters(config, settings))
     half = [task for source in config.prepare.sources for task in trained_half(source)]
     resamples = config.evaluate.bootstrap
@@ -60,9 +61,9 @@ def write_report(
         "command": command,
         "machine": machine(),
         "versions": versions(),
-        "commits": sorted({record["commit"] for record in records.values()}),
-        "wall_seconds": busy_seconds(records.values()),
-        "jobs": {name: record["seconds"] for name, record in records.items()},
+        "commits": sorted({record["commit"] for record in records}),
+        "wall_seconds": busy_seconds(records),
+        "jobs": {name: sum(record["seconds"] for record in each) for name, each in runs.items()},
         "at_once": settings.jobs,
         "parameters": {name: value for name, (_, value) in differing.items()},
         "seeds": list(seeds),

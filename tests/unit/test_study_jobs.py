@@ -95,6 +95,8 @@ def test_a_failing_job_stops_the_others_and_says_why_and_where_its_log_is(tmp_pa
     again = [Job("bad", ("mkdir", str(tmp_path / "bad")), ("first",)), *jobs[:1], *jobs[3:]]
     run_jobs(again, tmp_path, 2)
     assert trace(tmp_path).count("+first") == 1
+    stopped = {name: [run["stopped"] for run in runs] for name, runs in read_records(tmp_path).items()}
+    assert stopped == {"first": [False], "bad": [True, False], "long": [True], "never": [False]}
 
 
 def test_a_killed_job_is_reported_with_its_signal(tmp_path: Path) -> None:
@@ -166,13 +168,13 @@ def test_a_file_system_without_locks_is_named_and_no_hindrance(
         assert "without locks" in capsys.readouterr().err
 
 
-def test_records_keep_the_last_run_of_each_job_and_survive_a_truncated_line(tmp_path: Path) -> None:
+def test_records_keep_what_made_each_job_and_survive_a_truncated_line(tmp_path: Path) -> None:
     rows = [
-        {"job": "a", "started": 0, "seconds": 1, "commit": "x"},
-        {"job": "a", "started": 5, "seconds": 2, "commit": "y"},
+        {"job": "a", "started": start, "seconds": seconds, "stopped": stopped}
+        for start, seconds, stopped in ((0, 1, True), (5, 2, False), (10, 3, True), (15, 4, True), (20, 5, False))
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"job": "b", "sta')
-    assert read_records(tmp_path) == {"a": {"job": "a", "started": 5, "seconds": 2, "commit": "y"}}
+    assert read_records(tmp_path) == {"a": rows[2:]}, "the first two made an output that was deleted since"
 
 
 def test_busy_seconds_count_overlaps_once_and_no_pauses() -> None:

@@ -9,6 +9,7 @@ from socket import socket
 from threading import Thread
 
 import uvicorn
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from vismem.ask import examples
 from vismem.errors import UserError
@@ -23,6 +24,7 @@ from vismem.serving.playground import add_playground
 from vismem.serving.request_log import RequestLog
 from vismem.sources import find_added
 
+LOOPBACK = {HOST: HOST, "localhost": "localhost", "::1": "[::1]"}  # as browsers send them: no other site has one
 END_SECONDS = 5  # that running answers get when the server stops
 
 
@@ -66,7 +68,9 @@ def serve_api(
     app = create_app(runtime, name, token)
     if page:
         called = f"{model} ({loaded.model.backbone.family})"
-        add_playground(app, name, called, (host, "localhost"), examples(), loaded.scope)
+        add_playground(app, name, called, examples(), loaded.scope)
+    if page or (host in LOOPBACK and not token):
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, *LOOPBACK.values()])
     settings = uvicorn.Config(
         app,
         host=host,

@@ -24,7 +24,6 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.models.attention import Look
 from vismem.runtime.limits import MAX_IMAGE_BYTES
-from vismem.services import HOST
 from vismem.serving.answering import Runtime
 from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
@@ -54,7 +53,7 @@ def runtime(model: VisMem) -> Runtime:
 @pytest.fixture(scope="module")
 def url(model: VisMem, runtime: Runtime) -> Iterator[str]:
     app = create_app(runtime, "tiny")
-    add_playground(app, "tiny", DEFAULT_MODEL, [HOST], EXAMPLES, model.scope)
+    add_playground(app, "tiny", DEFAULT_MODEL, EXAMPLES, model.scope)
     with served(app) as address:
         yield address
 

@@ -145,6 +145,7 @@ def test_a_large_profile_brings_sizes_that_are_enough(server: KfpApi, tmp_path: 
         (['overrides={"seed": 3}'], "use --set"),
         (["tolerations={}"], "'tolerations': Input should be a valid tuple"),
         (["gpu_count"], "'gpu_count' is not NAME=VALUE"),
+        (["--params", "mine.yaml"], "reads no parameter file"),
         (
             ["--set", "registry.tracking_uri=https://me:s3cret@host/"],
             "credentials, for all to read who may see a run: ",

@@ -20,6 +20,7 @@ from http_calls import messages, post
 from stand_in import png
 
 from vismem import cli
+from vismem.serving.exchange import TOKEN_VARIABLE
 
 PICTURE = png(84, 84)  # 36 patches
 
@@ -78,3 +79,20 @@ def test_more_patches_than_the_server_allows_are_refused() -> None:
             400,
             "the images make 72 patches: the limit is 36; send fewer or smaller",
         )
+
+
+def test_a_name_that_a_page_of_another_site_made_its_own_is_refused_unless_a_token_guards() -> None:
+    def status(address: str, host: str, **more: str) -> int:
+        request = urllib.request.Request(f"{address}/v1/models", headers={"Host": host, **more})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return int(reply.status)
+
+    with api() as address:
+        port = address.rpartition(":")[2]
+        assert [status(address, f"{host}:{port}") for host in ("127.0.0.1", "localhost", "[::1]")] == [200] * 3
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            status(address, f"evil.example:{port}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TOKEN_VARIABLE, "s3cret")
+        with api() as address:
+            assert status(address, "models.example", Authorization="Bearer s3cret") == 200

@@ -190,6 +190,8 @@ def _run_submit(arguments: argparse.Namespace) -> int:
     pairs = [text.partition("=") for text in arguments.given]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise UserError(f"'{wrong[0]}' is not NAME=VALUE, such as gpu_count=8")
+    if arguments.params != PARAMS_FILE:
+        raise UserError("a cluster's run reads no parameter file: give a --profile, and --set for what differs")
     given, settings = {name: value for name, _, value in pairs}, dict(arguments.settings)
     names = ("overlay", "endpoint", "namespace")
     chosen = {name: getattr(arguments, name) for name in names}

@@ -1,4 +1,4 @@
-"""The files that the data sources read, and a record of those outside `data/`, so that DVC notices when they change."""
+"""The files that steps read from outside `data/`, and a record of them there, so that DVC notices when they change."""
 
 import hashlib
 import os
@@ -12,7 +12,8 @@ from vismem.data.readers.lmudata import VARIABLE
 from vismem.data.readers.nlvr import parquet_files
 from vismem.files import read_json, write_json
 
-DATA = Path("data")  # what dvc.yaml lets `prepare` and `validate` depend on
+DATA = Path("data")  # what dvc.yaml lets `prepare`, `validate` and `base` depend on
+ASSETS = Path("assets")  # what `base` depends on too
 RECORD = DATA / "outside.json"
 
 
@@ -43,11 +44,11 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def record_outside(config: Config) -> None:
-    """Write fingerprints of the sources and rules outside `data/` into `data/outside.json`, in the working folder.
+    """Write fingerprints of what is read from outside `data/` into `data/outside.json`, in the working folder.
 
-    Of what DVC keeps under a name that can move, such as a branch, that is the md5. The stages `prepare` and `validate`
-    depend on `data/`, so they run again where one has changed. Sources of other profiles stay in it, and those whose
-    files are not there; without any outside there is no such file.
+    That is sources, rules, and a base that is a folder. Of what DVC keeps under a name that can move, such as a branch,
+    it is the md5. The stages that read them depend on `data/`, so they run again where one has changed. What other
+    profiles read stays in it, and what is not there; without any outside there is no such file.
     """
     found = {}
     for source in config.prepare.sources:
@@ -63,6 +64,9 @@ def record_outside(config: Config) -> None:
     rules = [file.resolve() for file in rule_files(config)]
     if outside := [file for file in rules if not file.is_relative_to(DATA.resolve())]:
         found["rules of validate"] = fingerprint(outside)
+    model = Path(config.base.model).resolve()
+    if model.is_dir() and not model.is_relative_to(ASSETS.resolve()):
+        found[f"base {model}"] = fingerprint(sorted(file.resolve() for file in model.rglob("*") if file.is_file()))
     if found:
         known = read_json(RECORD) if RECORD.is_file() else {}
         DATA.mkdir(exist_ok=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from markupsafe import Markup
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from vismem.data.sample import Sample
 from vismem.pages import page_environment
@@ -21,13 +20,10 @@ from vismem.scope import Scope
 SCRIPT = Path(__file__).with_name("playground.js")
 
 
-def add_playground(
-    app: FastAPI, name: str, model: str, hosts: Sequence[str], examples: Sequence[Sample], scope: Scope | None
-) -> None:
+def add_playground(app: FastAPI, name: str, model: str, examples: Sequence[Sample], scope: Scope | None) -> None:
     """Add the page at `/` of an endpoint whose model is called `name`; `model` is what people call it.
 
-    `hosts`: the names by which browsers may call the server, so that no page of another site reads answers under a name
-    of its own. `examples` have one image each.
+    `examples` have one image each.
     """
     pictures = [(base64.b64encode(sample.images[0]).decode(), sample) for sample in examples]
     page = page_environment("vismem.serving").get_template("playground.html.j2")
@@ -43,7 +39,6 @@ def add_playground(
         script=Markup(SCRIPT.read_text()),
         connect=True,
     )
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     @app.get("/", response_class=HTMLResponse)
     def playground() -> str:

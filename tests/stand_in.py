@@ -49,7 +49,9 @@ class Runtime:
         self.asked = 0
         self.metrics = Metrics(lambda: 0, lambda: 0)
 
-    def generate(self, images, prompt, *, max_new_tokens=48, temperature=0.0, seed=0, memory="learned", stop=()):
+    def generate(
+        self, images, prompt, *, max_new_tokens=48, temperature=0.0, seed=0, memory="learned", stop=(), gone=None
+    ):
         check_stops(stop)
         if prompt == "echo":
             sizes = [image.size for image in images]
@@ -67,6 +69,11 @@ class Runtime:
             return
         try:
             for i in range(max_new_tokens):
+                while prompt == "silent" and not gone.is_set():
+                    time.sleep(0.01)
+                if gone is not None and gone.is_set():
+                    self.left += 1
+                    raise Busy("nobody reads the answer")
                 if i == 1 and memory == "learned":
                     yield Chunk("", "short")
                 if i == 2 and prompt == "fail":

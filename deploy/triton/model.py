@@ -87,11 +87,14 @@ class TritonPythonModel:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
         self.free = threading.BoundedSemaphore(workers)
         self.running: set[Future[None]] = set()
+        self.watched: dict[threading.Event, Callable[[], bool]] = {}  # to be set once the client has left
+        self.watching = threading.Lock()
         self.draining = self.stopping = self.ended = False  # none begins; a running one ends at once; all have ended
         # The process, so that no two that serve one version at a time share a series: tritonserver 2.51 crashes then.
         labels = {"model": args["model_name"], "version": args["model_version"], "process": str(os.getpid())}
         self.reporter = threading.Thread(target=self._report, args=(labels,), daemon=True)
         self.reporter.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to a free worker; responses go out through the request's sender.
@@ -161,15 +164,28 @@ class TritonPythonModel:
             self.stopping = self.stopping or stop.exists()
             time.sleep(0 if last else 0.5)
 
+    def _watch(self) -> None:
+        """Let answers end whose client has left, also before their first token."""
+        while not self.ended:
+            with self.watching:  # an answer that has ended must not be asked about
+                for left, gone in self.watched.items():
+                    if gone():
+                        left.set()
+            time.sleep(LOOK_SECONDS)
+
     def _answer(self, request: Any, sender: Any, gone: Callable[[], bool]) -> None:
         """Answer a request. A fault becomes an error response and ends this request only."""
+        left = threading.Event()
+        with self.watching:
+            self.watched[left] = gone
         try:
             files, prompt, messages, options, interval = read_request(request)
             chat = self.parse_messages(messages) if messages else None
             asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
             images = self.check_request(files, asked, options["max_new_tokens"])
+            options["gone"] = left
             with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
-                self._send(chunks, sender, gone, interval)
+                self._send(chunks, sender, interval)
         except self.request_error as error:
             self.runtime.metrics.refused.labels("invalid").inc()
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
@@ -180,29 +196,23 @@ class TritonPythonModel:
             message = f"the model failed: {type(error).__name__}: {error}"
             sender.send(failure(message, pb_utils.TritonError.INTERNAL))
         finally:
+            with self.watching:
+                del self.watched[left]
             try:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             finally:
                 self.free.release()
 
-    def _send(self, chunks: Iterator[Any], sender: Any, gone: Callable[[], bool], interval: float) -> None:
-        """Send the chunks, `interval` seconds of words in a response, all where it is infinite.
-
-        Nothing waits for a memory to be formed. Busy where the server stops.
-        """
+    def _send(self, chunks: Iterator[Any], sender: Any, interval: float) -> None:
+        """Send the chunks, `interval` seconds of words in a response, all if it is infinite. Busy where it stops."""
         pieces: list[Any] = []
-        sent = looked = -math.inf
+        sent = -math.inf
         try:
             for chunk in chunks:
                 if self.stopping:
                     raise self.busy(self.stopped)
                 pieces.append(chunk)
-                now = time.monotonic()
-                if now - looked >= LOOK_SECONDS:  # to ask the server takes longer than a small model's token
-                    if gone():
-                        return
-                    looked = now
-                if interval < math.inf and (chunk.event != "token" or now - sent >= interval):
+                if interval < math.inf and (chunk.event != "token" or time.monotonic() - sent >= interval):
                     sender.send(response_of(pieces))
                     pieces, sent = [], time.monotonic()
         except Exception:

@@ -93,15 +93,20 @@ def marked(page: Page, card: str) -> str:
 
 
 def test_an_uploaded_picture_is_answered_with_marks_beside_the_vanilla_answer(
-    page: Page, model: VisMem, twice: Sample
+    page: Page, model: VisMem, runtime: Runtime, twice: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    own, modes = runtime.generate, list[str]()
+    monkeypatch.setattr(runtime, "generate", lambda *a, **b: (modes.append(b["memory"]), own(*a, **b))[1])
     upload(page, "mine.png", twice.images[0])
     expect(page.locator("#about")).to_have_text("mine.png")
     ask(page, twice.question)
     expected = model.answer(twice.images, twice.question)
     assert {memory.kind for memory in expected.invocations} == {"short"}
     assert marked(page, "#with") == expected.marked
-    assert marked(page, "#without") == model.answer(twice.images, twice.question, memory=False)
+    (picture,) = twice.images
+    vanilla = own([Image.open(io.BytesIO(picture))], twice.question, memory="vanilla")
+    assert marked(page, "#without") == "".join(chunk.text for chunk in vanilla).strip()
+    assert sorted(modes) == ["learned", "vanilla"], "the policy's own adapter is off too"
     took = page.inner_text("#with .took")
     assert re.match(
         rf"{expected.tokens} tokens in \d+\.\d\d s; the first after \d+\.\d\d s\. The prompt has \d+ ", took

@@ -13,7 +13,7 @@ from stand_in import ANSWER, IMAGE, ask, client_of, decoding, endless, png
 from vismem.canary import _check_version
 from vismem.errors import UserError
 from vismem.serving.client import AsyncClient
-from vismem.serving.exchange import RefusedError, ServerError, Token, marked, plain
+from vismem.serving.exchange import DeadlineError, RefusedError, ServerError, Token, marked, plain
 from vismem.serving.repository import repository_problems
 from vismem.serving.server import TritonServer
 
@@ -118,6 +118,13 @@ def test_a_killed_client_stops_its_answer_on_the_server(server: TritonServer) ->
         assert client.stdout is not None
         assert client.stdout.readline() == " é0\n"
         client.kill()
+    assert left_at_last(server, before + 1) == before + 1
+
+
+def test_a_client_that_leaves_before_the_first_token_stops_its_answer_too(server: TritonServer) -> None:
+    before = int(plain(ask(server, "left")))
+    with pytest.raises(DeadlineError):
+        ask(server, "silent", timeout=1)
     assert left_at_last(server, before + 1) == before + 1
 
 

@@ -64,7 +64,9 @@ def silent() -> Iterator[str]:
 def same(found: Answer, expected: Answer) -> None:
     assert (found, found.marked, found.invocations) == (expected, expected.marked, expected.invocations)
     assert (found.tokens, found.finished) == (expected.tokens, expected.finished)
-    assert found.usage == {**expected.usage, "prompt_tokens": found.usage["prompt_tokens"]}
+    served = {name: found.usage[name] for name in ("prompt_tokens", "first_token_seconds")}
+    assert served["first_token_seconds"] > 0
+    assert found.usage == {**expected.usage, **served}
 
 
 def test_an_answer_is_the_models_own_whole_streamed_and_with_every_option(client: Client, model: VisMem) -> None:

@@ -1,11 +1,14 @@
 """Requests that are made to hold an HTTP server up: many fields, slow bodies, readers that do not read, other sites."""
 
 import asyncio
+import gc
 import io
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from vismem.runtime.images import let_go
 from vismem.runtime.limits import Room
 from vismem.serving import http
 from vismem.serving.answering import Runtime
+from vismem.serving.completion import Completion
 from vismem.serving.http import _Patience, create_app
 
 
@@ -58,6 +62,30 @@ def test_bodies_that_do_not_come_or_are_too_large_together_are_refused(
         assert post(url, b" " * 8_000)[0] == 429
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
     assert post(url, GOOD)[0] == 200
+
+
+def test_a_body_counts_until_its_images_are_decoded_and_is_then_let_go(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, going = {"prepare": threading.Event(), "read": threading.Event()}, threading.Semaphore(0)
+
+    def held(part: str) -> None:
+        own = getattr(runtime.executor, part)
+        monkeypatch.setattr(runtime.executor, part, lambda *a, **b: (at[part].set(), going.acquire(), own(*a, **b))[2])
+
+    for part in at:
+        held(part)
+    monkeypatch.setattr(http, "MAX_BODIES_BYTES", 8_000 + len(json.dumps(GOOD)) // 2)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, url, GOOD)
+        assert at["prepare"].wait(20)
+        assert post(url, b" " * 8_000)[0] == 429, "the first one's images are there still"
+        going.release()
+        assert at["read"].wait(20)
+        assert [known.messages for known in gc.get_objects() if isinstance(known, Completion)] == [[]]
+        assert post(url, b" " * 8_000)[0] == 400, "it is no JSON, and there is room for it"
+        going.release()
+        assert first.result()[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 
 UNCHANGED = tuple(range(len(KINDS)))
+COLDEST = 1e-6  # a lower temperature is greedy: scores divided by it would leave float32
 TIE = 1e-4  # nats; by rounding two equal rows of the head, which is in float32, differ by less
 
 
@@ -27,7 +28,7 @@ class Request:
     samples: Sequence[Any]  # what the executor prefills, each with its `id`
     policy: InvocationPolicy
     max_new_tokens: int
-    temperature: float = 0.0  # 0 is greedy
+    temperature: float = 0.0  # up to COLDEST it is greedy
     seed: int = 0
     group_size: int = 1
     prompt: Any = None  # the samples' prompts, where they are encoded already
@@ -218,7 +219,7 @@ class DecodeLoop:
             if not self.executor.anywhere:
                 barred[own] |= ~view.at_delimiter[:, None]
         return Asked(
-            temperature=np.array([row.request.temperature for row in rows]),
+            temperature=np.where((asked := np.array([row.request.temperature for row in rows])) > COLDEST, asked, 0.0),
             uniform=np.array([row.uniform[min(row.decisions, len(row.uniform) - 1)] for row in rows]),
             barred=barred,
             declines=np.array([row.request.policy.declines for row in rows]),

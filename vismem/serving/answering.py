@@ -61,10 +61,11 @@ class Served(Executor, Protocol):
 class Usage:
     """What an answer took."""
 
-    finish: Literal["stop", "length"]  # ended by the model or a stop string, or at its limit
+    finish: str  # "stop": ended by the model or a stop string; "length": at its limit
     prompt_tokens: int
     tokens: int  # words, memories not counted
     memories: dict[str, int]  # by kind
+    first_token_seconds: float = field(compare=False)  # from the question's arrival to the first word or memory
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ class _Answer:
     request: Request = field(init=False)  # once it is prepared
     tokens: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)  # None: it is finished
     row: Row | None = None  # once it has joined
+    first: float = math.nan  # seconds until its first token
+
+    def check(self) -> None:
+        """Busy where nobody reads it any more."""
+        if self.gone.is_set():
+            raise Busy(LEFT)
 
 
 class Runtime:
@@ -115,10 +122,7 @@ class Runtime:
         rows: int = ROWS,
         cache_bytes: int = CACHE_BYTES,
     ) -> "Runtime":
-        """A runtime over a bundle's graphs, with `threads` threads; for files that are verified, see `Bundle`.
-
-        `max_patches`, `cache_bytes`: see OnnxExecutor.
-        """
+        """A runtime over a bundle's graphs; for `threads` and verified files see Bundle, for the rest OnnxExecutor."""
         from vismem.generation.onnx_executor import OnnxExecutor
         from vismem.runtime.bundle import Bundle
 
@@ -139,12 +143,11 @@ class Runtime:
     ) -> Iterator[Chunk]:
         """Yield the answer's chunks; closing the iterator ends the work at the next token, as setting `gone` does.
 
-        `prompt`: a question (see `one_turn` for where the images stand in it) or a conversation.
-        `max_new_tokens` counts words, not memories; `temperature` 0 is greedy; `memory` is a name of the executor's
-        modes, or True for "learned" and False for "off". The answer ends before the first of the `stop` strings. To
-        `looks` each memory's `attention.Look` is appended, before the chunk that follows it (by the torch executor).
-        Images that were read from files are closed. Raises RequestError for an unusable request, and Busy where too
-        many wait, before an image is decoded.
+        `prompt`: a question (see `one_turn` for its images' places) or a conversation. `max_new_tokens` counts words,
+        not memories; `temperature` 0 is greedy; `memory` is a name of the executor's modes, or True for "learned" and
+        False for "off". The answer ends before the first of the `stop` strings. To `looks` each memory's
+        `attention.Look` is appended, before the chunk that follows it (by the torch executor). Images read from files
+        are closed. RequestError for an unusable request, Busy where too many wait, before an image is decoded.
         """
         arrived = time.monotonic()
         if not images:
@@ -161,6 +164,7 @@ class Runtime:
         self._take_place(answer)
         try:
             with self.decoding.of(sum(image.width * image.height for image in images)):
+                answer.check()
                 sample = self.executor.prepare(images, chat, max_new_tokens)
                 let_go(images, pixels=self.log is None)
         except BaseException:
@@ -195,6 +199,7 @@ class Runtime:
         words, memories = 0, Counter[str]()
         try:
             with self.preparing:  # beside the thread that decodes
+                answer.check()
                 self.executor.read(request.samples[0], memory=request.policy.limit != 0)
             with self.changed:
                 if self.closed:
@@ -215,7 +220,7 @@ class Runtime:
                     yield Chunk(text.add(token), "token", token)
             assert answer.row is not None
             ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
-            usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories))
+            usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories), answer.first)
             end = Chunk(text.finish(), "end", usage=usage)
             if request.max_new_tokens > 1:  # with 1 it is a probe
                 self.metrics.answered(str(asked["memory"]), memories)
@@ -232,8 +237,6 @@ class Runtime:
         finally:
             answer.gone.set()
             self.places.discard(answer)
-
-    # --- the thread that decodes ---
 
     def _run(self) -> None:
         loop = DecodeLoop(self.executor)
@@ -256,29 +259,25 @@ class Runtime:
                 answer.tokens.put(Busy(STOPPED))
 
     def _admit(self, loop: DecodeLoop) -> None:
-        """Let waiting answers join while there are places; wait for one where there is nothing to decode."""
+        """Let one waiting answer join, so that those that run wait for one prompt at most; with none, wait for one."""
         with self.changed:
-            for answer in [answer for answer in self.waiting if answer.gone.is_set()]:
-                self.waiting.remove(answer)
-                answer.tokens.put(Busy(LEFT))
-        while len(self.answers) < self.rows:
-            with self.changed:
-                if not self.answers:
-                    self.changed.wait_for(lambda: self.waiting or self.closed)
-                if not self.waiting or self.closed:
-                    return
-            loop.settle()  # what fails here is no fault of the one that joins
-            with self.changed:
-                answer = self.waiting.popleft()
-            if answer.gone.is_set():
-                answer.tokens.put(Busy(LEFT))
-                continue
-            try:
-                (answer.row,) = loop.join(answer.request)
-            except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on
-                answer.tokens.put(error)
-            else:
-                self.answers[answer.row] = answer
+            for left in [answer for answer in self.waiting if answer.gone.is_set()]:
+                self.waiting.remove(left)
+                left.tokens.put(Busy(LEFT))
+            if not self.answers:
+                self.changed.wait_for(lambda: self.waiting or self.closed)
+            if not self.waiting or self.closed or len(self.answers) == self.rows:
+                return
+        loop.settle()  # what fails here is no fault of the one that joins
+        with self.changed:
+            answer = self.waiting.popleft()
+        try:
+            answer.check()
+            (answer.row,) = loop.join(answer.request)
+        except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on
+            answer.tokens.put(error)
+        else:
+            self.answers[answer.row] = answer
 
     def _step(self, loop: DecodeLoop) -> None:
         """Decode a token of every answer, and let those go that are finished or that nobody reads."""
@@ -290,7 +289,8 @@ class Runtime:
             kind, answer = self.executor.kinds.get(token), self.answers[row]
             (self.metrics.memories.labels(kind.value) if kind else self.metrics.tokens).inc()
             if row.decisions == 1:
-                self.metrics.first_token.observe(time.monotonic() - answer.arrived)
+                answer.first = round(time.monotonic() - answer.arrived, 6)
+                self.metrics.first_token.observe(answer.first)
             answer.tokens.put(token)
             if row.finished:
                 self.answers.pop(row).tokens.put(None)

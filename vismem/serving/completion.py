@@ -125,7 +125,7 @@ class Refused(Exception):  # noqa: N818 - what a client did is no error of ours
         return JSONResponse(self.body(), self.status)
 
 
-def read_body(body: bytes) -> Completion:
+def read_body(body: bytes | bytearray) -> Completion:
     """A request. Refused, with the field and the reason, for one that is not understood."""
     try:
         return Completion.model_validate_json(body)
@@ -202,4 +202,5 @@ def _usage(end: Chunk) -> dict[str, Any] | None:
         return None
     read, written = end.usage.prompt_tokens, end.usage.tokens
     tokens = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-    return {**tokens, "vismem": {"memories": end.usage.memories}}
+    ours = {"memories": end.usage.memories, "first_token_seconds": end.usage.first_token_seconds}
+    return {**tokens, "vismem": ours}

@@ -69,15 +69,17 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
         try:
             if request.headers.get("sec-fetch-site") in OTHER_SITES:
                 raise Refused(403, "pages of other sites may not ask", "authentication_error")
-            wanted = await bodies.read(request)
-            if wanted.model not in modes:
-                there = ", ".join(f"'{known}'" for known in modes)
-                raise Refused(404, f"there is no model '{wanted.model}' here, but {there}", field="model")
-            mode = wanted.vismem.memory or modes[wanted.model]
-            if wanted.model != name and mode != modes[wanted.model]:
-                raise Refused(400, f"'{wanted.model}' is memory '{modes[wanted.model]}', not '{mode}'", field="vismem")
-            reply, gone = Reply(wanted.model, wanted), threading.Event()
-            chunks = await run_in_threadpool(begin, runtime, wanted, mode, reply.looks, gone)
+            async with bodies.read(request) as wanted:
+                if wanted.model not in modes:
+                    there = ", ".join(f"'{known}'" for known in modes)
+                    raise Refused(404, f"there is no model '{wanted.model}' here, but {there}", field="model")
+                own = modes[wanted.model]
+                mode = wanted.vismem.memory or own
+                if wanted.model != name and mode != own:
+                    raise Refused(400, f"'{wanted.model}' is memory '{own}', not '{mode}'", field="vismem")
+                reply, gone = Reply(wanted.model, wanted), threading.Event()
+                chunks = await run_in_threadpool(begin, runtime, wanted, mode, reply.looks, gone)
+                wanted.messages.clear()  # their images are decoded
             first = await _first(chunks, request, gone)  # so that what goes wrong before it has a status
             if not wanted.stream:
                 return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
@@ -154,25 +156,32 @@ class _Bodies:
     def __init__(self) -> None:
         self.bytes = 0
 
-    async def read(self, request: Request) -> Completion:
-        """A request. Refused for one that is too large, at the first byte too many, too slow, or not understood."""
-        body = bytearray()
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[Completion]:
+        """A block with a request, which counts until it ends.
+
+        Refused for one that is too large, at the first byte too many, too slow, or not understood.
+        """
+        body, size = bytearray(), 0
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    body += part
-                    self.bytes += len(part)
-                    if len(body) > MAX_BODY_BYTES:
-                        raise Refused(413, f"the request is larger than {MAX_BODY_BYTES} bytes")
-                    if self.bytes > MAX_BODIES_BYTES:
-                        raise Refused(429, "too many large requests at a time: ask again later", BUSY_TYPE)
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    async for part in request.stream():
+                        body += part
+                        size, self.bytes = size + len(part), self.bytes + len(part)
+                        if size > MAX_BODY_BYTES:
+                            raise Refused(413, f"the request is larger than {MAX_BODY_BYTES} bytes")
+                        if self.bytes > MAX_BODIES_BYTES:
+                            raise Refused(429, "too many large requests at a time: ask again later", BUSY_TYPE)
+            except TimeoutError:
+                raise Refused(408, f"the request did not come within {BODY_SECONDS} seconds") from None
             if body.count(b'"') + body.count(b",") > MAX_MARKS:
                 raise Refused(413, "the request has too many fields")
-            return await run_in_threadpool(read_body, bytes(body))
-        except TimeoutError:
-            raise Refused(408, f"the request did not come within {BODY_SECONDS} seconds") from None
+            wanted = await run_in_threadpool(read_body, body)
+            del body
+            yield wanted
         finally:
-            self.bytes -= len(body)
+            self.bytes -= size
 
 
 async def _first(chunks: Iterator[Chunk], request: Request, gone: threading.Event) -> Chunk:

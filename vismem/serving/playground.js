@@ -104,7 +104,7 @@ async function answer(card, memory, signal) {
       seed: Number($("seed").value),
       stream: true,
       stream_options: { include_usage: true },
-      vismem: { memory, attention: memory !== "off" },
+      vismem: { memory, attention: !["off", "vanilla"].includes(memory) },
     };
     const headers = { "Content-Type": "application/json" };
     const response = await fetch("v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
@@ -155,7 +155,7 @@ async function ask(event) {
   const example = document.querySelector(".examples [aria-pressed=true]");
   $("right").textContent = example && example.dataset.question === $("question").value ? `Right is: ${example.dataset.answer}` : "";
   $("stop").disabled = false;
-  await Promise.all([answer($("with"), $("memory").value, running.signal), answer($("without"), "off", running.signal)]);
+  await Promise.all([answer($("with"), $("memory").value, running.signal), answer($("without"), "vanilla", running.signal)]);
   if (SEEN.running === running) stop();
 }
 

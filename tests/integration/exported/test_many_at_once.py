@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,38 @@ def test_a_runtime_that_is_closed_ends_what_is_decoded_and_what_waits(runtime):
                 left()
     assert not few.thread.is_alive()
     Runtime(OnnxExecutor(runtime.executor.bundle)).close()
+
+
+def test_between_two_that_join_the_running_ones_get_a_token(runtime, monkeypatch):
+    several, sample, seen = Runtime(OnnxExecutor(runtime.executor.bundle), rows=4), tiny.samples()[0], []
+    join, choose = several.executor.join, several.executor.choose
+    monkeypatch.setattr(several.executor, "choose", lambda asked: (seen.append("token"), choose(asked))[1])
+
+    def joins(*given):
+        seen.append("joins")
+        while len(several.waiting) < 4 - seen.count("joins"):
+            time.sleep(0.01)
+        return join(*given)
+
+    monkeypatch.setattr(several.executor, "join", joins)
+    asked = [several.generate(pictures(sample), sample.question, max_new_tokens=9) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(list, asked))
+    assert seen[:7] == ["joins", "token"] * 3 + ["joins"]
+    several.close()
+
+
+def test_what_nobody_reads_any_more_is_neither_decoded_nor_read(runtime, monkeypatch):
+    few, sample, left = Runtime(OnnxExecutor(runtime.executor.bundle)), tiny.samples()[0], threading.Event()
+    chunks = few.generate(pictures(sample), sample.question, gone=left)
+    left.set()
+    for part in ("prepare", "read", "join"):
+        monkeypatch.setattr(few.executor, part, lambda *_, **__: pytest.fail("work for nobody"))
+    for ask in (lambda: next(chunks), lambda: few.generate(pictures(sample), sample.question, gone=left)):
+        with pytest.raises(Busy, match="nobody reads"):
+            ask()
+    assert not few.places
+    few.close()
 
 
 def test_an_iterator_that_was_never_begun_asks_for_nothing(runtime):

@@ -160,6 +160,18 @@ def test_without_memory_nothing_is_invoked_and_torch_says_the_same(model, runtim
     assert tuple(chunk.token for chunk in chunks[:-1]) == expected
 
 
+@pytest.mark.parametrize("cold", [1e-6, 1e-40, 1e-300])
+def test_a_temperature_that_would_leave_float32_is_greedy(model, runtime, cold):
+    sample, torch_s = tiny.samples()[0], Runtime(TorchExecutor(model))
+    for served in (runtime, torch_s):
+        greedy, colder = (
+            list(served.generate(pictures(sample), sample.question, max_new_tokens=9, temperature=temperature, seed=3))
+            for temperature in (0.0, cold)
+        )
+        assert colder == greedy
+    torch_s.close()
+
+
 def test_the_bases_own_columns_of_memory_tokens_never_win(model, runtime, monkeypatch):
     own = list(model.memory_ids)
     assert max(own) < model.vocabulary, "as in real Qwen's head, which is padded"

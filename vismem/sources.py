@@ -19,15 +19,17 @@ REGISTERED = re.compile(r"models:/(?P<model>[^/@]+)[/@](?P<version>[^/@]+)")
 
 
 def find_added(name: str | Path) -> Path:
-    """The folder of what VisMem adds, verified by its manifest where it has one.
+    """The folder of what VisMem adds, verified by its manifest; only what a training wrote has none.
 
     `name` is a folder, a hub id, or `models:/NAME@ALIAS` or `models:/NAME/VERSION` of the MLflow registry. UserError
     where there is nothing of that name, or it is damaged.
     """
     folder = _folder_of(str(name))
-    if (folder / MANIFEST).is_file():
-        check_manifest(folder)
     inside = folder / "vismem"  # of a bundle
+    # One that names its base was saved with a manifest, or lies in a bundle.
+    saved = (folder / REFERENCE).is_file() and not (folder.resolve().parent / MANIFEST).is_file()
+    if saved or (inside / ADDED).is_file() or (folder / MANIFEST).is_file():
+        check_manifest(folder)
     added = inside if (inside / ADDED).is_file() else folder
     if not (added / ADDED).is_file():
         raise UserError(f"{folder} holds no memory, {ADDED} is not there: give what stage1, stage2 or export wrote")

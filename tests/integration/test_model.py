@@ -231,7 +231,7 @@ def test_another_adapter_leaves_none_of_the_first_on_the_base(tiny_base: Path) -
     [
         ({"format": 1}, "{folder} has format 1, this release reads 3: train it anew"),
         ({"family": "internvl"}, "{folder} was trained on internvl, but the base is qwen2_5_vl"),
-        ({"memory_ids": [1, 2, 3, 4]}, "the base has another tokenizer than the one that {folder} was trained with"),
+        ({"memory_ids": [1, 2, 3, 4]}, "'{base}' has another tokenizer than the one that {folder} was trained with"),
     ],
 )
 def test_a_folder_that_another_base_was_trained_with_is_refused(

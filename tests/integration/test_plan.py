@@ -266,11 +266,18 @@ def test_a_base_that_neither_a_gpu_nor_all_together_can_hold_is_refused_by_that(
     assert err.endswith("; it fits no card known here\n")
 
 
+@pytest.mark.parametrize(("gpus", "card"), [("2x80", "H100"), ("8x141", "H200")])
+def test_gigabytes_name_the_card_that_has_them(gpus: str, card: str) -> None:
+    count = int(gpus[0])
+    assert Machine.named(gpus) == Machine.named(f"{count}x{card}") == Machine(count, card, *CARDS[card])
+
+
 def test_wrong_requests_are_said_so(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two = ("--gpus", "2xH100", "--set")
     for base, arguments, said in (
         (tiny_base, ("--gpus", "80"), "COUNTxCARD"),
         (tiny_base, ("--gpus", "1xH10"), "L40S, A100, H100, H200"),
+        (tiny_base, ("--gpus", "1x40"), "H200; 80 is an H100 and 141 is an H200"),
         (tiny_base, ("--gpus", "3xH100"), "must be a multiple of the 3 GPUs"),
         (tiny_base, (*two, "stage1.warm_start.batch_size=3"), "warm_start: a batch_size of 3 must be a multiple"),
         (tiny_base, (*two, "baselines.supervised.batch_size=3", "sft_lora"), "sft_lora: a batch_size of 3 must"),

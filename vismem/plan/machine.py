@@ -31,11 +31,13 @@ class Machine:
 
     @classmethod
     def named(cls, gpus: str) -> Self:
-        """`8xH100`: eight of them. UserError for another form, or a card that is not known here."""
+        """`8xH100`, or `8x80`: eight of them. UserError for another form, or a card that is not known here."""
         found = re.fullmatch(r"([1-9]\d*)x(\w+)", gpus)
-        if found is None or found[2] not in CARDS:
-            raise UserError(f"--gpus {gpus}: give COUNTxCARD, such as 8xH100; CARD is one of {', '.join(CARDS)}")
-        return cls(int(found[1]), found[2], *CARDS[found[2]])
+        card = found and BY_GIGABYTES.get(found[2], found[2])
+        if found is None or card not in CARDS:
+            known = f"{', '.join(CARDS)}; {' and '.join(f'{size} is an {name}' for size, name in BY_GIGABYTES.items())}"
+            raise UserError(f"--gpus {gpus}: give COUNTxCARD, such as 8xH100; CARD is one of {known}")
+        return cls(int(found[1]), card, *CARDS[card])
 
     @classmethod
     def here(cls, count: int) -> Self:
@@ -69,3 +71,4 @@ CARDS = {
     "H100": (79.1 * GIB, 989e12, 67e12, 3.35e12),
     "H200": (139.8 * GIB, 989e12, 67e12, 4.8e12),
 }
+BY_GIGABYTES = {"80": "H100", "141": "H200"}  # for who knows a card by its memory; an A100 has to be named

@@ -34,6 +34,7 @@ from vismem.runtime.prompt import composed
 WEIGHTS = "weights.bin"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them
 ALIGNMENT = 64
+WITHOUT = "with `export.graphs: false` export writes what VisMem adds, which `vismem api` serves"
 DYNAMIC = torch.export.Dim.DYNAMIC
 
 
@@ -74,7 +75,7 @@ def write_graphs(model: VisMemModel, folder: Path, opset: int) -> None:
     is not made of parts (see `prompt_parts`).
     """
     if model.backbone.family != "qwen2_5_vl":
-        raise UserError(f"export writes graphs for qwen2_5_vl only, not for {model.backbone.family}")
+        raise UserError(f"export writes graphs for qwen2_5_vl only, not for {model.backbone.family}: {WITHOUT}")
     folder.mkdir(parents=True, exist_ok=True)
     settings = runtime_settings(model)
     with (folder / WEIGHTS).open("wb") as file, torch.no_grad():
@@ -209,9 +210,9 @@ def prompt_parts(processor: Any) -> dict[str, Any]:
     image = render(Turn("user", (IMAGE, mark))).removeprefix(joints["start user"]).split(mark)[0]
     for turn in (*(Turn("user", (IMAGE,) * count + ("one",)) for count in range(4)), asked):
         if not made_of(joints, turn):
-            raise UserError("the base's chat template does not put images where they stand in the question")
+            raise UserError(f"the base's chat template does not put images where they stand in the question: {WITHOUT}")
     if processor.image_token not in image:
-        raise UserError(f"the base's chat template has no {processor.image_token} for an image")
+        raise UserError(f"the base's chat template has no {processor.image_token} for an image: {WITHOUT}")
     more = (asked, Turn("assistant", (" three\n",)), asked)
     for turns in (more, (Turn("system", ("four",)), *more)):
         with suppress(TemplateError, ValueError):  # the template refuses such turns, or says other things

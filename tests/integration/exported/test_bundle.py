@@ -146,7 +146,7 @@ def test_missing_metrics_are_named(inputs, config, tmp_path):
 def test_a_template_that_puts_the_question_first_is_refused(model, monkeypatch):
     template = "{% for part in messages[0].content | reverse %}{{ part.text or '<|image_pad|>' }}{% endfor %}"
     monkeypatch.setattr(model.backbone.processor, "chat_template", template)
-    with pytest.raises(UserError, match="chat template"):
+    with pytest.raises(UserError, match=r"chat template .*`export\.graphs: false`.*`vismem api`"):
         prompt_parts(model.backbone.processor)
 
 

@@ -10,7 +10,7 @@ from project import PARITY
 from vismem import VisMem
 from vismem.errors import UserError
 from vismem.export.export import export
-from vismem.export.onnx import WEIGHTS
+from vismem.export.onnx import WEIGHTS, write_graphs
 from vismem.files import read_json
 from vismem.models.reference import Base
 from vismem.provenance import sha256_folder, verify_manifest
@@ -48,6 +48,17 @@ def test_it_answers_as_what_was_trained(bare: Path, inputs, tiny_base: Path) -> 
         pictures = tiny_families.pictures(sample)
         said = [str(each.answer(pictures, sample.question, max_new_tokens=6)) for each in (trained, served)]
         assert said[0] == said[1]
+
+
+def test_a_family_without_graphs_is_refused_with_the_way_that_serves_it(tmp_path: Path) -> None:
+    model = tiny.vismem(tiny_families.save_base(tmp_path / "base", "internvl"))
+    with pytest.raises(UserError) as refused:
+        write_graphs(model, tmp_path / "onnx", 18)
+    assert str(refused.value) == (
+        "export writes graphs for qwen2_5_vl only, not for internvl: with `export.graphs: false` export writes what "
+        "VisMem adds, which `vismem api` serves"
+    )
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_a_base_with_other_weights_is_refused(bare: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def serve_api(
     page: bool = False,
     write: Callable[[str], None] = print,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM. UserError for a model that cannot be loaded, a busy port, half a certificate.
+    """Serve until Ctrl-C or SIGTERM. UserError for a model that cannot be loaded, a busy port, half a certificate, and
+    where the thread that decodes has ended, so that whatever watches the process starts it again.
 
     With `page` the playground is at /, for this machine's browsers, without a token.
     """
@@ -87,15 +88,19 @@ def serve_api(
         closed = "with a token" if token else "without a token"
         line = f"serving {name} ({loaded.model.backbone.family}) on {address}/v1, {closed}"
         said = f"playground: {address}/ (Ctrl-C ends it)" if page else line
-        _Server(settings, lambda: write(said), runtime.close).run()
+        _Server(settings, lambda: write(said), runtime).run()
+        raise UserError("the thread that decodes has ended, and the server with it: start it again")
 
 
 class _Server(uvicorn.Server):
-    """A server that calls `ready` once it listens, and `end`, in a thread, END_SECONDS after it is told to stop."""
+    """A server that calls `ready` once it listens, and ends with the runtime.
 
-    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None], end: Callable[[], None]) -> None:
+    It closes the runtime, in a thread, END_SECONDS after it is told to stop.
+    """
+
+    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None], runtime: Runtime) -> None:
         super().__init__(settings)
-        self.ready, self.end = ready, end
+        self.ready, self.runtime = ready, runtime
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """UserError where the port was taken while the model was loaded."""
@@ -105,7 +110,11 @@ class _Server(uvicorn.Server):
             raise UserError(f"port {self.config.port} cannot be used: choose another with --port") from None
         self.ready()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop: told to, or nothing decodes any more."""
+        return await super().on_tick(counter) or self.runtime.closed
+
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """Wait for running answers; those that `end` cuts off say so to their clients."""
-        asyncio.get_running_loop().call_later(END_SECONDS, Thread(target=self.end).start)
+        """Wait for running answers; those that are cut off say so to their clients."""
+        asyncio.get_running_loop().call_later(END_SECONDS, Thread(target=self.runtime.close).start)
         await super().shutdown(sockets)

@@ -4,6 +4,7 @@ import json
 import ssl
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from http_calls import messages, post
 from stand_in import png
 
 from vismem import cli
+from vismem.api import serve_api
+from vismem.ask import DEFAULT_MODEL
+from vismem.errors import UserError
+from vismem.generation.torch_executor import TorchExecutor
 from vismem.serving.exchange import TOKEN_VARIABLE
 
 PICTURE = png(84, 84)  # 36 patches
@@ -96,3 +101,25 @@ def test_a_name_that_a_page_of_another_site_made_its_own_is_refused_unless_a_tok
         patch.setenv(TOKEN_VARIABLE, "s3cret")
         with api() as address:
             assert status(address, "models.example", Authorization="Bearer s3cret") == 200
+
+
+def test_a_server_whose_thread_that_decodes_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked by a client as soon as it says that it serves; what was in the making is answered before it ends."""
+
+    def die(*_: object) -> None:
+        raise SystemExit
+
+    def ask(line: str) -> None:
+        address = line.split()[4].rstrip(",").removesuffix("/v1")
+        asked = {"model": "vismem", "messages": messages([PICTURE], "what?"), "max_tokens": 1}
+        client.append(threading.Thread(target=lambda: statuses.append(post(address, asked)[0])))
+        client[0].start()
+
+    client: list[threading.Thread] = []
+    statuses: list[int] = []
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(TorchExecutor, "choose", die)
+    with pytest.raises(UserError, match=r"^the thread that decodes has ended, and the server with it: start it again$"):
+        serve_api(DEFAULT_MODEL, port=0, max_patches=64, cache_mb=1, write=ask)
+    client[0].join(30)
+    assert statuses == [429]

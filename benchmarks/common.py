@@ -1,7 +1,8 @@
-"""What the benchmarks share: options and report, a base and samples, GRPO steps, clocks on named parts, peak memory."""
+"""What the benchmarks share: options, report, base, samples, sides that answer, GRPO steps, clocks, peak memory."""
 
 import argparse
 import functools
+import io
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import version
 from itertools import count
@@ -18,15 +20,19 @@ from resource import RUSAGE_SELF, getrusage
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from vismem.config import GrpoConfig, GrpoStageConfig, ScenesSource, Stage1Config, Stage2Config
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
+from vismem.generation.prompts import prompt_text
 from vismem.generation.types import Rollout
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
+from vismem.serving.answering import Chunk, Runtime
 from vismem.training import rollout
 from vismem.training.baselines import PolicyGrpo
 from vismem.training.rollout import GrpoObjective
@@ -42,6 +48,7 @@ OBJECTIVES: dict[type[GrpoStageConfig], tuple[type[GrpoObjective], tuple[str, ..
     Stage2Config: (Invocation, INVOCATION),
 }
 Seconds = dict[str, float]
+Tokens = list[tuple[int, ...]]  # of each answer
 
 
 def parser(doc: str | None, **integers: tuple[int, str]) -> argparse.ArgumentParser:
@@ -87,6 +94,41 @@ def random_base(folder: Path) -> Path:
     backbone.model.save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
     return folder
+
+
+@torch.inference_mode()
+def hugging_face(model: VisMemModel, samples: Sequence[Sample], max_new_tokens: int) -> Tokens:
+    """Greedy answers by the base's own `generate`, each up to the first of the model's stop tokens."""
+    processor, base = model.backbone.processor, model.backbone.model
+    texts = [prompt_text(processor, s) for s in samples]
+    images = [[Image.open(io.BytesIO(data)).convert("RGB") for data in s.images] for s in samples]
+    encoded = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+    with model.policy_lora.active(False):
+        made = base.generate(**encoded.to(base.device), max_new_tokens=max_new_tokens, do_sample=False)
+    answers = made[:, encoded["input_ids"].shape[1] :].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in model.stop_ids), len(row)) for row in answers]
+    return [tuple(row[:end]) for row, end in zip(answers, ends, strict=True)]
+
+
+def answer(runtime: Runtime, sample: Sample, **settings: Any) -> tuple[list[Chunk], float]:
+    """An answer's chunks, and the seconds until the first came; `settings` are those of `Runtime.generate`."""
+    started, first, chunks = time.perf_counter(), 0.0, []
+    pictures = [Image.open(io.BytesIO(data)) for data in sample.images]
+    for chunk in runtime.generate(pictures, sample.question, **settings):
+        first = first or time.perf_counter() - started
+        chunks.append(chunk)
+    return chunks, first
+
+
+def turn(
+    ask: Callable[[Any], tuple[list[Chunk], float]], asked: Sequence[Any], streams: int
+) -> tuple[list[list[Chunk]], float, float]:
+    """All answers, asked by so many clients at a time: chunks, seconds, 95th percentile of the first chunk's."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(streams) as clients:
+        answers = list(clients.map(ask, asked))
+    seconds = time.perf_counter() - started
+    return [chunks for chunks, _ in answers], seconds, float(np.percentile([first for _, first in answers], 95))
 
 
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:

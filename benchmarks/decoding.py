@@ -1,4 +1,5 @@
-"""How fast the engine decodes: against Hugging Face's `generate` with memory off, and with memory against without.
+"""How fast the engine decodes: against Hugging Face's `generate` with memory off, and with memory against without;
+what one long memory adds to an answer of 64 tokens.
 
     OMP_WAIT_POLICY=passive python benchmarks/decoding.py [--json FILE]
 
@@ -7,50 +8,43 @@ process, on one thread: figures are ratios, the median over the repeats with its
 the tiny VLM with a random head, and memories are forced.
 """
 
-import io
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import torch
-from common import Parts, parser, peak_mib, publish, questions, random_base, table
-from PIL import Image
+from common import Parts, Tokens, hugging_face, parser, peak_mib, publish, questions, random_base, table
 
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.data.sample import Sample, StoredSamples
 from vismem.generation import engine
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
 from vismem.generation.loop import DecodeLoop
-from vismem.generation.prompts import prompt_text
+from vismem.models.kinds import MemoryKind
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
 
 TARGETS = {1: 1.5, 8: 1.8, 32: 2.0}  # tokens/s of the engine after the first token, as multiples of Hugging Face's
 HUGGING_FACE, VANILLA, VISMEM = "huggingface", "vanilla", "vismem"
-Tokens = list[tuple[int, ...]]
+WORDS, MOST = (
+    64,
+    0.15,
+)  # tokens of the answers to which a long memory is added, and the largest share of time it may add
 Side = Callable[[Sequence[Sample], int], Tokens]  # samples and max new tokens -> the rows' tokens, end token included
 
 
-@torch.inference_mode()
-def hugging_face_side(model: VisMemModel, samples: Sequence[Sample], max_new_tokens: int) -> Tokens:
-    """The base's own `generate`."""
-    processor, base = model.backbone.processor, model.backbone.model
-    texts = [prompt_text(processor, s) for s in samples]
-    images = [[Image.open(io.BytesIO(data)).convert("RGB") for data in s.images] for s in samples]
-    encoded = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-    with model.policy_lora.active(False):
-        made = base.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
-    answers = made[:, encoded["input_ids"].shape[1] :].tolist()
-    ends = [next((i + 1 for i, token in enumerate(row) if token in model.stop_ids), len(row)) for row in answers]
-    return [tuple(row[:end]) for row, end in zip(answers, ends, strict=True)]
+def engine_side(model: VisMemModel, policy: InvocationPolicy, samples: Sequence[Sample], longest: int) -> Tokens:
+    """Our engine."""
+    return [rollout.token_ids for rollout in engine.generate(model, samples, policy, max_new_tokens=longest)]
 
 
-def load(artifacts: Path, items: int) -> tuple[dict[str, Side], list[Sample], str]:
-    """The sides on one model, questions, and whether memories are learned or forced."""
+def load(artifacts: Path, items: int) -> tuple[VisMemModel, InvocationPolicy, list[Sample]]:
+    """A model, the policy by which its memories are learned or forced, and questions."""
     base, stage2 = artifacts / "base", artifacts / "stage2"
     policy: InvocationPolicy = Random(probability=0.5)
     own = base.is_dir()
@@ -62,13 +56,7 @@ def load(artifacts: Path, items: int) -> tuple[dict[str, Side], list[Sample], st
         else:
             model = VisMemModel(load_base(base), MemoryConfig(), InvocationConfig())
     model.backbone.prompt_pixels = None  # whole images in all prompts, as Hugging Face has them
-
-    def engine_side(policy: InvocationPolicy, samples: Sequence[Sample], longest: int) -> Tokens:
-        return [rollout.token_ids for rollout in engine.generate(model, samples, policy, max_new_tokens=longest)]
-
-    ours = {VANILLA: partial(engine_side, Off(base=True)), VISMEM: partial(engine_side, policy)}
-    sides: dict[str, Side] = {HUGGING_FACE: partial(hugging_face_side, model), **ours}
-    return sides, list(islice(samples, items)), "learned" if isinstance(policy, Learned) else "forced"
+    return model, policy, list(islice(samples, items))
 
 
 def measure(
@@ -102,6 +90,30 @@ def measure(
     }
 
 
+def long_memory(model: VisMemModel, samples: Sequence[Sample], repeats: int) -> dict[str, float]:
+    """What one long memory at the start adds to the time of an answer of WORDS tokens, prompt included, as a share.
+
+    Answers are decoded one at a time, with the memory and without in turn.
+    """
+    sides: dict[str, InvocationPolicy] = {
+        "off": Off(),
+        "long": Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1),
+    }
+    names, turns = list(sides), []
+
+    def answered(sample: Sample, policy: InvocationPolicy) -> None:
+        (rollout,) = engine.generate(model, [sample], policy, max_new_tokens=WORDS)
+        assert (rollout.answer_length, len(rollout.invocations)) == (WORDS, policy.limit)
+
+    with mock.patch.object(model, "stop_ids", ()), Parts() as parts:  # no answer ends early
+        for repeat, (number, sample), turn in product(range(repeats), enumerate(samples), range(len(names))):
+            name = names[(turn + number + repeat) % len(names)]
+            spent = parts.run(partial(answered, sample, sides[name]))
+            turns.append({"repeat": repeat, "side": name, "seconds": sum(spent.values())})
+    found = pd.DataFrame(turns).groupby(["repeat", "side"])["seconds"].sum().unstack()
+    return spread(found["long"] / found["off"] - 1)
+
+
 def spread(values: pd.Series) -> dict[str, float]:
     """Median and range."""
     figures: dict[str, float] = values.agg({"median": "median", "low": "min", "high": "max"}).round(4).to_dict()
@@ -109,7 +121,7 @@ def spread(values: pd.Series) -> dict[str, float]:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """Two small Markdown tables."""
+    """Three small Markdown tables."""
 
     def cell(value: dict[str, float], scale: float = 1.0) -> str:
         return f"{value['median'] * scale:.2f} ({value['low'] * scale:.2f} to {value['high'] * scale:.2f})"
@@ -123,7 +135,9 @@ def report(figures: dict[str, Any]) -> str:
     sides = table(f"{header} | of it memory, % | VisMem, ms per sample", rows)
     peaks = [f"{side} | {mib:.0f}" for side, mib in figures["peak_mib"].items()]
     peak = table("peak of a batch, on top of the model | MiB", peaks)
-    return f"Memories are {figures['memories']}.\n\n{sides}\n\n{peak}"
+    added = f"{WORDS} tokens | {cell(figures['long_memory'], 100)} | {100 * MOST:.0f}"
+    long = table("answer | what one long memory adds to its time, % | at most", [added])
+    return f"Memories are {figures['memories']}.\n\n{sides}\n\n{peak}\n\n{long}"
 
 
 def main() -> None:
@@ -135,7 +149,9 @@ def main() -> None:
     options.add_argument("--batch", type=int, nargs="+", default=list(TARGETS), help="batch sizes")
     args = options.parse_args()
     torch.set_num_threads(1)
-    sides, samples, memories = load(args.artifacts, args.items)
+    model, policy, samples = load(args.artifacts, args.items)
+    ours = {VANILLA: partial(engine_side, model, Off(base=True)), VISMEM: partial(engine_side, model, policy)}
+    sides: dict[str, Side] = {HUGGING_FACE: partial(hugging_face, model), **ours}
     largest, longest = samples[: max(args.batch)], args.max_new_tokens
 
     def prepared(answer: Side) -> Callable[[], object]:
@@ -143,9 +159,11 @@ def main() -> None:
         return partial(answer, largest, longest)
 
     figures: dict[str, Any] = {
-        "items": len(samples), "max_new_tokens": longest, "repeats": args.repeats, "memories": memories,
+        "items": len(samples), "max_new_tokens": longest, "repeats": args.repeats,
+        "memories": "learned" if isinstance(policy, Learned) else "forced",
         "peak_mib": {name: peak_mib(partial(prepared, answer)) for name, answer in sides.items()},
         "batches": {str(n): measure(sides, samples, n, longest, args.repeats) for n in args.batch},
+        "long_memory": long_memory(model, samples, args.repeats),
     }  # fmt: skip
     publish(figures, report(figures), args.json)
 

@@ -7,19 +7,17 @@ The memory that comes with VisMem is exported and asked in this process, on one 
 sides take turns and must give the same answers. Figures are ratios: the median over the repeats with its range.
 """
 
-import io
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import MEMORY, parser, publish, questions, table
-from PIL import Image
+from common import MEMORY, answer, parser, publish, questions, table, turn
 
 from vismem.data.sample import Sample
 from vismem.export.onnx import write_graphs
@@ -63,28 +61,6 @@ def triton(name: str = "vismem") -> Iterator[TritonServer]:
             yield server
 
 
-Pieces = list[tuple[str, str]]  # of an answer: text and event
-
-
-def answer(runtime: Runtime, sample: Sample) -> tuple[Pieces, float]:
-    """An answer's pieces, and the seconds until the first came."""
-    started, first, pieces = time.perf_counter(), 0.0, []
-    pictures = [Image.open(io.BytesIO(data)) for data in sample.images]
-    for chunk in runtime.generate(pictures, sample.question):
-        first = first or time.perf_counter() - started
-        pieces.append((chunk.text, chunk.event))
-    return pieces, first
-
-
-def turn(runtime: Runtime, samples: Sequence[Sample], streams: int) -> tuple[list[Pieces], float, float]:
-    """All answers, asked by so many clients at a time: pieces, seconds, 95th percentile of the first piece's."""
-    started = time.perf_counter()
-    with ThreadPoolExecutor(streams) as clients:
-        answers = list(clients.map(lambda sample: answer(runtime, sample), samples))
-    seconds = time.perf_counter() - started
-    return [pieces for pieces, _ in answers], seconds, float(np.percentile([first for _, first in answers], 95))
-
-
 def over_grpc(runtime: Runtime, samples: Sequence[Sample], repeats: int) -> list[float]:
     """Seconds of one stream over gRPC, over those in this process; each turn asks others, so that nothing is cached.
 
@@ -97,7 +73,7 @@ def over_grpc(runtime: Runtime, samples: Sequence[Sample], repeats: int) -> list
         for repeat in range(repeats):
             asked = samples[repeat::repeats]
             started = time.perf_counter()
-            own = [answer(runtime, sample)[0] for sample in asked]
+            own = [[(chunk.text, chunk.event) for chunk in answer(runtime, sample)[0]] for sample in asked]
             between = time.perf_counter()
             found = [list(client.stream(sample.images, sample.question)) for sample in asked]
             ratios.append((time.perf_counter() - between) / (between - started))
@@ -111,12 +87,13 @@ def main() -> None:
     """Measure, print, write."""
     args = parser(__doc__, items=(64, "questions"), repeats=(5, "timed turns of each side")).parse_args()
     runtime, samples = load(), questions(args.items, side=168)
-    expected = turn(runtime, samples, 1)[0]  # untimed
+    ask = partial(answer, runtime)
+    expected = turn(ask, samples, 1)[0]  # untimed
     turns = []
     for repeat in range(args.repeats):
         for streams in STREAMS:
-            pieces, seconds, first = turn(runtime, samples, streams)
-            assert pieces == expected, "an answer must be the same alone and among others"
+            chunks, seconds, first = turn(ask, samples, streams)
+            assert chunks == expected, "an answer must be the same alone and among others"
             turns.append({"repeat": repeat, "streams": streams, "seconds": seconds, "first": first})
     found = pd.DataFrame(turns).pivot(index="repeat", columns="streams")
     figures: dict[str, Any] = {"items": len(samples), "tokens": sum(map(len, expected)) - len(samples), "streams": {}}

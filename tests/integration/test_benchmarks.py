@@ -32,6 +32,7 @@ def test_decoding_compares_equal_tokens_and_reports_ratios(run, tmp_path: Path) 
         assert 0 < row["memory_share"]["median"] < 1
         assert row["speed"]["low"] <= row["speed"]["median"] <= row["speed"]["high"]
     assert set(figures["peak_mib"]) == set(row["seconds_per_sample"])
+    assert figures["long_memory"]["low"] <= figures["long_memory"]["median"] <= figures["long_memory"]["high"]
 
 
 def test_validation_reports_its_speed(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

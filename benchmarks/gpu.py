@@ -3,78 +3,51 @@
     python benchmarks/gpu.py --json gpu.json
 
 Prints Markdown tables (and writes JSON): stage I and stage II steps at the paper's group size with gradient
-checkpointing, as `deploy/profiles/qwen2_5_vl_7b.yaml` sets them; decoding at several batch sizes; what memories add to
-it. `--size tiny` is the same at toy size, for a CPU.
+checkpointing, as `deploy/profiles/qwen2_5_vl_7b.yaml` sets them, their peak memory against what `vismem plan` counts
+for the same questions; decoding at several batch sizes, against Hugging Face's `generate`; what memories add to it;
+the engine as it serves many streams at once. `--size tiny` is the same at toy size, for a CPU, where peaks are counted
+as the plan counts them.
 
 MFU counts useful work only: the FLOPs of a step taken one rollout at a time, without recomputation and padding. The
 share of the bandwidth counts what a decoding step must read: the language model's weights and head once, and the cache.
+Answers are greedy: in float32 those of all sides must be equal. In bfloat16 a tie may fall either way, and what follows
+it differs; so the tables say which share of the tokens comes before the first difference.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import pandas as pd
 import torch
-from common import ROOT, TINY_VLM, Parts, Steps, now, parser, publish, questions, step_parts, table
+from common import ROOT, Parts, Steps, answer, hugging_face, now, parser, publish, questions, step_parts, table, turn
+from qwen import SEVEN_B, TINY, build
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vismem.config import Config, load_config
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
-from vismem.generation.invocation import InvocationPolicy, Off, Random
+from vismem.generation.invocation import Off, Random
 from vismem.generation.prompts import encode
-from vismem.models.backbones import backbone_of
-from vismem.models.processors import load_processor
+from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.vismem import VisMemModel
+from vismem.plan.machine import CARDS, Machine
+from vismem.plan.model import questions as planned_questions
+from vismem.plan.rehearsal import Rehearsal, StepPlan
+from vismem.plan.shapes import Shapes
+from vismem.serving.answering import Chunk, Runtime
 from vismem.training.stage2 import fit_invocation
 
-Sizes = dict[str, dict[str, Any]]
-SEVEN_B: Sizes = {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct, where it differs from its class's defaults
-    "text_config": {
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {"hidden_size": 1280},
-}  # fmt: skip
-TINY: Sizes = {
-    "text_config": {
-        "vocab_size": 3000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-    },
-    "vision_config": {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-        "fullatt_block_indexes": [1],
-    },
-}  # fmt: skip
+STAGES = {"stage1": "stage I", "stage2": "stage II"}
 SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
     "H100 80GB HBM3": (989e12, 3.35e12), "H100 PCIe": (756e12, 2.0e12), "H200": (989e12, 4.8e12),
     "A100-SXM4-80GB": (312e12, 2.04e12), "A100-SXM4-40GB": (312e12, 1.56e12),
 }  # fmt: skip
-
-
-def build(sizes: Sizes, side: int, config: Config) -> VisMemModel:
-    """VisMem on a Qwen2.5-VL of these sizes with random weights, in bf16 on a GPU; answers never end by themselves."""
-    processor = load_processor(TINY_VLM)
-    processor.image_processor = Qwen2VLImageProcessorPil(min_pixels=side**2, max_pixels=side**2)
-    ids = processor.tokenizer.get_vocab()
-    settings = Qwen2_5_VLConfig(
-        **sizes, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    with torch.device(device):
-        base = AutoModelForImageTextToText.from_config(settings, dtype=dtype)
-    base.generation_config.eos_token_id = ids["<|im_end|>"]
-    model = VisMemModel(backbone_of(base, processor), config.memory, config.invocation)
-    model.stop_ids = ()
-    return model
 
 
 def peaks() -> dict[str, Any]:
@@ -95,32 +68,71 @@ def peaks() -> dict[str, Any]:
     return {**speeds, "peaks": "measured"}
 
 
-def training(model: VisMemModel, samples: Sequence[Sample], config: Config, args: argparse.Namespace) -> list[Any]:
-    """Steps of both stages: seconds, parts, tokens per second, memory, FLOPs."""
-    on_gpu, rollouts = torch.cuda.is_available(), args.prompts * args.group
-    grpo = config.grpo.model_copy(update={"batch_size": args.prompts, "max_new_tokens": args.tokens})
-    plain = grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
-    stage1 = config.stage1.model_copy(update={"group_size": args.group, "anywhere_after": 0.0})
-    stage2 = config.stage2.model_copy(update={"group_size": args.group})
-    fit_invocation(model, samples[: args.prompts], stage2, args.tokens, seed=0)
+def planned(config: Config, side: int, card: str) -> list[StepPlan]:
+    """What `vismem plan` says of both stages. Call it in another process: it sets accelerate to the CPU."""
+    machine = Machine.named(f"1x{card}")
+    return [Rehearsal(name, config, machine, (side, side)).rehearse() for name in STAGES]
+
+
+def peak_bytes(model: VisMemModel, step: Steps) -> int:
+    """Bytes of tensors at the peak of a step: by torch's allocator, or on the CPU as a plan counts them."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return int(torch.cuda.max_memory_allocated())
+    base, states = model.backbone.model, step.optimizer.state.values()
+    gradients = (weight.grad for weight in model.parameters() if weight.grad is not None)
+    with Shapes(hollow=False) as shapes:
+        for held in (base.parameters(), base.buffers(), model.parameters(), gradients, *(s.values() for s in states)):
+            for tensor in held:
+                shapes.count(tensor)
+        step()
+    return int(shapes.peak)
+
+
+def training(model: VisMemModel, config: Config, args: argparse.Namespace) -> list[Any]:
+    """Steps of both stages: seconds, parts, tokens per second, memory, FLOPs; what is planned of them."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    card = next((card for card in CARDS if card in name), None)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        plans = process.submit(planned, config, args.side, card or "H100").result()
+    samples, rollouts = planned_questions(args.prompts, (args.side, args.side)), args.prompts * args.group
+    plain = config.grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
+    fit_invocation(model, samples, config.stage2, args.tokens, seed=0)
     found = []
-    for name, stage in (("stage I", stage1), ("stage II", stage2)):
+    for plan, stage in zip(plans, (config.stage1, config.stage2), strict=True):
         with FlopCounterMode(display=False) as counted:
             Steps(model, samples, plain, stage)()
-        step = Steps(model, samples, grpo, stage)
+        model.zero_grad()  # the earlier stage's too
+        step = Steps(model, samples, config.grpo, stage)
         step()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        peak = peak_bytes(model, step)
         with step_parts() as clocks:
             parts = pd.DataFrame([clocks.run(step) for _ in range(args.steps)]).fillna(0.0).mean()
+        phases = {phase: sum(plan.phases[phase].values()) for phase in ("rollouts", "backward", "update")}
         found.append({
-            "stage": name, "seconds": parts.sum(), "parts": parts.sort_values(ascending=False).to_dict(),
+            "stage": STAGES[plan.name], "seconds": parts.sum(), "parts": parts.sort_values(ascending=False).to_dict(),
             "rollouts": rollouts, "tokens": rollouts * step.metrics["answer_length"], "memories": step.memories,
-            "settings": grpo.model_dump() | stage.model_dump(), "flops": counted.get_total_flops(),
-            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "settings": config.grpo.model_dump() | stage.model_dump(), "flops": counted.get_total_flops(),
+            "peak_bytes": peak, "planned_bytes": max(phases.values()), "planned_phases": phases,
+            "planned_seconds": plan.seconds if card else None,
             "trained": sum(p.numel() for p in step.trained.values()),
         })  # fmt: skip
     return found
+
+
+def forced(args: argparse.Namespace) -> Random:
+    """The policy that forces as many memories as `args` allow, the first at the answer's start."""
+    return Random(probability=1.0, anywhere=min(1.0, 2 * args.memories / args.tokens), limit=args.memories)
+
+
+def same(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[int]]) -> float:
+    """Which share of the tokens of equally long answers comes before an answer's first that differs."""
+    alike = total = 0
+    for pairs in map(list, map(zip, ours, theirs)):
+        alike += next((at for at, (own, other) in enumerate(pairs) if own != other), len(pairs))
+        total += len(pairs)
+    return alike / total
 
 
 def decoding(model: VisMemModel, samples: Sequence[Sample], args: argparse.Namespace) -> list[Any]:
@@ -131,44 +143,83 @@ def decoding(model: VisMemModel, samples: Sequence[Sample], args: argparse.Names
     entry = model.backbone.head.weight.element_size()
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * language.layers[0].self_attn.head_dim * entry
     prompt = int(encode(model.backbone, samples[:1]).mask.sum())
-
-    def answered(batch: int, policy: InvocationPolicy, tokens: int) -> tuple[float, float]:
-        chosen = [samples[i % len(samples)] for i in range(batch)]
-        answer = partial(generate, model, chosen, policy, temperature=1.0)
-        answer(max_new_tokens=2)
-        start = now()
-        rollouts = answer(max_new_tokens=tokens)
-        return now() - start, sum(len(r.invocations) for r in rollouts) / batch
-
     found = []
+
+    def timed(side: Callable[..., Any], chosen: Sequence[Sample], tokens: int) -> tuple[float, Any]:
+        side(model, chosen, max_new_tokens=2)
+        start = now()
+        made = side(model, chosen, max_new_tokens=tokens)
+        return now() - start, made
+
+    without, with_memories = partial(generate, policy=Off()), partial(generate, policy=forced(args))
     for batch in args.batches:
-        first, _ = answered(batch, Off(), 1)
-        off, _ = answered(batch, Off(), args.tokens + 1)
-        chance = Random(probability=1.0, anywhere=min(1.0, 2 * args.memories / args.tokens), limit=args.memories)
-        on, memories = answered(batch, chance, args.tokens + 1)
-        step = (off - first) / args.tokens
+        chosen = [samples[i % len(samples)] for i in range(batch)]
+        first, _ = timed(without, chosen, 1)
+        off, answers = timed(without, chosen, args.tokens + 1)
+        theirs_first, _ = timed(hugging_face, chosen, 1)
+        theirs, expected = timed(hugging_face, chosen, args.tokens + 1)
+        on, remembering = timed(with_memories, chosen, args.tokens + 1)
+        step, theirs_step = (off - first) / args.tokens, (theirs - theirs_first) / args.tokens
         read = weights + batch * (prompt + args.tokens / 2) * token
-        found.append({"batch": batch, "first_s": first, "step_s": step, "tokens_s": batch / step,
-                      "bytes_s": read / step, "memories": memories, "overhead": on / off - 1})  # fmt: skip
+        found.append({
+            "batch": batch, "first_s": first, "step_s": step, "tokens_s": batch / step,
+            "hugging_face_tokens_s": batch / theirs_step, "same": same((r.token_ids for r in answers), expected),
+            "bytes_s": read / step, "memories": sum(len(r.invocations) for r in remembering) / batch,
+            "overhead": on / off - 1,
+        })  # fmt: skip
+    return found
+
+
+def serving(model: VisMemModel, samples: Sequence[Sample], args: argparse.Namespace) -> list[Any]:
+    """Many streams at once, each of three answers of several lengths: tokens per second, seconds to the first token."""
+    whole = [r.token_ids for r in generate(model, samples, Off(), max_new_tokens=args.tokens)]
+    asked = [(i % len(samples), -(-args.tokens * (i % 4 + 1) // 4)) for i in range(3 * args.streams)]
+    executor, found = TorchExecutor(model), []
+    executor.modes = {"off": Off(), "forced": forced(args)}
+    with closing(Runtime(executor, rows=args.streams)) as runtime:
+
+        def ask(mode: str, question: tuple[int, int]) -> tuple[list[Chunk], float]:
+            return answer(runtime, samples[question[0]], max_new_tokens=question[1], memory=mode)
+
+        for mode in executor.modes:
+            answers, seconds, first = turn(partial(ask, mode), asked, args.streams)
+            usage = [chunks[-1].usage for chunks in answers]
+            words = [[c.token for c in chunks if c.event == "token" and c.token is not None] for chunks in answers]
+            found.append({
+                "memory": mode, "streams": args.streams, "answers": len(asked), "tokens": sum(map(len, words)),
+                "tokens_s": sum(map(len, words)) / seconds, "first_p95_s": first,
+                "memories": sum(sum(each.memories.values()) for each in usage if each) / len(asked),
+                "same": same(words, (whole[at][:tokens] for at, tokens in asked)) if mode == "off" else None,
+            })  # fmt: skip
     return found
 
 
 def report(found: dict[str, Any]) -> str:
     """Markdown."""
     flops, bandwidth = found["peak_flops"], found["peak_bandwidth"]
-    steps, rows = [], []
+    steps, rows, streams = [], [], []
     for s in found["training"]:
-        memory = f"{s['peak_bytes'] / 2**30:.1f}" if s["peak_bytes"] else "-"
         shares = ", ".join(f"{part} {spent / s['seconds']:.0%}" for part, spent in s["parts"].items())
-        speed = f"{s['tokens'] / s['seconds']:.0f} | {s['flops'] / s['seconds'] / flops:.1%} | {memory} | {shares}"
-        steps.append(f"{s['stage']} | {s['rollouts']} | {s['memories']:.2f} | {s['seconds']:.2f} | {speed}")
+        planned_s = f"{s['planned_seconds']:.2f}" if s["planned_seconds"] else "-"
+        speed = f"{s['tokens'] / s['seconds']:.0f} | {s['flops'] / s['seconds'] / flops:.1%}"
+        memory = f"{s['peak_bytes'] / 2**30:.3g} | {s['planned_bytes'] / 2**30:.3g} | {shares}"
+        seconds = f"{s['memories']:.2f} | {s['seconds']:.2f} | {planned_s}"
+        steps.append(f"{s['stage']} | {s['rollouts']} | {seconds} | {speed} | {memory}")
     for d in found["decoding"]:
-        speed = f"{1000 * d['step_s']:.2f} | {d['tokens_s']:.0f} | {d['bytes_s'] / bandwidth:.1%}"
+        speed = f"{1000 * d['step_s']:.2f} | {d['tokens_s']:.0f} | {d['tokens_s'] / d['hugging_face_tokens_s']:.2f}"
+        speed += f" | {d['same']:.0%} | {d['bytes_s'] / bandwidth:.1%}"
         rows.append(f"{d['batch']} | {d['first_s']:.3f} | {speed} | {d['memories']:.2f} | {d['overhead']:+.1%}")
-    head = "stage | rollouts | memories per answer | s per step | tokens/s | MFU | peak GiB | where the time goes"
-    decode = "batch | first token, s | ms per token | tokens/s | share of bandwidth | memories | time they add"
+    for d in found["serving"]:
+        alike = "-" if d["same"] is None else f"{d['same']:.0%}"
+        speed = f"{d['tokens_s']:.0f} | {d['first_p95_s']:.3f} | {alike}"
+        streams.append(f"{d['memory']} | {d['streams']} | {d['answers']} | {d['memories']:.2f} | {speed}")
+    head = "stage | rollouts | memories per answer | s per step | as planned | tokens/s | MFU | peak GiB | as planned"
+    decode = "batch | first token, s | ms per token | tokens/s | times HF's | same tokens as HF | share of bandwidth"
+    serve = "memory | streams | answers | memories per answer | tokens/s | first token p95, s | same tokens as alone"
     source = f"peaks ({found['peaks']}): {flops / 1e12:.3g} TFLOP/s, {bandwidth / 1e12:.3g} TB/s"
-    return f"{source}\n\n{table(head, steps)}\n\n{table(decode, rows)}"
+    trained = table(f"{head} | where the time goes", steps)
+    decoded = table(f"{decode} | memories | time they add", rows)
+    return "\n\n".join([source, trained, decoded, table(serve, streams)])
 
 
 def main() -> None:
@@ -176,18 +227,26 @@ def main() -> None:
     options = parser(
         __doc__, prompts=(2, "prompts per training step; the paper: 8"), group=(16, "rollouts per prompt [paper: 16]"),
         tokens=(256, "tokens per answer"), memories=(4, "max memories per answer"),
-        side=(448, "pixels of an image's side"), steps=(2, "timed training steps, after one that is not"),
+        side=(448, "pixels of an image's side"), steps=(2, "timed training steps, after two that are not"),
+        streams=(64, "answers that are served at once"),
     )  # fmt: skip
     options.add_argument("--size", choices=("7b", "tiny"), default="7b")
     options.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="batch sizes of decoding")
     args = options.parse_args()
-    config = load_config(ROOT / "params.yaml", "qwen2_5_vl_7b")
-    limit = config.invocation.model_copy(update={"max_per_answer": args.memories})
-    samples = questions(8, args.side)
-    model = build(SEVEN_B if args.size == "7b" else TINY, args.side, config.model_copy(update={"invocation": limit}))
-    parameters = sum(p.numel() for p in model.backbone.model.parameters())
-    found: dict[str, Any] = {**peaks(), "parameters": parameters, "decoding": decoding(model, samples, args)}
-    found["training"] = training(model, samples, config, args)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "base.model": folder, "base.dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+            "invocation.max_per_answer": args.memories, "stage1.anywhere_after": 0.0,
+            "stage1.group_size": args.group, "stage2.group_size": args.group,
+            "grpo.batch_size": args.prompts, "grpo.max_new_tokens": args.tokens,
+        }  # fmt: skip
+        config = load_config(ROOT / "params.yaml", "qwen2_5_vl_7b", settings)
+        model, samples = build(SEVEN_B if args.size == "7b" else TINY, args.side, config), questions(8, args.side)
+        parameters = sum(p.numel() for p in model.backbone.model.parameters())
+        found: dict[str, Any] = {**peaks(), "parameters": parameters, "training": training(model, config, args)}
+    found |= {"decoding": decoding(model, samples, args), "serving": serving(model, samples, args)}
+    if config.base.dtype == "float32":
+        assert {d["same"] for d in (*found["decoding"], *found["serving"])} <= {1.0, None}, "answers must be the same"
     publish(found, report(found), args.json)
 
 

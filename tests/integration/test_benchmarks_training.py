@@ -71,7 +71,7 @@ def test_the_gpu_benchmark_runs_at_toy_size(
 
     out = tmp_path / "found.json"
     size = ["--size", "tiny", "--side", "84", "--memories", "2", "--batches", "1", "2"]
-    steps = ["--prompts", "1", "--group", "3", "--tokens", "6", "--steps", "1"]
+    steps = ["--prompts", "1", "--group", "3", "--tokens", "6", "--steps", "1", "--streams", "4"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *size, *steps, "--json", str(out)])
     gpu.main()
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
@@ -82,14 +82,25 @@ def test_the_gpu_benchmark_runs_at_toy_size(
         assert stage["flops"] > 0
         assert stage["tokens"] == 3 * 6
         assert stage["settings"]["gradient_checkpointing"], "as the 7B profile has it"
+        assert 0.5 < stage["peak_bytes"] / stage["planned_bytes"] <= 1, "a plan counts as many memories as may come"
+        assert stage["planned_seconds"] is None, "a plan knows no time of a CPU"
     assert found["training"][0]["parts"]["backward"] > 0
     assert found["training"][0]["trained"] > found["training"][1]["trained"]
+    assert all(d["tokens_s"] > 0 and d["hugging_face_tokens_s"] > 0 for d in found["decoding"])
+    assert {d["same"] for d in found["decoding"]} == {1}, "the answers are Hugging Face's"
+    off, forced = found["serving"]
+    assert (off["memory"], off["memories"], off["same"]) == ("off", 0, 1), "the answers are as when decoded alone"
+    assert (forced["memory"], forced["memories"]) == ("forced", pytest.approx(2, abs=0.5))
+    for served in (off, forced):
+        assert (served["streams"], served["answers"]) == (4, 12)
+        assert served["tokens"] == 3 * (2 + 3 + 5 + 6), "answers of a quarter to the whole of the length"
+        assert served["first_p95_s"] > 0
 
 
 def test_the_real_configuration_is_the_7b_model() -> None:
     """Built on the meta device: the number of parameters is Qwen2.5-VL-7B's."""
-    import gpu
+    import qwen
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig(**gpu.SEVEN_B, tie_word_embeddings=False))
+        model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig(**qwen.SEVEN_B, tie_word_embeddings=False))
     assert sum(p.numel() for p in model.parameters()) == 8_292_166_656

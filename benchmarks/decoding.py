@@ -31,10 +31,8 @@ from vismem.models.vismem import VisMemModel
 
 TARGETS = {1: 1.5, 8: 1.8, 32: 2.0}  # tokens/s of the engine after the first token, as multiples of Hugging Face's
 HUGGING_FACE, VANILLA, VISMEM = "huggingface", "vanilla", "vismem"
-WORDS, MOST = (
-    64,
-    0.15,
-)  # tokens of the answers to which a long memory is added, and the largest share of time it may add
+WORDS = 64  # of an answer to which a long memory is added
+MOST = 0.15  # of its time, that the memory may add
 Side = Callable[[Sequence[Sample], int], Tokens]  # samples and max new tokens -> the rows' tokens, end token included
 
 

@@ -23,8 +23,8 @@ RANDOM = ("random_25", "random_50", "random_100")  # rates of random invocation
 PLACEMENTS = {  # of memories: the arms that have ever more of them
     VISMEM: ("no_memory", "vismem@1", "vismem@2", VISMEM),
     "random": ("no_memory", *RANDOM),
-    "forced_short": ("no_memory", "forced_short"),
-    "forced_long": ("no_memory", "forced_long"),
+    "forced_short": ("no_memory", "forced_short@1", "forced_short@2", "forced_short@3", "forced_short"),
+    "forced_long": ("no_memory", "forced_long@1", "forced_long@2", "forced_long"),
 }
 CHOICES = ("no_memory", "as_short", "as_long")  # what the learned policy chooses among
 KINDS_OF_NEED = ("coarse", "detail", "compute")

@@ -32,7 +32,8 @@ def study_figures(
     `lengths`: vectors of a memory by kind; `random`: the arm that stands for random invocation. arms {arm:
     `arm_figures`, by seed the milliseconds and the tokens per question (visual ones and memories' vectors), overhead
     (over vanilla, by seed)}; pooled: `summarise` of all questions; yes_no_tasks: those whose every question is answered
-    yes or no; claims: `judge` of those about arms, and M4; budgets, needs and oracle: `recipes.study.budgets`.
+    yes or no; lengths {task: vanilla's tokens an answer, `mean` and `max`}; claims: `judge` of those about arms, and
+    M4; budgets, needs and oracle: `recipes.study.budgets`.
     """
     scores, times = score_table(answers), pd.DataFrame(seconds)
     mean_seconds, overhead = times.mean(axis=1).to_dict(), times / times.loc[VANILLA] - 1
@@ -55,12 +56,20 @@ def study_figures(
         "arms": arms,
         "pooled": summarise(pooled, mean_seconds, seed=min(answers), resamples=resamples),
         "yes_no_tasks": sorted({a.task for a in asked} - {a.task for a in asked if not is_yes_no(a)}),
+        "lengths": answer_lengths(asked),
         "random": random,
         "claims": [*judged, whole_order(judged)],
         "budgets": budgets.lines(scores, memories),
         "needs": budgets.needs(scores, resamples),
         "oracle": budgets.oracle(scores, resamples),
     }
+
+
+def answer_lengths(answers: Sequence[Prediction]) -> dict[str, dict[str, float]]:
+    """{task: tokens an answer, `mean` and `max`}."""
+    rows = pd.DataFrame({"task": [a.task for a in answers], "tokens": [a.answer_length for a in answers]})
+    found: dict[str, dict[str, float]] = rows.groupby("task")["tokens"].agg(["mean", "max"]).to_dict("index")
+    return found
 
 
 def tokens_read(answers: Sequence[Prediction], lengths: Mapping[str, int]) -> float:

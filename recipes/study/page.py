@@ -116,7 +116,8 @@ def tables(figures: Values) -> dict[str, str]:
         costs.append([label(arm), *spent, *numbers([tokens, time]), overhead])
     for task, row in pooled["tasks"].items():
         name = task.replace("_", " ") + (" (yes/no)" if task in figures["yes_no_tasks"] else "")
-        tasks.append([name, row["n"], *numbers(map(row["arms"].get, shown))])
+        length = "{mean:.0f} (up to {max:.0f})".format_map(figures["lengths"][task])
+        tasks.append([name, row["n"], length, *numbers(map(row["arms"].get, shown))])
     limits = [
         [label(placement), label(point["arm"]), f"{point['memories']:.2f}", interval(point)]
         for placement, points in figures["budgets"].items()
@@ -128,7 +129,7 @@ def tables(figures: Values) -> dict[str, str]:
         "plan": plan_table(figures["plan"]),
         "parts": part_table(figures["plan"], figures["seeds"]),
         "groups": table(["arm", *CAPABILITIES, *KINDS.values(), "says yes", "unparsed", "unfinished"], groups),
-        "tasks": table(["task", "n", *map(label, shown)], tasks),
+        "tasks": table(["task", "n", "tokens an answer", *map(label, shown)], tasks),
         "needs": need_table(figures["needs"]),
         "limits": table(["placement", "arm", "memories an answer", "score"], limits),
         "costs": table(["arm", *COSTS.values(), "visual tokens", "ms per question", "over vanilla"], costs),

@@ -31,7 +31,8 @@ class Settings(Section):
     arms: tuple[str, ...] = Field(
         (
             "vanilla", "vismem", "short_only", "long_only", "random_25", "random_50", "random_100", "forced_short",
-            "forced_long", "vismem@1", "vismem@2", "no_memory", "as_short", "as_long", "shuffled", "noise", "swapped",
+            "forced_long", "vismem@1", "vismem@2", "forced_short@1", "forced_short@2", "forced_short@3",
+            "forced_long@1", "forced_long@2", "no_memory", "as_short", "as_long", "shuffled", "noise", "swapped",
             "relook", "full_resolution", "static_prefix", "continuous", "sft_lora", "sft_lora_matched",
             "sft_lora_vision", "grpo_lora", "grpo_lora_vision",
         ),
@@ -42,7 +43,9 @@ class Settings(Section):
     transfer_seeds: int = Field(1, ge=0, description="repetitions that also train on half of the tasks")
     transfer_arms: tuple[str, ...] = Field(("vanilla", "vismem", "sft_lora"), description="arms of those")
     stage_seeds: int = Field(1, ge=0, description="repetitions that also train in four stages, each on other tasks")
-    stage_arms: tuple[str, ...] = Field(("vanilla", "vismem", "sft_lora", "grpo_lora"), description="arms of those")
+    stage_arms: tuple[str, ...] = Field(
+        ("vanilla", "vismem", "no_memory", "sft_lora", "grpo_lora"), description="arms of those"
+    )
     jobs: int = Field(2, ge=1, description="steps that run at a time, one thread each")
 
 

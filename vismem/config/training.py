@@ -179,7 +179,7 @@ class SupervisedConfig(Section):
     learning_rate: Rate = Field(3e-3, description="peak rate of a LoRA")
     prefix_learning_rate: Rate = Field(1e-2, description="peak rate of static_prefix's vectors")
     matrix_learning_rate: MatrixRate = Field(
-        0.007, description="peak rate of Muon on continuous's matrices, as in the warm start; 0: AdamW on all"
+        0.007, description="peak rate of Muon on continuous's matrices; 0: AdamW on all"
     )
     full_learning_rate: Rate = Field(1e-3, description="peak rate of full fine-tuning")
     warmup_ratio: float = rare(0.05, ge=0, le=1, description="share of the steps that warm up")

@@ -1,16 +1,21 @@
-"""A tiny model of each family without graphs goes the whole way by the README's commands, from data to a server."""
+"""A tiny model goes the whole way by the README's commands, from data to a server: of each family without graphs, and
+of the largest by its own profile, as real ones are: of a real vocabulary, in bfloat16, in several files.
+"""
 
 import json
 import subprocess
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_families
+import torch
 from PIL import Image
 
 from vismem import Client, VisMem
+from vismem.models.loading import load_base
 from vismem.serving.deploy import api_server
 
 SMALL = (
@@ -21,31 +26,54 @@ SMALL = (
 ASKED = "where is the red circle?"
 
 
-@pytest.mark.parametrize("variant", ["internvl", "llava_onevision"])
-def test_a_model_goes_from_questions_to_a_server(project: Path, variant: str) -> None:
-    def run(*words: str) -> str:
-        command = [str(project / ".venv" / "bin" / "vismem"), *words]
-        done = subprocess.run(command, cwd=project, text=True, capture_output=True, check=False)
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(project: Path) -> Run:
+    def command(*words: str) -> str:
+        done = subprocess.run(
+            [str(project / ".venv" / "bin" / "vismem"), *words],
+            cwd=project,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    tiny_families.save_base(project / "base", variant)
+    return command
+
+
+def write_questions(file: Path, count: int) -> None:
     rng = np.random.default_rng(0)
-    with (project / "data.jsonl").open("w") as lines:
-        for number in range(40):
-            Image.fromarray(rng.integers(0, 256, (56, 56, 3), np.uint8)).save(project / f"{number}.png")
-            row = {"image": f"{number}.png", "prompt": ASKED, "answer": f"cell {number % 7}"}
+    with file.open("w") as lines:
+        for number in range(count):
+            image = f"{file.stem}-{number}.png"
+            Image.fromarray(rng.integers(0, 256, (56, 56, 3), np.uint8)).save(file.parent / image)
+            row = {"image": image, "prompt": ASKED, "answer": f"cell {number % 7}"}
             lines.write(json.dumps(row) + "\n")
-    run("init", "mine", "--data", "data.jsonl", "--base", "base")
-    run("repro", "--profile", "mine", "--quiet", *(word for each in SMALL for word in ("--set", each)))
-    (artifacts,) = (folder for folder in (project / "runs").glob("mine*/artifacts") if folder.is_dir())
+
+
+def repro(project: Path, run: Run, profile: str, *more: str) -> Path:
+    """The artifacts of a run that ended with a server's answers."""
+    run("repro", "--profile", profile, "--quiet", *(word for each in (*SMALL, *more) for word in ("--set", each)))
+    (artifacts,) = (folder for folder in (project / "runs").glob(f"{profile}*/artifacts") if folder.is_dir())
     smoke = json.loads((artifacts / "deploy" / "smoke.json").read_text())
-    assert smoke["model"] == "vismem_mine_challenger", "random weights: the gate refuses them"
+    assert smoke["model"] == f"vismem_{profile}_challenger", "random weights: the gate refuses them"
     assert smoke["items"] > 0
     assert not (artifacts / "deploy" / "model_repository").exists()
+    return artifacts
 
+
+@pytest.mark.parametrize("variant", ["internvl", "llava_onevision"])
+def test_a_model_goes_from_questions_to_a_server(project: Path, run: Run, variant: str) -> None:
+    tiny_families.save_base(project / "base", variant)
+    write_questions(project / "data.jsonl", 40)
+    run("init", "mine", "--data", "data.jsonl", "--base", "base")
+    artifacts = repro(project, run, "mine")
     with api_server(artifacts / "export", "mine", "float32", project / "log") as (address, _):
-        picture = project / "0.png"
+        picture = project / "data-0.png"
         own = VisMem.from_pretrained(artifacts / "export").answer(picture, ASKED, max_new_tokens=8)
         assert Client(address).ask(picture, ASKED, max_new_tokens=8).marked == own.marked
         said = run("infer", "--image", str(picture), ASKED, "--max-new-tokens", "8", "--url", address)
@@ -54,3 +82,31 @@ def test_a_model_goes_from_questions_to_a_server(project: Path, variant: str) ->
         page = urllib.request.urlopen(f"{address}/metrics").read().decode()
         for kind, value in named.items():
             assert f'vismem_evaluation_memories_per_answer{{kind="{kind}"}} {value}' in page
+
+
+def test_the_largest_profile_goes_the_whole_way_and_copies_no_weights_of_its_base(
+    project: Path, run: Run, tmp_path: Path
+) -> None:
+    model = load_base(tiny_families.save_base(tmp_path / "small", "qwen2_5_vl"))
+    model.model.resize_token_embeddings(152_064, mean_resizing=False)
+    model.model.to(torch.bfloat16).save_pretrained(project / "base", max_shard_size="4MB")
+    model.processor.save_pretrained(project / "base")
+    weights = sorted((project / "base").glob("*.safetensors"))
+    assert len(weights) > 1
+    (project / "data").mkdir(exist_ok=True)
+    for split, count in (("train", 8), ("validation", 4), ("test", 6)):
+        write_questions(project / "data" / f"{split}.jsonl", count)
+    artifacts = repro(project, run, "qwen2_5_vl_7b", "base.model=base", "preflight.free_disk_gb=0")
+    linked = sorted((artifacts / "base").glob("*.safetensors"))
+    assert [file.stat().st_ino for file in linked] == [file.stat().st_ino for file in weights]
+    own = {file for file in artifacts.rglob("*.safetensors") if file.parent != artifacts / "base"}
+    assert sum(file.stat().st_size for file in own) < sum(file.stat().st_size for file in weights) / 4
+    with api_server(artifacts / "export", "large", "bfloat16", project / "log") as (address, _):
+        picture = project / "data" / "test-0.png"
+        served = Client(address).ask(picture, ASKED, max_new_tokens=8)
+        assert (
+            served.marked
+            == VisMem.from_pretrained(artifacts / "export", dtype="bfloat16")
+            .answer(picture, ASKED, max_new_tokens=8)
+            .marked
+        )

@@ -67,7 +67,7 @@ class GateConfig(Section):
     max_time_overhead: float = Field(3.0, ge=0, description="max extra time per answer; 0.5 is +50 % [paper: 0.44]")
     champion_margin: float = Field(0.0, description="points by which the present champion must be exceeded")
     other_data: Literal["pass", "refuse"] = Field(
-        "refuse", description="the champion rule where the champion was scored on other test data: no scores compare"
+        "refuse", description="what follows where the champion was scored on other test data, so that no scores compare"
     )
 
 

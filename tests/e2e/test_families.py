@@ -46,12 +46,12 @@ def run(project: Path) -> Run:
 
 
 def write_questions(file: Path, count: int) -> None:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(count)  # other pictures in every split
     with file.open("w") as lines:
         for number in range(count):
-            image = f"{file.stem}-{number}.png"
-            Image.fromarray(rng.integers(0, 256, (56, 56, 3), np.uint8)).save(file.parent / image)
-            row = {"image": image, "prompt": ASKED, "answer": f"cell {number % 7}"}
+            name = f"{file.stem}-{number}"
+            Image.fromarray(rng.integers(0, 256, (56, 56, 3), np.uint8)).save(file.parent / f"{name}.png")
+            row = {"id": name, "image": f"{name}.png", "prompt": ASKED, "answer": f"cell {number % 7}"}
             lines.write(json.dumps(row) + "\n")
 
 
@@ -96,7 +96,7 @@ def test_the_largest_profile_goes_the_whole_way_and_copies_no_weights_of_its_bas
     (project / "data").mkdir(exist_ok=True)
     for split, count in (("train", 8), ("validation", 4), ("test", 6)):
         write_questions(project / "data" / f"{split}.jsonl", count)
-    artifacts = repro(project, run, "qwen2_5_vl_7b", "base.model=base", "preflight.free_disk_gb=0")
+    artifacts = repro(project, run, "qwen2_5_vl_7b", "base.model=base", "preflight.free_disk_gb=0", "preflight.gpus=0")
     linked = sorted((artifacts / "base").glob("*.safetensors"))
     assert [file.stat().st_ino for file in linked] == [file.stat().st_ino for file in weights]
     own = {file for file in artifacts.rglob("*.safetensors") if file.parent != artifacts / "base"}

@@ -107,7 +107,7 @@ class Completion(Strict):
     vismem: Extension = Extension()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Refused(Exception):  # noqa: N818 - what a client did is no error of ours
     """An answer other than 200."""
 

@@ -26,6 +26,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from recipes.tiny_vlm.model import build_processor
 from vismem.data.sample import Sample, Video
+from vismem.models.loading import load_base
+
+REAL_VOCABULARY = 152_064  # Qwen2.5-VL-7B's
 
 # `internvl_qk`: as InternVL 3.5 with the large encoder. `llava_llama`: a Llama that reads two layers of the encoder.
 VARIANTS = ("qwen2_5_vl", "internvl", "internvl_qk", "llava_onevision", "llava_llama")
@@ -135,6 +138,18 @@ def save_base(folder: Path, variant: str) -> Path:
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def save_wide_base(folder: Path, small: Path) -> Path:
+    """Write a tiny Qwen2.5-VL with a real one's vocabulary, in bfloat16 and several files; `small` has its small one.
+
+    Its two tables of words are all but all of it.
+    """
+    base = load_base(save_base(small, "qwen2_5_vl"))
+    base.model.resize_token_embeddings(REAL_VOCABULARY, mean_resizing=False)
+    base.model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="4MB")
+    base.processor.save_pretrained(folder)
     return folder
 
 

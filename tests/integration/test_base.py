@@ -15,7 +15,6 @@ from vismem.config import Config, parse_config
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.models.loading import load_base
-from vismem.models.processors import load_processor
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.steps import run_step
 from vismem.training.base import base
@@ -45,13 +44,7 @@ def test_a_model_from_a_folder_is_copied_with_its_weights_and_their_fingerprint(
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a real one's vocabulary, in bfloat16, in several files."""
-    folder, small = (tmp_path_factory.mktemp(name) for name in ("sharded", "small"))
-    tiny_families.save_base(small, "qwen2_5_vl")
-    model = AutoModelForImageTextToText.from_pretrained(small, dtype="bfloat16")
-    model.resize_token_embeddings(152_064, mean_resizing=False)
-    model.save_pretrained(folder, max_shard_size="4MB")
-    load_processor(small).save_pretrained(folder)
-    return folder
+    return tiny_families.save_wide_base(tmp_path_factory.mktemp("sharded"), tmp_path_factory.mktemp("small"))
 
 
 def test_weights_of_the_right_type_are_linked_file_by_file_and_never_loaded(sharded: Path, tmp_path: Path) -> None:

@@ -109,17 +109,11 @@ def test_of_the_patches_only_keys_and_values_that_memory_tokens_read_are_kept(tm
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with a real one's vocabulary: its two tables of words are all but all of it."""
-    folder = tmp_path_factory.mktemp("wide")
-    model = load_base(tiny_families.save_base(tmp_path_factory.mktemp("small"), "qwen2_5_vl"))
-    model.model.resize_token_embeddings(152_064, mean_resizing=False)
-    model.model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="4MB")
-    model.processor.save_pretrained(folder)
-    return folder
+    return tiny_families.save_wide_base(tmp_path_factory.mktemp("wide"), tmp_path_factory.mktemp("small"))
 
 
 def test_a_base_is_loaded_once_in_its_own_type_and_no_table_of_words_is_copied(wide: Path) -> None:
-    table = 152_064 * tiny_families.WIDTH * 2
+    table = tiny_families.REAL_VOCABULARY * tiny_families.WIDTH * 2
     with Alive() as alive:
         backbone = load_base(wide, "bfloat16")
     assert alive.peak < 2.5 * table, "there are two"

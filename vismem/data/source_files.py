@@ -27,7 +27,7 @@ def files_of(source: Any) -> list[Path]:
     elif isinstance(source, LmuDataSource) and (given := source.path or os.environ.get(VARIABLE)):
         folder = Path(given)
         places = [folder / f"{source.name}.tsv", folder / f"{source.name}_local.tsv", folder / "images" / source.name]
-    return sorted({file for place in places for file in (place, *place.rglob("*")) if file.is_file()})
+    return _files_at(*places)
 
 
 def rule_files(config: Config) -> list[Path]:
@@ -66,8 +66,13 @@ def record_outside(config: Config) -> None:
         found["rules of validate"] = fingerprint(outside)
     model = Path(config.base.model).resolve()
     if model.is_dir() and not model.is_relative_to(ASSETS.resolve()):
-        found[f"base {model}"] = fingerprint(sorted(file.resolve() for file in model.rglob("*") if file.is_file()))
+        found[f"base {model}"] = fingerprint(file.resolve() for file in _files_at(model))
     if found:
         known = read_json(RECORD) if RECORD.is_file() else {}
         DATA.mkdir(exist_ok=True)
         write_json(RECORD, known | found)
+
+
+def _files_at(*places: Path) -> list[Path]:
+    """The files among the places, and in those that are folders."""
+    return sorted({file for place in places for file in (place, *place.rglob("*")) if file.is_file()})

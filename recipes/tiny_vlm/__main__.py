@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from recipes.tiny_vlm.memory import memory_config, train_memory
-from recipes.tiny_vlm.train import Settings, train_longer, train_tiny_vlm
+from recipes.tiny_vlm.train import Settings, train_last, train_longer, train_tiny_vlm
 from recipes.tiny_vlm.wide import WideSettings, train_wide
 from vismem.provenance import git_state
 
@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--memory", type=Path, help="also train a memory for it, into this folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--keep", action="store_true", help="take the model that is in --out, train the memory only")
+    which.add_argument("--last", action="store_true", help="take that model, and train it for the last phase")
     longer = "take that model, and add to its card what its last phase once more would gain"
     which.add_argument("--longer", action="store_true", help=longer)
     which.add_argument("--wide", action="store_true", help="a model for NLVR's wide images, on generated boxes")
@@ -27,7 +28,7 @@ def main() -> None:
     if arguments.wide:
         print("model:", train_wide(arguments.out, arguments.seed, WideSettings(), origin))
     elif not arguments.keep:
-        train_one = train_longer if arguments.longer else train_tiny_vlm
+        train_one = train_longer if arguments.longer else train_last if arguments.last else train_tiny_vlm
         print("model:", train_one(arguments.out, arguments.seed, Settings(), origin))
     if arguments.memory:
         config = memory_config(arguments.out, arguments.seed)

@@ -20,6 +20,7 @@ from recipes.tiny_vlm.sequences import pages
 from vismem.data.collate import target_text
 from vismem.data.fingerprint import sample_sha256
 from vismem.data.sample import Sample
+from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.models.loading import load_base
@@ -30,6 +31,7 @@ SHARES: dict[str, dict[str, float]] = {
     "language": {},
     "detail": {"detail": 0.5},
     **{phase: {"compute": 0.5, "detail": 0.25} for phase in ("compute", "more")},
+    "walks": {"compute": 0.25, "detail": 0.5},
 }
 
 
@@ -45,6 +47,7 @@ class Settings:
     detail_steps: int = 3000  # more of the same, detail being asked more and with what answers it
     compute_steps: int = 6000  # more, compute being asked more: it takes longest to learn
     more_steps: int = 6000  # the same once more from the start of its schedule, with other draws
+    walks_steps: int = 4000  # more, detail being asked more again: its longest answers take longest to learn
     batch_size: int = 64  # questions per language step
     learning_rate: float = 4e-3  # peak of AdamW
     matrix_learning_rate: float = 0.01  # peak of Muon, on the towers' matrices
@@ -64,10 +67,54 @@ def train_tiny_vlm(out: Path, seed: int, settings: Settings, origin: dict[str, A
     samples = questions(settings.questions, seed)
     processor = build_processor(text for s in samples for text in (s.question, target_text(s)))
     backbone = Qwen25VLBackbone(build_model(settings.size, processor, seed), processor)
-    losses = fit(backbone, samples, seed, settings, work)
+    return save(backbone, samples, settings, fit(backbone, samples, seed, settings, work), work, out, started)
+
+
+def train_last(out: Path, seed: int, settings: Settings, origin: dict[str, Any]) -> Path:
+    """Train the model of `out` for the last phase of `settings`, which it lacks, and put the result in its place.
+
+    Its card also says how the model was made before. A killed run resumes in `OUT.partial`. UserError where it does
+    not lack the phase.
+    """
+    work = out.with_name(f"{out.name}.partial")
+    facts = read_json(out / FACTS)
+    if (last := [*SHARES][-1]) in facts["loss"]:
+        raise UserError(f"{out} has learnt its last phase, {last}: --longer says what more of it would gain")
+    before = {name: facts[name] for name in ("command", "git", "data_sha256")}
+    started = begin(work, {"seed": seed, "settings": asdict(settings), "before": before}, origin)
+    for curve in out.glob("*.csv"):
+        shutil.copy(curve, work)
+    backbone, samples = load_qwen(out), questions(settings.questions, seed)
+    losses = facts["loss"] | fit(backbone, samples, seed, last_phase(settings), work)
+    return save(backbone, samples, settings, losses, work, out, started)
+
+
+def last_phase(settings: Settings) -> Settings:
+    """The settings without the steps of the phases before the last."""
+    none: dict[str, Any] = {f"{phase}_steps": 0 for phase in ("vision", *SHARES)[:-1]}
+    return replace(settings, **none)
+
+
+def load_qwen(folder: Path) -> Qwen25VLBackbone:
+    """The model of the folder."""
+    backbone = load_base(folder)
+    assert isinstance(backbone, Qwen25VLBackbone)
+    return backbone
+
+
+def save(
+    backbone: Qwen25VLBackbone,
+    samples: Sequence[Sample],
+    settings: Settings,
+    losses: dict[str, float],
+    work: Path,
+    out: Path,
+    started: dict[str, Any],
+) -> Path:
+    """Write the model and its card, with its scores, to `work` and put that in the place of `out`."""
     model = backbone.model.eval()
     model.save_pretrained(work)
-    processor.save_pretrained(work)
+    backbone.processor.save_pretrained(work)
     scope_of(samples).write(work)
     facts = {
         **started,
@@ -92,10 +139,9 @@ def train_longer(out: Path, seed: int, settings: Settings, origin: dict[str, Any
     A killed run resumes in `OUT.longer.partial`.
     """
     work = out.with_name(f"{out.name}.longer.partial")
-    again = replace(settings, vision_steps=0, language_steps=0, detail_steps=0, compute_steps=0)
+    again = last_phase(settings)
     begin(work, {"seed": seed, "settings": asdict(again)}, origin)
-    backbone = load_base(out)
-    assert isinstance(backbone, Qwen25VLBackbone)
+    backbone = load_qwen(out)
     before = score_coarse(backbone, settings.prompt_pixels, settings.compared)
     fit(backbone, questions(settings.questions, seed), seed + 1, again, work)  # other draws of the same questions
     after = score_coarse(backbone, settings.prompt_pixels, settings.compared)

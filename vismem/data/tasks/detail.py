@@ -10,6 +10,8 @@ from vismem.data.sample import Capability
 from vismem.data.tasks.layouts import NUMBERS, SIGNS, TEXTURES, Layout, Puzzle, Thing, World, times, walk
 from vismem.data.tasks.register import task
 
+WALKS = 100  # that are drawn for a length: of long ones, most have no way on before their end
+
 _understanding, _reasoning, _ = (partial(task, "detail", capability) for capability in Capability)
 
 
@@ -108,11 +110,14 @@ def tour(world: World) -> Puzzle | None:
 
 
 def _signed_walk(world: World) -> tuple[Layout, list[Thing], str] | None:
-    """A layout, the objects on a walk of two to five signs, and the walk in words."""
-    length = world.rng.randint(2, 5)
-    found = walk(world, length, world.rng.randint(max(7, length + 1), 9), signs=SIGNS)
-    if not found or times(found[0], found[1][0]) > 1:
+    """A full layout, the objects on a walk of five to seven signs, and the walk in words: 60 to 100 tokens.
+
+    No cell is empty, so that where objects stand says nothing of the signs.
+    """
+    length = world.rng.randint(5, 7)
+    drawn = (walk(world, length, number=9, signs=SIGNS) for _ in range(WALKS))
+    layout, path, moves = next(filter(None, drawn), (None, [], []))
+    if layout is None or times(layout, path[0]) > 1:
         return None
-    layout, path, moves = found
     steps = [f"{t.name} at {t.place}, {t.texture}, {move}" for t, move in zip(path, moves, strict=False)]
     return layout, path, "; ".join([*steps, f"{path[-1].name} at {path[-1].place}"])

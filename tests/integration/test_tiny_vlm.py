@@ -15,8 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from recipes.tiny_vlm import objectives, train
 from recipes.tiny_vlm.card import FACTS
 from recipes.tiny_vlm.memory import memory_config, train_memory
-from recipes.tiny_vlm.train import SHARES, Settings, train_longer, train_tiny_vlm
+from recipes.tiny_vlm.train import SHARES, Settings, train_last, train_longer, train_tiny_vlm
 from vismem.config import GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.models.backbones.base import Backbone
 from vismem.models.loading import load_base
@@ -31,6 +32,7 @@ SETTINGS = Settings(
     detail_steps=4,
     compute_steps=4,
     more_steps=4,
+    walks_steps=4,
     batch_size=4,
     checkpoint_every=2,
     scored=2,
@@ -62,7 +64,7 @@ def test_each_phase_trains_its_own_part_and_lowers_its_loss(tmp_path: Path) -> N
         lines = (out / f"{phase}.csv").read_text().splitlines()[1:]
         losses[phase] = [float(line.split(",")[1]) for line in lines]
         assert len(lines) == 30
-        start = "compute" if phase == "more" else phase  # which begins with what that phase has learnt
+        start = "compute" if phase in ("more", "walks") else phase  # which begin with what that phase has learnt
         assert losses[phase][-1] < 0.8 * losses[start][0]
 
 
@@ -105,6 +107,30 @@ def test_a_run_killed_at_any_step_and_resumed_equals_the_one_that_was_not(
     train_tiny_vlm(out, SEED, SETTINGS, ORIGIN)
     assert len(calls) - (at + 1) <= STEPS - at + 1, "it resumed from a checkpoint"
     assert file_hashes(out) == file_hashes(made)
+
+
+def test_a_model_without_the_last_phase_learns_it_as_if_it_had_been_made_in_one_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = train_tiny_vlm(tmp_path / "made", SEED, dataclasses.replace(SETTINGS, walks_steps=0), ORIGIN)
+    first = read_json(out / FACTS)
+    origin = {"command": "another", "git": {"commit": "4567def", "dirty": False}}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "score", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_last(out, SEED, SETTINGS, origin)
+    assert read_json(out / FACTS) == first, "until it is done the model of before stays"
+    assert train_last(out, SEED, SETTINGS, origin) == out
+    facts, whole = read_json(out / FACTS), read_json(made / FACTS)
+    before = facts.pop("before")
+    assert before == {name: first[name] for name in ("command", "git", "data_sha256")}
+    assert facts == whole | origin
+    for name in ("model.safetensors", *(f"{phase}.csv" for phase in PHASES)):
+        assert (out / name).read_bytes() == (made / name).read_bytes()
+    assert "`another` from the weights of `the command` at commit 0123abc" in (out / "README.md").read_text()
+    tiny.check_card(out)
+    with pytest.raises(UserError, match="made has learnt its last phase, walks: --longer says"):
+        train_last(out, SEED, SETTINGS, origin)
 
 
 def test_what_more_steps_would_gain_is_noted_and_the_weights_stay(made: Path, tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ import tiny
 
 from recipes.tiny_vlm import scores
 from recipes.tiny_vlm.card import FACTS
+from vismem.config import ScenesSource
+from vismem.data.scenes import generate
+from vismem.data.tasks.layouts import SPLITS
 from vismem.files import read_json
+from vismem.generation.prompts import target_ids
 from vismem.models.backbones.base import Backbone
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
@@ -57,6 +61,15 @@ def test_the_asset_reads_details_where_it_sees_them_and_the_rest_either_way(fact
         assert again["detail"] >= coarse["detail"] + 15
         for need in ("coarse", "compute"):
             assert abs(again[need] - coarse[need]) < 5
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_that_need_look_after_look_are_of_60_to_120_tokens(asset: Backbone, split: str) -> None:
+    source = ScenesSource(image_size=84, tasks=("follow", "tour"))
+    tokenizer = asset.processor.tokenizer
+    lengths = [len(target_ids(tokenizer, sample)) + 1 for sample in generate(source, split, 0, 100)]
+    assert min(lengths) >= 60
+    assert max(lengths) <= 120
 
 
 def test_the_asset_s_memory_was_trained_on_the_asset_and_gains_on_it() -> None:

@@ -170,6 +170,7 @@ def test_signs_lead_from_object_to_object_to_the_answer(samples: list[Sample], t
         at = {(t["row"], t["column"]): t for t in objects(sample)}
         (here,) = [place for place, thing in at.items() if name(thing) in sample.question]
         (steps,) = [int(word) for word in words(sample) if word.isdigit()]
+        assert len(at) == 9  # no empty cell tells where the signs do not lead
         path = [at[here]]
         for _ in range(steps):
             down, right = where[path[-1]["texture"]]

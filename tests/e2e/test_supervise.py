@@ -57,8 +57,12 @@ class Serving:
             self.lines.append(line.strip())
 
     def said(self, text: str, after: int = 0) -> str:
-        """The first line that holds `text`, waited for."""
-        return until(lambda: next((line for line in self.lines[after:] if text in line), ""))
+        """The first line that holds `text`, waited for; where none comes, the error has Triton's log."""
+        try:
+            return str(until(lambda: next((line for line in self.lines[after:] if text in line), "")))
+        except AssertionError as error:
+            error.add_note(f"said: {self.lines}\n{(self.folder / 'log').read_text()[-9000:]}")
+            raise
 
     @property
     def url(self) -> str:

@@ -99,7 +99,7 @@ class Serving:
         return next(stub for stub in stubs if any(f"/{model}/" in word for word in stub.cmdline()))
 
 
-def until(found: Callable[[], Any], seconds: float = 60) -> Any:
+def until(found: Callable[[], Any], seconds: float = 180) -> Any:
     """What `found` returns, waited for until it is true."""
     end = time.monotonic() + seconds
     while not (value := found()):

@@ -1,4 +1,4 @@
-"""Before stage II trains, a memory comes with the chosen chances: by default 0.2 at the start and after delimiters."""
+"""Before stage II trains, a memory comes with the chosen chances, at the start and after delimiters."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +42,7 @@ def chances(base: Path, **changes: Any) -> Mapping[str, tuple[float, float]]:
 
 
 def test_the_prior_is_flat_and_the_same_for_both_kinds(tiny_base: Path) -> None:
-    found = chances(tiny_base)
+    found = chances(tiny_base, start_probability=0.2, delimiter_probability=0.2)
     for place in ("start", "delimiter"):
         assert sum(found[place]) == pytest.approx(0.2, abs=0.08), place
     for short, long in found.values():

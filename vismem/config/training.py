@@ -149,13 +149,13 @@ class Stage2Config(GrpoStageConfig):
         0.05, ge=0, description="KL per token that ends a batch's updates, from `grpo.updates` 2 on; 0: never [paper]"
     )
     start_probability: float = Field(
-        0.2,
+        0.5,
         gt=0,
         lt=1,
         description="chance of memory at answer start, fitted in the first stage II [paper: a delimiter's row]",
     )
     delimiter_probability: float = Field(
-        0.2,
+        0.5,
         gt=0,
         lt=1,
         description="chance of memory at a delimiter, fitted in the first stage II [paper: a delimiter's row]",

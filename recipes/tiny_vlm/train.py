@@ -24,6 +24,7 @@ from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
 from vismem.models.loading import load_base
+from vismem.steps import replace_folder
 from vismem.training.loop import LoopSettings, Objective, train
 
 # The phases of the language model, and the shares of what is asked in each, by need; see Language.
@@ -157,8 +158,7 @@ def finish(work: Path, out: Path, template: str, facts: dict[str, Any]) -> Path:
     for leftover in (*work.glob("*.checkpoint"), work / STARTED):
         leftover.unlink()
     write_card(work, template, facts)
-    shutil.rmtree(out, ignore_errors=True)
-    work.rename(out)
+    replace_folder(work, out)
     return out
 
 

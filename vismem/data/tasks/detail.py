@@ -112,12 +112,13 @@ def tour(world: World) -> Puzzle | None:
 def _signed_walk(world: World) -> tuple[Layout, list[Thing], str] | None:
     """A full layout, the objects on a walk of five to seven signs, and the walk in words: 60 to 100 tokens.
 
-    No cell is empty, so that where objects stand says nothing of the signs.
+    No cell is empty, so that where objects stand says little of the signs.
     """
     length = world.rng.randint(5, 7)
     drawn = (walk(world, length, number=9, signs=SIGNS) for _ in range(WALKS))
-    layout, path, moves = next(filter(None, drawn), (None, [], []))
-    if layout is None or times(layout, path[0]) > 1:
+    found = next(filter(None, drawn), None)
+    if not found or times(found[0], found[1][0]) > 1:
         return None
+    layout, path, moves = found
     steps = [f"{t.name} at {t.place}, {t.texture}, {move}" for t, move in zip(path, moves, strict=False)]
     return layout, path, "; ".join([*steps, f"{path[-1].name} at {path[-1].place}"])

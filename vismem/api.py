@@ -1,7 +1,6 @@
 """`vismem api` and `vismem playground`: a model behind the HTTP endpoint, in this process, on the CPU or a GPU."""
 
 import asyncio
-import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,9 +15,9 @@ from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.provenance import MANIFEST, sha256_file
-from vismem.services import HOST, free_ports, until_stopped
+from vismem.runtime.access import own_token
+from vismem.services import HOST, check_certificate, free_ports, until_stopped
 from vismem.serving.answering import ROWS, WAITING, Runtime
-from vismem.serving.exchange import TOKEN_VARIABLE
 from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
 from vismem.serving.request_log import RequestLog
@@ -50,17 +49,13 @@ def serve_api(
 
     With `page` the playground is at /, for this machine's browsers, without a token.
     """
-    if (certificate is None) != (key is None):
-        raise UserError("TLS needs both --tls-certificate and --tls-key")
+    check_certificate(certificate, key)
     if rows < 1:
         raise UserError(f"--rows is {rows}: it must be at least 1")
-    for file in (certificate, key):
-        if file and not file.is_file():
-            raise UserError(f"{file} is not there")
     ports = free_ports({"http": port}, host=host, flag="--port")
     added = find_added(model)  # once: an alias may move, and a bundle is hashed
     loaded = VisMem.from_pretrained(added, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
-    token = "" if page else os.environ.get(TOKEN_VARIABLE, "").strip()
+    token = "" if page else own_token()
     runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
     runtime.metrics.show_evaluation(added.parent)
     manifest = added.parent / MANIFEST  # of a bundle

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -28,6 +29,17 @@ MARK = "VISMEM_SERVICE_OF"  # a variable in a service's environment: the folder 
 
 class NotYetError(Exception):
     """A service does not answer yet."""
+
+
+def check_certificate(certificate: Path | None, key: Path | None) -> None:
+    """UserError where only one of a server's certificate and its key is given, or they do not fit."""
+    if (certificate is None) != (key is None):
+        raise UserError("TLS needs both --tls-certificate and --tls-key")
+    if certificate and key:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")  # asks nobody
+        except OSError as error:  # ssl.SSLError is one
+            raise UserError(f"{certificate} and {key} are no PEM certificate with its key: {error}") from None
 
 
 def check_http(url: str) -> None:

@@ -24,14 +24,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-DEFAULTS = {  # of optional inputs; that of MAX_NEW_TOKENS is the library's
-    "PROMPT": b"",
-    "MESSAGES": b"",
-    "TEMPERATURE": 0.0,
-    "SEED": 0,
-    "MEMORY": b"learned",
-    "STREAM": True,
-}
+# Of optional inputs; that of MAX_NEW_TOKENS is the library's.
+DEFAULTS = {"PROMPT": b"", "MESSAGES": b"", "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": b"learned", "STREAM": True}
 sys.dont_write_bytecode = True  # the repository stays as it was written
 INTERVAL, GONE = "interval_ms", "gone"  # parameters of a request
 LOOK_SECONDS = 0.02  # between two looks whether the client is still there
@@ -65,12 +59,14 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
+        from vismem.runtime.access import own_token, token_refusal
         from vismem.runtime.chat import parse_messages, said
         from vismem.runtime.limits import MAX_PATCHES, RequestError, check_request
         from vismem.serving.answering import STOPPED, Busy, Runtime
         from vismem.serving.golden import check_golden
         from vismem.serving.request_log import RequestLog
 
+        self.token, self.token_refusal = own_token(), token_refusal
         self.check_request, self.busy, self.stopped = check_request, Busy, STOPPED
         self.parse_messages, self.said, self.request_error = parse_messages, said, RequestError
         workers = int(os.environ.get("VISMEM_WORKERS", "8"))  # answers at a time; they are decoded together
@@ -104,17 +100,19 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             gone = client_gone(request, sender)
-            if not self.draining and self._reserve_worker(gone):
+            if refused := self.token_refusal(self.token, str(parameters_of(request).get("authorization", ""))):
+                error = failure(refused, pb_utils.TritonError.INVALID_ARG)
+            elif self.draining:
+                error = failure(self.stopped, pb_utils.TritonError.UNAVAILABLE)
+            elif self._reserve_worker(gone):
                 running = self.pool.submit(self._answer, request, sender, gone)
                 self.running.add(running)
                 running.add_done_callback(self.running.discard)
-            elif self.draining:
-                stops = failure(self.stopped, pb_utils.TritonError.UNAVAILABLE)
-                sender.send(stops, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                continue
             else:
                 self.runtime.metrics.refused.labels("busy").inc(not gone())
-                busy = failure(f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
-                sender.send(busy, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                error = failure(f"all workers were busy for {self.deadline:g} s", pb_utils.TritonError.UNAVAILABLE)
+            sender.send(error, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _reserve_worker(self, gone: Callable[[], bool]) -> bool:
         """Wait for a free worker; False when the deadline has passed or the client has gone."""
@@ -193,8 +191,7 @@ class TritonPythonModel:
             sender.send(failure(str(error), pb_utils.TritonError.UNAVAILABLE))
         except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests continue
             pb_utils.Logger.log_error(traceback.format_exc())
-            message = f"the model failed: {type(error).__name__}: {error}"
-            sender.send(failure(message, pb_utils.TritonError.INTERNAL))
+            sender.send(failure(f"the model failed: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL))
         finally:
             with self.watching:
                 del self.watched[left]
@@ -224,10 +221,7 @@ class TritonPythonModel:
 
 
 def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
-    """A request's image files, prompt, messages, options of `generate`, and the seconds that a response may collect.
-
-    RequestError says what is wrong.
-    """
+    """Image files, prompt, messages, options of `generate`, seconds that a response may collect; or a RequestError."""
     from vismem.runtime.limits import NEW_TOKENS, RequestError  # verified by now
 
     files, stop = list(map(image_of, _several(request, "IMAGE"))), _several(request, "STOP")
@@ -247,16 +241,23 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any
         raise RequestError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
     if values["SEED"] < 0:
         raise RequestError(f"SEED is {values['SEED']}: it must not be negative")
-    milliseconds = json.loads(request.parameters() or "{}").get(INTERVAL, 0)
+    milliseconds = parameters_of(request).get(INTERVAL, 0)
     if type(milliseconds) is not int or milliseconds < 0:
         raise RequestError(f"the parameter {INTERVAL} is {milliseconds!r}: it must be a number of milliseconds")
     interval = milliseconds / 1000 if stream else math.inf
     return files, prompt, messages, {name.lower(): value for name, value in values.items()}, interval
 
 
+def parameters_of(request: Any) -> dict[str, Any]:
+    """A request's parameters, among them its header `Authorization`; none where that is no text."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return {name.lower(): value for name, value in json.loads(request.parameters() or "{}").items()}
+    return {}
+
+
 def client_gone(request: Any, sender: Any) -> Callable[[], bool]:
     """Tells whether the client has gone; of a client of NAME_unary, `unary.py` says so with a file."""
-    name = str(json.loads(request.parameters() or "{}").get(GONE))
+    name = str(parameters_of(request).get(GONE))
     file = f"/dev/shm/vismem-{name}" if re.fullmatch("[0-9a-f]{32}", name) else ""
     return lambda: sender.is_cancelled() or os.path.exists(file)
 

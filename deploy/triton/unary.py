@@ -1,5 +1,7 @@
 """The model NAME_unary: one request, one response, for clients without streams. It asks NAME and holds no weights."""
 
+import contextlib
+import json
 import threading
 import time
 import uuid
@@ -38,7 +40,7 @@ class TritonPythonModel:
             # Copies: what the request holds is gone once this returns.
             inputs = [pb_utils.Tensor(tensor.name(), np.array(tensor.as_numpy())) for tensor in request.inputs()]
             if self.free.acquire(blocking=False):
-                self.pool.submit(self._answer, inputs, request.get_response_sender())
+                self.pool.submit(self._answer, inputs, authorization_of(request), request.get_response_sender())
             else:
                 busy = pb_utils.TritonError(
                     f"{MOST} requests are running: try again later", pb_utils.TritonError.UNAVAILABLE
@@ -58,13 +60,15 @@ class TritonPythonModel:
                     del self.asking[gone]
             time.sleep(0.1)
 
-    def _answer(self, inputs: list[Any], sender: Any) -> None:
+    def _answer(self, inputs: list[Any], authorization: dict[str, str], sender: Any) -> None:
         name = uuid.uuid4().hex
         gone = Path(f"/dev/shm/vismem-{name}")  # where Triton's own processes must be able to write
         with self.lock:
             self.asking[gone] = sender
         try:
-            response = self._asked([*inputs, pb_utils.Tensor("STREAM", np.array([False]))], name)
+            response = self._asked(
+                [*inputs, pb_utils.Tensor("STREAM", np.array([False]))], {**authorization, "gone": name}
+            )
         except Exception as error:  # noqa: BLE001 - the server's boundary; without a response the client would wait
             response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         with self.lock:
@@ -75,11 +79,11 @@ class TritonPythonModel:
         finally:
             self.free.release()
 
-    def _asked(self, inputs: list[Any], name: str) -> Any:
+    def _asked(self, inputs: list[Any], parameters: dict[str, str]) -> Any:
         """NAME's answer as one response: TEXT, the whole answer, and USAGE. NAME's error where it sent one."""
         outputs = ["TEXT", "EVENT", "USAGE"]
         asked = pb_utils.InferenceRequest(
-            model_name=self.model, requested_output_names=outputs, inputs=inputs, parameters={"gone": name}
+            model_name=self.model, requested_output_names=outputs, inputs=inputs, parameters=parameters
         )
         for response in asked.exec(decoupled=True):
             if response.has_error():
@@ -89,3 +93,11 @@ class TritonPythonModel:
                 outputs = [pb_utils.Tensor(name, np.array([value], dtype=object)) for name, value in values.items()]
                 return pb_utils.InferenceResponse(outputs)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.model} sent no answer"))
+
+
+def authorization_of(request: Any) -> dict[str, str]:
+    """A request's header `Authorization`, which is a parameter here, for NAME to look at; none where it is no text."""
+    with contextlib.suppress(UnicodeDecodeError):
+        sent = json.loads(request.parameters() or "{}")
+        return {name: value for name, value in sent.items() if name.lower() == "authorization"}
+    return {}

@@ -9,14 +9,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificates import write_pair
 from http_calls import messages, post
 from stand_in import png
 
@@ -25,7 +21,7 @@ from vismem.api import serve_api
 from vismem.ask import DEFAULT_MODEL
 from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
-from vismem.serving.exchange import TOKEN_VARIABLE
+from vismem.runtime.access import TOKEN_VARIABLE
 
 PICTURE = png(84, 84)  # 36 patches
 
@@ -43,22 +39,8 @@ def api(*options: str) -> Iterator[str]:
             process.terminate()
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate of 127.0.0.1, signed by itself, and its key."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
-    now, here = datetime.now(UTC), x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-    signed = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-    certificate = signed.add_extension(here, critical=True).sign(key, hashes.SHA256())
-    pem = serialization.Encoding.PEM
-    (tmp_path / "certificate.pem").write_bytes(certificate.public_bytes(pem))
-    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (tmp_path / "key.pem").write_bytes(key.private_bytes(pem, form, plain))
-    return tmp_path / "certificate.pem", tmp_path / "key.pem"
-
-
-def test_with_a_certificate_nothing_is_said_in_clear(pair: tuple[Path, Path]) -> None:
-    certificate, key = pair
+def test_with_a_certificate_nothing_is_said_in_clear(tmp_path: Path) -> None:
+    certificate, key = write_pair(tmp_path)
     trusted = ssl.create_default_context(cafile=str(certificate))
     with api(f"--tls-certificate={certificate}", f"--tls-key={key}") as address:
         assert address.startswith("https://127.0.0.1:")
@@ -72,6 +54,16 @@ def test_with_a_certificate_nothing_is_said_in_clear(pair: tuple[Path, Path]) ->
 def test_half_a_certificate_starts_no_server(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["api", "--port", "0", option, __file__]) == 1
     assert "TLS needs both --tls-certificate and --tls-key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["api", "serve"])
+def test_a_key_of_another_certificate_starts_no_server(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    certificate, key = write_pair(tmp_path)[0], write_pair(tmp_path, "other-")[1]
+    options = [f"--tls-certificate={certificate}", f"--tls-key={key}"]
+    assert cli.main([command, "--port", "0", *options, *(["--repository", f"{tmp_path}"] * (command == "serve"))]) == 1
+    assert "are no PEM certificate with its key: [X509: KEY_VALUES_MISMATCH]" in capsys.readouterr().err
 
 
 def test_more_patches_than_the_server_allows_are_refused() -> None:

@@ -28,7 +28,7 @@ def add_commands(commands: Commands) -> None:
     add = command("infer", _run_infer, "ask the served model about images")
     _add_question(add)
     add("--timeout", type=float, default=60.0, metavar="S", help="deadline of the whole answer (default: 60)")
-    about = "any server, no parameters needed; http:// for `vismem api`; default: this machine at deploy.grpc_port"
+    about = "any server; grpcs:// with TLS, http:// for `vismem api`; default: this machine at deploy.grpc_port"
     add("--url", metavar="HOST:PORT", help=about)
     add("--model", metavar="NAME", help="the served model's name; default: the one that the server has")
 
@@ -39,6 +39,7 @@ def add_commands(commands: Commands) -> None:
     add("--port", "--grpc-port", type=int, help="gRPC port; default: deploy.grpc_port, 0: any free one")
     add("--http-port", type=int, help="HTTP port; default: deploy.http_port")
     add("--metrics-port", type=int, help="Prometheus port; default: deploy.metrics_port")
+    _add_tls(add)
     _add_request_log(add)
 
     about = "serve a model over HTTP as OpenAI's API does, every family, until Ctrl-C"
@@ -47,8 +48,7 @@ def add_commands(commands: Commands) -> None:
     add("--name", default="vismem", help="what clients call the model (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--rows", type=int, default=8, metavar="N", help="answers decoded together (default: %(default)s)")
-    add("--tls-certificate", type=Path, metavar="FILE", dest="certificate", help="PEM; with --tls-key")
-    add("--tls-key", type=Path, metavar="FILE", dest="key", help="PEM")
+    _add_tls(add)
     _add_request_log(add)
 
     about = "a page in the browser that asks a model, beside its answer without memory, until Ctrl-C"
@@ -66,6 +66,11 @@ def _add_served(add: Callable[..., Any], port: int) -> None:
     # 16,384 patches are 3.2 megapixels as Qwen2.5-VL cuts them.
     add("--max-patches", type=int, default=16_384, metavar="N", help="of a question's images (default: %(default)s)")
     add("--cache-mb", type=int, default=1_000, metavar="N", help="kept of images and prompts (default: %(default)s)")
+
+
+def _add_tls(add: Callable[..., Any]) -> None:
+    add("--tls-certificate", type=Path, metavar="FILE", dest="certificate", help="PEM; with --tls-key")
+    add("--tls-key", type=Path, metavar="FILE", dest="key", help="PEM")
 
 
 def _add_request_log(add: Callable[..., Any]) -> None:
@@ -143,7 +148,8 @@ def _run_infer(arguments: argparse.Namespace) -> None:
 
 def _run_serve(arguments: argparse.Namespace) -> None:
     _set_request_log(arguments)
-    named = arguments.repository.absolute() if arguments.repository else None
+    files = (arguments.repository, arguments.certificate, arguments.key)
+    named, certificate, key = (file.absolute() if file else None for file in files)
     config, artifacts = enter(arguments)
     from vismem.serving.champion import champion_repository
     from vismem.serving.supervise import serve
@@ -157,6 +163,8 @@ def _run_serve(arguments: argparse.Namespace) -> None:
         grpc_port=arguments.port,
         http_port=arguments.http_port,
         metrics_port=arguments.metrics_port,
+        certificate=certificate,
+        key=key,
         write=lambda line: print(arguments.caller.shown(line), flush=True),
     )
 

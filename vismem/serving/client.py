@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 from vismem.errors import UserError
 from vismem.generation.invocation import mode_of
+from vismem.runtime.access import own_token
 from vismem.runtime.chat import Chat, check_chat
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.serving.exchange import (
-    TOKEN_VARIABLE,
     Answer,
     DeadlineError,
     DisconnectedError,
@@ -46,15 +46,18 @@ class AsyncClient:
     def __init__(
         self, address: str, *, model: str | None = None, token: str | None = None, timeout: float = TIMEOUT
     ) -> None:
-        """`address`: http://, https:// or grpc://HOST:PORT. `model`: its name there; without, the one that is served.
+        """`address`: http://, https://, grpc:// or grpcs://HOST:PORT, which end with s where the server has TLS.
 
-        `token`: what a server with VISMEM_API_TOKEN asks for. `timeout`: see `ask`.
+        `model`: its name there; without, the one that is served. `token`: what a server with VISMEM_API_TOKEN asks for;
+        by default that variable here. `timeout`: see `ask`.
         """
         scheme, mark, place = address.partition("://")
-        if scheme not in ("http", "https", "grpc") or not (mark and place):
+        if scheme not in ("http", "https", "grpc", "grpcs") or not (mark and place):
             raise UserError(f"{address} is no address of a server: give http://HOST:PORT or grpc://HOST:PORT")
         self.address, self.model, self.timeout = address, model, timeout
-        self.server = OverGrpc(place.rstrip("/")) if scheme == "grpc" else OverHttp(address, token)
+        token = own_token() if token is None else token
+        grpc, tls = scheme.startswith("grpc"), scheme == "grpcs"
+        self.server = OverGrpc(place.rstrip("/"), token, tls) if grpc else OverHttp(address, token)
 
     async def ask(self, images: Images, question: str | Chat, **options: Any) -> Answer:
         """The answer to a question about one or more images (paths, PIL images, or encoded files as bytes).
@@ -238,8 +241,7 @@ def main_infer(
     except RequestError as error:
         raise UserError(str(error)) from None
     check_seed(seed)
-    token = os.environ.get(TOKEN_VARIABLE)
-    client = Client(url if "://" in url else f"grpc://{url}", model=model, token=token, timeout=timeout)
+    client = Client(url if "://" in url else f"grpc://{url}", model=model, timeout=timeout)
     options: dict[str, Any] = {"memory": memory, "max_new_tokens": max_new_tokens}
     options |= {"temperature": temperature, "seed": seed}
     if stream:

@@ -21,9 +21,10 @@ from vismem.files import write_json
 from vismem.progress import progress
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import EXAMPLE, Release
+from vismem.runtime.access import TOKEN_VARIABLE
 from vismem.services import HOST, Service, check_http, free_ports, start_service
 from vismem.serving.client import Client, challenger_name
-from vismem.serving.exchange import TOKEN_VARIABLE, Answer
+from vismem.serving.exchange import Answer
 from vismem.serving.repository import has_graphs, write_model_repository
 from vismem.serving.server import triton_server
 

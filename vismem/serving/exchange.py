@@ -21,7 +21,6 @@ from vismem.runtime.limits import NEW_TOKENS
 
 AnyImage = str | Path | bytes | Image.Image
 Images = AnyImage | Sequence[AnyImage]
-TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
 BUSY_TYPE = "rate_limit_error"  # of an error over HTTP, as OpenAI calls it
 
 

@@ -4,7 +4,6 @@ What OpenAI has no word for travels in a field `vismem`: which memories a reques
 """
 
 import asyncio
-import hmac
 import json
 import logging
 import threading
@@ -18,6 +17,7 @@ from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.datastructures import Headers
 
+from vismem.runtime.access import token_refusal
 from vismem.runtime.chat import said
 from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Chunk, Runtime
@@ -113,11 +113,9 @@ class _Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """An ASGI application."""
-        if scope["type"] == "http" and scope["path"] != "/health":
-            sent = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(sent.encode(), self.token.encode()):
-                why = "no such token: send `Authorization: Bearer TOKEN`"
-                return await Refused(401, why, "authentication_error").response()(scope, receive, send)
+        guarded = scope["type"] == "http" and scope["path"] != "/health"
+        if guarded and (refused := token_refusal(self.token, Headers(scope=scope).get("authorization", ""))):
+            return await Refused(401, refused, "authentication_error").response()(scope, receive, send)
         await self.app(scope, receive, send)
 
 

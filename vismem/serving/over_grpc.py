@@ -1,6 +1,7 @@
 """The client's side of Triton's gRPC protocol (deploy/triton/README.md)."""
 
 import json
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -36,10 +37,11 @@ OPTIONS = [  # of a connection; where the name has several addresses, as a clust
 
 
 class OverGrpc:
-    """The Triton server at `url` ("host:port")."""
+    """The Triton server at `url` ("host:port"), over TLS with the certificates that Python trusts (SSL_CERT_FILE)."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, token: str, tls: bool) -> None:
+        self.url, self.tls = url, tls
+        self.headers = {"authorization": f"Bearer {token}"} if token else {}
         self.connection: Connection[Any] = Connection(self._connect)
 
     async def models(self) -> list[str]:
@@ -61,7 +63,7 @@ class OverGrpc:
         """
         async with self._client() as client:
             answered, fault = False, None
-            call = client.stream_infer(_requests(model, question, stream, timeout))
+            call = client.stream_infer(_requests(model, question, stream, timeout), headers=self.headers)
             try:
                 async for result, error in call:
                     if error is not None:
@@ -112,7 +114,8 @@ class OverGrpc:
     def _connect(self) -> Any:
         import tritonclient.grpc.aio as triton
 
-        return triton.InferenceServerClient(self.url, channel_args=OPTIONS)
+        trusted = ssl.get_default_verify_paths().cafile  # without: those that gRPC brings
+        return triton.InferenceServerClient(self.url, ssl=self.tls, root_certificates=trusted, channel_args=OPTIONS)
 
 
 def _asked(asked: str | Chat) -> dict[str, np.ndarray[Any, Any]]:

@@ -19,7 +19,7 @@ LIMITS = httpx2.Limits(max_connections=None, keepalive_expiry=2)  # seconds: bef
 class OverHttp:
     """The server whose API begins at `address` (http:// or https://, with or without /v1)."""
 
-    def __init__(self, address: str, token: str | None) -> None:
+    def __init__(self, address: str, token: str) -> None:
         self.address = address.rstrip("/").removesuffix("/v1") + "/v1"
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.connection = Connection(lambda: httpx2.AsyncClient(headers=headers, timeout=None, limits=LIMITS))

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vismem.config import Config
 from vismem.errors import UserError
+from vismem.runtime.access import own_token
 from vismem.serving.client import Client
 from vismem.serving.command import run_command
 from vismem.serving.exchange import Answer, encoded
@@ -33,6 +34,8 @@ def ask(url: str, model: str, timeout: float) -> Answer:
 def ask_unary(url: str, model: str, timeout: float) -> None:
     """The same of a unary model at `url` (HTTP), which asks the one behind it: both processes are proved by it."""
     body = {"IMAGE": [b64encode(BLANK).decode()], "PROMPT": "?", "MAX_NEW_TOKENS": 1}
+    if token := own_token():
+        body["authorization"] = f"Bearer {token}"  # Triton passes no header of /generate on (server issue 8790)
     try:
         urllib.request.urlopen(f"{url}/v2/models/{model}/generate", json.dumps(body).encode(), timeout=timeout).close()
     except urllib.error.HTTPError as error:

@@ -10,10 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vismem.errors import UserError
+from vismem.runtime.access import own_token
 from vismem.services import HOST, POLL, Service, check_http, free_ports, start_service
 from vismem.serving.environment import find_serving_environment
-from vismem.serving.probe import ask
-from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary
+from vismem.serving.probe import ask_unary
+from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, unary_name
 
 READY_TIMEOUT = int(os.environ.get("VISMEM_READY_SECONDS", "180"))  # that a server and its models get to load in
 DRAIN_SECONDS = float(os.environ.get("VISMEM_DRAIN_SECONDS", "0"))  # that running answers get before they are ended
@@ -33,17 +34,25 @@ class TritonServer:
     repository: Path
     models: list[str]  # without those of clients that take no stream
     grpc_url: str  # host:port for clients on this machine
+    http_host: str  # of HTTP and metrics, for them
     ports: Mapping[str, int]  # grpc, http, metrics
     service: Service
 
 
 @contextmanager
 def triton_server(
-    repository: Path, *, log: Path, ports: Mapping[str, int] | None = None, host: str = HOST
+    repository: Path,
+    *,
+    log: Path,
+    ports: Mapping[str, int] | None = None,
+    host: str = HOST,
+    tls: tuple[Path, Path] | None = None,
 ) -> Iterator[TritonServer]:
     """`with triton_server(repository, log=FILE) as server: Client(f"grpc://{server.grpc_url}").ask(...)`.
 
-    `ports` of grpc, http and metrics, 0 or not given: any free one. It loads what changes in `repository`, and a model
+    `ports` of grpc, http and metrics, 0 or not given: any free one. `tls`: a certificate and its key, PEM, for gRPC;
+    Triton's HTTP and metrics know no TLS, and then listen on this machine alone. Clients must send the
+    token of `own_token`, if there is one. It loads what changes in `repository`, and a model
     serves on where that fails. Leaving ends the running answers with an error, and stops the server with its children;
     if this process dies, the server gets SIGTERM. UserError names a damaged repository, a busy port, or the reason that
     the log gives.
@@ -67,8 +76,12 @@ def triton_server(
             "grpc-restricted-protocol": CLOSED,
             "http-restricted-api": CLOSED,
             **{f"{name}-port": port for name, port in ports.items()},
-            **{f"{name}-address": host for name in ports},
+            **{f"{name}-address": host if name == "grpc" or not tls else HOST for name in ports},
         }
+        if own_token():
+            options |= {f"{name}-header-forward-pattern": "(?i)^authorization$" for name in ("grpc", "http")}
+        if tls:
+            options |= {"grpc-use-ssl": "true", "grpc-server-cert": tls[0], "grpc-server-key": tls[1]}
         shared, stop = f"vismem_{os.getpid()}_{ports['grpc']}_", Path(scratch) / "stop"
         backend = {"stub-timeout-seconds": READY_TIMEOUT, "shm-region-prefix-name": shared}  # default: 30
         command = [str(environment.binary), *(f"--{name}={value}" for name, value in options.items())]
@@ -88,14 +101,15 @@ def triton_server(
             if DRAIN_SECONDS:
                 ends.callback(_drain, Path(scratch), repository)
             address = HOST if host == "0.0.0.0" else host
-            url = f"{address}:{ports['grpc']}"
-            service.wait_until(lambda: check_http(f"http://{address}:{ports['http']}/v2/health/ready"), READY_TIMEOUT)
+            http_host = HOST if tls else address
+            http = f"http://{http_host}:{ports['http']}"
+            service.wait_until(lambda: check_http(f"{http}/v2/health/ready"), READY_TIMEOUT)
             for model in models:  # one whose Python process has died still says READY
                 try:
-                    ask(url, model, READY_TIMEOUT)
+                    ask_unary(http, unary_name(model), READY_TIMEOUT)
                 except UserError as error:
                     raise UserError(f"the server started, but does not answer: {error}; its log is {log}") from None
-            yield TritonServer(repository, models, url, ports, service)
+            yield TritonServer(repository, models, f"{address}:{ports['grpc']}", http_host, ports, service)
 
 
 def _drain(scratch: Path, repository: Path) -> None:

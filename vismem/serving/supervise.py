@@ -17,7 +17,8 @@ from vismem.errors import UserError
 from vismem.files import link_or_copy
 from vismem.locks import lock_folder
 from vismem.provenance import MANIFEST, sha256_file
-from vismem.services import HOST, POLL, until_stopped
+from vismem.runtime.access import own_token
+from vismem.services import HOST, POLL, check_certificate, until_stopped
 from vismem.serving.client import challenger_name
 from vismem.serving.probe import ask_unary, check_model
 from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, unary_name
@@ -196,9 +197,12 @@ def serve(
     grpc_port: int | None = None,
     http_port: int | None = None,
     metrics_port: int | None = None,
+    certificate: Path | None = None,
+    key: Path | None = None,
     write: Callable[[str], None] = print,
 ) -> None:
-    """`vismem serve [--repository DIR] [--host H] [--grpc-port N] [--http-port N] [--metrics-port N]`.
+    """`vismem serve [--repository DIR] [--host H] [--grpc-port N] [--http-port N] [--metrics-port N]
+    [--tls-certificate FILE --tls-key FILE]`; with VISMEM_API_TOKEN, for those who send that token.
 
     Serves the repository (the CLI's default: artifacts/deploy/model_repository) in the foreground until Ctrl-C or
     SIGTERM; what is deployed there meanwhile is loaded, or what is where `champion` says every CHECK_SECONDS. Ports not
@@ -207,6 +211,8 @@ def serve(
     if not repository.is_dir():
         hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
         raise UserError(f"{repository} is not there: {hint}")
+    check_certificate(certificate, key)
+    tls = (certificate, key) if certificate and key else None
     asked = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
     ports = {"grpc": config.deploy.grpc_port, "http": config.deploy.http_port, "metrics": config.deploy.metrics_port}
     ports |= {name: port for name, port in asked.items() if port is not None}
@@ -221,10 +227,12 @@ def serve(
     ):
         releases = Releases(repository, Path(folder).absolute())  # links lead there
         while True:
-            with triton_server(releases.repository, log=log, host=host, ports=ports) as server:
+            with triton_server(releases.repository, log=log, host=host, ports=ports, tls=tls) as server:
                 ports = dict(server.ports)
                 others = f"HTTP port {ports['http']}, metrics port {ports['metrics']}"
-                write(f"serving {', '.join(server.models)} on gRPC {server.grpc_url} ({others})")
+                others += f", {'with' if own_token() else 'without'} a token"
+                address = f"{'grpcs://' if tls else ''}{server.grpc_url}"
+                write(f"serving {', '.join(server.models)} on gRPC {address} ({others})")
                 write(f"log: {log}; stop with Ctrl-C")
                 try:
                     _watch(server, releases, champion, write)
@@ -238,15 +246,14 @@ def _watch(
     server: TritonServer, releases: Releases, champion: Callable[[], Path] | None, write: Callable[[str], None]
 ) -> None:
     """Ask every model now and then, and load what is deployed. UserError where a model, or the server, has failed."""
-    host = server.grpc_url.rpartition(":")[0]
-    http, metrics = f"http://{host}:{server.ports['http']}", f"http://{host}:{server.ports['metrics']}/metrics"
+    http, metrics = (f"http://{server.http_host}:{server.ports[name]}" for name in ("http", "metrics"))
     checked = time.monotonic()
     while True:
         server.service.check()
         if time.monotonic() > checked + CHECK_SECONDS:
             for model in filter(is_unary, releases.served):
                 question = partial(ask_unary, http, model, PATIENCE)
-                check_model(question, metrics, model.removesuffix(unary_name("")), PATIENCE)
+                check_model(question, f"{metrics}/metrics", model.removesuffix(unary_name("")), PATIENCE)
             if champion:
                 releases.start_following(champion, write)
             checked = time.monotonic()

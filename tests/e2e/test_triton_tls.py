@@ -1,0 +1,147 @@
+"""A real tritonserver with a certificate and a token: who may read, and who may ask."""
+
+import base64
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import tritonclient.grpc as triton
+from certificates import write_pair
+from stand_in import ANSWER, IMAGE, make_repository
+from test_triton_unary import inputs
+from tritonclient.utils import InferenceServerException
+
+from vismem.cli import main
+from vismem.runtime.access import TOKEN_VARIABLE
+from vismem.serving.client import Client
+from vismem.serving.exchange import DisconnectedError, RefusedError
+from vismem.serving.server import TritonServer, triton_server
+
+TOKEN = "s3cret"
+WRONG = ["", "S3cret", "s3cre", "s3cret2", "sécret", "Bearer s3cret"]
+PATHS = ("vismem_unary/generate", "vismem/generate_stream", "vismem_unary/infer")
+ASKED = {"IMAGE": [base64.b64encode(IMAGE).decode()], "PROMPT": ["hi"]}
+INFER = {"inputs": [{"name": n, "datatype": "BYTES", "shape": [1], "data": v} for n, v in ASKED.items()]}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def server(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    folder = tmp_path_factory.mktemp("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TOKEN_VARIABLE, TOKEN)  # of the server, and of the one who starts it
+        repository = make_repository(folder)
+        with triton_server(repository, log=folder / "server.log", host="0.0.0.0", tls=pair) as running:
+            patch.delenv(TOKEN_VARIABLE)
+            yield running
+
+
+@pytest.fixture
+def trusted(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(pair[0]))
+
+
+def unary(server: TritonServer, pair: tuple[Path, Path], token: str) -> str:
+    headers = {"authorization": f"Bearer {token}"}
+    with triton.InferenceServerClient(server.grpc_url, ssl=True, root_certificates=str(pair[0])) as client:
+        answer = client.infer("vismem_unary", inputs(), headers=headers, client_timeout=60)
+    return str(answer.as_numpy("TEXT")[0].decode())
+
+
+def post(server: TritonServer, path: str, authorization: str) -> tuple[int, str]:
+    """Of /generate Triton passes no header on: it is a field of the body."""
+    body = json.dumps(INFER if path.endswith("infer") else {**ASKED, "authorization": authorization}).encode()
+    url = f"http://127.0.0.1:{server.ports['http']}/v2/models/{path}"
+    try:
+        asked = urllib.request.Request(url, body, {"Authorization": authorization})
+        with urllib.request.urlopen(asked, timeout=60) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.usefixtures("trusted")
+def test_who_has_the_token_is_answered(
+    server: TritonServer,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A stream, a unary call and HTTP; and `vismem infer`, which reads the token as the server does."""
+    client = Client(f"grpcs://{server.grpc_url}", token=TOKEN)
+    assert [piece.event for piece in client.stream(IMAGE, "hi", max_new_tokens=3)] == [piece.event for piece in ANSWER]
+    assert unary(server, pair, TOKEN) == " é0 é1 é2"
+    for path in PATHS:
+        status, said = post(server, path, f"Bearer {TOKEN}")
+        assert (status, " é2" in said) == (200, True)
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    monkeypatch.setenv(TOKEN_VARIABLE, f"{TOKEN}\n")
+    assert main(["infer", "--url", f"grpcs://{server.grpc_url}", "--image", f"{tmp_path}/a.png", "hi"]) == 0
+    assert "é0⟨short⟩ é1" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("token", WRONG)
+def test_who_has_not_is_refused_whichever_way_he_asks(
+    server: TritonServer, pair: tuple[Path, Path], token: str
+) -> None:
+    if token.isascii():  # gRPC sends no other header
+        with pytest.raises(RefusedError, match="no such token"):
+            Client(f"grpcs://{server.grpc_url}", token=token).ask(IMAGE, "hi")
+        with pytest.raises(InferenceServerException, match="no such token"):
+            unary(server, pair, token)
+    for path in PATHS:
+        assert "no such token" in post(server, path, f"Bearer {token}")[1]
+
+
+def test_who_does_not_trust_the_certificate_or_speaks_in_clear_gets_nothing(server: TritonServer) -> None:
+    for scheme in ("grpc", "grpcs"):
+        with pytest.raises(DisconnectedError):
+            Client(f"{scheme}://{server.grpc_url}", token=TOKEN, timeout=20).ask(IMAGE, "hi")
+
+
+def test_what_knows_no_tls_listens_on_this_machine_alone(server: TritonServer) -> None:
+    process = psutil.Process(server.service.process.pid)
+    listening = {c.laddr.port: c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert listening.pop(server.ports["grpc"]) in ("::", "0.0.0.0")
+    assert listening == dict.fromkeys((server.ports["http"], server.ports["metrics"]), "127.0.0.1")
+
+
+def test_the_token_stands_on_no_command_line(server: TritonServer) -> None:
+    root = psutil.Process(server.service.process.pid)
+    assert not [p for p in (root, *root.children(recursive=True)) if TOKEN in " ".join(p.cmdline())]
+
+
+@pytest.mark.usefixtures("trusted")
+def test_serve_takes_the_files_and_says_how_it_listens(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
+    options = [
+        f"--repository={make_repository(tmp_path)}",
+        f"--tls-certificate={pair[0]}",
+        f"--tls-key={pair[1]}",
+        *ports,
+    ]
+    command = [sys.executable, "-m", "vismem.cli", "serve", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.endswith(", with a token)\n")
+        address = line.split()[4]
+        assert address.startswith("grpcs://127.0.0.1:")
+        assert Client(address).ask(IMAGE, "hi", max_new_tokens=1) == "é0"
+        process.terminate()
+    assert process.returncode == 0

@@ -4,7 +4,6 @@
 of the model. Nothing that lies beside it is imported before it is verified.
 """
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -222,9 +221,10 @@ class TritonPythonModel:
 
 def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
     """Image files, prompt, messages, options of `generate`, seconds that a response may collect; or a RequestError."""
-    from vismem.runtime.limits import NEW_TOKENS, RequestError  # verified by now
+    from vismem.runtime.images import image_file  # verified by now
+    from vismem.runtime.limits import NEW_TOKENS, RequestError
 
-    files, stop = list(map(image_of, _several(request, "IMAGE"))), _several(request, "STOP")
+    files, stop = list(map(image_file, _several(request, "IMAGE"))), _several(request, "STOP")
     values: dict[str, Any] = {**DEFAULTS, "MAX_NEW_TOKENS": NEW_TOKENS}
     for name in values:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
@@ -270,14 +270,6 @@ def decoded(name: str, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise RequestError(f"{name} is not UTF-8 text") from None
-
-
-def image_of(data: bytes) -> bytes:
-    """An encoded image, sent as it is or, since JSON holds no bytes, as base64."""
-    try:
-        return base64.b64decode(data, validate=True)
-    except ValueError:  # no image file consists of base64's characters
-        return data
 
 
 def _several(request: Any, name: str) -> list[bytes]:

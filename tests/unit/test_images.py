@@ -1,6 +1,8 @@
 """What every model sees of an image file: turned as EXIF says, on white, 8 bits; no animation."""
 
+import base64
 import io
+import re
 import struct
 import zlib
 
@@ -113,3 +115,21 @@ def test_a_camera_s_file_of_several_pictures_is_its_first_one() -> None:
     (image,) = check_request([data], b"what?", 1)
     assert upright(image).tobytes() == opened(saved(PICTURE, "JPEG")).tobytes()
     assert examine_image(data).fault is None
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 11, 12, 13, 24, 25, 35, 36])
+def test_base64_in_pieces_is_base64(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes; and an error for a text that is cut, has a wrong character, or padding before its end."""
+    monkeypatch.setattr(images, "PIECE", 16)
+    text = base64.b64encode(np.random.default_rng(size).bytes(size))
+    cut = [text[:end] for end in range(len(text))]
+    changed = [
+        text[:i] + wrong + text[i + len(wrong) :] for i in range(len(text)) for wrong in (b"=", b"==", b"-", b"\n")
+    ]
+    for sent in (text, text + b"=", text + b"AAAA", *cut, *changed):
+        if re.fullmatch(rb"([\w+/]{4})*([\w+/]{2}==|[\w+/]{3}=)?", sent):
+            assert images.from_base64(sent) == images.image_file(sent) == base64.b64decode(sent)
+        elif sent[-1:] != b"=":  # Python takes a lone "=" behind whole groups, ours as well where no piece ends there
+            with pytest.raises(ValueError):  # noqa: PT011 - the decoder's words are its own
+                images.from_base64(sent)
+            assert images.image_file(sent) == sent

@@ -160,21 +160,22 @@ class _Bodies:
 
         Refused for one that is too large, at the first byte too many, too slow, or not understood.
         """
-        body, size = bytearray(), 0
+        body, size, marks = bytearray(), 0, 0
         try:
             try:
                 async with asyncio.timeout(BODY_SECONDS):
                     async for part in request.stream():
                         body += part
                         size, self.bytes = size + len(part), self.bytes + len(part)
+                        marks += part.count(b'"') + part.count(b",")
                         if size > MAX_BODY_BYTES:
                             raise Refused(413, f"the request is larger than {MAX_BODY_BYTES} bytes")
                         if self.bytes > MAX_BODIES_BYTES:
                             raise Refused(429, "too many large requests at a time: ask again later", BUSY_TYPE)
+                        if marks > MAX_MARKS:
+                            raise Refused(413, "the request has too many fields")
             except TimeoutError:
                 raise Refused(408, f"the request did not come within {BODY_SECONDS} seconds") from None
-            if body.count(b'"') + body.count(b",") > MAX_MARKS:
-                raise Refused(413, "the request has too many fields")
             wanted = await run_in_threadpool(read_body, body)
             del body
             yield wanted

@@ -1,6 +1,7 @@
 """A model whose files are no longer those that were written is refused, in one line that names its folder."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,17 +47,51 @@ def test_a_saved_model_without_its_manifest_is_refused_and_what_training_wrote_h
     assert find_added(tmp_path / "stage2") == tmp_path / "stage2"
 
 
-def test_a_base_whose_words_have_other_ids_is_refused(model: VisMem, tiny_base: Path, tmp_path: Path) -> None:
-    """All of its weights and all special tokens are as they were."""
-    model.save_pretrained(tmp_path / "saved")
-    base = shutil.copytree(tiny_base, tmp_path / "other")
+def swapped_words(base: Path) -> None:
     written = read_json(base / "tokenizer.json")
     words = written["model"]["vocab"]
     one, two = [word for word in words if len(word) == 1][:2]
     words[one], words[two] = words[two], words[one]
     write_json(base / "tokenizer.json", written)
     assert AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(one) == words[one]
-    said = f"'{base}' has another tokenizer than the one that {tmp_path / 'saved'} was trained with"
+
+
+def swapped_merges(base: Path) -> None:
+    """The words and their ids are the same: a text is cut into others of them."""
+    written = read_json(base / "tokenizer.json")
+    written["model"]["merges"].reverse()
+    write_json(base / "tokenizer.json", written)
+
+
+def other_template(base: Path) -> None:
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("user", "human", 1) + "{# of June #}")
+
+
+def other_settings(base: Path) -> None:
+    settings = read_json(base / "processor_config.json")
+    settings["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+    write_json(base / "processor_config.json", settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (swapped_words, "tokenizer"),
+        (swapped_merges, "tokenizer"),
+        (other_template, "chat template"),
+        (other_settings, "image_mean of images"),
+    ],
+)
+def test_a_base_that_reads_otherwise_is_refused(
+    change: Callable[[Path], None], what: str, model: VisMem, tiny_base: Path, tmp_path: Path
+) -> None:
+    """All of its weights and all special tokens are as they were."""
+    model.save_pretrained(tmp_path / "saved")
+    base = shutil.copytree(tiny_base, tmp_path / "other")
+    assert VisMem.from_pretrained(tmp_path / "saved", base=base)
+    change(base)
+    said = f"'{base}' has another {what} than the one that {tmp_path / 'saved'} was trained with"
     with pytest.raises(UserError) as refused:
         VisMem.from_pretrained(tmp_path / "saved", base=base)
     assert str(refused.value) == said

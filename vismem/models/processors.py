@@ -1,14 +1,31 @@
 """The families' processors, the same with and without torchvision: images through Pillow, no video part."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     InternVLProcessor,
     LlavaOnevisionProcessor,
     Qwen2_5_VLProcessor,
+)
+
+from vismem.errors import UserError, first_line
+from vismem.files import read_json
+
+# Of an image's settings, those that make its values; its size may be limited anew (`memory.image_pixels`).
+VALUES = (
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "resample",
+    "patch_size",
+    "merge_size",
 )
 
 
@@ -27,3 +44,29 @@ def load_processor(source: Path | str) -> Any:
     processor = AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
     processor.image_processor = AutoImageProcessor.from_pretrained(str(source), backend="pil", trust_remote_code=False)
     return processor
+
+
+def differing(processor: Any, folder: Path) -> str | None:
+    """What of a processor makes other tokens or pixels of a question than the one that was saved in `folder`.
+
+    The memory's tokens are in both tokenizers. UserError where the saved tokenizer is missing or damaged.
+    """
+    file = folder / "tokenizer.json"
+    try:
+        saved = Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no other
+        raise UserError(f"{file} is missing or damaged ({first_line(error)}): restore it, or train it again") from None
+    if _cutting(processor.tokenizer.backend_tokenizer) != _cutting(saved):
+        return "tokenizer"
+    template, settings = folder / "chat_template.jinja", folder / "processor_config.json"
+    if template.is_file() and template.read_text(encoding="utf-8") != processor.chat_template:
+        return "chat template"
+    before = read_json(settings).get("image_processor", {}) if settings.is_file() else {}
+    now = json.loads(processor.image_processor.to_json_string())
+    return next((f"{name} of images" for name in VALUES if name in before and before[name] != now.get(name)), None)
+
+
+def _cutting(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """What cuts a text into tokens, and their ids."""
+    parts = json.loads(tokenizer.to_str())
+    return tokenizer.get_vocab(), parts["model"], parts["normalizer"], parts["pre_tokenizer"]

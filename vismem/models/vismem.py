@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from vismem.config import InvocationConfig, MemoryConfig
@@ -21,6 +20,7 @@ from vismem.models.loading import load_base, read_weights, take_weights
 from vismem.models.lora import Lora, LoraSettings
 from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer, summary
 from vismem.models.policy import PolicyWeights, TokenRows
+from vismem.models.processors import differing
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
 
 FORMAT = 3  # of what `save_pretrained` writes; in 1 and 2 a short memory showed means of image tokens
@@ -222,25 +222,26 @@ class VisMemModel(nn.Module):
     def load_weights(self, folder: Path) -> None:
         """Take over all weights that `save_pretrained` wrote, and the policy's adapter, on or off as it was.
 
-        UserError where they are of another family or tokenizer, or of a memory of other sizes.
+        UserError where they are of another family, or of a memory of other sizes, or where this base's processor makes
+        other tokens or pixels of a question.
         """
         settings = _read_saved(folder, self.backbone)
         if self.memory_ids != settings["memory_ids"]:
-            raise self._other_tokenizer(folder)
+            raise self._other("tokenizer", folder)
         own, saved = (each.model_dump(mode="json") for each in (self.memory_config, settings["memory"]))
         if other := [name for name, value in saved.items() if name not in FREE and value != own[name]]:
             values = ", ".join(f"memory.{name} {saved[name]}" for name in other)
             raise UserError(f"{folder} has another memory than params.yaml: set {values}")
-        if self.backbone.processor.tokenizer.get_vocab() != _saved_vocabulary(folder):
-            raise self._other_tokenizer(folder)
+        if what := differing(self.backbone.processor, folder):
+            raise self._other(what, folder)
         if (policy := settings["policy_settings"]) and policy != self.policy_lora.settings:
             self.set_policy_lora(policy)
         take_weights(self, read_weights(folder / "memory.safetensors", folder / "policy.safetensors"), folder)
         self.policy_lora.enabled = settings["policy_lora"]
 
-    def _other_tokenizer(self, folder: Path) -> UserError:
+    def _other(self, what: str, folder: Path) -> UserError:
         base = self.backbone.model.name_or_path
-        return UserError(f"'{base}' has another tokenizer than the one that {folder} was trained with")
+        return UserError(f"'{base}' has another {what} than the one that {folder} was trained with")
 
     def load_policy_lora(self, folder: Path) -> None:
         """Take over the weights of the policy's adapter alone. UserError where it is another one than this model's."""
@@ -278,13 +279,3 @@ def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         said = "; ".join(f"{fault['loc']}: {fault['msg']}" for fault in getattr(error, "errors", list)())
         raise UserError(f"{file} is damaged, or of a later release ({said or first_line(error)}): {wanted}") from None
-
-
-def _saved_vocabulary(folder: Path) -> dict[str, int]:
-    """The ids of all tokens, the memory's included, as `save_pretrained` wrote them; UserError where it cannot be."""
-    file = Path(folder) / "tokenizer.json"
-    try:
-        words: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab()
-    except Exception as error:  # noqa: BLE001 - tokenizers raises no other
-        raise UserError(f"{file} is missing or damaged ({first_line(error)}): restore it, or train it again") from None
-    return words

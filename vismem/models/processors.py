@@ -59,7 +59,8 @@ def differing(processor: Any, folder: Path) -> str | None:
     if _cutting(processor.tokenizer.backend_tokenizer) != _cutting(saved):
         return "tokenizer"
     template, settings = folder / "chat_template.jinja", folder / "processor_config.json"
-    if template.is_file() and template.read_text(encoding="utf-8") != processor.chat_template:
+    own = processor.chat_template
+    if isinstance(own, str) and template.is_file() and template.read_text(encoding="utf-8") != own:
         return "chat template"
     before = read_json(settings).get("image_processor", {}) if settings.is_file() else {}
     now = json.loads(processor.image_processor.to_json_string())

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+# Without gradients these come whole; on the way to autograd torch cuts them into parts, whose bytes and FLOP count.
+COMPOSED = (aten.scaled_dot_product_attention.default, aten.linear.default, aten.matmul.default)
 Cost = Callable[[int, int, torch.dtype], float]  # seconds of an operation's FLOP and bytes read and written
 LABELS = {  # what a tensor counts as, by the function that allocates it, the innermost first
     "RowCache.reserve": "KV cache",
@@ -72,9 +74,10 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten.scaled_dot_product_attention.default:  # so without gradients: its parts count too
+        if func in COMPOSED:
+            attention = self.hollow and func is aten.scaled_dot_product_attention.default
             with self:
-                return (_attention if self.hollow else func.decompose)(*args, **kwargs)
+                return (_attention if attention else func.decompose)(*args, **kwargs)
         result = _hollow(func, args, kwargs) if self.hollow else func(*args, **kwargs)
         made = _tensors((result,))
         for tensor in made:

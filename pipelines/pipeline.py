@@ -23,7 +23,7 @@ from vismem.kubeflow.task import LAUNCH, WORK
 from vismem.launch import QUEUE, LaunchConfig
 from vismem.steps import STEPS
 
-SHARED = LaunchConfig()  # its volume: that of deploy/kubernetes/overlays/multi-node
+SHARED = LaunchConfig()  # its volume: that of deploy/kubernetes/components/multi-node
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = f"vismem-train:{__version__}"  # as `make images` names it; for clusters whose nodes were given it
 RETRIES = 2

@@ -32,7 +32,7 @@ SECRETS = {  # made by hand, see deploy/kubernetes/README.md: those that must be
     "vismem-mlflow-server": {"MLFLOW_BACKEND_STORE_URI"},
 }
 PULL_SECRET = "vismem-registry"
-OPTIONAL_SECRETS = {"vismem-huggingface": {"HF_TOKEN"}}
+OPTIONAL_SECRETS = {"vismem-huggingface": {"HF_TOKEN"}, "vismem-api": {"VISMEM_API_TOKEN"}}
 
 Manifest = dict[str, Any]
 

@@ -16,7 +16,7 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.runtime.access import own_token
-from vismem.services import HOST, check_certificate, free_ports, until_stopped
+from vismem.services import HOST, check_certificate, check_token, free_ports, until_stopped
 from vismem.serving.answering import ROWS, WAITING, Runtime
 from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
@@ -55,7 +55,7 @@ def serve_api(
     ports = free_ports({"http": port}, host=host, flag="--port")
     added = find_added(model)  # once: an alias may move, and a bundle is hashed
     loaded = VisMem.from_pretrained(added, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
-    token = "" if page else own_token()
+    check_token(token := "" if page else own_token())
     runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
     runtime.metrics.show_evaluation(added.parent)
     manifest = added.parent / MANIFEST  # of a bundle

@@ -14,8 +14,8 @@ from vismem.data.readers import jsonl
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
 from vismem.evaluation.statistics import permutation_p
-from vismem.serving.client import Client
-from vismem.serving.exchange import Answer, BusyError, DeadlineError, DisconnectedError, ServerError
+from vismem.serving.client import Client, own_client
+from vismem.serving.exchange import Answer, BusyError, DeadlineError, DisconnectedError, ServerError, UnauthorizedError
 from vismem.serving.golden import FILE, FOLDER, NEW_TOKENS
 from vismem.serving.publish import Published
 
@@ -36,7 +36,7 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     """
     model, limit = config.deploy.model_name, config.evaluate.max_new_tokens
     _check_version(url, model, release.version)
-    canary = Client(f"grpc://{url}", model=model)
+    canary = own_client(url, model)
     golden = json.loads((release.bundle / FOLDER / FILE).read_text())
     for asked in golden:
         images = [(release.bundle / FOLDER / name).read_bytes() for name in asked["images"]]
@@ -51,7 +51,7 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     told += f", {sum(right):g} of {len(samples)} of {own.name} right"
     if servers is None or not samples:
         return told
-    before = Client(f"grpc://{servers}", model=model)
+    before = own_client(servers, model)
     known = [score(sample, before.ask(sample.images, sample.question, max_new_tokens=limit)) for sample in samples]
     told += f", {sum(known):g} by the version before"
     p = permutation_p(np.array(right), np.array(known), np.array(cluster_ids(samples)))
@@ -64,7 +64,7 @@ def _ask(canary: Client, images: Sequence[bytes], question: str, limit: int) -> 
     """The greedy answer. WrongAnswerError where the model fails or refuses the question."""
     try:
         return canary.ask(images, question, max_new_tokens=limit)
-    except (BusyError, DeadlineError, DisconnectedError):
+    except (BusyError, DeadlineError, DisconnectedError, UnauthorizedError):
         raise
     except ServerError as error:
         raise WrongAnswerError(f"it fails at '{question}': {error}") from None

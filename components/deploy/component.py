@@ -1,4 +1,4 @@
-"""The service: a Triton model repository with the champion, smoke-tested over gRPC."""
+"""The service, smoke-tested: a Triton model repository with the champion, or `vismem api` where it has no graphs."""
 
 from kfp import dsl
 
@@ -12,7 +12,7 @@ def deploy(
     deploy: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Write the champion's Triton model repository and ask it real questions on a real server.
+    """Write the champion's Triton model repository, if it has graphs, and ask it real questions on a real server.
 
     Args:
         deploy: smoke.json, with graphs Triton's model_repository/; metadata: model, version, manifest_sha256.

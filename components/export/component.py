@@ -14,7 +14,7 @@ def export(
     card: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Export the model to ONNX, compare it with torch, and bundle it with its card, lineage and manifest.
+    """Bundle the model with card, lineage and manifest; with `export.graphs` also as ONNX, compared with torch.
 
     Args:
         parameters: The sections that tell how the model was made, from `configure`.

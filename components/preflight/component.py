@@ -5,7 +5,7 @@ from kfp import dsl
 
 @dsl.component(base_image="vismem-train", install_kfp_package=False)
 def preflight(parameters: dict, report: dsl.Output[dsl.Markdown]):
-    """Check secrets, buckets, registry, base model, GPUs, disk and shared memory; fail with all reasons at once.
+    """Check secrets, buckets, registry, base, GPUs, memory, disk and shared volume; fail with all reasons at once.
 
     It sees what its own pod sees: give it the secrets, GPUs, node selector and /dev/shm of the training tasks.
 

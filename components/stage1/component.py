@@ -12,7 +12,7 @@ def stage1(
     stage1: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Train query builder and memory formers by GRPO, the policy frozen.
+    """Train query builder and memory formers: a supervised warm start, with the policy's LoRA, then GRPO without it.
 
     Args:
         stage1: Weights, curves, samples; metadata: model_sha256.

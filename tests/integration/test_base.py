@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
 from vismem.config import Config, parse_config
 from vismem.errors import UserError
-from vismem.files import read_json
+from vismem.files import read_json, write_json
 from vismem.models.loading import load_base
+from vismem.plan import plan
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.steps import run_step
 from vismem.training.base import base
@@ -39,6 +40,20 @@ def test_a_model_from_a_folder_is_copied_with_its_weights_and_their_fingerprint(
     assert metrics["parameters"] == AutoModelForImageTextToText.from_pretrained(tmp_path).num_parameters()
     assert metrics["weights_sha256"] == sha256_folder(tmp_path, "*.safetensors")
     assert metrics["weights_sha256"][:12] in line
+
+
+def test_a_model_s_own_code_is_never_run_whatever_a_user_would_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks, where it is not told."""
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    write_json(model / "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    (model / "own.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import PretrainedConfig as Own\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (lambda: base(config(model), {}, tmp_path / "out"), lambda: plan(config(model), "1xH100", "84x84")):
+        with pytest.raises(UserError):
+            load()
+    assert not ran.exists()
 
 
 @pytest.fixture(scope="module")

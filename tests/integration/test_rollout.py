@@ -17,7 +17,14 @@ from project import Project
 from vismem import canary, rollout
 from vismem.registry import release
 from vismem.registry.champion import read_ledger
-from vismem.serving.exchange import Answer, BusyError, DeadlineError, DisconnectedError, ServerError
+from vismem.serving.exchange import (
+    Answer,
+    BusyError,
+    DeadlineError,
+    DisconnectedError,
+    ServerError,
+    UnauthorizedError,
+)
 
 WRONG, OWN = "three", "how many dots?"
 
@@ -35,7 +42,7 @@ class Here:
         (golden / "golden.json").write_text(json.dumps([asked]))
         self.cluster, self.kserve = Cluster(folder / "models", kserve=kserve), kserve
         self.pods = Pods(self.cluster)
-        patch.setattr(canary, "Client", lambda address, model: self.pods.client(address, model))
+        patch.setattr(canary, "own_client", lambda address, model: self.pods.client(address, model))
         patch.setattr(canary, "_check_version", lambda *given: self.pods.check_version(*given))
         patch.setattr(rollout, "POLL", 0)
 
@@ -110,8 +117,10 @@ def test_a_version_that_answers_wrongly_is_rolled_back_and_the_one_before_stays_
     assert "rolled back" in release.promote_version(here.project.config, "2")
 
 
-@pytest.mark.parametrize("error", [BusyError("busy"), DeadlineError("late"), DisconnectedError("gone")])
-def test_a_canary_that_is_busy_late_or_gone_is_no_fault_of_its_version(here: Here, error: Exception) -> None:
+@pytest.mark.parametrize("error", [BusyError("a"), DeadlineError("b"), DisconnectedError("c"), UnauthorizedError("d")])
+def test_a_canary_that_is_busy_late_or_gone_or_wants_a_token_is_no_fault_of_its_version(
+    here: Here, error: Exception
+) -> None:
     here.release(b"two", 68.0)
     here.pods.answers["2"] = error
     assert here.roll_out() == f"failed: {error}"

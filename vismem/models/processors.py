@@ -18,14 +18,18 @@ from vismem.files import read_json
 
 # Of an image's settings, those that make its values; its size may be limited anew (`memory.image_pixels`).
 VALUES = (
+    "do_convert_rgb",
+    "do_resize",
+    "resample",
     "do_rescale",
     "rescale_factor",
     "do_normalize",
     "image_mean",
     "image_std",
-    "resample",
     "patch_size",
+    "temporal_patch_size",
     "merge_size",
+    "crop_to_patches",
 )
 
 
@@ -53,16 +57,16 @@ def differing(processor: Any, folder: Path) -> str | None:
     """
     file = folder / "tokenizer.json"
     try:
-        saved = Tokenizer.from_file(str(file))
+        written = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - tokenizers raises no other
         raise UserError(f"{file} is missing or damaged ({first_line(error)}): restore it, or train it again") from None
-    if _cutting(processor.tokenizer.backend_tokenizer) != _cutting(saved):
+    if _cutting(processor.tokenizer.backend_tokenizer) != _cutting(written):
         return "tokenizer"
     template, settings = folder / "chat_template.jinja", folder / "processor_config.json"
-    own = processor.chat_template
-    if isinstance(own, str) and template.is_file() and template.read_text(encoding="utf-8") != own:
+    own, saved = processor.chat_template or "", template.read_text(encoding="utf-8") if template.is_file() else None
+    if saved is not None and isinstance(own, str) and saved.splitlines() != own.splitlines():  # a dict has several
         return "chat template"
-    before = read_json(settings).get("image_processor", {}) if settings.is_file() else {}
+    before = (read_json(settings).get("image_processor") if settings.is_file() else None) or {}
     now = json.loads(processor.image_processor.to_json_string())
     return next((f"{name} of images" for name in VALUES if name in before and before[name] != now.get(name)), None)
 
@@ -70,4 +74,4 @@ def differing(processor: Any, folder: Path) -> str | None:
 def _cutting(tokenizer: Tokenizer) -> tuple[Any, ...]:
     """What cuts a text into tokens, and their ids."""
     parts = json.loads(tokenizer.to_str())
-    return tokenizer.get_vocab(), parts["model"], parts["normalizer"], parts["pre_tokenizer"]
+    return tokenizer.get_vocab(), *(parts[name] for name in ("model", "normalizer", "pre_tokenizer", "post_processor"))

@@ -35,7 +35,7 @@ def hollow_base(config: BaseConfig, processes: int = 1) -> Backbone:
 
     source = str(config.folder() or config.model)
     try:
-        settings = AutoConfig.from_pretrained(source)
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
         check_family(settings.model_type)
         processor = load_processor(source)
     except (OSError, ValueError) as error:

@@ -82,7 +82,7 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = _tensors((result,))
         for tensor in made:
             self.count(tensor)
-        if self.cost and any(tensor.is_meta for tensor in made) and not func.is_view:
+        if self.cost and any(tensor.is_meta for tensor in made) and not _is_view(func):
             packet = func._overloadpacket
             flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
             moved = sum(tensor.nbytes for tensor in (*made, *_tensors((args, kwargs))))
@@ -146,6 +146,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
         query, key, value, attn_mask, torch.is_grad_enabled()
     )[0]
     return attended
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the operation moves nothing; `_unsafe_view`, behind a linear layer, does not say so."""
+    return func.is_view or func is aten._unsafe_view.default
 
 
 def _hollow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -14,5 +14,5 @@ def own_token() -> str:
 def token_refusal(token: str, authorization: str) -> str:
     """What is said to a request whose header `Authorization` does not hold the server's token; else ""."""
     sent = authorization.removeprefix("Bearer ").encode(errors="surrogatepass")
-    known = not token or hmac.compare_digest(sent, token.encode())
+    known = not token or hmac.compare_digest(sent, token.encode(errors="surrogatepass"))
     return "" if known else "no such token: send `Authorization: Bearer TOKEN`"

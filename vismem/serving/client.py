@@ -48,16 +48,15 @@ class AsyncClient:
     ) -> None:
         """`address`: http://, https://, grpc:// or grpcs://HOST:PORT, which end with s where the server has TLS.
 
-        `model`: its name there; without, the one that is served. `token`: what a server with VISMEM_API_TOKEN asks for;
-        by default that variable here. `timeout`: see `ask`.
+        `model`: its name there; without, the one that is served. `token`: what a server with VISMEM_API_TOKEN asks for.
+        `timeout`: see `ask`.
         """
         scheme, mark, place = address.partition("://")
         if scheme not in ("http", "https", "grpc", "grpcs") or not (mark and place):
             raise UserError(f"{address} is no address of a server: give http://HOST:PORT or grpc://HOST:PORT")
         self.address, self.model, self.timeout = address, model, timeout
-        token = own_token() if token is None else token
         grpc, tls = scheme.startswith("grpc"), scheme == "grpcs"
-        self.server = OverGrpc(place.rstrip("/"), token, tls) if grpc else OverHttp(address, token)
+        self.server = OverGrpc(place.rstrip("/"), token or "", tls) if grpc else OverHttp(address, token or "")
 
     async def ask(self, images: Images, question: str | Chat, **options: Any) -> Answer:
         """The answer to a question about one or more images (paths, PIL images, or encoded files as bytes).
@@ -241,7 +240,7 @@ def main_infer(
     except RequestError as error:
         raise UserError(str(error)) from None
     check_seed(seed)
-    client = Client(url if "://" in url else f"grpc://{url}", model=model, timeout=timeout)
+    client = own_client(url, model=model, timeout=timeout)
     options: dict[str, Any] = {"memory": memory, "max_new_tokens": max_new_tokens}
     options |= {"temperature": temperature, "seed": seed}
     if stream:
@@ -250,6 +249,11 @@ def main_infer(
         write("\n")
     else:
         write(client.ask(files, prompt, **options).marked + "\n")
+
+
+def own_client(url: str, model: str | None = None, timeout: float = TIMEOUT) -> Client:
+    """A client of a server of ours, with this process's token; an address without a scheme is of gRPC."""
+    return Client(url if "://" in url else f"grpc://{url}", model=model, token=own_token(), timeout=timeout)
 
 
 def challenger_name(name: str) -> str:

@@ -23,7 +23,7 @@ from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import EXAMPLE, Release
 from vismem.runtime.access import TOKEN_VARIABLE
 from vismem.services import HOST, Service, check_http, free_ports, start_service
-from vismem.serving.client import Client, challenger_name
+from vismem.serving.client import Client, challenger_name, own_client
 from vismem.serving.exchange import Answer
 from vismem.serving.repository import has_graphs, write_model_repository
 from vismem.serving.server import triton_server
@@ -50,7 +50,7 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     if has_graphs(bundle):
         served_from = write_model_repository(bundle, repository, model, version)
         with progress("deploy: tritonserver"), triton_server(repository, log=out / "tritonserver.log") as server:
-            smoke = smoke_test(Client(f"grpc://{server.grpc_url}", model=model), samples)
+            smoke = smoke_test(own_client(server.grpc_url, model), samples)
     else:
         served_from = bundle
         running = api_server(bundle, model, config.base.dtype, out / "api.log")

@@ -36,6 +36,10 @@ class RefusedError(ServerError):
     """The server does not accept the request: it would not do so later either."""
 
 
+class UnauthorizedError(RefusedError):
+    """The server asks for a token, and the caller has sent none, or another."""
+
+
 class DisconnectedError(ServerError):
     """No server listens, or the connection broke before the answer's end."""
 

@@ -10,7 +10,15 @@ import numpy as np
 
 from vismem.runtime.chat import Chat, messages_of
 from vismem.serving.connection import Connection
-from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
+from vismem.serving.exchange import (
+    BusyError,
+    DisconnectedError,
+    Question,
+    RefusedError,
+    ServerError,
+    Token,
+    UnauthorizedError,
+)
 from vismem.serving.repository import is_unary
 
 BUSY = {  # part of a server's message: what it means for the caller, where it does not say so itself
@@ -24,6 +32,7 @@ FAILED = {  # the same; other messages say what is wrong with the request
     "the model failed": "",
 }
 UNKNOWN = {"Request for unknown model": "it is not ready on this server: see the log of `vismem serve`"}
+NO_TOKEN = {"no such token": ""}
 UNREACHED = ("Failed to connect", "errors resolving")  # what a stream says of a server that was never there
 INTERVAL = 10  # milliseconds of words that come in one response: to send each alone takes longer than a small model
 LONGEST = 1e9  # seconds that a request can say
@@ -83,7 +92,8 @@ class OverGrpc:
 
     def _fault(self, model: str, message: str) -> ServerError:
         """By the message: a stream's errors have no status, and Triton 2.51 dies of the mode in which they have one."""
-        for kind, reasons in ((BusyError, BUSY), (ServerError, FAILED), (RefusedError, UNKNOWN)):
+        kinds = ((BusyError, BUSY), (ServerError, FAILED), (RefusedError, UNKNOWN), (UnauthorizedError, NO_TOKEN))
+        for kind, reasons in kinds:
             if mark := next((mark for mark in reasons if mark in message), None):
                 return kind(f"model '{model}' at {self.url}: {reasons[mark] or message}")
         return RefusedError(f"model '{model}' at {self.url}: {message}")
@@ -100,15 +110,17 @@ class OverGrpc:
             if "UNAVAILABLE" not in str(error.status()):
                 raise ServerError(f"the server at {self.url}: {error.message()}") from None
             self.connection.drop()
-            raise self._nobody() from None
+            raise self._nobody(error.message()) from None
         except grpc.RpcError as error:  # of a stream
             self.connection.drop()
             if any(mark in error.details() for mark in UNREACHED):
-                raise self._nobody() from None
+                raise self._nobody(error.details()) from None
             raise DisconnectedError(f"the connection to {self.url} broke: {error.details()}") from None
 
-    def _nobody(self) -> DisconnectedError:
+    def _nobody(self, why: str) -> DisconnectedError:
         hint = "start one with `vismem serve` in another terminal, or name another with --url"
+        if self.tls:
+            hint = f"it has no TLS, or a certificate that SSL_CERT_FILE does not name, or nobody listens ({why})"
         return DisconnectedError(f"no model server answers at {self.url}: {hint}")
 
     def _connect(self) -> Any:

@@ -10,7 +10,16 @@ import httpx2
 
 from vismem.runtime.chat import messages_of, one_turn
 from vismem.serving.connection import Connection
-from vismem.serving.exchange import BUSY_TYPE, BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
+from vismem.serving.exchange import (
+    BUSY_TYPE,
+    BusyError,
+    DisconnectedError,
+    Question,
+    RefusedError,
+    ServerError,
+    Token,
+    UnauthorizedError,
+)
 
 BUSY = (429, 503)
 LIMITS = httpx2.Limits(max_connections=None, keepalive_expiry=2)  # seconds: before uvicorn closes it, at 5
@@ -62,6 +71,7 @@ class OverHttp:
                 if response.status_code != 200:
                     status, said = response.status_code, _message(await response.aread())
                     kind = BusyError if status in BUSY else RefusedError if status < 500 else ServerError
+                    kind = UnauthorizedError if status == 401 else kind
                     raise kind(f"the server at {self.address} (status {status}): {said}")
                 yield response
         except httpx2.ConnectError as error:

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.runtime.access import own_token
-from vismem.serving.client import Client
+from vismem.serving.client import own_client
 from vismem.serving.command import run_command
 from vismem.serving.exchange import Answer, encoded
 
@@ -28,7 +28,7 @@ DEAD = "is not healthy"  # what Triton says of a model whose process has ended
 
 def ask(url: str, model: str, timeout: float) -> Answer:
     """One token about a blank image from `model` at `url` (gRPC host:port). UserError if none comes in `timeout` s."""
-    return Client(f"grpc://{url}", model=model, timeout=timeout).ask(BLANK, "?", max_new_tokens=1)
+    return own_client(url, model, timeout).ask(BLANK, "?", max_new_tokens=1)
 
 
 def ask_unary(url: str, model: str, timeout: float) -> None:
@@ -46,7 +46,7 @@ def ask_unary(url: str, model: str, timeout: float) -> None:
 
 def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
     """Report the state of the served model (or of its challenger): see `check_model`."""
-    model = Client(f"grpc://{url}", timeout=10).find_model(config.deploy.model_name)
+    model = own_client(url, timeout=10).find_model(config.deploy.model_name)
     return check_model(lambda: ask(url, model, timeout), metrics, model, timeout)
 
 
@@ -73,7 +73,7 @@ def check_model(question: Callable[[], object], metrics: str, model: str, timeou
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line; return 0 if the model is well, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m vismem.serving.probe", description=__doc__)
-    parser.add_argument("--url", default="127.0.0.1:8001", help="gRPC host:port (default: %(default)s)")
+    parser.add_argument("--url", default="127.0.0.1:8001", help="of gRPC, grpcs:// with TLS (default: %(default)s)")
     parser.add_argument("--metrics", default="http://127.0.0.1:8002/metrics", help="(default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for the answer (default: 20)")
     return run_command(parser, arguments, probe)

@@ -12,6 +12,7 @@ from pathlib import Path
 from vismem.errors import UserError
 from vismem.files import link_or_copy, read_json, write_json
 from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest, write_manifest
+from vismem.runtime.access import TOKEN_VARIABLE, own_token
 from vismem.runtime.limits import NEW_TOKENS
 from vismem.shipped import shipped
 
@@ -178,6 +179,14 @@ def repository_problems(repository: Path) -> list[str]:
 
 
 def check_repository(repository: Path) -> None:
-    """UserError with every problem where the files of `repository` are not those that were written."""
+    """UserError with every problem where the files of `repository` are not those that were written.
+
+    And where a token is asked for, of a version that was written before servers had one: it would answer everyone.
+    """
     if problems := repository_problems(repository):
         raise UserError(f"{repository} is damaged: {'; '.join(problems)}; run `vismem deploy` or publish it again")
+    versions = [path for path in repository.glob("*/[1-9]*") if not is_unary(path.parent.name)] if own_token() else []
+    for version in versions:
+        if not (version / "vismem/runtime/access.py").is_file():
+            hint = f"run `vismem deploy` again, or unset {TOKEN_VARIABLE}"
+            raise UserError(f"{version} was written by an earlier VisMem and knows no token: {hint}")

@@ -13,7 +13,7 @@ from vismem.errors import UserError
 from vismem.runtime.access import own_token
 from vismem.services import HOST, POLL, Service, check_http, free_ports, start_service
 from vismem.serving.environment import find_serving_environment
-from vismem.serving.probe import ask_unary
+from vismem.serving.probe import ask, ask_unary
 from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, unary_name
 
 READY_TIMEOUT = int(os.environ.get("VISMEM_READY_SECONDS", "180"))  # that a server and its models get to load in
@@ -106,7 +106,10 @@ def triton_server(
             service.wait_until(lambda: check_http(f"{http}/v2/health/ready"), READY_TIMEOUT)
             for model in models:  # one whose Python process has died still says READY
                 try:
-                    ask_unary(http, unary_name(model), READY_TIMEOUT)
+                    if tls:  # for another name than this machine's, it may be
+                        ask_unary(http, unary_name(model), READY_TIMEOUT)
+                    else:
+                        ask(f"{address}:{ports['grpc']}", model, READY_TIMEOUT)
                 except UserError as error:
                     raise UserError(f"the server started, but does not answer: {error}; its log is {log}") from None
             yield TritonServer(repository, models, f"{address}:{ports['grpc']}", http_host, ports, service)

@@ -18,7 +18,7 @@ from vismem.files import link_or_copy
 from vismem.locks import lock_folder
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.runtime.access import own_token
-from vismem.services import HOST, POLL, check_certificate, until_stopped
+from vismem.services import HOST, POLL, check_certificate, check_token, until_stopped
 from vismem.serving.client import challenger_name
 from vismem.serving.probe import ask_unary, check_model
 from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, unary_name
@@ -212,6 +212,7 @@ def serve(
         hint = "run `vismem deploy` (or `make demo`) first, or name another with --repository"
         raise UserError(f"{repository} is not there: {hint}")
     check_certificate(certificate, key)
+    check_token(own_token())
     tls = (certificate, key) if certificate and key else None
     asked = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
     ports = {"grpc": config.deploy.grpc_port, "http": config.deploy.http_port, "metrics": config.deploy.metrics_port}

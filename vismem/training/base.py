@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     if folder is not None and (folder / MANIFEST).is_file() and (problems := verify_manifest(folder)):
         raise UserError(f"base.model '{name}' is not what its manifest says: {'; '.join(problems)}: restore {folder}")
     try:
-        settings = AutoConfig.from_pretrained(name if folder is None else str(folder))
+        settings = AutoConfig.from_pretrained(name if folder is None else str(folder), trust_remote_code=False)
     except (*DAMAGED, OSError) as error:
         raise UserError(f"base.model '{name}' is no model that can be loaded (hub id or folder): {error}") from None
     family = settings.model_type
@@ -86,12 +87,13 @@ def _write(source: Path, out: Path, dtype: str, name: str) -> tuple[int, str]:
         if not (files := _weight_files(source)):
             raise UserError(f"{source} has no weights as safetensors: save it with transformers' save_pretrained")
         # without its weights, which need not be in memory to be linked
-        model, found = AutoModelForImageTextToText.from_pretrained(source, device_map="meta", output_loading_info=True)
+        load = partial(AutoModelForImageTextToText.from_pretrained, source, trust_remote_code=False)
+        model, found = load(device_map="meta", output_loading_info=True)
         other = any(kind != TYPES[dtype] for file in files for kind in _types(file))
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{source} lacks weights of the model: {', '.join(missing[:3])}: fetch or save it again")
     if other:
-        AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).save_pretrained(out)
+        load(dtype=dtype).save_pretrained(out)
         return model.num_parameters(), f"copied as {dtype}"
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)

@@ -49,13 +49,14 @@ def serve_api(
 
     With `page` the playground is at /, for this machine's browsers, without a token.
     """
+    token = "" if page else own_token()
     check_certificate(certificate, key)
+    check_token(token)
     if rows < 1:
         raise UserError(f"--rows is {rows}: it must be at least 1")
     ports = free_ports({"http": port}, host=host, flag="--port")
     added = find_added(model)  # once: an alias may move, and a bundle is hashed
     loaded = VisMem.from_pretrained(added, device, dtype, base)  # type: ignore[arg-type]  # the command's choices
-    check_token(token := "" if page else own_token())
     runtime = Runtime(TorchExecutor(loaded.model, max_patches, cache_mb * 1_000_000), rows)
     runtime.metrics.show_evaluation(added.parent)
     manifest = added.parent / MANIFEST  # of a bundle

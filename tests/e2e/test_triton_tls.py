@@ -18,9 +18,14 @@ from test_triton_unary import inputs
 from tritonclient.utils import InferenceServerException
 
 from vismem.cli import main
+from vismem.config import parse_config
+from vismem.errors import UserError
+from vismem.files import read_json, write_json
 from vismem.runtime.access import TOKEN_VARIABLE
 from vismem.serving.client import Client
-from vismem.serving.exchange import DisconnectedError, RefusedError
+from vismem.serving.exchange import DisconnectedError, UnauthorizedError
+from vismem.serving.probe import probe
+from vismem.serving.repository import check_repository
 from vismem.serving.server import TritonServer, triton_server
 
 TOKEN = "s3cret"
@@ -97,12 +102,13 @@ def test_who_has_not_is_refused_whichever_way_he_asks(
     server: TritonServer, pair: tuple[Path, Path], token: str
 ) -> None:
     if token.isascii():  # gRPC sends no other header
-        with pytest.raises(RefusedError, match="no such token"):
+        with pytest.raises(UnauthorizedError, match="no such token"):
             Client(f"grpcs://{server.grpc_url}", token=token).ask(IMAGE, "hi")
         with pytest.raises(InferenceServerException, match="no such token"):
             unary(server, pair, token)
     for path in PATHS:
-        assert "no such token" in post(server, path, f"Bearer {token}")[1]
+        status, said = post(server, path, f"Bearer {token}")
+        assert (status, "no such token" in said) == (400, True)
 
 
 def test_who_does_not_trust_the_certificate_or_speaks_in_clear_gets_nothing(server: TritonServer) -> None:
@@ -145,3 +151,32 @@ def test_serve_takes_the_files_and_says_how_it_listens(
         assert Client(address).ask(IMAGE, "hi", max_new_tokens=1) == "é0"
         process.terminate()
     assert process.returncode == 0
+
+
+@pytest.mark.usefixtures("trusted")
+def test_the_probe_asks_as_a_client_does(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = (parse_config({}), f"grpcs://{server.grpc_url}", f"http://127.0.0.1:{server.ports['metrics']}/metrics")
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    assert probe(*asked, timeout=20) == "vismem answers"
+    monkeypatch.delenv(TOKEN_VARIABLE)
+    with pytest.raises(UnauthorizedError, match="no such token"):
+        probe(*asked, timeout=1)
+
+
+def test_what_knows_no_token_is_not_served_where_one_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that an earlier VisMem wrote would answer everyone."""
+    repository = make_repository(tmp_path)
+    (file,) = repository.glob("vismem/*/vismem/runtime/access.py")
+    file.unlink()
+    manifest = repository / "vismem" / "manifest.json"
+    listed = read_json(manifest)
+    del listed["files"][file.relative_to(manifest.parent).as_posix()]
+    write_json(manifest, listed)
+    check_repository(repository)
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    with pytest.raises(
+        UserError, match="was written by an earlier VisMem and knows no token: run `vismem deploy` again"
+    ):
+        check_repository(repository)

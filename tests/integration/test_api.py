@@ -66,6 +66,16 @@ def test_a_key_of_another_certificate_starts_no_server(
     assert "are no PEM certificate with its key: [X509: KEY_VALUES_MISMATCH]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["api", "serve"])
+@pytest.mark.parametrize("token", ["sécret", "two\nlines"])
+def test_a_token_that_no_client_can_send_starts_no_server(
+    command: str, token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    assert cli.main([command, "--port", "0", *(["--repository", f"{tmp_path}"] * (command == "serve"))]) == 1
+    assert "VISMEM_API_TOKEN must be one line of ASCII" in capsys.readouterr().err
+
+
 def test_more_patches_than_the_server_allows_are_refused() -> None:
     asked = {"model": "vismem", "messages": messages([PICTURE], "what?"), "max_tokens": 1}
     with api("--max-patches", "36") as address:

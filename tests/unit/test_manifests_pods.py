@@ -284,6 +284,8 @@ def test_no_secret_stands_in_a_manifest(overlay: str) -> None:
 
 
 @overlays
-def test_triton_holds_no_secret(overlay: str) -> None:
+def test_triton_holds_no_secret_but_its_clients_token_which_who_asks_it_has_too(overlay: str) -> None:
+    token = {"name": "vismem-api", "key": "VISMEM_API_TOKEN", "optional": True}
     template = pod_templates(overlay)[f"Deployment/{servers(overlay)}"]
-    assert not [*values(template, "secretRef"), *values(template, "secretKeyRef"), *values(template, "envFrom")]
+    assert [*values(template, "secretRef"), *values(template, "secretKeyRef"), *values(template, "envFrom")] == [token]
+    assert token in values(pod_templates(overlay)["CronJob/rollout"], "secretKeyRef")

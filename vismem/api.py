@@ -16,8 +16,9 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.runtime.access import own_token
-from vismem.services import HOST, check_certificate, check_token, free_ports, until_stopped
+from vismem.services import HOST, check_certificate, free_ports, until_stopped
 from vismem.serving.answering import ROWS, WAITING, Runtime
+from vismem.serving.exchange import check_token
 from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
 from vismem.serving.request_log import RequestLog

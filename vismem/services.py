@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from vismem.errors import UserError
-from vismem.runtime.access import TOKEN_VARIABLE
 
 HOST = "127.0.0.1"
 TERMINATED = 128 + signal.SIGTERM  # the exit status of a process that SIGTERM ended
@@ -41,12 +40,6 @@ def check_certificate(certificate: Path | None, key: Path | None) -> None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")  # asks nobody
         except OSError as error:  # ssl.SSLError is one
             raise UserError(f"{certificate} and {key} are no PEM certificate with its key: {error}") from None
-
-
-def check_token(token: str) -> None:
-    """UserError for one that no client can send."""
-    if not (token.isascii() and token.isprintable()):
-        raise UserError(f"{TOKEN_VARIABLE} must be one line of ASCII: HTTP and gRPC send no other header")
 
 
 def check_http(url: str) -> None:

@@ -31,7 +31,7 @@ def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: st
 
     class Answering:
         def __init__(self, address: str, model: str) -> None:
-            self.wrong = address == f"grpc://{wrong}"
+            self.wrong = address == wrong
 
         def ask(self, images: Any, question: str, **_: Any) -> str:
             shade = Image.open(io.BytesIO(images[0])).getpixel((0, 0))[0]  # type: ignore[index]
@@ -39,7 +39,7 @@ def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: st
 
     (folder / canary.FOLDER / canary.FILE).parent.mkdir(exist_ok=True, parents=True)
     (folder / canary.FOLDER / canary.FILE).write_text("[]")
-    monkeypatch.setattr(canary, "Client", Answering)
+    monkeypatch.setattr(canary, "own_client", Answering)
     monkeypatch.setattr(canary, "_check_version", lambda *_: None)
     release: Any = SimpleNamespace(version="2", bundle=folder)
     return canary.question_canary(Config(), release, asked(folder, pictures), "canary", "servers")

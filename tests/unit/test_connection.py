@@ -81,4 +81,4 @@ def test_a_deadline_need_not_be_finite() -> None:
     ],
 )
 def test_what_triton_says_is_told_apart(message: str, kind: type[ServerError]) -> None:
-    assert type(OverGrpc("here:1")._fault("vismem", message)) is kind
+    assert type(OverGrpc("here:1", "", tls=False)._fault("vismem", message)) is kind

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vismem.errors import UserError
 from vismem.models.tokens import KINDS, marked_text
+from vismem.runtime.access import TOKEN_VARIABLE
 from vismem.runtime.chat import Chat
 from vismem.runtime.images import upright
 from vismem.runtime.limits import NEW_TOKENS
@@ -123,6 +124,12 @@ def check_seed(seed: int) -> None:
     """UserError for one that a server, which has 64 bits for it, would not take either."""
     if not (isinstance(seed, Integral) and 0 <= seed < 2**63):
         raise UserError(f"the seed is {seed}: it must be a whole number in 0..{2**63 - 1}")
+
+
+def check_token(token: str) -> None:
+    """UserError for one that no client can send."""
+    if not (token.isascii() and token.isprintable()):
+        raise UserError(f"{TOKEN_VARIABLE} must be one line of ASCII: HTTP and gRPC send no other header")
 
 
 def encoded_images(images: Images) -> tuple[bytes, ...]:

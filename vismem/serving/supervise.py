@@ -18,8 +18,9 @@ from vismem.files import link_or_copy
 from vismem.locks import lock_folder
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.runtime.access import own_token
-from vismem.services import HOST, POLL, check_certificate, check_token, until_stopped
+from vismem.services import HOST, POLL, check_certificate, until_stopped
 from vismem.serving.client import challenger_name
+from vismem.serving.exchange import check_token
 from vismem.serving.probe import ask_unary, check_model
 from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, unary_name
 from vismem.serving.server import READY_TIMEOUT, TritonServer, find_error, model_names, triton_server

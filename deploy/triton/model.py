@@ -98,13 +98,14 @@ class TritonPythonModel:
         """
         for request in requests:
             sender = request.get_response_sender()
-            gone = client_gone(request, sender)
-            if refused := self.token_refusal(self.token, str(parameters_of(request).get("authorization", ""))):
+            parameters = parameters_of(request)
+            gone = client_gone(parameters, sender)
+            if refused := self.token_refusal(self.token, str(parameters.get("authorization", ""))):
                 error = failure(refused, pb_utils.TritonError.INVALID_ARG)
             elif self.draining:
                 error = failure(self.stopped, pb_utils.TritonError.UNAVAILABLE)
             elif self._reserve_worker(gone):
-                running = self.pool.submit(self._answer, request, sender, gone)
+                running = self.pool.submit(self._answer, request, parameters, sender, gone)
                 self.running.add(running)
                 running.add_done_callback(self.running.discard)
                 continue
@@ -170,13 +171,13 @@ class TritonPythonModel:
                         left.set()
             time.sleep(LOOK_SECONDS)
 
-    def _answer(self, request: Any, sender: Any, gone: Callable[[], bool]) -> None:
+    def _answer(self, request: Any, parameters: dict[str, Any], sender: Any, gone: Callable[[], bool]) -> None:
         """Answer a request. A fault becomes an error response and ends this request only."""
         left = threading.Event()
         with self.watching:
             self.watched[left] = gone
         try:
-            files, prompt, messages, options, interval = read_request(request)
+            files, prompt, messages, options, interval = read_request(request, parameters)
             chat = self.parse_messages(messages) if messages else None
             asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
             images = self.check_request(files, asked, options["max_new_tokens"])
@@ -219,7 +220,7 @@ class TritonPythonModel:
             sender.send(response_of(pieces))
 
 
-def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
+def read_request(request: Any, parameters: dict[str, Any]) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
     """Image files, prompt, messages, options of `generate`, seconds that a response may collect; or a RequestError."""
     from vismem.runtime.images import image_file  # verified by now
     from vismem.runtime.limits import NEW_TOKENS, RequestError
@@ -241,7 +242,7 @@ def read_request(request: Any) -> tuple[list[bytes], bytes, bytes, dict[str, Any
         raise RequestError(f"TEMPERATURE is {values['TEMPERATURE']}: it must lie in 0..100 (0 is greedy)")
     if values["SEED"] < 0:
         raise RequestError(f"SEED is {values['SEED']}: it must not be negative")
-    milliseconds = parameters_of(request).get(INTERVAL, 0)
+    milliseconds = parameters.get(INTERVAL, 0)
     if type(milliseconds) is not int or milliseconds < 0:
         raise RequestError(f"the parameter {INTERVAL} is {milliseconds!r}: it must be a number of milliseconds")
     interval = milliseconds / 1000 if stream else math.inf
@@ -255,9 +256,9 @@ def parameters_of(request: Any) -> dict[str, Any]:
     return {}
 
 
-def client_gone(request: Any, sender: Any) -> Callable[[], bool]:
+def client_gone(parameters: dict[str, Any], sender: Any) -> Callable[[], bool]:
     """Tells whether the client has gone; of a client of NAME_unary, `unary.py` says so with a file."""
-    name = str(parameters_of(request).get(GONE))
+    name = str(parameters.get(GONE))
     file = f"/dev/shm/vismem-{name}" if re.fullmatch("[0-9a-f]{32}", name) else ""
     return lambda: sender.is_cancelled() or os.path.exists(file)
 

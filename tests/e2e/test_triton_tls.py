@@ -1,11 +1,9 @@
 """A real tritonserver with a certificate and a token: who may read, and who may ask."""
 
 import base64
-import json
 import subprocess
 import sys
-import urllib.error
-import urllib.request
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 import tritonclient.grpc as triton
 from certificates import write_pair
 from stand_in import ANSWER, IMAGE, make_repository
-from test_triton_unary import inputs
+from test_triton_unary import inputs, post
 from tritonclient.utils import InferenceServerException
 
 from vismem.cli import main
@@ -31,6 +29,13 @@ from vismem.serving.server import TritonServer, triton_server
 TOKEN = "s3cret"
 WRONG = ["", "S3cret", "s3cre", "s3cret2", "sécret", "Bearer s3cret"]
 PATHS = ("vismem_unary/generate", "vismem/generate_stream", "vismem_unary/infer")
+IMPATIENT = """
+import sys
+from vismem.cli import main
+from vismem.serving import supervise
+supervise.CHECK_SECONDS, supervise.PATIENCE = 0.2, 1.0
+sys.exit(main(sys.argv[1:]))
+"""
 ASKED = {"IMAGE": [base64.b64encode(IMAGE).decode()], "PROMPT": ["hi"]}
 INFER = {"inputs": [{"name": n, "datatype": "BYTES", "shape": [1], "data": v} for n, v in ASKED.items()]}
 
@@ -63,16 +68,10 @@ def unary(server: TritonServer, pair: tuple[Path, Path], token: str) -> str:
     return str(answer.as_numpy("TEXT")[0].decode())
 
 
-def post(server: TritonServer, path: str, authorization: str) -> tuple[int, str]:
+def over_http(server: TritonServer, path: str, authorization: str) -> tuple[int, str]:
     """Of /generate Triton passes no header on: it is a field of the body."""
-    body = json.dumps(INFER if path.endswith("infer") else {**ASKED, "authorization": authorization}).encode()
-    url = f"http://127.0.0.1:{server.ports['http']}/v2/models/{path}"
-    try:
-        asked = urllib.request.Request(url, body, {"Authorization": authorization})
-        with urllib.request.urlopen(asked, timeout=60) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    body = INFER if path.endswith("infer") else {**ASKED, "authorization": authorization}
+    return post(server, path, body, Authorization=authorization)
 
 
 @pytest.mark.usefixtures("trusted")
@@ -88,7 +87,7 @@ def test_who_has_the_token_is_answered(
     assert [piece.event for piece in client.stream(IMAGE, "hi", max_new_tokens=3)] == [piece.event for piece in ANSWER]
     assert unary(server, pair, TOKEN) == " é0 é1 é2"
     for path in PATHS:
-        status, said = post(server, path, f"Bearer {TOKEN}")
+        status, said = over_http(server, path, f"Bearer {TOKEN}")
         assert (status, " é2" in said) == (200, True)
     (tmp_path / "a.png").write_bytes(IMAGE)
     monkeypatch.setenv(TOKEN_VARIABLE, f"{TOKEN}\n")
@@ -107,7 +106,7 @@ def test_who_has_not_is_refused_whichever_way_he_asks(
         with pytest.raises(InferenceServerException, match="no such token"):
             unary(server, pair, token)
     for path in PATHS:
-        status, said = post(server, path, f"Bearer {token}")
+        status, said = over_http(server, path, f"Bearer {token}")
         assert (status >= 400, "no such token" in said) == (True, True)
 
 
@@ -130,7 +129,7 @@ def test_the_token_stands_on_no_command_line(server: TritonServer) -> None:
 
 
 @pytest.mark.usefixtures("trusted")
-def test_serve_takes_the_files_and_says_how_it_listens(
+def test_serve_takes_the_files_says_how_it_listens_and_asks_with_the_token_too(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
@@ -141,7 +140,7 @@ def test_serve_takes_the_files_and_says_how_it_listens(
         f"--tls-key={pair[1]}",
         *ports,
     ]
-    command = [sys.executable, "-m", "vismem.cli", "serve", *options]
+    command = [sys.executable, "-c", IMPATIENT, "serve", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -149,15 +148,17 @@ def test_serve_takes_the_files_and_says_how_it_listens(
             assert line.endswith(", with a token)\n")
             address = line.split()[4]
             assert address.startswith("grpcs://127.0.0.1:")
+            time.sleep(3)  # many questions of its own: one that fails for a second restarts the server
             assert own_client(address).ask(IMAGE, "hi", max_new_tokens=1) == "é0"
         finally:
             process.terminate()
+        assert "restarted" not in process.stdout.read()
     assert process.returncode == 0
 
 
 @pytest.mark.usefixtures("trusted")
 def test_the_probe_asks_as_a_client_does(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = (parse_config({}), f"grpcs://{server.grpc_url}", f"http://127.0.0.1:{server.ports['metrics']}/metrics")
+    asked = (parse_config({}), f"grpcs://{server.grpc_url}", server.metrics_url)
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     assert probe(*asked, timeout=20) == "vismem answers"
     monkeypatch.delenv(TOKEN_VARIABLE)

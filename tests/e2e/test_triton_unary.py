@@ -53,10 +53,10 @@ def until(found: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def post(server: TritonServer, path: str, body: dict[str, Any]) -> tuple[int, str]:
-    url = f"http://127.0.0.1:{server.ports['http']}/v2/models/{path}"
+def post(server: TritonServer, path: str, body: dict[str, Any], **headers: str) -> tuple[int, str]:
+    asked = urllib.request.Request(f"{server.http_url}/v2/models/{path}", json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as reply:
+        with urllib.request.urlopen(asked, timeout=60) as reply:
             return reply.status, reply.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

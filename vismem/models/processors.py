@@ -62,10 +62,12 @@ def differing(processor: Any, folder: Path) -> str | None:
         raise UserError(f"{file} is missing or damaged ({first_line(error)}): restore it, or train it again") from None
     if _cutting(processor.tokenizer.backend_tokenizer) != _cutting(written):
         return "tokenizer"
-    template, settings = folder / "chat_template.jinja", folder / "processor_config.json"
-    own, saved = processor.chat_template or "", template.read_text(encoding="utf-8") if template.is_file() else None
-    if saved is not None and isinstance(own, str) and saved.splitlines() != own.splitlines():  # a dict has several
-        return "chat template"
+    template, own = folder / "chat_template.jinja", processor.chat_template or ""
+    if template.is_file() and isinstance(own, str):  # it may be a dict of several
+        lines = template.read_text(encoding="utf-8").splitlines()
+        if lines != own.splitlines():
+            return "chat template"
+    settings = folder / "processor_config.json"
     before = (read_json(settings).get("image_processor") if settings.is_file() else None) or {}
     now = json.loads(processor.image_processor.to_json_string())
     return next((f"{name} of images" for name in VALUES if name in before and before[name] != now.get(name)), None)

@@ -4,6 +4,7 @@ import hmac
 import os
 
 TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
+NO_TOKEN = "no such token: send `Authorization: Bearer TOKEN`"
 
 
 def own_token() -> str:
@@ -15,4 +16,4 @@ def token_refusal(token: str, authorization: str) -> str:
     """What is said to a request whose header `Authorization` does not hold the server's token; else ""."""
     sent = authorization.removeprefix("Bearer ").encode(errors="surrogatepass")
     known = not token or hmac.compare_digest(sent, token.encode(errors="surrogatepass"))
-    return "" if known else "no such token: send `Authorization: Bearer TOKEN`"
+    return "" if known else NO_TOKEN

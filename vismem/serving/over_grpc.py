@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vismem.runtime.access import NO_TOKEN
 from vismem.runtime.chat import Chat, messages_of
 from vismem.serving.connection import Connection
 from vismem.serving.exchange import (
@@ -32,7 +33,6 @@ FAILED = {  # the same; other messages say what is wrong with the request
     "the model failed": "",
 }
 UNKNOWN = {"Request for unknown model": "it is not ready on this server: see the log of `vismem serve`"}
-NO_TOKEN = {"no such token": ""}
 UNREACHED = ("Failed to connect", "errors resolving")  # what a stream says of a server that was never there
 INTERVAL = 10  # milliseconds of words that come in one response: to send each alone takes longer than a small model
 LONGEST = 1e9  # seconds that a request can say
@@ -92,7 +92,7 @@ class OverGrpc:
 
     def _fault(self, model: str, message: str) -> ServerError:
         """By the message: a stream's errors have no status, and Triton 2.51 dies of the mode in which they have one."""
-        kinds = ((BusyError, BUSY), (ServerError, FAILED), (RefusedError, UNKNOWN), (UnauthorizedError, NO_TOKEN))
+        kinds = ((BusyError, BUSY), (ServerError, FAILED), (RefusedError, UNKNOWN), (UnauthorizedError, {NO_TOKEN: ""}))
         for kind, reasons in kinds:
             if mark := next((mark for mark in reasons if mark in message), None):
                 return kind(f"model '{model}' at {self.url}: {reasons[mark] or message}")

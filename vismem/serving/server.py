@@ -34,7 +34,8 @@ class TritonServer:
     repository: Path
     models: list[str]  # without those of clients that take no stream
     grpc_url: str  # host:port for clients on this machine
-    http_host: str  # of HTTP and metrics, for them
+    http_url: str  # http://host:port for them
+    metrics_url: str
     ports: Mapping[str, int]  # grpc, http, metrics
     service: Service
 
@@ -51,11 +52,10 @@ def triton_server(
     """`with triton_server(repository, log=FILE) as server: Client(f"grpc://{server.grpc_url}").ask(...)`.
 
     `ports` of grpc, http and metrics, 0 or not given: any free one. `tls`: a certificate and its key, PEM, for gRPC;
-    Triton's HTTP and metrics know no TLS, and then listen on this machine alone. Clients must send the
-    token of `own_token`, if there is one. It loads what changes in `repository`, and a model
-    serves on where that fails. Leaving ends the running answers with an error, and stops the server with its children;
-    if this process dies, the server gets SIGTERM. UserError names a damaged repository, a busy port, or the reason that
-    the log gives.
+    Triton's HTTP and metrics know no TLS, and then listen on this machine alone. Clients must send the token of
+    `own_token`, if there is one. It loads what changes in `repository`, and a model serves on where that fails. Leaving
+    ends the running answers with an error, and stops the server with its children; if this process dies, the server
+    gets SIGTERM. UserError names a damaged repository, a busy port, or the reason that the log gives.
     """
     models = [name for name in model_names(repository) if not is_unary(name)]
     if not models:
@@ -101,18 +101,18 @@ def triton_server(
             if DRAIN_SECONDS:
                 ends.callback(_drain, Path(scratch), repository)
             address = HOST if host == "0.0.0.0" else host
-            http_host = HOST if tls else address
-            http = f"http://{http_host}:{ports['http']}"
+            http, metrics = (f"http://{HOST if tls else address}:{ports[name]}" for name in ("http", "metrics"))
+            grpc = f"{address}:{ports['grpc']}"
             service.wait_until(lambda: check_http(f"{http}/v2/health/ready"), READY_TIMEOUT)
             for model in models:  # one whose Python process has died still says READY
                 try:
                     if tls:  # for another name than this machine's, it may be
                         ask_unary(http, unary_name(model), READY_TIMEOUT)
                     else:
-                        ask(f"{address}:{ports['grpc']}", model, READY_TIMEOUT)
+                        ask(grpc, model, READY_TIMEOUT)
                 except UserError as error:
                     raise UserError(f"the server started, but does not answer: {error}; its log is {log}") from None
-            yield TritonServer(repository, models, f"{address}:{ports['grpc']}", http_host, ports, service)
+            yield TritonServer(repository, models, grpc, http, f"{metrics}/metrics", ports, service)
 
 
 def _drain(scratch: Path, repository: Path) -> None:

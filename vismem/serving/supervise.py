@@ -248,14 +248,13 @@ def _watch(
     server: TritonServer, releases: Releases, champion: Callable[[], Path] | None, write: Callable[[str], None]
 ) -> None:
     """Ask every model now and then, and load what is deployed. UserError where a model, or the server, has failed."""
-    http, metrics = (f"http://{server.http_host}:{server.ports[name]}" for name in ("http", "metrics"))
     checked = time.monotonic()
     while True:
         server.service.check()
         if time.monotonic() > checked + CHECK_SECONDS:
             for model in filter(is_unary, releases.served):
-                question = partial(ask_unary, http, model, PATIENCE)
-                check_model(question, f"{metrics}/metrics", model.removesuffix(unary_name("")), PATIENCE)
+                question = partial(ask_unary, server.http_url, model, PATIENCE)
+                check_model(question, server.metrics_url, model.removesuffix(unary_name("")), PATIENCE)
             if champion:
                 releases.start_following(champion, write)
             checked = time.monotonic()

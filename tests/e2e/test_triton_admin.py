@@ -2,6 +2,7 @@
 
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 
@@ -40,10 +41,11 @@ def keys(server: TritonServer) -> list[tuple[bytes, bytes]]:
     return [tuple(part.encode() for part in key.split("=")) for key in found]  # type: ignore[misc]
 
 
-def send(port: int, request: bytes) -> bytes:
+def send(port: int, request: bytes, tls: ssl.SSLContext | None = None) -> bytes:
     """What the server answers to these bytes, until it closes the connection or is silent for a second."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", port)) as connection:
+    with socket.create_connection(("127.0.0.1", port)) as plain:
+        connection = tls.wrap_socket(plain, server_hostname="127.0.0.1") if tls else plain
         connection.settimeout(1)
         connection.sendall(request)
         try:
@@ -55,7 +57,12 @@ def send(port: int, request: bytes) -> bytes:
 
 
 def grpc(server: TritonServer, call: str, headers: list[tuple[bytes, bytes]]) -> bytes:
-    """A call written by hand: a client library refuses to send such a header at all."""
+    named = [(b"triton-grpc-protocol-" + name, value) for name, value in headers]
+    return send(server.ports["grpc"], by_hand(call, named))
+
+
+def by_hand(call: str, headers: list[tuple[bytes, bytes]], message: bytes = b"") -> bytes:
+    """A call's bytes: a client library refuses to send such a header at all."""
 
     def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
         return struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
@@ -66,10 +73,9 @@ def grpc(server: TritonServer, call: str, headers: list[tuple[bytes, bytes]]) ->
         (b":path", f"/inference.GRPCInferenceService/{call}".encode()),
     ]
     start += [(b":authority", b"localhost"), (b"te", b"trailers"), (b"content-type", b"application/grpc")]
-    named = [(b"triton-grpc-protocol-" + name, value) for name, value in headers]
-    fields = b"".join(b"\0" + bytes([len(n)]) + n + bytes([len(v)]) + v for n, v in [*start, *named])
+    fields = b"".join(b"\0" + bytes([len(n)]) + n + bytes([len(v)]) + v for n, v in [*start, *headers])
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
-    return send(server.ports["grpc"], preface + frame(1, 4, 1, fields) + frame(0, 1, 1, b"\0" * 5))
+    return preface + frame(1, 4, 1, fields) + frame(0, 1, 1, b"\0" + struct.pack(">I", len(message)) + message)
 
 
 def http(server: TritonServer, path: str, headers: list[tuple[bytes, bytes]]) -> bytes:

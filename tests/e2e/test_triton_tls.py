@@ -1,6 +1,7 @@
 """A real tritonserver with a certificate and a token: who may read, and who may ask."""
 
 import base64
+import ssl
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import pytest
 import tritonclient.grpc as triton
 from certificates import write_pair
 from stand_in import ANSWER, IMAGE, make_repository
+from test_triton_admin import by_hand, send
 from test_triton_unary import inputs, post
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from vismem.cli import main
@@ -108,6 +111,21 @@ def test_who_has_not_is_refused_whichever_way_he_asks(
     for path in PATHS:
         status, said = over_http(server, path, f"Bearer {token}")
         assert (status >= 400, "no such token" in said) == (True, True)
+
+
+@pytest.mark.parametrize(("sent", "answered"), [(TOKEN.encode(), True), (b"no", False), (b"\xff\xfe", False)])
+def test_a_header_that_is_no_text_is_another_token(
+    server: TritonServer, pair: tuple[Path, Path], sent: bytes, answered: bool
+) -> None:
+    message = service_pb2.ModelInferRequest(model_name="vismem")
+    for tensor in inputs():
+        message.inputs.append(tensor._get_tensor())
+        message.raw_input_contents.append(tensor._get_content())
+    tls = ssl.create_default_context(cafile=str(pair[0]))
+    tls.set_alpn_protocols(["h2"])
+    call = by_hand("ModelStreamInfer", [(b"authorization", b"Bearer " + sent)], message.SerializeToString())
+    said = send(server.ports["grpc"], call, tls)
+    assert (" é0".encode() in said, b"no such token" in said) == (answered, not answered)
 
 
 def test_who_does_not_trust_the_certificate_or_speaks_in_clear_gets_nothing(server: TritonServer) -> None:

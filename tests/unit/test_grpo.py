@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vismem.generation.replay import padded
+from vismem.training import grpo
 from vismem.training.grpo import (
     group_advantages,
     kl_term,
@@ -52,6 +53,11 @@ def test_a_group_of_equal_rewards_has_no_advantages_not_even_of_rounding(
     found = group_advantages(both, normalise)
     assert torch.equal(found[0], torch.zeros(len(rewards), dtype=dtype))
     assert found[1].all()
+
+
+def test_a_deviation_of_exactly_the_bound_is_rounding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo, "SAME", 0.5)
+    assert group_advantages(torch.tensor([[0.0, 1.0], [0.0, 2.0]])).count_nonzero(dim=1).tolist() == [0, 2]
 
 
 def test_a_small_difference_of_rewards_is_no_rounding() -> None:

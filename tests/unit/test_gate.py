@@ -60,6 +60,14 @@ def test_a_good_challenger_passes_every_rule_in_order() -> None:
     assert len(judged.reasons()) == len(names)
 
 
+def test_a_bundle_without_graphs_is_served_by_what_gave_the_scores() -> None:
+    judged = verdict(parity=PARITY.model_copy(update={"graphs": False, "passed": False}))
+    assert judged.passed
+    (rule,) = (rule for rule in judged.rules if rule.name == "parity")
+    assert rule.passed
+    assert rule.reason == "the bundle has no ONNX graphs: torch serves it, which gave the scores"
+
+
 @pytest.mark.parametrize(
     ("path", "good", "bad", "rule", "figure"),
     [

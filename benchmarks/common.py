@@ -32,7 +32,8 @@ from vismem.generation.prompts import prompt_text
 from vismem.generation.types import Rollout
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
-from vismem.serving.answering import Chunk, Runtime
+from vismem.serving.answering import Runtime
+from vismem.serving.pieces import Chunk
 from vismem.training import rollout
 from vismem.training.baselines import PolicyGrpo
 from vismem.training.rollout import GrpoObjective

@@ -40,7 +40,8 @@ from vismem.plan.machine import CARDS, Machine
 from vismem.plan.model import questions as planned_questions
 from vismem.plan.rehearsal import Rehearsal, StepPlan
 from vismem.plan.shapes import Shapes
-from vismem.serving.answering import Chunk, Runtime
+from vismem.serving.answering import Runtime
+from vismem.serving.pieces import Chunk
 from vismem.training.stage2 import fit_invocation
 
 STAGES = {"stage1": "stage I", "stage2": "stage II"}

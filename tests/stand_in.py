@@ -49,6 +49,9 @@ class Runtime:
         self.asked = 0
         self.metrics = Metrics(lambda: 0, lambda: 0)
 
+    def stream(self, images, prompt, *, every, **options):
+        return ([chunk] for chunk in self.generate(images, prompt, **options))
+
     def generate(
         self, images, prompt, *, max_new_tokens=48, temperature=0.0, seed=0, memory="learned", stop=(), gone=None
     ):

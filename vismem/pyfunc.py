@@ -18,8 +18,9 @@ from vismem.provenance import check_manifest
 from vismem.registry import BUNDLE
 from vismem.runtime.images import decoded_base64
 from vismem.runtime.limits import MAX_PATCHES, RequestError, check_request
-from vismem.serving.answering import Busy, Chunk, Runtime
+from vismem.serving.answering import Busy, Runtime
 from vismem.serving.exchange import Answer, Token
+from vismem.serving.pieces import Chunk
 
 _SERVED = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow sets it where others ask: they name no files of that machine
 

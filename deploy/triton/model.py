@@ -1,4 +1,4 @@
-"""Triton's side of a served VisMem model: requests become `Runtime.generate` calls, chunks become responses.
+"""Triton's side of a served VisMem model: requests become `Runtime.stream` calls, chunks become responses.
 
 `vismem/serving/repository.py` copies this file beside the bundle and what it needs of the library. It holds no logic
 of the model. Nothing that lies beside it is imported before it is verified.
@@ -6,6 +6,7 @@ of the model. Nothing that lies beside it is imported before it is verified.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import locale
 import math
@@ -163,11 +164,11 @@ class TritonPythonModel:
             time.sleep(0 if last else 0.5)
 
     def _watch(self) -> None:
-        """Let answers end whose client has left, also before their first token."""
+        """Let answers end whose client has left, also before their first token, and all where the server stops."""
         while not self.ended:
             with self.watching:  # an answer that has ended must not be asked about
                 for left, gone in self.watched.items():
-                    if gone():
+                    if self.stopping or gone():
                         left.set()
             time.sleep(LOOK_SECONDS)
 
@@ -181,14 +182,15 @@ class TritonPythonModel:
             chat = self.parse_messages(messages) if messages else None
             asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
             images = self.check_request(files, asked, options["max_new_tokens"])
-            options["gone"] = left
-            with contextlib.closing(self.runtime.generate(images, chat or prompt.decode(), **options)) as chunks:
-                self._send(chunks, sender, interval)
+            options |= {"gone": left, "every": interval}
+            with contextlib.closing(self.runtime.stream(images, chat or prompt.decode(), **options)) as stream:
+                for chunks in collected(stream, interval):
+                    sender.send(response_of(chunks))
         except self.request_error as error:
             self.runtime.metrics.refused.labels("invalid").inc()
             sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG))
         except self.busy as error:
-            sender.send(failure(str(error), pb_utils.TritonError.UNAVAILABLE))
+            sender.send(failure(self.stopped if self.stopping else str(error), pb_utils.TritonError.UNAVAILABLE))
         except Exception as error:  # noqa: BLE001 - the server's boundary: the reason is logged, other requests continue
             pb_utils.Logger.log_error(traceback.format_exc())
             sender.send(failure(f"the model failed: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL))
@@ -199,25 +201,6 @@ class TritonPythonModel:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             finally:
                 self.free.release()
-
-    def _send(self, chunks: Iterator[Any], sender: Any, interval: float) -> None:
-        """Send the chunks, `interval` seconds of words in a response, all if it is infinite. Busy where it stops."""
-        pieces: list[Any] = []
-        sent = -math.inf
-        try:
-            for chunk in chunks:
-                if self.stopping:
-                    raise self.busy(self.stopped)
-                pieces.append(chunk)
-                if interval < math.inf and (chunk.event != "token" or time.monotonic() - sent >= interval):
-                    sender.send(response_of(pieces))
-                    pieces, sent = [], time.monotonic()
-        except Exception:
-            if pieces and interval < math.inf:
-                sender.send(response_of(pieces))
-            raise
-        if pieces:
-            sender.send(response_of(pieces))
 
 
 def read_request(request: Any, parameters: dict[str, Any]) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
@@ -276,6 +259,16 @@ def decoded(name: str, data: bytes) -> str:
 def _several(request: Any, name: str) -> list[bytes]:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return [] if tensor is None else [bytes(data) for data in tensor.as_numpy().reshape(-1)]
+
+
+def collected(stream: Iterator[list[Any]], interval: float) -> Iterator[list[Any]]:
+    """The chunks of each response: all if the interval is infinite, one if it is 0."""
+    if interval == math.inf:
+        yield list(itertools.chain(*stream))
+    elif interval:
+        yield from stream
+    else:
+        yield from ([chunk] for chunks in stream for chunk in chunks)
 
 
 def failure(message: str, code: Any) -> Any:

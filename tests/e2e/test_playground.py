@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,8 @@ def marked(page: Page, card: str) -> str:
 def test_an_uploaded_picture_is_answered_with_marks_beside_the_vanilla_answer(
     page: Page, model: VisMem, runtime: Runtime, twice: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, modes = runtime.generate, list[str]()
-    monkeypatch.setattr(runtime, "generate", lambda *a, **b: (modes.append(b["memory"]), own(*a, **b))[1])
+    own, modes = runtime.stream, list[str]()
+    monkeypatch.setattr(runtime, "stream", lambda *a, **b: (modes.append(b["memory"]), own(*a, **b))[1])
     upload(page, "mine.png", twice.images[0])
     expect(page.locator("#about")).to_have_text("mine.png")
     ask(page, twice.question)
@@ -104,7 +105,7 @@ def test_an_uploaded_picture_is_answered_with_marks_beside_the_vanilla_answer(
     assert {memory.kind for memory in expected.invocations} == {"short"}
     assert marked(page, "#with") == expected.marked
     (picture,) = twice.images
-    vanilla = own([Image.open(io.BytesIO(picture))], twice.question, memory="vanilla")
+    vanilla = chain(*own([Image.open(io.BytesIO(picture))], twice.question, memory="vanilla"))
     assert marked(page, "#without") == "".join(chunk.text for chunk in vanilla).strip()
     assert sorted(modes) == ["learned", "vanilla"], "the policy's own adapter is off too"
     took = page.inner_text("#with .took")

@@ -69,17 +69,13 @@ def test_an_interval_that_is_none_is_refused(bundle_server: TritonServer, value:
     assert f"the parameter interval_ms is {value!r}: it must be" in ask(bundle_server, GOOD, {"interval_ms": value})
 
 
-def test_words_come_together_for_an_interval_up_to_a_memory_or_the_end(bundle_server: TritonServer) -> None:
+def test_what_is_decoded_in_an_interval_comes_together(bundle_server: TritonServer) -> None:
     asked = GOOD | {"MAX_NEW_TOKENS": [40], "TEMPERATURE": [1.0]}
     alone, _ = responses(bundle_server, asked, {})
     together, _ = responses(bundle_server, asked, {"interval_ms": 1_000_000})
     assert list(chain(*together)) == list(chain(*alone))
     assert {len(events) for events in alone} == {1}
-    assert together[0] == alone[0]  # the first at once
-    for events in together[1:]:
-        assert {b"token"}.issuperset(events[:-1])
-        assert events[-1] != b"token"
-    assert len(together) < len(alone) / 2
+    assert len(together) <= 2  # the first at once, the others at the end
 
 
 def messages(*parts: Any) -> list[bytes]:

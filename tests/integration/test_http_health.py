@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.serving import answering, health
-from vismem.serving.answering import Busy, Chunk, Runtime
+from vismem.serving.answering import Busy, Runtime
 from vismem.serving.http import create_app
+from vismem.serving.pieces import Chunk
 
 SAMPLE = tiny.samples()[0]
 

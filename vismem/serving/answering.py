@@ -6,11 +6,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from PIL import Image
@@ -23,12 +22,14 @@ from vismem.runtime.images import let_go
 from vismem.runtime.limits import MAX_TOTAL_PIXELS, NEW_TOKENS, RequestError, Room, check_stops
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
+from vismem.serving.pieces import Chunk, Handover, Stream, Usage
 from vismem.serving.request_log import RequestLog
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
 PREPARING = os.cpu_count() or 1  # questions that are read at a time
 CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
+TOGETHER = 0.01  # seconds of tokens that come in one piece of a stream
 STOPPED, LEFT = "the server stops: ask again later", "nobody reads the answer"
 
 
@@ -57,35 +58,14 @@ class Served(Executor, Protocol):
         """What can be computed of a sample before it joins, by any thread; `memory`: memories may be formed on it."""
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What an answer took."""
-
-    finish: str  # "stop": ended by the model or a stop string; "length": at its limit
-    prompt_tokens: int
-    tokens: int  # words, memories not counted
-    memories: dict[str, int]  # by kind
-    first_token_seconds: float = field(compare=False)  # from the question's arrival to the first word or memory
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One piece of an answer. An "end" chunk comes last; `text` may be empty."""
-
-    text: str
-    event: Literal["token", "short", "long", "end"]
-    token: int | None = None  # the id behind it: a word, or an invoke token
-    usage: Usage | None = None  # of the "end"
-
-
 @dataclass(eq=False)
 class _Answer:
     """One answer between its caller and the thread that decodes it."""
 
     arrived: float  # by time.monotonic()
     gone: threading.Event  # nobody reads it any more
+    tokens: Handover
     request: Request = field(init=False)  # once it is prepared
-    tokens: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)  # None: it is finished
     row: Row | None = None  # once it has joined
     first: float = math.nan  # seconds until its first token
 
@@ -128,7 +108,11 @@ class Runtime:
 
         return cls(OnnxExecutor(Bundle(Path(bundle), threads), max_patches, cache_bytes), rows)
 
-    def generate(
+    def generate(self, images: Sequence[Image.Image], prompt: str | Chat, **options: Any) -> Iterator[Chunk]:
+        """The chunks of `stream`, one by one."""
+        return _each(self.stream(images, prompt, **options))
+
+    def stream(
         self,
         images: Sequence[Image.Image],
         prompt: str | Chat,
@@ -140,8 +124,11 @@ class Runtime:
         stop: Sequence[str] = (),
         looks: list[Any] | None = None,
         gone: threading.Event | None = None,
-    ) -> Iterator[Chunk]:
-        """Yield the answer's chunks; closing the iterator ends the work at the next token, as setting `gone` does.
+        every: float = TOGETHER,
+    ) -> Stream:
+        """Yield the answer's chunks, those of `every` seconds together but for the first, until it ends.
+
+        Closing the generator ends the work at the next token, as setting `gone` does.
 
         `prompt`: a question (see `one_turn` for its images' places) or a conversation. `max_new_tokens` counts words,
         not memories; `temperature` 0 is greedy; `memory` is a name of the executor's modes, or True for "learned" and
@@ -160,7 +147,7 @@ class Runtime:
         chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
         check_chat(chat, len(images))
         check_stops(stop)
-        answer = _Answer(arrived, gone or threading.Event())
+        answer = _Answer(arrived, gone or threading.Event(), Handover(every))
         self._take_place(answer)
         try:
             with self.decoding.of(sum(image.width * image.height for image in images)):
@@ -193,7 +180,7 @@ class Runtime:
                 raise Busy(why)
             self.places.add(answer)
 
-    def _chunks(self, answer: _Answer, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Iterator[Chunk]:
+    def _chunks(self, answer: _Answer, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Stream:
         """The chunks; what ends them early is counted."""
         request, text = answer.request, TextStream(self.executor.tokenizer, stop)
         words, memories = 0, Counter[str]()
@@ -209,25 +196,28 @@ class Runtime:
                     self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
                     self.thread.start()
                 self.changed.notify()
-            while not text.stopped and (token := answer.tokens.get()) is not None:
-                if isinstance(token, BaseException):
-                    raise token
-                if kind := self.executor.kinds.get(token):
-                    memories[kind.value] += 1
-                    yield Chunk("", kind.value, token)
-                else:
-                    words += 1
-                    yield Chunk(text.add(token), "token", token)
+            ended = False
+            while not ended:
+                tokens, ended = answer.tokens.take()
+                chunks = list[Chunk]()
+                while tokens and not text.stopped:
+                    token = tokens.pop(0)
+                    kind = self.executor.kinds.get(token)
+                    memories.update([kind.value] if kind else [])
+                    chunks.append(Chunk("", kind.value, token) if kind else Chunk(text.add(token), "token", token))
+                words += sum(chunk.event == "token" for chunk in chunks)
+                if not (ended := ended or text.stopped):
+                    yield chunks
             assert answer.row is not None
             ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
             usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories), answer.first)
-            end = Chunk(text.finish(), "end", usage=usage)
+            chunks.append(Chunk(text.finish(), "end", usage=usage))
             if request.max_new_tokens > 1:  # with 1 it is a probe
                 self.metrics.answered(str(asked["memory"]), memories)
                 if self.log:
                     took = {"answer": text.passed, "seconds": time.monotonic() - answer.arrived}
                     self.log.add(images, {**asked, **took, **asdict(usage)})
-            yield end
+            yield chunks
         except Busy:
             self.metrics.refused.labels("busy").inc(not answer.gone.is_set())
             raise
@@ -249,21 +239,21 @@ class Runtime:
                     except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
                         failed, self.answers = self.answers, {}
                         for answer in failed.values():
-                            answer.tokens.put(error)
+                            answer.tokens.end(error)
                         loop = DecodeLoop(self.executor)
                         self.executor.keep(())
         finally:  # also where this thread dies
             with self.changed:
                 self.closed = True
             for answer in (*self.answers.values(), *self.waiting):  # nothing joins `waiting` any more
-                answer.tokens.put(Busy(STOPPED))
+                answer.tokens.end(Busy(STOPPED))
 
     def _admit(self, loop: DecodeLoop) -> None:
         """Let one waiting answer join, so that those that run wait for one prompt at most; with none, wait for one."""
         with self.changed:
             for left in [answer for answer in self.waiting if answer.gone.is_set()]:
                 self.waiting.remove(left)
-                left.tokens.put(Busy(LEFT))
+                left.tokens.end(Busy(LEFT))
             if not self.answers:
                 self.changed.wait_for(lambda: self.waiting or self.closed)
             if not self.waiting or self.closed or len(self.answers) == self.rows:
@@ -275,7 +265,7 @@ class Runtime:
             answer.check()
             (answer.row,) = loop.join(answer.request)
         except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on
-            answer.tokens.put(error)
+            answer.tokens.end(error)
         else:
             self.answers[answer.row] = answer
 
@@ -284,7 +274,7 @@ class Runtime:
         for row, answer in list(self.answers.items()):
             if answer.gone.is_set():
                 loop.leave(row)
-                self.answers.pop(row).tokens.put(Busy(LEFT))
+                self.answers.pop(row).tokens.end(Busy(LEFT))
         for row, token in loop.step():
             kind, answer = self.executor.kinds.get(token), self.answers[row]
             (self.metrics.memories.labels(kind.value) if kind else self.metrics.tokens).inc()
@@ -293,8 +283,14 @@ class Runtime:
                 self.metrics.first_token.observe(answer.first)
             answer.tokens.put(token)
             if row.finished:
-                self.answers.pop(row).tokens.put(None)
+                self.answers.pop(row).tokens.end()
                 self.places.discard(answer)
         if not self.answers:
             loop.step()  # lets the last ones go
         self.stepped = time.monotonic()
+
+
+def _each(stream: Stream) -> Iterator[Chunk]:
+    with closing(stream):
+        for chunks in stream:
+            yield from chunks

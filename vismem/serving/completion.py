@@ -16,7 +16,7 @@ from vismem.models.tokens import KINDS
 from vismem.runtime.chat import IMAGE, Turn, joined
 from vismem.runtime.images import decoded_base64
 from vismem.runtime.limits import MAX_STOPS
-from vismem.serving.answering import Chunk
+from vismem.serving.pieces import Chunk
 
 MAX_TURNS, MAX_PARTS = 256, 256  # of a conversation, and of a turn
 ARMS = {"vanilla": "vanilla", "no_memory": "off", "short_only": "short", "long_only": "long"}  # of `evaluate`: mode

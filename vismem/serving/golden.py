@@ -14,7 +14,8 @@ from PIL import Image
 
 from vismem.models.tokens import marked_text
 from vismem.runtime.limits import RequestError
-from vismem.serving.answering import Chunk, Runtime
+from vismem.serving.answering import Runtime
+from vismem.serving.pieces import Chunk
 
 FOLDER, FILE = "golden", "golden.json"
 QUESTIONS = 4  # at most

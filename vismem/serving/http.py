@@ -7,8 +7,9 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 
 from anyio.to_thread import current_default_thread_limiter
@@ -20,10 +21,11 @@ from starlette.datastructures import Headers
 from vismem.runtime.access import token_refusal
 from vismem.runtime.chat import said
 from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
-from vismem.serving.answering import Busy, Chunk, Runtime
+from vismem.serving.answering import Busy, Runtime
 from vismem.serving.completion import ARMS, Completion, Refused, Reply, decoded_url, read_body
 from vismem.serving.exchange import BUSY_TYPE
 from vismem.serving.health import status_routes
+from vismem.serving.pieces import Chunk, Stream
 
 MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
 MAX_BODIES_BYTES = 12 * MAX_BODY_BYTES  # of all requests that are read
@@ -78,12 +80,12 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
                 if wanted.model != name and mode != own:
                     raise Refused(400, f"'{wanted.model}' is memory '{own}', not '{mode}'", field="vismem")
                 reply, gone = Reply(wanted.model, wanted), threading.Event()
-                chunks = await run_in_threadpool(begin, runtime, wanted, mode, reply.looks, gone)
+                stream = await run_in_threadpool(begin, runtime, wanted, mode, reply.looks, gone)
                 wanted.messages.clear()  # their images are decoded
-            first = await _first(chunks, request, gone)  # so that what goes wrong before it has a status
+            first = await _first(stream, request, gone)  # so that what goes wrong before it has a status
             if not wanted.stream:
-                return JSONResponse(reply.whole([first, *[chunk async for chunk in _read(chunks, request)]]))
-            return StreamingResponse(events(reply, first, chunks, request), media_type="text/event-stream")
+                return JSONResponse(reply.whole([*first, *[c async for more in _read(stream, request) for c in more]]))
+            return StreamingResponse(events(reply, first, stream, request), media_type="text/event-stream")
         except Exception as error:  # noqa: BLE001 - the server's boundary
             if isinstance(error, Refused | RequestError):
                 runtime.metrics.refused.labels("invalid").inc()
@@ -119,14 +121,12 @@ class _Guard:
         await self.app(scope, receive, send)
 
 
-async def events(reply: Reply, first: Chunk, chunks: Iterator[Chunk], request: Request) -> AsyncIterator[str]:
-    """The events of a stream."""
+async def events(reply: Reply, first: list[Chunk], stream: Stream, request: Request) -> AsyncIterator[str]:
+    """The events of a stream; those that come together are sent together."""
     try:
-        for event in reply.events(first):
-            yield event
-        async for chunk in _read(chunks, request):
-            for event in reply.events(chunk):
-                yield event
+        yield "".join(chain.from_iterable(map(reply.events, first)))
+        async for chunks in _read(stream, request):
+            yield "".join(chain.from_iterable(map(reply.events, chunks)))
         yield DONE
     except Exception as error:  # noqa: BLE001 - the status is sent: the client gets the reason as an event
         yield f"data: {json.dumps(refusal(error).body())}\n\n"
@@ -183,27 +183,27 @@ class _Bodies:
             self.bytes -= size
 
 
-async def _first(chunks: Iterator[Chunk], request: Request, gone: threading.Event) -> Chunk:
-    """The first chunk; `gone` is set where the client leaves before it comes."""
-    waiting = asyncio.ensure_future(run_in_threadpool(next, chunks))
+async def _first(stream: Stream, request: Request, gone: threading.Event) -> list[Chunk]:
+    """The first chunks; `gone` is set where the client leaves before they come."""
+    waiting = asyncio.ensure_future(run_in_threadpool(next, stream))
     while not (await asyncio.wait({waiting}, timeout=LOOK_SECONDS))[0]:
         if await request.is_disconnected():
             gone.set()
     return waiting.result()
 
 
-async def _read(chunks: Iterator[Chunk], request: Request) -> AsyncIterator[Chunk]:
+async def _read(stream: Stream, request: Request) -> AsyncIterator[list[Chunk]]:
     """The chunks, until there are no more or the client has gone; then the answer is decoded no further."""
     try:
-        async for chunk in iterate_in_threadpool(chunks):
+        async for chunks in iterate_in_threadpool(stream):
             if await request.is_disconnected():
                 return
-            yield chunk
+            yield chunks
     finally:
-        chunks.close()  # type: ignore[attr-defined]  # it is a generator
+        stream.close()
 
 
-def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any], gone: threading.Event) -> Iterator[Chunk]:
+def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any], gone: threading.Event) -> Stream:
     """The chunks of the answer. RequestError, Refused or Busy where there are none, before any graph runs."""
     chat = [message.turn() for message in wanted.messages]
     files = [decoded_url(url) for message in wanted.messages for url in message.urls()]
@@ -211,7 +211,7 @@ def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any], gon
     longest = NEW_TOKENS if asked is None else asked
     images = check_request(files, said(chat).encode(errors="surrogatepass"), longest)
     stop: Sequence[str] = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop
-    return runtime.generate(
+    return runtime.stream(
         images,
         chat,
         max_new_tokens=longest,

@@ -34,7 +34,7 @@ FAILED = {  # the same; other messages say what is wrong with the request
 }
 UNKNOWN = {"Request for unknown model": "it is not ready on this server: see the log of `vismem serve`"}
 UNREACHED = ("Failed to connect", "errors resolving")  # what a stream says of a server that was never there
-INTERVAL = 10  # milliseconds of words that come in one response: to send each alone takes longer than a small model
+INTERVAL = 10  # milliseconds of tokens that come in one response: to send each alone takes longer than a small model
 LONGEST = 1e9  # seconds that a request can say
 OPTIONS = [  # of a connection; where the name has several addresses, as a cluster's service, all are asked in turn
     ("grpc.max_send_message_length", -1),

@@ -30,6 +30,7 @@ SERVED = (  # of the library, what lies beside a served bundle: nothing of it im
     "serving/answering.py",
     "serving/golden.py",
     "serving/metrics.py",
+    "serving/pieces.py",
     "serving/request_log.py",
 )
 MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"

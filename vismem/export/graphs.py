@@ -4,6 +4,8 @@ They share the base's parameters; the adapters are a switch at run time (paper S
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +17,36 @@ from vismem.models.vismem import VisMemModel
 MASKED = -1e9  # finite: a row that sees nothing must not become NaN
 
 
-class LowRank(nn.Module):
-    """(alpha / r) * B A x, what an adapter adds to a linear layer."""
+class Fused(nn.Module):
+    """Linear layers over one input as one, and the adapters on them, which are switched at run time.
 
-    def __init__(self, down: Tensor, up: Tensor, scale: float) -> None:
-        """`down` is A (r, in), `up` is B (out, r)."""
+    W x + b + U (switch * D x), D and U the adapters' A and B, with 0 in U for the layers that they do not change.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], adapters: Sequence[Lora]) -> None:
         super().__init__()
-        self.down, self.up = nn.Parameter(down.detach()), nn.Parameter(up.detach() * scale)
+        starts = dict(zip(layers, accumulate((layer.out_features for layer in layers), initial=0), strict=False))
+        self.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]).detach())
+        self.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]).detach())
+        own = [(lora, key, at) for lora in adapters for key, at in lora.targets.items() if at.module in starts]
+        down = torch.cat([lora.down[key].detach() for lora, key, _ in own])
+        up, rank = self.weight.new_zeros(len(self.weight), len(down)), 0
+        for lora, key, at in own:
+            first, part = starts[at.module] + at.start, lora.up[key].detach() * lora.scale
+            up[first : first + len(part), rank : rank + part.shape[1]] = part
+            rank += part.shape[1]
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+    def forward(self, x: Tensor, switch: Tensor) -> Tensor:
+        """(..., in) -> (..., out of all layers). `switch` broadcasts against (..., sum of the adapters' ranks)."""
+        added = nn.functional.linear(switch * nn.functional.linear(x, self.down), self.up)
+        return nn.functional.linear(x, self.weight, self.bias) + added
 
 
-def adapters_of(lora: Lora) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """The adapters of all layers' queries, and those of their values; targets stand in that order in a layer."""
-    modules = [LowRank(down, lora.up[key], lora.scale) for key, down in lora.down.items()]
-    return nn.ModuleList(modules[::2]), nn.ModuleList(modules[1::2])
-
-
-def bare(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer without its hooks, on which the live model's adapters hang."""
-    return nn.functional.linear(x, layer.weight, layer.bias)
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """An RMS norm, as ONNX Runtime knows it: of all its operations it makes one."""
+    result: Tensor = norm.weight * (x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+    return result
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,6 +60,8 @@ class Decoder(nn.Module):
 
     frequencies: Tensor
     axes: Tensor
+    slope: Tensor
+    start: Tensor
 
     def __init__(self, model: VisMemModel) -> None:
         """The policy's own adapter is in it only where training switched it on."""
@@ -57,10 +69,14 @@ class Decoder(nn.Module):
         language = model.backbone.model.model.language_model
         config, rotary = language.config, language.rotary_emb
         self.layers, self.norm, self.lm_head = language.layers, language.norm, model.backbone.head
-        self.query, self.value = adapters_of(model.long.lora)
-        self.has_policy = model.policy_lora.enabled
-        if self.has_policy:
-            self.policy_query, self.policy_value = adapters_of(model.policy_lora)
+        adapters = [model.long.lora, model.policy_lora] if model.policy_lora.enabled else [model.long.lora]
+        attentions = [layer.self_attn for layer in self.layers]
+        fused = [Fused([own.q_proj, own.k_proj, own.v_proj], adapters) for own in attentions]
+        self.attention = nn.ModuleList(fused)
+        policy = torch.zeros(len(fused[0].down))  # whether a rank is of the policy's adapter
+        policy[2 * model.long.lora.settings.rank :] = 1.0
+        self.register_buffer("slope", 1 - 2 * policy)
+        self.register_buffer("start", policy)
         self.tokens, self.long = model.tokens, model.long
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // self.heads
@@ -87,28 +103,26 @@ class Decoder(nn.Module):
         total = mask.shape[1]
         place = torch.arange(total, device=mask.device)
         seen = (place[None] <= place[total - length :, None])[None] & (mask[:, None] > 0)
-        bias = torch.where(seen, 0.0, MASKED)[:, None, None]  # (B, 1, 1, S, T)
-        x, present = embeddings, []
+        groups = self.heads // self.kv_heads  # of queries that share a key: they stand below each other
+        bias = torch.where(seen, 0.0, MASKED)[:, None].repeat(1, 1, groups, 1)  # (B, 1, groups * S, T)
+        switch = adapter[:, None, None] * self.slope + self.start
+        x, present, read = embeddings, [], total - length
         for number, layer in enumerate(self.layers):
-            attention, y, switch = layer.self_attn, layer.input_layernorm(x), adapter[:, None, None]
-            added_query, added_value = switch * self.query[number](y), switch * self.value[number](y)
-            if self.has_policy:
-                added_query = added_query + (1 - switch) * self.policy_query[number](y)
-                added_value = added_value + (1 - switch) * self.policy_value[number](y)
-            query, value = bare(attention.q_proj, y) + added_query, bare(attention.v_proj, y) + added_value
-            parts = ((query, self.heads), (attention.k_proj(y), self.kv_heads), (value, self.kv_heads))
-            query, key, value = (part.reshape(batch, length, n, self.head_dim).transpose(1, 2) for part, n in parts)
-            present += [key := rotate(key, cos, sin), value]
-            # Grouped attention without copies: of the past's keys neither for each query head nor before the new ones.
-            query = rotate(query, cos, sin).reshape(batch, self.kv_heads, -1, length, self.head_dim)
-            query, keys, values = query * self.head_dim**-0.5, (past[2 * number], key), (past[2 * number + 1], value)
-            scores = torch.cat([query @ part[:, :, None].transpose(-1, -2) for part in keys], dim=-1) + bias
-            weights, read = torch.softmax(scores, dim=-1), total - length
-            mixed = weights[..., :read] @ values[0][:, :, None] + weights[..., read:] @ values[1][:, :, None]
-            mixed = mixed.reshape(batch, self.heads, length, self.head_dim)
-            x = x + attention.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        hidden = self.norm(x)
+            fused = self.attention[number](normed(layer.input_layernorm, x), switch)
+            heads = fused.reshape(batch, length, -1, self.head_dim).transpose(1, 2)
+            turned, value = rotate(heads[:, : -self.kv_heads], cos, sin), heads[:, -self.kv_heads :]
+            query, key = turned[:, : self.heads], turned[:, self.heads :]
+            present += [key, value]
+            # Without copies of the past's keys: neither for each query head nor before the new ones.
+            query = query.reshape(batch, self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
+            keys, values = past[2 * number], past[2 * number + 1]
+            scores = torch.cat([query @ keys.transpose(-1, -2), query @ key.transpose(-1, -2)], dim=-1)
+            weights = torch.softmax(scores + bias, dim=-1)
+            mixed = weights[..., :read] @ values + weights[..., read:] @ value
+            mixed = mixed.reshape(batch, self.heads, length, self.head_dim).transpose(1, 2)
+            x = x + layer.self_attn.o_proj(mixed.reshape(batch, length, -1))
+            x = x + layer.mlp(normed(layer.post_attention_layernorm, x))
+        hidden = normed(self.norm, x)
         last = hidden[:, -1]
         invoke = nn.functional.linear(last, self.tokens.head, self.tokens.bias)
         logits = torch.cat((self.lm_head(last), invoke), dim=-1)
@@ -128,7 +142,7 @@ class VisionTower(nn.Module):
         visual = model.backbone.model.model.visual
         self.patch_embed, self.blocks, self.merger = visual.patch_embed, visual.blocks, visual.merger
         self.full = sorted(visual.fullatt_block_indexes)
-        self.query, self.value = adapters_of(model.short.lora)
+        self.attention = nn.ModuleList(Fused([block.attn.qkv], [model.short.lora]) for block in self.blocks)
         self.heads, self.width = visual.config.num_heads, visual.config.hidden_size
         self.register_buffer("frequencies", visual.rotary_pos_emb.inv_freq.clone().float())
 
@@ -144,14 +158,13 @@ class VisionTower(nn.Module):
         angles = (positions[:, :, None] * self.frequencies).reshape(positions.shape[0], -1)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()
-        shape, own = (-1, self.heads, self.width // self.heads), []
+        own = list[Tensor]()
         for number, block in enumerate(self.blocks):
-            y = block.norm1(x)
-            query, key, value = bare(block.attn.qkv, y).chunk(3, dim=-1)
-            query = query + adapter * self.query[number](y)
-            value = value + adapter * self.value[number](y)
-            query, key, value = (part.reshape(shape).transpose(0, 1) for part in (query, key, value))
-            query, key, bias = rotate(query, cos, sin), rotate(key, cos, sin), biases[number not in self.full]
+            fused = self.attention[number](normed(block.norm1, x), adapter)
+            heads = fused.reshape(-1, 3 * self.heads, self.width // self.heads).transpose(0, 1)
+            turned, value = rotate(heads[: 2 * self.heads], cos, sin), heads[2 * self.heads :]
+            query, key = turned[: self.heads], turned[self.heads :]
+            bias = biases[number not in self.full]
             if number in self.full:
                 own += [key, value]
                 if stream:
@@ -160,8 +173,13 @@ class VisionTower(nn.Module):
             scores = query @ key.transpose(-1, -2) * block.attn.scaling
             weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
             x = x + block.attn.proj((weights @ value).transpose(0, 1).reshape(-1, self.width))
-            x = x + block.mlp(block.norm2(x))
+            x = x + block.mlp(normed(block.norm2, x))
         return x, own
+
+    def project(self, x: Tensor) -> Tensor:
+        """The family's own projector: (T, w) to (T / g, d)."""
+        tokens: Tensor = self.merger.mlp(normed(self.merger.ln_q, x).reshape(-1, self.merger.hidden_size))
+        return tokens
 
 
 class VisionEncoder(VisionTower):
@@ -181,7 +199,7 @@ class VisionEncoder(VisionTower):
         same_window = torch.where(windows[:, None] == windows[None], 0.0, MASKED)
         same_image = torch.where(images[:, None] == images[None], 0.0, MASKED)
         x, stream = self.run(embeds, positions, adapter, (same_image, same_window), ())
-        return self.merger(x), embeds, stream
+        return self.project(x), embeds, stream
 
 
 class ShortMemory(VisionTower):
@@ -216,8 +234,7 @@ class ShortMemory(VisionTower):
             places = torch.cat((places[: len(queries)], self.short.seen(weight, positions[None])[0]))
         x = torch.cat((self.short.query(queries), memory))
         x, _ = self.run(x, places, torch.ones(1), (None, None), stream)
-        result: Tensor = self.merger(x[len(queries) :])
-        return result
+        return self.project(x[len(queries) :])
 
 
 class Builder(nn.Module):

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vismem.data.sample import Sample
-from vismem.export.graphs import Decoder
+from vismem.export.graphs import Decoder, Fused
 from vismem.export.parity import check_parity, memory_difference
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
@@ -21,6 +21,7 @@ from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.prompts import encode
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
+from vismem.models.lora import Lora, LoraSettings, LoraTarget
 from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
 from vismem.runtime.bundle import Graph
@@ -118,7 +119,7 @@ def test_left_padding_and_other_rows_adapters_change_nothing(model, bundle):
     assert np.abs(on["hidden"] - alone["hidden"]).max() > 1e-3  # the switch does switch
 
 
-def test_grouped_keys_give_hugging_faces_hidden_states(model):
+def test_grouped_keys_give_hugging_faces_hidden_states_with_an_adapter_and_without(model):
     text = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -133,14 +134,24 @@ def test_grouped_keys_give_hugging_faces_hidden_states(model):
     decoder.lm_head = grouped.lm_head
     embeddings, positions = torch.randn(1, 6, 32), torch.randint(0, 9, (3, 1, 6))
     nothing = [torch.zeros(1, 2, 0, 8)] * 4
-    decoder.query = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))  # switched off below
-    decoder.value = torch.nn.ModuleList(torch.nn.Linear(32, 16) for _ in range(2))
-    with torch.no_grad():
-        expected = language(
-            inputs_embeds=embeddings, attention_mask=torch.ones(1, 6), position_ids=positions
-        ).last_hidden_state
-        _, hidden, _, _ = decoder(embeddings, torch.ones(1, 6), positions.float(), torch.zeros(1), nothing)
-    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+    attentions = [layer.self_attn for layer in language.layers]
+    adapted = [linear for own in attentions for linear in (own.q_proj, own.v_proj)]
+    targets = [LoraTarget(str(at), linear, 0, linear.out_features) for at, linear in enumerate(adapted)]
+    lora = Lora(targets, LoraSettings(rank=3, alpha=4.0, dropout=0.0))
+    for up in lora.up.values():
+        torch.nn.init.normal_(up)
+    fused = [Fused([own.q_proj, own.k_proj, own.v_proj], [lora]) for own in attentions]
+    decoder.attention, decoder.slope, decoder.start = torch.nn.ModuleList(fused), torch.ones(6), torch.zeros(6)
+    found = []
+    for on in (False, True):
+        with torch.no_grad(), lora.active(on):
+            expected = language(
+                inputs_embeds=embeddings, attention_mask=torch.ones(1, 6), position_ids=positions
+            ).last_hidden_state
+            _, hidden, _, _ = decoder(embeddings, torch.ones(1, 6), positions.float(), torch.full((1,), on), nothing)
+        torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+        found.append(hidden)
+    assert (found[0] - found[1]).abs().max() > 1e-2
 
 
 def test_the_policys_own_adapter_is_on_while_decoding_and_off_while_forming(tiny_base):

@@ -83,10 +83,13 @@ class Lora(nn.Module):
         """The forward hook of a target: its output with the adapter's part."""
         down, up = self.down[key], self.up[key]
         states = whole(inputs[0], module.in_features).to(down.dtype)
-        delta = self.scale * (self.dropout(states) @ down.T @ up.T)
+        if self.training:
+            states = self.dropout(states)
+        delta = self.scale * (states @ down.T @ up.T)
         if self.adapted is not None:
             delta = delta * self.adapted.view(-1, *[1] * (delta.dim() - 1))
-        delta = nn.functional.pad(delta, (target.start, module.out_features - target.stop))
+        if len(up) < module.out_features:
+            delta = nn.functional.pad(delta, (target.start, module.out_features - target.stop))
         return output + share(delta, output.shape[-1]).to(output.dtype)
 
     @contextmanager

@@ -187,18 +187,25 @@ def size_after_resizing(size: tuple[int, int], processor: Any, name: str = "an i
 
 
 def _flat_patches(image: Image.Image, settings: Mapping[str, Any]) -> NDArray[np.float32]:
-    """(P, channels * temporal * patch * patch); rescaled in double precision and normalised in single."""
+    """(P, channels * temporal * patch * patch), by a table of what each level of 8 bits becomes in each channel."""
     patch, merge, values = settings["patch_size"], settings["merge_size"], np.asarray(image)
     height, width, channels = values.shape
     blocks = values.reshape(height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
-    pixels = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, 1, patch**2).astype(np.float64)
+    levels = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, 1, patch**2)
+    made: NDArray[np.float32] = _table(settings, channels)[levels + 256 * np.arange(channels)[:, None, None]]
+    return made.repeat(settings["temporal_patch_size"], axis=2).reshape(len(made), -1)
+
+
+def _table(settings: Mapping[str, Any], channels: int) -> NDArray[np.float32]:
+    """(channels * 256,) the levels, rescaled in double precision and normalised in single."""
+    levels = np.arange(256, dtype=np.float64)
     if settings["do_rescale"]:
-        pixels *= settings["rescale_factor"]
-    scaled: NDArray[np.float32] = pixels.astype(np.float32)
+        levels *= settings["rescale_factor"]
+    table = np.tile(levels.astype(np.float32), (channels, 1))
     if settings["do_normalize"]:
-        scaled -= np.array(settings["mean"], np.float32)[:, None, None]
-        scaled /= np.array(settings["std"], np.float32)[:, None, None]
-    return scaled.repeat(settings["temporal_patch_size"], axis=2).reshape(len(scaled), -1)
+        table -= np.array(settings["mean"], np.float32)[:, None]
+        table /= np.array(settings["std"], np.float32)[:, None]
+    return table.ravel()
 
 
 def _places(grid: tuple[int, int], settings: Mapping[str, Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -64,14 +64,16 @@ class Handover:
 
         Where an error ended them, it is raised once they are taken.
         """
-        if (early := self.due - time.monotonic()) > 0:
-            self.ready.wait(min(early, threading.TIMEOUT_MAX))  # the end alone may wake it
-        self.ready.clear()
-        while not (found := self._found()):
-            self.ready.wait()
+        while True:
             self.ready.clear()
-        self.due = time.monotonic() + self.every
-        return found
+            early = self.due - time.monotonic()
+            if early > 0 and not self.ended:
+                self.ready.wait(min(early, threading.TIMEOUT_MAX))  # the end alone wakes it
+            elif found := self._found():
+                self.due = time.monotonic() + self.every
+                return found
+            else:
+                self.ready.wait()
 
     def _found(self) -> tuple[list[int], bool] | None:
         ended = self.ended  # before the tokens: then none follows

@@ -126,7 +126,8 @@ async def events(reply: Reply, first: list[Chunk], stream: Stream, request: Requ
     try:
         yield "".join(chain.from_iterable(map(reply.events, first)))
         async for chunks in _read(stream, request):
-            yield "".join(chain.from_iterable(map(reply.events, chunks)))
+            if sent := "".join(chain.from_iterable(map(reply.events, chunks))):
+                yield sent
         yield DONE
     except Exception as error:  # noqa: BLE001 - the status is sent: the client gets the reason as an event
         yield f"data: {json.dumps(refusal(error).body())}\n\n"

@@ -41,10 +41,17 @@ def test_the_first_comes_at_once_and_the_others_together_with_the_end() -> None:
     handed = Handover(LONG)
     handed.put(1)
     assert handed.take() == ([1], False)
-    for token in (2, 3):
-        handed.put(token)
-    handed.end()
+
+    def decode() -> None:
+        for token in (2, 3):
+            time.sleep(0.01)
+            handed.put(token)
+        handed.end()
+
+    thread = threading.Thread(target=decode)
+    thread.start()
     assert handed.take() == ([2, 3], True)
+    thread.join()
 
 
 def test_a_token_need_not_wait_for_the_one_after_it() -> None:

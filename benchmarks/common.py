@@ -112,7 +112,7 @@ def hugging_face(model: VisMemModel, samples: Sequence[Sample], max_new_tokens: 
 
 
 def answer(runtime: Runtime, sample: Sample, **settings: Any) -> tuple[list[Chunk], float]:
-    """An answer's chunks, and the seconds until the first came; `settings` are those of `Runtime.generate`."""
+    """An answer's chunks, and the seconds until the first came; `settings` are those of `Runtime.stream`."""
     started, first, chunks = time.perf_counter(), 0.0, []
     pictures = [Image.open(io.BytesIO(data)) for data in sample.images]
     for chunk in runtime.generate(pictures, sample.question, **settings):

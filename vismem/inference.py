@@ -235,7 +235,7 @@ def _drawn(max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]
 
 
 def _usage(rollout: Rollout, prompt_tokens: int) -> dict[str, Any]:
-    """What an answer took, as a server says it (`answering.Usage`)."""
+    """What an answer took, as a server says it (`pieces.Usage`)."""
     memories = Counter(invocation.kind.value for invocation in rollout.invocations)
     finish = "stop" if rollout.finished else "length"
     tokens = {"prompt_tokens": prompt_tokens, "tokens": rollout.answer_length}

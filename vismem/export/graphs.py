@@ -1,6 +1,7 @@
 """A VisMemModel on Qwen2.5-VL as pure functions of tensors, for ONNX: decoder, vision encoder, short former, builder.
 
-They share the base's parameters; the adapters are a switch at run time (paper Sec. 3.3, Eq. 5-6 and 9-11).
+They share the base's parameters, of which query, key and value are made one; the adapters are a switch at run time
+(paper Sec. 3.3, Eq. 5-6 and 9-11).
 """
 
 from collections.abc import Sequence
@@ -103,8 +104,7 @@ class Decoder(nn.Module):
         total = mask.shape[1]
         place = torch.arange(total, device=mask.device)
         seen = (place[None] <= place[total - length :, None])[None] & (mask[:, None] > 0)
-        groups = self.heads // self.kv_heads  # of queries that share a key: they stand below each other
-        bias = torch.where(seen, 0.0, MASKED)[:, None].repeat(1, 1, groups, 1)  # (B, 1, groups * S, T)
+        bias = torch.where(seen, 0.0, MASKED)[:, None, None]  # (B, 1, 1, S, T)
         switch = adapter[:, None, None] * self.slope + self.start
         x, present, read = embeddings, [], total - length
         for number, layer in enumerate(self.layers):
@@ -113,11 +113,13 @@ class Decoder(nn.Module):
             turned, value = rotate(heads[:, : -self.kv_heads], cos, sin), heads[:, -self.kv_heads :]
             query, key = turned[:, : self.heads], turned[:, self.heads :]
             present += [key, value]
-            # Without copies of the past's keys: neither for each query head nor before the new ones.
+            # The queries that share a key stand below each other. So the past's keys are not copied, neither for each
+            # of them nor before the new ones.
             query = query.reshape(batch, self.kv_heads, -1, self.head_dim) * self.head_dim**-0.5
             keys, values = past[2 * number], past[2 * number + 1]
             scores = torch.cat([query @ keys.transpose(-1, -2), query @ key.transpose(-1, -2)], dim=-1)
-            weights = torch.softmax(scores + bias, dim=-1)
+            scores = scores.reshape(batch, self.kv_heads, -1, length, total) + bias
+            weights = torch.softmax(scores, dim=-1).reshape(batch, self.kv_heads, -1, total)
             mixed = weights[..., :read] @ values + weights[..., read:] @ value
             mixed = mixed.reshape(batch, self.heads, length, self.head_dim).transpose(1, 2)
             x = x + layer.self_attn.o_proj(mixed.reshape(batch, length, -1))

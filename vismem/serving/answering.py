@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from vismem.runtime.images import let_go
 from vismem.runtime.limits import MAX_TOTAL_PIXELS, NEW_TOKENS, RequestError, Room, check_stops
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
-from vismem.serving.pieces import Chunk, Handover, Stream, Usage
+from vismem.serving.pieces import Chunk, Handover, Stream, Usage, one_by_one
 from vismem.serving.request_log import RequestLog
 
 ROWS = 8  # answers at a time
@@ -110,7 +110,7 @@ class Runtime:
 
     def generate(self, images: Sequence[Image.Image], prompt: str | Chat, **options: Any) -> Iterator[Chunk]:
         """The chunks of `stream`, one by one."""
-        return _each(self.stream(images, prompt, **options))
+        return one_by_one(self.stream(images, prompt, **options))
 
     def stream(
         self,
@@ -147,7 +147,7 @@ class Runtime:
         chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
         check_chat(chat, len(images))
         check_stops(stop)
-        answer = _Answer(arrived, gone or threading.Event(), Handover(every))
+        answer = _Answer(arrived, gone or threading.Event(), Handover(min(every, TOGETHER)))
         self._take_place(answer)
         try:
             with self.decoding.of(sum(image.width * image.height for image in images)):
@@ -159,7 +159,7 @@ class Runtime:
             raise
         answer.request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
         asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        return self._chunks(answer, stop, images, asked)
+        return self._chunks(answer, stop, every, images, asked)
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -180,7 +180,9 @@ class Runtime:
                 raise Busy(why)
             self.places.add(answer)
 
-    def _chunks(self, answer: _Answer, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Stream:
+    def _chunks(
+        self, answer: _Answer, stop: Sequence[str], every: float, images: Any, asked: Mapping[str, Any]
+    ) -> Stream:
         """The chunks; what ends them early is counted."""
         request, text = answer.request, TextStream(self.executor.tokenizer, stop)
         words, memories = 0, Counter[str]()
@@ -196,18 +198,23 @@ class Runtime:
                     self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
                     self.thread.start()
                 self.changed.notify()
-            ended = False
+            ended, due, chunks = False, -math.inf, list[Chunk]()
             while not ended:
                 tokens, ended = answer.tokens.take()
-                chunks = list[Chunk]()
                 while tokens and not text.stopped:
                     token = tokens.pop(0)
                     kind = self.executor.kinds.get(token)
                     memories.update([kind.value] if kind else [])
                     chunks.append(Chunk("", kind.value, token) if kind else Chunk(text.add(token), "token", token))
-                words += sum(chunk.event == "token" for chunk in chunks)
-                if not (ended := ended or text.stopped):
+                    words += kind is None
+                ended = ended or text.stopped
+                if not ended and time.monotonic() >= due:
                     yield chunks
+                    chunks, due = [], time.monotonic() + every - TOGETHER
+            if answer.tokens.error and not text.stopped:
+                if chunks:
+                    yield chunks
+                raise answer.tokens.error
             assert answer.row is not None
             ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
             usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories), answer.first)
@@ -259,8 +266,7 @@ class Runtime:
             if not self.waiting or self.closed or len(self.answers) == self.rows:
                 return
         loop.settle()  # what fails here is no fault of the one that joins
-        with self.changed:
-            answer = self.waiting.popleft()
+        answer = self.waiting[0]  # until it has joined: where this thread dies, it is told
         try:
             answer.check()
             (answer.row,) = loop.join(answer.request)
@@ -268,6 +274,8 @@ class Runtime:
             answer.tokens.end(error)
         else:
             self.answers[answer.row] = answer
+        with self.changed:
+            self.waiting.popleft()
 
     def _step(self, loop: DecodeLoop) -> None:
         """Decode a token of every answer, and let those go that are finished or that nobody reads."""
@@ -288,9 +296,3 @@ class Runtime:
         if not self.answers:
             loop.step()  # lets the last ones go
         self.stepped = time.monotonic()
-
-
-def _each(stream: Stream) -> Iterator[Chunk]:
-    with closing(stream):
-        for chunks in stream:
-            yield from chunks

@@ -55,7 +55,7 @@ class Token:
 
     text: str
     event: str
-    usage: Mapping[str, Any] | None = field(default=None, compare=False)  # of the end: see `answering.Usage`
+    usage: Mapping[str, Any] | None = field(default=None, compare=False)  # of the end: see `pieces.Usage`
 
     @property
     def marked(self) -> str:
@@ -87,7 +87,7 @@ class Answer(str):
     marked: str  # the text with ⟨short⟩ and ⟨long⟩ where memories were invoked
     invocations: tuple[Invoked, ...]
     pieces: tuple[Token, ...]
-    usage: Mapping[str, Any]  # see `answering.Usage`
+    usage: Mapping[str, Any]  # see `pieces.Usage`
     tokens: int  # decoded, memories not counted
     seconds: float  # until it was there; of a batch, all of it
     finished: bool  # ended by the model or a stop string, not at max_new_tokens
@@ -109,7 +109,7 @@ class Answer(str):
 
 @dataclass(frozen=True)
 class Question:
-    """What a client sends; see `answering.Runtime.generate`."""
+    """What a client sends; see `answering.Runtime.stream`."""
 
     images: tuple[bytes, ...]  # encoded files
     asked: str | Chat

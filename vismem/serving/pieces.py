@@ -4,7 +4,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,13 @@ class Chunk:
 Stream = Generator[list[Chunk]]  # those that come together, in order
 
 
+def one_by_one(stream: Stream) -> Iterator[Chunk]:
+    """The chunks of a stream, which is closed with what is returned."""
+    with closing(stream):
+        for chunks in stream:
+            yield from chunks
+
+
 class Handover:
     """One thread puts tokens and the end, one takes.
 
@@ -55,29 +63,20 @@ class Handover:
             self.ready.set()
 
     def end(self, error: BaseException | None = None) -> None:
-        """None follows; `error` says why, where the answer is not whole."""
+        """None follows; `error`, which is kept, says why, where the answer is not whole."""
         self.error, self.ended = error, True
         self.ready.set()
 
     def take(self) -> tuple[list[int], bool]:
-        """The tokens that came since, at least one unless they have ended, and whether they have.
-
-        Where an error ended them, it is raised once they are taken.
-        """
+        """The tokens that came since, at least one unless they have ended, and whether they have."""
         while True:
             self.ready.clear()
             early = self.due - time.monotonic()
             if early > 0 and not self.ended:
                 self.ready.wait(min(early, threading.TIMEOUT_MAX))  # the end alone wakes it
-            elif found := self._found():
+                continue
+            ended = self.ended  # before the tokens: then none follows
+            if (tokens := [self.tokens.popleft() for _ in range(len(self.tokens))]) or ended:
                 self.due = time.monotonic() + self.every
-                return found
-            else:
-                self.ready.wait()
-
-    def _found(self) -> tuple[list[int], bool] | None:
-        ended = self.ended  # before the tokens: then none follows
-        tokens = [self.tokens.popleft() for _ in range(len(self.tokens))]
-        if self.error and not tokens:
-            raise self.error
-        return (tokens, ended and not self.error) if tokens or ended else None
+                return tokens, ended
+            self.ready.wait()

@@ -37,7 +37,7 @@ MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"
 UNARY = "unary"  # in a manifest: the hash of the manifest of NAME_unary
 
 CONFIG = """\
-# Written by VisMem. A request holds one question; each response holds one piece of the answer.
+# Written by VisMem. A request holds one question; a response holds pieces of the answer.
 name: "{name}"
 backend: "python"
 max_batch_size: 0

@@ -1,11 +1,14 @@
 """Many answers at once: each is as it is alone, whoever leaves, whatever fails."""
 
+import collections
 import contextlib
 import itertools
+import math
 import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import tiny
@@ -49,6 +52,47 @@ def test_an_answer_that_nobody_reads_any_more_is_not_decoded_on(runtime, monkeyp
         runtime.executor.stops = stops
     assert len(whole) == 4
     assert len(calls) < 100
+
+
+@pytest.mark.parametrize("every", [math.inf, 0.0])
+def test_a_stop_string_ends_the_decoding_also_of_an_answer_that_is_taken_whole(runtime, every):
+    alone, sample = Runtime(OnnxExecutor(runtime.executor.bundle)), tiny.samples()[0]
+    alone.executor.stops = frozenset()
+
+    def answer(**options):
+        return list(itertools.chain(*alone.stream(pictures(sample), sample.question, memory=False, **options)))
+
+    begins = "".join(chunk.text for chunk in answer(max_new_tokens=9))
+    decoded = partial(alone.metrics.registry.get_sample_value, "vismem_tokens_total")
+    before = decoded()
+    whole = answer(max_new_tokens=2000, stop=[begins], every=every)
+    alone.close()
+    assert whole[-1].usage.finish == "stop"
+    assert decoded() - before < 1000
+
+
+def test_what_is_decoded_in_a_long_interval_comes_together(runtime):
+    sample = tiny.samples()[0]
+    own = list(runtime.generate(pictures(sample), sample.question, max_new_tokens=100))
+    first, *others = runtime.stream(pictures(sample), sample.question, max_new_tokens=100, every=1e6)
+    assert len(others) <= 1
+    assert list(itertools.chain(first, *others)) == own
+
+
+@pytest.mark.parametrize("every", [0.0, 1e6])
+def test_what_was_decoded_before_a_fault_comes_before_it(runtime, monkeypatch, every):
+    several, sample = Runtime(OnnxExecutor(runtime.executor.bundle)), tiny.samples()[0]
+    expected, choose, calls = list(several.generate(pictures(sample), sample.question)), several.executor.choose, []
+
+    def fails_at_the_fourth(asked):
+        calls.append(1)
+        return choose(asked) if len(calls) < 4 else 1 / 0
+
+    monkeypatch.setattr(several.executor, "choose", fails_at_the_fourth)
+    found, stream = [], several.stream(pictures(sample), sample.question, every=every)
+    with pytest.raises(ZeroDivisionError):
+        collections.deque(map(found.extend, stream))
+    assert found == expected[:3]
 
 
 @pytest.mark.parametrize("failing", range(1, 12))

@@ -2,8 +2,10 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
+import onnx_ir
 import pytest
 import tiny
 import torch
@@ -13,6 +15,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vismem.data.sample import Sample
 from vismem.export.graphs import Decoder, Fused
+from vismem.export.onnx import WEIGHTS, WeightFile, _exported, graphs_of
 from vismem.export.parity import check_parity, memory_difference
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
@@ -119,7 +122,7 @@ def test_left_padding_and_other_rows_adapters_change_nothing(model, bundle):
     assert np.abs(on["hidden"] - alone["hidden"]).max() > 1e-3  # the switch does switch
 
 
-def test_grouped_keys_give_hugging_faces_hidden_states_with_an_adapter_and_without(model):
+def test_grouped_keys_give_hugging_faces_hidden_states_with_an_adapter_and_without(model, tmp_path):
     text = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -152,6 +155,24 @@ def test_grouped_keys_give_hugging_faces_hidden_states_with_an_adapter_and_witho
         torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
         found.append(hidden)
     assert (found[0] - found[1]).abs().max() > 1e-2
+    # The graph: two rows, one with the adapter, behind three keys of which the first row has one, which is padding.
+    parts = [f"{part}_{layer}" for layer in range(2) for part in ("key", "value")]
+    past = [torch.randn(2, 2, 3, 8) for _ in parts]
+    mask = torch.ones(2, 9)
+    mask[0, 2] = 0
+    given = embeddings.repeat(2, 1, 1), mask, positions.float().repeat(1, 2, 1), torch.tensor([0.0, 1.0]), past
+    names = "embeddings", "mask", "positions", "adapter", *(f"past_{part}" for part in parts)
+    outputs = "logits", "hidden", "memory", *(f"present_{part}" for part in parts)
+    (like,) = (graph for graph in graphs_of(model) if graph.name == "decoder")
+    varying = *like.varying[:4], like.varying[4][:1] * len(past)
+    graph = replace(like, module=decoder, arguments=given, varying=varying, inputs=names, outputs=outputs)
+    with (tmp_path / WEIGHTS).open("wb") as file, torch.no_grad():
+        onnx_ir.save(_exported(graph, WeightFile(file), 18), tmp_path / "decoder.onnx")
+        expected = decoder(*given)
+    values = dict(zip(names, (*given[:4], *past), strict=True))
+    read = Graph(tmp_path / "decoder.onnx", 1)(**{name: value.numpy() for name, value in values.items()})
+    for name, tensor in zip(outputs, (*expected[:3], *expected[3]), strict=True):
+        np.testing.assert_allclose(read[name], tensor.numpy(), atol=1e-4, err_msg=name)
 
 
 def test_the_policys_own_adapter_is_on_while_decoding_and_off_while_forming(tiny_base):

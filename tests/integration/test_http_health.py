@@ -91,15 +91,16 @@ def test_a_model_that_fails_is_found(client: TestClient, runtime: Runtime, monke
     assert found(client) == (200, "ok")
 
 
+@pytest.mark.parametrize("call", ["join", "choose"])
 def test_a_dead_thread_is_found_and_leaves_nobody_waiting(
-    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
-    def die(asked: object) -> None:
+    def die(*_: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(runtime.executor, "choose", die)
+    monkeypatch.setattr(runtime.executor, call, die)
     for _ in range(2):  # the answer in the making, and one that comes later
         with pytest.raises(Busy):
             ask(runtime)

@@ -128,7 +128,8 @@ class Runtime:
     ) -> Stream:
         """Yield the answer's chunks, those of `every` seconds together but for the first, until it ends.
 
-        Closing the generator ends the work at the next token, as setting `gone` does.
+        Closing the generator ends the work at the next token, as setting `gone` does. With `stop`, which is looked for
+        in the chunks, `every` is TOGETHER at most.
 
         `prompt`: a question (see `one_turn` for its images' places) or a conversation. `max_new_tokens` counts words,
         not memories; `temperature` 0 is greedy; `memory` is a name of the executor's modes, or True for "learned" and
@@ -147,7 +148,7 @@ class Runtime:
         chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
         check_chat(chat, len(images))
         check_stops(stop)
-        answer = _Answer(arrived, gone or threading.Event(), Handover(min(every, TOGETHER)))
+        answer = _Answer(arrived, gone or threading.Event(), Handover(min(every, TOGETHER) if stop else every))
         self._take_place(answer)
         try:
             with self.decoding.of(sum(image.width * image.height for image in images)):
@@ -159,7 +160,7 @@ class Runtime:
             raise
         answer.request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
         asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        return self._chunks(answer, stop, every, images, asked)
+        return self._chunks(answer, stop, images, asked)
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -180,9 +181,7 @@ class Runtime:
                 raise Busy(why)
             self.places.add(answer)
 
-    def _chunks(
-        self, answer: _Answer, stop: Sequence[str], every: float, images: Any, asked: Mapping[str, Any]
-    ) -> Stream:
+    def _chunks(self, answer: _Answer, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Stream:
         """The chunks; what ends them early is counted."""
         request, text = answer.request, TextStream(self.executor.tokenizer, stop)
         words, memories = 0, Counter[str]()
@@ -198,19 +197,17 @@ class Runtime:
                     self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
                     self.thread.start()
                 self.changed.notify()
-            ended, due, chunks = False, -math.inf, list[Chunk]()
+            ended = False
             while not ended:
-                tokens, ended = answer.tokens.take()
+                (tokens, ended), chunks = answer.tokens.take(), list[Chunk]()
                 while tokens and not text.stopped:
                     token = tokens.pop(0)
                     kind = self.executor.kinds.get(token)
                     memories.update([kind.value] if kind else [])
                     chunks.append(Chunk("", kind.value, token) if kind else Chunk(text.add(token), "token", token))
                     words += kind is None
-                ended = ended or text.stopped
-                if not ended and time.monotonic() >= due:
+                if not (ended := ended or text.stopped):
                     yield chunks
-                    chunks, due = [], time.monotonic() + every - TOGETHER
             if answer.tokens.error and not text.stopped:
                 if chunks:
                     yield chunks
@@ -266,16 +263,18 @@ class Runtime:
             if not self.waiting or self.closed or len(self.answers) == self.rows:
                 return
         loop.settle()  # what fails here is no fault of the one that joins
-        answer = self.waiting[0]  # until it has joined: where this thread dies, it is told
+        with self.changed:
+            answer = self.waiting.popleft()
         try:
             answer.check()
             (answer.row,) = loop.join(answer.request)
         except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on
             answer.tokens.end(error)
+        except BaseException:  # this thread dies, and the answer is nowhere else
+            answer.tokens.end(Busy(STOPPED))
+            raise
         else:
             self.answers[answer.row] = answer
-        with self.changed:
-            self.waiting.popleft()
 
     def _step(self, loop: DecodeLoop) -> None:
         """Decode a token of every answer, and let those go that are finished or that nobody reads."""

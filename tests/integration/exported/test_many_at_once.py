@@ -62,7 +62,8 @@ def test_a_stop_string_ends_the_decoding_also_of_an_answer_that_is_taken_whole(r
     def answer(**options):
         return list(itertools.chain(*alone.stream(pictures(sample), sample.question, memory=False, **options)))
 
-    begins = "".join(chunk.text for chunk in answer(max_new_tokens=9))
+    begins = "".join(chunk.text for chunk in answer(max_new_tokens=9)[:-1])  # without what may be half a character
+    assert len(begins) > 1
     decoded = partial(alone.metrics.registry.get_sample_value, "vismem_tokens_total")
     before = decoded()
     whole = answer(max_new_tokens=2000, stop=[begins], every=every)
@@ -72,11 +73,12 @@ def test_a_stop_string_ends_the_decoding_also_of_an_answer_that_is_taken_whole(r
 
 
 def test_what_is_decoded_in_a_long_interval_comes_together(runtime):
-    sample = tiny.samples()[0]
-    own = list(runtime.generate(pictures(sample), sample.question, max_new_tokens=100))
-    first, *others = runtime.stream(pictures(sample), sample.question, max_new_tokens=100, every=1e6)
-    assert len(others) <= 1
-    assert list(itertools.chain(first, *others)) == own
+    endless, sample = Runtime(OnnxExecutor(runtime.executor.bundle)), tiny.samples()[0]
+    endless.executor.stops = frozenset()
+    first, *others = endless.stream(pictures(sample), sample.question, max_new_tokens=200, every=1e6)
+    assert len(others) == 1
+    alone = list(endless.generate(pictures(sample), sample.question, max_new_tokens=200))
+    assert first + others[0] == alone
 
 
 @pytest.mark.parametrize("every", [0.0, 1e6])

@@ -155,7 +155,7 @@ def test_grouped_keys_give_hugging_faces_hidden_states_with_an_adapter_and_witho
         torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
         found.append(hidden)
     assert (found[0] - found[1]).abs().max() > 1e-2
-    # The graph: two rows, one with the adapter, behind three keys of which the first row has one, which is padding.
+    # The graph over two rows, one with the adapter; the last of the first row's three keys is padding.
     parts = [f"{part}_{layer}" for layer in range(2) for part in ("key", "value")]
     past = [torch.randn(2, 2, 3, 8) for _ in parts]
     mask = torch.ones(2, 9)
@@ -168,11 +168,25 @@ def test_grouped_keys_give_hugging_faces_hidden_states_with_an_adapter_and_witho
     graph = replace(like, module=decoder, arguments=given, varying=varying, inputs=names, outputs=outputs)
     with (tmp_path / WEIGHTS).open("wb") as file, torch.no_grad():
         onnx_ir.save(_exported(graph, WeightFile(file), 18), tmp_path / "decoder.onnx")
-        expected = decoder(*given)
-    values = dict(zip(names, (*given[:4], *past), strict=True))
-    read = Graph(tmp_path / "decoder.onnx", 1)(**{name: value.numpy() for name, value in values.items()})
-    for name, tensor in zip(outputs, (*expected[:3], *expected[3]), strict=True):
-        np.testing.assert_allclose(read[name], tensor.numpy(), atol=1e-4, err_msg=name)
+    run = Graph(tmp_path / "decoder.onnx", 1)
+
+    def read(embeddings, mask, positions, adapter, past):
+        values = zip(names, (embeddings, mask, positions, adapter, *past), strict=True)
+        return run(**{name: value.numpy() for name, value in values})
+
+    both = read(*given)
+    for row, keys in enumerate(([0, 1], [0, 1, 2])):  # alone, without the padding, in torch
+        own, held = slice(row, row + 1), [part[row : row + 1][:, :, keys] for part in past]
+        for count in (6, 1):  # tokens
+            tokens, places = given[0][own, :count], given[2][:, own, :count]
+            alone = tokens, torch.ones(1, len(keys) + count), places, given[3][own], held
+            with torch.no_grad():
+                _, hidden, _, _ = decoder(*alone)
+            np.testing.assert_allclose(read(*alone)["hidden"], hidden.numpy(), atol=1e-4)
+            np.testing.assert_allclose(both["hidden"][own, :count], hidden.numpy(), atol=1e-4)
+    nothing = [part[:, :, :0] for part in past]
+    begun = read(given[0], torch.ones(2, 6), *given[2:4], nothing)["hidden"]
+    np.testing.assert_allclose(begun, torch.cat(found).numpy(), atol=1e-4)
 
 
 def test_the_policys_own_adapter_is_on_while_decoding_and_off_while_forming(tiny_base):

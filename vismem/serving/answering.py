@@ -22,14 +22,13 @@ from vismem.runtime.images import let_go
 from vismem.runtime.limits import MAX_TOTAL_PIXELS, NEW_TOKENS, RequestError, Room, check_stops
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
-from vismem.serving.pieces import Chunk, Handover, Stream, Usage, one_by_one
+from vismem.serving.pieces import TOGETHER, Chunk, Handover, Stream, Usage, one_by_one
 from vismem.serving.request_log import RequestLog
 
 ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
 PREPARING = os.cpu_count() or 1  # questions that are read at a time
 CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
-TOGETHER = 0.01  # seconds of tokens that come in one piece of a stream
 STOPPED, LEFT = "the server stops: ask again later", "nobody reads the answer"
 
 
@@ -200,12 +199,15 @@ class Runtime:
             ended = False
             while not ended:
                 (tokens, ended), chunks = answer.tokens.take(), list[Chunk]()
-                while tokens and not text.stopped:
-                    token = tokens.pop(0)
-                    kind = self.executor.kinds.get(token)
-                    memories.update([kind.value] if kind else [])
-                    chunks.append(Chunk("", kind.value, token) if kind else Chunk(text.add(token), "token", token))
-                    words += kind is None
+                for token in tokens:
+                    if kind := self.executor.kinds.get(token):
+                        memories[kind.value] += 1
+                        chunks.append(Chunk("", kind.value, token))
+                    else:
+                        words += 1
+                        chunks.append(Chunk(text.add(token), "token", token))
+                    if text.stopped:
+                        break
                 if not (ended := ended or text.stopped):
                     yield chunks
             if answer.tokens.error and not text.stopped:

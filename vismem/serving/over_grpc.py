@@ -20,6 +20,7 @@ from vismem.serving.exchange import (
     Token,
     UnauthorizedError,
 )
+from vismem.serving.pieces import TOGETHER
 from vismem.serving.repository import is_unary
 
 BUSY = {  # part of a server's message: what it means for the caller, where it does not say so itself
@@ -34,7 +35,6 @@ FAILED = {  # the same; other messages say what is wrong with the request
 }
 UNKNOWN = {"Request for unknown model": "it is not ready on this server: see the log of `vismem serve`"}
 UNREACHED = ("Failed to connect", "errors resolving")  # what a stream says of a server that was never there
-INTERVAL = 10  # milliseconds of tokens that come in one response: to send each alone takes longer than a small model
 LONGEST = 1e9  # seconds that a request can say
 OPTIONS = [  # of a connection; where the name has several addresses, as a cluster's service, all are asked in turn
     ("grpc.max_send_message_length", -1),
@@ -154,5 +154,6 @@ async def _requests(model: str, question: Question, stream: bool, timeout: float
         InferInput(name, value.shape, np_to_triton_dtype(value.dtype)).set_data_from_numpy(value)
         for name, value in arrays.items()
     ]
-    parameters, microseconds = {"interval_ms": INTERVAL} if stream else {}, max(1, int(min(timeout, LONGEST) * 1e6))
+    parameters = {"interval_ms": round(1000 * TOGETHER)} if stream else {}
+    microseconds = max(1, int(min(timeout, LONGEST) * 1e6))
     yield {"model_name": model, "inputs": inputs, "timeout": microseconds, "parameters": parameters}

@@ -9,6 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
+TOGETHER = 0.01  # seconds of tokens that come together, where nobody says otherwise
+
 
 @dataclass(frozen=True)
 class Usage:

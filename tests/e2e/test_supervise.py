@@ -246,7 +246,7 @@ def test_new_releases_and_rollbacks_are_loaded_without_a_failed_request_and_bad_
         place = len(serving.lines)
         deploy(serving, word="again")
         serving.said("vismem: the new release answers now", place)
-        assert serving.ask() == "again0 again1 again2"
+        until(lambda: words[-1] == "again0 again1 again2")  # a client may have been answered by the one before
         assert len(list(serving.folder.glob("serving-*/copies/*"))) == 3  # this one, the one before, their unary model
     finally:
         stop.set()

@@ -1,5 +1,5 @@
-"""How fast the engine decodes: against Hugging Face's `generate` with memory off, and with memory against without;
-what one long memory adds to an answer of 64 tokens.
+"""How fast both executors decode: against Hugging Face's `generate` with memory off, and torch's with memory against
+without; what one long memory adds to an answer of 64 tokens.
 
     OMP_WAIT_POLICY=passive python benchmarks/decoding.py [--json FILE]
 
@@ -22,23 +22,48 @@ from common import Parts, Tokens, hugging_face, parser, peak_mib, publish, quest
 
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.data.sample import Sample, StoredSamples
-from vismem.generation import engine
+from vismem.export.onnx import write_graphs
+from vismem.export.parity import prepared
+from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
-from vismem.generation.loop import DecodeLoop
+from vismem.generation.loop import DecodeLoop, Request
+from vismem.generation.onnx_executor import OnnxExecutor
+from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.bundle import Bundle
 
 TARGETS = {1: 1.5, 8: 1.8, 32: 2.0}  # tokens/s of the engine after the first token, as multiples of Hugging Face's
-HUGGING_FACE, VANILLA, VISMEM = "huggingface", "vanilla", "vismem"
+HUGGING_FACE, VANILLA, ONNX, VISMEM = "huggingface", "vanilla", "onnx", "vismem"  # ONNX: vanilla, too
 WORDS = 64  # of an answer to which a long memory is added
 MOST = 0.15  # of its time, that the memory may add
 Side = Callable[[Sequence[Sample], int], Tokens]  # samples and max new tokens -> the rows' tokens, end token included
 
 
-def engine_side(model: VisMemModel, policy: InvocationPolicy, samples: Sequence[Sample], longest: int) -> Tokens:
-    """Our engine."""
-    return [rollout.token_ids for rollout in engine.generate(model, samples, policy, max_new_tokens=longest)]
+def torch_side(model: VisMemModel, policy: InvocationPolicy, samples: Sequence[Sample], longest: int) -> Tokens:
+    """Our engine with torch."""
+    return [rollout.token_ids for rollout in generate(model, samples, policy, max_new_tokens=longest)]
+
+
+def onnx_side(executor: OnnxExecutor, policy: InvocationPolicy, samples: Sequence[Sample], longest: int) -> Tokens:
+    """Our engine with exported graphs, as it is served: questions join one by one."""
+    loop = DecodeLoop(executor)
+    asked = [Request([prepared(executor, sample, longest)], policy, longest) for sample in samples]
+    rows = [row for request in asked for row in loop.join(request)]
+    while loop.step():
+        pass
+    return [tuple(token for token, _, _ in row.tokens) for row in rows]
+
+
+def exported(model: VisMemModel) -> OnnxExecutor:
+    """The executor over the model's graphs, without the policy's adapter: the base's answers, on one thread."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with model.policy_lora.active(False):
+            write_graphs(model, folder / "onnx", opset=18)
+        model.backbone.processor.save_pretrained(folder / "processor")
+        return OnnxExecutor(Bundle(folder, threads=1))
 
 
 def load(artifacts: Path, items: int) -> tuple[VisMemModel, InvocationPolicy, list[Sample]]:
@@ -63,7 +88,8 @@ def measure(
     """What is reported of one batch size. All sides answer all samples once untimed, then in turn."""
     batches = [samples[at : at + batch] for at in range(0, len(samples), batch)]
     made = {name: [row for part in batches for row in answer(part, longest)] for name, answer in sides.items()}
-    assert made[HUGGING_FACE] == made[VANILLA], "with memory off the answers must be those of Hugging Face"
+    for name in (VANILLA, ONNX):
+        assert made[name] == made[HUGGING_FACE], "with memory off the answers must be those of Hugging Face"
     names, turns = list(sides), []
     with Parts() as parts:
         parts.wrap(DecodeLoop, "_remember", "memory")
@@ -75,41 +101,47 @@ def measure(
             turns.append({"repeat": repeat, "side": name, **seconds})
     found = pd.DataFrame(turns).groupby(["repeat", "side"]).sum().unstack()
     whole, after_first = found["whole"], found["whole"] - found["first"]
-    tokens, compared = sum(map(len, made[VANILLA])), [HUGGING_FACE, VANILLA]
+    tokens, compared = sum(map(len, made[VANILLA])), [HUGGING_FACE, VANILLA, ONNX]
     return {
         "tokens": tokens,
         "tokens_per_second": (tokens / whole[compared].median()).round().to_dict(),
         "tokens_per_second_after_first": ((tokens - len(samples)) / after_first[compared].median()).round().to_dict(),
-        "speed": spread(whole[HUGGING_FACE] / whole[VANILLA]),
-        "speed_after_first_token": spread(after_first[HUGGING_FACE] / after_first[VANILLA]),
+        "speed": {name: spread(whole[HUGGING_FACE] / whole[name]) for name in compared},
+        "speed_after_first_token": {name: spread(after_first[HUGGING_FACE] / after_first[name]) for name in compared},
         "seconds_per_sample": {name: spread(whole[name] / len(samples)) for name in names},
         "vismem_time": spread(whole[VISMEM] / whole[VANILLA]),
         "memory_share": spread(found["memory"][VISMEM] / whole[VISMEM]),
     }
 
 
-def long_memory(model: VisMemModel, samples: Sequence[Sample], repeats: int) -> dict[str, float]:
+def long_memory(model: VisMemModel, graphs: OnnxExecutor, samples: Sequence[Sample], repeats: int) -> dict[str, Any]:
     """What one long memory at the start adds to the time of an answer of WORDS tokens, prompt included, as a share.
 
-    Answers are decoded one at a time, with the memory and without in turn.
+    By executor. Answers are decoded one at a time, with the memory and without in turn.
     """
-    sides: dict[str, InvocationPolicy] = {
+    policies: dict[str, InvocationPolicy] = {
         "off": Off(),
         "long": Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1),
     }
-    names, turns = list(sides), []
+    made, turns = {"torch": partial(torch_side, model), ONNX: partial(onnx_side, graphs)}, []
+    names = list(product(made, policies))
 
-    def answered(sample: Sample, policy: InvocationPolicy) -> None:
-        (rollout,) = engine.generate(model, [sample], policy, max_new_tokens=WORDS)
-        assert (rollout.answer_length, len(rollout.invocations)) == (WORDS, policy.limit)
+    def answered(executor: str, kind: str, sample: Sample) -> None:
+        (tokens,) = made[executor](policies[kind], [sample], WORDS)
+        assert sum(token in graphs.kinds for token in tokens) == policies[kind].limit
+        assert sum(token not in {LATENT, *model.memory_ids} for token in tokens) == WORDS
 
-    with mock.patch.object(model, "stop_ids", ()), Parts() as parts:  # no answer ends early
+    with (  # no answer ends early
+        mock.patch.object(model, "stop_ids", ()),
+        mock.patch.object(graphs, "stops", ()),
+        Parts() as parts,
+    ):
         for repeat, (number, sample), turn in product(range(repeats), enumerate(samples), range(len(names))):
             name = names[(turn + number + repeat) % len(names)]
-            spent = parts.run(partial(answered, sample, sides[name]))
-            turns.append({"repeat": repeat, "side": name, "seconds": sum(spent.values())})
+            spent = parts.run(partial(answered, *name, sample))
+            turns.append({"repeat": repeat, "side": " ".join(name), "seconds": sum(spent.values())})
     found = pd.DataFrame(turns).groupby(["repeat", "side"])["seconds"].sum().unstack()
-    return spread(found["long"] / found["off"] - 1)
+    return {executor: spread(found[f"{executor} long"] / found[f"{executor} off"] - 1) for executor in made}
 
 
 def spread(values: pd.Series) -> dict[str, float]:
@@ -119,22 +151,24 @@ def spread(values: pd.Series) -> dict[str, float]:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """Three small Markdown tables."""
+    """Small Markdown tables."""
 
     def cell(value: dict[str, float], scale: float = 1.0) -> str:
         return f"{value['median'] * scale:.2f} ({value['low'] * scale:.2f} to {value['high'] * scale:.2f})"
 
-    header = "batch | tokens/s, times HF's | the same after the first token | target | VisMem's time, times vanilla's"
-    rows = []
+    rows, memories = [], []
     for batch, row in figures["batches"].items():
-        speed = f"{cell(row['speed'])} | {cell(row['speed_after_first_token'])} | {TARGETS.get(int(batch), '')}"
+        for side, executor in ((VANILLA, "torch"), (ONNX, ONNX)):
+            speed = f"{cell(row['speed'][side])} | {cell(row['speed_after_first_token'][side])}"
+            rows.append(f"{batch} | {executor} | {speed} | {TARGETS.get(int(batch), '')}")
         vismem = f"{cell(row['vismem_time'])} | {cell(row['memory_share'], 100)}"
-        rows.append(f"{batch} | {speed} | {vismem} | {cell(row['seconds_per_sample'][VISMEM], 1000)}")
-    sides = table(f"{header} | of it memory, % | VisMem, ms per sample", rows)
+        memories.append(f"{batch} | {vismem} | {cell(row['seconds_per_sample'][VISMEM], 1000)}")
+    sides = table("batch | executor | tokens/s, times HF's | the same after the first token | target", rows)
+    sides += "\n\n" + table("batch | VisMem's time, times vanilla's | of it memory, % | ms per sample", memories)
     peaks = [f"{side} | {mib:.0f}" for side, mib in figures["peak_mib"].items()]
     peak = table("peak of a batch, on top of the model | MiB", peaks)
-    added = f"{WORDS} tokens | {cell(figures['long_memory'], 100)} | {100 * MOST:.0f}"
-    long = table("answer | what one long memory adds to its time, % | at most", [added])
+    added = [f"{name} | {cell(share, 100)} | {100 * MOST:.0f}" for name, share in figures["long_memory"].items()]
+    long = table(f"executor | what one long memory adds to the time of {WORDS} tokens, % | at most", added)
     return f"Memories are {figures['memories']}.\n\n{sides}\n\n{peak}\n\n{long}"
 
 
@@ -148,8 +182,13 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(1)
     model, policy, samples = load(args.artifacts, args.items)
-    ours = {VANILLA: partial(engine_side, model, Off(base=True)), VISMEM: partial(engine_side, model, policy)}
-    sides: dict[str, Side] = {HUGGING_FACE: partial(hugging_face, model), **ours}
+    graphs = exported(model)
+    sides: dict[str, Side] = {
+        HUGGING_FACE: partial(hugging_face, model),
+        VANILLA: partial(torch_side, model, Off(base=True)),
+        ONNX: partial(onnx_side, graphs, Off()),
+        VISMEM: partial(torch_side, model, policy),
+    }
     largest, longest = samples[: max(args.batch)], args.max_new_tokens
 
     def prepared(answer: Side) -> Callable[[], object]:
@@ -161,7 +200,7 @@ def main() -> None:
         "memories": "learned" if isinstance(policy, Learned) else "forced",
         "peak_mib": {name: peak_mib(partial(prepared, answer)) for name, answer in sides.items()},
         "batches": {str(n): measure(sides, samples, n, longest, args.repeats) for n in args.batch},
-        "long_memory": long_memory(model, samples, args.repeats),
+        "long_memory": long_memory(model, graphs, samples, args.repeats),
     }  # fmt: skip
     publish(figures, report(figures), args.json)
 

@@ -23,7 +23,7 @@ from vismem.export.parity import check_parity, prepared
 from vismem.generation.engine import generate, rollout_of
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.loop import DecodeLoop, Request, Row, greedy_columns
-from vismem.generation.onnx_executor import OnnxExecutor, _grown, shares
+from vismem.generation.onnx_executor import STEP, OnnxExecutor, _grown, shares
 from vismem.models.kinds import MemoryKind
 from vismem.models.memory import pooling
 from vismem.models.tokens import delimiter_ids
@@ -158,10 +158,11 @@ def test_memories_whose_first_tokens_stand_alone_are_torchs_too(tiny_base: Path)
     assert (parity.passed, parity.differences, parity.memories) == (True, (), 2 * 2)
 
 
-@pytest.mark.parametrize("anywhere", [True, False])
+@pytest.mark.parametrize(("anywhere", "step"), [(True, 64), (False, 3)])
 def test_rows_that_join_and_leave_at_any_time_are_each_as_torch_decodes_it_alone(
-    model: VisMemModel, anywhere: bool, monkeypatch: pytest.MonkeyPatch
+    model: VisMemModel, anywhere: bool, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("vismem.generation.onnx_executor.STEP", step)
     invocation = model.invocation_config.model_copy(update={"anywhere": anywhere})
     monkeypatch.setattr(model, "invocation_config", invocation)
     spoken = delimiter_ids(model.backbone.processor.tokenizer, tuple("aeiou"))
@@ -184,6 +185,27 @@ def test_rows_that_join_and_leave_at_any_time_are_each_as_torch_decodes_it_alone
         assert replace(found, logprobs=expected.logprobs) == expected, number
     assert {kind for row in rows for kind in (i.kind for i in row.invocations)} == {SHORT, LONG}
     assert (executor.questions, executor.logits, len(executor.hidden)) == ([], [], 0), "nothing stays allocated"
+
+
+def test_the_decoder_reads_keys_where_they_lie_and_no_slots_of_a_longer_row_that_has_left(bundle: Bundle) -> None:
+    executor, given, decoder = OnnxExecutor(bundle), list[NDArray[Any]](), bundle.decoder
+
+    def read(**values: Any) -> Any:
+        given.append(values["past_key_0"])
+        return decoder(**values)
+
+    bundle.decoder, loop = cast(Any, read), DecodeLoop(executor)
+    (long,) = loop.join(Request([prepared(executor, replace(SAMPLES[0], question="a" * 600), 4)], Off(), 4))
+    for sample in SAMPLES[1:3]:
+        loop.join(Request([prepared(executor, sample, 4)], Off(), 4))
+    assert long.prompt.length > 4 * STEP
+    loop.step()
+    loop.step()
+    assert given[-1].shape == executor.past["past_key_0"][:3].shape
+    assert np.shares_memory(given[-1], executor.past["past_key_0"])
+    loop.leave(long)
+    loop.settle()
+    assert given[-1].shape[::2] == (2, STEP)
 
 
 def test_what_was_read_of_images_and_prompts_is_kept_within_the_bytes_that_are_given(bundle: Bundle) -> None:
@@ -234,10 +256,14 @@ def test_limits_are_the_models_own_and_a_question_over_them_is_refused(model: Vi
         prepared(executor, SAMPLES[0], fits + 1)
 
 
-def test_what_is_allocated_stays_where_fewer_rows_are_needed() -> None:
+def test_what_is_allocated_stays_where_fewer_rows_are_needed_and_doubles_where_more_are() -> None:
     held = np.ones((5, 2, 3, 1), np.float32)
     assert _grown(held, 3, 2, slots=2) is held
     assert _grown(held, 3, 4, slots=2).shape == (5, 2, 4, 1)
+    more = _grown(held, 6, 3, slots=2)
+    assert more.shape == (10, 2, 3, 1), "many rows that join one by one are not copied each time"
+    assert (more[:5] == 1).all()
+    assert not more[5:].any()
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 9, 12])

@@ -24,6 +24,7 @@ from vismem.runtime.limits import MAX_PATCHES, Room
 from vismem.runtime.question import Question, prepare
 
 Floats = NDArray[np.float32]
+STEP = 64  # slots by which the past grows
 
 
 class OnnxExecutor:
@@ -32,6 +33,7 @@ class OnnxExecutor:
     slots: Slots
     questions: list[Question]  # of each row
     logits: list[Floats]  # (V + 2,) of each row's next token
+    capacity: int  # slots that each row has
     past: dict[str, Floats]  # keys and values, (allocated rows, heads, capacity, head width) each
     embeddings: Floats  # (allocated rows, capacity, d); so are `hidden`, and `positions` (allocated rows, capacity, 3)
     hidden: Floats
@@ -96,8 +98,7 @@ class OnnxExecutor:
             if question.embeddings is None:
                 self.read(question, memory=False)
         prompts = [question.prompt for question in request.samples]
-        slots = room(request.max_new_tokens, limit, max(self.lengths.values()))
-        self._grow(len(self.questions) + len(prompts), max(len(prompt.ids) for prompt in prompts) + slots)
+        self._grow(len(self.questions) + len(prompts), max(len(prompt.ids) for prompt in prompts))
         for question in request.samples:
             length, row, out = len(question.prompt.ids), len(self.questions), question.read
             for name, held in self.past.items():
@@ -141,9 +142,13 @@ class OnnxExecutor:
     def keep(self, rows: Sequence[int]) -> None:
         if not rows:  # nothing stays allocated
             return self._empty()
-        index, count, used = list(rows), len(rows), int(self.slots.used.max())
         self.slots.keep(rows)
         self.questions, self.logits = [self.questions[row] for row in rows], [self.logits[row] for row in rows]
+        index, count, used = list(rows), len(rows), int(self.slots.used.max())
+        if self.capacity > 2 * used + STEP:  # a longer row has left: the others need not read its slots for ever
+            self.capacity = _whole_steps(used)
+            for name, held in self.past.items():
+                self.past[name] = held[:, :, : self.capacity].copy()
         for held in self.past.values():
             held[:count, :, :used] = held[index, :, :used]
         for held in (self.embeddings, self.hidden, self.positions):
@@ -152,28 +157,34 @@ class OnnxExecutor:
     # --- the rows ---
 
     def _empty(self) -> None:
-        self.slots, self.questions, self.logits = Slots(), [], []
+        self.slots, self.questions, self.logits, self.capacity = Slots(), [], [], 0
         self.past = {name: nothing[:0] for name, nothing in self.no_past.items()}
         self.embeddings = self.hidden = np.zeros((0, 0, self.bundle.settings["width"]), np.float32)
         self.positions = np.zeros((0, 0, 3), np.float32)
 
-    def _grow(self, rows: int, capacity: int) -> None:
-        self.past = {name: _grown(held, rows, capacity, slots=2) for name, held in self.past.items()}
+    def _grow(self, rows: int, used: int) -> None:
+        """Have room for `rows` rows of `used` slots, and for the next: graphs read all of the past, where it lies."""
+        self.capacity = max(self.capacity, _whole_steps(used))
+        for name, held in self.past.items():
+            self.past[name] = _grown(held, rows, self.capacity, slots=2)
         for name in ("embeddings", "hidden", "positions"):
-            setattr(self, name, _grown(getattr(self, name), rows, capacity, slots=1))
+            setattr(self, name, _grown(getattr(self, name), rows, self.capacity, slots=1))
 
     def _feed(self, embeddings: Floats, rows: Sequence[int]) -> None:
         """Append (R, T, d) to `rows`."""
         count, added, _ = embeddings.shape
         slots, positions = self.slots.take(added, rows)
-        limit, own = int(slots[:, 0].max()), np.array(rows)[:, None]
-        mask = np.concatenate([np.arange(limit) < slots[:, :1], np.ones((count, added), bool)], axis=1)
+        if (used := int(slots.max()) + 1) > self.capacity:
+            self._grow(len(self.questions), used)
+        own, first, after = np.array(rows)[:, None], rows[0], rows[-1] + 1
+        read = slice(first, after) if after - first == count else own[:, 0]  # where it lies, or a copy
+        mask = np.concatenate([np.arange(self.capacity) < slots[:, :1], np.ones((count, added), bool)], axis=1)
         out = self.bundle.decoder(
             embeddings=embeddings,
             mask=mask.astype(np.float32),
             positions=np.broadcast_to(positions, (3, count, added)).astype(np.float32),
             adapter=np.zeros(count, np.float32),
-            **{name: held[own[:, 0], :, :limit] for name, held in self.past.items()},
+            **{name: held[read] for name, held in self.past.items()},
         )
         for name, held in self.past.items():
             held[own, :, slots] = out[f"present_{name[5:]}"].transpose(0, 2, 1, 3)
@@ -240,6 +251,10 @@ class OnnxExecutor:
         )
 
 
+def _whole_steps(slots: int) -> int:
+    return -(-slots // STEP) * STEP
+
+
 def _bytes(arrays: Floats | Mapping[str, Floats]) -> int:
     return sum(array.nbytes for array in arrays.values()) if isinstance(arrays, Mapping) else arrays.nbytes
 
@@ -271,11 +286,14 @@ def shares(slots: int, count: int) -> Floats:
 
 
 def _grown(held: Floats, rows: int, capacity: int, slots: int) -> Floats:
-    """`held` with at least `rows` rows, along axis 0, and `capacity` slots, along axis `slots`; new ones are zero."""
-    if held.shape[0] >= rows and held.shape[slots] >= capacity:
-        return held
+    """`held` with at least `rows` rows, along axis 0, and `capacity` slots, along axis `slots`; new ones are zero.
+
+    Rows double, so that many which join one by one are not copied each time. What is never written takes no memory.
+    """
     shape = [*held.shape]
-    shape[0], shape[slots] = max(rows, shape[0]), max(capacity, shape[slots])
+    if shape[0] >= rows and shape[slots] >= capacity:
+        return held
+    shape[0], shape[slots] = shape[0] if shape[0] >= rows else max(rows, 2 * shape[0]), max(capacity, shape[slots])
     larger = np.zeros(shape, held.dtype)
     larger[tuple(map(slice, held.shape))] = held
     return larger

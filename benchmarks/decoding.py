@@ -9,11 +9,11 @@ the tiny VLM with a random head, and memories are forced.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice, product
+from itertools import islice, permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import pandas as pd
@@ -38,6 +38,7 @@ TARGETS = {1: 1.5, 8: 1.8, 32: 2.0}  # tokens/s of the engine after the first to
 HUGGING_FACE, VANILLA, ONNX, VISMEM = "huggingface", "vanilla", "onnx", "vismem"  # ONNX: vanilla, too
 WORDS = 64  # of an answer to which a long memory is added
 MOST = 0.15  # of its time, that the memory may add
+Item = TypeVar("Item")
 Side = Callable[[Sequence[Sample], int], Tokens]  # samples and max new tokens -> the rows' tokens, end token included
 
 
@@ -90,11 +91,10 @@ def measure(
     made = {name: [row for part in batches for row in answer(part, longest)] for name, answer in sides.items()}
     for name in (VANILLA, ONNX):
         assert made[name] == made[HUGGING_FACE], "with memory off the answers must be those of Hugging Face"
-    names, turns = list(sides), []
+    turns = []
     with Parts() as parts:
         parts.wrap(DecodeLoop, "_remember", "memory")
-        for repeat, (number, part), turn in product(range(repeats), enumerate(batches), range(len(names))):
-            name = names[(turn + number + repeat) % len(names)]  # so that none is always first
+        for repeat, part, name in in_turn(sides, batches, repeats):
             spent = parts.run(partial(sides[name], part, longest))
             first = parts.run(partial(sides[name], part, 1))
             seconds = {"whole": sum(spent.values()), "memory": spent.get("memory", 0.0), "first": sum(first.values())}
@@ -108,7 +108,7 @@ def measure(
         "tokens_per_second_after_first": ((tokens - len(samples)) / after_first[compared].median()).round().to_dict(),
         "speed": {name: spread(whole[HUGGING_FACE] / whole[name]) for name in compared},
         "speed_after_first_token": {name: spread(after_first[HUGGING_FACE] / after_first[name]) for name in compared},
-        "seconds_per_sample": {name: spread(whole[name] / len(samples)) for name in names},
+        "seconds_per_sample": {name: spread(whole[name] / len(samples)) for name in sides},
         "vismem_time": spread(whole[VISMEM] / whole[VANILLA]),
         "memory_share": spread(found["memory"][VISMEM] / whole[VISMEM]),
     }
@@ -123,12 +123,11 @@ def long_memory(model: VisMemModel, graphs: OnnxExecutor, samples: Sequence[Samp
         "off": Off(),
         "long": Random(probability=1.0, kinds=(MemoryKind.LONG,), limit=1),
     }
-    made, turns = {"torch": partial(torch_side, model), ONNX: partial(onnx_side, graphs)}, []
-    names = list(product(made, policies))
+    shares = {}
 
-    def answered(executor: str, kind: str, sample: Sample) -> None:
-        (tokens,) = made[executor](policies[kind], [sample], WORDS)
-        assert sum(token in graphs.kinds for token in tokens) == policies[kind].limit
+    def answered(side: Callable[..., Tokens], policy: InvocationPolicy, sample: Sample) -> None:
+        (tokens,) = side(policy, [sample], WORDS)
+        assert sum(token in graphs.kinds for token in tokens) == policy.limit
         assert sum(token not in {LATENT, *model.memory_ids} for token in tokens) == WORDS
 
     with (  # no answer ends early
@@ -136,12 +135,22 @@ def long_memory(model: VisMemModel, graphs: OnnxExecutor, samples: Sequence[Samp
         mock.patch.object(graphs, "stops", ()),
         Parts() as parts,
     ):
-        for repeat, (number, sample), turn in product(range(repeats), enumerate(samples), range(len(names))):
-            name = names[(turn + number + repeat) % len(names)]
-            spent = parts.run(partial(answered, *name, sample))
-            turns.append({"repeat": repeat, "side": " ".join(name), "seconds": sum(spent.values())})
-    found = pd.DataFrame(turns).groupby(["repeat", "side"])["seconds"].sum().unstack()
-    return {executor: spread(found[f"{executor} long"] / found[f"{executor} off"] - 1) for executor in made}
+        for executor, side in (("torch", partial(torch_side, model)), (ONNX, partial(onnx_side, graphs))):
+            turns = []
+            for repeat, sample, name in in_turn(policies, samples, repeats):
+                spent = parts.run(partial(answered, side, policies[name], sample))
+                turns.append({"repeat": repeat, "side": name, "seconds": sum(spent.values())})
+            found = pd.DataFrame(turns).groupby(["repeat", "side"])["seconds"].sum().unstack()
+            shares[executor] = spread(found["long"] / found["off"] - 1)
+    return shares
+
+
+def in_turn(sides: Iterable[str], items: Sequence[Item], repeats: int) -> Iterator[tuple[int, Item, str]]:
+    """The repeat, the item and the side of each turn: in all orders, since what runs before leaves the caches warm."""
+    orders = list(permutations(sides))
+    for repeat, (number, item) in product(range(repeats), enumerate(items)):
+        for side in orders[(number + repeat) % len(orders)]:
+            yield repeat, item, side
 
 
 def spread(values: pd.Series) -> dict[str, float]:

@@ -119,7 +119,7 @@ class AsyncClient:
         max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         timeout: float | None = None,
     ) -> AsyncGenerator[Token, None]:
         seconds = self.timeout if timeout is None else timeout
@@ -130,7 +130,8 @@ class AsyncClient:
                 check_chat(question, len(files))
             except RequestError as error:
                 raise RefusedError(str(error)) from None
-        asked = Question(files, question, mode_of(memory), max_new_tokens, temperature, seed, tuple(stop))
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        asked = Question(files, question, mode_of(memory), max_new_tokens, temperature, seed, stops)
         async with self._until(deadline, seconds):
             self.model = self.model or await self._find_model(None)
         async with aclosing(self.server.pieces(self.model, asked, stream, seconds)) as pieces:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from vismem.generation.invocation import BASE_MODES
 from vismem.models.tokens import KINDS
@@ -39,7 +39,7 @@ class ImageUrl(Strict):
     """Where an image is: a data URL alone, so that the server fetches nothing."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # no say: the model looks as it was trained
+    detail: Literal["auto", "low", "high", "original"] = "auto"  # no say: the model looks as it was trained
 
 
 class ImagePart(Strict):
@@ -57,6 +57,11 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Part] = Field(max_length=MAX_PARTS)
+    refusal: None = None  # these five: of an earlier reply, as OpenAI's package writes it out
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -73,8 +78,15 @@ class Message(Strict):
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
+def null_is_default(model: type[BaseModel], value: Any, field: ValidationInfo) -> Any:
+    """A validator: null says as little as a field that is not there, as OpenAI has it."""
+    return model.model_fields[str(field.field_name)].default if value is None else value
+
+
 class Extension(Strict):
     """What OpenAI has no word for."""
+
+    _nulls = field_validator("*", mode="before")(classmethod(null_is_default))
 
     memory: Literal[*BASE_MODES] | None = None  # type: ignore[valid-type]  # None: what `model` says
     attention: bool = False  # whether the reply says where each memory looked
@@ -83,7 +95,10 @@ class Extension(Strict):
 class StreamOptions(Strict):
     """See OpenAI's."""
 
+    _nulls = field_validator("*", mode="before")(classmethod(null_is_default))
+
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Completion(Strict):
@@ -94,7 +109,7 @@ class Completion(Strict):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     temperature: float = Field(0.0, ge=0, le=2)  # greedy where a request does not say: a gated model's own answer
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=0, lt=2**63)  # None: another one for every request
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -102,9 +117,21 @@ class Completion(Strict):
     top_p: Literal[1] = 1
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
-    logprobs: Literal[False] | None = None
+    logprobs: Literal[False] = False
+    top_logprobs: None = None
+    logit_bias: None = None
+    response_format: None = None
+    tools: None = None
+    tool_choice: None = None
     user: str = ""
     vismem: Extension = Extension()
+
+    # Not of `messages`, which would all become Python's objects first.
+    _nulls = field_validator(
+        *("temperature", "stop", "stream", "stream_options", "n", "top_p"),
+        *("presence_penalty", "frequency_penalty", "logprobs", "user", "vismem"),
+        mode="before",
+    )(classmethod(null_is_default))
 
 
 @dataclass(eq=False)
@@ -194,7 +221,7 @@ class Reply:
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         event = {**self.head, "object": "chat.completion.chunk", "choices": choices, **more}
-        return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(event)}\n\n"
 
 
 def _usage(end: Chunk) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ def status_routes(runtime: Runtime) -> APIRouter:
     """`/health`, with status 503 and the reason where the runtime does not answer, and `/metrics` for Prometheus."""
     routes, check = APIRouter(), HealthCheck(runtime)
 
-    @routes.get("/health")
+    @routes.api_route("/health", methods=["GET", "HEAD"])
     def health() -> JSONResponse:
         problem = check.problem()
         return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)

@@ -6,6 +6,7 @@ What OpenAI has no word for travels in a field `vismem`: which memories a reques
 import asyncio
 import json
 import logging
+import secrets
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +18,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from vismem.runtime.access import token_refusal
 from vismem.runtime.chat import said
@@ -61,10 +64,23 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
     if token:
         app.add_middleware(_Guard, token=token)
 
+    about = {"object": "model", "created": 0, "owned_by": "vismem"}
+    shown = {model: {"id": model, "parent": name if model != name else None, **about} for model in modes}
+    there = ", ".join(f"'{known}'" for known in modes)
+
+    @app.exception_handler(HTTPException)
+    def unknown(_: Request, error: HTTPException) -> Response:
+        return Refused(error.status_code, error.detail).response()
+
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        about = {"object": "model", "created": 0, "owned_by": "vismem"}
-        return {"object": "list", "data": [{"id": m, "parent": name if m != name else None, **about} for m in modes]}
+        return {"object": "list", "data": list(shown.values())}
+
+    @app.get("/v1/models/{model:path}")
+    def about_model(model: str) -> Response:
+        if model not in shown:
+            return Refused(404, f"there is no model '{model}' here, but {there}", field="model").response()
+        return JSONResponse(shown[model])
 
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(request: Request) -> Response:
@@ -73,7 +89,6 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
                 raise Refused(403, "pages of other sites may not ask", "authentication_error")
             async with bodies.read(request) as wanted:
                 if wanted.model not in modes:
-                    there = ", ".join(f"'{known}'" for known in modes)
                     raise Refused(404, f"there is no model '{wanted.model}' here, but {there}", field="model")
                 own = modes[wanted.model]
                 mode = wanted.vismem.memory or own
@@ -86,10 +101,13 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
             if not wanted.stream:
                 return JSONResponse(reply.whole([*first, *[c async for more in _read(stream, request) for c in more]]))
             return StreamingResponse(events(reply, first, stream, request), media_type="text/event-stream")
+        except ClientDisconnect:  # while its body came: nobody reads an answer
+            return Response(status_code=499)
         except Exception as error:  # noqa: BLE001 - the server's boundary
+            refused = refusal(error)
             if isinstance(error, Refused | RequestError):
-                runtime.metrics.refused.labels("invalid").inc()
-            return refusal(error).response()
+                runtime.metrics.refused.labels("busy" if refused.kind == BUSY_TYPE else "invalid").inc()
+            return refused.response()
 
     return app
 
@@ -217,7 +235,7 @@ def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any], gon
         chat,
         max_new_tokens=longest,
         temperature=wanted.temperature,
-        seed=wanted.seed,
+        seed=secrets.randbits(63) if wanted.seed is None else wanted.seed,
         memory=mode,
         stop=stop,
         looks=looks if wanted.vismem.attention else None,

@@ -1,0 +1,135 @@
+"""What OpenAI's package, and tools that speak as it does, send and read beside a question."""
+
+import json
+import logging
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+import tiny
+import tiny_stages
+from http_calls import GOOD, post, served
+
+from vismem.generation.torch_executor import TorchExecutor
+from vismem.serving import http
+from vismem.serving.answering import Runtime
+from vismem.serving.client import Client
+from vismem.serving.completion import Reply, read_body
+from vismem.serving.http import create_app
+from vismem.serving.pieces import Chunk
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_base: Path) -> Runtime:
+    return Runtime(TorchExecutor(tiny_stages.eager_model(tiny_base)), rows=4)
+
+
+@pytest.fixture(scope="module")
+def url(runtime: Runtime) -> Iterator[str]:
+    with served(create_app(runtime, "tiny")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+
+
+def test_null_says_as_little_as_a_field_that_is_not_there(url: str) -> None:
+    names = ("max_completion_tokens", "temperature", "seed", "stop", "stream", "stream_options", "n", "top_p", "user")
+    names += ("presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "logit_bias", "response_format")
+    nulls: dict[str, Any] = dict.fromkeys((*names, "tools", "tool_choice"))
+    nulls["vismem"] = {"memory": None, "attention": None}
+    expected, found = post(url, GOOD), post(url, GOOD | nulls)
+    assert expected[0] == found[0] == 200
+    assert found[1]["choices"] == expected[1]["choices"]
+    assert post(url, GOOD | {"vismem": None, "stream_options": {"include_usage": None}})[0] == 200
+    for wrong in ({"model": None}, {"messages": None}, {"tools": []}, {"audio": None}):
+        assert post(url, GOOD | wrong)[0] == 400, wrong
+
+
+def test_a_conversation_goes_on_from_a_reply_that_was_written_out(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(**GOOD)
+    turns = [*GOOD["messages"], first.choices[0].message.model_dump(), {"role": "user", "content": "and now?"}]
+    second = client.chat.completions.create(**GOOD | {"messages": turns})
+    assert second.usage is not None
+    assert first.usage is not None
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_without_a_seed_every_answer_is_drawn_anew(url: str) -> None:
+    def answers(**options: Any) -> set[str]:
+        asked = GOOD | {"temperature": 2.0, "max_tokens": 12} | options
+        return {post(url, asked)[1]["choices"][0]["message"]["content"] for _ in range(4)}
+
+    assert len(answers()) > 1
+    assert len(answers(seed=0)) == len(answers(seed=2**63 - 1)) == 1
+
+
+def test_an_event_is_one_line_whatever_an_answer_holds() -> None:
+    text = "a\u2028b\u2029c\x85d\x0be"
+    wanted = read_body(json.dumps(GOOD).encode())
+    ((data, end),) = (event.splitlines() for event in Reply("tiny", wanted).events(Chunk(text, "token", 1)))
+    assert end == ""
+    assert json.loads(data.removeprefix("data: "))["choices"][0]["delta"]["content"] == text
+
+
+def test_a_stop_text_may_be_alone(url: str) -> None:
+    client, asked = Client(f"{url}/v1", model="tiny"), tiny.samples()[0]
+    text = str(client.ask(asked.images, asked.question, max_new_tokens=12))
+    stop = text[len(text) // 2 :][:6]
+    assert client.ask(asked.images, asked.question, max_new_tokens=12, stop=stop) == text[: text.index(stop)]
+
+
+def test_models_are_found_one_by_one_and_what_is_unknown_is_said_as_openai_says_it(
+    url: str, client: openai.OpenAI
+) -> None:
+    for model in client.models.list():
+        assert client.models.retrieve(model.id) == model
+    with pytest.raises(openai.NotFoundError, match="there is no model 'org/other' here, but 'tiny'"):
+        client.models.retrieve("org/other")
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
+        with pytest.raises(urllib.error.HTTPError) as failed:
+            urllib.request.urlopen(urllib.request.Request(f"{url}{path}", method=method), timeout=10)
+        assert failed.value.status == status
+        assert json.loads(failed.value.read())["error"]["message"]
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/health", method="HEAD"), timeout=30) as reply:
+        assert (reply.status, reply.read()) == (200, b"")
+
+
+def test_an_upload_that_is_broken_off_is_no_fault_of_the_model(
+    url: str, runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = urlsplit(url)
+    assert place.hostname is not None
+    assert place.port is not None
+    before = refused(runtime)
+    with caplog.at_level(logging.ERROR), socket.create_connection((place.hostname, place.port)) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 9999\r\n\r\n"
+        connection.sendall(head.encode() + b"{" * 100)
+        time.sleep(0.3)
+    time.sleep(0.3)
+    assert post(url, GOOD)[0] == 200
+    assert not caplog.records
+    assert refused(runtime) == before
+
+
+def test_what_is_refused_for_others_sake_counts_as_busy(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, invalid = refused(runtime)
+    monkeypatch.setattr(http, "MAX_BODIES_BYTES", 1_000)
+    assert post(url, b" " * 2_000)[0] == 429
+    assert refused(runtime) == (busy + 1, invalid)
+
+
+def refused(runtime: Runtime) -> tuple[float, float]:
+    """For being busy, and as invalid."""
+    counts = runtime.metrics.refused
+    return counts.labels("busy")._value.get(), counts.labels("invalid")._value.get()

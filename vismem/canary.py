@@ -15,7 +15,15 @@ from vismem.errors import UserError
 from vismem.evaluation.answers import score
 from vismem.evaluation.statistics import permutation_p
 from vismem.serving.client import Client, own_client
-from vismem.serving.exchange import Answer, BusyError, DeadlineError, DisconnectedError, ServerError, UnauthorizedError
+from vismem.serving.exchange import (
+    Answer,
+    BusyError,
+    DeadlineError,
+    DisconnectedError,
+    RefusedError,
+    ServerError,
+    UnauthorizedError,
+)
 from vismem.serving.golden import FILE, FOLDER, NEW_TOKENS
 from vismem.serving.publish import Published
 
@@ -32,7 +40,8 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
 
     `own`: JSON lines with reference answers, if the file is there; `servers`, with the version before, get them too.
     WrongAnswerError where a golden answer differs, a question fails, or significantly fewer own ones are answered right
-    than by the servers. UserError where it, or the servers, cannot be reached.
+    than by the servers. UserError where it, or the servers, cannot be reached, and for an own question that the limits
+    of a request refuse.
     """
     model, limit = config.deploy.model_name, config.evaluate.max_new_tokens
     _check_version(url, model, release.version)
@@ -47,7 +56,7 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     if not own.is_file():
         return told
     samples = [sample for sample in jsonl.read(JsonlSource(kind="jsonl", path=own, split="test")) if not sample.videos]
-    right = [score(sample, _ask(canary, sample.images, sample.question, limit)) for sample in samples]
+    right = [score(sample, _ask(canary, sample.images, sample.question, limit, own.name)) for sample in samples]
     told += f", {sum(right):g} of {len(samples)} of {own.name} right"
     if servers is None or not samples:
         return told
@@ -60,13 +69,18 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     return told
 
 
-def _ask(canary: Client, images: Sequence[bytes], question: str, limit: int) -> Answer:
-    """The greedy answer. WrongAnswerError where the model fails or refuses the question."""
+def _ask(canary: Client, images: Sequence[bytes], question: str, limit: int, own: str = "") -> Answer:
+    """The greedy answer. WrongAnswerError where the model fails or refuses the question.
+
+    UserError where it refuses one that the file `own` holds: no version is at fault.
+    """
     try:
         return canary.ask(images, question, max_new_tokens=limit)
     except (BusyError, DeadlineError, DisconnectedError, UnauthorizedError):
         raise
     except ServerError as error:
+        if own and isinstance(error, RefusedError):
+            raise UserError(f"{own}: '{question}' is refused: {error}; mend the file and run this again") from None
         raise WrongAnswerError(f"it fails at '{question}': {error}") from None
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 
 from vismem import canary
 from vismem.config import Config
+from vismem.errors import UserError
+from vismem.serving.exchange import RefusedError
 
 PER_PICTURE = 10
 
@@ -26,8 +28,11 @@ def asked(folder: Path, pictures: int) -> Path:
     return folder / "own.jsonl"
 
 
-def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: str) -> str:
-    """What is said of a version where `wrong` ("canary" or "servers") is wrong about every second picture."""
+def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: str, ask: Any = None) -> str:
+    """What is said of a version where `wrong` ("canary" or "servers") is wrong about every second picture.
+
+    `ask` answers in place of both.
+    """
 
     class Answering:
         def __init__(self, address: str, model: str) -> None:
@@ -39,7 +44,7 @@ def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: st
 
     (folder / canary.FOLDER / canary.FILE).parent.mkdir(exist_ok=True, parents=True)
     (folder / canary.FOLDER / canary.FILE).write_text("[]")
-    monkeypatch.setattr(canary, "own_client", Answering)
+    monkeypatch.setattr(canary, "own_client", (lambda *_: SimpleNamespace(ask=ask)) if ask else Answering)
     monkeypatch.setattr(canary, "_check_version", lambda *_: None)
     release: Any = SimpleNamespace(version="2", bundle=folder)
     return canary.question_canary(Config(), release, asked(folder, pictures), "canary", "servers")
@@ -55,3 +60,14 @@ def test_many_questions_about_few_pictures_do_not_prove_a_version_worse(
 
 def test_a_version_that_is_proven_better_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "120 of 120 of own.jsonl right, 60 by the version before" in told(tmp_path, monkeypatch, 12, "servers")
+
+
+def test_a_question_that_no_model_may_answer_is_the_files_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> str:
+        raise RefusedError("image 1 holds 90,000,000 bytes")
+
+    with pytest.raises(UserError, match=r"own.jsonl: 'is it 0.' is refused: image 1 holds .* mend the file") as raised:
+        told(tmp_path, monkeypatch, 1, "canary", refused)
+    assert not isinstance(raised.value, canary.WrongAnswerError)

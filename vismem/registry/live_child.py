@@ -217,4 +217,5 @@ def _lines(told: TextIO) -> Iterator[str]:
 
 if __name__ == "__main__":
     logging.disable(logging.ERROR)  # what matters is said in one line
-    follow(Run(parse_config(json.loads(sys.stdin.readline())), Path(sys.argv[1])), sys.stdin, sys.stdout)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    follow(Run(parse_config(json.loads(sys.stdin.readline())), Path(sys.argv[1])), sys.stdin, answers)

@@ -20,6 +20,7 @@ from vismem.registry.versions import SQLITE, Version, database, tracking_uri
 from vismem.services import environment
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is what a command says
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a dead server is reported in seconds, not minutes
 
 from mlflow import MlflowClient

@@ -53,7 +53,8 @@ def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
 def check_model(question: Callable[[], object], metrics: str, model: str, timeout: float) -> str:
     """Say that `model` answers a question, or is busy: its queue is full or slow, and it decodes tokens for others.
 
-    UserError where neither comes in `timeout` seconds, or its process has ended; a restart helps it.
+    UserError where neither comes in `timeout` seconds, or its process has ended; a restart helps it. Metrics that
+    cannot be read just now prove nothing.
     """
     end = time.monotonic() + timeout
     before = _decoded(metrics, model)
@@ -62,11 +63,14 @@ def check_model(question: Callable[[], object], metrics: str, model: str, timeou
     except UserError as error:
         if DEAD in str(error) or isinstance(error, UnauthorizedError):
             raise
-        while (others := _decoded(metrics, model) - before) <= 0:
+        while True:
+            now = _decoded(metrics, model)
+            before = now if before is None else before
+            if now is not None and before is not None and now > before:
+                return f"{model} is busy: it decoded {now - before} tokens for others while we waited"
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
-        return f"{model} is busy: it decoded {others} tokens for others while we waited"
     return f"{model} answers"
 
 
@@ -79,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(parser, arguments, probe)
 
 
-def _decoded(url: str, model: str) -> int:
-    """How many tokens a model has decoded since the server's start."""
+def _decoded(url: str, model: str) -> int | None:
+    """How many tokens a model has decoded since the server's start; None where that cannot be read."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             text = response.read().decode()
-    except OSError as error:  # URLError is one
-        raise UserError(f"the server's metrics at {url} cannot be read: {error}") from None
+    except OSError:  # URLError is one
+        return None
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return round(sum(s.value for s in samples if s.name == "vismem_tokens_total" and s.labels.get("model") == model))
 

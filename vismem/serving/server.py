@@ -98,8 +98,6 @@ def triton_server(
             ends.callback(_remove_shared_memory, shared)
             ends.enter_context(service)
             ends.callback(stop.touch)  # the models' processes end running answers: Triton would wait, and abort
-            if DRAIN_SECONDS:
-                ends.callback(_drain, Path(scratch), repository)
             address = HOST if host == "0.0.0.0" else host
             http, metrics = (f"http://{HOST if tls else address}:{ports[name]}" for name in ("http", "metrics"))
             grpc = f"{address}:{ports['grpc']}"
@@ -112,15 +110,20 @@ def triton_server(
                         ask(grpc, model, READY_TIMEOUT)
                 except UserError as error:
                     raise UserError(f"the server started, but does not answer: {error}; its log is {log}") from None
+            if DRAIN_SECONDS:
+                ends.callback(_drain, Path(scratch), repository, service)
             yield TritonServer(repository, models, grpc, http, f"{metrics}/metrics", ports, service)
 
 
-def _drain(scratch: Path, repository: Path) -> None:
-    """Let running answers end, for DRAIN_SECONDS at most; the models' processes refuse new questions meanwhile."""
+def _drain(scratch: Path, repository: Path, service: Service) -> None:
+    """Let running answers end, for DRAIN_SECONDS at most; the models' processes refuse new questions meanwhile.
+
+    A server that has ended, or was killed since it did not answer, has none.
+    """
     (scratch / "drain").touch()
     end = time.monotonic() + DRAIN_SECONDS
     models = [name for name in model_names(repository) if not is_unary(name)]  # a process each
-    while time.monotonic() < end and len([*scratch.glob("idle-*")]) < len(models):
+    while time.monotonic() < end and len([*scratch.glob("idle-*")]) < len(models) and service.process.poll() is None:
         time.sleep(POLL)
 
 

@@ -72,7 +72,7 @@ playground: $(INSTALLED)  ## ask the tiny VLM in the browser, until Ctrl-C; MODE
 stack: $(INSTALLED)  ## PostgreSQL, an S3 server and MLflow on both, until Ctrl-C
 	$(VISMEM) stack
 
-images:  ## build both container images; TORCH=cpu for machines without a GPU (deploy/docker/README.md)
+images:  ## build both container images; TORCH=cpu: vismem-train without CUDA (deploy/docker/README.md)
 	deploy/docker/build.sh
 
 locks: $(INSTALLED)  ## rewrite the lock files after a change of requirements; UPGRADE=1 for the newest versions

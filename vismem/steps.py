@@ -87,7 +87,7 @@ STEPS: tuple[Step, ...] = (
         "vismem.training.base:base",
         (),
         ("base",),
-        about="copy the base model, checked for vision and family",
+        about="check the base model for vision and family, and link or copy it",
     ),
     Step(
         "stage1",
@@ -137,7 +137,7 @@ STEPS: tuple[Step, ...] = (
         "vismem.serving.deploy:deploy",
         ("export", "promote", "validate"),
         ("deploy",),
-        about="write Triton's model repository and test it on a real server",
+        about="test the version on a real server: Triton where it has graphs, else `vismem api`",
     ),
 )
 

@@ -17,7 +17,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_stages import objective_of
 
-from vismem.config import BaseConfig, Config, GrpoConfig, GrpoStageConfig, Stage1Config, Stage2Config, WarmStartConfig
+from vismem.config import (
+    BaseConfig,
+    Config,
+    GrpoConfig,
+    GrpoStageConfig,
+    MemoryConfig,
+    Stage1Config,
+    Stage2Config,
+    WarmStartConfig,
+)
 from vismem.data.sample import Sample, read_samples
 from vismem.errors import UserError
 from vismem.generation.engine import generate
@@ -80,6 +89,16 @@ def test_a_stage_that_would_form_no_memory_is_refused_before_it_trains(
     settings = getattr(CONFIG, section).model_copy(update={name: 0})
     with pytest.raises(UserError, match=f"would form no memory.*{changed}"):
         stage1(CONFIG.model_copy(update={section: settings}), {"base": tiny_base, "validate": tiny_data}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_base_that_would_see_next_to_nothing_of_an_image_is_refused(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vismem.training.stage1.SMALL_WIDTH", 1)
+    memory = CONFIG.memory.model_copy(update={"prompt_pixels": MemoryConfig().prompt_pixels})
+    with pytest.raises(UserError, match=r"memory.prompt_pixels 7056 is for the tiny VLM.*docs/models.md"):
+        stage1(CONFIG.model_copy(update={"memory": memory}), {"base": tiny_base, "validate": tiny_data}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -40,7 +40,12 @@ def add_commands(commands: Commands) -> None:
     command("preflight", _run_preflight, about, outputs=True)
     add = command("plan", _run_plan, "say which steps fit which GPUs, from the base's configuration alone")
     add("step", nargs="*", metavar="STEP", help="default: stage1, stage2, evaluate and its arms' baselines")
-    add("--gpus", required=True, metavar="COUNTxCARD", help="such as 8xH100, or 8x80; each GPU holds all of a step")
+    add(
+        "--gpus",
+        required=True,
+        metavar="COUNTxCARD",
+        help="such as 8xH100, or 8x80; each holds all of a step or, with base.tensor_parallel, its share",
+    )
     add("--image", default="1024x768", metavar="WxH", help="pixels of the questions' images (default: %(default)s)")
     about = "start a run of the pipeline on a cluster: image, namespace, account and sizes from profile and overlay"
     add = command("submit", _run_submit, about)

@@ -23,7 +23,7 @@ class EvaluateConfig(Section):
 
     arms: tuple[str, ...] = Field(
         ("vanilla", "vismem"),
-        description="what answers: vanilla, vismem, no_memory, relook, ...; all: evaluation/arms.py",
+        description="what answers: vanilla, vismem, relook, ...; all: vismem/evaluation/arms.py",
     )
     limit: int | None = Field(None, ge=1, description="max test items; null: all")
     batch_size: int = Field(64, ge=1, description="rows decoded together")
@@ -36,7 +36,7 @@ class SuiteConfig(Section):
 
     arms: tuple[str, ...] = Field(
         ("vanilla", "vismem"),
-        description="what answers: vanilla, vismem, no_memory, relook, ...; all: evaluation/arms.py",
+        description="what answers: vanilla, vismem, relook, ...; all: vismem/evaluation/arms.py",
     )
     data: Path | None = Field(None, description="the folder of .tsv files; null: the environment's LMUData")
     limit: int | None = Field(None, ge=1, description="max questions of each benchmark; null: all")

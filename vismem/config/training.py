@@ -9,6 +9,7 @@ from vismem.config.section import Section, rare
 from vismem.shipped import shipped
 
 DEFAULT_BASE = "assets/tiny-vlm"
+SMALL_WIDTH = 512  # hidden size below which a base trains on a CPU, with the settings of params.yaml
 Init = Literal["patches", "random"]
 Rate = Annotated[float, Field(gt=0, le=10)]
 MatrixRate = Annotated[float, Field(ge=0, le=10)]

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vismem.config import BaseConfig
+from vismem.config.training import SMALL_WIDTH
 from vismem.data.sample import Sample
 from vismem.errors import UserError, first_line
 from vismem.init.rows import Row
@@ -26,7 +27,6 @@ from vismem.runtime.limits import RequestError
 from vismem.runtime.reserved import Reserved
 from vismem.scope import Scope
 
-SMALL_WIDTH = 512  # hidden size below which a base trains on a CPU, with the settings of params.yaml
 CHARS_PER_TOKEN = 3  # of a tokenizer that could not be loaded; few languages need more tokens
 
 

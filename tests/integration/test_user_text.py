@@ -11,7 +11,7 @@ import tiny_families as families
 import torch
 
 from vismem.config import BaseConfig
-from vismem.data.collate import target_text
+from vismem.data.collate import prompt_messages, target_text
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
@@ -19,6 +19,7 @@ from vismem.generation.prompts import encode, prompt_text, target_ids
 from vismem.models.small_files import read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
 from vismem.models.vismem import VisMemModel
+from vismem.runtime.chat import IMAGE, Turn
 from vismem.runtime.reserved import ZERO_WIDTH_SPACE
 from vismem.training.supervised import answer_with_memory, plain_answer
 
@@ -135,3 +136,27 @@ def test_every_caller_comes_to_token_ids_through_the_two_functions_that_keep_tex
                 hands_over.add(path)
     assert formats == {seam}
     assert hands_over == {seam}
+
+
+IMAGES_FIRST = (  # as LLaVA-OneVision's own
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} "
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}\n{{ part['text'] }}{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_images_stay_between_texts_where_the_template_would_move_them(tmp_path: Path) -> None:
+    backbone = tiny.vismem(families.save_base(tmp_path, "llava_onevision")).backbone
+    sample = next(sample for sample in families.samples() if len(sample.images) == 2)
+    between = dataclasses.replace(sample, chat=(Turn("user", ("is ", IMAGE, " or ", IMAGE, " <image> larger?")),))
+    first = dataclasses.replace(sample, chat=(Turn("user", (IMAGE, IMAGE, "which?")), Turn("assistant", ("one",))))
+    kept = encode(backbone, [between])
+    backbone.processor.chat_template = IMAGES_FIRST
+    own = backbone.processor.apply_chat_template(prompt_messages(first), tokenize=False, add_generation_prompt=True)
+    assert prompt_text(backbone.processor, first) == own
+    user = f"user is <image> or <image> <{ZERO_WIDTH_SPACE}image> larger?<|im_end|>"
+    assert user in prompt_text(backbone.processor, between)
+    found = encode(backbone, [between])
+    assert found.visual.sum() == kept.visual.sum() > 0
+    assert found.visual[0].diff().sum() == 4, "two runs of image tokens"

@@ -24,12 +24,33 @@ from vismem.runtime.reserved import Reserved
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:
-    """The chat-formatted prompt of a sample; the only special tokens in it are the chat template's."""
+    """The chat-formatted prompt of a sample; the only special tokens in it are the chat template's.
+
+    A template that would move images to a turn's start, as LLaVA-OneVision's, gets them within the text.
+    """
     plain = Reserved(processor.tokenizer.backend_tokenizer).plain
     chat = tuple(Turn(turn.role, tuple(part and plain(part) for part in turn.parts)) for turn in sample.turns())
     messages = prompt_messages(replace(sample, chat=chat))
+    between = [message["content"] for message in messages if _image_behind_text(message["content"])]
+    if between and _moves_images(processor):
+        for content in between:
+            words = [processor.image_token if part["type"] == "image" else part["text"] for part in content]
+            content[:] = [{"type": "text", "text": "".join(words)}]
     text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return text
+
+
+def _image_behind_text(content: Sequence[dict[str, Any]]) -> bool:
+    kinds = [part["type"] for part in content]
+    return "text" in kinds and "image" in kinds[kinds.index("text") :] and "video" not in kinds
+
+
+def _moves_images(processor: Any) -> bool:
+    """Whether the chat template puts an image before a text that it stands behind."""
+    mark = "\u241ftext\u241f"
+    message = {"role": "user", "content": [{"type": "text", "text": mark}, {"type": "image"}]}
+    text: str = processor.apply_chat_template([message], tokenize=False)
+    return text.find(processor.image_token) < text.find(mark)
 
 
 def target_ids(tokenizer: Any, sample: Sample) -> list[int]:

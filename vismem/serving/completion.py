@@ -53,7 +53,7 @@ Part = Annotated[Text | ImagePart, Field(discriminator="type")]
 
 
 class Message(Strict):
-    """A turn. Its images stand where they stand in it, as far as the base's chat template puts them there."""
+    """A turn. Its images stand where they stand in it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Part] = Field(max_length=MAX_PARTS)

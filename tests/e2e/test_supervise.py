@@ -257,6 +257,22 @@ def test_new_releases_and_rollbacks_are_loaded_without_a_failed_request_and_bad_
     assert len(serving.lines) == 6, serving.lines
 
 
+def test_two_servers_of_one_folder_both_load_a_release(serving: Serving) -> None:
+    until(serving.answers)
+    other = Serving(serving.folder)
+    try:
+        until(other.answers)
+        deploy(serving, word="good")
+        for server in (serving, other):
+            server.said("vismem: the new release answers now")
+            assert server.ask() == "good0 good1 good2"
+    finally:
+        other.process.terminate()
+        other.process.communicate(timeout=60)
+        other.reader.join()
+    assert "log: log-2; stop with Ctrl-C" in other.lines, other.lines
+
+
 @pytest.mark.parametrize("serving", ["vismem_challenger"], indirect=True)
 def test_a_challenger_is_unloaded_once_a_release_answers_and_not_for_one_that_is_refused(serving: Serving) -> None:
     def models() -> set[str]:

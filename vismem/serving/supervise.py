@@ -6,16 +6,17 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import link_or_copy
-from vismem.locks import lock_folder
+from vismem.locks import lock_file, lock_folder
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.runtime.access import own_token
 from vismem.services import HOST, POLL, check_certificate, until_stopped
@@ -224,6 +225,7 @@ def serve(
             shutil.rmtree(left)
     with (
         until_stopped(write),
+        _own_log(log) as log,
         TemporaryDirectory(prefix="serving-", dir=log.parent) as folder,
         lock_folder(Path(folder)),
     ):
@@ -242,6 +244,22 @@ def serve(
                     write(f"{error}: the server is restarted")
                     server.service.kill()
             log.replace(log.with_name(f"{log.name}.before"))
+
+
+@contextmanager
+def _own_log(log: Path) -> Iterator[Path]:
+    """The log, or LOG-2 and so on where another server writes to it: what Triton says of a release is read there."""
+    with ExitStack() as held:
+        for number in count(1):
+            own = log if number == 1 else log.with_stem(f"{log.stem}-{number}")
+            lock = own.with_name(f"{own.name}.lock")
+            try:
+                held.enter_context(lock_file(lock, str(own)))
+            except UserError:
+                continue
+            held.callback(lock.unlink, missing_ok=True)
+            break
+        yield own
 
 
 def _watch(

@@ -277,3 +277,4 @@ class Release(Record, file="release.json", step="promote"):
     model_id: str
     previous: str | None  # the champion before
     reasons: tuple[str, ...]
+    manifest_sha256: str = ""  # of the bundle that was judged; empty in a file that an earlier VisMem wrote

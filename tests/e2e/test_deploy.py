@@ -11,6 +11,7 @@ from stand_in import IMAGE, client_of, make_repository
 from vismem.config import parse_config
 from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
+from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import Release
 from vismem.serving import deploy as deploy_step
 from vismem.serving.repository import write_model_repository
@@ -49,7 +50,7 @@ def test_deploy_serves_a_refused_version_as_challenger_and_says_so(inputs: dict[
 def test_deploy_serves_a_released_version_under_the_models_name(
     server: TritonServer, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passed = {"promoted": True, "reasons": ()}
+    passed = {"promoted": True, "reasons": (), "manifest_sha256": sha256_file(inputs["export"] / MANIFEST)}
     Release(name="vismem", version="5", model_id="m-1", previous=None, **passed).write(inputs["promote"])
     (tmp_path / "out" / "model_repository" / "half").mkdir(parents=True)  # left by a killed run
     running = contextlib.nullcontext(server)  # the one that runs already: a second start shows nothing new
@@ -58,6 +59,15 @@ def test_deploy_serves_a_released_version_under_the_models_name(
     assert line.startswith("deployed vismem version 5: 3 questions answered by a server")
     models = sorted(path.name for path in (tmp_path / "out" / "model_repository").iterdir())
     assert models == ["vismem", "vismem_unary"]
+
+
+def test_a_bundle_that_was_exported_again_is_not_deployed_as_the_version_that_was_judged(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    judged = {"promoted": True, "reasons": (), "manifest_sha256": "0" * 64}
+    Release(name="vismem", version="5", model_id="m-1", previous=None, **judged).write(inputs["promote"])
+    with pytest.raises(UserError, match=r"is not what was judged as version 5: run `vismem register` and"):
+        deploy_step.deploy(parse_config({}), inputs, tmp_path / "out")
 
 
 def test_the_smoke_test_fails_on_an_empty_answer(server: TritonServer) -> None:

@@ -12,7 +12,7 @@ from vismem.locks import lock_folder
 from vismem.provenance import write_manifest
 from vismem.registry import release
 from vismem.rollout import main as rollout_command
-from vismem.serving.champion import champion_repository
+from vismem.serving.champion import champion_repository, follower
 from vismem.serving.command import PROFILE_VARIABLE
 from vismem.serving.publish import publish
 from vismem.serving.repository import write_model_repository
@@ -56,21 +56,48 @@ def test_two_jobs_do_not_fetch_into_one_folder(
 def test_vismem_serve_serves_the_ledger_s_champion_whatever_was_deployed_last(project: Project) -> None:
     deployed = project.artifacts / "deploy" / "model_repository"
 
-    def serves() -> dict[str, bytes]:
-        return served(champion_repository(project.config, project.artifacts))
+    follow = follower(project.config, project.artifacts)
 
-    assert champion_repository(project.config, project.artifacts) == deployed, "to try out what was refused"
+    def repository() -> Path:
+        found = champion_repository(project.config, project.artifacts)
+        assert follow() == found
+        return found
+
+    def serves() -> dict[str, bytes]:
+        return served(repository())
+
+    assert repository() == deployed, "to try out what was refused"
     project.release(b"one", score=66.0)
     write_model_repository(project.steps["export"], deployed, "vismem", 1)
-    assert champion_repository(project.config, project.artifacts) == deployed, "no second copy"
+    assert repository() == deployed, "no second copy"
     project.release(b"two", score=68.0)
     assert serves() == {"vismem/2": b"two"}
     release.rollback(project.config)
     project.store.client.set_registered_model_alias("vismem", "champion", "2")
-    assert champion_repository(project.config, project.artifacts) == deployed
+    assert repository() == deployed
     shutil.rmtree(deployed)
     assert serves() == {"vismem/1": b"one"}
     assert project.champion() == "1"
+
+
+def test_a_champion_that_is_followed_is_read_again_only_where_the_ledger_moved(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.release(b"one", score=66.0)
+    follow, checked = follower(project.config, project.artifacts), list[Path]()
+    monkeypatch.setattr("vismem.serving.publish.repository_problems", lambda folder: checked.append(folder) or [])
+    first = follow()
+    follow()
+    follow()
+    assert checked == []
+    project.release(b"two", score=68.0)
+    second = follow()
+    follow()
+    release.rollback(project.config)
+    assert (follow(), follow()) == (first, first) != (second, second)
+    assert checked == [first], "it was there from before"
+    shutil.rmtree(first)
+    assert served(follow()) == {"vismem/1": b"one"}
 
 
 def test_a_bundle_damaged_in_the_store_is_not_published(project: Project, tmp_path: Path) -> None:

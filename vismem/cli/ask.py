@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +150,10 @@ def _run_serve(arguments: argparse.Namespace) -> None:
     files = (arguments.repository, arguments.certificate, arguments.key)
     named, certificate, key = (file.absolute() if file else None for file in files)
     config, artifacts = enter(arguments)
-    from vismem.serving.champion import champion_repository
+    from vismem.serving.champion import follower
     from vismem.serving.supervise import serve
 
-    champion = partial(champion_repository, config, artifacts)
+    champion = follower(config, artifacts)
     serve(
         config,
         named or champion(),

@@ -74,6 +74,7 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
         model_id=version.model_id,
         previous=move.previous if move else ledger.champion,
         reasons=verdict.reasons(),
+        manifest_sha256=version.tags.get("manifest_sha256", ""),
     )
     release.write(out)
     if release.promoted:

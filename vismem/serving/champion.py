@@ -1,5 +1,6 @@
 """What `vismem serve` serves: the champion that the ledger names."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from vismem.config import Config
@@ -32,3 +33,20 @@ def champion_repository(config: Config, artifacts: Path) -> Path:
     from vismem.serving.publish import publish
 
     return publish(config, artifacts / "champion").repository
+
+
+def follower(config: Config, artifacts: Path) -> Callable[[], Path]:
+    """`champion_repository`, to be asked every few seconds: fetched files are verified when the ledger has moved."""
+    fetched: dict[int, Path] = {}  # by the ledger's revision
+
+    def champion() -> Path:
+        _, ledger = read_registry(config.registry)
+        found = fetched.get(ledger.revision)
+        if found is None or not found.is_dir():
+            found = champion_repository(config, artifacts)
+            fetched.clear()
+            if found.is_relative_to(artifacts / "champion"):  # that of `deploy` may be replaced
+                fetched[ledger.revision] = found
+        return found
+
+    return champion

@@ -36,12 +36,18 @@ def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 
     Reads export (the bundle), promote (`release.json`) and validate (test questions). A version that the gate refused
     is deployed as NAME_challenger, for trying out. A bundle without graphs has no repository: `vismem api` serves it
-    where it is. Raises UserError if the server does not start or a check fails.
+    where it is. Raises UserError if the server does not start or a check fails, and for another bundle than the one
+    that was judged.
     """
     release = Release.read(inputs["promote"])
     promoted, version = release.promoted, int(release.version)
     model = config.deploy.model_name if promoted else challenger_name(config.deploy.model_name)
     bundle, repository = inputs["export"], out / "model_repository"
+    manifest = bundle / MANIFEST
+    if release.manifest_sha256 and manifest.is_file() and sha256_file(manifest) != release.manifest_sha256:
+        raise UserError(
+            f"{bundle} is not what was judged as version {version}: run `vismem register` and `vismem promote` first"
+        )
     shutil.rmtree(repository, ignore_errors=True)
     rows = StoredSamples(inputs["validate"] / "data" / "test")
     samples = list(islice((sample for sample in rows if not sample.videos), 8))  # a bundle takes images only

@@ -81,7 +81,8 @@ def serve_api(
         server_header=False,
     )
     with until_stopped(write), closing(runtime):
-        address = f"{'https' if certificate else 'http'}://{host}:{ports['http']}"
+        named = f"[{host}]" if ":" in host else host
+        address = f"{'https' if certificate else 'http'}://{named}:{ports['http']}"
         closed = "with a token" if token else "without a token"
         line = f"serving {name} ({loaded.model.backbone.family}) on {address}/v1, {closed}"
         said = f"playground: {address}/ (Ctrl-C ends it)" if page else line

@@ -236,7 +236,7 @@ def free_ports(wanted: Mapping[str, int], *, host: str = HOST, flag: str = "--{n
     found: dict[str, int] = {}
     with ExitStack() as held:  # all at once, so that they differ
         for name, port in wanted.items():
-            listener = held.enter_context(socket.socket())
+            listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((host, port))

@@ -164,3 +164,18 @@ def test_what_ends_by_itself_was_not_stopped() -> None:
     with pytest.raises(SystemExit, match="3"), until_stopped(written.append):
         sys.exit(3)
     assert written == []
+
+
+IPV6 = Path("/proc/net/if_inet6")
+WITH_IPV6 = pytest.mark.skipif(not IPV6.is_file() or " lo" not in IPV6.read_text(), reason="needs IPv6")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::1", marks=WITH_IPV6)])
+def test_a_port_is_free_on_the_host_that_is_asked_for(host: str) -> None:
+    family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+    (port,) = free_ports({"http": 0}, host=host).values()
+    with (
+        socket.create_server((host, port), family=family),
+        pytest.raises(UserError, match=f"port {port} on {host} cann"),
+    ):
+        free_ports({"http": port}, host=host)

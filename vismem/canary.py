@@ -40,8 +40,8 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
 
     `own`: JSON lines with reference answers, if the file is there; `servers`, with the version before, get them too.
     WrongAnswerError where a golden answer differs, a question fails, or significantly fewer own ones are answered right
-    than by the servers. UserError where it, or the servers, cannot be reached, and for an own question that the limits
-    of a request refuse.
+    than by the servers. UserError where it, or the servers, cannot be reached, and for an own question that the servers
+    refuse, too.
     """
     model, limit = config.deploy.model_name, config.evaluate.max_new_tokens
     _check_version(url, model, release.version)
@@ -56,11 +56,11 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     if not own.is_file():
         return told
     samples = [sample for sample in jsonl.read(JsonlSource(kind="jsonl", path=own, split="test")) if not sample.videos]
-    right = [score(sample, _ask(canary, sample.images, sample.question, limit, own.name)) for sample in samples]
+    before = own_client(servers, model) if servers else None
+    right = [score(each, _ask(canary, each.images, each.question, limit, own.name, before)) for each in samples]
     told += f", {sum(right):g} of {len(samples)} of {own.name} right"
-    if servers is None or not samples:
+    if before is None or not samples:
         return told
-    before = own_client(servers, model)
     known = [score(sample, before.ask(sample.images, sample.question, max_new_tokens=limit)) for sample in samples]
     told += f", {sum(known):g} by the version before"
     p = permutation_p(np.array(right), np.array(known), np.array(cluster_ids(samples)))
@@ -69,19 +69,31 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     return told
 
 
-def _ask(canary: Client, images: Sequence[bytes], question: str, limit: int, own: str = "") -> Answer:
+def _ask(
+    canary: Client, images: Sequence[bytes], question: str, limit: int, own: str = "", before: Client | None = None
+) -> Answer:
     """The greedy answer. WrongAnswerError where the model fails or refuses the question.
 
-    UserError where it refuses one that the file `own` holds: no version is at fault.
+    UserError where it refuses one of the file `own`, and the version before does, too: then neither is at fault.
     """
     try:
         return canary.ask(images, question, max_new_tokens=limit)
     except (BusyError, DeadlineError, DisconnectedError, UnauthorizedError):
         raise
     except ServerError as error:
-        if own and isinstance(error, RefusedError):
+        if own and isinstance(error, RefusedError) and (before is None or _refuses(before, images, question)):
             raise UserError(f"{own}: '{question}' is refused: {error}; mend the file and run this again") from None
         raise WrongAnswerError(f"it fails at '{question}': {error}") from None
+
+
+def _refuses(model: Client, images: Sequence[bytes], question: str) -> bool:
+    try:
+        model.ask(images, question, max_new_tokens=1)
+    except UnauthorizedError:
+        raise
+    except RefusedError:
+        return True
+    return False
 
 
 def _check_version(url: str, model: str, version: str) -> None:

@@ -94,6 +94,7 @@ def test_models_are_found_one_by_one_and_what_is_unknown_is_said_as_openai_says_
         assert client.models.retrieve(model.id) == model
     with pytest.raises(openai.NotFoundError, match="there is no model 'org/other' here, but 'tiny'"):
         client.models.retrieve("org/other")
+    assert json.loads(urllib.request.urlopen(f"{url}/v1/models/", timeout=10).read())["object"] == "list"
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
         with pytest.raises(urllib.error.HTTPError) as failed:
             urllib.request.urlopen(urllib.request.Request(f"{url}{path}", method=method), timeout=10)

@@ -28,10 +28,10 @@ def asked(folder: Path, pictures: int) -> Path:
     return folder / "own.jsonl"
 
 
-def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: str, ask: Any = None) -> str:
+def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: str | dict[str, Any]) -> str:
     """What is said of a version where `wrong` ("canary" or "servers") is wrong about every second picture.
 
-    `ask` answers in place of both.
+    Or it holds what answers in place of both.
     """
 
     class Answering:
@@ -44,7 +44,8 @@ def told(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, wrong: st
 
     (folder / canary.FOLDER / canary.FILE).parent.mkdir(exist_ok=True, parents=True)
     (folder / canary.FOLDER / canary.FILE).write_text("[]")
-    monkeypatch.setattr(canary, "own_client", (lambda *_: SimpleNamespace(ask=ask)) if ask else Answering)
+    given: Any = Answering if isinstance(wrong, str) else lambda address, _: SimpleNamespace(ask=wrong[address])
+    monkeypatch.setattr(canary, "own_client", given)
     monkeypatch.setattr(canary, "_check_version", lambda *_: None)
     release: Any = SimpleNamespace(version="2", bundle=folder)
     return canary.question_canary(Config(), release, asked(folder, pictures), "canary", "servers")
@@ -62,12 +63,15 @@ def test_a_version_that_is_proven_better_is_not_refused(tmp_path: Path, monkeypa
     assert "120 of 120 of own.jsonl right, 60 by the version before" in told(tmp_path, monkeypatch, 12, "servers")
 
 
-def test_a_question_that_no_model_may_answer_is_the_files_fault(
+def test_a_question_that_no_version_may_answer_is_the_files_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: Any, **__: Any) -> str:
         raise RefusedError("image 1 holds 90,000,000 bytes")
 
-    with pytest.raises(UserError, match=r"own.jsonl: 'is it 0.' is refused: image 1 holds .* mend the file") as raised:
-        told(tmp_path, monkeypatch, 1, "canary", refused)
+    fault = r"own.jsonl: 'is it 0.' is refused: image 1 holds .* mend the file"
+    with pytest.raises(UserError, match=fault) as raised:
+        told(tmp_path, monkeypatch, 1, {"canary": refused, "servers": refused})
     assert not isinstance(raised.value, canary.WrongAnswerError)
+    with pytest.raises(canary.WrongAnswerError, match=r"it fails at 'is it 0.': image 1 holds"):
+        told(tmp_path, monkeypatch, 1, {"canary": refused, "servers": lambda *_, **__: "yes"})

@@ -35,6 +35,14 @@ def test_tokens_for_others_are_counted_over_readings_that_fail(
     assert f"it decoded {others} tokens for others" in check_model(silent, NOWHERE, "vismem", 60.0)
 
 
+def test_a_server_that_dies_while_it_is_asked_is_told_at_once() -> None:
+    def ended() -> None:
+        raise UserError("tritonserver was killed by signal 9")
+
+    with pytest.raises(UserError, match="killed by signal 9"):
+        check_model(silent, NOWHERE, "vismem", 1e9, ended)
+
+
 def test_a_server_that_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vismem").mkdir()
     (tmp_path / "vismem" / "config.pbtxt").touch()

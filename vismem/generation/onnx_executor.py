@@ -164,11 +164,12 @@ class OnnxExecutor:
 
     def _grow(self, rows: int, used: int) -> None:
         """Have room for `rows` rows of `used` slots, and for the next: graphs read all of the past, where it lies."""
-        self.capacity = max(self.capacity, _whole_steps(used))
+        capacity = max(self.capacity, _whole_steps(used))
         for name, held in self.past.items():
-            self.past[name] = _grown(held, rows, self.capacity, slots=2)
+            self.past[name] = _grown(held, rows, capacity, slots=2)
         for name in ("embeddings", "hidden", "positions"):
-            setattr(self, name, _grown(getattr(self, name), rows, self.capacity, slots=1))
+            setattr(self, name, _grown(getattr(self, name), rows, capacity, slots=1))
+        self.capacity = capacity  # last: where memory runs out, the rows go on with what they had
 
     def _feed(self, embeddings: Floats, rows: Sequence[int]) -> None:
         """Append (R, T, d) to `rows`."""
@@ -184,7 +185,7 @@ class OnnxExecutor:
             mask=mask.astype(np.float32),
             positions=np.broadcast_to(positions, (3, count, added)).astype(np.float32),
             adapter=np.zeros(count, np.float32),
-            **{name: held[read] for name, held in self.past.items()},
+            **{name: held[read, :, : self.capacity] for name, held in self.past.items()},
         )
         for name, held in self.past.items():
             held[own, :, slots] = out[f"present_{name[5:]}"].transpose(0, 2, 1, 3)

@@ -78,6 +78,8 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
 
     @app.get("/v1/models/{model:path}")
     def about_model(model: str) -> Response:
+        if not model:  # a client's address ends with a slash
+            return JSONResponse(models())
         if model not in shown:
             return Refused(404, f"there is no model '{model}' here, but {there}", field="model").response()
         return JSONResponse(shown[model])

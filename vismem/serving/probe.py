@@ -50,11 +50,17 @@ def probe(config: Config, url: str, metrics: str, timeout: float) -> str:
     return check_model(lambda: ask(url, model, timeout), metrics, model, timeout)
 
 
-def check_model(question: Callable[[], object], metrics: str, model: str, timeout: float) -> str:
+def check_model(
+    question: Callable[[], object],
+    metrics: str,
+    model: str,
+    timeout: float,
+    alive: Callable[[], object] = lambda: None,
+) -> str:
     """Say that `model` answers a question, or is busy: its queue is full or slow, and it decodes tokens for others.
 
-    UserError where neither comes in `timeout` seconds, or its process has ended; a restart helps it. Metrics that
-    cannot be read just now prove nothing.
+    UserError where neither comes in `timeout` seconds, its process has ended, or `alive` raises it for the server's; a
+    restart helps it. Metrics that cannot be read just now prove nothing.
     """
     end = time.monotonic() + timeout
     before = _decoded(metrics, model)
@@ -64,6 +70,7 @@ def check_model(question: Callable[[], object], metrics: str, model: str, timeou
         if DEAD in str(error) or isinstance(error, UnauthorizedError):
             raise
         while True:
+            alive()
             now = _decoded(metrics, model)
             before = now if before is None else before
             if now is not None and before is not None and now > before:

@@ -272,7 +272,9 @@ def _watch(
         if time.monotonic() > checked + CHECK_SECONDS:
             for model in filter(is_unary, releases.served):
                 question = partial(ask_unary, server.http_url, model, PATIENCE)
-                check_model(question, server.metrics_url, model.removesuffix(unary_name("")), PATIENCE)
+                check_model(
+                    question, server.metrics_url, model.removesuffix(unary_name("")), PATIENCE, server.service.check
+                )
             if champion:
                 releases.start_following(champion, write)
             checked = time.monotonic()

@@ -34,7 +34,8 @@ def add_commands(commands: Commands) -> None:
     add("--force", action="store_true", help="replace what an earlier `vismem init` wrote under this name")
     add("--params", type=Path, default=PARAMS_FILE, metavar="FILE", help="parameter file (default: %(default)s)")
 
-    command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it", outputs=True)
+    add = command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it")
+    add("--artifacts", help=argparse.SUPPRESS)  # refused by name: DVC would get it
     command("summary", _run_summary, "scores, verdict and an example answer of the last run", outputs=True)
     about = "check that a run can complete: secrets, buckets, registry, GPUs"
     command("preflight", _run_preflight, about, outputs=True)

@@ -1,7 +1,8 @@
 """Questions a canary: those whose answers its bundle brings, and yours, which the version before it gets too."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,13 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
     if not own.is_file():
         return told
     samples = [sample for sample in jsonl.read(JsonlSource(kind="jsonl", path=own, split="test")) if not sample.videos]
-    before = own_client(servers, model) if servers else None
+    before = partial(own_client, servers, model) if servers else None
     right = [score(each, _ask(canary, each.images, each.question, limit, own.name, before)) for each in samples]
     told += f", {sum(right):g} of {len(samples)} of {own.name} right"
     if before is None or not samples:
         return told
-    known = [score(sample, before.ask(sample.images, sample.question, max_new_tokens=limit)) for sample in samples]
+    client = before()
+    known = [score(sample, client.ask(sample.images, sample.question, max_new_tokens=limit)) for sample in samples]
     told += f", {sum(known):g} by the version before"
     p = permutation_p(np.array(right), np.array(known), np.array(cluster_ids(samples)))
     if sum(right) < sum(known) and p < ALPHA:
@@ -70,7 +72,12 @@ def question_canary(config: Config, release: Published, own: Path, url: str, ser
 
 
 def _ask(
-    canary: Client, images: Sequence[bytes], question: str, limit: int, own: str = "", before: Client | None = None
+    canary: Client,
+    images: Sequence[bytes],
+    question: str,
+    limit: int,
+    own: str = "",
+    before: Callable[[], Client] | None = None,
 ) -> Answer:
     """The greedy answer. WrongAnswerError where the model fails or refuses the question.
 
@@ -81,7 +88,7 @@ def _ask(
     except (BusyError, DeadlineError, DisconnectedError, UnauthorizedError):
         raise
     except ServerError as error:
-        if own and isinstance(error, RefusedError) and (before is None or _refuses(before, images, question)):
+        if own and isinstance(error, RefusedError) and (before is None or _refuses(before(), images, question)):
             raise UserError(f"{own}: '{question}' is refused: {error}; mend the file and run this again") from None
         raise WrongAnswerError(f"it fails at '{question}': {error}") from None
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from vismem.config import Config
 from vismem.errors import UserError
 from vismem.provenance import MANIFEST, sha256_file
+from vismem.registry.ledger import Ledger
 from vismem.registry.listing import read_registry
+from vismem.registry.view import View
 from vismem.serving.repository import without_graphs
 
 
@@ -15,8 +17,11 @@ def champion_repository(config: Config, artifacts: Path) -> Path:
 
     Before there is a champion it is that of `deploy`, for trying out. UserError as `publish`.
     """
+    return _repository(config, artifacts, *read_registry(config.registry))
+
+
+def _repository(config: Config, artifacts: Path, view: View, ledger: Ledger) -> Path:
     deployed = artifacts / "deploy" / "model_repository"
-    view, ledger = read_registry(config.registry)
     if ledger.champion is None:
         if (artifacts / "deploy" / "smoke.json").is_file() and not deployed.is_dir():
             raise UserError(without_graphs(artifacts / "export"))
@@ -40,10 +45,10 @@ def follower(config: Config, artifacts: Path) -> Callable[[], Path]:
     fetched: dict[int, Path] = {}  # by the ledger's revision
 
     def champion() -> Path:
-        _, ledger = read_registry(config.registry)
+        view, ledger = read_registry(config.registry)
         found = fetched.get(ledger.revision)
         if found is None or not found.is_dir():
-            found = champion_repository(config, artifacts)
+            found = _repository(config, artifacts, view, ledger)
             fetched.clear()
             if found.is_relative_to(artifacts / "champion"):  # that of `deploy` may be replaced
                 fetched[ledger.revision] = found

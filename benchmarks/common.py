@@ -28,6 +28,7 @@ from PIL import Image
 from vismem.config import GrpoConfig, GrpoStageConfig, ScenesSource, Stage1Config, Stage2Config
 from vismem.data.sample import Sample
 from vismem.data.scenes import generate as scenes
+from vismem.export.onnx import write_graphs
 from vismem.generation.prompts import prompt_text
 from vismem.generation.types import Rollout
 from vismem.models.loading import load_base
@@ -109,6 +110,12 @@ def hugging_face(model: VisMemModel, samples: Sequence[Sample], max_new_tokens: 
     answers = made[:, encoded["input_ids"].shape[1] :].tolist()
     ends = [next((i + 1 for i, token in enumerate(row) if token in model.stop_ids), len(row)) for row in answers]
     return [tuple(row[:end]) for row, end in zip(answers, ends, strict=True)]
+
+
+def write_bundle(model: VisMemModel, folder: Path) -> None:
+    """What a runtime opens: the model's graphs and its processor."""
+    write_graphs(model, folder / "onnx", opset=18)
+    model.backbone.processor.save_pretrained(folder / "processor")
 
 
 def answer(runtime: Runtime, sample: Sample, **settings: Any) -> tuple[list[Chunk], float]:

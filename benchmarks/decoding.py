@@ -18,11 +18,21 @@ from unittest import mock
 
 import pandas as pd
 import torch
-from common import Parts, Tokens, hugging_face, parser, peak_mib, publish, questions, random_base, table
+from common import (
+    Parts,
+    Tokens,
+    hugging_face,
+    parser,
+    peak_mib,
+    publish,
+    questions,
+    random_base,
+    table,
+    write_bundle,
+)
 
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.data.sample import Sample, StoredSamples
-from vismem.export.onnx import write_graphs
 from vismem.export.parity import prepared
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random
@@ -59,12 +69,9 @@ def onnx_side(executor: OnnxExecutor, policy: InvocationPolicy, samples: Sequenc
 
 def exported(model: VisMemModel) -> OnnxExecutor:
     """The executor over the model's graphs, without the policy's adapter: the base's answers, on one thread."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        with model.policy_lora.active(False):
-            write_graphs(model, folder / "onnx", opset=18)
-        model.backbone.processor.save_pretrained(folder / "processor")
-        return OnnxExecutor(Bundle(folder, threads=1))
+    with tempfile.TemporaryDirectory() as folder, model.policy_lora.active(False):
+        write_bundle(model, Path(folder))
+        return OnnxExecutor(Bundle(Path(folder), threads=1))
 
 
 def load(artifacts: Path, items: int) -> tuple[VisMemModel, InvocationPolicy, list[Sample]]:
@@ -89,7 +96,8 @@ def measure(
     """What is reported of one batch size. All sides answer all samples once untimed, then in turn."""
     batches = [samples[at : at + batch] for at in range(0, len(samples), batch)]
     made = {name: [row for part in batches for row in answer(part, longest)] for name, answer in sides.items()}
-    for name in (VANILLA, ONNX):
+    ours = (VANILLA, ONNX)
+    for name in ours:
         assert made[name] == made[HUGGING_FACE], "with memory off the answers must be those of Hugging Face"
     turns = []
     with Parts() as parts:
@@ -101,13 +109,13 @@ def measure(
             turns.append({"repeat": repeat, "side": name, **seconds})
     found = pd.DataFrame(turns).groupby(["repeat", "side"]).sum().unstack()
     whole, after_first = found["whole"], found["whole"] - found["first"]
-    tokens, compared = sum(map(len, made[VANILLA])), [HUGGING_FACE, VANILLA, ONNX]
+    tokens, compared = sum(map(len, made[VANILLA])), [HUGGING_FACE, *ours]
     return {
         "tokens": tokens,
         "tokens_per_second": (tokens / whole[compared].median()).round().to_dict(),
         "tokens_per_second_after_first": ((tokens - len(samples)) / after_first[compared].median()).round().to_dict(),
-        "speed": {name: spread(whole[HUGGING_FACE] / whole[name]) for name in compared},
-        "speed_after_first_token": {name: spread(after_first[HUGGING_FACE] / after_first[name]) for name in compared},
+        "speed": {name: spread(whole[HUGGING_FACE] / whole[name]) for name in ours},
+        "speed_after_first_token": {name: spread(after_first[HUGGING_FACE] / after_first[name]) for name in ours},
         "seconds_per_sample": {name: spread(whole[name] / len(samples)) for name in sides},
         "vismem_time": spread(whole[VISMEM] / whole[VANILLA]),
         "memory_share": spread(found["memory"][VISMEM] / whole[VISMEM]),

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import MEMORY, answer, parser, publish, questions, table, turn
+from common import MEMORY, answer, parser, publish, questions, table, turn, write_bundle
 
 from vismem.data.sample import Sample
-from vismem.export.onnx import write_graphs
 from vismem.inference import VisMem
 from vismem.provenance import write_manifest
 from vismem.serving.answering import Runtime
@@ -35,9 +34,7 @@ STREAMS = (1, 2, 4, 8, 16)
 
 def export(folder: Path) -> None:
     """Write the graphs of the memory that comes with VisMem, its processor, and golden questions."""
-    model = VisMem.from_pretrained(MEMORY, "cpu").model
-    write_graphs(model, folder / "onnx", opset=18)
-    model.backbone.processor.save_pretrained(folder / "processor")
+    write_bundle(VisMem.from_pretrained(MEMORY, "cpu").model, folder)
     with closing(Runtime.open(folder)) as runtime:
         write_golden(runtime, ((sample.images, sample.question) for sample in questions(4)), folder)
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that use a registry."""
+"""Fixtures of the tests that use a registry, or the HTTP endpoint."""
 
 import os
 from collections.abc import Iterator
@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from openai import OpenAI
     from project import Project
     from real_stack import Stack
+
+    from vismem.serving.answering import Runtime
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +54,33 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         if name.startswith(("AWS_", "MLFLOW_TRACKING")):
             monkeypatch.delenv(name)
     return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_base: Path) -> "Runtime":
+    """A runtime with torch; a module that needs another has its own."""
+    import tiny_stages
+
+    from vismem.generation.torch_executor import TorchExecutor
+    from vismem.serving.answering import Runtime
+
+    return Runtime(TorchExecutor(tiny_stages.eager_model(tiny_base)), rows=4)
+
+
+@pytest.fixture(scope="module")
+def url(runtime: "Runtime") -> Iterator[str]:
+    """The HTTP endpoint over the module's runtime; its model is `tiny`."""
+    from http_calls import served
+
+    from vismem.serving.http import create_app
+
+    with served(create_app(runtime, "tiny")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> "OpenAI":
+    """OpenAI's own client of it."""
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)

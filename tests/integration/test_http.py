@@ -10,7 +10,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,17 +43,6 @@ def model(tiny_base: Path) -> VisMem:
 @pytest.fixture(scope="module")
 def runtime(model: VisMem) -> Runtime:
     return Runtime(TorchExecutor(model.model), rows=4)
-
-
-@pytest.fixture(scope="module")
-def url(runtime: Runtime) -> Iterator[str]:
-    with served(create_app(runtime, "tiny")) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
 
 
 def ask(client: openai.OpenAI, sample: Any = SAMPLES[0], **options: Any) -> Any:

@@ -7,14 +7,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_stages
-from http_calls import GOOD, post, served
+from http_calls import GOOD, post
 from PIL import Image
 
 from vismem.generation.torch_executor import TorchExecutor
@@ -23,7 +22,7 @@ from vismem.runtime.limits import Room
 from vismem.serving import http
 from vismem.serving.answering import Runtime
 from vismem.serving.completion import Completion
-from vismem.serving.http import _Patience, create_app
+from vismem.serving.http import _Patience
 
 
 def opened(kind: str = "PNG") -> Image.Image:
@@ -35,12 +34,6 @@ def opened(kind: str = "PNG") -> Image.Image:
 @pytest.fixture(scope="module")
 def runtime(tiny_base: Path) -> Runtime:
     return Runtime(TorchExecutor(tiny_stages.eager_model(tiny_base)), rows=1, waiting=0)
-
-
-@pytest.fixture(scope="module")
-def url(runtime: Runtime) -> Iterator[str]:
-    with served(create_app(runtime, "tiny")) as address:
-        yield address
 
 
 @pytest.mark.parametrize("body", [b'{"a":1' + b',"a":1' * 200_000 + b"}", b'{"messages":[' + b"1," * 400_000 + b"1]}"])
@@ -67,6 +60,7 @@ def test_bodies_that_do_not_come_or_are_too_large_together_are_refused(
 def test_a_body_counts_until_its_images_are_decoded_and_is_then_let_go(
     url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gc.collect()  # requests of other tests
     at, going = {"prepare": threading.Event(), "read": threading.Event()}, threading.Semaphore(0)
 
     def held(part: str) -> None:

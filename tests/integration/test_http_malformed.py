@@ -2,31 +2,14 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_stages
-from http_calls import GOOD, messages, post, served, url_of
+from http_calls import GOOD, messages, post, url_of
 from malformed import MALFORMED, Malformed
-
-from vismem.generation.torch_executor import TorchExecutor
-from vismem.serving.answering import Runtime
-from vismem.serving.http import create_app
 
 PICTURE = GOOD["messages"][0]["content"][0]
 NAMES = {"max_new_tokens": "max_completion_tokens"}
-
-
-@pytest.fixture(scope="module")
-def runtime(tiny_base: Path) -> Runtime:
-    return Runtime(TorchExecutor(tiny_stages.eager_model(tiny_base)), rows=4)
-
-
-@pytest.fixture(scope="module")
-def url(runtime: Runtime) -> Iterator[str]:
-    with served(create_app(runtime, "tiny")) as address:
-        yield address
 
 
 def saying(*parts: Any, role: str = "user") -> dict[str, Any]:

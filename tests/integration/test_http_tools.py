@@ -5,40 +5,19 @@ import logging
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 import tiny
-import tiny_stages
-from http_calls import GOOD, post, served
+from http_calls import GOOD, post
 
-from vismem.generation.torch_executor import TorchExecutor
 from vismem.serving import http
 from vismem.serving.answering import Runtime
 from vismem.serving.client import Client
 from vismem.serving.completion import Reply, read_body
-from vismem.serving.http import create_app
 from vismem.serving.pieces import Chunk
-
-
-@pytest.fixture(scope="module")
-def runtime(tiny_base: Path) -> Runtime:
-    return Runtime(TorchExecutor(tiny_stages.eager_model(tiny_base)), rows=4)
-
-
-@pytest.fixture(scope="module")
-def url(runtime: Runtime) -> Iterator[str]:
-    with served(create_app(runtime, "tiny")) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
 
 
 def test_null_says_as_little_as_a_field_that_is_not_there(url: str) -> None:

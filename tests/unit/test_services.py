@@ -174,8 +174,6 @@ WITH_IPV6 = pytest.mark.skipif(not IPV6.is_file() or " lo" not in IPV6.read_text
 def test_a_port_is_free_on_the_host_that_is_asked_for(host: str) -> None:
     family = socket.AF_INET6 if host == "::1" else socket.AF_INET
     (port,) = free_ports({"http": 0}, host=host).values()
-    with (
-        socket.create_server((host, port), family=family),
-        pytest.raises(UserError, match=f"port {port} on {host} cann"),
-    ):
+    refused = pytest.raises(UserError, match=f"port {port} on {host} cannot be used")
+    with socket.create_server((host, port), family=family), refused:
         free_ports({"http": port}, host=host)

@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,7 @@ from vismem.runtime.images import let_go
 from vismem.runtime.limits import MAX_TOTAL_PIXELS, NEW_TOKENS, RequestError, Room, check_stops
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
-from vismem.serving.pieces import TOGETHER, Chunk, Handover, Stream, Usage, one_by_one
+from vismem.serving.pieces import TOGETHER, Chunk, Handover, Pieces, Stream, Usage, one_by_one
 from vismem.serving.request_log import RequestLog
 
 ROWS = 8  # answers at a time
@@ -183,7 +183,7 @@ class Runtime:
     def _chunks(self, answer: _Answer, stop: Sequence[str], images: Any, asked: Mapping[str, Any]) -> Stream:
         """The chunks; what ends them early is counted."""
         request, text = answer.request, TextStream(self.executor.tokenizer, stop)
-        words, memories = 0, Counter[str]()
+        pieces = Pieces(text)
         try:
             with self.preparing:  # beside the thread that decodes
                 answer.check()
@@ -200,12 +200,7 @@ class Runtime:
             while not ended:
                 (tokens, ended), chunks = answer.tokens.take(), list[Chunk]()
                 for token in tokens:
-                    if kind := self.executor.kinds.get(token):
-                        memories[kind.value] += 1
-                        chunks.append(Chunk("", kind.value, token))
-                    else:
-                        words += 1
-                        chunks.append(Chunk(text.add(token), "token", token))
+                    chunks += pieces.add(token, self.executor.kinds.get(token))
                     if text.stopped:
                         break
                 if not (ended := ended or text.stopped):
@@ -216,10 +211,11 @@ class Runtime:
                 raise answer.tokens.error
             assert answer.row is not None
             ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
-            usage = Usage("stop" if ended else "length", answer.row.prompt.length, words, dict(memories), answer.first)
-            chunks.append(Chunk(text.finish(), "end", usage=usage))
+            finish, words, memories = "stop" if ended else "length", pieces.words, dict(pieces.memories)
+            usage = Usage(finish, answer.row.prompt.length, words, memories, answer.first)
+            chunks += pieces.finish(usage)
             if request.max_new_tokens > 1:  # with 1 it is a probe
-                self.metrics.answered(str(asked["memory"]), memories)
+                self.metrics.answered(str(asked["memory"]), pieces.memories)
                 if self.log:
                     took = {"answer": text.passed, "seconds": time.monotonic() - answer.arrived}
                     self.log.add(images, {**asked, **took, **asdict(usage)})

@@ -3,12 +3,16 @@
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vismem.models.kinds import MemoryKind
+from vismem.runtime.prompt import TextStream
+
+Event = Literal["token", "short", "long", "end"]
 TOGETHER = 0.01  # seconds of tokens that come together, where nobody says otherwise
 
 
@@ -28,7 +32,7 @@ class Chunk:
     """One piece of an answer. An "end" chunk comes last; `text` may be empty."""
 
     text: str
-    event: Literal["token", "short", "long", "end"]
+    event: Event
     token: int | None = None  # the id behind it: a word, or an invoke token
     usage: Usage | None = None  # of the "end"
 
@@ -41,6 +45,41 @@ def one_by_one(stream: Stream) -> Iterator[Chunk]:
     with closing(stream):
         for chunks in stream:
             yield from chunks
+
+
+class Pieces:
+    """Makes an answer's tokens into chunks, each memory at its place in the text.
+
+    Where a stop string may have begun, what follows is held back with it, memories too.
+    """
+
+    def __init__(self, text: TextStream) -> None:
+        self.text, self.sent = text, 0
+        self.held = deque[tuple[int, Event, int]]()  # with the characters of the answer up to its end
+        self.words, self.memories = 0, Counter[str]()
+
+    def add(self, token: int, kind: MemoryKind | None) -> list[Chunk]:
+        """The chunks that are certain with this token, a word or an invocation of that kind."""
+        if kind:
+            self.memories[kind.value] += 1
+        else:
+            self.words += 1
+            self.text.add(token)
+        self.held.append((len(self.text.passed) + len(self.text.held), kind.value if kind else "token", token))
+        return self._certain()
+
+    def finish(self, usage: Usage) -> list[Chunk]:
+        """What was held back, and the end."""
+        self.text.finish()
+        return [*self._certain(), Chunk(self.text.passed[self.sent :], "end", usage=usage)]
+
+    def _certain(self) -> list[Chunk]:
+        chunks, passed = list[Chunk](), self.text.passed
+        while self.held and (self.text.stopped or self.held[0][0] <= len(passed)):
+            end, event, token = self.held.popleft()
+            chunks.append(Chunk(passed[self.sent : end], event, token))
+            self.sent = min(end, len(passed))
+        return chunks
 
 
 class Handover:

@@ -100,6 +100,12 @@ def redrawn(change: Callable[[Image.Image], Image.Image], kind: str = "PNG", **o
     return lambda old: (saved(change(picture(old)), kind, **options),)
 
 
+def group(splits: Splits) -> None:
+    """Rows of a patient in two splits, from two files; another kind of source has such a name, too."""
+    for split, at, source in (("train", AT, "jsonl:a"), ("test", 5, "jsonl:b"), ("validation", 5, "nlvr")):
+        splits[split][at] = dataclasses.replace(splits[split][at], source=source, cluster="patient 7")
+
+
 def every(split: str, **fields: object) -> Callable[[Splits], None]:
     def plant(splits: Splits) -> None:
         splits[split] = [dataclasses.replace(row, **fields) for row in splits[split]]  # type: ignore[arg-type]
@@ -213,6 +219,7 @@ FAULTS = (
     Fault("an image of validation in train", added("train", "validation", question="Other?"), "no_leakage"),
     Fault("the same in another file format",
           added("train", "test", question="Other?", images=redrawn(same, "WEBP", lossless=True)), "no_leakage"),
+    Fault("a patient of test in train", group, "no_leakage"),
     Fault("an image of test in train, as JPEG",
           added("train", "test", question="Other?", images=redrawn(same, "JPEG", quality=60)), NEAR),
     Fault("an image of test in train, at half the size",

@@ -118,6 +118,21 @@ def test_a_picture_in_two_splits_stays_in_the_one_that_comes_first_in_precedence
     }
 
 
+def test_a_group_in_two_files_stays_in_the_split_that_comes_first_in_precedence(tmp_path: Path) -> None:
+    sources = []
+    for number, split in enumerate(("train", "validation", "test")):
+        source = jsonl(tmp_path, split, {f"{name}.png": encoded((number, name, 0)) for name in range(3)})
+        rows = [json.loads(line) for line in source.path.read_text().splitlines()]
+        groups = [{"group": 7}, {"group": f"only {split}"}, {}]
+        rows = [row | group for row, group in zip(rows, groups, strict=True)]
+        source.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append(source)
+    prepare(config(*sources), {}, tmp_path / "out")
+    answers = {split: [sample.answer for sample in read_samples(tmp_path / "out" / split)] for split in SPLITS}
+    rest = ["1.png", "2.png"]
+    assert answers == {"test": ["0.png", *rest], "validation": rest, "train": rest}
+
+
 def test_the_same_picture_in_another_file_format_is_still_the_same_picture(tmp_path: Path) -> None:
     train = jsonl(tmp_path / "in", "train", {"a.webp": encoded((1, 2, 3), "WEBP")})
     test = jsonl(tmp_path / "in", "test", {"a.png": encoded((1, 2, 3))})

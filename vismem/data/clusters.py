@@ -13,7 +13,8 @@ def cluster_ids(samples: Iterable[Sample]) -> list[str]:
     """Each sample's cluster: the smallest of its questions' pictures, by hash, and groups. One with neither: its id."""
     examine = image_cache()
     return joined([
-        [*(digest.hex() for digest in sample_pictures(sample, examine)), *_named(sample)] or [sample.id]
+        [*(digest.hex() for digest in sample_pictures(sample, examine)), *named(sample.source, sample.cluster)]
+        or [sample.id]
         for sample in samples
     ])  # fmt: skip
 
@@ -33,5 +34,6 @@ def joined(keys: Sequence[Sequence[str]]) -> list[str]:
     return [root(own[0]) for own in keys]
 
 
-def _named(sample: Sample) -> list[str]:
-    return [f"{sample.source}: {sample.cluster}"] if sample.cluster else []
+def named(source: str, cluster: str) -> list[str]:
+    """The name of a sample's group, where it has one: the same in all files of a kind, such as a patient's number."""
+    return [f"{source.partition(':')[0]}: {cluster}"] if cluster else []

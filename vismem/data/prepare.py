@@ -9,6 +9,7 @@ from typing import Any
 
 from vismem.config import Config
 from vismem.data.benchmarks import counted
+from vismem.data.clusters import named
 from vismem.data.dvc_source import fetched
 from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_pictures, sample_sha256
 from vismem.data.instructions import instructed
@@ -24,13 +25,13 @@ TOP_ANSWERS = 20
 def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Write `out/<split>/part-*.parquet` for the three splits and `out/stats.json`; return one line of what was made.
 
-    Deterministic from `config.seed`. No image (by its pixels) is in two splits: a row whose image an earlier split of
-    test, validation, train already has is dropped and counted in `stats.json`.
+    Deterministic from `config.seed`. No image (by its pixels) and no group is in two splits: a row whose image or group
+    an earlier split of test, validation, train already has is dropped and counted in `stats.json`.
     Sources that DVC keeps are fetched first, and their revisions are in `revisions.json`.
     Raises UserError where a source cannot be read.
     """
     config, revisions = fetched(config)
-    examine, owners = image_cache(), dict[bytes, str]()
+    examine, owners = image_cache(), dict[str, str]()
     splits = {split: _Split(split, examine, owners) for split in SPLITS}
     with progress("prepare rows") as advance:
         for name, split in splits.items():
@@ -43,7 +44,7 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     dropped = sum((split.dropped for split in splits.values()), Counter[str]())
     sizes = ", ".join(f"{len(split.digests)} {name}" for name, split in splits.items())
     elsewhere, parts = (sum(n for why, n in dropped.items() if (why in SPLITS) == known) for known in (True, False))
-    tail = f"; {elsewhere} rows dropped, their image is in another split" if elsewhere else ""
+    tail = f"; {elsewhere} rows dropped, their image or group is in another split" if elsewhere else ""
     tail += f"; {parts} rows left out, they are of a part that is not counted" if parts else ""
     return f"prepared {sizes} rows{tail}; data {whole[:12]}"
 
@@ -54,14 +55,14 @@ class _Split:
 
     name: str
     examine: Callable[[bytes], ImageFacts]
-    owners: dict[bytes, str]  # the split of each image, shared by all: the first that shows it
-    images: set[bytes] = field(default_factory=set)
+    owners: dict[str, str]  # the split of each image and group, shared by all: the first that has it
+    images: set[str] = field(default_factory=set)
     values: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by the field's name
-    dropped: Counter[str] = field(default_factory=Counter)  # by the split that has the image, or the part not counted
+    dropped: Counter[str] = field(default_factory=Counter)  # by the split that has it, or the part not counted
     digests: list[bytes] = field(default_factory=list)
 
     def take(self, sample: Sample) -> bool:
-        """Count a row; False, and counted as dropped, where another split has one of its images or videos.
+        """Count a row; False, and counted as dropped, where another split has its group or one of its images or videos.
 
         So are rows of a part of a benchmark that its score is not of.
 
@@ -70,12 +71,13 @@ class _Split:
         if not counted(sample):
             self.dropped[f"{sample.source}, part {sample.part}"] += 1
             return False
-        hashes = sample_pictures(sample, self.examine)
-        others = [owner for digest in hashes if (owner := self.owners.get(digest, self.name)) != self.name]
+        hashes = [digest.hex() for digest in sample_pictures(sample, self.examine)]
+        keys = hashes + named(sample.source, sample.cluster)
+        others = [owner for key in keys if (owner := self.owners.get(key, self.name)) != self.name]
         if others:
             self.dropped[others[0]] += 1
             return False
-        self.owners.update(dict.fromkeys(hashes, self.name))
+        self.owners.update(dict.fromkeys(keys, self.name))
         self.images.update(hashes)
         for name in ("task", "capability", "source", "answer"):
             self.values[name][str(getattr(sample, name))] += 1

@@ -56,10 +56,10 @@ def _conflicts(table: pd.DataFrame, place: pd.Series) -> pd.Series:
 
 
 def _leaks(table: pd.DataFrame) -> pd.Series:
-    """The first other split, of higher precedence, that shows one of a row's images; missing where none does."""
-    shown = table[["split", "image_hashes"]].explode("image_hashes").dropna()
-    owner = shown.groupby("image_hashes", sort=False)["split"].transform("first")  # in order of precedence
-    others = owner[owner != shown["split"]]
+    """The first other split, of higher precedence, that has one of a row's images or its group; missing without one."""
+    had = table[["split", "tied"]].explode("tied").dropna()
+    owner = had.groupby("tied", sort=False)["split"].transform("first")  # in order of precedence
+    others = owner[owner != had["split"]]
     return others[~others.index.duplicated()]
 
 

@@ -94,7 +94,7 @@ def _rules(config: ValidateConfig) -> tuple[Rule, ...]:
         Rule("non_empty_splits", error, "splits", "required_rows", BETWEEN, {"min_value": 1},
              "required splits have good rows", "split '{split}' has no good rows"),
         Rule("no_leakage", error, "rows", "leak", NULL, {},
-             "no image of one split is in another", "shows an image that is also in {leak}"),
+             "no image and no group of one split is in another", "its image or its group is also in {leak}"),
         Rule("quarantined_share", error, "total", "quarantined_share", BETWEEN, {"max_value": bad},
              f"at most {bad:.1%} of the rows are bad",
              "{quarantined:.0f} of {rows:.0f} rows are bad: {quarantined_share:.1%}"),

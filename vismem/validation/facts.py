@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from vismem.config import ValidateConfig
 from vismem.data.answer_forms import answer_form, canonical
+from vismem.data.clusters import named
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
 from vismem.data.sample import SCHEMA, iterate_rows
 from vismem.runtime.chat import one_turn, said
@@ -56,7 +57,7 @@ def collect_facts(
     other rows: duplicate_of (the first row with the id), copy_of (with the same images, question and answer), conflict
     (a row with the same images and question and another answer), near_leak (a row of a split of higher precedence with
     an image that looks like one of these), asked_in (one that asks and answers the same besides); and leak (the split
-    of higher precedence that shows one of the images). What does not apply or is not known is missing.
+    of higher precedence that has one of the images, or the group). What does not apply or is not known is missing.
     """
     # Decoding and hashing release the interpreter lock, so threads do for large images, and cost nothing for small.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -65,7 +66,9 @@ def collect_facts(
         parts = list(pool.map(lambda item: _table(read(item[1], item[0])), numbered))
     table = pd.concat([_table(()), *parts], ignore_index=True)
     facts = compare(table, [shard.name for shard in shards], settings.near_duplicate)
-    return table.drop(columns="looks").assign(**{name: column.astype(object) for name, column in facts.items()})
+    return table.drop(columns=["looks", "tied"]).assign(
+        **{name: column.astype(object) for name, column in facts.items()}
+    )
 
 
 def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -90,10 +93,16 @@ _COLUMNS = {
     **dict.fromkeys(("split", "id", "question", "answer", "value", "task", "capability", "source"), "object"),
     **dict.fromkeys(("null_fault", "token_fault", "image_fault", "mark_fault", "encoding_fault"), "object"),
     **dict.fromkeys(("markup_fault", "choice_fault", "answer_fault", "answer_listed"), "object"),
-    **dict.fromkeys(("image_hashes", "looks", "asked", "sha256"), "object"),
+    **dict.fromkeys(("image_hashes", "tied", "looks", "asked", "sha256"), "object"),
 }
 FOUND_IN_OTHERS = ("duplicate_of", "copy_of", "conflict", "leak", "near_leak", "asked_in")
-KEPT = {*_COLUMNS, *FOUND_IN_OTHERS} - {"image_hashes", "looks", "asked", "sha256"}  # what is saved, and rules ask of
+KEPT = {*_COLUMNS, *FOUND_IN_OTHERS} - {
+    "image_hashes",
+    "tied",
+    "looks",
+    "asked",
+    "sha256",
+}  # what is saved, and rules ask of
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -135,9 +144,9 @@ def row_facts(
     videos, choices: how many (videos are not looked at). null_fault (names of null columns), token_fault (the base's
     own), image_fault, mark_fault, encoding_fault, markup_fault, choice_fault, answer_fault: in words. min_side,
     max_side (pixels), aspect (the largest ratio of sides), contrast (the smallest range of values of an image, 0 to
-    255), brightness (their mean value), image_hashes, looks (of those that decode). value (one text for all answers
-    that score as this one does), answer_listed (it names a choice), asked (what identifies images, question and
-    choices), sha256.
+    255), brightness (their mean value), image_hashes, looks (of those that decode), tied (they and the row's group),
+    value (one text for all answers that score as this one does), answer_listed (it names a choice), asked (what
+    identifies images, question and choices), sha256.
     """
     images = [examine(data or b"") for data in row["images"] or ()]
     sizes = [(facts.width, facts.height) for facts in images if facts.width]
@@ -167,6 +176,7 @@ def row_facts(
         "contrast": min((facts.contrast for facts in good if facts.look), default=None),
         "brightness": sum(looks) / len(looks) if looks else None,
         "image_hashes": hashes,
+        "tied": (*hashes, *named(row["source"] or "", row["cluster"] or "")),
         "looks": tuple(facts.look for facts in good),
         "question": question,
         "question_chars": len(question.strip()),

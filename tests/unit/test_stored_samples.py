@@ -1,5 +1,6 @@
 """Samples that are read from their shards as they are asked for are those that were written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,6 +40,17 @@ def test_some_places_of_a_split_are_a_sequence_too(stored: Path) -> None:
     samples = StoredSamples(stored, places)
     assert list(samples) == [ROWS[place] for place in places]
     assert samples[1:] == [ROWS[place] for place in places[1:]]
+
+
+def test_a_share_has_the_first_rows_of_each_source(tmp_path: Path) -> None:
+    sources = ["a"] * 12 + ["b"] * 6 + ["c"] * 2
+    write_shards([replace(ROWS[n], source=source) for n, source in enumerate(sources)], tmp_path, rows_per_shard=5)
+    samples = StoredSamples(tmp_path)
+    assert [sample.id for sample in samples.share(10)] == [str(n) for n in (0, 1, 2, 3, 4, 5, 12, 13, 14, 18)]
+    assert list(samples.share(20)) == list(samples.share(99)) == list(samples)
+    only = StoredSamples(tmp_path, range(2, 12))
+    assert [sample.id for sample in only.share(3)] == ["2", "3", "4"], "one source: its first rows"
+    assert list(only.share(0)) == []
 
 
 def test_an_empty_split_has_no_samples_and_a_missing_one_is_an_error(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import chain, count, islice
@@ -190,6 +192,21 @@ class StoredSamples(Sequence[Sample]):
         group = bisect_right(self._ends, row)
         start = self._ends[group - 1] if group else 0
         return _sample(self._table(group).slice(row - start, 1).to_pylist()[0])
+
+    def share(self, count: int) -> "StoredSamples":
+        """So many of them, or all, in order: of each source its first, as many as are its share."""
+        whole = list[str]()
+        for shard in dict.fromkeys(shard for shard, _ in self._groups):
+            with _told(shard), pq.ParquetFile(shard) as file:
+                whole += file.read(columns=["source"], use_threads=False)["source"].to_pylist()
+        sources, seen, depths = [whole[place] for place in self._places], Counter[str](), list[float]()
+        sizes = Counter(sources)
+        for source in sources:
+            seen[source] += 1
+            depths.append((seen[source] - 0.5) / sizes[source])  # how far down its source it is
+        chosen, first = copy(self), sorted(range(len(self)), key=depths.__getitem__)[:count]
+        chosen._places = [self._places[at] for at in sorted(first)]
+        return chosen
 
     def _table(self, group: int) -> pa.Table:
         table = self._read.pop(group, None)

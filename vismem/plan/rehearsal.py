@@ -34,8 +34,7 @@ from vismem.steps import BY_NAME
 from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 from vismem.training.rollout import GrpoObjective, RolloutBatch
-from vismem.training.run import Inputs, Parameters, Run, changes_prefill, count_of, new_model
-from vismem.training.stage2 import FITTED
+from vismem.training.run import FITTED, Inputs, Parameters, Run, changes_prefill, count_of, new_model
 from vismem.training.supervised import Supervised
 
 BASE, ADDED, GRADIENTS, STATES = "base weights", "VisMem's weights", "gradients", "optimiser states"
@@ -78,7 +77,7 @@ class Rehearsal(Run):
     def __init__(self, name: str, config: Config, machine: Machine, image: tuple[int, int]) -> None:
         self.name, self.config, self.machine, self.image = name, config, machine, image
         self.accelerator, self.out, self.rollouts = Accelerator(cpu=True), NOWHERE, 0
-        self.samples = self.validation = questions(BATCH, image)
+        self.samples = self.fitted = questions(BATCH, image)
         self.shapes, self.plan = Shapes(machine.seconds), StepPlan(name)
 
     def rehearse(self) -> StepPlan:

@@ -29,6 +29,7 @@ INVOCATION = ("tokens.",)  # and stage II
 PREFIX = ("prefix",)  # and the baseline static_prefix
 POLICY_LORA = ("policy_lora.",)  # and with `policy_lora` the warm start and stage II, and the LoRA baselines
 CHECKED = 256  # validation questions answered for metrics.json
+FITTED = 256  # train questions whose answers stage II's rows of the head are fitted on
 LOGGED = 20  # of them in samples.jsonl, per arm
 CHECKS = "checks.json"  # the score of each, before GRPO and after all training
 BEFORE, AFTER = "before", "after"
@@ -50,13 +51,15 @@ class Run:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.manual_seed(config.seed)
         data = inputs["validate"] / "data"
-        self.samples: Sequence[Sample] = StoredSamples(data / "train")
-        self.validation: Sequence[Sample] = StoredSamples(data / "validation")
-        for split, rows in (("train", self.samples), ("validation", self.validation)):
+        samples, validation = StoredSamples(data / "train"), StoredSamples(data / "validation")
+        for split, rows in (("train", samples), ("validation", validation)):
             if not rows:
                 raise UserError(
                     f"{data / split} has no rows: name sources with a {split} split in params.yaml, section prepare"
                 )
+        self.samples: Sequence[Sample] = samples
+        self.fitted: Sequence[Sample] = samples.share(FITTED)
+        self.checked: Sequence[Sample] = validation.share(CHECKED)
         self.model = model(config, inputs)
         self.model.backbone.model.to(self.accelerator.device)
         self.model.to(self.accelerator.device)
@@ -106,13 +109,13 @@ class Run:
         return seen
 
     def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
-        """Answer the first CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
+        """Answer CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
 
         The same numbers are drawn at both times, so that scores are paired question by question. As many are answered
         together as a backward pass has rollouts (`grpo.micro_batch`), and the processes share these batches; all return
         all answers.
         """
-        checked, limit, seed = self.validation[:CHECKED], self.config.grpo.max_new_tokens, self.config.seed
+        checked, limit, seed = self.checked, self.config.grpo.max_new_tokens, self.config.seed
         quiet, together = not self.accelerator.is_main_process, self.config.grpo.micro_batch
         own, shares = share_of_work(self.accelerator, self.model.backbone.processes)
         answered: list[tuple[int, list[Rollout]]] = []
@@ -135,7 +138,7 @@ class Run:
         """
         if self.accelerator.is_main_process:
             (save or self.model.save_pretrained)(self.out)
-        checked = self.validation[:CHECKED]
+        checked = self.checked
         metrics: dict[str, Metrics] = {}
         lines = ""
         for name, policy in arms.items():

@@ -34,7 +34,6 @@ from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import AFTER, BEFORE, INVOCATION, POLICY_LORA, Inputs, Run, trainable
 
-FITTED = 256  # train questions whose answers the head's rows are fitted on
 ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
 SAMPLED = "vismem_sampled"  # the check in which the policy samples, as in training
 START, DELIMITER, BETWEEN = range(3)  # sorts of places in an answer
@@ -82,7 +81,7 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         run.model.tokens.load_state_dict(read_weights(kept))
     elif not run.model.tokens.fitted:
         with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
-            fit_invocation(run.model, run.samples[:FITTED], settings, config.grpo.max_new_tokens, config.seed)
+            fit_invocation(run.model, run.fitted, settings, config.grpo.max_new_tokens, config.seed)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
     if run.accelerator.is_main_process and out.is_dir() and not kept.is_file():  # a plan has no folder

@@ -22,7 +22,6 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.backbones.base import Backbone
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
-from vismem.plan import plan
 from vismem.plan.machine import CARDS, CONTEXT, Machine
 from vismem.plan.model import hollow_base, parameters, questions
 from vismem.plan.rehearsal import BASE, GRADIENTS, STATES, Rehearsal, StepPlan
@@ -186,15 +185,6 @@ def test_baselines_and_evaluation_hold_what_is_planned(tiny_base: Path, name: st
 def test_an_answer_with_room_for_one_memory_holds_what_is_planned(tiny_base: Path, words: int, limit: int) -> None:
     plan, real = planned_and_measured("evaluate", config_of(tiny_base, {"batch": 1, "words": words, "limit": limit}))
     assert sums(plan) == pytest.approx(sums(real), rel=0.02)
-
-
-def test_the_checkpoints_are_those_of_the_warm_start_and_of_grpo_one_of_them_twice(tiny_base: Path) -> None:
-    config = config_of(tiny_base, SMALL)
-    found = plan(config, MACHINE, "112x84", ["stage1"])
-    assert found.image == (112, 84)
-    formation = sum(found.added[part] for part in ("builder", "short", "long"))
-    numbers = formation + found.added["policy_lora"] + 2 * formation
-    assert found.disk["checkpoints, the last twice while it is replaced"] == 12 * numbers
 
 
 def test_what_is_replaced_for_a_plan_is_put_back(tiny_base: Path) -> None:

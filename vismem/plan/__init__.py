@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import torch
+
 from vismem.config import Config, ValidateConfig, resolve
 from vismem.errors import UserError, nearest
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
-from vismem.plan.model import hollow_base, parameters
+from vismem.plan.model import hollow_base, parameters, stored_type
 from vismem.plan.rehearsal import Rehearsal, StepPlan
 from vismem.plan.shapes import Shapes, beside_dispatch
 from vismem.progress import progress
@@ -132,16 +134,19 @@ def _smaller(key: str, config: Config, machine: Machine, image: tuple[int, int])
 
 def _disk(config: Config, stored: float, base: float, added: float, steps: Sequence[StepPlan]) -> dict[str, float]:
     """Bytes on disk, by what is kept there."""
-    found: dict[str, float] = {"the base's weights; the step `base` links to them": stored}
+    kept, found = stored_type(config.base), dict[str, float]()
     for step in steps:
         if step.trained:
             found[f"{step.name}: its model"] = stored if step.name == "full" else 4 * added
     bundle = 4 * added + 4 * (base + added) * config.export.graphs
     found[f"export: the bundle, {'with' if config.export.graphs else 'without'} graphs"] = bundle
     found["register: MLflow's copy of the bundle"] = bundle
-    found["DVC's copies of what steps write"] = sum(list(found.values())[1:-1])
+    found["DVC's copies of what steps write"] = sum(list(found.values())[:-1])
     found["checkpoints, the last twice while it is replaced"] = 12 * max(step.saved + step.trained for step in steps)
-    return found
+    if kept == getattr(torch, config.base.dtype):
+        return {"the base's weights; the step `base` links to them": stored} | found
+    weights = {f"the base's weights, as they are stored ({str(kept).removeprefix('torch.')})": base * kept.itemsize}
+    return weights | {f"base: its copy of them in {config.base.dtype}": stored} | found
 
 
 def host_memory(config: Config, processes: int) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """A base and what VisMem adds to it as shapes, from the base's small files; questions and answers of stated sizes."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,23 +32,50 @@ def hollow_base(config: BaseConfig, processes: int = 1) -> Backbone:
 
     With `tensor_parallel`, as one of so many processes holds it.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    source = str(config.folder() or config.model)
-    try:
-        settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with _there(config):
+        settings = _settings(config)
         check_family(settings.model_type)
-        processor = load_processor(source)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read config.json and the processor's files of base.model '{source}': {first_line(error)}. A "
-            "folder with these small files is enough (--set base.model=FOLDER); no weights are read"
-        ) from None
+        processor = load_processor(_source(config))
     model = AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype))
     if config.tensor_parallel and processes > 1:
         check_shares(settings.text_config, processes)
         _keep_share(model, processes)
     return backbone_of(model, processor)
+
+
+def stored_type(config: BaseConfig) -> torch.dtype:
+    """The type that the base's weights are stored in, as its config.json says; `base.dtype` where it does not.
+
+    UserError as from `hollow_base`.
+    """
+    with _there(config):
+        kind: torch.dtype = _settings(config).dtype or getattr(torch, config.dtype)
+    return kind
+
+
+def _source(config: BaseConfig) -> str:
+    return str(config.folder() or config.model)
+
+
+def _settings(config: BaseConfig) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(_source(config), trust_remote_code=False)
+
+
+@contextmanager
+def _there(config: BaseConfig) -> Iterator[None]:
+    """A block that reads the base's small files: what is wrong with them is a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read config.json and the processor's files of base.model '{_source(config)}': "
+            f"{first_line(error)}. A folder with these small files is enough (--set base.model=FOLDER); no weights are "
+            "read"
+        ) from None
 
 
 def _keep_share(model: Any, processes: int) -> None:

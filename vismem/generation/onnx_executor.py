@@ -144,15 +144,15 @@ class OnnxExecutor:
             return self._empty()
         self.slots.keep(rows)
         self.questions, self.logits = [self.questions[row] for row in rows], [self.logits[row] for row in rows]
-        index, count, used = list(rows), len(rows), int(self.slots.used.max())
+        used = int(self.slots.used.max())
         if self.capacity > 2 * used + STEP:  # a longer row has left: the others need not read its slots for ever
             self.capacity = _whole_steps(used)
             for name, held in self.past.items():
                 self.past[name] = held[:, :, : self.capacity].copy()
-        for held in self.past.values():
-            held[:count, :, :used] = held[index, :, :used]
-        for held in (self.embeddings, self.hidden, self.positions):
-            held[:count, :used] = held[index, :used]
+        arrays = (*self.past.values(), self.embeddings, self.hidden, self.positions)
+        for place, row in enumerate(rows):  # a row moves forward, to where one is gone or has moved
+            for held in arrays if row > place else ():
+                held[place, ..., :used, :] = held[row, ..., :used, :]
 
     # --- the rows ---
 

@@ -1,5 +1,5 @@
-"""How much faster the served runtime answers several at once than one by one, how soon the first word comes, and what
-Triton's gRPC adds to an answer.
+"""How much faster the served runtime answers several at once than one by one, also where answers are longer, how soon
+the first word comes, and what Triton's gRPC adds to an answer.
 
     OMP_WAIT_POLICY=passive python benchmarks/serving.py [--json FILE]
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from vismem.serving.repository import write_model_repository
 from vismem.serving.server import TritonServer, triton_server
 
 STREAMS = (1, 2, 4, 8, 16)
+LONGER, TOGETHER = (64, 256), 8  # words of an answer, and streams, where answers go on past their end
 
 
 def export(folder: Path) -> None:
@@ -56,6 +58,17 @@ def triton(name: str = "vismem") -> Iterator[TritonServer]:
         write_model_repository(folder / "bundle", folder / "repository", name, 1)
         with triton_server(folder / "repository", log=folder / "log") as server:
             yield server
+
+
+def longer(runtime: Runtime, samples: Sequence[Sample], repeats: int) -> dict[tuple[int, str], list[float]]:
+    """Times that TOGETHER streams are faster than one, by the words of an answer and the memory."""
+    runtime.executor.stops = frozenset()
+    found = dict[tuple[int, str], list[float]]()
+    for words, memory in product(LONGER, ("learned", "off")):
+        ask = partial(answer, runtime, max_new_tokens=words, memory=memory)
+        turns = [[turn(ask, samples, streams)[1] for streams in (1, TOGETHER)] for _ in range(repeats)]
+        found[words, memory] = [one / together for one, together in turns]
+    return found
 
 
 def over_grpc(runtime: Runtime, samples: Sequence[Sample], repeats: int) -> list[float]:
@@ -97,12 +110,15 @@ def main() -> None:
     for streams in STREAMS:
         ratio = found["seconds"][1] / found["seconds"][streams]
         figures["streams"][streams] = {
-            "speed": [round(float(value), 2) for value in (ratio.median(), ratio.min(), ratio.max())],
+            "speed": _spread(ratio),
             "first_p95": round(float((found["first"][streams] / found["first"][1]).median()), 2),
             "tokens_per_second": round(figures["tokens"] / float(found["seconds"][streams].median())),
         }
-    ratios = over_grpc(runtime, questions(args.items * args.repeats, side=168), args.repeats)
-    figures["grpc"] = [round(float(value), 2) for value in (np.median(ratios), min(ratios), max(ratios))]
+    figures["grpc"] = _spread(over_grpc(runtime, questions(args.items * args.repeats, side=168), args.repeats))
+    figures["longer"] = {
+        f"{words} words, memory {memory}": _spread(ratios)
+        for (words, memory), ratios in longer(runtime, samples, args.repeats).items()
+    }
     rows = [
         "{} | {:.2f} ({:.2f} to {:.2f}) | {} | {:.2f}".format(
             streams, *row["speed"], row["tokens_per_second"], row["first_p95"]
@@ -111,7 +127,14 @@ def main() -> None:
     ]
     header = "streams | tokens/s, times one stream's | tokens/s | first token p95, times one stream's"
     took = "One stream over gRPC takes {:.2f} ({:.2f} to {:.2f}) times as long as in this process."
-    publish(figures, f"{table(header, rows)}\n\n{took.format(*figures['grpc'])}", args.json)
+    report = [table(header, rows), took.format(*figures["grpc"])]
+    rows = ["{} | {:.2f} ({:.2f} to {:.2f})".format(name, *ratio) for name, ratio in figures["longer"].items()]
+    report.append(table(f"answers of | {TOGETHER} streams' tokens/s, times one stream's", rows))
+    publish(figures, "\n\n".join(report), args.json)
+
+
+def _spread(ratios: Sequence[float]) -> list[float]:
+    return [round(float(value), 2) for value in (np.median(ratios), min(ratios), max(ratios))]
 
 
 if __name__ == "__main__":

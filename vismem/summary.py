@@ -13,6 +13,7 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import read_json
 from vismem.messages import Caller
+from vismem.provenance import MANIFEST, sha256_file
 from vismem.records import EXAMPLE, VISMEM, Metrics, Release, Verdict
 
 REPORTS = {
@@ -34,18 +35,31 @@ def print_summary(config: Config, artifacts: Path, caller: Caller, console: Cons
         raise UserError(f"no run yet, {artifacts / 'evaluate'} is not there: run `vismem repro`")
     metrics = Metrics.read(artifacts / "evaluate")
     release, verdict = Release.read(artifacts / "promote"), Verdict.read(artifacts / "promote")
+    judged = _is_of(release, metrics, artifacts / "export")
     smoke = read_json(artifacts / "deploy" / "smoke.json", "run `vismem deploy` again")
     table = [score_table(metrics)] if VISMEM in metrics.arms else []
     console.print("", *table, headline(metrics), "", sep="\n")
-    console.print(*verdict_lines(verdict, release), "", *example_lines(smoke), "", sep="\n")
+    if judged:
+        console.print(*verdict_lines(verdict, release), "", *example_lines(smoke), "", sep="\n")
+    else:
+        said = f"the last verdict, of {release.name} version {release.version}, is of an earlier run"
+        console.print(f"[bold yellow]NOT JUDGED YET[/]: {said}; `vismem repro` goes on", "", sep="\n")
     for what, name in REPORTS.items():
         if (artifacts / name).is_file():
             console.print(f"{what + ':':<16}{escape(caller.path(artifacts / name))}", soft_wrap=True)
     ui = f"vismem ui --profile {caller.profile}" if caller.profile else "make ui"
     console.print(f"{'the registry:':<16}{config.registry.model_name} in MLflow; `{ui}` opens it")
-    if images := sorted((artifacts / "deploy").glob(f"{EXAMPLE}-*")):
+    if judged and (images := sorted((artifacts / "deploy").glob(f"{EXAMPLE}-*"))):
         command = ask_command(caller, artifacts / "export", images, smoke["question"])
         console.print("", "Ask it yourself:", escape(command), sep="\n", soft_wrap=True)
+
+
+def _is_of(release: Release, metrics: Metrics, bundle: Path) -> bool:
+    """Whether the bundle that was judged is the one that is there, and of the model that was evaluated last."""
+    if not (bundle / MANIFEST).is_file() or not release.manifest_sha256:
+        return True  # nothing tells
+    model = read_json(bundle / "lineage.json", "run `vismem export` again")["inputs_sha256"]["stage2"]
+    return (release.manifest_sha256, metrics.stage2_sha256) == (sha256_file(bundle / MANIFEST), model)
 
 
 def verdict_lines(verdict: Verdict, release: Release) -> list[str]:

@@ -78,6 +78,22 @@ def test_a_missing_parameter_file_is_named(project: Path, capsys: pytest.Capture
     assert "no parameter file other.yaml" in failure(capsys, "prepare", "--params", "other.yaml")
 
 
+def test_a_section_that_stands_twice_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "deploy" / "profiles" / "smoke.yaml").write_text("stage1: {steps: 5}\nseed: 3\nstage1: {epochs: 2}\n")
+    assert main(["params", "--profile", "smoke"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "smoke.yaml is not valid YAML: 'stage1' stands there twice" in said
+    assert "line 3" in said
+
+
+def test_a_file_that_the_shell_has_emptied_is_no_file_of_defaults(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "params.yaml").write_text("")
+    assert "params.yaml is empty: restore it, or write the defaults by `vismem" in failure(capsys, "params")
+    assert main(["params", "--defaults"]) == 0
+
+
 @pytest.mark.parametrize("command", ["prepare", "repro", "params", "summary"])
 def test_a_wrong_profile_is_named_by_every_command(
     project: Path, capsys: pytest.CaptureFixture[str], command: str

@@ -45,8 +45,8 @@ def test_a_question_is_found_at_any_picture_that_looks_alike_and_the_leak_at_the
         [
             {
                 "split": split, "shard": 0 if split == "test" else 1, "position": place, "id": image, "value": value,
-                "asked": f"{image} {question}", "image_hashes": (image,), "looks": ((base + by).tobytes(),),
-                "question": question,
+                "asked": f"{image} {question}", "image_hashes": (image,), "tied": (image,),
+                "looks": ((base + by).tobytes(),), "question": question,
             }
             for place, (split, image, by, question, value) in enumerate(rows)
         ]

@@ -133,6 +133,37 @@ def test_nothing_that_is_there_is_overwritten_without_force_and_only_its_own_wit
     assert "lies in the folder that `vismem init` would write" in run("own", "--data", inside, "--force", status=1)
 
 
+def test_what_else_a_user_put_into_the_folder_is_never_removed(project: Path, run: Callable[..., str]) -> None:
+    file = write(project.parent / "photos")
+    run("own", "--data", file)
+    pictures = (project.parent / "photos").rename(project / "data" / "own" / "photos")
+    lines = (pictures / file.name).rename(project.parent / file.name)
+    given = ("own", "--data", lines, "--images", pictures, "--force")
+    assert "data/own also holds photos, which would be lost: move that" in run(*given, status=1)
+    assert len(list(pictures.glob("*.png"))) == 12
+    pictures.rename(project.parent / "photos")
+    run("own", "--data", lines, "--images", project.parent / "photos", "--force")
+
+
+def test_outside_a_project_it_writes_nothing(
+    project: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(project.parent / "photos")
+    monkeypatch.chdir(file.parent)
+    before = sorted(file.parent.rglob("*"))
+    assert "no parameter file params.yaml: run in the project's root" in run("own", "--data", file, status=1)
+    assert sorted(file.parent.rglob("*")) == before
+
+
+def test_an_id_of_zero_is_an_id(project: Path, run: Callable[..., str]) -> None:
+    file = write(project.parent / "photos", 0, [question(n, id=n, image=f"{n}.png") for n in range(12)])
+    for n in range(12):
+        picture(file.parent / f"{n}.png", n)
+    assert "that had none" not in run("own", "--data", file)
+    lines = [line for path in (project / "data" / "own").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(int(json.loads(line)["id"]) for line in lines) == [*range(12)]
+
+
 def test_a_run_that_is_killed_leaves_nothing_half(
     project: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,7 @@ def test_a_parameter_that_may_be_null_is_null_by_default_so_that_a_null_can_be_l
 
 def test_new_data_in_a_source_s_folder_changes_what_prepare_is_cached_by(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
-    file.write_text("{}\n")
+    file.write_text('{"image": "image.png"}\n')
     config = Config(prepare=PrepareConfig(sources=(JsonlSource(kind="jsonl", path=file, split="train"),)))
     before, validate = parameters_of("prepare", config), parameters_of("validate", config)
     assert parameters_of("prepare", config) == before

@@ -56,6 +56,7 @@ def test_a_step_s_help_says_what_it_does_reads_writes_and_depends_on(capsys: pyt
         (("infer", "--image", "a.png", "one?", "--prompt", "two?"), "give one question, at the end or with --prompt"),
         (("ask", "--image", "a.png"), "give one question, at the end or with --prompt"),
         (("models", "--artifacts"), "unknown argument --artifacts "),
+        (("evaluate", "--suite", "paper", "--base", "x"), "--base goes with --model"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_with_what_was_meant(
@@ -64,6 +65,13 @@ def test_a_wrong_command_line_is_one_line_with_what_was_meant(
     line = usage_error(capsys, *argv)
     assert said in line
     assert line.endswith("--help`")
+
+
+@pytest.mark.parametrize("known", ["'show', 'list'", "show, list"], ids=["Python 3.12.7", "Python 3.12.8"])
+def test_what_was_meant_is_found_in_the_words_of_every_python(capsys: pytest.CaptureFixture[str], known: str) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().error(f"argument action: invalid choice: 'shw' (choose from {known})")
+    assert "no action 'shw' (did you mean 'show'?); there are show, list; see" in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -124,6 +125,7 @@ def test_a_broken_image_is_read_as_it_is(folder: Path) -> None:
         ({"id": "b", "prompt": "?", "answer": "red"}, r"line 2: no 'image'"),
         (row(images=["red.png"]), r"line 2: has both"),
         (row(answer=["red"]), r"line 2: 'answer' must be a string, got \[\"red\"\]"),
+        (row(answer=math.nan), r"line 2: 'answer' must be a string, got NaN"),
         (row(choices="red"), r"line 2: 'choices' must be a list of strings"),
         (row(videos="clip.mp4"), r"line 2: 'videos' must be a list of objects"),
         (row(videos=[{"frames": "more"}]), r"line 2: a video is .*\"fps\".*got \{\"frames\": \"more\"\}"),

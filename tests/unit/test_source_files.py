@@ -1,11 +1,13 @@
 """What a run reads from outside `data/`: DVC sees that it has changed by a record of it there."""
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
 
 from vismem.config import Config, parse_config
-from vismem.data.source_files import RECORD, record_outside
+from vismem.data.source_files import RECORD, fingerprint, record_outside
 
 
 @pytest.fixture
@@ -33,6 +35,33 @@ def test_a_base_of_one_s_own_that_was_changed_in_place_is_noticed(folder: Path) 
     assert after != before
     (folder / "mine" / "base" / "tokenizer.json").write_text("{}")
     assert seen() not in (before, after)
+
+
+def test_of_a_folder_of_questions_only_the_pictures_that_they_name_count(folder: Path) -> None:
+    frames = {"frames": "clip", "fps": 1}
+    rows = [{"image": "a.png"}, {"images": ["b.png", "data:image/png;base64,AA=="]}, {"videos": [frames]}, {"image": 3}]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    (folder / "clip").mkdir()
+    names = ("a.png", "b.png", "clip/1.png", "unnamed.png")
+    for name in names:
+        (folder / name).write_text("pixels")
+    config = parse_config({"prepare": {"sources": [{"kind": "jsonl", "path": "mine.jsonl", "split": "train"}]}})
+
+    def seen() -> str:
+        record_outside(config)
+        return RECORD.read_text()
+
+    found = [seen()]
+    for name in (*names, "mine.jsonl"):
+        (folder / name).write_text(f"other {(folder / name).read_text()}" if name != "mine.jsonl" else "")
+        found.append(seen())
+    changed = [before != after for before, after in itertools.pairwise(found)]
+    assert changed == [True, True, True, False, True]
+
+
+def test_a_file_that_goes_meanwhile_is_not_counted(folder: Path) -> None:
+    there = folder / "mine" / "base" / "model.safetensors"
+    assert fingerprint([there, folder / "gone"]) == fingerprint([there])
 
 
 @pytest.mark.parametrize("model", ["assets/tiny-vlm", "Qwen/Qwen2.5-VL-7B-Instruct"])

@@ -12,6 +12,7 @@ from vismem.config import Config
 from vismem.errors import UserError
 from vismem.files import write_json, write_text
 from vismem.messages import Caller
+from vismem.provenance import MANIFEST, sha256_file, write_manifest
 from vismem.records import Release, Rule, Verdict
 from vismem.summary import example_lines, print_models, print_summary, verdict_lines
 
@@ -88,6 +89,21 @@ def test_a_last_evaluation_without_vismem_has_no_table_of_it(artifacts: Path) ->
     text = "\n".join(lines(console))
     assert "NOT RELEASED: the gate refused vismem version 2" in text
     assert "understanding" not in text
+
+
+@pytest.mark.parametrize("earlier", ["", "export", "evaluate"])
+def test_scores_are_not_shown_beside_the_verdict_on_another_model(artifacts: Path, earlier: str) -> None:
+    model = "of another" if earlier == "evaluate" else scores().stage2_sha256
+    write_json(artifacts / "export" / "lineage.json", {"inputs_sha256": {"stage2": model}})
+    write_manifest(artifacts / "export")
+    judged = "of another" if earlier == "export" else sha256_file(artifacts / "export" / MANIFEST)
+    RELEASE.model_copy(update={"manifest_sha256": judged}).write(artifacts / "promote")
+    console = Console(record=True, width=200, file=(artifacts / "out.txt").open("w"))
+    print_summary(Config(), artifacts, Caller(artifacts.parent), console)
+    text = console.export_text()
+    assert "66.0" in text
+    assert ("NOT RELEASED" in text, "which is [left]?" in text) == (not earlier,) * 2
+    assert ("NOT JUDGED YET: the last verdict, of vismem version 2, is of an earlier run" in text) == bool(earlier)
 
 
 def test_the_summary_needs_nothing_heavy(artifacts: Path) -> None:

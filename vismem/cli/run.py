@@ -116,8 +116,10 @@ def _run_step(arguments: argparse.Namespace) -> int:
     suite, model = getattr(arguments, "suite", None), getattr(arguments, "model", None)
     if not suite and any(getattr(arguments, name, None) for name in ("data", "limit", "model", "base")):
         arguments.parser.error("--data, --limit, --model and --base go with --suite")
-    if not arguments.params.is_file() and not model:  # a step in the wrong folder would work with the defaults
-        raise UserError(f"no parameter file {arguments.params}: run in the project's root, or name one with --params")
+    if getattr(arguments, "base", None) and not model:
+        arguments.parser.error("--base goes with --model: without, the base is that of the last run")
+    if not model:
+        _check_params(arguments.params)
     processes, inputs = getattr(arguments, "processes", 1), dict(arguments.input)
     known = BY_NAME["suite" if suite else arguments.command].reads
     for name in inputs:
@@ -141,9 +143,16 @@ def _named_folder(text: str) -> tuple[str, Path]:
     return name, Path(folder).absolute()
 
 
+def _check_params(file: Path) -> None:
+    """UserError where it is not there: in the wrong folder a command would work with the defaults."""
+    if not file.is_file():
+        raise UserError(f"no parameter file {file}: run in the project's root, or name one with --params")
+
+
 def _run_init(arguments: argparse.Namespace) -> None:
     from vismem.init import Request, init
 
+    _check_params(arguments.params)
     names = ("name", "base", "seed", "images", "test", "validation", "force")
     given = {name: getattr(arguments, name) for name in names}
     print(init(arguments.params, Request(data=tuple(arguments.data), **given), arguments.caller))

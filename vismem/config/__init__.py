@@ -100,6 +100,8 @@ def load_config(path: Path, profile: str | None = None, overrides: Mapping[str, 
 def load_params(path: Path, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The plain mapping behind `load_config`: the file's values with the profile's and the overrides laid over them."""
     values = {} if path == PARAMS_FILE and not path.exists() else _read_yaml(path)
+    if path.exists() and not path.stat().st_size:  # as a shell leaves the file that a command's output goes to
+        raise UserError(f"{path} is empty: restore it, or write the defaults by `vismem params --defaults > {path}`")
     if profile is not None:
         values = merge(values, _read_profile(path.parent, profile))
     return merge(values, _nested(overrides or {}))
@@ -175,11 +177,26 @@ def _read_profile(root: Path, profile: str) -> dict[str, Any]:
     return merge(extended, values)
 
 
+class _Unique(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice, of which YAML keeps the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """YAMLError that names the key and its line."""
+        names = set[str]()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark
+                )
+            names.add(key.value) if isinstance(key, yaml.ScalarNode) else None
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no parameter file {path}: run in the project's root, or name one with --params")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.load(path.read_text(), _Unique) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):

@@ -3,11 +3,13 @@
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vismem.config import Config, DvcSource, JsonlSource, LmuDataSource, NlvrSource
 from vismem.data.dvc_source import COMMIT, find
+from vismem.data.readers.jsonl import named_files
 from vismem.data.readers.lmudata import VARIABLE
 from vismem.data.readers.nlvr import parquet_files
 from vismem.files import read_json, write_json
@@ -21,7 +23,7 @@ def files_of(source: Any) -> list[Path]:
     """The files that a source reads, as far as they are there; one that is generated or in a package has none."""
     places: list[Path] = []
     if isinstance(source, JsonlSource):
-        places = [source.path, source.images or source.path.parent]  # images lie beside it
+        places = [source.path, *named_files(source)]
     elif isinstance(source, NlvrSource):
         places = [source.path, *parquet_files(source.path)]
     elif isinstance(source, LmuDataSource) and (given := source.path or os.environ.get(VARIABLE)):
@@ -37,9 +39,12 @@ def rule_files(config: Config) -> list[Path]:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Hex sha256 over names, sizes and times of files; they are not opened."""
-    stats = ((file, file.stat()) for file in files)
-    lines = [f"{file.as_posix()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
+    """Hex sha256 over names, sizes and times of files; they are not opened. One that has gone meanwhile is left out."""
+    lines = list[str]()
+    for file in files:
+        with suppress(FileNotFoundError):
+            stat = file.stat()
+            lines.append(f"{file.as_posix()} {stat.st_size} {stat.st_mtime_ns}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from vismem.init.bases import look_at
 from vismem.init.profile import LARGE, MARK, render_profile, settings_of
 from vismem.init.report import RECORD, describe
 from vismem.init.rows import File, Row, Rows, read_rows
-from vismem.init.splits import Splits, split_rows
+from vismem.init.splits import ORDER, Splits, split_rows
 from vismem.locks import lock_file
 from vismem.messages import Caller
 from vismem.provenance import sha256_file
@@ -93,6 +93,12 @@ def _check_free(request: Request, target: Path, profile: Path) -> None:
             raise UserError(f"{shown} is there already and not of `vismem init`: choose another name")
         if path.exists() and not request.force:
             raise UserError(f"{shown} is there already: choose another name, or replace it with --force")
+    written = {RECORD, *(f"{split}.jsonl" for split in ORDER)}
+    if others := sorted(file.name for file in target.glob("[!.]*") if file.name not in written):
+        raise UserError(
+            f"{os.path.relpath(target)} also holds {', '.join(others[:3])}, which would be lost: move that, or choose "
+            "another name"
+        )
 
 
 def _base_model(named: str | None, config: Config, root: Path) -> str:

@@ -124,7 +124,7 @@ def _row(
 ) -> tuple[Row, bool]:
     """The row, and whether it had an id. UserError, one line, with what is wrong."""
     values = json_object(line, where, NEEDED)
-    had_id = str(values.get("id") or "").strip() != ""
+    had_id = values.get("id") is not None and str(values["id"]).strip() != ""
     if not had_id:
         values["id"] = _new_id(Path(os.path.abspath(file.path)), images, where)
     sample = jsonl.sample_of(values, file.images, where, file.path.name)

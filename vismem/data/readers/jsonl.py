@@ -11,12 +11,14 @@ in the order of their names. Video files (MP4 and the like) are not decoded here
 """
 
 import json
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vismem.config import JsonlSource
-from vismem.data.readers.files import inside, json_lines
+from vismem.data.readers.files import inside, json_lines, json_object, numbered_lines
 from vismem.data.sample import Capability, Sample, Video
 from vismem.errors import UserError
 from vismem.runtime.images import DATA_URI, decoded_base64
@@ -35,6 +37,18 @@ def read(source: JsonlSource) -> Iterator[Sample]:
         raise UserError(f"no JSONL file {path}: check `path` in prepare.sources; the kind dvc fetches what is not here")
     for where, row in json_lines(path, NEEDED):
         yield sample_of(row, folder, where, f"jsonl:{path.name}")
+
+
+def named_files(source: JsonlSource) -> set[Path]:
+    """The images, and the files or folders of frames, that its rows name; what is wrong with a row `read` says."""
+    folder, found = source.images or source.path.parent, set[Path]()
+    for where, line in numbered_lines(source.path) if source.path.is_file() else ():
+        with suppress(UserError):
+            row = json_object(line, where, ())
+            frames = [video.get("frames") for video in _list(row, "videos", where, dict)]
+            names = _image_names(row, where) + [n for f in frames for n in (f if isinstance(f, list) else [f])]
+            found |= {folder / str(name) for name in names if not str(name).startswith(DATA_URI)}
+    return found
 
 
 def sample_of(row: dict[str, Any], folder: Path, where: str, source: str) -> Sample:
@@ -102,7 +116,8 @@ def _image(folder: Path, name: str | Path, where: str) -> bytes:
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key, "")
     typed = isinstance(value, str | int | float) and not isinstance(value, bool)
-    _require(typed, where, f"'{key}' must be a string", value)
+    known = not (isinstance(value, float) and math.isnan(value))  # as pandas writes what is not there
+    _require(typed and known, where, f"'{key}' must be a string", value)
     return str(value)
 
 

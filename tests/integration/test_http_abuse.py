@@ -142,3 +142,21 @@ def test_a_room_holds_its_whole_and_what_is_larger_alone() -> None:
         thread.join()
     assert len(most) == len(threads), "nobody was inside with too many others"
     assert 8 <= max(total for total in most if total != 30) <= 10
+
+
+def test_small_parts_do_not_pass_one_that_waits_for_a_large_one() -> None:
+    room, order = Room(10), list[int]()
+
+    def work(part: int) -> None:
+        with room.of(part):
+            order.append(part)
+
+    with room.of(4):
+        threads = [threading.Thread(target=work, args=(part,)) for part in (8, 3, 2)]
+        for number, thread in enumerate(threads, start=1):
+            thread.start()
+            while len(room.waiting) < number:
+                time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert order == [8, 3, 2]

@@ -83,12 +83,31 @@ def test_a_hung_thread_is_found_and_its_recovery_too(
     assert found(client) == (200, "ok")
 
 
-def test_a_model_that_fails_is_found(client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["join", "choose"])
+def test_a_model_that_fails_is_found(
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.executor, "choose", lambda asked: 1 / 0)
-        status, reason = found(client)
-        assert (status, "ZeroDivisionError" in reason) == (503, True)
+        patch.setattr(runtime.executor, call, lambda *given: 1 / 0)
+        for _ in range(3):
+            status, reason = found(client)
+            assert (status, "ZeroDivisionError" in reason) == (503, True)
     assert found(client) == (200, "ok")
+
+
+def test_a_model_that_has_not_answered_yet_is_not_called_well(
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, held, join = threading.Event(), threading.Event(), runtime.executor.join
+    monkeypatch.setattr(runtime.executor, "join", lambda *given: (asked.set(), held.wait(60), join(*given))[2])
+    verdicts = list[tuple[int, str]]()
+    first = threading.Thread(target=lambda: verdicts.append(found(client)))
+    first.start()
+    asked.wait(60)
+    assert found(client) == (503, "it has not answered yet")
+    held.set()
+    first.join()
+    assert verdicts == [(200, "ok")]
 
 
 @pytest.mark.parametrize("call", ["join", "choose"])

@@ -12,7 +12,10 @@ import tiny_stages
 from fastapi.testclient import TestClient
 from http_calls import messages
 
+from vismem.data.fingerprint import examine_image
 from vismem.generation.torch_executor import TorchExecutor
+from vismem.runtime.limits import check_request
+from vismem.serving import answering
 from vismem.serving.answering import Runtime
 from vismem.serving.http import create_app
 from vismem.serving.request_log import FOLDER, SHARE, RequestLog
@@ -45,9 +48,11 @@ def written(runtime: Runtime, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("kept", [0, answering.LOGGED])
 def test_whole_and_streamed_answers_are_logged_as_they_were_sent(
-    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
+    monkeypatch.setattr(answering, "LOGGED", kept)
     logged(runtime, tmp_path, monkeypatch)
     client = TestClient(create_app(runtime, "tiny"))
     replies = [ask(client, number).json() for number in range(4)]
@@ -69,6 +74,24 @@ def test_whole_and_streamed_answers_are_logged_as_they_were_sent(
     assert len(lines) == 5
 
 
+@pytest.mark.parametrize("kept", [0, answering.LOGGED])
+def test_large_pictures_are_not_held_while_an_answer_is_decoded(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    monkeypatch.setattr(answering, "LOGGED", kept)
+    logged(runtime, tmp_path, monkeypatch)
+    images = check_request(SAMPLES[0].images, b"what?", 12)
+    list(runtime.generate(images, "what?", max_new_tokens=12))
+    for image in images:
+        if kept:
+            image.tobytes()
+        else:
+            with pytest.raises(ValueError, match="closed image"):
+                image.tobytes()
+    (line,) = written(runtime, tmp_path)
+    assert [one["sha256"] for one in line["images"]] == [examine_image(data).sha256.hex() for data in SAMPLES[0].images]
+
+
 def test_probes_refused_requests_and_answers_without_a_reader_are_not_logged(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,8 +101,6 @@ def test_probes_refused_requests_and_answers_without_a_reader_are_not_logged(
     assert ask(client, 0, max_tokens=1).status_code == 200
     assert ask(client, 0, max_tokens=0).status_code == 400
     sample = SAMPLES[1]
-    from vismem.runtime.limits import check_request
-
     chunks = runtime.generate(check_request(sample.images, b"what?", 12), "what?", max_new_tokens=12)
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]

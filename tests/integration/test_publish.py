@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from project import Project
@@ -98,6 +99,32 @@ def test_a_champion_that_is_followed_is_read_again_only_where_the_ledger_moved(
     assert checked == [first], "it was there from before"
     shutil.rmtree(first)
     assert served(follow()) == {"vismem/1": b"one"}
+
+
+def test_a_champion_that_cannot_be_served_is_fetched_again_less_and_less_often(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.release(b"one", score=66.0)
+    clock, fetched, follow = [0.0], list[float](), follower(project.config, project.artifacts)
+    monkeypatch.setattr("vismem.serving.champion.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def download(*_: object) -> None:
+        fetched.append(clock[0])
+        raise UserError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vismem.serving.publish.download_bundle", download)
+        for _ in range(20):
+            with pytest.raises(UserError, match="no room"):
+                follow()
+            clock[0] += 10
+        assert fetched == [0, 10, 30, 70, 150]
+        project.release(b"two", score=68.0)
+        with pytest.raises(UserError, match="no room"):
+            follow()
+        assert fetched[-1] == clock[0], "another is tried at once"
+    clock[0] += 10
+    assert served(follow()) == {"vismem/2": b"two"}
 
 
 def test_a_bundle_damaged_in_the_store_is_not_published(project: Project, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -9,7 +10,7 @@ import pytest
 
 from vismem import AsyncClient, Client
 from vismem.serving.connection import Connection
-from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError
+from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
 from vismem.serving.over_grpc import OverGrpc, _requests
 
 
@@ -61,6 +62,32 @@ def test_a_server_that_is_not_there_is_named_whole_and_streamed() -> None:
             ask(b"", "?")
     with pytest.raises(DisconnectedError, match=r"no model server answers at nowhere.invalid:1"):
         Client("grpc://nowhere.invalid:1", model="vismem").ask(b"", "?")
+
+
+def test_a_name_that_was_found_is_found_again_where_it_is_served_no_more() -> None:
+    names = ["vismem_challenger"]
+
+    class Server:
+        async def models(self) -> list[str]:
+            return names
+
+        async def pieces(self, model: str, *_: object) -> AsyncGenerator[Token, None]:
+            if model not in names:
+                raise RefusedError("not ready")
+            yield Token(model, "token")
+            yield Token("", "end", {})
+
+    def asked(client: AsyncClient) -> str:
+        return str(asyncio.run(client.ask(b"", "?")))
+
+    found, given = (AsyncClient("grpc://127.0.0.1:1", model=name) for name in (None, "vismem_challenger"))
+    found.server = given.server = Server()  # type: ignore[assignment]
+    assert asked(found) == asked(given) == "vismem_challenger"
+    names[:] = ["vismem"]
+    for client in (found, given, given):
+        with pytest.raises(RefusedError):
+            asked(client)
+    assert asked(found) == "vismem"
 
 
 def test_a_deadline_need_not_be_finite() -> None:

@@ -115,6 +115,24 @@ def test_what_becomes_of_another_release_is_not_taken_for_the_new_one(releases: 
     assert (releases.repository / "vismem").resolve().name == releases.served["vismem"]
 
 
+def test_two_models_that_change_together_are_both_loaded(releases: Releases, tmp_path: Path) -> None:
+    deploy(releases, version=8, word="new")
+    for model in make_repository(tmp_path / "plates", name="plates", version=8).iterdir():
+        model.rename(releases.source / model.name)
+    found, log = releases._fresh(), releases.source.parent / "log"
+    log.touch()
+
+    def check() -> None:
+        with log.open("a") as file:
+            file.writelines(f"{releases.copies / found[m] / '8'}\nsuccessfully loaded '{m}'\n" for m in found)
+
+    written = list[str]()
+    releases.update(SimpleNamespace(service=SimpleNamespace(log=log, check=check)), written.append)  # type: ignore[arg-type]
+    assert sorted(found) == ["plates", "vismem"]
+    assert written == [f"{model}: the new release answers now" for model in sorted(found)]
+    assert {model: releases.served[model] for model in found} == found
+
+
 def test_a_damaged_release_is_named_once_and_looked_at_again_later(
     releases: Releases, monkeypatch: pytest.MonkeyPatch
 ) -> None:

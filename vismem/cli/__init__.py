@@ -13,6 +13,7 @@ from vismem.cli.options import common_options, output_options
 from vismem.cli.parser import Commands, Parser, Version
 from vismem.errors import UserError
 from vismem.messages import Caller
+from vismem.runtime.access import pass_proxies
 
 ABOUT = "Latent vision memory for vision-language models: train, evaluate, gate, release and serve it."
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.parser.refuse(rest)
     arguments.rest, arguments.root = rest, parser
     arguments.caller = Caller.of(getattr(arguments, "profile", None))
+    pass_proxies()
     try:
         status: int | None = arguments.run(arguments)
         sys.stdout.flush()

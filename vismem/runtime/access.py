@@ -4,12 +4,21 @@ import hmac
 import os
 
 TOKEN_VARIABLE = "VISMEM_API_TOKEN"  # not an option: every user of the machine can read those
+LOCAL, PROXIES = "127.0.0.1,localhost,::1", ("http", "https", "all", "grpc")
 NO_TOKEN = "no such token: send `Authorization: Bearer TOKEN`"
 
 
 def own_token() -> str:
     """The token that this process's environment names: what a server asks for, and what a client sends; "" is none."""
     return os.environ.get(TOKEN_VARIABLE, "").strip()
+
+
+def pass_proxies() -> None:
+    """Let this process and its children reach this machine's own services beside the proxy that a variable names."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    proxy = any(os.environ.get(f"{kind}_proxy") or os.environ.get(f"{kind}_proxy".upper()) for kind in PROXIES)
+    if proxy and known != "*" and LOCAL not in known:
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{known},{LOCAL}".strip(",")
 
 
 def token_refusal(token: str, authorization: str) -> str:

@@ -5,6 +5,7 @@ Also the place of each patch: its row and column for the rotary position, its im
 
 import binascii
 import hashlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
-from vismem.runtime.limits import RequestError
+from vismem.runtime.limits import FORMATS, RequestError
 
 Grid = tuple[int, int]  # rows and columns of patches
 LOOK = 8  # sides of the small copy by which two images are seen to be alike
@@ -110,6 +111,13 @@ def let_go(images: Sequence[Image.Image], pixels: bool) -> None:
         vars(image).pop("_decoder", None)
         if pixels and isinstance(image, ImageFile.ImageFile):
             image.close()
+
+
+def unread(image: Image.Image) -> Image.Image:
+    """The image as it was opened, to be decoded again; one that is from no file in memory is itself."""
+    if isinstance(image, ImageFile.ImageFile) and isinstance(image.fp, io.BytesIO):
+        return Image.open(io.BytesIO(image.fp.getvalue()), formats=FORMATS)
+    return image
 
 
 def resized(images: Sequence[Image.Image], grids: Sequence[Grid], settings: Mapping[str, Any]) -> list[Image.Image]:

@@ -3,6 +3,7 @@
 import io
 import re
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -31,16 +32,27 @@ class RequestError(ValueError):
 
 
 class Room:
-    """So much of something that threads may hold together; one that asks for more than all waits until it is alone."""
+    """So much of something that threads may hold together; one that asks for more than all waits until it is alone.
+
+    They get it in the order in which they ask: else small parts would pass one that waits for a large one for ever.
+    """
 
     def __init__(self, whole: int) -> None:
         self.whole, self.held, self.changed = whole, 0, threading.Condition()
+        self.waiting = deque[object]()
 
     @contextmanager
     def of(self, part: int) -> Iterator[None]:
         """A block that holds `part` of it."""
         with self.changed:
-            self.changed.wait_for(lambda: self.held == 0 or self.held + part <= self.whole)
+            self.waiting.append(turn := object())
+            try:
+                self.changed.wait_for(
+                    lambda: self.waiting[0] is turn and (self.held == 0 or self.held + part <= self.whole)
+                )
+            finally:
+                self.waiting.remove(turn)
+                self.changed.notify_all()
             self.held += part
         try:
             yield

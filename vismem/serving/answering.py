@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from vismem.generation.invocation import InvocationPolicy, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.chat import Chat, check_chat, one_turn, said
-from vismem.runtime.images import let_go
+from vismem.runtime.images import let_go, unread
 from vismem.runtime.limits import MAX_TOTAL_PIXELS, NEW_TOKENS, RequestError, Room, check_stops
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
@@ -29,6 +29,7 @@ ROWS = 8  # answers at a time
 WAITING = 32  # that wait for a place, at most
 PREPARING = os.cpu_count() or 1  # questions that are read at a time
 CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
+LOGGED = 1_000_000  # pixels that an answer keeps for the request log; more are decoded again
 STOPPED, LEFT = "the server stops: ask again later", "nobody reads the answer"
 
 
@@ -88,7 +89,7 @@ class Runtime:
         self.thread: threading.Thread | None = None
         self.closed = False
         self.answers: dict[Row, _Answer] = {}  # that are decoded
-        self.stepped = -math.inf  # when the last step ended, by time.monotonic()
+        self.stepped = -math.inf  # when a token was last decoded, by time.monotonic()
         self.metrics = Metrics(lambda: len(self.waiting), lambda: len(self.answers))
         self.log: RequestLog | None = None
 
@@ -150,16 +151,18 @@ class Runtime:
         answer = _Answer(arrived, gone or threading.Event(), Handover(min(every, TOGETHER) if stop else every))
         self._take_place(answer)
         try:
-            with self.decoding.of(sum(image.width * image.height for image in images)):
+            pixels = sum(image.width * image.height for image in images)
+            logged = images if not self.log or pixels < LOGGED else [unread(image) for image in images]
+            with self.decoding.of(pixels):
                 answer.check()
                 sample = self.executor.prepare(images, chat, max_new_tokens)
-                let_go(images, pixels=self.log is None)
+                let_go(images, pixels=not self.log or logged is not images)
         except BaseException:
             self.places.discard(answer)
             raise
         answer.request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
         asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        return self._chunks(answer, stop, images, asked)
+        return self._chunks(answer, stop, logged, asked)
 
     def close(self) -> None:
         """End all answers, each with Busy, and the thread that decodes."""
@@ -280,7 +283,7 @@ class Runtime:
             if answer.gone.is_set():
                 loop.leave(row)
                 self.answers.pop(row).tokens.end(Busy(LEFT))
-        for row, token in loop.step():
+        for row, token in (decided := loop.step()):
             kind, answer = self.executor.kinds.get(token), self.answers[row]
             (self.metrics.memories.labels(kind.value) if kind else self.metrics.tokens).inc()
             if row.decisions == 1:
@@ -292,4 +295,5 @@ class Runtime:
                 self.places.discard(answer)
         if not self.answers:
             loop.step()  # lets the last ones go
-        self.stepped = time.monotonic()
+        if decided:
+            self.stepped = time.monotonic()

@@ -1,5 +1,6 @@
 """What `vismem serve` serves: the champion that the ledger names."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from vismem.registry.ledger import Ledger
 from vismem.registry.listing import read_registry
 from vismem.registry.view import View
 from vismem.serving.repository import without_graphs
+
+FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds
 
 
 def champion_repository(config: Config, artifacts: Path) -> Path:
@@ -41,14 +44,26 @@ def _repository(config: Config, artifacts: Path, view: View, ledger: Ledger) -> 
 
 
 def follower(config: Config, artifacts: Path) -> Callable[[], Path]:
-    """`champion_repository`, to be asked every few seconds: fetched files are verified when the ledger has moved."""
+    """`champion_repository`, to be asked every few seconds: fetched files are verified when the ledger has moved.
+
+    What fails is tried again after FIRST_PAUSE seconds, and then twice as many each time: it may be fetched whole.
+    """
     fetched: dict[int, Path] = {}  # by the ledger's revision
+    failed: dict[int, tuple[str, float, float]] = {}  # by the same: why, until when, and the pause
 
     def champion() -> Path:
         view, ledger = read_registry(config.registry)
         found = fetched.get(ledger.revision)
         if found is None or not found.is_dir():
-            found = _repository(config, artifacts, view, ledger)
+            said, until, pause = failed.get(ledger.revision, ("", 0.0, FIRST_PAUSE))
+            if time.monotonic() < until:
+                raise UserError(said)
+            failed.clear()
+            try:
+                found = _repository(config, artifacts, view, ledger)
+            except (UserError, OSError) as error:
+                failed[ledger.revision] = str(error), time.monotonic() + pause, min(2 * pause, LONGEST_PAUSE)
+                raise
             fetched.clear()
             if found.is_relative_to(artifacts / "champion"):  # that of `deploy` may be replaced
                 fetched[ledger.revision] = found

@@ -54,7 +54,7 @@ class AsyncClient:
         scheme, mark, place = address.partition("://")
         if scheme not in ("http", "https", "grpc", "grpcs") or not (mark and place):
             raise UserError(f"{address} is no address of a server: give http://HOST:PORT or grpc://HOST:PORT")
-        self.address, self.model, self.timeout = address, model, timeout
+        self.address, self.model, self.timeout, self.given = address, model, timeout, model is not None
         grpc, tls = scheme.startswith("grpc"), scheme == "grpcs"
         self.server = OverGrpc(place.rstrip("/"), token or "", tls) if grpc else OverHttp(address, token or "")
 
@@ -136,8 +136,13 @@ class AsyncClient:
             self.model = self.model or await self._find_model(None)
         async with aclosing(self.server.pieces(self.model, asked, stream, seconds)) as pieces:
             while True:
-                async with self._until(deadline, seconds):  # around a step: the caller's own code is not cancelled
-                    piece = await anext(pieces, None)
+                try:
+                    async with self._until(deadline, seconds):  # around a step: the caller's own code is not cancelled
+                        piece = await anext(pieces, None)
+                except RefusedError:
+                    if not self.given:  # another may be served by now: the next question finds it
+                        self.model = None
+                    raise
                 if piece is None:
                     break
                 if piece.event == "end":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vismem.config import load_config, resolve
 from vismem.errors import UserError
+from vismem.runtime.access import pass_proxies
 
 PROFILE_VARIABLE = "VISMEM_PROFILE"
 
@@ -20,6 +21,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     parser.add_argument("--params", type=Path, help="parameter file; default: the parameters' defaults")
     parser.add_argument("--profile", help=f"a profile of deploy/profiles/; default: {PROFILE_VARIABLE}")
     options = vars(parser.parse_args(arguments))
+    pass_proxies()
     params, profile = options.pop("params"), options.pop("profile") or os.environ.get(PROFILE_VARIABLE) or None
     try:
         print(action(load_config(params, profile) if params else resolve(profile or ""), **options))

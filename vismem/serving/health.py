@@ -40,7 +40,7 @@ class HealthCheck:
         self.asker: threading.Thread | None = None
         self.asked = 0.0  # when, by time.monotonic()
         self.fault = ""  # what the question ended with
-        self.said = ""  # the last verdict
+        self.said = "it has not answered yet"  # the last verdict
 
     def problem(self) -> str:
         """Why the runtime does not answer, or nothing. While a call finds out, others get the last verdict."""

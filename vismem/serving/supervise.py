@@ -94,8 +94,10 @@ class Releases:
                 self.refused |= dict.fromkeys(found.values(), time.monotonic() + RETRY_SECONDS)
                 return
             deployed = self._deployed()
+        before = set(self.served.values())
         for model, value in sorted(found.items()):
             write(self._load(model, value, server))
+        self._drop(before | set(self.served.values()))
         if any(map(_is_release, self.served)):
             for model in [name for name in self.served if not _is_release(name) and name not in deployed]:
                 self._put(model, None)
@@ -146,7 +148,6 @@ class Releases:
                 said = verdict.search(lines)
                 if said and said[1].startswith("success"):
                     self.served[model] = value
-                    self._drop({before, *self.served.values()})
                     return f"{model}: the new release answers now"
                 if said:
                     reason = find_error([line for line in lines.splitlines() if f"'{model}'" in line])
@@ -160,7 +161,7 @@ class Releases:
                 shutil.rmtree(copy)
         return f"{model}: the new release is refused, the one before it serves on: {reason}"
 
-    def _drop(self, kept: Collection[str | None]) -> None:
+    def _drop(self, kept: Collection[str]) -> None:
         """Delete the copies of other releases: running answers may need that of the one before."""
         for copy in self.copies.iterdir():
             if copy.name not in kept:

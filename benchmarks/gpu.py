@@ -99,7 +99,9 @@ def training(model: VisMemModel, config: Config, args: argparse.Namespace) -> li
         plans = process.submit(planned, config, args.side, card or "H100").result()
     samples, rollouts = planned_questions(args.prompts, (args.side, args.side)), args.prompts * args.group
     plain = config.grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
-    fit_invocation(model, samples, config.stage2, args.tokens, seed=0)
+    fit_invocation(
+        model, samples, config.stage2, config.grpo.model_copy(update={"max_new_tokens": args.tokens}), seed=0
+    )
     found = []
     for plan, stage in zip(plans, (config.stage1, config.stage2), strict=True):
         with FlopCounterMode(display=False) as counted:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from vismem.config import Config
 from vismem.disk import explain_full_disk
@@ -147,6 +148,14 @@ BY_NAME: dict[str, Step] = {step.name: step for step in (*STEPS, *BASELINES, SUI
 SHARED = ("stage1", "stage2", "evaluate", "suite", *_TRAINS)  # the steps that several processes can share
 
 
+# Parameters that change what a training holds or keeps, and no result: a run that ended with too little memory goes on
+# from its checkpoint with others.
+SAME_RESULT: dict[str, Any] = {
+    "grpo": {"micro_batch", "gradient_checkpointing", "checkpoint_every", "sample_every"},
+    "baselines": {"supervised": {"micro_batch"}},
+}
+
+
 def all_sections(name: str) -> set[str]:
     """The parameter sections of a step and of all steps before it."""
     step = BY_NAME[name]
@@ -229,8 +238,8 @@ def input_folders(name: str, artifacts: Path, inputs: Mapping[str, Path] | None 
 
 
 def identity(name: str, config: Config, folders: Mapping[str, Path]) -> str:
-    """What a step's output is made of: its parameters and the content of its inputs, as one hash."""
-    values = config.model_dump(mode="json", by_alias=True)
+    """What a step's output is made of: its parameters, without SAME_RESULT, and its inputs, as one hash."""
+    values = config.model_dump(mode="json", by_alias=True, exclude=SAME_RESULT)
     sections = {section: values[section] for section in BY_NAME[name].sections}
     parts: list[object] = [sections]
     for section in sections.values():  # an earlier training that this one continues

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from vismem.config import InvocationConfig, Stage2Config
+from vismem.config import GrpoConfig, InvocationConfig, Stage2Config
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned
 from vismem.generation.replay import answer_states, prefill
@@ -22,12 +22,15 @@ LETTERS = InvocationConfig(delimiters=(*"abcdefghijklmnopqrstuvwxyz", ",", "."),
 
 
 @torch.no_grad()
-def chances(base: Path, **changes: Any) -> Mapping[str, tuple[float, float]]:
+def chances(
+    base: Path, temperature: float = 1.0, micro_batch: int = 64, **changes: Any
+) -> Mapping[str, tuple[float, float]]:
     """The mean chance of a short and of a long memory at each sort of place in answers of the fitted model."""
+    grpo = GrpoConfig(max_new_tokens=TOKENS, temperature=temperature, micro_batch=micro_batch)
     model, samples = VisMemModel(load_base(base), tiny.MEMORY, LETTERS), tiny.samples(48)
     with torch.enable_grad():
-        fit_invocation(model, samples, Stage2Config(**changes), TOKENS, seed=0)
-    rollouts = generate(model, samples, Learned(), max_new_tokens=TOKENS, temperature=1.0, seed=9)
+        fit_invocation(model, samples, Stage2Config(**changes), grpo, seed=0)
+    rollouts = generate(model, samples, Learned(), max_new_tokens=TOKENS, temperature=temperature, seed=9)
     hidden = answer_states(model, prefill(model, samples), rollouts, torch.arange(len(samples)))
     found: dict[str, list[torch.Tensor]] = {"start": [], "delimiter": [], "elsewhere": []}
     for states, rollout in zip(hidden, rollouts, strict=True):
@@ -35,7 +38,7 @@ def chances(base: Path, **changes: Any) -> Mapping[str, tuple[float, float]]:
             if sampled:
                 after = index > 0 and rollout.token_ids[index - 1] in model.delimiter_ids
                 sort = "delimiter" if after else "elsewhere" if index else "start"
-                found[sort].append(model.logits(states[index]).softmax(-1)[model.vocabulary :])
+                found[sort].append((model.logits(states[index]) / temperature).softmax(-1)[model.vocabulary :])
     assert min(map(len, found.values())) >= 48
     means = {sort: torch.stack(rows).mean(0).tolist() for sort, rows in found.items()}
     return {sort: (short, long) for sort, (short, long) in means.items()}
@@ -50,10 +53,19 @@ def test_the_prior_is_flat_and_the_same_for_both_kinds(tiny_base: Path) -> None:
     assert sum(found["elsewhere"]) < sum(found["delimiter"])
 
 
-def test_each_chance_is_that_of_its_own_setting(tiny_base: Path) -> None:
-    found = chances(tiny_base, start_probability=0.6, delimiter_probability=0.1)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.5])
+def test_each_chance_is_that_of_its_own_setting_at_the_rollouts_temperature(
+    tiny_base: Path, temperature: float
+) -> None:
+    found = chances(tiny_base, temperature, start_probability=0.6, delimiter_probability=0.1)
     assert sum(found["start"]) == pytest.approx(0.6, abs=0.15)
     assert sum(found["delimiter"]) == pytest.approx(0.1, abs=0.06)
+
+
+def test_small_batches_fit_what_large_ones_do(tiny_base: Path) -> None:
+    large, small = (chances(tiny_base, micro_batch=count, start_probability=0.3) for count in (64, 5))
+    for place, found in large.items():
+        assert small[place] == pytest.approx(found, rel=1e-3)
 
 
 def test_the_answers_that_it_is_fitted_on_have_the_models_own_limit(
@@ -72,5 +84,5 @@ def test_the_answers_that_it_is_fitted_on_have_the_models_own_limit(
         monkeypatch.setattr(stage2, "generate", recording)
         invocation = LETTERS.model_copy(update={"max_per_answer": limit})
         model = VisMemModel(load_base(tiny_base), tiny.MEMORY, invocation)
-        fit_invocation(model, tiny.samples(), Stage2Config(), TOKENS, seed=0)
+        fit_invocation(model, tiny.samples(), Stage2Config(), GrpoConfig(max_new_tokens=TOKENS), seed=0)
         assert max(counts) == limit

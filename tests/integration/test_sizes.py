@@ -214,7 +214,7 @@ def test_the_head_is_fitted_to_answers_without_all_their_logits(
     width = model.vocabulary
     monkeypatch.setattr(token_scores, "MAX_LOGITS", 5 * width)
     with Alive(lambda tensor: tensor.shape[-1:] == (width,) and tensor.ndim > 1) as alive:
-        stage2.fit_invocation(model, tiny.samples()[:4], Stage2Config(), max_new_tokens=10, seed=0)
+        stage2.fit_invocation(model, tiny.samples()[:4], Stage2Config(), GrpoConfig(max_new_tokens=10), seed=0)
     assert 0 < alive.largest <= 5 * (width + 2)
 
 
@@ -232,13 +232,13 @@ def test_the_head_is_fitted_to_answers_without_a_double_precision_copy_of_their_
 
     monkeypatch.setattr(stage2, "answer_states", once)
     model, rows = tiny.vismem(tiny_base), []
-    decisions = stage2._decisions(model, tiny.samples(40), 10, 0)
+    decisions = stage2._decisions(model, tiny.samples(40), GrpoConfig(max_new_tokens=10), 0)
     assert len(replayed) == 2
     monkeypatch.setattr(stage2, "_decisions", lambda *_: decisions)
     for together in (10_000, 7):
         monkeypatch.setattr(token_scores, "MAX_LOGITS", together * model.backbone.width)
         with Alive(lambda tensor: tensor.dtype == torch.double and tensor.ndim > 1) as alive:
-            stage2.fit_invocation(model, [], Stage2Config(), max_new_tokens=10, seed=0)
+            stage2.fit_invocation(model, [], Stage2Config(), GrpoConfig(max_new_tokens=10), seed=0)
         rows.append((model.tokens.head.clone(), model.tokens.bias.clone()))
     assert 0 < alive.largest <= max(7 * model.backbone.width, model.vocabulary + 2) < decisions[0].numel()
     for whole, in_pieces in zip(*rows, strict=True):

@@ -35,13 +35,13 @@ from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 from vismem.training.rollout import GrpoObjective, RolloutBatch
 from vismem.training.run import FITTED, Inputs, Parameters, Run, changes_prefill, count_of, new_model
+from vismem.training.stage2 import FIT_BATCH
 from vismem.training.supervised import Supervised
 
 BASE, ADDED, GRADIENTS, STATES = "base weights", "VisMem's weights", "gradients", "optimiser states"
 FIXED = (BASE, ADDED, GRADIENTS, STATES)
 NOWHERE = Path("/nonexistent")
 INPUTS: Inputs = dict.fromkeys(("base", "validate", "stage1"), NOWHERE)
-BATCH = 32  # questions of a batch of `fit_invocation`
 
 
 @dataclass
@@ -77,7 +77,8 @@ class Rehearsal(Run):
     def __init__(self, name: str, config: Config, machine: Machine, image: tuple[int, int]) -> None:
         self.name, self.config, self.machine, self.image = name, config, machine, image
         self.accelerator, self.out, self.rollouts = Accelerator(cpu=True), NOWHERE, 0
-        self.samples = self.fitted = questions(BATCH, image)
+        self.samples = questions(FIT_BATCH, image)
+        self.fitted = self.samples[: config.grpo.micro_batch]  # a batch of them
         self.shapes, self.plan = Shapes(machine.seconds), StepPlan(name)
 
     def rehearse(self) -> StepPlan:
@@ -164,10 +165,11 @@ class Rehearsal(Run):
     def _fit_head(self, model: VisMemModel, *_: object) -> None:
         """As `fit_invocation`: the states of batches of answers, then of all."""
         with self._phase("fit head"), torch.no_grad():
-            rollouts = answers(model, self.samples, 1, self.config.grpo.max_new_tokens, model.limit(None))
+            rollouts = answers(model, self.fitted, 1, self.config.grpo.max_new_tokens, model.limit(None))
             length = max(len(rollout.token_ids) for rollout in rollouts)
-            earlier = model.backbone.embedding.weight.new_zeros(FITTED - BATCH, length, model.backbone.width)
-            states = answer_states(model, prefill(model, self.samples), rollouts, torch.arange(BATCH))
+            count = len(self.fitted)
+            earlier = model.backbone.embedding.weight.new_zeros(FITTED - count, length, model.backbone.width)
+            states = answer_states(model, prefill(model, self.fitted), rollouts, torch.arange(count))
             states = torch.cat([earlier, states])
             del earlier
             states.flatten(0, 1)[: together(states.shape[-1])].double()

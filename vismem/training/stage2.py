@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
 
-from vismem.config import Config, Stage2Config
+from vismem.config import Config, GrpoConfig, Stage2Config
 from vismem.data.sample import Sample
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
@@ -36,6 +37,7 @@ from vismem.training.run import AFTER, BEFORE, INVOCATION, POLICY_LORA, Inputs, 
 
 ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
 SAMPLED = "vismem_sampled"  # the check in which the policy samples, as in training
+FIT_BATCH = 32  # questions that are answered together for the fit, at most
 START, DELIMITER, BETWEEN = range(3)  # sorts of places in an answer
 
 
@@ -81,7 +83,7 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         run.model.tokens.load_state_dict(read_weights(kept))
     elif not run.model.tokens.fitted:
         with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
-            fit_invocation(run.model, run.fitted, settings, config.grpo.max_new_tokens, config.seed)
+            fit_invocation(run.model, run.fitted, settings, config.grpo, config.seed)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
     if run.accelerator.is_main_process and out.is_dir() and not kept.is_file():  # a plan has no folder
@@ -91,27 +93,28 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     lora_scale = settings.policy_learning_rate / settings.learning_rate
     scales = {name: lora_scale for name in trained if name.startswith(POLICY_LORA)}
     run.check(BEFORE, VISMEM, Learned())
-    run.check(BEFORE, SAMPLED, Learned(), temperature=1.0)
+    run.check(BEFORE, SAMPLED, Learned(), temperature=config.grpo.temperature)
     run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
-    run.check(AFTER, SAMPLED, Learned(), temperature=1.0)
+    run.check(AFTER, SAMPLED, Learned(), temperature=config.grpo.temperature)
     random = {f"random_{percent}": Random(probability=percent / 100) for percent in (25, 50, 100)}
     return run.finish({VANILLA: Off(base=True), VISMEM: Learned(), **random})
 
 
 def fit_invocation(
-    model: VisMemModel, samples: Sequence[Sample], stage: Stage2Config, max_new_tokens: int, seed: int
+    model: VisMemModel, samples: Sequence[Sample], stage: Stage2Config, grpo: GrpoConfig, seed: int
 ) -> None:
     """Set the head's invoke rows so that memory has a chosen chance (logistic regression of that chance).
 
     `stage.start_probability` holds at the answer's start, `stage.delimiter_probability` after delimiters; each is
-    divided equally between the two kinds. It is fitted on answers of up to `max_new_tokens` tokens.
+    divided equally between the two kinds. It is fitted on answers as rollouts are: of up to `grpo.max_new_tokens`
+    tokens, drawn at `grpo.temperature`.
     """
-    states, places = _decisions(model, samples, max_new_tokens, seed)
+    states, places = _decisions(model, samples, grpo, seed)
     wanted = [stage.start_probability, stage.delimiter_probability, ELSEWHERE]
     pieces = torch.split(states, min(512, together(model.vocabulary)))
-    others = torch.cat([model.backbone.head(piece).double().logsumexp(-1) for piece in pieces])
+    others = torch.cat([(model.backbone.head(piece).double() / grpo.temperature).logsumexp(-1) for piece in pieces])
     features, place = torch.split(states, together(states.shape[1])), torch.tensor(places, device=states.device)
     target = torch.tensor(wanted, dtype=torch.double, device=states.device)[place]
     weight = 1 / place.bincount(minlength=3).double()[place] / 3  # all sorts of places weigh the same
@@ -129,8 +132,8 @@ def fit_invocation(
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        model.tokens.head.copy_(row.expand_as(model.tokens.head))
-        model.tokens.bias.fill_(float(bias))
+        model.tokens.head.copy_((row * grpo.temperature).expand_as(model.tokens.head))
+        model.tokens.bias.fill_(float(bias) * grpo.temperature)
 
 
 def _product(states: Tensor, row: Tensor) -> Tensor:
@@ -139,16 +142,13 @@ def _product(states: Tensor, row: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _decisions(
-    model: VisMemModel, samples: Sequence[Sample], max_new_tokens: int, seed: int
-) -> tuple[Tensor, list[int]]:
+def _decisions(model: VisMemModel, samples: Sequence[Sample], grpo: GrpoConfig, seed: int) -> tuple[Tensor, list[int]]:
     """(n, d) hidden states from which sampled answers were decided, and where: START, DELIMITER or BETWEEN."""
-    states, places = [], []
-    for at in range(0, len(samples), 32):
-        batch = samples[at : at + 32]
-        rollouts = generate(
-            model, batch, Random(probability=0.3), max_new_tokens=max_new_tokens, temperature=1.0, seed=seed
-        )
+    states, places, count = [], [], min(FIT_BATCH, grpo.micro_batch)
+    drawn: dict[str, Any] = {"max_new_tokens": grpo.max_new_tokens, "temperature": grpo.temperature, "seed": seed}
+    for at in range(0, len(samples), count):
+        batch = samples[at : at + count]
+        rollouts = generate(model, batch, Random(probability=0.3), **drawn)
         sample = torch.arange(len(batch), device=model.backbone.device)
         hidden = answer_states(model, prefill(model, batch), rollouts, sample)
         for row, rollout in enumerate(rollouts):

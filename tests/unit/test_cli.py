@@ -79,7 +79,9 @@ def test_a_missing_parameter_file_is_named(project: Path, capsys: pytest.Capture
 
 
 def test_a_section_that_stands_twice_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (project / "deploy" / "profiles" / "smoke.yaml").write_text("stage1: {steps: 5}\nseed: 3\nstage1: {epochs: 2}\n")
+    (project / "deploy" / "profiles" / "smoke.yaml").write_text(
+        "stage1: {steps: 5}\nseed: 3\nstage1: {epochs: 2}\n? [odd]\n: 1\n"
+    )
     assert main(["params", "--profile", "smoke"]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "smoke.yaml is not valid YAML: 'stage1' stands there twice" in said

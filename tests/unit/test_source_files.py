@@ -39,7 +39,14 @@ def test_a_base_of_one_s_own_that_was_changed_in_place_is_noticed(folder: Path) 
 
 def test_of_a_folder_of_questions_only_the_pictures_that_they_name_count(folder: Path) -> None:
     frames = {"frames": "clip", "fps": 1}
-    rows = [{"image": "a.png"}, {"images": ["b.png", "data:image/png;base64,AA=="]}, {"videos": [frames]}, {"image": 3}]
+    rows = [
+        {"image": "a.png"},
+        {"images": ["b.png", "data:image/png;base64,AA=="]},
+        {"videos": [frames]},
+        {"image": 3},
+        {"image": "a" * 5000},
+        {"image": "\0"},
+    ]
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
     (folder / "clip").mkdir()
     names = ("a.png", "b.png", "clip/1.png", "unnamed.png")

@@ -183,12 +183,12 @@ class _Unique(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """YAMLError that names the key and its line."""
         names = set[str]()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in names:
                 raise yaml.constructor.ConstructorError(
                     problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark
                 )
-            names.add(key.value) if isinstance(key, yaml.ScalarNode) else None
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -80,4 +80,5 @@ def record_outside(config: Config) -> None:
 
 def _files_at(*places: Path) -> list[Path]:
     """The files among the places, and in those that are folders."""
-    return sorted({file for place in places for file in (place, *place.rglob("*")) if file.is_file()})
+    found = (file for place in places for file in (place.rglob("*") if os.path.isdir(place) else [place]))
+    return sorted({file for file in found if os.path.isfile(file)})  # of os: a name may be too long for one

@@ -54,7 +54,7 @@ class AsyncClient:
         scheme, mark, place = address.partition("://")
         if scheme not in ("http", "https", "grpc", "grpcs") or not (mark and place):
             raise UserError(f"{address} is no address of a server: give http://HOST:PORT or grpc://HOST:PORT")
-        self.address, self.model, self.timeout, self.given = address, model, timeout, model is not None
+        self.address, self.model, self.timeout, self._given = address, model, timeout, model is not None
         grpc, tls = scheme.startswith("grpc"), scheme == "grpcs"
         self.server = OverGrpc(place.rstrip("/"), token or "", tls) if grpc else OverHttp(address, token or "")
 
@@ -140,7 +140,7 @@ class AsyncClient:
                     async with self._until(deadline, seconds):  # around a step: the caller's own code is not cancelled
                         piece = await anext(pieces, None)
                 except RefusedError:
-                    if not self.given:  # another may be served by now: the next question finds it
+                    if not self._given:  # another may be served by now: the next question finds it
                         self.model = None
                     raise
                 if piece is None:

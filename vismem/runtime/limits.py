@@ -24,6 +24,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
 # Of a JPEG: Pillow joins its EXIF segments in quadratic time, and each scan of a progressive one goes over all blocks.
 MAX_SEGMENTS, MAX_EXIF, MAX_SCANS = 10_000, 400, 100
 SEGMENT = re.compile(rb"\xff[\xe0-\xef\xfe]")
+MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # outside of segments; what a scan's data hold is none of them
+SCAN, END = b"\xff\xda", b"\xff\xd9"
 
 
 class RequestError(ValueError):
@@ -94,8 +96,26 @@ def check_jpeg(file: bytes) -> None:
     if not file.startswith(b"\xff\xd8"):
         return
     segments = sum(1 for _ in islice(SEGMENT.finditer(file), MAX_SEGMENTS + 1))
-    if segments > MAX_SEGMENTS or file.count(b"Exif\0\0") > MAX_EXIF or file.count(b"\xff\xda") > MAX_SCANS:
+    if segments > MAX_SEGMENTS or file.count(b"Exif\0\0") > MAX_EXIF or _too_many_scans(file):
         raise ValueError("a JPEG of so many segments or scans is no photo; save it again")
+
+
+def _too_many_scans(file: bytes) -> bool:
+    """Whether a JPEG's picture has more than MAX_SCANS, or too many markers to tell.
+
+    What stands behind its end is not read: a phone's photo may have a video there, with any bytes. Segments are skipped
+    by their lengths, as the decoder does: they may hold the bytes that end a picture.
+    """
+    at = scans = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = MARKER.search(file, at)
+        if marker is None or marker[0] == END:
+            return False
+        scans += marker[0] == SCAN
+        if scans > MAX_SCANS:
+            return True
+        at = marker.end() + max(2, int.from_bytes(file[marker.end() : marker.end() + 2], "big"))
+    return True
 
 
 def check_stops(stops: Sequence[str]) -> None:

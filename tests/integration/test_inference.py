@@ -117,7 +117,7 @@ def test_a_character_within_which_a_memory_comes_stands_behind_it(
     ]
 
 
-def test_an_image_is_a_path_bytes_or_a_picture(model: VisMem, tmp_path: Path) -> None:
+def test_an_image_is_a_path_bytes_or_a_picture(model: VisMem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data, *_), question = QUESTIONS[0]
     (tmp_path / "a.png").write_bytes(data)
     picture = Image.open(io.BytesIO(data))
@@ -126,6 +126,12 @@ def test_an_image_is_a_path_bytes_or_a_picture(model: VisMem, tmp_path: Path) ->
         for image in (data, picture, tmp_path / "a.png", str(tmp_path / "a.png"), [data], [picture])
     }
     assert len(found) == 1
+    monkeypatch.setattr("vismem.runtime.limits.MAX_IMAGE_BYTES", 100)  # of a file, which a picture is none of
+    with pytest.raises(UserError, match="the limit is 100"):
+        model.answer(data, question)
+    assert model.answer(picture, question, max_new_tokens=LIMIT) in found
+    seen: Any = model.sample(Image.new("RGBA", (84, 84)), "what?").images[0]
+    assert seen.getpixel((0, 0)) == (255, 255, 255), "as a file's"
 
 
 def test_what_is_wrong_with_a_request_is_said(model: VisMem, tmp_path: Path) -> None:

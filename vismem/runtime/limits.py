@@ -53,11 +53,12 @@ class Room:
 
 
 def check_request(
-    files: Sequence[bytes], prompt: bytes, max_new_tokens: int, names: Sequence[str] = ()
+    files: Sequence[bytes | Image.Image], prompt: bytes, max_new_tokens: int, names: Sequence[str] = ()
 ) -> list[Image.Image]:
     """Open the encoded images, of which only the headers are read: Pillow decodes an image when it is first used.
 
-    `names` are what a message calls the images; without, they are numbered.
+    One that is open already, in this process, has no file whose bytes could be too many. `names` are what a message
+    calls the images; without, they are numbered.
 
     Raises RequestError with the first limit that the request exceeds, or for a prompt that is empty or not UTF-8.
     """
@@ -74,9 +75,13 @@ def check_request(
     if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise RequestError(f"MAX_NEW_TOKENS is {max_new_tokens}: it must lie in 1..{MAX_NEW_TOKENS}")
     names = names or [f"image {number} of {len(files)}" for number in range(1, len(files) + 1)]
-    _check("bytes", [len(file) for file in files], names, MAX_IMAGE_BYTES, MAX_TOTAL_BYTES)
+    sizes = [len(file) if isinstance(file, bytes) else 0 for file in files]
+    _check("bytes", sizes, names, MAX_IMAGE_BYTES, MAX_TOTAL_BYTES)
     images: list[Image.Image] = []
     for name, file in zip(names, files, strict=True):
+        if isinstance(file, Image.Image):
+            images.append(file)
+            continue
         try:
             check_jpeg(file)
             images.append(Image.open(io.BytesIO(file), formats=FORMATS))

@@ -189,6 +189,7 @@ class VisMem:
             opened = check_request(files, said(chat).encode(errors="surrogatepass"), max_new_tokens, names)
             check_chat(chat, len(files))
             Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(chat)
+            self.model.backbone.patch_counts([image.size for image in opened])  # refuses one that makes none
             if self.scope:
                 processor = self.model.backbone.processor.image_processor
                 sizes = [size_after_resizing(image.size, processor) for image in opened]

@@ -141,6 +141,7 @@ def test_what_is_wrong_with_a_request_is_said(model: VisMem, tmp_path: Path) -> 
         ("https://example.org/a.png", "what?", "is a URL: download it first"),
         (tmp_path / "note.txt", "what?", r"note.txt \(8 bytes\) does not decode: it is no PNG, JPEG, WEBP file"),
         (b"no image", "what?", "image 1 of 1 .* does not decode"),
+        ([QUESTIONS[0][0][0], Image.new("RGB", (1000, 2))], "what?", "image 2 is 1000x2: one side is over 200 times"),
         (QUESTIONS[0][0], " ", "PROMPT is empty"),
         ([], "what?", "0 images"),
         (QUESTIONS[0][0], "is <m_I^s> red?", r"PROMPT holds <m_I\^s>, one of the model's own tokens"),

@@ -29,6 +29,7 @@ def animation(kind: str) -> bytes:
 PNG = picture("PNG")
 JPEG = picture("JPEG")
 WEBP = picture("WEBP")
+SCANS = JPEG[:-2] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 200 + JPEG[-2:]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ MALFORMED: dict[str, Malformed] = {
         "of so many segments or scans", JPEG[:2] + b"\xff\xe3\0\2" * 20_000 + JPEG[2:]
     ),
     "a JPEG of 500 pieces of EXIF": of_images("of so many", JPEG[:2] + b"\xff\xe1\0\x08Exif\0\0" * 500 + JPEG[2:]),
-    "a JPEG of 200 scans": of_images("of so many", JPEG[:-2] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 200 + JPEG[-2:]),
+    "a JPEG of 200 scans": of_images("of so many", SCANS),
+    "and its end within a segment": of_images("of so many", SCANS[:2] + b"\xff\xe3\0\4\xff\xd9" + SCANS[2:]),
+    "a JPEG of 20,000 restart intervals": of_images("of so many", JPEG[:2] + b"\xff\xdd\0\4\0\0" * 20_000 + JPEG[2:]),
     "a strip": of_images("one side is over 200 times the other|absolute aspect ratio", picture("PNG", (1000, 2))),
     "no question": saying("PROMPT is empty", ""),
     "blanks": saying("PROMPT is empty", " \n\t"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.errors import UserError, first_line
@@ -30,12 +31,12 @@ from vismem.models.reference import WEIGHTS, Base
 from vismem.models.vismem import VisMemModel
 from vismem.provenance import sha256_folder, write_manifest
 from vismem.runtime.chat import Chat, check_chat, one_turn, said
-from vismem.runtime.images import size_after_resizing
+from vismem.runtime.images import size_after_resizing, upright
 from vismem.runtime.limits import NEW_TOKENS, RequestError, check_request
 from vismem.runtime.prompt import TextStream
 from vismem.runtime.reserved import Reserved
 from vismem.scope import Scope
-from vismem.serving.exchange import Answer, AnyImage, Images, Token, check_seed, encoded_images
+from vismem.serving.exchange import Answer, AnyImage, Images, Token, check_seed, encoded
 from vismem.sources import find_added, find_base
 
 Memory = bool | Literal["short", "long"]
@@ -182,21 +183,23 @@ class VisMem:
             str(image) if isinstance(image, str | Path) else f"image {number} of {len(several)}"
             for number, image in enumerate(several, 1)
         ]
-        files = encoded_images(several)
+        files = [image if isinstance(image, Image.Image) else encoded(image) for image in several]
         try:
             chat = one_turn(question, len(files)) if isinstance(question, str) else question
             opened = check_request(files, said(chat).encode(errors="surrogatepass"), max_new_tokens, names)
             check_chat(chat, len(files))
             Reserved(self.model.backbone.processor.tokenizer.backend_tokenizer).check(chat)
+            self.model.backbone.patch_counts([image.size for image in opened])  # refuses one that makes none
             if self.scope:
                 processor = self.model.backbone.processor.image_processor
-                seen = [size_after_resizing(image.size, processor) for image in opened]
-                for doubt in self.scope.doubts(opened, seen, said(chat)):
+                sizes = [size_after_resizing(image.size, processor) for image in opened]
+                for doubt in self.scope.doubts(opened, sizes, said(chat)):
                     logger.warning(doubt)
         except RequestError as error:
             raise UserError(str(error)) from None
+        seen: Any = tuple(upright(file) if isinstance(file, Image.Image) else file for file in files)
         # Random numbers are drawn by the id: as the server does.
-        return Sample("", files, question="", answer="", chat=tuple(chat))
+        return Sample("", seen, question="", answer="", chat=tuple(chat))
 
     @torch.inference_mode()
     def _prompt(self, samples: Sequence[Sample], max_new_tokens: int) -> Prompt:

@@ -135,6 +135,20 @@ def test_a_damaged_base_is_one_plain_error(tiny_base: Path, tmp_path: Path, dama
             load_base(folder)
 
 
+def test_settings_of_a_base_that_would_change_probabilities_are_said_not_to_be_applied(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "model")
+    for settings in ({}, {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "temperature": 0.1, "do_sample": True}):
+        write_json(folder / "generation_config.json", settings)
+        load_base(folder)
+    assert not caplog.records
+    write_json(folder / "generation_config.json", {"repetition_penalty": 1.05})
+    load_base(folder)
+    (said,) = caplog.messages
+    assert said.startswith(f"'{folder}' sets repetition_penalty=1.05, which is not applied")
+
+
 def test_the_default_is_found_from_any_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # as in Kubeflow's local runner and in the container image
     assert Config().base.folder() == ROOT / "assets" / "tiny-vlm"

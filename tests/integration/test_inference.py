@@ -117,7 +117,7 @@ def test_a_character_within_which_a_memory_comes_stands_behind_it(
     ]
 
 
-def test_an_image_is_a_path_bytes_or_a_picture(model: VisMem, tmp_path: Path) -> None:
+def test_an_image_is_a_path_bytes_or_a_picture(model: VisMem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data, *_), question = QUESTIONS[0]
     (tmp_path / "a.png").write_bytes(data)
     picture = Image.open(io.BytesIO(data))
@@ -126,6 +126,12 @@ def test_an_image_is_a_path_bytes_or_a_picture(model: VisMem, tmp_path: Path) ->
         for image in (data, picture, tmp_path / "a.png", str(tmp_path / "a.png"), [data], [picture])
     }
     assert len(found) == 1
+    monkeypatch.setattr("vismem.runtime.limits.MAX_IMAGE_BYTES", 100)  # of a file, which a picture is none of
+    with pytest.raises(UserError, match="the limit is 100"):
+        model.answer(data, question)
+    assert model.answer(picture, question, max_new_tokens=LIMIT) in found
+    seen: Any = model.sample(Image.new("RGBA", (84, 84)), "what?").images[0]
+    assert seen.getpixel((0, 0)) == (255, 255, 255), "as a file's"
 
 
 def test_what_is_wrong_with_a_request_is_said(model: VisMem, tmp_path: Path) -> None:
@@ -135,6 +141,7 @@ def test_what_is_wrong_with_a_request_is_said(model: VisMem, tmp_path: Path) -> 
         ("https://example.org/a.png", "what?", "is a URL: download it first"),
         (tmp_path / "note.txt", "what?", r"note.txt \(8 bytes\) does not decode: it is no PNG, JPEG, WEBP file"),
         (b"no image", "what?", "image 1 of 1 .* does not decode"),
+        ([QUESTIONS[0][0][0], Image.new("RGB", (1000, 2))], "what?", "image 2 is 1000x2: one side is over 200 times"),
         (QUESTIONS[0][0], " ", "PROMPT is empty"),
         ([], "what?", "0 images"),
         (QUESTIONS[0][0], "is <m_I^s> red?", r"PROMPT holds <m_I\^s>, one of the model's own tokens"),

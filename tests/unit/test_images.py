@@ -117,6 +117,22 @@ def test_a_camera_s_file_of_several_pictures_is_its_first_one() -> None:
     assert examine_image(data).fault is None
 
 
+def test_the_pixels_of_a_picture_are_limited_as_a_file_s_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vismem.runtime.limits.MAX_IMAGE_PIXELS", 1_499)
+    for image in (saved(PICTURE), PICTURE):
+        with pytest.raises(RequestError, match="image 1 of 1 has 1500 pixels: the limit is 1499"):
+            check_request([image], b"what?", 1)
+
+
+def test_a_video_behind_a_phone_s_photo_is_not_read() -> None:
+    """Among its bytes are those that begin a scan."""
+    thumbnail = b"\xff\xe3" + (2 + len(data := saved(PICTURE, "JPEG"))).to_bytes(2, "big") + data  # it ends, too
+    photo = data[:2] + thumbnail + data[2:] + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08" * 500
+    (image,) = check_request([photo], b"what?", 1)
+    assert upright(image).tobytes() == opened(data).tobytes()
+    assert examine_image(photo).fault is None
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 11, 12, 13, 24, 25, 35, 36])
 def test_base64_in_pieces_is_base64(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes; and an error for a text that is cut, has a wrong character, or padding before its end."""

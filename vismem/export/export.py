@@ -12,7 +12,7 @@ from vismem.evaluation.panels import to_sheet
 from vismem.evaluation.plots import score_panels
 from vismem.export.card import PICTURE, model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
-from vismem.export.parity import check_parity
+from vismem.export.parity import check_parity, comparable
 from vismem.files import empty_folder, write_json
 from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.models.kinds import MemoryKind
@@ -22,6 +22,7 @@ from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport
 from vismem.runtime.bundle import Bundle
+from vismem.runtime.limits import MAX_PATCHES
 from vismem.serving.answering import Runtime
 from vismem.serving.golden import write_golden
 from vismem.serving.metrics import PER_ANSWER
@@ -69,11 +70,13 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 
 def _with_graphs(model: VisMemModel, config: Config, inputs: Mapping[str, Path], out: Path) -> ParityReport:
     """Write graphs and golden questions; compare answers to test questions with those of `model`, both in float32."""
-    samples = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
+    drawn = pick(inputs["validate"] / "data" / "test", config.export.parity_items, config.seed)
+    samples = comparable(model, drawn, MAX_PATCHES)
     write_graphs(model, out / "onnx", config.export.opset)
     graphs, tokens = OnnxExecutor(Bundle(out, threads=1)), config.export.parity_tokens
     with progress("export: parity with torch"):
         parity = check_parity(model, graphs, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
+    graphs.max_patches = MAX_PATCHES  # as a server's: it asks every golden question before it serves the bundle
     with closing(Runtime(graphs)) as runtime:
         write_golden(runtime, ((sample.images, sample.question) for sample in samples if not sample.videos), out)
     return parity

@@ -3,8 +3,8 @@
 import io
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem.data.sample import Sample
+from vismem.errors import UserError
 from vismem.generation.invocation import InvocationPolicy, Learned, Replay, row_key
 from vismem.generation.loop import DecodeLoop, Executor, Request
 from vismem.generation.onnx_executor import OnnxExecutor
@@ -23,7 +24,7 @@ from vismem.models.kinds import MemoryKind
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.records import ParityReport
-from vismem.runtime.limits import RequestError
+from vismem.runtime.limits import RequestError, check_patches
 from vismem.runtime.question import Question
 
 Memories = list[NDArray[np.float32]]
@@ -75,6 +76,25 @@ def check_parity(
         differences=tuple(differences[:5]),
         seconds=seconds,
     )
+
+
+def comparable(model: VisMemModel, samples: Iterable[Sample], most: int) -> list[Sample]:
+    """The samples of at most so many patches: attention over them is dense, and a server refuses the others too.
+
+    UserError where none is left.
+    """
+    kept = []
+    for sample in samples:
+        with suppress(RequestError):  # of an image that makes no patches
+            sizes = [Image.open(io.BytesIO(data)).size for data in sample.images]
+            check_patches(sum(model.backbone.patch_counts(sizes)), most)
+            kept.append(sample)
+    if not kept:
+        raise UserError(
+            f"the images of every test question drawn for parity make more than {most} patches, which no server of the "
+            "graphs takes: set memory.image_pixels, or export.graphs: false"
+        )
+    return kept
 
 
 def prepared(graphs: OnnxExecutor, sample: Sample, max_new_tokens: int) -> Question:

@@ -1,5 +1,6 @@
 """How weights are read: in silence (`vismem.progress` shows what takes long), and whole or not at all."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from vismem.errors import UserError, first_line
 from vismem.models.backbones import backbone_of, check_family
@@ -20,16 +21,22 @@ from vismem.models.tensor_parallel import sharded
 
 # What reading a model's files raises where one of them is damaged.
 DAMAGED = (SafetensorError, StrictDataclassError, RuntimeError, ValueError, KeyError)
+# Of a base's generation_config.json, what would change the probabilities of tokens, and its value where it does not.
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def no_weight_bars() -> Iterator[None]:
     """A block without transformers' bars over the tensors that it reads and writes; a hub's download keeps its own."""
-    before = logging.set_tqdm_hook(lambda bar, arguments, options: logging.EmptyTqdm(*arguments, **options))
+    before = transformers_logging.set_tqdm_hook(
+        lambda bar, arguments, options: transformers_logging.EmptyTqdm(*arguments, **options)
+    )
     try:
         yield
     finally:
-        logging.set_tqdm_hook(before)
+        transformers_logging.set_tqdm_hook(before)
 
 
 def read_weights(*files: Path) -> dict[str, Tensor]:
@@ -87,6 +94,11 @@ def load_base(base: Path | str, dtype: str = "float32", tensor_parallel: bool = 
         said = first_line(error)
         raise UserError(f"no vision-language model at '{base}' (a hub id or a folder): {said}") from error
     check_processor(processor, settings, base)
+    for name, neutral in NEUTRAL.items():
+        if (value := getattr(model.generation_config, name, None)) not in (None, neutral):
+            logger.warning(
+                "'%s' sets %s=%s, which is not applied: tokens have the model's own probabilities", base, name, value
+            )
     backbone = backbone_of(model, processor)
     backbone.processes = distributed.get_world_size() if more else 1
     return backbone

@@ -32,11 +32,14 @@ def hollow_base(config: BaseConfig, processes: int = 1) -> Backbone:
 
     With `tensor_parallel`, as one of so many processes holds it.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
     with _there(config):
         settings = _settings(config)
         check_family(settings.model_type)
+        written, _ = PreTrainedConfig.get_config_dict(_source(config))
+        if "tie_word_embeddings" not in written and not settings.text_config.tie_word_embeddings:
+            settings.tie_word_embeddings = False  # as before transformers 5; its default may tie a head of its own
         processor = load_processor(_source(config))
     model = AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype))
     if config.tensor_parallel and processes > 1:

@@ -25,6 +25,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
 # Of a JPEG: Pillow joins its EXIF segments in quadratic time, and each scan of a progressive one goes over all blocks.
 MAX_SEGMENTS, MAX_EXIF, MAX_SCANS = 10_000, 400, 100
 SEGMENT = re.compile(rb"\xff[\xe0-\xef\xfe]")
+MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # outside of segments; what a scan's data hold is none of them
+SCAN, END = b"\xff\xda", b"\xff\xd9"
 
 
 class RequestError(ValueError):
@@ -63,11 +65,12 @@ class Room:
 
 
 def check_request(
-    files: Sequence[bytes], prompt: bytes, max_new_tokens: int, names: Sequence[str] = ()
+    files: Sequence[bytes | Image.Image], prompt: bytes, max_new_tokens: int, names: Sequence[str] = ()
 ) -> list[Image.Image]:
     """Open the encoded images, of which only the headers are read: Pillow decodes an image when it is first used.
 
-    `names` are what a message calls the images; without, they are numbered.
+    One that is open already, in this process, has no file whose bytes could be too many. `names` are what a message
+    calls the images; without, they are numbered.
 
     Raises RequestError with the first limit that the request exceeds, or for a prompt that is empty or not UTF-8.
     """
@@ -84,9 +87,13 @@ def check_request(
     if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise RequestError(f"MAX_NEW_TOKENS is {max_new_tokens}: it must lie in 1..{MAX_NEW_TOKENS}")
     names = names or [f"image {number} of {len(files)}" for number in range(1, len(files) + 1)]
-    _check("bytes", [len(file) for file in files], names, MAX_IMAGE_BYTES, MAX_TOTAL_BYTES)
+    sizes = [len(file) if isinstance(file, bytes) else 0 for file in files]
+    _check("bytes", sizes, names, MAX_IMAGE_BYTES, MAX_TOTAL_BYTES)
     images: list[Image.Image] = []
     for name, file in zip(names, files, strict=True):
+        if isinstance(file, Image.Image):
+            images.append(file)
+            continue
         try:
             check_jpeg(file)
             images.append(Image.open(io.BytesIO(file), formats=FORMATS))
@@ -106,8 +113,26 @@ def check_jpeg(file: bytes) -> None:
     if not file.startswith(b"\xff\xd8"):
         return
     segments = sum(1 for _ in islice(SEGMENT.finditer(file), MAX_SEGMENTS + 1))
-    if segments > MAX_SEGMENTS or file.count(b"Exif\0\0") > MAX_EXIF or file.count(b"\xff\xda") > MAX_SCANS:
+    if segments > MAX_SEGMENTS or file.count(b"Exif\0\0") > MAX_EXIF or _too_many_scans(file):
         raise ValueError("a JPEG of so many segments or scans is no photo; save it again")
+
+
+def _too_many_scans(file: bytes) -> bool:
+    """Whether a JPEG's picture has more than MAX_SCANS, or too many markers to tell.
+
+    What stands behind its end is not read: a phone's photo may have a video there, with any bytes. Segments are skipped
+    by their lengths, as the decoder does: they may hold the bytes that end a picture.
+    """
+    at = scans = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = MARKER.search(file, at)
+        if marker is None or marker[0] == END:
+            return False
+        scans += marker[0] == SCAN
+        if scans > MAX_SCANS:
+            return True
+        at = marker.end() + max(2, int.from_bytes(file[marker.end() : marker.end() + 2], "big"))
+    return True
 
 
 def check_stops(stops: Sequence[str]) -> None:

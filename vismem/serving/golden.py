@@ -6,7 +6,6 @@ the answer as a client shows it (`Answer.marked`), by which a canary is judged.
 
 import json
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,14 @@ def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], st
         for place, image in enumerate(images, start=1):
             asked["images"].append(f"{number}-{place}")
             (bundle / FOLDER / asked["images"][-1]).write_bytes(image)
-        with suppress(RequestError):
+        try:
             chunks = _chunks(runtime, bundle, asked)
-            shown = "".join(marked_text(chunk.text, chunk.event) for chunk in chunks).strip()
-            stored.append(asked | {"tokens": _tokens(chunks), "answer": shown})
+        except RequestError:
+            for name in asked["images"]:
+                (bundle / FOLDER / name).unlink()
+            continue
+        shown = "".join(marked_text(chunk.text, chunk.event) for chunk in chunks).strip()
+        stored.append(asked | {"tokens": _tokens(chunks), "answer": shown})
         if len(stored) == QUESTIONS:
             break
     (bundle / FOLDER / FILE).write_text(json.dumps(stored, ensure_ascii=False, indent=1) + "\n")

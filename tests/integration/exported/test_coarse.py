@@ -11,8 +11,11 @@ import tiny
 from pictures import TOKENS, by_graphs, by_torch, encoded, noise, pictures
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from vismem.data.sample import write_shards
+from vismem.errors import UserError
+from vismem.export.export import export
 from vismem.export.onnx import runtime_settings
-from vismem.export.parity import check_parity
+from vismem.export.parity import check_parity, comparable
 from vismem.files import write_json
 from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.generation.prompts import encode
@@ -22,6 +25,7 @@ from vismem.runtime.bundle import Bundle
 from vismem.runtime.images import coarse_grid
 from vismem.runtime.limits import RequestError
 from vismem.serving.answering import Runtime
+from vismem.serving.golden import check_golden
 
 LIMIT = 9 * 28**2  # pixels: an image of 84 x 84 fits
 
@@ -90,6 +94,23 @@ def test_parity_is_of_coarse_prompts_on_both_sides(coarse, model, coarse_bundle)
     executor = OnnxExecutor(Bundle(coarse_bundle, threads=1))
     assert check_parity(coarse, executor, samples, max_new_tokens=6, tolerance=1e-4).passed
     assert not check_parity(model, executor, samples, max_new_tokens=6, tolerance=1e-4).passed
+
+
+def test_what_a_server_refuses_is_neither_compared_nor_a_golden_question(coarse, inputs, config, tmp_path, monkeypatch):
+    """Of 288 patches, too many to compare; of 144 whole ones and 36 coarse ones, too many for a server; of 36."""
+    shown = (168, 168), (168,), (84,)
+    made = [encoded(*(noise(side, side) for side in sides)) for sides in shown]
+    samples = [replace(sample, images=images) for sample, images in zip(tiny.samples(3), made, strict=True)]
+    write_shards(samples, tmp_path / "validate" / "data" / "test")
+    coarse.save_pretrained(tmp_path / "stage2")
+    monkeypatch.setattr("vismem.export.export.MAX_PATCHES", 150)
+    inputs = inputs | {name: tmp_path / name for name in ("validate", "stage2")}
+    (out := tmp_path / "bundle").mkdir()
+    assert "2 of 2 answers" in export(config, inputs, out)
+    assert check_golden(Runtime.open(out, max_patches=150), out) == 1
+    assert len(list((out / "golden").iterdir())) == 2, "the question's image and golden.json"
+    with pytest.raises(UserError, match="every test question drawn for parity make more than 35 patches"):
+        comparable(coarse, samples, 35)
 
 
 def test_a_coarse_image_has_the_size_of_the_processors_own_rule():

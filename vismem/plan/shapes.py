@@ -120,7 +120,9 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def beside_dispatch() -> Iterator[None]:
     """Within the block what the dispatcher does not see is replaced: values of shapes, and the choice of a kernel."""
-    tensor, tolist = torch.tensor, Tensor.tolist
+    with torch.device("cpu"):  # torch notes once which functions heed a device: what stands here must not be noted
+        tensor, tolist = torch.tensor, Tensor.tolist
+        torch.empty(0)
 
     def known(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         return tensor(*args, **kwargs)

@@ -29,6 +29,8 @@ INFERENCE_SERVICE = ("serving.kserve.io", "v1beta1", "inferenceservices")
 VERSION, MANIFEST = "vismem/version", "vismem/manifest-sha256"  # of a pod template: what its pods serve
 ROLLOUT = "vismem/rollout"  # of the canary's pod template: whose it is
 PREVIOUS = "before."  # in front of VERSION and MANIFEST, of the servers' Deployment: what they served before
+# Of the canary's Deployment: the version that all servers served last. KServe hands what theirs says to their pods.
+SERVED = "vismem/served"
 POLL = 2.0  # seconds
 
 
@@ -133,7 +135,7 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
     are made by compare-and-set, so that of two rollouts the later one ends the other, and one that was killed is
     finished by the next. UserError where the champion did not come up, or answered wrongly: the servers serve what they
     did. After a wrong answer the ledger is rolled back and blocks the version; that a cluster has no room is no fault
-    of a version.
+    of a version. UserError, and no change, where pods of a version that all served before do not come up again.
     """
     release, cluster = publish(config, folder), Cluster(namespace, kserve)
     pins: dict[str, str | None] = {VERSION: release.version, MANIFEST: release.manifest}
@@ -162,11 +164,12 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
     try:
         cluster.wait(SERVERS, lambda seen: _check_pins(pins, seen))
     except NotReadyError as error:
-        cluster.change(SERVERS, lambda seen: _back(pins, seen))
+        cluster.change(SERVERS, lambda seen: _back(cluster, pins, seen))
         raise UserError(
             f"{error}: the servers go back to the version before; mend the cluster and run this again, or "
             "`vismem models rollback`"
         ) from None
+    cluster.change(CANARY, lambda _: _served(cluster, pins))
     return f"version {release.version} is served by all pods of '{SERVERS}': {asked}"
 
 
@@ -186,9 +189,20 @@ def _next(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dic
     return {"metadata": {"annotations": kept}, "spec": pod_annotations(servers, pins)}
 
 
-def _back(pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
-    """The patch that makes the servers serve what they did before `pins`."""
+def _served(cluster: Cluster, pins: Mapping[str, str | None]) -> dict[str, Any]:
+    """The patch of the canary's Deployment that says that all servers serve `pins`, while they are told so."""
+    _check_pins(pins, cluster.read(SERVERS))
+    return {"metadata": {"annotations": {SERVED: pins[VERSION]}}}
+
+
+def _back(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
+    """The patch that makes the servers serve what they did before `pins`. UserError where all served `pins` already."""
     _check_pins(pins, servers)
+    if (cluster.read(CANARY)["metadata"].get("annotations") or {}).get(SERVED) == pins[VERSION]:
+        raise UserError(
+            f"the pods of '{SERVERS}' did not become ready in time, and all served version {pins[VERSION]} before: "
+            "nothing was changed; mend their deployment or the cluster, and run this again"
+        )
     kept = servers["metadata"].get("annotations") or {}
     return {"spec": pod_annotations(servers, {name: kept.get(PREVIOUS + name) for name in pins})}
 

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from kubernetes.client import ApiException, CustomObjectsApi  # type: ignore[import-untyped]
 from kubernetes.config import load_config  # type: ignore[import-untyped]
+from urllib3.exceptions import HTTPError
 
 from vismem.canary import WrongAnswerError, question_canary
 from vismem.config import Config
@@ -32,6 +33,7 @@ PREVIOUS = "before."  # in front of VERSION and MANIFEST, of the servers' Deploy
 # Of the canary's Deployment: the version that all servers served last. KServe hands what theirs says to their pods.
 SERVED = "vismem/served"
 POLL = 2.0  # seconds
+PATIENCE = 300.0  # seconds that the API may be away or busy: its server may be restarting
 
 
 class NotReadyError(UserError):
@@ -64,17 +66,24 @@ class Cluster:
             changed = self._call("changed", self.api.patch_namespaced_custom_object, name, body)
 
     def _call(self, what: str, call: Callable[..., Any], name: str, *body: dict[str, Any]) -> Any:
-        """The object that the API answers with; None at a conflict."""
+        """The object that the API answers with; None at a conflict. Repeated while the API is away or busy."""
         group, version, plural = INFERENCE_SERVICE if self.kserve and name == SERVERS else DEPLOYMENT
-        try:
-            return call(group, version, self.namespace, plural, name, *body)
-        except ApiException as error:
-            if error.status == 409:
-                return None
-            raise UserError(
-                f"{plural[:-1]} '{name}' in namespace '{self.namespace}' cannot be {what}: {error.status} "
-                f"{error.reason}; deploy/kubernetes/README.md says how it is installed"
-            ) from None
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return call(group, version, self.namespace, plural, name, *body)
+            except ApiException as error:
+                if error.status == 409:
+                    return None
+                reason, passes = f"{error.status} {error.reason}", error.status == 429 or error.status >= 500
+            except HTTPError as error:
+                reason, passes = str(error), True
+            if not passes or time.monotonic() > until:
+                raise UserError(
+                    f"{plural[:-1]} '{name}' in namespace '{self.namespace}' cannot be {what}: {reason}; "
+                    "deploy/kubernetes/README.md says how it is installed"
+                )
+            time.sleep(POLL)
 
     def wait(self, name: str, check: Callable[[Any], object]) -> None:
         """Until all pods are of the present template and ready, as `kubectl rollout status` does.
@@ -185,6 +194,8 @@ def _refuse(config: Config, release: Published, reason: str) -> str:
 def _next(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
     """The patch that makes the servers follow the canary. Its owner is read after them: see `Cluster.change`."""
     cluster.check_mine(cluster.read(CANARY))
+    if pins_of(servers) == pins:  # changed by a request whose answer was lost: what was before is kept
+        return {}
     kept = {PREVIOUS + name: value for name, value in pins_of(servers).items()}
     return {"metadata": {"annotations": kept}, "spec": pod_annotations(servers, pins)}
 

@@ -1,6 +1,9 @@
 """What a rollout makes of a cluster that is at fault itself: no version is taken back for it."""
 
+from typing import Any
+
 import pytest
+from deployments_api import RefusedError
 from rollout_project import Here, Killed, kill
 
 from vismem import rollout
@@ -29,3 +32,32 @@ def test_what_a_killed_job_changed_is_taken_back_by_the_next_where_pods_do_not_c
             here.roll_out()
     assert "the servers go back to the version before" in here.roll_out()
     assert here.state[0] == ["1", "1"]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, None], ids=str)
+def test_a_request_that_fails_once_is_repeated(here: Here, status: int | None) -> None:
+    """With a status after its work was done, so that a patch is made twice; or unanswered."""
+    here.release(b"two", 68.0)
+    handle, failed = here.cluster.handle, 0
+
+    def fail(verb: str, *given: Any) -> Any:
+        nonlocal failed
+        found = handle(verb, *given)
+        failed += 1
+        if failed % 2 == 0:
+            return found
+        raise RefusedError(status, "try again") if status else ConnectionError
+
+    here.cluster.handle = fail  # type: ignore[method-assign]
+    assert here.roll_out().startswith("version 2 is served by all")
+    told = here.cluster.service or here.cluster.deployments["triton"]
+    assert told["metadata"]["annotations"]["before.vismem/version"] == "1", "though the change was made twice"
+
+
+def test_a_cluster_whose_api_stays_away_is_named(here: Here) -> None:
+    def fail(*_: Any) -> Any:
+        raise RefusedError(503, "Service Unavailable")
+
+    here.patch.setattr(rollout, "PATIENCE", 0)
+    here.cluster.handle = fail  # type: ignore[method-assign]
+    assert "in namespace 'kubeflow' cannot be read: 503 Service Unavailable" in here.roll_out()

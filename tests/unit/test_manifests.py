@@ -217,6 +217,15 @@ def test_triton_keeps_serving_while_it_scales_down_or_a_node_is_drained(overlay:
     assert replicas["minReplicas"] < replicas["maxReplicas"]
 
 
+@pytest.mark.parametrize("overlay", SEVERAL_NODES)
+def test_servers_are_on_different_nodes_and_a_release_finds_room_for_one_more(overlay: str) -> None:
+    """As many servers as nodes, beside others with taints: neither those nor the pods of before count."""
+    template = pod_templates(overlay)[f"Deployment/{servers(overlay)}"]
+    (spread,) = template["spec"]["topologySpreadConstraints"]
+    assert (spread["maxSkew"], spread["whenUnsatisfiable"]) == (1, "DoNotSchedule")
+    assert (spread["nodeTaintsPolicy"], spread["matchLabelKeys"]) == ("Honor", ["pod-template-hash"])
+
+
 # --- what the rest of the project says of them ---
 
 

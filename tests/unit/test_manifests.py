@@ -196,7 +196,8 @@ def test_the_autoscaler_owns_tritons_replicas_and_its_metrics_come_from_the_adap
     (scaler,) = of_kind(overlay, "HorizontalPodAutoscaler")
     target = scaler["spec"]["scaleTargetRef"]
     assert "replicas" not in named(overlay, target["kind"], target["name"])["spec"]
-    rules = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    adapter = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())
+    rules = adapter["rules"]["custom"]
     offered = {}
     for rule in rules:
         series = rule["seriesQuery"].split("{")[0]
@@ -206,6 +207,7 @@ def test_the_autoscaler_owns_tritons_replicas_and_its_metrics_come_from_the_adap
     asked = [metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]]
     assert asked == list(offered)
     assert "nv_inference_queue_duration_us" in offered[asked[0]]
+    assert ".monitoring.svc" in adapter["prometheus"]["url"], "the chart's own Prometheus is that of `default`"
 
 
 @overlays

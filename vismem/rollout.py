@@ -33,6 +33,7 @@ PREVIOUS = "before."  # in front of VERSION and MANIFEST, of the servers' Deploy
 # Of the canary's Deployment: the version that all servers served last. KServe hands what theirs says to their pods.
 SERVED = "vismem/served"
 POLL = 2.0  # seconds
+LOOKS = 5  # in a row that must show a missed deadline: for a moment after a change an earlier rollout's still shows
 PATIENCE = 300.0  # seconds that the API may be away or busy: its server may be restarting
 
 
@@ -92,6 +93,7 @@ class Cluster:
         while pods are replaced. UserError where Kubernetes' progress deadline has passed, or from `check`, which sees
         each state.
         """
+        late = 0
         while True:
             seen = self.read(name)
             check(seen)
@@ -99,7 +101,8 @@ class Cluster:
             status, wanted = pods.get("status", {}), pods["spec"]["replicas"]
             if pins_of(pods) == pins_of(seen) and status.get("observedGeneration", 0) >= pods["metadata"]["generation"]:
                 reasons = [condition.get("reason") for condition in status.get("conditions", [])]
-                if "ProgressDeadlineExceeded" in reasons:
+                late = late + 1 if "ProgressDeadlineExceeded" in reasons else 0
+                if late == LOOKS:
                     raise NotReadyError(
                         f"the pods of deployment '{pods['metadata']['name']}' did not become ready in time"
                     )

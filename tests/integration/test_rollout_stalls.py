@@ -61,3 +61,21 @@ def test_a_cluster_whose_api_stays_away_is_named(here: Here) -> None:
     here.patch.setattr(rollout, "PATIENCE", 0)
     here.cluster.handle = fail  # type: ignore[method-assign]
     assert "in namespace 'kubeflow' cannot be read: 503 Service Unavailable" in here.roll_out()
+
+
+def test_a_deadline_that_an_earlier_rollout_missed_is_not_taken_for_this_one_s(here: Here) -> None:
+    """After a change Kubernetes may count the new generation as seen a moment before it drops the old condition."""
+    here.release(b"two", 68.0)
+    handle, changed = here.cluster.handle, set[str]()
+
+    def late(verb: str, resource: str, name: str, body: Any) -> Any:
+        found = handle(verb, resource, name, body)
+        if verb == "patch":
+            changed.add(name)
+        elif name in changed:
+            changed.remove(name)
+            found["status"]["conditions"] = [{"reason": "ProgressDeadlineExceeded"}]
+        return found
+
+    here.cluster.handle = late  # type: ignore[method-assign]
+    assert here.roll_out().startswith("version 2 is served by all")

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from kubernetes.client import ApiException, CustomObjectsApi  # type: ignore[import-untyped]
 from kubernetes.config import load_config  # type: ignore[import-untyped]
+from urllib3.exceptions import HTTPError
 
 from vismem.canary import WrongAnswerError, question_canary
 from vismem.config import Config
@@ -29,7 +30,11 @@ INFERENCE_SERVICE = ("serving.kserve.io", "v1beta1", "inferenceservices")
 VERSION, MANIFEST = "vismem/version", "vismem/manifest-sha256"  # of a pod template: what its pods serve
 ROLLOUT = "vismem/rollout"  # of the canary's pod template: whose it is
 PREVIOUS = "before."  # in front of VERSION and MANIFEST, of the servers' Deployment: what they served before
+# Of the canary's Deployment: the version that all servers served last. KServe hands what theirs says to their pods.
+SERVED = "vismem/served"
 POLL = 2.0  # seconds
+LOOKS = 5  # in a row that must show a missed deadline: for a moment after a change an earlier rollout's still shows
+PATIENCE = 300.0  # seconds that the API may be away or busy: its server may be restarting
 
 
 class NotReadyError(UserError):
@@ -62,17 +67,24 @@ class Cluster:
             changed = self._call("changed", self.api.patch_namespaced_custom_object, name, body)
 
     def _call(self, what: str, call: Callable[..., Any], name: str, *body: dict[str, Any]) -> Any:
-        """The object that the API answers with; None at a conflict."""
+        """The object that the API answers with; None at a conflict. Repeated while the API is away or busy."""
         group, version, plural = INFERENCE_SERVICE if self.kserve and name == SERVERS else DEPLOYMENT
-        try:
-            return call(group, version, self.namespace, plural, name, *body)
-        except ApiException as error:
-            if error.status == 409:
-                return None
-            raise UserError(
-                f"{plural[:-1]} '{name}' in namespace '{self.namespace}' cannot be {what}: {error.status} "
-                f"{error.reason}; deploy/kubernetes/README.md says how it is installed"
-            ) from None
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return call(group, version, self.namespace, plural, name, *body)
+            except ApiException as error:
+                if error.status == 409:
+                    return None
+                reason, passes = f"{error.status} {error.reason}", error.status == 429 or error.status >= 500
+            except HTTPError as error:
+                reason, passes = str(error), True
+            if not passes or time.monotonic() > until:
+                raise UserError(
+                    f"{plural[:-1]} '{name}' in namespace '{self.namespace}' cannot be {what}: {reason}; "
+                    "deploy/kubernetes/README.md says how it is installed"
+                )
+            time.sleep(POLL)
 
     def wait(self, name: str, check: Callable[[Any], object]) -> None:
         """Until all pods are of the present template and ready, as `kubectl rollout status` does.
@@ -81,6 +93,7 @@ class Cluster:
         while pods are replaced. UserError where Kubernetes' progress deadline has passed, or from `check`, which sees
         each state.
         """
+        late = 0
         while True:
             seen = self.read(name)
             check(seen)
@@ -88,7 +101,8 @@ class Cluster:
             status, wanted = pods.get("status", {}), pods["spec"]["replicas"]
             if pins_of(pods) == pins_of(seen) and status.get("observedGeneration", 0) >= pods["metadata"]["generation"]:
                 reasons = [condition.get("reason") for condition in status.get("conditions", [])]
-                if "ProgressDeadlineExceeded" in reasons:
+                late = late + 1 if "ProgressDeadlineExceeded" in reasons else 0
+                if late == LOOKS:
                     raise NotReadyError(
                         f"the pods of deployment '{pods['metadata']['name']}' did not become ready in time"
                     )
@@ -133,7 +147,7 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
     are made by compare-and-set, so that of two rollouts the later one ends the other, and one that was killed is
     finished by the next. UserError where the champion did not come up, or answered wrongly: the servers serve what they
     did. After a wrong answer the ledger is rolled back and blocks the version; that a cluster has no room is no fault
-    of a version.
+    of a version. UserError, and no change, where pods of a version that all served before do not come up again.
     """
     release, cluster = publish(config, folder), Cluster(namespace, kserve)
     pins: dict[str, str | None] = {VERSION: release.version, MANIFEST: release.manifest}
@@ -162,11 +176,12 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
     try:
         cluster.wait(SERVERS, lambda seen: _check_pins(pins, seen))
     except NotReadyError as error:
-        cluster.change(SERVERS, lambda seen: _back(pins, seen))
+        cluster.change(SERVERS, lambda seen: _back(cluster, pins, seen))
         raise UserError(
             f"{error}: the servers go back to the version before; mend the cluster and run this again, or "
             "`vismem models rollback`"
         ) from None
+    cluster.change(CANARY, lambda _: _served(cluster, pins))
     return f"version {release.version} is served by all pods of '{SERVERS}': {asked}"
 
 
@@ -182,13 +197,26 @@ def _refuse(config: Config, release: Published, reason: str) -> str:
 def _next(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
     """The patch that makes the servers follow the canary. Its owner is read after them: see `Cluster.change`."""
     cluster.check_mine(cluster.read(CANARY))
+    if pins_of(servers) == pins:  # changed by a request whose answer was lost: what was before is kept
+        return {}
     kept = {PREVIOUS + name: value for name, value in pins_of(servers).items()}
     return {"metadata": {"annotations": kept}, "spec": pod_annotations(servers, pins)}
 
 
-def _back(pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
-    """The patch that makes the servers serve what they did before `pins`."""
+def _served(cluster: Cluster, pins: Mapping[str, str | None]) -> dict[str, Any]:
+    """The patch of the canary's Deployment that says that all servers serve `pins`, while they are told so."""
+    _check_pins(pins, cluster.read(SERVERS))
+    return {"metadata": {"annotations": {SERVED: pins[VERSION]}}}
+
+
+def _back(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
+    """The patch that makes the servers serve what they did before `pins`. UserError where all served `pins` already."""
     _check_pins(pins, servers)
+    if (cluster.read(CANARY)["metadata"].get("annotations") or {}).get(SERVED) == pins[VERSION]:
+        raise UserError(
+            f"the pods of '{SERVERS}' did not become ready in time, and all served version {pins[VERSION]} before: "
+            "nothing was changed; mend their deployment or the cluster, and run this again"
+        )
     kept = servers["metadata"].get("annotations") or {}
     return {"spec": pod_annotations(servers, {name: kept.get(PREVIOUS + name) for name in pins})}
 

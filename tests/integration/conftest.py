@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from project import Project
     from real_stack import Stack
+    from rollout_project import Here
 
     from vismem.serving.answering import Runtime
 
@@ -36,6 +37,24 @@ def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     return Project(tmp_path)
+
+
+@pytest.fixture(params=[False, True], ids=["deployment", "kserve"])
+def here(
+    project: "Project", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator["Here"]:
+    """Version 1 is released and served by two pods of a cluster."""
+    from deployments_api import served
+    from kubernetes.config import load_kube_config
+    from rollout_project import Here
+
+    found = Here(project, tmp_path, monkeypatch, kserve=request.param)
+    with served(found.cluster, tmp_path) as kubeconfig:
+        monkeypatch.setattr("vismem.rollout.load_config", lambda: load_kube_config(str(kubeconfig)))
+        found.release(b"one", 66.0)
+        assert found.roll_out() == "version 1 is served by all pods of 'triton': the canary gave its 1 golden answers"
+        assert found.state == (["1", "1"], [], "1")
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,16 @@
-"""Where a launch works: in a folder for a step with its parameters, inputs and code, which is gone once it is made."""
+"""Where a launch works: a folder for a step with its parameters, inputs and code, where its output stays for days."""
 
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vismem.config import Config
-from vismem.launch import LaunchConfig, launch_step
+from vismem.launch import KEPT, LaunchConfig, launch_step
+from vismem.locks import lock_folder
 from vismem.steps import BY_NAME
 
 
@@ -23,6 +26,7 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 def places(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that stage2 was made in, in order."""
     made: list[str] = []
+    monkeypatch.delenv("KFP_RUN_ID", raising=False)
 
     def run(name: str, config: Config, place: Path, *_: Any) -> str:
         made.append(place.name)
@@ -34,32 +38,80 @@ def places(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+def test_a_run_that_could_not_hand_its_output_over_has_it_again_and_another_makes_its_own(
+    tmp_path: Path, inputs: dict[str, Path], places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count, run in enumerate(("a", "a", "b", "a", "b")):
+        monkeypatch.setenv("KFP_RUN_ID", run)
+        line = launch_step("stage2", Config(), tmp_path / str(count), inputs, work=tmp_path / "work" / "aaaa")
+        assert (tmp_path / str(count) / "stage2" / "metrics.json").is_file()
+        assert line.startswith("stage2: done" if count in (0, 2) else "stage2: made before")
+    assert len(places) == 2
+
+
+def age(place: Path) -> None:
+    """As it is when its output is no longer kept."""
+    os.utime(place, times=(0, time.time() - KEPT - 60))
+
+
+def test_outputs_that_were_made_long_ago_are_removed_also_those_of_other_code_and_no_others(
+    tmp_path: Path, inputs: dict[str, Path], places: list[str]
+) -> None:
+    work = tmp_path / "work"
+
+    def made(code: str, seed: int) -> Path:
+        config = Config.model_validate({"seed": seed})
+        launch_step("stage2", config, tmp_path / code / str(seed), inputs, work=work / code)
+        return work / code / places[-1]
+
+    first, second, busy, new = made("aaaa", 1), made("bbbb", 2), made("aaaa", 3), made("aaaa", 4)
+    half = work / "aaaa" / "vismem-stage2-half"
+    (half / "stage2.partial").mkdir(parents=True)  # checkpoints
+    (half / "lock").touch()
+    for place in (first, second, busy, half):
+        age(place)
+    with lock_folder(busy):
+        last = made("bbbb", 5)
+    assert {*work.glob("*/*")} == {busy, new, half, last}
+
+
 def test_what_a_kill_leaves_of_a_work_folder_is_never_taken_for_the_output(
     tmp_path: Path, inputs: dict[str, Path], places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, remove = tmp_path / "work", shutil.rmtree
+    work, remove = tmp_path / "work" / "aaaa", shutil.rmtree
+    launch_step("stage2", Config(), tmp_path / "first", inputs, work=work)
+    age(work / places[0])
 
     def killed(folder: Path, ignore_errors: bool = False) -> None:
         if ".gone" not in folder.name:
             return remove(folder, ignore_errors=ignore_errors)
-        next(folder.rglob("metrics.json")).unlink()
+        remove(folder / "stage2.run-")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            launch_step("stage2", Config(), tmp_path / "first", inputs, work=work)
+            launch_step("stage2", Config(), tmp_path / "second", inputs, work=work)
     assert launch_step("stage2", Config(), tmp_path / "again", inputs, work=work) == "stage2: done"
     assert (tmp_path / "again" / "stage2" / "metrics.json").is_file()
-    assert list(work.iterdir()) == []
+    assert [place.name for place in work.iterdir()] == places[1:]
+
+
+def test_of_a_finished_work_folder_only_the_output_stays(
+    tmp_path: Path, inputs: dict[str, Path], places: list[str]
+) -> None:
+    launch = LaunchConfig("trainer", num_nodes=2, image="vismem-train:1", shared=tmp_path)
+    launch_step("stage2", Config(), tmp_path / "out", inputs, launch)
+    assert {path.name for path in (tmp_path / places[0]).iterdir()} == {"lock", "stage2.run-"}
 
 
 def test_on_a_shared_volume_other_code_works_in_another_folder(
-    tmp_path: Path, inputs: dict[str, Path], places: list[str]
+    tmp_path: Path, inputs: dict[str, Path], places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     launch = LaunchConfig("trainer", num_nodes=2, image="vismem-train:1", shared=shared)
     for number, code in enumerate(("aaaa", "aaaa", "bbbb")):
+        monkeypatch.setenv("KFP_RUN_ID", str(number))
         launch_step("stage2", Config(), tmp_path / str(number), inputs, launch, shared / "work" / code)
     assert places[0] == places[1] != places[2]

@@ -196,7 +196,8 @@ def test_the_autoscaler_owns_tritons_replicas_and_its_metrics_come_from_the_adap
     (scaler,) = of_kind(overlay, "HorizontalPodAutoscaler")
     target = scaler["spec"]["scaleTargetRef"]
     assert "replicas" not in named(overlay, target["kind"], target["name"])["spec"]
-    rules = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    adapter = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())
+    rules = adapter["rules"]["custom"]
     offered = {}
     for rule in rules:
         series = rule["seriesQuery"].split("{")[0]
@@ -206,15 +207,25 @@ def test_the_autoscaler_owns_tritons_replicas_and_its_metrics_come_from_the_adap
     asked = [metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]]
     assert asked == list(offered)
     assert "nv_inference_queue_duration_us" in offered[asked[0]]
+    assert ".monitoring.svc" in adapter["prometheus"]["url"], "the chart's own Prometheus is that of `default`"
 
 
 @overlays
-def test_triton_keeps_serving_while_it_scales_down_or_a_node_is_drained(overlay: str) -> None:
+def test_triton_keeps_serving_while_a_node_is_drained_and_one_node_alone_can_be_drained(overlay: str) -> None:
     replicas = named(overlay, "HorizontalPodAutoscaler", "triton")["spec"]
     budget = named(overlay, "PodDisruptionBudget", "triton")["spec"]
-    assert budget["maxUnavailable"] == 1
-    assert replicas["minReplicas"] == (2 if overlay in SEVERAL_NODES else 1)  # one node cannot be drained and serve on
+    # one node cannot be drained and serve on
+    assert (budget["maxUnavailable"], replicas["minReplicas"]) == ((1, 2) if overlay in SEVERAL_NODES else ("100%", 1))
     assert replicas["minReplicas"] < replicas["maxReplicas"]
+
+
+@pytest.mark.parametrize("overlay", SEVERAL_NODES)
+def test_servers_are_on_different_nodes_and_a_release_finds_room_for_one_more(overlay: str) -> None:
+    """As many servers as nodes, beside others with taints: neither those nor the pods of before count."""
+    template = pod_templates(overlay)[f"Deployment/{servers(overlay)}"]
+    (spread,) = template["spec"]["topologySpreadConstraints"]
+    assert (spread["maxSkew"], spread["whenUnsatisfiable"]) == (1, "DoNotSchedule")
+    assert (spread["nodeTaintsPolicy"], spread["matchLabelKeys"]) == ("Honor", ["pod-template-hash"])
 
 
 # --- what the rest of the project says of them ---

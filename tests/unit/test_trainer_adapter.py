@@ -110,10 +110,10 @@ def test_a_job_may_wait_in_a_queue_of_kueue(posted: dict[str, dict[str, Any]]) -
     assert posted["queued"]["metadata"]["labels"][adapter.QUEUE] == "gpus"
 
 
-def test_a_job_lies_in_the_namespace_of_its_launcher(stand_in: Cluster, runs: Any) -> None:
+def test_a_job_lies_in_the_namespace_of_its_launcher(stand_in: Cluster, runs: Any, tmp_path: Path) -> None:
     """A pod's own; here the one that the kubeconfig names."""
     runs("pass")
-    assert adapter.run_job("job", COMMAND, LAUNCH)[0] is True
+    assert adapter.run_job("job", COMMAND, LAUNCH, tmp_path / "stage1")[0] is True
     places = {path.split("/namespaces/")[1].split("/")[0] for path in stand_in.requests if "/namespaces/" in path}
     assert places - {"kubeflow-system"} == {NAMESPACE}  # where the SDK looks for Trainer itself
 
@@ -141,7 +141,7 @@ def test_a_job_that_completes_has_its_log_shown_once_and_is_deleted(
     stand_in: Cluster, runs: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     runs("import time; print('step 1', flush=True); time.sleep(0.3); print('step 2')")
-    assert adapter.run_job("job", COMMAND, LAUNCH) == (True, ["step 1", "step 2"])
+    assert adapter.run_job("job", COMMAND, LAUNCH, tmp_path / "stage1") == (True, ["step 1", "step 2"])
     shown = capfd.readouterr().err
     assert [shown.count(line) for line in ("step 1", "step 2")] == [1, 1]
     assert stand_in.pods == {}
@@ -149,26 +149,36 @@ def test_a_job_that_completes_has_its_log_shown_once_and_is_deleted(
 
 def test_a_job_of_which_one_node_fails_has_failed_and_is_deleted(stand_in: Cluster, runs: Any, tmp_path: Path) -> None:
     runs("import os, time; print('here'); os.environ['PET_NODE_RANK'] == '1' and os._exit(3); time.sleep(60)")
-    assert adapter.run_job("job", COMMAND, LAUNCH)[0] is False
+    assert adapter.run_job("job", COMMAND, LAUNCH, tmp_path / "stage1")[0] is False
     assert stand_in.pods == {}
 
 
-def test_a_job_that_a_killed_launcher_left_is_joined_and_a_failed_one_replaced(
-    stand_in: Cluster, runs: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("program", "ended", "made", "shown"),
+    [
+        ("import time; time.sleep(0.5); print('left')", False, False, "left"),
+        ("raise SystemExit(1)", True, False, "new"),
+        ("print('left')", True, True, "left"),
+        ("print('left')", True, False, "new"),
+    ],
+    ids=["running", "failed", "complete", "complete, and its output taken since"],
+)
+def test_a_job_that_a_killed_launcher_left_is_joined_unless_it_failed_or_is_of_an_earlier_training(
+    program: str, ended: bool, made: bool, shown: str, stand_in: Cluster, runs: Any, tmp_path: Path
 ) -> None:
-    def posts() -> int:
-        return sum(line.startswith("POST") for line in stand_in.requests)
-
-    for program, created in (("import time; time.sleep(0.5); print('left')", 0), ("raise SystemExit(1)", 1)):
-        runs(program)
-        submit("job")
-        if created:
-            for pod in stand_in.pods["job"]:
-                pod.wait()
-            runs("print('new')")
-        before = posts()
-        assert adapter.run_job("job", COMMAND, LAUNCH) == (True, ["new" if created else "left"])
-        assert posts() - before == created
+    runs(program)
+    submit("job")
+    if ended:
+        for pod in stand_in.pods["job"]:
+            pod.wait()
+        runs("print('new')")
+    if made:
+        (tmp_path / "stage1").mkdir()
+    before = len(stand_in.requests)
+    assert adapter.run_job("job", COMMAND, LAUNCH, tmp_path / "stage1") == (True, [shown])
+    posts = [line for line in stand_in.requests[before:] if line.startswith("POST")]
+    assert len(posts) == (shown == "new")
+    assert stand_in.pods == {}
 
 
 def test_a_launcher_that_is_told_to_end_deletes_its_job(
@@ -183,14 +193,14 @@ def test_a_launcher_that_is_told_to_end_deletes_its_job(
 
     monkeypatch.setattr(adapter, "_follow", told)
     with pytest.raises(SystemExit):
-        adapter.run_job("job", COMMAND, LAUNCH)
+        adapter.run_job("job", COMMAND, LAUNCH, tmp_path / "stage1")
     assert stand_in.pods == {}
 
 
 def test_a_cluster_without_the_runtime_is_named(stand_in: Cluster, tmp_path: Path) -> None:
     stand_in.runtime["metadata"]["name"] = "another"
     with pytest.raises(UserError, match=r"namespace mine: Failed to get Runtime: vismem-torch .*\(Not Found\)"):
-        adapter.run_job("job", COMMAND, LAUNCH)
+        adapter.run_job("job", COMMAND, LAUNCH, tmp_path / "stage1")
 
 
 def test_whole_amounts_stay_whole_though_they_came_as_json(posted: dict[str, dict[str, Any]]) -> None:

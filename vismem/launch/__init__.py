@@ -1,10 +1,12 @@
 """Runs a step where it is to run: in this process, in several of this machine, or on several nodes."""
 
+import contextlib
 import hashlib
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from vismem.steps import SHARED, identity, input_folders, replace_folder, run_st
 __all__ = ["QUEUE", "LaunchConfig", "launch_step"]
 
 PATIENCE = 180.0  # seconds: on a network file system the lock of a node that died outlives it for a while
+KEPT = 7 * 86400.0  # seconds that a work folder keeps an output for the run that made it
 
 
 def launch_step(
@@ -33,7 +36,8 @@ def launch_step(
     UserError where a process fails, with its reason; then `artifacts/NAME` stays as it was, and the next launch resumes
     from the last checkpoint. Where `artifacts` may be gone by then, `work` names a folder that is kept, for the
     checkpoints of long steps, and whose name stands for the code that made them; UserError while another launch works
-    on the same there.
+    on the same there. The output stays there for some days, too: Kubeflow takes it from `artifacts` only later, and
+    where that fails, the next try of the same run (KFP_RUN_ID) has it again.
     """
     launch = launch or LaunchConfig()
     if name in SHARED and launch.backend != "trainer":
@@ -49,22 +53,41 @@ def launch_step(
     made_of = identity(name, config, folders)
     if launch.image and work is not None:  # on the shared volume lies what other code has made, too
         made_of = hashlib.sha256(f"{work.name} {made_of}".encode()).hexdigest()
+    _remove_old(kept.glob("vismem-*") if launch.image else kept.parent.glob("*/vismem-*"))  # of other code, too
     place = kept / f"vismem-{name}-{made_of[:12]}"
     line = f"{name}: made before, in {place}"
+    made = place / f"{name}.run-{os.environ.get('KFP_RUN_ID', '')}"  # another run makes its own
     with lock_folder(place, PATIENCE):
-        if not (place / name).is_dir():
+        if not made.is_dir() and not (place / name).is_dir():
             if launch.image:
                 folders = {needed: _copy_once(folder, place / "inputs" / needed) for needed, folder in folders.items()}
             line = _run(name, config, place, folders, launch)
+        if not made.is_dir():
+            (place / name).rename(made)
         fresh = artifacts / f"{name}.partial"
         shutil.rmtree(fresh, ignore_errors=True)  # of another run, which was killed
-        shutil.copytree(place / name, fresh)
+        shutil.copytree(made, fresh)
         replace_folder(fresh, artifacts / name)
-        # at once: half of it is never taken for the whole
-        place.rename(kept / f"{place.name}.gone-{uuid.uuid4().hex[:8]}")
-        for gone in kept.glob("vismem-*.gone-*"):  # also what a kill has left
-            shutil.rmtree(gone, ignore_errors=True)
+        for needless in ("inputs", "logs"):
+            shutil.rmtree(place / needless, ignore_errors=True)
     return line
+
+
+def _remove_old(places: Iterable[Path]) -> None:
+    """Remove the work folders whose outputs are no longer kept, and what a kill has left of others."""
+    for place in places:
+        gone = place if ".gone-" in place.name else place.with_name(f"{place.name}.gone-{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(UserError, OSError):  # another launch works there, or has removed it
+            if gone != place and _is_old(place):
+                with lock_folder(place):
+                    if _is_old(place):
+                        place.rename(gone)  # at once: half of it is never taken for the whole
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _is_old(place: Path) -> bool:
+    """Whether an output is there, and the last one was made long ago."""
+    return any(place.glob("*.run-*")) and time.time() - place.stat().st_mtime > KEPT
 
 
 def _check_gpu(name: str, config: Config) -> None:

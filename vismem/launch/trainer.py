@@ -107,11 +107,11 @@ def run_on_cluster(launch: LaunchConfig, name: str, config: Config, place: Path,
     torchrun = ("--nnodes", launch.num_nodes, "--nproc-per-node", launch.num_processes, "--log-dir", logs)
     arguments = step_arguments(name, config, place, inputs, place / "params.yaml")
     command = ["python", *TORCHRUN, *map(str, torchrun), "-m", "vismem.cli", *arguments]
-    succeeded, tail = run_job(place.name, command, launch)
+    succeeded, tail = run_job(place.name, command, launch, place / name)
     return _line(name, succeeded, logs, tail)
 
 
-def run_job(name: str, command: list[str], launch: LaunchConfig) -> tuple[bool, list[str]]:
+def run_job(name: str, command: list[str], launch: LaunchConfig, output: Path) -> tuple[bool, list[str]]:
     """Run the command on every node as the TrainJob `name`; returns whether it succeeded, and the end of node 0's log.
 
     The job lies in this pod's own namespace; outside a cluster in that of the kubeconfig's context. UserError as from
@@ -120,7 +120,9 @@ def run_job(name: str, command: list[str], launch: LaunchConfig) -> tuple[bool, 
     namespace = get_default_target_namespace()
     try:
         client = sdk.TrainerClient(sdk.KubernetesBackendConfig(namespace=namespace))
-        if _status(client, name) == TRAINJOB_FAILED:
+        status = _status(client, name)
+        # complete without its folder `output`: it ended while its launcher was gone, and what it made was taken since
+        if status == TRAINJOB_FAILED or (status == TRAINJOB_COMPLETE and not output.is_dir()):
             _delete(client, name)
         with exit_on_sigterm():  # so that the nodes are given back
             try:

@@ -10,10 +10,15 @@ _TAGGED = re.compile(
 )
 _FINAL = re.compile(r"\bfinal\s+answer\s*(?::|\bis\b)\s*:?", re.IGNORECASE)
 _OF = r"(?:\s+(?:to|for|of)\s+(?:this|the|your|that)(?:\s+\w+)?\s+(?:question|problem))?"
+_LETTER_IS = r"(?:answer|option|choice|correct)\s+letter"  # as MathVista's own hint asks for it
 _STATED = re.compile(
-    rf"\b(?:(?:answers?|ans){_OF}(?:\s*[:=]|\s[-\u2013\u2014]\s)|(?:answer|option|choice){_OF}\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be)\b\s*:?|"
+    rf"\b(?:(?:answers?|ans|{_LETTER_IS}){_OF}(?:\s*[:=]|\s[-\u2013\u2014]\s)|"
+    rf"(?:answer|option|choice|{_LETTER_IS}){_OF}\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be)\b\s*:?|"
     rf"(?:answers|correct\s+(?:options|choices)){_OF}\s+are\b\s*:?)",
     re.IGNORECASE,
+)
+FINAL_VALUE = re.compile(  # a sentence with which a reply ends, as MathVista's own hint asks for it
+    r"^(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+)?final\s+(?:value|result)\s*(?::|\bis\b)\s*:?", re.IGNORECASE
 )
 _BRACE = re.compile(r"\\boxed\s*\{|[{}]", re.IGNORECASE)
 

@@ -22,7 +22,7 @@ from vismem.data.answer_forms import (
 from vismem.data.benchmarks import references
 from vismem.data.numbers import parse_number, read_number, same_number
 from vismem.data.sample import Sample
-from vismem.evaluation.answer_marks import last_marked, without_thoughts
+from vismem.evaluation.answer_marks import FINAL_VALUE, last_marked, without_thoughts
 
 UNPARSED = "unparsed"
 
@@ -192,12 +192,16 @@ def _read_polar(region: str, rule: str, form: AnswerForm) -> Extraction:
 
 
 def _read_number(region: str, rule: str) -> Extraction:
-    """The only number behind a mark, or of a reply that is one sentence; else of the first or last line alone."""
+    """The only number behind a mark or of a one-sentence reply; else the first or last line, or the final value."""
     if rule or _is_sentence(region):
         number = read_number(region, leading=bool(rule))
         whole = "whole reply" if parse_number(strip(region)) else "one number"
         return Extraction(number.text, rule or whole) if number else UNREAD
-    return _edge_line(region, _number_text) or UNREAD
+    if edge := _edge_line(region, _number_text):
+        return edge
+    last = _SENTENCES.split(strip(region))[-1]
+    value = FINAL_VALUE.match(last)
+    return _read_number(last[value.end() :], "final answer") if value else UNREAD
 
 
 def _number_text(line: str) -> str | None:

@@ -23,7 +23,7 @@ from vismem.data.benchmarks import references
 from vismem.data.numbers import parse_number, read_number, same_number
 from vismem.data.sample import Sample
 from vismem.evaluation.answer_leads import FILLER, leading, leading_letters
-from vismem.evaluation.answer_marks import FINAL_VALUE, last_marked, without_thoughts
+from vismem.evaluation.answer_marks import FINAL_VALUE, last_marked, without_remarks, without_thoughts
 
 UNPARSED = "unparsed"
 
@@ -102,10 +102,17 @@ def extract(text: str, form: AnswerForm) -> Extraction:
     """Read an answer of the given form out of `text`.
 
     The value is the text of an option, letters as "A, C", yes or no, or a number or words as they were written. Where a
-    mark introduces nothing readable, the weaker rules look only behind it, never at what went before.
+    mark introduces nothing readable, the weaker rules look only behind it, never at what went before; but remarks on an
+    answer that was given are no marks.
     """
-    region = without_thoughts(text)
-    region, rule = last_marked(region) or (region, "")
+    said = without_thoughts(text)
+    found = _extract(said, form)
+    bare = without_remarks(said) if found.value is None else said
+    return found if bare == said else _extract(bare, form)
+
+
+def _extract(said: str, form: AnswerForm) -> Extraction:
+    region, rule = last_marked(said) or (said, "")
     match form.kind:
         case AnswerKind.CHOICE:
             return _read_choice(region, rule, form)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from vismem.data.benchmarks import BY_FILE, counted
+from vismem.data.benchmarks import BY_FILE, counted, lists_texts
 from vismem.data.readers.files import json_lines, require_columns
 from vismem.data.readers.lmudata import reference
 from vismem.data.sample import Sample, lettered, option_lines
@@ -120,6 +120,9 @@ def _kit(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored
         sample = _sample(row, benchmark)
         if not counted(sample):
             continue
+        if not held and lists_texts(sample):
+            rule = f"the answer is a list, and {benchmark} counts those by a rule of its own"
+            raise UserError(f"{where}: {rule}: give the file in which VLMEvalKit has its scores")
         try:
             value = float(TRUTHS.get(row[held], row[held])) if held else score(sample, row["prediction"])
         except ValueError:

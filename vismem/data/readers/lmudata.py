@@ -19,7 +19,7 @@ from string import ascii_uppercase
 from typing import BinaryIO
 
 from vismem.config import LmuDataSource
-from vismem.data.benchmarks import BY_FILE
+from vismem.data.benchmarks import BY_FILE, lists_texts
 from vismem.data.readers.files import inside, not_utf8, require_columns
 from vismem.data.sample import Capability, Sample, lettered, option_lines
 from vismem.errors import UserError
@@ -36,8 +36,9 @@ Row = Mapping[str, str]
 def read(source: LmuDataSource, judged: bool = False) -> Iterator[Sample]:
     """Yield the questions in order, those without an answer too: `validate` counts them. `judged`: there is a judge.
 
-    UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column, text
-    that is not UTF-8, and an image that cannot be read or is outside the folder.
+    UserError, naming the place, for a missing file or folder, a benchmark that needs a judge or whose answers are lists
+    of texts (but MMMU's), a missing column, text that is not UTF-8, and an image that cannot be read or is outside the
+    folder.
     """
     if not judged and source.name in BY_FILE and BY_FILE[source.name].judge:
         raise UserError(f"prepare.sources: a judge model scores {source.name}: see `vismem evaluate --suite`")
@@ -112,7 +113,7 @@ def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Samp
     about = "\n".join(part for part in (row.get("hint", ""), row["question"]) if part)
     (text, *shown), images = place_images([about, *choices], _images(row, source, path, shared))
     numbers = count(1 + text.count(MARK))
-    return Sample(
+    sample = Sample(
         id=f"{source.name}-{row['index']}",
         images=images,
         question="\n".join((text, *option_lines(lettered(shown)))),
@@ -123,6 +124,12 @@ def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Samp
         source=source.name,
         part=row.get("split", "").strip(),
     )
+    if lists_texts(sample):
+        raise UserError(
+            f"{path}, row {row['index']}: the answer is a list, and {source.name} counts those by a rule of its own: "
+            "make a .jsonl source of it with one answer for each question"
+        )
+    return sample
 
 
 def reference(row: Row) -> str:

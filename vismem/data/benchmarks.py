@@ -60,6 +60,12 @@ BENCHMARKS = (
     Benchmark("MMVU", _WRITE, 55.4, 68.2, unsupported=_MMVU),
 )
 BY_FILE = {benchmark.file: benchmark for benchmark in BENCHMARKS if benchmark.file}
+CIRCULAR = ("circular", "mmbench", "ccbench", "mmcr")  # in the names of files of which a question is many rows
+
+
+def in_every_order(file: str) -> bool:
+    """Whether VLMEvalKit asks each question of that benchmark in several orders of its options, a row for each."""
+    return any(word in file.lower() for word in CIRCULAR)
 
 
 def references(sample: Sample) -> tuple[str, ...]:

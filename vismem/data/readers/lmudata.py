@@ -19,7 +19,7 @@ from string import ascii_uppercase
 from typing import BinaryIO
 
 from vismem.config import LmuDataSource
-from vismem.data.benchmarks import BY_FILE, lists_texts
+from vismem.data.benchmarks import BY_FILE, in_every_order, lists_texts
 from vismem.data.readers.files import inside, not_utf8, require_columns
 from vismem.data.sample import Capability, Sample, lettered, option_lines
 from vismem.errors import UserError
@@ -27,6 +27,7 @@ from vismem.runtime.chat import MARK
 from vismem.runtime.images import decoded_base64
 
 VARIABLE = "LMUData"  # of the environment, VLMEvalKit's own
+ORDERS = 1_000_000  # VLMEvalKit adds so much, or twice and so on, to the index of a question in another order
 LONGEST_INDEX = 64  # characters; a longer `image` is an image
 NAMED = re.compile(r"<image(?: (?P<number>\d{1,4}))?>")
 
@@ -36,6 +37,8 @@ Row = Mapping[str, str]
 def read(source: LmuDataSource, judged: bool = False) -> Iterator[Sample]:
     """Yield the questions in order, those without an answer too: `validate` counts them. `judged`: there is a judge.
 
+    Of MMBench and others whose files ask a question in several orders of its options, the first is read.
+
     UserError, naming the place, for a missing file or folder, a benchmark that needs a judge or whose answers are lists
     of texts (but MMMU's), a missing column, text that is not UTF-8, and an image that cannot be read or is outside the
     folder.
@@ -43,13 +46,18 @@ def read(source: LmuDataSource, judged: bool = False) -> Iterator[Sample]:
     if not judged and source.name in BY_FILE and BY_FILE[source.name].judge:
         raise UserError(f"prepare.sources: a judge model scores {source.name}: see `vismem evaluate --suite`")
     path = _file(source)
-    named = {held for row in _rows(path) if (held := _held(row)) and len(held) <= LONGEST_INDEX}
+    named, originals = set[str](), set[str]()
+    for row in _rows(path):
+        if (held := _held(row)) and len(held) <= LONGEST_INDEX:
+            named.add(held)
+        if in_every_order(source.name):
+            originals.add(row["index"])
     with tempfile.TemporaryFile() as kept:  # a file may be gigabytes
         shared = Shared(kept)
         for row in _rows(path) if named else ():
             if row["index"] in named:
                 shared.keep(row["index"], _images(row, source, path, shared))
-        yield from (_sample(row, source, path, shared) for row in _rows(path))
+        yield from (_sample(row, source, path, shared) for row in _rows(path) if _reordered(row) not in originals)
 
 
 class Shared:
@@ -104,6 +112,13 @@ def _rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}, behind line {table.line_num}: {not_utf8(error)}") from None
         except csv.Error as error:
             raise UserError(f"{path}, line {table.reader.line_num}: no tab-separated table ({error})") from None
+
+
+def _reordered(row: Row) -> str | None:
+    """The index of the question that the row would ask in another order, as VLMEvalKit numbers them."""
+    index = row["index"]
+    original = row.get("g_index") or (str(int(index) % ORDERS) if index.isdecimal() else index)
+    return original if original != index else None
 
 
 def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Sample:

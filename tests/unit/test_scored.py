@@ -40,6 +40,15 @@ def test_what_a_judge_scores_is_not_scored_by_words(tmp_path: Path, dataset: str
         kit(tmp_path, dataset, {"answer": "-1<AND>-5", "prediction": "-1<AND>-5"})
 
 
+def test_what_a_judge_has_read_but_not_scored_is_not_read_by_our_rules(tmp_path: Path) -> None:
+    """VLMEvalKit's MathVista: `res` is what the judge took out of the prediction."""
+    row = {"answer": "3", "prediction": "three or four", "res": "3", "log": "Succeed"}
+    with pytest.raises(UserError, match="the file has no score of each: give the file of the bare predictions"):
+        kit(tmp_path, "MathVista_MINI_gpt-4-turbo", row)
+    (scored,) = kit(tmp_path / "scored", "MathVista_MINI_gpt-4-turbo", row | {"hit": 1})
+    assert (scored.benchmark, scored.score) == ("MathVista_MINI", 1.0)
+
+
 def test_lists_of_texts_count_by_a_rule_that_only_their_benchmark_knows(tmp_path: Path) -> None:
     row = {"answer": "['nokia', 'nokia']", "prediction": "nokia"}
     with pytest.raises(UserError, match="row 1: the answer is a list, and TextVQA_VAL counts those by a rule of its"):

@@ -109,6 +109,11 @@ def _kit(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored
     held, benchmark = metric or next((name for name in KIT_SCORES if name in columns), None), _benchmark(path)
     if not held and benchmark in BY_FILE and BY_FILE[benchmark].judge:
         raise UserError(f"{path}: a judge model scores {benchmark}: give the file in which VLMEvalKit has its scores")
+    if not held and {"res", "log"} <= {*columns}:
+        raise UserError(
+            f"{path}: VLMEvalKit's judge has read its answers and the file has no score of each: give the file of the "
+            "bare predictions, which is read by our rules, or one with a score of each and name it with --metric"
+        )
     if not held and in_every_order(benchmark):
         orders = f"VLMEvalKit asks a question of {benchmark} in several orders of its options"
         raise UserError(f"{path}: {orders}: give the file in which it has its scores")

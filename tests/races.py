@@ -16,7 +16,7 @@ from vismem.records import Release
 from vismem.registry import champion, listing, release
 from vismem.registry.champion import append, mend_view, read_ledger
 from vismem.registry.ledger import Ledger, ledger_model
-from vismem.registry.tracking import versions
+from vismem.registry.tracking import find_version, versions
 
 PROCESSES = multiprocessing.get_context("forkserver")
 STORES = ("mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.tracking.sqlalchemy_store")  # slow to import
@@ -84,8 +84,9 @@ class Races:
             store.client.delete_registered_model(ledger_model(store.model))
             store.client.delete_registered_model_alias(store.model, "champion")
         for version in PAST:
-            ledger = read_ledger(store)
-            assert append(store, ledger, ledger.next_move("promote", version))
+            ledger, found = read_ledger(store), find_version(store, version)
+            assert found
+            assert append(store, ledger, ledger.next_move("promote", found))
         ledger = read_ledger(store)
         assert mend_view(store) == ledger
         return ledger

@@ -9,7 +9,10 @@ import pytest
 from project import Project
 
 from vismem.kubeflow import task
+from vismem.records import Metrics
 from vismem.registry import GIVEN_RUN
+from vismem.registry.tracking import find_version
+from vismem.registry.verdict import read_registered
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -60,6 +63,14 @@ def test_register_goes_on_with_a_run_that_kubeflow_opened_in_whatever_experiment
     assert run.info.run_name == "register by Kubeflow"
     assert client.get_logged_model(made["model_id"]).experiment_id == theirs
     assert client.get_model_version("vismem", "1").tags["kfp_run_id"] == "k1"
+    project.build(b"two", score=67.0)
+    second = project.run("register")
+    assert second["run_id"] != given, "a run is of one version: its figures stay as they were registered"
+    assert client.get_run(second["run_id"]).info.status == "FINISHED"
+    assert client.get_run(given).info.status == "RUNNING"
+    first = find_version(project.store, "1")
+    assert first
+    assert read_registered(project.store, first, Metrics).arms["vismem"]["overall"] == 66.0
     client.set_terminated(given)
-    project.build(b"two")
+    project.build(b"three")
     assert project.run("register")["run_id"] != given

@@ -19,6 +19,8 @@ from vismem.registry import champion, listing, release
 from vismem.registry.champion import append, read_ledger
 from vismem.registry.ledger import Ledger, ledger_model
 from vismem.registry.server import mlflow_server
+from vismem.registry.versions import Version
+from vismem.serving.champion import champion_repository
 
 RACES = int(os.environ.get("VISMEM_RACES", "3"))
 
@@ -37,14 +39,18 @@ def test_of_promoters_and_rollbacks_at_once_each_move_has_one_winner_and_each_pr
             races.run(seed)
 
 
+def plain(number: str) -> Version:
+    return Version(number, "", "", 0.0, {})
+
+
 def test_a_move_on_a_ledger_that_has_grown_is_not_made(project: Project) -> None:
     ours, theirs = project.store, project.store
     empty = read_ledger(ours)
     assert (empty.champion, empty.revision) == (None, 0)
-    assert append(theirs, empty, first := empty.next_move("promote", "1"))
-    assert not append(ours, empty, empty.next_move("promote", "2"))
+    assert append(theirs, empty, first := empty.next_move("promote", plain("1")))
+    assert not append(ours, empty, empty.next_move("promote", plain("2")))
     assert read_ledger(ours) == read_ledger(theirs) == Ledger(moves=(first,))
-    assert append(ours, read_ledger(ours), read_ledger(ours).next_move("promote", "2"))
+    assert append(ours, read_ledger(ours), read_ledger(ours).next_move("promote", plain("2")))
     assert project.moves == [("promote", "1", None), ("promote", "2", "1")]
 
 
@@ -56,7 +62,7 @@ def test_a_request_that_arrives_twice_makes_one_move_and_its_sender_hears_so(
     monkeypatch.setattr(champion, "_write", lambda *given: (send(*given), send(*given)))
     for version in ("1", "2"):
         ledger = read_ledger(store)
-        assert append(store, ledger, ledger.next_move("promote", version))
+        assert append(store, ledger, ledger.next_move("promote", plain(version)))
     assert project.moves == [("promote", "1", None), ("promote", "2", "1")]
 
 
@@ -68,6 +74,28 @@ def test_an_alias_from_before_there_was_a_ledger_is_adopted(project: Project) ->
     assert project.release(b"two", score=65.0)["promoted"] is False
     assert project.release(b"three", score=67.0)["previous"] == "1"
     assert project.moves == [("adopt", "1", None), ("promote", "3", "1")]
+
+
+def test_of_a_model_made_anew_no_version_is_champion_by_its_number_alone(project: Project) -> None:
+    project.release(b"one", score=66.0)
+    project.store.client.delete_registered_model("vismem")
+    refused = project.release(b"two", score=50.0, gain=-10.0)
+    assert (refused["version"], refused["promoted"], project.champion()) == ("1", False, None)
+    deployed = project.artifacts / "deploy" / "model_repository" / project.config.deploy.model_name / "1"
+    deployed.mkdir(parents=True)
+    (deployed / "bundle").symlink_to(project.steps["export"])
+    for served in (champion.champion_version, lambda _: champion_repository(project.config, project.artifacts)):
+        with pytest.raises(UserError, match="version 1 of 'vismem', the champion, is no longer"):
+            served(project.store)
+    assert project.release(b"three", score=67.0)["promoted"] is True
+    with pytest.raises(UserError, match="no earlier champion"):
+        release.rollback(project.config)
+    project.store.client.delete_registered_model("vismem")
+    project.release(b"four", score=50.0, gain=-10.0)
+    made = project.release(b"five", score=60.0)
+    assert (made["version"], made["promoted"], project.champion()) == ("2", True, "2")
+    assert "champion version 2 has no usable score" in made["reasons"][-1]
+    assert project.moves == [("promote", *move) for move in (("1", None), ("2", "1"), ("2", "2"))]
 
 
 def test_an_entry_deleted_in_mlflow_is_named(project: Project) -> None:

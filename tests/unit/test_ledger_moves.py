@@ -8,12 +8,16 @@ from vismem.registry.versions import Version
 from vismem.registry.view import View
 
 
+def plain(number: str, **tags: str) -> Version:
+    return Version(number, "", "", 0.0, tags)
+
+
 def ledger(*moves: str) -> Ledger:
     """The ledger after moves such as "promote 1"."""
     made = Ledger()
     for move in moves:
         action, version = move.split()
-        made = Ledger(moves=(*made.moves, made.next_move(action, version)))  # type: ignore[arg-type]
+        made = Ledger(moves=(*made.moves, made.next_move(action, plain(version))))  # type: ignore[arg-type]
     return made
 
 
@@ -42,7 +46,7 @@ def test_champion_blocked_versions_and_the_way_back_follow_from_the_moves(
 
 def entry(number: int, revision: int, move: str) -> Version:
     action, version = move.split()
-    made = ledger().next_move(action, version)  # type: ignore[arg-type]
+    made = ledger().next_move(action, plain(version))  # type: ignore[arg-type]
     return Version(str(number), "", "", 0.0, {"revision": str(revision), "move": made.model_dump_json()})
 
 
@@ -85,3 +89,13 @@ def test_the_view_needs_exactly_the_edits_that_make_it_say_what_the_ledger_says(
     without = View((done[0],), {"champion": "2"})  # the champion's version was deleted
     assert without.edits(made) == [("delete_registered_model_alias", "champion")]
     assert View((), {}).edits(made) == []
+
+
+def test_a_version_that_got_a_champion_s_number_in_a_model_made_anew_is_not_that_champion() -> None:
+    made = Ledger(moves=(Ledger().next_move("promote", plain("1", manifest_sha256="old")),))
+    old, new = (plain("1", manifest_sha256=name) for name in ("old", "new"))
+    assert (made.means(old), made.means(new), ledger("promote 1").means(new)) == (True, False, True)
+    assert View((old,), {}).edits(made) == [("set_registered_model_alias", "champion", "1")]
+    assert View((new,), {}).edits(made) == []
+    assert View((new,), {"champion": "1"}).edits(made) == [("delete_registered_model_alias", "champion")]
+    assert View((new,), {}).edits(ledger("promote 1")) == [("set_registered_model_alias", "champion", "1")]

@@ -245,6 +245,30 @@ def test_a_limit_counts_what_the_score_is_of(tmp_path: Path) -> None:
     assert [sample.id[-1] for sample in read_all(source.model_copy(update={"limit": 1}))] == ["0", "1"]
 
 
+def test_answers_that_are_lists_of_texts_are_refused_but_those_of_benchmarks_that_we_know(tmp_path: Path) -> None:
+    row = {"index": "7", "image": RED, "question": "What is written?", "answer": "['CENTRE']"}
+    for name in ("OCRBench", "TextVQA_VAL"):
+        with pytest.raises(UserError, match=f"row 7: the answer is a list, and {name} counts those"):
+            read_all(write(tmp_path, row, name=name))
+    (known,) = read_all(write(tmp_path, row, name="MMMU_DEV_VAL"))
+    assert score(known, "CENTRE") == 1.0
+    for answer in ("[0, 4]", "[left]", "[]"):
+        assert read_all(write(tmp_path, row | {"answer": answer}, name="Ours"))[0].answer == answer
+
+
+@pytest.mark.parametrize("group", [{}, {"g_index": "7"}])
+def test_of_a_question_that_is_asked_in_every_order_of_its_options_the_first_is_read(
+    tmp_path: Path, group: dict[str, str]
+) -> None:
+    turned = {"index": "1000007", "image": "7", "A": "red", "B": "None", "answer": "A"}
+    other = {"index": "2000008"} | {name: "2000008" for name in group}  # no order of a question that is there
+    rows = [ROW | group, ROW | group | turned, ROW | other]
+    for name, kept in (("MMBench_DEV_EN", ["7", "2000008"]), ("Ours", ["7", "1000007", "2000008"])):
+        samples = read_all(write(tmp_path, *rows, name=name))
+        assert [sample.id for sample in samples] == [f"{name}-{index}" for index in kept]
+    assert len(read_all(write(tmp_path, ROW, {**ROW, "index": "x"}, name="MMBench_DEV_EN"))) == 2
+
+
 def test_a_missing_benchmark_names_those_that_are_there(tmp_path: Path) -> None:
     source = write(tmp_path, ROW)
     with pytest.raises(UserError, match="has BLINK"):

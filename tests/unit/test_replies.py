@@ -98,7 +98,9 @@ def test_no_text_makes_reading_fail(text: str, sample: Sample) -> None:
     assert score(replace(sample, answer=text or "?", choices=()), text) in (0.0, 1.0)
 
 
-@pytest.mark.parametrize("word", ["therefore, ", "(A) ", "the answer is ", "not a dog, ", "\\frac{1}", "1,"])
+@pytest.mark.parametrize(
+    "word", ["therefore, ", "(A) ", "the answer is ", "not a dog, ", "\\frac{1}", "1,", "yes, the answer is based on "]
+)
 def test_a_reply_that_repeats_itself_without_end_is_read_in_the_end(word: str) -> None:
     """Models do so; each reader's time grows with the length alone: with its square this would take hours."""
     for answer, choices in (("yes", ()), ("A", ("dog", "cat", "bird")), ("12", ()), ("A, C", ("x", "y", "z"))):

@@ -12,7 +12,7 @@ from vismem.evaluation.scored import Scored, read_scored
 def kit(folder: Path, dataset: str, *rows: dict[str, object]) -> list[Scored]:
     """What is read of a file of the model `m`."""
     file = folder / "m" / f"m_{dataset}.json"
-    file.parent.mkdir()
+    file.parent.mkdir(parents=True)
     file.write_text(json.dumps([{"index": place, "question": "?"} | row for place, row in enumerate(rows)]))
     return read_scored(file)
 
@@ -38,6 +38,25 @@ def test_what_is_no_list_of_answers_is_one_answer(tmp_path: Path, answer: str) -
 def test_what_a_judge_scores_is_not_scored_by_words(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(UserError, match=f"a judge model scores {dataset}: give the file"):
         kit(tmp_path, dataset, {"answer": "-1<AND>-5", "prediction": "-1<AND>-5"})
+
+
+def test_what_a_judge_has_read_but_not_scored_is_not_read_by_our_rules(tmp_path: Path) -> None:
+    """VLMEvalKit's MathVista: `res` is what the judge took out of the prediction."""
+    row = {"answer": "3", "prediction": "three or four", "res": "3", "log": "Succeed"}
+    with pytest.raises(UserError, match="the file has no score of each: give the file of the bare predictions"):
+        kit(tmp_path, "MathVista_MINI_gpt-4-turbo", row)
+    (scored,) = kit(tmp_path / "scored", "MathVista_MINI_gpt-4-turbo", row | {"hit": 1})
+    assert (scored.benchmark, scored.score) == ("MathVista_MINI", 1.0)
+
+
+def test_lists_of_texts_count_by_a_rule_that_only_their_benchmark_knows(tmp_path: Path) -> None:
+    row = {"answer": "['nokia', 'nokia']", "prediction": "nokia"}
+    with pytest.raises(UserError, match="row 1: the answer is a list, and TextVQA_VAL counts those by a rule of its"):
+        kit(tmp_path, "TextVQA_VAL", row)
+    scored = kit(tmp_path / "scored", "TextVQA_VAL", row | {"score": 0.6})
+    numbers = kit(tmp_path / "numbers", "Ours", {"answer": "[0, 4]", "prediction": "[0, 4]"})
+    words = kit(tmp_path / "words", "MathVista_MINI", {"answer": "['a']", "prediction": "['a']"})
+    assert [found[0].score for found in (scored, numbers, words)] == [0.6, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("dataset", ["BLINK_circular", "MMBench_DEV_EN_V11"])

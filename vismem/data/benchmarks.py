@@ -6,6 +6,7 @@ only; readers and evaluation use it.
 
 import ast
 from dataclasses import dataclass
+from typing import Any
 
 from vismem.data.answer_forms import AnswerKind
 from vismem.data.sample import Capability, Sample
@@ -59,16 +60,32 @@ BENCHMARKS = (
     Benchmark("MMVU", _WRITE, 55.4, 68.2, unsupported=_MMVU),
 )
 BY_FILE = {benchmark.file: benchmark for benchmark in BENCHMARKS if benchmark.file}
+CIRCULAR = ("circular", "mmbench", "ccbench", "mmcr")  # in the names of files of which a question is many rows
+
+
+def in_every_order(file: str) -> bool:
+    """Whether VLMEvalKit asks each question of that benchmark in several orders of its options, a row for each."""
+    return any(word in file.lower() for word in CIRCULAR)
 
 
 def references(sample: Sample) -> tuple[str, ...]:
     """The answers of which any one is right: the sample's own, or those that it lists where its benchmark does so."""
-    if sample.source in BY_FILE and BY_FILE[sample.source].any_of and sample.answer.startswith("["):
-        try:
-            return tuple(map(str, ast.literal_eval(sample.answer))) or (sample.answer,)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            pass  # no list
-    return (sample.answer,)
+    any_of = sample.source in BY_FILE and BY_FILE[sample.source].any_of
+    return (*map(str, _listed(sample.answer) if any_of else ()),) or (sample.answer,)
+
+
+def lists_texts(sample: Sample) -> bool:
+    """Whether the reference is a list of texts, and the benchmark none of ours: how it counts them is not known."""
+    listed = _listed(sample.answer) if sample.source not in BY_FILE else []
+    return bool(listed) and all(isinstance(text, str) for text in listed)
+
+
+def _listed(text: str) -> list[Any]:
+    """The entries of a list literal; none where it is no list."""
+    try:
+        return list(ast.literal_eval(text)) if text.startswith("[") else []
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return []
 
 
 def counted(sample: Sample) -> bool:

@@ -10,11 +10,27 @@ _TAGGED = re.compile(
 )
 _FINAL = re.compile(r"\bfinal\s+answer\s*(?::|\bis\b)\s*:?", re.IGNORECASE)
 _OF = r"(?:\s+(?:to|for|of)\s+(?:this|the|your|that)(?:\s+\w+)?\s+(?:question|problem))?"
+_LETTER_IS = r"(?:answer|option|choice|correct)\s+letter"  # as MathVista's own hint asks for it
 _STATED = re.compile(
-    rf"\b(?:(?:answers?|ans){_OF}(?:\s*[:=]|\s[-\u2013\u2014]\s)|(?:answer|option|choice){_OF}\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be)\b\s*:?|"
+    rf"\b(?:(?:answers?|ans|{_LETTER_IS}){_OF}(?:\s*[:=]|\s[-\u2013\u2014]\s)|"
+    rf"(?:answer|option|choice|{_LETTER_IS}){_OF}\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be)\b\s*:?|"
     rf"(?:answers|correct\s+(?:options|choices)){_OF}\s+are\b\s*:?)",
     re.IGNORECASE,
 )
+FINAL_VALUE = re.compile(  # a sentence with which a reply ends, as MathVista's own hint asks for it
+    r"^(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+)?final\s+(?:value|result)\s*(?::|\bis\b)\s*:?", re.IGNORECASE
+)
+_REMARK = re.compile(  # a line's last sentence that says whence an answer is or that it is right, and not which it is
+    r"(?:^|(?<=[.!?\n])|(?<=\byes,)|(?<=\bno,))\s*(?:"
+    r"(?:the|this|that|my)\s+(?:answer|option|choice)\s+is\s+"
+    r"(?:(?:based\s+on|supported\s+by|consistent\s+with)\b[^.:!?\n]{0,200}|correct|sure|certain)|"
+    r"(?:this|that)\s+(?:answer|option|choice)\s+is\s+"
+    r"(?:right|clear|the\s+(?:only|best|correct|right)\b[^.:!?\n]{0,200})|"
+    r"the\s+other\s+(?:answer|option|choice)\s+is\s+(?:wrong|incorrect|false)\b[^.:!?\n]{0,200}"
+    r")[.!]*[ ]*(?=\n|$)",
+    re.IGNORECASE,
+)
+_TURN = re.compile(r"\b(?:but|however|wait|actually|instead)\b", re.IGNORECASE)
 _BRACE = re.compile(r"\\boxed\s*\{|[{}]", re.IGNORECASE)
 
 
@@ -25,6 +41,11 @@ def without_thoughts(text: str) -> str:
     """
     said = re.sub(r"[^\S\n]+", " ", _THOUGHT.sub(" ", text).replace("**", "").replace("__", ""))
     return re.sub(r"\n[ \n]*", "\n", said).strip()
+
+
+def without_remarks(text: str) -> str:
+    """Without what is said of an answer already given ("This answer is based on ..."), but where it may be another."""
+    return text if _TURN.search(text) else _REMARK.sub("", text)
 
 
 def last_marked(text: str) -> tuple[str, str] | None:

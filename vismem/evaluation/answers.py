@@ -22,28 +22,11 @@ from vismem.data.answer_forms import (
 from vismem.data.benchmarks import references
 from vismem.data.numbers import parse_number, read_number, same_number
 from vismem.data.sample import Sample
-from vismem.evaluation.answer_marks import last_marked, without_thoughts
+from vismem.evaluation.answer_leads import FILLER, leading, leading_letters
+from vismem.evaluation.answer_marks import FINAL_VALUE, last_marked, without_remarks, without_thoughts
 
 UNPARSED = "unparsed"
 
-_FILLER = re.compile(
-    r"^(?:(?:most\s+)?(?:it['\u2019]s|it\s+is|i(?:\s+would|['\u2019]d)?\s+(?:choose|pick|select|say|think|go\s+with)|"
-    r"clearly|definitely|likely|probably|therefore|thus|hence|obviously|simply|then|so|either|both|only|the|correct|"
-    r"options?|choices?|letters?|answers?|not\s+[(\[]?[a-z][)\]]?,?\s+but(?:\s+rather)?)\b\s*[:,]?\s*)+",
-    re.IGNORECASE,
-)
-_LEADING = re.compile(
-    r"^(?:[(\[](?P<closed>[A-Za-z])[)\]][.:,;]*|(?P<open>[A-Za-z])(?:[).:,;]+(?=\s|$)|(?=[ \t]+[-\u2013\u2014]+\s)|"
-    r"(?=[ \t]+(?:because|since|as|which|due)\b)|\s*\Z))",
-    re.IGNORECASE,
-)
-_ANOTHER = re.compile(
-    r"^(?:(?:or|and|nor|&|/)\s*)?[(\[]?[A-Za-z](?:[)\].:,;/]|\s*\Z|\s+(?:or|and|&)\b)|^or\b", re.IGNORECASE
-)
-_DENIED = re.compile(
-    r"^(?:(?:is|was|seems|looks)\s*)?(?:not\b(?!\s+(?:option\s+)?[(\[]?[a-z]\b)|n't|wrong|incorrect|false)",
-    re.IGNORECASE,
-)
 _DENIED_BEHIND = re.compile(  # but not "red not blue"
     r"^(?:(?:is|was|seems|looks)\s*(?:not\b|n't)|(?:(?:is|was|seems|looks)\s+)?(?:wrong|incorrect|false)\b)",
     re.IGNORECASE,
@@ -119,10 +102,17 @@ def extract(text: str, form: AnswerForm) -> Extraction:
     """Read an answer of the given form out of `text`.
 
     The value is the text of an option, letters as "A, C", yes or no, or a number or words as they were written. Where a
-    mark introduces nothing readable, the weaker rules look only behind it, never at what went before.
+    mark introduces nothing readable, the weaker rules look only behind it, never at what went before; but remarks on an
+    answer that was given are no marks.
     """
-    region = without_thoughts(text)
-    region, rule = last_marked(region) or (region, "")
+    said = without_thoughts(text)
+    found = _extract(said, form)
+    bare = without_remarks(said) if found.value is None else said
+    return found if bare == said else _extract(bare, form)
+
+
+def _extract(said: str, form: AnswerForm) -> Extraction:
+    region, rule = last_marked(said) or (said, "")
     match form.kind:
         case AnswerKind.CHOICE:
             return _read_choice(region, rule, form)
@@ -153,9 +143,9 @@ def is_correct(sample: Sample, extraction: Extraction) -> bool:
 
 def _read_choice(region: str, rule: str, form: AnswerForm) -> Extraction:
     """The whole region or its beginning; then its first or last line, an option called right, one option's words."""
-    if value := form.option(region) or _leading(region, form):
+    if value := form.option(region) or leading(region, form):
         return Extraction(value, rule or "whole reply")
-    if not rule and (edge := _edge_line(region, lambda line: form.option(line) or _leading(line, form))):
+    if not rule and (edge := _edge_line(region, lambda line: form.option(line) or leading(line, form))):
         return edge
     if form.by_letter and (value := _called_right(region, form)):
         return Extraction(value, "option is right")
@@ -172,9 +162,12 @@ def _read_choice(region: str, rule: str, form: AnswerForm) -> Extraction:
 
 
 def _read_letters(region: str, rule: str, form: AnswerForm) -> Extraction:
-    if value := form.letters(_FILLER.sub("", _ALL_RIGHT.sub("", strip(region)))):
+    if value := form.letters(FILLER.sub("", _ALL_RIGHT.sub("", strip(region)))):
         return Extraction(value, rule or "whole reply")
-    return UNREAD if rule else _edge_line(region, form.letters) or UNREAD
+    if not rule and (edge := _edge_line(region, form.letters)):
+        return edge
+    value = leading_letters(region, form)
+    return Extraction(value, rule or "whole reply") if value else UNREAD
 
 
 def _read_polar(region: str, rule: str, form: AnswerForm) -> Extraction:
@@ -192,12 +185,16 @@ def _read_polar(region: str, rule: str, form: AnswerForm) -> Extraction:
 
 
 def _read_number(region: str, rule: str) -> Extraction:
-    """The only number behind a mark, or of a reply that is one sentence; else of the first or last line alone."""
+    """The only number behind a mark or of a one-sentence reply; else the first or last line, or the final value."""
     if rule or _is_sentence(region):
         number = read_number(region, leading=bool(rule))
         whole = "whole reply" if parse_number(strip(region)) else "one number"
         return Extraction(number.text, rule or whole) if number else UNREAD
-    return _edge_line(region, _number_text) or UNREAD
+    if edge := _edge_line(region, _number_text):
+        return edge
+    last = _SENTENCES.split(strip(region))[-1]
+    value = FINAL_VALUE.match(last)
+    return _read_number(last[value.end() :], "final answer") if value else UNREAD
 
 
 def _number_text(line: str) -> str | None:
@@ -224,21 +221,6 @@ def _edge_line(text: str, answer: Callable[[str], str | None]) -> Extraction | N
             if line is not None:
                 return Extraction(line, rule)
     return None
-
-
-def _leading(text: str, form: AnswerForm) -> str | None:
-    """The option whose letter begins the text, as in "(B) because ...", if no other has a label."""
-    bare = _FILLER.sub("", strip(text))
-    found = _LEADING.match(bare) if form.by_letter else None
-    if found is None:
-        return form.option(bare) if bare != strip(text) else None
-    letter = (found["closed"] or found["open"]).upper()
-    rest = bare[found.end() :].strip(" -\u2013\u2014")
-    others = {label["letter"].upper() for label in LABELS.finditer(bare)} & {*form.options} - {letter}
-    option, named = form.options.get(letter), form.option(rest) if len(rest) > 1 else None
-    if named not in (None, option) or _DENIED.match(rest) or others:
-        return None
-    return None if named is None and _ANOTHER.match(rest) else option
 
 
 def _called_right(text: str, form: AnswerForm) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from vismem.data.benchmarks import BY_FILE, counted
+from vismem.data.benchmarks import BY_FILE, counted, in_every_order, lists_texts
 from vismem.data.readers.files import json_lines, require_columns
 from vismem.data.readers.lmudata import reference
 from vismem.data.sample import Sample, lettered, option_lines
@@ -28,7 +28,6 @@ from vismem.evaluation.predictions import read_predictions
 
 LMMS_FILE = re.compile(r"(?:.*_)?samples_(?P<task>.+)\.jsonl")
 KIT_SCORES = ("hit", "score", "eval_score", "match")  # columns in which VLMEvalKit's files of results hold a score
-CIRCULAR = ("circular", "mmbench", "ccbench", "mmcr")  # in the names of benchmarks of which a question is many rows
 GIVEN = ("doc_id", "target")  # numbers of lmms-eval's that are no score
 TRUTHS = {"True": 1, "False": 0}
 RESULT = re.compile(r"_(?:auxmatch|gpt[^_]*|(?:[^_]+|exact_matching)_result)$")  # _gpt...: of a judge that gives points
@@ -110,7 +109,12 @@ def _kit(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored
     held, benchmark = metric or next((name for name in KIT_SCORES if name in columns), None), _benchmark(path)
     if not held and benchmark in BY_FILE and BY_FILE[benchmark].judge:
         raise UserError(f"{path}: a judge model scores {benchmark}: give the file in which VLMEvalKit has its scores")
-    if not held and any(word in benchmark.lower() for word in CIRCULAR):
+    if not held and {"res", "log"} <= {*columns}:
+        raise UserError(
+            f"{path}: VLMEvalKit's judge has read its answers and the file has no score of each: give the file of the "
+            "bare predictions, which is read by our rules, or one with a score of each and name it with --metric"
+        )
+    if not held and in_every_order(benchmark):
         orders = f"VLMEvalKit asks a question of {benchmark} in several orders of its options"
         raise UserError(f"{path}: {orders}: give the file in which it has its scores")
     needed = ("index", "answer", "prediction", held or "question", *([cluster] if cluster else []))
@@ -120,6 +124,9 @@ def _kit(path: Path, metric: str | None, cluster: str | None) -> Iterator[Scored
         sample = _sample(row, benchmark)
         if not counted(sample):
             continue
+        if not held and lists_texts(sample):
+            rule = f"the answer is a list, and {benchmark} counts those by a rule of its own"
+            raise UserError(f"{where}: {rule}: give the file in which VLMEvalKit has its scores")
         try:
             value = float(TRUTHS.get(row[held], row[held])) if held else score(sample, row["prediction"])
         except ValueError:

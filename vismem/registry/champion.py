@@ -74,8 +74,8 @@ def mend_view(store: Store) -> Ledger:
     failed: list[tuple[str, ...]] = []
     while True:
         ledger, view = read_ledger(store), read_view(store)
-        if not ledger.moves and (alias := view.aliases.get(CHAMPION)) is not None:
-            append(store, ledger, ledger.next_move("adopt", alias))
+        if not ledger.moves and (adopted := view.find(CHAMPION)) is not None:
+            append(store, ledger, ledger.next_move("adopt", adopted))
             continue
         if not (calls := view.edits(ledger)):
             return ledger
@@ -96,7 +96,8 @@ def champion_version(store: Store) -> Version | None:
     ledger = mend_view(store)
     if ledger.champion is None:
         return None
-    if (version := find_version(store, ledger.champion)) is None:
+    version = find_version(store, ledger.champion)
+    if version is None or not ledger.means(version):
         raise UserError(
             f"version {ledger.champion} of '{store.model}', the champion, is no longer in {store.uri}: "
             "`vismem models rollback` returns to the one before, `vismem promote` releases another"

@@ -33,6 +33,7 @@ class Move(Part):
     version: str  # the champion from then on
     previous: str | None
     verdict: dict[str, str] | None = None  # of a promotion: what the gate said, by rule
+    manifest_sha256: str = ""  # of the version's bundle: of a model made anew, MLflow gives its number again
 
 
 class Ledger(Part):
@@ -78,11 +79,19 @@ class Ledger(Part):
         made = (move for move in reversed(self.moves) if move.version == version and move.action != "rollback")
         return next(made, None)
 
-    def next_move(self, action: Action, version: str, verdict: Verdict | None = None) -> Move:
+    def means(self, version: Version) -> bool:
+        """Whether the moves, as far as they say, tell of that version and not of another that had its number before."""
+        moved = next((move.manifest_sha256 for move in reversed(self.moves) if move.version == version.version), "")
+        return moved in ("", version.tags.get("manifest_sha256"))
+
+    def next_move(self, action: Action, version: Version, verdict: Verdict | None = None) -> Move:
         """The move that makes `version` the champion after this ledger's."""
         time, by = datetime.now(UTC).isoformat(), f"{socket.gethostname()}:{os.getpid()}"
         reasons = {rule.name: rule.reason for rule in verdict.rules} if verdict else None
-        return Move(time=time, by=by, action=action, version=version, previous=self.champion, verdict=reasons)
+        return Move(
+            time=time, by=by, action=action, version=version.version, previous=self.champion, verdict=reasons,
+            manifest_sha256=version.tags.get("manifest_sha256", ""),
+        )  # fmt: skip
 
 
 def effective(entries: Iterable[Version]) -> tuple[Move, ...]:

@@ -52,7 +52,8 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
 
     def decide(ledger: Ledger) -> Move | None:
         nonlocal verdict
-        made = ledger.promotion(version.version) if ledger.champion == version.version else None
+        own = ledger.champion == version.version and ledger.means(version)
+        made = ledger.promotion(version.version) if own else None
         if made and made.verdict:  # before, and perhaps by a run that was killed behind it
             rules = tuple(Rule(name=name, passed=True, reason=reason) for name, reason in made.verdict.items())
             verdict = Verdict(passed=True, rules=rules)
@@ -60,7 +61,7 @@ def _promote(store: Store, version: Version, out: Path, unblock: bool = False) -
         verdict = judge_version(store, version, ledger, gate, unblock)
         if unsigned:
             verdict = Verdict(passed=False, rules=(*verdict.rules, unsigned))
-        return ledger.next_move("promote", version.version, verdict) if verdict.passed and not made else None
+        return ledger.next_move("promote", version, verdict) if verdict.passed and not made else None
 
     mend_view(store)
     ledger = transact(store, decide)
@@ -115,8 +116,9 @@ def rollback(config: Config, to: str | None = None, left: str | None = None) -> 
                 f"{seen.champion}: nothing was rolled back"
             )
         for number in ledger.earlier:
-            if to in (None, number) and find_version(store, number) is not None:
-                return ledger.next_move("rollback", number)
+            version = find_version(store, number) if to in (None, number) else None
+            if version and ledger.means(version):
+                return ledger.next_move("rollback", version)
         raise UserError(
             f"there is no earlier champion{f' {to}' if to else ''} of '{store.model}' in {store.uri} to go back to; "
             "`vismem models list` shows all"

@@ -114,11 +114,14 @@ def _page(store: Store, version: Version, verdict: Verdict, bundle: Path | None)
 def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
     """The ledger's champion by its registered figures; one deleted from MLflow, or its figures, has no usable score.
 
+    Deleted is also one whose number a model made anew has given to another version.
+
     One from before hashes were kept has its tags only, as has one that `vismem register` did not make.
     """
     if ledger.champion is None:
         return None
     version = find_version(store, ledger.champion)
+    version = version if version and ledger.means(version) else None
     tags = version.tags if version else {}
     if version and hash_tag(Metrics) in tags:
         try:
@@ -135,7 +138,7 @@ def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
         n=n,
         test_sha256=tags.get("test_sha256", ""),
         items_sha256=tags.get("items_sha256", ""),
-        is_candidate=ledger.champion == candidate.version,
+        is_candidate=version is not None and version.version == candidate.version,
     )
 
 

@@ -24,10 +24,12 @@ class View:
     def edits(self, ledger: Ledger) -> list[tuple[str, ...]]:
         """The calls of MLflow's client, each with what follows the model's name, after which the view is right."""
         calls: list[tuple[str, ...]] = []
-        if ledger.champion != (alias := self.aliases.get(CHAMPION)):
-            if ledger.champion is not None and self.find(ledger.champion):
-                calls.append(("set_registered_model_alias", CHAMPION, ledger.champion))
-            elif alias is not None:  # the champion's version was deleted
+        found = self.find(ledger.champion) if ledger.champion else None
+        champion = found.version if found and ledger.means(found) else None  # None: its version was deleted
+        if champion != (alias := self.aliases.get(CHAMPION)):
+            if champion is not None:
+                calls.append(("set_registered_model_alias", CHAMPION, champion))
+            elif alias is not None:
                 calls.append(("delete_registered_model_alias", CHAMPION))
         for version in self.versions:
             since = ledger.blocked.get(version.version)

@@ -19,7 +19,7 @@ from string import ascii_uppercase
 from typing import BinaryIO
 
 from vismem.config import LmuDataSource
-from vismem.data.benchmarks import BY_FILE
+from vismem.data.benchmarks import BY_FILE, in_every_order, lists_texts
 from vismem.data.readers.files import inside, not_utf8, require_columns
 from vismem.data.sample import Capability, Sample, lettered, option_lines
 from vismem.errors import UserError
@@ -27,6 +27,7 @@ from vismem.runtime.chat import MARK
 from vismem.runtime.images import decoded_base64
 
 VARIABLE = "LMUData"  # of the environment, VLMEvalKit's own
+ORDERS = 1_000_000  # VLMEvalKit adds so much, or twice and so on, to the index of a question in another order
 LONGEST_INDEX = 64  # characters; a longer `image` is an image
 NAMED = re.compile(r"<image(?: (?P<number>\d{1,4}))?>")
 
@@ -36,19 +37,27 @@ Row = Mapping[str, str]
 def read(source: LmuDataSource, judged: bool = False) -> Iterator[Sample]:
     """Yield the questions in order, those without an answer too: `validate` counts them. `judged`: there is a judge.
 
-    UserError, naming the place, for a missing file or folder, a benchmark that needs a judge, a missing column, text
-    that is not UTF-8, and an image that cannot be read or is outside the folder.
+    Of MMBench and others whose files ask a question in several orders of its options, the first is read.
+
+    UserError, naming the place, for a missing file or folder, a benchmark that needs a judge or whose answers are lists
+    of texts (but MMMU's), a missing column, text that is not UTF-8, and an image that cannot be read or is outside the
+    folder.
     """
     if not judged and source.name in BY_FILE and BY_FILE[source.name].judge:
         raise UserError(f"prepare.sources: a judge model scores {source.name}: see `vismem evaluate --suite`")
     path = _file(source)
-    named = {held for row in _rows(path) if (held := _held(row)) and len(held) <= LONGEST_INDEX}
+    named, originals = set[str](), set[str]()
+    for row in _rows(path):
+        if (held := _held(row)) and len(held) <= LONGEST_INDEX:
+            named.add(held)
+        if in_every_order(source.name):
+            originals.add(row["index"])
     with tempfile.TemporaryFile() as kept:  # a file may be gigabytes
         shared = Shared(kept)
         for row in _rows(path) if named else ():
             if row["index"] in named:
                 shared.keep(row["index"], _images(row, source, path, shared))
-        yield from (_sample(row, source, path, shared) for row in _rows(path))
+        yield from (_sample(row, source, path, shared) for row in _rows(path) if _reordered(row) not in originals)
 
 
 class Shared:
@@ -105,6 +114,13 @@ def _rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}, line {table.reader.line_num}: no tab-separated table ({error})") from None
 
 
+def _reordered(row: Row) -> str | None:
+    """The index of the question that the row would ask in another order, as VLMEvalKit numbers them."""
+    index = row["index"]
+    original = row.get("g_index") or (str(int(index) % ORDERS) if index.isdecimal() else index)
+    return original if original != index else None
+
+
 def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Sample:
     choices = [row.get(letter, "") for letter in ascii_uppercase]
     while choices and not choices[-1]:
@@ -112,7 +128,7 @@ def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Samp
     about = "\n".join(part for part in (row.get("hint", ""), row["question"]) if part)
     (text, *shown), images = place_images([about, *choices], _images(row, source, path, shared))
     numbers = count(1 + text.count(MARK))
-    return Sample(
+    sample = Sample(
         id=f"{source.name}-{row['index']}",
         images=images,
         question="\n".join((text, *option_lines(lettered(shown)))),
@@ -123,6 +139,12 @@ def _sample(row: Row, source: LmuDataSource, path: Path, shared: Shared) -> Samp
         source=source.name,
         part=row.get("split", "").strip(),
     )
+    if lists_texts(sample):
+        raise UserError(
+            f"{path}, row {row['index']}: the answer is a list, and {source.name} counts those by a rule of its own: "
+            "make a .jsonl source of it with one answer for each question"
+        )
+    return sample
 
 
 def reference(row: Row) -> str:

@@ -174,8 +174,10 @@ def test_a_job_that_a_killed_launcher_left_is_joined_unless_it_failed_or_is_of_a
         runs("print('new')")
     if made:
         (tmp_path / "stage1").mkdir()
+    (tmp_path / adapter.LOGS).mkdir()
     before = len(stand_in.requests)
     assert adapter.run_job("job", COMMAND, LAUNCH, tmp_path / "stage1") == (True, [shown])
+    assert (tmp_path / adapter.LOGS).is_dir() == (shown != "new"), "a job that is joined writes there"
     posts = [line for line in stand_in.requests[before:] if line.startswith("POST")]
     assert len(posts) == (shown == "new")
     assert stand_in.pods == {}

@@ -42,6 +42,7 @@ from vismem.steps import BY_NAME
 
 POLL = 5.0  # seconds between looks at a job
 PATIENCE = 60  # consecutive looks that may fail before the job is given up: the API server may be restarting
+LOGS = "logs"  # folder beside a step's output, of torchrun's processes
 TAIL = 200  # lines of the log that are kept: torchrun reports on every process at its end
 TORCHRUN = ("-m", "torch.distributed.run")
 # The runtime's own toleration: Trainer merges strategically, so that a list of others takes its place.
@@ -102,8 +103,7 @@ def run_on_cluster(launch: LaunchConfig, name: str, config: Config, place: Path,
     is deleted. UserError where a process fails (with its reason), or where the cluster, or Trainer on it, does not
     answer or refuses.
     """
-    logs = place / "logs"
-    shutil.rmtree(logs, ignore_errors=True)
+    logs = place / LOGS
     torchrun = ("--nnodes", launch.num_nodes, "--nproc-per-node", launch.num_processes, "--log-dir", logs)
     arguments = step_arguments(name, config, place, inputs, place / "params.yaml")
     command = ["python", *TORCHRUN, *map(str, torchrun), "-m", "vismem.cli", *arguments]
@@ -127,6 +127,7 @@ def run_job(name: str, command: list[str], launch: LaunchConfig, output: Path) -
         with exit_on_sigterm():  # so that the nodes are given back
             try:
                 if _status(client, name) is None:
+                    shutil.rmtree(output.with_name(LOGS), ignore_errors=True)  # a job that still runs writes there
                     submit_job(client, name, command, launch)
                 return _follow(client, name)
             finally:

@@ -30,7 +30,7 @@ INFERENCE_SERVICE = ("serving.kserve.io", "v1beta1", "inferenceservices")
 VERSION, MANIFEST = "vismem/version", "vismem/manifest-sha256"  # of a pod template: what its pods serve
 ROLLOUT = "vismem/rollout"  # of the canary's pod template: whose it is
 PREVIOUS = "before."  # in front of VERSION and MANIFEST, of the servers' Deployment: what they served before
-# Of the canary's Deployment: the version that all servers served last. KServe hands what theirs says to their pods.
+# Of the canary's Deployment: the manifest that all servers served last. KServe hands what theirs says to their pods.
 SERVED = "vismem/served"
 POLL = 2.0  # seconds
 LOOKS = 5  # in a row that must show a missed deadline: for a moment after a change an earlier rollout's still shows
@@ -206,19 +206,22 @@ def _next(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dic
 def _served(cluster: Cluster, pins: Mapping[str, str | None]) -> dict[str, Any]:
     """The patch of the canary's Deployment that says that all servers serve `pins`, while they are told so."""
     _check_pins(pins, cluster.read(SERVERS))
-    return {"metadata": {"annotations": {SERVED: pins[VERSION]}}}
+    return {"metadata": {"annotations": {SERVED: pins[MANIFEST]}}}
 
 
 def _back(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dict[str, Any]:
     """The patch that makes the servers serve what they did before `pins`. UserError where all served `pins` already."""
+    kept = servers["metadata"].get("annotations") or {}
+    before = {name: kept.get(PREVIOUS + name) for name in pins}
+    if pins_of(servers) == before:  # changed by a request whose answer was lost
+        return {}
     _check_pins(pins, servers)
-    if (cluster.read(CANARY)["metadata"].get("annotations") or {}).get(SERVED) == pins[VERSION]:
+    if (cluster.read(CANARY)["metadata"].get("annotations") or {}).get(SERVED) == pins[MANIFEST]:
         raise UserError(
             f"the pods of '{SERVERS}' did not become ready in time, and all served version {pins[VERSION]} before: "
             "nothing was changed; mend their deployment or the cluster, and run this again"
         )
-    kept = servers["metadata"].get("annotations") or {}
-    return {"spec": pod_annotations(servers, {name: kept.get(PREVIOUS + name) for name in pins})}
+    return {"spec": pod_annotations(servers, before)}
 
 
 def _check_pins(pins: Mapping[str, str | None], servers: Any) -> None:

@@ -54,6 +54,23 @@ def test_a_request_that_fails_once_is_repeated(here: Here, status: int | None) -
     assert told["metadata"]["annotations"]["before.vismem/version"] == "1", "though the change was made twice"
 
 
+def test_a_way_back_whose_answer_was_lost_is_no_other_rollout_s(here: Here) -> None:
+    here.release(b"two", 68.0)
+    here.pods.meanwhile = lambda: here.cluster.broken.add("2")
+    handle, lost = here.cluster.handle, [True]
+
+    def fail(verb: str, *given: Any) -> Any:
+        found = handle(verb, *given)
+        if lost and verb == "patch" and "'vismem/version': '1'" in repr(given[-1]):
+            lost.clear()
+            raise RefusedError(503, "try again")
+        return found
+
+    here.cluster.handle = fail  # type: ignore[method-assign]
+    assert "the servers go back to the version before" in here.roll_out()
+    assert not lost
+
+
 def test_a_cluster_whose_api_stays_away_is_named(here: Here) -> None:
     def fail(*_: Any) -> Any:
         raise RefusedError(503, "Service Unavailable")

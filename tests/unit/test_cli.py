@@ -88,6 +88,17 @@ def test_a_section_that_stands_twice_is_refused(project: Path, capsys: pytest.Ca
     assert "line 3" in said
 
 
+def test_what_yaml_merges_stands_there_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = project / "deploy" / "profiles" / "smoke.yaml"
+    profile.write_text(
+        "stage1: &one {steps: 5, group_size: 4}\nstage2: &two {<<: *one, steps: 7}\nbaselines: {grpo: {<<: *two}}\n"
+    )
+    assert main(["params", "--profile", "smoke"]) == 0
+    capsys.readouterr()
+    profile.write_text("stage1: !!map 5\n")
+    assert "smoke.yaml is not valid YAML" in failure(capsys, "params", "--profile", "smoke")
+
+
 def test_a_file_that_the_shell_has_emptied_is_no_file_of_defaults(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

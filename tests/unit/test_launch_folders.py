@@ -47,6 +47,11 @@ def test_a_run_that_could_not_hand_its_output_over_has_it_again_and_another_make
         assert (tmp_path / str(count) / "stage2" / "metrics.json").is_file()
         assert line.startswith("stage2: done" if count in (0, 2) else "stage2: made before")
     assert len(places) == 2
+    (place,) = {*(tmp_path / "work" / "aaaa").iterdir()}
+    age(place / "stage2.run-a")
+    monkeypatch.setenv("KFP_RUN_ID", "c")
+    launch_step("stage2", Config(), tmp_path / "c", inputs, work=tmp_path / "work" / "aaaa")
+    assert {made.name for made in place.glob("stage2.run-*")} == {"stage2.run-b", "stage2.run-c"}
 
 
 def age(place: Path) -> None:

@@ -44,6 +44,16 @@ def test_champion_blocked_versions_and_the_way_back_follow_from_the_moves(
     assert (made.blocked.keys(), made.earlier) == (blocked, earlier)
 
 
+def test_another_version_of_a_blocked_number_is_not_blocked() -> None:
+    made = Ledger()
+    for action, number, manifest in (("promote", "1", "a"), ("promote", "2", "b"), ("rollback", "1", "a")):
+        move = made.next_move(action, plain(number, manifest_sha256=manifest))  # type: ignore[arg-type]
+        made = Ledger(moves=(*made.moves, move))
+    old, new = plain("2", manifest_sha256="b"), plain("2", manifest_sha256="c")
+    assert made.blocked_since(old) == made.moves[-1].time
+    assert made.blocked_since(new) is None
+
+
 def entry(number: int, revision: int, move: str) -> Version:
     action, version = move.split()
     made = ledger().next_move(action, plain(version))  # type: ignore[arg-type]

@@ -180,16 +180,16 @@ def _read_profile(root: Path, profile: str) -> dict[str, Any]:
 class _Unique(yaml.SafeLoader):
     """Refuses a key that stands in a mapping twice, of which YAML keeps the last."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """YAMLError that names the key and its line."""
-        names = set[str]()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As it stands there, before `<<` is merged. YAMLError that names the key and its line."""
+        node, names = super().compose_mapping_node(anchor), set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in names:
                 raise yaml.constructor.ConstructorError(
                     problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark
                 )
             names.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"no parameter file {path}: run in the project's root, or name one with --params")
     try:
         values = yaml.load(path.read_text(), _Unique) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is one
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")

@@ -33,6 +33,11 @@ _NAMED = (  # letters of which a reason says that they may be the answer, or not
     re.compile(r"(?<![\w'\u2019])(?P<letter>[A-Z])[)\]]?\s+(?:is|are|also|too|fits|matches|works)\b", re.IGNORECASE),
     re.compile(r"\b(?:or|also|plus|maybe|perhaps)\s+[(\[]?(?P<letter>[A-Z])(?!\w)", re.IGNORECASE),
 )
+_ALL_DENIED = re.compile(
+    r"^(?:neither|none)\b|^(?:(?:both|these|they|all)\s+)?(?:(?:are|were|do|does|seem|look)\s*)?"
+    r"(?:not\b|n['\u2019]t\b|wrong|incorrect|false)",
+    re.IGNORECASE,
+)
 _TAKEN_BACK = re.compile(r"^(?:no|wait|but|actually|however|hmm|maybe|perhaps)\b", re.IGNORECASE)
 
 
@@ -61,5 +66,6 @@ def leading_letters(text: str, form: AnswerForm) -> str | None:
     rest = bare[found.end() :].strip(" -\u2013\u2014")
     named = {each["letter"].upper() for pattern in _NAMED for each in pattern.finditer(bare)}
     others = named & {*(form.options or UNSEEN)} - {*letters}
-    doubted = _DENIED.match(rest) or _ANOTHER.match(rest) or _TAKEN_BACK.match(rest) or form.option(rest)
+    doubts = (_DENIED, _ALL_DENIED, _ANOTHER, _TAKEN_BACK)
+    doubted = any(pattern.match(rest) for pattern in doubts) or form.option(rest)
     return None if others or doubted else letters

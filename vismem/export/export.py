@@ -7,12 +7,13 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.data.revisions import read_revisions
+from vismem.errors import UserError
 from vismem.evaluation.evaluate import pick
 from vismem.evaluation.panels import to_sheet
 from vismem.evaluation.plots import score_panels
 from vismem.export.card import PICTURE, model_card
 from vismem.export.onnx import WEIGHTS, write_graphs
-from vismem.export.parity import check_parity, comparable
+from vismem.export.parity import check_parity, comparable, too_large
 from vismem.files import empty_folder, write_json
 from vismem.generation.onnx_executor import OnnxExecutor
 from vismem.models.kinds import MemoryKind
@@ -77,6 +78,8 @@ def _with_graphs(model: VisMemModel, config: Config, inputs: Mapping[str, Path],
     with progress("export: parity with torch"):
         parity = check_parity(model, graphs, samples, max_new_tokens=tokens, tolerance=config.export.tolerance)
     graphs.max_patches = MAX_PATCHES  # as a server's: it asks every golden question before it serves the bundle
+    questions = [(sample.images, sample.question) for sample in samples if not sample.videos]
     with closing(Runtime(graphs)) as runtime:
-        write_golden(runtime, ((sample.images, sample.question) for sample in samples if not sample.videos), out)
+        if not write_golden(runtime, questions, out) and questions:  # whole images and coarse ones count together
+            raise UserError(too_large(MAX_PATCHES))
     return parity

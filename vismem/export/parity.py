@@ -90,11 +90,16 @@ def comparable(model: VisMemModel, samples: Iterable[Sample], most: int) -> list
             check_patches(sum(model.backbone.patch_counts(sizes)), most)
             kept.append(sample)
     if not kept:
-        raise UserError(
-            f"the images of every test question drawn for parity make more than {most} patches, which no server of the "
-            "graphs takes: set memory.image_pixels, or export.graphs: false"
-        )
+        raise UserError(too_large(most))
     return kept
+
+
+def too_large(patches: int) -> str:
+    """What is said where no test question is small enough."""
+    return (
+        f"the images of every test question drawn for parity make more than {patches} patches, which no server of the "
+        "graphs takes: set memory.image_pixels, or export.graphs: false"
+    )
 
 
 def prepared(graphs: OnnxExecutor, sample: Sample, max_new_tokens: int) -> Question:

@@ -68,8 +68,9 @@ def launch_step(
         shutil.rmtree(fresh, ignore_errors=True)  # of another run, which was killed
         shutil.copytree(made, fresh)
         replace_folder(fresh, artifacts / name)
-        for needless in ("inputs", "logs"):
-            shutil.rmtree(place / needless, ignore_errors=True)
+        others = [other for other in place.glob(f"{name}.run-*") if other != made and _is_past(other)]
+        for needless in (place / "inputs", place / "logs", *others):
+            shutil.rmtree(needless, ignore_errors=True)
     return line
 
 
@@ -87,7 +88,11 @@ def _remove_old(places: Iterable[Path]) -> None:
 
 def _is_old(place: Path) -> bool:
     """Whether an output is there, and the last one was made long ago."""
-    return any(place.glob("*.run-*")) and time.time() - place.stat().st_mtime > KEPT
+    return any(place.glob("*.run-*")) and _is_past(place)
+
+
+def _is_past(folder: Path) -> bool:
+    return time.time() - folder.stat().st_mtime > KEPT
 
 
 def _check_gpu(name: str, config: Config) -> None:

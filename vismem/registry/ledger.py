@@ -74,6 +74,10 @@ class Ledger(Part):
         left = {*self.blocked, self.champion}
         return [version for version in reversed(line) if version not in left]
 
+    def blocked_since(self, version: Version) -> str | None:
+        """When that version was rolled back from, where it is blocked; None for another that has its number."""
+        return self.blocked.get(version.version) if self.means(version) else None
+
     def promotion(self, version: str) -> Move | None:
         """The move by which that version became champion last, other than by a rollback."""
         made = (move for move in reversed(self.moves) if move.version == version and move.action != "rollback")

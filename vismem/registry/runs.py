@@ -36,7 +36,7 @@ def tracked_run(store: Store, name: str, tags: Mapping[str, str], params: Mappin
     """A run with these tags and parameters that ends FINISHED, or FAILED where the block raises; yields its id.
 
     It is the live run of `vismem repro` where there is one with the same parameters, else the one that was given to us,
-    which whoever opened it names and ends; a new one where there is neither, or it holds a version. One with the
+    which whoever opened it names and ends; a new one where there is neither, or it holds figures. One with the
     same tags that still says RUNNING was left by a process that was killed: it ends KILLED.
     """
     experiment = experiment_id(store)
@@ -46,7 +46,7 @@ def tracked_run(store: Store, name: str, tags: Mapping[str, str], params: Mappin
         if left.info.run_id != given:
             store.client.set_terminated(left.info.run_id, "KILLED")
     run_id = _live_run(store, experiment, params) or given
-    if run_id is None or _holds_version(store, run_id):
+    if run_id is None or _holds_figures(store, run_id):
         run_id = str(store.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
     outcome = "FAILED"
     try:
@@ -62,8 +62,8 @@ def tracked_run(store: Store, name: str, tags: Mapping[str, str], params: Mappin
             store.client.set_terminated(run_id, outcome)
 
 
-def _holds_version(store: Store, run_id: str) -> bool:
-    """Whether a bundle was registered in the run: another's figures would take the place of those that judge it."""
+def _holds_figures(store: Store, run_id: str) -> bool:
+    """Whether a bundle's are in the run: another's would take the place of those that judge it, or mix with them."""
     files = store.files(str(store.client.get_run(run_id).info.artifact_uri))
     return f"evaluate/{Metrics.FILE}" in {found.path for found in files.list_artifacts("evaluate")}
 

@@ -52,7 +52,7 @@ def judge_version(store: Store, version: Version, ledger: Ledger, gate: GateConf
         _known(store, ledger, version),
         gate,
     )
-    if unblock or (since := ledger.blocked.get(version.version)) is None:
+    if unblock or (since := ledger.blocked_since(version)) is None:
         return verdict
     reason = (
         f"version {version.version} was rolled back from at {since} and is not promoted again by the same figures; "

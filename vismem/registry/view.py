@@ -32,7 +32,7 @@ class View:
             elif alias is not None:
                 calls.append(("delete_registered_model_alias", CHAMPION))
         for version in self.versions:
-            since = ledger.blocked.get(version.version)
+            since = ledger.blocked_since(version)
             if since is not None and version.tags.get(BLOCKED) != since:
                 calls.append(("set_model_version_tag", version.version, BLOCKED, since))
             elif since is None and BLOCKED in version.tags:

@@ -21,8 +21,11 @@ QUESTIONS = 4  # at most
 NEW_TOKENS = 24  # of an answer: enough for a memory and words behind it
 
 
-def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], str]], bundle: Path) -> None:
-    """Store in `bundle` the first QUESTIONS (encoded images, text) that `runtime` takes, with their greedy answers."""
+def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], str]], bundle: Path) -> int:
+    """Store in `bundle` the first QUESTIONS (encoded images, text) that `runtime` takes, with their greedy answers.
+
+    Returns how many there are.
+    """
     (bundle / FOLDER).mkdir()
     stored: list[dict[str, Any]] = []
     for number, (images, question) in enumerate(questions, start=1):
@@ -41,6 +44,7 @@ def write_golden(runtime: Runtime, questions: Iterable[tuple[Iterable[bytes], st
         if len(stored) == QUESTIONS:
             break
     (bundle / FOLDER / FILE).write_text(json.dumps(stored, ensure_ascii=False, indent=1) + "\n")
+    return len(stored)
 
 
 def check_golden(runtime: Runtime, bundle: Path) -> int:

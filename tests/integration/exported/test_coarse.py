@@ -111,6 +111,10 @@ def test_what_a_server_refuses_is_neither_compared_nor_a_golden_question(coarse,
     assert len(list((out / "golden").iterdir())) == 2, "the question's image and golden.json"
     with pytest.raises(UserError, match="every test question drawn for parity make more than 35 patches"):
         comparable(coarse, samples, 35)
+    write_shards(samples[1:2], tmp_path / "validate" / "data" / "test")
+    (none := tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="every test question drawn for parity make more than 150 patches"):
+        export(config, inputs, none)
 
 
 def test_a_coarse_image_has_the_size_of_the_processors_own_rule():

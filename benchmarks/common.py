@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -74,6 +75,13 @@ def publish(figures: dict[str, Any], report: str, file: Path | None) -> None:
     if file is not None:
         figures |= {"machine": machine, "command": command, "load_average": load}
         file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median and range."""
+    found = pd.Series(values).agg({"median": "median", "low": "min", "high": "max"})
+    figures: dict[str, float] = found.round(4).to_dict()
+    return figures
 
 
 def table(header: str, rows: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from common import (
     publish,
     questions,
     random_base,
+    spread,
     table,
     write_bundle,
 )
@@ -159,12 +160,6 @@ def in_turn(sides: Iterable[str], items: Sequence[Item], repeats: int) -> Iterat
     for repeat, (number, item) in product(range(repeats), enumerate(items)):
         for side in orders[7 * (number + repeat) % len(orders)]:  # their neighbours begin with the same side
             yield repeat, item, side
-
-
-def spread(values: pd.Series) -> dict[str, float]:
-    """Median and range."""
-    figures: dict[str, float] = values.agg({"median": "median", "low": "min", "high": "max"}).round(4).to_dict()
-    return figures
 
 
 def report(figures: dict[str, Any]) -> str:

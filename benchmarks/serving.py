@@ -16,9 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from common import MEMORY, answer, parser, publish, questions, table, turn, write_bundle
+from common import MEMORY, answer, parser, publish, questions, spread, table, turn, write_bundle
 
 from vismem.data.sample import Sample
 from vismem.inference import VisMem
@@ -110,31 +109,27 @@ def main() -> None:
     for streams in STREAMS:
         ratio = found["seconds"][1] / found["seconds"][streams]
         figures["streams"][streams] = {
-            "speed": _spread(ratio),
+            "speed": spread(ratio),
             "first_p95": round(float((found["first"][streams] / found["first"][1]).median()), 2),
             "tokens_per_second": round(figures["tokens"] / float(found["seconds"][streams].median())),
         }
-    figures["grpc"] = _spread(over_grpc(runtime, questions(args.items * args.repeats, side=168), args.repeats))
+    figures["grpc"] = spread(over_grpc(runtime, questions(args.items * args.repeats, side=168), args.repeats))
     figures["longer"] = {
-        f"{words} words, memory {memory}": _spread(ratios)
+        f"{words} words, memory {memory}": spread(ratios)
         for (words, memory), ratios in longer(runtime, samples, args.repeats).items()
     }
     rows = [
         "{} | {:.2f} ({:.2f} to {:.2f}) | {} | {:.2f}".format(
-            streams, *row["speed"], row["tokens_per_second"], row["first_p95"]
+            streams, *row["speed"].values(), row["tokens_per_second"], row["first_p95"]
         )
         for streams, row in figures["streams"].items()
     ]
     header = "streams | tokens/s, times one stream's | tokens/s | first token p95, times one stream's"
     took = "One stream over gRPC takes {:.2f} ({:.2f} to {:.2f}) times as long as in this process."
-    report = [table(header, rows), took.format(*figures["grpc"])]
-    rows = ["{} | {:.2f} ({:.2f} to {:.2f})".format(name, *ratio) for name, ratio in figures["longer"].items()]
+    report = [table(header, rows), took.format(*figures["grpc"].values())]
+    rows = ["{} | {:.2f} ({:.2f} to {:.2f})".format(name, *ratio.values()) for name, ratio in figures["longer"].items()]
     report.append(table(f"answers of | {TOGETHER} streams' tokens/s, times one stream's", rows))
     publish(figures, "\n\n".join(report), args.json)
-
-
-def _spread(ratios: Sequence[float]) -> list[float]:
-    return [round(float(value), 2) for value in (np.median(ratios), min(ratios), max(ratios))]
 
 
 if __name__ == "__main__":

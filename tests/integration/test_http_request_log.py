@@ -29,6 +29,13 @@ def runtime(tiny_base: Path) -> Iterator[Runtime]:
         yield runtime
 
 
+@pytest.fixture(params=[0, answering.LOGGED])
+def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The pixels that an answer keeps for the log: none, so that all are decoded again, or as they are."""
+    monkeypatch.setattr(answering, "LOGGED", request.param)
+    return int(request.param)
+
+
 def logged(runtime: Runtime, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER, str(folder))
     monkeypatch.setenv(SHARE, "1")
@@ -48,11 +55,10 @@ def written(runtime: Runtime, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kept", [0, answering.LOGGED])
+@pytest.mark.usefixtures("kept")
 def test_whole_and_streamed_answers_are_logged_as_they_were_sent(
-    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "LOGGED", kept)
     logged(runtime, tmp_path, monkeypatch)
     client = TestClient(create_app(runtime, "tiny"))
     replies = [ask(client, number).json() for number in range(4)]
@@ -74,11 +80,9 @@ def test_whole_and_streamed_answers_are_logged_as_they_were_sent(
     assert len(lines) == 5
 
 
-@pytest.mark.parametrize("kept", [0, answering.LOGGED])
 def test_large_pictures_are_not_held_while_an_answer_is_decoded(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    monkeypatch.setattr(answering, "LOGGED", kept)
     logged(runtime, tmp_path, monkeypatch)
     images = check_request(SAMPLES[0].images, b"what?", 12)
     list(runtime.generate(images, "what?", max_new_tokens=12))

@@ -56,7 +56,7 @@ def run_locally(launch: LaunchConfig, name: str, config: Config, artifacts: Path
     By default that back end builds a virtual environment for each job, without torchrun; its jobs get ours.
     """
     with TemporaryDirectory(prefix="vismem-") as folder:
-        logs = Path(folder) / "logs"
+        logs = Path(folder) / LOGS
         torchrun = (*TORCHRUN, "--standalone", "--nproc-per-node", str(launch.num_processes), "--log-dir", str(logs))
         local.TORCH_COMMAND = shlex.join(("/usr/bin/env", sys.executable, *torchrun))
         local.LOCAL_EXEC_JOB_TEMPLATE = "trap 'rm -rf \"$PYENV_LOCATION\"' EXIT\n$ENTRYPOINT"

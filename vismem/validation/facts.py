@@ -86,6 +86,7 @@ def read_rows(path: Path, positions: Iterable[int]) -> dict[int, dict[str, Any]]
     return found
 
 
+_COMPARED = ("image_hashes", "tied", "looks", "asked", "sha256")  # only by which rows are compared
 _COLUMNS = {
     **dict.fromkeys(("shard", "position", "id_chars", "images", "videos", "choices"), "int64"),
     **dict.fromkeys(("question_chars", "answer_chars"), "int64"),
@@ -93,16 +94,10 @@ _COLUMNS = {
     **dict.fromkeys(("split", "id", "question", "answer", "value", "task", "capability", "source"), "object"),
     **dict.fromkeys(("null_fault", "token_fault", "image_fault", "mark_fault", "encoding_fault"), "object"),
     **dict.fromkeys(("markup_fault", "choice_fault", "answer_fault", "answer_listed"), "object"),
-    **dict.fromkeys(("image_hashes", "tied", "looks", "asked", "sha256"), "object"),
+    **dict.fromkeys(_COMPARED, "object"),
 }
 FOUND_IN_OTHERS = ("duplicate_of", "copy_of", "conflict", "leak", "near_leak", "asked_in")
-KEPT = {*_COLUMNS, *FOUND_IN_OTHERS} - {
-    "image_hashes",
-    "tied",
-    "looks",
-    "asked",
-    "sha256",
-}  # what is saved, and rules ask of
+KEPT = {*_COLUMNS, *FOUND_IN_OTHERS} - {*_COMPARED}  # what is saved, and rules ask of
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -96,8 +96,8 @@ def champion_version(store: Store) -> Version | None:
     ledger = mend_view(store)
     if ledger.champion is None:
         return None
-    version = find_version(store, ledger.champion)
-    if version is None or not ledger.means(version):
+    version = ledger.own(find_version(store, ledger.champion))
+    if version is None:
         raise UserError(
             f"version {ledger.champion} of '{store.model}', the champion, is no longer in {store.uri}: "
             "`vismem models rollback` returns to the one before, `vismem promote` releases another"

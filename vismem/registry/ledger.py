@@ -88,6 +88,10 @@ class Ledger(Part):
         moved = next((move.manifest_sha256 for move in reversed(self.moves) if move.version == version.version), "")
         return moved in ("", version.tags.get("manifest_sha256"))
 
+    def own(self, version: Version | None) -> Version | None:
+        """The version, where there is one that the moves tell of."""
+        return version if version and self.means(version) else None
+
     def next_move(self, action: Action, version: Version, verdict: Verdict | None = None) -> Move:
         """The move that makes `version` the champion after this ledger's."""
         time, by = datetime.now(UTC).isoformat(), f"{socket.gethostname()}:{os.getpid()}"

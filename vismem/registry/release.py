@@ -116,8 +116,8 @@ def rollback(config: Config, to: str | None = None, left: str | None = None) -> 
                 f"{seen.champion}: nothing was rolled back"
             )
         for number in ledger.earlier:
-            version = find_version(store, number) if to in (None, number) else None
-            if version and ledger.means(version):
+            version = ledger.own(find_version(store, number)) if to in (None, number) else None
+            if version:
                 return ledger.next_move("rollback", version)
         raise UserError(
             f"there is no earlier champion{f' {to}' if to else ''} of '{store.model}' in {store.uri} to go back to; "

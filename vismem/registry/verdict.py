@@ -120,8 +120,7 @@ def _known(store: Store, ledger: Ledger, candidate: Version) -> Champion | None:
     """
     if ledger.champion is None:
         return None
-    version = find_version(store, ledger.champion)
-    version = version if version and ledger.means(version) else None
+    version = ledger.own(find_version(store, ledger.champion))
     tags = version.tags if version else {}
     if version and hash_tag(Metrics) in tags:
         try:

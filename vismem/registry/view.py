@@ -24,8 +24,8 @@ class View:
     def edits(self, ledger: Ledger) -> list[tuple[str, ...]]:
         """The calls of MLflow's client, each with what follows the model's name, after which the view is right."""
         calls: list[tuple[str, ...]] = []
-        found = self.find(ledger.champion) if ledger.champion else None
-        champion = found.version if found and ledger.means(found) else None  # None: its version was deleted
+        found = ledger.own(self.find(ledger.champion)) if ledger.champion else None
+        champion = found.version if found else None  # None: its version was deleted
         if champion != (alias := self.aliases.get(CHAMPION)):
             if champion is not None:
                 calls.append(("set_registered_model_alias", CHAMPION, champion))

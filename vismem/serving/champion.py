@@ -30,14 +30,13 @@ def _repository(config: Config, artifacts: Path, view: View, ledger: Ledger) -> 
             raise UserError(without_graphs(artifacts / "export"))
         return deployed
     manifest = deployed / config.deploy.model_name / ledger.champion / "bundle" / MANIFEST
-    version = view.find(ledger.champion)
-    own = version if version and ledger.means(version) else None
-    if own and manifest.is_file() and sha256_file(manifest) == own.tags.get("manifest_sha256"):
+    version = ledger.own(view.find(ledger.champion))
+    if version and manifest.is_file() and sha256_file(manifest) == version.tags.get("manifest_sha256"):
         if config.registry.public_key is not None:
             from vismem.registry.signing import check_signature
             from vismem.registry.tracking import open_store
 
-            check_signature(open_store(config.registry), own, manifest.parent)
+            check_signature(open_store(config.registry), version, manifest.parent)
         return deployed
     from vismem.serving.publish import publish
 

@@ -68,7 +68,7 @@ def test_what_the_base_cannot_read_is_said_and_imports_stay_few() -> None:
     command = [sys.executable, "-c", program, "ask", "--image", IMAGE, "how many cups are there?"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert done.stderr == "the tiny VLM knows 94 words, not 'cups': its answer means nothing\n"
+    assert done.stderr == "unknown words: 'cups' (the tiny VLM knows 94 words): its answer means nothing\n"
 
 
 def test_try_shows_every_example_with_both_answers_and_an_honest_score() -> None:

@@ -41,6 +41,8 @@ def test_an_answer_has_its_memories_marked_and_streams_the_same(capsys: pytest.C
     assert run(capsys, "ask", "--image", IMAGE, QUESTION, "--stream") == answer
     without = run(capsys, "ask", "--image", IMAGE, QUESTION, "--no-memory")
     assert "⟨" not in without
+    assert run(capsys, "ask", "--image", IMAGE, QUESTION, "--memory", "off") == without
+    assert "⟨long⟩" not in run(capsys, "ask", "--image", IMAGE, QUESTION, "--memory", "short")
     assert list(Path().iterdir()) == []
 
 

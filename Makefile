@@ -15,7 +15,7 @@ COMPILED = .venv/.compiled
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
-try: $(INSTALLED)  ## half a minute: ask the tiny VLM about example images, with and without memory
+try: $(INSTALLED)  ## half a minute once packages of 2.5 GB are installed: ask the tiny VLM about example images, with and without memory
 	@$(VISMEM) try
 
 setup: $(INSTALLED) $(SERVING) $(COMPILED)  ## make both Python environments: 3 GB on disk, 9 GB with a GPU; PYTHON= names the Python
@@ -31,6 +31,7 @@ smoke: setup  ## the same at toy size, in runs/smoke/
 	$(VISMEM) summary --profile smoke
 
 nlvr: $(INSTALLED)  ## train and score on NLVR, DATA= its folder: a base for wide pictures, its memory, the report; on the CPU
+	@test -e data/nlvr || test -d '$(DATA)' || { echo "name NLVR's folder: make nlvr DATA=FOLDER (docs/results/nlvr.md says which)"; exit 1; }
 	@test -e data/nlvr || ln -s "$$(realpath '$(DATA)')" data/nlvr
 	@test -e runs/wide-vlm || .venv/bin/python -m recipes.tiny_vlm --wide --out runs/wide-vlm
 	$(VISMEM) repro --profile nlvr evaluate

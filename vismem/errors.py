@@ -19,10 +19,10 @@ class UserError(Exception):
         super().__init__(mask_credentials(message))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'X'?)" with the known name that is most like `name`, or nothing."""
+def nearest(name: str, known: Iterable[str], above: str = "") -> str:
+    """ " (did you mean 'X'?)" with the known name that is most like `name`, written behind `above`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    return f" (did you mean '{above}{close[0]}'?)" if close else ""
 
 
 def first_line(error: Exception) -> str:

@@ -39,7 +39,7 @@ from vismem.scope import Scope
 from vismem.serving.exchange import Answer, AnyImage, Images, Token, check_seed, encoded
 from vismem.sources import find_added, find_base
 
-Memory = bool | Literal["short", "long"]
+Memory = bool | Literal["learned", "off", "short", "long"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +102,10 @@ class VisMem:
         `question`: a text, in which images stand at its marks `<image>` where it has one for each, else before it; or
         a conversation (see `read_messages`).
 
-        `memory`: True, the model may invoke both kinds; "short" or "long", one of them; False, none. `temperature` 0
-        is greedy. UserError for an image that cannot be read, a question that holds one of the model's own tokens (such
-        as `<m_I^s>` or `<|im_end|>`), a setting that cannot be, and a request over the limits or the base's length.
+        `memory`: True or "learned", the model may invoke both kinds; "short" or "long", one; False or "off", none.
+        `temperature` 0 is greedy. UserError for an image that cannot be read, a question that holds one of the model's
+        own tokens (`<m_I^s>`, `<|im_end|>`), a setting that cannot be, and a request over the limits or the base's
+        length.
         """
         (answer,) = self.answers(
             [(images, question)], memory=memory, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -249,5 +250,5 @@ def policy_of(memory: Memory) -> InvocationPolicy:
     """When memory is invoked. UserError for a kind that there is not."""
     mode = mode_of(memory)
     if mode not in MODES:
-        raise UserError(f"memory={memory!r}: it is True, 'short', 'long' or False")
+        raise UserError(f"memory={memory!r}: it is {', '.join(MODES)}, True (learned) or False (off)")
     return MODES[mode]

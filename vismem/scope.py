@@ -50,15 +50,15 @@ class Scope:
         for image, (width, height) in zip(images, seen, strict=True):
             fits = low <= min(width, height) <= max(width, height) <= high
             if not fits or (self.square and width != height):
-                found = f"this one of {image.width} x {image.height} it sees as {width} x {height}"
+                found = f"this {image.width} x {image.height} image is resized to {width} x {height}"
                 sides = f"of {low} to {high} pixels per side{', square' if self.square else ''}"
                 yield f"{trained}, {sides}; {found}: its answer means nothing"
             elif self._share_of_ground(image) < self.ground_share:
-                yield f"{trained}; this one of {image.width} x {image.height} is none: its answer means nothing"
+                yield f"{trained}; this {image.width} x {image.height} image is not one: its answer means nothing"
         if unknown := [word for word in dict.fromkeys(words_of(question)) if word not in self.words]:
             shown = ", ".join(f"'{word}'" for word in unknown[:WORDS_SHOWN])
-            case = " (it reads lower case)" if any(word.lower() in self.words for word in unknown) else ""
-            yield f"{self.name} knows {len(self.words)} words, not {shown}{case}: its answer means nothing"
+            case = " lower-case" if any(word.lower() in self.words for word in unknown) else ""
+            yield f"unknown words: {shown} ({self.name} knows {len(self.words)}{case} words): its answer means nothing"
 
     def _share_of_ground(self, image: Image.Image) -> float:
         pixels = np.asarray(image.convert("RGB").resize(LOOKED_AT, Image.Resampling.NEAREST), np.int64)

@@ -283,7 +283,7 @@ def test_a_run_with_a_wrong_parameter_ends_at_once_and_names_the_right_one(tmp_p
     failed = run(tmp_path, {"stage1.stepz": 3})
     assert_failed(failed, "configure")
     assert failed.executed == {"summary"}
-    assert "unknown key 'stage1.stepz' (did you mean 'steps'?)" in failed.output
+    assert "unknown key 'stage1.stepz' (did you mean 'stage1.steps'?)" in failed.output
 
 
 def test_a_run_whose_summary_is_killed_is_red_and_shows_no_other_run_s(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_an_answer_has_its_memories_marked_and_streams_the_same(capsys: pytest.C
     assert run(capsys, "ask", "--image", IMAGE, QUESTION, "--stream") == answer
     without = run(capsys, "ask", "--image", IMAGE, QUESTION, "--no-memory")
     assert "⟨" not in without
+    assert run(capsys, "ask", "--image", IMAGE, QUESTION, "--memory", "off") == without
+    assert "⟨long⟩" not in run(capsys, "ask", "--image", IMAGE, QUESTION, "--memory", "short")
     assert list(Path().iterdir()) == []
 
 
@@ -68,7 +70,7 @@ def test_what_the_base_cannot_read_is_said_and_imports_stay_few() -> None:
     command = [sys.executable, "-c", program, "ask", "--image", IMAGE, "how many cups are there?"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert done.stderr == "the tiny VLM knows 94 words, not 'cups': its answer means nothing\n"
+    assert done.stderr == "unknown words: 'cups' (the tiny VLM knows 94 words): its answer means nothing\n"
 
 
 def test_try_shows_every_example_with_both_answers_and_an_honest_score() -> None:

@@ -279,7 +279,7 @@ def test_wrong_requests_are_said_so(tiny_base: Path, tmp_path: Path, capsys: pyt
     for base, arguments, said in (
         (tiny_base, ("--gpus", "80"), "COUNTxCARD"),
         (tiny_base, ("--gpus", "1xH10"), "L40S, A100, H100, H200"),
-        (tiny_base, ("--gpus", "1x40"), "H200; 80 is an H100 and 141 is an H200"),
+        (tiny_base, ("--gpus", "1x40"), "H200, or its memory in GB: 80 (H100) or 141 (H200)"),
         (tiny_base, ("--gpus", "3xH100"), "must be a multiple of the 3 GPUs"),
         (tiny_base, (*two, "stage1.warm_start.batch_size=3"), "warm_start: a batch_size of 3 must be a multiple"),
         (tiny_base, (*two, "baselines.supervised.batch_size=3", "sft_lora"), "sft_lora: a batch_size of 3 must"),

@@ -71,7 +71,7 @@ def test_what_people_look_at_needs_nothing_heavy(project: Path) -> None:
 
 def test_an_unknown_parameter_is_named_with_the_nearest(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "params.yaml").write_text("memory: {querys: 3}\n")
-    assert "'memory.querys' (did you mean 'queries'?)" in failure(capsys, "prepare")
+    assert "'memory.querys' (did you mean 'memory.queries'?)" in failure(capsys, "prepare")
 
 
 def test_a_missing_parameter_file_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +132,39 @@ def test_a_missing_source_file_is_named_and_the_old_output_stays(
     assert (project / "artifacts" / "prepare" / "stats.json").read_text() == "{}"
 
 
+def test_a_suite_without_a_trained_model_says_where_to_get_one(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failure(capsys, "evaluate", "--suite", "paper")
+    assert said.endswith("no trained model artifacts/stage2: name one with --model, or run `vismem repro`")
+    said = failure(capsys, "evaluate", "--suite", "paper", "--profile", "smoke")
+    assert "runs/smoke/artifacts/stage2: name one with --model, or run `vismem repro --profile smoke`" in said
+
+
+@pytest.mark.parametrize(
+    "action", [("verify",), ("compare",), ("promote", "1"), ("rollback",), ("rollback", "--to", "1"), ("delete", "1")]
+)
+def test_looking_for_versions_makes_no_registry(
+    project: Path, capsys: pytest.CaptureFixture[str], action: tuple[str, ...]
+) -> None:
+    assert "no MLflow registry sqlite:///mlflow.db here: run in the project's" in failure(capsys, "models", *action)
+    assert not (project / "mlflow.db").exists()
+
+
+def test_drift_makes_no_registry(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no MLflow registry sqlite:///mlflow.db here" in failure(capsys, "drift", "--request-log", "log")
+    assert not (project / "mlflow.db").exists()
+
+
+def test_the_version_to_delete_must_be_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name the version to delete: `vismem models delete 8`" in failure(capsys, "models", "delete")
+
+
+def test_what_to_do_where_a_version_is_not_there(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = failure(capsys, "models", "show", "3")
+    assert said.endswith("versions: none: run `vismem repro`, or set MLFLOW_TRACKING_URI")
+
+
 def test_repro_outside_a_project_says_where_to_go(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no dvc.yaml in" in failure(capsys, "repro")
 
@@ -149,7 +182,8 @@ def test_a_summary_before_the_run_says_what_is_missing(project: Path, capsys: py
 def test_a_missing_image_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "text.png").write_text("no picture")
     for name, reason in (
-        ("missing.png", "cannot read the image missing.png: No such file or directory"),
+        ("missing.png", f"image missing.png: No such file or directory (from the current folder {project})"),
+        ("/missing.png", "cannot read the image /missing.png: No such file or directory"),
         ("text.png", "text.png (10 bytes) does not decode: it is no PNG, JPEG, WEBP file"),
         ("https://host/a.png", "https://host/a.png is a URL: download it first and give the file"),
     ):
@@ -218,7 +252,7 @@ def test_a_wrong_setting_is_named_with_the_nearest(
 ) -> None:
     image = ("--image", "a.png", "what?") if command == "infer" else ()
     said = failure(capsys, command, "--set", "stage1.stepz=3", "--set", "sede=1", *image)
-    assert "params.yaml with --set: unknown key 'stage1.stepz' (did you mean 'steps'?)" in said
+    assert "params.yaml with --set: unknown key 'stage1.stepz' (did you mean 'stage1.steps'?)" in said
     assert "unknown key 'sede' (did you mean 'seed'?)" in said
     assert not (project / "runs").exists()
 

@@ -161,12 +161,15 @@ def test_merge_changes_neither_side() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stage1": {"learning_rat": 1.0}}, "unknown key 'stage1.learning_rat' (did you mean 'learning_rate'?)"),
+        ({"stage1": {"learning_rat": 1.0}}, "unknown key 'stage1.learning_rat' (did you mean 'stage1.learning_rate'?)"),
         ({"stage2": {"temperature": 0.5}}, "unknown key 'stage2.temperature'"),
         ({"stage3": {}}, "unknown key 'stage3' (did you mean 'stage"),
         ({"evalute": {}}, "unknown key 'evalute' (did you mean 'evaluate'?)"),
-        ({"stage1": {"warm_start": {"step": 3}}}, "unknown key 'stage1.warm_start.step' (did you mean 'steps'?)"),
-        ({"prepare": {"sources": [{"kind": "scenes", "trian": 3}]}}, "(did you mean 'train'?)"),
+        (
+            {"stage1": {"warm_start": {"step": 3}}},
+            "unknown key 'stage1.warm_start.step' (did you mean 'stage1.warm_start.steps'?)",
+        ),
+        ({"prepare": {"sources": [{"kind": "scenes", "trian": 3}]}}, "(did you mean 'prepare.sources.0.train'?)"),
         ({"zzz": 1}, "unknown key 'zzz'"),
         ({"seed": "many"}, "'seed': Input should be a valid integer"),
         ({"memory": {"queries": 0}}, "'memory.queries': Input should be greater than or equal to 1 (got 0)"),

@@ -70,6 +70,13 @@ def test_the_steps_on_the_first_page_are_those_of_the_pipeline() -> None:
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == steps
 
 
+def test_contributors_find_every_module_and_folder_of_the_library() -> None:
+    text, library = (ROOT / "CONTRIBUTING.md").read_text(), ROOT / "vismem"
+    modules = {f"`{file.name}`" for file in library.glob("[!_]*.py")}
+    folders = {f"`vismem/{file.parent.name}/`" for file in library.glob("*/__init__.py")}
+    assert {name for name in modules | folders if name not in text} == set()
+
+
 def test_relative_links_lead_to_files() -> None:
     found = []
     for page in pages():

@@ -149,9 +149,24 @@ def test_what_the_base_cannot_read_is_said_with_the_first_row(
     lines = [{"image": "photo.png", "prompt": word, "answer": "yes"} for word in ("is it open?", "which one?")]
     (project / "photos.jsonl").write_text("\n".join(map(json.dumps, lines)))
     _, said = written(capsys, "--data", "photos.jsonl")
-    assert "2 of 22 questions the base cannot read. photos.jsonl, line 1: the tiny VLM was trained on" in said
-    assert "not 'open'" in said
+    assert "the base cannot read 2 of 22 questions. photos.jsonl, line 1: the tiny VLM was trained on" in said
+    assert "unknown words: 'open'" in said
     assert "too large" not in said, "once is enough"
+    assert "repro --profile own\n" in said
+
+
+def test_a_base_that_can_read_no_question_at_all_is_not_to_be_trained(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(12):
+        Image.new("RGB", (1024, 768), (90, 90, n)).save(project / f"{n}.png")
+    lines = [{"image": f"{n}.png", "prompt": "is it open?", "answer": "yes"} for n in range(12)]
+    (project / "photos.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["init", "photos", "--data", "photos.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "the base cannot read 12 of 12 questions" in said
+    assert said.splitlines()[-1].endswith("choose another model with `--base`, and `--force`")
+    assert "repro" not in said
 
 
 def test_pictures_that_the_base_shrinks_are_counted() -> None:

@@ -80,8 +80,8 @@ def test_nothing_given_is_the_defaults_also_where_all_numbers_became_floats() ->
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"stage1": {"stepz": 3}}, r"overrides: unknown key 'stage1.stepz' \(did you mean 'steps'\?\)"),
-        ({"stage1.stepz": 3}, r"overrides: unknown key 'stage1.stepz' \(did you mean 'steps'\?\)"),
+        ({"stage1": {"stepz": 3}}, r"overrides: unknown key 'stage1.stepz' \(did you mean 'stage1.steps'\?\)"),
+        ({"stage1.stepz": 3}, r"overrides: unknown key 'stage1.stepz' \(did you mean 'stage1.steps'\?\)"),
         ({"stage7": {}}, "overrides: unknown key 'stage7'"),
         ({"stage1.steps.more": 3}, r"overrides: 'stage1.steps': Input should be a valid integer \(got {'more': 3}\)"),
         ({"seed": "many"}, "overrides: 'seed': Input should be a valid integer"),

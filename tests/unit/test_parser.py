@@ -6,6 +6,7 @@ from importlib import metadata
 import pytest
 
 from vismem.cli import build_parser, main
+from vismem.cli.look import VERSIONS
 from vismem.cli.parser import STATUSES
 from vismem.steps import BASELINES, STEPS
 
@@ -34,6 +35,12 @@ def test_the_overview_has_every_command_in_a_group_and_every_exit_status(capsys:
         assert f"\n  {word} " in text
     assert main([]) == 2
     assert capsys.readouterr().err == text
+
+
+def test_what_argparse_cannot_say_stands_below_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    said = told(capsys, "models", "--help")
+    assert all(f" {action} " in said.partition(" actions:")[2] for action in VERSIONS)
+    assert "vismem repro --force all steps again" in told(capsys, "repro", "--help")
 
 
 @pytest.mark.parametrize("step", STEPS + BASELINES, ids=lambda step: step.name)

@@ -119,7 +119,11 @@ def test_a_broken_image_is_read_as_it_is(folder: Path) -> None:
         (row(image="data:image/png;base64,?"), r"line 2: an image is no base64"),
         (row(image="a" * 5000), r"line 2: a+: File name too long"),
         ("[1]", r"line 2: an object .* is needed, not a list"),
-        (row(image="gone.png"), r"line 2: no image file .*gone\.png"),
+        (
+            row(image="gone.png"),
+            r"line 2: no image file .*gone\.png: paths start at the \.jsonl file's folder, or where --",
+        ),
+        (row(image="http://a/b.png"), r"line 2: http://a/b\.png is a URL: download it first"),
         (row(image="more"), r"line 2: no image file .*more"),
         ({"id": "b", "image": "red.png", "question": "?", "answer": "red"}, r"line 2: no 'prompt'; the line has 'id'"),
         ({"id": "b", "prompt": "?", "answer": "red"}, r"line 2: no 'image'"),

@@ -55,7 +55,7 @@ def test_a_picture_that_is_not_square_is_named_with_what_becomes_of_it(
     scope: Scope, size: tuple[int, int], seen: str
 ) -> None:
     (said,) = doubts(scope, *size)
-    assert f"this one of {size[0]} x {size[1]} it sees as {seen}: its answer means nothing" in said
+    assert f"this {size[0]} x {size[1]} image is resized to {seen}: its answer means nothing" in said
     width, height = size_after_resizing(size, IMAGES)
     pixels = IMAGES(Image.new("RGB", size), return_tensors="np")["image_grid_thw"][0]
     assert [1, height // 14, width // 14] == list(pixels)
@@ -68,7 +68,7 @@ def test_a_picture_of_something_else_is_named(scope: Scope) -> None:
 
 def test_unknown_words_are_named(scope: Scope) -> None:
     (said,) = doubts(scope, 84, 84, "How many cups, red circles are there?")
-    assert "knows 94 words, not 'How', 'cups' (it reads lower case)" in said
+    assert "unknown words: 'How', 'cups' (the tiny VLM knows 94 lower-case words): its answer" in said
 
 
 def test_scenes_of_every_split_raise_no_doubt(scope: Scope) -> None:

@@ -239,7 +239,10 @@ def _exit_as_told(parameters: dict[str, list[str]]) -> None:
         ({"backend": "ray"}, "backend 'ray' is not known"),
         ({"num_processes": 2}, "backend 'process' is one process"),
         ({"backend": "torchrun", "num_nodes": 2}, "2 nodes need backend 'trainer' and an image"),
-        ({"backend": "trainer", "num_processes": 0}, "the minimum is 1"),
+        (
+            {"backend": "trainer", "num_processes": 0},
+            "1 nodes with 0 processes each were asked for: both numbers must be at least 1",
+        ),
         ({"backend": "trainer", "resources": {"memory": "1Gi"}}, "do not say how many 'cpu'"),
     ],
 )

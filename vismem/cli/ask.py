@@ -96,7 +96,9 @@ def _add_question(add: Callable[..., Any]) -> None:
     add("--prompt", metavar="QUESTION", help="what to ask")
     add("--image", action="append", required=True, metavar="FILE", help="image file; may be repeated")
     add("--stream", action="store_true", help="print the answer while it is decoded")
-    add("--no-memory", action="store_true", help="answer without latent memory")
+    about = "kinds of memory that the model may call: learned (both), off, short or long (default: %(default)s)"
+    add("--memory", choices=("learned", "off", "short", "long"), default="learned", help=about)
+    add("--no-memory", action="store_const", const="off", dest="memory", help="the same as --memory off")
     about = "longest answer in tokens (default: %(default)s)"
     add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=about)
     add("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable answer (default: 0)")
@@ -111,8 +113,8 @@ def _question(arguments: argparse.Namespace) -> str:
 
 def _answering(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `_add_question` by the names that the library has for them."""
-    names = ("stream", "max_new_tokens", "temperature", "seed")
-    return {"memory": not arguments.no_memory, **{name: getattr(arguments, name) for name in names}}
+    names = ("stream", "memory", "max_new_tokens", "temperature", "seed")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _run_try(arguments: argparse.Namespace) -> None:

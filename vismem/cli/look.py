@@ -17,8 +17,18 @@ VERSIONS: dict[str, tuple[str, ...]] = {  # actions of `models`, and the version
     "promote": ("challenger",),
     "rollback": (),
     "verify": ("champion",),
-    "delete": ("",),
+    "delete": ("",),  # none: it has to be named
 }
+ACTIONS = """
+actions:
+  list                 all versions: aliases, verdict, scores; --data REV: those trained on it
+  show [VERSION]       all that is known of the champion, or of VERSION, as JSON
+  compare [A [B]]      the champion and the challenger, figure by figure, or other versions
+  promote [VERSION]    judge the challenger by the gate; it becomes champion if it passes
+  rollback             the champion before returns, or --to VERSION; the version that is left is blocked
+  verify [VERSION]     fetch the champion and hash every file again
+  delete VERSION       delete a version that never was champion
+"""
 ONLY = {"data": "list", "to": "rollback", "unblock": "promote"}  # options of `models`: the action of each
 STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 
@@ -26,10 +36,10 @@ STACK_PORTS = {"mlflow": 5000, "s3": 8333, "postgres": 5432}
 def add_commands(commands: Commands) -> None:
     """Registry, services, parameters, completion."""
     command = commands.group("Look and set up")
-    add = command("models", _run_models, "registered versions: list, show, compare, promote, rollback, verify, delete")
+    about = "registered versions: list, show, compare, promote, rollback, verify, delete"
+    add = command("models", _run_models, about, after=ACTIONS)
     add("action", choices=tuple(VERSIONS), nargs="?", default="list")
-    about = "numbers or aliases; default: show and verify champion, promote challenger, compare champion challenger"
-    add("which", nargs="*", metavar="VERSION", help=about)
+    add("which", nargs="*", metavar="VERSION", help="number or alias; what is the default is said below")
     add(
         "--to",
         metavar="VERSION",
@@ -40,7 +50,8 @@ def add_commands(commands: Commands) -> None:
 
     about = "compare arms question by question, from answers of `vismem evaluate`, lmms-eval or VLMEvalKit"
     add = command("compare", _run_compare, about, options=False)
-    about = "an arm and its files, .parquet, *_samples_*.jsonl, .xlsx, .tsv, .json; the first arm is the reference"
+    files = "files, .parquet, *_samples_*.jsonl, .xlsx, .tsv, .json"
+    about = f"an arm and its {files}; give it once for each arm, of which the first is the reference"
     add("--arm", nargs="+", action="append", required=True, metavar=("NAME", "FILE"), help=about)
     add("--metric", metavar="NAME", help="the harness's score to compare, where its files have several")
     add("--cluster", metavar="NAME", help="the key or column of what questions share, such as a picture's name")
@@ -86,6 +97,8 @@ def _run_models(arguments: argparse.Namespace) -> None:
     if len(arguments.which) > len(usual):
         raise UserError(f"`vismem models {arguments.action}` takes {len(usual) or 'no'} VERSION")
     which = (*arguments.which, *usual[len(arguments.which) :])
+    if "" in which:
+        raise UserError(f"name the version to {arguments.action}: `vismem models {arguments.action} 8`")
     for option, action in ONLY.items():
         if getattr(arguments, option) and arguments.action != action:
             raise UserError(f"--{option} goes with `vismem models {action}` only")

@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the nearest right word. `overview` stands in for argparse's own help."""
 
     overview = ""
+    after = ""  # what stands below the options, as it is
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Argparse's; shells complete files for an option that takes one."""
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The overview, where there is one."""
-        return self.overview or super().format_help()
+        return self.overview or super().format_help() + self.after
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -91,14 +92,17 @@ class Commands:
         options: bool = True,
         outputs: bool = False,
         description: str = "",
+        after: str = "",
     ) -> Callable[..., Any]:
         """Make a command that calls `run`; returns its `add_argument`.
 
         With `options` it takes those about parameters, with `outputs` the one for the folder of the steps' outputs.
+        `after` stands below its help, line by line.
         """
         parents = [self._common] * options + [self._outputs] * outputs
         said = description or sentence(about)
         made: Parser = self._commands.add_parser(name, parents=parents, help=about, description=said)
+        made.after = after
         made.set_defaults(run=run, parser=made)
         list(self._groups.values())[-1][name] = about
         return made.add_argument

@@ -17,6 +17,15 @@ from vismem.ranks import is_main_rank
 from vismem.steps import BASELINES, BY_NAME, SHARED, STEPS, Step
 from vismem.workspace import RUNS, workspace_name
 
+EXAMPLES = """
+examples:
+  vismem repro                          what has changed since the last run, and what depends on it
+  vismem repro --force                  all steps again
+  vismem repro evaluate                 the steps up to this one
+  vismem repro --profile smoke --set stage1.steps=4
+  vismem repro --dry                    any other argument of `dvc repro`, see `dvc repro --help`
+"""
+
 
 def add_commands(commands: Commands) -> None:
     """The whole pipeline, and what people do before and after it."""
@@ -34,7 +43,8 @@ def add_commands(commands: Commands) -> None:
     add("--force", action="store_true", help="replace what an earlier `vismem init` wrote under this name")
     add("--params", type=Path, default=PARAMS_FILE, metavar="FILE", help="parameter file (default: %(default)s)")
 
-    add = command("repro", _run_repro, "run the whole pipeline with DVC; more arguments go to it")
+    about = "run the whole pipeline with DVC; more arguments go to `dvc repro`"
+    add = command("repro", _run_repro, about, after=EXAMPLES)
     add("--artifacts", help=argparse.SUPPRESS)  # refused by name: DVC would get it
     command("summary", _run_summary, "scores, verdict and an example answer of the last run", outputs=True)
     about = "check that a run can complete: secrets, buckets, registry, GPUs"
@@ -98,7 +108,10 @@ def _run_suite(arguments: argparse.Namespace, inputs: dict[str, Path], launch: L
         added = find_added(arguments.model)
         place = find_base(added, arguments.base)[1]
         inputs |= {"stage2": added.absolute(), "base": (place if isinstance(place, Path) else fetch(place)).absolute()}
-    return launch_step("suite", *enter(arguments), inputs, launch)
+    config, artifacts = enter(arguments)
+    if not (trained := inputs.get("stage2", artifacts / "stage2")).is_dir():
+        raise UserError(f"no trained model {trained}: name one with --model, or run `vismem repro`")
+    return launch_step("suite", config, artifacts, inputs, launch)
 
 
 def describe(step: Step) -> str:

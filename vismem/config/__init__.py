@@ -215,4 +215,5 @@ def _explain(fault: Any) -> str:
         field = section.by_key().get(part)
         inner = SOURCES.get(part) or (field and field.annotation)
         section = inner if isinstance(inner, type) and issubclass(inner, Section) else section
-    return f"unknown key '{where}'{nearest(str(last), section.by_key())}"
+    above = where[: -len(str(last))]
+    return f"unknown key '{where}'{nearest(str(last), section.by_key(), above)}"

@@ -21,6 +21,7 @@ from torch import nn
 
 from vismem.data.sample import Sample
 from vismem.errors import UserError
+from vismem.export import WITH_GRAPHS
 from vismem.export.graphs import Builder, Decoder, ShortMemory, VisionEncoder
 from vismem.files import write_json
 from vismem.generation.prompts import prompt_text
@@ -74,8 +75,9 @@ def write_graphs(model: VisMemModel, folder: Path, opset: int) -> None:
     `model` must be in float32 on the CPU. Raises UserError for a family without graphs, and for a chat template that
     is not made of parts (see `prompt_parts`).
     """
-    if model.backbone.family != "qwen2_5_vl":
-        raise UserError(f"export writes graphs for qwen2_5_vl only, not for {model.backbone.family}: {WITHOUT}")
+    if model.backbone.family not in WITH_GRAPHS:
+        known = ", ".join(WITH_GRAPHS)
+        raise UserError(f"export writes graphs for {known} only, not for {model.backbone.family}: {WITHOUT}")
     folder.mkdir(parents=True, exist_ok=True)
     settings = runtime_settings(model)
     with (folder / WEIGHTS).open("wb") as file, torch.no_grad():

@@ -18,6 +18,7 @@ from vismem.config import BaseConfig
 from vismem.config.training import SMALL_WIDTH
 from vismem.data.sample import Sample
 from vismem.errors import UserError, first_line
+from vismem.export import WITH_GRAPHS
 from vismem.init.rows import Row
 from vismem.models.small_files import read_small, read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
@@ -107,7 +108,7 @@ def look_at(config: BaseConfig) -> Base:
         tokenizer=_tokenizer(config),
         processor=_processor(config),
         scope=Scope.read(folder) if folder else None,
-        graphs=settings.get("model_type") == "qwen2_5_vl",
+        graphs=settings.get("model_type") in WITH_GRAPHS,
     )
 
 

@@ -55,7 +55,7 @@ def describe(
         "",
         f"Wrote {wrote[0]}/ and {wrote[1]}, which explains every value.",
         "",
-        *_next(program, name, base, seconds),
+        *_next(program, name, base, seconds, all(row.doubts for row in kept)),
     ]
     return "\n".join(line for n, line in enumerate(parts) if line or parts[n - 1])
 
@@ -131,10 +131,13 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
     doubted = [row for row in rows if row.doubts]
     if doubted:
         first = doubted[0]
-        yield f"{len(doubted)} of {len(rows)} questions the base cannot read. {first.where}: {'; '.join(first.doubts)}"
+        yield f"the base cannot read {len(doubted)} of {len(rows)} questions. {first.where}: {'; '.join(first.doubts)}"
 
 
-def _next(program: str, name: str, base: Base, seconds: float) -> Iterator[str]:
+def _next(program: str, name: str, base: Base, seconds: float, unreadable: bool) -> Iterator[str]:
+    if unreadable:
+        yield f"{base.model} can learn nothing from these questions: choose another model with `--base`, and `--force`"
+        return
     if base.small:
         yield f"Next, {about(seconds)} on two CPU cores:"
     else:

@@ -40,7 +40,8 @@ class LaunchConfig:
         if self.backend not in BACKENDS:
             raise UserError(f"backend '{self.backend}' is not known: choose one of {', '.join(BACKENDS)}")
         if self.num_processes < 1 or self.num_nodes < 1:
-            raise UserError(f"{self.num_nodes} nodes of {self.num_processes} processes: the minimum is 1 of each")
+            counts = f"{self.num_nodes} nodes with {self.num_processes} processes each"
+            raise UserError(f"{counts} were asked for: both numbers must be at least 1")
         if self.backend == "process" and (total := self.num_processes * self.num_nodes) > 1:
             raise UserError(f"backend 'process' is one process, and {total} were asked for: use 'torchrun'")
         if self.num_nodes > 1 and not (self.backend == "trainer" and self.image):

@@ -35,7 +35,8 @@ class Machine:
         found = re.fullmatch(r"([1-9]\d*)x(\w+)", gpus)
         card = found and BY_GIGABYTES.get(found[2], found[2])
         if found is None or card not in CARDS:
-            known = f"{', '.join(CARDS)}; {' and '.join(f'{size} is an {name}' for size, name in BY_GIGABYTES.items())}"
+            sizes = " or ".join(f"{size} ({name})" for size, name in BY_GIGABYTES.items())
+            known = f"{', '.join(CARDS)}, or its memory in GB: {sizes}"
             raise UserError(f"--gpus {gpus}: give COUNTxCARD, such as 8xH100; CARD is one of {known}")
         return cls(int(found[1]), card, *CARDS[card])
 

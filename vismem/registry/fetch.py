@@ -11,8 +11,7 @@ from vismem.provenance import MANIFEST, sha256_file, verify_manifest
 from vismem.registry.champion import named_version
 from vismem.registry.runs import download_bundle
 from vismem.registry.signing import check_signature
-from vismem.registry.tracking import PROGRESS_BAR, open_store, translate_mlflow_errors
-from vismem.registry.versions import database, tracking_uri
+from vismem.registry.tracking import PROGRESS_BAR, existing_store, translate_mlflow_errors
 from vismem.services import environment
 
 
@@ -23,11 +22,7 @@ def fetch_bundle(config: RegistryConfig, which: str, cache: Path) -> Path:
     UserError where there is no such store or version, or its files are damaged there; what the cache has must be signed
     too, see `check_signature`, and is fetched again where it is damaged. An absent SQLite store is not made.
     """
-    uri = tracking_uri(config)
-    if (file := database(uri)) and not file.is_file():
-        where = "run in the project's folder, for a profile in runs/PROFILE"
-        raise UserError(f"no MLflow registry {uri} here: {where}, or set MLFLOW_TRACKING_URI")
-    store = open_store(config)
+    store = existing_store(config)
     version = named_version(store, which)
     if (hashed := version.tags.get("manifest_sha256")) is None:
         raise UserError(f"version {version.version} of '{store.model}' is none that `vismem register` made")

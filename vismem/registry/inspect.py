@@ -17,7 +17,7 @@ from vismem.registry.champion import mend_view, named_version, read_view
 from vismem.registry.datasets import run_revisions
 from vismem.registry.register import version_tags
 from vismem.registry.runs import download_bundle
-from vismem.registry.tracking import PROGRESS_BAR, open_store, translate_mlflow_errors, versions
+from vismem.registry.tracking import PROGRESS_BAR, existing_store, translate_mlflow_errors, versions
 from vismem.registry.verdict import EVALUATION, FOLDERS, read_registered
 from vismem.services import environment
 
@@ -30,7 +30,7 @@ def verify(config: Config, which: str) -> str:
     version's tags. The line also names versions that were champions and that somebody deleted in MLflow. UserError that
     names what differs.
     """
-    store = open_store(config.registry)
+    store = existing_store(config.registry)
     lost = {move.version for move in mend_view(store).moves} - {item.version for item in read_view(store).versions}
     if which in lost:
         raise UserError(f"version {which} of '{store.model}' was champion, and somebody deleted it in MLflow")
@@ -63,7 +63,7 @@ def verify(config: Config, which: str) -> str:
 @translate_mlflow_errors()
 def trained(config: Config, which: str) -> Trained:
     """What a version was trained on and how it answered. UserError where the registry has lost it."""
-    store = open_store(config.registry)
+    store = existing_store(config.registry)
     version = named_version(store, which)
     newest, data = versions(store)[0], version.tags.get("data_sha256")
     other = newest.tags.get("data_sha256") != data and int(newest.version) > int(version.version)
@@ -85,7 +85,7 @@ def trained(config: Config, which: str) -> Trained:
 @translate_mlflow_errors()
 def compare(config: Config, first: str, second: str) -> tuple[list[dict[str, str]], str]:
     """One row per figure of two versions with their difference, and a sentence on whether the figures compare."""
-    store = open_store(config.registry)
+    store = existing_store(config.registry)
     versions = [named_version(store, which) for which in (first, second)]
     if versions[0] == versions[1]:
         raise UserError(f"{first} and {second} are both version {versions[0].version}: name two versions")

@@ -15,7 +15,7 @@ from vismem.registry.champion import mend_view, named_version, transact
 from vismem.registry.ledger import Ledger, Move
 from vismem.registry.runs import download_bundle
 from vismem.registry.signing import SignatureError
-from vismem.registry.tracking import Store, find_version, open_store, translate_mlflow_errors
+from vismem.registry.tracking import Store, existing_store, find_version, open_store, translate_mlflow_errors
 from vismem.registry.verdict import judge_version, publish_verdict, registered_gate
 from vismem.registry.versions import Version
 
@@ -41,7 +41,7 @@ def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
 @translate_mlflow_errors()
 def promote_version(config: Config, which: str, unblock: bool = False) -> str:
     """The same for any registered version, by number or alias; `unblock` allows one that was rolled back from."""
-    store = open_store(config.registry)
+    store = existing_store(config.registry)
     with tempfile.TemporaryDirectory() as out:
         return _promote(store, named_version(store, which), Path(out), unblock)
 
@@ -104,7 +104,7 @@ def rollback(config: Config, to: str | None = None, left: str | None = None) -> 
     Versions that were deleted or are blocked are passed over. UserError where there is none, or where another moved the
     champion meanwhile: nothing is rolled back then.
     """
-    store = open_store(config.registry)
+    store = existing_store(config.registry)
     seen = mend_view(store)
 
     def decide(ledger: Ledger) -> Move | None:
@@ -136,7 +136,7 @@ def rollback(config: Config, to: str | None = None, left: str | None = None) -> 
 @translate_mlflow_errors()
 def delete(config: Config, which: str) -> str:
     """Delete a version and its bundle, whose files `mlflow gc` removes. UserError for a champion, past or present."""
-    store = open_store(config.registry)
+    store = existing_store(config.registry)
     ledger, version = mend_view(store), named_version(store, which)
     if version.version in {move.version for move in ledger.moves}:
         raise UserError(f"{store.model} version {version.version} is or was champion: it is kept for rollbacks")

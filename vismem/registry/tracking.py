@@ -98,6 +98,15 @@ def open_store(config: RegistryConfig) -> Store:
     return Store(client, uri, config)
 
 
+def existing_store(config: RegistryConfig) -> Store:
+    """The same, but an absent SQLite store is not made: UserError."""
+    uri = tracking_uri(config)
+    if (file := database(uri)) and not file.is_file():
+        where = "run in the project's folder, for a profile in runs/PROFILE"
+        raise UserError(f"no MLflow registry {uri} here: {where}, or set MLFLOW_TRACKING_URI")
+    return open_store(config)
+
+
 def ping(config: RegistryConfig) -> str:
     """Open the store, and put and delete a small file where its experiment's files go; return what answered.
 

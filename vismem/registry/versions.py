@@ -35,6 +35,7 @@ def database(uri: str) -> Path | None:
 
 def unknown_version(which: str, model: str, uri: str, versions: Iterable[Version]) -> UserError:
     """The error for a number or alias that no version of the model has."""
-    known = ", ".join(item.version for item in versions) or "none"
-    why = "" if which != "champion" else "; there is none before the gate has passed a version"
-    return UserError(f"no version or alias '{which}' of '{model}' in {uri}; versions: {known}{why}")
+    known = ", ".join(item.version for item in versions)
+    todo = "see `vismem models`" if known else "run `vismem repro`, or set MLFLOW_TRACKING_URI"
+    why = "" if which != CHAMPION else "; there is none before the gate has passed a version"
+    return UserError(f"no version or alias '{which}' of '{model}' in {uri}; versions: {known or 'none'}{why}: {todo}")

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from vismem.runtime.limits import FORMATS, RequestError
 Grid = tuple[int, int]  # rows and columns of patches
 LOOK = 8  # sides of the small copy by which two images are seen to be alike
 DATA_URI = "data:"
+URL = re.compile(r"\w+://?\w")
 PIECE = 1 << 18  # characters of base64 that are decoded at a time
 TURNS = {  # by EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,6 +31,11 @@ TURNS = {  # by EXIF's orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def url_fault(image: str) -> str:
+    """What is wrong where a URL stands for an image's path; nothing for a path."""
+    return f"{image} is a URL: download it first and give the file" if URL.match(image) else ""
 
 
 def decoded_base64(text: str) -> bytes:

@@ -228,14 +228,14 @@ def main_infer(
     url: str,
     model: str | None = None,
     stream: bool = False,
-    memory: bool = True,
+    memory: bool | str = "learned",
     max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
     timeout: float = TIMEOUT,
     write: Callable[[str], None] = partial(print, end="", flush=True),  # noqa: B008
 ) -> None:
-    """`vismem infer --image F [--image F ...] QUESTION [--stream] [--no-memory] [--url ADDRESS] ...`.
+    """`vismem infer --image F [--image F ...] QUESTION [--stream] [--memory MODE] [--url ADDRESS] ...`.
 
     Writes the answer with its memory invocations marked, and a line's end; with `stream` piece by piece. `images` name
     files; `url` without a scheme is of gRPC. Raises UserError (the CLI exits with 1).

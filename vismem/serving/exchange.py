@@ -4,7 +4,6 @@ No torch: the clients of a server and the model in this process (`vismem.inferen
 """
 
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -17,7 +16,7 @@ from vismem.errors import UserError
 from vismem.models.tokens import KINDS, marked_text
 from vismem.runtime.access import TOKEN_VARIABLE
 from vismem.runtime.chat import Chat
-from vismem.runtime.images import upright
+from vismem.runtime.images import upright, url_fault
 from vismem.runtime.limits import NEW_TOKENS
 
 AnyImage = str | Path | bytes | Image.Image
@@ -145,9 +144,10 @@ def encoded(image: AnyImage) -> bytes:
         file = io.BytesIO()
         upright(image).save(file, "PNG")
         return file.getvalue()
-    if re.match(r"\w+://?\w", str(image)):
-        raise UserError(f"{image} is a URL: download it first and give the file")
+    if fault := url_fault(str(image)):
+        raise UserError(fault)
     try:
         return Path(image).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the image {image}: {error.strerror}") from None
+        seen_from = "" if Path(image).is_absolute() else f" (from the current folder {Path.cwd()})"
+        raise UserError(f"cannot read the image {image}: {error.strerror}{seen_from}") from None

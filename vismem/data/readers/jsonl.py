@@ -21,7 +21,7 @@ from vismem.config import JsonlSource
 from vismem.data.readers.files import inside, json_lines, json_object, numbered_lines
 from vismem.data.sample import Capability, Sample, Video
 from vismem.errors import UserError
-from vismem.runtime.images import DATA_URI, decoded_base64
+from vismem.runtime.images import DATA_URI, decoded_base64, url_fault
 
 NEEDED = ("id", "image or images or videos", "prompt", "answer")
 
@@ -104,11 +104,14 @@ def _image(folder: Path, name: str | Path, where: str) -> bytes:
             return decoded_base64(str(name))
         except ValueError as error:
             raise UserError(f"{where}: an image is no base64: {error}") from None
+    if fault := url_fault(str(name)):
+        raise UserError(f"{where}: {fault}")
     file = inside(folder, folder / name, where)
     try:
         return file.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"{where}: no image file {folder / name}: its path starts at {folder}") from None
+        start = "paths start at the .jsonl file's folder, or where --images (of a source `images`) says"
+        raise UserError(f"{where}: no image file {folder / name}: {start}") from None
     except OSError as error:
         raise UserError(f"{where}: {str(name)[:200]}: {error.strerror}") from None
 

@@ -27,7 +27,7 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
-from vismem.serving import http
+from vismem.serving import guards
 from vismem.serving.answering import Runtime
 from vismem.serving.http import create_app
 
@@ -116,7 +116,7 @@ def test_a_reply_says_where_each_memory_looked_if_that_is_asked(client: openai.O
 
 
 def test_a_body_beyond_the_limit_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", 10_000)
+    monkeypatch.setattr(guards, "MAX_BODY_BYTES", 10_000)
     status, reply = post(url, b" " * 20_000)
     assert (status, reply["error"]["message"]) == (413, "the request is larger than 10000 bytes")
 

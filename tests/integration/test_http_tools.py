@@ -13,7 +13,7 @@ import pytest
 import tiny
 from http_calls import GOOD, post
 
-from vismem.serving import http
+from vismem.serving import guards
 from vismem.serving.answering import Runtime
 from vismem.serving.client import Client
 from vismem.serving.completion import Reply, read_body
@@ -104,7 +104,8 @@ def test_what_is_refused_for_others_sake_counts_as_busy(
     url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy, invalid = refused(runtime)
-    monkeypatch.setattr(http, "MAX_BODIES_BYTES", 1_000)
+    monkeypatch.setattr(guards, "SMALL_BYTES", 0)
+    monkeypatch.setattr(guards, "MAX_BODIES_BYTES", 1_000)
     assert post(url, b" " * 2_000)[0] == 429
     assert refused(runtime) == (busy + 1, invalid)
 

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from vismem.services import HOST, free_ports
 from vismem.serving.answering import Runtime
+from vismem.serving.guards import Connection
 
 
 def url_of(image: bytes) -> str:
@@ -31,7 +32,8 @@ def messages(images: Sequence[bytes], question: str) -> list[dict[str, Any]]:
 def served(app: FastAPI) -> Iterator[str]:
     """The address of a server in this process."""
     port = free_ports({"http": 0})["http"]
-    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, log_level="error", timeout_graceful_shutdown=1))
+    settings: dict[str, Any] = {"log_level": "error", "timeout_graceful_shutdown": 1, "http": Connection, "ws": "none"}
+    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -15,10 +15,11 @@ from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.provenance import MANIFEST, sha256_file
-from vismem.runtime.access import own_token
+from vismem.runtime.access import TOKEN_VARIABLE, own_token
 from vismem.services import HOST, check_certificate, free_ports, until_stopped
-from vismem.serving.answering import ROWS, WAITING, Runtime
+from vismem.serving.answering import ROWS, Runtime
 from vismem.serving.exchange import check_token
+from vismem.serving.guards import Connection
 from vismem.serving.http import create_app
 from vismem.serving.playground import add_playground
 from vismem.serving.request_log import RequestLog
@@ -76,7 +77,8 @@ def serve_api(
         log_level="warning",
         ssl_certfile=certificate,
         ssl_keyfile=key,
-        limit_concurrency=8 * (rows + WAITING),  # connections
+        http=Connection,
+        ws="none",
         timeout_graceful_shutdown=2 * END_SECONDS,
         server_header=False,
     )
@@ -84,6 +86,8 @@ def serve_api(
         named = f"[{host}]" if ":" in host else host
         address = f"{'https' if certificate else 'http'}://{named}:{ports['http']}"
         closed = "with a token" if token else "without a token"
+        if not token and host not in LOOPBACK:
+            closed += f", to all who reach this machine ({TOKEN_VARIABLE} sets one)"
         line = f"serving {name} ({loaded.model.backbone.family}) on {address}/v1, {closed}"
         said = f"playground: {address}/ (Ctrl-C ends it)" if page else line
         _Server(settings, lambda: write(said), runtime).run()

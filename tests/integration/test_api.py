@@ -1,6 +1,7 @@
 """`vismem api`: what its options do to the server that it starts."""
 
 import json
+import socket
 import ssl
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.runtime.access import TOKEN_VARIABLE
 
 PICTURE = png(84, 84)  # 36 patches
+SAID = list[str]()  # the line that each server prints
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def api(*options: str) -> Iterator[str]:
     command = [sys.executable, "-m", "vismem.cli", "api", "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        SAID.append(line := process.stdout.readline())
         try:
             yield line.split()[4].rstrip(",").removesuffix("/v1")
         finally:
@@ -103,6 +105,25 @@ def test_a_name_that_a_page_of_another_site_made_its_own_is_refused_unless_a_tok
         patch.setenv(TOKEN_VARIABLE, "s3cret")
         with api() as address:
             assert status(address, "models.example", Authorization="Bearer s3cret") == 200
+
+
+def test_connections_that_say_nothing_shut_nobody_out() -> None:
+    with api() as address, ExitStack() as idle:
+        host, port = address.removeprefix("http://").split(":")
+        for _ in range(330):
+            idle.enter_context(socket.create_connection((host, int(port)), timeout=30))
+        with urllib.request.urlopen(f"{address}/health", timeout=30) as reply:
+            assert json.loads(reply.read()) == {"status": "ok"}
+
+
+@pytest.mark.parametrize(("token", "warned"), [("", True), ("s3cret", False)])
+def test_a_server_that_others_reach_without_a_token_says_so(
+    token: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with api("--host", "0.0.0.0") as address:
+        assert address.startswith("http://0.0.0.0:")
+        assert ("without a token, to all who reach this machine" in SAID[-1]) == warned
 
 
 def test_a_server_whose_thread_that_decodes_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:

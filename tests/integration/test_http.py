@@ -27,7 +27,7 @@ from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
 from vismem.models.reference import Base
 from vismem.models.vismem import VisMemModel
-from vismem.serving import http
+from vismem.serving import guards
 from vismem.serving.answering import Runtime
 from vismem.serving.http import create_app
 
@@ -116,7 +116,7 @@ def test_a_reply_says_where_each_memory_looked_if_that_is_asked(client: openai.O
 
 
 def test_a_body_beyond_the_limit_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", 10_000)
+    monkeypatch.setattr(guards, "MAX_BODY_BYTES", 10_000)
     status, reply = post(url, b" " * 20_000)
     assert (status, reply["error"]["message"]) == (413, "the request is larger than 10000 bytes")
 
@@ -124,10 +124,12 @@ def test_a_body_beyond_the_limit_is_refused(url: str, monkeypatch: pytest.Monkey
 def test_with_a_token_only_who_has_it_is_answered(runtime: Runtime) -> None:
     with served(create_app(runtime, "tiny", token="s3cret")) as address:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Bearer s3cret2"}):
-            assert post(address, GOOD, **headers)[0] == 401
+            status, reply = post(address, GOOD, **headers)
+            assert (status, reply["error"]["code"]) == (401, "invalid_api_key")
         for path in ("/metrics", "/v1/models", "/nowhere"):
-            with pytest.raises(urllib.error.HTTPError, match="401"):
+            with pytest.raises(urllib.error.HTTPError, match="401") as refused:
                 urllib.request.urlopen(f"{address}{path}", timeout=10)
+            assert refused.value.headers["WWW-Authenticate"] == "Bearer"
         assert post(address, GOOD, **{"Host": "x/health?"})[0] == 401, "whatever the path is made of"
         assert post(address, GOOD, Authorization="Bearer s3cret")[0] == 200
         with urllib.request.urlopen(f"{address}/health", timeout=10) as reply:
@@ -217,13 +219,21 @@ def test_a_wrong_request_is_refused_while_many_answers_are_waited_for(
 
 
 def test_a_fault_of_the_model_is_said_and_the_next_request_answered(
-    url: str, client: openai.OpenAI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    url: str,
+    client: openai.OpenAI,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Its kind, that is; the rest is in the log."""
     with monkeypatch.context() as patch:
         patch.setattr(runtime.executor, "append", lambda tokens: 1 / 0)
         status, reply = post(url, GOOD)
         assert (status, reply["error"]["type"]) == (500, "server_error")
-        assert "ZeroDivisionError" in reply["error"]["message"]
+        said = re.fullmatch(r"the model failed: ZeroDivisionError \((\w{8}) in .*", reply["error"]["message"])
+        assert said
+        assert said[1] in caplog.text
+        assert "division by zero" in caplog.text
         with pytest.raises(openai.APIError, match="the model failed"):
             list(ask(client, stream=True))
     assert post(url, GOOD)[0] == 200

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import io
 import json
+import select
 import socket
 import threading
 import time
@@ -19,10 +20,10 @@ from PIL import Image
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.runtime.images import let_go
 from vismem.runtime.limits import Room
-from vismem.serving import http
+from vismem.serving import guards
 from vismem.serving.answering import Runtime
 from vismem.serving.completion import Completion
-from vismem.serving.http import _Patience
+from vismem.serving.guards import Connection, Patience
 
 
 def opened(kind: str = "PNG") -> Image.Image:
@@ -47,14 +48,116 @@ def test_bodies_that_do_not_come_or_are_too_large_together_are_refused(
 ) -> None:
     host, port = url.removeprefix("http://").split(":")
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9000\r\n\r\n".encode()
-    monkeypatch.setattr(http, "BODY_SECONDS", 2.0)
-    monkeypatch.setattr(http, "MAX_BODIES_BYTES", 10_000)
+    monkeypatch.setattr(guards, "PAUSE_SECONDS", 2.0)
+    monkeypatch.setattr(guards, "MAX_BODIES_BYTES", 10_000)
+    monkeypatch.setattr(guards, "SMALL_BYTES", 5_000)
     with socket.create_connection((host, int(port))) as slow:
         slow.sendall(head + b" " * 8_000)
         time.sleep(0.5)
         assert post(url, b" " * 8_000)[0] == 429
+        assert post(url, b" " * 4_000)[0] == 400, "it is no JSON, and small ones are read nevertheless"
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
     assert post(url, GOOD)[0] == 200
+
+
+def test_a_body_may_pause_but_not_trickle(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    monkeypatch.setattr(guards, "PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr(guards, "BODY_RATE", 100)
+
+    def ended(*, parts: int, size: int) -> bytes:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {parts * size}\r\n\r\n"
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode())
+            for _ in range(parts):
+                connection.sendall(b" " * size)
+                if select.select([connection], [], [], 0.2)[0]:
+                    break
+            return connection.recv(1000)[:12]
+
+    assert ended(parts=10, size=10) == b"HTTP/1.1 408", "50 bytes a second"
+    assert ended(parts=10, size=100) == b"HTTP/1.1 400", "it came, and is no JSON"
+
+
+def test_more_requests_at_a_time_than_are_read_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "MAX_BODIES", 0)
+    assert post(url, GOOD)[0] == 429
+
+
+def connections(url: str, count: int) -> list[socket.socket]:
+    host, port = url.removeprefix("http://").split(":")
+    return [socket.create_connection((host, int(port)), timeout=20) for _ in range(count)]
+
+
+HEAD = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", HEAD, HEAD.replace(b"Host", b"Content-Length: 99\r\nHost")])
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/models HTTP/1.1\r\nHos"])
+def test_a_connection_on_which_no_request_begins_ends(
+    url: str, before: bytes, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one, one that was answered, and one that was answered before its body was there."""
+    monkeypatch.setattr(guards, "HEAD_SECONDS", 0.5)
+    (waits,) = connections(url, 1)
+    with waits:
+        if before:
+            waits.sendall(before)
+            assert waits.recv(10_000).startswith(b"HTTP/1.1 200")
+        if sent:
+            waits.sendall(sent)
+        asked = time.monotonic()
+        while waits.recv(10_000):
+            pass
+        assert time.monotonic() - asked < 4, "uvicorn's own waits 5 s, and for ever for half a head"
+
+
+def test_a_request_that_has_begun_is_not_ended_with_its_connection(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "HEAD_SECONDS", 0.1)
+    read = runtime.executor.read
+    monkeypatch.setattr(runtime.executor, "read", lambda *a, **b: (time.sleep(0.5), read(*a, **b))[1])
+    assert post(url, GOOD)[0] == 200
+
+
+def test_connections_that_say_nothing_shut_nobody_out(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "MAX_WAITING", 5)
+    idle = connections(url, 9)
+    assert post(url, GOOD)[0] == 200
+    assert [one.recv(1) for one in idle[:5]] == [b""] * 5, "the longest first"
+    assert len(Connection.waiting) <= 5
+    for one in idle:
+        one.close()
+
+
+def test_who_leaves_while_images_of_others_are_decoded_gives_the_place_to_others(
+    url: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, prepared, prepare = threading.Event(), list[int](), runtime.executor.prepare
+    monkeypatch.setattr(runtime, "most", 3)
+    monkeypatch.setattr(runtime, "decoding", Room(1))
+    monkeypatch.setattr(
+        runtime.executor, "prepare", lambda *given: (prepared.append(1), held.wait(60), prepare(*given))[2]
+    )
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, url, GOOD)
+        while not prepared:
+            time.sleep(0.01)
+        (leaves,) = connections(url, 1)
+        body = json.dumps(GOOD).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+        leaves.sendall(head.encode() + body)
+        while len(runtime.decoding.waiting) < 1:
+            time.sleep(0.01)
+        leaves.close()
+        until = time.monotonic() + 20
+        while len(runtime.places) > 1:
+            assert time.monotonic() < until, "who has left still has a place"
+            time.sleep(0.05)
+        held.set()
+        assert first.result()[0] == 200
+    assert len(prepared) == 1
 
 
 def test_a_body_counts_until_its_images_are_decoded_and_is_then_let_go(
@@ -69,7 +172,8 @@ def test_a_body_counts_until_its_images_are_decoded_and_is_then_let_go(
 
     for part in at:
         held(part)
-    monkeypatch.setattr(http, "MAX_BODIES_BYTES", 8_000 + len(json.dumps(GOOD)) // 2)
+    monkeypatch.setattr(guards, "SMALL_BYTES", 0)
+    monkeypatch.setattr(guards, "MAX_BODIES_BYTES", 8_000 + len(json.dumps(GOOD)) // 2)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, url, GOOD)
         assert at["prepare"].wait(20)
@@ -89,6 +193,24 @@ def test_a_page_of_another_site_may_not_ask(url: str, site: str, status: int) ->
     assert post(url, GOOD, **{"Sec-Fetch-Site": site})[0] == status
 
 
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        ("http://127.0.0.1:8080", "127.0.0.1:8080", 200),
+        ("http://localhost:8080", "localhost:8080", 200),
+        ("http://[::1]:8080", "[::1]:8080", 200),
+        ("http://127.0.0.1:9090", "127.0.0.1:8080", 403),
+        ("http://evil.example", "192.168.0.7:8080", 403),
+        ("http://evil.example:8080", "evil.example:8080", 403),  # a name that was made to lead here
+        ("http://[evil", "[evil", 403),
+        ("null", "192.168.0.7:8080", 403),
+    ],
+)
+def test_without_tls_browsers_name_a_page_s_site_by_its_origin(url: str, origin: str, host: str, status: int) -> None:
+    assert post(url, GOOD, Origin=origin, Host=host)[0] == status
+    assert post(url, GOOD, Host=host)[0] == 200, "no page asks"
+
+
 def test_who_takes_nothing_of_an_answer_holds_nobody_up(runtime: Runtime) -> None:
     unread = runtime.generate([opened()], "what?", max_new_tokens=4)
     next(unread)
@@ -100,7 +222,7 @@ def test_who_takes_nothing_of_an_answer_holds_nobody_up(runtime: Runtime) -> Non
 
 
 def test_a_piece_that_its_reader_does_not_take_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "SEND_SECONDS", 0.1)
+    monkeypatch.setattr(guards, "SEND_SECONDS", 0.1)
 
     async def answer(_: Any, __: Any, send: Any) -> None:
         await send({})
@@ -109,7 +231,7 @@ def test_a_piece_that_its_reader_does_not_take_ends_the_answer(monkeypatch: pyte
         await asyncio.Event().wait()
 
     with pytest.raises(TimeoutError):
-        asyncio.run(_Patience(answer)({}, None, never))
+        asyncio.run(Patience(answer)({}, None, never))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])

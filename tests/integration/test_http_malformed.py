@@ -10,6 +10,13 @@ from malformed import MALFORMED, Malformed
 
 PICTURE = GOOD["messages"][0]["content"][0]
 NAMES = {"max_new_tokens": "max_completion_tokens"}
+SAID = {  # of what Triton's clients are told
+    "IMAGE": "the conversation",
+    "PROMPT": "the conversation's text",
+    "STOP holds 5 texts": "stop: List should have at most 4 items",
+    "STOP": "stop",
+    "MAX_NEW_TOKENS is": "max_completion_tokens: Input should be|",
+}
 
 
 def saying(*parts: Any, role: str = "user") -> dict[str, Any]:
@@ -40,12 +47,15 @@ def body_of(request: Malformed) -> dict[str, Any]:
     return {"model": "tiny", "messages": turns, "max_completion_tokens": 2, **options, **memory}
 
 
-@pytest.mark.parametrize("kind", MALFORMED)
+@pytest.mark.parametrize("kind", MALFORMED.keys() - {"a negative seed"})  # OpenAI has those
 def test_what_no_protocol_can_answer_gets_its_reason_and_the_next_one_its_answer(url: str, kind: str) -> None:
     request = MALFORMED[kind]
     status, reply = post(url, body_of(request))
     assert (status, reply["error"]["type"]) == (400, "invalid_request_error"), reply
-    assert re.search(request.reason, reply["error"]["message"]), reply
+    reason = request.reason
+    for name, said in SAID.items():
+        reason = reason.replace(name, said)
+    assert re.search(reason, reply["error"]["message"]), reply
     assert post(url, GOOD)[0] == 200
 
 
@@ -63,7 +73,8 @@ WRONG: dict[str, tuple[int, Any, str]] = {
     "257 parts": (400, saying(PICTURE, *[{"type": "text", "text": "a"}] * 256), "messages.0.content: "),
     "an image of the text's type": (400, saying(PICTURE, {"type": "image"}), "messages.0.content.1: "),
     "a text of no Unicode": (400, saying(PICTURE, {"type": "text", "text": "\ud800"}), ""),
-    "tools": (400, GOOD | {"tools": []}, "tools: Input should be null"),
+    "tools": (400, GOOD | {"tools": [{"type": "function"}]}, "tools: List should have at most 0 items"),
+    "a format": (400, GOOD | {"response_format": {"type": "json_object"}}, "response_format.type: Input should be"),
     "two answers": (400, GOOD | {"n": 2}, "n: Input should be 1"),
     "nucleus sampling": (400, GOOD | {"top_p": 0.5}, "top_p: Input should be 1"),
     "a warm temperature": (400, GOOD | {"temperature": "warm"}, "temperature: "),

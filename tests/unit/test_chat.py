@@ -30,23 +30,25 @@ def test_images_stand_at_the_marks_or_before_the_question(question: str, images:
 def test_messages_are_read_as_openai_writes_them() -> None:
     chat = read_messages(
         [
-            {"role": "system", "content": "be brief"},
+            {"role": "system", "content": "be"},
+            {"role": "system", "content": "brief"},
             {
                 "role": "user",
                 "content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}],
             },
             {"role": "assistant", "content": "c"},
             {"role": "user", "content": [{"type": "text", "text": "d"}, {"type": "text", "text": "e"}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "f"}]},
         ]
     )
     assert chat == [
-        Turn("system", ("be brief",)),
+        Turn("system", ("be\nbrief",)),
         Turn("user", ("a", IMAGE, "b")),
         Turn("assistant", ("c",)),
-        Turn("user", ("d\ne",)),
+        Turn("user", ("d\ne", IMAGE, "f")),
     ]
-    check_chat(chat, images=1)
-    assert said(chat) == "be brief\na\nb\nc\nd\ne"
+    check_chat(chat, images=2)
+    assert said(chat) == "be\nbrief\na\nb\nc\nd\ne\nf"
 
 
 WRONG: list[Any] = [

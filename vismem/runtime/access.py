@@ -23,6 +23,6 @@ def pass_proxies() -> None:
 
 def token_refusal(token: str, authorization: str) -> str:
     """What is said to a request whose header `Authorization` does not hold the server's token; else ""."""
-    sent = authorization.removeprefix("Bearer ").encode(errors="surrogatepass")
-    known = not token or hmac.compare_digest(sent, token.encode(errors="surrogatepass"))
-    return "" if known else NO_TOKEN
+    scheme, _, sent = (part.encode(errors="surrogatepass") for part in authorization.partition(" "))
+    same = hmac.compare_digest(sent.strip(), token.encode(errors="surrogatepass"))
+    return "" if not token or (same and scheme.lower() == b"bearer") else NO_TOKEN

@@ -49,11 +49,11 @@ def parse_messages(data: bytes) -> Chat:
 def read_messages(messages: Any) -> Chat:
     """Turns from messages as OpenAI writes them, but with `{"type": "image"}` where an image stands.
 
-    RequestError for what is no such message.
+    Those of one role that follow each other are one turn. RequestError for what is no such message.
     """
     if not (isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)):
         raise RequestError("messages must be a list of objects with `role` and `content`")
-    return [Turn(str(message.get("role")), joined(_parts(message.get("content")))) for message in messages]
+    return merged(Turn(str(message.get("role")), tuple(_parts(message.get("content")))) for message in messages)
 
 
 def messages_of(chat: Chat) -> list[dict[str, Any]]:
@@ -83,6 +83,12 @@ def joined(parts: Iterable[str | None]) -> tuple[str | None, ...]:
         run = list(group)
         found += run if is_image else ["\n".join(map(str, run))]
     return tuple(found)
+
+
+def merged(turns: Iterable[Turn]) -> Chat:
+    """The turns, those of one role that follow each other made one; texts side by side are lines."""
+    runs = groupby(turns, lambda turn: turn.role)
+    return [Turn(role, joined(part for turn in run for part in turn.parts)) for role, run in runs]
 
 
 def said(chat: Chat) -> str:

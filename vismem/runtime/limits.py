@@ -4,7 +4,7 @@ import io
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -21,6 +21,7 @@ MAX_STOP_BYTES = 256  # of one, as UTF-8: every token is compared with it
 MAX_NEW_TOKENS = 2_048
 NEW_TOKENS = 120  # the longest answer where a request does not say
 MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
+LOOK_SECONDS = 0.2  # between two looks whether who waits is still there
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
 # Of a JPEG: Pillow joins its EXIF segments in quadratic time, and each scan of a progressive one goes over all blocks.
 MAX_SEGMENTS, MAX_EXIF, MAX_SCANS = 10_000, 400, 100
@@ -30,7 +31,11 @@ SCAN, END = b"\xff\xda", b"\xff\xd9"
 
 
 class RequestError(ValueError):
-    """The request is at fault: what was wrong with it."""
+    """The request is at fault: why, in which input (as Triton calls it), and what OpenAI calls such a fault."""
+
+    def __init__(self, reason: str, field: str = "", code: str | None = None) -> None:
+        super().__init__(f"{field} {reason}".strip())
+        self.reason, self.field, self.code = reason, field, code
 
 
 class Room:
@@ -44,14 +49,15 @@ class Room:
         self.waiting = deque[object]()
 
     @contextmanager
-    def of(self, part: int) -> Iterator[None]:
-        """A block that holds `part` of it."""
+    def of(self, part: int, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """A block that holds `part` of it. While it waits, what `check` raises ends that."""
         with self.changed:
             self.waiting.append(turn := object())
             try:
-                self.changed.wait_for(
-                    lambda: self.waiting[0] is turn and (self.held == 0 or self.held + part <= self.whole)
-                )
+                while not self.changed.wait_for(
+                    lambda: self.waiting[0] is turn and (self.held == 0 or self.held + part <= self.whole), LOOK_SECONDS
+                ):
+                    check()
             finally:
                 self.waiting.remove(turn)
                 self.changed.notify_all()
@@ -75,15 +81,15 @@ def check_request(
     Raises RequestError with the first limit that the request exceeds, or for a prompt that is empty or not UTF-8.
     """
     if not 1 <= len(files) <= MAX_IMAGES:
-        raise RequestError(f"IMAGE holds {len(files)} images: send 1 to {MAX_IMAGES} encoded files")
+        raise RequestError(f"holds {len(files)} images: send 1 to {MAX_IMAGES} encoded files", "IMAGE")
     if len(prompt) > MAX_PROMPT_BYTES:
-        raise RequestError(f"PROMPT holds {len(prompt)} bytes: the limit is {MAX_PROMPT_BYTES}")
+        raise RequestError(f"holds {len(prompt)} bytes: the limit is {MAX_PROMPT_BYTES}", "PROMPT")
     try:
         empty = not prompt.decode().strip()
     except UnicodeDecodeError:
-        raise RequestError("PROMPT is not UTF-8 text") from None
+        raise RequestError("is not UTF-8 text", "PROMPT") from None
     if empty:
-        raise RequestError("PROMPT is empty: ask a question about the image")
+        raise RequestError("is empty: ask a question about the image", "PROMPT")
     if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise RequestError(f"MAX_NEW_TOKENS is {max_new_tokens}: it must lie in 1..{MAX_NEW_TOKENS}")
     names = names or [f"image {number} of {len(files)}" for number in range(1, len(files) + 1)]
@@ -138,9 +144,9 @@ def _too_many_scans(file: bytes) -> bool:
 def check_stops(stops: Sequence[str]) -> None:
     """RequestError for too many texts before which an answer ends, or one that is too long."""
     if len(stops) > MAX_STOPS:
-        raise RequestError(f"STOP holds {len(stops)} texts: send at most {MAX_STOPS}")
+        raise RequestError(f"holds {len(stops)} texts: send at most {MAX_STOPS}", "STOP")
     if (longest := max((len(stop.encode(errors="surrogatepass")) for stop in stops), default=0)) > MAX_STOP_BYTES:
-        raise RequestError(f"STOP holds a text of {longest} bytes: the limit is {MAX_STOP_BYTES}")
+        raise RequestError(f"holds a text of {longest} bytes: the limit is {MAX_STOP_BYTES}", "STOP")
 
 
 def check_patches(patches: int, most: int | None) -> None:
@@ -154,7 +160,8 @@ def check_positions(needed: int, held: int) -> None:
     if needed > held:
         raise RequestError(
             f"the question, its images and the answer need {needed} positions, the model has {held}: "
-            "send less, or ask for less"
+            "send less, or ask for less",
+            code="context_length_exceeded",
         )
 
 

@@ -35,7 +35,7 @@ class Reserved:
         """RequestError for a conversation that holds one."""
         for part in (part for turn in chat for part in turn.parts if part):
             if token := self.find(part):
-                raise RequestError(f"PROMPT holds {token}, one of the model's own tokens: ask without it")
+                raise RequestError(f"holds {token}, one of the model's own tokens: ask without it", "PROMPT")
 
     def plain(self, text: str) -> str:
         """The text with a zero width space (U+200B) within each token, until there is none; plain text as it is."""

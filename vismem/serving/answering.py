@@ -144,7 +144,7 @@ class Runtime:
             raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
         mode, modes = mode_of(memory), self.executor.modes
         if mode not in modes:
-            raise RequestError(f"MEMORY is '{mode}': it must be one of {', '.join(modes)}")
+            raise RequestError(f"is '{mode}': it must be one of {', '.join(modes)}", "MEMORY")
         chat = one_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
         check_chat(chat, len(images))
         check_stops(stop)
@@ -153,7 +153,7 @@ class Runtime:
         try:
             pixels = sum(image.width * image.height for image in images)
             logged = images if not self.log or pixels < LOGGED else [unread(image) for image in images]
-            with self.decoding.of(pixels):
+            with self.decoding.of(pixels, answer.check):
                 answer.check()
                 sample = self.executor.prepare(images, chat, max_new_tokens)
                 let_go(images, pixels=not self.log or logged is not images)

@@ -1,11 +1,13 @@
 """A chat completion as OpenAI writes it: the request, the reply, whole or streamed, and what is said of a wrong one."""
 
 import json
+import random
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import field as field_of
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
@@ -15,10 +17,14 @@ from vismem.generation.invocation import BASE_MODES
 from vismem.models.tokens import KINDS
 from vismem.runtime.chat import IMAGE, Turn, joined
 from vismem.runtime.images import decoded_base64
-from vismem.runtime.limits import MAX_STOPS
+from vismem.runtime.limits import MAX_NEW_TOKENS, MAX_STOPS
+from vismem.serving.exchange import BUSY_TYPE
 from vismem.serving.pieces import Chunk
 
 MAX_TURNS, MAX_PARTS = 256, 256  # of a conversation, and of a turn
+MAX_REASON = 500  # characters that are told of what is not understood: a wrong name may be as long as a body
+Word = Annotated[str, Field(max_length=256)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
 ARMS = {"vanilla": "vanilla", "no_memory": "off", "short_only": "short", "long_only": "long"}  # of `evaluate`: mode
 
 
@@ -57,11 +63,12 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Part] = Field(max_length=MAX_PARTS)
+    name: Word | None = None  # changes nothing
     refusal: None = None  # these five: of an earlier reply, as OpenAI's package writes it out
-    annotations: None = None
+    annotations: Nothing | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    tool_calls: Nothing | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -98,40 +105,71 @@ class StreamOptions(Strict):
     _nulls = field_validator("*", mode="before")(classmethod(null_is_default))
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: bool = True  # OpenAI's padding of events, which there is none of here
 
 
-class Completion(Strict):
-    """A request. `n`, `top_p` and the like may have their neutral value only."""
+class PlainText(Strict):
+    """The one format of answers."""
 
-    model: str
+    type: Literal["text"]
+
+
+class Neutral(Strict):
+    """What OpenAI's clients know and no answer changes by: of most, only the value that asks for nothing is taken."""
+
+    n: Literal[1] | None = None
+    top_p: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: PlainText | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["auto", "none"] | None = None  # of no tools
+    functions: Nothing | None = None
+    function_call: Literal["auto", "none"] | None = None
+    audio: None = None
+    moderation: None = None
+    prediction: None = None
+    prompt_cache_options: None = None
+    web_search_options: None = None
+    parallel_tool_calls: bool | None = None  # this and the rest: whatever they are
+    store: bool | None = None
+    metadata: Annotated[dict[Word, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    prompt_cache_key: Word | None = None
+    prompt_cache_retention: Word | None = None
+    safety_identifier: Word | None = None
+    service_tier: Word | None = None
+    user: Word | None = None
+
+
+class Completion(Neutral):
+    """A request."""
+
+    model: Word
     messages: list[Message] = Field(min_length=1, max_length=MAX_TURNS)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(0.0, ge=0, le=2)  # greedy where a request does not say: a gated model's own answer
-    seed: int | None = Field(None, ge=0, lt=2**63)  # None: another one for every request
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] = []
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)  # None: another one for every request
+    stop: list[str] = Field([], max_length=MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    n: Literal[1] = 1
-    top_p: Literal[1] = 1
-    presence_penalty: Literal[0] = 0
-    frequency_penalty: Literal[0] = 0
-    logprobs: Literal[False] = False
-    top_logprobs: None = None
-    logit_bias: None = None
-    response_format: None = None
-    tools: None = None
-    tool_choice: None = None
-    user: str = ""
     vismem: Extension = Extension()
 
     # Not of `messages`, which would all become Python's objects first.
-    _nulls = field_validator(
-        *("temperature", "stop", "stream", "stream_options", "n", "top_p"),
-        *("presence_penalty", "frequency_penalty", "logprobs", "user", "vismem"),
-        mode="before",
-    )(classmethod(null_is_default))
+    _nulls = field_validator("temperature", "stop", "stream", "stream_options", "vismem", mode="before")(
+        classmethod(null_is_default)
+    )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
 
 
 @dataclass(eq=False)
@@ -142,14 +180,21 @@ class Refused(Exception):  # noqa: N818 - what a client did is no error of ours
     message: str
     kind: str = "invalid_request_error"
     field: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field_of(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
         """As OpenAI's clients read it."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.field, "code": None}}
+        return {"error": {"message": self.message, "type": self.kind, "param": self.field, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The body with its status."""
-        return JSONResponse(self.body(), self.status)
+        """The body with its status, and the headers that belong to it."""
+        headers = dict(self.headers)
+        if self.kind == BUSY_TYPE:
+            headers["Retry-After"] = str(random.randint(1, 5))  # seconds, so that not all come again together
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
 
 
 def read_body(body: bytes | bytearray) -> Completion:
@@ -158,8 +203,8 @@ def read_body(body: bytes | bytearray) -> Completion:
         return Completion.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise Refused(400, f"{place or 'the body'}: {first['msg']}", field=place or None) from None
+        place = ".".join(map(str, first["loc"]))[:MAX_REASON]
+        raise Refused(400, f"{place or 'the body'}: {first['msg'][:MAX_REASON]}", field=place or None) from None
 
 
 def decoded_url(url: str) -> bytes:

@@ -1,5 +1,6 @@
 """Does a runtime answer? Found by a real question of one token; one that decodes for others is not asked."""
 
+import logging
 import threading
 import time
 
@@ -13,6 +14,8 @@ from vismem.serving.answering import Busy, Runtime
 FRESH = 5.0  # seconds for which a decoded token, or a verdict, is proof enough
 PATIENCE = 30.0  # seconds without one after which the runtime counts as hung: a long prompt may take many
 POLL = 0.05
+
+logger = logging.getLogger(__name__)
 
 
 def status_routes(runtime: Runtime) -> APIRouter:
@@ -40,6 +43,7 @@ class HealthCheck:
         self.asker: threading.Thread | None = None
         self.asked = 0.0  # when, by time.monotonic()
         self.fault = ""  # what the question ended with
+        self.busy = False  # it got no place
         self.said = "it has not answered yet"  # the last verdict
 
     def problem(self) -> str:
@@ -56,7 +60,7 @@ class HealthCheck:
         if runtime.stepped > now - FRESH:
             return ""
         if self.asker is None or not self.asker.is_alive():  # else the question of before is not answered yet
-            self.fault, self.asked = "", now
+            self.fault, self.busy, self.asked = "", False, now
             self.asker = threading.Thread(target=self._ask, name="health", daemon=True)
             self.asker.start()
         while runtime.stepped < self.asked:
@@ -64,6 +68,8 @@ class HealthCheck:
                 return "the thread that decodes has ended"
             if self.fault:
                 return self.fault
+            if self.busy and runtime.decoding.held:  # others' images are decoded: no token can be there yet
+                return ""
             if time.monotonic() > self.asked + PATIENCE:
                 return f"no token was decoded for {PATIENCE:g} s"
             time.sleep(POLL)
@@ -75,6 +81,7 @@ class HealthCheck:
             for _ in self.runtime.generate([image], "?", max_new_tokens=1):
                 pass
         except Busy:  # then it is others' tokens that prove it
-            pass
-        except Exception as error:  # noqa: BLE001 - the verdict
-            self.fault = f"the model fails: {type(error).__name__}: {error}"
+            self.busy = True
+        except Exception as error:  # the verdict
+            logger.error("the model fails", exc_info=error)
+            self.fault = f"the model fails: {type(error).__name__}"  # all may read it

@@ -8,36 +8,38 @@ import json
 import logging
 import secrets
 import threading
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from vismem.runtime.access import token_refusal
-from vismem.runtime.chat import said
-from vismem.runtime.limits import MAX_TOTAL_BYTES, NEW_TOKENS, RequestError, check_request
+from vismem.runtime.chat import merged, said
+from vismem.runtime.limits import LOOK_SECONDS, NEW_TOKENS, RequestError, check_request
 from vismem.serving.answering import Busy, Runtime
-from vismem.serving.completion import ARMS, Completion, Refused, Reply, decoded_url, read_body
+from vismem.serving.completion import ARMS, Completion, Refused, Reply, decoded_url
 from vismem.serving.exchange import BUSY_TYPE
+from vismem.serving.guards import Bodies, Guard, Patience, from_other_site
 from vismem.serving.health import status_routes
 from vismem.serving.pieces import Chunk, Stream
 
-MAX_BODY_BYTES = MAX_TOTAL_BYTES * 4 // 3 + 1_000_000  # images as base64, and the rest
-MAX_BODIES_BYTES = 12 * MAX_BODY_BYTES  # of all requests that are read
-MAX_MARKS = 300_000  # quotes and commas of a body: base64 has none, and every field and item has
-BODY_SECONDS, SEND_SECONDS = 120, 60  # for a whole body; for a piece of an answer that its reader does not take
-OTHER_SITES = ("cross-site", "same-site")  # where browsers say that a page of another site asks
 SPARE_THREADS = 16
-LOOK_SECONDS = 0.2  # between two looks whether who waits is still there
 DONE = "data: [DONE]\n\n"
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # said to proxies, of a stream
+FIELDS = {  # of a request to Triton: OpenAI's, and what a message calls it
+    "IMAGE": ("messages", "the conversation"),
+    "PROMPT": ("messages", "the conversation's text"),
+    "STOP": ("stop", "stop"),
+    "MEMORY": ("vismem.memory", "vismem.memory"),
+}
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +58,13 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
         current_default_thread_limiter().total_tokens = runtime.rows + runtime.most + SPARE_THREADS
         yield
 
-    app = FastAPI(title="VisMem", openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title="VisMem", openapi_url=None, lifespan=lifespan, redirect_slashes=False)
     app.include_router(status_routes(runtime))
 
-    bodies = _Bodies()
-    app.add_middleware(_Patience)
+    bodies = Bodies()
+    app.add_middleware(Patience)
     if token:
-        app.add_middleware(_Guard, token=token)
+        app.add_middleware(Guard, token=token)
 
     about = {"object": "model", "created": 0, "owned_by": "vismem"}
     shown = {model: {"id": model, "parent": name if model != name else None, **about} for model in modes}
@@ -70,39 +72,44 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
 
     @app.exception_handler(HTTPException)
     def unknown(_: Request, error: HTTPException) -> Response:
-        return Refused(error.status_code, error.detail).response()
+        return Refused(error.status_code, error.detail, headers=error.headers or {}).response()
 
-    @app.get("/v1/models")
+    def no_model(name: str) -> Refused:
+        return Refused(404, f"there is no model '{name}' here, but {there}", field="model", code="model_not_found")
+
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
     def models() -> dict[str, Any]:
         return {"object": "list", "data": list(shown.values())}
 
-    @app.get("/v1/models/{model:path}")
+    @app.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"])
     def about_model(model: str) -> Response:
         if not model:  # a client's address ends with a slash
             return JSONResponse(models())
         if model not in shown:
-            return Refused(404, f"there is no model '{model}' here, but {there}", field="model").response()
+            return no_model(model).response()
         return JSONResponse(shown[model])
 
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(request: Request) -> Response:
         try:
-            if request.headers.get("sec-fetch-site") in OTHER_SITES:
+            if from_other_site(request.headers):
                 raise Refused(403, "pages of other sites may not ask", "authentication_error")
             async with bodies.read(request) as wanted:
                 if wanted.model not in modes:
-                    raise Refused(404, f"there is no model '{wanted.model}' here, but {there}", field="model")
+                    raise no_model(wanted.model)
                 own = modes[wanted.model]
                 mode = wanted.vismem.memory or own
                 if wanted.model != name and mode != own:
                     raise Refused(400, f"'{wanted.model}' is memory '{own}', not '{mode}'", field="vismem")
                 reply, gone = Reply(wanted.model, wanted), threading.Event()
-                stream = await run_in_threadpool(begin, runtime, wanted, mode, reply.looks, gone)
+                stream = await _watched(request, gone, lambda: begin(runtime, wanted, mode, reply.looks, gone))
                 wanted.messages.clear()  # their images are decoded
-            first = await _first(stream, request, gone)  # so that what goes wrong before it has a status
+            # Before the reply begins, so that what goes wrong until then has a status.
+            first = await _watched(request, gone, lambda: next(stream))
             if not wanted.stream:
                 return JSONResponse(reply.whole([*first, *[c async for more in _read(stream, request) for c in more]]))
-            return StreamingResponse(events(reply, first, stream, request), media_type="text/event-stream")
+            sent = events(reply, first, stream, request)
+            return StreamingResponse(sent, media_type="text/event-stream", headers=UNBUFFERED)
         except ClientDisconnect:  # while its body came: nobody reads an answer
             return Response(status_code=499)
         except Exception as error:  # noqa: BLE001 - the server's boundary
@@ -115,30 +122,18 @@ def create_app(runtime: Runtime, name: str, token: str = "") -> FastAPI:
 
 
 def refusal(error: Exception) -> Refused:
-    """What a client is told of an error; one that is no refusal is logged."""
+    """What a client is told of an error; one that is no refusal is told in full in the log alone, by a number."""
     match error:
         case Refused():
             return error
         case RequestError():
-            return Refused(400, str(error))
+            field, called = FIELDS.get(error.field, ("messages", error.field))
+            return Refused(400, f"{called} {error.reason}".strip(), field=field, code=error.code)
         case Busy():
             return Refused(429, str(error), BUSY_TYPE)
-    logger.error("an answer failed", exc_info=error)
-    return Refused(500, f"the model failed: {type(error).__name__}: {error}", "server_error")
-
-
-class _Guard:
-    """Lets in who sends the token, and all to /health. FastAPI's own middleware would hide that a client has left."""
-
-    def __init__(self, app: Any, token: str) -> None:
-        self.app, self.token = app, token
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """An ASGI application."""
-        guarded = scope["type"] == "http" and scope["path"] != "/health"
-        if guarded and (refused := token_refusal(self.token, Headers(scope=scope).get("authorization", ""))):
-            return await Refused(401, refused, "authentication_error").response()(scope, receive, send)
-        await self.app(scope, receive, send)
+    number = uuid.uuid4().hex[:8]
+    logger.error("an answer failed (%s)", number, exc_info=error)
+    return Refused(500, f"the model failed: {type(error).__name__} ({number} in the server's log)", "server_error")
 
 
 async def events(reply: Reply, first: list[Chunk], stream: Stream, request: Request) -> AsyncIterator[str]:
@@ -153,60 +148,9 @@ async def events(reply: Reply, first: list[Chunk], stream: Stream, request: Requ
         yield f"data: {json.dumps(refusal(error).body())}\n\n"
 
 
-class _Patience:
-    """Ends an answer whose reader takes nothing of it any more and keeps the connection."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """An ASGI application."""
-
-        async def send_in_time(message: Any) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-
-        await self.app(scope, receive, send_in_time)
-
-
-class _Bodies:
-    """The bodies of all requests that are read."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[Completion]:
-        """A block with a request, which counts until it ends.
-
-        Refused for one that is too large, at the first byte too many, too slow, or not understood.
-        """
-        body, size, marks = bytearray(), 0, 0
-        try:
-            try:
-                async with asyncio.timeout(BODY_SECONDS):
-                    async for part in request.stream():
-                        body += part
-                        size, self.bytes = size + len(part), self.bytes + len(part)
-                        marks += part.count(b'"') + part.count(b",")
-                        if size > MAX_BODY_BYTES:
-                            raise Refused(413, f"the request is larger than {MAX_BODY_BYTES} bytes")
-                        if self.bytes > MAX_BODIES_BYTES:
-                            raise Refused(429, "too many large requests at a time: ask again later", BUSY_TYPE)
-                        if marks > MAX_MARKS:
-                            raise Refused(413, "the request has too many fields")
-            except TimeoutError:
-                raise Refused(408, f"the request did not come within {BODY_SECONDS} seconds") from None
-            wanted = await run_in_threadpool(read_body, body)
-            del body
-            yield wanted
-        finally:
-            self.bytes -= size
-
-
-async def _first(stream: Stream, request: Request, gone: threading.Event) -> list[Chunk]:
-    """The first chunks; `gone` is set where the client leaves before they come."""
-    waiting = asyncio.ensure_future(run_in_threadpool(next, stream))
+async def _watched(request: Request, gone: threading.Event, call: Callable[[], T]) -> T:
+    """What a call in a thread returns; `gone` is set where the client leaves before."""
+    waiting = asyncio.ensure_future(run_in_threadpool(call))
     while not (await asyncio.wait({waiting}, timeout=LOOK_SECONDS))[0]:
         if await request.is_disconnected():
             gone.set()
@@ -226,20 +170,19 @@ async def _read(stream: Stream, request: Request) -> AsyncIterator[list[Chunk]]:
 
 def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any], gone: threading.Event) -> Stream:
     """The chunks of the answer. RequestError, Refused or Busy where there are none, before any graph runs."""
-    chat = [message.turn() for message in wanted.messages]
+    chat = merged(message.turn() for message in wanted.messages)
     files = [decoded_url(url) for message in wanted.messages for url in message.urls()]
     asked = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
     longest = NEW_TOKENS if asked is None else asked
     images = check_request(files, said(chat).encode(errors="surrogatepass"), longest)
-    stop: Sequence[str] = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop
     return runtime.stream(
         images,
         chat,
         max_new_tokens=longest,
         temperature=wanted.temperature,
-        seed=secrets.randbits(63) if wanted.seed is None else wanted.seed,
+        seed=secrets.randbits(63) if wanted.seed is None else wanted.seed % 2**63,
         memory=mode,
-        stop=stop,
+        stop=wanted.stop,
         looks=looks if wanted.vismem.attention else None,
         gone=gone,
     )

@@ -23,7 +23,7 @@ MAX_STOPS = 4  # texts before which an answer ends
 MAX_STOP_BYTES = 256  # of one, as UTF-8: every token is compared with it
 MAX_NEW_TOKENS = 2_048
 NEW_TOKENS = 120  # the longest answer where a request does not say
-MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
+MAX_PATCHES = 4_096  # of all images, resized, or tokens of a prompt; attention holds its square per head: 1 GB with four
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
 # Around the picture in a file, which Pillow reads in Python.
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
@@ -194,6 +194,12 @@ def check_patches(patches: int, most: int | None) -> None:
     """RequestError where images make more patches than `most`; None: no limit."""
     if most is not None and patches > most:
         raise RequestError(f"the images make {patches} patches: the limit is {most}; send fewer or smaller")
+
+
+def check_tokens(tokens: int, most: int | None) -> None:
+    """RequestError where a prompt has more tokens than `most`, those of its images too; None: no limit."""
+    if most is not None and tokens > most:
+        raise RequestError(f"the question and its images make {tokens} tokens: the limit is {most}; send less")
 
 
 def check_positions(needed: int, held: int) -> None:

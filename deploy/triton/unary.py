@@ -114,7 +114,7 @@ class TritonPythonModel:
 
 
 def inputs_of(request: Any) -> list[Any] | None:
-    """Copies of a request's inputs, since what it holds is gone once `execute` returns; None where they are too large."""
+    """Copies of a request's inputs: what it holds is gone once `execute` returns. None where they are too large."""
     inputs, size = [], 0
     for tensor in request.inputs():
         array = np.array(tensor.as_numpy())

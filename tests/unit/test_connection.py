@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
+from typing import Any
 
 import grpc
 import pytest
@@ -114,7 +115,7 @@ def in_time(ask: Callable[[], object]) -> object:
     return found[0] if found else "it hangs"
 
 
-UNSENDABLE = {
+UNSENDABLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "half a character": ("\ud800", {}, "surrogates not allowed"),
     "half a character in a stop text": ("?", {"stop": "\ud800"}, "surrogates not allowed"),
     "tokens": ("?", {"max_new_tokens": 2**31}, "2147483648"),

@@ -152,6 +152,7 @@ INFLATED = {
     "colour profiles": [chunk(b"iCCP", b"\0\0" + TEXT)] * 4,
     "damaged": [chunk(b"zTXt", b"\0\0" + TEXT[:-1] + b"\0")] * 4,
     "as they are": [chunk(b"tEXt", b"key\0" + bytes(1_000_000))] * 4,
+    "EXIF": [chunk(b"eXIf", b"II*\0" + bytes(1_000_000))] * 4,
     "as they are, in Unicode": [chunk(b"iTXt", b"key\0\0\0\0\0" + bytes(1_000_000))] * 4,
 }
 
@@ -162,10 +163,10 @@ def test_the_texts_of_a_request_take_no_more_than_so_many_bytes(kind: str) -> No
     half, first = b"".join(INFLATED[kind][:2]), INFLATED[kind][0]
     check_request([png_with(first)], b"what?", 1)
     for file in (png_with(half * 2), png_with(behind=half * 2), png_with(half, half)):
-        with pytest.raises(RequestError, match=r"image 2 of 2 .* its texts take more than 4000000 bytes"):
+        with pytest.raises(RequestError, match=r"image 2 of 2 .*: texts and EXIF data take more than 4000000 bytes"):
             check_request([saved(PICTURE), file], b"what?", 1)
-        assert "its texts take" in str(examine_image(file).fault)
-    with pytest.raises(RequestError, match=r"image 3 of 3 .* the texts of the images take more than 4000000 bytes"):
+        assert "texts and EXIF data take" in str(examine_image(file).fault)
+    with pytest.raises(RequestError, match=r"image 3 of 3 .*: with it texts and EXIF data take more"):
         check_request([png_with(first)] * 2 + [png_with(half)], b"what?", 1)
 
 
@@ -187,6 +188,7 @@ LOOSE = {  # what Pillow reads byte by byte, or table by table, in Python
     "zeros": bytes(20_000),
     "restarts": b"\xff\xd0" * 10_000,
     "an extension, which has no length": b"\xff\xf0\x4e\x20" + bytes(20_000),
+    "segments": b"\xff\xe3\0\2" * 1_000,
     "behind an end": b"\xff\xd9" + bytes(20_000),
     "tables": b"\xff\xdb" + (2 + 65 * 300).to_bytes(2, "big") + bytes(65 * 300),
     "resources": b"\xff\xed\x4e\x20Photoshop 3.0\0" + (b"8BIM" + bytes(8)) * 1_664 + bytes(16),
@@ -201,6 +203,16 @@ def test_a_jpeg_whose_head_takes_python_s_time_is_refused(kind: str) -> None:
         check_request([head + LOOSE[kind] + rest], b"what?", 1)
     (image,) = check_request([head + bytes(9_000) + rest], b"what?", 1)
     assert upright(image).tobytes() == opened(data).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_exif_data_count_as_texts_do(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "a" * 50_000
+    check_request([photo := saved(PICTURE, kind, exif=exif)] * 60, b"what?", 1)
+    monkeypatch.setattr("vismem.runtime.limits.MAX_TEXT_BYTES", 140_000)
+    with pytest.raises(RequestError, match=r"image 3 of 60 .*: with it texts and EXIF data take more"):
+        check_request([photo] * 60, b"what?", 1)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 11, 12, 13, 24, 25, 35, 36])

@@ -68,6 +68,11 @@ def test_without_the_token_a_request_is_not_even_copied(unary: ModuleType, monke
     assert [request.read for request in requests] == [0, 0, 0, 1]
 
 
+def slow(*_: object) -> str:
+    time.sleep(0.2)
+    return "answer"
+
+
 def test_requests_beyond_those_that_run_are_not_copied_and_large_ones_not_held(
     unary: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +83,7 @@ def test_requests_beyond_those_that_run_are_not_copied_and_large_ones_not_held(
     assert said(unary, Request()) == [["the request holds more than 19 bytes"]]
     monkeypatch.setattr(unary, "MOST_BYTES", 20)
     monkeypatch.setattr(unary, "MOST", 1)
-    monkeypatch.setattr(unary.TritonPythonModel, "_asked", lambda *_: time.sleep(0.2) or "answer")
+    monkeypatch.setattr(unary.TritonPythonModel, "_asked", slow)
     requests = [Request(), Request()]
     assert said(unary, *requests) == [["answer"], ["1 requests are running: try again later"]]
     assert [request.read for request in requests] == [1, 0]

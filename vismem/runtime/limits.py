@@ -23,16 +23,19 @@ MAX_STOPS = 4  # texts before which an answer ends
 MAX_STOP_BYTES = 256  # of one, as UTF-8: every token is compared with it
 MAX_NEW_TOKENS = 2_048
 NEW_TOKENS = 120  # the longest answer where a request does not say
-MAX_PATCHES = 4_096  # of all images, resized, or tokens of a prompt; attention holds its square per head: 1 GB with four
+MAX_PATCHES = (
+    4_096  # of all images, resized, and tokens of a prompt; attention holds the square per head: 1 GB with four
+)
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
 # Around the picture in a file, which Pillow reads in Python.
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-MAX_PARTS = 10_000  # a JPEG's segments, a PNG's chunks: 20 MB of 8 KB, as encoders write them, are 2,500
-MAX_OTHERS = 1_000  # chunks without a part of the picture
-TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks that inflate, and texts, which may take four bytes a character
-MAX_TEXT_BYTES = 4_000_000  # of the texts of a request's PNGs, inflated
+MAX_PARTS = 10_000  # a PNG's chunks, what looks like a JPEG's segments: 20 MB of 8 KB, as encoders write, are 2,500
+MAX_OTHERS = 1_000  # a PNG's chunks without a part of the picture, a JPEG's segments
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")  # texts may take four bytes a character, EXIF time for each tag
+MAX_TEXT_BYTES = 4_000_000  # of a request's texts, profiles, inflated, and EXIF data
+TOO_MUCH_TEXT = f"texts and EXIF data take more than {MAX_TEXT_BYTES} bytes; save it without them"
 # Of a JPEG: Pillow joins its EXIF segments in quadratic time, and each scan of a progressive one goes over all blocks.
-MAX_EXIF, MAX_RESOURCES, MAX_SCANS = 400, 1_000, 100
+MAX_EXIF, MAX_RESOURCES, MAX_SCANS = 16, 1_000, 100
 MAX_LOOSE = 16_384  # bytes before the first scan that are in no segment, or in one of tables: each takes Python's time
 SEGMENT = re.compile(rb"\xff[\xe0-\xef\xfe]")
 MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # outside of segments; what a scan's data hold is none of them
@@ -105,9 +108,12 @@ def check_request(
             images.append(file)
             continue
         try:
-            if (texts := texts + check_file(file)) > MAX_TEXT_BYTES:
-                raise ValueError(f"the texts of the images take more than {MAX_TEXT_BYTES} bytes; save it without them")
-            images.append(Image.open(io.BytesIO(file), formats=FORMATS))
+            texts += check_file(file)
+            images.append(image := Image.open(io.BytesIO(file), formats=FORMATS))
+            if image.format != "PNG":
+                texts += len(image.info.get("exif", b"")) + len(image.info.get("mp", b""))
+            if texts > MAX_TEXT_BYTES:
+                raise ValueError(f"with it {TOO_MUCH_TEXT}")
         except Image.DecompressionBombError:
             raise RequestError(f"{name} has too many pixels: the limit is {MAX_IMAGE_PIXELS}") from None
         except (OSError, SyntaxError, ValueError) as error:
@@ -120,7 +126,7 @@ def check_request(
 
 
 def check_file(file: bytes) -> int:
-    """The bytes of a PNG's texts and colour profile, inflated; 0 for other files.
+    """The bytes of a PNG's texts, EXIF data and colour profile, inflated; 0 for other files.
 
     ValueError for a JPEG or PNG that is made to take minutes, or gigabytes, to open or decode.
     """
@@ -139,7 +145,7 @@ def _too_many_scans(file: bytes) -> bool:
     by their lengths, as the decoder does: they may hold the bytes that end a picture.
     """
     at, scans, loose = len(JPEG), 0, 0
-    for _ in range(MAX_PARTS):
+    for _ in range(MAX_OTHERS):
         marker = MARKER.search(file, at)
         if marker is None or marker[0] == END:
             return not scans and loose + len(file) - at > MAX_LOOSE  # Pillow looks for a scan up to the file's end
@@ -165,7 +171,7 @@ def _texts_of(file: bytes) -> int:
         if kind in TEXTS:
             texts += length + _inflated(kind, file[at + 8 : at + 8 + length])
         if texts > MAX_TEXT_BYTES:
-            raise ValueError(f"its texts take more than {MAX_TEXT_BYTES} bytes; save it without them")
+            raise ValueError(TOO_MUCH_TEXT)
         at += 12 + length
     return texts
 
@@ -173,7 +179,7 @@ def _texts_of(file: bytes) -> int:
 def _inflated(kind: bytes, chunk: bytes) -> int:
     """How many bytes Pillow makes of the packed part of a chunk; of one that is damaged, how many it may make."""
     rest = chunk[chunk.find(b"\0") + 1 :]
-    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] == b"\0"):
+    if kind in (b"tEXt", b"eXIf") or (kind == b"iTXt" and rest[:1] == b"\0"):
         return 0
     packed = rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:]
     try:

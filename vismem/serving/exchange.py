@@ -129,7 +129,7 @@ def check_seed(seed: int) -> None:
 
 @contextmanager
 def sendable() -> Iterator[None]:
-    """A block that writes a question down. RefusedError where it cannot: half a character, a number that is too large."""
+    """A block that writes a question down. RefusedError where it cannot: half a character, a number too large."""
     try:
         yield
     except (ValueError, OverflowError) as error:

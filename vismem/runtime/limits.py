@@ -8,7 +8,6 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK
@@ -29,8 +28,8 @@ MAX_PATCHES = (
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
 # Around the picture in a file, which Pillow reads in Python.
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-MAX_PARTS = 10_000  # a PNG's chunks, what looks like a JPEG's segments: 20 MB of 8 KB, as encoders write, are 2,500
-MAX_OTHERS = 1_000  # a PNG's chunks without a part of the picture, a JPEG's segments
+MAX_CHUNKS = 10_000  # of a PNG: 20 MB in pieces of 8 KB, as encoders write them, are 2,500
+MAX_PARTS = 1_000  # of a PNG, chunks without a piece of the picture; of a JPEG, segments
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")  # texts may take four bytes a character, EXIF time for each tag
 MAX_TEXT_BYTES = 4_000_000  # of a request's texts, profiles, inflated, and EXIF data
 TOO_MUCH_TEXT = f"texts and EXIF data take more than {MAX_TEXT_BYTES} bytes; save it without them"
@@ -130,30 +129,28 @@ def check_file(file: bytes) -> int:
 
     ValueError for a JPEG or PNG that is made to take minutes, or gigabytes, to open or decode.
     """
-    if file.startswith(JPEG):
-        segments = sum(1 for _ in islice(SEGMENT.finditer(file), MAX_PARTS + 1))
-        many = segments > MAX_PARTS or file.count(b"Exif\0\0") > MAX_EXIF or file.count(b"8BIM") > MAX_RESOURCES
-        if many or _too_many_scans(file):
-            raise ValueError("a JPEG of so many segments or scans is no photo; save it again")
+    if file.startswith(JPEG) and (file.count(b"8BIM") > MAX_RESOURCES or _too_many_scans(file)):
+        raise ValueError("a JPEG of so many segments or scans is no photo; save it again")
     return _texts_of(file) if file.startswith(PNG) else 0
 
 
 def _too_many_scans(file: bytes) -> bool:
-    """Whether a JPEG's picture has more than MAX_SCANS, or too many markers to tell, or begins after too many bytes.
+    """Whether a JPEG's picture has more scans, segments or EXIF data than it may, or begins after too many bytes.
 
     What stands behind its end is not read: a phone's photo may have a video there, with any bytes. Segments are skipped
     by their lengths, as the decoder does: they may hold the bytes that end a picture.
     """
-    at, scans, loose = len(JPEG), 0, 0
-    for _ in range(MAX_OTHERS):
+    at, exif, scans, loose = len(JPEG), 0, 0, 0
+    for _ in range(MAX_PARTS):
         marker = MARKER.search(file, at)
         if marker is None or marker[0] == END:
             return not scans and loose + len(file) - at > MAX_LOOSE  # Pillow looks for a scan up to the file's end
         following = marker.end() + max(2, int.from_bytes(file[marker.end() : marker.end() + 2], "big"))
         if not scans:
             loose += (marker.start() if SEGMENT.match(marker[0]) else following) - at
+        exif += file.startswith(b"Exif\0\0", marker.end() + 2)
         scans += marker[0] == SCAN
-        if scans > MAX_SCANS or loose > MAX_LOOSE:
+        if exif > MAX_EXIF or scans > MAX_SCANS or loose > MAX_LOOSE:
             return True
         at = following
     return True
@@ -166,7 +163,7 @@ def _texts_of(file: bytes) -> int:
         if kind == b"IEND":
             break
         parts, others = parts + 1, others + (kind != b"IDAT")
-        if parts > MAX_PARTS or others > MAX_OTHERS:
+        if parts > MAX_CHUNKS or others > MAX_PARTS:
             raise ValueError("a PNG of so many chunks is no picture; save it again")
         if kind in TEXTS:
             texts += length + _inflated(kind, file[at + 8 : at + 8 + length])

@@ -67,7 +67,9 @@ class Answering:
         try:
             question, files = row["question"], [_encoded(row["image"])]
             images = check_request(files, question.encode(errors="surrogatepass"), params["max_new_tokens"])
-            yield from self.runtime.generate(images, question, **params)
+            chunks = self.runtime.generate(images, question, **params)
+            del files, images  # while the answer is decoded
+            yield from chunks
         except RequestError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         except Busy as error:

@@ -172,18 +172,23 @@ class TritonPythonModel:
                         left.set()
             time.sleep(LOOK_SECONDS)
 
+    def _begin(self, request: Any, parameters: dict[str, Any], left: threading.Event) -> tuple[Any, float]:
+        """The chunks of an answer, which hold no image, and the seconds of them that a response may collect."""
+        files, prompt, messages, options, interval = read_request(request, parameters)
+        chat = self.parse_messages(messages) if messages else None
+        asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
+        images = self.check_request(files, asked, options["max_new_tokens"])
+        options |= {"gone": left, "every": interval}
+        return self.runtime.stream(images, chat or prompt.decode(), **options), interval
+
     def _answer(self, request: Any, parameters: dict[str, Any], sender: Any, gone: Callable[[], bool]) -> None:
         """Answer a request. A fault becomes an error response and ends this request only."""
         left = threading.Event()
         with self.watching:
             self.watched[left] = gone
         try:
-            files, prompt, messages, options, interval = read_request(request, parameters)
-            chat = self.parse_messages(messages) if messages else None
-            asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
-            images = self.check_request(files, asked, options["max_new_tokens"])
-            options |= {"gone": left, "every": interval}
-            with contextlib.closing(self.runtime.stream(images, chat or prompt.decode(), **options)) as stream:
+            stream, interval = self._begin(request, parameters, left)
+            with contextlib.closing(stream):
                 for chunks in collected(stream, interval):
                     sender.send(response_of(chunks))
         except self.request_error as error:

@@ -1,7 +1,9 @@
 """The model NAME_unary: one request, one response, for clients without streams. It asks NAME and holds no weights."""
 
 import contextlib
+import hmac
 import json
+import os
 import threading
 import time
 import uuid
@@ -13,6 +15,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 MOST = 64  # requests at a time: more than NAME answers and lets wait, so that it refuses the surplus itself
+MOST_BYTES = 90_000_000  # of one request, held until it is answered: more than NAME takes, also as base64
+NO_TOKEN = "no such token: send `Authorization: Bearer TOKEN`"  # as NAME says it
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -28,6 +32,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]).resolve() / args["model_version"]
         pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         self.model = args["model_name"].removesuffix("_unary")
+        self.token = os.environ.get("VISMEM_API_TOKEN", "").strip()
         self.pool = ThreadPoolExecutor(MOST, thread_name_prefix="unary")
         self.free = threading.BoundedSemaphore(MOST)
         self.asking: dict[Path, Any] = {}  # the senders of running requests, by the file for that
@@ -35,17 +40,30 @@ class TritonPythonModel:
         threading.Thread(target=self._look, daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand each request to a thread, which sends its response."""
+        """Hand each request to a thread, which sends its response; one that is refused is not copied before."""
         for request in requests:
-            # Copies: what the request holds is gone once this returns.
-            inputs = [pb_utils.Tensor(tensor.name(), np.array(tensor.as_numpy())) for tensor in request.inputs()]
-            if self.free.acquire(blocking=False):
-                self.pool.submit(self._answer, inputs, authorization_of(request), request.get_response_sender())
-            else:
-                busy = pb_utils.TritonError(
+            authorization, sender = authorization_of(request), request.get_response_sender()
+            if not self._is_known(authorization):
+                refused = pb_utils.TritonError(NO_TOKEN, pb_utils.TritonError.INVALID_ARG)
+            elif not self.free.acquire(blocking=False):
+                refused = pb_utils.TritonError(
                     f"{MOST} requests are running: try again later", pb_utils.TritonError.UNAVAILABLE
                 )
-                request.get_response_sender().send(pb_utils.InferenceResponse(error=busy), flags=FINAL)
+            elif (inputs := inputs_of(request)) is not None:
+                self.pool.submit(self._answer, inputs, authorization, sender)
+                continue
+            else:
+                self.free.release()
+                refused = pb_utils.TritonError(
+                    f"the request holds more than {MOST_BYTES} bytes", pb_utils.TritonError.INVALID_ARG
+                )
+            sender.send(pb_utils.InferenceResponse(error=refused), flags=FINAL)
+
+    def _is_known(self, authorization: dict[str, str]) -> bool:
+        """Whether a request has the server's token, as NAME, which looks again, finds it."""
+        sent = [str(value).removeprefix("Bearer ").encode(errors="surrogatepass") for value in authorization.values()]
+        own = self.token.encode(errors="surrogatepass")
+        return not own or any(hmac.compare_digest(each, own) for each in sent)
 
     def finalize(self) -> None:
         """Wait for the running answers."""
@@ -93,6 +111,18 @@ class TritonPythonModel:
                 outputs = [pb_utils.Tensor(name, np.array([value], dtype=object)) for name, value in values.items()]
                 return pb_utils.InferenceResponse(outputs)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.model} sent no answer"))
+
+
+def inputs_of(request: Any) -> list[Any] | None:
+    """Copies of a request's inputs: what it holds is gone once `execute` returns. None where they are too large."""
+    inputs, size = [], 0
+    for tensor in request.inputs():
+        array = np.array(tensor.as_numpy())
+        size += sum(map(len, array.flat)) if array.dtype == object else array.nbytes
+        if size > MOST_BYTES:
+            return None
+        inputs.append(pb_utils.Tensor(tensor.name(), array))
+    return inputs
 
 
 def authorization_of(request: Any) -> dict[str, str]:

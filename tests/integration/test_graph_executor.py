@@ -242,12 +242,22 @@ def test_memory_tokens_may_lie_beyond_the_table_of_embeddings(model: VisMemModel
     assert np.array_equal(executor._embed(ids), expected)
 
 
-def test_limits_are_the_models_own_and_a_question_over_them_is_refused(model: VisMemModel, bundle: Bundle) -> None:
+def test_limits_are_the_models_own_and_a_question_over_them_is_refused(
+    model: VisMemModel, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     executor = OnnxExecutor(bundle, max_patches=10)
     assert [executor.limit(asked) for asked in (None, 0, 1, 99)] == [model.limit(asked) for asked in (None, 0, 1, 99)]
     with pytest.raises(RequestError, match="patches: the limit is 10"):
         prepared(executor, SAMPLES[0], 4)
     held, most = bundle.settings["decoder"]["max_positions"], executor.limit(None)
+    long = replace(SAMPLES[0], question="how many? " * 200)
+    executor.max_patches = tokens = len(prepared(OnnxExecutor(bundle), long, 4).prompt.ids)
+    prepared(executor, long, 4)
+    executor.max_patches -= 1
+    monkeypatch.setattr("vismem.runtime.question.decoded", None)  # no image is decoded before
+    with pytest.raises(RequestError, match=f"make {tokens} tokens: the limit is {tokens - 1}; send less"):
+        prepared(executor, long, 4)
+    monkeypatch.undo()
     executor.max_patches = None
     read = int(prepared(executor, SAMPLES[0], 4).prompt.positions.max()) + 1
     fits = held - read - most * (max(executor.lengths.values()) + 2)

@@ -1,6 +1,8 @@
 """What an endpoint logs of its requests, and that its answers are the same whatever becomes of the log."""
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -94,6 +96,17 @@ def test_large_pictures_are_not_held_while_an_answer_is_decoded(
                 image.tobytes()
     (line,) = written(runtime, tmp_path)
     assert [one["sha256"] for one in line["images"]] == [examine_image(data).sha256.hex() for data in SAMPLES[0].images]
+
+
+def test_without_a_log_no_picture_is_held_while_an_answer_is_decoded(runtime: Runtime) -> None:
+    """Nor what else stood in its file."""
+    images = check_request(SAMPLES[0].images, b"what?", 12)
+    held = [weakref.ref(image) for image in images]
+    with closing(runtime.stream(images, "what?", max_new_tokens=12)) as chunks:
+        del images
+        gc.collect()
+        assert [image() for image in held] == [None] * len(held)
+        next(chunks)
 
 
 def test_probes_refused_requests_and_answers_without_a_reader_are_not_logged(

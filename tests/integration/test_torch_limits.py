@@ -1,5 +1,6 @@
 """What one question may take of the torch executor: counted before any image is decoded, in every family."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,17 @@ def test_patches_are_counted_as_they_are_cut_and_beyond_the_limit_refused(model:
         cut = int(model.backbone.placed(inputs, model.backbone.features(inputs)).vision.mask.sum())
         sizes = [picture.size for picture in families.pictures(sample)]
         assert sum(model.backbone.patch_counts(sizes)) == cut > 0
-        prepare(TorchExecutor(model, max_patches=cut), sample)
+        prepare(TorchExecutor(model, max_patches=max(cut, int(inputs.mask.sum()))), sample)
         with pytest.raises(RequestError, match=f"the images make {cut} patches: the limit is {cut - 1}"):
             prepare(TorchExecutor(model, max_patches=cut - 1), sample)
+
+
+def test_a_prompt_has_no_more_tokens_than_images_may_have_patches(model: VisMemModel) -> None:
+    sample = replace(SAMPLES[0], question="how many? " * 200)
+    tokens = int(inputs_of(model.backbone, [sample]).mask.sum())
+    prepare(TorchExecutor(model, max_patches=tokens), sample)
+    with pytest.raises(RequestError, match=f"make {tokens} tokens: the limit is {tokens - 1}; send less"):
+        prepare(TorchExecutor(model, max_patches=tokens - 1), sample)
 
 
 def test_an_answer_that_would_need_more_positions_than_there_are_is_refused(model: VisMemModel) -> None:

@@ -2,8 +2,11 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+import re
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
+from typing import Any
 
 import grpc
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from vismem import AsyncClient, Client
 from vismem.serving.connection import Connection
 from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
-from vismem.serving.over_grpc import OverGrpc, _requests
+from vismem.serving.over_grpc import OverGrpc, _request
 
 
 def test_a_loop_has_one_connection_until_it_is_dropped() -> None:
@@ -91,11 +94,66 @@ def test_a_name_that_was_found_is_found_again_where_it_is_served_no_more() -> No
 
 
 def test_a_deadline_need_not_be_finite() -> None:
-    async def asked(timeout: float) -> int:
-        request = await anext(_requests("vismem", Question((b"png",), "?"), False, timeout))
-        return int(request["timeout"])
+    question = Question((b"png",), "?")
+    found = [_request("vismem", question, False, timeout)["timeout"] for timeout in (math.inf, 2.5, 0)]
+    assert found == [10**15, 2_500_000, 1]
 
-    assert [asyncio.run(asked(timeout)) for timeout in (math.inf, 2.5, 0)] == [10**15, 2_500_000, 1]
+
+def in_time(ask: Callable[[], object]) -> object:
+    """What a call in another thread comes to: one that hangs fails the test."""
+    found = list[object]()
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except BaseException as error:  # noqa: BLE001 - looked at by the test
+            found.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    return found[0] if found else "it hangs"
+
+
+UNSENDABLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "half a character": ("\ud800", {}, "surrogates not allowed"),
+    "half a character in a stop text": ("?", {"stop": "\ud800"}, "surrogates not allowed"),
+    "tokens": ("?", {"max_new_tokens": 2**31}, "2147483648"),
+    "a seed": ("?", {"seed": 2**63}, "too large"),
+    "no number": ("?", {"temperature": "hot"}, "'hot'"),
+    "infinity": ("?", {"temperature": math.inf}, "Out of range"),
+}
+
+
+@pytest.mark.parametrize("way", ["grpc://127.0.0.1:1", "http://127.0.0.1:1"])
+@pytest.mark.parametrize("kind", UNSENDABLE)
+def test_what_cannot_be_sent_is_refused(kind: str, way: str) -> None:
+    question, options, said = UNSENDABLE[kind]
+    client, several = Client(way, model="m"), AsyncClient(way, model="m")
+    for ask in (
+        lambda: client.ask(b"", question, **options),
+        lambda: list(client.stream(b"", question, **options)),
+        lambda: asyncio.run(several.ask(b"", question, **options)),
+    ):
+        error = in_time(ask)
+        if ("half" in kind) or (kind == "infinity") == way.startswith("http"):
+            assert type(error) is RefusedError
+            assert re.search(f"the question cannot be sent: .*{said}", str(error))
+        else:  # the other protocol can say it: the server, if there were one, refuses it
+            assert type(error) is DisconnectedError
+
+
+def test_a_stream_that_grpc_cancels_ends() -> None:
+    class Server:
+        async def pieces(self, *_: object) -> AsyncGenerator[Token, None]:
+            yield Token("one", "token")
+            raise asyncio.CancelledError
+
+    client = Client("grpc://127.0.0.1:1", model="m")
+    client._client.server = Server()  # type: ignore[assignment]
+    error = in_time(lambda: list(client.stream(b"", "?")))
+    assert "the answer from grpc://127.0.0.1:1 was broken off" in str(error)
+    assert isinstance(error, DisconnectedError)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,88 @@ def test_a_video_behind_a_phone_s_photo_is_not_read() -> None:
     assert examine_image(photo).fault is None
 
 
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(before: bytes = b"", behind: bytes = b"") -> bytes:
+    """PICTURE's file with more chunks around the picture."""
+    data = saved(PICTURE)
+    picture, end = data.index(b"IDAT") - 4, data.index(b"IEND") - 4
+    return data[:picture] + before + data[picture:end] + behind + data[end:]
+
+
+TEXT = zlib.compress(("\N{GRINNING FACE}" + "a" * 1_000_000).encode())  # four bytes a character, once it is read
+INFLATED = {
+    "packed": [chunk(b"iTXt", b"%d\0\1\0\0\0" % number + TEXT) for number in range(4)],
+    "packed, Latin": [chunk(b"zTXt", b"%d\0\0" % number + TEXT) for number in range(4)],
+    "colour profiles": [chunk(b"iCCP", b"\0\0" + TEXT)] * 4,
+    "damaged": [chunk(b"zTXt", b"\0\0" + TEXT[:-1] + b"\0")] * 4,
+    "as they are": [chunk(b"tEXt", b"key\0" + bytes(1_000_000))] * 4,
+    "EXIF": [chunk(b"eXIf", b"II*\0" + bytes(1_000_000))] * 4,
+    "as they are, in Unicode": [chunk(b"iTXt", b"key\0\0\0\0\0" + bytes(1_000_000))] * 4,
+}
+
+
+@pytest.mark.parametrize("kind", INFLATED)
+def test_the_texts_of_a_request_take_no_more_than_so_many_bytes(kind: str) -> None:
+    """Wherever they stand: Pillow reads those behind the picture when it decodes it."""
+    half, first = b"".join(INFLATED[kind][:2]), INFLATED[kind][0]
+    check_request([png_with(first)], b"what?", 1)
+    for file in (png_with(half * 2), png_with(behind=half * 2), png_with(half, half)):
+        with pytest.raises(RequestError, match=r"image 2 of 2 .*: texts and EXIF data take more than 4000000 bytes"):
+            check_request([saved(PICTURE), file], b"what?", 1)
+        assert "texts and EXIF data take" in str(examine_image(file).fault)
+    with pytest.raises(RequestError, match=r"image 3 of 3 .*: with it texts and EXIF data take more"):
+        check_request([png_with(first)] * 2 + [png_with(half)], b"what?", 1)
+
+
+def test_a_file_of_more_parts_than_an_encoder_writes_is_refused() -> None:
+    packed = zlib.compress(b"".join(b"\0" + PICTURE.tobytes()[150 * row : 150 * row + 150] for row in range(30)))
+    header = saved(PICTURE)[: saved(PICTURE).index(b"IDAT") - 4]
+    pieces = b"".join(chunk(b"IDAT", packed[at : at + 1]) for at in range(len(packed)))  # some thousands
+    (image,) = check_request([header + pieces + chunk(b"IEND")], b"what?", 1)
+    assert upright(image).tobytes() == PICTURE.tobytes()
+    check_request([png_with(chunk(b"prVt") * 990)], b"what?", 1)
+    for file in (header + chunk(b"IDAT") * 10_000 + pieces, png_with(chunk(b"prVt") * 1_000), png_with(behind=TEXTS)):
+        with pytest.raises(RequestError, match="a PNG of so many chunks is no picture; save it again"):
+            check_request([file], b"what?", 1)
+
+
+TEXTS = chunk(b"tEXt", b"key\0value") * 1_000
+LOOSE = {  # what Pillow reads byte by byte, or table by table, in Python
+    "padding": b"\xff" * 20_000,
+    "zeros": bytes(20_000),
+    "restarts": b"\xff\xd0" * 10_000,
+    "an extension, which has no length": b"\xff\xf0\x4e\x20" + bytes(20_000),
+    "segments": b"\xff\xe3\0\2" * 1_000,
+    "behind an end": b"\xff\xd9" + bytes(20_000),
+    "tables": b"\xff\xdb" + (2 + 65 * 300).to_bytes(2, "big") + bytes(65 * 300),
+    "resources": b"\xff\xed\x4e\x20Photoshop 3.0\0" + (b"8BIM" + bytes(8)) * 1_664 + bytes(16),
+}
+
+
+@pytest.mark.parametrize("kind", LOOSE)
+def test_a_jpeg_whose_head_takes_python_s_time_is_refused(kind: str) -> None:
+    data = saved(PICTURE, "JPEG")
+    head, rest = data[: data.index(b"\xff\xdb")], data[data.index(b"\xff\xdb") :]
+    with pytest.raises(RequestError, match="a JPEG of so many segments or scans is no photo; save it again"):
+        check_request([head + LOOSE[kind] + rest], b"what?", 1)
+    (image,) = check_request([head + bytes(9_000) + rest], b"what?", 1)
+    assert upright(image).tobytes() == opened(data).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_exif_data_count_as_texts_do(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "a" * 50_000
+    check_request([photo := saved(PICTURE, kind, exif=exif)] * 60, b"what?", 1)
+    monkeypatch.setattr("vismem.runtime.limits.MAX_TEXT_BYTES", 140_000)
+    with pytest.raises(RequestError, match=r"image 3 of 60 .*: with it texts and EXIF data take more"):
+        check_request([photo] * 60, b"what?", 1)
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 11, 12, 13, 24, 25, 35, 36])
 def test_base64_in_pieces_is_base64(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes; and an error for a text that is cut, has a wrong character, or padding before its end."""

@@ -63,7 +63,7 @@ def _add_served(add: Callable[..., Any], port: int) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights' type (default: %(default)s)")
     add("--port", type=int, default=port, help="0: any free one (default: %(default)s)")
     # 16,384 patches are 3.2 megapixels as Qwen2.5-VL cuts them.
-    add("--max-patches", type=int, default=16_384, metavar="N", help="of a question's images (default: %(default)s)")
+    add("--max-patches", type=int, default=16_384, metavar="N", help="and tokens, of a question (default: %(default)s)")
     add("--cache-mb", type=int, default=1_000, metavar="N", help="kept of images and prompts (default: %(default)s)")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.runtime.images import look_of, pixels_sha256, upright
-from vismem.runtime.limits import FORMATS, check_jpeg, frames_of
+from vismem.runtime.limits import FORMATS, check_file, frames_of
 
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
@@ -40,7 +40,7 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
     """
     width = height = 0
     try:
-        check_jpeg(data)
+        check_file(data)
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             if max_side is not None and max(width, height) > max_side:

@@ -43,7 +43,7 @@ class OnnxExecutor:
     modes = MODES
 
     def __init__(self, bundle: Bundle, max_patches: int | None = None, cache_bytes: int = 0) -> None:
-        """`max_patches`: of a question's images after resizing, whole and coarse ones together; None: no limit.
+        """`max_patches`: of the images after resizing, whole and coarse ones together, and prompt tokens; None: any.
 
         `cache_bytes`: of what is kept of images and prompts that may be asked again.
         """

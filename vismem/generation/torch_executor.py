@@ -28,7 +28,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.runtime.cache import ContentCache
 from vismem.runtime.chat import Chat
 from vismem.runtime.images import decoded, hash_of
-from vismem.runtime.limits import check_patches, check_positions
+from vismem.runtime.limits import check_patches, check_positions, check_tokens
 from vismem.runtime.reserved import Reserved
 
 
@@ -59,7 +59,7 @@ class TorchExecutor:
     modes = BASE_MODES
 
     def __init__(self, model: VisMemModel, max_patches: int | None = None, cache_bytes: int = 0) -> None:
-        """`max_patches`: of a question's images after resizing; None: no limit. `cache_bytes`: see `OnnxExecutor`."""
+        """See `OnnxExecutor`."""
         self.model, self.backbone, self.max_patches = model, model.backbone, max_patches
         self.cache = ContentCache(cache_bytes)
         self.kinds = {token: kind for kind, token in model.invoke_ids.items()}
@@ -82,6 +82,7 @@ class TorchExecutor:
         pictures: Any = tuple(decoded(images))
         with self.encoding:
             inputs = inputs_of(self.backbone, [Sample("", pictures, question="", answer="", chat=tuple(chat))])
+        check_tokens(int(inputs.mask.sum()), self.max_patches)
         check_length(self.model, inputs, max_new_tokens)
         return Prepared(inputs, hash_of(pictures))
 

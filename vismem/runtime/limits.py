@@ -2,13 +2,15 @@
 
 import io
 import re
+import struct
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 
 MAX_IMAGES = 64
 MAX_IMAGE_BYTES = 20_000_000  # of one encoded file
@@ -20,11 +22,19 @@ MAX_STOPS = 4  # texts before which an answer ends
 MAX_STOP_BYTES = 256  # of one, as UTF-8: every token is compared with it
 MAX_NEW_TOKENS = 2_048
 NEW_TOKENS = 120  # the longest answer where a request does not say
-MAX_PATCHES = 4_096  # of all images, after resizing; attention holds the square of it per head: 1 GB with four heads
+MAX_PATCHES = 4_096  # of all images, resized, and tokens of a prompt; attention holds their square: 1 GB with four heads
 LOOK_SECONDS = 0.2  # between two looks whether who waits is still there
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
+# Around the picture in a file, which Pillow reads in Python.
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+MAX_CHUNKS = 10_000  # of a PNG: 20 MB in pieces of 8 KB, as encoders write them, are 2,500
+MAX_PARTS = 1_000  # of a PNG, chunks without a piece of the picture; of a JPEG, segments
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")  # texts may take four bytes a character, EXIF time for each tag
+MAX_TEXT_BYTES = 4_000_000  # of a request's texts, profiles, inflated, and EXIF data
+TOO_MUCH_TEXT = f"texts and EXIF data take more than {MAX_TEXT_BYTES} bytes; save it without them"
 # Of a JPEG: Pillow joins its EXIF segments in quadratic time, and each scan of a progressive one goes over all blocks.
-MAX_SEGMENTS, MAX_EXIF, MAX_SCANS = 10_000, 400, 100
+MAX_EXIF, MAX_RESOURCES, MAX_SCANS = 16, 1_000, 100
+MAX_LOOSE = 16_384  # bytes before the first scan that are in no segment, or in one of tables: each takes Python's time
 SEGMENT = re.compile(rb"\xff[\xe0-\xef\xfe]")
 MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # outside of segments; what a scan's data hold is none of them
 SCAN, END = b"\xff\xda", b"\xff\xd9"
@@ -95,14 +105,18 @@ def check_request(
     names = names or [f"image {number} of {len(files)}" for number in range(1, len(files) + 1)]
     sizes = [len(file) if isinstance(file, bytes) else 0 for file in files]
     _check("bytes", sizes, names, MAX_IMAGE_BYTES, MAX_TOTAL_BYTES)
-    images: list[Image.Image] = []
+    images, texts = list[Image.Image](), 0
     for name, file in zip(names, files, strict=True):
         if isinstance(file, Image.Image):
             images.append(file)
             continue
         try:
-            check_jpeg(file)
-            images.append(Image.open(io.BytesIO(file), formats=FORMATS))
+            texts += check_file(file)
+            images.append(image := Image.open(io.BytesIO(file), formats=FORMATS))
+            if image.format != "PNG":
+                texts += len(image.info.get("exif", b"")) + len(image.info.get("mp", b""))
+            if texts > MAX_TEXT_BYTES:
+                raise ValueError(f"with it {TOO_MUCH_TEXT}")
         except Image.DecompressionBombError:
             raise RequestError(f"{name} has too many pixels: the limit is {MAX_IMAGE_PIXELS}") from None
         except (OSError, SyntaxError, ValueError) as error:
@@ -114,31 +128,65 @@ def check_request(
     return images
 
 
-def check_jpeg(file: bytes) -> None:
-    """ValueError for a JPEG that is made to take minutes of decoding; other files pass."""
-    if not file.startswith(b"\xff\xd8"):
-        return
-    segments = sum(1 for _ in islice(SEGMENT.finditer(file), MAX_SEGMENTS + 1))
-    if segments > MAX_SEGMENTS or file.count(b"Exif\0\0") > MAX_EXIF or _too_many_scans(file):
+def check_file(file: bytes) -> int:
+    """The bytes of a PNG's texts, EXIF data and colour profile, inflated; 0 for other files.
+
+    ValueError for a JPEG or PNG that is made to take minutes, or gigabytes, to open or decode.
+    """
+    if file.startswith(JPEG) and (file.count(b"8BIM") > MAX_RESOURCES or _too_many_scans(file)):
         raise ValueError("a JPEG of so many segments or scans is no photo; save it again")
+    return _texts_of(file) if file.startswith(PNG) else 0
 
 
 def _too_many_scans(file: bytes) -> bool:
-    """Whether a JPEG's picture has more than MAX_SCANS, or too many markers to tell.
+    """Whether a JPEG's picture has more scans, segments or EXIF data than it may, or begins after too many bytes.
 
     What stands behind its end is not read: a phone's photo may have a video there, with any bytes. Segments are skipped
     by their lengths, as the decoder does: they may hold the bytes that end a picture.
     """
-    at = scans = 0
-    for _ in range(MAX_SEGMENTS):
+    at, exif, scans, loose = len(JPEG), 0, 0, 0
+    for _ in range(MAX_PARTS):
         marker = MARKER.search(file, at)
         if marker is None or marker[0] == END:
-            return False
+            return not scans and loose + len(file) - at > MAX_LOOSE  # Pillow looks for a scan up to the file's end
+        following = marker.end() + max(2, int.from_bytes(file[marker.end() : marker.end() + 2], "big"))
+        if not scans:
+            loose += (marker.start() if SEGMENT.match(marker[0]) else following) - at
+        exif += file.startswith(b"Exif\0\0", marker.end() + 2)
         scans += marker[0] == SCAN
-        if scans > MAX_SCANS:
+        if exif > MAX_EXIF or scans > MAX_SCANS or loose > MAX_LOOSE:
             return True
-        at = marker.end() + max(2, int.from_bytes(file[marker.end() : marker.end() + 2], "big"))
+        at = following
     return True
+
+
+def _texts_of(file: bytes) -> int:
+    at, parts, others, texts = len(PNG), 0, 0, 0
+    while at + 8 <= len(file):
+        length, kind = struct.unpack_from(">I4s", file, at)
+        if kind == b"IEND":
+            break
+        parts, others = parts + 1, others + (kind != b"IDAT")
+        if parts > MAX_CHUNKS or others > MAX_PARTS:
+            raise ValueError("a PNG of so many chunks is no picture; save it again")
+        if kind in TEXTS:
+            texts += length + _inflated(kind, file[at + 8 : at + 8 + length])
+        if texts > MAX_TEXT_BYTES:
+            raise ValueError(TOO_MUCH_TEXT)
+        at += 12 + length
+    return texts
+
+
+def _inflated(kind: bytes, chunk: bytes) -> int:
+    """How many bytes Pillow makes of the packed part of a chunk; of one that is damaged, how many it may make."""
+    rest = chunk[chunk.find(b"\0") + 1 :]
+    if kind in (b"tEXt", b"eXIf") or (kind == b"iTXt" and rest[:1] == b"\0"):
+        return 0
+    packed = rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:]
+    try:
+        return len(zlib.decompressobj().decompress(packed, MAX_TEXT_CHUNK))
+    except zlib.error:
+        return min(MAX_TEXT_CHUNK, 1_032 * len(packed))
 
 
 def check_stops(stops: Sequence[str]) -> None:
@@ -153,6 +201,12 @@ def check_patches(patches: int, most: int | None) -> None:
     """RequestError where images make more patches than `most`; None: no limit."""
     if most is not None and patches > most:
         raise RequestError(f"the images make {patches} patches: the limit is {most}; send fewer or smaller")
+
+
+def check_tokens(tokens: int, most: int | None) -> None:
+    """RequestError where a prompt has more tokens than `most`, those of its images too; None: no limit."""
+    if most is not None and tokens > most:
+        raise RequestError(f"the question and its images make {tokens} tokens: the limit is {most}; send less")
 
 
 def check_positions(needed: int, held: int) -> None:

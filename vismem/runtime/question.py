@@ -11,7 +11,7 @@ from PIL import Image
 from vismem.runtime.bundle import Bundle
 from vismem.runtime.chat import Chat
 from vismem.runtime.images import coarse_grid, cut_patches, decoded, grid_of, hash_of, resized
-from vismem.runtime.limits import check_patches, check_positions
+from vismem.runtime.limits import check_patches, check_positions, check_tokens
 from vismem.runtime.prompt import Prompt, tokenise
 
 Floats = NDArray[np.float32]
@@ -37,7 +37,7 @@ def prepare(
     """Decode, resize and cut the images, and tokenise the prompt; no graph runs.
 
     `room`: positions that the answer may take. `max_patches`: of the images after resizing, whole and coarse ones
-    together; None: no limit. RequestError for an unusable request.
+    together, and tokens of the prompt; None: no limit. RequestError for an unusable request.
     """
     seen, settings = bundle.settings["image"], bundle.settings
     grids = shown = [grid_of(image.size, seen, f"image {i + 1}") for i, image in enumerate(images)]
@@ -46,6 +46,7 @@ def prepare(
     patches = sum(rows * columns for rows, columns in (grids if shown == grids else [*grids, *shown]))
     check_patches(patches, max_patches)
     prompt = tokenise(bundle.tokenizer, settings, chat, shown)
+    check_tokens(len(prompt.ids), max_patches)
     check_positions(int(prompt.positions.max()) + 1 + room, settings["decoder"]["max_positions"])
     pictures = decoded(images)
     if any(picture.size != image.size for picture, image in zip(pictures, images, strict=True)):  # turned by EXIF data

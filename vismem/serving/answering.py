@@ -152,11 +152,11 @@ class Runtime:
         self._take_place(answer)
         try:
             pixels = sum(image.width * image.height for image in images)
-            logged = images if not self.log or pixels < LOGGED else [unread(image) for image in images]
+            logged = [] if not self.log else images if pixels < LOGGED else [unread(image) for image in images]
             with self.decoding.of(pixels, answer.check):
                 answer.check()
                 sample = self.executor.prepare(images, chat, max_new_tokens)
-                let_go(images, pixels=not self.log or logged is not images)
+                let_go(images, pixels=logged is not images)
         except BaseException:
             self.places.discard(answer)
             raise

@@ -4,7 +4,8 @@ No torch: the clients of a server and the model in this process (`vismem.inferen
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -123,6 +124,15 @@ def check_seed(seed: int) -> None:
     """UserError for one that a server, which has 64 bits for it, would not take either."""
     if not (isinstance(seed, Integral) and 0 <= seed < 2**63):
         raise UserError(f"the seed is {seed}: it must be a whole number in 0..{2**63 - 1}")
+
+
+@contextmanager
+def sendable() -> Iterator[None]:
+    """A block that writes a question down. RefusedError where it cannot: half a character, a number too large."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise RefusedError(f"the question cannot be sent: {error}") from None
 
 
 def check_token(token: str) -> None:

@@ -19,6 +19,7 @@ from vismem.serving.exchange import (
     ServerError,
     Token,
     UnauthorizedError,
+    sendable,
 )
 from vismem.serving.pieces import TOGETHER
 from vismem.serving.repository import is_unary
@@ -70,9 +71,11 @@ class OverGrpc:
         `timeout`: seconds that it may wait in the server's queue. What has ended is read until the server closes the
         stream: Triton 2.51 may die, or never unload the model, where a stream is cancelled as its last response goes.
         """
+        with sendable():  # not as the stream asks for it: what fails there cancels the stream, and says nothing
+            request = _request(model, question, stream, timeout)
         async with self._client() as client:
             answered, fault = False, None
-            call = client.stream_infer(_requests(model, question, stream, timeout), headers=self.headers)
+            call = client.stream_infer(_one(request), headers=self.headers)
             try:
                 async for result, error in call:
                     if error is not None:
@@ -135,8 +138,12 @@ def _asked(asked: str | Chat) -> dict[str, np.ndarray[Any, Any]]:
     return {name: np.array([text.encode()], dtype=object)}
 
 
-async def _requests(model: str, question: Question, stream: bool, timeout: float) -> AsyncIterator[dict[str, Any]]:
-    """The one request of a stream, as Triton's client takes it."""
+async def _one(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield request
+
+
+def _request(model: str, question: Question, stream: bool, timeout: float) -> dict[str, Any]:
+    """As Triton's client takes it. ValueError or OverflowError for what gRPC cannot say."""
     from tritonclient.grpc import InferInput
     from tritonclient.utils import np_to_triton_dtype
 
@@ -156,4 +163,5 @@ async def _requests(model: str, question: Question, stream: bool, timeout: float
     ]
     parameters = {"interval_ms": round(1000 * TOGETHER)} if stream else {}
     microseconds = max(1, int(min(timeout, LONGEST) * 1e6))
-    yield {"model_name": model, "inputs": inputs, "timeout": microseconds, "parameters": parameters}
+    model.encode()
+    return {"model_name": model, "inputs": inputs, "timeout": microseconds, "parameters": parameters}

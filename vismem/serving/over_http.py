@@ -19,9 +19,11 @@ from vismem.serving.exchange import (
     ServerError,
     Token,
     UnauthorizedError,
+    sendable,
 )
 
 BUSY = (429, 503)
+JSON = {"Content-Type": "application/json"}
 LIMITS = httpx2.Limits(max_connections=None, keepalive_expiry=2)  # seconds: before uvicorn closes it, at 5
 
 
@@ -41,7 +43,9 @@ class OverHttp:
     async def pieces(self, model: str, question: Question, stream: bool, timeout: float) -> AsyncGenerator[Token, None]:
         """The answer piece by piece, always as a stream; closing it ends the work on the server."""
         usage: dict[str, Any] = {}
-        async with self._asked("POST", "/chat/completions", json=_body(model, question)) as response:
+        with sendable():
+            body = json.dumps(_body(model, question), ensure_ascii=False, allow_nan=False).encode()
+        async with self._asked("POST", "/chat/completions", content=body, headers=JSON) as response:
             async for line in response.aiter_lines():
                 if not line.startswith("data: "):
                     continue

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from vismem.config import Config
 from vismem.data.benchmarks import counted
-from vismem.data.clusters import named
+from vismem.data.clusters import claim, tied
 from vismem.data.dvc_source import fetched
-from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_pictures, sample_sha256
+from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_sha256
 from vismem.data.instructions import instructed
 from vismem.data.readers import read
 from vismem.data.revisions import write_revisions
@@ -66,13 +66,9 @@ class _Split:
         if not counted(sample):
             self.dropped[f"{sample.source}, part {sample.part}"] += 1
             return False
-        pictures = sample_pictures(sample, self.examine)
-        keys = [*(digest.hex() for digest in pictures), *named(sample.source, sample.cluster)]
-        others = [owner for key in keys if (owner := self.owners.get(key, self.name)) != self.name]
-        if others:
-            self.dropped[others[0]] += 1
+        if other := claim(self.owners, self.name, tied(sample, self.examine)):
+            self.dropped[other] += 1
             return False
-        self.owners.update(dict.fromkeys(keys, self.name))
         self.digests.append(sample_sha256(sample.as_row()))
         return True
 

@@ -2,8 +2,9 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,17 @@ def settings_of(
 
 def _instructions(rows: Mapping[Split, list[Row]], config: Config) -> Iterator[Setting]:
     """The instruction for each kind of answer that the rows ask for; none where the base is told nothing."""
-    asked = [(row.question, row.answer, tuple(row.values.get("choices") or ())) for of in rows.values() for row in of]
-    kinds = Counter(answer_form(*one).kind for one in asked)
+    kinds = kinds_of(chain.from_iterable(rows.values()))
     for kind in AnswerKind:
         if kinds[kind] and (text := instruction_for(kind, config.prepare.instructions)):
             why = f'{kinds[kind]} of your questions are answered so; the answer is read behind "{ANSWER_MARK}"'
             yield Setting(f"prepare.instructions.{kind.value}", text, why)
+
+
+def kinds_of(rows: Iterable[Row]) -> Counter[AnswerKind]:
+    """How many rows ask for each kind of answer."""
+    asked = ((row.question, row.answer, tuple(row.values.get("choices") or ())) for row in rows)
+    return Counter(answer_form(*one).kind for one in asked)
 
 
 def answer_tokens(longest: int, config: Config) -> int:

@@ -38,7 +38,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
 from vismem.ranks import share_of_work
-from vismem.records import VISMEM, Metrics
+from vismem.records import VANILLA, VISMEM, Metrics
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
 ANSWERS, KEEP_EVERY = "answers-{}.checkpoint", 30.0  # of a process; seconds: after a kill, no more is answered again
@@ -65,20 +65,8 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     looks = find_looks(models[VISMEM], asked, decoded[VISMEM].rollouts, config) if asked else {}
     if not accelerator.is_main_process:
         return ""
-    ids = [answer.id for answer in predictions[arms[0].name]]
-    seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
-    metrics = Metrics(
-        **summarise(
-            predictions,
-            seconds,
-            seed=config.seed,
-            resamples=config.evaluate.bootstrap,
-            set_apart=rows_set_apart(inputs["validate"]),
-        ),
-        stage2_sha256=sha256_folder(inputs["stage2"]),
-        test_sha256=sha256_folder(folder, "*.parquet"),
-        items_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-    )
+    seconds, apart = {name: run.seconds for name, run in decoded.items()}, rows_set_apart(inputs["validate"])
+    metrics = measure(config, inputs, predictions, seconds, sha256_folder(folder, "*.parquet"), apart)
     sources = {
         "base model": config.base.model,
         "memory (sha256)": sha256_file(inputs["stage2"] / "memory.safetensors"),
@@ -89,7 +77,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, pictures_of((samples, ids)), sources, looks)
+    write(config, out, predictions, metrics, charts, pictures_of([samples], predictions[VANILLA]), sources, looks)
     return headline(metrics)
 
 
@@ -112,12 +100,13 @@ def rows_set_apart(validated: Path) -> Counter[str]:
     return Counter(row["source"] or "" for table in tables for row in table.to_pylist() if row["split"] == "test")
 
 
-def pictures_of(*splits: tuple[Sequence[Sample], Sequence[str]]) -> report.Pictures:
+def pictures_of(asked: Sequence[Sequence[Sample]], answers: Sequence[Prediction]) -> report.Pictures:
     """A sample's pictures by its id, read as they are asked for: its images, and the first frame of each video.
 
-    `splits`: samples, and their ids.
+    `answers`: to all the samples of `asked`, in order.
     """
-    places = {name: (samples, place) for samples, ids in splits for place, name in enumerate(ids)}
+    every = ((samples, place) for samples in asked for place in range(len(samples)))
+    places = {answer.id: place for answer, place in zip(answers, every, strict=True)}
 
     def read(name: str) -> tuple[bytes, ...]:
         samples, place = places[name]
@@ -225,6 +214,26 @@ def decode(
 def _flat(turns: Mapping[int, Mapping[str, Run]]) -> dict[tuple[int, str], Run]:
     """Answers by batch and arm."""
     return {(turn, arm): run for turn, answers in turns.items() for arm, run in answers.items()}
+
+
+def measure(
+    config: Config,
+    inputs: Mapping[str, Path],
+    predictions: Mapping[str, Sequence[Prediction]],
+    seconds: Mapping[str, float],
+    test_sha256: str,
+    set_apart: Mapping[str, int] = MappingProxyType({}),
+) -> Metrics:
+    """The content of `metrics.json`. `seconds`: of each arm, for all answers; `set_apart`: see `summarise`."""
+    ids = [answer.id for answer in predictions[VANILLA]]
+    each = {arm: total / len(ids) for arm, total in seconds.items()}
+    resamples = config.evaluate.bootstrap
+    return Metrics(
+        **summarise(predictions, each, seed=config.seed, resamples=resamples, set_apart=set_apart),
+        stage2_sha256=sha256_folder(inputs["stage2"]),
+        test_sha256=test_sha256,
+        items_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+    )
 
 
 def write(

@@ -30,7 +30,8 @@ from vismem.evaluation import plots
 from vismem.evaluation.answers import UNPARSED
 from vismem.evaluation.arms import resolve_arms
 from vismem.evaluation.benchmarks import score_of
-from vismem.evaluation.evaluate import Run, decode, load_models, measure, pick, pictures_of, write
+from vismem.evaluation.decoding import Run, decode
+from vismem.evaluation.evaluate import load_models, measure, pick, pictures_of, write
 from vismem.evaluation.judge import Judge
 from vismem.evaluation.predictions import Prediction, predict
 from vismem.evaluation.summary import headline

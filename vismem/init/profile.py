@@ -13,7 +13,7 @@ import yaml
 from vismem.config import DEFAULT_BASE, Config
 from vismem.config.data import Split
 from vismem.data.answer_forms import AnswerKind, answer_form
-from vismem.data.collate import ANSWER_MARK
+from vismem.data.collate import ANSWER_MARK, target_text
 from vismem.data.instructions import instruction_for
 from vismem.init.bases import Base
 from vismem.init.rows import Row
@@ -39,7 +39,7 @@ def settings_of(
 ) -> list[Setting]:
     """The settings of a profile in the order of `params.yaml`. `config` is what the profile is laid over."""
     train, test, grpo = len(rows["train"]), len(rows["test"]), config.grpo
-    longest = base.longest(row.target for split in rows.values() for row in split)
+    longest = base.longest(target_text(row.sample) for split in rows.values() for row in split)
     counted = "by the base's tokenizer" if base.tokenizer else "guessed from its characters"
     tokens = answer_tokens(longest, config)
     limit = f"your longest answer has {longest} ({counted}), and the base's own words need room too"
@@ -97,8 +97,8 @@ def _instructions(rows: Mapping[Split, list[Row]], config: Config) -> Iterator[S
 
 def kinds_of(rows: Iterable[Row]) -> Counter[AnswerKind]:
     """How many rows ask for each kind of answer."""
-    asked = ((row.question, row.answer, tuple(row.values.get("choices") or ())) for row in rows)
-    return Counter(answer_form(*one).kind for one in asked)
+    asked = (row.sample for row in rows)
+    return Counter(answer_form(sample.question, sample.answer, sample.choices).kind for sample in asked)
 
 
 def answer_tokens(longest: int, config: Config) -> int:

@@ -81,7 +81,7 @@ def _images(rows: Sequence[Row]) -> str:
 
 
 def _answers(rows: Sequence[Row]) -> str:
-    answer, count = Counter(row.answer.casefold() for row in rows).most_common(1)[0]
+    answer, count = Counter(row.sample.answer.casefold() for row in rows).most_common(1)[0]
     listed = ", ".join(f"{number} {kind}" for kind, number in kinds_of(rows).most_common())
     return f"{listed}; '{answer}' is the most frequent, {count / len(rows):.0%}: who always says it scores that"
 
@@ -109,7 +109,7 @@ def _notes(splits: Splits, below: Config) -> Iterator[str]:
     if train < ENOUGH_TRAIN:
         yield f"{train} train questions are enough to see that all steps work, and too few to learn from"
     for split, rows in splits.rows.items():
-        answer, count = Counter(row.answer.casefold() for row in rows).most_common(1)[0]
+        answer, count = Counter(row.sample.answer.casefold() for row in rows).most_common(1)[0]
         if count / len(rows) > below.validate_.max_label_share and len(rows) > 1:
             yield f"'{answer}' is the answer to {count / len(rows):.0%} of the {split} questions"
 

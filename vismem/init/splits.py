@@ -64,8 +64,8 @@ def _without_leaks(rows: Sequence[Row]) -> tuple[dict[Split, list[Row]], list[st
 
 def _keys(row: Row) -> list[str]:
     """What ties a row to others: the hashes of its images, and its group's name; of one with neither, its id."""
-    tied = [*(digest.hex() for digest in row.pictures), *([f"group {row.group}"] if row.group is not None else [])]
-    return tied or [f"row {row.values['id']}"]
+    group = [f"group {row.sample.cluster}"] if row.sample.cluster else []
+    return [*(digest.hex() for digest in row.pictures), *group] or [f"row {row.values['id']}"]
 
 
 def grouped(rows: Sequence[Row]) -> list[Group]:
@@ -78,7 +78,7 @@ def grouped(rows: Sequence[Row]) -> list[Group]:
 
 def _hash(group: Group, seed: int) -> str:
     """Where the group stands in the order: from its smallest image, whatever the order of its rows."""
-    first = min((picture for row in group for picture in row.pictures), default=group[0].question.encode())
+    first = min((picture for row in group for picture in row.pictures), default=group[0].sample.question.encode())
     return hashlib.sha256(f"{seed}/".encode() + first).hexdigest()
 
 

@@ -53,7 +53,7 @@ class AnswerStore:
             raise UserError(f"the processes do not see the same files in {folder}: put it on shared storage")
 
     def add(self, batch: int, answers: dict[str, Run], last: bool) -> None:
-        """Keep a batch's answers: in the file at once those to the last batch, the others by KEEP_EVERY seconds."""
+        """Keep a batch's answers; the file is written every KEEP_EVERY seconds, and with the `last` batch."""
         self._own[batch] = self._own.get(batch, {}) | answers
         if self._file and (last or time.monotonic() - self._saved >= KEEP_EVERY):
             write_text(self._file, _ANSWERS.dump_json(self._own).decode())

@@ -17,7 +17,8 @@ from vismem.config import BaselinesConfig, BaselinesGrpoConfig, Config, Evaluate
 from vismem.data.sample import read_samples
 from vismem.errors import UserError
 from vismem.evaluation.arms import ARMS
-from vismem.evaluation.evaluate import decode, load_models
+from vismem.evaluation.decoding import decode
+from vismem.evaluation.evaluate import load_models
 from vismem.evaluation.predictions import read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Off

@@ -15,9 +15,10 @@ import torch
 from vismem.config import Config, EvaluateConfig
 from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
-from vismem.evaluation import evaluate as module
+from vismem.evaluation import decoding as module
 from vismem.evaluation.arms import ARMS, Arm
-from vismem.evaluation.evaluate import decode, evaluate
+from vismem.evaluation.decoding import decode
+from vismem.evaluation.evaluate import evaluate
 from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off

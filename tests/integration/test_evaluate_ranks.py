@@ -11,8 +11,8 @@ import torch
 from vismem.config import Config, EvaluateConfig
 from vismem.data.sample import write_shards
 from vismem.errors import UserError
-from vismem.evaluation import evaluate as module
-from vismem.evaluation.evaluate import ANSWERS
+from vismem.evaluation import decoding as module
+from vismem.evaluation.decoding import ANSWERS
 from vismem.launch import LaunchConfig, launch_step
 from vismem.launch.torchrun import run_processes
 from vismem.ranks import join_ranks

@@ -13,7 +13,8 @@ from PIL import Image
 from vismem.config import Config, EvaluateConfig
 from vismem.data.sample import write_shards
 from vismem.evaluation.arms import ARMS
-from vismem.evaluation.evaluate import decode, evaluate
+from vismem.evaluation.decoding import decode
+from vismem.evaluation.evaluate import evaluate
 from vismem.evaluation.looks import find_looks
 from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.generation.torch_executor import TorchExecutor

@@ -22,7 +22,7 @@ from vismem.config import Config, EvaluateConfig
 from vismem.data.sample import write_shards
 from vismem.errors import UserError
 from vismem.evaluation.arms import resolve_arms
-from vismem.evaluation.evaluate import decode
+from vismem.evaluation.decoding import decode
 from vismem.evaluation.lmms import VisMemLmms, _settings
 from vismem.evaluation.predictions import predict
 from vismem.evaluation.scored import read_scored

@@ -18,7 +18,7 @@ from vismem.config import Config, EvaluateConfig, SuiteConfig
 from vismem.data.benchmarks import BENCHMARKS, Benchmark
 from vismem.data.sample import Sample
 from vismem.errors import UserError
-from vismem.evaluation import evaluate as module
+from vismem.evaluation import decoding as module
 from vismem.evaluation.arms import Arm
 from vismem.evaluation.predictions import predictions_file, read_predictions
 from vismem.generation.types import Rollout

@@ -26,7 +26,7 @@ from vismem.data.sample import Sample
 from vismem.data.scenes import generate
 from vismem.evaluation.arms import resolve_arms
 from vismem.evaluation.compare import compare, read_arms
-from vismem.evaluation.evaluate import decode
+from vismem.evaluation.decoding import decode
 from vismem.evaluation.predictions import Prediction, predict
 from vismem.evaluation.scored import read_scored
 from vismem.generation.torch_executor import TorchExecutor

@@ -169,7 +169,7 @@ def test_the_page_marks_memories_escapes_answers_and_holds_as_many_as_fit(monkey
     assert "<b>?</b>" not in page
     assert page.count('<span class="chip short">short-term memory</span>') == page.count('data-memory="ns"') == 9
     page.encode()
-    monkeypatch.setattr("vismem.evaluation.compare.LARGEST", 2_000)
+    monkeypatch.setattr("vismem.evaluation.report.LARGEST", 2_000)
     page = render(arms, found, seed=0)
     assert 0 < page.count("<article") < 9
     assert f"{page.count('<article')} of the 9 questions, drawn at random" in page

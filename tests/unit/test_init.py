@@ -77,6 +77,7 @@ def test_bad_rows_are_counted_and_named_and_the_good_ones_kept(project: Path, ru
     file = write(project.parent / "photos", 12, more)
     said = run("own", "--data", os.path.relpath(file))
     assert "23 rows, 14 good, 6 bad, 3 asked before" in said, "other choices make another question"
+    assert "  answers    12 text, 2 choice; 'top left' is the most frequent" in said
     for reason in (
         "../photos/mine.jsonl, line 13: broken JSON",
         "../photos/mine.jsonl, line 14: no image file ../photos/gone.png",

@@ -15,6 +15,7 @@ from PIL import Image
 from vismem.cli import main
 from vismem.config import Config, load_config, parse_config
 from vismem.config.data import Split
+from vismem.data.sample import Sample
 from vismem.init.bases import Base, look_at
 from vismem.init.profile import settings_of
 from vismem.init.rows import Row
@@ -23,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "assets" / "tiny-vlm"
 
 
-def rows(train: int, test: int, target: str = "answer: top left") -> dict[Split, list[Row]]:
-    one = Row("line 1", {}, None, (b"1",), None, ((84, 84),), "?", "top left", target)
+def rows(train: int, test: int, rationale: str = "") -> dict[Split, list[Row]]:
+    one = Row("line 1", {}, None, Sample("1", (), "?", "top left", rationale=rationale), (b"1",), ((84, 84),))
     return {"train": [one] * train, "validation": [one] * 5, "test": [one] * test}
 
 
@@ -58,10 +59,10 @@ def test_the_gate_asks_for_nearly_all_test_questions_and_never_for_fewer_than_th
 
 
 def test_the_longest_answer_in_the_base_s_tokens_fits(tiny: Base) -> None:
-    long = "red " * 190 + "answer: red"
-    count = tiny.longest([long])
+    long = "red " * 190
+    count = tiny.longest([f"{long} answer: top left"])
     assert count > 190
-    assert count < values(tiny, Config(), target=long)["grpo.max_new_tokens"] < count + 16  # type: ignore[operator]
+    assert count < values(tiny, Config(), rationale=long)["grpo.max_new_tokens"] < count + 16  # type: ignore[operator]
     assert values(tiny, Config())["evaluate.max_new_tokens"] == Config().evaluate.max_new_tokens
 
 

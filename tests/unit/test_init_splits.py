@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vismem.config.data import Split
+from vismem.data.sample import Sample
 from vismem.errors import UserError
 from vismem.init.rows import Row
 from vismem.init.splits import MOST, ORDER, Splits, split_rows
@@ -14,11 +15,12 @@ from vismem.init.splits import MOST, ORDER, Splits, split_rows
 
 def row(number: int, *pictures: int, group: str | None = None, split: Split | None = None) -> Row:
     hashes = tuple(b"%d" % picture for picture in pictures)
-    return Row(f"line {number}", {"id": str(number)}, split, hashes, group, ((84, 84),), "?", "a", "answer: a")
+    sample = Sample(str(number), (), "?", "a", cluster=group or "")
+    return Row(f"line {number}", {"id": str(number)}, split, sample, hashes, ((84, 84),))
 
 
 def keys(splits: Splits) -> list[set[object]]:
-    return [{key for row in rows for key in (*row.pictures, row.group) if key} for rows in splits.rows.values()]
+    return [{key for row in of for key in (*row.pictures, row.sample.cluster) if key} for of in splits.rows.values()]
 
 
 ROWS = st.lists(

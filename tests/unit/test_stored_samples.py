@@ -56,7 +56,7 @@ def test_a_share_has_the_first_rows_of_each_source(tmp_path: Path) -> None:
 def test_an_empty_split_has_no_samples_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
     write_shards([], tmp_path / "empty")
     assert list(StoredSamples(tmp_path / "empty")) == []
-    with pytest.raises(FileNotFoundError, match="run `vismem prepare`"):
+    with pytest.raises(UserError, match="run `vismem prepare`"):
         StoredSamples(tmp_path)
 
 

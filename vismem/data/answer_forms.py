@@ -99,31 +99,35 @@ def answer_form(question: str, answer: str, choices: Sequence[str]) -> AnswerFor
 
     Options that stand in the question only ("A. red B. blue") count where the reference is one of them.
     """
-    options = lettered(choices) or _shown_options(question)
-    shown = _shows(question, options)
-    own = {option.strip().upper(): option for option in options.values()}
-    single = all(len(letter) == 1 and letter in ascii_uppercase for letter in own)
-    letters_only = single and len(own) == len({*options.values()}) > 0 and not shown
-    options = own if letters_only else options
-    named = _LETTER.fullmatch(answer.strip()) is not None
-    if shown and named:  # of two with the same words one is right
-        texts = [*options.values()]
-        options = {at: f"{text} ({at})" if texts.count(text) > 1 else text for at, text in options.items()}
-    by_letter = shown or letters_only or named
-    polar = _polar(options.values() if options else (answer,))
-    form = AnswerForm(AnswerKind.CHOICE, options, by_letter, shown, polar)
-    several = _LETTERS.fullmatch(answer.strip()) is not None and len(form.letters(answer) or "") > 1
-    if options and form.option(answer) is None and several:
-        return AnswerForm(AnswerKind.LETTERS, options, True, shown)
-    if any(choices) or (options and form.option(answer) is not None):
-        return AnswerForm(AnswerKind.YES_NO, options, polar=polar) if polar and not by_letter else form
-    if polar := _polar((answer,)):
+    offered = _offered(question, answer, choices)
+    options, right = offered.options, offered.option(answer) if offered.options else None
+    letters = _LETTERS.fullmatch(answer.strip()) is not None
+    if options and right is None and letters and len(offered.letters(answer) or "") > 1:  # "A, C"
+        return AnswerForm(AnswerKind.LETTERS, options, True, offered.shown)
+    if any(choices) or right is not None:  # "red", or its letter; "no", of yes and no
+        polar = not offered.by_letter and offered.polar
+        return AnswerForm(AnswerKind.YES_NO, options, polar=polar) if polar else offered
+    if polar := _polar((answer,)):  # "no", where nothing is offered
         return AnswerForm(AnswerKind.YES_NO, {}, polar=polar)
-    if parse_number(answer):
+    if parse_number(answer):  # "12 cm"
         return AnswerForm(AnswerKind.NUMBER, {})
-    if _LETTERS.fullmatch(answer.strip()) and AnswerForm(AnswerKind.LETTERS, {}).letters(answer):
+    if letters and AnswerForm(AnswerKind.LETTERS, {}).letters(answer):  # "B", of options in the picture
         return AnswerForm(AnswerKind.LETTERS, {}, True)
     return AnswerForm(AnswerKind.TEXT, {})
+
+
+def _offered(question: str, answer: str, choices: Sequence[str]) -> AnswerForm:
+    """The choice that the question offers, of `choices` or else of the options that it shows."""
+    options = lettered(choices) or _shown_options(question)
+    shown, named = _shows(question, options), _LETTER.fullmatch(answer.strip()) is not None
+    own = {option.strip().upper(): option for option in options.values()}
+    letters_only = not shown and {*own} <= {*ascii_uppercase} and len(own) == len({*options.values()}) > 0
+    if letters_only:
+        options = own
+    elif shown and named:  # of two with the same words one is right
+        texts = [*options.values()]
+        options = {at: f"{text} ({at})" if texts.count(text) > 1 else text for at, text in options.items()}
+    return AnswerForm(AnswerKind.CHOICE, options, shown or letters_only or named, shown, _polar(options.values()))
 
 
 def reference_value(form: AnswerForm, answer: str) -> str | None:

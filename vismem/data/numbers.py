@@ -6,7 +6,6 @@ may be no number, or more than one, is None: "3:4", "1,5", "more than 12", "12 o
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -68,21 +67,28 @@ _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth":
 _PARTS |= {f"{word}s": value for word, value in _PARTS.items()} | {"halves": 2}
 
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d{1,30})"
-_FRACTION = rf"(?:(?P<mixed>{_WHOLE})\s+)?(?P<over>\d{{1,9}})\s?/\s?(?P<under>\d{{1,9}})"
-_DECIMAL = rf"(?P<decimal>{_WHOLE}(?:\.\d{{0,30}})?|\.\d{{1,30}})"
-_POWER_OF_TEN = r"(?:e(?P<e>[-+]?\d{1,2})|\s?[x*]\s?10\s?\^\s?\{?(?P<power>[-+]?\d{1,2})\}?)"
-_SCALE = "|".join(_SCALES)
-_DIGITS = rf"(?:{_FRACTION}|{_DECIMAL}{_POWER_OF_TEN}?)(?:\s+(?P<scale>{_SCALE})\b)?"
 _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[-\s](?:{'|'.join(_ONES[1:])}))?|{'|'.join(_TEENS + _ONES)})"
 _BELOW_1000 = rf"(?:(?:a|{_BELOW_100})\s+(?:hundred|dozen)(?:\s+(?:and\s+)?{_BELOW_100})?|{_BELOW_100})"
 _SPELT = rf"(?:a|{_BELOW_1000})\s+(?:thousand|million|billion)(?:\s+(?:and\s+)?{_BELOW_1000})?|{_BELOW_1000}"
-_SPELT_PART = rf"(?P<parts>a(?=\shalf|\squarter)|{'|'.join(_ONES[1:])})[-\s](?P<part>{'|'.join(_PARTS)})|(?P<half>half)"
 _UNIT = "|".join(re.escape(alias) for alias in sorted(_UNIT_OF, key=len, reverse=True))
 _NUMBER = re.compile(
-    rf"(?<![\w.^])(?<!\d[,/:*+-])(?P<sign>(?<![\d)])[-+]|(?:minus|negative)\s+)?(?P<money>[€£¥]\s?)?"
-    rf"(?:{_DIGITS}|\b(?:{_SPELT_PART}|(?P<spelt>{_SPELT}|none))\b)"
-    rf"(?:\s?-?\s?(?:(?P<shape>square|sq|cubic)\.?\s+)?(?P<unit>{_UNIT})(?:\^?(?P<exponent>[23])(?!\d))?(?!\w))?"
-    r"(?!\w)(?![.,/:*+^-]\d)"
+    rf"""(?<![\w.^])(?<!\d[,/:*+-])                          # no part of a word, "3:4" or "1,5"
+    (?P<sign>(?<![\d)])[-+]|(?:minus|negative)\s+)?          # -3, minus three
+    (?P<money>[€£¥]\s?)?                                     # €5
+    (?:(?:
+        (?:(?P<mixed>{_WHOLE})\s+)?(?P<over>\d{{1,9}})\s?/\s?(?P<under>\d{{1,9}})                # 2 1/2
+        | (?P<decimal>{_WHOLE}(?:\.\d{{0,30}})?|\.\d{{1,30}})                                    # 1,234.5
+          (?:e(?P<e>[-+]?\d{{1,2}})|\s?[x*]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,2}})\}}?)?      # 1.2e3, 1.2 * 10^3
+      )(?:\s+(?P<scale>{"|".join(_SCALES)})\b)?                                                  # 1.2 million
+    | \b(?:
+        (?P<parts>a(?=\shalf|\squarter)|{"|".join(_ONES[1:])})[-\s](?P<part>{"|".join(_PARTS)})  # two thirds
+        | (?P<half>half) | (?P<spelt>{_SPELT}|none)                                              # one hundred and five
+      )\b
+    )
+    (?:\s?-?\s?(?:(?P<shape>square|sq|cubic)\.?\s+)?         # 5 square meters
+      (?P<unit>{_UNIT})(?:\^?(?P<exponent>[23])(?!\d))?(?!\w)  # 5 cm^2
+    )?(?!\w)(?![.,/:*+^-]\d)""",
+    re.VERBOSE,
 )
 _LABEL = re.compile(
     r"\b(?:figure|fig\.?|image|picture|photo|panel|step|table|page|question|equation|chapter|example|option|choice)"
@@ -160,30 +166,23 @@ def same_number(reply: Number, reference: Number) -> bool:
 
 def _only_number(plain: str) -> Number | None:
     """The number of a text in which it is the only one, however often it stands there."""
-    found: list[Number] = []
-    rest, end = "", 0
-    for match in _matches(plain):
+    found, rest, end = list[Number | None](), "", 0
+    for match in _NUMBER.finditer(plain):
         before, behind = plain[: match.start()], plain[match.end() :]
-        rest, end = rest + plain[end : match.start()] + " ", match.end()
-        if _LABEL.search(before) or (match[0] in ("one", "half") and not _is_count(before, behind)):
+        if match["spelt"] == "none" and match[0] != plain.strip(" ."):
             continue
-        number = _number(match)
-        if number is None or _BOUND.search(before) or _OPEN_END.match(behind):
-            return None
-        found.append(number)
+        rest, end = f"{rest}{plain[end : match.start()]} ", match.end()
+        if not _is_name(match[0], before, behind):
+            found.append(None if _BOUND.search(before) or _OPEN_END.match(behind) else _number(match))
     rest = re.sub(r"\w*[^\W\d_]\w*", "", rest + plain[end:])  # names and ordinals: A4, 2nd
-    if not found or re.search(r"[\d√π\\]", rest):
-        return None
-    return found[0] if len({(number.value, number.unit) for number in found}) == 1 else None
+    one = len({number and (number.value, number.unit) for number in found}) == 1
+    return found[0] if one and not re.search(r"[\d√π\\]", rest) else None
 
 
-def _matches(plain: str) -> Iterator[re.Match[str]]:
-    return (match for match in _NUMBER.finditer(plain) if match["spelt"] != "none" or match[0] == plain.strip(" ."))
-
-
-def _is_count(before: str, behind: str) -> bool:
-    """Whether "one" or "half" between these is a number, and no pronoun or side."""
-    return _COUNTED_ONE.search(before) is not None and _PRONOUN.match(behind) is None
+def _is_name(number: str, before: str, behind: str) -> bool:
+    """Whether a number between these is a figure's or an option's, or "one" or "half" a pronoun or a side."""
+    is_count = number not in ("one", "half") or (_COUNTED_ONE.search(before) and not _PRONOUN.match(behind))
+    return not is_count or _LABEL.search(before) is not None
 
 
 def _plain(text: str) -> str:

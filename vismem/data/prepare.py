@@ -1,25 +1,22 @@
 """The step `prepare`: the sources named in the parameters become Parquet shards per split, and `stats.json`."""
 
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vismem.config import Config
 from vismem.data.benchmarks import counted
-from vismem.data.clusters import named
+from vismem.data.clusters import claim, tied
 from vismem.data.dvc_source import fetched
-from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_pictures, sample_sha256
+from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_sha256
 from vismem.data.instructions import instructed
 from vismem.data.readers import read
 from vismem.data.revisions import write_revisions
 from vismem.data.sample import Sample, write_shards
 from vismem.files import write_json
 from vismem.progress import Advance, progress
-
-TOP_ANSWERS = 20
 
 
 def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -38,8 +35,8 @@ def prepare(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
             shutil.rmtree(out / name, ignore_errors=True)  # of a killed run
             write_shards(_rows(config, split, advance), out / name, config.prepare.rows_per_shard)
     whole = data_sha256({name: split.digests for name, split in splits.items()})
-    summaries = {name: split.summary() for name, split in splits.items()}
-    write_json(out / "stats.json", {"data_sha256": whole, "seed": config.seed, "splits": summaries})
+    counts = {n: {"rows": len(of.digests), "dropped": dict(sorted(of.dropped.items()))} for n, of in splits.items()}
+    write_json(out / "stats.json", {"data_sha256": whole, "seed": config.seed, "splits": counts})
     write_revisions(out, revisions)
     dropped = sum((split.dropped for split in splits.values()), Counter[str]())
     sizes = ", ".join(f"{len(split.digests)} {name}" for name, split in splits.items())
@@ -56,8 +53,6 @@ class _Split:
     name: str
     examine: Callable[[bytes], ImageFacts]
     owners: dict[str, str]  # the split of each image and group, shared by all: the first that has it
-    images: set[str] = field(default_factory=set)
-    values: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by the field's name
     dropped: Counter[str] = field(default_factory=Counter)  # by the split that has it, or the part not counted
     digests: list[bytes] = field(default_factory=list)
 
@@ -71,32 +66,11 @@ class _Split:
         if not counted(sample):
             self.dropped[f"{sample.source}, part {sample.part}"] += 1
             return False
-        hashes = [digest.hex() for digest in sample_pictures(sample, self.examine)]
-        keys = hashes + named(sample.source, sample.cluster)
-        others = [owner for key in keys if (owner := self.owners.get(key, self.name)) != self.name]
-        if others:
-            self.dropped[others[0]] += 1
+        if other := claim(self.owners, self.name, tied(sample, self.examine)):
+            self.dropped[other] += 1
             return False
-        self.owners.update(dict.fromkeys(keys, self.name))
-        self.images.update(hashes)
-        for name in ("task", "capability", "source", "answer"):
-            self.values[name][str(getattr(sample, name))] += 1
         self.digests.append(sample_sha256(sample.as_row()))
         return True
-
-    def summary(self) -> dict[str, Any]:
-        """The plain figures of `stats.json`, in a stable order."""
-        top = sorted(self.values["answer"].items(), key=lambda item: (-item[1], item[0]))[:TOP_ANSWERS]
-        return {
-            "rows": len(self.digests),
-            "images": len(self.images),
-            "tasks": dict(sorted(self.values["task"].items())),
-            "capabilities": dict(sorted(self.values["capability"].items())),
-            "sources": dict(sorted(self.values["source"].items())),
-            "answers": dict(top),
-            "distinct_answers": len(self.values["answer"]),
-            "dropped": dict(sorted(self.dropped.items())),
-        }
 
 
 def _rows(config: Config, split: _Split, advance: Advance) -> Iterator[Sample]:

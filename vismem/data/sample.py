@@ -157,15 +157,15 @@ def iterate_rows(shard: Path) -> Iterator[dict[str, Any]]:
 class StoredSamples(Sequence[Sample]):
     """The samples of one split's folder, in order, read from its shards as they are asked for.
 
-    The row groups that were read last stay in memory, CACHED_BYTES of them. FileNotFoundError if the folder holds no
-    shard; UserError for a damaged one.
+    The row groups that were read last stay in memory, CACHED_BYTES of them. UserError if the folder holds no shard, and
+    for a damaged one.
     """
 
     def __init__(self, folder: Path, places: Sequence[int] | None = None) -> None:
         """`places`: only these rows of the split, in this order; None: all."""
         shards = sorted(folder.glob("part-*.parquet"))
         if not shards:
-            raise FileNotFoundError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
+            raise UserError(f"no part-*.parquet in {folder}: run `vismem prepare`, or check the path")
         self._groups, self._ends, end = list[tuple[Path, int]](), list[int](), 0
         for shard in shards:
             with _told(shard):

@@ -1,6 +1,5 @@
 """`vismem compare`: arms whose answers other programs scored, compared question by question."""
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from markupsafe import Markup
 from vismem.errors import UserError
 from vismem.evaluation.panels import to_svg
 from vismem.evaluation.plots import interval_panel, short_name
-from vismem.evaluation.report import LARGEST, MARK, SCRIPT, environment, memory_letter
+from vismem.evaluation.report import SCRIPT, Cards
 from vismem.evaluation.scored import Scored, read_scored
 from vismem.evaluation.statistics import holm, paired_difference, score_interval
 from vismem.pages import TIPS, storable
@@ -119,19 +118,9 @@ def in_words(difference: Difference) -> str:
 
 def render(arms: Arms, rows: Sequence[Row], seed: int) -> str:
     """A page with the rows as charts and table, and the answers; of very many as many as fit, drawn at random."""
-    made, first = environment(), rows[0].arm
-    questions, size = [*arms[first].values()], 0
-    draw, shown = made.get_template("card.html.j2").module.card, {}  # type: ignore[attr-defined]
-    for place in random.Random(seed).sample(range(len(questions)), len(questions)):
-        asked = questions[place]
-        answers = {arm: answered[asked.id] for arm, answered in arms.items()}
-        verdicts = ["1" if answer.score == 1 else "0" for answer in answers.values()]
-        memories = [memory_letter(MARK.findall(answer.marked_text)) for answer in answers.values()]
-        card = draw(asked, asked.benchmark, answers, (), verdicts, memories, {})
-        size += len(card.encode(errors="replace"))
-        if size > LARGEST:
-            break
-        shown[place] = card
+    first = rows[0].arm
+    tasks = [question.benchmark for question in arms[first].values()]
+    cards = Cards({arm: [*answers.values()] for arm, answers in arms.items()}, tasks)
     ends = [end for row in rows for end in row.interval]
     by_benchmark: dict[str, list[Row]] = {}
     for row in rows:
@@ -142,13 +131,13 @@ def render(arms: Arms, rows: Sequence[Row], seed: int) -> str:
         )
         for name, of in by_benchmark.items()
     ]
-    page: str = made.get_template("compare.html.j2").render(
+    page: str = cards.environment.get_template("compare.html.j2").render(
         rows=by_benchmark,
         arms=[*arms],
-        n=len(questions),
+        n=len(tasks),
         charts=[(panel.words, to_svg(panel)) for panel in panels],
-        cards=[shown[place] for place in sorted(shown)],
-        tasks=sorted({question.benchmark for question in questions}),
+        cards=cards.every(seed),
+        tasks=sorted({*tasks}),
         script=Markup(TIPS + SCRIPT.read_text()),
     )
     return storable(page)

@@ -1,12 +1,9 @@
 """The step `evaluate`: every arm answers the same test questions; tables, metrics, plots and a report come out."""
 
 import hashlib
-import math
 import random
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +11,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from pydantic import TypeAdapter
 
 from vismem.config import Config
 from vismem.data.clusters import cluster_ids
@@ -23,25 +18,19 @@ from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation import plots, report
 from vismem.evaluation.arms import Arm, label, resolve_arms
+from vismem.evaluation.decoding import ANSWERS, decode
 from vismem.evaluation.looks import find_looks
 from vismem.evaluation.metrics import summarise
 from vismem.evaluation.panels import Panel
 from vismem.evaluation.predictions import Prediction, predict, predictions_file, write_predictions
 from vismem.evaluation.summary import headline, headline_figures
 from vismem.files import empty_folder, write_json, write_text
-from vismem.generation.engine import generate
-from vismem.generation.types import Rollout
 from vismem.models.attention import Look
 from vismem.models.loading import load_base
 from vismem.models.variants import load_variant
 from vismem.models.vismem import VisMemModel
-from vismem.progress import progress
 from vismem.provenance import git_state, sha256_file, sha256_folder, versions
-from vismem.ranks import share_of_work
-from vismem.records import VISMEM, Metrics
-
-WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
-ANSWERS, KEEP_EVERY = "answers-{}.checkpoint", 30.0  # of a process; seconds: after a kill, no more is answered again
+from vismem.records import VANILLA, VISMEM, Metrics
 
 
 def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
@@ -65,20 +54,8 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     looks = find_looks(models[VISMEM], asked, decoded[VISMEM].rollouts, config) if asked else {}
     if not accelerator.is_main_process:
         return ""
-    ids = [answer.id for answer in predictions[arms[0].name]]
-    seconds = {name: run.seconds / len(samples) for name, run in decoded.items()}
-    metrics = Metrics(
-        **summarise(
-            predictions,
-            seconds,
-            seed=config.seed,
-            resamples=config.evaluate.bootstrap,
-            set_apart=rows_set_apart(inputs["validate"]),
-        ),
-        stage2_sha256=sha256_folder(inputs["stage2"]),
-        test_sha256=sha256_folder(folder, "*.parquet"),
-        items_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-    )
+    seconds, apart = {name: run.seconds for name, run in decoded.items()}, rows_set_apart(inputs["validate"])
+    metrics = measure(config, inputs, predictions, seconds, sha256_folder(folder, "*.parquet"), apart)
     sources = {
         "base model": config.base.model,
         "memory (sha256)": sha256_file(inputs["stage2"] / "memory.safetensors"),
@@ -89,7 +66,7 @@ def evaluate(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "device": str(next(iter(models.values())).backbone.device),
     }
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    write(config, out, predictions, metrics, charts, pictures_of((samples, ids)), sources, looks)
+    write(config, out, predictions, metrics, charts, pictures_of([samples], predictions[VANILLA]), sources, looks)
     return headline(metrics)
 
 
@@ -98,14 +75,11 @@ def pick(folder: Path, limit: int | None, seed: int) -> Sequence[Sample]:
 
     (Not the first ones, which could be all of one task.)
     """
-    try:
-        count = len(StoredSamples(folder))
-        if count == 0:
-            raise UserError(f"the test split in {folder} has no rows: nothing to evaluate; check `prepare.sources`")
-        drawn = range(count) if limit is None else random.Random(seed).sample(range(count), min(limit, count))
-        return StoredSamples(folder, sorted(drawn))
-    except (OSError, ValueError) as error:  # a damaged shard, a wrong column
-        raise UserError(f"the test split in {folder} cannot be read: {error}; run `vismem validate` again") from error
+    count = len(StoredSamples(folder))
+    if count == 0:
+        raise UserError(f"the test split in {folder} has no rows: nothing to evaluate; check `prepare.sources`")
+    drawn = range(count) if limit is None else random.Random(seed).sample(range(count), min(limit, count))
+    return StoredSamples(folder, sorted(drawn))
 
 
 def rows_set_apart(validated: Path) -> Counter[str]:
@@ -115,12 +89,13 @@ def rows_set_apart(validated: Path) -> Counter[str]:
     return Counter(row["source"] or "" for table in tables for row in table.to_pylist() if row["split"] == "test")
 
 
-def pictures_of(*splits: tuple[Sequence[Sample], Sequence[str]]) -> report.Pictures:
+def pictures_of(asked: Sequence[Sequence[Sample]], answers: Sequence[Prediction]) -> report.Pictures:
     """A sample's pictures by its id, read as they are asked for: its images, and the first frame of each video.
 
-    `splits`: samples, and their ids.
+    `answers`: to all the samples of `asked`, in order.
     """
-    places = {name: (samples, place) for samples, ids in splits for place, name in enumerate(ids)}
+    every = ((samples, place) for samples in asked for place in range(len(samples)))
+    places = {answer.id: place for answer, place in zip(answers, every, strict=True)}
 
     def read(name: str) -> tuple[bytes, ...]:
         samples, place = places[name]
@@ -156,78 +131,24 @@ def load_models(arms: Sequence[Arm], inputs: Mapping[str, Path], config: Config)
     return models
 
 
-@dataclass
-class Run:
-    """An arm's answers, in the order of the samples, and the seconds spent decoding them."""
-
-    rollouts: list[Rollout] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-_TURNS = TypeAdapter(dict[int, dict[str, Run]])  # what the arms answered, by batch
-
-
-def decode(
-    models: Mapping[str, VisMemModel],
-    arms: Sequence[Arm],
-    samples: Sequence[Sample],
+def measure(
     config: Config,
-    kept: Path | None = None,
-    accelerator: Accelerator | None = None,
-    about: str = "evaluate",
-) -> dict[str, Run]:
-    """Answer `samples` greedily with every arm, each by its model of `models`. Only decoding is timed.
-
-    The arms take turns batch by batch, each round in another order, so that a drifting machine hits all alike. Several
-    processes share the batches, which are the same however many they are, so that no answer depends on it; all return
-    all answers. Answers so far go to files in the folder `kept` from time to time and at the end, and are read from
-    there: a killed run resumes behind them, and an arm that has answered does not again. `about`: for the progress.
-    """
-    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
-    rank, together = accelerator.process_index, accelerator.num_processes if config.base.tensor_parallel else 1
-    share, shares = share_of_work(accelerator, together)
-    files = sorted(kept.glob(ANSWERS.format("*"))) if kept else []
-    known = {file.name: _TURNS.validate_json(file.read_bytes()) for file in files}
-    done = {place: run for turns in known.values() for place, run in _flat(turns).items()}
-    own = known.get(ANSWERS.format(rank), {})
-    seen = gather_object([sorted(done)])  # and nobody writes before all have read
-    if any(turns != seen[0] for turns in seen):
-        raise UserError(f"the processes do not see the same files in {kept}: put it on shared storage")
-    count = math.ceil(len(samples) / config.evaluate.batch_size)
-    ends = [len(samples) * turn // count for turn in range(count + 1)]  # of one size, so that none is left alone
-    left = {turn: [arm for arm in arms if (turn, arm.name) not in done] for turn in range(count)}
-    mine = [turn for turn in range(count) if left[turn]][share::shares]
-    due = [arm for arm in arms if any(arm in left[turn] for turn in mine)]
-    for arm in due:
-        _answer(models[arm.model], arm, samples[:WARM_UP], config)
-    saved = time.monotonic()
-    asked = sum((ends[turn + 1] - ends[turn]) * len(left[turn]) for turn in mine)
-    with progress(about, asked, quiet=not accelerator.is_main_process) as advance:
-        for turn in mine:
-            shift, batch = turn % len(due), samples[ends[turn] : ends[turn + 1]]
-            answers = dict(own.get(turn, {}))
-            for arm in [arm for arm in (*due[shift:], *due[:shift]) if arm in left[turn]]:
-                started = time.perf_counter()
-                rollouts = _answer(models[arm.model], arm, batch, config)
-                answers[arm.name] = Run(rollouts, time.perf_counter() - started)
-                advance(len(batch), arm=arm.label)
-            own[turn] = answers
-            if kept and (time.monotonic() - saved >= KEEP_EVERY or turn == mine[-1]):
-                write_text(kept / ANSWERS.format(rank), _TURNS.dump_json(own).decode())
-                saved = time.monotonic()
-    for turns in gather_object([own]):
-        done |= _flat(turns)
-    runs = {arm.name: Run() for arm in arms}
-    for turn in range(count):
-        for name, run in runs.items():
-            run.rollouts += done[turn, name].rollouts
-            run.seconds += done[turn, name].seconds
-    return runs
-
-
-def _flat(turns: Mapping[int, Mapping[str, Run]]) -> dict[tuple[int, str], Run]:
-    """Answers by batch and arm."""
-    return {(turn, arm): run for turn, answers in turns.items() for arm, run in answers.items()}
+    inputs: Mapping[str, Path],
+    predictions: Mapping[str, Sequence[Prediction]],
+    seconds: Mapping[str, float],
+    test_sha256: str,
+    set_apart: Mapping[str, int] = MappingProxyType({}),
+) -> Metrics:
+    """The content of `metrics.json`. `seconds`: of each arm, for all answers; `set_apart`: see `summarise`."""
+    ids = [answer.id for answer in predictions[VANILLA]]
+    each = {arm: total / len(ids) for arm, total in seconds.items()}
+    resamples = config.evaluate.bootstrap
+    return Metrics(
+        **summarise(predictions, each, seed=config.seed, resamples=resamples, set_apart=set_apart),
+        stage2_sha256=sha256_folder(inputs["stage2"]),
+        test_sha256=test_sha256,
+        items_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+    )
 
 
 def write(
@@ -263,9 +184,3 @@ def write(
     write_text(out / "report.html", page)
     for file in kept:
         file.unlink()
-
-
-def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
-    return generate(
-        model, samples, arm.policy, max_new_tokens=config.evaluate.max_new_tokens, temperature=0.0, seed=config.seed
-    )

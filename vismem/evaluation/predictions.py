@@ -47,6 +47,11 @@ class Prediction:
     visual_tokens: int = 0  # of the images and videos before the answer
     cluster: str = ""  # what it is drawn with, see `vismem.data.clusters`; empty in files of earlier versions
 
+    @property
+    def memories(self) -> list[str]:
+        """The kind of each memory that it invoked."""
+        return [event.kind for event in self.invocations]
+
 
 _TYPES: dict[Any, Any] = {str: "string", str | None: "string", int: "int64", float: "float64", bool: "bool"}
 _EVENT = pa.struct([(field.name, _TYPES[field.type]) for field in fields(InvocationRecord)])

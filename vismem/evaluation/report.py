@@ -5,12 +5,11 @@ import io
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import Environment
 from markupsafe import Markup, escape
 from PIL import Image
 
@@ -23,6 +22,7 @@ from vismem.evaluation.looks import map_picture
 from vismem.evaluation.metrics import cluster_of, is_yes_no
 from vismem.evaluation.panels import Panel, to_svg
 from vismem.evaluation.predictions import Prediction
+from vismem.evaluation.scored import MARK, Scored
 from vismem.evaluation.summary import headline
 from vismem.models.attention import Look
 from vismem.models.kinds import MemoryKind
@@ -33,7 +33,6 @@ from vismem.runtime.images import decoded_base64, upright
 EXAMPLES = 4  # at most, of wins and of losses
 LOOKED_AT = 60  # questions at most for which the page shows where memories looked
 LARGEST = 4_000_000  # bytes of answers and their pictures in the page; of more, as many as fit are drawn at random
-MARK = re.compile(r"<m_I\^([sl])>")  # of a memory in an answer
 SCRIPT = Path(__file__).with_name("report.js")
 
 Pictures = Callable[[str], Sequence[bytes] | None]  # a sample's, by its id
@@ -44,29 +43,42 @@ class Cards:
 
     def __init__(
         self,
-        predictions: Mapping[str, Sequence[Prediction]],
-        pictures: Pictures,
-        looks: Mapping[int, Sequence[Look]],
+        answers: Mapping[str, Sequence[Prediction | Scored]],
+        tasks: Sequence[str],
+        pictures: Pictures = lambda _: None,
+        looks: Mapping[int, Sequence[Look]] = MappingProxyType({}),
     ) -> None:
-        self.environment = environment()
+        """`answers`: by arm; `tasks`: of the questions; `looks`: of VisMem's memories, by place."""
+        self.environment = page_environment("vismem.evaluation")  # of the page that they are in
+        self.environment.filters |= {f.__name__: f for f in (label, mark_memories, p_value, signed)}
         self.rules: list[str] = []  # of the style sheet, one per picture
         self.size = 0  # bytes of all cards and rules so far
         self._macro = self.environment.get_template("card.html.j2").module.card  # type: ignore[attr-defined]
-        self._predictions, self._pictures, self._looks = predictions, pictures, looks
-        self._tasks = task_names(next(iter(predictions.values())))
+        self._answers, self._tasks, self._pictures, self._looks = answers, tasks, pictures, looks
         self._classes: dict[bytes, str] = {}  # by the picture's sha256
 
     def card(self, place: int, arms: Iterable[str]) -> Markup:
         """The question at `place` as `arms` answered it; its pictures are in `rules` from now on."""
-        answers = {arm: self._predictions[arm][place] for arm in arms}
+        answers = {arm: self._answers[arm][place] for arm in arms}
         asked = next(iter(answers.values()))
         classes = [self._class(data) for data in self._pictures(asked.id) or ()]
         verdicts = [_verdict(answer) for answer in answers.values()]
-        memories = [memory_letter(event.kind for event in answer.invocations) for answer in answers.values()]
+        memories = [_letter(answer.memories) for answer in answers.values()]
         looks = {VISMEM: self._looks.get(place, ())}
         card = Markup(self._macro(asked, self._tasks[place], answers, classes, verdicts, memories, looks))
         self.size += len(card.encode(errors="replace"))
         return card
+
+    def every(self, seed: int, first: Collection[int] = ()) -> list[Markup]:
+        """A card for every question, in order behind the `first`; where they would be larger than LARGEST, for some."""
+        shown: dict[int, Markup] = {}
+        count = len(self._tasks)
+        for place in dict.fromkeys([*first, *random.Random(seed).sample(range(count), count)]):
+            card = self.card(place, self._answers)
+            if self.size > LARGEST:
+                break
+            shown[place] = card
+        return [shown[place] for place in sorted(shown, key=lambda place: (place not in first, place))]
 
     def _class(self, data: bytes) -> str:
         """The picture's class; of one that does not decode, none."""
@@ -79,13 +91,6 @@ class Cards:
                 self.rules.append(f".{self._classes[key]}{{background-image:url({address});--size:{size}}}")
                 self.size += len(self.rules[-1])
         return self._classes[key]
-
-
-def environment() -> Environment:
-    """Jinja for pages with `Cards` and figures."""
-    made = page_environment("vismem.evaluation")
-    made.filters |= {f.__name__: f for f in (label, mark_memories, p_value, signed)}
-    return made
 
 
 def render(
@@ -103,13 +108,15 @@ def render(
 
     Everything that came from data is escaped; pictures are embedded, as thumbnails.
     """
-    cards, vanilla = Cards(predictions, pictures, looks), predictions[VANILLA]
-    clusters = {(task, cluster_of(answer)) for task, answer in zip(task_names(vanilla), vanilla, strict=True)}
+    vanilla = predictions[VANILLA]
+    tasks = task_names(vanilla)
+    cards = Cards(predictions, tasks, pictures, looks)
+    clusters = {(task, cluster_of(answer)) for task, answer in zip(tasks, vanilla, strict=True)}
     wins, losses = disagreements(predictions)
     shown_wins, shown_losses = (
         [cards.card(place, (VISMEM, VANILLA)) for place in places] for places in examples(wins, losses, metrics.seed)
     )
-    answers = all_answers(cards, metrics, looks)
+    answers = cards.every(metrics.seed, looks)
     references = [normalise(answer.reference) for answer in vanilla if is_yes_no(answer)]
     page: str = cards.environment.get_template("report.html.j2").render(
         metrics=metrics,
@@ -134,17 +141,6 @@ def render(
         script=Markup(TIPS + SCRIPT.read_text()),
     )
     return storable(page)
-
-
-def all_answers(cards: Cards, metrics: Metrics, first: Iterable[int]) -> list[Markup]:
-    """A card for every question, in order behind the `first`; where they would be larger than LARGEST, for some."""
-    shown: dict[int, Markup] = {}
-    for place in dict.fromkeys([*first, *random.Random(metrics.seed).sample(range(metrics.n), metrics.n)]):
-        card = cards.card(place, metrics.arms)
-        if cards.size > LARGEST:
-            break
-        shown[place] = card
-    return [shown[place] for place in sorted(shown, key=lambda place: (place not in first, place))]
 
 
 def to_look_at(predictions: Mapping[str, Sequence[Prediction]], seed: int) -> list[int]:
@@ -195,12 +191,12 @@ def _chip(kind: MemoryKind, look: Look | None) -> str:
     return f'<button type="button" class="chip {kind}" {data}>{kind}-term memory</button>'
 
 
-def _verdict(answer: Prediction) -> str:
+def _verdict(answer: Prediction | Scored) -> str:
     """For the page's filter, as one letter: 1 right, u unparsed, 0 wrong otherwise."""
     return "1" if answer.score == 1 else "u" if answer.rule == UNPARSED else "0"
 
 
-def memory_letter(kinds: Iterable[str]) -> str:
+def _letter(kinds: Iterable[str]) -> str:
     """The kinds of memory that an answer invoked, as one letter for the page's filter: s, l, b(oth) or n(one)."""
     letters = {kind[0] for kind in kinds}
     return "b" if len(letters) > 1 else next(iter(letters), "n")

@@ -30,6 +30,7 @@ LMMS_FILE = re.compile(r"(?:.*_)?samples_(?P<task>.+)\.jsonl")
 KIT_SCORES = ("hit", "score", "eval_score", "match")  # columns in which VLMEvalKit's files of results hold a score
 GIVEN = ("doc_id", "target")  # numbers of lmms-eval's that are no score
 TRUTHS = {"True": 1, "False": 0}
+MARK = re.compile(r"<m_I\^([sl])>")  # of a memory in an answer of ours
 RESULT = re.compile(r"_(?:auxmatch|gpt[^_]*|(?:[^_]+|exact_matching)_result)$")  # _gpt...: of a judge that gives points
 FAILED = ("[LMMS_EVAL_REQUEST_FAILED", "Failed to obtain answer")  # how the harnesses' answers of failed calls begin
 
@@ -48,6 +49,12 @@ class Scored:
     cluster: str
     question: str = ""
     marked_text: str = ""
+    rule = ""  # by which it was read: not known
+
+    @property
+    def memories(self) -> list[str]:
+        """The kind of each memory that its marks say it invoked, as a letter."""
+        return MARK.findall(self.marked_text)
 
 
 def read_scored(path: Path, metric: str | None = None, cluster: str | None = None) -> list[Scored]:

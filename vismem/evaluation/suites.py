@@ -30,15 +30,15 @@ from vismem.evaluation import plots
 from vismem.evaluation.answers import UNPARSED
 from vismem.evaluation.arms import resolve_arms
 from vismem.evaluation.benchmarks import score_of
-from vismem.evaluation.evaluate import Run, decode, load_models, pick, pictures_of, write
+from vismem.evaluation.decoding import Run, decode
+from vismem.evaluation.evaluate import load_models, measure, pick, pictures_of, write
 from vismem.evaluation.judge import Judge
-from vismem.evaluation.metrics import summarise
 from vismem.evaluation.predictions import Prediction, predict
 from vismem.evaluation.summary import headline
 from vismem.files import write_json
 from vismem.generation.types import Rollout
 from vismem.provenance import sha256_folder
-from vismem.records import VANILLA, VISMEM, Metrics
+from vismem.records import VANILLA, VISMEM
 
 STORE = "suite_store"  # beside the output: answers, verdicts, and while a suite is asked its questions
 
@@ -166,19 +166,14 @@ def _write(config: Config, inputs: Mapping[str, Path], out: Path, every: Sequenc
     """Write what `evaluate` writes of the benchmarks that are scored, and `suite.json` of all; return it as text."""
     scored = _without_reason(every)
     predictions = {arm: [p for one in scored for p in one.predictions[arm]] for arm in config.suite.arms}
-    ids = [[p.id for p in one.predictions[VANILLA]] for one in scored]
-    items = list(chain.from_iterable(ids))
-    seconds = {arm: sum(one.runs[arm].seconds for one in scored) / len(items) for arm in predictions}
-    figures = summarise(predictions, seconds, seed=config.seed, resamples=config.evaluate.bootstrap)
-    hashes = {"stage2": sha256_folder(inputs["stage2"]), "test": sha256_folder(out.with_name(STORE) / "data")}
-    hashes["items"] = hashlib.sha256("\n".join(items).encode()).hexdigest()
-    metrics = Metrics(**figures, **{f"{name}_sha256": value for name, value in hashes.items()})
-    rows = [one.row({} if one.why else figures["benchmarks"][one.benchmark.file]) for one in every]
+    seconds = {arm: sum(one.runs[arm].seconds for one in scored) for arm in predictions}
+    metrics = measure(config, inputs, predictions, seconds, sha256_folder(out.with_name(STORE) / "data"))
+    rows = [one.row({} if one.why else metrics.benchmarks[one.benchmark.file].model_dump()) for one in every]
     means = {arm: sum(row["paper"][arm] for row in rows if row["scores"]) / len(scored) for arm in (VANILLA, VISMEM)}
-    mean = {"name": "mean of those scored", "capability": "", "score": "", "why": "", "n": len(items), "left_out": {}}
+    mean = {"name": "mean of those scored", "capability": "", "score": "", "why": "", "n": metrics.n, "left_out": {}}
     rows.append(mean | {"scores": metrics.macro, "paper": means})
     charts = plots.evaluation_charts(metrics, predictions, plots.read_curves(inputs["stage2"]))
-    pictures = pictures_of(*((one.samples, own) for one, own in zip(scored, ids, strict=True)))
+    pictures = pictures_of([one.samples for one in scored], predictions[VANILLA])
     judge = f"{config.suite.judge_model or 'none'} {config.suite.judge_url}"
     sources = {"base model": str(inputs["base"]), "test data (sha256)": metrics.test_sha256, "judge": judge}
     write(config, out, predictions, metrics, charts, pictures, sources, suite=rows)

@@ -2,8 +2,9 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from vismem.config import DEFAULT_BASE, Config
 from vismem.config.data import Split
 from vismem.data.answer_forms import AnswerKind, answer_form
-from vismem.data.collate import ANSWER_MARK
+from vismem.data.collate import ANSWER_MARK, target_text
 from vismem.data.instructions import instruction_for
 from vismem.init.bases import Base
 from vismem.init.rows import Row
@@ -38,7 +39,7 @@ def settings_of(
 ) -> list[Setting]:
     """The settings of a profile in the order of `params.yaml`. `config` is what the profile is laid over."""
     train, test, grpo = len(rows["train"]), len(rows["test"]), config.grpo
-    longest = base.longest(row.target for split in rows.values() for row in split)
+    longest = base.longest(target_text(row.sample) for split in rows.values() for row in split)
     counted = "by the base's tokenizer" if base.tokenizer else "guessed from its characters"
     tokens = answer_tokens(longest, config)
     limit = f"your longest answer has {longest} ({counted}), and the base's own words need room too"
@@ -87,12 +88,17 @@ def settings_of(
 
 def _instructions(rows: Mapping[Split, list[Row]], config: Config) -> Iterator[Setting]:
     """The instruction for each kind of answer that the rows ask for; none where the base is told nothing."""
-    asked = [(row.question, row.answer, tuple(row.values.get("choices") or ())) for of in rows.values() for row in of]
-    kinds = Counter(answer_form(*one).kind for one in asked)
+    kinds = kinds_of(chain.from_iterable(rows.values()))
     for kind in AnswerKind:
         if kinds[kind] and (text := instruction_for(kind, config.prepare.instructions)):
             why = f'{kinds[kind]} of your questions are answered so; the answer is read behind "{ANSWER_MARK}"'
             yield Setting(f"prepare.instructions.{kind.value}", text, why)
+
+
+def kinds_of(rows: Iterable[Row]) -> Counter[AnswerKind]:
+    """How many rows ask for each kind of answer."""
+    asked = (row.sample for row in rows)
+    return Counter(answer_form(sample.question, sample.answer, sample.choices).kind for sample in asked)
 
 
 def answer_tokens(longest: int, config: Config) -> int:

@@ -1,12 +1,11 @@
 """What `vismem init` tells: what the rows are, what was left out, what to watch, and what to run next."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from vismem.config import Config
 from vismem.init.bases import Base
-from vismem.init.profile import counts_of
+from vismem.init.profile import counts_of, kinds_of
 from vismem.init.rows import Row, Rows
 from vismem.init.splits import SHARES, Splits, grouped
 from vismem.progress import about
@@ -82,21 +81,9 @@ def _images(rows: Sequence[Row]) -> str:
 
 
 def _answers(rows: Sequence[Row]) -> str:
-    kinds = Counter(_kind(row) for row in rows)
-    answer, count = Counter(row.answer.casefold() for row in rows).most_common(1)[0]
-    listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    answer, count = Counter(row.sample.answer.casefold() for row in rows).most_common(1)[0]
+    listed = ", ".join(f"{number} {kind}" for kind, number in kinds_of(rows).most_common())
     return f"{listed}; '{answer}' is the most frequent, {count / len(rows):.0%}: who always says it scores that"
-
-
-def _kind(row: Row) -> str:
-    answer = row.answer.strip()
-    if row.values.get("choices"):
-        return "of several choices"
-    if answer.casefold() in ("yes", "no"):
-        return "yes or no"
-    if re.fullmatch(r"[-+]?\d[\d.,]*", answer):
-        return "numbers"
-    return "single words" if len(answer.split()) == 1 else "of several words"
 
 
 def _made(splits: Splits) -> str:
@@ -122,7 +109,7 @@ def _notes(splits: Splits, below: Config) -> Iterator[str]:
     if train < ENOUGH_TRAIN:
         yield f"{train} train questions are enough to see that all steps work, and too few to learn from"
     for split, rows in splits.rows.items():
-        answer, count = Counter(row.answer.casefold() for row in rows).most_common(1)[0]
+        answer, count = Counter(row.sample.answer.casefold() for row in rows).most_common(1)[0]
         if count / len(rows) > below.validate_.max_label_share and len(rows) > 1:
             yield f"'{answer}' is the answer to {count / len(rows):.0%} of the {split} questions"
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from vismem.config import ValidateConfig
 from vismem.config.data import Split
-from vismem.data.collate import target_text
-from vismem.data.fingerprint import ImageFacts, image_cache, sample_pictures
+from vismem.data.fingerprint import image_cache, sample_pictures
 from vismem.data.readers import jsonl
 from vismem.data.readers.files import json_object, numbered_lines
 from vismem.data.sample import Sample
@@ -39,14 +38,10 @@ class Row:
     where: str  # "train.jsonl, line 3", the path as the user gave it
     values: dict[str, Any]  # as it will be written: the user's keys, an id, paths from the common folder of images
     split: Split | None
+    sample: Sample  # without its images and videos
     pictures: tuple[bytes, ...]  # images and videos by their pixels, hashes
-    group: str | None  # what must not be parted besides: the row's key `group`
     sides: tuple[tuple[int, int], ...]  # width and height of each image, pixels
-    question: str
-    answer: str
-    target: str  # what the model learns to write: rationale, mark, answer
     doubts: tuple[str, ...] = ()  # why the base cannot read it
-    choices: tuple[str, ...] = ()  # in the order of the alphabet
 
 
 @dataclass
@@ -80,71 +75,66 @@ def read_rows(
     """
     for file in files:
         _require_file(file)
-    rows = Rows(_common([file.images for file in files]))
-    examine = image_cache(settings.max_pixels)
-    ids, asked, unnamed = dict[str, str](), dict[tuple[object, ...], Row](), list[Row]()
+    rows, examine = Rows(_common([file.images for file in files])), image_cache(settings.max_pixels)
+    read = list[Row]()
+
+    def checked(file: File, where: str, line: bytes) -> Row:
+        values, sample = _parsed(file, where, line, rows.images)
+        if faults := row_faults(sample, settings, examine, reserved):
+            raise UserError(f"{where}: {'; '.join(faults)}")
+        split, seen = file.split or _split(values, where), [examine(data) for data in sample.images]
+        pictures, sides = tuple(sample_pictures(sample, examine)), tuple((facts.width, facts.height) for facts in seen)
+        return Row(where, values, split, replace(sample, images=(), videos=()), pictures, sides, tuple(doubts(sample)))
+
     with progress("check rows") as advance:
         for file in files:
             for where, line in numbered_lines(file.path):
                 advance()
                 try:
-                    row, had_id = _row(file, where, line, rows.images, settings, examine, doubts, reserved)
+                    read.append(checked(file, where, line))
                 except UserError as fault:
                     rows.bad.append(str(fault))
-                    continue
-                key = (row.pictures, " ".join(row.question.split()), row.choices)
-                if had_id and (first := ids.get(row.values["id"])):
-                    rows.duplicates.append(f"{where}: the id '{row.values['id']}' is that of {first}")
-                elif before := asked.get(key):
-                    other = "" if before.answer == row.answer else f", with another answer ('{before.answer}')"
-                    rows.duplicates.append(f"{where}: the same question about the same images as {before.where}{other}")
-                else:
-                    asked[key] = row
-                    rows.good.append(row)
-                    if had_id:
-                        ids[row.values["id"]] = where
-                    else:
-                        unnamed.append(row)
-    for row in unnamed:  # now that all of the user's own are known
-        row.values["id"] = _unused(row.values["id"], ids)
-        ids[row.values["id"]] = row.where
-    rows.named = len(unnamed)
+    rows.good, rows.duplicates = _without_repeats(read)
+    rows.named = _give_ids(rows.good)
     return rows
 
 
-def _row(
-    file: File,
-    where: str,
-    line: bytes,
-    images: Path,
-    settings: ValidateConfig,
-    examine: Callable[[bytes], ImageFacts],
-    doubts: Callable[[Sample], Sequence[str]],
-    reserved: Reserved | None,
-) -> tuple[Row, bool]:
-    """The row, and whether it had an id. UserError, one line, with what is wrong."""
+def _parsed(file: File, where: str, line: bytes, images: Path) -> tuple[dict[str, Any], Sample]:
+    """`Row.values`, in which the id is empty where there is none, and the sample. UserError with what is wrong."""
     values = json_object(line, where, NEEDED)
-    had_id = values.get("id") is not None and str(values["id"]).strip() != ""
-    if not had_id:
-        values["id"] = _new_id(Path(os.path.abspath(file.path)), images, where)
-    sample = jsonl.sample_of(values, file.images, where, file.path.name)
-    if faults := row_faults(sample, settings, examine, reserved):
-        raise UserError(f"{where}: {'; '.join(faults)}")
-    seen = [examine(data) for data in sample.images]
-    row = Row(
-        where=where,
-        values=_moved(values, Path(os.path.relpath(os.path.realpath(file.images), os.path.realpath(images)))),
-        split=file.split or _split(values, where),
-        pictures=tuple(sample_pictures(sample, examine)),
-        group=sample.cluster or None,
-        sides=tuple((facts.width, facts.height) for facts in seen),
-        question=sample.question,
-        answer=sample.answer,
-        target=target_text(sample),
-        doubts=tuple(doubts(sample)),
-        choices=tuple(sorted(sample.choices)),
-    )
-    return replace(row, values={**row.values, "id": sample.id}), had_id
+    has_id = values.get("id") is not None and str(values["id"]).strip() != ""
+    own = values["id"] if has_id else _new_id(Path(os.path.abspath(file.path)), images, where)
+    sample = jsonl.sample_of(values | {"id": own}, file.images, where, file.path.name)
+    folder = Path(os.path.relpath(os.path.realpath(file.images), os.path.realpath(images)))
+    return _moved(values, folder) | {"id": sample.id if has_id else ""}, sample
+
+
+def _without_repeats(read: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows that were not there before, and a line for each of the others."""
+    ids, asked, good, repeated = dict[str, str](), dict[tuple[object, ...], Row](), list[Row](), list[str]()
+    for row in read:
+        question, own = " ".join(row.sample.question.split()), row.values["id"]
+        key = (row.pictures, question, tuple(sorted(row.sample.choices)))
+        if own and own in ids:
+            repeated.append(f"{row.where}: the id '{own}' is that of {ids[own]}")
+        elif before := asked.get(key):
+            answer = before.sample.answer
+            other = "" if answer == row.sample.answer else f", with another answer ('{answer}')"
+            repeated.append(f"{row.where}: the same question about the same images as {before.where}{other}")
+        else:
+            asked[key], ids[own] = row, row.where
+            good.append(row)
+    return good, repeated
+
+
+def _give_ids(rows: Sequence[Row]) -> int:
+    """Give an id to rows that have none, which none of the user's own is; how many."""
+    unnamed = [row for row in rows if not row.values["id"]]
+    ids = {row.values["id"] for row in rows}
+    for row in unnamed:
+        row.values["id"] = _unused(row.sample.id, ids)
+        ids.add(row.values["id"])
+    return len(unnamed)
 
 
 def _require_file(file: File) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vismem.config.data import Split
-from vismem.data.clusters import joined
+from vismem.data.clusters import claim, joined
 from vismem.errors import UserError
 from vismem.init.rows import Row
 
@@ -51,22 +51,21 @@ def split_rows(rows: Sequence[Row], seed: int) -> Splits:
 
 def _without_leaks(rows: Sequence[Row]) -> tuple[dict[Split, list[Row]], list[str]]:
     """The rows by the split that they name, train where they name none, but for those whose image is in an earlier."""
-    chosen, leaks, owners = dict[Split, list[Row]](), list[str](), dict[str, Split]()
+    chosen, leaks, owners = dict[Split, list[Row]](), list[str](), dict[str, str]()
     for split in reversed(ORDER):
         chosen[split] = []
         for row in (row for row in rows if (row.split or "train") == split):
-            if other := next((owners[key] for key in _keys(row) if owners.get(key, split) != split), None):
+            if other := claim(owners, split, _keys(row)):
                 leaks.append(f"{row.where}: left out of {split}, its image or group is in {other}")
             else:
-                owners.update(dict.fromkeys(_keys(row), split))
                 chosen[split].append(row)
     return chosen, leaks
 
 
 def _keys(row: Row) -> list[str]:
     """What ties a row to others: the hashes of its images, and its group's name; of one with neither, its id."""
-    tied = [*(digest.hex() for digest in row.pictures), *([f"group {row.group}"] if row.group is not None else [])]
-    return tied or [f"row {row.values['id']}"]
+    group = [f"group {row.sample.cluster}"] if row.sample.cluster else []
+    return [*(digest.hex() for digest in row.pictures), *group] or [f"row {row.values['id']}"]
 
 
 def grouped(rows: Sequence[Row]) -> list[Group]:
@@ -79,7 +78,7 @@ def grouped(rows: Sequence[Row]) -> list[Group]:
 
 def _hash(group: Group, seed: int) -> str:
     """Where the group stands in the order: from its smallest image, whatever the order of its rows."""
-    first = min((picture for row in group for picture in row.pictures), default=group[0].question.encode())
+    first = min((picture for row in group for picture in row.pictures), default=group[0].sample.question.encode())
     return hashlib.sha256(f"{seed}/".encode() + first).hexdigest()
 
 

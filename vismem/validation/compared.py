@@ -3,7 +3,9 @@
 Images are compared by their pixels' hash, and by small copies (`ImageFacts.look`), in a k-d tree instead of all pairs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -16,8 +18,8 @@ from vismem.runtime.images import LOOK
 CHUNK = 4096  # images that are looked up at once
 ALIKE = 8  # of the images that look like another, those that look most like it
 _CELLS = np.arange(LOOK * LOOK * 3).reshape(LOOK, LOOK, 3)
-# The places of a small copy's values in what it is turned and mirrored; as it stands last.
-TURNED = [np.rot90(side, quarters).ravel() for side in (_CELLS[:, ::-1], _CELLS) for quarters in (1, 2, 3, 0)]
+# The places of a small copy's values in what it is turned and mirrored; as it stands first.
+TURNED = [np.rot90(side, quarters).ravel() for side in (_CELLS, _CELLS[:, ::-1]) for quarters in (0, 3, 2, 1)]
 
 
 def compare(table: pd.DataFrame, shards: Sequence[str], levels: int) -> dict[str, pd.Series]:
@@ -67,29 +69,26 @@ def _near_leaks(table: pd.DataFrame, place: pd.Series, levels: int) -> tuple[pd.
     """Where another split, of higher precedence, shows an image that looks like one of a row's; and asks the same."""
     shown = table[["split", "image_hashes", "looks"]].explode(["image_hashes", "looks"]).dropna()
     shown = shown.set_axis(["split", "image", "look"], axis=1)
-    pairs = list(_alike(shown.drop_duplicates("image"), levels)) if levels else []
-    alike = pd.DataFrame(pairs, columns=["image", "like"]).groupby("image")["like"].agg(list).to_dict()
-    shown["like"] = shown["image"].map(dict(pairs))
+    alike = _alike(shown.drop_duplicates("image"), levels) if levels else {}
+    shown["like"] = shown["image"].map({image: others[0] for image, others in alike.items()})
     near = shown.dropna().groupby(level=0).first()
-    owner = shown.loc[shown["image"].isin({like for _, like in pairs})]
-    # Of the rows that show the image, the first, and the first that asks and answers the same.
     asked_so = zip(table["question"], table["value"], strict=True)
     words = [f"{' '.join(question.casefold().split())}\n{value}" for question, value in asked_so]
-    first = dict[object, str]()
-    for row, image in owner["image"].items():
-        first.setdefault(image, place[row])
-        first.setdefault((image, words[row]), place[row])
+    shows, asks = dict[bytes, str](), dict[tuple[bytes, str], str]()  # the first row with an image; and with the words
+    for row, image in shown.loc[shown["image"].isin({*chain(*alike.values())}), "image"].items():
+        shows.setdefault(image, place[row])
+        asks.setdefault((image, words[row]), place[row])
     asked = {
-        row: next((first[like, words[row]] for like in reversed(alike[image]) if (like, words[row]) in first), None)
+        row: next((asks[like, words[row]] for like in alike[image] if (like, words[row]) in asks), None)
         for row, image in near["image"].items()
     }
-    return near["like"].map(first), pd.Series(asked, dtype=object)
+    return near["like"].map(shows), pd.Series(asked, dtype=object)
 
 
-def _alike(images: pd.DataFrame, levels: int) -> Iterator[tuple[bytes, bytes]]:
-    """Pairs of an image and those of an earlier split that look most like it, ALIKE at most, as far as they do.
+def _alike(images: pd.DataFrame, levels: int) -> dict[bytes, list[bytes]]:
+    """Image -> those of an earlier split that look most like it, ALIKE at most of each turn, as far as they do.
 
-    The one that looks most like it comes last, and those that do as they stand behind those that do turned by quarters
+    The one that looks most like it comes first, and those that do as they stand before those that do turned by quarters
     or mirrored. Images whose small copy is almost of one colour are left out: nothing can be seen in it.
     """
     looks = images.loc[images["look"].str.len() > 0]
@@ -97,6 +96,7 @@ def _alike(images: pd.DataFrame, levels: int) -> Iterator[tuple[bytes, bytes]]:
     clear = np.ptp(cells, axis=1).max(axis=1) > 2 * levels
     looks, cells = looks[clear], cells[clear].reshape(-1, LOOK * LOOK * 3)
     hashes, rank = looks["image"].to_numpy(), looks["split"].map(SPLITS.index).to_numpy()
+    alike: dict[bytes, list[bytes]] = defaultdict(list)
     for number in range(1, len(SPLITS)):
         earlier, later = np.flatnonzero(rank < number), np.flatnonzero(rank == number)
         if not len(earlier):
@@ -108,5 +108,6 @@ def _alike(images: pd.DataFrame, levels: int) -> Iterator[tuple[bytes, bytes]]:
                 turned = cells[chunk][:, turn]
                 _, nearest = tree.query(turned, k=range(1, ALIKE + 1), p=np.inf, distance_upper_bound=levels + 0.5)
                 for image, others in zip(chunk, nearest, strict=True):
-                    for other in others[others < len(earlier)][::-1]:
-                        yield hashes[image], hashes[earlier[other]]
+                    if len(found := hashes[earlier[others[others < len(earlier)]]]):
+                        alike[hashes[image]] += found.tolist()
+    return alike

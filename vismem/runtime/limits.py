@@ -22,7 +22,7 @@ MAX_STOPS = 4  # texts before which an answer ends
 MAX_STOP_BYTES = 256  # of one, as UTF-8: every token is compared with it
 MAX_NEW_TOKENS = 2_048
 NEW_TOKENS = 120  # the longest answer where a request does not say
-MAX_PATCHES = 4_096  # of all images, resized, and tokens of a prompt; attention holds their square: 1 GB with four heads
+MAX_PATCHES = 4_096  # of all images, resized; tokens of a prompt; attention holds their square: 1 GB with four heads
 LOOK_SECONDS = 0.2  # between two looks whether who waits is still there
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow tries no other decoder
 # Around the picture in a file, which Pillow reads in Python.

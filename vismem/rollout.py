@@ -148,8 +148,8 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
     are made by compare-and-set, so that of two rollouts the later one ends the other, and one that was killed is
     finished by the next. UserError where the champion did not come up, or answered wrongly: the servers serve what they
     did. After a wrong answer the ledger is rolled back and blocks the version, unless the servers serve it by another
-    VisMem's code; that a cluster has no room is no fault of a version. UserError, and no change, where pods of a release
-    that all served before do not come up again.
+    VisMem's code; that a cluster has no room is no fault of a version. UserError, and no change, where pods of a
+    release that all served before do not come up again.
     """
     release, cluster = publish(config, folder), Cluster(namespace, kserve)
     pins: dict[str, str | None] = {VERSION: release.repository.name, MANIFEST: release.manifest}

@@ -196,6 +196,16 @@ def test_a_rollout_without_a_champion_says_so(
     assert f"'{resolve(profile).registry.model_name}' in " in capsys.readouterr().err
 
 
+def test_a_volume_that_cannot_be_written_is_one_line_of_a_rollout(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.release(b"one", score=66.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", project.config.registry.tracking_uri)
+    (tmp_path / "models").write_text("a file")
+    assert rollout_command(["--to", str(tmp_path / "models"), "--namespace", "mine"]) == 1
+    assert f"'{tmp_path / 'models'}" in capsys.readouterr().err
+
+
 def test_the_profile_s_model_is_published_under_the_profile_s_name(project: Project, tmp_path: Path) -> None:
     wanted = resolve("qwen2_5_vl_7b")
     registry = project.config.registry.model_copy(update={"model_name": wanted.registry.model_name})

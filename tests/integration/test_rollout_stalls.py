@@ -52,7 +52,7 @@ def test_a_request_that_fails_once_is_repeated(here: Here, status: int | None) -
     here.cluster.handle = fail  # type: ignore[method-assign]
     assert here.roll_out().startswith("version 2 is served by all")
     told = here.cluster.service or here.cluster.deployments["triton"]
-    assert told["metadata"]["annotations"]["before.vismem/version"] .startswith("1-"), "though the change was made twice"
+    assert told["metadata"]["annotations"]["before.vismem/version"].startswith("1-"), "though the change was made twice"
 
 
 def test_a_way_back_whose_answer_was_lost_is_no_other_rollout_s(here: Here) -> None:

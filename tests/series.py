@@ -31,7 +31,9 @@ JOBS = {  # of kube-state-metrics
 }
 SERIES = TRITON | RUNTIME | JOBS
 # the first two are Prometheus's, the last three are kube-state-metrics'
-LABELS = set("namespace pod model version kind reason outcome le job_name condition deployment".split())
+LABELS = {
+    "namespace", "pod", "model", "version", "kind", "reason", "outcome", "le", "job_name", "condition", "deployment",
+}  # fmt: skip
 MONITORING = KUBERNETES / "components" / "monitoring"
 
 

@@ -42,7 +42,7 @@ from vismem.plan.rehearsal import Rehearsal, StepPlan
 from vismem.plan.shapes import Shapes
 from vismem.serving.answering import Runtime
 from vismem.serving.pieces import Chunk
-from vismem.training.stage2 import fit_invocation
+from vismem.training.stage2 import ANSWERED, fit_invocation
 
 STAGES = {"stage1": "stage I", "stage2": "stage II"}
 SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
@@ -99,9 +99,8 @@ def training(model: VisMemModel, config: Config, args: argparse.Namespace) -> li
         plans = process.submit(planned, config, args.side, card or "H100").result()
     samples, rollouts = planned_questions(args.prompts, (args.side, args.side)), args.prompts * args.group
     plain = config.grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
-    fit_invocation(
-        model, samples, config.stage2, config.grpo.model_copy(update={"max_new_tokens": args.tokens}), seed=0
-    )
+    answers = generate(model, samples, ANSWERED, max_new_tokens=args.tokens, temperature=config.grpo.temperature)
+    fit_invocation(model, samples, answers, config.stage2, config.grpo)
     found = []
     for plan, stage in zip(plans, (config.stage1, config.stage2), strict=True):
         with FlopCounterMode(display=False) as counted:

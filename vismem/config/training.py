@@ -90,6 +90,11 @@ class GrpoConfig(Section):
     sample_every: int = rare(10, ge=1, description="steps between logged groups of answers")
 
     @property
+    def decode_batch(self) -> int:
+        """Questions answered together where no gradient follows: four times a backward pass's rollouts, up to 32."""
+        return max(self.micro_batch, min(32, 4 * self.micro_batch))
+
+    @property
     def loss_length(self) -> int | None:
         """What the loss of every answer is divided by; None: its own number of tokens."""
         return self.max_new_tokens if self.loss_type == "dr_grpo" else None

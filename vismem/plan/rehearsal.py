@@ -35,7 +35,7 @@ from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 from vismem.training.rollout import GrpoObjective, RolloutBatch
 from vismem.training.run import FITTED, Inputs, Parameters, Run, changes_prefill, count_of, new_model
-from vismem.training.stage2 import FIT_BATCH
+from vismem.training.stage2 import FIT_BATCH, fit_batch
 from vismem.training.supervised import Supervised
 
 BASE, ADDED, GRADIENTS, STATES = "base weights", "VisMem's weights", "gradients", "optimiser states"
@@ -78,7 +78,7 @@ class Rehearsal(Run):
         self.name, self.config, self.machine, self.image = name, config, machine, image
         self.accelerator, self.out, self.rollouts = Accelerator(cpu=True), NOWHERE, 0
         self.samples = questions(FIT_BATCH, image)
-        self.fitted = self.samples[: config.grpo.micro_batch]  # a batch of them
+        self.fitted = self.samples[: fit_batch(config.grpo)]  # a batch of them
         self.shapes, self.plan = Shapes(machine.seconds), StepPlan(name)
 
     def rehearse(self) -> StepPlan:
@@ -142,13 +142,17 @@ class Rehearsal(Run):
         plan.seconds = sampled + settings.updates * (update + self.shapes.seconds * times)
         return 0
 
+    def answer(self, *_: Any, **__: Any) -> list[Rollout]:
+        """`_fit_head` makes up what these answers are for."""
+        return []
+
     def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
         """`finish` checks the same policies."""
         return []
 
     def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
         """Answers to validation questions."""
-        self._answers("check", arms.values(), self.config.grpo.max_new_tokens, self.config.grpo.micro_batch)
+        self._answers("check", arms.values(), self.config.grpo.max_new_tokens, self.config.grpo.decode_batch)
         return ""
 
     def _evaluate(self) -> None:

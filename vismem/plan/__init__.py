@@ -82,7 +82,7 @@ def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] =
     disk, host = _disk(config, stored, base, others, found), _host(config, machine.count, stored, base, others)
     copied = 12 * max(step.trained for step in found)  # weights and AdamW's states, on the host while they are written
     host["a checkpoint"] = copied + machine.count * (4 * others + PROCESS)
-    return Plan(title, machine, size, own, added, found, remedies, disk, host)
+    return Plan(title, machine.beside(config.base.dtype), size, own, added, found, remedies, disk, host)
 
 
 def _size(image: str, settings: ValidateConfig) -> tuple[int, int]:

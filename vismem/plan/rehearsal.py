@@ -75,11 +75,12 @@ class Rehearsal(Run):
     """Stands in for the `Run` of a training step; rehearses `evaluate` too."""
 
     def __init__(self, name: str, config: Config, machine: Machine, image: tuple[int, int]) -> None:
-        self.name, self.config, self.machine, self.image = name, config, machine, image
+        self.name, self.config, self.image = name, config, image
+        self.machine = machine.beside(config.base.dtype)
         self.accelerator, self.out, self.rollouts = Accelerator(cpu=True), NOWHERE, 0
         self.samples = questions(FIT_BATCH, image)
         self.fitted = self.samples[: fit_batch(config.grpo)]  # a batch of them
-        self.shapes, self.plan = Shapes(machine.seconds), StepPlan(name)
+        self.shapes, self.plan = Shapes(self.machine.seconds), StepPlan(name)
 
     def rehearse(self) -> StepPlan:
         """The step as planned."""

@@ -28,7 +28,8 @@ def as_text(plan: Plan) -> str:
         "lost between tensors;",
         f"{FLOP_SHARE:.0%} of {machine.bfloat16 / 1e12:.0f} TFLOP/s in bfloat16 and of {machine.float32 / 1e12:g} in "
         f"float32, {BANDWIDTH_SHARE:.0%} of {machine.bandwidth / 1e12:g} TB/s",
-        f"(NVIDIA's data sheet), and at least {LAUNCH * 1e6:.0f} microseconds per operation.",
+        "(NVIDIA's data sheet; beside a base in bfloat16 float32 is computed as TF32),",
+        f"and at least {LAUNCH * 1e6:.0f} microseconds per operation.",
     ]
     return "\n".join(lines)
 

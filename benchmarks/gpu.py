@@ -37,12 +37,13 @@ from vismem.generation.prompts import encode
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import CARDS, Machine
+from vismem.plan.model import Questions
 from vismem.plan.model import questions as planned_questions
 from vismem.plan.rehearsal import Rehearsal, StepPlan
 from vismem.plan.shapes import Shapes
 from vismem.serving.answering import Runtime
 from vismem.serving.pieces import Chunk
-from vismem.training.stage2 import fit_invocation
+from vismem.training.stage2 import ANSWERED, fit_invocation
 
 STAGES = {"stage1": "stage I", "stage2": "stage II"}
 SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
@@ -72,7 +73,7 @@ def peaks() -> dict[str, Any]:
 def planned(config: Config, side: int, card: str) -> list[StepPlan]:
     """What `vismem plan` says of both stages. Call it in another process: it sets accelerate to the CPU."""
     machine = Machine.named(f"1x{card}")
-    return [Rehearsal(name, config, machine, (side, side)).rehearse() for name in STAGES]
+    return [Rehearsal(name, config, machine, Questions((side, side))).rehearse() for name in STAGES]
 
 
 def peak_bytes(model: VisMemModel, step: Steps) -> int:
@@ -97,11 +98,10 @@ def training(model: VisMemModel, config: Config, args: argparse.Namespace) -> li
     card = next((card for card in CARDS if card in name), None)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         plans = process.submit(planned, config, args.side, card or "H100").result()
-    samples, rollouts = planned_questions(args.prompts, (args.side, args.side)), args.prompts * args.group
+    samples, rollouts = planned_questions(args.prompts, Questions((args.side, args.side))), args.prompts * args.group
     plain = config.grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
-    fit_invocation(
-        model, samples, config.stage2, config.grpo.model_copy(update={"max_new_tokens": args.tokens}), seed=0
-    )
+    answers = generate(model, samples, ANSWERED, max_new_tokens=args.tokens, temperature=config.grpo.temperature)
+    fit_invocation(model, samples, answers, config.stage2, config.grpo)
     found = []
     for plan, stage in zip(plans, (config.stage1, config.stage2), strict=True):
         with FlopCounterMode(display=False) as counted:

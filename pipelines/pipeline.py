@@ -28,13 +28,20 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGE = f"vismem-train:{__version__}"  # as `make images` names it; for clusters whose nodes were given it
 RETRIES = 2
 WAITING_HOURS = 24  # that a job of Kubeflow Trainer may wait for its nodes
-MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-S3 = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3")
+MLFLOW = (
+    "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_SERVER_CERT_PATH",
+)  # fmt: skip
+S3 = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION",
+    "AWS_CA_BUNDLE",
+)  # fmt: skip
 SECRETS = {  # the parameter that names the secret: its keys, and the variables that they become in the pod
     "s3_secret": {key: f"{S3_PREFIX}{key}" for key in S3},  # by the plain names Kubeflow's launcher would take them too
     "mlflow_secret": {key: key for key in MLFLOW},
     "huggingface_secret": {"HF_TOKEN": "HF_TOKEN"},
 }
+SIGNING = ("vismem-signing", "/etc/vismem/signing")  # the secret with the key that signs, and where its files lie
 
 
 def load_components() -> SimpleNamespace:
@@ -76,10 +83,11 @@ def make_pipeline(
             image: Cluster: image of all tasks, by digest or by a tag that does not move.
             image_pull_secret: Cluster: secret for the image's registry; it need not exist.
             s3_secret: Cluster: secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, except for AWS itself,
-                AWS_ENDPOINT_URL_S3; needed for preflight.buckets, an s3:// registry.artifact_location and data that
-                DVC keeps in S3 only.
+                AWS_ENDPOINT_URL_S3; AWS_SESSION_TOKEN, AWS_DEFAULT_REGION and AWS_CA_BUNDLE where used; needed for
+                preflight.buckets, an s3:// registry.artifact_location and data that DVC keeps in S3 only.
             mlflow_secret: Cluster: secret with MLFLOW_TRACKING_URI and, where the server asks for them,
-                MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+                MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; and
+                MLFLOW_TRACKING_SERVER_CERT_PATH, a file of the image, for a certificate of your own.
             huggingface_secret: Cluster: secret with HF_TOKEN; it need not exist.
         """
         place = Placement(SimpleNamespace(**locals()), settings, fixed_image, shared_volume, work)
@@ -108,6 +116,7 @@ class Placement:
         retried: bool = False,
         launches: bool = False,
         secrets: tuple[str, ...] = (),
+        signs: bool = False,
     ) -> Any:
         """Place a task and return it; one with `gpus` trains or decodes, on the nodes that are for that.
 
@@ -128,6 +137,8 @@ class Placement:
             task.set_env_variable("HF_HOME", f"{SHARED.shared}/huggingface")
         for name in secrets:  # optional: preflight explains better which is missing
             kubernetes.use_secret_as_env(task, getattr(given, name), SECRETS[name], optional=True)
+        if signs:
+            kubernetes.use_secret_as_volume(task, *SIGNING, optional=True)
         hours = cluster.task_hours if gpus is None else cluster.training_hours
         if launches and cluster.launches:  # it only waits, also for the nodes
             gpus, hours = None, hours + WAITING_HOURS
@@ -174,9 +185,9 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
         "stage2": {"gpus": train, "retried": resumes, "launches": True},
         "evaluate": {"gpus": evaluate, "retried": resumes},
         "export": {"gpus": 0, "retried": True},
-        "register": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret")},
+        "register": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret"), "signs": True},
         "promote": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret")},
-        "deploy": {"gpus": 0, "cached": False, "retried": True},
+        "deploy": {"gpus": 0, "cached": False, "retried": True, "secrets": ("huggingface_secret",)},
     }
     configured = components.configure(
         profile=given.profile, overrides=given.overrides, image=image, gpus=train, launches=place.cluster.launches

@@ -77,7 +77,7 @@ class Cluster:
 
     def versions(self, name: str = "triton") -> list[str]:
         """What the ready pods serve."""
-        return [pod["release"].name for pod in self.pods[name] if pod["ready"]]
+        return [version_of(pod) for pod in self.pods[name] if pod["ready"]]
 
     def settle(self) -> None:
         for _ in range(20):
@@ -200,7 +200,11 @@ class Cluster:
 
     def _comes_up(self, pod: Manifest) -> bool:
         found = [sha256_file(file) for file in pod["release"].glob(f"vismem/{MANIFEST}")]
-        return pod["release"].name not in self.broken and bool(found) and pod["manifest"] in ("", *found)
+        return version_of(pod) not in self.broken and bool(found) and pod["manifest"] in ("", *found)
+
+
+def version_of(pod: Manifest) -> str:
+    return str(pod["release"].name.partition("-")[0])
 
 
 class Pods:

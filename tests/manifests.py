@@ -18,21 +18,25 @@ ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 NODES, ALL = ("/single-gpu  #", "/multi-node  #"), ("  # - ../../", "  - ../../")
 KSERVE = ("  # - ../../components/kserve", "  - ../../components/kserve")
+OWN_MLFLOW = ("  # - ../../components/external-mlflow", "  - ../../components/external-mlflow")
 OVERLAYS = {  # installs: an overlay, its namespace, and what of its components is exchanged, as its comments say
     "single-gpu": ("standalone", "kubeflow", ()),
     "multi-node": ("standalone", "kubeflow", (NODES,)),
     "kubeflow-profile": ("kubeflow-profile", "vismem", ()),
-    "7b": ("kubeflow-profile", "vismem", (NODES, ALL, KSERVE[::-1])),
-    "kserve": ("standalone", "kubeflow", (NODES, ALL)),
+    "7b": ("kubeflow-profile", "vismem", (NODES, ALL, OWN_MLFLOW[::-1], KSERVE[::-1])),
+    "kserve": ("standalone", "kubeflow", (NODES, ALL, OWN_MLFLOW[::-1])),
 }
 SEVERAL_NODES, LARGE = ("7b", "kserve", "multi-node"), ("7b", "kserve")
 SECRETS = {  # made by hand, see deploy/kubernetes/README.md: those that must be there, and their keys
-    "vismem-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"},
     "vismem-mlflow": {"MLFLOW_TRACKING_URI"},
     "vismem-mlflow-server": {"MLFLOW_BACKEND_STORE_URI"},
 }
 PULL_SECRET = "vismem-registry"
-OPTIONAL_SECRETS = {"vismem-huggingface": {"HF_TOKEN"}, "vismem-api": {"VISMEM_API_TOKEN"}}
+OPTIONAL_SECRETS = {
+    "vismem-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"},
+    "vismem-huggingface": {"HF_TOKEN"},
+    "vismem-api": {"VISMEM_API_TOKEN"},
+}
 
 Manifest = dict[str, Any]
 

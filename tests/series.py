@@ -23,10 +23,17 @@ RUNTIME = {  # deploy/triton/model.py shows each under its own name
     for sample in family.samples
     if not sample.name.endswith("_created")
 }
-JOBS = {"kube_job_failed", "kube_job_created"}  # of kube-state-metrics
+JOBS = {  # of kube-state-metrics
+    "kube_job_failed",
+    "kube_job_created",
+    "kube_deployment_created",
+    "kube_deployment_status_replicas_available",
+}
 SERIES = TRITON | RUNTIME | JOBS
-# the first two are Prometheus's, the last two are kube-state-metrics'
-LABELS = {"namespace", "pod", "model", "version", "kind", "reason", "outcome", "le", "job_name", "condition"}
+# the first two are Prometheus's, the last three are kube-state-metrics'
+LABELS = {
+    "namespace", "pod", "model", "version", "kind", "reason", "outcome", "le", "job_name", "condition", "deployment",
+}  # fmt: skip
 MONITORING = KUBERNETES / "components" / "monitoring"
 
 

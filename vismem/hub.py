@@ -58,14 +58,22 @@ def write_code(folder: Path) -> None:
     write_text(folder / "modeling_vismem.py", f"from vismem.automodel import {', '.join(names.values())}\n")
 
 
-def fetch(name: str) -> Path:
-    """The folder of a model repository, fetched unless it is in the cache. UserError where there is none."""
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The folder of a model repository, fetched unless it is in the cache. UserError where there is none.
+
+    `revision`: a commit; None: the newest.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=OTHER_FORMATS))
     except (OSError, ValueError) as error:  # ValueError: no name of the hub's; all others are OSErrors
         raise UserError(f"no folder {name}, and no model '{name}' from the hub ({first_line(error)})") from None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder that `fetch` has returned; None for any other."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def push(save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | None) -> str:

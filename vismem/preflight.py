@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from vismem.config import BaseConfig, Config, RegistryConfig
+from vismem.data.source_files import source_bytes
 from vismem.disk import free_space
 from vismem.errors import UserError, mask_credentials, one_line
 from vismem.files import read_json, write_text
@@ -61,7 +62,7 @@ def checks(config: Config, artifacts: Path, shared: Path | None = None) -> list[
         partial(check_base, config.base.model),
         partial(check_gpus, wanted.gpus),
         *([partial(check_sizes, config)] if wanted.gpus else []),
-        partial(check_disk, artifacts, wanted.free_disk_gb),
+        partial(check_disk, artifacts, disk_gb(config, artifacts)),
         partial(check_shared_memory, wanted.shared_memory_gb),
         *([partial(check_shared, shared)] if shared else []),
     ]
@@ -200,6 +201,12 @@ def check_sizes(config: Config) -> Finding:
     if needed > memory:
         remedies.append("give this machine or pod more memory (training_memory of the pipeline)")
     return Finding(what, not remedies, seen, "; ".join(remedies))
+
+
+def disk_gb(config: Config, artifacts: Path) -> float:
+    """`preflight.free_disk_gb` and, before a first `prepare`, four times the data: two steps write it, DVC too."""
+    data = 0 if (artifacts / "prepare").is_dir() else source_bytes(config)
+    return config.preflight.free_disk_gb + 4 * data / GB
 
 
 def check_disk(folder: Path, wanted_gb: float) -> Finding:

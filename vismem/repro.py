@@ -22,7 +22,7 @@ from vismem.data.source_files import record_outside
 from vismem.disk import explain_full_disk
 from vismem.errors import UserError
 from vismem.locks import lock_file
-from vismem.preflight import check_disk
+from vismem.preflight import check_disk, disk_gb
 from vismem.progress import about
 from vismem.registry.live_run import PIDS, LiveRun
 from vismem.services import environment, exit_on_sigterm
@@ -119,9 +119,10 @@ class Display:
     def running(self, name: str) -> None:
         """A step begins. UserError where it is the first and the disk has too little space for a run."""
         self._close()
-        disk = check_disk(Path("artifacts"), self.config.preflight.free_disk_gb)
-        if self.ran == 0 and not disk.ok:
-            raise UserError(f"too little disk space for a run: {disk.seen}; {disk.remedy}")
+        if self.ran == 0:
+            disk = check_disk(artifacts := Path("artifacts"), disk_gb(self.config, artifacts))
+            if not disk.ok:
+                raise UserError(f"too little disk space for a run: {disk.seen}; {disk.remedy}")
         self.step, self.ran = name, self.ran + 1
         place = self.steps.index(name) if name in self.steps else 0
         left = self.times.left(self.steps[place:]) if self.whole else None

@@ -19,7 +19,7 @@ from urllib3.exceptions import HTTPError
 from vismem.canary import WrongAnswerError, question_canary
 from vismem.config import Config
 from vismem.errors import UserError
-from vismem.registry.release import rollback
+from vismem.registry.release import NoEarlierError, rollback
 from vismem.serving.command import run_command
 from vismem.serving.publish import Published, is_champion, publish
 
@@ -27,14 +27,15 @@ SERVERS, CANARY = "triton", "triton-canary"  # Deployments, and the Services bef
 PREDICTOR = f"{SERVERS}-predictor"  # with KServe: the Deployment that it makes of the InferenceService SERVERS
 DEPLOYMENT = ("apps", "v1", "deployments")
 INFERENCE_SERVICE = ("serving.kserve.io", "v1beta1", "inferenceservices")
-VERSION, MANIFEST = "vismem/version", "vismem/manifest-sha256"  # of a pod template: what its pods serve
+# Of a pod template, what its pods serve: a release's folder, VERSION-CODE (of an earlier VisMem VERSION), and its hash.
+VERSION, MANIFEST = "vismem/version", "vismem/manifest-sha256"
 ROLLOUT = "vismem/rollout"  # of the canary's pod template: whose it is
 PREVIOUS = "before."  # in front of VERSION and MANIFEST, of the servers' Deployment: what they served before
 # Of the canary's Deployment: the manifest that all servers served last. KServe hands what theirs says to their pods.
 SERVED = "vismem/served"
 POLL = 2.0  # seconds
 LOOKS = 5  # in a row that must show a missed deadline: for a moment after a change an earlier rollout's still shows
-PATIENCE = 300.0  # seconds that the API may be away or busy: its server may be restarting
+PATIENCE = 300.0  # seconds that the API, or MLflow, may be away or busy: its server may be restarting
 
 
 class NotReadyError(UserError):
@@ -146,15 +147,16 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
     `canary` and `servers`: gRPC addresses, host:port; `kserve`: whether an InferenceService makes the servers. Changes
     are made by compare-and-set, so that of two rollouts the later one ends the other, and one that was killed is
     finished by the next. UserError where the champion did not come up, or answered wrongly: the servers serve what they
-    did. After a wrong answer the ledger is rolled back and blocks the version; that a cluster has no room is no fault
-    of a version. UserError, and no change, where pods of a version that all served before do not come up again.
+    did. After a wrong answer the ledger is rolled back and blocks the version, unless the servers serve it by another
+    VisMem's code; that a cluster has no room is no fault of a version. UserError, and no change, where pods of a
+    release that all served before do not come up again.
     """
     release, cluster = publish(config, folder), Cluster(namespace, kserve)
-    pins: dict[str, str | None] = {VERSION: release.version, MANIFEST: release.manifest}
+    pins: dict[str, str | None] = {VERSION: release.repository.name, MANIFEST: release.manifest}
     seen = pins_of(cluster.read(SERVERS))
     if seen == pins:
         asked = "they were told so before"
-        cluster.stop_canary(lambda found: found.get(VERSION) == release.version)  # left by a run that was killed
+        cluster.stop_canary(lambda found: found.get(VERSION) == pins[VERSION])  # left by a run that was killed
     else:
         claim = {**pins, ROLLOUT: cluster.me}
         cluster.change(CANARY, lambda seen: {"spec": {"replicas": 1, **pod_annotations(seen, claim)}})
@@ -170,6 +172,11 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
             if not isinstance(error, WrongAnswerError):
                 raise
             cluster.stop_canary()
+            if (seen[VERSION] or "").partition("-")[0] == release.version:
+                raise UserError(
+                    f"version {release.version}, which the servers serve, answers otherwise with this VisMem: {error}; "
+                    "the servers serve on as they did, and the ledger stays"
+                ) from None
             raise UserError(_refuse(config, release, str(error))) from None
         cluster.change(SERVERS, lambda seen: _next(cluster, pins, seen))
         cluster.stop_canary()
@@ -186,11 +193,17 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
 
 
 def _refuse(config: Config, release: Published, reason: str) -> str:
-    """Roll the ledger back from a release; the line that says why."""
-    try:
-        told = rollback(config, left=release.version)
-    except UserError as error:  # it is the first
-        told = str(error)
+    """Roll the ledger back from a release, again while MLflow is away; the line that says why."""
+    until, told = time.monotonic() + PATIENCE, ""
+    while not told:
+        try:
+            told = rollback(config, left=release.version)
+        except NoEarlierError as error:
+            told = str(error)
+        except UserError as error:
+            if time.monotonic() > until:
+                told = f"the ledger could NOT be changed, `vismem models rollback` does it: {error}"
+            time.sleep(POLL)
     return f"version {release.version} is refused, the servers serve what they did: {reason}; {told}"
 
 
@@ -218,7 +231,7 @@ def _back(cluster: Cluster, pins: Mapping[str, str | None], servers: Any) -> dic
     _check_pins(pins, servers)
     if (cluster.read(CANARY)["metadata"].get("annotations") or {}).get(SERVED) == pins[MANIFEST]:
         raise UserError(
-            f"the pods of '{SERVERS}' did not become ready in time, and all served version {pins[VERSION]} before: "
+            f"the pods of '{SERVERS}' did not become ready in time, and all served release {pins[VERSION]} before: "
             "nothing was changed; mend their deployment or the cluster, and run this again"
         )
     return {"spec": pod_annotations(servers, before)}

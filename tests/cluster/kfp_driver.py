@@ -17,7 +17,7 @@ Resolve = Callable[[Values], Any]
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['(.+?)'\]\}\}")
 KNOWN = {  # settings of kfp.kubernetes that are read here, or by the compiler
     "activeDeadlineSeconds", "emptyDirMounts", "imagePullPolicy", "imagePullSecret", "nodeSelector", "podMetadata",
-    "pvcMount", "secretAsEnv", "tolerations",
+    "pvcMount", "secretAsEnv", "secretAsVolume", "tolerations",
 }  # fmt: skip
 LOGS = {"schemaTitle": "system.Artifact"}  # the type of a task's log, an output of every task
 
@@ -66,6 +66,10 @@ def pod_spec(task: Values, container: Values, settings: Values, inputs: Values, 
     for mount in settings.get("pvcMount", []):
         claim = name(mount["pvcNameParameter"])
         _mount(spec, claim, mount["mountPath"], {"persistentVolumeClaim": {"claimName": claim}})
+    for mount in settings.get("secretAsVolume", []):
+        secret = name(mount["secretNameParameter"])
+        held = {"secretName": secret, "optional": mount.get("optional", False)}
+        _mount(spec, secret, mount["mountPath"], {"secret": held})
     for mount in settings.get("emptyDirMounts", []):
         _mount(spec, mount["volumeName"], mount["mountPath"], {"emptyDir": {"medium": mount["medium"]}})
     spec["nodeSelector"] = settings.get("nodeSelector", {}).get("labels", {})

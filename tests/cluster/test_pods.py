@@ -28,6 +28,7 @@ SECRETS = {  # by task
     "base": {HUB},
     "register": {S3, MLFLOW},
     "promote": {S3, MLFLOW},
+    "deploy": {HUB},
 }
 EVERYTHING: dict[str, Any] = {
     "gpu_count": 2,
@@ -106,6 +107,8 @@ def test_a_pod_gets_the_secrets_that_its_task_uses_by_the_names_that_the_run_giv
     for task, pod in pods.items():
         named = {value[0] for value in pod.env.values() if isinstance(value, tuple)}
         assert named == {"mine" if secret == S3 else secret for secret in SECRETS.get(task, set())}, task
+    keys = {(task, place) for task, pod in pods.items() for place, volume in pod.volumes.items() if "secret" in volume}
+    assert keys == {("register", "/etc/vismem/signing")}
 
 
 def test_no_pod_has_a_variable_by_which_kubeflow_s_launcher_would_find_another_store(kubeflow: Kubeflow) -> None:

@@ -24,6 +24,7 @@ from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
+from vismem.plan.machine import FLOP_SHARE, Machine
 from vismem.training.baselines import full, grpo_lora, sft_lora
 from vismem.training.run import FORMATION, POLICY_LORA
 from vismem.training.stage1 import stage1
@@ -92,3 +93,11 @@ def test_an_answer_is_another_in_a_batch_only_from_a_near_tie_on(tiny_base: Path
             assert pair[0] == pytest.approx(pair[1], abs=0.1), "of the likeliest tokens, be they the same or not"
             if alone.token_ids[step] != ours.token_ids[step]:
                 break
+
+
+def test_float32_beside_it_is_computed_as_tf32_on_a_gpu_and_beside_a_float32_base_is_not(tiny_base: Path) -> None:
+    h100 = Machine.named("1xH100")
+    for dtype, allowed, rate in (("bfloat16", True, h100.bfloat16 / 2), ("float32", False, h100.float32)):
+        load_base(tiny_base, dtype)
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+        assert h100.beside(dtype).seconds(10**15, 0, torch.float32) == 10**15 / (FLOP_SHARE * rate), "so it is planned"

@@ -24,11 +24,11 @@ from vismem.models.backbones.base import Backbone
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import CARDS, CONTEXT, Machine
-from vismem.plan.model import hollow_base, parameters, questions
+from vismem.plan.model import Questions, hollow_base, parameters, questions
 from vismem.plan.rehearsal import BASE, GRADIENTS, STATES, Rehearsal, StepPlan
 from vismem.plan.shapes import LABELS, Shapes, beside_dispatch
 
-MACHINE, IMAGE = Machine.named("1xH100"), (84, 84)
+MACHINE, ASKED = Machine.named("1xH100"), Questions((84, 84))
 SMALL = {"batch": 1, "words": 12, "limit": 2}
 LARGE = {"batch": 2, "words": 40, "limit": 3}
 
@@ -57,8 +57,8 @@ def config_of(base: Path, size: dict[str, int], **grpo: Any) -> Config:
 class Measured(Rehearsal):
     """The same phases on real tensors of a loaded model."""
 
-    def __init__(self, name: str, config: Config) -> None:
-        super().__init__(name, config, MACHINE, IMAGE)
+    def __init__(self, name: str, config: Config, asked: Questions = ASKED) -> None:
+        super().__init__(name, config, MACHINE, asked)
         self.shapes = Shapes(hollow=False)
 
     def _base(self, *_: object) -> Backbone:
@@ -69,8 +69,8 @@ class Measured(Rehearsal):
         return backbone
 
 
-def planned_and_measured(name: str, config: Config) -> tuple[StepPlan, StepPlan]:
-    return Rehearsal(name, config, MACHINE, IMAGE).rehearse(), Measured(name, config).rehearse()
+def planned_and_measured(name: str, config: Config, asked: Questions = ASKED) -> tuple[StepPlan, StepPlan]:
+    return Rehearsal(name, config, MACHINE, asked).rehearse(), Measured(name, config, asked).rehearse()
 
 
 def sums(plan: StepPlan) -> dict[str, int]:
@@ -113,7 +113,7 @@ def test_where_only_the_text_s_settings_say_so_a_head_is_tied_or_not(name: str, 
 @torch.inference_mode()
 def test_the_cache_is_what_a_decode_state_allocates(base: Path, rows: int) -> None:
     config = config_of(base, LARGE)
-    request = Request(questions(2, IMAGE), Learned(), 30, temperature=1.0, group_size=rows)
+    request = Request(questions(2, ASKED), Learned(), 30, temperature=1.0, group_size=rows)
     with beside_dispatch(), Shapes() as shapes:
         loop = DecodeLoop(TorchExecutor(VisMemModel(hollow_base(config.base), config.memory, config.invocation)))
         loop.join(request)
@@ -155,7 +155,7 @@ class Profiled(Measured):
 def test_the_peak_is_what_the_allocator_gives_out(base: Path, step: str) -> None:
     """The profiler now and then loses an event: a run that differs is measured again."""
     config, peaks = config_of(base, LARGE), list[int]()
-    planned = pytest.approx(sums(Rehearsal(step, config, MACHINE, IMAGE).rehearse())["backward"], rel=0.05)
+    planned = pytest.approx(sums(Rehearsal(step, config, MACHINE, ASKED).rehearse())["backward"], rel=0.05)
     while planned not in peaks and len(peaks) < 4:
         profiled = Profiled(step, config)
         profiled.rehearse()
@@ -167,7 +167,7 @@ class Whole(Measured):
     """A whole step of training: real rollouts of random answers, and all of their micro-batches."""
 
     def _train(self, objective: Any, trained: Any, settings: Any, batch_size: int, lr_scales: Any = None) -> int:
-        objective.samples, objective.out = questions(batch_size, IMAGE), None
+        objective.samples, objective.out = questions(batch_size, ASKED), None
         with self._optimised(trained, settings.matrix_learning_rate), self._phase(settings.name):
             objective.backward(objective.collect(0))
         return 0
@@ -177,7 +177,7 @@ def test_a_whole_training_step_holds_what_is_planned_and_no_more(tiny_base: Path
     """With a memory at each answer's start and no other, random answers have as many as the plan counts."""
     config = config_of(tiny_base, LARGE | {"limit": 1}, batch_size=4)
     config = config.model_copy(update={"stage1": config.stage1.model_copy(update={"invoke_probability": 1.0})})
-    planned = sums(Rehearsal("stage1", config, MACHINE, IMAGE).rehearse())
+    planned = sums(Rehearsal("stage1", config, MACHINE, ASKED).rehearse())
     largest = max(planned["rollouts"], planned["backward"])
     torch.manual_seed(0)  # how long answers are depends on the weights
     assert 0.9 * largest < sums(Whole("stage1", config).rehearse())["stage1"] <= largest
@@ -203,7 +203,7 @@ def test_what_is_replaced_for_a_plan_is_put_back(tiny_base: Path) -> None:
     config, query = config_of(tiny_base, SMALL), torch.randn(1, 1, 2, 8)
     whole = torch.nn.functional.scaled_dot_product_attention(query, query, query)
     tensor, tolist = torch.tensor, torch.Tensor.tolist
-    Rehearsal("evaluate", config, MACHINE, IMAGE).rehearse()
+    Rehearsal("evaluate", config, MACHINE, ASKED).rehearse()
     assert (torch.tensor, torch.Tensor.tolist) == (tensor, tolist)
     assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, query, query), whole)
     assert torch.nn.functional.scaled_dot_product_attention(*[query.to("meta")] * 3).is_meta
@@ -211,7 +211,7 @@ def test_what_is_replaced_for_a_plan_is_put_back(tiny_base: Path) -> None:
 
 def test_every_label_is_of_a_function_that_allocates(tiny_base: Path) -> None:
     config = config_of(tiny_base, LARGE, gradient_checkpointing=True)
-    plans = [Rehearsal(name, config, MACHINE, IMAGE).rehearse() for name in ("stage1", "stage2", "evaluate")]
+    plans = [Rehearsal(name, config, MACHINE, ASKED).rehearse() for name in ("stage1", "stage2", "evaluate")]
     assert {part for plan in plans for parts in plan.phases.values() for part in parts} >= set(LABELS.values())
 
 
@@ -236,7 +236,7 @@ def test_a_step_that_does_not_fit_is_refused_with_a_remedy_that_does(
     tiny_base: Path, step: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"base.model": str(tiny_base)}
-    needed = Rehearsal(step, load_config(Path("params.yaml"), "smoke", settings), MACHINE, IMAGE).rehearse()
+    needed = Rehearsal(step, load_config(Path("params.yaml"), "smoke", settings), MACHINE, ASKED).rehearse()
     monkeypatch.setattr(Machine, "usable", 0.7 * needed.bytes)
     status, out, err = run(capsys, tiny_base, "--gpus", "1xH100", step)
     assert status == 1
@@ -284,6 +284,7 @@ def test_wrong_requests_are_said_so(tiny_base: Path, tmp_path: Path, capsys: pyt
         (tiny_base, (*two, "stage1.warm_start.batch_size=3"), "warm_start: a batch_size of 3 must be a multiple"),
         (tiny_base, (*two, "baselines.supervised.batch_size=3", "sft_lora"), "sft_lora: a batch_size of 3 must"),
         (tiny_base, ("--gpus", "1xH100", "--image", "84"), "WIDTHxHEIGHT"),
+        (tiny_base, ("--gpus", "1xH100", "--images", "0"), "--images 0 --questions 0: there must be some"),
         (tiny_base, ("--gpus", "1xH100", "--image", "100000x100000"), "sets such images apart"),
         (tiny_base, ("--gpus", "1xH100", "--image", "4000x40"), "validate.max_aspect 50)"),
         (tiny_base, ("--gpus", "1xH100", "--image", "27x100"), "validate.min_pixels 28"),

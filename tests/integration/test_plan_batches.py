@@ -9,6 +9,7 @@ import tiny
 from vismem.cli import main
 from vismem.config import load_config, parse_config
 from vismem.plan.machine import Machine
+from vismem.plan.model import Questions
 from vismem.plan.rehearsal import Rehearsal
 
 
@@ -24,7 +25,7 @@ def seconds(kind: type[Rehearsal], name: str, base: Path, **changes: Any) -> flo
         "stage1": {"warm_start": {"steps": 0}},
         **changes,
     }
-    return kind(name, parse_config(sections), Machine.named("1xH100"), (84, 84)).rehearse().seconds
+    return kind(name, parse_config(sections), Machine.named("1xH100"), Questions((84, 84))).rehearse().seconds
 
 
 @pytest.mark.parametrize("name", ["sft_lora", "grpo_lora"])
@@ -52,6 +53,16 @@ def test_memories_take_as_long_whether_many_rows_form_them_at_once_or_few(tiny_b
     assert took[1.0] < took[0.25] < 2 * took[1.0]
 
 
+def test_stage_two_samples_twice_where_it_asks_whether_the_other_kind_would_have_done_better(tiny_base: Path) -> None:
+    def took(kind: type[Rehearsal], penalty: float) -> float:
+        grpo = {"batch_size": 4, "max_new_tokens": 12}
+        return seconds(kind, "stage2", tiny_base, grpo=grpo, stage2={"penalty": penalty, "steps": 1})
+
+    without = took(WithoutDecoding, 0.0)
+    assert took(WithoutDecoding, 0.3) == without
+    assert took(Rehearsal, 0.3) - without == pytest.approx(2 * (took(Rehearsal, 0.0) - without))
+
+
 def test_a_batch_is_halved_to_a_question_for_each_gpu_and_no_further(
     tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,11 +70,12 @@ def test_a_batch_is_halved_to_a_question_for_each_gpu_and_no_further(
     settings = {
         "base.model": str(tiny_base),
         "stage1.warm_start.steps": 0,
+        "stage1.group_size": 32,
         "grpo.micro_batch": 1,
         "grpo.gradient_checkpointing": True,
     }
     least = load_config(Path("params.yaml"), "smoke", {**settings, "grpo.batch_size": 2})
-    needed = Rehearsal("stage1", least, Machine.named("2xH100"), (84, 84)).rehearse().bytes
+    needed = Rehearsal("stage1", least, Machine.named("2xH100"), Questions((84, 84))).rehearse().bytes
     given = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     for usable, said in ((needed, "--set grpo.batch_size=2"), (needed - 1, "it fits no card known here")):
         monkeypatch.setattr(Machine, "usable", usable)

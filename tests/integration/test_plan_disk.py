@@ -1,16 +1,19 @@
 """What `vismem plan` says of the disk is what the steps leave there."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
 from vismem.config import Config, parse_config
 from vismem.plan import Plan, plan
+from vismem.preflight import disk_gb
 from vismem.training.base import base
 
 
-def config_of(folder: Path, dtype: str) -> Config:
+def config_of(folder: Path, dtype: str, **sections: Any) -> Config:
     group = {"group_size": 2, "steps": 1}
     return parse_config(
         {
@@ -18,6 +21,7 @@ def config_of(folder: Path, dtype: str) -> Config:
             "memory": tiny.MEMORY.model_dump(),
             "grpo": {"batch_size": 1, "max_new_tokens": 12, "micro_batch": 4},
             "stage1": {**group, "warm_start": {"steps": 1, "batch_size": 2}},
+            **sections,
         }
     )
 
@@ -28,7 +32,7 @@ def planned(config: Config) -> Plan:
 
 def test_the_checkpoints_are_those_of_the_warm_start_and_of_grpo_one_of_them_twice(tiny_base: Path) -> None:
     found = planned(config_of(tiny_base, "float32"))
-    assert found.image == (112, 84)
+    assert found.asked.size == (112, 84)
     formation = sum(found.added[part] for part in ("builder", "short", "long"))
     numbers = formation + found.added["policy_lora"] + 2 * formation
     assert found.disk["checkpoints, the last twice while it is replaced"] == 12 * numbers
@@ -47,3 +51,18 @@ def test_the_bases_weights_are_there_twice_where_their_type_is_another(
     assert disk["DVC's copies of what steps write"] == sum(
         disk[part] for part in disk if part.startswith(("stage1", "export"))
     )
+
+
+def test_the_data_are_there_for_two_steps_and_again_in_dvc_s_cache(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(bytes(3_000_000))
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(json.dumps({"image": "one.png"}) + "\n")
+    source = {"kind": "jsonl", "path": str(rows), "split": "train"}
+    config = config_of(tiny_base, "float32", prepare={"sources": [source]}, preflight={"free_disk_gb": 2})
+    data, disk, without = 3_000_000 + rows.stat().st_size, planned(config).disk, config_of(tiny_base, "float32")
+    assert disk["prepare and validate: the data, once each"] == 2 * data
+    copies = "DVC's copies of what steps write"
+    assert disk[copies] == planned(without).disk[copies] + 2 * data
+    assert disk_gb(config, tmp_path) == pytest.approx(2 + 4 * data / 1e9)
+    (tmp_path / "prepare").mkdir()
+    assert disk_gb(config, tmp_path) == 2, "the data are there"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny_families
 import torch
-from test_plan import IMAGE, LARGE, Whole, config_of
+from test_plan import ASKED, LARGE, Whole, config_of
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from vismem.config import Config
@@ -41,7 +41,7 @@ class Counted(Whole):
 
 
 def planned_and_counted(name: str, config: Config) -> tuple[float, float]:
-    planned = Rehearsal(name, config, MACHINE, IMAGE).rehearse().seconds
+    planned = Rehearsal(name, config, MACHINE, ASKED).rehearse().seconds
     torch.manual_seed(0)  # how long answers are depends on the weights
     step = Counted(name, config)
     step.rehearse()

@@ -10,12 +10,11 @@ import torch
 
 from vismem.config import GrpoConfig, InvocationConfig, Stage2Config
 from vismem.generation.engine import generate
-from vismem.generation.invocation import InvocationPolicy, Learned
+from vismem.generation.invocation import Learned
 from vismem.generation.replay import answer_states, prefill
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
-from vismem.training import stage2
-from vismem.training.stage2 import fit_invocation
+from vismem.training.stage2 import ANSWERED, fit_invocation
 
 TOKENS = 24
 LETTERS = InvocationConfig(delimiters=(*"abcdefghijklmnopqrstuvwxyz", ",", "."), max_per_answer=3)  # some are spoken
@@ -28,8 +27,9 @@ def chances(
     """The mean chance of a short and of a long memory at each sort of place in answers of the fitted model."""
     grpo = GrpoConfig(max_new_tokens=TOKENS, temperature=temperature, micro_batch=micro_batch)
     model, samples = VisMemModel(load_base(base), tiny.MEMORY, LETTERS), tiny.samples(48)
+    answers = generate(model, samples, ANSWERED, max_new_tokens=TOKENS, temperature=temperature)
     with torch.enable_grad():
-        fit_invocation(model, samples, Stage2Config(**changes), grpo, seed=0)
+        fit_invocation(model, samples, answers, Stage2Config(**changes), grpo)
     rollouts = generate(model, samples, Learned(), max_new_tokens=TOKENS, temperature=temperature, seed=9)
     hidden = answer_states(model, prefill(model, samples), rollouts, torch.arange(len(samples)))
     found: dict[str, list[torch.Tensor]] = {"start": [], "delimiter": [], "elsewhere": []}
@@ -68,21 +68,9 @@ def test_small_batches_fit_what_large_ones_do(tiny_base: Path) -> None:
         assert small[place] == pytest.approx(found, rel=1e-3)
 
 
-def test_the_answers_that_it_is_fitted_on_have_the_models_own_limit(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_answers_that_it_is_fitted_on_have_the_models_own_limit(tiny_base: Path) -> None:
     for limit in (1, 3):
-        counts: list[int] = []
-
-        def recording(
-            model: VisMemModel, samples: Any, policy: InvocationPolicy, counts: Any = counts, **more: Any
-        ) -> Any:
-            rollouts = generate(model, samples, policy, **more)
-            counts += [len(rollout.invocations) for rollout in rollouts]
-            return rollouts
-
-        monkeypatch.setattr(stage2, "generate", recording)
         invocation = LETTERS.model_copy(update={"max_per_answer": limit})
         model = VisMemModel(load_base(tiny_base), tiny.MEMORY, invocation)
-        fit_invocation(model, tiny.samples(), Stage2Config(), GrpoConfig(max_new_tokens=TOKENS), seed=0)
-        assert max(counts) == limit
+        answers = generate(model, tiny.samples(), ANSWERED, max_new_tokens=TOKENS, temperature=1.0)
+        assert max(len(answer.invocations) for answer in answers) == limit

@@ -13,6 +13,7 @@ from vismem.locks import lock_folder
 from vismem.provenance import write_manifest
 from vismem.registry import release
 from vismem.rollout import main as rollout_command
+from vismem.serving import repository
 from vismem.serving.champion import champion_repository, follower
 from vismem.serving.command import PROFILE_VARIABLE
 from vismem.serving.publish import publish
@@ -25,6 +26,11 @@ def served(repository: Path) -> dict[str, bytes]:
     return {"/".join(path.relative_to(repository).parts[:2]): path.read_bytes() for path in files}
 
 
+def releases(models: Path) -> list[str]:
+    """The versions whose releases lie on the volume."""
+    return sorted(path.name.partition("-")[0] for path in (models / "releases").iterdir())
+
+
 def test_the_published_repository_is_the_champion_s_and_follows_it_back(project: Project, tmp_path: Path) -> None:
     models = tmp_path / "models"
     with pytest.raises(UserError, match="has no champion yet"):
@@ -32,13 +38,13 @@ def test_the_published_repository_is_the_champion_s_and_follows_it_back(project:
     assert not models.exists()
     project.release(b"one", score=66.0)
     first = publish(project.config, models)
-    assert (first.version, first.repository) == ("1", models / "releases" / "1")
+    assert (first.version, first.repository.parent) == ("1", models / "releases")
     assert served(first.repository) == {"vismem/1": b"one"}
     project.release(b"two", score=65.0, gain=0.5)  # refused
     assert publish(project.config, models) == first
     project.release(b"three", score=68.0)
     assert served(publish(project.config, models).repository) == {"vismem/3": b"three"}
-    assert sorted(path.name for path in (models / "releases").iterdir()) == ["1", "3"]  # a running server reads on
+    assert releases(models) == ["1", "3"], "a running server reads on"
     release.rollback(project.config)
     project.store.client.set_registered_model_alias("vismem", "champion", "3")  # the ledger is asked, not the alias
     assert publish(project.config, models) == first
@@ -59,23 +65,23 @@ def test_vismem_serve_serves_the_ledger_s_champion_whatever_was_deployed_last(pr
 
     follow = follower(project.config, project.artifacts)
 
-    def repository() -> Path:
+    def champion() -> Path:
         found = champion_repository(project.config, project.artifacts)
         assert follow() == found
         return found
 
     def serves() -> dict[str, bytes]:
-        return served(repository())
+        return served(champion())
 
-    assert repository() == deployed, "to try out what was refused"
+    assert champion() == deployed, "to try out what was refused"
     project.release(b"one", score=66.0)
     write_model_repository(project.steps["export"], deployed, "vismem", 1)
-    assert repository() == deployed, "no second copy"
+    assert champion() == deployed, "no second copy"
     project.release(b"two", score=68.0)
     assert serves() == {"vismem/2": b"two"}
     release.rollback(project.config)
     project.store.client.set_registered_model_alias("vismem", "champion", "2")
-    assert repository() == deployed
+    assert champion() == deployed
     shutil.rmtree(deployed)
     assert serves() == {"vismem/1": b"one"}
     assert project.champion() == "1"
@@ -138,16 +144,34 @@ def test_a_bundle_damaged_in_the_store_is_not_published(project: Project, tmp_pa
     write_manifest(kept)  # whoever can change the files can change their list, not what the registry says of it
     with pytest.raises(UserError, match=r"version 2 .* manifest\.json is another than was registered"):
         publish(project.config, tmp_path / "models")
-    assert [path.name for path in first.repository.parent.iterdir() if path.suffix != ".partial"] == ["1"]
+    assert [path for path in first.repository.parent.iterdir() if path.suffix != ".partial"] == [first.repository]
 
 
 def test_publishing_goes_on_where_it_was_killed(project: Project, tmp_path: Path) -> None:
     project.release(b"one", score=66.0)
-    half = tmp_path / "models" / "releases" / "1.partial"
+    half = tmp_path / "models" / "releases" / "0-c0de.partial"  # of whichever version
     (half / "bundle").mkdir(parents=True)
     (half / "bundle" / "left").write_bytes(b"half")
-    assert served(publish(project.config, tmp_path / "models").repository) == {"vismem/1": b"one"}
-    assert [path.name for path in half.parent.iterdir()] == ["1"]
+    published = publish(project.config, tmp_path / "models")
+    assert served(published.repository) == {"vismem/1": b"one"}
+    assert list(half.parent.iterdir()) == [published.repository]
+
+
+def test_another_vismem_publishes_a_champion_with_its_own_code_and_leaves_what_servers_read(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.release(b"one", score=66.0)
+    first = publish(project.config, tmp_path / "models")
+    newer = tmp_path / "model.py"
+    newer.write_bytes(repository.MODEL_SOURCE.read_bytes() + b"# newer")
+    monkeypatch.setattr(repository, "MODEL_SOURCE", newer)
+    second = publish(project.config, tmp_path / "models")
+    assert (second.version, served(second.repository)) == ("1", {"vismem/1": b"one"})
+    assert second.manifest != first.manifest
+    assert (second.repository / "vismem" / "1" / "model.py").read_bytes() == newer.read_bytes()
+    assert repository.repository_problems(first.repository) == []
+    assert releases(tmp_path / "models") == ["1", "1"]
+    assert publish(project.config, tmp_path / "models") == second
 
 
 def test_a_release_damaged_on_the_volume_is_fetched_again(project: Project, tmp_path: Path) -> None:
@@ -170,6 +194,16 @@ def test_a_rollout_without_a_champion_says_so(
     monkeypatch.setenv(PROFILE_VARIABLE, profile)  # as in a pod
     assert rollout_command(command) == 1
     assert f"'{resolve(profile).registry.model_name}' in " in capsys.readouterr().err
+
+
+def test_a_volume_that_cannot_be_written_is_one_line_of_a_rollout(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.release(b"one", score=66.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", project.config.registry.tracking_uri)
+    (tmp_path / "models").write_text("a file")
+    assert rollout_command(["--to", str(tmp_path / "models"), "--namespace", "mine"]) == 1
+    assert f"'{tmp_path / 'models'}" in capsys.readouterr().err
 
 
 def test_the_profile_s_model_is_published_under_the_profile_s_name(project: Project, tmp_path: Path) -> None:

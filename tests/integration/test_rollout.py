@@ -14,8 +14,10 @@ from project import Project
 from rollout_project import Here, Killed, kill
 
 from vismem import rollout
+from vismem.config import Config
 from vismem.registry import release
 from vismem.registry.champion import read_ledger
+from vismem.serving import repository
 from vismem.serving.exchange import (
     Answer,
     BusyError,
@@ -54,6 +56,49 @@ def test_a_version_that_answers_wrongly_is_rolled_back_and_the_one_before_stays_
     assert "2" in read_ledger(here.project.store).blocked
     assert here.roll_out().endswith("they were told so before")
     assert "rolled back" in release.promote_version(here.project.config, "2")
+
+
+@pytest.mark.parametrize("answer", [ANSWER, WRONG])
+def test_another_vismem_brings_its_code_to_the_servers_and_is_no_fault_of_the_version(here: Here, answer: str) -> None:
+    newer = here.cluster.models / "model.py"
+    newer.write_bytes(repository.MODEL_SOURCE.read_bytes() + b"# newer")
+    here.patch.setattr(repository, "MODEL_SOURCE", newer)
+    here.pods.answers["1"] = answer
+    told = here.roll_out()
+    ledger = read_ledger(here.project.store)
+    assert (here.state, ledger.blocked) == ((["1", "1"], [], "1"), {})
+    serving = {(pod["release"] / "vismem/1/model.py").read_bytes() for pod in here.cluster.pods["triton"]}
+    if answer == ANSWER:
+        assert told.startswith("version 1 is served by all")
+        assert serving == {newer.read_bytes()}
+        assert here.roll_out().endswith("they were told so before")
+    else:
+        assert told.startswith("failed: version 1, which the servers serve, answers otherwise with this VisMem: ")
+        assert newer.read_bytes() not in serving
+
+
+@pytest.mark.parametrize("stays_away", [False, True])
+def test_a_ledger_that_cannot_be_changed_for_a_moment_is_changed_then_and_else_the_job_says_so(
+    here: Here, stays_away: bool
+) -> None:
+    here.release(b"two", 68.0)
+    here.pods.answers["2"] = WRONG
+    back, asked = rollout.rollback, list[str]()
+
+    def rollback(config: Config, left: str) -> str:
+        asked.append(left)
+        if stays_away or len(asked) < 3:
+            raise rollout.UserError("MLflow: 503")
+        return back(config, left=left)
+
+    here.patch.setattr(rollout, "rollback", rollback)
+    here.patch.setattr(rollout, "PATIENCE", 0.0 if stays_away else 300.0)
+    told = here.roll_out()
+    if stays_away:
+        assert "the ledger could NOT be changed, `vismem models rollback` does it: MLflow: 503" in told
+    else:
+        assert "version 1 is champion again" in told
+    assert here.state == (["1", "1"], [], "2" if stays_away else "1")
 
 
 @pytest.mark.parametrize("error", [BusyError("a"), DeadlineError("b"), DisconnectedError("c"), UnauthorizedError("d")])
@@ -204,7 +249,7 @@ def test_pods_added_at_any_moment_serve_what_their_siblings_serve(here: Here) ->
 
 
 def test_a_release_that_was_changed_on_the_volume_is_served_by_no_pod_that_starts(here: Here) -> None:
-    manifest = here.cluster.models / "releases" / "1" / "vismem" / "manifest.json"
+    (manifest,) = (here.cluster.models / "releases").glob("1-*/vismem/manifest.json")
     manifest.write_text(manifest.read_text() + " ")
     here.cluster.scale("triton", 3)
     here.cluster.settle()

@@ -1,5 +1,6 @@
 """What a rollout makes of a cluster that is at fault itself: no version is taken back for it."""
 
+import re
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ def test_a_version_that_all_served_is_not_taken_back_when_the_cluster_stalls_lat
         pod["ready"] = False
     here.cluster.settle()
     told = here.roll_out()
-    assert "all served version 2 before: nothing was changed" in told
+    assert re.search("all served release 2-[0-9a-f]{8} before: nothing was changed", told)
     here.cluster.broken.clear()
     assert here.state == (["2", "2"], [], "2")
 
@@ -51,7 +52,7 @@ def test_a_request_that_fails_once_is_repeated(here: Here, status: int | None) -
     here.cluster.handle = fail  # type: ignore[method-assign]
     assert here.roll_out().startswith("version 2 is served by all")
     told = here.cluster.service or here.cluster.deployments["triton"]
-    assert told["metadata"]["annotations"]["before.vismem/version"] == "1", "though the change was made twice"
+    assert told["metadata"]["annotations"]["before.vismem/version"].startswith("1-"), "though the change was made twice"
 
 
 def test_a_way_back_whose_answer_was_lost_is_no_other_rollout_s(here: Here) -> None:
@@ -61,7 +62,7 @@ def test_a_way_back_whose_answer_was_lost_is_no_other_rollout_s(here: Here) -> N
 
     def fail(verb: str, *given: Any) -> Any:
         found = handle(verb, *given)
-        if lost and verb == "patch" and "'vismem/version': '1'" in repr(given[-1]):
+        if lost and verb == "patch" and "'vismem/version': '1-" in repr(given[-1]):
             lost.clear()
             raise RefusedError(503, "try again")
         return found

@@ -21,6 +21,7 @@ from torch import Tensor
 from vismem.config import Config, GrpoConfig, InvocationConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import Sample, write_shards
 from vismem.generation import token_scores
+from vismem.generation.engine import generate
 from vismem.generation.prompts import encode
 from vismem.generation.replay import answer_states, prefill
 from vismem.models.kinds import MemoryKind
@@ -153,11 +154,11 @@ def test_validation_questions_are_answered_as_many_at_a_time_as_a_backward_pass_
     monkeypatch.setattr(run, "generate", counted)
     config = Config(
         memory=tiny.MEMORY,
-        grpo=GrpoConfig(micro_batch=5, batch_size=2, max_new_tokens=4),
+        grpo=GrpoConfig(micro_batch=2, batch_size=2, max_new_tokens=4),
         stage1=Stage1Config(steps=1, group_size=2, warm_start=WarmStartConfig(steps=0)),
     )
     stage1(config, {"base": tiny_base, "validate": tiny_data}, tmp_path)
-    assert sizes == [5, 5, 2] * 5
+    assert sizes == [8, 4] * 5, "four times as many as a backward pass has: they need no gradient"
 
 
 def test_a_training_holds_the_images_of_the_steps_that_it_is_at(
@@ -212,9 +213,10 @@ def test_the_head_is_fitted_to_answers_without_all_their_logits(
 ) -> None:
     model = tiny.vismem(tiny_base)
     width = model.vocabulary
+    answers = generate(model, tiny.samples()[:4], stage2.ANSWERED, max_new_tokens=10, temperature=1.0)
     monkeypatch.setattr(token_scores, "MAX_LOGITS", 5 * width)
     with Alive(lambda tensor: tensor.shape[-1:] == (width,) and tensor.ndim > 1) as alive:
-        stage2.fit_invocation(model, tiny.samples()[:4], Stage2Config(), GrpoConfig(max_new_tokens=10), seed=0)
+        stage2.fit_invocation(model, tiny.samples()[:4], answers, Stage2Config(), GrpoConfig())
     assert 0 < alive.largest <= 5 * (width + 2)
 
 
@@ -232,13 +234,15 @@ def test_the_head_is_fitted_to_answers_without_a_double_precision_copy_of_their_
 
     monkeypatch.setattr(stage2, "answer_states", once)
     model, rows = tiny.vismem(tiny_base), []
-    decisions = stage2._decisions(model, tiny.samples(40), GrpoConfig(max_new_tokens=10), 0)
+    samples = tiny.samples(40)
+    answers = generate(model, samples, stage2.ANSWERED, max_new_tokens=10, temperature=1.0)
+    decisions = stage2._decisions(model, samples, answers, 32)
     assert len(replayed) == 2
     monkeypatch.setattr(stage2, "_decisions", lambda *_: decisions)
     for together in (10_000, 7):
         monkeypatch.setattr(token_scores, "MAX_LOGITS", together * model.backbone.width)
         with Alive(lambda tensor: tensor.dtype == torch.double and tensor.ndim > 1) as alive:
-            stage2.fit_invocation(model, [], Stage2Config(), GrpoConfig(max_new_tokens=10), seed=0)
+            stage2.fit_invocation(model, [], [], Stage2Config(), GrpoConfig())
         rows.append((model.tokens.head.clone(), model.tokens.bias.clone()))
     assert 0 < alive.largest <= max(7 * model.backbone.width, model.vocabulary + 2) < decisions[0].numel()
     for whole, in_pieces in zip(*rows, strict=True):

@@ -35,7 +35,7 @@ from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.plan import host_memory, plan
 from vismem.plan.machine import Machine
-from vismem.plan.model import hollow_base
+from vismem.plan.model import Questions, hollow_base
 from vismem.plan.rehearsal import Rehearsal
 from vismem.plan.shapes import Shapes, beside_dispatch
 from vismem.ranks import join_ranks
@@ -188,7 +188,7 @@ def test_the_plan_of_a_base_that_a_gpu_cannot_hold_proposes_it(tmp_path: Path, m
     monkeypatch.setattr(tiny, "SIZE", Size(width=256, layers=8, heads=2, vision_width=32, vision_layers=2))
     machine = Machine.named("2xH100")
     config = parse_config({"base": {"model": str(tiny.save_base(tmp_path))}, "memory": tiny.MEMORY.model_dump()})
-    needed = Rehearsal("evaluate", config, machine, (84, 84)).rehearse()
+    needed = Rehearsal("evaluate", config, machine, Questions((84, 84))).rehearse()
     monkeypatch.setattr(Machine, "usable", needed.fixed - 1)
     found = plan(config, machine, "84x84", ["evaluate"]).remedies["evaluate"]
     assert found is not None

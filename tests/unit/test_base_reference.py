@@ -7,6 +7,7 @@ import pytest
 
 from vismem.config import DEFAULT_BASE
 from vismem.errors import UserError
+from vismem.hub import commit_of
 from vismem.models.reference import Base
 from vismem.provenance import sha256_folder
 from vismem.shipped import shipped
@@ -23,7 +24,7 @@ def base_in(folder: Path, weights: bytes = b"weights") -> str:
 
 def test_a_reference_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     assert Base.read(tmp_path) is None
-    for base in (Base("org/name"), Base("base", "5a5a")):
+    for base in (Base("org/name", "5a5a", "c0ffee"), Base("org/name"), Base("base", "5a5a")):
         base.write(tmp_path)
         assert Base.read(tmp_path) == base
     assert json.loads((tmp_path / "base.json").read_text()) == {"model": "base", "weights_sha256": "5a5a"}
@@ -43,6 +44,28 @@ def test_the_step_base_says_where_its_copy_came_from(tmp_path: Path) -> None:
         facts = {"model": "org/name", "source_sha256": digest, "parameters": 1}
         (tmp_path / "metrics.json").write_text(json.dumps(facts))
         assert Base.of_step(tmp_path) == Base("org/name", digest)
+    (tmp_path / "metrics.json").write_text(json.dumps(facts | {"source_revision": "c0ffee"}))
+    assert Base.of_step(tmp_path) == Base("org/name", "5a5a", "c0ffee")
+
+
+def test_a_base_of_the_hub_is_fetched_as_it_was_when_the_memory_was_trained_and_why_not_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = {"c0ffee": base_in(tmp_path / "snapshots" / "c0ffee"), None: base_in(tmp_path / "snapshots" / "new", b"new")}
+
+    def download(name: str, revision: str | None, **_: object) -> str:
+        if revision not in hub:
+            raise OSError("401 Unauthorized")
+        return str(tmp_path / "snapshots" / (revision or "new"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = Base("org/name", hub["c0ffee"], "c0ffee").place(tmp_path)
+    assert (found, commit_of(tmp_path / "snapshots" / "c0ffee")) == (tmp_path / "snapshots" / "c0ffee", "c0ffee")
+    assert commit_of(tmp_path) is None
+    with pytest.raises(UserError, match="has other weights"):
+        Base("org/name", hub["c0ffee"]).place(tmp_path)
+    with pytest.raises(UserError, match=r"is not on this machine: .*\(401 Unauthorized\)"):
+        Base("org/name", "5a5a", "gone").place(tmp_path)
 
 
 def test_a_folder_beside_the_reference_comes_before_one_of_the_working_folder(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vismem.config import Config
-from vismem.launch import KEPT, LaunchConfig, launch_step
+from vismem.launch import KEPT, LEFT, LaunchConfig, launch_step
 from vismem.locks import lock_folder
 from vismem.steps import BY_NAME
 
@@ -54,9 +54,9 @@ def test_a_run_that_could_not_hand_its_output_over_has_it_again_and_another_make
     assert {made.name for made in place.glob("stage2.run-*")} == {"stage2.run-b", "stage2.run-c"}
 
 
-def age(place: Path) -> None:
+def age(place: Path, seconds: float = KEPT) -> None:
     """As it is when its output is no longer kept."""
-    os.utime(place, times=(0, time.time() - KEPT - 60))
+    os.utime(place, times=(0, time.time() - seconds - 60))
 
 
 def test_outputs_that_were_made_long_ago_are_removed_also_those_of_other_code_and_no_others(
@@ -78,6 +78,24 @@ def test_outputs_that_were_made_long_ago_are_removed_also_those_of_other_code_an
     with lock_folder(busy):
         last = made("bbbb", 5)
     assert {*work.glob("*/*")} == {busy, new, half, last}
+
+
+def test_what_attempts_left_that_never_ended_is_removed_weeks_after_their_last_checkpoint(
+    tmp_path: Path, inputs: dict[str, Path], places: list[str]
+) -> None:
+    work = tmp_path / "work" / "aaaa"
+    failed, resumed = work / "vismem-stage1-failed", work / "vismem-stage1-resumed"
+    for place in (failed, resumed):
+        (place / "inputs" / "base").mkdir(parents=True)
+        checkpoint = place / "stage1.partial" / "checkpoint-3" / "state"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        (place / "lock").touch()
+        for path in (*place.rglob("*"), place):
+            if path != resumed / "stage1.partial" / "checkpoint-3":
+                age(path, LEFT)
+    launch_step("stage2", Config(), tmp_path / "out", inputs, work=work)
+    assert {*work.iterdir()} == {resumed, work / places[-1]}
 
 
 def test_what_a_kill_leaves_of_a_work_folder_is_never_taken_for_the_output(

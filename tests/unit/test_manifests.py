@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from textwrap import dedent
 
 import kubernetes_validate
 import pytest
@@ -249,3 +250,11 @@ def test_the_readme_shows_how_each_secret_is_made() -> None:
         command = re.search(rf"create secret generic {name} (.*?)(?<!\\)\n", text, re.DOTALL)
         assert command, name
         assert keys <= set(re.findall(r"--from-literal=(\w+)=", command[1])), name
+
+
+def test_the_readme_says_how_a_run_may_read_another_secret_of_the_artifact_store() -> None:
+    (patch,) = re.findall(r"```yaml\n( +patches:.*?)```", (KUBERNETES / "README.md").read_text(), re.DOTALL)
+    manifests = render("single-gpu", (("images:\n", f"{dedent(patch)}images:\n"),))
+    (role,) = [m for m in manifests if (m["kind"], m["metadata"]["name"]) == ("Role", "vismem-pipeline")]
+    (names,) = [rule["resourceNames"] for rule in role["rules"] if rule["resources"] == ["secrets"]]
+    assert names == ["mlpipeline-minio-artifact", "artifact-store"]

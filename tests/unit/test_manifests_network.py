@@ -1,6 +1,8 @@
 """Who may talk to whom in each install of deploy/kubernetes, and whom its policies leave alone."""
 
+import pytest
 from manifests import (
+    OWN_MLFLOW,
     SEVERAL_NODES,
     containers,
     labels_of_pods,
@@ -8,6 +10,7 @@ from manifests import (
     namespace_of,
     of_kind,
     overlays,
+    render,
     selects,
     servers,
     values,
@@ -68,6 +71,20 @@ def test_names_are_looked_up_wherever_clusters_have_their_dns(overlay: str) -> N
 def test_no_pod_waits_for_a_sidecar_or_is_kept_alive_by_one(overlay: str) -> None:
     for key, labels in labels_of_pods(overlay).items():
         assert labels["sidecar.istio.io/inject"] == "false", key
+
+
+@pytest.mark.parametrize("overlay", ["single-gpu", "kubeflow-profile", "7b"])
+def test_an_mlflow_of_your_own_takes_the_place_of_this_one_and_may_be_reached(overlay: str) -> None:
+    made = render(overlay, (OWN_MLFLOW,))
+    assert "mlflow" not in {manifest["metadata"]["name"].partition("-")[0] for manifest in made}
+    asking = {m["metadata"]["name"]: m["spec"]["egress"][-1] for m in made if m["kind"] == "NetworkPolicy"
+              and m["metadata"]["name"] in ("rollout", "drift", "steps")}  # fmt: skip
+    assert set(asking) == {"rollout"} | ({"steps"} if overlay != "single-gpu" else set()) | (
+        {"drift"} if overlay == "7b" else set()
+    )
+    for rule in asking.values():
+        assert rule["ports"] == [{"port": 5000}]
+        assert [*values(rule, "matchLabels")] == [{"kubernetes.io/metadata.name": "mlflow"}]
 
 
 def allowed(overlay: str, way: str, side: str, owner: str, peer: str, port: str | None) -> bool:

@@ -1,19 +1,23 @@
 """The training loop where numbers go wrong: nothing that is no number is kept, and what was good before is."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_stages import Slope
 from torch import nn
 
 from vismem.errors import UserError
+from vismem.training import loop
 from vismem.training.checkpoint import TrainState
 from vismem.training.loop import LoopSettings, Metrics, train
 
@@ -57,6 +61,23 @@ def test_a_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(
         assert weight.isfinite().all()
         assert len((tmp_path / "run.csv").read_text().splitlines()) == 1 + at
     assert run(Odd(lambda step: 1.0), tmp_path).steps == 5
+
+
+def test_a_checkpoint_is_written_after_ten_minutes_however_few_steps_there_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, held, file = [0.0], list[int](), tmp_path / "run.checkpoint"
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+
+    class Watched(Odd):
+        def collect(self, step: int) -> int:
+            now[0] += 250
+            saved = safe_open(file, "pt").metadata()["train_state"] if file.is_file() else '{"steps": 0}'
+            held.append(json.loads(saved)["steps"])
+            return super().collect(step)
+
+    run(Watched(lambda step: 1.0), tmp_path, replace(SETTINGS, steps=7, checkpoint_every=50))
+    assert held == [0, 0, 0, 3, 3, 3, 6]
 
 
 def test_a_batch_has_its_first_update_whatever_target_kl_says(tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def add_commands(commands: Commands) -> None:
         help="such as 8xH100, or 8x80; each holds all of a step or, with base.tensor_parallel, its share",
     )
     add("--image", default="1024x768", metavar="WxH", help="pixels of the questions' images (default: %(default)s)")
+    add("--images", type=int, default=1, metavar="N", help="images of a question (default: %(default)s)")
+    about = "of the train split, which say how many steps there are (default: those of your files)"
+    add("--questions", type=int, default=0, metavar="N", help=about)
     about = "start a run of the pipeline on a cluster: image, namespace, account and sizes from profile and overlay"
     add = command("submit", _run_submit, about)
     add("given", nargs="*", metavar="NAME=VALUE", help="parameters of the pipeline; for those of params.yaml: --set")
@@ -202,12 +205,14 @@ def _run_preflight(arguments: argparse.Namespace) -> None:
 
 def _run_plan(arguments: argparse.Namespace) -> int:
     config = load(arguments)
+    from vismem.kubeflow.cluster import load_cluster
     from vismem.plan import plan
-    from vismem.plan.report import as_text, refusals
+    from vismem.plan.report import as_text, late, refusals
 
-    found = plan(config, arguments.gpus, arguments.image, arguments.step)
+    found = plan(config, arguments.gpus, arguments.image, arguments.step, arguments.images, arguments.questions)
     print(as_text(found))
-    for refusal in refusals(found):
+    notes = late(found, load_cluster(config.cluster).training_hours) if config.cluster else ()
+    for refusal in (*refusals(found), *notes):
         print(f"vismem plan: {refusal}", file=sys.stderr)
     return 1 if found.remedies else 0
 

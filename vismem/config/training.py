@@ -86,8 +86,13 @@ class GrpoConfig(Section):
     max_grad_norm: float = rare(1.0, gt=0, description="gradient norm clip [ours]")
     normalise_by_std: bool = rare(True, description="divide advantages by the group's standard deviation [paper]")
     temperature: float = rare(1.0, gt=0, description="sampling temperature of rollouts [ours]")
-    checkpoint_every: int = rare(50, ge=1, description="steps between checkpoints, supervised too")
+    checkpoint_every: int = rare(50, ge=1, description="steps between checkpoints, supervised too; ten minutes at most")
     sample_every: int = rare(10, ge=1, description="steps between logged groups of answers")
+
+    @property
+    def decode_batch(self) -> int:
+        """Questions answered together where no gradient follows: four times a backward pass's rollouts, up to 32."""
+        return max(self.micro_batch, min(32, 4 * self.micro_batch))
 
     @property
     def loss_length(self) -> int | None:

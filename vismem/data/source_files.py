@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ def files_of(source: Any) -> list[Path]:
         folder = Path(given)
         places = [folder / f"{source.name}.tsv", folder / f"{source.name}_local.tsv", folder / "images" / source.name]
     return _files_at(*places)
+
+
+def source_bytes(config: Config) -> int:
+    """The size of all files of the sources, as far as they are there."""
+    return sum(file.stat().st_size for source in config.prepare.sources for file in files_of(source))
+
+
+def train_questions(config: Config) -> int:
+    """How many questions train a run, as far as parameters and files of JSON lines say so."""
+    count = 0
+    for source in config.prepare.sources:
+        if isinstance(source, JsonlSource) and source.split == "train" and source.path.is_file():
+            with source.path.open("rb") as lines:
+                count += sum(1 for line in islice(filter(bytes.strip, lines), source.limit))
+        count += getattr(source, "train", 0)  # of one that is generated
+    return count
 
 
 def rule_files(config: Config) -> list[Path]:

@@ -21,6 +21,7 @@ __all__ = ["QUEUE", "LaunchConfig", "launch_step"]
 
 PATIENCE = 180.0  # seconds: on a network file system the lock of a node that died outlives it for a while
 KEPT = 7 * 86400.0  # seconds that a work folder keeps an output for the run that made it
+LEFT = 4 * KEPT  # and one without an output what is in it, for a launch that resumes
 
 
 def launch_step(
@@ -87,12 +88,14 @@ def _remove_old(places: Iterable[Path]) -> None:
 
 
 def _is_old(place: Path) -> bool:
-    """Whether an output is there, and the last one was made long ago."""
-    return any(place.glob("*.run-*")) and _is_past(place)
+    """Whether the last output was made long ago, or where there is none, the newest file longer ago."""
+    if any(place.glob("*.run-*")):
+        return _is_past(place)
+    return all(_is_past(path, LEFT) for path in (place, *place.rglob("*")) if path.name != "lock")  # who asks holds it
 
 
-def _is_past(folder: Path) -> bool:
-    return time.time() - folder.stat().st_mtime > KEPT
+def _is_past(path: Path, seconds: float = KEPT) -> bool:
+    return time.time() - path.lstat().st_mtime > seconds
 
 
 def _check_gpu(name: str, config: Config) -> None:

@@ -1,7 +1,6 @@
 """How a folder of what VisMem adds refers to the base that it was trained on."""
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ class Base:
 
     model: str
     sha256: str | None = None  # None: any will do
+    revision: str | None = None  # the hub's commit; None: the newest
 
     @property
     def everywhere(self) -> bool:
@@ -36,7 +36,7 @@ class Base:
             return None
         named = read_json(folder / REFERENCE)
         try:
-            return cls(named["model"], named["weights_sha256"])
+            return cls(named["model"], named["weights_sha256"], named.get("revision"))
         except (LookupError, TypeError):
             raise UserError(f"{folder / REFERENCE} is damaged: it lacks model or weights_sha256") from None
 
@@ -44,11 +44,12 @@ class Base:
     def of_step(cls, folder: Path) -> "Base":
         """Where the copy that the step `base` wrote came from."""
         facts = read_json(folder / "metrics.json", "run `vismem base` again")
-        return cls(facts["model"], facts["source_sha256"])
+        return cls(facts["model"], facts["source_sha256"], facts.get("source_revision"))
 
     def write(self, folder: Path) -> None:
         """Write the reference into the folder of what VisMem adds."""
-        write_json(folder / REFERENCE, {"model": self.model, "weights_sha256": self.sha256})
+        revision = {"revision": self.revision} if self.revision else {}
+        write_json(folder / REFERENCE, {"model": self.model, "weights_sha256": self.sha256, **revision})
 
     def place(self, beside: Path = Path()) -> str | Path:
         """What to load: a hub id or a folder. `beside` is the folder that refers to it.
@@ -58,13 +59,16 @@ class Base:
         folder = next((path for path in (beside / self.model, Path(self.model)) if path.is_dir()), None)
         if folder is None and self.model == DEFAULT_BASE:
             folder = shipped(DEFAULT_BASE)
+        why = ""
         if folder is None and self.sha256 is None and HUB_ID.fullmatch(self.model):
             return self.model
         if folder is None and HUB_ID.fullmatch(self.model):
-            with suppress(UserError):  # a folder's name may look like one of the hub
-                folder = fetch(self.model)
+            try:
+                folder = fetch(self.model, self.revision)
+            except UserError as error:  # a folder's name may look like one of the hub
+                why = f"; {error}"
         if folder is None:
-            raise UserError(f"the base '{self.model}' is not on this machine: say where it is with base= (--base)")
+            raise UserError(f"the base '{self.model}' is not on this machine: say where it is with base= (--base){why}")
         if self.sha256 and (sha256_folder(folder, WEIGHTS) != self.sha256 or _reads_elsewhere(folder)):
             raise UserError(f"{folder} has other weights than the base that the memory was trained on: give that one")
         return folder

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from vismem.config import Config, ValidateConfig, resolve
+from vismem.data.source_files import source_bytes, train_questions
 from vismem.errors import UserError, nearest
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
-from vismem.plan.model import hollow_base, parameters, stored_type
+from vismem.plan.model import Questions, hollow_base, parameters, stored_type
 from vismem.plan.rehearsal import Rehearsal, StepPlan
 from vismem.plan.shapes import Shapes, beside_dispatch
 from vismem.progress import progress
@@ -44,7 +45,7 @@ class Plan:
 
     base: str
     machine: Machine
-    image: tuple[int, int]
+    asked: Questions
     parameters: dict[str, float]
     added: dict[str, float]
     steps: list[StepPlan]
@@ -53,15 +54,22 @@ class Plan:
     host: dict[str, float]
 
 
-def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] = ()) -> Plan:
-    """Plan a run of `config` on `gpus` (such as 8xH100) with images of WIDTHxHEIGHT.
+def plan(
+    config: Config, gpus: str | Machine, image: str, steps: Sequence[str] = (), images: int = 1, train: int = 0
+) -> Plan:
+    """Plan a run of `config` on `gpus` (such as 8xH100) with questions about `images` of WIDTHxHEIGHT each.
 
     `steps`: those that are planned; by default the two stages, `evaluate`, and the baselines that its arms name.
-    UserError for a base that cannot be read, GPUs that are not known, batches that the GPUs cannot share, and images
-    that `validate` would set apart.
+    `train`: questions of the train split; 0: as many as the sources are known to have, or 1,000. UserError for a base
+    that cannot be read, GPUs that are not known, batches that the GPUs cannot share, and images that `validate` would
+    set apart.
     """
     machine = Machine.named(gpus) if isinstance(gpus, str) else gpus
-    size, known = _size(image, config.validate_), (*PLANNED, *(step.name for step in BASELINES))
+    if images < 1 or train < 0:
+        raise UserError(f"--images {images} --questions {train}: there must be some")
+    train = train or train_questions(config) or Questions.train
+    asked = Questions(_size(image, config.validate_), images, train)
+    known = (*PLANNED, *(step.name for step in BASELINES))
     for name in steps:
         if name not in known:
             raise UserError(f"no plan of '{name}'{nearest(name, known)}: there are {', '.join(known)}")
@@ -72,9 +80,9 @@ def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] =
     found, remedies = [], {}
     with progress("plan", len(names)) as advance:
         for name in names:
-            found.append(step := Rehearsal(name, config, machine, size).rehearse())
+            found.append(step := Rehearsal(name, config, machine, asked).rehearse())
             if step.bytes > machine.usable:
-                remedies[name] = _remedy(step, config, machine, size)
+                remedies[name] = _remedy(step, config, machine, asked)
             advance()
     base, others = sum(own.values()), sum(added.values())
     stored = base * BYTES[config.base.dtype]
@@ -82,7 +90,7 @@ def plan(config: Config, gpus: str | Machine, image: str, steps: Sequence[str] =
     disk, host = _disk(config, stored, base, others, found), _host(config, machine.count, stored, base, others)
     copied = 12 * max(step.trained for step in found)  # weights and AdamW's states, on the host while they are written
     host["a checkpoint"] = copied + machine.count * (4 * others + PROCESS)
-    return Plan(title, machine, size, own, added, found, remedies, disk, host)
+    return Plan(title, machine.beside(config.base.dtype), asked, own, added, found, remedies, disk, host)
 
 
 def _size(image: str, settings: ValidateConfig) -> tuple[int, int]:
@@ -97,14 +105,14 @@ def _size(image: str, settings: ValidateConfig) -> tuple[int, int]:
     return width, height
 
 
-def _remedy(step: StepPlan, config: Config, machine: Machine, image: tuple[int, int]) -> dict[str, Any] | None:
+def _remedy(step: StepPlan, config: Config, machine: Machine, asked: Questions) -> dict[str, Any] | None:
     """Parameters with which a step fits, or None: what makes it smaller is halved until it fits."""
     changed: dict[str, Any] = {}
     if step.fixed > machine.usable and machine.count > 1 and not config.base.tensor_parallel:
         changed = {"base.tensor_parallel": True}
         config = resolve(overrides=config.model_dump(by_alias=True) | changed)
         try:
-            step = Rehearsal(step.name, config, machine, image).rehearse()
+            step = Rehearsal(step.name, config, machine, asked).rehearse()
         except UserError:  # so many GPUs cannot share it
             return None
     if step.fixed > machine.usable:
@@ -112,22 +120,22 @@ def _remedy(step: StepPlan, config: Config, machine: Machine, image: tuple[int, 
     for key in [*KNOBS] * 2:  # again, since another phase may be the largest by then
         if key != PIXELS and key.startswith("evaluate.") != (step.name == "evaluate"):
             continue
-        while step.bytes > machine.usable and (value := _smaller(key, config, machine, image)):
+        while step.bytes > machine.usable and (value := _smaller(key, config, machine, asked)):
             tried = resolve(overrides=config.model_dump(by_alias=True) | {key: value})
-            found = Rehearsal(step.name, tried, machine, image).rehearse()
+            found = Rehearsal(step.name, tried, machine, asked).rehearse()
             if found.bytes >= step.bytes:
                 break
             step, config, changed = found, tried, changed | {key: value}
     return changed if step.bytes <= machine.usable else None
 
 
-def _smaller(key: str, config: Config, machine: Machine, image: tuple[int, int]) -> int | bool:
+def _smaller(key: str, config: Config, machine: Machine, asked: Questions) -> int | bool:
     """A parameter's next value, or 0."""
     value = attrgetter(key)(config)
     if key == CHECKPOINTING:
         return not value
     if key == PIXELS:
-        value = min(value or math.inf, image[0] * image[1])
+        value = min(value or math.inf, asked.size[0] * asked.size[1])
     half = int(value // 2)
     return half if half >= KNOBS[key] and not (key == BATCH and half % machine.count) else 0
 
@@ -135,6 +143,8 @@ def _smaller(key: str, config: Config, machine: Machine, image: tuple[int, int])
 def _disk(config: Config, stored: float, base: float, added: float, steps: Sequence[StepPlan]) -> dict[str, float]:
     """Bytes on disk, by what is kept there."""
     kept, found = stored_type(config.base), dict[str, float]()
+    if data := source_bytes(config):
+        found["prepare and validate: the data, once each"] = 2 * data
     for step in steps:
         if step.trained:
             found[f"{step.name}: its model"] = stored if step.name == "full" else 4 * added

@@ -1,7 +1,7 @@
 """GPUs by their data sheets: what they hold, and what of their peak rates a plan counts on."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +15,7 @@ CGROUP_LIMITS = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/me
 CONTEXT = 0.8 * GIB  # assumed: CUDA's context, and the workspaces of cuBLAS and NCCL
 FRAGMENTS = 0.06  # assumed: of what lives, lost between blocks of torch's allocator
 FLOP_SHARE, BANDWIDTH_SHARE = 0.5, 0.7  # assumed, of the data sheet's rates
+TF32_SHARE = 0.5  # of bfloat16's rate, by the data sheets of all cards here
 LAUNCH = 8e-6  # assumed: seconds of an operation, however small, run by Python without CUDA graphs
 
 
@@ -26,7 +27,7 @@ class Machine:
     name: str
     memory: float  # bytes
     bfloat16: float  # FLOP per second
-    float32: float  # the same, without TF32, as torch computes by default
+    float32: float  # the same, of the products of float32 numbers
     bandwidth: float  # bytes per second
 
     @classmethod
@@ -45,6 +46,10 @@ class Machine:
         """`count` of this machine's GPUs, by the memory that the smallest has. Rates are those of an A100."""
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(count)]
         return cls(count, torch.cuda.get_device_name(0), min(sizes), *CARDS["A100"][1:])
+
+    def beside(self, dtype: str) -> Self:
+        """The same with the rate of float32 products beside a base of this type, see `load_base`."""
+        return self if dtype == "float32" else replace(self, float32=TF32_SHARE * self.bfloat16)
 
     def seconds(self, flops: int, moved: int, kind: torch.dtype) -> float:
         """Of one operation: the longest of computing, of reading and writing its bytes, and of launching it."""
@@ -66,7 +71,7 @@ def memory_limit() -> int:
     return min(limits)
 
 
-CARDS = {
+CARDS = {  # memory, bfloat16, float32 without TF32, bandwidth
     "L40S": (44.4 * GIB, 362e12, 91.6e12, 0.864e12),
     "A100": (79.1 * GIB, 312e12, 19.5e12, 2.039e12),  # of 80 GB
     "H100": (79.1 * GIB, 989e12, 67e12, 3.35e12),

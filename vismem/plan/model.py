@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ from vismem.models.vismem import VisMemModel
 QUESTION = "how many cups? " * 50  # about 200 tokens
 ANSWER = "one cup, " * 80  # of reference, about 240 tokens
 WORD = 5  # any token of the tokenizer
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a run is planned for: questions about so many images of this width and height, and how many train it."""
+
+    size: tuple[int, int]
+    images: int = 1
+    train: int = 1000
 
 
 def hollow_base(config: BaseConfig, processes: int = 1) -> Backbone:
@@ -102,10 +112,10 @@ def parameters(model: nn.Module) -> dict[str, float]:
     return dict(found)
 
 
-def questions(count: int, image: tuple[int, int]) -> tuple[Sample, ...]:
-    """`count` times QUESTION and ANSWER about an image of this width and height."""
-    picture: Any = Image.new("RGB", image)
-    return tuple(Sample(f"{index}", (picture,), QUESTION, ANSWER) for index in range(count))
+def questions(count: int, asked: Questions) -> tuple[Sample, ...]:
+    """`count` times QUESTION and ANSWER about so many images."""
+    picture: Any = Image.new("RGB", asked.size)
+    return tuple(Sample(f"{index}", (picture,) * asked.images, QUESTION, ANSWER) for index in range(count))
 
 
 def answers(

@@ -28,14 +28,14 @@ from vismem.models.backbones.base import Backbone
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import Machine
-from vismem.plan.model import WORD, answers, hollow_base, questions
+from vismem.plan.model import WORD, Questions, answers, hollow_base, questions
 from vismem.plan.shapes import OTHER, Shapes, beside_dispatch
 from vismem.steps import BY_NAME
 from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 from vismem.training.rollout import GrpoObjective, RolloutBatch
 from vismem.training.run import FITTED, Inputs, Parameters, Run, changes_prefill, count_of, new_model
-from vismem.training.stage2 import FIT_BATCH
+from vismem.training.stage2 import Invocation, fit_batch
 from vismem.training.supervised import Supervised
 
 BASE, ADDED, GRADIENTS, STATES = "base weights", "VisMem's weights", "gradients", "optimiser states"
@@ -54,6 +54,8 @@ class StepPlan:
     saved: int = 0  # parameters in the checkpoints of all of them
     phases: dict[str, dict[str, int]] = field(default_factory=dict)  # of each phase the bytes at its peak, by part
     seconds: float = 0.0  # of a training step; of a batch in `evaluate`
+    steps: list[int] = field(default_factory=list)  # of each training
+    total: float = 0.0  # seconds of all of them
 
     @property
     def largest(self) -> str:
@@ -74,12 +76,13 @@ class StepPlan:
 class Rehearsal(Run):
     """Stands in for the `Run` of a training step; rehearses `evaluate` too."""
 
-    def __init__(self, name: str, config: Config, machine: Machine, image: tuple[int, int]) -> None:
-        self.name, self.config, self.machine, self.image = name, config, machine, image
+    def __init__(self, name: str, config: Config, machine: Machine, asked: Questions) -> None:
+        self.name, self.config, self.asked = name, config, asked
+        self.machine = machine.beside(config.base.dtype)
         self.accelerator, self.out, self.rollouts = Accelerator(cpu=True), NOWHERE, 0
-        self.samples = questions(FIT_BATCH, image)
-        self.fitted = self.samples[: config.grpo.micro_batch]  # a batch of them
-        self.shapes, self.plan = Shapes(machine.seconds), StepPlan(name)
+        self.samples = questions(asked.train, asked)
+        self.fitted = questions(fit_batch(config.grpo), asked)  # a batch of them
+        self.shapes, self.plan = Shapes(self.machine.seconds), StepPlan(name)
 
     def rehearse(self) -> StepPlan:
         """The step as planned."""
@@ -130,17 +133,25 @@ class Rehearsal(Run):
         with self._optimised(trained, settings.matrix_learning_rate):
             update = self.shapes.seconds
             if isinstance(objective, Supervised):
-                objective.samples = questions(min(objective.micro_batch, share), self.image)
+                objective.samples = questions(min(objective.micro_batch, share), self.asked)
                 batch: Any = objective.collect(0)
                 times = share / len(objective.samples)
             else:
                 plan.rows = share * objective.stage.group_size
                 batch, sampled = self._rollouts(objective, share)
                 times = plan.rows / len(batch.rollouts)
+                if isinstance(objective, Invocation) and objective.stage.penalty > 0:
+                    sampled *= 2  # all answers again, with the kinds of memory reversed
             with self._phase("backward" if settings.name == self.name else settings.name):
                 objective.backward(batch)
         plan.seconds = sampled + settings.updates * (update + self.shapes.seconds * times)
+        plan.steps.append(settings.steps)
+        plan.total += settings.steps * plan.seconds
         return 0
+
+    def answer(self, *_: Any, **__: Any) -> list[Rollout]:
+        """`_fit_head` makes up what these answers are for."""
+        return []
 
     def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
         """`finish` checks the same policies."""
@@ -148,7 +159,7 @@ class Rehearsal(Run):
 
     def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:
         """Answers to validation questions."""
-        self._answers("check", arms.values(), self.config.grpo.max_new_tokens, self.config.grpo.micro_batch)
+        self._answers("check", arms.values(), self.config.grpo.max_new_tokens, self.config.grpo.decode_batch)
         return ""
 
     def _evaluate(self) -> None:
@@ -205,7 +216,7 @@ class Rehearsal(Run):
         grpo, stage, policy = objective.grpo, objective.stage, objective.policy(0)
         seconds = self._decode("rollouts", policy, grpo.max_new_tokens, prompts, stage.group_size)
         together = min(grpo.micro_batch, prompts * stage.group_size)  # as `GrpoObjective.backward` divides them
-        samples = questions(min(prompts, max(1, together // stage.group_size)), self.image)
+        samples = questions(min(prompts, max(1, together // stage.group_size)), self.asked)
         objective.stage = stage.model_copy(update={"group_size": min(together, stage.group_size)})
         limit, group = self.model.limit(policy.limit), objective.stage.group_size
         rollouts = answers(self.model, samples, group, grpo.max_new_tokens, limit)
@@ -225,7 +236,7 @@ class Rehearsal(Run):
         with self._phase(name):
             shapes, executor, formed = self.shapes, TorchExecutor(self.model), 0.0
             loop = DecodeLoop(executor)
-            rows = loop.join(Request(questions(prompts, self.image), policy, tokens, temperature=1.0, group_size=group))
+            rows = loop.join(Request(questions(prompts, self.asked), policy, tokens, temperature=1.0, group_size=group))
             count, limit, kinds, share = len(rows), rows[0].limit, KINDS, 1.0
             if isinstance(policy, Random):
                 kinds, share = policy.kinds, policy.probability / len(policy.kinds)

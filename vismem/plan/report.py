@@ -11,7 +11,8 @@ NAME, COLUMN = 27, 10
 
 def as_text(plan: Plan) -> str:
     """The plan for a reader."""
-    machine, (width, height) = plan.machine, plan.image
+    machine, asked = plan.machine, plan.asked
+    (width, height), pictures = asked.size, "an image" if asked.images == 1 else f"{asked.images} images"
     lines = [
         f"{plan.base} on {machine.count} x {machine.name}",
         "All figures are computed, none is measured.",
@@ -21,14 +22,16 @@ def as_text(plan: Plan) -> str:
         *(line for step in plan.steps for line in _step(step, machine.usable)),
         *_table("disk, GB", plan.disk, 1e9),
         *_table("host memory, GB", plan.host, 1e9, total=False),
-        f"The steps' code was run on shapes, with an image of {width}x{height} and about 200 tokens",
+        f"The steps' code was run on shapes, with {pictures} of {width}x{height} and about 200 tokens",
         "to a question, answers of full length and all their memories. Seconds leave out",
-        "waiting for other GPUs, reading images and scoring.",
+        "waiting for other GPUs, reading images and scoring; hours also validation.",
+        f"Steps are those of {asked.train:,} train questions (--questions).",
         f"Assumed: {machine.memory / GIB:.1f} GiB per GPU, {CONTEXT / GIB:.1f} of it CUDA's own, {FRAGMENTS:.0%} "
         "lost between tensors;",
         f"{FLOP_SHARE:.0%} of {machine.bfloat16 / 1e12:.0f} TFLOP/s in bfloat16 and of {machine.float32 / 1e12:g} in "
         f"float32, {BANDWIDTH_SHARE:.0%} of {machine.bandwidth / 1e12:g} TB/s",
-        f"(NVIDIA's data sheet), and at least {LAUNCH * 1e6:.0f} microseconds per operation.",
+        "(NVIDIA's data sheet; beside a base in bfloat16 float32 is computed as TF32),",
+        f"and at least {LAUNCH * 1e6:.0f} microseconds per operation.",
     ]
     return "\n".join(lines)
 
@@ -50,10 +53,20 @@ def refusals(plan: Plan) -> Iterator[str]:
         yield f"{step.name} does not fit: {why}; it fits {' or '.join(ways) or 'no card known here'}"
 
 
+def late(plan: Plan, hours: float) -> Iterator[str]:
+    """The steps that a cluster, whose tasks have so many hours, would stop."""
+    for step in plan.steps:
+        if step.total > 3600 * hours:
+            taken = f"{step.name} takes {step.total / 3600:,.0f} h"
+            yield f"{taken}, and its task on the cluster is stopped after {hours:g}: set cluster.training_hours"
+
+
 def _step(step: StepPlan, usable: float) -> Iterator[str]:
     facts = [f"{step.rows} answers together"] * bool(step.rows)
     facts += [f"trains {step.trained / 1e6:,.2f} million"] * bool(step.trained)
     yield f"{step.name}, per GPU: {', '.join(facts)}, {step.seconds:,.0f} s a {'step' if step.trained else 'batch'}"
+    if step.steps:
+        yield f"  {' and '.join(f'{steps:,}' for steps in step.steps)} steps: {step.total / 3600:,.1f} h"
     phases = step.phases.values()
     yield _row("GiB at the peak of", *step.phases)
     for part in {part: None for parts in phases for part, size in parts.items() if size >= GIB / 20}:

@@ -20,6 +20,10 @@ from vismem.registry.verdict import judge_version, publish_verdict, registered_g
 from vismem.registry.versions import Version
 
 
+class NoEarlierError(UserError):
+    """No champion before the present one is there to go back to."""
+
+
 @translate_mlflow_errors()
 def promote(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     """Judge the registered version again and make it champion if it passes; writes `release.json` and `verdict.json`.
@@ -101,8 +105,8 @@ def rollback(config: Config, to: str | None = None, left: str | None = None) -> 
 
     The version that is left is blocked: `promote` refuses it from then on. Without `to`, repeated calls go further back
     along the promotions; with it, a repeated call changes nothing, nor does one whose `left` is no longer champion.
-    Versions that were deleted or are blocked are passed over. UserError where there is none, or where another moved the
-    champion meanwhile: nothing is rolled back then.
+    Versions that were deleted or are blocked are passed over. NoEarlierError where there is none, UserError where
+    another moved the champion meanwhile: nothing is rolled back then.
     """
     store = existing_store(config.registry)
     seen = mend_view(store)
@@ -119,7 +123,7 @@ def rollback(config: Config, to: str | None = None, left: str | None = None) -> 
             version = ledger.own(find_version(store, number)) if to in (None, number) else None
             if version:
                 return ledger.next_move("rollback", version)
-        raise UserError(
+        raise NoEarlierError(
             f"there is no earlier champion{f' {to}' if to else ''} of '{store.model}' in {store.uri} to go back to; "
             "`vismem models list` shows all"
         )

@@ -14,7 +14,7 @@ PROFILE_VARIABLE = "VISMEM_PROFILE"
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, action: Callable[..., str]) -> int:
-    """Print the line that `action(config, **options)` returns; 0, or 1 after a UserError.
+    """Print the line that `action(config, **options)` returns; 0, or 1 after a UserError or an OSError.
 
     The configuration is that of --params and --profile, which are added to the parser's options.
     """
@@ -25,7 +25,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     params, profile = options.pop("params"), options.pop("profile") or os.environ.get(PROFILE_VARIABLE) or None
     try:
         print(action(load_config(params, profile) if params else resolve(profile or ""), **options))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: of a volume that belongs to another user, or is full
         print(error, file=sys.stderr)
         return 1
     return 0

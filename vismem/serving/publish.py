@@ -1,4 +1,8 @@
-"""Puts the champion where servers read it: DIR/releases/VERSION, a model repository, replaced only where damaged."""
+"""Puts the champion where servers read it: DIR/releases/VERSION-CODE, a model repository, replaced only where damaged.
+
+CODE is the start of the hash of what VisMem writes beside the bundle: another VisMem writes another release of the same
+version, while servers read on in theirs.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -12,9 +16,10 @@ from vismem.registry.champion import champion_version
 from vismem.registry.runs import download_bundle
 from vismem.registry.signing import check_signature
 from vismem.registry.tracking import open_store, translate_mlflow_errors
-from vismem.serving.repository import check_repository, repository_problems, write_model_repository
+from vismem.serving.repository import check_repository, code_hash, repository_problems, write_model_repository
 
 PATIENCE = 3600.0  # seconds that one run waits for another that fetches
+CODE = 8  # characters of a hash
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,17 @@ def publish(config: Config, folder: Path) -> Published:
     if champion is None:
         raise UserError(f"'{store.model}' in {store.uri} has no champion yet: a version must pass the gate first")
     model = config.deploy.model_name
-    release = folder / "releases" / champion.version
+    release = folder / "releases" / f"{champion.version}-{code_hash(model)[:CODE]}"
     bundle = release / model / champion.version / "bundle"
     with lock_folder(folder, PATIENCE):
+        for left in release.parent.glob("*.partial"):  # by a run that was killed
+            shutil.rmtree(left)
         registered = champion.tags.get("manifest_sha256")
         intact = (bundle / MANIFEST).is_file() and sha256_file(bundle / MANIFEST) == registered
         if intact and not repository_problems(release):
             check_signature(store, champion, bundle)
         else:
-            partial = release.with_name(f"{champion.version}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = release.with_name(f"{release.name}.partial")
             (partial / "bundle").mkdir(parents=True)
             download_bundle(store, champion, partial / "bundle")
             write_model_repository(partial / "bundle", partial / "repository", model, int(champion.version))

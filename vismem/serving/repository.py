@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from vismem.errors import UserError
 from vismem.files import link_or_copy, read_json, write_json
-from vismem.provenance import MANIFEST, file_hashes, sha256_file, verify_manifest, write_manifest
+from vismem.provenance import MANIFEST, file_hashes, sha256_file, sha256_folder, verify_manifest, write_manifest
 from vismem.runtime.access import TOKEN_VARIABLE, own_token
 from vismem.shipped import shipped
 
@@ -81,10 +82,6 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     `repository/name_unary`, for clients without streams. Raises UserError for a name or version that Triton would not
     take, and for a bundle that is missing, has no graphs or is not as its manifest says.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or is_unary(name):
-        raise UserError(
-            f"deploy.model_name '{name}': use letters, digits, '_', '-' and '.' only, no '_unary' at the end"
-        )
     if version < 1:
         raise UserError(f"model version {version}: Triton takes whole numbers from 1")
     if problems := verify_manifest(bundle):
@@ -92,13 +89,7 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     if not has_graphs(bundle):
         raise UserError(without_graphs(bundle))
     model = repository / name
-    folder = model / str(version)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    config = CONFIG.format(name=name)
-    (model / "config.pbtxt").write_text(config)
-    _write_python(MODEL_SOURCE, folder)
-    copy_library(folder, library)
+    folder, unary = _write_code(repository, name, version, library)
     own = file_hashes(folder)
     shutil.copytree(bundle, folder / "bundle", copy_function=link_or_copy)
     bundled = read_json(bundle / MANIFEST)["files"] | {MANIFEST: sha256_file(bundle / MANIFEST)}
@@ -107,9 +98,32 @@ def write_model_repository(bundle: Path, repository: Path, name: str, version: i
     files = {file: value for file, value in others.items() if not file.startswith(f"{version}/")}
     files |= {f"{version}/{file}": value for file, value in own.items()}
     files["config.pbtxt"] = sha256_file(model / "config.pbtxt")
-    unary = _write_unary(repository / unary_name(name), config)
     write_json(model / MANIFEST, {"files": dict(sorted(files.items())), UNARY: sha256_file(unary)})
     return model
+
+
+def _write_code(repository: Path, name: str, version: int, library: Path = LIBRARY) -> tuple[Path, Path]:
+    """Write all of a repository but the bundle; return the version's folder and the manifest of NAME_unary."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or is_unary(name):
+        raise UserError(
+            f"deploy.model_name '{name}': use letters, digits, '_', '-' and '.' only, no '_unary' at the end"
+        )
+    model = repository / name
+    folder = model / str(version)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = CONFIG.format(name=name)
+    (model / "config.pbtxt").write_text(config)
+    _write_python(MODEL_SOURCE, folder)
+    copy_library(folder, library)
+    return folder, _write_unary(repository / unary_name(name), config)
+
+
+def code_hash(name: str) -> str:
+    """Hex sha256 of what this VisMem writes beside a bundle of that model."""
+    with TemporaryDirectory() as folder:
+        _write_code(Path(folder), name, 1)
+        return sha256_folder(Path(folder))
 
 
 def has_graphs(bundle: Path) -> bool:
@@ -188,5 +202,5 @@ def check_repository(repository: Path) -> None:
     versions = [path for path in repository.glob("*/[1-9]*") if not is_unary(path.parent.name)] if own_token() else []
     for version in versions:
         if not (version / "vismem/runtime/access.py").is_file():
-            hint = f"run `vismem deploy` again, or unset {TOKEN_VARIABLE}"
+            hint = f"run `vismem deploy`, on a cluster the job `rollout`, again, or unset {TOKEN_VARIABLE}"
             raise UserError(f"{version} was written by an earlier VisMem and knows no token: {hint}")

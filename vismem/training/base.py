@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vismem.config import Config
 from vismem.errors import UserError, first_line
 from vismem.files import link_or_copy, read_json, write_json
-from vismem.hub import fetch
+from vismem.hub import commit_of, fetch
 from vismem.models.backbones import FAMILIES
 from vismem.models.loading import DAMAGED, check_processor, no_weight_bars
 from vismem.models.processors import load_processor
@@ -66,6 +66,8 @@ def base(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
         "weights_sha256": fingerprint,
         "source_sha256": sha256_folder(source, "*.safetensors"),  # before it was copied
     }
+    if folder is None and (commit := commit_of(source)):
+        facts["source_revision"] = commit
     write_json(out / "metrics.json", facts)
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
     return f"base: {name}, {family} of {size} parameters, weights {fingerprint[:12]}, {how}"

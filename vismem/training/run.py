@@ -108,26 +108,31 @@ class Run:
         self.seconds += self.state.seconds
         return seen
 
-    def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
-        """Answer CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
-
-        The same numbers are drawn at both times, so that scores are paired question by question. As many are answered
-        together as a backward pass has rollouts (`grpo.micro_batch`), and the processes share these batches; all return
-        all answers.
-        """
-        checked, limit, seed = self.checked, self.config.grpo.max_new_tokens, self.config.seed
-        quiet, together = not self.accelerator.is_main_process, self.config.grpo.micro_batch
+    def answer(
+        self, samples: Sequence[Sample], policy: InvocationPolicy, about: str, together: int, temperature: float = 0.0
+    ) -> list[Rollout]:
+        """Answer samples, so many `together`; processes share these batches, and all return all answers."""
+        limit, seed, quiet = self.config.grpo.max_new_tokens, self.config.seed, not self.accelerator.is_main_process
         own, shares = share_of_work(self.accelerator, self.model.backbone.processes)
         answered: list[tuple[int, list[Rollout]]] = []
-        with progress(f"{self.name}: validation {name}", len(checked), quiet=quiet) as advance:
-            for at in range(0, len(checked), together)[own::shares]:
-                batch = checked[at : at + together]
+        with progress(f"{self.name}: {about}", len(samples), quiet=quiet) as advance:
+            for at in range(0, len(samples), together)[own::shares]:
+                batch = samples[at : at + together]
                 found = generate(self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed)
                 answered.append((at, found))
                 advance(len(batch) * shares)
         batches = sorted(dict(gather_object(answered)).items())  # some may come from several processes
-        rollouts = [rollout for _, found in batches for rollout in found]
-        self.checks[when][name] = [score(s, rollout.text) for s, rollout in zip(checked, rollouts, strict=True)]
+        return [rollout for _, found in batches for rollout in found]
+
+    def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
+        """Answer CHECKED validation questions; keep their scores as those of `name`, BEFORE or AFTER.
+
+        The same numbers are drawn at both times, so that scores are paired question by question.
+        """
+        together = self.config.grpo.decode_batch
+        rollouts = self.answer(self.checked, policy, f"validation {name}", together, temperature)
+        paired = zip(self.checked, rollouts, strict=True)
+        self.checks[when][name] = [score(sample, rollout.text) for sample, rollout in paired]
         return rollouts
 
     def finish(self, arms: Mapping[str, InvocationPolicy], save: Callable[[Path], None] | None = None) -> str:

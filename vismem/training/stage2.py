@@ -10,24 +10,21 @@ import shutil
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
 
 from vismem.config import Config, GrpoConfig, Stage2Config
 from vismem.data.sample import Sample
-from vismem.generation.engine import generate
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.token_scores import together
 from vismem.generation.types import LATENT, Rollout
 from vismem.models.loading import read_weights
 from vismem.models.vismem import VisMemModel
-from vismem.progress import progress
 from vismem.records import VANILLA, VISMEM
 from vismem.training.checkpoint import save_whole
 from vismem.training.grpo import negative_penalty, type_penalty
@@ -38,6 +35,7 @@ from vismem.training.run import AFTER, BEFORE, INVOCATION, POLICY_LORA, Inputs, 
 ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
 SAMPLED = "vismem_sampled"  # the check in which the policy samples, as in training
 FIT_BATCH = 32  # questions that are answered together for the fit, at most
+ANSWERED = Random(probability=0.3)  # who decides about memories in these answers
 START, DELIMITER, BETWEEN = range(3)  # sorts of places in an answer
 
 
@@ -79,11 +77,11 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
 
     run = Run("stage2", config, inputs, out, trained_before)
     kept = out / "fitted.checkpoint"  # the reference of a run that is resumed, perhaps on another GPU
-    if kept.is_file():
+    if all(gather_object([kept.is_file()])):
         run.model.tokens.load_state_dict(read_weights(kept))
     elif not run.model.tokens.fitted:
-        with progress("stage2: initial chances", quiet=not run.accelerator.is_main_process):
-            fit_invocation(run.model, run.fitted, settings, config.grpo, config.seed)
+        answers = run.answer(run.fitted, ANSWERED, "initial chances", fit_batch(config.grpo), config.grpo.temperature)
+        fit_invocation(run.model, run.fitted, answers, settings, config.grpo)
     for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
         broadcast(row.data, from_process=0)
     if run.accelerator.is_main_process and out.is_dir() and not kept.is_file():  # a plan has no folder
@@ -102,16 +100,21 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     return run.finish({VANILLA: Off(base=True), VISMEM: Learned(), **random})
 
 
+def fit_batch(grpo: GrpoConfig) -> int:
+    """Questions that are answered together for the fit."""
+    return min(FIT_BATCH, grpo.decode_batch)
+
+
 def fit_invocation(
-    model: VisMemModel, samples: Sequence[Sample], stage: Stage2Config, grpo: GrpoConfig, seed: int
+    model: VisMemModel, samples: Sequence[Sample], answers: Sequence[Rollout], stage: Stage2Config, grpo: GrpoConfig
 ) -> None:
     """Set the head's invoke rows so that memory has a chosen chance (logistic regression of that chance).
 
     `stage.start_probability` holds at the answer's start, `stage.delimiter_probability` after delimiters; each is
-    divided equally between the two kinds. It is fitted on answers as rollouts are: of up to `grpo.max_new_tokens`
-    tokens, drawn at `grpo.temperature`.
+    divided equally between the two kinds. It is fitted on the samples' answers, which are as rollouts are: of up to
+    `grpo.max_new_tokens` tokens, drawn at `grpo.temperature`.
     """
-    states, places = _decisions(model, samples, grpo, seed)
+    states, places = _decisions(model, samples, answers, fit_batch(grpo))
     wanted = [stage.start_probability, stage.delimiter_probability, ELSEWHERE]
     pieces = torch.split(states, min(512, together(model.vocabulary)))
     others = torch.cat([(model.backbone.head(piece).double() / grpo.temperature).logsumexp(-1) for piece in pieces])
@@ -142,13 +145,13 @@ def _product(states: Tensor, row: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _decisions(model: VisMemModel, samples: Sequence[Sample], grpo: GrpoConfig, seed: int) -> tuple[Tensor, list[int]]:
+def _decisions(
+    model: VisMemModel, samples: Sequence[Sample], answers: Sequence[Rollout], together: int
+) -> tuple[Tensor, list[int]]:
     """(n, d) hidden states from which sampled answers were decided, and where: START, DELIMITER or BETWEEN."""
-    states, places, count = [], [], min(FIT_BATCH, grpo.micro_batch)
-    drawn: dict[str, Any] = {"max_new_tokens": grpo.max_new_tokens, "temperature": grpo.temperature, "seed": seed}
-    for at in range(0, len(samples), count):
-        batch = samples[at : at + count]
-        rollouts = generate(model, batch, Random(probability=0.3), **drawn)
+    states, places = [], []
+    for at in range(0, len(samples), together):
+        batch, rollouts = samples[at : at + together], answers[at : at + together]
         sample = torch.arange(len(batch), device=model.backbone.device)
         hidden = answer_states(model, prefill(model, batch), rollouts, sample)
         for row, rollout in enumerate(rollouts):
@@ -158,5 +161,5 @@ def _decisions(model: VisMemModel, samples: Sequence[Sample], grpo: GrpoConfig, 
             for index in decided:
                 delimiter = index > 0 and tokens[index - 1] in model.delimiter_ids
                 places.append((DELIMITER if delimiter else BETWEEN) if index else START)
-        del hidden  # before the next batch is decoded
+        del hidden  # before the next batch is read
     return torch.cat(states), places

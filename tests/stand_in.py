@@ -22,6 +22,7 @@ from vismem.serving.server import TritonServer
 STAND_IN = """
 import json, os, time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from vismem.runtime.limits import check_stops
 from vismem.serving.metrics import Metrics
@@ -39,6 +40,8 @@ class Chunk:
     token: int | None = None
 
 class Runtime:
+    executor = SimpleNamespace(new_tokens=48)
+
     @classmethod
     def open(cls, bundle, threads, max_patches, rows):
         return cls(bundle)

@@ -35,7 +35,7 @@ def serve_api(
     base: str | None = None,
     name: str = "vismem",
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     host: str = HOST,
     port: int = 8080,
     rows: int = ROWS,
@@ -67,7 +67,7 @@ def serve_api(
     app = create_app(runtime, name, token)
     if page:
         called = f"{model} ({loaded.model.backbone.family})"
-        add_playground(app, name, called, examples(), loaded.scope)
+        add_playground(app, name, called, examples(), loaded.scope, loaded.model.new_tokens)
     if page or (host in LOOPBACK and not token):
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, *LOOPBACK.values()])
     settings = uvicorn.Config(

@@ -36,6 +36,7 @@ def ask(
     model: str = DEFAULT_MODEL,
     base: str | None = None,
     *,
+    dtype: str | None = None,
     seed: int = 0,
     stream: bool = False,
     write: Callable[[str], None] = partial(print, end="", flush=True),  # noqa: B008
@@ -47,7 +48,7 @@ def ask(
     """
     check_seed(seed)
     disable_progress_bar()
-    loaded = VisMem.from_pretrained(model, base=base)
+    loaded = VisMem.from_pretrained(model, None, dtype, base)  # type: ignore[arg-type]  # the command's choices
     request |= {"images": images, "question": question, "seed": seed}
     pieces: Iterable[Token | Answer] = loaded.stream(**request) if stream else [loaded.answer(**request)]
     for piece in pieces:

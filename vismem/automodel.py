@@ -17,7 +17,6 @@ from vismem.errors import UserError
 from vismem.generation.engine import generate
 from vismem.generation.types import LATENT
 from vismem.inference import Memory, VisMem, policy_of
-from vismem.runtime.limits import NEW_TOKENS
 
 
 class VisMemConfig(PretrainedConfig):  # type: ignore[misc]
@@ -39,8 +38,8 @@ class VisMemForAnswers(PreTrainedModel):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, name: str | Path, *_: Any, config: VisMemConfig, **options: Any) -> "VisMemForAnswers":
         """As `VisMem.from_pretrained`; of transformers' options only `dtype` counts, bfloat16 or float32."""
-        half = str(options.get("dtype")).removeprefix("torch.") == "bfloat16"
-        return cls(config, VisMem.from_pretrained(name, "cpu", "bfloat16" if half else "float32"))
+        named: Any = str(options.get("dtype")).removeprefix("torch.")
+        return cls(config, VisMem.from_pretrained(name, "cpu", named if named in ("bfloat16", "float32") else None))
 
     @torch.inference_mode()
     def generate(
@@ -51,7 +50,7 @@ class VisMemForAnswers(PreTrainedModel):  # type: ignore[misc]
         image_grid_thw: Tensor,
         *,
         mm_token_type_ids: Tensor | None = None,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         seed: int = 0,
@@ -62,9 +61,9 @@ class VisMemForAnswers(PreTrainedModel):  # type: ignore[misc]
         The ids are taken as they are: whoever makes them keeps users' text from holding the model's own tokens, as
         `VisMem.answer` does. UserError for a memory token among them, and where image tokens and images do not match.
         """
-        backbone = self.added.backbone
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+        backbone, longest = self.added.backbone, self.added.new_tokens if max_new_tokens is None else max_new_tokens
+        if longest < 1:
+            raise UserError(f"max_new_tokens is {longest}: it must be at least 1")
         if torch.isin(input_ids, torch.tensor(self.added.memory_ids, device=input_ids.device)).any():
             raise UserError(
                 "input_ids hold a memory token, which only the model itself writes: take it out of the text"
@@ -74,7 +73,7 @@ class VisMemForAnswers(PreTrainedModel):  # type: ignore[misc]
             self.added,
             [Sample("", (), "", "")] * len(input_ids),
             policy_of(memory),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=longest,
             temperature=temperature if do_sample else 0.0,
             seed=seed,
             prompt=prompt,

@@ -20,6 +20,7 @@ from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.errors import UserError, first_line
+from vismem.files import read_json
 from vismem.generation.engine import generate, stream
 from vismem.generation.invocation import MODES, InvocationPolicy, mode_of
 from vismem.generation.prompts import encode
@@ -37,7 +38,7 @@ from vismem.runtime.prompt import TextStream
 from vismem.runtime.reserved import Reserved
 from vismem.scope import Scope
 from vismem.serving.exchange import Answer, AnyImage, Images, Token, check_seed, encoded
-from vismem.sources import find_added, find_base
+from vismem.sources import ADDED, find_added, find_base
 
 Memory = bool | Literal["learned", "off", "short", "long"]
 
@@ -62,15 +63,15 @@ class VisMem:
         cls,
         name: str | Path,
         device: str | torch.device | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: Literal["float32", "bfloat16"] | None = None,
         base: str | Path | None = None,
     ) -> "VisMem":
         """Load a model by its name.
 
         `name`: a folder (a bundle, what stage1 or stage2 wrote beside its base, or "assets/tiny-vlm-memory", which
         comes with VisMem), a hub id, or "models:/NAME@ALIAS" or "models:/NAME/VERSION" of the MLflow registry.
-        `device`: the first GPU where there is one, else the CPU. `base`: hub id or folder, where it is not as the
-        model says.
+        `device`: the first GPU where there is one, else the CPU. `dtype`: of the base's weights; that of the base when
+        the model was saved, or float32. `base`: hub id or folder, where it is not as the model says.
         UserError for what is missing or damaged, for a base that does not fit, and for a device that is not here.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +81,7 @@ class VisMem:
             raise UserError(f"the device '{device}' cannot be used: {first_line(error)}") from None
         added = find_added(name)
         reference, place = find_base(added, base)
-        model = VisMemModel.from_pretrained(added, place, dtype)
+        model = VisMemModel.from_pretrained(added, place, dtype or _saved_dtype(added))
         model.backbone.model.to(device)
         model.to(device)
         return cls(model, reference, place, read_card(added))
@@ -93,7 +94,7 @@ class VisMem:
         question: str | Chat,
         *,
         memory: Memory = True,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Answer:
@@ -103,9 +104,9 @@ class VisMem:
         a conversation (see `read_messages`).
 
         `memory`: True or "learned", the model may invoke both kinds; "short" or "long", one; False or "off", none.
-        `temperature` 0 is greedy. UserError for an image that cannot be read, a question that holds one of the model's
-        own tokens (`<m_I^s>`, `<|im_end|>`), a setting that cannot be, and a request over the limits or the base's
-        length.
+        `max_new_tokens`: by default as many as the model was evaluated with, 120 where it does not say. `temperature` 0
+        is greedy. UserError for an image that cannot be read, a question that holds one of the model's own tokens
+        (`<m_I^s>`, `<|im_end|>`), a setting that cannot be, and a request over the limits or the base's length.
         """
         (answer,) = self.answers(
             [(images, question)], memory=memory, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -117,18 +118,19 @@ class VisMem:
         questions: Iterable[tuple[Images, str | Chat]],
         *,
         memory: Memory = True,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 16,
     ) -> list[Answer]:
         """Answer (images, question) pairs, `batch_size` together; see `answer`. In float32 each is as it is alone."""
-        samples = [self.sample(images, question, max_new_tokens) for images, question in questions]
-        drawn = _drawn(max_new_tokens, temperature, seed)
+        longest = self._longest(max_new_tokens)
+        samples = [self.sample(images, question, longest) for images, question in questions]
+        drawn = _drawn(longest, temperature, seed)
         answers = []
         for at in range(0, len(samples), batch_size):
             started, batch = time.perf_counter(), samples[at : at + batch_size]
-            prompt = self._prompt(batch, max_new_tokens)
+            prompt = self._prompt(batch, longest)
             rollouts = generate(self.model, batch, policy_of(memory), prompt=prompt, **drawn)
             seconds, read = time.perf_counter() - started, prompt.mask.sum(1).tolist()
             answers += [
@@ -143,14 +145,15 @@ class VisMem:
         question: str | Chat,
         *,
         memory: Memory = True,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Iterator[Token]:
         """Yield the pieces of the answer that `answer` gives, when they are decoded; see `vismem.serving.exchange`."""
-        sample = self.sample(images, question, max_new_tokens)
-        policy, drawn = policy_of(memory), _drawn(max_new_tokens, temperature, seed)
-        return self._text(stream(self.model, sample, policy, prompt=self._prompt([sample], max_new_tokens), **drawn))
+        longest = self._longest(max_new_tokens)
+        sample = self.sample(images, question, longest)
+        policy, drawn = policy_of(memory), _drawn(longest, temperature, seed)
+        return self._text(stream(self.model, sample, policy, prompt=self._prompt([sample], longest), **drawn))
 
     # --- files ---
 
@@ -176,6 +179,9 @@ class VisMem:
         return push(self.save_pretrained, repo_id, private, token)
 
     # --- one request ---
+
+    def _longest(self, asked: int | None) -> int:
+        return self.model.new_tokens if asked is None else asked
 
     def sample(self, images: Images, question: str | Chat, max_new_tokens: int = NEW_TOKENS) -> Sample:
         """The request as the engine takes it, checked. What the base cannot read is logged, which stderr shows."""
@@ -228,6 +234,12 @@ class VisMem:
         if rest := text.finish():
             yield Token(rest, "token")
         yield Token("", "end")
+
+
+def _saved_dtype(added: Path) -> str:
+    """The type of the base's weights when the model was saved; float32 where it does not say, as older ones."""
+    settings = read_json(added / ADDED)
+    return "bfloat16" if isinstance(settings, dict) and settings.get("dtype") == "bfloat16" else "float32"
 
 
 def _drawn(max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:

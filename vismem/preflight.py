@@ -17,6 +17,7 @@ from vismem.data.source_files import source_bytes
 from vismem.disk import free_space
 from vismem.errors import UserError, mask_credentials, one_line
 from vismem.files import read_json, write_text
+from vismem.models.families import check_family
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3, 5  # a dead endpoint costs this, not the clients' own minute of retries
 GB = 1e9
@@ -142,8 +143,6 @@ def check_registry(config: RegistryConfig) -> Finding:
 
 def check_base(model: str) -> Finding:
     """Whether `base.model` can be had: a folder, or a hub id whose settings can be read or are cached."""
-    from vismem.models.backbones import check_family
-
     what = f"base model {model}"
     try:
         settings, seen = _find_settings(model)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Of optional inputs; that of MAX_NEW_TOKENS is the library's.
+# Of optional inputs; that of MAX_NEW_TOKENS is the bundle's.
 DEFAULTS = {"PROMPT": b"", "MESSAGES": b"", "TEMPERATURE": 0.0, "SEED": 0, "MEMORY": b"learned", "STREAM": True}
 sys.dont_write_bytecode = True  # the repository stays as it was written
 INTERVAL, GONE = "interval_ms", "gone"  # parameters of a request
@@ -174,7 +174,7 @@ class TritonPythonModel:
 
     def _begin(self, request: Any, parameters: dict[str, Any], left: threading.Event) -> tuple[Any, float]:
         """The chunks of an answer, which hold no image, and the seconds of them that a response may collect."""
-        files, prompt, messages, options, interval = read_request(request, parameters)
+        files, prompt, messages, options, interval = read_request(request, parameters, self.runtime.executor.new_tokens)
         chat = self.parse_messages(messages) if messages else None
         asked = self.said(chat).encode(errors="surrogatepass") if chat else prompt
         images = self.check_request(files, asked, options["max_new_tokens"])
@@ -208,13 +208,15 @@ class TritonPythonModel:
                 self.free.release()
 
 
-def read_request(request: Any, parameters: dict[str, Any]) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
+def read_request(
+    request: Any, parameters: dict[str, Any], longest: int
+) -> tuple[list[bytes], bytes, bytes, dict[str, Any], float]:
     """Image files, prompt, messages, options of `generate`, seconds that a response may collect; or a RequestError."""
     from vismem.runtime.images import image_file  # verified by now
-    from vismem.runtime.limits import NEW_TOKENS, RequestError
+    from vismem.runtime.limits import RequestError
 
     files, stop = list(map(image_file, _several(request, "IMAGE"))), _several(request, "STOP")
-    values: dict[str, Any] = {**DEFAULTS, "MAX_NEW_TOKENS": NEW_TOKENS}
+    values: dict[str, Any] = {**DEFAULTS, "MAX_NEW_TOKENS": longest}
     for name in values:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is not None:

@@ -34,6 +34,8 @@ def test_every_input_reaches_the_runtime(server: TritonServer) -> None:
     options = {"max_new_tokens": 5, "temperature": 0.5, "seed": 2**40, "memory": "short", "stop": ["é", "x"]}
     (token,) = ask(server, "echo", images=[png(30, 20), png(8, 9)], **options)
     assert json.loads(token.text) == [[[30, 20], [8, 9]], 5, 0.5, 2**40, "short", ["é", "x"]]
+    (token,) = ask(server, "echo", max_new_tokens=None)
+    assert json.loads(token.text)[1] == 48, "the bundle's own"
 
 
 @pytest.mark.parametrize(

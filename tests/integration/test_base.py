@@ -14,6 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 from vismem.config import Config, parse_config
 from vismem.errors import UserError
 from vismem.files import read_json, write_json
+from vismem.models.backbones import FAMILIES
+from vismem.models.families import NAMES
 from vismem.models.loading import load_base
 from vismem.plan import plan
 from vismem.provenance import sha256_folder, write_manifest
@@ -195,3 +197,7 @@ def test_a_base_without_vision_of_another_family_or_that_is_missing_is_refused(t
         base(config(tmp_path / "clip"), {}, tmp_path / "out")
     with pytest.raises(UserError, match="no model that can be loaded"):
         base(config(tmp_path / "nowhere"), {}, tmp_path / "out")
+
+
+def test_the_families_that_are_named_are_those_that_have_a_file() -> None:
+    assert (*FAMILIES,) == NAMES

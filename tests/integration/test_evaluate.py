@@ -165,6 +165,28 @@ def test_batches_do_not_change_an_answer(inputs: dict[str, Path]) -> None:
         assert [r.token_ids for r in many[arm.name].rollouts] == [r.token_ids for r in one[arm.name].rollouts]
 
 
+@pytest.mark.parametrize("fit", [2, 0])
+def test_a_batch_that_does_not_fit_on_the_gpu_is_answered_in_halves(
+    inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fit: int
+) -> None:
+    model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])
+    samples, arm = tiny.samples()[:5], ARMS[VISMEM]
+    wanted = _texts(decode({VISMEM: model}, [arm], samples, CONFIG)[VISMEM].rollouts)
+
+    def small(model: VisMemModel, batch: Sequence[Sample], *given: Any, **settings: Any) -> list[Rollout]:
+        if len(batch) > fit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return generate(model, batch, *given, **settings)
+
+    monkeypatch.setattr(module, "generate", small)
+    if not fit:
+        with pytest.raises(UserError, match=f"too small to answer {samples[0].id}: CUDA out of memory"):
+            decode({VISMEM: model}, [arm], samples, CONFIG)
+        return
+    assert _texts(decode({VISMEM: model}, [arm], samples, CONFIG)[VISMEM].rollouts) == wanted
+    assert f"{arm.label}: 3 questions together do not fit on the GPU, halving them" in caplog.text
+
+
 def test_vanilla_is_the_base_even_where_the_policy_has_an_adapter(inputs: dict[str, Path]) -> None:
     samples = tiny.samples()[:3]
     plain = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"])

@@ -194,7 +194,8 @@ def test_memory_and_policy_are_written_apart_and_come_back(model: VisMemModel, t
     assert not again.policy_lora.enabled
     settings = read_json(folder / "vismem.json")
     assert settings.keys() == {
-        "format", "variant", "family", "memory", "invocation", "memory_ids", "policy_lora", "policy_settings"
+        "format", "variant", "family", "memory", "invocation", "memory_ids", "policy_lora", "policy_settings",
+        "dtype", "max_new_tokens",
     }  # fmt: skip
     assert (settings["format"], settings["family"]) == (3, "qwen2_5_vl")
 

@@ -11,6 +11,7 @@ from init_project import Lines, picture, project, question, run, write
 
 from vismem.config import load_config
 from vismem.data.prepare import prepare
+from vismem.init import rows
 
 __all__ = ["project", "run"]  # fixtures
 
@@ -109,6 +110,20 @@ def test_a_folder_a_table_and_a_file_that_is_not_there_are_refused(project: Path
     assert "is a folder: name the .jsonl file in it; it has mine.jsonl" in run("own", "--data", file.parent, status=1)
     assert "no file gone.jsonl" in run("own", "--data", "gone.jsonl", status=1)
     assert "takes JSON lines" in run("own", "--data", "MMStar.tsv", status=1)
+    table = project / "train.jsonl"  # whatever its name
+    table.write_bytes(b"PAR1\x15\x04\n\x15" * 100)
+    assert "train.jsonl is a Parquet table" in run("own", "--data", table, status=1)
+
+
+def test_a_file_of_something_else_is_not_read_to_its_end(
+    project: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "HOPELESS", 20)
+    file = write(project.parent / "photos", 12, ["what,where"] * 40)
+    assert "52 rows, 12 good, 40 bad" in run("own", "--data", file), "the first ones are good"
+    file.write_text("what,where\n" * 40)
+    said = run("other", "--data", file, status=1)
+    assert f"none of the first 20 rows is good: {file}, line 1: broken JSON" in said
 
 
 def test_nothing_that_is_there_is_overwritten_without_force_and_only_its_own_with_it(

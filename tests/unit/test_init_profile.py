@@ -139,6 +139,9 @@ def test_what_is_no_vision_language_model_is_refused(project: Path, capsys: pyte
     (project / "text").mkdir()
     (project / "text" / "config.json").write_text('{"model_type": "qwen2"}')
     assert "has no vision" in written(capsys, "--base", "text", status=1)[1]
+    other = written(capsys, "--base", fake(project / "other", model_type="internvl_chat"), status=1)[1]
+    assert "model family 'internvl_chat' is not supported; supported: internvl, llava_onevision, qwen2_5_vl" in other
+    assert "take the repository of the same name that ends in -HF or -hf" in other
     assert "--base takes a model's folder or a hub id" in written(capsys, "--base", "/gone/base", status=1)[1]
     assert "--base takes a model's folder or a hub id" in written(capsys, "--base", "no//id", status=1)[1]
 

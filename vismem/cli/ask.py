@@ -9,7 +9,6 @@ from typing import Any
 
 from vismem.cli.options import enter, load
 from vismem.cli.parser import Commands
-from vismem.runtime.limits import NEW_TOKENS
 
 SERVED = ("base", "device", "dtype", "port", "max_patches", "cache_mb")
 
@@ -23,6 +22,7 @@ def add_commands(commands: Commands) -> None:
     _add_question(add)
     add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
     add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
+    _add_dtype(add)
 
     add = command("infer", _run_infer, "ask the served model about images")
     _add_question(add)
@@ -60,11 +60,15 @@ def _add_served(add: Callable[..., Any], port: int) -> None:
     add("--model", help="folder, hub id or models:/NAME@champion; default: the tiny VLM that comes with VisMem")
     add("--base", metavar="MODEL", help="hub id or folder of the model's base, where it is not as the model says")
     add("--device", help="cpu, cuda or cuda:1; default: the first GPU where there is one")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights' type (default: %(default)s)")
+    _add_dtype(add)
     add("--port", type=int, default=port, help="0: any free one (default: %(default)s)")
     # 16,384 patches are 3.2 megapixels as Qwen2.5-VL cuts them.
     add("--max-patches", type=int, default=16_384, metavar="N", help="and tokens, of a question (default: %(default)s)")
     add("--cache-mb", type=int, default=1_000, metavar="N", help="kept of images and prompts (default: %(default)s)")
+
+
+def _add_dtype(add: Callable[..., Any]) -> None:
+    add("--dtype", choices=("float32", "bfloat16"), help="weights' type; default: the one that the model was saved in")
 
 
 def _add_tls(add: Callable[..., Any]) -> None:
@@ -99,8 +103,8 @@ def _add_question(add: Callable[..., Any]) -> None:
     about = "kinds of memory that the model may call: learned (both), off, short or long (default: %(default)s)"
     add("--memory", choices=("learned", "off", "short", "long"), default="learned", help=about)
     add("--no-memory", action="store_const", const="off", dest="memory", help="the same as --memory off")
-    about = "longest answer in tokens (default: %(default)s)"
-    add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=about)
+    about = "longest answer in tokens; default: as the model was evaluated, 120 where it does not say"
+    add("--max-new-tokens", type=int, metavar="N", help=about)
     add("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable answer (default: 0)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
 
@@ -129,7 +133,8 @@ def _run_ask(arguments: argparse.Namespace) -> None:
     from vismem.ask import DEFAULT_MODEL, ask
 
     model = arguments.model or DEFAULT_MODEL
-    ask(arguments.image, question, model=model, base=arguments.base, **_answering(arguments))
+    named = {"model": model, "base": arguments.base, "dtype": arguments.dtype}
+    ask(arguments.image, question, **named, **_answering(arguments))
 
 
 def _run_infer(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.runtime.images import look_of, pixels_sha256, upright
-from vismem.runtime.limits import FORMATS, check_file, frames_of
+from vismem.runtime.limits import FORMATS, MAX_TOTAL_PIXELS, Room, check_file, frames_of
 
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
+DECODED = Room(2 * MAX_TOTAL_PIXELS)  # pixels that threads look at together, some 11 bytes each: 1.4 GB
+LOCKS = 4096  # of images that threads ask about, by their hashes
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,27 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
                 fault = f"a {image.format} file: save it as one of {', '.join(FORMATS)}, which a server reads too"
             if fault:
                 return ImageFacts(hashlib.sha256(data).digest(), width, height, fault)
-            seen = upright(image)
+            with DECODED.of(width * height):
+                seen = upright(image)
+                contrast = int(np.ptp(seen.getextrema(), axis=1).max())
+                return ImageFacts(pixels_sha256(seen), *seen.size, None, contrast, look_of(seen))
     except Exception as error:  # noqa: BLE001 - a hostile file can raise anything in a decoder: the row is at fault
         fault = str(error).split("<")[0].strip() or type(error).__name__
         return ImageFacts(hashlib.sha256(data).digest(), width, height, fault if data else "no bytes")
-    width, height = seen.size
-    contrast = int(np.ptp(seen.getextrema(), axis=1).max())
-    return ImageFacts(pixels_sha256(seen), width, height, None, contrast, look_of(seen))
 
 
 def image_cache(max_side: int | None = None) -> Callable[[bytes], ImageFacts]:
-    """`examine_image` that remembers the facts (not the pixels) of images seen before: many questions share one."""
-    seen: dict[bytes, ImageFacts] = {}
+    """`examine_image` that remembers the facts (not the pixels) of images seen before: many questions share one.
+
+    Several threads may ask it; one that is asked about by two of them is decoded once.
+    """
+    seen, locks = dict[bytes, ImageFacts](), [Lock() for _ in range(LOCKS)]
 
     def examine(data: bytes) -> ImageFacts:
         key = hashlib.sha256(data).digest()
-        if key not in seen:
-            seen[key] = examine_image(data, max_side)
+        with locks[int.from_bytes(key[:2]) % LOCKS]:
+            if key not in seen:
+                seen[key] = examine_image(data, max_side)
         return seen[key]
 
     return examine

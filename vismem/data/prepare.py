@@ -2,8 +2,9 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from vismem.config import Config
@@ -12,6 +13,7 @@ from vismem.data.clusters import claim, tied
 from vismem.data.dvc_source import fetched
 from vismem.data.fingerprint import SPLITS, ImageFacts, data_sha256, image_cache, sample_sha256
 from vismem.data.instructions import instructed
+from vismem.data.parallel import in_order
 from vismem.data.readers import read
 from vismem.data.revisions import write_revisions
 from vismem.data.sample import Sample, write_shards
@@ -56,28 +58,33 @@ class _Split:
     dropped: Counter[str] = field(default_factory=Counter)  # by the split that has it, or the part not counted
     digests: list[bytes] = field(default_factory=list)
 
-    def take(self, sample: Sample) -> bool:
-        """Count a row; False, and counted as dropped, where another split has its group or one of its images or videos.
+    def wants(self, sample: Sample) -> bool:
+        """False, and counted as dropped, for a row of a part of a benchmark that its score is not of."""
+        if not (wanted := counted(sample)):
+            self.dropped[f"{sample.source}, part {sample.part}"] += 1
+        return wanted
 
-        So are rows of a part of a benchmark that its score is not of.
+    def looked_at(self, sample: Sample) -> tuple[Sample, list[str], bytes]:
+        """The row, what ties it to others, and its hash: what takes time, for a thread."""
+        return sample, tied(sample, self.examine), sample_sha256(sample.as_row())
+
+    def take(self, ties: Sequence[str], digest: bytes) -> bool:
+        """Count a row; False, and counted as dropped, where another split has its group or one of its images or videos.
 
         Images that do not decode belong to no split: their rows pass to `validate`, which quarantines them.
         """
-        if not counted(sample):
-            self.dropped[f"{sample.source}, part {sample.part}"] += 1
-            return False
-        if other := claim(self.owners, self.name, tied(sample, self.examine)):
+        if other := claim(self.owners, self.name, ties):
             self.dropped[other] += 1
             return False
-        self.digests.append(sample_sha256(sample.as_row()))
+        self.digests.append(digest)
         return True
 
 
 def _rows(config: Config, split: _Split, advance: Advance) -> Iterator[Sample]:
     """The rows of all sources, in order, that the split may have."""
-    for source in config.prepare.sources:
-        for asked in read(source, split.name, config.seed):
-            sample = instructed(asked, config.prepare.instructions)
-            if split.take(sample):
-                advance(split=split.name)
-                yield sample
+    asked = chain.from_iterable(read(source, split.name, config.seed) for source in config.prepare.sources)
+    wanted = (sample for one in asked if split.wants(sample := instructed(one, config.prepare.instructions)))
+    for sample, ties, digest in in_order(split.looked_at, wanted):
+        if split.take(ties, digest):
+            advance(split=split.name)
+            yield sample

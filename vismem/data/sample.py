@@ -147,11 +147,9 @@ def shard_tables(shard: Path) -> Iterator[pa.Table]:
             yield file.read_row_group(group, use_threads=False)
 
 
-def iterate_rows(shard: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a shard in order, one row group in memory at once."""
-    for table in shard_tables(shard):
-        for row in range(len(table)):
-            yield table.slice(row, 1).to_pylist()[0]
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of a row group in order."""
+    return (table.slice(row, 1).to_pylist()[0] for row in range(len(table)))
 
 
 class StoredSamples(Sequence[Sample]):

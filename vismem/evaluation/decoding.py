@@ -1,5 +1,6 @@
 """Every arm answers the same questions, timed; processes share the batches, and a killed run resumes behind its own."""
 
+import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter
 
 from vismem.config import Config
 from vismem.data.sample import Sample
-from vismem.errors import UserError
+from vismem.errors import UserError, first_line
 from vismem.evaluation.arms import Arm
 from vismem.files import write_text
 from vismem.generation.engine import generate
@@ -23,6 +24,8 @@ from vismem.progress import progress
 from vismem.ranks import share_of_work
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
+logger = logging.getLogger(__name__)
+
 ANSWERS, KEEP_EVERY = "answers-{}.checkpoint", 30.0  # of a process; seconds: after a kill, no more is answered again
 
 
@@ -123,6 +126,19 @@ def _flat(kept: Iterable[Answers]) -> dict[tuple[int, str], Run]:
 
 
 def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
-    return generate(
-        model, samples, arm.policy, max_new_tokens=config.evaluate.max_new_tokens, temperature=0.0, seed=config.seed
-    )
+    """A batch's answers, which do not depend on each other: where it does not fit on the GPU, those of its halves.
+
+    UserError for a question that does not fit alone, and of a base that processes hold together, who would not halve
+    the same batches.
+    """
+    longest, seed = config.evaluate.max_new_tokens, config.seed
+    try:
+        return generate(model, samples, arm.policy, max_new_tokens=longest, temperature=0.0, seed=seed)
+    except torch.OutOfMemoryError as error:
+        if len(samples) == 1 or config.base.tensor_parallel:
+            named = ", ".join(sample.id for sample in samples[:3])
+            raise UserError(f"the GPU's memory is too small to answer {named}: {first_line(error)}") from None
+    torch.cuda.empty_cache()
+    half = len(samples) // 2
+    logger.warning("%s: %d questions together do not fit on the GPU, halving them", arm.label, len(samples))
+    return _answer(model, arm, samples[:half], config) + _answer(model, arm, samples[half:], config)

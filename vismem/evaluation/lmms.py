@@ -24,7 +24,6 @@ from vismem.inference import VisMem
 from vismem.progress import progress
 from vismem.records import VISMEM
 from vismem.runtime.chat import IMAGE, Turn, joined
-from vismem.runtime.limits import NEW_TOKENS
 
 DELIMITER = "\n\n"  # lmms-eval's own `until` where a task names none: it would cut answers of several paragraphs
 MANIFEST = ModelManifest(model_id="vismem", chat_class_path="vismem.evaluation.lmms.VisMemLmms")
@@ -40,15 +39,16 @@ class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
         pretrained: str,
         arm: str = VISMEM,
         base: str | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: Literal["float32", "bfloat16"] | None = None,
         device: str | None = None,
         batch_size: int | str = 16,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         """`pretrained`, `base`, `device`, `dtype`: see `VisMem.from_pretrained`. `arm`: an arm of the trained model.
 
-        `max_new_tokens` where a task does not say. Of several processes each has the GPU of its rank.
+        `max_new_tokens` where a task does not say; None: see `VisMem.answer`. Of several processes each has the GPU of
+        its rank.
         """
         super().__init__()
         known = [name for name, own in ARMS.items() if own.model == VISMEM]
@@ -57,10 +57,11 @@ class VisMemLmms(lmms):  # type: ignore[misc]  # its package has no types
             raise UserError(f"arm={arm}: the trained model has {', '.join(known)}{nearest(arm, known)}")
         if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        self.arm, self.seed, self.longest = found, int(seed), int(max_new_tokens)
+        self.arm, self.seed = found, int(seed)
         self.rows = int(batch_size) if str(batch_size).isdigit() else 16  # "auto"
         self.asked = Counter[str]()  # how often each question was: repeats draw other numbers
         self.vismem = VisMem.from_pretrained(pretrained, device, dtype, base)
+        self.longest = int(max_new_tokens or self.vismem.model.new_tokens)
         self.device = self.vismem.model.backbone.device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:

@@ -42,6 +42,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     metrics = Metrics.read(inputs["evaluate"])
     dtype = "float32" if config.export.graphs else config.base.dtype  # of graphs, whatever it was trained in
     model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"], dtype)
+    model.new_tokens = config.evaluate.max_new_tokens
     model.save_pretrained(out / "vismem")
     Base.of_step(inputs["base"]).write(out / "vismem")
     model.backbone.processor.save_pretrained(out / "processor")

@@ -151,6 +151,7 @@ def runtime_settings(model: VisMemModel) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "weights": WEIGHTS,
+        "new_tokens": model.new_tokens,
         "tensors": {},
         "width": backbone.width,
         "decoder": {

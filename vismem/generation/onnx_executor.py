@@ -50,7 +50,7 @@ class OnnxExecutor:
         self.cache = ContentCache(cache_bytes)
         self.attending = Room(MAX_PATCHES**2)  # attention is dense: many long prompts at a time would not fit
         self.bundle, self.max_patches, settings = bundle, max_patches, bundle.settings
-        self.tokenizer = bundle.tokenizer
+        self.tokenizer, self.new_tokens = bundle.tokenizer, bundle.new_tokens
         self.memory, self.tokens, self.decoder = settings["memory"], settings["tokens"], settings["decoder"]
         self.kinds = dict(zip(self.tokens["invoke"], KINDS, strict=True))
         self.ends = dict(zip(KINDS, self.tokens["end"], strict=True))

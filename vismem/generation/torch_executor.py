@@ -63,7 +63,7 @@ class TorchExecutor:
         self.model, self.backbone, self.max_patches = model, model.backbone, max_patches
         self.cache = ContentCache(cache_bytes)
         self.kinds = {token: kind for kind, token in model.invoke_ids.items()}
-        self.ends, self.limit = model.end_ids, model.limit
+        self.ends, self.limit, self.new_tokens = model.end_ids, model.limit, model.new_tokens
         self.delimiters, self.stops = frozenset(model.delimiter_ids), frozenset(model.stop_ids)
         self.anywhere = model.invocation_config.anywhere
         self.encoding = threading.Lock()  # of the processor's tokenizer, which changes while it encodes

@@ -20,6 +20,7 @@ from vismem.data.sample import Sample
 from vismem.errors import UserError, first_line
 from vismem.export import WITH_GRAPHS
 from vismem.init.rows import Row
+from vismem.models.families import check_family
 from vismem.models.small_files import read_small, read_tokenizer
 from vismem.models.tokens import MEMORY_TOKENS
 from vismem.runtime.chat import said
@@ -87,9 +88,10 @@ class Base:
 
 
 def look_at(config: BaseConfig) -> Base:
-    """What is known of `base.model`, a folder or a hub id. UserError for what is no vision-language model.
+    """What is known of `base.model`, a folder or a hub id.
 
-    A hub that cannot be reached is no error: the model is then taken for a large one.
+    UserError for what is no vision-language model, and for another family than we support. A hub that cannot be reached
+    is no error: the model is then taken for a large one.
     """
     folder = config.folder()
     if folder is None and Path(config.model).is_absolute():
@@ -101,6 +103,7 @@ def look_at(config: BaseConfig) -> Base:
         return Base(config.model, small=False, unknown=why)
     if "vision_config" not in settings:
         raise UserError(f"base.model '{config.model}' has no vision: a vision-language model is needed")
+    check_family(str(settings.get("model_type")))
     text = settings.get("text_config", settings)
     return Base(
         config.model,

@@ -9,6 +9,7 @@ from typing import Any
 from vismem.config import ValidateConfig
 from vismem.config.data import Split
 from vismem.data.fingerprint import image_cache, sample_pictures
+from vismem.data.parallel import in_order
 from vismem.data.readers import jsonl
 from vismem.data.readers.files import json_object, numbered_lines
 from vismem.data.sample import Sample
@@ -18,6 +19,8 @@ from vismem.runtime.images import DATA_URI
 from vismem.runtime.reserved import Reserved
 from vismem.validation.rows import row_faults
 
+HOPELESS = 2_000  # bad rows, and none good before them: the file holds something else
+PARQUET = b"PAR1"  # a table's first bytes
 NEEDED = tuple(key for key in jsonl.NEEDED if key != "id")  # a missing id is given
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
@@ -71,7 +74,7 @@ def read_rows(
     `doubts` are the base's, `reserved` its own tokens, where they are known.
 
     A row is a duplicate where its id, or its question about the same images, was there before. UserError for a file
-    that cannot be read; what is wrong with a row is counted.
+    that cannot be read, and where the first HOPELESS rows are bad; what is wrong with a row is counted.
     """
     for file in files:
         _require_file(file)
@@ -86,14 +89,22 @@ def read_rows(
         pictures, sides = tuple(sample_pictures(sample, examine)), tuple((facts.width, facts.height) for facts in seen)
         return Row(where, values, split, replace(sample, images=(), videos=()), pictures, sides, tuple(doubts(sample)))
 
+    def tried(line: tuple[File, str, bytes]) -> Row | str:
+        try:
+            return checked(*line)
+        except UserError as fault:
+            return str(fault)
+
+    lines = ((file, where, line) for file in files for where, line in numbered_lines(file.path))
     with progress("check rows") as advance:
-        for file in files:
-            for where, line in numbered_lines(file.path):
-                advance()
-                try:
-                    read.append(checked(file, where, line))
-                except UserError as fault:
-                    rows.bad.append(str(fault))
+        for found in in_order(tried, lines):
+            advance()
+            if isinstance(found, Row):
+                read.append(found)
+                continue
+            rows.bad.append(found)
+            if len(rows.bad) == HOPELESS and not read:
+                raise UserError(f"none of the first {HOPELESS:,} rows is good: {'; '.join(rows.bad[:3])}")
     rows.good, rows.duplicates = _without_repeats(read)
     rows.named = _give_ids(rows.good)
     return rows
@@ -151,6 +162,12 @@ def _require_file(file: File) -> None:
         raise UserError(f"{path} is a table: `vismem init` takes JSON lines; for VLMEvalKit's files see data/README.md")
     if not path.is_file():
         raise UserError(f"no file {path}: one JSON object per line is needed, see data/README.md")
+    with path.open("rb") as opened:
+        if opened.read(len(PARQUET)) == PARQUET:
+            raise UserError(
+                f"{path} is a Parquet table: `vismem init` takes JSON lines; data/README.md has the Python that writes "
+                "them, and the images as files"
+            )
 
 
 def _common(folders: Sequence[Path]) -> Path:

@@ -14,8 +14,9 @@ from torch import Tensor, distributed, nn
 from transformers.utils import logging as transformers_logging
 
 from vismem.errors import UserError, first_line
-from vismem.models.backbones import backbone_of, check_family
+from vismem.models.backbones import backbone_of
 from vismem.models.backbones.base import Backbone
+from vismem.models.families import check_family
 from vismem.models.processors import load_processor
 from vismem.models.tensor_parallel import sharded
 

@@ -22,6 +22,7 @@ from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, Query
 from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.processors import differing
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
+from vismem.runtime.limits import MAX_NEW_TOKENS, NEW_TOKENS
 
 FORMAT = 3  # of what `save_pretrained` writes; in 1 and 2 a short memory showed means of image tokens
 SAVED = {"format", "family", "memory", "invocation", "memory_ids", "policy_lora"}  # what `vismem.json` says, always
@@ -33,6 +34,7 @@ class VisMemModel(nn.Module):
     """The base stays outside the module's parameters: `parameters()` and `state_dict()` are what VisMem adds."""
 
     variant = "vismem"  # what `save_pretrained` calls it; see `vismem.models.variants`
+    new_tokens = NEW_TOKENS  # the longest answer that it was trained or evaluated with, where a request does not say
 
     def __init__(self, backbone: Backbone, memory: MemoryConfig, invocation: InvocationConfig, seed: int = 0) -> None:
         super().__init__()
@@ -197,6 +199,8 @@ class VisMemModel(nn.Module):
             "memory_ids": self.memory_ids,
             "policy_lora": self.policy_lora.enabled,
             "policy_settings": asdict(self.policy_lora.settings),
+            "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
+            "max_new_tokens": self.new_tokens,
         }
         write_json(folder / "vismem.json", settings)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
@@ -217,6 +221,7 @@ class VisMemModel(nn.Module):
             raise UserError(f"{folder} holds the model '{variant}', which only `vismem evaluate` decodes")
         model = cls(backbone, settings["memory"], settings["invocation"])
         model.load_weights(folder)
+        model.new_tokens = settings["max_new_tokens"]
         return model
 
     def load_weights(self, folder: Path) -> None:
@@ -275,6 +280,7 @@ def _read_saved(folder: Path, backbone: Backbone) -> dict[str, Any]:
             "invocation": InvocationConfig(**settings["invocation"]),
             "policy_settings": policy and LoraSettings(**policy),
             "memory_ids": tuple(settings["memory_ids"]),
+            "max_new_tokens": min(int(settings.get("max_new_tokens", NEW_TOKENS)), MAX_NEW_TOKENS),
         }
     except (TypeError, ValueError) as error:
         said = "; ".join(f"{fault['loc']}: {fault['msg']}" for fault in getattr(error, "errors", list)())

@@ -16,8 +16,9 @@ from vismem.data.sample import Sample
 from vismem.errors import UserError, first_line
 from vismem.generation.replay import with_memories
 from vismem.generation.types import Rollout
-from vismem.models.backbones import backbone_of, check_family
+from vismem.models.backbones import backbone_of
 from vismem.models.backbones.base import Backbone
+from vismem.models.families import check_family
 from vismem.models.processors import load_processor
 from vismem.models.tensor_parallel import WHOLE, check_shares
 from vismem.models.tokens import KINDS

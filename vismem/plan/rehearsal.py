@@ -90,7 +90,7 @@ class Rehearsal(Run):
         with (
             beside_dispatch(),
             self.shapes,
-            patch(f"{step.target.partition(':')[0]}.Run", self._started),
+            patch(f"{step.target.partition(':')[0]}.Run", self._started, create=True),  # evaluate has none
             patch("vismem.training.run.load_base", self._base),
             patch("vismem.training.stage2.fit_invocation", self._fit_head),
             patch.object(VisMemModel, "from_pretrained", lambda *_: new_model(self.config, INPUTS)),

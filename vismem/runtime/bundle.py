@@ -9,6 +9,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from vismem.runtime.limits import NEW_TOKENS
+
 FORMAT = 5
 Array = NDArray[Any]
 
@@ -50,6 +52,7 @@ class Bundle:
         self.settings: dict[str, Any] = json.loads((onnx / "runtime.json").read_text())
         if (found := self.settings.get("format")) != FORMAT:
             raise BundleError(f"{onnx}/runtime.json has format {found}, this runtime reads {FORMAT}: export again")
+        self.new_tokens = int(self.settings.get("new_tokens", NEW_TOKENS))  # bundles of earlier versions do not say
         self.vision, self.short, self.builder, self.decoder = (
             Graph(onnx / f"{name}.onnx", threads) for name in ("vision", "short", "builder", "decoder")
         )

@@ -87,7 +87,9 @@ def upright(image: Image.Image) -> Image.Image:
 
 def pixels_sha256(seen: Image.Image) -> bytes:
     """32 bytes by which an image that is `upright` is known: the same for the same picture saved twice."""
-    return hashlib.sha256(b"%dx%d:" % seen.size + seen.tobytes()).digest()
+    whole = hashlib.sha256(b"%dx%d:" % seen.size)
+    whole.update(seen.tobytes())
+    return whole.digest()
 
 
 def hash_of(seen: Sequence[Image.Image]) -> bytes:

@@ -19,14 +19,13 @@ from vismem.generation.invocation import InvocationPolicy, mode_of
 from vismem.generation.loop import DecodeLoop, Executor, Request, Row
 from vismem.runtime.chat import Chat, check_chat, one_turn, said
 from vismem.runtime.images import let_go, unread
-from vismem.runtime.limits import MAX_TOTAL_PIXELS, NEW_TOKENS, RequestError, Room, check_stops
+from vismem.runtime.limits import MAX_TOTAL_PIXELS, RequestError, Room, check_stops
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
 from vismem.serving.pieces import TOGETHER, Chunk, Handover, Pieces, Stream, Usage, one_by_one
 from vismem.serving.request_log import RequestLog
 
-ROWS = 8  # answers at a time
-WAITING = 32  # that wait for a place, at most
+ROWS, WAITING = 8, 32  # answers at a time, and that wait for a place, at most
 PREPARING = os.cpu_count() or 1  # questions that are read at a time
 CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
 LOGGED = 1_000_000  # pixels that an answer keeps for the request log; more are decoded again
@@ -39,6 +38,8 @@ class Busy(Exception):  # noqa: N818 - of the moment, no error
 
 class Served(Executor, Protocol):
     """An executor that takes questions from outside."""
+
+    new_tokens: int  # the longest answer where a request does not say
 
     @property
     def modes(self) -> Mapping[str, InvocationPolicy]:
@@ -117,7 +118,7 @@ class Runtime:
         images: Sequence[Image.Image],
         prompt: str | Chat,
         *,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         memory: bool | str = True,
@@ -137,11 +138,11 @@ class Runtime:
         `attention.Look` is appended, before the chunk that follows it (by the torch executor). Images read from files
         are closed. RequestError for an unusable request, Busy where too many wait, before an image is decoded.
         """
-        arrived = time.monotonic()
+        arrived, longest = time.monotonic(), self.executor.new_tokens if max_new_tokens is None else max_new_tokens
         if not images:
             raise RequestError("no image: send at least one with the question")
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+        if longest < 1:
+            raise RequestError(f"max_new_tokens is {longest}: it must be at least 1")
         mode, modes = mode_of(memory), self.executor.modes
         if mode not in modes:
             raise RequestError(f"is '{mode}': it must be one of {', '.join(modes)}", "MEMORY")
@@ -155,13 +156,13 @@ class Runtime:
             logged = [] if not self.log else images if pixels < LOGGED else [unread(image) for image in images]
             with self.decoding.of(pixels, answer.check):
                 answer.check()
-                sample = self.executor.prepare(images, chat, max_new_tokens)
+                sample = self.executor.prepare(images, chat, longest)
                 let_go(images, pixels=logged is not images)
         except BaseException:
             self.places.discard(answer)
             raise
-        answer.request = Request([sample], modes[mode], max_new_tokens, temperature, seed, looks=looks)
-        asked = {"question": said(chat), "memory": mode, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        answer.request = Request([sample], modes[mode], longest, temperature, seed, looks=looks)
+        asked = {"question": said(chat), "memory": mode, "max_new_tokens": longest, "temperature": temperature}
         return self._chunks(answer, stop, logged, asked)
 
     def close(self) -> None:

@@ -116,7 +116,7 @@ class AsyncClient:
         question: str | Chat,
         *,
         memory: bool | str = "learned",
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
@@ -232,7 +232,7 @@ def main_infer(
     model: str | None = None,
     stream: bool = False,
     memory: bool | str = "learned",
-    max_new_tokens: int = NEW_TOKENS,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     timeout: float = TIMEOUT,
@@ -245,7 +245,8 @@ def main_infer(
     """
     files = encoded_images(images)
     try:
-        check_request(files, prompt.encode(errors="surrogatepass"), max_new_tokens, images)
+        longest = NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        check_request(files, prompt.encode(errors="surrogatepass"), longest, images)
     except RequestError as error:
         raise UserError(str(error)) from None
     check_seed(seed)

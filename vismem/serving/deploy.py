@@ -28,7 +28,7 @@ from vismem.serving.exchange import Answer
 from vismem.serving.repository import has_graphs, write_model_repository
 from vismem.serving.server import triton_server
 
-API_READY, API_ANSWER = 1800, 600  # seconds: a large model is loaded, and may have no GPU here
+API_READY, API_ANSWER = 1800, 1800  # seconds: a large model is loaded, and may have no GPU here
 
 
 def deploy(config: Config, inputs: Mapping[str, Path], out: Path) -> str:

@@ -18,7 +18,6 @@ from vismem.models.tokens import KINDS, marked_text
 from vismem.runtime.access import TOKEN_VARIABLE
 from vismem.runtime.chat import Chat
 from vismem.runtime.images import upright, url_fault
-from vismem.runtime.limits import NEW_TOKENS
 
 AnyImage = str | Path | bytes | Image.Image
 Images = AnyImage | Sequence[AnyImage]
@@ -114,7 +113,7 @@ class Question:
     images: tuple[bytes, ...]  # encoded files
     asked: str | Chat
     memory: str = "learned"
-    max_new_tokens: int = NEW_TOKENS
+    max_new_tokens: int | None = None  # as the server says
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()

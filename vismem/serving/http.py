@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from vismem.runtime.chat import merged, said
-from vismem.runtime.limits import LOOK_SECONDS, NEW_TOKENS, RequestError, check_request
+from vismem.runtime.limits import LOOK_SECONDS, RequestError, check_request
 from vismem.serving.answering import Busy, Runtime
 from vismem.serving.completion import ARMS, Completion, Refused, Reply, decoded_url
 from vismem.serving.exchange import BUSY_TYPE
@@ -173,7 +173,7 @@ def begin(runtime: Runtime, wanted: Completion, mode: str, looks: list[Any], gon
     chat = merged(message.turn() for message in wanted.messages)
     files = [decoded_url(url) for message in wanted.messages for url in message.urls()]
     asked = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
-    longest = NEW_TOKENS if asked is None else asked
+    longest = runtime.executor.new_tokens if asked is None else asked
     images = check_request(files, said(chat).encode(errors="surrogatepass"), longest)
     return runtime.stream(
         images,

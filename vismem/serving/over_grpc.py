@@ -147,10 +147,11 @@ def _request(model: str, question: Question, stream: bool, timeout: float) -> di
     from tritonclient.grpc import InferInput
     from tritonclient.utils import np_to_triton_dtype
 
+    longest = question.max_new_tokens
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "IMAGE": np.array(question.images, dtype=object),
         **_asked(question.asked),
-        "MAX_NEW_TOKENS": np.array([question.max_new_tokens], dtype=np.int32),
+        **({"MAX_NEW_TOKENS": np.array([longest], dtype=np.int32)} if longest is not None else {}),
         "TEMPERATURE": np.array([question.temperature], dtype=np.float32),
         "SEED": np.array([question.seed], dtype=np.int64),
         "MEMORY": np.array([question.memory.encode()], dtype=object),

@@ -20,10 +20,17 @@ from vismem.scope import Scope
 SCRIPT = Path(__file__).with_name("playground.js")
 
 
-def add_playground(app: FastAPI, name: str, model: str, examples: Sequence[Sample], scope: Scope | None) -> None:
+def add_playground(
+    app: FastAPI,
+    name: str,
+    model: str,
+    examples: Sequence[Sample],
+    scope: Scope | None,
+    new_tokens: int = NEW_TOKENS,
+) -> None:
     """Add the page at `/` of an endpoint whose model is called `name`; `model` is what people call it.
 
-    `examples` have one image each.
+    `examples` have one image each; `new_tokens`: the longest answer, which the page lets change.
     """
     pictures = [(base64.b64encode(sample.images[0]).decode(), sample) for sample in examples]
     page = page_environment("vismem.serving").get_template("playground.html.j2")
@@ -32,7 +39,7 @@ def add_playground(app: FastAPI, name: str, model: str, examples: Sequence[Sampl
         model=model,
         pictures=pictures,
         scope=scope,
-        new_tokens=NEW_TOKENS,
+        new_tokens=new_tokens,
         most_tokens=MAX_NEW_TOKENS,
         accepted=",".join(f"image/{form.lower()}" for form in FORMATS),
         megabytes=MAX_IMAGE_BYTES // 1_000_000,

@@ -14,7 +14,6 @@ from vismem.errors import UserError
 from vismem.files import link_or_copy, read_json, write_json
 from vismem.provenance import MANIFEST, file_hashes, sha256_file, sha256_folder, verify_manifest, write_manifest
 from vismem.runtime.access import TOKEN_VARIABLE, own_token
-from vismem.runtime.limits import NEW_TOKENS
 from vismem.shipped import shipped
 
 MODEL_SOURCE, UNARY_SOURCE = shipped("deploy/triton/model.py"), shipped("deploy/triton/unary.py")
@@ -58,7 +57,7 @@ input [
   {{ name: "IMAGE", data_type: TYPE_STRING, dims: [ -1 ] }},  # encoded image files, in the prompt's order
   {{ name: "PROMPT", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # the question, UTF-8
   {{ name: "MESSAGES", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # in its place: a conversation, JSON
-  {{ name: "MAX_NEW_TOKENS", data_type: TYPE_INT32, dims: [ 1 ], optional: true }},  # {new_tokens}
+  {{ name: "MAX_NEW_TOKENS", data_type: TYPE_INT32, dims: [ 1 ], optional: true }},  # the evaluation's
   {{ name: "TEMPERATURE", data_type: TYPE_FP32, dims: [ 1 ], optional: true }},  # 0: greedy
   {{ name: "SEED", data_type: TYPE_INT64, dims: [ 1 ], optional: true }},  # 0
   {{ name: "MEMORY", data_type: TYPE_STRING, dims: [ 1 ], optional: true }},  # learned; off, short, long
@@ -113,7 +112,7 @@ def _write_code(repository: Path, name: str, version: int, library: Path = LIBRA
     folder = model / str(version)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config = CONFIG.format(name=name, new_tokens=NEW_TOKENS)
+    config = CONFIG.format(name=name)
     (model / "config.pbtxt").write_text(config)
     _write_python(MODEL_SOURCE, folder)
     copy_library(folder, library)

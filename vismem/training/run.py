@@ -175,7 +175,9 @@ class Run:
 def new_model(config: Config, inputs: Inputs, kind: type[VisMemModel] = VisMemModel) -> VisMemModel:
     """VisMem or a variant of it, untrained, on the base of the inputs."""
     backbone = load_base(inputs["base"], config.base.dtype, config.base.tensor_parallel)
-    return kind(backbone, config.memory, config.invocation, config.seed)
+    model = kind(backbone, config.memory, config.invocation, config.seed)
+    model.new_tokens = config.grpo.max_new_tokens
+    return model
 
 
 def trainable(model: VisMemModel, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:

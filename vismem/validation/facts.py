@@ -1,13 +1,12 @@
 """The facts that rules judge: one light row per sample, streamed from the shards; images are looked at and let go."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -17,14 +16,14 @@ from vismem.config import ValidateConfig
 from vismem.data.answer_forms import answer_form, canonical
 from vismem.data.clusters import named
 from vismem.data.fingerprint import SPLITS, ImageFacts, image_cache, sample_sha256, seen_sha256
-from vismem.data.sample import SCHEMA, iterate_rows
+from vismem.data.parallel import in_order
+from vismem.data.sample import SCHEMA, rows_of, shard_tables
 from vismem.runtime.chat import one_turn, said
 from vismem.runtime.reserved import Reserved
 from vismem.validation.compared import compare
 from vismem.validation.texts import MISSING, Named, choice_fault, encoding_fault, mark_fault, markup_fault
 
 TEXT_COLUMNS = tuple(name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type))
-BATCH = 64  # rows between two signs of progress
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,26 @@ def collect_facts(
 ) -> pd.DataFrame:
     """One row of facts for each sample of faultless shards, in the shards' order (a row's number is its index).
 
-    `reserved` are the base's own tokens. `advance` is called with the number of rows done, from several threads.
+    `reserved` are the base's own tokens. `advance` is called with the number of rows done.
     Columns: split, shard (index into `shards`), position (row in the shard); those of `row_facts`; and, as places of
     other rows: duplicate_of (the first row with the id), copy_of (with the same images, question and answer), conflict
     (a row with the same images and question and another answer), near_leak (a row of a split of higher precedence with
     an image that looks like one of these), asked_in (one that asks and answers the same besides); and leak (the split
     of higher precedence that has one of the images, or the group). What does not apply or is not known is missing.
     """
-    # Decoding and hashing release the interpreter lock, so threads do for large images, and cost nothing for small.
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        numbered = enumerate(shards)
-        read = partial(_shard_facts, max_side=settings.max_pixels, reserved=reserved, advance=advance)
-        parts = list(pool.map(lambda item: _table(read(item[1], item[0])), numbered))
+    examine = image_cache(settings.max_pixels)
+
+    def judged(group: _Group) -> list[dict[str, Any]]:
+        own = {"split": shards[group.shard].split, "shard": group.shard}
+        numbered = enumerate(rows_of(group.rows), start=group.start)
+        return [own | {"position": place} | row_facts(row, examine, reserved) for place, row in numbered]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for facts in in_order(judged, _groups(shards)):
+            advance(len(facts))
+            yield from facts
+
+    parts = [_table(of_shard) for _, of_shard in groupby(rows(), key=itemgetter("shard"))]
     table = pd.concat([_table(()), *parts], ignore_index=True)
     facts = compare(table, [shard.name for shard in shards], settings.near_duplicate)
     return table.drop(columns=["looks", "tied"]).assign(
@@ -119,15 +126,20 @@ def _open_shard(split: str, path: Path) -> Shard:
     return Shard(split, path, file.metadata.num_rows, "; ".join(faults) or None)
 
 
-def _shard_facts(
-    shard: Shard, number: int, max_side: int, reserved: Reserved, advance: Callable[[int], None]
-) -> Iterator[dict[str, Any]]:
-    examine = image_cache(max_side)
-    for position, row in enumerate(iterate_rows(shard.path)):
-        yield {"split": shard.split, "shard": number, "position": position} | row_facts(row, examine, reserved)
-        if (position + 1) % BATCH == 0:
-            advance(BATCH)
-    advance(shard.rows % BATCH)
+class _Group(NamedTuple):
+    """A row group: the number of its shard, the position of its first row there, its rows."""
+
+    shard: int
+    start: int
+    rows: pa.Table
+
+
+def _groups(shards: Sequence[Shard]) -> Iterator[_Group]:
+    for number, shard in enumerate(shards):
+        start = 0
+        for table in shard_tables(shard.path):
+            yield _Group(number, start, table)
+            start += len(table)
 
 
 def row_facts(

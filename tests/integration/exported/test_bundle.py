@@ -41,6 +41,10 @@ def test_the_table_of_embeddings_is_a_plain_array_over_the_file_itself(bundle):
         assert isinstance(table, mmap.mmap)
 
 
+def test_it_says_how_long_an_answer_of_its_evaluation_was_for_every_server(bundle):
+    assert Bundle(bundle, 1).new_tokens == VisMem.from_pretrained(bundle).model.new_tokens == TOKENS
+
+
 def test_every_weight_lies_on_disk_once(bundle, model):
     places, sizes, used = {}, {}, {}
     data = (bundle / "onnx" / "weights.bin").read_bytes()

@@ -2,23 +2,17 @@
 
 from typing import Any
 
-from vismem.errors import UserError
 from vismem.models.backbones.base import Backbone
 from vismem.models.backbones.internvl import InternVLBackbone
 from vismem.models.backbones.llava_onevision import LlavaOnevisionBackbone
 from vismem.models.backbones.qwen2_5_vl import Qwen25VLBackbone
+from vismem.models.families import check_family
 
 FAMILIES: dict[str, type[Backbone]] = {
     "internvl": InternVLBackbone,
     "llava_onevision": LlavaOnevisionBackbone,
     "qwen2_5_vl": Qwen25VLBackbone,
 }
-
-
-def check_family(family: str) -> None:
-    """UserError for a model type that no file here supports."""
-    if family not in FAMILIES:
-        raise UserError(f"model family '{family}' is not supported; supported: {', '.join(FAMILIES)}")
 
 
 def backbone_of(model: Any, processor: Any) -> Backbone:

@@ -51,14 +51,13 @@ class TritonPythonModel:
                 refused = pb_utils.TritonError(
                     f"{MOST} requests are running: try again later", pb_utils.TritonError.UNAVAILABLE
                 )
-            elif (inputs := inputs_of(request)) is not None:
-                self.pool.submit(self._answer, inputs, authorization, sender)
-                continue
             else:
-                self.free.release()
-                refused = pb_utils.TritonError(
-                    f"the request holds more than {MOST_BYTES} bytes", pb_utils.TritonError.INVALID_ARG
-                )
+                try:
+                    self.pool.submit(self._answer, inputs_of(request), authorization, sender)
+                    continue
+                except Exception as error:  # noqa: BLE001 - of this request alone: the others are answered
+                    self.free.release()
+                    refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             sender.send(pb_utils.InferenceResponse(error=refused), flags=FINAL)
 
     def finalize(self) -> None:
@@ -109,14 +108,14 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.model} sent no answer"))
 
 
-def inputs_of(request: Any) -> list[Any] | None:
-    """Copies of a request's inputs: what it holds is gone once `execute` returns. None where they are too large."""
+def inputs_of(request: Any) -> list[Any]:
+    """Copies of a request's inputs: what it holds is gone once `execute` returns. ValueError: they are too large."""
     inputs, size = [], 0
     for tensor in request.inputs():
         array = np.array(tensor.as_numpy())
         size += sum(map(len, array.flat)) if array.dtype == object else array.nbytes
         if size > MOST_BYTES:
-            return None
+            raise ValueError(f"the request holds more than {MOST_BYTES} bytes")
         inputs.append(pb_utils.Tensor(tensor.name(), array))
     return inputs
 

@@ -90,3 +90,12 @@ def test_requests_beyond_those_that_run_are_not_copied_and_large_ones_not_held(
     requests = [Request(), Request()]
     assert said(unary, *requests) == [["answer"], ["1 requests are running: try again later"]]
     assert [request.read for request in requests] == [1, 0]
+
+
+def test_a_request_that_cannot_be_read_is_answered_and_the_next_one_too(
+    unary: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    damaged = Request()
+    monkeypatch.setattr(damaged, "inputs", lambda: [SimpleNamespace(name=lambda: "IMAGE", as_numpy=lambda: 1 / 0)])
+    assert said(unary, damaged, Request()) == [["division by zero"], ["answer"]]

@@ -144,7 +144,7 @@ def _disk(config: Config, stored: float, base: float, added: float, steps: Seque
     """Bytes on disk, by what is kept there."""
     kept, found = stored_type(config.base), dict[str, float]()
     if data := source_bytes(config):
-        found["prepare and validate: the data, once each"] = 2 * data
+        found["prepare and validate: the data, more where images are shared"] = 2 * data
     for step in steps:
         if step.trained:
             found[f"{step.name}: its model"] = stored if step.name == "full" else 4 * added

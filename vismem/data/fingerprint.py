@@ -18,7 +18,7 @@ from vismem.runtime.limits import FORMATS, MAX_TOTAL_PIXELS, Room, frames_of, op
 
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
-DECODED = Room(2 * MAX_TOTAL_PIXELS)  # pixels that threads look at together, some 11 bytes each: 1.4 GB
+DECODED = Room(2 * MAX_TOTAL_PIXELS)  # pixels that threads look at together: 1.4 GB of RGB, of 16 bits more
 LOCKS = 4096  # of images that threads ask about, by their hashes
 
 

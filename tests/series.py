@@ -26,6 +26,7 @@ RUNTIME = {  # deploy/triton/model.py shows each under its own name
 JOBS = {  # of kube-state-metrics
     "kube_job_failed",
     "kube_job_created",
+    "kube_job_status_completion_time",
     "kube_deployment_created",
     "kube_deployment_status_replicas_available",
 }

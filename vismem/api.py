@@ -14,6 +14,7 @@ from vismem.ask import examples
 from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.inference import VisMem
+from vismem.models.loading import tf32_beside
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.runtime.access import TOKEN_VARIABLE, own_token
 from vismem.services import HOST, check_certificate, free_ports, until_stopped
@@ -82,7 +83,8 @@ def serve_api(
         timeout_graceful_shutdown=2 * END_SECONDS,
         server_header=False,
     )
-    with until_stopped(write), closing(runtime):
+    held = str(loaded.model.backbone.model.dtype).removeprefix("torch.")
+    with tf32_beside(held), until_stopped(write), closing(runtime):
         named = f"[{host}]" if ":" in host else host
         address = f"{'https' if certificate else 'http'}://{named}:{ports['http']}"
         closed = "with a token" if token else "without a token"

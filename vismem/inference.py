@@ -104,9 +104,10 @@ class VisMem:
         a conversation (see `read_messages`).
 
         `memory`: True or "learned", the model may invoke both kinds; "short" or "long", one; False or "off", none.
-        `max_new_tokens`: by default as many as the model was evaluated with, 120 where it does not say. `temperature` 0
-        is greedy. UserError for an image that cannot be read, a question that holds one of the model's own tokens
-        (`<m_I^s>`, `<|im_end|>`), a setting that cannot be, and a request over the limits or the base's length.
+        `max_new_tokens`: by default as in the model's evaluation or, before `export`, its training, 120 where it does
+        not say. `temperature` 0 is greedy. UserError for an image that cannot be read, a question that holds one of
+        the model's own tokens (`<m_I^s>`, `<|im_end|>`), a setting that cannot be, and a request over the limits or
+        the base's length.
         """
         (answer,) = self.answers(
             [(images, question)], memory=memory, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed

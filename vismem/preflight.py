@@ -62,7 +62,7 @@ def checks(config: Config, artifacts: Path, shared: Path | None = None) -> list[
         partial(check_base, config.base.model),
         partial(check_gpus, wanted.gpus),
         *([partial(check_sizes, config)] if wanted.gpus else []),
-        partial(check_disk, artifacts, disk_gb(config, artifacts)),
+        partial(check_disk, artifacts, wanted.free_disk_gb, data_gb(config, artifacts)),
         partial(check_shared_memory, wanted.shared_memory_gb),
         *([partial(check_shared, shared)] if shared else []),
     ]
@@ -203,18 +203,25 @@ def check_sizes(config: Config) -> Finding:
     return Finding(what, not remedies, seen, "; ".join(remedies))
 
 
-def disk_gb(config: Config, artifacts: Path) -> float:
-    """`preflight.free_disk_gb` and, before a first `prepare`, four times the data: two steps write it, DVC too."""
-    data = 0 if (artifacts / "prepare").is_dir() else source_bytes(config)
-    return config.preflight.free_disk_gb + 4 * data / GB
+def data_gb(config: Config, artifacts: Path) -> float:
+    """Before a first `prepare`, four times the source files: two steps write the data, DVC may copy both.
+
+    Images that questions share may take more, `limit` or DVC's links less: 0 where `preflight.free_disk_gb` is.
+    """
+    if not config.preflight.free_disk_gb or (artifacts / "prepare").is_dir():
+        return 0.0
+    return 4 * source_bytes(config) / GB
 
 
-def check_disk(folder: Path, wanted_gb: float) -> Finding:
-    """Whether the disk of `folder` (which need not exist yet) has `wanted_gb` free."""
+def check_disk(folder: Path, wanted_gb: float, for_data_gb: float = 0.0) -> Finding:
+    """Whether the disk of `folder` (which need not exist yet) has so much free."""
     size, there = free_space(folder)
     free = size / GB
     seen = f"{free:.1f} GB free at {there}, {wanted_gb:g} GB asked for"
-    return Finding("disk", free >= wanted_gb, seen, "free some, use a larger volume, or lower preflight.free_disk_gb")
+    if for_data_gb:
+        seen += f" and {for_data_gb:.1f} for the data, four times their files"
+    remedy = "free some, use a larger volume, or lower preflight.free_disk_gb (0 asks for none, nor for the data)"
+    return Finding("disk", free >= wanted_gb + for_data_gb, seen, remedy)
 
 
 def check_shared_memory(wanted_gb: float, place: Path = Path("/dev/shm")) -> Finding:

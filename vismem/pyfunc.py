@@ -66,7 +66,9 @@ class Answering:
         """MlflowException where the request is at fault (a server's 400), or there is too much to do (503)."""
         try:
             question, files = row["question"], [_encoded(row["image"])]
-            images = check_request(files, question.encode(errors="surrogatepass"), params["max_new_tokens"])
+            longest = params["max_new_tokens"]
+            longest = self.runtime.executor.new_tokens if longest is None else longest
+            images = check_request(files, question.encode(errors="surrogatepass"), longest)
             chunks = self.runtime.generate(images, question, **params)
             del files, images  # while the answer is decoded
             yield from chunks

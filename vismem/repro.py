@@ -22,7 +22,7 @@ from vismem.data.source_files import record_outside
 from vismem.disk import explain_full_disk
 from vismem.errors import UserError
 from vismem.locks import lock_file
-from vismem.preflight import check_disk, disk_gb
+from vismem.preflight import check_disk, data_gb
 from vismem.progress import about
 from vismem.registry.live_run import PIDS, LiveRun
 from vismem.services import environment, exit_on_sigterm
@@ -120,7 +120,8 @@ class Display:
         """A step begins. UserError where it is the first and the disk has too little space for a run."""
         self._close()
         if self.ran == 0:
-            disk = check_disk(artifacts := Path("artifacts"), disk_gb(self.config, artifacts))
+            artifacts, wanted = Path("artifacts"), self.config.preflight.free_disk_gb
+            disk = check_disk(artifacts, wanted, data_gb(self.config, artifacts))
             if not disk.ok:
                 raise UserError(f"too little disk space for a run: {disk.seen}; {disk.remedy}")
         self.step, self.ran = name, self.ran + 1

@@ -203,7 +203,8 @@ def _refuse(config: Config, release: Published, reason: str) -> str:
         except UserError as error:
             if time.monotonic() > until:
                 told = f"the ledger could NOT be changed, `vismem models rollback` does it: {error}"
-            time.sleep(POLL)
+            else:
+                time.sleep(POLL)
     return f"version {release.version} is refused, the servers serve what they did: {reason}; {told}"
 
 

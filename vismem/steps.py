@@ -8,7 +8,7 @@ import json
 import pkgutil
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -178,10 +178,17 @@ def run_step(name: str, config: Config, artifacts: Path, inputs: Mapping[str, Pa
         _output_folder(name, config, artifacts, folders) if main else nullcontext(artifacts / f"{name}.partial") as out
     ):
         ranks.wait()
-        line = BY_NAME[name].load()(config, folders, out)
+        with _tf32(config) if name in SHARED else nullcontext():
+            line = BY_NAME[name].load()(config, folders, out)
         ranks.wait()
     ranks.leave()
     return line
+
+
+def _tf32(config: Config) -> AbstractContextManager[None]:
+    from vismem.models.loading import tf32_beside
+
+    return tf32_beside(config.base.dtype)
 
 
 @contextmanager

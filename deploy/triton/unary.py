@@ -1,9 +1,8 @@
 """The model NAME_unary: one request, one response, for clients without streams. It asks NAME and holds no weights."""
 
 import contextlib
-import hmac
 import json
-import os
+import sys
 import threading
 import time
 import uuid
@@ -16,7 +15,7 @@ import triton_python_backend_utils as pb_utils
 
 MOST = 64  # requests at a time: more than NAME answers and lets wait, so that it refuses the surplus itself
 MOST_BYTES = 90_000_000  # of one request, held until it is answered: more than NAME takes, also as base64
-NO_TOKEN = "no such token: send `Authorization: Bearer TOKEN`"  # as NAME says it
+sys.dont_write_bytecode = True  # the repository stays as it was written
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -32,7 +31,10 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]).resolve() / args["model_version"]
         pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         self.model = args["model_name"].removesuffix("_unary")
-        self.token = os.environ.get("VISMEM_API_TOKEN", "").strip()
+        sys.path.insert(0, str(folder))
+        from vismem.runtime.access import own_token, token_refusal
+
+        self.token, self.token_refusal = own_token(), token_refusal
         self.pool = ThreadPoolExecutor(MOST, thread_name_prefix="unary")
         self.free = threading.BoundedSemaphore(MOST)
         self.asking: dict[Path, Any] = {}  # the senders of running requests, by the file for that
@@ -43,27 +45,20 @@ class TritonPythonModel:
         """Hand each request to a thread, which sends its response; one that is refused is not copied before."""
         for request in requests:
             authorization, sender = authorization_of(request), request.get_response_sender()
-            if not self._is_known(authorization):
-                refused = pb_utils.TritonError(NO_TOKEN, pb_utils.TritonError.INVALID_ARG)
+            if no_token := self.token_refusal(self.token, str(authorization.get("authorization", ""))):
+                refused = pb_utils.TritonError(no_token, pb_utils.TritonError.INVALID_ARG)
             elif not self.free.acquire(blocking=False):
                 refused = pb_utils.TritonError(
                     f"{MOST} requests are running: try again later", pb_utils.TritonError.UNAVAILABLE
                 )
-            elif (inputs := inputs_of(request)) is not None:
-                self.pool.submit(self._answer, inputs, authorization, sender)
-                continue
             else:
-                self.free.release()
-                refused = pb_utils.TritonError(
-                    f"the request holds more than {MOST_BYTES} bytes", pb_utils.TritonError.INVALID_ARG
-                )
+                try:
+                    self.pool.submit(self._answer, inputs_of(request), authorization, sender)
+                    continue
+                except Exception as error:  # noqa: BLE001 - of this request alone: the others are answered
+                    self.free.release()
+                    refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             sender.send(pb_utils.InferenceResponse(error=refused), flags=FINAL)
-
-    def _is_known(self, authorization: dict[str, str]) -> bool:
-        """Whether a request has the server's token, as NAME, which looks again, finds it."""
-        sent = [str(value).removeprefix("Bearer ").encode(errors="surrogatepass") for value in authorization.values()]
-        own = self.token.encode(errors="surrogatepass")
-        return not own or any(hmac.compare_digest(each, own) for each in sent)
 
     def finalize(self) -> None:
         """Wait for the running answers."""
@@ -113,14 +108,14 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.model} sent no answer"))
 
 
-def inputs_of(request: Any) -> list[Any] | None:
-    """Copies of a request's inputs: what it holds is gone once `execute` returns. None where they are too large."""
+def inputs_of(request: Any) -> list[Any]:
+    """Copies of a request's inputs: what it holds is gone once `execute` returns. ValueError: they are too large."""
     inputs, size = [], 0
     for tensor in request.inputs():
         array = np.array(tensor.as_numpy())
         size += sum(map(len, array.flat)) if array.dtype == object else array.nbytes
         if size > MOST_BYTES:
-            return None
+            raise ValueError(f"the request holds more than {MOST_BYTES} bytes")
         inputs.append(pb_utils.Tensor(tensor.name(), array))
     return inputs
 
@@ -129,5 +124,5 @@ def authorization_of(request: Any) -> dict[str, str]:
     """A request's header `Authorization`, which is a parameter here, for NAME to look at; none where it is no text."""
     with contextlib.suppress(UnicodeDecodeError):
         sent = json.loads(request.parameters() or "{}")
-        return {name: value for name, value in sent.items() if name.lower() == "authorization"}
+        return {name.lower(): value for name, value in sent.items() if name.lower() == "authorization"}
     return {}

@@ -197,7 +197,5 @@ def test_what_knows_no_token_is_not_served_where_one_is_asked_for(
     write_json(manifest, listed)
     check_repository(repository)
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    with pytest.raises(
-        UserError, match="was written by an earlier VisMem and knows no token: run `vismem deploy` again"
-    ):
+    with pytest.raises(UserError, match="was written by an earlier VisMem and knows no token: run `vismem deploy`"):
         check_repository(repository)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from certificates import write_pair
 from http_calls import messages, post
 from stand_in import png
@@ -130,6 +131,7 @@ def test_a_server_whose_thread_that_decodes_has_ended_ends_too(monkeypatch: pyte
     """Asked by a client as soon as it says that it serves; what was in the making is answered before it ends."""
 
     def die(*_: object) -> None:
+        tf32.append(torch.backends.cuda.matmul.allow_tf32)
         raise SystemExit
 
     def ask(line: str) -> None:
@@ -140,9 +142,11 @@ def test_a_server_whose_thread_that_decodes_has_ended_ends_too(monkeypatch: pyte
 
     client: list[threading.Thread] = []
     statuses: list[int] = []
+    tf32: list[bool] = []
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     monkeypatch.setattr(TorchExecutor, "choose", die)
     with pytest.raises(UserError, match=r"^the thread that decodes has ended, and the server with it: start it again$"):
-        serve_api(DEFAULT_MODEL, port=0, max_patches=64, cache_mb=1, write=ask)
+        serve_api(DEFAULT_MODEL, dtype="bfloat16", port=0, max_patches=64, cache_mb=1, write=ask)
     client[0].join(30)
     assert statuses == [429]
+    assert (tf32, torch.backends.cuda.matmul.allow_tf32) == ([True], False), "beside bfloat16, while it serves"

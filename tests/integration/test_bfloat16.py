@@ -1,5 +1,6 @@
 """A base in bfloat16: what is trained is float32 all the same; answers depend on their batch only at near ties."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import tiny_families
 import torch
 from safetensors.torch import load_file
 
+from vismem import steps
 from vismem.config import (
     BaseConfig,
     BaselinesConfig,
@@ -25,6 +27,7 @@ from vismem.generation.invocation import Off
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
 from vismem.plan.machine import FLOP_SHARE, Machine
+from vismem.steps import Step
 from vismem.training.baselines import full, grpo_lora, sft_lora
 from vismem.training.run import FORMATION, POLICY_LORA
 from vismem.training.stage1 import stage1
@@ -95,9 +98,26 @@ def test_an_answer_is_another_in_a_batch_only_from_a_near_tie_on(tiny_base: Path
                 break
 
 
-def test_float32_beside_it_is_computed_as_tf32_on_a_gpu_and_beside_a_float32_base_is_not(tiny_base: Path) -> None:
-    h100 = Machine.named("1xH100")
+def tf32() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def using(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
+    load_base(config.base.model, config.base.dtype)
+    return str(tf32())
+
+
+def test_float32_beside_it_is_computed_as_tf32_on_a_gpu_and_beside_a_float32_base_is_not(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps that train and evaluate; what a user has set for a process of their own stays."""
+    monkeypatch.setattr(
+        steps, "BY_NAME", {name: Step(name, f"{__name__}:using", (), ()) for name in ("full", "export")}
+    )
+    before, h100 = tf32(), Machine.named("1xH100")
     for dtype, allowed, rate in (("bfloat16", True, h100.bfloat16 / 2), ("float32", False, h100.float32)):
-        load_base(tiny_base, dtype)
-        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+        config = Config(base=BaseConfig(model=str(tiny_base), dtype=dtype))
+        assert steps.run_step("full", config, tmp_path) == str((allowed, allowed))
+        assert steps.run_step("export", config, tmp_path) == str(before)
+        assert tf32() == before
         assert h100.beside(dtype).seconds(10**15, 0, torch.float32) == 10**15 / (FLOP_SHARE * rate), "so it is planned"

@@ -16,13 +16,15 @@ from vismem.config import Config, EvaluateConfig
 from vismem.data.sample import Sample, write_shards
 from vismem.errors import UserError
 from vismem.evaluation import decoding as module
-from vismem.evaluation.arms import ARMS, Arm
+from vismem.evaluation.arms import ARMS
 from vismem.evaluation.decoding import decode
 from vismem.evaluation.evaluate import evaluate
 from vismem.evaluation.predictions import predictions_file, read_predictions
+from vismem.generation import batches
 from vismem.generation.engine import generate
-from vismem.generation.invocation import Off
+from vismem.generation.invocation import InvocationPolicy, Off
 from vismem.generation.types import Rollout
+from vismem.models.backbones.base import Backbone
 from vismem.models.vismem import VisMemModel
 from vismem.records import VANILLA, VISMEM
 
@@ -113,21 +115,23 @@ def test_the_same_seed_gives_the_same_metrics_but_for_seconds(
 def test_a_killed_evaluation_goes_on_behind_its_answers_and_ends_like_an_unbroken_one(
     result: Path, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answered: list[str] = []
-    answer = module._answer
+    answered: list[int] = []
 
-    def answer_until_killed(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
-        answered.append(arm.name)
-        if len(answered) == 3 * len(OWN):  # warm-up, a round of three, and the next but for its last arm
+    def answer(model: VisMemModel, samples: Sequence[Sample], *given: Any, **settings: Any) -> list[Rollout]:
+        answered.append(len(samples))
+        return generate(model, samples, *given, **settings)
+
+    def answer_until_killed(*given: Any, **settings: Any) -> list[Rollout]:
+        if len(answered) == 3 * len(OWN) - 1:  # warm-up, a round of three, and the next but for its last arm
             raise KeyboardInterrupt
-        return answer(model, arm, samples, config)
+        return answer(*given, **settings)
 
-    monkeypatch.setattr(module, "_answer", answer_until_killed)
+    monkeypatch.setattr(batches, "generate", answer_until_killed)
     monkeypatch.setattr(module, "KEEP_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         evaluate(CONFIG, inputs, tmp_path)
     answered.clear()
-    monkeypatch.setattr(module, "_answer", lambda *all_: answered.append(all_[1].name) or answer(*all_))
+    monkeypatch.setattr(batches, "generate", answer)
     evaluate(CONFIG, inputs, tmp_path)
     assert len(answered) == 3 * len(OWN), "warm-up and two rounds of three"
     assert _without_seconds(tmp_path / "metrics.json") == _without_seconds(result / "metrics.json")
@@ -137,22 +141,30 @@ def test_a_killed_evaluation_goes_on_behind_its_answers_and_ends_like_an_unbroke
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in result.iterdir())
 
 
+@pytest.mark.parametrize(("fit", "warm_up", "parts", "failed"), [(8, 1, 1, []), (2, 4, 2, [8, 4])])
 def test_an_arm_s_seconds_are_those_of_its_own_decoding_and_the_arms_take_turns(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, fit: int, warm_up: int, parts: int, failed: list[int]
 ) -> None:
-    clock, order = [0.0], list[str]()
+    """Of what does not fit on the GPU too, which is tried once for all arms and batches."""
+    clock, order, lost = [0.0], list[str](), list[int]()
+    names = {ARMS[name].policy: name for name in (VANILLA, VISMEM)}
 
-    def answer(_: object, arm: Arm, samples: Sequence[Sample], __: object) -> list[Any]:
-        order.append(arm.name)
-        clock[0] += len(samples) * (1.0 if arm.name == VANILLA else 3.0)
+    def answer(_: object, samples: Sequence[Sample], policy: InvocationPolicy, **__: object) -> list[Any]:
+        clock[0] += len(samples) * (1.0 if names[policy] == VANILLA else 3.0)
+        if len(samples) > fit:
+            lost.append(len(samples))
+            raise torch.OutOfMemoryError
+        order.append(names[policy])
         return [None] * len(samples)
 
-    monkeypatch.setattr(module, "_answer", answer)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: 0.0))
-    models: Any = {VISMEM: None}
+    monkeypatch.setattr(batches, "generate", answer)
+    monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    models: Any = {VISMEM: SimpleNamespace(backbone=Backbone)}
     runs = decode(models, [ARMS[VANILLA], ARMS[VISMEM]], tiny.samples()[:9], CONFIG)
     assert {name: run.seconds for name, run in runs.items()} == {VANILLA: 9.0, VISMEM: 27.0}
-    assert order[2:] == [VANILLA, VISMEM, VISMEM, VANILLA, VANILLA, VISMEM], "behind the warm-up"
+    turns = [name for name in (VANILLA, VISMEM, VISMEM, VANILLA, VANILLA, VISMEM) for _ in range(parts)]
+    assert order[2 * warm_up :] == turns, "behind the warm-up"
+    assert lost == failed
 
 
 def test_batches_do_not_change_an_answer(inputs: dict[str, Path]) -> None:
@@ -178,13 +190,13 @@ def test_a_batch_that_does_not_fit_on_the_gpu_is_answered_in_halves(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return generate(model, batch, *given, **settings)
 
-    monkeypatch.setattr(module, "generate", small)
+    monkeypatch.setattr(batches, "generate", small)
     if not fit:
         with pytest.raises(UserError, match=f"too small to answer {samples[0].id}: CUDA out of memory"):
             decode({VISMEM: model}, [arm], samples, CONFIG)
         return
     assert _texts(decode({VISMEM: model}, [arm], samples, CONFIG)[VISMEM].rollouts) == wanted
-    assert f"{arm.label}: 3 questions together do not fit on the GPU, halving them" in caplog.text
+    assert "5 questions together do not fit on the GPU: from now on 3 at most" in caplog.text
 
 
 def test_vanilla_is_the_base_even_where_the_policy_has_an_adapter(inputs: dict[str, Path]) -> None:

@@ -47,7 +47,7 @@ def body_of(request: Malformed) -> dict[str, Any]:
     return {"model": "tiny", "messages": turns, "max_completion_tokens": 2, **options, **memory}
 
 
-@pytest.mark.parametrize("kind", MALFORMED.keys() - {"a negative seed"})  # OpenAI has those
+@pytest.mark.parametrize("kind", [kind for kind in MALFORMED if kind != "a negative seed"])  # OpenAI has those
 def test_what_no_protocol_can_answer_gets_its_reason_and_the_next_one_its_answer(url: str, kind: str) -> None:
     request = MALFORMED[kind]
     status, reply = post(url, body_of(request))

@@ -9,7 +9,7 @@ import tiny
 
 from vismem.config import Config, parse_config
 from vismem.plan import Plan, plan
-from vismem.preflight import disk_gb
+from vismem.preflight import check_disk, data_gb
 from vismem.training.base import base
 
 
@@ -60,9 +60,20 @@ def test_the_data_are_there_for_two_steps_and_again_in_dvc_s_cache(tiny_base: Pa
     source = {"kind": "jsonl", "path": str(rows), "split": "train"}
     config = config_of(tiny_base, "float32", prepare={"sources": [source]}, preflight={"free_disk_gb": 2})
     data, disk, without = 3_000_000 + rows.stat().st_size, planned(config).disk, config_of(tiny_base, "float32")
-    assert disk["prepare and validate: the data, once each"] == 2 * data
+    assert disk["prepare and validate: the data, more where images are shared"] == 2 * data
     copies = "DVC's copies of what steps write"
     assert disk[copies] == planned(without).disk[copies] + 2 * data
-    assert disk_gb(config, tmp_path) == pytest.approx(2 + 4 * data / 1e9)
+    assert data_gb(config, tmp_path) == pytest.approx(4 * data / 1e9)
+    any_space = config_of(tiny_base, "float32", prepare={"sources": [source]}, preflight={"free_disk_gb": 0})
+    assert data_gb(any_space, tmp_path) == 0
     (tmp_path / "prepare").mkdir()
-    assert disk_gb(config, tmp_path) == 2, "the data are there"
+    assert data_gb(config, tmp_path) == 0, "the data are there"
+
+
+def test_a_disk_without_room_for_the_data_is_told_from_one_without_what_is_asked_for(tmp_path: Path) -> None:
+    assert check_disk(tmp_path, 0, 0.001).ok
+    found = check_disk(tmp_path, 0.001, 1e6)
+    assert not found.ok
+    assert " GB free at " in found.seen
+    assert found.seen.endswith(", 0.001 GB asked for and 1000000.0 for the data, four times their files")
+    assert found.remedy.endswith("or lower preflight.free_disk_gb (0 asks for none, nor for the data)")

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from test_plan import ASKED, LARGE, MACHINE, config_of, planned_and_measured, run, sums
 
+from vismem.config import parse_config
+from vismem.data.source_files import train_questions
 from vismem.plan.model import Questions
 from vismem.plan.rehearsal import Rehearsal
 
@@ -15,6 +17,20 @@ def test_questions_about_several_images_hold_what_is_planned(tiny_base: Path, na
     plan, real = planned_and_measured(name, config, Questions(ASKED.size, images=3))
     assert sums(plan) == pytest.approx(sums(real), rel=0.02)
     assert plan.bytes > Rehearsal(name, config, MACHINE, ASKED).rehearse().bytes
+
+
+def test_a_number_of_questions_that_no_file_tells_is_called_assumed(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes, files = {"kind": "scenes", "train": 40}, {"kind": "nlvr", "path": f"{tmp_path}"}
+    fetched = {"kind": "dvc", "rev": "v1", "path": "nlvr", "sources": [{**files, "path": "nlvr", "split": "train"}]}
+    lines = {"kind": "jsonl", "path": f"{tmp_path / 'none.jsonl'}", "split": "train"}
+    trained = files | {"split": "train"}
+    assert train_questions(parse_config({"prepare": {"sources": [scenes, files | {"split": "test"}]}})) == 40
+    for other in (trained, fetched, lines):
+        assert train_questions(parse_config({"prepare": {"sources": [scenes, other]}})) is None
+    _, out, _ = run(capsys, tiny_base, "--set", f"prepare.sources={[scenes, trained]}", "--gpus", "1xH100", "stage1")
+    assert "\nSteps are those of 1,000 train questions, assumed (--questions).\n" in out
 
 
 def test_steps_and_hours_are_those_of_the_train_questions(

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from vismem.config import Config, GrpoConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.files import read_json
+from vismem.generation import batches
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Off
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
-from vismem.training import rollout, run, supervised
+from vismem.training import rollout, supervised
 from vismem.training.run import POLICY_LORA
 from vismem.training.stage1 import stage1
 from vismem.training.stage2 import stage2
@@ -123,7 +124,7 @@ def test_vanilla_is_answered_by_the_bare_base_and_all_other_arms_with_it(
             seen.setdefault(name, set()).add((isinstance(policy, Off), policy.base))
             return generate(model, batch, policy, **more)
 
-        monkeypatch.setattr(run, "generate", answering)
+        monkeypatch.setattr(batches, "generate", answering)
         (tmp_path / name).mkdir()
         step(CONFIG, stages, tmp_path / name)
     assert seen == {"stage1": {(True, True), (False, False)}, "stage2": {(True, True), (False, False)}}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vismem.config import Config, GrpoConfig, InvocationConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import Sample, write_shards
-from vismem.generation import token_scores
+from vismem.generation import batches, token_scores
 from vismem.generation.engine import generate
 from vismem.generation.prompts import encode
 from vismem.generation.replay import answer_states, prefill
@@ -136,7 +136,7 @@ def test_what_was_trained_is_saved_before_validation_questions_are_answered(
     config = Config(
         memory=tiny.MEMORY, stage1=Stage1Config(steps=1, warm_start=WarmStartConfig(steps=0)), grpo=GrpoConfig()
     )
-    monkeypatch.setattr(run.Run, "train_grpo", lambda *_: monkeypatch.setattr(run, "generate", answers_fail))
+    monkeypatch.setattr(run.Run, "train_grpo", lambda *_: monkeypatch.setattr(batches, "generate", answers_fail))
     with pytest.raises(MemoryError):
         stage1(config, {"base": tiny_base, "validate": tiny_data}, tmp_path)
     assert {"vismem.json", "memory.safetensors", "policy.safetensors"} <= {path.name for path in tmp_path.iterdir()}
@@ -145,13 +145,15 @@ def test_what_was_trained_is_saved_before_validation_questions_are_answered(
 def test_validation_questions_are_answered_as_many_at_a_time_as_a_backward_pass_takes(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, generate = [], run.generate
+    sizes, fit = list[int](), [8]
 
     def counted(model: VisMemModel, samples: Any, *policy: Any, **settings: Any) -> Any:
+        if len(samples) > fit[0]:
+            raise torch.OutOfMemoryError
         sizes.append(len(samples))
         return generate(model, samples, *policy, **settings)
 
-    monkeypatch.setattr(run, "generate", counted)
+    monkeypatch.setattr(batches, "generate", counted)
     config = Config(
         memory=tiny.MEMORY,
         grpo=GrpoConfig(micro_batch=2, batch_size=2, max_new_tokens=4),
@@ -159,6 +161,10 @@ def test_validation_questions_are_answered_as_many_at_a_time_as_a_backward_pass_
     )
     stage1(config, {"base": tiny_base, "validate": tiny_data}, tmp_path)
     assert sizes == [8, 4] * 5, "four times as many as a backward pass has: they need no gradient"
+    sizes.clear()
+    fit[0] = 3  # on the GPU
+    stage1(config, {"base": tiny_base, "validate": tiny_data}, tmp_path)
+    assert sizes == [2] * 30
 
 
 def test_a_training_holds_the_images_of_the_steps_that_it_is_at(

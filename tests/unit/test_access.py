@@ -8,6 +8,8 @@ import pytest
 from vismem.runtime.access import NO_TOKEN, pass_proxies, token_refusal
 
 NAMES = [name for kind in ("http", "https", "all", "grpc", "no") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
+TAKEN = ["Bearer s3cret", "bearer s3cret", "BEARER  s3cret "]  # of a server whose token is s3cret
+REFUSED = ["", "s3cret", "Basic s3cret", "Bearer", "Bearer s3cre", "Bearer Bearer s3cret", "\ud800"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +42,12 @@ def test_without_a_proxy_or_where_none_is_asked_nothing_changes(monkeypatch: pyt
     assert (os.environ["no_proxy"], "NO_PROXY" in os.environ) == ("*", False)
 
 
-@pytest.mark.parametrize("sent", ["Bearer s3cret", "bearer s3cret", "BEARER  s3cret "])
+@pytest.mark.parametrize("sent", TAKEN)
 def test_the_scheme_of_a_token_is_written_in_any_case(sent: str) -> None:
     assert token_refusal("s3cret", sent) == ""
 
 
-@pytest.mark.parametrize(
-    "sent", ["", "s3cret", "Basic s3cret", "Bearer", "Bearer s3cre", "Bearer Bearer s3cret", "\ud800"]
-)
+@pytest.mark.parametrize("sent", REFUSED)
 def test_who_sends_no_token_or_another_is_refused(sent: str) -> None:
     assert token_refusal("s3cret", sent) == NO_TOKEN
     assert token_refusal("", sent) == ""

@@ -16,10 +16,19 @@ OTHERS = {
     'kube_job_failed{namespace="other",job_name="rollout-1",condition="true"}': "1x120",
     'kube_job_created{namespace="other",job_name="rollout-1"}': "0x120",
 }
+FAILED = '{namespace="n",job_name="rollout-1"}'
 JOB = {
     'kube_job_failed{namespace="n",job_name="rollout-1",condition="true"}': "1x120",
     'kube_job_created{namespace="n",job_name="rollout-1"}': "0x120",
 }
+
+
+def succeeded(namespace: str, created: int) -> dict[str, str]:
+    """Series of a rollout that succeeded, made so many seconds after the one that failed."""
+    job = f'{{namespace="{namespace}",job_name="rollout-2"}}'
+    return {f"kube_job_created{job}": f"{created}x120", f"kube_job_status_completion_time{job}": f"{created + 60}x120"}
+
+
 CASES = {
     "no pod is ready": ("VisMemNotServed", {AVAILABLE: "0x120", SCRAPED: "5x120"}, '{namespace="n"}'),
     "none is scraped": ("VisMemNotServed", {AVAILABLE: "2x120"}, '{namespace="n"}'),
@@ -27,8 +36,11 @@ CASES = {
     "no token": ("VisMemModelDead", {SCRAPED: "5x120"}, '{namespace="n",pod="triton-a"}'),
     "tokens": ("VisMemModelDead", {SCRAPED: "5x120",
                'vismem_tokens_total{namespace="n",pod="triton-a"}': "0+1x120"}, ""),
-    "a failed rollout": ("VisMemRolloutFailed", JOB, '{namespace="n",job_name="rollout-1"}'),
+    "a failed rollout": ("VisMemRolloutFailed", JOB, FAILED),
     "another's failed rollout": ("VisMemRolloutFailed", {}, ""),
+    "failed, then succeeded": ("VisMemRolloutFailed", JOB | succeeded("n", 600), ""),
+    "failed after one that succeeded": ("VisMemRolloutFailed", JOB | succeeded("n", -600), FAILED),
+    "failed, then another's succeeded": ("VisMemRolloutFailed", JOB | succeeded("other", 600), FAILED),
 }  # fmt: skip
 
 

@@ -64,6 +64,10 @@ def test_a_base_of_the_hub_is_fetched_as_it_was_when_the_memory_was_trained_and_
     assert commit_of(tmp_path) is None
     with pytest.raises(UserError, match="has other weights"):
         Base("org/name", hub["c0ffee"]).place(tmp_path)
+    assert Base("org/name", hub[None], "gone").place(tmp_path) == tmp_path / "snapshots" / "new"
+    with pytest.raises(UserError, match=r"has other weights .*\(401 Unauthorized\)"):
+        Base("org/name", "5a5a", "gone").place(tmp_path)
+    del hub[None]
     with pytest.raises(UserError, match=r"is not on this machine: .*\(401 Unauthorized\)"):
         Base("org/name", "5a5a", "gone").place(tmp_path)
 

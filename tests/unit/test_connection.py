@@ -13,7 +13,15 @@ import pytest
 
 from vismem import AsyncClient, Client
 from vismem.serving.connection import Connection
-from vismem.serving.exchange import BusyError, DisconnectedError, Question, RefusedError, ServerError, Token
+from vismem.serving.exchange import (
+    BusyError,
+    DeadlineError,
+    DisconnectedError,
+    Question,
+    RefusedError,
+    ServerError,
+    Token,
+)
 from vismem.serving.over_grpc import OverGrpc, _request
 
 
@@ -143,17 +151,57 @@ def test_what_cannot_be_sent_is_refused(kind: str, way: str) -> None:
             assert type(error) is DisconnectedError
 
 
-def test_a_stream_that_grpc_cancels_ends() -> None:
-    class Server:
-        async def pieces(self, *_: object) -> AsyncGenerator[Token, None]:
-            yield Token("one", "token")
-            raise asyncio.CancelledError
+class Call:
+    """Triton's client and its stream, which gRPC cancels at once, or never answers."""
 
-    client = Client("grpc://127.0.0.1:1", model="m")
-    client._client.server = Server()  # type: ignore[assignment]
-    error = in_time(lambda: list(client.stream(b"", "?")))
-    assert "the answer from grpc://127.0.0.1:1 was broken off" in str(error)
-    assert isinstance(error, DisconnectedError)
+    def __init__(self, ends: bool) -> None:
+        self.ends = ends
+
+    async def is_model_ready(self, model: str) -> bool:
+        if self.ends:
+            raise asyncio.CancelledError
+        return await asyncio.Future()
+
+    def stream_infer(self, *_: object, **__: object) -> "Call":
+        return self
+
+    async def __aiter__(self) -> AsyncGenerator[Any, None]:
+        yield await self.is_model_ready("m")
+
+    def cancel(self) -> None: ...
+
+
+def test_what_grpc_cancels_is_broken_off_however_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OverGrpc, "_connect", lambda _: Call(ends=True))
+    client, several = Client("grpc://127.0.0.1:1", model="m"), AsyncClient("grpc://127.0.0.1:1", model="m")
+
+    async def streamed() -> list[Token]:
+        return [piece async for piece in several.stream(b"", "?")]
+
+    for ask in (
+        lambda: client.ask(b"", "?"),
+        lambda: list(client.stream(b"", "?")),
+        lambda: client.find_model("m"),
+        lambda: asyncio.run(several.ask(b"", "?")),
+        lambda: asyncio.run(streamed()),
+    ):
+        error = in_time(ask)
+        assert "the answer from 127.0.0.1:1 was broken off" in str(error)
+        assert isinstance(error, DisconnectedError)
+
+
+def test_what_the_caller_cancels_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OverGrpc, "_connect", lambda _: Call(ends=False))
+    client = AsyncClient("grpc://127.0.0.1:1", model="m")
+
+    async def given_up() -> None:
+        asking = asyncio.create_task(client.ask(b"", "?"))
+        await asyncio.sleep(0.1)
+        asking.cancel()
+        await asking
+
+    assert isinstance(in_time(lambda: asyncio.run(given_up())), asyncio.CancelledError)
+    assert isinstance(in_time(lambda: asyncio.run(client.ask(b"", "?", timeout=0.1))), DeadlineError)
 
 
 @pytest.mark.parametrize(

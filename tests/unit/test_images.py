@@ -213,6 +213,11 @@ def test_exif_data_count_as_texts_do(kind: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("vismem.runtime.limits.MAX_TEXT_BYTES", 140_000)
     with pytest.raises(RequestError, match=r"image 3 of 60 .*: with it texts and EXIF data take more"):
         check_request([photo] * 60, b"what?", 1)
+    assert examine_image(photo).fault is None
+    monkeypatch.setattr("vismem.runtime.limits.MAX_TEXT_BYTES", 40_000)
+    with pytest.raises(RequestError, match=r"image 1 of 1 .*: texts and EXIF data take more"):
+        check_request([photo], b"what?", 1)
+    assert "texts and EXIF data take more" in str(examine_image(photo).fault), "as `prepare` and `validate` say"
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 11, 12, 13, 24, 25, 35, 36])

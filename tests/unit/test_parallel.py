@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,3 +109,9 @@ def test_a_picture_that_many_rows_share_is_decoded_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(fingerprint, "examine_image", counted)
     assert len(set(in_order(image_cache(), [file.getvalue()] * 4))) == 1
     assert len(decoded) == 1
+
+
+def test_there_are_no_more_threads_than_cores_that_the_process_may_use() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import vismem.data.parallel as p"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(p.THREADS)"], capture_output=True, text=True)
+    assert done.stdout == "1\n"

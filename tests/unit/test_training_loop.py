@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -76,8 +77,19 @@ def test_a_checkpoint_is_written_after_ten_minutes_however_few_steps_there_were(
             held.append(json.loads(saved)["steps"])
             return super().collect(step)
 
-    run(Watched(lambda step: 1.0), tmp_path, replace(SETTINGS, steps=7, checkpoint_every=50))
+    settings, save = replace(SETTINGS, steps=7, checkpoint_every=50), loop.Checkpoint.save
+    run(Watched(lambda step: 1.0), tmp_path, settings)
     assert held == [0, 0, 0, 3, 3, 3, 6]
+
+    def slow(*given: Any) -> None:
+        now[0] += 100
+        save(*given)
+
+    monkeypatch.setattr(loop.Checkpoint, "save", slow)
+    held.clear()
+    file.unlink()
+    run(Watched(lambda step: 1.0), tmp_path, replace(settings, steps=9))
+    assert held == [0, 0, 0, 3, 3, 3, 3, 7, 7], "saving takes a tenth of the time at most"
 
 
 def test_a_batch_has_its_first_update_whatever_target_kl_says(tmp_path: Path) -> None:

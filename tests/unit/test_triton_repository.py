@@ -234,6 +234,15 @@ def test_a_models_manifest_vouches_for_its_unary_one(bundle: Path, tmp_path: Pat
         check_repository(tmp_path / "repository")
 
 
+def test_the_unary_model_holds_of_the_library_who_may_ask(bundle: Path, tmp_path: Path) -> None:
+    write_model_repository(bundle, tmp_path, "vismem", 1)
+    library = {f"1/vismem/{file}" for file in ("__init__.py", "runtime/__init__.py", "runtime/access.py")}
+    own = {"config.pbtxt", "manifest.json", "1/model.py", "1/__pycache__"}
+    assert files(tmp_path / "vismem_unary") == own | library
+    (tmp_path / "vismem_unary/1/vismem/runtime/access.py").write_text("x = 1")
+    assert repository_problems(tmp_path) == ["vismem_unary: 1/vismem/runtime/access.py has changed"]
+
+
 def test_the_unary_model_has_the_inputs_of_the_other_but_no_stream(bundle: Path, tmp_path: Path) -> None:
     import tritonclient.grpc.model_config_pb2 as schema
     from google.protobuf import text_format

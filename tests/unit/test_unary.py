@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_access import REFUSED, TAKEN
 
 from vismem.runtime.access import NO_TOKEN, TOKEN_VARIABLE
 from vismem.serving.repository import UNARY_SOURCE
@@ -44,6 +45,8 @@ def unary(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     triton.Logger = SimpleNamespace(log_info=lambda said: None)
     triton.InferenceResponse, triton.Tensor = lambda error: error, lambda name, array: (name, array)
     monkeypatch.setitem(sys.modules, triton.__name__, triton)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     spec = importlib.util.spec_from_file_location("unary", UNARY_SOURCE)
     assert spec is not None
     assert spec.loader is not None
@@ -62,10 +65,10 @@ def said(unary: ModuleType, *requests: Request) -> list[list[str]]:
 
 
 def test_without_the_token_a_request_is_not_even_copied(unary: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, "sécret")
-    requests = [Request(), Request("Bearer other"), Request("Bearer \ud800"), Request("Bearer sécret")]
-    assert said(unary, *requests) == [[NO_TOKEN]] * 3 + [["answer"]]
-    assert [request.read for request in requests] == [0, 0, 0, 1]
+    monkeypatch.setenv(TOKEN_VARIABLE, "s3cret")
+    refused, taken = [Request(sent) for sent in REFUSED], [Request(sent) for sent in TAKEN]
+    assert said(unary, *refused, *taken) == [[NO_TOKEN]] * len(refused) + [["answer"]] * len(taken)
+    assert [request.read for request in (*refused, *taken)] == [0] * len(refused) + [1] * len(taken)
 
 
 def slow(*_: object) -> str:
@@ -87,3 +90,12 @@ def test_requests_beyond_those_that_run_are_not_copied_and_large_ones_not_held(
     requests = [Request(), Request()]
     assert said(unary, *requests) == [["answer"], ["1 requests are running: try again later"]]
     assert [request.read for request in requests] == [1, 0]
+
+
+def test_a_request_that_cannot_be_read_is_answered_and_the_next_one_too(
+    unary: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    damaged = Request()
+    monkeypatch.setattr(damaged, "inputs", lambda: [SimpleNamespace(name=lambda: "IMAGE", as_numpy=lambda: 1 / 0)])
+    assert said(unary, damaged, Request()) == [["division by zero"], ["answer"]]

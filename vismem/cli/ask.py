@@ -103,7 +103,7 @@ def _add_question(add: Callable[..., Any]) -> None:
     about = "kinds of memory that the model may call: learned (both), off, short or long (default: %(default)s)"
     add("--memory", choices=("learned", "off", "short", "long"), default="learned", help=about)
     add("--no-memory", action="store_const", const="off", dest="memory", help="the same as --memory off")
-    about = "longest answer in tokens; default: as the model was evaluated, 120 where it does not say"
+    about = "longest answer in tokens; default: as in its evaluation or, before `export`, its training; else 120"
     add("--max-new-tokens", type=int, metavar="N", help=about)
     add("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable answer (default: 0)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")

@@ -59,7 +59,7 @@ def add_commands(commands: Commands) -> None:
     )
     add("--image", default="1024x768", metavar="WxH", help="pixels of the questions' images (default: %(default)s)")
     add("--images", type=int, default=1, metavar="N", help="images of a question (default: %(default)s)")
-    about = "of the train split, which say how many steps there are (default: those of your files)"
+    about = "of the train split, which say how many steps there are (default: those of your JSON lines, else 1,000)"
     add("--questions", type=int, default=0, metavar="N", help=about)
     about = "start a run of the pipeline on a cluster: image, namespace, account and sizes from profile and overlay"
     add = command("submit", _run_submit, about)

@@ -14,7 +14,7 @@ class PreflightConfig(Section):
     environment: tuple[str, ...] = Field((), description="variables that must be set, like HF_TOKEN; values not shown")
     buckets: tuple[str, ...] = Field((), description="S3 BUCKET[/PREFIX] to read and write at AWS_ENDPOINT_URL_S3")
     gpus: int = Field(0, ge=0, description="CUDA devices that must be there")
-    free_disk_gb: float = Field(1.0, ge=0, description="free space that the outputs' disk must have, GB")
+    free_disk_gb: float = Field(1.0, ge=0, description="free space that the outputs' disk must have, GB; 0: any")
     shared_memory_gb: float = rare(0.0, ge=0, description="min size of /dev/shm, GB; NCCL and data loaders use it")
 
 

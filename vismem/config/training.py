@@ -86,7 +86,9 @@ class GrpoConfig(Section):
     max_grad_norm: float = rare(1.0, gt=0, description="gradient norm clip [ours]")
     normalise_by_std: bool = rare(True, description="divide advantages by the group's standard deviation [paper]")
     temperature: float = rare(1.0, gt=0, description="sampling temperature of rollouts [ours]")
-    checkpoint_every: int = rare(50, ge=1, description="steps between checkpoints, supervised too; ten minutes at most")
+    checkpoint_every: int = rare(
+        50, ge=1, description="steps between checkpoints, supervised too; one is also written 10 minutes after the last"
+    )
     sample_every: int = rare(10, ge=1, description="steps between logged groups of answers")
 
     @property

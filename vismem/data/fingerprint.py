@@ -4,7 +4,6 @@ Pixels rather than files are hashed, so that the same picture saved twice still 
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,14 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vismem.data.sample import Sample
 from vismem.runtime.images import look_of, pixels_sha256, upright
-from vismem.runtime.limits import FORMATS, MAX_TOTAL_PIXELS, Room, check_file, frames_of
+from vismem.runtime.limits import FORMATS, MAX_TOTAL_PIXELS, Room, frames_of, open_file
 
 SPLITS = ("test", "validation", "train")  # in order of precedence: the test split stays whole
 FIELDS = ("id", "images", "question", "answer", "choices", "rationale", "task", "capability", "source", "scene")
-DECODED = Room(2 * MAX_TOTAL_PIXELS)  # pixels that threads look at together, some 11 bytes each: 1.4 GB
+DECODED = Room(2 * MAX_TOTAL_PIXELS)  # pixels that threads look at together: 1.4 GB of RGB, of 16 bits more
 LOCKS = 4096  # of images that threads ask about, by their hashes
 
 
@@ -43,8 +41,7 @@ def examine_image(data: bytes, max_side: int | None = None) -> ImageFacts:
     """
     width = height = 0
     try:
-        check_file(data)
-        with Image.open(io.BytesIO(data)) as image:
+        with open_file(data)[0] as image:
             width, height = image.size
             if max_side is not None and max(width, height) > max_side:
                 return ImageFacts(hashlib.sha256(data).digest(), width, height)

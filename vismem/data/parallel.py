@@ -9,7 +9,8 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-THREADS = min(16, os.cpu_count() or 1)  # a seventh of the work on a photo holds the lock: more would wait for it
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # of this process
+THREADS = min(16, CORES)  # a seventh of the work on a photo holds the lock: more would wait for it
 
 
 def in_order(do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

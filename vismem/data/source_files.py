@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vismem.config import Config, DvcSource, JsonlSource, LmuDataSource, NlvrSource
+from vismem.config import Config, DvcSource, JsonlSource, LmuDataSource, LocalFiles, NlvrSource
 from vismem.data.dvc_source import COMMIT, find
 from vismem.data.readers.jsonl import named_files
 from vismem.data.readers.lmudata import VARIABLE
@@ -38,15 +38,21 @@ def source_bytes(config: Config) -> int:
     return sum(file.stat().st_size for source in config.prepare.sources for file in files_of(source))
 
 
-def train_questions(config: Config) -> int:
-    """How many questions train a run, as far as parameters and files of JSON lines say so."""
+def train_questions(config: Config) -> int | None:
+    """How many questions train a run, by parameters and files of JSON lines; None where other files train it too."""
     count = 0
     for source in config.prepare.sources:
         if isinstance(source, JsonlSource) and source.split == "train" and source.path.is_file():
             with source.path.open("rb") as lines:
                 count += sum(1 for line in islice(filter(bytes.strip, lines), source.limit))
+        elif any(part.split == "train" for part in _local(source)):
+            return None
         count += getattr(source, "train", 0)  # of one that is generated
     return count
+
+
+def _local(source: Any) -> Sequence[Any]:
+    return source.sources if isinstance(source, DvcSource) else [source] * isinstance(source, LocalFiles)
 
 
 def rule_files(config: Config) -> list[Path]:

@@ -1,6 +1,5 @@
 """Every arm answers the same questions, timed; processes share the batches, and a killed run resumes behind its own."""
 
-import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,17 +13,16 @@ from pydantic import TypeAdapter
 
 from vismem.config import Config
 from vismem.data.sample import Sample
-from vismem.errors import UserError, first_line
+from vismem.errors import UserError
 from vismem.evaluation.arms import Arm
 from vismem.files import write_text
-from vismem.generation.engine import generate
+from vismem.generation.batches import FittingBatches
 from vismem.generation.types import Rollout
 from vismem.models.vismem import VisMemModel
 from vismem.progress import progress
 from vismem.ranks import share_of_work
 
 WARM_UP = 8  # items that every arm answers once, untimed, before the first timed batch
-logger = logging.getLogger(__name__)
 
 ANSWERS, KEEP_EVERY = "answers-{}.checkpoint", 30.0  # of a process; seconds: after a kill, no more is answered again
 
@@ -88,18 +86,17 @@ def decode(
     store = AnswerStore(folder, accelerator.process_index)
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * batch // count for batch in range(count + 1)]  # of one size, so that none is left alone
+    fitting, settings = FittingBatches(), {"max_new_tokens": config.evaluate.max_new_tokens, "seed": config.seed}
     turns = schedule(count, arms, store.done, *share_of_work(accelerator, together))
     for arm in arms:
         if any(arm in due for due in turns.values()):
-            _answer(models[arm.model], arm, samples[:WARM_UP], config)
+            fitting.generate(models[arm.model], samples[:WARM_UP], arm.policy, **settings)
     asked = sum((ends[batch + 1] - ends[batch]) * len(due) for batch, due in turns.items())
     with progress(about, asked, quiet=not accelerator.is_main_process) as advance:
         for batch, due in turns.items():
             questions, answers = samples[ends[batch] : ends[batch + 1]], dict[str, Run]()
             for arm in due:
-                started = time.perf_counter()
-                rollouts = _answer(models[arm.model], arm, questions, config)
-                answers[arm.name] = Run(rollouts, time.perf_counter() - started)
+                answers[arm.name] = Run(*fitting.generate(models[arm.model], questions, arm.policy, **settings))
                 advance(len(questions), arm=arm.label)
             store.add(batch, answers, last=batch == max(turns))
     done, runs = store.merged(), {arm.name: Run() for arm in arms}
@@ -123,22 +120,3 @@ def schedule(
 
 def _flat(kept: Iterable[Answers]) -> dict[tuple[int, str], Run]:
     return {(batch, arm): run for answers in kept for batch, by_arm in answers.items() for arm, run in by_arm.items()}
-
-
-def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
-    """A batch's answers, which do not depend on each other: where it does not fit on the GPU, those of its halves.
-
-    UserError for a question that does not fit alone, and of a base that processes hold together, who would not halve
-    the same batches.
-    """
-    longest, seed = config.evaluate.max_new_tokens, config.seed
-    try:
-        return generate(model, samples, arm.policy, max_new_tokens=longest, temperature=0.0, seed=seed)
-    except torch.OutOfMemoryError as error:
-        if len(samples) == 1 or config.base.tensor_parallel:
-            named = ", ".join(sample.id for sample in samples[:3])
-            raise UserError(f"the GPU's memory is too small to answer {named}: {first_line(error)}") from None
-    torch.cuda.empty_cache()
-    half = len(samples) // 2
-    logger.warning("%s: %d questions together do not fit on the GPU, halving them", arm.label, len(samples))
-    return _answer(model, arm, samples[:half], config) + _answer(model, arm, samples[half:], config)

@@ -23,7 +23,7 @@ from vismem.progress import progress
 from vismem.provenance import file_hashes, lineage, write_manifest
 from vismem.records import WITHOUT_GRAPHS, Metrics, ParityReport
 from vismem.runtime.bundle import Bundle
-from vismem.runtime.limits import MAX_PATCHES
+from vismem.runtime.limits import MAX_NEW_TOKENS, MAX_PATCHES
 from vismem.serving.answering import Runtime
 from vismem.serving.golden import write_golden
 from vismem.serving.metrics import PER_ANSWER
@@ -42,7 +42,7 @@ def export(config: Config, inputs: Mapping[str, Path], out: Path) -> str:
     metrics = Metrics.read(inputs["evaluate"])
     dtype = "float32" if config.export.graphs else config.base.dtype  # of graphs, whatever it was trained in
     model = VisMemModel.from_pretrained(inputs["stage2"], inputs["base"], dtype)
-    model.new_tokens = config.evaluate.max_new_tokens
+    model.new_tokens = min(config.evaluate.max_new_tokens, MAX_NEW_TOKENS)  # what a request may ask for
     model.save_pretrained(out / "vismem")
     Base.of_step(inputs["base"]).write(out / "vismem")
     model.backbone.processor.save_pretrained(out / "processor")

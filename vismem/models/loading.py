@@ -40,6 +40,23 @@ def no_weight_bars() -> Iterator[None]:
         transformers_logging.set_tqdm_hook(before)
 
 
+@contextmanager
+def tf32_beside(dtype: str) -> Iterator[None]:
+    """A block in which GPUs multiply and convolve float32 in TF32 beside a bfloat16 base, which rounds more, else not.
+
+    The whole process does: for commands, not for who loads a model in a process of their own.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = dtype == "bfloat16"
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 def read_weights(*files: Path) -> dict[str, Tensor]:
     """The tensors of all files, by name. UserError for a damaged one."""
     found: dict[str, Tensor] = {}
@@ -76,8 +93,7 @@ def check_processor(processor: Any, settings: Any, base: Path | str) -> None:
 def load_base(base: Path | str, dtype: str = "float32", tensor_parallel: bool = False) -> Backbone:
     """Load a hub id or a path with `from_pretrained`. UserError if it is missing, has no vision, or is unsupported.
 
-    With `tensor_parallel`, all processes that torchrun started hold it together, each its share. What is computed in
-    float32 beside a bfloat16 base is TF32 on a GPU, which rounds less than the base does; all else is not.
+    With `tensor_parallel`, all processes that torchrun started hold it together, each its share.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -101,7 +117,6 @@ def load_base(base: Path | str, dtype: str = "float32", tensor_parallel: bool = 
             logger.warning(
                 "'%s' sets %s=%s, which is not applied: tokens have the model's own probabilities", base, name, value
             )
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "bfloat16"
     backbone = backbone_of(model, processor)
     backbone.processes = distributed.get_world_size() if more else 1
     return backbone

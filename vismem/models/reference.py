@@ -1,6 +1,7 @@
 """How a folder of what VisMem adds refers to the base that it was trained on."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +68,14 @@ class Base:
                 folder = fetch(self.model, self.revision)
             except UserError as error:  # a folder's name may look like one of the hub
                 why = f"; {error}"
+                with suppress(UserError):  # the newest, or the one in the cache, may have the same weights
+                    folder = fetch(self.model) if self.revision else None
         if folder is None:
             raise UserError(f"the base '{self.model}' is not on this machine: say where it is with base= (--base){why}")
         if self.sha256 and (sha256_folder(folder, WEIGHTS) != self.sha256 or _reads_elsewhere(folder)):
-            raise UserError(f"{folder} has other weights than the base that the memory was trained on: give that one")
+            raise UserError(
+                f"{folder} has other weights than the base that the memory was trained on: give that one{why}"
+            )
         return folder
 
 

@@ -60,15 +60,15 @@ def plan(
     """Plan a run of `config` on `gpus` (such as 8xH100) with questions about `images` of WIDTHxHEIGHT each.
 
     `steps`: those that are planned; by default the two stages, `evaluate`, and the baselines that its arms name.
-    `train`: questions of the train split; 0: as many as the sources are known to have, or 1,000. UserError for a base
+    `train`: questions of the train split; 0: those of the sources, 1,000 where not all are known. UserError for a base
     that cannot be read, GPUs that are not known, batches that the GPUs cannot share, and images that `validate` would
     set apart.
     """
     machine = Machine.named(gpus) if isinstance(gpus, str) else gpus
     if images < 1 or train < 0:
         raise UserError(f"--images {images} --questions {train}: there must be some")
-    train = train or train_questions(config) or Questions.train
-    asked = Questions(_size(image, config.validate_), images, train)
+    counted = train or train_questions(config)
+    asked = Questions(_size(image, config.validate_), images, counted or Questions.train, bool(counted))
     known = (*PLANNED, *(step.name for step in BASELINES))
     for name in steps:
         if name not in known:
@@ -144,7 +144,7 @@ def _disk(config: Config, stored: float, base: float, added: float, steps: Seque
     """Bytes on disk, by what is kept there."""
     kept, found = stored_type(config.base), dict[str, float]()
     if data := source_bytes(config):
-        found["prepare and validate: the data, once each"] = 2 * data
+        found["prepare and validate: the data, more where images are shared"] = 2 * data
     for step in steps:
         if step.trained:
             found[f"{step.name}: its model"] = stored if step.name == "full" else 4 * added

@@ -48,7 +48,7 @@ class Machine:
         return cls(count, torch.cuda.get_device_name(0), min(sizes), *CARDS["A100"][1:])
 
     def beside(self, dtype: str) -> Self:
-        """The same with the rate of float32 products beside a base of this type, see `load_base`."""
+        """The same with the rate of float32 products beside a base of this type, see `tf32_beside`."""
         return self if dtype == "float32" else replace(self, float32=TF32_SHARE * self.bfloat16)
 
     def seconds(self, flops: int, moved: int, kind: torch.dtype) -> float:

@@ -31,11 +31,15 @@ WORD = 5  # any token of the tokenizer
 
 @dataclass(frozen=True)
 class Questions:
-    """What a run is planned for: questions about so many images of this width and height, and how many train it."""
+    """What a run is planned for: questions about so many images of this width and height, and how many train it.
+
+    `counted`: that number is known, not assumed.
+    """
 
     size: tuple[int, int]
     images: int = 1
     train: int = 1000
+    counted: bool = False
 
 
 def hollow_base(config: BaseConfig, processes: int = 1) -> Backbone:

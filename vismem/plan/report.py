@@ -24,8 +24,9 @@ def as_text(plan: Plan) -> str:
         *_table("host memory, GB", plan.host, 1e9, total=False),
         f"The steps' code was run on shapes, with {pictures} of {width}x{height} and about 200 tokens",
         "to a question, answers of full length and all their memories. Seconds leave out",
-        "waiting for other GPUs, reading images and scoring; hours also validation.",
-        f"Steps are those of {asked.train:,} train questions (--questions).",
+        "waiting for other GPUs, reading images and scoring.",
+        "Hours also leave out the validation before and after.",
+        f"Steps are those of {asked.train:,} train questions{', assumed' * (not asked.counted)} (--questions).",
         f"Assumed: {machine.memory / GIB:.1f} GiB per GPU, {CONTEXT / GIB:.1f} of it CUDA's own, {FRAGMENTS:.0%} "
         "lost between tensors;",
         f"{FLOP_SHARE:.0%} of {machine.bfloat16 / 1e12:.0f} TFLOP/s in bfloat16 and of {machine.float32 / 1e12:g} in "

@@ -18,12 +18,12 @@ from vismem.data.sample import StoredSamples
 from vismem.errors import mask_credentials
 from vismem.registry import BUNDLE
 from vismem.registry.tracking import LARGE_FILES, Store
-from vismem.runtime.limits import NEW_TOKENS
 from vismem.services import environment
 
 _INPUTS = {"image": "string", "question": "string"}
 _OUTPUTS = {"answer": "string", "marked": "string", "tokens": "long", "memories": "long"}
-_PARAMS = ("memory", "string", "learned"), ("max_new_tokens", "long", NEW_TOKENS), ("temperature", "double", 0.0)
+# None: the evaluation's, which the bundle says
+_PARAMS = ("memory", "string", "learned"), ("max_new_tokens", "long", None), ("temperature", "double", 0.0)
 SIGNATURE = ModelSignature(
     *(Schema([ColSpec(kind, name) for name, kind in columns.items()]) for columns in (_INPUTS, _OUTPUTS)),
     ParamSchema([ParamSpec(*param) for param in (*_PARAMS, ("seed", "long", 0))]),

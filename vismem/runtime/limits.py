@@ -111,10 +111,9 @@ def check_request(
             images.append(file)
             continue
         try:
-            texts += check_file(file)
-            images.append(image := Image.open(io.BytesIO(file), formats=FORMATS))
-            if image.format != "PNG":
-                texts += len(image.info.get("exif", b"")) + len(image.info.get("mp", b""))
+            image, own = open_file(file, FORMATS)
+            images.append(image)
+            texts += own
             if texts > MAX_TEXT_BYTES:
                 raise ValueError(f"with it {TOO_MUCH_TEXT}")
         except Image.DecompressionBombError:
@@ -128,14 +127,21 @@ def check_request(
     return images
 
 
-def check_file(file: bytes) -> int:
-    """The bytes of a PNG's texts, EXIF data and colour profile, inflated; 0 for other files.
+def open_file(file: bytes, formats: tuple[str, ...] | None = None) -> tuple[Image.Image, int]:
+    """The image, of which only the header is read, and the bytes of its texts, EXIF data and colour profile, inflated.
 
-    ValueError for a JPEG or PNG that is made to take minutes, or gigabytes, to open or decode.
+    `formats`: those that Pillow tries; None: all. ValueError for a JPEG or PNG that is made to take minutes, or
+    gigabytes, to open or decode, and for an image with too many such bytes; what `Image.open` raises.
     """
     if file.startswith(JPEG) and (file.count(b"8BIM") > MAX_RESOURCES or _too_many_scans(file)):
         raise ValueError("a JPEG of so many segments or scans is no photo; save it again")
-    return _texts_of(file) if file.startswith(PNG) else 0
+    texts = _texts_of(file) if file.startswith(PNG) else 0
+    image = Image.open(io.BytesIO(file), formats=formats)
+    if image.format != "PNG":
+        texts += len(image.info.get("exif", b"")) + len(image.info.get("mp", b""))
+    if texts > MAX_TEXT_BYTES:
+        raise ValueError(TOO_MUCH_TEXT)
+    return image, texts
 
 
 def _too_many_scans(file: bytes) -> bool:

@@ -188,9 +188,6 @@ class Client:
                 pieces.put(None)
             except Exception as error:  # noqa: BLE001 - the caller's thread raises it
                 pieces.put(error)
-            except asyncio.CancelledError:  # not by this caller, who waits for no piece any more: by gRPC itself
-                pieces.put(DisconnectedError(f"the answer from {self._client.address} was broken off"))
-                raise
 
         reading = _start(read())
         try:

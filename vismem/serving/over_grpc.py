@@ -1,5 +1,6 @@
 """The client's side of Triton's gRPC protocol (deploy/triton/README.md)."""
 
+import asyncio
 import json
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -119,6 +120,11 @@ class OverGrpc:
             if any(mark in error.details() for mark in UNREACHED):
                 raise self._nobody(error.details()) from None
             raise DisconnectedError(f"the connection to {self.url} broke: {error.details()}") from None
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            self.connection.drop()  # nobody cancels this task: gRPC broke its call off
+            raise DisconnectedError(f"the answer from {self.url} was broken off") from None
 
     def _nobody(self, why: str) -> DisconnectedError:
         hint = "start one with `vismem serve` in another terminal, or name another with --url"

@@ -7,6 +7,7 @@ model has a manifest of all its files; `MANIFEST_VARIABLE` pins the hash of that
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,6 +34,7 @@ SERVED = (  # of the library, what lies beside a served bundle: nothing of it im
     "serving/pieces.py",
     "serving/request_log.py",
 )
+SERVED_UNARY = ("runtime/access.py",)  # beside NAME_unary, which holds no bundle
 MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"
 UNARY = "unary"  # in a manifest: the hash of the manifest of NAME_unary
 
@@ -116,7 +118,7 @@ def _write_code(repository: Path, name: str, version: int, library: Path = LIBRA
     (model / "config.pbtxt").write_text(config)
     _write_python(MODEL_SOURCE, folder)
     copy_library(folder, library)
-    return folder, _write_unary(repository / unary_name(name), config)
+    return folder, _write_unary(repository / unary_name(name), config, library)
 
 
 def code_hash(name: str) -> str:
@@ -149,7 +151,7 @@ def is_unary(name: str) -> bool:
     return name.endswith(unary_name(""))
 
 
-def _write_unary(model: Path, config: str) -> Path:
+def _write_unary(model: Path, config: str, library: Path) -> Path:
     """Write NAME_unary with NAME's configuration but without its streams; return the path of its manifest."""
     shutil.rmtree(model, ignore_errors=True)
     (model / "1").mkdir(parents=True)
@@ -157,6 +159,7 @@ def _write_unary(model: Path, config: str) -> Path:
     changed = "\n".join(lines).replace("_policy { decoupled: true }", "_policy { decoupled: false }")
     (model / "config.pbtxt").write_text(re.sub('^name: "(.*)"', rf'name: "{model.name}"', changed, flags=re.M) + "\n")
     _write_python(UNARY_SOURCE, model / "1")
+    copy_library(model / "1", library, SERVED_UNARY)
     return write_manifest(model)
 
 
@@ -166,9 +169,9 @@ def _write_python(source: Path, folder: Path) -> None:
     (folder / "__pycache__").touch()
 
 
-def copy_library(folder: Path, library: Path = LIBRARY) -> None:
-    """Write `folder`/vismem with the files of SERVED."""
-    for file in (path for pattern in SERVED for path in sorted(library.glob(pattern))):
+def copy_library(folder: Path, library: Path = LIBRARY, served: Sequence[str] = SERVED) -> None:
+    """Write `folder`/vismem with the files of `served`."""
+    for file in (path for pattern in served for path in sorted(library.glob(pattern))):
         place = folder / "vismem" / file.relative_to(library)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)

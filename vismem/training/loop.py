@@ -25,7 +25,7 @@ from vismem.training.optimizers import master_weights, optimizers, round_masters
 
 REDUCED = 2**26  # numbers of gradients that processes add up in a call
 Metrics = dict[str, float]
-SAVED_EVERY = 600.0  # seconds, and the rest of a step: a kill costs no more than them
+SAVED_EVERY, SAVING = 600.0, 10  # seconds between checkpoints, or so many times what the last one took, if that is more
 SHOWN = ("loss", "reward", "kl", "accuracy")  # beside the progress, where an objective has them
 
 
@@ -89,7 +89,7 @@ def train(
         curve = Curve(out / f"{settings.name}.csv", state.steps) if main else None
         if state.steps:
             Console(quiet=not main, stderr=True).print(f"{settings.name}: resumed at step {state.steps}")
-        saved = time.monotonic()
+        saved, took = time.monotonic(), 0.0
         with progress(settings.name, settings.steps, state.steps, quiet=not main) as advance:
             for step in range(state.steps, settings.steps):
                 started = time.perf_counter()
@@ -115,10 +115,12 @@ def train(
                 if curve is not None:
                     curve.append(state.last)
                     due = state.steps % settings.checkpoint_every == 0 or state.steps == settings.steps
-                    if due or time.monotonic() - saved >= SAVED_EVERY:
+                    began = time.monotonic()
+                    if due or began - saved >= max(SAVED_EVERY, SAVING * took):
                         curve.sync()
                         checkpoint.save(state)
                         saved = time.monotonic()
+                        took = saved - began
     return state
 
 

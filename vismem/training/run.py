@@ -13,7 +13,7 @@ from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
 from vismem.files import write_json, write_text
-from vismem.generation.engine import generate
+from vismem.generation.batches import FittingBatches
 from vismem.generation.invocation import InvocationPolicy
 from vismem.generation.types import Rollout
 from vismem.models.loading import load_base
@@ -114,12 +114,12 @@ class Run:
         """Answer samples, so many `together`; processes share these batches, and all return all answers."""
         limit, seed, quiet = self.config.grpo.max_new_tokens, self.config.seed, not self.accelerator.is_main_process
         own, shares = share_of_work(self.accelerator, self.model.backbone.processes)
-        answered: list[tuple[int, list[Rollout]]] = []
+        answered, fitting = list[tuple[int, list[Rollout]]](), FittingBatches()
+        settings = {"max_new_tokens": limit, "temperature": temperature, "seed": seed}
         with progress(f"{self.name}: {about}", len(samples), quiet=quiet) as advance:
             for at in range(0, len(samples), together)[own::shares]:
                 batch = samples[at : at + together]
-                found = generate(self.model, batch, policy, max_new_tokens=limit, temperature=temperature, seed=seed)
-                answered.append((at, found))
+                answered.append((at, fitting.generate(self.model, batch, policy, **settings)[0]))
                 advance(len(batch) * shares)
         batches = sorted(dict(gather_object(answered)).items())  # some may come from several processes
         return [rollout for _, found in batches for rollout in found]

@@ -76,7 +76,7 @@ def test_mlflow_loads_the_champion_and_it_answers_as_the_bundle_does(
     bundle = request.getfixturevalue(kind)
     release(project, bundle, monkeypatch)
     model = mlflow.pyfunc.load_model(URI)
-    for settings in ({"max_new_tokens": 6}, {"max_new_tokens": 6, "memory": "off"}):
+    for settings in ({}, {"max_new_tokens": 6}, {"max_new_tokens": 6, "memory": "off"}):
         found = model.predict(rows(), params=settings).drop(columns="marked").to_dict("records")
         asked = settings if kind == "bundle" else {**settings, "memory": "memory" not in settings}
         assert found == directly(bundle, **asked)

@@ -8,6 +8,7 @@ import tiny_families
 from project import PARITY
 
 from vismem import VisMem
+from vismem.config import EvaluateConfig
 from vismem.errors import UserError
 from vismem.export.export import export
 from vismem.export.onnx import WEIGHTS, write_graphs
@@ -17,12 +18,17 @@ from vismem.provenance import sha256_folder, verify_manifest
 from vismem.records import ParityReport
 from vismem.registry import gate
 from vismem.runtime.bundle import Bundle, BundleError
+from vismem.runtime.limits import MAX_NEW_TOKENS
 
 
 @pytest.fixture(scope="module")
 def bare(inputs, config, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("bare")
-    settings = config.model_copy(update={"export": config.export.model_copy(update={"graphs": False})})
+    changed = {
+        "export": config.export.model_copy(update={"graphs": False}),
+        "evaluate": EvaluateConfig(max_new_tokens=3000),
+    }
+    settings = config.model_copy(update=changed)
     assert "without graphs" in export(settings, inputs, out)
     return out
 
@@ -39,6 +45,10 @@ def test_it_holds_no_weight_of_the_base_but_their_hash(bare: Path, bundle: Path,
     assert reference.sha256 == sha256_folder(inputs["base"], "*.safetensors")
     assert (bundle / "onnx" / WEIGHTS).is_file(), "as the other one does"
     assert all(file.stat().st_size < 2**20 for file in (bundle / "onnx").glob("*.onnx")), "their weights lie outside"
+
+
+def test_a_request_that_does_not_say_asks_for_no_more_than_one_may(bare: Path) -> None:
+    assert read_json(bare / "vismem" / "vismem.json")["max_new_tokens"] == MAX_NEW_TOKENS
 
 
 def test_it_answers_as_what_was_trained(bare: Path, inputs, tiny_base: Path) -> None:

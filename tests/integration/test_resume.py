@@ -39,9 +39,7 @@ CONFIG = Config(
     ),
 )
 BASELINES = ("static_prefix", "continuous", "sft_lora_vision", "grpo_lora_vision")
-WHITENED = CONFIG.model_copy(
-    update={"stage2": CONFIG.stage2.model_copy(update={"whitened_learning_rate": 0.02, "best_words": True})}
-)
+WHITENED = CONFIG.stage2.model_copy(update={"whitened_learning_rate": 0.02, "best_words": True})
 
 
 def whitened(_: Config, inputs: dict[str, Path], out: Path) -> str:

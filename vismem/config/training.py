@@ -171,6 +171,15 @@ class Stage2Config(GrpoStageConfig):
     penalty: float = Field(
         0.3, ge=0, description="alpha of p_type + p_neg; `grpo.normalise_by_std` undoes p_neg of 0/1 scores [paper]"
     )
+    whitened_learning_rate: float = rare(
+        0.0,
+        ge=0,
+        le=10,
+        description="peak rate of the head's rows on whitened states; 0: `learning_rate`, on others [ours]",
+    )
+    best_words: bool = rare(
+        False, description="rollouts take the likeliest word: only whether to invoke a memory is drawn [ours]"
+    )
     end_lr_scale: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
     policy_lora: bool = Field(False, description="also train LoRA on the policy's q_proj and v_proj [ours]")
     policy_learning_rate: Rate = Field(1e-3, description="peak rate of that LoRA, where it is on [paper: 1e-5]")

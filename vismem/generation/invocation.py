@@ -54,6 +54,7 @@ class InvocationPolicy:
 
     limit: int | None = None  # max memories per answer, within the model's own limit; None: that limit
     sampled: tuple[MemoryKind, ...] = ()  # kinds whose invoke token the model itself may emit
+    best_words: bool = False  # where a word is drawn it is the likeliest: chance decides about memories alone (torch)
     declines: bool = False  # every invoke token that the model emits is declined: a word is decoded in its place
     whole: bool = False  # the prompt shows whole images, whatever `memory.prompt_pixels` says
     base: bool = False  # the bare base answers: the policy's adapter is off

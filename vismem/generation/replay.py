@@ -90,11 +90,13 @@ def score(
     sampled_kinds: tuple[MemoryKind, ...] = (),
     limit: int | None = None,
     temperature: float = 1.0,
+    best_words: bool = False,
 ) -> Scores:
     """Score recorded answers; `sample` (R,) says which of the context's prompts each answer belongs to.
 
-    `sampled_kinds` and `limit` are those of the policy that sampled: they decide which invoke tokens were barred. By
-    default all are, so a word's log-probability is that among words.
+    `sampled_kinds`, `limit` and `best_words` are those of the policy that sampled: they decide which invoke tokens were
+    barred, and whether a word's log-probability is that of all words together. By default all are barred, so it is that
+    among words.
     """
     limit = model.limit(limit)
     # rows that are cut at like places go through the model together, so that little is padded
@@ -103,7 +105,7 @@ def score(
     for start in range(0, len(order), ROWS_TOGETHER):
         rows = order[start : start + ROWS_TOGETHER]
         part = _Pass(model, context, [rollouts[row] for row in rows], sample[rows])
-        parts.append(part.scores(sampled_kinds, limit, temperature))
+        parts.append(part.scores(sampled_kinds, limit, temperature, best_words))
     longest = max(part.mask.shape[1] for part in parts)
     back = torch.tensor(order, device=sample.device).argsort()
     whole = {
@@ -195,7 +197,7 @@ class _Pass:
         """The index behind a memory and its end token."""
         return invocation.position + self.model.length_of(invocation.kind) + 2
 
-    def scores(self, sampled_kinds: tuple[MemoryKind, ...], limit: int, temperature: float) -> Scores:
+    def scores(self, sampled_kinds: tuple[MemoryKind, ...], limit: int, temperature: float, best_words: bool) -> Scores:
         hidden = self.hidden()
         mask = padded([rollout.loss_mask for rollout in self.rollouts], torch.bool)
         full = torch.zeros_like(mask)
@@ -211,7 +213,7 @@ class _Pass:
         columns = self.model.column_of(self.ids)[mask]
         may_invoke = torch.tensor([kind in sampled_kinds and limit > 0 for kind in KINDS], device=self.device)
         barred = full[mask][:, None] | ~may_invoke
-        found = token_scores(self.model, hidden[mask], columns, barred, temperature)
+        found = token_scores(self.model, hidden[mask], columns, barred, temperature, best_words)
         chosen, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
         return Scores(chosen, entropy, mask, self.latents)
 

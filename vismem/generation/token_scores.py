@@ -15,11 +15,17 @@ def together(vocabulary: int) -> int:
 
 
 def token_scores(
-    model: VisMemModel, hidden: Tensor, columns: Tensor, barred: Tensor, temperature: float
+    model: VisMemModel,
+    hidden: Tensor,
+    columns: Tensor,
+    barred: Tensor,
+    temperature: float,
+    best_words: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """For n tokens, each (n,): log-probability and entropy.
 
-    `hidden` (n, d), `columns` (n,), `barred` (n, 2) which invoke tokens may not follow. Many tokens of a large
+    `hidden` (n, d), `columns` (n,), `barred` (n, 2) which invoke tokens may not follow; with `best_words` all words are
+    one, since only the likeliest may follow. Many tokens of a large
     vocabulary go through the head piece by piece, and again in the backward pass, so that their logits are never held.
     """
 
@@ -27,11 +33,14 @@ def token_scores(
         words, invoke = model.logit_parts(hidden)
         if temperature != 1:
             words, invoke = words / temperature, invoke / temperature
+        if best_words:
+            words = words.logsumexp(-1, keepdim=True)
+            columns = (columns - model.vocabulary + 1).clamp_min(0)
         invoke = invoke.masked_fill(barred, -torch.inf)
         total = torch.cat([words.logsumexp(-1, keepdim=True), invoke], dim=1).logsumexp(-1)
-        is_word = columns < model.vocabulary
+        is_word = columns < words.shape[1]
         at_word = words.gather(1, torch.where(is_word, columns, 0)[:, None])[:, 0]
-        at_invoke = invoke.gather(1, torch.where(is_word, 0, columns - model.vocabulary)[:, None])[:, 0]
+        at_invoke = invoke.gather(1, torch.where(is_word, 0, columns - words.shape[1])[:, None])[:, 0]
         with torch.no_grad():
             shares = [_surprise(words, total), _surprise(invoke, total)]
         return torch.where(is_word, at_word, at_invoke) - total, shares[0] + shares[1]

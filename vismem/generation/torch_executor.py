@@ -49,6 +49,7 @@ class _Source:
     prompt: Prompt  # before the policy appends to it
     adapted: bool  # the policy's adapter is on, if the model has one
     donors: Sequence[int] | None  # for each sample, the one whose memory its answers are given
+    best_words: bool  # see InvocationPolicy
     donated: dict[MemoryKind, Tensor] = field(default_factory=dict)
 
 
@@ -102,7 +103,7 @@ class TorchExecutor:
         own = _room(self.model, request.max_new_tokens, limit)
         self.state.join(context, request.group_size, own, remember=limit > 0)
         context.looks = request.looks
-        source = _Source(context, prompt, not policy.base, policy.donors(samples))
+        source = _Source(context, prompt, not policy.base, policy.donors(samples), policy.best_words)
         self.sources += [source] * (len(samples) * request.group_size)
         lengths, before, visual = (each.sum(1).tolist() for each in (opened.mask, prompt.mask, opened.visual))
         return [Prefilled(n, seen, n - own) for n, seen, own in zip(lengths, visual, before, strict=True)]
@@ -122,11 +123,11 @@ class TorchExecutor:
         for start in range(0, len(asked.forced), size):
             rows = slice(start, start + size)
             part = Asked(*(getattr(asked, name.name)[rows] for name in fields(asked)))
-            found = self._choose(self.state.last[rows], part)
+            found = self._choose(self.state.last[rows], part, [source.best_words for source in self.sources[rows]])
             tokens, logprobs = tokens + found[0], logprobs + found[1]
         return tokens, logprobs
 
-    def _choose(self, last: Tensor, asked: Asked) -> tuple[list[int], list[float]]:
+    def _choose(self, last: Tensor, asked: Asked, best_words: list[bool]) -> tuple[list[int], list[float]]:
         """The same for rows whose next token follows the hidden states `last` (R, d)."""
         logits, vocabulary, invokes = self.model.logits(last), self.model.vocabulary, tuple(self.kinds)
         logits[:, vocabulary:].masked_fill_(torch.from_numpy(asked.barred).to(logits.device), -torch.inf)
@@ -139,6 +140,8 @@ class TorchExecutor:
             columns = self._drawn(logprobs, asked)
             if not sampled.all():
                 columns = columns.where(temperature > 0, self._greedy(logprobs, asked))
+            if any(best_words):
+                logprobs, columns = _likeliest(logprobs, columns, torch.tensor(best_words, device=logprobs.device))
         settled = asked.settled(agreed(columns, self.backbone.processes).tolist(), vocabulary)
         chosen = logprobs.gather(1, torch.tensor(settled, device=logits.device)[:, None])[:, 0]
         tokens = [column if column < vocabulary else invokes[column - vocabulary] for column in settled]
@@ -230,3 +233,12 @@ def _column_at(cumulative: Tensor, at: Tensor) -> Tensor:
     """(R,) the first column whose cumulative probability (R, columns) exceeds `at` (R,)."""
     found = torch.searchsorted(cumulative.contiguous(), at[:, None], right=True)[:, 0]
     return found.clamp_max(cumulative.shape[1] - 1)
+
+
+def _likeliest(logprobs: Tensor, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (R, V + 2) and columns (R,), with the likeliest word for any in some rows, (R,) of booleans."""
+    words = logprobs[:, :-2]
+    best = words.argmax(-1)
+    whole = logprobs.scatter(1, best[:, None], words.logsumexp(-1, keepdim=True))
+    taken = torch.where(columns < words.shape[1], best, columns)
+    return whole.where(rows[:, None], logprobs), taken.where(rows, columns)

@@ -91,6 +91,7 @@ class GrpoObjective:
             sampled_kinds=policy.sampled,
             limit=policy.limit,
             temperature=self.grpo.temperature,
+            best_words=policy.best_words,
         )
 
     # --- loop.Objective ---

@@ -31,12 +31,14 @@ from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
 from vismem.training.run import AFTER, BEFORE, INVOCATION, POLICY_LORA, Inputs, Run, trainable
+from vismem.training.whitening import Whitening, whitened
 
 ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
 SAMPLED = "vismem_sampled"  # the check in which the policy samples, as in training
 FIT_BATCH = 32  # questions that are answered together for the fit, at most
 ANSWERED = Random(probability=0.3)  # who decides about memories in these answers
 START, DELIMITER, BETWEEN = range(3)  # sorts of places in an answer
+SPACE, WHITENED = ("map", "back"), ("tokens.parametrizations.head", "tokens.bias")  # a Whitening's, what trains in it
 
 
 class Invocation(GrpoObjective):
@@ -46,7 +48,7 @@ class Invocation(GrpoObjective):
 
     def policy(self, step: int) -> InvocationPolicy:
         """The model decides."""
-        return Learned()
+        return Learned(best_words=self.stage.best_words)
 
     def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
         """S - alpha * (p_type + p_neg); tau_rev is decoded from the same seed with every kind swapped (Eq. 13-15).
@@ -62,7 +64,8 @@ class Invocation(GrpoObjective):
                 for index, rollout in enumerate(rollouts)
             }
             again = list(compress(batch, asked.tolist()))
-            scores = rewards_of(again, self.sample(again, Replay(recorded=recorded, swap=True), step))
+            reverse = Replay(recorded=recorded, swap=True, best_words=self.stage.best_words)
+            scores = rewards_of(again, self.sample(again, reverse, step))
             swapped[asked] = torch.where(invoked[asked], scores, rewards[asked])
         return rewards - self.stage.penalty * (type_penalty(rewards, swapped) + negative_penalty(rewards))
 
@@ -76,28 +79,48 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         return VisMemModel.from_pretrained(stage1, inputs["base"], base.dtype, base.tensor_parallel)
 
     run = Run("stage2", config, inputs, out, trained_before)
-    kept = out / "fitted.checkpoint"  # the reference of a run that is resumed, perhaps on another GPU
-    if all(gather_object([kept.is_file()])):
-        run.model.tokens.load_state_dict(read_weights(kept))
-    elif not run.model.tokens.fitted:
-        answers = run.answer(run.fitted, ANSWERED, "initial chances", fit_batch(config.grpo), config.grpo.temperature)
-        fit_invocation(run.model, run.fitted, answers, settings, config.grpo)
-    for row in run.model.tokens.parameters():  # other processes' sums may differ in the last digits
-        broadcast(row.data, from_process=0)
-    if run.accelerator.is_main_process and out.is_dir() and not kept.is_file():  # a plan has no folder
-        save_whole(run.model.tokens.state_dict(), kept)
+    whitening = _begin(run, config, out / "fitted.checkpoint")
     run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on
-    trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
-    lora_scale = settings.policy_learning_rate / settings.learning_rate
-    scales = {name: lora_scale for name in trained if name.startswith(POLICY_LORA)}
     run.check(BEFORE, VISMEM, Learned())
     run.check(BEFORE, SAMPLED, Learned(), temperature=config.grpo.temperature)
-    run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
+    with whitened(run.model.tokens, whitening):
+        trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
+        rates = {name: settings.policy_learning_rate for name in trained if name.startswith(POLICY_LORA)}
+        if whitening:
+            rates |= {name: settings.whitened_learning_rate for name in trained if name.startswith(WHITENED)}
+        scales = {name: rate / settings.learning_rate for name, rate in rates.items()}
+        run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
     run.check(AFTER, SAMPLED, Learned(), temperature=config.grpo.temperature)
     random = {f"random_{percent}": Random(probability=percent / 100) for percent in (25, 50, 100)}
     return run.finish({VANILLA: Off(base=True), VISMEM: Learned(), **random})
+
+
+def _begin(run: Run, config: Config, kept: Path) -> Whitening | None:
+    """Give the rows the chances that GRPO begins with; returns the space that it trains them in, if any.
+
+    Both are in the file `kept`: they are the same for a run that is resumed, perhaps on another GPU.
+    """
+    tokens, stage, space = run.model.tokens, config.stage2, dict[str, Tensor]()
+    if all(gather_object([kept.is_file()])):
+        weights = read_weights(kept)
+        space = {name: weights.pop(name) for name in SPACE if name in weights}
+        tokens.load_state_dict(weights)
+    elif stage.whitened_learning_rate or not tokens.fitted:
+        answers = run.answer(run.fitted, ANSWERED, "initial chances", fit_batch(config.grpo), config.grpo.temperature)
+        if not tokens.fitted:
+            fit_invocation(run.model, run.fitted, answers, stage, config.grpo)
+        if stage.whitened_learning_rate:
+            states, places = _decisions(run.model, run.fitted, answers, fit_batch(config.grpo))
+            decided = torch.tensor(places, device=states.device) != BETWEEN
+            space = Whitening.of(states[decided]).state_dict()
+    weights = dict(tokens.state_dict()) | space
+    for weight in weights.values():  # other processes' sums may differ in the last digits
+        broadcast(weight, from_process=0)
+    if run.accelerator.is_main_process and kept.parent.is_dir() and not kept.is_file():  # a plan has no folder
+        save_whole(weights, kept)
+    return Whitening(**space) if space else None
 
 
 def fit_batch(grpo: GrpoConfig) -> int:

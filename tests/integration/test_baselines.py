@@ -178,7 +178,8 @@ def test_a_killed_and_resumed_baseline_equals_an_unbroken_one(
         return collect(self, at)
 
     monkeypatch.setattr(objective, "collect", killed)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # one second per step
+    seconds = itertools.count().__next__  # one per step
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=seconds, monotonic=lambda: 0.0))
     with pytest.raises(KeyboardInterrupt):
         run_step(name, CONFIG, tmp_path, inputs)
     run_step(name, CONFIG, tmp_path, inputs)

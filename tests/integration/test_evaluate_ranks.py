@@ -66,11 +66,11 @@ def test_what_two_processes_answered_before_they_were_killed_one_process_goes_on
     """Their files say which batches are done, whoever goes on."""
     partial, answer, batches = tmp_path / "evaluate.partial", module._answer, []
 
-    def answer_until_killed(model: Any, arm: Any, samples: Any, config: Any) -> Any:
+    def answer_until_killed(model: Any, arm: Any, samples: Any, *more: Any) -> Any:
         batches.append(samples[0].id)
         if len(batches) > 2 * len(ARMS):  # warm-up and a batch
             raise KeyboardInterrupt
-        return answer(model, arm, samples, config)
+        return answer(model, arm, samples, *more)
 
     monkeypatch.setattr(module, "KEEP_EVERY", 0.0)
     for rank in (1, 0):

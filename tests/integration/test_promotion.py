@@ -92,7 +92,8 @@ def test_after_a_kill_or_a_full_disk_at_any_call_ledger_and_view_agree_again_and
             saved.backup(store)
             with monkeypatch.context() as patch:
                 mortal = replace(project.store, client=Mortal(project.store.client, last, fault))
-                patch.setattr(release, "open_store", lambda _, mortal=mortal: mortal)
+                for opened in ("open_store", "existing_store"):
+                    patch.setattr(release, opened, lambda _, mortal=mortal: mortal)
                 try:
                     project.run("promote") if action == "promote" else release.rollback(project.config)
                 except (Killed, UserError, OSError):

@@ -52,16 +52,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return seen
 
 
-def scripted(seen: Asked, most: float = float("inf")) -> Callable[..., list[Rollout]]:
+def scripted(seen: Asked, most: float = float("inf")) -> Callable[..., module.Run]:
     """What answers in the model's place; after `most` questions it is killed."""
 
-    def answer(model: object, arm: Arm, samples: Sequence[Sample], config: Config) -> list[Rollout]:
+    def answer(model: object, arm: Arm, samples: Sequence[Sample], *_: object) -> module.Run:
         seen.extend((arm.name, sample) for sample in samples)
         if len(seen) > most:
             raise KeyboardInterrupt
         texts = [REPLIES[sample.id].get(arm.name, "no") for sample in samples]
         rows = zip(samples, texts, strict=True)
-        return [Rollout(sample.id, (1,), (True,), (0.0,), (), text, text, True, 1) for sample, text in rows]
+        return module.Run(
+            [Rollout(sample.id, (1,), (True,), (0.0,), (), text, text, True, 1) for sample, text in rows], 0.1
+        )
 
     return answer
 

@@ -86,17 +86,17 @@ def decode(
     store = AnswerStore(folder, accelerator.process_index)
     count = math.ceil(len(samples) / config.evaluate.batch_size)
     ends = [len(samples) * batch // count for batch in range(count + 1)]  # of one size, so that none is left alone
-    fitting, settings = FittingBatches(), {"max_new_tokens": config.evaluate.max_new_tokens, "seed": config.seed}
+    fitting = FittingBatches()
     turns = schedule(count, arms, store.done, *share_of_work(accelerator, together))
     for arm in arms:
         if any(arm in due for due in turns.values()):
-            fitting.generate(models[arm.model], samples[:WARM_UP], arm.policy, **settings)
+            _answer(models[arm.model], arm, samples[:WARM_UP], config, fitting)
     asked = sum((ends[batch + 1] - ends[batch]) * len(due) for batch, due in turns.items())
     with progress(about, asked, quiet=not accelerator.is_main_process) as advance:
         for batch, due in turns.items():
             questions, answers = samples[ends[batch] : ends[batch + 1]], dict[str, Run]()
             for arm in due:
-                answers[arm.name] = Run(*fitting.generate(models[arm.model], questions, arm.policy, **settings))
+                answers[arm.name] = _answer(models[arm.model], arm, questions, config, fitting)
                 advance(len(questions), arm=arm.label)
             store.add(batch, answers, last=batch == max(turns))
     done, runs = store.merged(), {arm.name: Run() for arm in arms}
@@ -120,3 +120,8 @@ def schedule(
 
 def _flat(kept: Iterable[Answers]) -> dict[tuple[int, str], Run]:
     return {(batch, arm): run for answers in kept for batch, by_arm in answers.items() for arm, run in by_arm.items()}
+
+
+def _answer(model: VisMemModel, arm: Arm, samples: Sequence[Sample], config: Config, fitting: FittingBatches) -> Run:
+    longest = config.evaluate.max_new_tokens
+    return Run(*fitting.generate(model, samples, arm.policy, max_new_tokens=longest, seed=config.seed))

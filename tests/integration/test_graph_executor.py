@@ -85,6 +85,7 @@ def opened(model: VisMemModel) -> Bundle:
     tokenizer = Tokenizer.from_str(model.backbone.processor.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
     graphs = SimpleNamespace(
+        new_tokens=120,
         settings=runtime_settings(model),
         embedding=model.backbone.embedding.weight.detach().numpy(),
         memory_rows=rows.detach().numpy(),

@@ -124,7 +124,7 @@ def test_a_wrapper_gets_the_answers_of_an_evaluation(
 
 def test_the_wrappers_default_of_tokens_is_refused_with_the_limit(url: str, samples: list[Sample]) -> None:
     status, reply = post(url, lmdeploy(samples[0], "vismem") | {"max_tokens": 16_384})
-    assert (status, "it must lie in 1..2048" in reply["error"]["message"]) == (400, True)
+    assert (status, "2048" in reply["error"]["message"]) == (400, True)
 
 
 @pytest.mark.skipif(PYTHON is None, reason="VLMEVALKIT_PYTHON names no Python that has VLMEvalKit")

@@ -85,7 +85,7 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
     run.check(BEFORE, SAMPLED, Learned(), temperature=config.grpo.temperature)
     with whitened(run.model.tokens, whitening):
         trained = trainable(run.model, INVOCATION + (POLICY_LORA if settings.policy_lora else ()))
-        rates = {name: settings.policy_learning_rate for name in trained if name.startswith(POLICY_LORA)}
+        rates = dict.fromkeys((n for n in trained if n.startswith(POLICY_LORA)), settings.policy_learning_rate)
         if whitening:
             rates |= {name: settings.whitened_learning_rate for name in trained if name.startswith(WHITENED)}
         scales = {name: rate / settings.learning_rate for name, rate in rates.items()}

@@ -43,7 +43,7 @@ from vismem.plan.rehearsal import Rehearsal, StepPlan
 from vismem.plan.shapes import Shapes
 from vismem.serving.answering import Runtime
 from vismem.serving.pieces import Chunk
-from vismem.training.stage2 import ANSWERED, fit_invocation
+from vismem.training.stage2 import ANSWERED, decisions, fit_batch, fit_invocation
 
 STAGES = {"stage1": "stage I", "stage2": "stage II"}
 SHEETS = {  # data sheets: dense bf16 FLOP/s, bytes/s
@@ -101,7 +101,8 @@ def training(model: VisMemModel, config: Config, args: argparse.Namespace) -> li
     samples, rollouts = planned_questions(args.prompts, Questions((args.side, args.side))), args.prompts * args.group
     plain = config.grpo.model_copy(update={"micro_batch": 1, "gradient_checkpointing": False})
     answers = generate(model, samples, ANSWERED, max_new_tokens=args.tokens, temperature=config.grpo.temperature)
-    fit_invocation(model, samples, answers, config.stage2, config.grpo)
+    decided = decisions(model, samples, answers, fit_batch(config.grpo))
+    fit_invocation(model, *decided, config.stage2, config.grpo.temperature)
     found = []
     for plan, stage in zip(plans, (config.stage1, config.stage2), strict=True):
         with FlopCounterMode(display=False) as counted:

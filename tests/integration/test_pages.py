@@ -95,7 +95,7 @@ def test_a_version_that_was_never_champion_can_be_deleted_and_no_other(
     assert "version 1 is champion again" in models("rollback", "--to", "1")
     for which in ("champion", "1", "2"):
         assert "is or was champion: it is kept" in models("delete", which)
-    assert "no version or alias '' of 'vismem'" in models("delete")
+    assert "name the version to delete" in models("delete")
     assert "version 3 is deleted" in models("delete", "challenger")
     assert [version.version for version in versions(project.store)] == ["2", "1"]
     with pytest.raises(mlflow.MlflowException, match="not found"):

@@ -8,13 +8,13 @@ import pytest
 import tiny
 import torch
 
-from vismem.config import GrpoConfig, InvocationConfig, Stage2Config
+from vismem.config import InvocationConfig, Stage2Config
 from vismem.generation.engine import generate
 from vismem.generation.invocation import Learned
 from vismem.generation.replay import answer_states, prefill
 from vismem.models.loading import load_base
 from vismem.models.vismem import VisMemModel
-from vismem.training.stage2 import ANSWERED, fit_invocation
+from vismem.training.stage2 import ANSWERED, decisions, fit_invocation
 
 TOKENS = 24
 LETTERS = InvocationConfig(delimiters=(*"abcdefghijklmnopqrstuvwxyz", ",", "."), max_per_answer=3)  # some are spoken
@@ -22,14 +22,14 @@ LETTERS = InvocationConfig(delimiters=(*"abcdefghijklmnopqrstuvwxyz", ",", "."),
 
 @torch.no_grad()
 def chances(
-    base: Path, temperature: float = 1.0, micro_batch: int = 64, **changes: Any
+    base: Path, temperature: float = 1.0, together: int = 32, **changes: Any
 ) -> Mapping[str, tuple[float, float]]:
     """The mean chance of a short and of a long memory at each sort of place in answers of the fitted model."""
-    grpo = GrpoConfig(max_new_tokens=TOKENS, temperature=temperature, micro_batch=micro_batch)
     model, samples = VisMemModel(load_base(base), tiny.MEMORY, LETTERS), tiny.samples(48)
     answers = generate(model, samples, ANSWERED, max_new_tokens=TOKENS, temperature=temperature)
     with torch.enable_grad():
-        fit_invocation(model, samples, answers, Stage2Config(**changes), grpo)
+        decided = decisions(model, samples, answers, together)
+        fit_invocation(model, *decided, Stage2Config(**changes), temperature)
     rollouts = generate(model, samples, Learned(), max_new_tokens=TOKENS, temperature=temperature, seed=9)
     hidden = answer_states(model, prefill(model, samples), rollouts, torch.arange(len(samples)))
     found: dict[str, list[torch.Tensor]] = {"start": [], "delimiter": [], "elsewhere": []}
@@ -63,7 +63,7 @@ def test_each_chance_is_that_of_its_own_setting_at_the_rollouts_temperature(
 
 
 def test_small_batches_fit_what_large_ones_do(tiny_base: Path) -> None:
-    large, small = (chances(tiny_base, micro_batch=count, start_probability=0.3) for count in (64, 5))
+    large, small = (chances(tiny_base, together=count, start_probability=0.3) for count in (64, 5))
     for place, found in large.items():
         assert small[place] == pytest.approx(found, rel=1e-3)
 

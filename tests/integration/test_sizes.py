@@ -222,7 +222,8 @@ def test_the_head_is_fitted_to_answers_without_all_their_logits(
     answers = generate(model, tiny.samples()[:4], stage2.ANSWERED, max_new_tokens=10, temperature=1.0)
     monkeypatch.setattr(token_scores, "MAX_LOGITS", 5 * width)
     with Alive(lambda tensor: tensor.shape[-1:] == (width,) and tensor.ndim > 1) as alive:
-        stage2.fit_invocation(model, tiny.samples()[:4], answers, Stage2Config(), GrpoConfig())
+        found = stage2.decisions(model, tiny.samples()[:4], answers, 32)
+        stage2.fit_invocation(model, *found, Stage2Config(), 1.0)
     assert 0 < alive.largest <= 5 * (width + 2)
 
 
@@ -242,14 +243,13 @@ def test_the_head_is_fitted_to_answers_without_a_double_precision_copy_of_their_
     model, rows = tiny.vismem(tiny_base), []
     samples = tiny.samples(40)
     answers = generate(model, samples, stage2.ANSWERED, max_new_tokens=10, temperature=1.0)
-    decisions = stage2._decisions(model, samples, answers, 32)
+    states, places = stage2.decisions(model, samples, answers, 32)
     assert len(replayed) == 2
-    monkeypatch.setattr(stage2, "_decisions", lambda *_: decisions)
     for together in (10_000, 7):
         monkeypatch.setattr(token_scores, "MAX_LOGITS", together * model.backbone.width)
         with Alive(lambda tensor: tensor.dtype == torch.double and tensor.ndim > 1) as alive:
-            stage2.fit_invocation(model, [], [], Stage2Config(), GrpoConfig())
+            stage2.fit_invocation(model, states, places, Stage2Config(), 1.0)
         rows.append((model.tokens.head.clone(), model.tokens.bias.clone()))
-    assert 0 < alive.largest <= max(7 * model.backbone.width, model.vocabulary + 2) < decisions[0].numel()
+    assert 0 < alive.largest <= max(7 * model.backbone.width, model.vocabulary + 2) < states.numel()
     for whole, in_pieces in zip(*rows, strict=True):
         torch.testing.assert_close(in_pieces, whole, rtol=0, atol=1e-3)  # 200 steps over logits in single precision

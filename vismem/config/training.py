@@ -150,7 +150,16 @@ class Stage2Config(GrpoStageConfig):
 
     steps: int = Field(160, ge=0, description="steps; 0 means `grpo.epochs` passes over the train split")
     group_size: int = Field(8, ge=2, description="G, rollouts per prompt [paper: 16]")
-    learning_rate: Rate = Field(2e-2, description="peak rate of the new tokens' rows [paper: 1e-5]")
+    learning_rate: Rate = Field(3e-3, description="peak rate of the new tokens' rows [paper: 1e-5]")
+    whitened_learning_rate: float = Field(
+        0.03,
+        ge=0,
+        le=10,
+        description="peak rate of the invoke rows of the head, on whitened states; 0: `learning_rate` [paper: 0]",
+    )
+    best_words: bool = Field(
+        True, description="rollouts take the likeliest word: only whether to invoke a memory is drawn [paper: false]"
+    )
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.003, ge=0, description="beta, to the policy of the stage's start [paper: 0.03]")
     target_kl: float = Field(
@@ -170,15 +179,6 @@ class Stage2Config(GrpoStageConfig):
     )
     penalty: float = Field(
         0.3, ge=0, description="alpha of p_type + p_neg; `grpo.normalise_by_std` undoes p_neg of 0/1 scores [paper]"
-    )
-    whitened_learning_rate: float = rare(
-        0.0,
-        ge=0,
-        le=10,
-        description="peak rate of the head's rows on whitened states; 0: `learning_rate`, on others [ours]",
-    )
-    best_words: bool = rare(
-        False, description="rollouts take the likeliest word: only whether to invoke a memory is drawn [ours]"
     )
     end_lr_scale: float = Field(0.1, ge=0, le=1, description="learning rate of the end rows, relative [ours]")
     policy_lora: bool = Field(False, description="also train LoRA on the policy's q_proj and v_proj [ours]")

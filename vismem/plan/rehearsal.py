@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from vismem.config import Config
 from vismem.errors import UserError
@@ -92,7 +93,8 @@ class Rehearsal(Run):
             self.shapes,
             patch(f"{step.target.partition(':')[0]}.Run", self._started, create=True),  # evaluate has none
             patch("vismem.training.run.load_base", self._base),
-            patch("vismem.training.stage2.fit_invocation", self._fit_head),
+            patch("vismem.training.stage2.decisions", self._decisions),
+            patch("vismem.training.stage2.fit_invocation", lambda *_: None),
             patch.object(VisMemModel, "from_pretrained", lambda *_: new_model(self.config, INPUTS)),
             redirect_stderr(io.StringIO()),  # what a step says of its progress
         ):
@@ -150,7 +152,7 @@ class Rehearsal(Run):
         return 0
 
     def answer(self, *_: Any, **__: Any) -> list[Rollout]:
-        """`_fit_head` makes up what these answers are for."""
+        """`_decisions` makes up what these answers are for."""
         return []
 
     def check(self, when: str, name: str, policy: InvocationPolicy, temperature: float = 0.0) -> list[Rollout]:
@@ -173,17 +175,18 @@ class Rehearsal(Run):
         policies = [arm.policy for arm in arms]
         self.plan.seconds = self._answers("answers", policies, settings.max_new_tokens, settings.batch_size)
 
-    def _fit_head(self, model: VisMemModel, *_: object) -> None:
-        """As `fit_invocation`: the states of batches of answers, then of all."""
+    def _decisions(self, model: VisMemModel, *_: object) -> tuple[Tensor, Tensor]:
+        """The states of batches of answers, then of all, a part of them in double precision as in `fit_invocation`."""
         with self._phase("fit head"), torch.no_grad():
             rollouts = answers(model, self.fitted, 1, self.config.grpo.max_new_tokens, model.limit(None))
             length = max(len(rollout.token_ids) for rollout in rollouts)
             count = len(self.fitted)
             earlier = model.backbone.embedding.weight.new_zeros(FITTED - count, length, model.backbone.width)
             states = answer_states(model, prefill(model, self.fitted), rollouts, torch.arange(count))
-            states = torch.cat([earlier, states])
+            states = torch.cat([earlier, states]).flatten(0, 1)
             del earlier
-            states.flatten(0, 1)[: together(states.shape[-1])].double()
+            states[: together(states.shape[-1])].double()
+        return states, torch.zeros(len(states), dtype=torch.int64)
 
     # --- their phases ---
 

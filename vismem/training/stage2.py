@@ -109,12 +109,11 @@ def _begin(run: Run, config: Config, kept: Path) -> Whitening | None:
         tokens.load_state_dict(weights)
     elif stage.whitened_learning_rate or not tokens.fitted:
         answers = run.answer(run.fitted, ANSWERED, "initial chances", fit_batch(config.grpo), config.grpo.temperature)
+        states, places = decisions(run.model, run.fitted, answers, fit_batch(config.grpo))
         if not tokens.fitted:
-            fit_invocation(run.model, run.fitted, answers, stage, config.grpo)
+            fit_invocation(run.model, states, places, stage, config.grpo.temperature)
         if stage.whitened_learning_rate:
-            states, places = _decisions(run.model, run.fitted, answers, fit_batch(config.grpo))
-            decided = torch.tensor(places, device=states.device) != BETWEEN
-            space = Whitening.of(states[decided]).state_dict()
+            space = Whitening.of(states[places != BETWEEN]).state_dict()
     weights = dict(tokens.state_dict()) | space
     for weight in weights.values():  # other processes' sums may differ in the last digits
         broadcast(weight, from_process=0)
@@ -129,21 +128,20 @@ def fit_batch(grpo: GrpoConfig) -> int:
 
 
 def fit_invocation(
-    model: VisMemModel, samples: Sequence[Sample], answers: Sequence[Rollout], stage: Stage2Config, grpo: GrpoConfig
+    model: VisMemModel, states: Tensor, places: Tensor, stage: Stage2Config, temperature: float
 ) -> None:
     """Set the head's invoke rows so that memory has a chosen chance (logistic regression of that chance).
 
     `stage.start_probability` holds at the answer's start, `stage.delimiter_probability` after delimiters; each is
-    divided equally between the two kinds. It is fitted on the samples' answers, which are as rollouts are: of up to
-    `grpo.max_new_tokens` tokens, drawn at `grpo.temperature`.
+    divided equally between the two kinds. It is fitted on the `decisions` of answers that are as rollouts are, drawn at
+    the same temperature.
     """
-    states, places = _decisions(model, samples, answers, fit_batch(grpo))
     wanted = [stage.start_probability, stage.delimiter_probability, ELSEWHERE]
     pieces = torch.split(states, min(512, together(model.vocabulary)))
-    others = torch.cat([(model.backbone.head(piece).double() / grpo.temperature).logsumexp(-1) for piece in pieces])
-    features, place = torch.split(states, together(states.shape[1])), torch.tensor(places, device=states.device)
-    target = torch.tensor(wanted, dtype=torch.double, device=states.device)[place]
-    weight = 1 / place.bincount(minlength=3).double()[place] / 3  # all sorts of places weigh the same
+    others = torch.cat([(model.backbone.head(piece).double() / temperature).logsumexp(-1) for piece in pieces])
+    features = torch.split(states, together(states.shape[1]))
+    target = torch.tensor(wanted, dtype=torch.double, device=states.device)[places]
+    weight = 1 / places.bincount(minlength=3).double()[places] / 3  # all sorts of places weigh the same
     row = torch.zeros(states.shape[1], dtype=torch.double, device=states.device, requires_grad=True)
     bias = others.mean().detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([row, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -158,8 +156,8 @@ def fit_invocation(
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        model.tokens.head.copy_((row * grpo.temperature).expand_as(model.tokens.head))
-        model.tokens.bias.fill_(float(bias) * grpo.temperature)
+        model.tokens.head.copy_((row * temperature).expand_as(model.tokens.head))
+        model.tokens.bias.fill_(float(bias) * temperature)
 
 
 def _product(states: Tensor, row: Tensor) -> Tensor:
@@ -168,10 +166,10 @@ def _product(states: Tensor, row: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _decisions(
+def decisions(
     model: VisMemModel, samples: Sequence[Sample], answers: Sequence[Rollout], together: int
-) -> tuple[Tensor, list[int]]:
-    """(n, d) hidden states from which sampled answers were decided, and where: START, DELIMITER or BETWEEN."""
+) -> tuple[Tensor, Tensor]:
+    """(n, d) hidden states from which sampled answers were decided, and (n,) where: START, DELIMITER or BETWEEN."""
     states, places = [], []
     for at in range(0, len(samples), together):
         batch, rollouts = samples[at : at + together], answers[at : at + together]
@@ -185,4 +183,4 @@ def _decisions(
                 delimiter = index > 0 and tokens[index - 1] in model.delimiter_ids
                 places.append((DELIMITER if delimiter else BETWEEN) if index else START)
         del hidden  # before the next batch is read
-    return torch.cat(states), places
+    return torch.cat(states), torch.tensor(places, device=model.backbone.device)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import pkgutil
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -203,6 +204,10 @@ def _output_folder(name: str, config: Config, artifacts: Path, folders: Mapping[
         made_of = identity(name, config, folders)
         if not (note.is_file() and note.read_text() == made_of):
             if partial.is_dir():
+                print(
+                    f"{name} begins anew: {partial} was of other parameters, inputs or code",
+                    file=sys.stderr,
+                )
                 shutil.rmtree(partial)
             write_text(note, made_of)
         partial.mkdir(parents=True, exist_ok=True)

@@ -158,7 +158,8 @@ class Stage2Config(GrpoStageConfig):
         description="peak rate of the invoke rows of the head, on whitened states; 0: `learning_rate` [paper: 0]",
     )
     best_words: bool = Field(
-        True, description="rollouts take the likeliest word: only whether to invoke a memory is drawn [paper: false]"
+        True,
+        description="without `policy_lora` rollouts draw memories alone, and take the likeliest word [paper: false]",
     )
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up [paper]")
     kl_coefficient: float = Field(0.003, ge=0, description="beta, to the policy of the stage's start [paper: 0.03]")

@@ -18,7 +18,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
 
 from vismem.config import Config, GrpoConfig, Stage2Config
+from vismem.config.training import SMALL_WIDTH
 from vismem.data.sample import Sample
+from vismem.errors import UserError
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.token_scores import together
@@ -48,7 +50,12 @@ class Invocation(GrpoObjective):
 
     def policy(self, step: int) -> InvocationPolicy:
         """The model decides."""
-        return Learned(best_words=self.stage.best_words)
+        return Learned(best_words=self.best_words)
+
+    @property
+    def best_words(self) -> bool:
+        """Whether words are not drawn; they are where the policy's LoRA, which decides about them, is trained."""
+        return self.stage.best_words and not self.stage.policy_lora
 
     def shaped(self, rewards: Tensor, batch: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> Tensor:
         """S - alpha * (p_type + p_neg); tau_rev is decoded from the same seed with every kind swapped (Eq. 13-15).
@@ -64,7 +71,7 @@ class Invocation(GrpoObjective):
                 for index, rollout in enumerate(rollouts)
             }
             again = list(compress(batch, asked.tolist()))
-            reverse = Replay(recorded=recorded, swap=True, best_words=self.stage.best_words)
+            reverse = Replay(recorded=recorded, swap=True, best_words=self.best_words)
             scores = rewards_of(again, self.sample(again, reverse, step))
             swapped[asked] = torch.where(invoked[asked], scores, rewards[asked])
         return rewards - self.stage.penalty * (type_penalty(rewards, swapped) + negative_penalty(rewards))
@@ -79,6 +86,12 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         return VisMemModel.from_pretrained(stage1, inputs["base"], base.dtype, base.tensor_parallel)
 
     run = Run("stage2", config, inputs, out, trained_before)
+    steep = settings.whitened_learning_rate >= Stage2Config().whitened_learning_rate
+    if steep and run.model.backbone.width >= SMALL_WIDTH:
+        raise UserError(
+            f"stage2.whitened_learning_rate {settings.whitened_learning_rate} is for the tiny VLM: it moves a "
+            "wide base's rows too far. Let the profile extend one of a large model (docs/models.md), or set it to 0"
+        )
     whitening = _begin(run, config, out / "fitted.checkpoint")
     run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on
     run.check(BEFORE, VISMEM, Learned())
@@ -105,7 +118,7 @@ def _begin(run: Run, config: Config, kept: Path) -> Whitening | None:
     tokens, stage, space = run.model.tokens, config.stage2, dict[str, Tensor]()
     if all(gather_object([kept.is_file()])):
         weights = read_weights(kept)
-        space = {name: weights.pop(name) for name in SPACE if name in weights}
+        space = {name: weights.pop(name).to(tokens.head.device) for name in SPACE if name in weights}
         tokens.load_state_dict(weights)
     elif stage.whitened_learning_rate or not tokens.fitted:
         answers = run.answer(run.fitted, ANSWERED, "initial chances", fit_batch(config.grpo), config.grpo.temperature)
@@ -113,7 +126,8 @@ def _begin(run: Run, config: Config, kept: Path) -> Whitening | None:
         if not tokens.fitted:
             fit_invocation(run.model, states, places, stage, config.grpo.temperature)
         if stage.whitened_learning_rate:
-            space = Whitening.of(states[places != BETWEEN]).state_dict()
+            decided = states if config.invocation.anywhere else states[places != BETWEEN]
+            space = Whitening.of(decided).state_dict()
     weights = dict(tokens.state_dict()) | space
     for weight in weights.values():  # other processes' sums may differ in the last digits
         broadcast(weight, from_process=0)
@@ -127,9 +141,7 @@ def fit_batch(grpo: GrpoConfig) -> int:
     return min(FIT_BATCH, grpo.decode_batch)
 
 
-def fit_invocation(
-    model: VisMemModel, states: Tensor, places: Tensor, stage: Stage2Config, temperature: float
-) -> None:
+def fit_invocation(model: VisMemModel, states: Tensor, places: Tensor, stage: Stage2Config, temperature: float) -> None:
     """Set the head's invoke rows so that memory has a chosen chance (logistic regression of that chance).
 
     `stage.start_probability` holds at the answer's start, `stage.delimiter_probability` after delimiters; each is

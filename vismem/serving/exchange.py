@@ -151,7 +151,7 @@ def encoded(image: AnyImage) -> bytes:
         return image
     if isinstance(image, Image.Image):
         file = io.BytesIO()
-        upright(image).save(file, "PNG")
+        upright(image).save(file, "PNG", compress_level=1)
         return file.getvalue()
     if fault := url_fault(str(image)):
         raise UserError(fault)

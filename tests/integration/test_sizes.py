@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vismem.config import Config, GrpoConfig, InvocationConfig, Stage1Config, Stage2Config, WarmStartConfig
 from vismem.data.sample import Sample, write_shards
+from vismem.errors import UserError
 from vismem.generation import batches, token_scores
 from vismem.generation.engine import generate
 from vismem.generation.prompts import encode
@@ -253,3 +254,15 @@ def test_the_head_is_fitted_to_answers_without_a_double_precision_copy_of_their_
     assert 0 < alive.largest <= max(7 * model.backbone.width, model.vocabulary + 2) < states.numel()
     for whole, in_pieces in zip(*rows, strict=True):
         torch.testing.assert_close(in_pieces, whole, rtol=0, atol=1e-3)  # 200 steps over logits in single precision
+
+
+def test_a_wide_base_whose_invoke_rows_would_take_the_tiny_ones_steps_is_refused(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"base": tiny_base, "validate": tiny_data, "stage1": tmp_path / "stage1"}
+    tiny.vismem(tiny_base).save_pretrained(inputs["stage1"])
+    monkeypatch.setattr(stage2, "SMALL_WIDTH", 1)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"stage2.whitened_learning_rate 0.03 is for the tiny VLM.*docs/models.md"):
+        stage2.stage2(Config(), inputs, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

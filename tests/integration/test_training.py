@@ -102,15 +102,6 @@ def test_a_large_base_that_would_see_next_to_nothing_of_an_image_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_large_base_whose_invoke_rows_would_take_the_tiny_ones_steps_is_refused(
-    stages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vismem.training.stage2.SMALL_WIDTH", 1)
-    with pytest.raises(UserError, match=r"stage2.whitened_learning_rate 0.03 is for the tiny VLM.*docs/models.md"):
-        stage2(CONFIG, stages, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_base_is_loaded_and_saved_in_silence(
     tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

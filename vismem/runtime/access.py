@@ -1,4 +1,4 @@
-"""Who may ask a server that has a token, over HTTP (`vismem api`) and Triton (`vismem serve`) alike, and read requests."""
+"""Who may ask a server that has a token, by `vismem api` and `vismem serve` alike, and who may read its requests."""
 
 import hmac
 import os

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 _IN_AUTHORITY = re.compile(r"""://(?:[^\s/"']*|[^\s/:@"']*:[^\s@"]*)@""")  # a password may hold a slash, or a quote
-_SECRETS = "user|username|[\\w-]*(?:password|passwd|token|secret|key|signature|credential)"
+_SECRETS = "user|username|[\\w-]*(?:password|passwd|token|secret|key|keyid|signature|credential)|pwd|auth|sig"
 _IN_QUERY = re.compile(rf"""(?<=[?&])((?:{_SECRETS})=)[^\s&"']+""", re.IGNORECASE)
 
 

@@ -51,7 +51,7 @@ def find_base(added: Path, given: str | Path | None = None) -> tuple[Base, str |
         raise UserError(f"{added} does not say which base it belongs to ({REFERENCE}): name it with base= (--base)")
     if given is None:
         return reference, reference.place(added)
-    return reference, Base(str(given), reference.sha256 if Path(given).is_dir() else None).place()
+    return reference, Base(str(given), reference.sha256).place()
 
 
 def _folder_of(name: str) -> Path:

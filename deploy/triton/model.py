@@ -59,13 +59,14 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         verify(model, args["model_version"])
         sys.path.insert(0, str(folder))
-        from vismem.runtime.access import own_token, token_refusal
+        from vismem.runtime.access import close_shared_memory, own_token, token_refusal
         from vismem.runtime.chat import parse_messages, said
         from vismem.runtime.limits import MAX_PATCHES, RequestError, check_request
         from vismem.serving.answering import STOPPED, Busy, Runtime
         from vismem.serving.golden import check_golden
         from vismem.serving.request_log import RequestLog
 
+        close_shared_memory()
         self.token, self.token_refusal = own_token(), token_refusal
         self.check_request, self.busy, self.stopped = check_request, Busy, STOPPED
         self.parse_messages, self.said, self.request_error = parse_messages, said, RequestError

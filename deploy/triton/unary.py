@@ -32,8 +32,9 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"loading {args['model_name']} from {folder}")  # `vismem serve` reads it
         self.model = args["model_name"].removesuffix("_unary")
         sys.path.insert(0, str(folder))
-        from vismem.runtime.access import own_token, token_refusal
+        from vismem.runtime.access import close_shared_memory, own_token, token_refusal
 
+        close_shared_memory()
         self.token, self.token_refusal = own_token(), token_refusal
         self.pool = ThreadPoolExecutor(MOST, thread_name_prefix="unary")
         self.free = threading.BoundedSemaphore(MOST)

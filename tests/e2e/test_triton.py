@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from stand_in import ANSWER, IMAGE, ask, client_of, decoding, endless, png
@@ -24,6 +26,12 @@ def test_a_stream_brings_each_piece_with_its_event(server: TritonServer) -> None
     assert marked(ANSWER) == "é0⟨short⟩ é1 é2"
     assert plain(held := (*ANSWER[:-1], Token("!", "end"))) == "é0 é1 é2!"  # what a stop string might have begun with
     assert marked(held) == "é0⟨short⟩ é1 é2!"
+
+
+def test_what_users_ask_lies_in_memory_that_only_the_server_s_user_reads(server: TritonServer) -> None:
+    regions = [*Path("/dev/shm").glob(f"vismem_{os.getpid()}_*")]
+    assert regions
+    assert not [region for region in regions if region.stat().st_mode & 0o077]
 
 
 def test_a_collected_answer_equals_the_streamed_one(server: TritonServer) -> None:

@@ -27,6 +27,10 @@ from vismem.registry.tracking import open_store
             "https://b/f?X-Amz-Signature=s3cret&api_key=s3cret&private_token=s3cret&sslpassword=s3cret&n=1",
             "https://b/f?X-Amz-Signature=***&api_key=***&private_token=***&sslpassword=***&n=1",
         ),
+        (
+            "https://b/f?sv=1&sig=s3cret&pwd=s3cret&auth=s3cret&AWSAccessKeyId=s3cret&signed=1",
+            "https://b/f?sv=1&sig=***&pwd=***&auth=***&AWSAccessKeyId=***&signed=1",
+        ),
         ('{"uri":"http://alice:s3cret@h","mail":"a@b.c"}', '{"uri":"http://***@h","mail":"a@b.c"}'),
         ("http://host/path, mail a@b.c", "http://host/path, mail a@b.c"),
         ("http://host:80/a and http://host:80/b", "http://host:80/a and http://host:80/b"),

@@ -127,6 +127,10 @@ def test_an_own_rule_that_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
             IDS_END | {"kwargs": {"column": "id", "regexp": "a"}},
             "expectation 1: expect_column_values_to_not_match_regex: .*regexp",
         ),
+        (
+            IDS_END | {"kwargs": {"column": "id", "regex": "a", "row_condition": "id == @pd.io.common.os.getcwd()"}},
+            "row_condition would run as Python: write the condition as a class, in validate.plugins",
+        ),
         (IDS_END | {"severity": "bad"}, "severity 'bad': critical stops, warning sets rows apart, info only says so"),
         (IDS_END | {"meta": {"rule": "no_leakage"}}, "another rule 'no_leakage'"),
         (

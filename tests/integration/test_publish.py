@@ -9,8 +9,9 @@ from project import Project
 
 from vismem.config import resolve
 from vismem.errors import UserError
+from vismem.files import read_json, write_json
 from vismem.locks import lock_folder
-from vismem.provenance import write_manifest
+from vismem.provenance import file_hashes, sha256_file, write_manifest
 from vismem.registry import release
 from vismem.rollout import main as rollout_command
 from vismem.serving import repository
@@ -48,6 +49,25 @@ def test_the_published_repository_is_the_champion_s_and_follows_it_back(project:
     release.rollback(project.config)
     project.store.client.set_registered_model_alias("vismem", "champion", "3")  # the ledger is asked, not the alias
     assert publish(project.config, models) == first
+
+
+def test_a_release_with_other_code_than_ours_is_written_anew_though_its_manifest_lists_it(
+    project: Project, tmp_path: Path
+) -> None:
+    project.release(b"one", score=66.0)
+    first = publish(project.config, tmp_path / "models")
+    model, manifest = first.repository / "vismem", first.repository / "vismem" / "manifest.json"
+    written = file_hashes(first.repository)
+    with (model / "1" / "model.py").open("a") as code:
+        code.write("import os")
+    listed = read_json(manifest)
+    write_json(manifest, listed | {"files": listed["files"] | {"1/model.py": sha256_file(model / "1" / "model.py")}})
+    for _ in ("other code", "another model"):
+        assert repository.repository_problems(first.repository) == []
+        assert publish(project.config, tmp_path / "models") == first
+        assert file_hashes(first.repository) == written
+        (first.repository / "other").mkdir()
+        write_manifest(first.repository / "other")
 
 
 def test_two_jobs_do_not_fetch_into_one_folder(

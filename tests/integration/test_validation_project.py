@@ -15,6 +15,7 @@ from prepared import good, run, shards, verdicts
 from vismem.provenance import file_hashes
 
 ID = "9f1b0d84-1c2d-4222-8333-123456789abc"  # as Great Expectations' own are
+BAD = '<img src=http://a.b/c><meta http-equiv=refresh content="0;url=http://a.b"><form action=http://a.b>'
 MINE = "[{type: expect_column_values_to_not_match_regex, kwargs: {column: id, regex: '^[0-9a-f]{8}-'}, severity: info}]"
 PLUGIN = "from great_expectations.expectations import ExpectColumnValuesToNotMatchRegex as Parent\n"
 PLUGIN += "class ExpectFewLetters(Parent):\n    regex: str = 'zz'\n"
@@ -32,10 +33,12 @@ print(json.dumps({one.expectation_config.meta["rule"]: one.success for one in fo
 @pytest.fixture
 def validated(tmp_path: Path) -> Path:
     """Validated data with a row that would run a script in a page, and another that breaks an own rule."""
-    bad = dataclasses.replace(good("train", 1), question="<script>alert(1)</script>", answer="<img src=http://a.b/c>")
+    bad = dataclasses.replace(good("train", 1), question="<scr<script></script>ipt>alert(1)</script>", answer=BAD)
     named = dataclasses.replace(good("train", 2), id=ID)
     shards(tmp_path, train=[*(good("train", n) for n in range(3, 20)), bad, named])
-    (tmp_path / "mine.yaml").write_text(MINE[:-1] + ", {type: expect_few_letters, kwargs: {column: answer}}]")
+    known = "{type: expect_column_values_to_be_in_set, kwargs: {column: answer, value_set: [a, b]}, severity: info}"
+    letters = "{type: expect_few_letters, kwargs: {column: answer}}"
+    (tmp_path / "mine.yaml").write_text(f"{MINE[:-1]}, {known}, {letters}]")
     (tmp_path / "letters.py").write_text(PLUGIN)
     run(tmp_path, expectations=tmp_path / "mine.yaml", plugins=(tmp_path / "letters.py",))
     return tmp_path / "validate"
@@ -70,10 +73,11 @@ def test_the_data_docs_load_nothing_and_lead_to_each_other(validated: Path) -> N
     linked = re.findall(r'href="([^"#]+)"', pages["index.html"])
     assert sorted([*linked, "index.html"]) == sorted(pages)
     for page in pages.values():
-        assert not re.search(r"<(script|link|iframe|object)\b", page)
-        assert "default-src 'none'" in page
+        assert not re.search(r"<(script|link|iframe|object|form)\b|<meta http-equiv=refresh", page)
+        assert "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'" in page
     result = pages["validations/rows/validate/19700101T000000.000000Z/facts-rows.html"]
     assert ID in result, "an identifier of the data is shown as it is"
+    assert "&lt;form action=http://a.b&gt;" in result, "it is shown as it is too"
     assert "http://a.b" not in re.sub(r"&lt;.*?&gt;", "", result)
     assert [path for path in docs.rglob("*") if path.is_file() and path.suffix != ".html"] == []
 

@@ -11,6 +11,7 @@ from vismem.hub import commit_of
 from vismem.models.reference import Base
 from vismem.provenance import sha256_folder
 from vismem.shipped import shipped
+from vismem.sources import find_base
 
 
 def base_in(folder: Path, weights: bytes = b"weights") -> str:
@@ -72,6 +73,19 @@ def test_a_base_of_the_hub_is_fetched_as_it_was_when_the_memory_was_trained_and_
         Base("org/name", "5a5a", "gone").place(tmp_path)
 
 
+def test_a_base_of_the_hub_that_is_given_in_place_of_a_memory_s_own_is_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = base_in(tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
+    own = Base("org/own", digest)
+    own.write(tmp_path)
+    assert find_base(tmp_path, "org/other") == (own, tmp_path / "snapshot")
+    Base("org/own", "5a5a").write(tmp_path)
+    with pytest.raises(UserError, match="has other weights than the base"):
+        find_base(tmp_path, "org/other")
+
+
 def test_a_folder_beside_the_reference_comes_before_one_of_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +102,7 @@ def test_a_folder_beside_the_reference_comes_before_one_of_the_working_folder(
     [
         ("model.safetensors.index.json", {"weight_map": {"a": "model.safetensors", "b": "v2/evil.safetensors"}}),
         ("config.json", {"transformers_weights": "v2/model.safetensors"}),
+        ("adapter_config.json", {"base_model_name_or_path": "org/name"}),
     ],
 )
 def test_a_base_that_would_be_loaded_from_other_files_than_were_hashed_is_another(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vismem.config import Config, parse_config
-from vismem.data.source_files import RECORD, fingerprint, record_outside
+from vismem.data.source_files import RECORD, files_of, fingerprint, record_outside
 
 
 @pytest.fixture
@@ -64,6 +64,15 @@ def test_of_a_folder_of_questions_only_the_pictures_that_they_name_count(folder:
         found.append(seen())
     changed = [before != after for before, after in itertools.pairwise(found)]
     assert changed == [True, True, True, False, True]
+
+
+def test_what_a_row_names_outside_the_folder_is_not_looked_at(folder: Path) -> None:
+    (folder / "data").mkdir()
+    names = ({"image": "../mine/base/model.safetensors"}, {"videos": [{"frames": str(folder / "mine"), "fps": 1}]})
+    (folder / "data" / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in names))
+    source = {"kind": "jsonl", "path": "data/mine.jsonl", "split": "train"}
+    (made,) = parse_config({"prepare": {"sources": [source]}}).prepare.sources
+    assert files_of(made) == [Path("data/mine.jsonl")]
 
 
 def test_a_file_that_goes_meanwhile_is_not_counted(folder: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vismem.config import Config, DvcPath, DvcSource, LocalFiles, Source
@@ -20,6 +20,11 @@ from vismem.provenance import git
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HASHES = ("md5", "md5-dos2unix")  # as DVC counts, and as DVC 2 did with texts
+REMOTE_KEYS = {  # what a cloned repository may set of a remote: no file, command or credential
+    *("url", "endpointurl", "oss_endpoint", "region", "account_name", "projectname", "user", "port", "auth"),
+    *("version_aware", "worktree", "allow_anonymous_login", "use_ssl", "verify"),
+    *("timeout", "connect_timeout", "read_timeout"),
+}
 
 
 def fetched(config: Config) -> tuple[Config, list[DataRevision]]:
@@ -141,13 +146,40 @@ def _opened(source: DvcPath) -> Iterator[Any]:
 
     where = f"{source.path} at {source.rev} of {source.repo}"
     try:
-        yield DVCFileSystem(source.repo, rev=source.rev, remote=source.remote)
+        files = DVCFileSystem(source.repo, rev=source.rev, remote=source.remote)
+        if not Path(source.repo).is_dir():
+            _check_settings(files.repo, source.path)
+        yield files
     except Exception as error:
         if is_full_disk(error):
             raise
         raise UserError(f"prepare.sources dvc: {where}: {_why(error)}") from error
     finally:
         clean_repos()
+
+
+def _check_settings(repo: Any, path: Path) -> None:
+    """UserError where a cloned repository has DVC use files or commands of this machine, or go on to another one.
+
+    DVC takes settings from its `.dvc/config` and `config.local`, and from the stages, as if they were the user's own.
+    """
+    settings = [repo.config.load_one(level) for level in ("repo", "local") if level in repo.config.files]
+    _check_keys(key for level in settings for remote in level["remote"].values() for key in remote)
+    _check_keys(key for level in settings for key in level["core"].keys() & {"site_cache_dir"})
+    for stage in repo.index.stages:
+        named = (*stage.deps, *stage.outs)
+        _check_keys(key for one in named for key in getattr(one, "def_fs_config", None) or ())
+        here = (PurePosixPath("/", path).is_relative_to(out.fs_path) for out in stage.outs)
+        if stage.is_repo_import and any(here):
+            raise UserError("it is imported there from another repository: name that one")
+
+
+def _check_keys(keys: Iterable[str]) -> None:
+    if unfit := ", ".join(sorted(set(keys) - REMOTE_KEYS)):
+        raise UserError(
+            f"the repository sets {unfit} of DVC, which only you may: in `dvc config --global` and the environment, "
+            "or name a folder with a clone that you trust"
+        )
 
 
 def _why(error: BaseException) -> str:

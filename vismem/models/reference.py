@@ -80,7 +80,8 @@ class Base:
 
 
 def _reads_elsewhere(folder: Path) -> bool:
-    """Whether transformers would load weights of the folder that are none of WEIGHTS, by its index or configuration."""
+    """Whether transformers would load weights that are none of WEIGHTS, by an index, a configuration or an adapter."""
     names = [name for file in folder.glob("*.index.json") for name in read_json(file).get("weight_map", {}).values()]
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return any("/" in str(name) for name in names) or "transformers_weights" in settings
+    adapter = (folder / "adapter_config.json").is_file()  # which it loads where peft is installed
+    return adapter or any("/" in str(name) for name in names) or "transformers_weights" in settings

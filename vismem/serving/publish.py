@@ -16,7 +16,13 @@ from vismem.registry.champion import champion_version
 from vismem.registry.runs import download_bundle
 from vismem.registry.signing import check_signature
 from vismem.registry.tracking import open_store, translate_mlflow_errors
-from vismem.serving.repository import check_repository, code_hash, repository_problems, write_model_repository
+from vismem.serving.repository import (
+    check_repository,
+    code_hash,
+    has_own_code,
+    repository_problems,
+    write_model_repository,
+)
 
 PATIENCE = 3600.0  # seconds that one run waits for another that fetches
 CODE = 8  # characters of a hash
@@ -50,7 +56,7 @@ def publish(config: Config, folder: Path) -> Published:
             shutil.rmtree(left)
         registered = champion.tags.get("manifest_sha256")
         intact = (bundle / MANIFEST).is_file() and sha256_file(bundle / MANIFEST) == registered
-        if intact and not repository_problems(release):
+        if intact and not repository_problems(release) and has_own_code(release, model, champion.version):
             check_signature(store, champion, bundle)
         else:
             partial = release.with_name(f"{release.name}.partial")

@@ -128,6 +128,17 @@ def code_hash(name: str) -> str:
         return sha256_folder(Path(folder))
 
 
+def has_own_code(repository: Path, name: str, version: str) -> bool:
+    """Whether an undamaged repository holds, beside that version's bundle, just what this VisMem writes."""
+    with TemporaryDirectory() as folder:
+        _, unary = _write_code(Path(folder), name, int(version))
+        own, own_unary = file_hashes(Path(folder) / name), sha256_file(unary)
+        models = {path.name for path in Path(folder).iterdir()}
+    listed = read_json(repository / name / MANIFEST)
+    code = {file: value for file, value in listed["files"].items() if not file.startswith(f"{version}/bundle/")}
+    return (code, listed.get(UNARY)) == (own, own_unary) and models == {path.name for path in repository.iterdir()}
+
+
 def has_graphs(bundle: Path) -> bool:
     """Whether a bundle was exported with ONNX graphs, which are what Triton serves."""
     return (bundle / "onnx").is_dir()

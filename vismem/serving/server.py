@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vismem.errors import UserError
-from vismem.runtime.access import own_token
+from vismem.runtime.access import SHARED_MEMORY, own_token
 from vismem.services import HOST, POLL, Service, check_http, free_ports, start_service
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask, ask_unary
@@ -20,7 +20,6 @@ READY_TIMEOUT = int(os.environ.get("VISMEM_READY_SECONDS", "180"))  # that a ser
 DRAIN_SECONDS = float(os.environ.get("VISMEM_DRAIN_SECONDS", "0"))  # that running answers get before they are ended
 EXIT_TIMEOUT = 5  # seconds that running answers get to end in
 STOP_VARIABLE = "VISMEM_STOP_FILE"  # of a file that tells the models' processes to end their answers
-SHARED_MEMORY = Path("/dev/shm")
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
 # header as the key, and takes it from its command line, which every user of the machine can read. So this header has a
 # name that no client can send: neither HTTP/1 nor HTTP/2 allows a line break in a name.

@@ -3,12 +3,14 @@
 This is the only module that imports it: late (it takes seconds), with its telemetry off.
 """
 
+import html
 import json
 import os
 import re
 import runpy
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ SEVERITIES = {Severity.ERROR: "critical", Severity.QUARANTINE: "warning", Severi
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DRAWN = re.compile(r"(?P<id>\b[\da-f]{8}-[\da-f]{4}-4[\da-f]{3}-[\da-f]{4}-[\da-f]{12}\b)|\b\d{8}T\d{6}\.\d{6}Z")
 # No network, whatever pages or data ask for; and what is needed of the style sheets that would be loaded.
-OFFLINE = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+OFFLINE = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+form-action 'none'; base-uri 'none'">
 <style>body { font: 15px/1.5 system-ui, sans-serif; margin: 0 2em 3em; overflow-wrap: anywhere; }
 table { border-collapse: collapse; } td, th { border: 1px solid #8886; padding: 4px 10px; }
 footer, .navbar, .cooltip .top { display: none; } .fa-exclamation-triangle::before { content: "!"; }
@@ -107,7 +110,8 @@ class Project:
 
         actions: list[Any] = [UpdateDataDocsAction(name="data_docs")]
         self.context.checkpoints.add(gx.Checkpoint(name="data", validation_definitions=self.judged, actions=actions))
-        self.context.build_data_docs()
+        with _escaped(self.folder):
+            self.context.build_data_docs()
         docs = self.folder / "uncommitted" / "data_docs" / "local_site"
         shutil.rmtree(docs / "static")  # 4 MB of fonts and how-to pictures
         links = [page.relative_to(docs).as_posix() for page in sorted(docs.glob("*/**/*.html"))]
@@ -137,6 +141,10 @@ def _own_rule(entry: Any, where: str, known: set[str]) -> Rule:
             raise UserError(
                 f"{where} is not of the form {{type: expect_..., kwargs: {{...}}, severity: ..., meta: {{...}}}}"
             )
+    if arguments.get("row_condition"):
+        raise UserError(
+            f"{where}: row_condition would run as Python: write the condition as a class, in validate.plugins"
+        )
     severities = {theirs: ours for ours, theirs in SEVERITIES.items()}
     if (severity := str(entry.get("severity", "critical"))) not in severities:
         raise UserError(f"{where}: severity '{severity}': critical stops, warning sets rows apart, info only says so")
@@ -176,6 +184,21 @@ def _verdict(rule: Rule, result: Any, facts: pd.DataFrame) -> Verdict:
     )
     rows = () if result.success else tuple(found.get("unexpected_index_list") or ())
     return Verdict(rule, bool(result.success), len(facts), rows, span, found.get("observed_value"))
+
+
+@contextmanager
+def _escaped(folder: Path) -> Iterator[None]:
+    """A block in which the texts that Data Docs are made of are HTML: their templates escape none of the data."""
+    texts = {
+        path: path.read_text()
+        for place in ("expectations", "uncommitted/validations")
+        for path in (folder / place).rglob("*.json")
+    }
+    for path, text in texts.items():
+        path.write_text(html.escape(text, quote=False))  # JSON itself needs none of &, < and >
+    yield
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 def _settle(folder: Path) -> None:

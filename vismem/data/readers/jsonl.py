@@ -47,7 +47,8 @@ def named_files(source: JsonlSource) -> set[Path]:
             row = json_object(line, where, ())
             frames = [video.get("frames") for video in _list(row, "videos", where, dict)]
             names = _image_names(row, where) + [n for f in frames for n in (f if isinstance(f, list) else [f])]
-            found |= {folder / str(name) for name in names if not str(name).startswith(DATA_URI)}
+            places = [folder / str(name) for name in names if not str(name).startswith(DATA_URI)]
+            found |= {place for place in places if inside(folder, place, where)}
     return found
 
 

@@ -1,7 +1,7 @@
 """Puts the champion where servers read it: DIR/releases/VERSION-CODE, a model repository, replaced only where damaged.
 
-CODE is the start of a hash of the bundle and of what VisMem writes beside it: another VisMem, or another bundle under the
-same number (an older database was restored), is another release, while servers read on in theirs.
+CODE is the start of a hash of the bundle and of what VisMem writes beside it: another VisMem, or another bundle under
+the same number (an older database was restored), is another release, while servers read on in theirs.
 """
 
 import shutil

@@ -158,7 +158,7 @@ def test_running_answers_get_the_seconds_that_the_environment_says(
     given: str | None, drain: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers = list[_Server]()
-    monkeypatch.setattr(_Server, "run", servers.append)
+    monkeypatch.setattr(_Server, "run", lambda server: servers.append(server))
     if given:
         monkeypatch.setenv(DRAIN_VARIABLE, given)
     with pytest.raises(UserError):

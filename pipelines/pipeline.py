@@ -42,6 +42,10 @@ SECRETS = {  # the parameter that names the secret: its keys, and the variables 
     "mlflow_secret": {key: key for key in MLFLOW},
     "huggingface_secret": {"HF_TOKEN": "HF_TOKEN"},
 }
+STAYS = {  # of a pod that is not evicted to save nodes, by the cluster autoscaler and by Karpenter
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+}
 SIGNING = ("vismem-signing", "/etc/vismem/signing")  # the secret with the key that signs, and where its files lie
 
 
@@ -143,6 +147,9 @@ class Placement:
         if signs:
             kubernetes.use_secret_as_volume(task, *SIGNING, optional=True)
         hours = cluster.task_hours if gpus is None else cluster.training_hours
+        if gpus is not None or launches:
+            for name, value in STAYS.items():
+                kubernetes.add_pod_annotation(task, name, value)
         if launches and cluster.launches:  # it only waits, also for the nodes
             gpus, hours = None, hours + WAITING_HOURS
         kubernetes.set_timeout(task, hours * HOUR)
@@ -153,7 +160,6 @@ class Placement:
             return self._size(task, cluster.task_cpu, cluster.task_memory)
         training = cluster.training_cpu, cluster.training_memory
         self._size(task, *((cluster.evaluation_cpu, cluster.evaluation_memory) if evaluates else training))
-        kubernetes.add_pod_annotation(task, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false")
         if gpus or not (evaluates and cluster.has_gpus):
             self._choose_nodes(task, gpus)
         return kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory")

@@ -11,7 +11,7 @@ from committed import COMMITTED, REGISTRY_IMAGE, SHARED
 from kfp_model import Kubeflow, Pod
 from kubernetes_validate.utils import all_versions
 
-from pipelines.pipeline import IMAGE
+from pipelines.pipeline import IMAGE, STAYS
 from vismem.errors import UserError
 from vismem.kubeflow.cluster import load_cluster
 from vismem.steps import STEPS
@@ -141,7 +141,7 @@ def test_pods_that_train_or_decode_have_their_size_nodes_shared_memory_and_queue
         assert [toleration["key"] for toleration in spec["tolerations"]] == ["nvidia.com/gpu", "spot"] * placed
         assert spec["nodeSelector"] == ({"zone": "b"} if placed else {})
         assert {"name": "shared-memory", "emptyDir": {"medium": "Memory"}} in spec["volumes"]
-        assert metadata["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+        assert metadata["annotations"].items() >= STAYS.items()
         assert metadata["labels"] == ({"kueue.x-k8s.io/queue-name": "gpus"} if placed else {})
     gpus = {task: limits(pods[task]).get("nvidia.com/gpu") for task in TRAINS}
     assert gpus == {
@@ -182,6 +182,7 @@ def test_a_task_that_only_waits_for_kubeflow_trainer_asks_for_no_node_of_its_own
         assert limits(pods[task]) == {"cpu": settings.task_cpu, "memory": settings.task_memory}
         assert pods[task].manifest["spec"]["nodeSelector"] == {}
         assert pods[task].manifest["metadata"]["labels"] == {}
+        assert pods[task].manifest["metadata"]["annotations"].items() >= STAYS.items(), "its end ends the job"
         assert pods[task].manifest["spec"]["activeDeadlineSeconds"] > settings.training_hours * HOUR
     assert pods["preflight"].inputs["parameters"]["preflight"]["gpus"] == 0
 

@@ -30,6 +30,7 @@ from manifests import (
     values,
 )
 
+from pipelines.pipeline import STAYS
 from vismem.launch import LaunchConfig
 
 OLDEST, NEWEST = "1.30.0", all_versions()[-1]  # the oldest that knows `preStop.sleep`
@@ -258,3 +259,9 @@ def test_the_readme_says_how_a_run_may_read_another_secret_of_the_artifact_store
     (role,) = [m for m in manifests if (m["kind"], m["metadata"]["name"]) == ("Role", "vismem-pipeline")]
     (names,) = [rule["resourceNames"] for rule in role["rules"] if rule["resources"] == ["secrets"]]
     assert names == ["mlpipeline-minio-artifact", "artifact-store"]
+
+
+@pytest.mark.parametrize("overlay", SEVERAL_NODES)
+def test_a_node_that_trains_is_not_evicted_to_save_nodes(overlay: str) -> None:
+    node = pod_templates(overlay)["TrainingRuntime/vismem-torch/node"]
+    assert node["metadata"]["annotations"] == STAYS

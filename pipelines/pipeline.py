@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kfp import dsl, kubernetes
+from kubernetes.utils.quantity import parse_quantity
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # components/ lies there
 
@@ -40,6 +41,10 @@ SECRETS = {  # the parameter that names the secret: its keys, and the variables 
     "s3_secret": {key: f"{S3_PREFIX}{key}" for key in S3},  # by the plain names Kubeflow's launcher would take them too
     "mlflow_secret": {key: key for key in MLFLOW},
     "huggingface_secret": {"HF_TOKEN": "HF_TOKEN"},
+}
+STAYS = {  # of a pod that is not evicted to save nodes, by the cluster autoscaler and by Karpenter
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
 }
 SIGNING = ("vismem-signing", "/etc/vismem/signing")  # the secret with the key that signs, and where its files lie
 
@@ -115,12 +120,14 @@ class Placement:
         cached: bool = True,
         retried: bool = False,
         launches: bool = False,
+        evaluates: bool = False,
         secrets: tuple[str, ...] = (),
         signs: bool = False,
     ) -> Any:
         """Place a task and return it; one with `gpus` trains or decodes, on the nodes that are for that.
 
-        One that `launches` takes as many processes as the cluster's settings say.
+        One that `launches` takes as many processes as the cluster's settings say; one that `evaluates` holds the base
+        once, in a pod of that size.
         """
         given, cluster = self.parameters, self.cluster
         task.set_caching_options(cached).set_container_image(self.fixed_image or given.image)
@@ -140,18 +147,26 @@ class Placement:
         if signs:
             kubernetes.use_secret_as_volume(task, *SIGNING, optional=True)
         hours = cluster.task_hours if gpus is None else cluster.training_hours
+        if gpus is not None or launches:
+            for name, value in STAYS.items():
+                kubernetes.add_pod_annotation(task, name, value)
         if launches and cluster.launches:  # it only waits, also for the nodes
             gpus, hours = None, hours + WAITING_HOURS
         kubernetes.set_timeout(task, hours * HOUR)
         if retried:  # Argo counts the maximum from the start of the first try, not of the waiting
             longest = (RETRIES + 1) * hours * HOUR
             task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2, backoff_max_duration=f"{longest}s")
-        return self._size(task, cluster.task_cpu, cluster.task_memory) if gpus is None else self._train(task, gpus)
+        if gpus is None:
+            return self._size(task, cluster.task_cpu, cluster.task_memory)
+        training = cluster.training_cpu, cluster.training_memory
+        self._size(task, *((cluster.evaluation_cpu, cluster.evaluation_memory) if evaluates else training))
+        if gpus or not (evaluates and cluster.has_gpus):
+            self._choose_nodes(task, gpus)
+        return kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory")
 
-    def _train(self, task: Any, gpus: int) -> Any:
-        """Resources and nodes of a task that trains or decodes."""
+    def _choose_nodes(self, task: Any, gpus: int) -> None:
+        """GPUs, nodes and queue of a task that trains or decodes."""
         cluster = self.cluster
-        self._size(task, cluster.training_cpu, cluster.training_memory)
         if gpus:
             task.set_accelerator_type(cluster.gpu_type).set_accelerator_limit(gpus)
         kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
@@ -159,14 +174,14 @@ class Placement:
             kubernetes.add_toleration_json(task, list(cluster.tolerations))
         for label, value in cluster.node_selector.items():
             kubernetes.add_node_selector(task, label, value)
-        kubernetes.add_pod_annotation(task, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false")
         if cluster.queue:
             kubernetes.add_pod_label(task, QUEUE, cluster.queue)
-        return kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory")
 
     @staticmethod
     def _size(task: Any, cpu: str, memory: str) -> Any:
-        """Equal request and limit."""
+        """Equal request and limit, and a thread for each of its CPUs: by itself torch counts the node's."""
+        if LAUNCH not in (task.container_spec.env or {}):  # each of several processes takes one
+            task.set_env_variable("OMP_NUM_THREADS", str(max(1, int(parse_quantity(cpu)))))
         return task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
 
 
@@ -180,14 +195,20 @@ def add_steps(components: SimpleNamespace, place: Placement) -> None:
     placed: dict[str, dict[str, Any]] = {
         "prepare": {"retried": True, "secrets": ("s3_secret",)},
         "validate": {"retried": True, "secrets": ("huggingface_secret",)},
-        "base": {"gpus": evaluate, "retried": True, "secrets": ("huggingface_secret",)},
+        "base": {"gpus": evaluate, "evaluates": True, "retried": True, "secrets": ("huggingface_secret",)},
         "stage1": {"gpus": train, "retried": resumes, "launches": True},
         "stage2": {"gpus": train, "retried": resumes, "launches": True},
-        "evaluate": {"gpus": evaluate, "retried": resumes},
-        "export": {"gpus": 0, "retried": True},
+        "evaluate": {"gpus": evaluate, "evaluates": True, "retried": resumes},
+        "export": {"gpus": 0, "evaluates": True, "retried": True},
         "register": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret"), "signs": True},
         "promote": {"cached": False, "retried": True, "secrets": ("s3_secret", "mlflow_secret")},
-        "deploy": {"gpus": 0, "cached": False, "retried": True, "secrets": ("huggingface_secret",)},
+        "deploy": {
+            "gpus": 0,
+            "evaluates": True,
+            "cached": False,
+            "retried": True,
+            "secrets": ("huggingface_secret",),
+        },
     }
     configured = components.configure(
         profile=given.profile, overrides=given.overrides, image=image, gpus=train, launches=place.cluster.launches

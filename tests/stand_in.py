@@ -30,8 +30,6 @@ from vismem.serving.metrics import Metrics
 class Busy(Exception):
     pass
 
-STOPPED = "the server stops: ask again later"
-
 @dataclass(frozen=True)
 class Chunk:
     text: str

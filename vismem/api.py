@@ -1,6 +1,8 @@
 """`vismem api` and `vismem playground`: a model behind the HTTP endpoint, in this process, on the CPU or a GPU."""
 
 import asyncio
+import math
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,7 +29,8 @@ from vismem.serving.request_log import RequestLog
 from vismem.sources import find_added
 
 LOOPBACK = {HOST: HOST, "localhost": "localhost", "::1": "[::1]"}  # as browsers send them: no other site has one
-END_SECONDS = 5  # that running answers get when the server stops
+DRAIN_VARIABLE = "VISMEM_DRAIN_SECONDS"  # that running answers get when the server stops (5)
+CUT_SECONDS = 5  # that their clients get, to be told
 
 
 def serve_api(
@@ -71,6 +74,7 @@ def serve_api(
         add_playground(app, name, called, examples(), loaded.scope, loaded.model.new_tokens)
     if page or (host in LOOPBACK and not token):
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, *LOOPBACK.values()])
+    drain = float(os.environ.get(DRAIN_VARIABLE, "5"))
     settings = uvicorn.Config(
         app,
         host=host,
@@ -80,7 +84,7 @@ def serve_api(
         ssl_keyfile=key,
         http=Connection,
         ws="none",
-        timeout_graceful_shutdown=2 * END_SECONDS,
+        timeout_graceful_shutdown=math.ceil(drain) + CUT_SECONDS,
         server_header=False,
     )
     held = str(loaded.model.backbone.model.dtype).removeprefix("torch.")
@@ -92,19 +96,19 @@ def serve_api(
             closed += f", to all who reach this machine ({TOKEN_VARIABLE} sets one)"
         line = f"serving {name} ({loaded.model.backbone.family}) on {address}/v1, {closed}"
         said = f"playground: {address}/ (Ctrl-C ends it)" if page else line
-        _Server(settings, lambda: write(said), runtime).run()
+        _Server(settings, lambda: write(said), runtime, drain).run()
         raise UserError("the thread that decodes has ended, and the server with it: start it again")
 
 
 class _Server(uvicorn.Server):
     """A server that calls `ready` once it listens, and ends with the runtime.
 
-    It closes the runtime, in a thread, END_SECONDS after it is told to stop.
+    It closes the runtime, in a thread, `drain` seconds after it is told to stop.
     """
 
-    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None], runtime: Runtime) -> None:
+    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None], runtime: Runtime, drain: float) -> None:
         super().__init__(settings)
-        self.ready, self.runtime = ready, runtime
+        self.ready, self.runtime, self.drain = ready, runtime, drain
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """UserError where the port was taken while the model was loaded."""
@@ -120,5 +124,5 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Wait for running answers; those that are cut off say so to their clients."""
-        asyncio.get_running_loop().call_later(END_SECONDS, Thread(target=self.runtime.close).start)
+        asyncio.get_running_loop().call_later(self.drain, Thread(target=self.runtime.close).start)
         await super().shutdown(sockets)

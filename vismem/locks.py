@@ -82,7 +82,9 @@ def _holder(file: Path) -> str:
             ": another run works there, or a step of one that was killed is still at it; "
             "wait for it or end it, then start again"
         )
-    where, kill = ("", f"`kill {pid}`") if here else (f" on {host}", f"`kill {pid}` there")
+    where, kill = (
+        ("", f"`kill {pid}`") if here else (f" on {host}", f"`kill {pid}` there; where it is gone, delete {file}")
+    )
     return (
         f" by process {pid}{where} since {time.strftime('%Y-%m-%d %H:%M:%S', since)}: wait for it, or end it ({kill})"
     )

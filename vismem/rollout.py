@@ -19,6 +19,8 @@ from urllib3.exceptions import HTTPError
 from vismem.canary import WrongAnswerError, question_canary
 from vismem.config import Config
 from vismem.errors import UserError
+from vismem.provenance import MANIFEST as BUNDLE_MANIFEST
+from vismem.provenance import sha256_file
 from vismem.registry.release import NoEarlierError, rollback
 from vismem.serving.command import run_command
 from vismem.serving.publish import Published, is_champion, publish
@@ -172,7 +174,7 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
             if not isinstance(error, WrongAnswerError):
                 raise
             cluster.stop_canary()
-            if (seen[VERSION] or "").partition("-")[0] == release.version:
+            if _serves_bundle(folder / "releases" / (seen[VERSION] or ""), release):
                 raise UserError(
                     f"version {release.version}, which the servers serve, answers otherwise with this VisMem: {error}; "
                     "the servers serve on as they did, and the ledger stays"
@@ -190,6 +192,12 @@ def rollout(config: Config, folder: Path, namespace: str, canary: str, servers: 
         ) from None
     cluster.change(CANARY, lambda _: _served(cluster, pins))
     return f"version {release.version} is served by all pods of '{SERVERS}': {asked}"
+
+
+def _serves_bundle(served: Path, release: Published) -> bool:
+    """Whether the servers' folder holds the release's bundle, by whatever code."""
+    manifest = served / release.bundle.relative_to(release.repository) / BUNDLE_MANIFEST
+    return manifest.is_file() and sha256_file(manifest) == sha256_file(release.bundle / BUNDLE_MANIFEST)
 
 
 def _refuse(config: Config, release: Published, reason: str) -> str:

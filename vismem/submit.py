@@ -173,7 +173,7 @@ def check_sizes(config: Config, cluster: Cluster) -> list[str]:
     """
     if not config.preflight.gpus:
         return []
-    processes, memory = cluster.num_processes, cluster.training_memory
+    processes = cluster.num_processes
     gpus = processes if cluster.launches else cluster.gpu_count
     if gpus < max(config.preflight.gpus, processes):
         raise UserError(
@@ -190,7 +190,8 @@ def check_sizes(config: Config, cluster: Cluster) -> list[str]:
         needs = host_memory(config, processes)
     except UserError as error:
         return [f"memory was not checked: {error}"]
-    if small := {what: size for what, size in needs.items() if size > parse_quantity(memory)}:
-        reasons = "; ".join(f"{what}: {size / 1e9:.0f} GB" for what, size in small.items())
-        raise UserError(f"training_memory={memory} is too small ({reasons}): give training_memory=...Gi")
+    for what, size in needs.items():
+        setting = "evaluation_memory" if what == "export" else "training_memory"
+        if size > parse_quantity(memory := getattr(cluster, setting)):
+            raise UserError(f"{setting}={memory} is too small ({what}: {size / 1e9:.0f} GB): give {setting}=...Gi")
     return []

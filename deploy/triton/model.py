@@ -62,8 +62,9 @@ class TritonPythonModel:
         from vismem.runtime.access import close_shared_memory, own_token, token_refusal
         from vismem.runtime.chat import parse_messages, said
         from vismem.runtime.limits import MAX_PATCHES, RequestError, check_request
-        from vismem.serving.answering import STOPPED, Busy, Runtime
+        from vismem.serving.answering import Busy, Runtime
         from vismem.serving.golden import check_golden
+        from vismem.serving.pieces import STOPPED
         from vismem.serving.request_log import RequestLog
 
         close_shared_memory()

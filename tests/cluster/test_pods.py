@@ -11,7 +11,7 @@ from committed import COMMITTED, REGISTRY_IMAGE, SHARED
 from kfp_model import Kubeflow, Pod
 from kubernetes_validate.utils import all_versions
 
-from pipelines.pipeline import IMAGE
+from pipelines.pipeline import IMAGE, STAYS
 from vismem.errors import UserError
 from vismem.kubeflow.cluster import load_cluster
 from vismem.steps import STEPS
@@ -19,6 +19,7 @@ from vismem.steps import STEPS
 VERSIONS = ("1.30.0", all_versions()[-1])  # as in tests/unit/test_manifests.py
 TASKS = {step.name for step in STEPS} | {"configure", "preflight", "summary"}
 TRAINS = {"base", "stage1", "stage2", "evaluate", "export", "deploy", "preflight"}
+EVALUATES = {"base", "evaluate", "export", "deploy"}
 S3, MLFLOW, HUB = "vismem-s3", "vismem-mlflow", "vismem-huggingface"
 SECRETS = {  # by task
     "configure": {S3},
@@ -41,6 +42,8 @@ EVERYTHING: dict[str, Any] = {
     "num_nodes": 2,
     "training_cpu": "96",
     "training_memory": "900Gi",
+    "evaluation_cpu": "1500m",
+    "evaluation_memory": "90Gi",
     "image_pull_policy": "Always",
 }
 HOUR = 3600
@@ -132,18 +135,42 @@ def test_pods_that_train_or_decode_have_their_size_nodes_shared_memory_and_queue
     pods = kubeflow.run(compiled(**settings))
     for task in TRAINS:
         spec, metadata = pods[task].manifest["spec"], pods[task].manifest["metadata"]
-        assert limits(pods[task])["memory"] == pods[task].main["resources"]["requests"]["memory"] == "900Gi"
-        assert [toleration["key"] for toleration in spec["tolerations"]] == ["nvidia.com/gpu", "spot"]
-        assert spec["nodeSelector"] == {"zone": "b"}
+        assert limits(pods[task])["memory"] == pods[task].main["resources"]["requests"]["memory"]
+        assert limits(pods[task])["memory"] == ("90Gi" if task in EVALUATES else "900Gi")
+        placed = task not in {"export", "deploy"}  # those have no GPU, where others have
+        assert [toleration["key"] for toleration in spec["tolerations"]] == ["nvidia.com/gpu", "spot"] * placed
+        assert spec["nodeSelector"] == ({"zone": "b"} if placed else {})
         assert {"name": "shared-memory", "emptyDir": {"medium": "Memory"}} in spec["volumes"]
-        assert metadata["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
-        assert metadata["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
+        assert metadata["annotations"].items() >= STAYS.items()
+        assert metadata["labels"] == ({"kueue.x-k8s.io/queue-name": "gpus"} if placed else {})
     gpus = {task: limits(pods[task]).get("nvidia.com/gpu") for task in TRAINS}
     assert gpus == {
         "preflight": "2", "stage1": "2", "stage2": "2", "base": "1", "evaluate": "1", "export": None, "deploy": None,
     }  # fmt: skip
     others = [pods[task] for task in TASKS - TRAINS]
     assert [pod for pod in others if pod.manifest["spec"]["tolerations"] or limits(pod)["memory"] != "8Gi"] == []
+
+
+def test_without_gpus_all_that_decodes_keeps_to_the_nodes_that_are_for_it(
+    kubeflow: Kubeflow, compiled: Callable[..., str]
+) -> None:
+    pods = kubeflow.run(compiled(node_selector={"zone": "b"}, queue="cpus"))
+    assert {task for task, pod in pods.items() if pod.manifest["spec"]["nodeSelector"]} == TRAINS
+    assert {task for task, pod in pods.items() if pod.manifest["metadata"]["labels"]} == TRAINS
+
+
+def test_a_pod_has_a_thread_for_each_of_its_cpus_unless_it_starts_several_processes(
+    kubeflow: Kubeflow, compiled: Callable[..., str]
+) -> None:
+    threads = {task: pod.env.get("OMP_NUM_THREADS") for task, pod in kubeflow.run(COMMITTED).items()}
+    assert threads == {task: "4" if task in TRAINS else "2" for task in TASKS}
+    settings = {**EVERYTHING, "training_backend": "torchrun", "num_nodes": 1}
+    kubeflow.cache.clear()
+    pods = kubeflow.run(compiled(**settings))
+    found = {task: pods[task].env.get("OMP_NUM_THREADS") for task in TRAINS}
+    assert found == {
+        "preflight": "96", "stage1": None, "stage2": None, "base": "1", "evaluate": "1", "export": "1", "deploy": "1",
+    }  # fmt: skip
 
 
 def test_a_task_that_only_waits_for_kubeflow_trainer_asks_for_no_node_of_its_own(
@@ -155,6 +182,7 @@ def test_a_task_that_only_waits_for_kubeflow_trainer_asks_for_no_node_of_its_own
         assert limits(pods[task]) == {"cpu": settings.task_cpu, "memory": settings.task_memory}
         assert pods[task].manifest["spec"]["nodeSelector"] == {}
         assert pods[task].manifest["metadata"]["labels"] == {}
+        assert pods[task].manifest["metadata"]["annotations"].items() >= STAYS.items(), "its end ends the job"
         assert pods[task].manifest["spec"]["activeDeadlineSeconds"] > settings.training_hours * HOUR
     assert pods["preflight"].inputs["parameters"]["preflight"]["gpus"] == 0
 

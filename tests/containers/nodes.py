@@ -86,8 +86,8 @@ class Node:
         return str(made)
 
     def environment(self, pod: Pod) -> dict[str, str]:
-        """The pod's variables; a secret that is optional may be missing, or lack the key. One core has one thread."""
-        found = {"OMP_NUM_THREADS": "1"}
+        """The pod's variables; a secret that is optional may be missing, or lack the key."""
+        found: dict[str, str] = {}
         for variable in pod.main["env"]:
             if "value" in variable:
                 found[variable["name"]] = variable["value"]

@@ -132,7 +132,7 @@ def test_a_large_profile_brings_sizes_that_are_enough(server: KfpApi, tmp_path: 
     ("given", "reason"),
     [
         (["training_memory=128Gi"], "training_memory=128Gi is too small (training: 8 processes"),
-        (["training_memory=20Gi", "num_processes=1", "gpu_count=1"], "export: "),
+        (["evaluation_memory=20Gi"], "evaluation_memory=20Gi is too small (export: "),
         (["gpu_count=0"], "it would train on the CPU"),
         (["gpu_count=4"], "gpu_count=4 for 8 processes"),
         (["evaluation_gpu_count=0"], "on the CPU, for days"),

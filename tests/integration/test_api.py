@@ -1,6 +1,7 @@
 """`vismem api`: what its options do to the server that it starts."""
 
 import json
+import math
 import socket
 import ssl
 import subprocess
@@ -19,7 +20,7 @@ from http_calls import messages, post
 from stand_in import png
 
 from vismem import cli
-from vismem.api import serve_api
+from vismem.api import DRAIN_VARIABLE, _Server, serve_api
 from vismem.ask import DEFAULT_MODEL
 from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
@@ -150,3 +151,17 @@ def test_a_server_whose_thread_that_decodes_has_ended_ends_too(monkeypatch: pyte
     client[0].join(30)
     assert statuses == [429]
     assert (tf32, torch.backends.cuda.matmul.allow_tf32) == ([True], False), "beside bfloat16, while it serves"
+
+
+@pytest.mark.parametrize(("given", "drain"), [(None, 5.0), ("30.5", 30.5)])
+def test_running_answers_get_the_seconds_that_the_environment_says(
+    given: str | None, drain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = list[_Server]()
+    monkeypatch.setattr(_Server, "run", lambda server: servers.append(server))
+    if given:
+        monkeypatch.setenv(DRAIN_VARIABLE, given)
+    with pytest.raises(UserError):
+        serve_api(DEFAULT_MODEL, port=0, max_patches=64, cache_mb=1)
+    assert servers[0].drain == drain
+    assert servers[0].config.timeout_graceful_shutdown == math.ceil(drain) + 5

@@ -17,6 +17,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from vismem.generation.torch_executor import TorchExecutor
+from vismem.runtime.limits import RequestError
 from vismem.serving import answering, health
 from vismem.serving.answering import Busy, Runtime
 from vismem.serving.http import create_app
@@ -232,3 +233,38 @@ def test_the_evaluation_s_memories_per_answer_are_shown_where_the_bundle_names_t
     shown = {name: value for name, value in counted(client).items() if name.startswith("vismem_evaluation_")}
     named = {f"vismem_evaluation_memories_per_answer {kind}": value for kind, value in (("short", 0.25), ("long", 0))}
     assert shown == (named if "memories" in (lineage or "") else {})
+
+
+def test_a_fault_before_an_answer_begins_is_counted_and_a_refusal_is_not(
+    client: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise errors.pop()
+
+    errors = [RequestError("has no pixels", "IMAGE"), MemoryError()]
+    monkeypatch.setattr(runtime.executor, "prepare", fail)
+    for kind, failures in ((MemoryError, 1), (RequestError, 1)):
+        with pytest.raises(kind):
+            ask(runtime)
+        assert counted(client)["vismem_failures_total"] == failures
+
+
+@pytest.mark.parametrize("broken", ["join", "choose"])
+def test_a_runtime_whose_executor_stays_broken_ends_and_one_that_recovers_goes_on(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(count: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.executor, broken, lambda *_: 1 / 0)
+            for _ in range(count):
+                with pytest.raises(ZeroDivisionError):
+                    ask(runtime)
+
+    for _ in range(2):
+        fail(answering.FAULTS - 1)
+        ask(runtime, max_new_tokens=1)
+    fail(answering.FAULTS)
+    assert runtime.thread is not None
+    runtime.thread.join(10)
+    with pytest.raises(Busy, match="the server stops"):
+        ask(runtime)

@@ -194,6 +194,20 @@ def test_another_vismem_publishes_a_champion_with_its_own_code_and_leaves_what_s
     assert publish(project.config, tmp_path / "models") == second
 
 
+def test_a_number_that_names_another_bundle_after_a_restore_leaves_what_servers_read(
+    project: Project, tmp_path: Path
+) -> None:
+    database = project.artifacts.parent / "mlflow.db"
+    backup = database.read_bytes()
+    project.release(b"one", score=66.0)
+    first = publish(project.config, tmp_path / "models")
+    database.write_bytes(backup)
+    project.release(b"other", score=66.0)
+    second = publish(project.config, tmp_path / "models")
+    assert (first.version, served(first.repository)) == ("1", {"vismem/1": b"one"})
+    assert (second.version, served(second.repository)) == ("1", {"vismem/1": b"other"})
+
+
 def test_a_release_damaged_on_the_volume_is_fetched_again(project: Project, tmp_path: Path) -> None:
     project.release(b"one", score=66.0)
     published = publish(project.config, tmp_path / "models")

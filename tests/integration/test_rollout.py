@@ -77,6 +77,18 @@ def test_another_vismem_brings_its_code_to_the_servers_and_is_no_fault_of_the_ve
         assert newer.read_bytes() not in serving
 
 
+def test_another_bundle_under_the_served_number_that_answers_wrongly_is_rolled_back(here: Here) -> None:
+    database = here.project.artifacts.parent / "mlflow.db"
+    backup = database.read_bytes()
+    here.release(b"two", 68.0)
+    here.roll_out()
+    database.write_bytes(backup)
+    here.release(b"other two", 68.0)
+    here.pods.answers["2"] = WRONG
+    assert here.roll_out().startswith("failed: version 2 is refused, the servers serve what they did: ")
+    assert here.state == (["2", "2"], [], "1")
+
+
 @pytest.mark.parametrize("stays_away", [False, True])
 def test_a_ledger_that_cannot_be_changed_for_a_moment_is_changed_then_and_else_the_job_says_so(
     here: Here, stays_away: bool

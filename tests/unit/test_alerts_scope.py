@@ -9,9 +9,11 @@ from test_alerts import promtool
 
 CANARY = {'kube_deployment_created{namespace="n",deployment="triton-canary"}': "0x120"}
 AVAILABLE = 'kube_deployment_status_replicas_available{namespace="n",deployment="triton"}'
+MLFLOW = 'kube_deployment_status_replicas_available{namespace="n",deployment="mlflow"}'
 SCRAPED = 'nv_inference_request_success{namespace="n",pod="triton-a",model="ours"}'
 OTHERS = {
     'kube_deployment_status_replicas_available{namespace="other",deployment="triton"}': "0x120",
+    'kube_deployment_status_replicas_available{namespace="other",deployment="mlflow"}': "0x120",
     'nv_inference_request_success{namespace="other",pod="triton-b",model="vismem"}': "5x120",
     'kube_job_failed{namespace="other",job_name="rollout-1",condition="true"}': "1x120",
     'kube_job_created{namespace="other",job_name="rollout-1"}': "0x120",
@@ -33,6 +35,8 @@ CASES = {
     "no pod is ready": ("VisMemNotServed", {AVAILABLE: "0x120", SCRAPED: "5x120"}, '{namespace="n"}'),
     "none is scraped": ("VisMemNotServed", {AVAILABLE: "2x120"}, '{namespace="n"}'),
     "served": ("VisMemNotServed", {AVAILABLE: "2x120", SCRAPED: "5x120"}, ""),
+    "no MLflow": ("VisMemMlflowDown", {MLFLOW: "0x120"}, '{namespace="n"}'),
+    "MLflow": ("VisMemMlflowDown", {MLFLOW: "1x120"}, ""),
     "no token": ("VisMemModelDead", {SCRAPED: "5x120"}, '{namespace="n",pod="triton-a"}'),
     "tokens": ("VisMemModelDead", {SCRAPED: "5x120",
                'vismem_tokens_total{namespace="n",pod="triton-a"}': "0+1x120"}, ""),

@@ -215,3 +215,18 @@ def test_what_the_caller_cancels_is_cancelled(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_what_triton_says_is_told_apart(message: str, kind: type[ServerError]) -> None:
     assert type(OverGrpc("here:1", "", tls=False)._fault("vismem", message)) is kind
+
+
+def test_after_a_server_that_stops_its_name_is_looked_up_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OverGrpc, "_connect", lambda _: object())
+    server = OverGrpc("here:1", "", tls=False)
+
+    async def connection_after(message: str) -> tuple[object, object]:
+        before = server.connection.get()
+        server._fault("vismem", message)
+        return before, server.connection.get()
+
+    before, after = asyncio.run(connection_after("Exceeds maximum queue size"))
+    assert after is before
+    before, after = asyncio.run(connection_after("the server stops: ask again later"))
+    assert after is not before

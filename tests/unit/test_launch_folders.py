@@ -1,6 +1,8 @@
 """Where a launch works: a folder for a step with its parameters, inputs and code, where its output stays for days."""
 
+import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from vismem.config import Config
+from vismem.errors import UserError
 from vismem.launch import KEPT, LEFT, LaunchConfig, launch_step
 from vismem.locks import lock_folder
 from vismem.steps import BY_NAME
@@ -138,3 +141,17 @@ def test_on_a_shared_volume_other_code_works_in_another_folder(
         monkeypatch.setenv("KFP_RUN_ID", str(number))
         launch_step("stage2", Config(), tmp_path / str(number), inputs, launch, shared / "work" / code)
     assert places[0] == places[1] != places[2]
+
+
+def test_a_lock_that_outlived_its_machine_names_the_file_to_delete(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with lock_folder(tmp_path):  # as on a network file system that never learnt of that end
+        lock.write_text(json.dumps({"pid": 17, "host": "gone", "since": 0.0}))
+        with (
+            pytest.raises(UserError, match=f"`kill 17` there; where it is gone, delete {re.escape(str(lock))}"),
+            lock_folder(tmp_path),
+        ):
+            pass
+        lock.unlink()
+        with lock_folder(tmp_path):
+            pass

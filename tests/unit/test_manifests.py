@@ -12,6 +12,7 @@ from kubeflow_trainer_api import models
 from kubernetes_validate.utils import all_versions
 from manifests import (
     KUBERNETES,
+    LARGE,
     OPTIONAL_SECRETS,
     OVERLAYS,
     SECRETS,
@@ -30,6 +31,7 @@ from manifests import (
     values,
 )
 
+from pipelines.pipeline import STAYS
 from vismem.launch import LaunchConfig
 
 OLDEST, NEWEST = "1.30.0", all_versions()[-1]  # the oldest that knows `preStop.sleep`
@@ -258,3 +260,20 @@ def test_the_readme_says_how_a_run_may_read_another_secret_of_the_artifact_store
     (role,) = [m for m in manifests if (m["kind"], m["metadata"]["name"]) == ("Role", "vismem-pipeline")]
     (names,) = [rule["resourceNames"] for rule in role["rules"] if rule["resources"] == ["secrets"]]
     assert names == ["mlpipeline-minio-artifact", "artifact-store"]
+
+
+@pytest.mark.parametrize("overlay", SEVERAL_NODES)
+def test_a_node_that_trains_is_not_evicted_to_save_nodes(overlay: str) -> None:
+    node = pod_templates(overlay)["TrainingRuntime/vismem-torch/node"]
+    assert node["metadata"]["annotations"] == STAYS
+
+
+@overlays
+def test_a_server_that_stops_may_end_its_answers_before_it_is_killed(overlay: str) -> None:
+    for key, template in pod_templates(overlay).items():
+        for container in template["spec"]["containers"]:
+            drains = [float(v["value"]) for v in container.get("env", []) if v["name"] == "VISMEM_DRAIN_SECONDS"]
+            if drains:
+                needs = container["lifecycle"]["preStop"]["sleep"]["seconds"] + drains[0] + 15
+                assert template["spec"]["terminationGracePeriodSeconds"] >= needs, key
+                assert drains == [300.0 if overlay in LARGE else 30.0], key

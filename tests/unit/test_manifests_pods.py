@@ -160,6 +160,9 @@ def test_mlflow_answers_under_the_names_of_its_service(overlay: str) -> None:
     for name in ("mlflow", f"mlflow.{namespace}", f"mlflow.{namespace}.svc", f"mlflow.{namespace}.svc.cluster.local"):
         assert is_allowed_host_header(hosts, f"{name}:{port}")
     assert not is_allowed_host_header(hosts, f"evil.example:{port}")
+    asked = server["readinessProbe"]["httpGet"]
+    assert "experiments/search" in asked["path"], "an answer from the database"
+    assert is_allowed_host_header(hosts, asked["httpHeaders"][0]["value"])
 
 
 def test_a_new_image_s_mlflow_finds_its_tables_or_their_older_form(tmp_path: Path) -> None:

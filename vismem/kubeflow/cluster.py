@@ -30,11 +30,13 @@ class Cluster(Section):
     task_memory: str = Field("8Gi", pattern=QUANTITY, description="memory of such a task")
     task_hours: int = Field(6, gt=0, description="a try of such a task is stopped after them")
     training_cpu: str = Field(
-        "4", pattern=QUANTITY, description="cores of a task, or of a node of `trainer`, that trains or decodes"
+        "4", pattern=QUANTITY, description="cores of preflight, stage I and II, or of a node of `trainer`"
     )
     training_memory: str = Field("16Gi", pattern=QUANTITY, description="memory of such a task or node")
+    evaluation_cpu: str = Field("4", pattern=QUANTITY, description="cores of base, evaluate, export and deploy")
+    evaluation_memory: str = Field("16Gi", pattern=QUANTITY, description="memory of such a task: the base once")
     training_hours: int = Field(
-        72, gt=0, description="a try of such a task, or a job of `trainer`, is stopped after them"
+        72, gt=0, description="a try of a task that trains or decodes, or a job of `trainer`, is stopped after them"
     )
     gpu_type: str = Field("nvidia.com/gpu", description="resource name of the GPUs")
     gpu_count: int = Field(
@@ -42,7 +44,7 @@ class Cluster(Section):
     )
     evaluation_gpu_count: int = Field(0, ge=0, description="GPUs of the pods of base and evaluate: at most one is used")
     tolerations: tuple[dict[str, Any], ...] = Field(
-        (), description="for pods that train or decode, besides NVIDIA's taint"
+        (), description="for pods that train or decode, besides NVIDIA's taint; where others have GPUs, for those alone"
     )
     node_selector: dict[str, str] = Field({}, description="labels of the nodes for them")
     queue: str = Field("", description="Kueue's queue for them; empty: none")
@@ -56,6 +58,11 @@ class Cluster(Section):
     def launches(self) -> bool:
         """Whether stage I and II only launch a job of Kubeflow Trainer and wait for it."""
         return self.training_backend == "trainer"
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether training or evaluation takes GPUs; then what takes none goes to other nodes."""
+        return bool(self.gpu_count or self.evaluation_gpu_count or self.launches)
 
     def launch(self) -> dict[str, Any]:
         """The fields of `LaunchConfig` but the image; empty for one process. UserError as from that."""

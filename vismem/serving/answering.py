@@ -6,57 +6,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 from PIL import Image
-from tokenizers import Tokenizer
 
-from vismem.generation.invocation import InvocationPolicy, mode_of
-from vismem.generation.loop import DecodeLoop, Executor, Request, Row
+from vismem.generation.invocation import mode_of
+from vismem.generation.loop import DecodeLoop, Request, Row
 from vismem.runtime.chat import Chat, check_chat, one_turn, said
 from vismem.runtime.images import let_go, unread
 from vismem.runtime.limits import MAX_TOTAL_PIXELS, RequestError, Room, check_stops
 from vismem.runtime.prompt import TextStream
 from vismem.serving.metrics import Metrics
-from vismem.serving.pieces import TOGETHER, Chunk, Handover, Pieces, Stream, Usage, one_by_one
+from vismem.serving.pieces import STOPPED, TOGETHER, Chunk, Handover, Pieces, Stream, Usage, one_by_one
 from vismem.serving.request_log import RequestLog
+from vismem.serving.served import Served
 
 ROWS, WAITING = 8, 32  # answers at a time, and that wait for a place, at most
 PREPARING = os.cpu_count() or 1  # questions that are read at a time
 CACHE_BYTES = 256_000_000  # of images and prompts that may be asked again
 LOGGED = 1_000_000  # pixels that an answer keeps for the request log; more are decoded again
-STOPPED, LEFT = "the server stops: ask again later", "nobody reads the answer"
+FAULTS = 8  # in a row, without a token between, after which nothing is decoded any more: a GPU that broke stays so
+LEFT = "nobody reads the answer"
 
 
 class Busy(Exception):  # noqa: N818 - of the moment, no error
     """There are too many questions: ask again later."""
-
-
-class Served(Executor, Protocol):
-    """An executor that takes questions from outside."""
-
-    new_tokens: int  # the longest answer where a request does not say
-
-    @property
-    def modes(self) -> Mapping[str, InvocationPolicy]:
-        """What a request may ask for, by name."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """One that several threads may decode with."""
-
-    def running(self) -> AbstractContextManager[object]:
-        """What the thread that decodes runs in."""
-
-    def prepare(self, images: Sequence[Image.Image], chat: Chat, max_new_tokens: int) -> Any:
-        """A sample for a request, with its images decoded; RequestError for an unusable one. Any thread may call it."""
-
-    def read(self, sample: Any, memory: bool) -> None:
-        """What can be computed of a sample before it joins, by any thread; `memory`: memories may be formed on it."""
 
 
 @dataclass(eq=False)
@@ -90,6 +67,7 @@ class Runtime:
         self.thread: threading.Thread | None = None
         self.closed = False
         self.answers: dict[Row, _Answer] = {}  # that are decoded
+        self.faults = 0  # of the executor, since a token was last decoded
         self.stepped = -math.inf  # when a token was last decoded, by time.monotonic()
         self.metrics = Metrics(lambda: len(self.waiting), lambda: len(self.answers))
         self.log: RequestLog | None = None
@@ -158,8 +136,9 @@ class Runtime:
                 answer.check()
                 sample = self.executor.prepare(images, chat, longest)
                 let_go(images, pixels=logged is not images)
-        except BaseException:
+        except BaseException as error:
             self.places.discard(answer)
+            self.metrics.failures.inc(isinstance(error, Exception) and not isinstance(error, RequestError | Busy))
             raise
         answer.request = Request([sample], modes[mode], longest, temperature, seed, looks=looks)
         asked = {"question": said(chat), "memory": mode, "max_new_tokens": longest, "temperature": temperature}
@@ -238,11 +217,12 @@ class Runtime:
         loop = DecodeLoop(self.executor)
         try:
             with self.executor.running():
-                while not self.closed:
+                while not self.closed and self.faults < FAULTS:
                     try:
                         self._admit(loop)
                         self._step(loop)
                     except Exception as error:  # noqa: BLE001 - its callers get it, and the next answers begin anew
+                        self.faults += 1
                         failed, self.answers = self.answers, {}
                         for answer in failed.values():
                             answer.tokens.end(error)
@@ -272,6 +252,7 @@ class Runtime:
             (answer.row,) = loop.join(answer.request)
         except Exception as error:  # noqa: BLE001 - the prefill of this one failed: the others go on
             answer.tokens.end(error)
+            self.faults += not isinstance(error, Busy)
         except BaseException:  # this thread dies, and the answer is nowhere else
             answer.tokens.end(Busy(STOPPED))
             raise
@@ -297,4 +278,4 @@ class Runtime:
         if not self.answers:
             loop.step()  # lets the last ones go
         if decided:
-            self.stepped = time.monotonic()
+            self.stepped, self.faults = time.monotonic(), 0

@@ -22,7 +22,7 @@ from vismem.serving.exchange import (
     UnauthorizedError,
     sendable,
 )
-from vismem.serving.pieces import TOGETHER
+from vismem.serving.pieces import STOPPED, TOGETHER
 from vismem.serving.repository import is_unary
 
 BUSY = {  # part of a server's message: what it means for the caller, where it does not say so itself
@@ -95,7 +95,12 @@ class OverGrpc:
                 raise fault
 
     def _fault(self, model: str, message: str) -> ServerError:
-        """By the message: a stream's errors have no status, and Triton 2.51 dies of the mode in which they have one."""
+        """By the message: a stream's errors have no status, and Triton 2.51 dies of the mode in which they have one.
+
+        A server that stops keeps its connections, and new addresses are looked up for a new one alone.
+        """
+        if STOPPED in message:
+            self.connection.drop()
         kinds = ((BusyError, BUSY), (ServerError, FAILED), (RefusedError, UNKNOWN), (UnauthorizedError, {NO_TOKEN: ""}))
         for kind, reasons in kinds:
             if mark := next((mark for mark in reasons if mark in message), None):

@@ -13,6 +13,7 @@ from vismem.models.kinds import MemoryKind
 from vismem.runtime.prompt import TextStream
 
 Event = Literal["token", "short", "long", "end"]
+STOPPED = "the server stops: ask again later"
 TOGETHER = 0.01  # seconds of tokens that come together, where nobody says otherwise
 
 

@@ -1,11 +1,12 @@
 """Puts the champion where servers read it: DIR/releases/VERSION-CODE, a model repository, replaced only where damaged.
 
-CODE is the start of the hash of what VisMem writes beside the bundle: another VisMem writes another release of the same
-version, while servers read on in theirs.
+CODE is the start of a hash of the bundle and of what VisMem writes beside it: another VisMem, or another bundle under
+the same number (an older database was restored), is another release, while servers read on in theirs.
 """
 
 import shutil
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from vismem.config import Config
@@ -49,12 +50,13 @@ def publish(config: Config, folder: Path) -> Published:
     if champion is None:
         raise UserError(f"'{store.model}' in {store.uri} has no champion yet: a version must pass the gate first")
     model = config.deploy.model_name
-    release = folder / "releases" / f"{champion.version}-{code_hash(model)[:CODE]}"
+    registered = champion.tags.get("manifest_sha256")
+    code = sha256(f"{code_hash(model)}{registered}".encode()).hexdigest()[:CODE]
+    release = folder / "releases" / f"{champion.version}-{code}"
     bundle = release / model / champion.version / "bundle"
     with lock_folder(folder, PATIENCE):
         for left in release.parent.glob("*.partial"):  # by a run that was killed
             shutil.rmtree(left)
-        registered = champion.tags.get("manifest_sha256")
         intact = (bundle / MANIFEST).is_file() and sha256_file(bundle / MANIFEST) == registered
         if intact and not repository_problems(release) and has_own_code(release, model, champion.version):
             check_signature(store, champion, bundle)

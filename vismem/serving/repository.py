@@ -33,6 +33,7 @@ SERVED = (  # of the library, what lies beside a served bundle: nothing of it im
     "serving/metrics.py",
     "serving/pieces.py",
     "serving/request_log.py",
+    "serving/served.py",
 )
 SERVED_UNARY = ("runtime/access.py",)  # beside NAME_unary, which holds no bundle
 MANIFEST_VARIABLE = "VISMEM_MANIFEST_SHA256"

@@ -82,6 +82,11 @@ def part(id_: str, text: str, found: Values | None, margin: float = 0.0) -> Valu
     return {"id": id_, "text": text, "verdict": verdict(found, margin) if found else NOT_RUN, "found": found}
 
 
+def told(id_: str, text: str, verdict_: str = NOT_RUN, said: str = "") -> Values:
+    """A part of the claim `id_` whose figures are `said` in words: {id, text, verdict, said}."""
+    return {"id": id_, "text": text, "verdict": verdict_, "said": said}
+
+
 def verdict(found: Mapping[str, Any], margin: float = 0.0) -> str:
     """What a `compare` shows over all its seeds: as `majority`.
 
@@ -106,14 +111,13 @@ def together(verdicts: Sequence[str]) -> str:
 
 
 def whole_order(judged: Sequence[Values]) -> Values:
-    """The part of M4: in which seeds all intervals of M1, M2 and M3 are above 0. {id, text, verdict, said}."""
+    """The part of M4: in which seeds all intervals of M1, M2 and M3 are above 0."""
     steps, text = [claim for claim in judged if claim["id"] in STEP_BY_STEP], "all five comparisons of M1 to M3"
     if not steps or any(claim["found"] is None for claim in steps):
-        return {"id": "M4", "text": text, "verdict": NOT_RUN, "said": ""}
+        return told("M4", text)
     seeds = list(steps[0]["found"]["seeds"])
     held = [seed for seed in seeds if all(claim["found"]["seeds"][seed]["ci95"][0] > 0 for claim in steps)]
-    said = f"in {len(held)} of {len(seeds)} seeds"
-    return {"id": "M4", "text": text, "verdict": majority(len(held), 0, len(seeds)), "said": said}
+    return told("M4", text, majority(len(held), 0, len(seeds)), f"in {len(held)} of {len(seeds)} seeds")
 
 
 def clusters_of(scores: pd.DataFrame) -> npt.NDArray[np.int64]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from vismem.data.tasks import NEEDS
 from vismem.evaluation.arms import label
+from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import paired_difference
 from vismem.records import VANILLA, VISMEM
 
@@ -20,6 +21,7 @@ STEP_BY_STEP = ("M1", "M2", "M3")  # of whose parts M4 is made
 AIM = 15.0  # points over vanilla
 
 Values = dict[str, Any]
+Answers = Mapping[str, Sequence[Prediction]]  # by arm: the same questions in the same order, vanilla among the arms
 
 
 @dataclass(frozen=True)

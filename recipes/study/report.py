@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 
 from recipes.study.budgets import checked_memories, nearest_rate
-from recipes.study.figures import Answers, check_figures, long_figures, study_figures, transfer_figures
+from recipes.study.claims import Answers
+from recipes.study.figures import check_figures, long_figures, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, headline, pictures, render
 from recipes.study.plan import Settings, changed, parameters, trained_half

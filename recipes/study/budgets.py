@@ -10,8 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from recipes.study.claims import Answers, Values, clusters_of, compare
-from vismem.data.tasks import NEEDS
+from recipes.study.claims import Answers, Values, clusters_of, compare, needs_of
 from vismem.evaluation import panels
 from vismem.evaluation.arms import label
 from vismem.evaluation.statistics import score_interval, share_interval
@@ -95,9 +94,8 @@ def lines_plot(placements: Mapping[str, Sequence[Values]]) -> bytes:
 def needs(scores: pd.DataFrame, resamples: int) -> dict[str, Values]:
     """{need: {n, arms {arm: score}, gains {arm: `compare` with vanilla}}} of the needs whose tasks were asked."""
     found = {}
-    of = scores.index.get_level_values("task").map(lambda task: NEEDS.get(task, ""))
     for need in KINDS_OF_NEED:
-        rows = scores[of == need]
+        rows = scores[needs_of(scores) == need]
         if len(rows):
             gains = {arm: compare(rows, arm, VANILLA, resamples) for arm in rows if arm != VANILLA}
             found[need] = {"n": len(rows), "arms": rows.mean().to_dict(), "gains": gains}

@@ -70,7 +70,7 @@ def judge(claims: Sequence[Claim], scores: pd.DataFrame | None, resamples: int) 
     for claim in claims:
         asked = scores
         if scores is not None and claim.need is not None:
-            asked = scores[scores.index.get_level_values("task").map(lambda task: NEEDS.get(task, "")) == claim.need]
+            asked = scores[needs_of(scores) == claim.need]
         found = None
         if asked is not None and {claim.above, claim.below} <= set(asked) and len(asked):
             found = compare(asked, claim.above, claim.below, resamples)
@@ -120,6 +120,11 @@ def whole_order(judged: Sequence[Values]) -> Values:
     seeds = list(steps[0]["found"]["seeds"])
     held = [seed for seed in seeds if all(claim["found"]["seeds"][seed]["ci95"][0] > 0 for claim in steps)]
     return told("M4", text, majority(len(held), 0, len(seeds)), f"in {len(held)} of {len(seeds)} seeds")
+
+
+def needs_of(scores: pd.DataFrame) -> pd.Index:
+    """(questions,) what each needs, by its task; NaN where that is not known."""
+    return scores.index.get_level_values("task").map(NEEDS)
 
 
 def clusters_of(scores: pd.DataFrame) -> npt.NDArray[np.int64]:

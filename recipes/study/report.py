@@ -46,10 +46,8 @@ def write_report(
     compared = [*(arm for arm in (VANILLA, VISMEM) if arm in settings.arms), *settings.long_arms]
     long = {seed: read_answers(place, compared) for seed, place in longer.items()}
     moved = {seed: read_answers(place, settings.transfer_arms) for seed, place in halves.items()}
-    seconds = {
-        seed: {arm: took[arm]["seconds_per_sample"] for arm in settings.arms}
-        for seed, took in ((seed, Metrics.read(place / "evaluate").arms) for seed, place in seeds.items())
-    }
+    took = {seed: Metrics.read(place / "evaluate").arms for seed, place in seeds.items()}
+    seconds = {seed: {arm: row[arm]["seconds_per_sample"] for arm in settings.arms} for seed, row in took.items()}
     runs = {name: runs for name, runs in read_records(folder).items() if name in {job.name for job in jobs}}
     records = [record for each in runs.values() for record in each]
     differing = changed(parameters(resolve(), Settings()), parameters(config, settings))

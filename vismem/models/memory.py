@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from vismem.config import MemoryConfig
 from vismem.errors import UserError
-from vismem.models.backbones.base import Backbone, PatchStream, Prompt
+from vismem.models.backbones.base import Backbone, PatchStream, Prompt, following
 from vismem.models.lora import Lora, LoraSettings
 
 OWN = 5.0  # score of the token that a slot of a short memory takes, above all others
@@ -201,8 +201,7 @@ class LongFormer(nn.Module):
             memory = memory + pooling(inputs.stream_visual, self.length).to(stream.dtype) @ stream
         added = torch.cat([self.query(queries) * self.query_scale, memory], dim=1)
         extra = added.shape[1]
-        after = positions.masked_fill(~mask, -1).amax(dim=(0, 2)) + 1
-        tail = after[:, None] + torch.arange(extra, device=after.device)
+        tail = following(positions, mask)[:, None] + torch.arange(extra, device=mask.device)
         keys = torch.cat([mask, mask.new_ones(rows, extra)], dim=1)
         cache, cached = None, 0
         if prefix is not None:

@@ -32,10 +32,10 @@ MACHINE = Counting(1, "H100", *CARDS["H100"])
 class Counted(Whole):
     """A whole step on real tensors, whose FLOP torch counts."""
 
-    def _train(self, objective: Any, trained: Any, settings: Any, batch_size: int, lr_scales: Any = None) -> int:
+    def _train(self, objective: Any, trained: Any, settings: Any, batch_size: int) -> int:
         objective.prompts_need_gradient = changes_prefill(trained)
         with FlopCounterMode(display=False) as counter:
-            super()._train(objective, trained, settings, batch_size, lr_scales)
+            super()._train(objective, trained, settings, batch_size)
         self.flops = counter.get_total_flops()
         return 0
 

@@ -117,12 +117,7 @@ class Rehearsal(Run):
         return self
 
     def _train(
-        self,
-        objective: GrpoObjective | Supervised,
-        trained: Parameters,
-        settings: LoopSettings,
-        batch_size: int,
-        lr_scales: Mapping[str, float] | None = None,
+        self, objective: GrpoObjective | Supervised, trained: Parameters, settings: LoopSettings, batch_size: int
     ) -> int:
         if not settings.steps:
             return 0

@@ -1,6 +1,7 @@
 """One step of training from its inputs to its metrics: what stage I, stage II and the baselines share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,17 +69,13 @@ class Run:
         self.checks: dict[str, dict[str, list[float]]] = {BEFORE: {}, AFTER: {}}
 
     def train_grpo(
-        self,
-        kind: type[GrpoObjective],
-        stage: GrpoStageConfig,
-        trained: Parameters,
-        lr_scales: Mapping[str, float] | None = None,
+        self, kind: type[GrpoObjective], stage: GrpoStageConfig, trained: Parameters, rates: Mapping[str, float] = {}
     ) -> None:
-        """Run one phase of GRPO; `lr_scales` as in `loop.train`."""
+        """Run one phase of GRPO; `rates` as in `LoopSettings`."""
         grpo, seed = self.config.grpo, self.config.seed
         objective = kind(self.model, self.samples, grpo, stage, seed, self.accelerator, self.out)
-        settings = loop_settings(self.name, self.config, stage, len(self.samples))
-        seen = self._train(objective, trained, settings, grpo.batch_size, lr_scales)
+        settings = replace(loop_settings(self.name, self.config, stage, len(self.samples)), rates=rates)
+        seen = self._train(objective, trained, settings, grpo.batch_size)
         self.rollouts += seen * stage.group_size
 
     def train_supervised(
@@ -92,17 +89,12 @@ class Run:
         self._train(objective, trained, settings, batch_size)
 
     def _train(
-        self,
-        objective: GrpoObjective | Supervised,
-        trained: Parameters,
-        settings: LoopSettings,
-        batch_size: int,
-        lr_scales: Mapping[str, float] | None = None,
+        self, objective: GrpoObjective | Supervised, trained: Parameters, settings: LoopSettings, batch_size: int
     ) -> int:
         """Run one phase; returns how many questions it saw."""
         objective.prompts_need_gradient = changes_prefill(trained)
         self.trained |= trained
-        self.state = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
+        self.state = train(objective, trained, settings, self.out, self.accelerator)
         seen = self.state.steps * min(batch_size, len(self.samples))
         self.questions += seen
         self.seconds += self.state.seconds

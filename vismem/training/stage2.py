@@ -101,8 +101,8 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         rates = dict.fromkeys((n for n in trained if n.startswith(POLICY_LORA)), settings.policy_learning_rate)
         if whitening:
             rates |= {name: settings.whitened_learning_rate for name in trained if name.startswith(WHITENED)}
-        scales = {name: rate / settings.learning_rate for name, rate in rates.items()}
-        run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
+        rates["tokens.end"] = settings.end_lr_scale * settings.learning_rate
+        run.train_grpo(Invocation, settings, trained, rates)
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
     run.check(AFTER, SAMPLED, Learned(), temperature=config.grpo.temperature)

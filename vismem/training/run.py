@@ -73,7 +73,8 @@ class Run:
     ) -> None:
         """Run one phase of GRPO; `rates` as in `LoopSettings`."""
         grpo, seed = self.config.grpo, self.config.seed
-        objective = kind(self.model, self.samples, grpo, stage, seed, self.accelerator, self.out)
+        needed = changes_prefill(trained)
+        objective = kind(self.model, self.samples, grpo, stage, seed, self.accelerator, self.out, needed)
         settings = replace(loop_settings(self.name, self.config, stage, len(self.samples)), rates=rates)
         seen = self._train(objective, trained, settings, grpo.batch_size)
         self.rollouts += seen * stage.group_size
@@ -83,8 +84,9 @@ class Run:
     ) -> None:
         """Run one phase of supervised training on the answers that `written` makes."""
         seed, checkpointing = self.config.seed, self.config.grpo.gradient_checkpointing
+        needed = changes_prefill(trained)
         objective = Supervised(
-            self.model, self.samples, written, seed, self.accelerator, batch_size, micro_batch, checkpointing
+            self.model, self.samples, written, seed, self.accelerator, batch_size, micro_batch, checkpointing, needed
         )
         self._train(objective, trained, settings, batch_size)
 
@@ -92,7 +94,6 @@ class Run:
         self, objective: GrpoObjective | Supervised, trained: Parameters, settings: LoopSettings, batch_size: int
     ) -> int:
         """Run one phase; returns how many questions it saw."""
-        objective.prompts_need_gradient = changes_prefill(trained)
         self.trained |= trained
         self.state = train(objective, trained, settings, self.out, self.accelerator)
         seen = self.state.steps * min(batch_size, len(self.samples))

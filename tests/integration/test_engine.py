@@ -70,7 +70,7 @@ def test_replay_scores_what_decoding_scored(eager: VisMemModel, policy: Invocati
     assert max(len(r.invocations) for r in rollouts) == most
     context = prefill(eager, tiny.samples())
     sample = torch.arange(len(tiny.samples())).repeat_interleave(2)
-    scores = score(eager, context, rollouts, sample, sampled_kinds=policy.sampled, limit=policy.limit)
+    scores = score(eager, context, rollouts, sample, policy)
     for row, rollout in enumerate(rollouts):
         for index, (sampled, expected) in enumerate(zip(rollout.loss_mask, rollout.logprobs, strict=True)):
             assert bool(scores.mask[row, index]) == sampled
@@ -88,7 +88,7 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(
         monkeypatch.setattr(token_scores, "MAX_LOGITS", logits)
         model.zero_grad()
         context, sample = prefill(model, tiny.samples()), torch.arange(len(rollouts))
-        scores = score(model, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
+        scores = score(model, context, rollouts, sample, Learned(), temperature=0.7)
         scores.logprobs.sum().backward()
         found.append((scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (whole, gradients), (pieces, again) = found
@@ -102,7 +102,7 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(
 def test_entropy_and_word_scores_are_those_of_the_distributions(eager: VisMemModel) -> None:
     rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=8, temperature=0.7, seed=3)
     context, sample = prefill(eager, tiny.samples()), torch.arange(len(rollouts))
-    scores = score(eager, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
+    scores = score(eager, context, rollouts, sample, Learned(), temperature=0.7)
     first = eager.logits(context.last) / 0.7
     expected = torch.distributions.Categorical(logits=first).entropy()
     assert torch.allclose(scores.entropy[:, 0], expected, atol=1e-4)

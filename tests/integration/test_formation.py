@@ -181,10 +181,10 @@ def test_replay_scores_words_among_words_and_invokes_alone(
 ) -> None:
     own = padded.invocation_config.model_copy(update={"max_per_answer": TOKENS})  # no limit that matters
     monkeypatch.setattr(padded, "invocation_config", own)
-    samples, kinds = tiny.samples(), tuple(MemoryKind)
+    samples = tiny.samples()
     rollouts = generate(padded, samples, Learned(), max_new_tokens=TOKENS, temperature=temperature, seed=5)
     context, row = prefill(padded, samples), torch.arange(len(samples))
-    scores = score(padded, context, rollouts, row, sampled_kinds=kinds, temperature=temperature)
+    scores = score(padded, context, rollouts, row, Learned(), temperature=temperature)
     barred = score(padded, context, rollouts, row, temperature=temperature)  # as the policy Random samples
     logits = by_hand(padded, answer_states(padded, context, rollouts, row)) / temperature
     words = logits[..., : padded.vocabulary].log_softmax(-1)

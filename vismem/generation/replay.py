@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from vismem.data.sample import Sample
 from vismem.generation.context import Context
+from vismem.generation.invocation import InvocationPolicy, Off
 from vismem.generation.prompts import encode
 from vismem.generation.token_scores import token_scores
 from vismem.generation.types import LATENT, Invocation, Rollout
@@ -28,6 +29,7 @@ from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 
 ROWS_TOGETHER = 32  # answers that go through the model at a time
+WORDS = Off()  # answers without memories
 
 
 @dataclass
@@ -86,26 +88,21 @@ def score(
     context: Context,
     rollouts: Sequence[Rollout],
     sample: Tensor,
-    *,
-    sampled_kinds: tuple[MemoryKind, ...] = (),
-    limit: int | None = None,
+    policy: InvocationPolicy = WORDS,
     temperature: float = 1.0,
-    best_words: bool = False,
 ) -> Scores:
     """Score recorded answers; `sample` (R,) says which of the context's prompts each answer belongs to.
 
-    `sampled_kinds`, `limit` and `best_words` are those of the policy that sampled: they decide which invoke tokens were
-    barred, and whether a word's log-probability is that of all words together. By default all are barred, so it is that
-    among words.
+    `policy` sampled them: it decides which invoke tokens were barred, and whether a word's log-probability is that of
+    all words together. By default all are barred, so it is that among words.
     """
-    limit = model.limit(limit)
     # rows that are cut at like places go through the model together, so that little is padded
     cuts = [[*(i.position for i in rollout.invocations), len(rollout.token_ids)] for rollout in rollouts]
     parts, order = [], sorted(range(len(rollouts)), key=cuts.__getitem__)
     for start in range(0, len(order), ROWS_TOGETHER):
         rows = order[start : start + ROWS_TOGETHER]
         part = _Pass(model, context, [rollouts[row] for row in rows], sample[rows])
-        parts.append(part.scores(sampled_kinds, limit, temperature, best_words))
+        parts.append(part.scores(policy, temperature))
     longest = max(part.mask.shape[1] for part in parts)
     back = torch.tensor(order, device=sample.device).argsort()
     whole = {
@@ -197,8 +194,8 @@ class _Pass:
         """The index behind a memory and its end token."""
         return invocation.position + self.model.length_of(invocation.kind) + 2
 
-    def scores(self, sampled_kinds: tuple[MemoryKind, ...], limit: int, temperature: float, best_words: bool) -> Scores:
-        hidden = self.hidden()
+    def scores(self, policy: InvocationPolicy, temperature: float) -> Scores:
+        hidden, limit = self.hidden(), self.model.limit(policy.limit)
         mask = padded([rollout.loss_mask for rollout in self.rollouts], torch.bool)
         full = torch.zeros_like(mask)
         for row, rollout in enumerate(self.rollouts):
@@ -211,9 +208,9 @@ class _Pass:
             delimiters = torch.tensor(self.model.delimiter_ids, device=self.device)
             full[:, 1:] |= ~torch.isin(self.ids[:, :-1], delimiters)
         columns = self.model.column_of(self.ids)[mask]
-        may_invoke = torch.tensor([kind in sampled_kinds and limit > 0 for kind in KINDS], device=self.device)
+        may_invoke = torch.tensor([kind in policy.sampled and limit > 0 for kind in KINDS], device=self.device)
         barred = full[mask][:, None] | ~may_invoke
-        found = token_scores(self.model, hidden[mask], columns, barred, temperature, best_words)
+        found = token_scores(self.model, hidden[mask], columns, barred, temperature, policy.best_words)
         chosen, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
         return Scores(chosen, entropy, mask, self.latents)
 

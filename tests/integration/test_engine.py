@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from transformers import DynamicCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from vismem.data.collate import prompt_messages
@@ -17,7 +18,7 @@ from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random,
 from vismem.generation.replay import decisions_of, prefill, score, without_memory
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import PrefixCache, causal_mask
+from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
 
 
@@ -121,7 +122,7 @@ def test_a_long_memory_is_the_same_whether_the_prompts_were_read_before(eager: V
     context, sample = prefill(eager, tiny.samples()), torch.arange(len(rollouts)) // 2
     assert len(set(context.prompt.mask.sum(1).tolist())) > 1
     found = []
-    for prefix in (eager.long_prefix(context.prompt), PrefixCache(0, [])):  # the latter caches nothing
+    for prefix in (eager.long_prefix(context.prompt), DynamicCache()):  # the latter caches nothing
         scores = score(eager, dataclasses.replace(context, prefix=prefix), rollouts, sample)
         found.append(torch.cat([memory.flatten() for memory in scores.latents]))
     assert torch.allclose(found[0], found[1], atol=1e-5)

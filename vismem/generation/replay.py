@@ -24,7 +24,7 @@ from vismem.generation.token_scores import token_scores
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import causal_mask
+from vismem.models.memory import causal_mask, rows_of
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 
@@ -135,9 +135,7 @@ class _Pass:
     def hidden(self) -> Tensor:
         """(R, T, d): the hidden state from which each token of the answer was predicted."""
         context, sample, backbone = self.context, self.sample, self.model.backbone
-        cache = DynamicCache()
-        for layer, held in enumerate(context.cache.layers):
-            cache.update(held.keys[sample], held.values[sample], layer)
+        cache = rows_of(context.cache, sample)
         following = context.prompt.next_position()[sample]
         for chunk, (start, stop) in enumerate(pairwise(self._cuts().unbind(1))):
             lengths = stop - start

@@ -163,12 +163,8 @@ class VisMemModel(nn.Module):
             yield
 
     @contextmanager
-    def reference(self, start: PolicyWeights | None = None) -> Iterator[None]:
-        """The reference policy within the block: the policy with the weights of `start`; by default the bare base."""
-        if start is None:
-            with self.policy_lora.active(False):
-                yield
-            return
+    def reference(self, start: PolicyWeights) -> Iterator[None]:
+        """The reference policy within the block: the policy with the weights of `start`."""
         own = self.tokens
         self.tokens = start.tokens
         try:

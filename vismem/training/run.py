@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from vismem.config import Config, GrpoStageConfig
+from vismem.config.training import SMALL_WIDTH
 from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
@@ -171,6 +172,15 @@ def new_model(config: Config, inputs: Inputs, kind: type[VisMemModel] = VisMemMo
     model = kind(backbone, config.memory, config.invocation, config.seed)
     model.new_tokens = config.grpo.max_new_tokens
     return model
+
+
+def refuse_wide(model: VisMemModel, name: str, value: float, why: str) -> None:
+    """UserError for a setting of the tiny VLM on a base that is not small."""
+    if model.backbone.width >= SMALL_WIDTH:
+        raise UserError(
+            f"{name} {value} is for the tiny VLM: {why}. Let the profile extend one of a large model (docs/models.md), "
+            "or set it to 0"
+        )
 
 
 def trainable(model: VisMemModel, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:

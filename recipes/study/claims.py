@@ -107,7 +107,7 @@ def majority(held: int, against: int, count: int) -> str:
     return REVERSED if 3 * against >= 2 * count else NOT_SHOWN
 
 
-def together(verdicts: Sequence[str]) -> str:
+def overall(verdicts: Sequence[str]) -> str:
     """A claim holds where all its parts do; else it is what the worst of them is. Not run without parts."""
     return min(verdicts, key=VERDICTS.index) if verdicts else NOT_RUN
 

@@ -18,8 +18,8 @@ from recipes.study.claims import (
     Values,
     judge,
     majority,
+    overall,
     part,
-    together,
     told,
 )
 from vismem.evaluation.arms import label
@@ -44,12 +44,12 @@ def read_plan(file: Path) -> dict[str, dict[str, str]]:
 
 
 def verdicts(plan: Mapping[str, Mapping[str, str]], figures: Values) -> list[Values]:
-    """Each claim of the plan: {id, claim, prediction, verdict, parts}; see `together`."""
+    """Each claim of the plan: {id, claim, prediction, verdict, parts}; see `overall`."""
     parts = all_parts(figures)
     listed = []
     for id_, row in plan.items():
         own = [part for part in parts if part["id"] == id_]
-        listed.append({"id": id_, **row, "verdict": together([part["verdict"] for part in own]), "parts": own})
+        listed.append({"id": id_, **row, "verdict": overall([part["verdict"] for part in own]), "parts": own})
     return listed
 
 

@@ -103,16 +103,16 @@ class Run:
         return seen
 
     def answer(
-        self, samples: Sequence[Sample], policy: InvocationPolicy, about: str, together: int, temperature: float = 0.0
+        self, samples: Sequence[Sample], policy: InvocationPolicy, about: str, batch_size: int, temperature: float = 0.0
     ) -> list[Rollout]:
-        """Answer samples, so many `together`; processes share these batches, and all return all answers."""
+        """Answer samples, `batch_size` at a time; processes share these batches, and all return all answers."""
         limit, seed, quiet = self.config.grpo.max_new_tokens, self.config.seed, not self.accelerator.is_main_process
         own, shares = share_of_work(self.accelerator, self.model.backbone.processes)
         answered, fitting = list[tuple[int, list[Rollout]]](), FittingBatches()
         settings = {"max_new_tokens": limit, "temperature": temperature, "seed": seed}
         with progress(f"{self.name}: {about}", len(samples), quiet=quiet) as advance:
-            for at in range(0, len(samples), together)[own::shares]:
-                batch = samples[at : at + together]
+            for at in range(0, len(samples), batch_size)[own::shares]:
+                batch = samples[at : at + batch_size]
                 answered.append((at, fitting.generate(self.model, batch, policy, **settings)[0]))
                 advance(len(batch) * shares)
         batches = sorted(dict(gather_object(answered)).items())  # some may come from several processes
@@ -123,8 +123,8 @@ class Run:
 
         The same numbers are drawn at both times, so that scores are paired question by question.
         """
-        together = self.config.grpo.decode_batch
-        rollouts = self.answer(self.checked, policy, f"validation {name}", together, temperature)
+        batch_size = self.config.grpo.decode_batch
+        rollouts = self.answer(self.checked, policy, f"validation {name}", batch_size, temperature)
         paired = zip(self.checked, rollouts, strict=True)
         self.checks[when][name] = [score(sample, rollout.text) for sample, rollout in paired]
         return rollouts

@@ -173,12 +173,12 @@ def _product(states: Tensor, row: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decisions(
-    model: VisMemModel, samples: Sequence[Sample], answers: Sequence[Rollout], together: int
+    model: VisMemModel, samples: Sequence[Sample], answers: Sequence[Rollout], batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """(n, d) hidden states from which sampled answers were decided, and (n,) where: START, DELIMITER or BETWEEN."""
     states, places = [], []
-    for at in range(0, len(samples), together):
-        batch, rollouts = samples[at : at + together], answers[at : at + together]
+    for at in range(0, len(samples), batch_size):
+        batch, rollouts = samples[at : at + batch_size], answers[at : at + batch_size]
         sample = torch.arange(len(batch), device=model.backbone.device)
         hidden = answer_states(model, prefill(model, batch), rollouts, sample)
         for row, rollout in enumerate(rollouts):

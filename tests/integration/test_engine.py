@@ -123,8 +123,9 @@ def test_a_long_memory_is_the_same_whether_the_prompts_were_read_before(eager: V
     assert len(set(context.prompt.mask.sum(1).tolist())) > 1
     found = []
     for prefix in (eager.long_prefix(context.prompt), DynamicCache()):  # the latter caches nothing
-        scores = score(eager, dataclasses.replace(context, prefix=prefix), rollouts, sample)
-        found.append(torch.cat([memory.flatten() for memory in scores.latents]))
+        with tiny.formed(eager) as memories:
+            score(eager, dataclasses.replace(context, prefix=prefix), rollouts, sample)
+        found.append(torch.cat([memory.flatten() for memory in memories]))
     assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
@@ -143,8 +144,9 @@ def test_cached_decoding_equals_one_full_pass_over_the_same_embeddings(eager: Vi
     rollout = generate(eager, [sample], RANDOM, max_new_tokens=16, temperature=1.0, seed=7)[0]
     assert rollout.invocations
     context = prefill(eager, [sample])
-    scores = score(eager, context, [rollout], torch.zeros(1, dtype=torch.long))
-    latents = torch.cat([memory[0] for memory in _in_order(scores.latents, rollout.invocations)])
+    with tiny.formed(eager) as memories:
+        score(eager, context, [rollout], torch.zeros(1, dtype=torch.long))
+    latents = torch.cat([memory[0] for memory in _in_order(memories, rollout.invocations)])
     ids = torch.tensor(rollout.token_ids)
     answer = eager.embed(ids.clamp_min(0))
     answer[ids == LATENT] = latents

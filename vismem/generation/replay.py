@@ -39,7 +39,6 @@ class Scores:
     logprobs: Tensor  # (R, T) of the recorded tokens, under the temperature and the bars of the sampling
     entropy: Tensor  # (R, T) nats
     mask: Tensor  # (R, T) bool: sampled tokens, the loss mask
-    latents: list[Tensor]  # the memories formed, (rows, N, d) each; of one answer in the order of its invocations
 
 
 def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None = None) -> Context:
@@ -109,7 +108,7 @@ def score(
         name: torch.cat([pad(getattr(part, name), (0, longest - part.mask.shape[1])) for part in parts])[back]
         for name in ("logprobs", "entropy", "mask")
     }
-    return Scores(**whole, latents=[memory for part in parts for memory in part.latents])
+    return Scores(**whole)
 
 
 def answer_states(model: VisMemModel, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> Tensor:
@@ -124,7 +123,6 @@ class _Pass:
         self.model, self.context, self.rollouts, self.sample = model, context, rollouts, sample
         self.device = sample.device
         self.ids = padded([rollout.token_ids for rollout in rollouts], torch.long).to(self.device)  # (R, T)
-        self.latents: list[Tensor] = []
         # what has been read so far, right-padded: the prompt, then chunk after chunk
         self.keys = context.prompt.mask[sample]
         self.embeds = context.prompt.embeds[sample]
@@ -170,7 +168,6 @@ class _Pass:
                 continue
             index = torch.tensor(rows, device=self.device)
             memory = self._form(kind, rows, index, chunk)
-            self.latents.append(memory)
             places = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, index, True) & (ids == LATENT)
             piece = piece.masked_scatter(places[..., None], memory)
         return piece
@@ -210,7 +207,7 @@ class _Pass:
         barred = full[mask][:, None] | ~may_invoke
         found = token_scores(self.model, hidden[mask], columns, barred, temperature, policy.best_words)
         chosen, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
-        return Scores(chosen, entropy, mask, self.latents)
+        return Scores(chosen, entropy, mask)
 
 
 def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

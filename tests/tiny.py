@@ -1,7 +1,11 @@
 """Tiny real models with random weights, and scenes to ask them about."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -90,3 +94,16 @@ def check_card(folder: Path) -> None:
     card = (folder / CARD).read_text()
     assert card == render(read_json(folder / FACTS), hashes)
     assert all(f"| {name} | {value} |" in card for name, value in hashes.items())
+
+
+@contextmanager
+def formed(model: VisMemModel) -> Iterator[list[torch.Tensor]]:
+    """Within the block, every memory that the model forms is kept, (rows, N, d) each."""
+    kept, form = list[torch.Tensor](), model.form
+
+    def keep(*inputs: Any) -> torch.Tensor:
+        kept.append(form(*inputs))
+        return kept[-1]
+
+    with patch.object(model, "form", keep):
+        yield kept

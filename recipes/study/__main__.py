@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from recipes.study.claims import Values
 from recipes.study.jobs import run_jobs
-from recipes.study.plan import Settings, Values, changed, parameters, plan
+from recipes.study.plan import Settings, changed, parameters, plan
 from recipes.study.report import write_report
 from vismem.config import load_config
 from vismem.errors import UserError

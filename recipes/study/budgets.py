@@ -4,18 +4,15 @@ All of it from predictions of the arms; scores in percent.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from recipes.study.claims import clusters_of, compare
-from vismem.data.tasks import NEEDS
+from recipes.study.claims import Answers, Values, clusters_of, compare, needs_of
 from vismem.evaluation import panels
 from vismem.evaluation.arms import label
-from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import score_interval, share_interval
 from vismem.records import VANILLA, VISMEM
 
@@ -29,9 +26,6 @@ PLACEMENTS = {  # of memories: the arms that have ever more of them
 CHOICES = ("no_memory", "as_short", "as_long")  # what the learned policy chooses among
 KINDS_OF_NEED = ("coarse", "detail", "compute")
 COLOURS = dict(zip(PLACEMENTS, (panels.BLUE, panels.GREY, "#009E73", panels.ORANGE), strict=True))
-
-Values = dict[str, Any]
-Answers = Mapping[str, Sequence[Prediction]]
 
 
 def mean_memories(answers: Mapping[int, Answers]) -> dict[str, float]:
@@ -100,9 +94,8 @@ def lines_plot(placements: Mapping[str, Sequence[Values]]) -> bytes:
 def needs(scores: pd.DataFrame, resamples: int) -> dict[str, Values]:
     """{need: {n, arms {arm: score}, gains {arm: `compare` with vanilla}}} of the needs whose tasks were asked."""
     found = {}
-    of = scores.index.get_level_values("task").map(lambda task: NEEDS.get(task, ""))
     for need in KINDS_OF_NEED:
-        rows = scores[of == need]
+        rows = scores[needs_of(scores) == need]
         if len(rows):
             gains = {arm: compare(rows, arm, VANILLA, resamples) for arm in rows if arm != VANILLA}
             found[need] = {"n": len(rows), "arms": rows.mean().to_dict(), "gains": gains}

@@ -10,6 +10,7 @@ import pandas as pd
 
 from vismem.data.tasks import NEEDS
 from vismem.evaluation.arms import label
+from vismem.evaluation.predictions import Prediction
 from vismem.evaluation.statistics import paired_difference
 from vismem.records import VANILLA, VISMEM
 
@@ -20,6 +21,7 @@ STEP_BY_STEP = ("M1", "M2", "M3")  # of whose parts M4 is made
 AIM = 15.0  # points over vanilla
 
 Values = dict[str, Any]
+Answers = Mapping[str, Sequence[Prediction]]  # by arm: the same questions in the same order, vanilla among the arms
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def judge(claims: Sequence[Claim], scores: pd.DataFrame | None, resamples: int) 
     for claim in claims:
         asked = scores
         if scores is not None and claim.need is not None:
-            asked = scores[scores.index.get_level_values("task").map(lambda task: NEEDS.get(task, "")) == claim.need]
+            asked = scores[needs_of(scores) == claim.need]
         found = None
         if asked is not None and {claim.above, claim.below} <= set(asked) and len(asked):
             found = compare(asked, claim.above, claim.below, resamples)
@@ -80,6 +82,11 @@ def judge(claims: Sequence[Claim], scores: pd.DataFrame | None, resamples: int) 
 def part(id_: str, text: str, found: Values | None, margin: float = 0.0) -> Values:
     """A part of the claim `id_` that rests on a comparison: {id, text, verdict, found}; None: it was not run."""
     return {"id": id_, "text": text, "verdict": verdict(found, margin) if found else NOT_RUN, "found": found}
+
+
+def told(id_: str, text: str, verdict_: str = NOT_RUN, said: str = "") -> Values:
+    """A part of the claim `id_` whose figures are `said` in words: {id, text, verdict, said}."""
+    return {"id": id_, "text": text, "verdict": verdict_, "said": said}
 
 
 def verdict(found: Mapping[str, Any], margin: float = 0.0) -> str:
@@ -100,20 +107,24 @@ def majority(held: int, against: int, count: int) -> str:
     return REVERSED if 3 * against >= 2 * count else NOT_SHOWN
 
 
-def together(verdicts: Sequence[str]) -> str:
+def overall(verdicts: Sequence[str]) -> str:
     """A claim holds where all its parts do; else it is what the worst of them is. Not run without parts."""
     return min(verdicts, key=VERDICTS.index) if verdicts else NOT_RUN
 
 
 def whole_order(judged: Sequence[Values]) -> Values:
-    """The part of M4: in which seeds all intervals of M1, M2 and M3 are above 0. {id, text, verdict, said}."""
+    """The part of M4: in which seeds all intervals of M1, M2 and M3 are above 0."""
     steps, text = [claim for claim in judged if claim["id"] in STEP_BY_STEP], "all five comparisons of M1 to M3"
     if not steps or any(claim["found"] is None for claim in steps):
-        return {"id": "M4", "text": text, "verdict": NOT_RUN, "said": ""}
+        return told("M4", text)
     seeds = list(steps[0]["found"]["seeds"])
     held = [seed for seed in seeds if all(claim["found"]["seeds"][seed]["ci95"][0] > 0 for claim in steps)]
-    said = f"in {len(held)} of {len(seeds)} seeds"
-    return {"id": "M4", "text": text, "verdict": majority(len(held), 0, len(seeds)), "said": said}
+    return told("M4", text, majority(len(held), 0, len(seeds)), f"in {len(held)} of {len(seeds)} seeds")
+
+
+def needs_of(scores: pd.DataFrame) -> pd.Index:
+    """(questions,) what each needs, by its task; NaN where that is not known."""
+    return scores.index.get_level_values("task").map(NEEDS)
 
 
 def clusters_of(scores: pd.DataFrame) -> npt.NDArray[np.int64]:

@@ -6,18 +6,14 @@ trains anew, on other questions.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 
 from recipes.study import budgets
-from recipes.study.claims import EQUAL_SECONDS, TRANSFER, compare, judge, of_arms, whole_order
+from recipes.study.claims import EQUAL_SECONDS, TRANSFER, Answers, Values, compare, judge, of_arms, whole_order
 from vismem.evaluation.metrics import is_yes_no, summarise
 from vismem.evaluation.predictions import Prediction
 from vismem.records import VANILLA
-
-Values = dict[str, Any]
-Answers = Mapping[str, Sequence[Prediction]]  # by arm: the same questions in the same order, vanilla among the arms
 
 
 def study_figures(

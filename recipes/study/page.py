@@ -19,7 +19,7 @@ from vismem.evaluation.statistics import holm
 from vismem.evaluation.summary import change
 from vismem.records import VANILLA, VISMEM, Difference, p_value
 
-Values = Mapping[str, Any]
+Figures = Mapping[str, Any]
 
 COSTS = {
     "trainable_parameters": "parameters trained",
@@ -36,7 +36,7 @@ AIMS = {  # what the study is to show, and the claim of the plan that says so
 SHOWN_BY_TASK = (VANILLA, VISMEM, "short_only", "long_only", "sft_lora", "grpo_lora", "full")
 
 
-def headline(figures: Values) -> str:
+def headline(figures: Figures) -> str:
     """The result in one sentence, of what was run."""
     arms, count = figures["arms"], len(figures["seeds"])
     asked = f"of {sum(figures['items'].values())} test questions ({count} seed{'s' if count > 1 else ''})"
@@ -46,19 +46,19 @@ def headline(figures: Values) -> str:
     return f"VisMem answers {score:.1f} % {asked} correctly, vanilla {arms[VANILLA]['mean']:.1f} %: {gain}."
 
 
-def aims(plan: Sequence[Values]) -> str:
+def aims(plan: Sequence[Figures]) -> str:
     """What became of each of AIMS."""
     verdict = {claim["id"]: claim["verdict"] for claim in plan}
     return "; ".join(f"{aim} ({id_}): {verdict.get(id_, NOT_RUN)}" for aim, id_ in AIMS.items())
 
 
-def tally(plan: Sequence[Values]) -> str:
+def tally(plan: Sequence[Figures]) -> str:
     """How many claims of the plan came to each verdict."""
     counts = pd.Series([claim["verdict"] for claim in plan]).value_counts(sort=False)
     return ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
 
 
-def gain_plot(arms: Values) -> bytes:
+def gain_plot(arms: Figures) -> bytes:
     """Every arm's gain over vanilla with the pooled 95 % interval, as PNG; the small dots are single seeds."""
     gains = {arm: row["gain"] for arm, row in arms.items() if arm != VANILLA}
     figure = Figure(figsize=(7.2, 1.0 + 0.27 * len(gains)), layout="constrained")
@@ -73,13 +73,13 @@ def gain_plot(arms: Values) -> bytes:
     return panels.to_png(figure)
 
 
-def pictures(figures: Values, name: str) -> dict[str, bytes]:
+def pictures(figures: Figures, name: str) -> dict[str, bytes]:
     """The page's plots as PNG by their file names beside it: the gains, and where limits were compared the budgets."""
     plots_of = {f"{name}.png": gain_plot(figures["arms"])}
     return plots_of | ({f"{name}-memories.png": lines_plot(figures["budgets"])} if figures["budgets"] else {})
 
 
-def render(figures: Values, name: str) -> str:
+def render(figures: Figures, name: str) -> str:
     """The page; `name` is that of its plots (`pictures`)."""
     loader = PackageLoader("recipes.study", ".")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)  # a missing figure is a fault
@@ -99,7 +99,7 @@ def render(figures: Values, name: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
 
-def tables(figures: Values) -> dict[str, str]:
+def tables(figures: Figures) -> dict[str, str]:
     """The tables that occur once, by name."""
     arms, pooled, training = (figures[name] for name in ("arms", "pooled", "training"))
     shown = [arm for arm in SHOWN_BY_TASK if arm in arms]
@@ -140,7 +140,7 @@ def tables(figures: Values) -> dict[str, str]:
     }
 
 
-def plan_table(plan: Sequence[Values]) -> str:
+def plan_table(plan: Sequence[Figures]) -> str:
     """Every claim of the plan: what was predicted, what came out."""
     rows = []
     for claim in plan:
@@ -151,7 +151,7 @@ def plan_table(plan: Sequence[Values]) -> str:
     return "\n".join([*lines[:1], "| --- | --- | --- | --- | --- |", *lines[2:]])
 
 
-def result(part: Values) -> str:
+def result(part: Figures) -> str:
     """A part's figures: the pooled difference with its interval, and in how many seeds that is above 0."""
     found = part.get("found")
     if found:
@@ -163,7 +163,7 @@ def result(part: Values) -> str:
     return said + (f" ({part['note']})" if part.get("note") else "")
 
 
-def part_table(plan: Sequence[Values], seeds: Sequence[int]) -> str:
+def part_table(plan: Sequence[Figures], seeds: Sequence[int]) -> str:
     """The differences of all parts by seed; a part that other seeds were asked has empty cells."""
     parts = [(claim, part) for claim in plan for part in claim["parts"] if part.get("found")]
     adjusted = holm([part["found"]["pooled"]["p"] for _, part in parts])
@@ -176,7 +176,7 @@ def part_table(plan: Sequence[Values], seeds: Sequence[int]) -> str:
     return table(["difference, in points", "claim", "verdict", "pooled", "p, Holm", *columns(seeds)], rows)
 
 
-def arm_table(arms: Values) -> str:
+def arm_table(arms: Figures) -> str:
     """Each arm's scores and its gain over vanilla."""
     rows = []
     for arm, row in arms.items():
@@ -186,7 +186,7 @@ def arm_table(arms: Values) -> str:
     return table(["arm", "mean ± spread", *columns(arms[VANILLA]["seeds"]), "gain"], rows)
 
 
-def need_table(needs: Values) -> str:
+def need_table(needs: Figures) -> str:
     """Each arm's score by what a question needs, and its gain over vanilla there; nothing where none is known."""
     header = ["arm"] + [cell for need, row in needs.items() for cell in (f"{need} (n = {row['n']})", "gain")]
     rows = []
@@ -197,7 +197,7 @@ def need_table(needs: Values) -> str:
     return table(header, rows)
 
 
-def stage_table(stages: Values) -> str:
+def stage_table(stages: Figures) -> str:
     """Each arm's score on the first stage's tasks after each stage, and what it lost."""
     rows = []
     for arm, row in stages["arms"].items():
@@ -213,7 +213,7 @@ def memoryless(arm: str) -> bool:
     return found is not None and found.policy.limit == 0
 
 
-def use_table(first: str, uses: Values) -> str:
+def use_table(first: str, uses: Figures) -> str:
     """`metrics.memory_use` by arm or task; nothing where there is none."""
     rows = []
     for name, use in uses.items():
@@ -229,12 +229,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped) if rows else ""
 
 
-def difference(found: Values) -> str:
+def difference(found: Figures) -> str:
     """A difference with its interval: `+5.3 (+2.1 to +8.4)`."""
     return f"{found['delta']:+.1f} ({found['ci95'][0]:+.1f} to {found['ci95'][1]:+.1f})"
 
 
-def interval(found: Values) -> str:
+def interval(found: Figures) -> str:
     """A score with its interval: `55.3 (52.1 to 58.4)`."""
     return f"{found['score']:.1f} ({found['ci95'][0]:.1f} to {found['ci95'][1]:.1f})"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
+from recipes.study.claims import Values
 from recipes.study.jobs import Job
 from vismem.config import Config, ScenesSource, Section, Source
 from vismem.data.tasks import NEEDS
@@ -21,7 +22,6 @@ from vismem.params_file import render_params
 from vismem.steps import BASELINES, BY_NAME
 
 STAGES = 4  # of continual learning (paper Table 8)
-Values = dict[str, Any]
 
 
 class Settings(Section):

@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 
 from recipes.study.budgets import checked_memories, nearest_rate
-from recipes.study.figures import Answers, check_figures, long_figures, study_figures, transfer_figures
+from recipes.study.claims import Answers
+from recipes.study.figures import check_figures, long_figures, study_figures, transfer_figures
 from recipes.study.jobs import Job, busy_seconds, read_records
 from recipes.study.page import COSTS, headline, pictures, render
 from recipes.study.plan import Settings, changed, parameters, trained_half
@@ -45,10 +46,8 @@ def write_report(
     compared = [*(arm for arm in (VANILLA, VISMEM) if arm in settings.arms), *settings.long_arms]
     long = {seed: read_answers(place, compared) for seed, place in longer.items()}
     moved = {seed: read_answers(place, settings.transfer_arms) for seed, place in halves.items()}
-    seconds = {
-        seed: {arm: took[arm]["seconds_per_sample"] for arm in settings.arms}
-        for seed, took in ((seed, Metrics.read(place / "evaluate").arms) for seed, place in seeds.items())
-    }
+    took = {seed: Metrics.read(place / "evaluate").arms for seed, place in seeds.items()}
+    seconds = {seed: {arm: row[arm]["seconds_per_sample"] for arm in settings.arms} for seed, row in took.items()}
     runs = {name: runs for name, runs in read_records(folder).items() if name in {job.name for job in jobs}}
     records = [record for each in runs.values() for record in each]
     differing = changed(parameters(resolve(), Settings()), parameters(config, settings))

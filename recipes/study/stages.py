@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from recipes.study.claims import compare
-from recipes.study.figures import Answers, Values, score_table
+from recipes.study.claims import Answers, Values, compare
+from recipes.study.figures import score_table
 from vismem.records import VANILLA, VISMEM
 
 

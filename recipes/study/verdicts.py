@@ -18,8 +18,9 @@ from recipes.study.claims import (
     Values,
     judge,
     majority,
+    overall,
     part,
-    together,
+    told,
 )
 from vismem.evaluation.arms import label
 from vismem.records import VISMEM
@@ -43,12 +44,12 @@ def read_plan(file: Path) -> dict[str, dict[str, str]]:
 
 
 def verdicts(plan: Mapping[str, Mapping[str, str]], figures: Values) -> list[Values]:
-    """Each claim of the plan: {id, claim, prediction, verdict, parts}; see `together`."""
+    """Each claim of the plan: {id, claim, prediction, verdict, parts}; see `overall`."""
     parts = all_parts(figures)
     listed = []
     for id_, row in plan.items():
         own = [part for part in parts if part["id"] == id_]
-        listed.append({"id": id_, **row, "verdict": together([part["verdict"] for part in own]), "parts": own})
+        listed.append({"id": id_, **row, "verdict": overall([part["verdict"] for part in own]), "parts": own})
     return listed
 
 
@@ -65,10 +66,6 @@ def all_parts(figures: Values) -> list[Values]:
         *_kept(figures["stages"]),
         *(figures["transfer"]["claims"] if figures["transfer"] else judge(TRANSFER, None, 0)),
     ]
-
-
-def _said(id_: str, text: str, verdict_: str, said: str) -> Values:
-    return {"id": id_, "text": text, "verdict": verdict_, "said": said}
 
 
 def _at_equal_seconds(claim: Values, training: Values) -> Values:
@@ -88,10 +85,10 @@ def _converged(base: Values) -> list[Values]:
     for need in ("coarse", "compute"):
         text = f"the base with more steps - the base, {need}"
         if need not in after or need not in before:
-            parts.append(_said("G2", text, NOT_RUN, ""))
+            parts.append(told("G2", text))
             continue
         gain = after[need] - before[need]
-        parts.append(_said("G2", text, REVERSED if gain > CONVERGED else HOLDS, f"{gain:+.1f}"))
+        parts.append(told("G2", text, REVERSED if gain > CONVERGED else HOLDS, f"{gain:+.1f}"))
     return parts
 
 
@@ -99,7 +96,7 @@ def _cheaper(arms: Values) -> list[Values]:
     """M11: fewer tokens in the language model's context, and fewer seconds, than whole images in each seed."""
     own, whole = arms.get(VISMEM), arms.get("full_resolution")
     if not own or not whole:
-        return [_said("M11", text, NOT_RUN, "") for text in ("visual tokens", "seconds")]
+        return [told("M11", text) for text in ("visual tokens", "seconds")]
     score = f"score {own['mean']:.1f} against {whole['mean']:.1f}"
     score += f" (relook {arms['relook']['mean']:.1f})" if "relook" in arms else ""
     parts = []
@@ -111,7 +108,7 @@ def _cheaper(arms: Values) -> list[Values]:
         fewer, more = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
         means = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
         held = HOLDS if fewer == len(pairs) else majority(0, more, len(pairs))
-        parts.append(_said("M11", text, held, f"{said.format(*means)}; fewer in {fewer} of {len(pairs)} seeds"))
+        parts.append(told("M11", text, held, f"{said.format(*means)}; fewer in {fewer} of {len(pairs)} seeds"))
     return parts
 
 
@@ -138,13 +135,13 @@ def _chosen(oracle: Values | None) -> Values:
     """R3: the share of the way from a random choice to the oracle, above 0 in two thirds of the seeds."""
     text = "share of oracle - random choice"
     if oracle is None:
-        return _said("R3", text, NOT_RUN, "")
+        return told("R3", text)
     intervals = [seed["share_ci95"] or (0.0, 0.0) for seed in oracle["seeds"].values()]
     above, below = sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)
     share, ends = oracle["share"], oracle["share_ci95"]
     said = "the three never differ" if share is None else f"{share:.0f} % ({ends[0]:.0f} to {ends[1]:.0f})"
     said += f", above 0 in {above} of {len(intervals)}"
-    return _said("R3", text, majority(above, below, len(intervals)), said)
+    return told("R3", text, majority(above, below, len(intervals)), said)
 
 
 def _kept(stages: Values | None) -> list[Values]:
@@ -153,11 +150,7 @@ def _kept(stages: Values | None) -> list[Values]:
     others = ("sft_lora", "grpo_lora")
     texts = [f"lost by {label(arm)} - {lost}" for arm in others]
     if stages is None:
-        return [
-            _said("C1", lost, NOT_RUN, ""),
-            _said("C2", "answers changed", NOT_RUN, ""),
-            *(part("C3", text, None) for text in texts),
-        ]
+        return [told("C1", lost), told("C2", "answers changed"), *(part("C3", text, None) for text in texts)]
     found, changed = stages["arms"][VISMEM]["lost"], stages["changed"]
     over = sum(seed["ci95"][0] > FORGOTTEN for seed in found["seeds"].values())
     held = NOT_SHOWN if not over else majority(0, over, len(found["seeds"]))
@@ -165,6 +158,6 @@ def _kept(stages: Values | None) -> list[Values]:
     less = [stages["less"].get(arm) for arm in others]
     return [
         {"id": "C1", "text": lost, "verdict": held, "found": found},
-        _said("C2", "answers changed", REVERSED if changed else HOLDS, str(changed)),
+        told("C2", "answers changed", REVERSED if changed else HOLDS, str(changed)),
         *(part("C3", text, row) for text, row in zip(texts, less, strict=True)),
     ]

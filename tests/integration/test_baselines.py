@@ -151,7 +151,7 @@ def test_a_matched_lora_stands_on_q_and_v_where_they_are_wide_enough(
 @pytest.mark.parametrize("name", FROZEN)
 def test_with_all_of_it_off_the_answers_are_the_base_s(made: Made, name: str, tiny_base: Path) -> None:
     model = load_variant(made[0][name], tiny_base)
-    with model.reference():
+    with model.policy_lora.active(False):
         assert answers(model) == answers(tiny.vismem(tiny_base))
     assert name.startswith("grpo") or answers(model, ARMS[name].policy) != answers(tiny.vismem(tiny_base))
 

@@ -50,11 +50,11 @@ def test_they_are_scored_as_they_were_drawn_a_word_by_the_chance_of_any(
 ) -> None:
     samples = tiny.samples()
     rows = torch.arange(len(rollouts)) // GROUP
-    scores = score(model, prefill(model, samples), rollouts, rows, sampled_kinds=Learned().sampled, best_words=True)
+    scores = score(model, prefill(model, samples), rollouts, rows, Learned(best_words=True))
     for rollout, logprobs, sampled in zip(rollouts, scores.logprobs, scores.mask, strict=True):
         drawn = [logprob for logprob, loss in zip(rollout.logprobs, rollout.loss_mask, strict=True) if loss]
         assert logprobs[sampled].tolist() == pytest.approx(drawn, abs=1e-4)
-    barred = score(model, prefill(model, samples), rollouts, rows, best_words=True)  # no memory may come
+    barred = score(model, prefill(model, samples), rollouts, rows, Off(best_words=True))  # no memory may come
     words = barred.mask & torch.isfinite(barred.logprobs)
     assert barred.logprobs[words].abs().max() < 1e-5
     assert barred.entropy[barred.mask].abs().max() < 1e-5

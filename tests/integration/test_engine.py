@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from transformers import DynamicCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from vismem.data.collate import prompt_messages
@@ -17,7 +18,7 @@ from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random,
 from vismem.generation.replay import decisions_of, prefill, score, without_memory
 from vismem.generation.types import LATENT
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import PrefixCache, causal_mask
+from vismem.models.memory import causal_mask
 from vismem.models.vismem import VisMemModel
 
 
@@ -70,7 +71,7 @@ def test_replay_scores_what_decoding_scored(eager: VisMemModel, policy: Invocati
     assert max(len(r.invocations) for r in rollouts) == most
     context = prefill(eager, tiny.samples())
     sample = torch.arange(len(tiny.samples())).repeat_interleave(2)
-    scores = score(eager, context, rollouts, sample, sampled_kinds=policy.sampled, limit=policy.limit)
+    scores = score(eager, context, rollouts, sample, policy)
     for row, rollout in enumerate(rollouts):
         for index, (sampled, expected) in enumerate(zip(rollout.loss_mask, rollout.logprobs, strict=True)):
             assert bool(scores.mask[row, index]) == sampled
@@ -88,7 +89,7 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(
         monkeypatch.setattr(token_scores, "MAX_LOGITS", logits)
         model.zero_grad()
         context, sample = prefill(model, tiny.samples()), torch.arange(len(rollouts))
-        scores = score(model, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
+        scores = score(model, context, rollouts, sample, Learned(), temperature=0.7)
         scores.logprobs.sum().backward()
         found.append((scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (whole, gradients), (pieces, again) = found
@@ -102,7 +103,7 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(
 def test_entropy_and_word_scores_are_those_of_the_distributions(eager: VisMemModel) -> None:
     rollouts = generate(eager, tiny.samples(), Learned(), max_new_tokens=8, temperature=0.7, seed=3)
     context, sample = prefill(eager, tiny.samples()), torch.arange(len(rollouts))
-    scores = score(eager, context, rollouts, sample, sampled_kinds=tuple(MemoryKind), temperature=0.7)
+    scores = score(eager, context, rollouts, sample, Learned(), temperature=0.7)
     first = eager.logits(context.last) / 0.7
     expected = torch.distributions.Categorical(logits=first).entropy()
     assert torch.allclose(scores.entropy[:, 0], expected, atol=1e-4)
@@ -121,9 +122,10 @@ def test_a_long_memory_is_the_same_whether_the_prompts_were_read_before(eager: V
     context, sample = prefill(eager, tiny.samples()), torch.arange(len(rollouts)) // 2
     assert len(set(context.prompt.mask.sum(1).tolist())) > 1
     found = []
-    for prefix in (eager.long_prefix(context.prompt), PrefixCache(0, [])):  # the latter caches nothing
-        scores = score(eager, dataclasses.replace(context, prefix=prefix), rollouts, sample)
-        found.append(torch.cat([memory.flatten() for memory in scores.latents]))
+    for prefix in (eager.long_prefix(context.prompt), DynamicCache()):  # the latter caches nothing
+        with tiny.formed(eager) as memories:
+            score(eager, dataclasses.replace(context, prefix=prefix), rollouts, sample)
+        found.append(torch.cat([memory.flatten() for memory in memories]))
     assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
@@ -142,8 +144,9 @@ def test_cached_decoding_equals_one_full_pass_over_the_same_embeddings(eager: Vi
     rollout = generate(eager, [sample], RANDOM, max_new_tokens=16, temperature=1.0, seed=7)[0]
     assert rollout.invocations
     context = prefill(eager, [sample])
-    scores = score(eager, context, [rollout], torch.zeros(1, dtype=torch.long))
-    latents = torch.cat([memory[0] for memory in _in_order(scores.latents, rollout.invocations)])
+    with tiny.formed(eager) as memories:
+        score(eager, context, [rollout], torch.zeros(1, dtype=torch.long))
+    latents = torch.cat([memory[0] for memory in _in_order(memories, rollout.invocations)])
     ids = torch.tensor(rollout.token_ids)
     answer = eager.embed(ids.clamp_min(0))
     answer[ids == LATENT] = latents

@@ -50,8 +50,8 @@ def test_a_memory_is_the_same_whether_the_policys_own_adapter_is_on_or_off(model
 def test_prompts_are_read_for_memories_with_their_formers_adapter_and_no_other(model: VisMemModel) -> None:
     backbone, prompt = model.backbone, prefill(model, tiny.samples()[:4]).prompt
     prefix, stream = model.long_prefix(prompt), model.short_stream(prompt.vision)
-    cut = slice(prefix.length)
-    assert prefix.length == int(prompt.mask.sum(1).min())
+    cut = slice(prefix.get_seq_length())
+    assert cut.stop == int(prompt.mask.sum(1).min())
     with model.policy_lora.active(False):
         with model.long.lora.active():
             long = _keys_values(model, prompt.embeds[:, cut], prompt.positions[:, :, cut], prompt.mask[:, cut])
@@ -60,7 +60,7 @@ def test_prompts_are_read_for_memories_with_their_formers_adapter_and_no_other(m
         plain = _keys_values(model, prompt.embeds[:, cut], prompt.positions[:, :, cut], prompt.mask[:, cut])
         bare = backbone.patch_stream(prompt.vision)
     policy = _keys_values(model, prompt.embeds[:, cut], prompt.positions[:, :, cut], prompt.mask[:, cut])
-    assert _equal(prefix.keys_values, long)
+    assert _equal([(layer.keys, layer.values) for layer in prefix.layers], long)
     assert not _equal(long, plain)
     assert not _equal(policy, plain)
     assert torch.equal(stream.features, short.features)
@@ -181,10 +181,10 @@ def test_replay_scores_words_among_words_and_invokes_alone(
 ) -> None:
     own = padded.invocation_config.model_copy(update={"max_per_answer": TOKENS})  # no limit that matters
     monkeypatch.setattr(padded, "invocation_config", own)
-    samples, kinds = tiny.samples(), tuple(MemoryKind)
+    samples = tiny.samples()
     rollouts = generate(padded, samples, Learned(), max_new_tokens=TOKENS, temperature=temperature, seed=5)
     context, row = prefill(padded, samples), torch.arange(len(samples))
-    scores = score(padded, context, rollouts, row, sampled_kinds=kinds, temperature=temperature)
+    scores = score(padded, context, rollouts, row, Learned(), temperature=temperature)
     barred = score(padded, context, rollouts, row, temperature=temperature)  # as the policy Random samples
     logits = by_hand(padded, answer_states(padded, context, rollouts, row)) / temperature
     words = logits[..., : padded.vocabulary].log_softmax(-1)

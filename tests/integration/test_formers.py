@@ -196,7 +196,7 @@ def test_a_long_memory_is_the_same_with_the_first_tokens_of_its_prompt_read_befo
     prompt = encode(backbone, families.samples()[2:4])
     rows = (prompt.embeds[SAMPLES], prompt.positions[:, SAMPLES], prompt.mask[SAMPLES], prompt.visual[SAMPLES])
     prefix = former.prefill(backbone, prompt)
-    assert prefix.length == min(prompt.mask.sum(1).tolist()) < prompt.mask.shape[1]
+    assert prefix.get_seq_length() == min(prompt.mask.sum(1).tolist()) < prompt.mask.shape[1]
     alone, cached = (
         former(backbone, queries, FormationInputs(SAMPLES, noise(1), noise(1), noise(1), *rows, None, read))
         for read in (None, prefix)

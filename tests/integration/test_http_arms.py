@@ -76,9 +76,9 @@ def test_every_arm_is_a_model_and_answers_beside_the_others_as_it_does_alone(
     assert len({tuple(said) for said in texts.values()}) == len(NAMES)  # no two arms are the same
 
 
-def test_the_bare_base_is_the_reference_policy(model: VisMemModel) -> None:
+def test_the_bare_base_is_the_policy_without_its_adapter(model: VisMemModel) -> None:
 
-    with model.reference():
+    with model.policy_lora.active(False):
         expected = generate(model, SAMPLES, MODES["off"], max_new_tokens=LIMIT)
     found = generate(model, SAMPLES, BASE_MODES["vanilla"], max_new_tokens=LIMIT)
     assert [rollout.token_ids for rollout in found] == [rollout.token_ids for rollout in expected]

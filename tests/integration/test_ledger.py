@@ -20,7 +20,7 @@ from vismem.registry.champion import append, read_ledger
 from vismem.registry.ledger import Ledger, ledger_model
 from vismem.registry.server import mlflow_server
 from vismem.registry.versions import Version
-from vismem.serving.champion import champion_repository
+from vismem.serving.champion import follower
 
 RACES = int(os.environ.get("VISMEM_RACES", "3"))
 
@@ -84,7 +84,7 @@ def test_of_a_model_made_anew_no_version_is_champion_by_its_number_alone(project
     deployed = project.artifacts / "deploy" / "model_repository" / project.config.deploy.model_name / "1"
     deployed.mkdir(parents=True)
     (deployed / "bundle").symlink_to(project.steps["export"])
-    for served in (champion.champion_version, lambda _: champion_repository(project.config, project.artifacts)):
+    for served in (champion.champion_version, lambda _: follower(project.config, project.artifacts)()):
         with pytest.raises(UserError, match="version 1 of 'vismem', the champion, is no longer"):
             served(project.store)
     assert project.release(b"three", score=67.0)["promoted"] is True

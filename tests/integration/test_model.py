@@ -137,13 +137,6 @@ def test_only_what_vismem_adds_is_trainable(tiny_base: Path) -> None:
     assert not model.policy_lora.enabled
 
 
-def test_the_reference_is_the_policy_without_its_adapter(model: VisMemModel) -> None:
-    model.policy_lora.enabled = True
-    with model.reference():
-        assert model.policy_lora.enabled is False
-    assert model.policy_lora.enabled
-
-
 def test_the_policy_s_weights_are_kept_as_they_were_and_the_reference_has_them(model: VisMemModel) -> None:
     model.policy_lora.enabled = True
     model.requires_grad_(True)

@@ -12,7 +12,7 @@ from vismem.generation.invocation import InvocationPolicy, Learned, Random
 from vismem.generation.replay import prefill, score
 from vismem.generation.types import Rollout
 from vismem.models.kinds import MemoryKind
-from vismem.models.tokens import KINDS, delimiter_ids
+from vismem.models.tokens import delimiter_ids
 from vismem.models.vismem import VisMemModel
 
 LETTERS = tuple("aeiou,.")  # as delimiters, so that some are spoken
@@ -50,7 +50,7 @@ def test_the_model_calls_memory_where_it_may_and_is_scored_by_what_it_could_choo
     assert {invocation.kind for rollout in rollouts for invocation in rollout.invocations} == set(MemoryKind)
     sample = torch.arange(len(tiny.samples())).repeat_interleave(3)
     with torch.no_grad():
-        scores = score(model, prefill(model, tiny.samples()), rollouts, sample, sampled_kinds=KINDS)
+        scores = score(model, prefill(model, tiny.samples()), rollouts, sample, Learned())
     for rollout, logprobs in zip(rollouts, scores.logprobs, strict=True):
         assert logprobs[: len(rollout.logprobs)].tolist() == pytest.approx(rollout.logprobs, abs=1e-4)
 

@@ -166,7 +166,7 @@ def test_the_peak_is_what_the_allocator_gives_out(base: Path, step: str) -> None
 class Whole(Measured):
     """A whole step of training: real rollouts of random answers, and all of their micro-batches."""
 
-    def _train(self, objective: Any, trained: Any, settings: Any, batch_size: int, lr_scales: Any = None) -> int:
+    def _train(self, objective: Any, trained: Any, settings: Any, batch_size: int) -> int:
         objective.samples, objective.out = questions(batch_size, ASKED), None
         with self._optimised(trained, settings.matrix_learning_rate), self._phase(settings.name):
             objective.backward(objective.collect(0))

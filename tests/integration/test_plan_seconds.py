@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 from vismem.config import Config
 from vismem.plan.machine import CARDS, Machine
 from vismem.plan.rehearsal import Rehearsal
-from vismem.training.run import changes_prefill
 
 aten = torch.ops.aten
 register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu, get_raw=True)(sdpa_flop)
@@ -32,10 +31,9 @@ MACHINE = Counting(1, "H100", *CARDS["H100"])
 class Counted(Whole):
     """A whole step on real tensors, whose FLOP torch counts."""
 
-    def _train(self, objective: Any, trained: Any, settings: Any, batch_size: int, lr_scales: Any = None) -> int:
-        objective.prompts_need_gradient = changes_prefill(trained)
+    def _train(self, objective: Any, trained: Any, settings: Any, batch_size: int) -> int:
         with FlopCounterMode(display=False) as counter:
-            super()._train(objective, trained, settings, batch_size, lr_scales)
+            super()._train(objective, trained, settings, batch_size)
         self.flops = counter.get_total_flops()
         return 0
 

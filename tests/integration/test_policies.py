@@ -285,7 +285,7 @@ def test_relook_needs_nothing_that_was_trained(model: VisMemModel) -> None:
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     try:
-        with model.reference():
+        with model.policy_lora.active(False):
             assert [r.token_ids for r in answers(model, Relook())] == expected
     finally:
         model.load_state_dict(saved)

@@ -15,7 +15,7 @@ from vismem.provenance import file_hashes, sha256_file, write_manifest
 from vismem.registry import release
 from vismem.rollout import main as rollout_command
 from vismem.serving import repository
-from vismem.serving.champion import champion_repository, follower
+from vismem.serving.champion import follower
 from vismem.serving.command import PROFILE_VARIABLE
 from vismem.serving.publish import publish
 from vismem.serving.repository import write_model_repository
@@ -86,7 +86,7 @@ def test_vismem_serve_serves_the_ledger_s_champion_whatever_was_deployed_last(pr
     follow = follower(project.config, project.artifacts)
 
     def champion() -> Path:
-        found = champion_repository(project.config, project.artifacts)
+        found = follower(project.config, project.artifacts)()
         assert follow() == found
         return found
 

@@ -133,7 +133,7 @@ def test_vanilla_is_answered_by_the_bare_base_and_all_other_arms_with_it(
 def test_the_vanilla_of_a_model_with_it_is_the_base_to_the_last_bit(stages: dict[str, Path], tiny_base: Path) -> None:
     model = VisMemModel.from_pretrained(stages["stage2"], tiny_base)
     plain = VisMemModel(load_base(tiny_base), CONFIG.memory, CONFIG.invocation)
-    with model.reference():
+    with model.policy_lora.active(False):
         ours = generate(model, tiny.samples(), Off(), max_new_tokens=8)
     theirs = generate(plain, tiny.samples(), Off(), max_new_tokens=8)
     assert [(r.token_ids, r.logprobs) for r in ours] == [(r.token_ids, r.logprobs) for r in theirs]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from vismem.generation import replay
+from vismem.generation.invocation import Learned
 from vismem.generation.replay import prefill, score
 from vismem.models.kinds import MemoryKind
 from vismem.training import rollout
@@ -98,7 +99,7 @@ def test_the_reference_is_the_policy_before_training_whatever_training_does(stag
             batch.policy, prefill(objective.model, batch.samples), batch.rollouts, rows
         )  # fmt: skip
         context = prefill(start.model, batch.samples)
-        expected = score(start.model, context, batch.rollouts, rows, sampled_kinds=KINDS)
+        expected = score(start.model, context, batch.rollouts, rows, Learned())
     torch.testing.assert_close(found.logprobs, expected.logprobs)
     assert not torch.allclose(found.logprobs, now.logprobs, atol=1e-2)
     invoked = [(row, i.position) for row, r in enumerate(batch.rollouts) for i in r.invocations]

@@ -196,7 +196,7 @@ def test_rows_of_the_policys_adapter_and_of_the_bare_base_are_decoded_beside_eac
             assert replace(rollout_of(model, row), logprobs=expected.logprobs) == expected
     assert any(row.invocations for row in rows[0])
     rollouts = [rollout_of(model, row) for row in rows[0]]
-    scores = score(model, prefill(model, samples[:3]), rollouts, torch.arange(3), sampled_kinds=Learned().sampled)
+    scores = score(model, prefill(model, samples[:3]), rollouts, torch.arange(3), Learned())
     for row, logprobs, sampled in zip(rows[0], scores.logprobs, scores.mask, strict=True):
         drawn = [logprob for _, loss, logprob in row.tokens if loss]
         assert logprobs[sampled].tolist() == pytest.approx(drawn, abs=1e-4)

@@ -13,7 +13,7 @@ from project import Project
 from vismem.errors import UserError
 from vismem.registry import fetch, inspect
 from vismem.registry.tracking import versions
-from vismem.serving.champion import champion_repository
+from vismem.serving.champion import follower
 from vismem.serving.publish import publish
 
 PLAIN, PEM = serialization.NoEncryption(), serialization.Encoding.PEM
@@ -68,11 +68,11 @@ def test_what_was_fetched_before_a_key_was_named_is_held_to_it_too(project: Proj
     deployed = project.artifacts / "deploy" / "model_repository"
     shutil.copytree(published.repository, deployed)
     with pytest.raises(UserError, match="vismem version 1 has no signature"):
-        champion_repository(project.config, project.artifacts)
+        follower(project.config, project.artifacts)()
     project.run("register")
     shutil.rmtree(deployed)
     shutil.copytree(publish(project.config, models).repository, deployed)
-    assert champion_repository(project.config, project.artifacts) == deployed
+    assert follower(project.config, project.artifacts)() == deployed
     assert fetch.fetch_bundle(project.config.registry, "1", cache) == fetched
     assert publish(project.config, models) == published
 

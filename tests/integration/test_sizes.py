@@ -261,7 +261,7 @@ def test_a_wide_base_whose_invoke_rows_would_take_the_tiny_ones_steps_is_refused
 ) -> None:
     inputs = {"base": tiny_base, "validate": tiny_data, "stage1": tmp_path / "stage1"}
     tiny.vismem(tiny_base).save_pretrained(inputs["stage1"])
-    monkeypatch.setattr(stage2, "SMALL_WIDTH", 1)
+    monkeypatch.setattr(run, "SMALL_WIDTH", 1)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"stage2.whitened_learning_rate 0.03 is for the tiny VLM.*docs/models.md"):
         stage2.stage2(Config(), inputs, tmp_path / "out")

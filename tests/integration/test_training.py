@@ -95,7 +95,7 @@ def test_a_stage_that_would_form_no_memory_is_refused_before_it_trains(
 def test_a_large_base_that_would_see_next_to_nothing_of_an_image_is_refused(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vismem.training.stage1.SMALL_WIDTH", 1)
+    monkeypatch.setattr("vismem.training.run.SMALL_WIDTH", 1)
     memory = CONFIG.memory.model_copy(update={"prompt_pixels": MemoryConfig().prompt_pixels})
     with pytest.raises(UserError, match=r"memory.prompt_pixels 7056 is for the tiny VLM.*docs/models.md"):
         stage1(CONFIG.model_copy(update={"memory": memory}), {"base": tiny_base, "validate": tiny_data}, tmp_path)

@@ -29,10 +29,9 @@ KINDS = (StaticPrefix, Continuous)
 
 def memories(model: VisMemModel, samples: list[Sample]) -> torch.Tensor:
     """(R, N, d): the memory at each reference answer's start, one sample at a time."""
-    found = []
-    for sample in samples:
-        answer = answer_behind_memory(model, sample)
-        found += score(model, prefill(model, [sample]), [answer], torch.tensor([0])).latents
+    with tiny.formed(model) as found:
+        for sample in samples:
+            score(model, prefill(model, [sample]), [answer_behind_memory(model, sample)], torch.tensor([0]))
     return torch.cat(found).detach()
 
 

@@ -64,7 +64,7 @@ def test_it_changes_what_the_prompt_shows_and_off_nothing(coarse: bool, base: Pa
         model.backbone.prompt_pixels = plain.backbone.prompt_pixels = PIXELS[model.backbone.family]
     assert features(model).shape == features(plain).shape
     assert not torch.allclose(features(model), features(plain), atol=1e-3)
-    with model.reference():
+    with model.policy_lora.active(False):
         assert torch.equal(features(model), features(plain))
 
 
@@ -105,7 +105,7 @@ def test_it_is_off_while_memories_are_formed_and_in_their_gradient(
     model = adapted(base)
     trained = trainable(model, ("short.", "long."))
     samples = tiny_families.samples()[:2]
-    with torch.no_grad(), model.reference():
+    with torch.no_grad(), model.policy_lora.active(False):
         context = prefill(model, samples)  # what is read of the prompts: the same in both
     segment = context.last[:, None], torch.ones(2, 1, dtype=torch.bool)
     stream = context.prompt.embeds, context.prompt.positions, context.prompt.mask

@@ -180,9 +180,10 @@ def test_muon_takes_the_matrices_that_are_no_tables_of_vectors(rate: float, muon
     matrices = ("long.output.weight", "builder.query_init", "short.memory_init", "embed_tokens.weight")
     parameters = {name: nn.Parameter(torch.zeros(2, 3)) for name in matrices}
     parameters["norm.weight"] = nn.Parameter(torch.zeros(3))
-    found = {}
-    for optimizer in optimizers(parameters, 0.1, rate, weight_decay=0.2):
+    found, rates = {}, {"norm.weight": 0.3}
+    for optimizer in optimizers(parameters, 0.1, rate, 0.2, rates):
         for group in optimizer.param_groups:
             assert group["params"][0] is parameters[group["name"]]
             found[group["name"]] = (type(optimizer).__name__, group["peak"], group["weight_decay"])
-    assert found == {name: ("Muon", 0.5, 0.0) if name in muon else ("AdamW", 0.1, 0.2) for name in parameters}
+    assert found.pop("norm.weight") == ("AdamW", 0.3, 0.2), "a parameter's own rate"
+    assert found == {name: ("Muon", 0.5, 0.0) if name in muon else ("AdamW", 0.1, 0.2) for name in matrices}

@@ -13,7 +13,7 @@ from vismem.training.loop import LoopSettings, train
 from vismem.training.optimizers import master_weights, round_masters
 
 HALVES = [torch.bfloat16, torch.float16]
-SETTINGS = {"steps": 40, "learning_rate": 1e-3, "warmup_ratio": 0.1, "checkpoint_every": 10}
+SETTINGS = {"steps": 40, "learning_rate": 1e-3, "warmup_ratio": 0.1, "rates": {"second": 5e-4}, "checkpoint_every": 10}
 
 
 class Pull:
@@ -42,9 +42,8 @@ class Pull:
 
 
 def run(pull: Pull, out: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    scales = {"second": 0.5}
     settings = LoopSettings("run", **{**SETTINGS, **changes})  # type: ignore[arg-type]
-    train(pull, pull.parameters, settings, out, Accelerator(cpu=True), scales)
+    train(pull, pull.parameters, settings, out, Accelerator(cpu=True))
     return {name: weight.detach().clone() for name, weight in pull.parameters.items()}
 
 

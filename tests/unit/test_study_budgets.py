@@ -8,7 +8,8 @@ import pytest
 from handmade import prediction
 
 from recipes.study import budgets
-from recipes.study.figures import Answers, score_table, study_figures
+from recipes.study.claims import Answers
+from recipes.study.figures import score_table, study_figures
 from recipes.study.page import memoryless, need_table, pictures
 from vismem.data.tasks import NEEDS
 from vismem.evaluation.predictions import InvocationRecord

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.study.claims import compare
-from recipes.study.figures import Answers, long_figures, score_table, study_figures, tokens_read, transfer_figures
+from recipes.study.claims import Answers, compare
+from recipes.study.figures import long_figures, score_table, study_figures, tokens_read, transfer_figures
 from recipes.study.page import render, stage_table, table
 from recipes.study.plan import Settings, changed, parameters
 from recipes.study.report import training

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from recipes.study.claims import EQUAL_SECONDS, TRANSFER, compare, judge, of_arms, part, together, verdict, whole_order
+from recipes.study.claims import EQUAL_SECONDS, TRANSFER, compare, judge, of_arms, overall, part, verdict, whole_order
 from recipes.study.figures import check_figures
 from recipes.study.page import aims, part_table, plan_table, tally
 from recipes.study.plan import Settings
@@ -81,7 +81,7 @@ def test_a_comparison_holds_in_two_thirds_of_the_seeds_and_one_with_a_margin_in_
     ],
 )
 def test_a_claim_holds_where_all_its_parts_do(parts: list[str], said: str) -> None:
-    assert together(parts) == said
+    assert overall(parts) == said
 
 
 # --- claims about two arms ---

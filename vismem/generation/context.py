@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import DynamicCache
 
 from vismem.data.sample import Sample
 from vismem.models.attention import Attention, Look
 from vismem.models.backbones.base import PatchStream, Prompt
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import FormationInputs, PrefixCache, causal_mask
+from vismem.models.memory import FormationInputs, causal_mask
 from vismem.models.vismem import VisMemModel
 
 
@@ -28,7 +29,7 @@ class Context:
     cache: Any
     samples: Sequence[Sample] = ()  # whose prompts they are, where they were encoded here
     patches: PatchStream | None = None  # inside the short former
-    prefix: PrefixCache | None = None  # inside the long former
+    prefix: DynamicCache | None = None  # inside the long former
     looks: list[Look] | None = None  # where there is one, every memory's is appended to it
 
     @classmethod

@@ -218,8 +218,9 @@ class DecodeLoop:
             barred[own], forced[own] = ~policy.allowed(view), policy.force(view, seed)
             if not self.executor.anywhere:
                 barred[own] |= ~view.at_delimiter[:, None]
+        temperature = np.array([row.request.temperature for row in rows])
         return Asked(
-            temperature=np.where((asked := np.array([row.request.temperature for row in rows])) > COLDEST, asked, 0.0),
+            temperature=np.where(temperature > COLDEST, temperature, 0.0),
             uniform=np.array([row.uniform[min(row.decisions, len(row.uniform) - 1)] for row in rows]),
             barred=barred,
             declines=np.array([row.request.policy.declines for row in rows]),

@@ -18,16 +18,18 @@ from transformers import DynamicCache
 
 from vismem.data.sample import Sample
 from vismem.generation.context import Context
+from vismem.generation.invocation import InvocationPolicy, Off
 from vismem.generation.prompts import encode
 from vismem.generation.token_scores import token_scores
 from vismem.generation.types import LATENT, Invocation, Rollout
 from vismem.models.backbones.base import Prompt
 from vismem.models.kinds import MemoryKind
-from vismem.models.memory import causal_mask
+from vismem.models.memory import causal_mask, rows_of
 from vismem.models.tokens import KINDS
 from vismem.models.vismem import VisMemModel
 
 ROWS_TOGETHER = 32  # answers that go through the model at a time
+WORDS = Off()  # answers without memories
 
 
 @dataclass
@@ -37,7 +39,6 @@ class Scores:
     logprobs: Tensor  # (R, T) of the recorded tokens, under the temperature and the bars of the sampling
     entropy: Tensor  # (R, T) nats
     mask: Tensor  # (R, T) bool: sampled tokens, the loss mask
-    latents: list[Tensor]  # the memories formed, (rows, N, d) each; of one answer in the order of its invocations
 
 
 def prefill(model: VisMemModel, samples: Sequence[Sample], prompt: Prompt | None = None) -> Context:
@@ -86,33 +87,28 @@ def score(
     context: Context,
     rollouts: Sequence[Rollout],
     sample: Tensor,
-    *,
-    sampled_kinds: tuple[MemoryKind, ...] = (),
-    limit: int | None = None,
+    policy: InvocationPolicy = WORDS,
     temperature: float = 1.0,
-    best_words: bool = False,
 ) -> Scores:
     """Score recorded answers; `sample` (R,) says which of the context's prompts each answer belongs to.
 
-    `sampled_kinds`, `limit` and `best_words` are those of the policy that sampled: they decide which invoke tokens were
-    barred, and whether a word's log-probability is that of all words together. By default all are barred, so it is that
-    among words.
+    `policy` sampled them: it decides which invoke tokens were barred, and whether a word's log-probability is that of
+    all words together. By default all are barred, so it is that among words.
     """
-    limit = model.limit(limit)
     # rows that are cut at like places go through the model together, so that little is padded
     cuts = [[*(i.position for i in rollout.invocations), len(rollout.token_ids)] for rollout in rollouts]
     parts, order = [], sorted(range(len(rollouts)), key=cuts.__getitem__)
     for start in range(0, len(order), ROWS_TOGETHER):
         rows = order[start : start + ROWS_TOGETHER]
         part = _Pass(model, context, [rollouts[row] for row in rows], sample[rows])
-        parts.append(part.scores(sampled_kinds, limit, temperature, best_words))
+        parts.append(part.scores(policy, temperature))
     longest = max(part.mask.shape[1] for part in parts)
     back = torch.tensor(order, device=sample.device).argsort()
     whole = {
         name: torch.cat([pad(getattr(part, name), (0, longest - part.mask.shape[1])) for part in parts])[back]
         for name in ("logprobs", "entropy", "mask")
     }
-    return Scores(**whole, latents=[memory for part in parts for memory in part.latents])
+    return Scores(**whole)
 
 
 def answer_states(model: VisMemModel, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> Tensor:
@@ -127,7 +123,6 @@ class _Pass:
         self.model, self.context, self.rollouts, self.sample = model, context, rollouts, sample
         self.device = sample.device
         self.ids = padded([rollout.token_ids for rollout in rollouts], torch.long).to(self.device)  # (R, T)
-        self.latents: list[Tensor] = []
         # what has been read so far, right-padded: the prompt, then chunk after chunk
         self.keys = context.prompt.mask[sample]
         self.embeds = context.prompt.embeds[sample]
@@ -138,9 +133,7 @@ class _Pass:
     def hidden(self) -> Tensor:
         """(R, T, d): the hidden state from which each token of the answer was predicted."""
         context, sample, backbone = self.context, self.sample, self.model.backbone
-        cache = DynamicCache()
-        for layer, held in enumerate(context.cache.layers):
-            cache.update(held.keys[sample], held.values[sample], layer)
+        cache = rows_of(context.cache, sample)
         following = context.prompt.next_position()[sample]
         for chunk, (start, stop) in enumerate(pairwise(self._cuts().unbind(1))):
             lengths = stop - start
@@ -175,7 +168,6 @@ class _Pass:
                 continue
             index = torch.tensor(rows, device=self.device)
             memory = self._form(kind, rows, index, chunk)
-            self.latents.append(memory)
             places = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, index, True) & (ids == LATENT)
             piece = piece.masked_scatter(places[..., None], memory)
         return piece
@@ -197,8 +189,8 @@ class _Pass:
         """The index behind a memory and its end token."""
         return invocation.position + self.model.length_of(invocation.kind) + 2
 
-    def scores(self, sampled_kinds: tuple[MemoryKind, ...], limit: int, temperature: float, best_words: bool) -> Scores:
-        hidden = self.hidden()
+    def scores(self, policy: InvocationPolicy, temperature: float) -> Scores:
+        hidden, limit = self.hidden(), self.model.limit(policy.limit)
         mask = padded([rollout.loss_mask for rollout in self.rollouts], torch.bool)
         full = torch.zeros_like(mask)
         for row, rollout in enumerate(self.rollouts):
@@ -211,11 +203,11 @@ class _Pass:
             delimiters = torch.tensor(self.model.delimiter_ids, device=self.device)
             full[:, 1:] |= ~torch.isin(self.ids[:, :-1], delimiters)
         columns = self.model.column_of(self.ids)[mask]
-        may_invoke = torch.tensor([kind in sampled_kinds and limit > 0 for kind in KINDS], device=self.device)
+        may_invoke = torch.tensor([kind in policy.sampled and limit > 0 for kind in KINDS], device=self.device)
         barred = full[mask][:, None] | ~may_invoke
-        found = token_scores(self.model, hidden[mask], columns, barred, temperature, best_words)
+        found = token_scores(self.model, hidden[mask], columns, barred, temperature, policy.best_words)
         chosen, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
-        return Scores(chosen, entropy, mask, self.latents)
+        return Scores(chosen, entropy, mask)
 
 
 def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -122,7 +122,7 @@ class TorchExecutor:
         tokens, logprobs, size = list[int](), list[float](), together(self.model.vocabulary)
         for start in range(0, len(asked.forced), size):
             rows = slice(start, start + size)
-            part = Asked(*(getattr(asked, name.name)[rows] for name in fields(asked)))
+            part = Asked(**{name: values[rows] for name, values in vars(asked).items()})
             found = self._choose(self.state.last[rows], part, [source.best_words for source in self.sources[rows]])
             tokens, logprobs = tokens + found[0], logprobs + found[1]
         return tokens, logprobs

@@ -1,4 +1,5 @@
-"""Low-rank adapters that are switched on only while a memory is formed (paper Sec. 3.3).
+"""Low-rank adapters that are switched on and off: the formers' while a memory is formed (paper Sec. 3.3), the policy's
+where it was trained.
 
 They hang on forward hooks, so the base keeps its modules, names and weights. Vision encoders that fuse q, k and v in
 one linear layer (Qwen2.5-VL) are adapted on slices of that layer's output, which no general LoRA library offers.

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from vismem.config import MemoryConfig
 from vismem.errors import UserError
-from vismem.models.backbones.base import Backbone, PatchStream, Prompt
+from vismem.models.backbones.base import Backbone, PatchStream, Prompt, following
 from vismem.models.lora import Lora, LoraSettings
 
 OWN = 5.0  # score of the token that a slot of a short memory takes, above all others
@@ -135,14 +135,6 @@ class ShortFormer(nn.Module):
 
 
 @dataclass
-class PrefixCache:
-    """Keys and values of the first tokens of S prompts, inside the long former: shared by all their long memories."""
-
-    length: int  # cached tokens per prompt
-    keys_values: list[tuple[Tensor, Tensor]]  # per layer: (S, heads, length, head width) each
-
-
-@dataclass
 class FormationInputs:
     """Everything that R rows' memories are formed from, at their invoke tokens."""
 
@@ -155,7 +147,7 @@ class FormationInputs:
     stream_mask: Tensor  # (R, X)
     stream_visual: Tensor  # (R, X) True at the prompt's image tokens
     patches: PatchStream | None  # of all prompts, made by `short_stream` (short-term memory)
-    prefix: PrefixCache | None = None  # of all prompts, made by `long_prefix`: saves time (long-term memory)
+    prefix: DynamicCache | None = None  # of all prompts, made by `long_prefix`: saves time (long-term memory)
 
 
 class LongFormer(nn.Module):
@@ -182,7 +174,7 @@ class LongFormer(nn.Module):
         self.output_scale = nn.Parameter(scale.clone())
         self.lora = Lora(backbone.language_targets(), adapter)
 
-    def prefill(self, backbone: Backbone, prompt: Prompt) -> PrefixCache:
+    def prefill(self, backbone: Backbone, prompt: Prompt) -> DynamicCache:
         """Run as many first tokens as all prompts have through the language model, with this adapter."""
         length = int(prompt.mask.sum(1).min())
         cache = DynamicCache()
@@ -190,25 +182,21 @@ class LongFormer(nn.Module):
             backbone.language(
                 prompt.embeds[:, :length], prompt.positions[:, :, :length], causal_mask(prompt.mask[:, :length]), cache
             )
-        return PrefixCache(length, [(layer.keys, layer.values) for layer in cache.layers])
+        return cache
 
     def forward(self, backbone: Backbone, queries: Tensor, inputs: FormationInputs) -> Tensor:
         """Queries (R, K, d) and the rows' own embeddings: (R, N_l, d)."""
-        stream, positions, mask, prefix = inputs.stream, inputs.positions, inputs.stream_mask, inputs.prefix
+        stream, positions, mask = inputs.stream, inputs.positions, inputs.stream_mask
         rows = len(stream)
         memory = self.memory_init.expand(rows, -1, -1)
         if self.patches:
             memory = memory + pooling(inputs.stream_visual, self.length).to(stream.dtype) @ stream
         added = torch.cat([self.query(queries) * self.query_scale, memory], dim=1)
         extra = added.shape[1]
-        after = positions.masked_fill(~mask, -1).amax(dim=(0, 2)) + 1
-        tail = after[:, None] + torch.arange(extra, device=after.device)
+        tail = following(positions, mask)[:, None] + torch.arange(extra, device=mask.device)
         keys = torch.cat([mask, mask.new_ones(rows, extra)], dim=1)
-        cache, cached = None, 0
-        if prefix is not None:
-            cache, cached = DynamicCache(), prefix.length
-            for index, (key, value) in enumerate(prefix.keys_values):
-                cache.update(key[inputs.sample], value[inputs.sample], index)
+        cache = None if inputs.prefix is None else rows_of(inputs.prefix, inputs.sample)
+        cached = 0 if cache is None else cache.get_seq_length()
         with self.lora.active():
             hidden = backbone.language(
                 torch.cat([stream[:, cached:], added.to(stream.dtype)], dim=1),
@@ -224,6 +212,11 @@ class LongFormer(nn.Module):
         last = hidden[:, -self.length :]
         result: Tensor = self.output(last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6)) * self.output_scale
         return result
+
+
+def rows_of(cache: DynamicCache, sample: Tensor) -> DynamicCache:
+    """The rows `sample` (R,) of a cache, which stays as it is."""
+    return DynamicCache((layer.keys[sample], layer.values[sample]) for layer in cache.layers)
 
 
 def in_turn(liked: Tensor, real: Tensor) -> Tensor:

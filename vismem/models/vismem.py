@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from vismem.config import InvocationConfig, MemoryConfig
 from vismem.errors import UserError, first_line
@@ -18,7 +19,7 @@ from vismem.models.checkpointing import checkpointed
 from vismem.models.kinds import MemoryKind
 from vismem.models.loading import load_base, read_weights, take_weights
 from vismem.models.lora import Lora, LoraSettings
-from vismem.models.memory import FormationInputs, LongFormer, PrefixCache, QueryBuilder, ShortFormer, summary
+from vismem.models.memory import FormationInputs, LongFormer, QueryBuilder, ShortFormer, summary
 from vismem.models.policy import PolicyWeights, TokenRows
 from vismem.models.processors import differing
 from vismem.models.tokens import KINDS, add_memory_tokens, delimiter_ids
@@ -135,7 +136,7 @@ class VisMemModel(nn.Module):
         with self.policy_lora.active(False), self.short.lora.active():
             return self.backbone.patch_stream(vision)
 
-    def long_prefix(self, prompt: Prompt) -> PrefixCache:
+    def long_prefix(self, prompt: Prompt) -> DynamicCache:
         """The prompts' cache inside the long former: computed once, read by every long memory."""
         with self.policy_lora.active(False):
             return self.long.prefill(self.backbone, prompt)
@@ -162,12 +163,8 @@ class VisMemModel(nn.Module):
             yield
 
     @contextmanager
-    def reference(self, start: PolicyWeights | None = None) -> Iterator[None]:
-        """The reference policy within the block: the policy with the weights of `start`; by default the bare base."""
-        if start is None:
-            with self.policy_lora.active(False):
-                yield
-            return
+    def reference(self, start: PolicyWeights) -> Iterator[None]:
+        """The reference policy within the block: the policy with the weights of `start`."""
         own = self.tokens
         self.tokens = start.tokens
         try:

@@ -35,7 +35,7 @@ from vismem.steps import BY_NAME
 from vismem.training.loop import LoopSettings
 from vismem.training.optimizers import master_weights, optimizers, round_masters
 from vismem.training.rollout import GrpoObjective, RolloutBatch
-from vismem.training.run import FITTED, Inputs, Parameters, Run, changes_prefill, count_of, new_model
+from vismem.training.run import FITTED, Inputs, Parameters, Run, count_of, new_model
 from vismem.training.stage2 import Invocation, fit_batch
 from vismem.training.supervised import Supervised
 
@@ -117,19 +117,14 @@ class Rehearsal(Run):
         return self
 
     def _train(
-        self,
-        objective: GrpoObjective | Supervised,
-        trained: Parameters,
-        settings: LoopSettings,
-        batch_size: int,
-        lr_scales: Mapping[str, float] | None = None,
+        self, objective: GrpoObjective | Supervised, trained: Parameters, settings: LoopSettings, batch_size: int
     ) -> int:
         if not settings.steps:
             return 0
         shares = 1 if self.config.base.tensor_parallel else self.machine.count
         if batch_size % shares:
             raise UserError(f"{settings.name}: a batch_size of {batch_size} must be a multiple of the {shares} GPUs")
-        objective.prompts_need_gradient, plan = changes_prefill(trained), self.plan
+        plan = self.plan
         plan.trained, share, sampled = count_of(trained), batch_size // shares, 0.0
         plan.saved += plan.trained
         with self._optimised(trained, settings.matrix_learning_rate):

@@ -38,10 +38,10 @@ def verify(config: Config, which: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder)
         download_bundle(store, version, bundle)
-        for record in FOLDERS:
+        metrics = read_registered(store, version, Metrics)
+        for record in FOLDERS.keys() - {Metrics}:
             read_registered(store, version, record)
         lineage: dict[str, Any] = read_json(bundle / "lineage.json")
-        metrics = read_registered(store, version, Metrics)
         told = version_tags(bundle, lineage, metrics)
         files = len(file_hashes(bundle))
     tags = version.tags

@@ -1,4 +1,4 @@
-"""A thin wrapper over MLflow: the store and registered versions. Only `vismem/registry` imports mlflow.
+"""A thin wrapper over MLflow: the store and registered versions.
 
 MLflow gives a version's number as int on SQLite and as str over REST; here it is always str.
 """

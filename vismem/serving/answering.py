@@ -179,22 +179,22 @@ class Runtime:
                     self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
                     self.thread.start()
                 self.changed.notify()
-            ended = False
-            while not ended:
+            while True:
                 (tokens, ended), chunks = answer.tokens.take(), list[Chunk]()
                 for token in tokens:
                     chunks += pieces.add(token, self.executor.kinds.get(token))
                     if text.stopped:
                         break
-                if not (ended := ended or text.stopped):
-                    yield chunks
+                if ended or text.stopped:
+                    break
+                yield chunks
             if answer.tokens.error and not text.stopped:
                 if chunks:
                     yield chunks
                 raise answer.tokens.error
             assert answer.row is not None
-            ended = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
-            finish, words, memories = "stop" if ended else "length", pieces.words, dict(pieces.memories)
+            by_itself = text.stopped or answer.row.tokens[-1][0] in self.executor.stops
+            finish, words, memories = "stop" if by_itself else "length", pieces.words, dict(pieces.memories)
             usage = Usage(finish, answer.row.prompt.length, words, memories, answer.first)
             chunks += pieces.finish(usage)
             if request.max_new_tokens > 1:  # with 1 it is a probe

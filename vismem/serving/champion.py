@@ -15,15 +15,11 @@ from vismem.serving.repository import without_graphs
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds
 
 
-def champion_repository(config: Config, artifacts: Path) -> Path:
+def _repository(config: Config, artifacts: Path, view: View, ledger: Ledger) -> Path:
     """The champion's model repository: the one of `deploy`, or fetched into `artifacts/champion` where that is another.
 
     Before there is a champion it is that of `deploy`, for trying out. UserError as `publish`.
     """
-    return _repository(config, artifacts, *read_registry(config.registry))
-
-
-def _repository(config: Config, artifacts: Path, view: View, ledger: Ledger) -> Path:
     deployed = artifacts / "deploy" / "model_repository"
     if ledger.champion is None:
         if (artifacts / "deploy" / "smoke.json").is_file() and not deployed.is_dir():
@@ -44,29 +40,31 @@ def _repository(config: Config, artifacts: Path, view: View, ledger: Ledger) -> 
 
 
 def follower(config: Config, artifacts: Path) -> Callable[[], Path]:
-    """`champion_repository`, to be asked every few seconds: fetched files are verified when the ledger has moved.
+    """The champion's `_repository`, asked every few seconds: fetched files are verified when the ledger has moved.
 
     What fails is tried again after FIRST_PAUSE seconds, and then twice as many each time: it may be fetched whole.
     """
-    fetched: dict[int, Path] = {}  # by the ledger's revision
-    failed: dict[int, tuple[str, float, float]] = {}  # by the same: why, until when, and the pause
+    fetched: tuple[int, Path] | None = None  # the ledger's revision then, and what was fetched
+    failed: tuple[int, str, float, float] | None = None  # the revision, why, until when, and the next pause
 
     def champion() -> Path:
+        nonlocal fetched, failed
         view, ledger = read_registry(config.registry)
-        found = fetched.get(ledger.revision)
-        if found is None or not found.is_dir():
-            said, until, pause = failed.get(ledger.revision, ("", 0.0, FIRST_PAUSE))
+        if fetched and fetched[0] == ledger.revision and fetched[1].is_dir():
+            return fetched[1]
+        pause = FIRST_PAUSE
+        if failed and failed[0] == ledger.revision:
+            _, said, until, pause = failed
             if time.monotonic() < until:
                 raise UserError(said)
-            failed.clear()
-            try:
-                found = _repository(config, artifacts, view, ledger)
-            except (UserError, OSError) as error:
-                failed[ledger.revision] = str(error), time.monotonic() + pause, min(2 * pause, LONGEST_PAUSE)
-                raise
-            fetched.clear()
-            if found.is_relative_to(artifacts / "champion"):  # that of `deploy` may be replaced
-                fetched[ledger.revision] = found
+        failed = None
+        try:
+            found = _repository(config, artifacts, view, ledger)
+        except (UserError, OSError) as error:
+            failed = ledger.revision, str(error), time.monotonic() + pause, min(2 * pause, LONGEST_PAUSE)
+            raise
+        # that of `deploy` may be replaced
+        fetched = (ledger.revision, found) if found.is_relative_to(artifacts / "champion") else None
         return found
 
     return champion

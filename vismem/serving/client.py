@@ -89,7 +89,7 @@ class AsyncClient:
     async def _find_model(self, name: str | None) -> str:
         if name is None or isinstance(self.server, OverHttp):
             known = await self.server.models()
-            released = [served for served in known if not served.endswith(challenger_name(""))]
+            released = [served for served in known if not is_challenger(served)]
             found = [name] if name in known else [] if name else released or known
             if len(found) == 1:
                 return found[0]
@@ -261,6 +261,11 @@ def main_infer(
 def own_client(url: str, model: str | None = None, timeout: float = TIMEOUT) -> Client:
     """A client of a server of ours, with this process's token; an address without a scheme is of gRPC."""
     return Client(url if "://" in url else f"grpc://{url}", model=model, token=own_token(), timeout=timeout)
+
+
+def is_challenger(name: str) -> bool:
+    """Whether this is the `challenger_name` of a model."""
+    return name.endswith(challenger_name(""))
 
 
 def challenger_name(name: str) -> str:

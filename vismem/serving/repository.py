@@ -160,7 +160,12 @@ def unary_name(name: str) -> str:
 
 def is_unary(name: str) -> bool:
     """Whether a model is one of those."""
-    return name.endswith(unary_name(""))
+    return name != streaming_name(name)
+
+
+def streaming_name(name: str) -> str:
+    """NAME of NAME_unary, and of NAME itself."""
+    return name.removesuffix(unary_name(""))
 
 
 def _write_unary(model: Path, config: str, library: Path) -> Path:
@@ -200,7 +205,7 @@ def repository_problems(repository: Path) -> list[str]:
     for model in models:
         expected, by = os.environ.get(MANIFEST_VARIABLE), MANIFEST_VARIABLE
         if is_unary(model.name):
-            beside = model.with_name(model.name.removesuffix(unary_name(""))) / MANIFEST
+            beside = model.with_name(streaming_name(model.name)) / MANIFEST
             expected, by = read_json(beside).get(UNARY, "none") if beside.is_file() else "none", str(beside)
         if expected and sha256_file(model / MANIFEST) != expected:
             problems.append(f"{model.name}: {MANIFEST} is not the one that {by} names")

@@ -20,10 +20,10 @@ from vismem.locks import lock_file, lock_folder
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.runtime.access import own_token
 from vismem.services import HOST, POLL, check_certificate, until_stopped
-from vismem.serving.client import challenger_name
+from vismem.serving.client import is_challenger
 from vismem.serving.exchange import check_token
 from vismem.serving.probe import ask_unary, check_model
-from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, unary_name
+from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, streaming_name
 from vismem.serving.server import READY_TIMEOUT, TritonServer, find_error, model_names, triton_server
 
 CHECK_SECONDS = 10.0  # from one question to a model to the next
@@ -112,7 +112,7 @@ class Releases:
         released = any(map(_is_release, self.served))
         found = {}
         for model, value in deployed.items():
-            base = model.removesuffix(unary_name(""))
+            base = streaming_name(model)
             fits = base in self.served or not released or _is_release(base)
             if is_unary(model):
                 fits = self.served.get(base) == deployed.get(base)
@@ -273,9 +273,7 @@ def _watch(
         if time.monotonic() > checked + CHECK_SECONDS:
             for model in filter(is_unary, releases.served):
                 question = partial(ask_unary, server.http_url, model, PATIENCE)
-                check_model(
-                    question, server.metrics_url, model.removesuffix(unary_name("")), PATIENCE, server.service.check
-                )
+                check_model(question, server.metrics_url, streaming_name(model), PATIENCE, server.service.check)
             if champion:
                 releases.start_following(champion, write)
             checked = time.monotonic()
@@ -284,4 +282,4 @@ def _watch(
 
 
 def _is_release(model: str) -> bool:
-    return not model.removesuffix(unary_name("")).endswith(challenger_name(""))
+    return not is_challenger(streaming_name(model))

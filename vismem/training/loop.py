@@ -7,7 +7,7 @@ was killed and resumed equals one that was not.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class LoopSettings:
     learning_rate: float
     warmup_ratio: float
     matrix_learning_rate: float = 0.0  # Muon's peak rate on the matrices; 0: AdamW on everything
+    rates: Mapping[str, float] = field(default_factory=dict)  # peak rates of single parameters, by name
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     updates: int = 1
@@ -69,19 +70,14 @@ def train(
     settings: LoopSettings,
     out: Path,
     accelerator: Accelerator,
-    lr_scales: Mapping[str, float] | None = None,
 ) -> TrainState:
-    """Optimise `parameters`; every step's figures are in `out/NAME.csv`.
-
-    `lr_scales` multiply the learning rates of single parameters, by name. A checkpoint in `out` is resumed.
-    """
+    """Optimise `parameters`; every step's figures are in `out/NAME.csv`. A checkpoint in `out` is resumed."""
     main = accelerator.is_main_process
     with master_weights(parameters) as masters:
         weights = list(masters.values())
-        used = optimizers(masters, settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay)
+        peaks = settings.learning_rate, settings.matrix_learning_rate
+        used = optimizers(masters, *peaks, settings.weight_decay, settings.rates)
         groups = [group for optimizer in used for group in optimizer.param_groups]
-        for group in groups:
-            group["peak"] *= (lr_scales or {}).get(group["name"], 1.0)
         checkpoint = Checkpoint(out / f"{settings.name}.checkpoint", used)
         state = checkpoint.load()
         broadcast_parameters(weights, state.steps, checkpoint.file, accelerator)

@@ -51,17 +51,22 @@ def round_masters(masters: Mapping[str, nn.Parameter], parameters: Mapping[str, 
 
 
 def optimizers(
-    parameters: Mapping[str, nn.Parameter], learning_rate: float, matrix_learning_rate: float, weight_decay: float
+    parameters: Mapping[str, nn.Parameter],
+    learning_rate: float,
+    matrix_learning_rate: float,
+    weight_decay: float,
+    rates: Mapping[str, float] = {},
 ) -> list[torch.optim.Optimizer]:
     """AdamW on all parameters; with a `matrix_learning_rate`, Muon on the matrices and AdamW on the rest.
 
-    Every parameter has a group of its own, with its name under "name" and its peak rate under "peak".
+    Every parameter has a group of its own, with its name under "name" and its peak rate, `rates`' where it is named
+    there, under "peak".
     """
     rest: list[dict[str, Any]] = []
     matrices: list[dict[str, Any]] = []
     for name, weight in parameters.items():
         is_matrix = matrix_learning_rate > 0 and weight.ndim == 2 and not name.endswith(TABLES)
-        peak = matrix_learning_rate if is_matrix else learning_rate
+        peak = rates.get(name, matrix_learning_rate if is_matrix else learning_rate)
         (matrices if is_matrix else rest).append({"params": [weight], "name": name, "peak": peak})
     made: list[torch.optim.Optimizer] = []
     if rest:

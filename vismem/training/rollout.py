@@ -83,16 +83,7 @@ class GrpoObjective:
 
     def scores(self, policy: InvocationPolicy, context: Context, rollouts: Sequence[Rollout], sample: Tensor) -> Scores:
         """The rollouts under the model as it is; `policy` sampled them, `sample` (R,) are their prompts."""
-        return score(
-            self.model,
-            context,
-            rollouts,
-            sample,
-            sampled_kinds=policy.sampled,
-            limit=policy.limit,
-            temperature=self.grpo.temperature,
-            best_words=policy.best_words,
-        )
+        return score(self.model, context, rollouts, sample, policy, self.grpo.temperature)
 
     # --- loop.Objective ---
 

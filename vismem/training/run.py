@@ -1,6 +1,7 @@
 """One step of training from its inputs to its metrics: what stage I, stage II and the baselines share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from vismem.config import Config, GrpoStageConfig
+from vismem.config.training import SMALL_WIDTH
 from vismem.data.sample import Sample, StoredSamples
 from vismem.errors import UserError
 from vismem.evaluation.answers import score
@@ -28,8 +30,8 @@ FORMATION = ("builder.", "short.", "long.")  # prefixes of the parameters that s
 INVOCATION = ("tokens.",)  # and stage II
 PREFIX = ("prefix",)  # and the baseline static_prefix
 POLICY_LORA = ("policy_lora.",)  # and with `policy_lora` the warm start and stage II, and the LoRA baselines
-CHECKED = 256  # validation questions answered for metrics.json
 FITTED = 256  # train questions whose answers stage II's rows of the head are fitted on
+CHECKED = 256  # validation questions answered for metrics.json
 LOGGED = 20  # of them in samples.jsonl, per arm
 CHECKS = "checks.json"  # the score of each, before GRPO and after all training
 BEFORE, AFTER = "before", "after"
@@ -68,17 +70,14 @@ class Run:
         self.checks: dict[str, dict[str, list[float]]] = {BEFORE: {}, AFTER: {}}
 
     def train_grpo(
-        self,
-        kind: type[GrpoObjective],
-        stage: GrpoStageConfig,
-        trained: Parameters,
-        lr_scales: Mapping[str, float] | None = None,
+        self, kind: type[GrpoObjective], stage: GrpoStageConfig, trained: Parameters, rates: Mapping[str, float] = {}
     ) -> None:
-        """Run one phase of GRPO; `lr_scales` as in `loop.train`."""
+        """Run one phase of GRPO; `rates` as in `LoopSettings`."""
         grpo, seed = self.config.grpo, self.config.seed
-        objective = kind(self.model, self.samples, grpo, stage, seed, self.accelerator, self.out)
-        settings = loop_settings(self.name, self.config, stage, len(self.samples))
-        seen = self._train(objective, trained, settings, grpo.batch_size, lr_scales)
+        needed = changes_prefill(trained)
+        objective = kind(self.model, self.samples, grpo, stage, seed, self.accelerator, self.out, needed)
+        settings = replace(loop_settings(self.name, self.config, stage, len(self.samples)), rates=rates)
+        seen = self._train(objective, trained, settings, grpo.batch_size)
         self.rollouts += seen * stage.group_size
 
     def train_supervised(
@@ -86,39 +85,34 @@ class Run:
     ) -> None:
         """Run one phase of supervised training on the answers that `written` makes."""
         seed, checkpointing = self.config.seed, self.config.grpo.gradient_checkpointing
+        needed = changes_prefill(trained)
         objective = Supervised(
-            self.model, self.samples, written, seed, self.accelerator, batch_size, micro_batch, checkpointing
+            self.model, self.samples, written, seed, self.accelerator, batch_size, micro_batch, checkpointing, needed
         )
         self._train(objective, trained, settings, batch_size)
 
     def _train(
-        self,
-        objective: GrpoObjective | Supervised,
-        trained: Parameters,
-        settings: LoopSettings,
-        batch_size: int,
-        lr_scales: Mapping[str, float] | None = None,
+        self, objective: GrpoObjective | Supervised, trained: Parameters, settings: LoopSettings, batch_size: int
     ) -> int:
         """Run one phase; returns how many questions it saw."""
-        objective.prompts_need_gradient = changes_prefill(trained)
         self.trained |= trained
-        self.state = train(objective, trained, settings, self.out, self.accelerator, lr_scales)
+        self.state = train(objective, trained, settings, self.out, self.accelerator)
         seen = self.state.steps * min(batch_size, len(self.samples))
         self.questions += seen
         self.seconds += self.state.seconds
         return seen
 
     def answer(
-        self, samples: Sequence[Sample], policy: InvocationPolicy, about: str, together: int, temperature: float = 0.0
+        self, samples: Sequence[Sample], policy: InvocationPolicy, about: str, batch_size: int, temperature: float = 0.0
     ) -> list[Rollout]:
-        """Answer samples, so many `together`; processes share these batches, and all return all answers."""
+        """Answer samples, `batch_size` at a time; processes share these batches, and all return all answers."""
         limit, seed, quiet = self.config.grpo.max_new_tokens, self.config.seed, not self.accelerator.is_main_process
         own, shares = share_of_work(self.accelerator, self.model.backbone.processes)
         answered, fitting = list[tuple[int, list[Rollout]]](), FittingBatches()
         settings = {"max_new_tokens": limit, "temperature": temperature, "seed": seed}
         with progress(f"{self.name}: {about}", len(samples), quiet=quiet) as advance:
-            for at in range(0, len(samples), together)[own::shares]:
-                batch = samples[at : at + together]
+            for at in range(0, len(samples), batch_size)[own::shares]:
+                batch = samples[at : at + batch_size]
                 answered.append((at, fitting.generate(self.model, batch, policy, **settings)[0]))
                 advance(len(batch) * shares)
         batches = sorted(dict(gather_object(answered)).items())  # some may come from several processes
@@ -129,8 +123,8 @@ class Run:
 
         The same numbers are drawn at both times, so that scores are paired question by question.
         """
-        together = self.config.grpo.decode_batch
-        rollouts = self.answer(self.checked, policy, f"validation {name}", together, temperature)
+        batch_size = self.config.grpo.decode_batch
+        rollouts = self.answer(self.checked, policy, f"validation {name}", batch_size, temperature)
         paired = zip(self.checked, rollouts, strict=True)
         self.checks[when][name] = [score(sample, rollout.text) for sample, rollout in paired]
         return rollouts
@@ -178,6 +172,15 @@ def new_model(config: Config, inputs: Inputs, kind: type[VisMemModel] = VisMemMo
     model = kind(backbone, config.memory, config.invocation, config.seed)
     model.new_tokens = config.grpo.max_new_tokens
     return model
+
+
+def refuse_wide(model: VisMemModel, name: str, value: float, why: str) -> None:
+    """UserError for a setting of the tiny VLM on a base that is not small."""
+    if model.backbone.width >= SMALL_WIDTH:
+        raise UserError(
+            f"{name} {value} is for the tiny VLM: {why}. Let the profile extend one of a large model (docs/models.md), "
+            "or set it to 0"
+        )
 
 
 def trainable(model: VisMemModel, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:

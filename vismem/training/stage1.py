@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import Tensor
 
 from vismem.config import Config, MemoryConfig, Stage1Config
-from vismem.config.training import SMALL_WIDTH
 from vismem.errors import UserError
 from vismem.generation.context import Context
 from vismem.generation.invocation import InvocationPolicy, Off, Random
@@ -22,7 +21,7 @@ from vismem.models.vismem import VisMemModel
 from vismem.records import VANILLA
 from vismem.training.loop import LoopSettings, check_shards
 from vismem.training.rollout import GrpoObjective
-from vismem.training.run import BEFORE, FORMATION, POLICY_LORA, Inputs, Run, new_model, steps_of, trainable
+from vismem.training.run import BEFORE, FORMATION, POLICY_LORA, Inputs, Run, new_model, refuse_wide, steps_of, trainable
 from vismem.training.supervised import answer_with_memory
 
 
@@ -58,12 +57,9 @@ def _first_model(config: Config, inputs: Inputs) -> VisMemModel:
 def stage1(config: Config, inputs: Inputs, out: Path) -> str:
     """Train the formation of memories; writes the model's own weights, logs and metrics to `out`."""
     run, grpo, warm = Run("stage1", config, inputs, out, _first_model), config.grpo, config.stage1.warm_start
-    coarse = 0 < config.memory.prompt_pixels <= MemoryConfig().prompt_pixels
-    if coarse and run.model.backbone.width >= SMALL_WIDTH:  # not even the base could be compared with
-        raise UserError(
-            f"memory.prompt_pixels {config.memory.prompt_pixels} is for the tiny VLM: this base would see a handful of "
-            "tokens of an image. Let the profile extend one of a large model (docs/models.md), or set it to 0"
-        )
+    pixels = config.memory.prompt_pixels
+    if 0 < pixels <= MemoryConfig().prompt_pixels:  # not even the base could be compared with
+        refuse_wide(run.model, "memory.prompt_pixels", pixels, "this base would see a handful of tokens of an image")
     batch_size, together = min(grpo.batch_size, len(run.samples)), run.model.backbone.processes
     check_shards(batch_size, run.accelerator, together)  # before the warm start, not after it
     if not (config.stage1.invoke_probability and run.model.limit(None)):

@@ -18,9 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
 
 from vismem.config import Config, GrpoConfig, Stage2Config
-from vismem.config.training import SMALL_WIDTH
 from vismem.data.sample import Sample
-from vismem.errors import UserError
 from vismem.generation.invocation import InvocationPolicy, Learned, Off, Random, Replay, row_key
 from vismem.generation.replay import answer_states, decisions_of, prefill
 from vismem.generation.token_scores import together
@@ -32,7 +30,7 @@ from vismem.training.checkpoint import save_whole
 from vismem.training.grpo import negative_penalty, type_penalty
 from vismem.training.rewards import rewards_of
 from vismem.training.rollout import GrpoObjective
-from vismem.training.run import AFTER, BEFORE, INVOCATION, POLICY_LORA, Inputs, Run, trainable
+from vismem.training.run import AFTER, BEFORE, INVOCATION, POLICY_LORA, Inputs, Run, refuse_wide, trainable
 from vismem.training.whitening import Whitening, whitened
 
 ELSEWHERE = 0.004  # chance of a memory between delimiters, before training
@@ -86,12 +84,8 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         return VisMemModel.from_pretrained(stage1, inputs["base"], base.dtype, base.tensor_parallel)
 
     run = Run("stage2", config, inputs, out, trained_before)
-    steep = settings.whitened_learning_rate >= Stage2Config().whitened_learning_rate
-    if steep and run.model.backbone.width >= SMALL_WIDTH:
-        raise UserError(
-            f"stage2.whitened_learning_rate {settings.whitened_learning_rate} is for the tiny VLM: it moves a "
-            "wide base's rows too far. Let the profile extend one of a large model (docs/models.md), or set it to 0"
-        )
+    if (rate := settings.whitened_learning_rate) >= Stage2Config().whitened_learning_rate:
+        refuse_wide(run.model, "stage2.whitened_learning_rate", rate, "it moves a wide base's rows too far")
     whitening = _begin(run, config, out / "fitted.checkpoint")
     run.model.policy_lora.enabled |= settings.policy_lora  # one that stage I trained stays on
     run.check(BEFORE, VISMEM, Learned())
@@ -101,8 +95,8 @@ def stage2(config: Config, inputs: Inputs, out: Path) -> str:
         rates = dict.fromkeys((n for n in trained if n.startswith(POLICY_LORA)), settings.policy_learning_rate)
         if whitening:
             rates |= {name: settings.whitened_learning_rate for name in trained if name.startswith(WHITENED)}
-        scales = {name: rate / settings.learning_rate for name, rate in rates.items()}
-        run.train_grpo(Invocation, settings, trained, lr_scales={"tokens.end": settings.end_lr_scale, **scales})
+        rates["tokens.end"] = settings.end_lr_scale * settings.learning_rate
+        run.train_grpo(Invocation, settings, trained, rates)
     for curve in stage1.glob("*.csv"):
         shutil.copy(curve, out)
     run.check(AFTER, SAMPLED, Learned(), temperature=config.grpo.temperature)
@@ -179,12 +173,12 @@ def _product(states: Tensor, row: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decisions(
-    model: VisMemModel, samples: Sequence[Sample], answers: Sequence[Rollout], together: int
+    model: VisMemModel, samples: Sequence[Sample], answers: Sequence[Rollout], batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """(n, d) hidden states from which sampled answers were decided, and (n,) where: START, DELIMITER or BETWEEN."""
     states, places = [], []
-    for at in range(0, len(samples), together):
-        batch, rollouts = samples[at : at + together], answers[at : at + together]
+    for at in range(0, len(samples), batch_size):
+        batch, rollouts = samples[at : at + batch_size], answers[at : at + batch_size]
         sample = torch.arange(len(batch), device=model.backbone.device)
         hidden = answer_states(model, prefill(model, batch), rollouts, sample)
         for row, rollout in enumerate(rollouts):

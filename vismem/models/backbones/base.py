@@ -63,7 +63,9 @@ class Inputs:
     ids: Tensor  # (S, L)
     positions: Tensor  # (3, S, L)
     mask: Tensor  # (S, L) bool
-    more: Any  # what the family's `placed` takes besides
+    visual: Tensor  # (S, L) bool, True at image and video tokens, those that `mask` leaves out too
+    vision: VisionInput  # of the whole images, also where the prompts have coarse ones
+    more: Any  # what the family's `features` takes besides
 
 
 @dataclass
@@ -154,9 +156,12 @@ class Backbone(ABC):
     def features(self, inputs: Inputs) -> Tensor | None:
         """The images and videos in the prompts as image tokens (n, d), in order: runs the vision encoder once."""
 
-    @abstractmethod
     def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
         """The prompts, with the features in their places; None where there is no image or video."""
+        embeds = self.embedding(inputs.ids)
+        if features is not None:
+            embeds = embeds.masked_scatter(inputs.visual[..., None], features.to(embeds.dtype))
+        return Prompt(embeds, inputs.positions, inputs.mask, inputs.visual & inputs.mask, inputs.vision)
 
     def prompt_of(self, ids: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor) -> Prompt:
         """The prompts from what the processor makes of them: ids and mask (S, L), padded on any side, and the images.

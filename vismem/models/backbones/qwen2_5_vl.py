@@ -128,7 +128,7 @@ class Qwen25VLBackbone(Backbone):
         if shown.image.shape[1]:
             single = self._vision_input([[item] for row in _rows(pictures, clips) for item in row])
             packed = min(single, shown, key=lambda packed: packed.mask.numel())  # the less padding, the faster
-        return Inputs(ids, positions, mask, (image | video, packed, vision))
+        return Inputs(ids, positions, mask, image | video, vision, packed)
 
     def patch_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         processor = self.processor.image_processor
@@ -136,17 +136,10 @@ class Qwen25VLBackbone(Backbone):
         return [width * height // processor.patch_size**2 for width, height in resized]
 
     def features(self, inputs: Inputs) -> Tensor | None:
-        _, packed, _ = inputs.more
+        packed: VisionInput = inputs.more
         if not packed.image.shape[1]:
             return None
         return self.patch_stream(packed).features[packed.mask[:, :: self.merge]]
-
-    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
-        visual, _, vision = inputs.more
-        embeds = self.embedding(inputs.ids)
-        if features is not None:
-            embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-        return Prompt(embeds, inputs.positions, inputs.mask, visual & inputs.mask, vision)
 
     def _counts(self, pictures: list[list[Pixels]], clips: list[list[Pixels]]) -> list[int]:
         """The tokens of each image and video, in the order of the prompts."""

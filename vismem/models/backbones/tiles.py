@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismem.models.backbones.base import Backbone, Clip, Inputs, PatchStream, Prompt, VisionInput
+from vismem.models.backbones.base import Backbone, Clip, Inputs, PatchStream, VisionInput
 from vismem.models.lora import LoraTarget
 
 
@@ -81,7 +81,9 @@ class TiledBackbone(Backbone):
         if any(images):
             patches, counts = self._cut(encoded, images)
             seen = patches if shown is encoded else self._cut(shown, images)[0]
-        return Inputs(shown["input_ids"], positions, mask, (self._vision_input(patches, counts), seen, shown))
+        ids = shown["input_ids"]
+        visual = ids == self.model.config.image_token_id
+        return Inputs(ids, positions, mask, visual, self._vision_input(patches, counts), (seen, shown))
 
     def _cut(self, encoded: Any, images: list[list[Any]]) -> tuple[Tensor, list[int]]:
         """The patches (B, n, values) of all tiles, and how many tiles each sample has."""
@@ -89,15 +91,8 @@ class TiledBackbone(Backbone):
         return self._patches(pixels.to(self.embedding.weight.dtype)), counts
 
     def features(self, inputs: Inputs) -> Tensor | None:
-        _, seen, shown = inputs.more
+        seen, shown = inputs.more
         return None if seen is None else self._features(self._run(self._embed(seen))[:, -seen.shape[1] :], shown)
-
-    def placed(self, inputs: Inputs, features: Tensor | None) -> Prompt:
-        vision, _, _ = inputs.more
-        embeds, visual = self.embedding(inputs.ids), inputs.ids == self.model.config.image_token_id
-        if features is not None:
-            embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-        return Prompt(embeds, inputs.positions, inputs.mask, visual & inputs.mask, vision)
 
     def _encoded(self, texts: list[str], images: list[list[Any]], **more: Any) -> Any:
         """What the processor makes of them, on the model's device."""

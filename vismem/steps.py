@@ -204,10 +204,8 @@ def _output_folder(name: str, config: Config, artifacts: Path, folders: Mapping[
         made_of = identity(name, config, folders)
         if not (note.is_file() and note.read_text() == made_of):
             if partial.is_dir():
-                print(
-                    f"{name} begins anew: {partial} was of other parameters, inputs or code",
-                    file=sys.stderr,
-                )
+                if any(partial.iterdir()):
+                    print(f"{name} begins anew: {partial} was of other parameters, inputs or code", file=sys.stderr)
                 shutil.rmtree(partial)
             write_text(note, made_of)
         partial.mkdir(parents=True, exist_ok=True)

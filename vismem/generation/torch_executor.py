@@ -236,9 +236,11 @@ def _column_at(cumulative: Tensor, at: Tensor) -> Tensor:
 
 
 def _likeliest(logprobs: Tensor, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (R, V + 2) and columns (R,), with the likeliest word for any in some rows, (R,) of booleans."""
+    """Log-probabilities (R, V + 2) and columns (R,), with the likeliest word for any in some rows, (R,) of booleans.
+
+    Each word there has the log-probability of all: processes of one model may find another the likeliest.
+    """
     words = logprobs[:, :-2]
-    best = words.argmax(-1)
-    whole = logprobs.scatter(1, best[:, None], words.logsumexp(-1, keepdim=True))
-    taken = torch.where(columns < words.shape[1], best, columns)
+    whole = torch.cat([words.logsumexp(-1, keepdim=True).expand_as(words), logprobs[:, -2:]], dim=1)
+    taken = torch.where(columns < words.shape[1], words.argmax(-1), columns)
     return whole.where(rows[:, None], logprobs), taken.where(rows, columns)

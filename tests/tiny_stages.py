@@ -23,8 +23,8 @@ STAGE: dict[str, Any] = {"steps": 4, "group_size": 4, "kl_coefficient": 0.1}
 STAGES: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] = {
     "stage1": (Formation, Stage1Config(anywhere_after=0, anywhere_share=0.6, **STAGE), FORMATION),
     "stage1 with a reader": (Formation, Stage1Config(anywhere_after=0, anywhere_share=0.6, **STAGE), FORMATION),
-    "stage2": (Invocation, Stage2Config(**STAGE), INVOCATION),
-    "stage2 with a reader": (Invocation, Stage2Config(**STAGE), INVOCATION),
+    "stage2": (Invocation, Stage2Config(best_words=False, **STAGE), INVOCATION),
+    "stage2 with a reader": (Invocation, Stage2Config(best_words=False, **STAGE), INVOCATION),
     "stage2 with a LoRA": (Invocation, Stage2Config(policy_lora=True, **STAGE), INVOCATION + POLICY_LORA),
 }
 BASELINE: dict[str, tuple[type[GrpoObjective], GrpoStageConfig, tuple[str, ...]]] = {

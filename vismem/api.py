@@ -19,7 +19,7 @@ from vismem.inference import VisMem
 from vismem.models.loading import tf32_beside
 from vismem.provenance import MANIFEST, sha256_file
 from vismem.runtime.access import TOKEN_VARIABLE, own_token
-from vismem.services import HOST, check_certificate, free_ports, until_stopped
+from vismem.services import DRAIN_VARIABLE, HOST, check_certificate, free_ports, until_stopped
 from vismem.serving.answering import ROWS, Runtime
 from vismem.serving.exchange import check_token
 from vismem.serving.guards import Connection
@@ -29,7 +29,6 @@ from vismem.serving.request_log import RequestLog
 from vismem.sources import find_added
 
 LOOPBACK = {HOST: HOST, "localhost": "localhost", "::1": "[::1]"}  # as browsers send them: no other site has one
-DRAIN_VARIABLE = "VISMEM_DRAIN_SECONDS"  # that running answers get when the server stops (5)
 CUT_SECONDS = 5  # that their clients get, to be told
 
 

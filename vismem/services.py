@@ -21,6 +21,7 @@ from typing import NoReturn
 from vismem.errors import UserError
 
 HOST = "127.0.0.1"
+DRAIN_VARIABLE = "VISMEM_DRAIN_SECONDS"  # that running answers get to end in when their server stops
 TERMINATED = 128 + signal.SIGTERM  # the exit status of a process that SIGTERM ended
 READY_SECONDS = 300.0  # a busy machine needs minutes to import MLflow
 POLL = 0.2  # seconds

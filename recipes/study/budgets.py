@@ -93,9 +93,9 @@ def lines_plot(placements: Mapping[str, Sequence[Values]]) -> bytes:
 
 def needs(scores: pd.DataFrame, resamples: int) -> dict[str, Values]:
     """{need: {n, arms {arm: score}, gains {arm: `compare` with vanilla}}} of the needs whose tasks were asked."""
-    found = {}
+    found, asked = {}, needs_of(scores)
     for need in KINDS_OF_NEED:
-        rows = scores[needs_of(scores) == need]
+        rows = scores[asked == need]
         if len(rows):
             gains = {arm: compare(rows, arm, VANILLA, resamples) for arm in rows if arm != VANILLA}
             found[need] = {"n": len(rows), "arms": rows.mean().to_dict(), "gains": gains}

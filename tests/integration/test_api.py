@@ -20,11 +20,12 @@ from http_calls import messages, post
 from stand_in import png
 
 from vismem import cli
-from vismem.api import DRAIN_VARIABLE, _Server, serve_api
+from vismem.api import _Server, serve_api
 from vismem.ask import DEFAULT_MODEL
 from vismem.errors import UserError
 from vismem.generation.torch_executor import TorchExecutor
 from vismem.runtime.access import TOKEN_VARIABLE
+from vismem.services import DRAIN_VARIABLE
 
 PICTURE = png(84, 84)  # 36 patches
 SAID = list[str]()  # the line that each server prints

@@ -47,7 +47,7 @@ def test_log_probabilities_are_of_the_stream_with_its_memories_so_the_first_rati
     metrics = objective.backward(dataclasses.replace(batch, rollouts=tuple(likelier)))
     assert metrics["update_kl"] == pytest.approx(np.exp(-2) + 2 - 1, rel=1e-4), "k3, of what sampled, to what is"
     bare = dataclasses.replace(batch, rollouts=tuple(without_memory(rollout) for rollout in batch.rollouts))
-    assert objective.backward(bare)["clip_fraction"] > 0.2, "without the memories the ratio would be another"
+    assert objective.backward(bare)["clip_fraction"] > 0.25, "without the memories the ratio would be another"
 
 
 def test_the_loss_counts_what_was_sampled_and_nothing_that_was_inserted(tiny_base: Path) -> None:

@@ -39,15 +39,18 @@ def moved(stage: str, base: Path, **changes: Any) -> tuple[GrpoObjective, Parame
 
 GROUPS = ("tokens.invoke", "tokens.end", "tokens.head", "tokens.bias", "policy_lora.")
 CASES = [(stage, name) for stage in STAGES for name in GROUPS if "LoRA" in stage or name.startswith("tokens.")]
+LEAST = {False: 1e-3, True: 1e-5}  # of a slope, with words that are drawn and with the likeliest
 
 
-@pytest.mark.parametrize(("stage", "name"), CASES)
+@pytest.mark.parametrize(
+    ("stage", "name", "best_words"), [(*case, False) for case in CASES] + [(*case, True) for case in CASES[:4]]
+)
 def test_the_gradient_is_that_of_the_loss(
-    stage: str, name: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, name: str, best_words: bool, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By central differences, at a beta that makes the KL term count."""
     monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", norm)
-    objective, trained, batch = moved(stage, tiny_base, kl_coefficient=3.0)
+    objective, trained, batch = moved(stage, tiny_base, kl_coefficient=3.0, best_words=best_words)
     chosen = [parameter for key, parameter in trained.items() if key.startswith(name)]
     assert objective.backward(batch)["kl"] > 1e-3
     generator = torch.Generator().manual_seed(2)
@@ -55,7 +58,7 @@ def test_the_gradient_is_that_of_the_loss(
         ways = [torch.randn(p.shape, generator=generator, dtype=torch.double) for p in chosen]
         analytic = sum(float((p.grad * way).sum()) for p, way in zip(chosen, ways, strict=True) if p.grad is not None)
         losses = [loss_at(objective, batch, trained, chosen, ways, step) for step in (1e-4, -1e-4)]
-        assert abs(analytic) > 1e-5
+        assert abs(analytic) > LEAST[best_words]
         assert (losses[0] - losses[1]) / 2e-4 == pytest.approx(analytic, rel=1e-3)
 
 
@@ -115,7 +118,7 @@ def test_kl_is_k3_of_every_sampled_token_invocations_included(stage: str, tiny_b
     ratio = (then.logprobs - now.logprobs)[now.mask].exp()
     expected = float((ratio - ratio.log() - 1).mean())
     reversed_ = float((1 / ratio + ratio.log() - 1).mean())
-    assert abs(expected - reversed_) > 1e-3 * expected, "the two directions must be told apart"
+    assert abs(expected - reversed_) > 1e-2 * expected, "the two directions must be told apart"
     assert objective.backward(batch)["kl"] == pytest.approx(expected, rel=1e-6)
 
 

@@ -29,7 +29,7 @@ CONFIG = Config(
     memory=tiny.MEMORY.model_copy(update={"lora_dropout": 0.1}),  # so that a draw that is not the step's own would show
     grpo=GrpoConfig(batch_size=2, max_new_tokens=8, checkpoint_every=2),
     stage1=Stage1Config(steps=3, warm_start=WarmStartConfig(steps=3, batch_size=4), **STAGE),
-    stage2=Stage2Config(steps=4, policy_lora=True, **STAGE),
+    stage2=Stage2Config(steps=4, **STAGE),
     baselines=BaselinesConfig(
         rank=4,
         alpha=8,
@@ -39,11 +39,11 @@ CONFIG = Config(
     ),
 )
 BASELINES = ("static_prefix", "continuous", "sft_lora_vision", "grpo_lora_vision")
-PAPERS = CONFIG.stage2.model_copy(update={"whitened_learning_rate": 0.0, "best_words": False})
+PAPERS = CONFIG.stage2.model_copy(update={"whitened_learning_rate": 0.0, "best_words": False, "policy_lora": True})
 
 
 def papers(_: Config, inputs: dict[str, Path], out: Path) -> str:
-    """Stage II by the paper: the head's rows step as the others do, and words are drawn."""
+    """Stage II by the paper, with the LoRA: the head's rows step as the others do, and words are drawn."""
     return stage2(CONFIG.model_copy(update={"stage2": PAPERS}), inputs, out)
 
 

@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 
 from vismem.errors import UserError
 from vismem.runtime.access import SHARED_MEMORY, own_token
-from vismem.services import HOST, POLL, Service, check_http, free_ports, start_service
+from vismem.services import DRAIN_VARIABLE, HOST, POLL, Service, check_http, free_ports, start_service
 from vismem.serving.environment import find_serving_environment
 from vismem.serving.probe import ask, ask_unary
 from vismem.serving.repository import MANIFEST_VARIABLE, check_repository, is_unary, unary_name
 
 READY_TIMEOUT = int(os.environ.get("VISMEM_READY_SECONDS", "180"))  # that a server and its models get to load in
-DRAIN_SECONDS = float(os.environ.get("VISMEM_DRAIN_SECONDS", "0"))  # that running answers get before they are ended
+DRAIN_SECONDS = float(os.environ.get(DRAIN_VARIABLE, "0"))
 EXIT_TIMEOUT = 5  # seconds that running answers get to end in
 STOP_VARIABLE = "VISMEM_STOP_FILE"  # of a file that tells the models' processes to end their answers
 # What lets a client run code on the server or read its memory and files is closed to everyone. Triton knows only a
